@@ -1,0 +1,276 @@
+"""Reading a released checkpoint: its config validated, its tensors checked against the table of names."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL, Parameter, parameters
+from fusion_edge.runtime.config import (
+    ALIGNMENT_HEADS,
+    IMAGE_SIZE,
+    VISION_HEADS,
+    AlignmentConfig,
+    FusionConfig,
+    LanguageConfig,
+    VisionConfig,
+    side,
+)
+from fusion_edge.runtime.errors import FusionError
+
+TEMPLATES = {"fusion_phi": "phi_3", "fusion_llama": "llama_3"}
+
+FIXED: Mapping[str, tuple[object, ...]] = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "image_aspect_ratio": ("static_hd",),
+    "mm_use_im_start_end": (True,),
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False,),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "mm_vision_select_layer": (-2,),
+    "mm_vision_select_feature": ("patch",),
+}
+"""Config fields whose other values no released model uses and no code here computes."""
+
+
+def read_config(checkpoint: Checkpoint) -> FusionConfig:
+    """The validated config of an opened checkpoint.
+
+    Raises :class:`FusionError` naming the field, its value and what was expected.
+    """
+    fields = _Fields(checkpoint.folder / "config.json")
+    model_type = fields.data.get("model_type")
+    if model_type not in TEMPLATES:
+        raise FusionError(
+            f"{checkpoint.folder} is not a FUSION checkpoint: its model_type is {model_type!r}; expected "
+            f"{' or '.join(map(repr, TEMPLATES))}. Pass the folder of a FUSION model."
+        )
+    for name, allowed in FIXED.items():
+        fields.one_of(name, allowed)
+    language = _language(fields)
+    return FusionConfig(
+        template=TEMPLATES[model_type],
+        vision=_vision(fields, checkpoint),
+        language=language,
+        alignment=_alignment(fields, language),
+        max_length=fields.integer("tokenizer_model_max_length", minimum=64),
+        bos_token_id=fields.integer("bos_token_id", minimum=0),
+        eos_token_ids=_eos(checkpoint.folder),
+    )
+
+
+def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, Parameter]:
+    """The parameters of ``config``, each checked to be in the checkpoint with its shape.
+
+    Raises :class:`FusionError` for a missing, wrongly shaped or unused tensor, naming it.
+    """
+    table = parameters(config)
+    expected = {source.tensor: source.shape for parameter in table.values() for source in parameter.sources}
+    for tensor, shape in expected.items():
+        if tensor not in checkpoint.tensors:
+            raise FusionError(
+                f"Tensor {tensor} is missing from {checkpoint.folder}; expected shape {list(shape)}. "
+                "Fetch or save the checkpoint again."
+            )
+        found = checkpoint.tensors[tensor].shape
+        if found != shape:
+            raise FusionError(
+                f"Tensor {tensor} of {checkpoint.folder} has shape {list(found)}; config.json asks for "
+                f"{list(shape)}. Config and weights do not belong together."
+            )
+    for tensor in sorted(checkpoint.tensors.keys() - expected.keys() - set(UNUSED)):
+        raise FusionError(
+            f"Tensor {tensor} of {checkpoint.folder} is not part of a FUSION model and would be left out; "
+            "remove it, or export the checkpoint that it belongs to."
+        )
+    return table
+
+
+class _Fields:
+    """``config.json`` with checked access."""
+
+    def __init__(self, path: Path, data: Mapping[str, Any] | None = None, prefix: str = "") -> None:
+        self.path = path
+        self.prefix = prefix
+        self.data = read_json(path) if data is None else data
+
+    def wrong(self, name: str, expected: str) -> FusionError:
+        value = repr(self.data[name]) if name in self.data else "missing"
+        return FusionError(f"{self.path}: {self.prefix}{name} is {value}; expected {expected}.")
+
+    def one_of(self, name: str, allowed: tuple[object, ...]) -> Any:
+        """A field whose value must be one of ``allowed``; None among them allows its absence."""
+        value = self.data.get(name)
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            raise self.wrong(name, " or ".join(repr(one) for one in allowed if one is not None))
+        return value
+
+    def integer(self, name: str, minimum: int = 1, default: int | None = None) -> int:
+        value = self.data.get(name, default)
+        if type(value) is not int or value < minimum:
+            raise self.wrong(name, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.data.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise self.wrong(name, "a positive number")
+        return float(value)
+
+    def numbers(self, name: str, length: int) -> list[float]:
+        value = self.data.get(name)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.wrong(name, f"a list of {length} positive numbers")
+        if not all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in value):
+            raise self.wrong(name, f"a list of {length} positive numbers")
+        return [float(x) for x in value]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises :class:`FusionError` if the file is absent or holds anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FusionError(
+            f"{path.parent} has no {path.name}; expected the folder of a FUSION checkpoint."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise FusionError(f"{path} cannot be read ({error}); expected a JSON object.") from None
+    if not isinstance(data, dict):
+        raise FusionError(f"{path} holds a JSON {type(data).__name__}; expected an object.")
+    return data
+
+
+def _language(fields: _Fields) -> LanguageConfig:
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", default=heads)
+    head_dim = fields.data.get("head_dim") or hidden // heads
+    if type(head_dim) is not int or head_dim % 2 or head_dim < 8:
+        raise fields.wrong("head_dim", "an even integer of at least 8")
+    if heads % kv_heads:
+        raise fields.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    if hidden % ALIGNMENT_HEADS:
+        raise fields.wrong("hidden_size", f"a multiple of {ALIGNMENT_HEADS}")
+    frequencies, scale = _rotary(fields, head_dim)
+    return LanguageConfig(
+        hidden_size=hidden,
+        layers=fields.integer("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_width=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        norm_eps=fields.number("rms_norm_eps"),
+        rotary_inverse_frequencies=tuple(frequencies),
+        rotary_scale=scale,
+    )
+
+
+def _rotary(fields: _Fields, head_dim: int) -> tuple[list[float], float]:
+    """Inverse frequencies ``[head_dim/2]`` and the factor on cos and sin (FUSION.md section 5)."""
+    theta = fields.number("rope_theta")
+    base = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    scaling = fields.data.get("rope_scaling")
+    if scaling is None:
+        return base, 1.0
+    if not isinstance(scaling, dict):
+        raise fields.wrong("rope_scaling", "an object or null")
+    rope = _Fields(fields.path, scaling, "rope_scaling.")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "longrope":
+        longest = fields.integer("max_position_embeddings")
+        original = fields.integer("original_max_position_embeddings")
+        if fields.integer("tokenizer_model_max_length") > original:
+            raise fields.wrong(
+                "tokenizer_model_max_length",
+                f"at most original_max_position_embeddings ({original}), where longrope's short factors end",
+            )
+        short = rope.numbers("short_factor", head_dim // 2)
+        stretch = longest / original
+        scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+        return [f / s for f, s in zip(base, short, strict=True)], scale
+    if kind == "llama3":
+        return [_llama3(f, rope) for f in base], 1.0
+    raise fields.wrong("rope_scaling", "of type 'longrope' or 'llama3'")
+
+
+def _llama3(frequency: float, rope: _Fields) -> float:
+    """Llama 3.1's scaling of one inverse frequency: slow ones divided, a smooth ramp between."""
+    factor, original = rope.number("factor"), rope.integer("original_max_position_embeddings")
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        raise rope.wrong("high_freq_factor", f"more than low_freq_factor ({low})")
+    turns = original * frequency / (2 * math.pi)
+    smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def _alignment(fields: _Fields, language: LanguageConfig) -> AlignmentConfig:
+    alignment = AlignmentConfig(
+        layers=fields.integer("num_of_vision_sampler_layers"),
+        start=fields.integer("start_of_vision_sampler_layers", minimum=0),
+        stride=fields.integer("stride_of_vision_sampler_layers"),
+        window_size=fields.integer("window_size"),
+        query_lengths=_query_lengths(fields),
+    )
+    last = alignment.start + (alignment.layers - 1) * alignment.stride
+    if last >= language.layers:
+        raise fields.wrong(
+            "num_of_vision_sampler_layers",
+            f"layers that fit: the last would follow LLM layer {last}, but there are {language.layers}",
+        )
+    return alignment
+
+
+def _query_lengths(fields: _Fields) -> tuple[int, ...]:
+    text = str(fields.data.get("query_len", ""))
+    expected = "a comma list of square numbers such as '4,16,36,64,144'"
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise fields.wrong("query_len", expected)
+    try:
+        return tuple(sorted({side(int(part)) ** 2 for part in text.split(",")}))
+    except ValueError:
+        raise fields.wrong("query_len", expected) from None
+
+
+def _vision(fields: _Fields, checkpoint: Checkpoint) -> VisionConfig:
+    """Sizes of the vision tower, read off its tensors."""
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        info = checkpoint.tensors.get(f"{VISION_MODEL}{name}")
+        if info is None or len(info.shape) != rank:
+            raise FusionError(
+                f"Tensor {VISION_MODEL}{name} of rank {rank} is missing from {checkpoint.folder}: the vision "
+                "tower cannot be read. Expected a checkpoint that contains its SigLIP tower."
+            )
+        return info.shape
+
+    width, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
+    mlp_width, _ = shape("encoder.layers.0.mlp.fc1.weight", 2)
+    pattern = re.compile(re.escape(VISION_MODEL) + r"encoder\.layers\.(\d+)\.")
+    layers = {int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))}
+    if fields.data.get("mm_hidden_size") != width:
+        raise fields.wrong("mm_hidden_size", f"{width}, the width of the vision tower's tensors")
+    if width % VISION_HEADS or len(layers) < 2 or not 1 <= patch <= IMAGE_SIZE:
+        raise FusionError(
+            f"The vision tower of {checkpoint.folder} has width {width}, {len(layers)} layers and patches of "
+            f"{patch}; expected a width divisible by {VISION_HEADS}, two layers or more, patches of at most "
+            f"{IMAGE_SIZE}."
+        )
+    return VisionConfig(width=width, layers=len(layers), mlp_width=mlp_width, patch_size=patch)
+
+
+def _eos(folder: Path) -> tuple[int, ...]:
+    generation = _Fields(folder / "generation_config.json")
+    value = generation.data.get("eos_token_id")
+    ids = cast("list[object]", value if isinstance(value, list) else [value])
+    if not ids or not all(type(one) is int and one >= 0 for one in ids):
+        raise generation.wrong("eos_token_id", "a token id or a list of them")
+    return tuple(cast("list[int]", ids))

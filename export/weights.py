@@ -1,0 +1,59 @@
+"""Parameters of a model by name, read a few rows at a time.
+
+Two sources exist: a released checkpoint, here, and an exported bundle, dequantized (``export/bundle_weights.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.runtime.errors import FusionError
+
+
+class Weights(Protocol):
+    """Where parameters come from."""
+
+    parameters: Mapping[str, Parameter]
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows ``start`` to ``stop`` of a parameter, float32 ``[stop-start, ...]``. Safe in several threads."""
+        ...
+
+
+def read_parameter(weights: Weights, name: str) -> npt.NDArray[np.float32]:
+    """A whole parameter, float32."""
+    return weights.rows(name, 0, weights.parameters[name].shape[0])
+
+
+class CheckpointWeights:
+    """Parameters assembled from the tensors of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, parameters: Mapping[str, Parameter]) -> None:
+        self.checkpoint = checkpoint
+        self.parameters = parameters
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """See :meth:`Weights.rows`. Raises :class:`FusionError` for values that are not finite."""
+        parameter = self.parameters[name]
+        parts, first = [], 0
+        for source in parameter.sources:
+            low, high = max(start - first, 0), min(stop - first, source.rows)
+            if low < high:
+                part = self.checkpoint.read_rows(source.tensor, low, high)
+                part = part.reshape(high - low, *([-1] if part.ndim > 1 else []))
+                part = part if source.columns is None else part[:, slice(*source.columns)]
+                # A sum is finite only if every element is, and costs a fraction of isfinite().all().
+                if not np.isfinite(part.sum(dtype=np.float64)):
+                    raise FusionError(
+                        f"Tensor {source.tensor} of {self.checkpoint.folder} holds NaN or infinite values; "
+                        "the checkpoint is damaged: fetch or save it again."
+                    )
+                parts.append(part)
+            first += source.rows
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
