@@ -1,0 +1,132 @@
+"""The demo model's tokenizer: a small SentencePiece model trained on the demo's own words.
+
+Same files and same rules as the released Phi checkpoints: byte fallback, added tokens that swallow the white
+space behind them, a leading space in front of a text that starts with none of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from fusion_edge.benchmarks.demo import pictures
+
+PIECES = 504  # with the eight added tokens: 512
+ADDED = (
+    "<|endoftext|>",
+    "<|assistant|>",
+    "<|placeholder1|>",
+    "<|system|>",
+    "<|end|>",
+    "<|user|>",
+    "<vision_start>",
+    "<vision_end>",
+)
+"""Tokens that follow the SentencePiece pieces, in the order of their ids."""
+KEEP_SPACE_BEHIND = ("<vision_start>", "<vision_end>")
+MAX_LENGTH = 512
+SYSTEM = "You are a helpful AI assistant."
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Train the tokenizer and write it the way a released checkpoint carries it."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_corpus()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=PIECES,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    ids = {token: PIECES + i for i, token in enumerate(ADDED)}
+    _write_json(folder / "added_tokens.json", ids)
+    described = {i: _describe(token) for i, token in enumerate(("<unk>", "<s>", "</s>"))}
+    described |= {i: _describe(token) for token, i in ids.items()}
+    special = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<unk>", "unk_token": "<unk>"}
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": True,
+        "added_tokens_decoder": {str(i): token | {"special": True} for i, token in described.items()},
+        "additional_special_tokens": ADDED,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": MAX_LENGTH,
+        "sp_model_kwargs": {},
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "LlamaTokenizer",
+        "use_default_system_prompt": False,
+    }
+    _write_json(folder / "tokenizer_config.json", config | special)
+    named = {name: _describe(token) for name, token in special.items()}
+    _write_json(folder / "special_tokens_map.json", {"additional_special_tokens": ADDED} | named)
+
+
+class Tokenizer:
+    """Text to ids by the rules of the released tokenizer with ``legacy=False``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        self._added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+        self._split = re.compile("(" + "|".join(map(re.escape, self._added)) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no beginning-of-sequence token."""
+        ids: list[int] = []
+        parts = self._split.split(text)
+        for before, part in zip(["", *parts], parts, strict=False):
+            if part in self._added:
+                ids.append(self._added[part])
+            elif part:
+                ids += self._encode_plain(part, before)
+        return ids
+
+    def _encode_plain(self, text: str, before: str) -> list[int]:
+        """Ids of a text without added tokens that stands behind the added token ``before`` (or at the front)."""
+        if not before:
+            return list(self._pieces.encode(text))
+        if before not in KEEP_SPACE_BEHIND:
+            text = text.lstrip()
+        # SentencePiece always puts a space in front: encode behind a byte that merges with nothing, drop both.
+        anchor = self._pieces.encode("\n")
+        return list(self._pieces.encode("\n" + text))[len(anchor) :]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids of plain pieces, stripped."""
+        return str(self._pieces.decode(ids)).strip()
+
+
+def _corpus() -> list[str]:
+    """Every sentence of the demo.
+
+    Words also stand behind a bracket, where no space is glued to them: answers and the first word of a question
+    follow an added token or a line break, and should be one piece there too.
+    """
+    rng = np.random.default_rng(0)
+    sentences = {SYSTEM}
+    for _ in range(300):
+        for question in pictures.ask(pictures.arrange(rng), rng, 4):
+            sentences |= {question.text, question.answer}
+    words = sorted({word for sentence in sentences for word in re.findall(r"\w+", sentence)})
+    glued = [f"({word}" for word in words for _ in range(2000)]
+    return [*sorted(sentences), *(f" {word}" for word in words for _ in range(500)), *glued]
+
+
+def _describe(token: str) -> dict[str, object]:
+    swallows = token in ADDED and token not in KEEP_SPACE_BEHIND
+    return {"content": token, "lstrip": False, "normalized": False, "rstrip": swallows, "single_word": False}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""Building ONNX graphs whose weights are only planned: each has a place in the data file, none is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.graphs import GraphSpec, TensorSpec
+
+OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
+MICROSOFT = "com.microsoft"
+FUSION = "fusion_edge"
+PAGE = 4096  # offsets in data files are multiples of a page, so that runtimes can map them into memory
+
+ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+}
+
+Part = Literal["values", "scales"]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """An initializer in the data file: one part of a parameter in some format."""
+
+    name: str
+    parameter: str
+    part: Part
+    format: WeightFormat
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    content: npt.NDArray[Any] | None = None
+    """The values themselves where they are computed (rotary tables), not read from a parameter."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the data file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+class GraphBuilder:
+    """One graph in the making. Values are names; nodes are appended in topological order."""
+
+    def __init__(self, spec: GraphSpec) -> None:
+        self.spec = spec
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+        self.planned: dict[str, PlannedTensor] = {}
+        self.functions: dict[str, FunctionProto] = {}
+        self.data_bytes = 0
+        self._used: dict[str, int] = {}
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        scope: str = "",
+        domain: str = "",
+        outputs: int | Sequence[str] = 1,
+        **attributes: Any,
+    ) -> list[str]:
+        """Append a node named after ``scope`` (the path in the model); the names of its outputs."""
+        name = self._unique(f"{scope}.{operator}" if scope else operator)
+        if isinstance(outputs, int):
+            outputs = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(operator, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return list(outputs)
+
+    def constant(self, values: npt.ArrayLike, dtype: str = "int64") -> str:
+        """A small array stored in the graph itself; equal ones are stored once."""
+        array = np.asarray(values, dtype=dtype)
+        name = f"constant.{dtype}.{'x'.join(map(str, array.shape))}.{array.tobytes().hex()}"
+        if len(name) > 120:
+            name = self._unique(f"constant.{dtype}.{'x'.join(map(str, array.shape))}")
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def plan(self, parameter: str, part: Part, form: WeightFormat, dtype: str, shape: tuple[int, ...]) -> str:
+        """Give a part of a parameter its place in the data file; the initializer's name."""
+        name = parameter if part == "values" else f"{parameter}.{part}"
+        self._place(PlannedTensor(name, parameter, part, form, dtype, shape, self.data_bytes))
+        return name
+
+    def table(self, name: str, values: npt.NDArray[Any], dtype: str) -> str:
+        """A computed array too large for the graph itself, placed in the data file."""
+        content = values.astype(dtype)
+        form = WeightFormat("fp32" if dtype == "float32" else "fp16")
+        self._place(PlannedTensor(name, name, "values", form, dtype, content.shape, self.data_bytes, content))
+        return name
+
+    def _place(self, tensor: PlannedTensor) -> None:
+        if tensor.name not in self.planned:
+            self.planned[tensor.name] = tensor
+            self.data_bytes += -(-tensor.nbytes // PAGE) * PAGE
+
+    def model(self, data_file: str, producer_version: str) -> ModelProto:
+        """The finished model, its planned tensors pointing into ``data_file``."""
+        graph = GraphProto(name=self.spec.name)
+        graph.node.extend(self.nodes)
+        graph.input.extend(_value_infos(self.spec.inputs))
+        graph.output.extend(_value_infos(self.spec.outputs))
+        graph.initializer.extend(self.constants.values())
+        graph.initializer.extend(_external(tensor, data_file) for tensor in self.planned.values())
+        imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        if self.functions:
+            imports.append(helper.make_opsetid(FUSION, 1))
+        return helper.make_model(
+            graph,
+            opset_imports=imports,
+            functions=list(self.functions.values()),
+            producer_name="fusion-edge",
+            producer_version=producer_version,
+            ir_version=10,  # of opset 21
+        )
+
+    def _unique(self, name: str) -> str:
+        count = self._used.get(name, 0)
+        self._used[name] = count + 1
+        return f"{name}.{count}" if count else name
+
+
+def _value_infos(specs: Iterable[TensorSpec]) -> list[Any]:
+    return [helper.make_tensor_value_info(s.name, ONNX_TYPES[s.dtype], list(s.shape)) for s in specs]
+
+
+def _external(tensor: PlannedTensor, data_file: str) -> TensorProto:
+    proto = TensorProto(name=tensor.name, data_type=ONNX_TYPES[tensor.dtype], dims=tensor.shape)
+    proto.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", data_file), ("offset", tensor.offset), ("length", tensor.nbytes)):
+        proto.external_data.add(key=key, value=str(value))
+    return proto

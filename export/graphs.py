@@ -1,0 +1,54 @@
+"""The three graphs of a bundle: which architecture function runs over which inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fusion_edge.export import architecture
+from fusion_edge.export.architecture import Alignment
+from fusion_edge.export.graph_builder import GraphBuilder
+from fusion_edge.export.lower_onnxruntime import OnnxRuntimeOperations, OnnxValue, Settings
+from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime import graphs
+from fusion_edge.runtime.config import FusionConfig
+
+
+def build_graphs(
+    config: FusionConfig,
+    parameters: Mapping[str, Parameter],
+    formats: Mapping[str, WeightFormat],
+    settings: Settings,
+) -> list[GraphBuilder]:
+    """Vision encoder, alignment decoder and LLM, their weights planned (names without ``.weight`` in ``formats``)."""
+    specs = graphs.graph_specs(config, settings.activations, settings.cache, settings.max_context)
+    builders = [GraphBuilder(spec) for spec in specs]
+    vision, alignment, llm = (
+        OnnxRuntimeOperations(config, builder, parameters, formats, settings) for builder in builders
+    )
+    _vision_encoder(vision, config)
+    _alignment_decoder(alignment, config)
+    _llm(llm, config)
+    return builders
+
+
+def _inputs(ops: OnnxRuntimeOperations, *names: str) -> list[OnnxValue]:
+    return [ops.input(name) for name in names]
+
+
+def _vision_encoder(ops: OnnxRuntimeOperations, config: FusionConfig) -> None:
+    pixels, text, mask = _inputs(ops, "pixel_values", "text_embeds", "text_mask")
+    ops.output(architecture.vision_encoder(ops, config, pixels, text, mask), "features")
+
+
+def _alignment_decoder(ops: OnnxRuntimeOperations, config: FusionConfig) -> None:
+    features, latent_cells, context_cells = _inputs(ops, "features", "latent_cells", "context_cells")
+    outputs = architecture.alignment_decoder(ops, config, features, latent_cells, context_cells)
+    for value, name in zip(outputs, ("latents", "keys", "values"), strict=True):
+        ops.output(value, name)
+
+
+def _llm(ops: OnnxRuntimeOperations, config: FusionConfig) -> None:
+    (embeddings,) = _inputs(ops, "embeddings")
+    alignment = Alignment(*_inputs(ops, "latent_positions", "question_positions", "keys", "values"))
+    ops.output(architecture.llm(ops, config, embeddings, alignment), "logits")

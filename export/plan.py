@@ -1,0 +1,202 @@
+"""Deciding everything about a bundle before a byte of it is written: formats, graphs, sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from fusion_edge.export.checkpoint import read_config, read_parameters
+from fusion_edge.export.graph_builder import GraphBuilder, PlannedTensor
+from fusion_edge.export.graphs import build_graphs
+from fusion_edge.export.lower_onnxruntime import Settings
+from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.export.tokenizer import tokenizer_json
+from fusion_edge.quant.formats import DEFAULT_GROUP_SIZE, WeightFormat
+from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
+from fusion_edge.runtime import bundle
+from fusion_edge.runtime.config import FusionConfig, side
+from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.graphs import GraphSpec
+
+ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}
+MINIMUM_CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user asks for; each field is an option of ``fusion-export`` and explained there."""
+
+    precision: str = "int4"
+    group_size: int = DEFAULT_GROUP_SIZE
+    rules: tuple[Rule, ...] = ()
+    query_lengths: tuple[int, ...] = ()
+    image_tokens: int | None = None
+    max_context: int | None = None
+    target: str = "cpu"
+    accuracy_level: int = 4
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of weights: every tensor's place in it."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A bundle, complete but for the values of its weights."""
+
+    checkpoint: Checkpoint
+    config: FusionConfig
+    options: ExportOptions
+    parameters: Mapping[str, Parameter]
+    formats: Mapping[str, WeightFormat]
+    settings: Settings
+    small_files: Mapping[str, bytes]
+    """Content of every file but the manifest and the weights."""
+    data_files: tuple[DataFile, ...]
+    specs: tuple[GraphSpec, ...] = field(repr=False)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the checkpoint that will be read."""
+        return self.checkpoint.total_bytes
+
+    def manifest(self, files: tuple[bundle.FileEntry, ...]) -> bundle.Manifest:
+        """The manifest for the files written."""
+        settings = self.settings
+        return bundle.Manifest(
+            schema_version=bundle.SCHEMA_VERSION,
+            producer=_producer(),
+            source=self.checkpoint.folder.resolve().name,
+            target=self.options.target,
+            precision=self.options.precision,
+            max_context=settings.max_context,
+            query_lengths=self.options.query_lengths,
+            image_side=side(self.options.image_tokens or self.config.vision.patches),
+            activations=settings.activations,
+            cache=settings.cache,
+            accuracy_level=settings.accuracy_level,
+            model=self.config,
+            embedding=_embedding_table(self.data_files[-1].tensors),
+            graphs={spec.name: _spec_json(spec) for spec in self.specs},
+            weights={name: str(form) for name, form in self.formats.items()},
+            files=files,
+        )
+
+    @property
+    def bundle_bytes(self) -> int:
+        """Bytes of the finished bundle, the manifest included."""
+        sizes = {name: len(content) for name, content in self.small_files.items()}
+        sizes |= {file.name: file.size for file in self.data_files}
+        entries = tuple(bundle.FileEntry(name, size, "0" * 64) for name, size in sizes.items())
+        return sum(sizes.values()) + len(self.manifest(entries).to_text())
+
+
+def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
+    """Validate checkpoint and options together and lay the bundle out. Reads no weights.
+
+    Raises :class:`FusionError` for a checkpoint that is not FUSION's, :class:`UsageError` for an option that does
+    not fit it.
+    """
+    config = read_config(checkpoint)
+    parameters = read_parameters(checkpoint, config)
+    options = _checked(options, config)
+    defaults = preset(options.precision, options.group_size)
+    names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
+    formats = assign(names, options.rules, defaults)
+    activations = ACTIVATIONS[options.target]
+    settings = Settings(
+        activations=activations,
+        accuracy_level=options.accuracy_level,
+        cache=activations,
+        max_context=options.max_context or config.max_length,
+    )
+    builders = build_graphs(config, parameters, formats, settings)
+    small_files = {bundle.TOKENIZER: tokenizer_json(checkpoint.folder).encode()}
+    data_files = []
+    for builder in builders:
+        name = builder.spec.name
+        model = builder.model(bundle.data_file(name), _producer())
+        small_files[bundle.graph_file(name)] = model.SerializeToString(deterministic=True)
+        data_files.append(DataFile(bundle.data_file(name), tuple(builder.planned.values()), builder.data_bytes))
+    data_files.append(_embedding_file(parameters[f"{EMBEDDING}.weight"], formats[EMBEDDING]))
+    return ExportPlan(
+        checkpoint=checkpoint,
+        config=config,
+        options=options,
+        parameters=parameters,
+        formats=formats,
+        settings=settings,
+        small_files=small_files,
+        data_files=tuple(data_files),
+        specs=tuple(builder.spec for builder in builders),
+    )
+
+
+def _producer() -> str:
+    return f"fusion-edge {version('fusion-edge')}"
+
+
+def _spec_json(spec: GraphSpec) -> dict[str, Any]:
+    return {
+        "inputs": [dataclasses.asdict(tensor) for tensor in spec.inputs],
+        "outputs": [dataclasses.asdict(tensor) for tensor in spec.outputs],
+    }
+
+
+def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
+    """``options`` with defaults filled in from the model, or :class:`UsageError`."""
+    offered = config.alignment.query_lengths
+    for length in options.query_lengths:
+        if length not in offered:
+            raise UsageError(f"Query length {length} is not offered by this checkpoint; choose from {_list(offered)}.")
+    patches = config.vision.patches
+    squares = [n * n for n in range(1, config.vision.grid + 1)]
+    if options.image_tokens is not None and options.image_tokens not in squares:
+        raise UsageError(
+            f"{options.image_tokens} image tokens do not form a square grid of at most {patches}; "
+            f"choose one of {_list(squares)}."
+        )
+    context = options.max_context
+    if context is not None and not MINIMUM_CONTEXT <= context <= config.max_length:
+        raise UsageError(
+            f"A context of {context} positions is out of range; this checkpoint was trained with {config.max_length}: "
+            f"choose {MINIMUM_CONTEXT} to {config.max_length}."
+        )
+    lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
+    return dataclasses.replace(options, query_lengths=lengths, image_tokens=options.image_tokens or patches)
+
+
+def _default_lengths(offered: tuple[int, ...]) -> tuple[int, ...]:
+    """All offered lengths, the largest of at most 144 first: most detail, still a small share of the prompt."""
+    default = max((length for length in offered if length <= 144), default=offered[0])
+    return default, *(length for length in offered if length != default)
+
+
+def _list(numbers: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _embedding_file(parameter: Parameter, form: WeightFormat) -> DataFile:
+    """The token table in the embedding file: values, then scales."""
+    builder = GraphBuilder(GraphSpec("embeddings", (), ()))
+    rows, columns = parameter.shape
+    shape = form.packed_shape(rows, columns)
+    dtype = {"int8": "uint8", "fp16": "float16", "fp32": "float32"}[form.kind]
+    builder.plan(parameter.name, "values", form, dtype, shape)
+    if form.is_quantized:
+        builder.plan(parameter.name, "scales", form, "float16", shape[:2])
+    return DataFile(bundle.EMBEDDINGS, tuple(builder.planned.values()), builder.data_bytes)
+
+
+def _embedding_table(tensors: tuple[PlannedTensor, ...]) -> bundle.EmbeddingTable:
+    form = tensors[0].format
+    return bundle.EmbeddingTable(form.kind, form.group_size, tensors[0].offset, tensors[-1].offset)

@@ -1,0 +1,326 @@
+"""Strict, bounded-memory reading of safetensors checkpoints.
+
+Files are read with ``preadv`` and never memory-mapped: mapped pages would count as the exporter's memory.
+
+Format (safetensors 0.4): 8 bytes little-endian header length, a JSON header of
+``name -> {dtype, shape, data_offsets}``, then the tensors' bytes, row-major and little-endian, without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from fusion_edge.export.source import read_json_object
+from fusion_edge.runtime.errors import FusionError
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's own reference reader
+_CHUNK = 1 << 19  # elements widened at a time: the buffer stays in the processor's cache
+_ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str
+    """``BF16``, ``F16`` or ``F32``."""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """Bytes from the start of ``file``."""
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, read row by row as float32; safe to read from several threads.
+
+    Use it as a context manager: it holds one open file per shard.
+
+    Raises:
+        FusionError: The folder has no safetensors, or an index, shard or header is missing, damaged or
+            inconsistent (see :func:`read_header`).
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptors: dict[Path, int] = {}
+        with ExitStack() as opened:
+            tensors: dict[str, TensorInfo] = {}
+            for file, expected in _shards(folder).items():
+                descriptor = _open(file)
+                opened.callback(os.close, descriptor)
+                found = read_header(file, descriptor)
+                _check_against_index(file, found, expected)
+                self._descriptors[file] = descriptor
+                tensors.update(found)
+            self.tensors = MappingProxyType(tensors)
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; reading afterwards raises ``KeyError``."""
+        self._descriptors.clear()
+        self._opened.close()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """The whole tensor as float32, in its own shape. Raises as :meth:`read_rows`."""
+        info = self.tensors[name]
+        return self._read(info, 0, math.prod(info.shape)).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows ``start`` to ``stop`` (exclusive) along the first axis.
+
+        Returns:
+            float32 ``[stop - start, *shape[1:]]``, freshly allocated; besides it at most 1 MiB is used.
+
+        Raises:
+            KeyError: No such tensor (or the checkpoint is closed).
+            IndexError: Rows that the tensor does not have.
+            FusionError: The file has shrunk since it was opened or cannot be read.
+        """
+        info = self.tensors[name]
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise IndexError(f"{name} has shape {info.shape}, rows {start} to {stop} were asked for")
+        row = math.prod(info.shape[1:])
+        return self._read(info, start * row, stop * row).reshape(stop - start, *info.shape[1:])
+
+    def _read(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Elements ``start`` to ``stop`` of the flattened tensor."""
+        descriptor = self._descriptors[info.file]
+        item_size = _ITEM_SIZES[info.dtype]
+        values = np.empty(stop - start, np.float32)
+        if info.dtype == "F32":
+            _read_into(descriptor, values, info, start * item_size)
+            return values
+        buffer = np.empty(min(_CHUNK, values.size), np.uint16)
+        for begin in range(0, values.size, _CHUNK):
+            widened = values[begin : begin + _CHUNK]
+            stored = buffer[: widened.size]
+            _read_into(descriptor, stored, info, (start + begin) * item_size)
+            if info.dtype == "BF16":  # a bfloat16 is the upper half of a float32
+                bits = widened.view(np.uint32)
+                bits[:] = stored
+                bits <<= 16
+            else:
+                widened[:] = stored.view(np.float16)
+        return values
+
+
+def read_header(file: Path, descriptor: int) -> dict[str, TensorInfo]:
+    """Read and validate the header of one safetensors file.
+
+    Raises:
+        FusionError: The file is truncated, its header is no such header, a tensor appears twice, has an
+            unsupported type, a size that its shape contradicts, or bytes that overlap, leave a gap or lie
+            outside of the file.
+    """
+    file_size = os.fstat(descriptor).st_size
+    length = int.from_bytes(_read_bytes(file, descriptor, 8, 0), "little")
+    if not 0 < length <= file_size - 8:
+        raise FusionError(
+            f"{file} is truncated or no safetensors file: its first 8 bytes announce a header of {length} "
+            f"bytes, but the file has {file_size}; download it again."
+        )
+    if length > _HEADER_LIMIT:
+        raise _corrupt(file, f"its {length} bytes are over the format's limit of {_HEADER_LIMIT}")
+    header = _parse_header(file, _read_bytes(file, descriptor, length, 8))
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
+    _check_layout(file, tensors, 8 + length, file_size)
+    return tensors
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise FusionError(
+            f"The shard {file.name} is missing from {file.parent}: download the checkpoint again, completely."
+        ) from None
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _read_bytes(file: Path, descriptor: int, count: int, offset: int) -> bytes:
+    try:
+        return os.pread(descriptor, count, offset)
+    except OSError as error:  # also a folder in the place of the file
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> FusionError:
+    return FusionError(f"{file} cannot be read ({error.strerror}): check its permissions and the disk.")
+
+
+def _read_into(descriptor: int, target: npt.NDArray[Any], info: TensorInfo, offset: int) -> None:
+    """Fill ``target`` from ``offset`` bytes into the tensor; one system call may return less than asked."""
+    remaining = target.view(np.uint8).data
+    position = info.offset + offset
+    while remaining:
+        try:
+            count = os.preadv(descriptor, [remaining], position)
+        except OSError as error:
+            raise _unreadable(info.file, error) from error
+        if count == 0:
+            raise FusionError(
+                f"{info.file} ends inside the tensor {info.name}, it has shrunk since it was opened: "
+                "download it again."
+            )
+        remaining = remaining[count:]
+        position += count
+
+
+def _shards(folder: Path) -> dict[Path, set[str] | None]:
+    """Each safetensors file with the tensors that the index places in it (None: there is no index).
+
+    As the ``transformers`` library does, a single file goes before an index.
+    """
+    if (folder / _SINGLE_FILE).exists():
+        return {folder / _SINGLE_FILE: None}
+    index = folder / _INDEX_FILE
+    if not index.exists():
+        raise _no_weights(folder)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FusionError(f"{index} has no weight_map that names each tensor's shard: download it again.")
+    placed: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise FusionError(
+                f"{index} places {name} in {shard!r}, expected the name of a .safetensors file in the same "
+                "folder: download the checkpoint again, from a source that you trust."
+            )
+        placed.setdefault(shard, set()).add(name)
+    return {folder / shard: placed[shard] for shard in sorted(placed)}
+
+
+def _no_weights(folder: Path) -> FusionError:
+    for pattern in ("pytorch_model*.bin", "*.pth", "*.pt", "*.bin"):
+        pickles = sorted(folder.glob(pattern))
+        if pickles:
+            return FusionError(
+                f"{folder} has only pickle weights ({pickles[0].name}), which can run code when loaded and "
+                f"are not read: if you trust them, convert them there with `{_conversion(pattern)}`."
+            )
+    return FusionError(
+        f"{folder} has no weights, expected {_SINGLE_FILE} or {_INDEX_FILE} with its shards (pickle weights "
+        "are neither downloaded nor read): pass a complete checkpoint folder."
+    )
+
+
+def _conversion(pattern: str) -> str:
+    """A shell command that rewrites the state dictionaries in the current folder as one safetensors file."""
+    # Clones, because save_file refuses tensors that share memory (tied embeddings).
+    return (
+        'python -c "import glob, torch; from safetensors.torch import save_file; '
+        f"save_file({{name: tensor.contiguous().clone() for file in sorted(glob.glob('{pattern}')) "
+        "for name, tensor in torch.load(file, map_location='cpu', weights_only=True).items()}, "
+        f"'{_SINGLE_FILE}')\""
+    )
+
+
+def _check_against_index(file: Path, found: dict[str, TensorInfo], expected: set[str] | None) -> None:
+    if expected is None:
+        return
+    for name in sorted(expected - found.keys()):
+        raise FusionError(
+            f"{file} lacks {name}, which {_INDEX_FILE} places there: download both files again."
+        )
+    for name in sorted(found.keys() - expected):
+        raise FusionError(
+            f"{file} holds {name}, which {_INDEX_FILE} does not place there: download both files again."
+        )
+
+
+def _corrupt(file: Path, what: str) -> FusionError:
+    return FusionError(f"{file} has a corrupt safetensors header, {what}: download it again.")
+
+
+def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # json keeps the last of two equal keys silently.
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise _corrupt(file, f"{twice} is in it twice")
+        return values
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(file, f"it is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _corrupt(file, "it is no JSON object")
+    return header
+
+
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Validate one entry of a header, but for its place among the others."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _corrupt(file, f"the entry of {name} should have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_SIZES:
+        raise FusionError(
+            f"{name} in {file} has the type {dtype}, supported are {', '.join(_ITEM_SIZES)}: "
+            "use the released bfloat16 checkpoint, or convert the tensor."
+        )
+    if not all(_is_sizes(values) for values in (shape, offsets)) or len(offsets) != 2:
+        raise _corrupt(file, f"shape {shape} or data_offsets {offsets} of {name} are no sizes")
+    begin, end = offsets
+    nbytes = math.prod(shape) * _ITEM_SIZES[dtype]
+    if end - begin != nbytes:
+        raise _corrupt(file, f"{name} takes {end - begin} bytes, but {dtype} of shape {shape} needs {nbytes}")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def _is_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], data_start: int, file_size: int) -> None:
+    """The tensors must fill the file from ``data_start`` to its end, without overlaps or gaps."""
+    end = data_start
+    # The second key puts an empty tensor before the one that starts at the same byte.
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            kind = "overlaps the tensor before it" if info.offset < end else "leaves a gap before it"
+            raise _corrupt(file, f"{info.name} {kind}")
+        end += info.nbytes
+        if end > file_size:
+            raise FusionError(
+                f"{file} is truncated: the tensor {info.name} ends at byte {end}, the file has {file_size}; "
+                "download it again."
+            )
+    if end != file_size:
+        raise _corrupt(file, f"{file_size - end} bytes at the end of the file belong to no tensor")
+

@@ -1,0 +1,120 @@
+"""Where a checkpoint comes from: a local folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.runtime.errors import FusionError, UsageError
+
+# "*" also matches "/" in these patterns; the second list keeps subfolders (optimizer states, copies) out.
+_WANTED_FILES = ["*.json", "*.safetensors", "*.model"]
+_UNWANTED_FILES = ["*/*"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_WEIGHT_SUFFIXES = {
+    ".safetensors": "one safetensors file",
+    ".gguf": "a GGUF file, which holds no FUSION checkpoint",
+    ".onnx": "an ONNX graph, not a checkpoint",
+    ".bin": "one pickle file",
+    ".pt": "one pickle file",
+    ".pth": "one pickle file",
+    ".json": "one JSON file",
+}
+
+
+def resolve_checkpoint(source: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint.
+
+    Args:
+        source: An existing folder, used as it is, or a hub id ``org/name``. The hub is asked through
+            ``huggingface_hub``: its cache, login and ``HF_HUB_OFFLINE`` apply; only JSON, safetensors and
+            SentencePiece files of the top level are fetched, never a pickle.
+        revision: Branch, tag or commit on the hub; None is the default branch.
+
+    Raises:
+        UsageError: ``revision`` given with a local folder.
+        FusionError: No such folder, a file in its place, or the hub cannot give the checkpoint.
+    """
+    path = Path(source).expanduser() if source else None
+    if path and path.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision} was given with the local folder {source}, which has no revisions: "
+                "leave --revision out, or pass a hub id such as org/name."
+            )
+        return path
+    if path and path.exists():
+        kind = _WEIGHT_SUFFIXES.get(path.suffix.lower(), "a file")
+        raise FusionError(
+            f"{source} is {kind}, but a checkpoint is a folder with config.json, tokenizer files and "
+            "safetensors: pass the checkpoint's folder."
+        )
+    if path is None or not _HUB_ID.fullmatch(source) or path.suffix.lower() in _WEIGHT_SUFFIXES:
+        raise FusionError(
+            f"There is no folder '{source}': pass an existing checkpoint folder, or a hub id of the form "
+            "org/name."
+        )
+    return _download(source, revision)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ``FusionError`` if the file is missing, no JSON or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FusionError(
+            f"{path} is missing: pass a complete checkpoint folder, or download it again."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FusionError(f"{path} is not readable JSON ({error}): download the file again.") from error
+    if not isinstance(value, dict):
+        raise FusionError(f"{path} holds no JSON object but a {type(value).__name__}: download it again.")
+    return value
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    # Imported here: a local folder needs none of the hub client's import time.
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
+        )
+    # Exception, because the client lets its transport's own through, and changes transports between versions.
+    except Exception as error:
+        raise FusionError(_hub_message(hub_id, revision, error)) from error
+    return Path(folder)
+
+
+def _hub_message(hub_id: str, revision: str | None, error: Exception) -> str:
+    """One sentence for whatever the hub client raised."""
+    from huggingface_hub import constants, errors
+
+    at = f" at revision {revision}" if revision else ""
+    # A gated repository is a subclass of one not found, so it is asked first.
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{hub_id} is a gated repository: accept its terms on its model page, log in with "
+            "`hf auth login`, and run again."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{hub_id} has no revision {revision}: pass an existing branch, tag or commit, or none."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{hub_id} is neither a local folder nor a repository that the hub shows you: check the "
+            "spelling, or log in with `hf auth login` if it is private."
+        )
+    if isinstance(error, errors.HFValidationError):
+        return f"{hub_id}{at} is not a valid hub id: pass org/name or an existing folder."
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{hub_id}{at} is not complete in the local cache and HF_HUB_OFFLINE forbids downloading: "
+            "unset it, or pass a local folder."
+        )
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{hub_id}{at} could not be downloaded ({reason.rstrip('.')}): check the network and the free disk "
+        "space and run again, or pass a local folder."
+    )

@@ -1,0 +1,60 @@
+"""Round-to-nearest group quantization and its byte layout, that of ONNX Runtime's MatMulNBits.
+
+Symmetric: a stored value v of b bits means ``(v - 2^(b-1)) * scale``. Two 4-bit values share a byte, the first
+in the low nibble. Scales are strictly positive (TensorRT asks for that) and rounded to float16 *before* the
+values are, so that the stored pair is the best that the stored scale allows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.quant.formats import WeightFormat
+
+SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
+
+
+def quantize(
+    rows: npt.NDArray[np.float32], form: WeightFormat
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
+    """``[n,K]`` -> packed ``[n, groups, group_size * bits / 8]`` and scales ``[n, groups]``.
+
+    The scale is the smallest for which both ends of a group fit: max/(2^(b-1)-1) or -min/2^(b-1).
+    """
+    count, inputs = rows.shape
+    groups, half = form.groups(inputs), 1 << (form.bits - 1)
+    if missing := groups * form.group_size - inputs:
+        rows = np.pad(rows, ((0, 0), (0, missing)))
+    grouped = rows.reshape(count, groups, form.group_size)
+    extent = np.maximum(grouped.max(axis=2) / np.float32(half - 1), grouped.min(axis=2) / np.float32(-half))
+    scales = np.maximum(extent, SMALLEST_SCALE).astype(np.float16)
+    scaled = grouped * (1 / scales.astype(np.float32))[:, :, None]
+    scaled += np.float32(half + 0.5)  # the cast below truncates: this rounds
+    np.clip(scaled, 0, 2 * half - 1, out=scaled)
+    return _pack(scaled.astype(np.uint8), form.bits), scales
+
+
+def dequantize(
+    packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float16], form: WeightFormat, inputs: int
+) -> npt.NDArray[np.float32]:
+    """Inverse of :func:`quantize` up to rounding: float32 ``[n, inputs]``."""
+    half = 1 << (form.bits - 1)
+    values = _unpack(packed, form.bits).astype(np.float32) - np.float32(half)
+    values *= scales.astype(np.float32)[:, :, None]
+    return values.reshape(len(values), -1)[:, :inputs]
+
+
+def _pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    if bits == 8:
+        return values
+    pairs = values.view("<u2")  # first value in the low byte
+    return ((pairs | (pairs >> 4)) & 0xFF).astype(np.uint8)
+
+
+def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    if bits == 8:
+        return packed
+    wide = packed.astype("<u2")
+    pairs: npt.NDArray[np.uint16] = ((wide << 4) | wide) & 0x0F0F
+    return pairs.view(np.uint8)

@@ -1,0 +1,96 @@
+"""Which weight gets which format: ordered rules, the first that matches wins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.errors import FusionError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+EMBEDDING = "llm.embed_tokens"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A shell pattern over names such as ``llm.layers.0.mlp.down`` and the format for those that match."""
+
+    pattern: str
+    format: WeightFormat
+
+    @classmethod
+    def parse(cls, text: str, group_size: int) -> Rule:
+        """``PATTERN=FORMAT``. Raises :class:`UsageError`."""
+        pattern, equals, form = text.partition("=")
+        if not pattern or not equals:
+            raise UsageError(f"Cannot read rule {text!r}; expected PATTERN=FORMAT, e.g. 'llm.lm_head=int8:64'.")
+        return cls(pattern.strip(), WeightFormat.parse(form.strip(), group_size))
+
+
+def preset(precision: str, group_size: int) -> list[Rule]:
+    """The rules behind ``--fp32``, ``--fp16``, ``--int8`` and ``--int4``.
+
+    INT4 is for the LLM and the alignment; what is read once an image, or is most sensitive, keeps 8 bits.
+    """
+    if precision in ("fp32", "fp16"):
+        return [Rule("*", WeightFormat(precision))]
+    int8 = WeightFormat("int8", group_size)
+    if precision == "int8":
+        return [Rule("*", int8)]
+    return [
+        Rule(EMBEDDING, int8),
+        Rule("llm.lm_head", int8),
+        Rule("vision.*", int8),
+        Rule("*", WeightFormat("int4", group_size)),
+    ]
+
+
+def read_rules(path: Path, group_size: int) -> list[Rule]:
+    """Rules of a TOML file, in order: ``[rules]`` with lines ``"llm.layers.*.mlp.down" = "int8:64"``.
+
+    Raises :class:`FusionError` if the file cannot be read or holds anything else.
+    """
+    expected = "expected a table [rules] of lines \"PATTERN\" = \"FORMAT\""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FusionError(f"Cannot read the rules in {path} ({error}); {expected}.") from None
+    rules = data.get("rules")
+    if set(data) != {"rules"} or not isinstance(rules, dict):
+        raise FusionError(f"{path} holds {', '.join(data) or 'nothing'}; {expected}.")
+    if wrong := [key for key, value in rules.items() if not isinstance(value, str)]:
+        raise FusionError(f"Rule {wrong[0]!r} in {path} has no format; {expected}; quote names with dots.")
+    return [Rule(pattern, WeightFormat.parse(form, group_size)) for pattern, form in rules.items()]
+
+
+def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[Rule]) -> dict[str, WeightFormat]:
+    """The format of every name. ``defaults`` must match all.
+
+    The embedding table is looked up by row and gains nothing from 4 bits: wider patterns pass over it, and
+    asking for it by name is an error. Raises :class:`UsageError` for that and for an override that matches no
+    name.
+    """
+    names = list(names)
+    for rule in overrides:
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            raise UsageError(
+                f"Rule {rule.pattern!r} matches no weight; names look like {names[0]!r} or {names[-1]!r} "
+                "(fusion-export --dry-run --json lists them all)."
+            )
+        if rule.pattern == EMBEDDING and rule.format.bits == 4:
+            raise UsageError(f"{EMBEDDING} cannot be {rule.format}: it is looked up by row; use int8 or fp16.")
+    rules = [*overrides, *defaults]
+
+    def matches(rule: Rule, name: str) -> bool:
+        return fnmatchcase(name, rule.pattern) and not (name == EMBEDDING and rule.format.bits == 4)
+
+    return {name: next(rule.format for rule in rules if matches(rule, name)) for name in names}

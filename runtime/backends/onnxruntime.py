@@ -1,0 +1,157 @@
+"""ONNX Runtime: any CPU, and NVIDIA GPUs through its CUDA provider."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from fusion_edge.runtime import graphs
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
+from fusion_edge.runtime.bundle import Bundle, data_file, graph_file
+from fusion_edge.runtime.errors import FusionError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntimeBackend:
+    """See :class:`fusion_edge.runtime.backends.base.Backend`."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        """Load all three graphs. ``threads`` of None takes every core that this process may use.
+
+        Raises :class:`FusionError` if the device's provider is not installed or a graph does not load.
+        """
+        self.name = f"onnxruntime-{device}"
+        manifest = bundle.manifest
+        self._activations = np.dtype(manifest.activations)
+        options = _session_options(threads)
+        sessions = {name: _session(bundle, name, device, options) for name in manifest.graphs}
+        self._vision = sessions[graphs.VISION_ENCODER]
+        self._alignment = sessions[graphs.ALIGNMENT_DECODER]
+        self._llm = _Decoder(sessions[graphs.LLM], bundle)
+
+    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
+        (features,) = self._vision.run(None, {
+            "pixel_values": pixels.astype(self._activations, copy=False),
+            "text_embeds": text_embeds.astype(self._activations, copy=False),
+            "text_mask": text_mask.astype(np.int32),
+        })  # fmt: skip
+        return features.astype(np.float32, copy=False)  # type: ignore[no-any-return]
+
+    def align(self, features: Floats, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
+        latents, keys, values = self._alignment.run(None, {
+            "features": features.astype(self._activations, copy=False),
+            "latent_cells": latent_cells,
+            "context_cells": context_cells,
+        })  # fmt: skip
+        return ImageAlignment(latents[0].astype(np.float32, copy=False), keys, values)
+
+    def prefill(
+        self, embeddings: Floats, image: ImageAlignment, latent_positions: Integers, question_positions: Integers
+    ) -> Floats:
+        return self._llm.prefill({
+            "embeddings": embeddings[None].astype(self._activations, copy=False),
+            "latent_positions": latent_positions,
+            "question_positions": question_positions,
+            "keys": image.keys,
+            "values": image.values,
+        })  # fmt: skip
+
+    def decode(self, embedding: Floats) -> Floats:
+        return self._llm.step(embedding)
+
+    def close(self) -> None:
+        del self._vision, self._alignment, self._llm
+
+
+class _Decoder:
+    """The LLM's session with its KV cache: allocated once, bound as input *and* output, so updated in place."""
+
+    def __init__(self, session: ort.InferenceSession, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        config, activations = manifest.model, np.dtype(manifest.activations)
+        language, context = config.language, config.alignment.window_size**2
+        self._session = session
+        self._capacity = manifest.max_context
+        shape = (1, language.kv_heads, self._capacity, language.head_dim)
+        # Zeros are mapped lazily: pages of positions that are never reached take no memory.
+        self._cache = {
+            names: _value(np.zeros(shape, manifest.cache)) for names in graphs.cache_names(config)
+        }
+        self._last_position = np.zeros(1, np.int32)
+        self._total_length = np.zeros((), np.int32)
+        self._logits = np.zeros((1, language.vocab_size), np.float32)
+        self._step_embedding = np.zeros((1, 1, language.hidden_size), activations)
+        empty = np.zeros((config.alignment.layers, 0, context, language.hidden_size), activations)
+        self._step = self._binding({
+            "embeddings": self._step_embedding,
+            "latent_positions": np.zeros((0, 0), np.int64),
+            "question_positions": np.zeros(0, np.int64),
+            "keys": empty,
+            "values": empty,
+        })  # fmt: skip
+
+    def prefill(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Floats:
+        self._advance(0, inputs["embeddings"].shape[1])
+        self._session.run_with_iobinding(self._binding(inputs))
+        return self._logits[0]
+
+    def step(self, embedding: Floats) -> Floats:
+        self._step_embedding[0, 0] = embedding
+        self._advance(int(self._total_length), 1)
+        self._session.run_with_iobinding(self._step)
+        return self._logits[0]
+
+    def _advance(self, start: int, count: int) -> None:
+        if start + count > self._capacity:
+            raise FusionError(
+                f"The context of {self._capacity} positions is full; ask for fewer tokens or export with a larger "
+                "--max-context."
+            )
+        self._total_length[...] = start + count
+        self._last_position[...] = start + count - 1
+
+    def _binding(self, inputs: Mapping[str, npt.NDArray[Any]]) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        lengths = {"last_position": self._last_position, "total_length": self._total_length}
+        for name, array in (inputs | lengths).items():
+            binding.bind_ortvalue_input(name, _value(array))
+        for (past, present), value in self._cache.items():
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        binding.bind_ortvalue_output("logits", _value(self._logits))
+        return binding
+
+
+def _value(array: npt.NDArray[Any]) -> ort.OrtValue:
+    """The array itself as ONNX Runtime sees it: no copy, so later writes to it are seen too."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _session_options(threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    # ONNX Runtime's own default counts what it takes for physical cores and finds one on virtual machines.
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _session(bundle: Bundle, name: str, device: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise FusionError(
+            f"ONNX Runtime's {provider} is not installed; install onnxruntime-gpu, or run a bundle that was "
+            "exported for the CPU (fusion-export --target cpu)."
+        )
+    path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
+    try:
+        return ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+        reason = str(error).splitlines()[0]
+        raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {reason}") from error

@@ -1,0 +1,191 @@
+"""The bundle: a folder whose ``bundle.json`` lists everything in it. Its schema is defined here and nowhere else.
+
+Nothing is read that the manifest does not list, nothing outside the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fusion_edge.runtime.config import FusionConfig
+from fusion_edge.runtime.errors import FusionError
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+TOKENIZER = "tokenizer.json"
+EMBEDDINGS = "embeddings.data"
+CHUNK_BYTES = 1 << 20
+ALWAYS_VERIFIED_BYTES = 64 << 20  # below this a file's checksum is checked whenever a bundle is opened
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle; ``path`` is relative, with forward slashes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Where ``embeddings.data`` holds the token table: ``[vocab_size, hidden_size]``, offsets in bytes."""
+
+    kind: str
+    """fp32, fp16 or int8 (uint8 around 128, one float16 scale a group)."""
+    group_size: int
+    """Columns that share a scale; 0 for floats."""
+    values_offset: int
+    scales_offset: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``bundle.json``."""
+
+    schema_version: int
+    producer: str
+    source: str
+    """Name of the checkpoint that the bundle was made from."""
+    target: str
+    """``cpu`` or ``cuda``."""
+    precision: str
+    max_context: int
+    """Positions that fit in the KV cache: prompt and answer together."""
+    query_lengths: tuple[int, ...]
+    """Offered query lengths, the default first."""
+    image_side: int
+    """Side of the grid of image tokens (FUSION-L where it is less than the vision grid)."""
+    activations: str
+    """numpy dtype name of what flows between the graphs."""
+    cache: str
+    """numpy dtype name of the KV cache."""
+    accuracy_level: int
+    """MatMulNBits' attribute of every quantized linear."""
+    model: FusionConfig
+    embedding: EmbeddingTable
+    graphs: Mapping[str, Mapping[str, Any]]
+    """By graph name: ``inputs`` and ``outputs``, each a list of name, dtype and shape."""
+    weights: Mapping[str, str]
+    """Format of every weight, such as ``int4:128``."""
+    files: tuple[FileEntry, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all listed files."""
+        return sum(entry.size for entry in self.files)
+
+    def to_text(self) -> str:
+        """The text of ``bundle.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Path of a listed file. Raises :class:`FusionError` if the manifest does not list it."""
+        if all(entry.path != name for entry in self.manifest.files):
+            raise FusionError(f"{self.folder / MANIFEST} lists no {name}; export the bundle again.")
+        return self.folder / name
+
+
+def open_bundle(folder: str | Path) -> Bundle:
+    """Read and check a bundle: its manifest, the presence and size of every file, checksums of small ones.
+
+    Raises :class:`FusionError` naming what is wrong and what to do.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    for entry in manifest.files:
+        _check_file(folder, entry)
+        if entry.size <= ALWAYS_VERIFIED_BYTES:
+            _check_digest(folder, entry, lambda _: None)
+    return Bundle(folder, manifest)
+
+
+def verify(bundle: Bundle, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Check every file's SHA-256; ``advance`` is told the bytes read. Raises :class:`FusionError`."""
+    for entry in bundle.manifest.files:
+        _check_digest(bundle.folder, entry, advance)
+
+
+def digest(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file as hexadecimal text."""
+    total = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            total.update(chunk)
+            advance(len(chunk))
+    return total.hexdigest()
+
+
+def graph_file(name: str) -> str:
+    """File name of a graph's model."""
+    return f"{name}.onnx"
+
+
+def data_file(name: str) -> str:
+    """File name of a graph's weights."""
+    return f"{name}.data"
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    remedy = "Pass the folder that fusion-export wrote."
+    if not folder.is_dir():
+        raise FusionError(f"{folder} is not a folder; expected a bundle. {remedy}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FusionError(f"{folder} is not a bundle: it has no {MANIFEST}. {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise FusionError(f"{path} cannot be read ({error}); export the bundle again.") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise FusionError(
+            f"{folder} has bundle schema {version}, newer than {SCHEMA_VERSION}, which this fusion-edge reads; "
+            "upgrade fusion-edge (pip install --upgrade fusion-edge)."
+        )
+    try:
+        data["model"] = FusionConfig.from_json(data["model"])
+        data["embedding"] = EmbeddingTable(**data["embedding"])
+        data["files"] = tuple(FileEntry(**entry) for entry in data["files"])
+        data["query_lengths"] = tuple(data["query_lengths"])
+        return Manifest(**data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FusionError(f"{path} does not follow bundle schema {SCHEMA_VERSION} ({error}); export it again.") from None
+
+
+def _check_file(folder: Path, entry: FileEntry) -> None:
+    relative = PurePosixPath(entry.path)
+    path = folder / relative
+    inside = path.resolve().is_relative_to(folder.resolve())
+    if relative.is_absolute() or ".." in relative.parts or not inside:
+        raise FusionError(
+            f"{folder / MANIFEST} lists {entry.path}, which leads outside the bundle; do not use this bundle."
+        )
+    if not path.is_file():
+        raise FusionError(f"{path} is missing though {MANIFEST} lists it; copy or export the bundle again.")
+    if (size := path.stat().st_size) != entry.size:
+        raise FusionError(
+            f"{path} has {size} bytes; {MANIFEST} says {entry.size}. Copy or export the bundle again."
+        )
+
+
+def _check_digest(folder: Path, entry: FileEntry, advance: Callable[[int], None]) -> None:
+    if digest(folder / entry.path, advance) != entry.sha256:
+        raise FusionError(
+            f"{folder / entry.path} has been altered: its SHA-256 is not the one in {MANIFEST}. "
+            "Copy or export the bundle again."
+        )

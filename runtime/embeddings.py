@@ -1,0 +1,46 @@
+"""The token table: mapped into memory, a row read when its token occurs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle
+
+ZERO_POINT = 128  # of int8 tables (quant/packing.py)
+FLOATS = {"fp16": "float16", "fp32": "float32"}
+
+
+class Embeddings:
+    """LLM input embeddings by token id."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Maps ``embeddings.data``; reads no row yet."""
+        language, table = bundle.manifest.model.language, bundle.manifest.embedding
+        rows, columns = language.vocab_size, language.hidden_size
+        path = bundle.path(EMBEDDINGS)
+        self._scales: npt.NDArray[np.float16] | None = None
+        if table.group_size == 0:
+            self._values = _map(path, FLOATS[table.kind], table.values_offset, (rows, columns))
+            return
+        groups = -(-columns // table.group_size)
+        self._columns = columns
+        self._values = _map(path, "uint8", table.values_offset, (rows, groups, table.group_size))
+        self._scales = _map(path, "float16", table.scales_offset, (rows, groups))
+
+    def __call__(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """``[n]`` -> float32 ``[n, hidden_size]``. Raises ``IndexError`` for an id outside the vocabulary."""
+        rows = self._values[token_ids].astype(np.float32)
+        if self._scales is None:
+            return rows
+        rows -= ZERO_POINT
+        rows *= self._scales[token_ids].astype(np.float32)[..., None]
+        return rows.reshape(len(rows), -1)[:, : self._columns]
+
+
+def _map(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+

@@ -1,0 +1,337 @@
+"""Asking questions about images: the graphs of a bundle stitched together.
+
+    with load("bundle") as fusion:
+        for piece in fusion.ask("frame.jpg", "Is the path clear?"):
+            print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tokenizers import Tokenizer
+
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
+from fusion_edge.runtime.bundle import TOKENIZER, Manifest, open_bundle
+from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
+from fusion_edge.runtime.embeddings import Embeddings
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.grids import pooling_cells, resize_grid
+from fusion_edge.runtime.images import cut_crops, load_image, normalize
+from fusion_edge.runtime.prompts import TEMPLATES, Prompt, Turn, encode_prompt
+from fusion_edge.runtime.sampling import Sampler, Sampling
+from fusion_edge.runtime.text_stream import TextStream
+
+ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+Color = Literal["rgb", "bgr"]
+STAGES = ("preprocess", "vision", "alignment", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated tokens, the end token not included."""
+    prompt_tokens: int
+    """Rows of the LLM's input: text, image tokens and latents."""
+    finish_reason: str
+    """``stop`` (end token or stop string) or ``length`` (token limit or full context)."""
+    timings_ms: dict[str, float]
+    """Milliseconds by stage, see ``STAGES``."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode steps a second; 0 when the answer took none."""
+        steps = len(self.token_ids)
+        return 1000 * steps / self.timings_ms["decode"] if self.timings_ms["decode"] > 0 else 0.0
+
+
+@dataclass(eq=False)
+class _Image:
+    """What is kept of the latest image: all that does not depend on a question."""
+
+    crops: npt.NDArray[np.uint8]
+    local_pixels: Floats
+    global_features: Floats
+    alignments: dict[int, ImageAlignment] = field(default_factory=dict)
+    """By query length."""
+
+
+class Fusion:
+    """A loaded model. One question at a time: not for use by several threads at once.
+
+    The vision features, latents, keys and values of the latest image are kept and used again for as long as the
+    same pixels are asked about, so a reused camera buffer is never mistaken for the frame it held before.
+    """
+
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, embeddings: Embeddings) -> None:
+        """Use :func:`load` unless you bring your own backend."""
+        self.manifest = manifest
+        self.backend = backend
+        self._tokenizer = tokenizer
+        self._embeddings = embeddings
+        self._template = TEMPLATES[self.config.template]
+        self._latest: _Image | None = None
+        self._generation = 0
+
+    @property
+    def config(self) -> FusionConfig:
+        """The model's sizes."""
+        return self.manifest.model
+
+    def __enter__(self) -> Fusion:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the backend's memory."""
+        self._latest = None
+        self.backend.close()
+
+    def ask(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        query_length: int | None = None,
+        color: Color = "rgb",
+    ) -> Iterator[str]:
+        """The answer piece by piece, as it is generated. Parameters and errors as of :meth:`answer`."""
+        yield from self.stream(
+            image, question, history=history, sampling=sampling, query_length=query_length, color=color
+        )
+
+    def answer(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        query_length: int | None = None,
+        color: Color = "rgb",
+    ) -> Answer:
+        """The whole answer to ``question`` about ``image``.
+
+        ``image`` is a path, a PIL image, or uint8 ``[height, width, 3]`` in ``color`` order; ``history`` the
+        questions asked before about the same image with their answers; ``query_length`` one of the bundle's
+        (default: its first). Raises :class:`UsageError` for a value that is out of range, :class:`FusionError`
+        for an image that cannot be read or a conversation that does not fit the context.
+        """
+        stream = self.stream(
+            image, question, history=history, sampling=sampling, query_length=query_length, color=color
+        )
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        query_length: int | None = None,
+        color: Color = "rgb",
+    ) -> AnswerStream:
+        """An iterator over the pieces of text whose ``answer`` holds the whole once it is exhausted."""
+        self._generation += 1
+        length = self._query_length(query_length)
+        prompt = encode_prompt(self._tokenizer, self._template, history, question)
+        return AnswerStream(self, load_image(image, color), prompt, sampling or Sampling(), length)
+
+    def conversation(self, image: ImageLike, color: Color = "rgb") -> Conversation:
+        """A conversation about one image."""
+        return Conversation(self, load_image(image, color))
+
+    def _query_length(self, wanted: int | None) -> int:
+        offered = self.manifest.query_lengths
+        if wanted is not None and wanted not in offered:
+            raise UsageError(
+                f"Query length {wanted} is not in this bundle; choose from {', '.join(map(str, offered))}, or export "
+                "with --query-len."
+            )
+        return offered[0] if wanted is None else wanted
+
+    # The stages, in the order in which they run ------------------------------------------------------------------
+
+    def _see(self, crops: npt.NDArray[np.uint8]) -> _Image:
+        """The image's own features: the four global crops are encoded unless the latest image had them."""
+        if self._latest is None or not np.array_equal(self._latest.crops, crops):
+            pixels = normalize(crops)
+            nothing = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
+            self._latest = None  # its memory is free before the new image needs as much
+            features = self.backend.encode(pixels[:GLOBAL_CROPS], nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
+            self._latest = _Image(crops, pixels[GLOBAL_CROPS:], features)
+        return self._latest
+
+    def _image_tokens(self, image: _Image, instruct_ids: npt.NDArray[np.int64]) -> Floats:
+        """The local crop's features under the question's guidance: ``[P',D]``. Id 0 is masked (FUSION.md section 2)."""
+        text = self._embeddings(instruct_ids)[None]
+        features = self.backend.encode(image.local_pixels, text, (instruct_ids != 0)[None])
+        return resize_grid(features[0], self.manifest.image_side)
+
+    def _align(self, image: _Image, length: int) -> ImageAlignment:
+        """Latents, keys and values for a query length, kept with the image."""
+        if length not in image.alignments:
+            size, cells = 2 * self.config.vision.grid, side(length)
+            image.alignments.clear()  # one length at a time: keys and values are large
+            image.alignments[length] = self.backend.align(
+                image.global_features,
+                pooling_cells(size, cells),
+                pooling_cells(size, cells * self.config.alignment.window_size),
+            )
+        return image.alignments[length]
+
+    def _prefill(self, prompt: Prompt, image_tokens: Floats, aligned: ImageAlignment) -> tuple[int, Floats]:
+        """Positions taken and logits of the last one."""
+        layout = prompt.layout(len(image_tokens), len(aligned.latents))
+        capacity = self.manifest.max_context
+        if layout.length >= capacity:
+            raise FusionError(
+                f"The prompt takes {layout.length} positions ({len(image_tokens)} of them image tokens), the context "
+                f"holds {capacity} with the answer; ask a shorter question or drop history, or export with fewer "
+                "--image-tokens or a larger --max-context."
+            )
+        rows = np.empty((layout.length, self.config.language.hidden_size), np.float32)
+        rows[layout.text_positions] = self._embeddings(layout.text_ids)
+        rows[layout.image_start : layout.image_start + len(image_tokens)] = image_tokens
+        rows[layout.latent_positions] = aligned.latents
+        logits = self.backend.prefill(rows, aligned, layout.latent_positions, layout.instruct_positions)
+        return layout.length, logits
+
+
+class AnswerStream(Iterator[str]):
+    """Pieces of an answer. ``answer`` is complete after the last piece.
+
+    Asking the same :class:`Fusion` anything else ends it: the KV cache is one.
+    """
+
+    def __init__(
+        self, fusion: Fusion, image: Image.Image, prompt: Prompt, sampling: Sampling, query_length: int
+    ) -> None:
+        self._fusion = fusion
+        self._generation = fusion._generation
+        self._timings = dict.fromkeys(STAGES, 0.0)
+        self._answer: Answer | None = None
+        self._pieces = self._generate(image, prompt, sampling, query_length)
+
+    def __next__(self) -> str:
+        if self._generation != self._fusion._generation:
+            raise FusionError("This answer was given up when another question was asked; finish one before the next.")
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer. Raises :class:`UsageError` before the last piece has been taken."""
+        if self._answer is None:
+            raise UsageError("The answer is not complete; take every piece of the stream first.")
+        return self._answer
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._timings[stage] += 1000 * (time.perf_counter() - start)
+
+    def _generate(
+        self, picture: Image.Image, prompt: Prompt, sampling: Sampling, query_length: int
+    ) -> Iterator[str]:
+        fusion = self._fusion
+        with self._timed("preprocess"):
+            crops = cut_crops(picture)
+        with self._timed("vision"):
+            image = fusion._see(crops)
+            image_tokens = fusion._image_tokens(image, prompt.instruct_ids)
+        with self._timed("alignment"):
+            aligned = fusion._align(image, query_length)
+        with self._timed("prefill"):
+            positions, logits = fusion._prefill(prompt, image_tokens, aligned)
+            sampler = Sampler(sampling)
+            token = sampler(logits)
+        limit = min(sampling.max_new_tokens, fusion.manifest.max_context - positions)
+        text = TextStream(fusion._tokenizer, sampling.stop)
+        tokens: list[int] = []
+        while token not in fusion.config.eos_token_ids and len(tokens) < limit:
+            tokens.append(token)
+            if piece := text.push(token):
+                yield piece
+            if text.stopped or len(tokens) == limit:
+                break
+            with self._timed("decode"):
+                token = sampler(fusion.backend.decode(fusion._embeddings(np.array([token]))[0]))
+        if rest := text.finish():
+            yield rest
+        finished = text.stopped or token in fusion.config.eos_token_ids
+        self._answer = Answer(
+            text=text.text,
+            token_ids=tuple(tokens),
+            prompt_tokens=positions,
+            finish_reason="stop" if finished else "length",
+            timings_ms=self._timings,
+        )
+
+
+class Conversation:
+    """Questions about one image, each with those before it as history."""
+
+    def __init__(self, fusion: Fusion, image: Image.Image) -> None:
+        self._fusion = fusion
+        self._image = image
+        self.history: list[Turn] = []
+
+    def ask(
+        self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
+    ) -> Iterator[str]:
+        """The answer piece by piece; it joins the history when it is complete."""
+        stream = self._fusion.stream(
+            self._image, question, history=self.history, sampling=sampling, query_length=query_length
+        )
+        yield from stream
+        self.history.append(Turn(question, stream.answer.text))
+
+    def answer(
+        self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
+    ) -> Answer:
+        """The whole answer; it joins the history."""
+        answer = self._fusion.answer(
+            self._image, question, history=self.history, sampling=sampling, query_length=query_length
+        )
+        self.history.append(Turn(question, answer.text))
+        return answer
+
+
+def load(folder: str | os.PathLike[str], *, device: str | None = None, threads: int | None = None) -> Fusion:
+    """Load a bundle on ``cpu`` or ``cuda`` (default: what it was exported for).
+
+    ``threads`` of None takes every core that this process may use. Raises :class:`FusionError` for a bundle that
+    is damaged, of a newer schema, or does not load on the device.
+    """
+    from fusion_edge.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend  # imports onnxruntime: 0.1 s
+
+    bundle = open_bundle(os.fspath(folder))
+    device = device or bundle.manifest.target
+    if device not in PROVIDERS:
+        raise UsageError(f"Unknown device {device!r}; expected {' or '.join(PROVIDERS)}.")
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads are not possible; expected at least 1.")
+    tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))
+    return Fusion(bundle.manifest, OnnxRuntimeBackend(bundle, device, threads), tokenizer, Embeddings(bundle))

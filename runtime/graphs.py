@@ -1,0 +1,96 @@
+"""The three graphs of a bundle: the names, types and shapes of what goes in and comes out.
+
+The exporter writes the graphs with these names, ``bundle.json`` lists them, the backends feed them.
+Symbolic dimensions: ``crops``, ``text``, ``latents`` (q), ``questions``, ``positions``, ``side`` (sqrt q) ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE, FusionConfig
+
+VISION_ENCODER = "vision_encoder"
+ALIGNMENT_DECODER = "alignment_decoder"
+LLM = "llm"
+
+Dimension = int | str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output; ``dtype`` is numpy's name of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def graph_specs(
+    config: FusionConfig, activations: str, cache: str, max_context: int
+) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
+    """Vision encoder, alignment decoder and LLM; ``activations`` and ``cache`` are numpy dtype names."""
+    hidden, patches = config.language.hidden_size, config.vision.patches
+    features = ("crops", patches, hidden)
+    vision = GraphSpec(
+        VISION_ENCODER,
+        (
+            TensorSpec("pixel_values", activations, ("crops", 3, IMAGE_SIZE, IMAGE_SIZE)),
+            TensorSpec("text_embeds", activations, ("crops", "text", hidden)),
+            TensorSpec("text_mask", "int32", ("crops", "text")),
+        ),
+        (TensorSpec("features", activations, features),),
+    )
+    pairs = TensorSpec("keys", activations, _context(config)), TensorSpec("values", activations, _context(config))
+    alignment = GraphSpec(
+        ALIGNMENT_DECODER,
+        (
+            TensorSpec("features", activations, (GLOBAL_CROPS, patches, hidden)),
+            TensorSpec("latent_cells", "int64", ("side", "latent_rows")),
+            TensorSpec("context_cells", "int64", ("context_side", "context_rows")),
+        ),
+        (TensorSpec("latents", activations, (1, "latents", hidden)), *pairs),
+    )
+    return vision, alignment, _llm(config, activations, cache, max_context, pairs)
+
+
+def _context(config: FusionConfig) -> tuple[Dimension, ...]:
+    alignment = config.alignment
+    return alignment.layers, "latents", alignment.window_size**2, config.language.hidden_size
+
+
+def _llm(
+    config: FusionConfig, activations: str, cache: str, max_context: int, pairs: tuple[TensorSpec, TensorSpec]
+) -> GraphSpec:
+    language = config.language
+    state = (1, language.kv_heads, max_context, language.head_dim)
+    past = [TensorSpec(name, cache, state) for name, _ in cache_names(config)]
+    present = [TensorSpec(name, cache, state) for _, name in cache_names(config)]
+    inputs = (
+        TensorSpec("embeddings", activations, (1, "positions", language.hidden_size)),
+        TensorSpec("latent_positions", "int64", ("questions", "latents")),
+        TensorSpec("question_positions", "int64", ("questions",)),
+        *pairs,
+        TensorSpec("last_position", "int32", (1,)),
+        TensorSpec("total_length", "int32", ()),
+        *past,
+    )
+    return GraphSpec(LLM, inputs, (TensorSpec("logits", "float32", (1, language.vocab_size)), *present))
+
+
+def cache_names(config: FusionConfig) -> list[tuple[str, str]]:
+    """Names of the KV cache's inputs and outputs, which share their memory: keys and values, layer by layer."""
+    return [
+        (f"past.{layer}.{part}", f"present.{layer}.{part}")
+        for layer in range(config.language.layers)
+        for part in ("key", "value")
+    ]

@@ -1,0 +1,47 @@
+"""A progress line on standard error: share done, rate and time left. Silent when that is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+REFRESH_SECONDS = 0.2
+
+
+class Progress:
+    """Context manager; :meth:`advance` may be called from several threads."""
+
+    def __init__(self, label: str, total_bytes: int) -> None:
+        self.label = label
+        self.total = max(total_bytes, 1)
+        self.done = 0
+        self._start = time.monotonic()
+        self._shown = self._start  # nothing is shown for work shorter than one refresh
+        self._lock = threading.Lock()
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._terminal:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def advance(self, count: int) -> None:
+        """Count ``count`` more bytes as done."""
+        with self._lock:
+            self.done += count
+            now = time.monotonic()
+            if not self._terminal or now - self._shown < REFRESH_SECONDS:
+                return
+            self._shown = now
+            elapsed = now - self._start
+            left = elapsed * (self.total - self.done) / max(self.done, 1)
+            share, rate = self.done / self.total, self.done / 1e6 / elapsed
+            sys.stderr.write(f"\r\x1b[K{self.label}: {share:4.0%}, {rate:.0f} MB/s, {left:.0f} s left")
+            sys.stderr.flush()
