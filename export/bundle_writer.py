@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fusion_edge.export.graph_builder import PlannedTensor
 from fusion_edge.export.plan import DataFile, ExportPlan
@@ -101,7 +103,7 @@ def _blocks(file: DataFile, weights: CheckpointWeights) -> Iterator[tuple[list[P
             yield tensors, start, min(start + step, rows)
 
 
-def _encode(rows: np.ndarray, tensors: list[PlannedTensor]) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
+def _encode(rows: npt.NDArray[np.float32], tensors: list[PlannedTensor]) -> tuple[npt.NDArray[Any], ...]:
     """A block of float32 rows in the form of its tensors: values, and scales if there are any."""
     form = tensors[0].format
     if form.is_quantized:

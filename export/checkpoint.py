@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.source import read_json_object
 from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL, Parameter, parameters
 from fusion_edge.runtime.config import (
     ALIGNMENT_HEADS,
@@ -99,7 +99,7 @@ class _Fields:
     def __init__(self, path: Path, data: Mapping[str, Any] | None = None, prefix: str = "") -> None:
         self.path = path
         self.prefix = prefix
-        self.data = read_json(path) if data is None else data
+        self.data = read_json_object(path) if data is None else data
 
     def wrong(self, name: str, expected: str) -> FusionError:
         value = repr(self.data[name]) if name in self.data else "missing"
@@ -120,32 +120,19 @@ class _Fields:
 
     def number(self, name: str) -> float:
         value = self.data.get(name)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if not _is_positive(value):
             raise self.wrong(name, "a positive number")
         return float(value)
 
     def numbers(self, name: str, length: int) -> list[float]:
         value = self.data.get(name)
-        if not isinstance(value, list) or len(value) != length:
-            raise self.wrong(name, f"a list of {length} positive numbers")
-        if not all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in value):
+        if not isinstance(value, list) or len(value) != length or not all(map(_is_positive, value)):
             raise self.wrong(name, f"a list of {length} positive numbers")
         return [float(x) for x in value]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises :class:`FusionError` if the file is absent or holds anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FusionError(
-            f"{path.parent} has no {path.name}; expected the folder of a FUSION checkpoint."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise FusionError(f"{path} cannot be read ({error}); expected a JSON object.") from None
-    if not isinstance(data, dict):
-        raise FusionError(f"{path} holds a JSON {type(data).__name__}; expected an object.")
-    return data
+def _is_positive(value: object) -> TypeGuard[float]:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
 
 
 def _language(fields: _Fields) -> LanguageConfig:

@@ -128,7 +128,7 @@ class EagerOperations:
         heads = [language.heads, language.kv_heads, language.kv_heads]
         q, k, v = (
             part.reshape(batch, length, -1, language.head_dim).transpose(1, 2)
-            for part in qkv.split([n * language.head_dim for n in heads], dim=-1)
+            for part in torch.split(qkv, [n * language.head_dim for n in heads], dim=-1)
         )
         # Layer 0 runs first: the cache's length at that layer is every layer's start.
         past = self.cache.layers[layer][0].shape[2] if self.cache and layer in self.cache.layers else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +79,7 @@ class OnnxRuntimeOperations:
             self.builder.node("Cast", [value.name], f"output.{name}", outputs=[name], to=ONNX_TYPES[dtype])
 
     def _node(
-        self, operator: str, inputs: Sequence[OnnxValue | str], scope: str = "", domain: str = "", **attributes: object
+        self, operator: str, inputs: Sequence[OnnxValue | str], scope: str = "", domain: str = "", **attributes: Any
     ) -> OnnxValue:
         names = [value if isinstance(value, str) else value.name for value in inputs]
         return self.input(self.builder.node(operator, names, scope, domain, **attributes)[0])
@@ -112,17 +113,20 @@ class OnnxRuntimeOperations:
     def _quantized(
         self, x: OnnxValue, name: str, form: WeightFormat, weight: Parameter, bias: OnnxValue | None
     ) -> OnnxValue:
-        outputs, inputs = weight.shape
-        shape = form.packed_shape(outputs, inputs)
+        rows, columns = weight.shape
+        shape = form.packed_shape(rows, columns)
         packed = self.builder.plan(weight.name, "values", form, "uint8", shape)
         scales = self.builder.plan(weight.name, "scales", form, "float16", shape[:2])
+        inputs: list[OnnxValue | str] = [x, packed, self._cast(scales, "float16")]
+        if bias is not None:
+            inputs += ["", "", bias]  # no zero points, no group indices
         return self._node(
             "MatMulNBits",
-            [x, packed, self._cast(scales, "float16"), *([] if bias is None else ["", "", bias])],
+            inputs,
             name,
             MICROSOFT,
-            K=inputs,
-            N=outputs,
+            K=columns,
+            N=rows,
             bits=form.bits,
             block_size=form.group_size,
             accuracy_level=self.settings.accuracy_level,
@@ -232,7 +236,7 @@ class OnnxRuntimeOperations:
     def attention(
         self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue
     ) -> OnnxValue:
-        inputs = [q, k, v, "", key_mask]
+        inputs: list[OnnxValue | str] = [q, k, v, "", key_mask]
         return self._node(
             "MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=BLOCKED
         )
@@ -262,7 +266,8 @@ class OnnxRuntimeOperations:
         language = self.config.language
         frequencies = np.array(language.rotary_inverse_frequencies)
         angles: npt.NDArray[np.float64] = np.outer(np.arange(self.settings.max_context), frequencies)
-        return self.builder.table(f"llm.rotary.{name}", function(angles) * language.rotary_scale, self.settings.activations)
+        values = function(angles) * language.rotary_scale
+        return self.builder.table(f"llm.rotary.{name}", values, self.settings.activations)
 
     def context_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int) -> OnnxValue:
         dim = self.config.language.hidden_size // heads

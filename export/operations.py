@@ -7,15 +7,18 @@ interpreter is free to compute with them, to watch them, or to write down where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of the type checker; typing has it from Python 3.11
 
 
 class Value(Protocol):
     """An array of some interpreter: a torch tensor, or the name of an ONNX value."""
 
-    def __add__(self, other: Any, /) -> Any: ...
+    def __add__(self, other: Self, /) -> Self: ...
 
-    def __mul__(self, other: Any, /) -> Any: ...
+    def __mul__(self, other: Self, /) -> Self: ...
 
 
 T = TypeVar("T", bound=Value)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from fusion_edge.export.source import read_json_object
 from fusion_edge.runtime.errors import FusionError
 

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
 from fusion_edge.export.source import read_json_object
 from fusion_edge.runtime.errors import FusionError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 REQUIRED_TOKENS = ("<vision_start>", "<vision_end>")
 
@@ -98,14 +99,21 @@ def _from_json(json_file: Path, config_file: Path, config: dict[str, Any]) -> To
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for index, token in sorted(_added_tokens(config_file, config).items()):
-        if tokenizer.token_to_id(token.content) is None:
-            tokenizer.add_tokens([token])
+        _add(tokenizer, token, token.special)  # does nothing for one that tokenizer.json already has
         if tokenizer.token_to_id(token.content) != index:
             raise FusionError(
                 f"{config_file} gives {token.content} the id {index}, {json_file.name} gives it "
                 f"{tokenizer.token_to_id(token.content)}: take both files from the same checkpoint."
             )
     return tokenizer
+
+
+def _add(tokenizer: Tokenizer, token: AddedToken, special: bool) -> None:
+    """``special`` tokens are left out when ids are decoded with ``skip_special_tokens``."""
+    if special:
+        tokenizer.add_special_tokens([token])
+    else:
+        tokenizer.add_tokens([token])
 
 
 def _added_tokens(config_file: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
@@ -166,10 +174,7 @@ def _from_sentencepiece(model_file: Path, config_file: Path, config: dict[str, A
     for _, token in sorted(added.items()):
         # normalized=True: cut out after the normalizer has seen the text as a whole (steps 1 to 3).
         whole = AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=True)
-        if token.special or token.content in named:
-            tokenizer.add_special_tokens([whole])
-        else:
-            tokenizer.add_tokens([whole])
+        _add(tokenizer, whole, token.special or token.content in named)
     bos = _content(config.get("bos_token", _NAMED_TOKENS["bos_token"]))
     if bos is not None and config.get("add_bos_token", True):
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -183,8 +188,8 @@ def _from_sentencepiece(model_file: Path, config_file: Path, config: dict[str, A
 
 def _require_supported(config_file: Path, config: dict[str, Any]) -> None:
     # An absent or null "legacy" means true.
-    settings = {"legacy": config.get("legacy") is not False, "add_eos_token": bool(config.get("add_eos_token"))}
-    for setting, is_set in settings.items():
+    refused = {"legacy": config.get("legacy") is not False, "add_eos_token": config.get("add_eos_token")}
+    for setting, is_set in refused.items():
         if is_set:
             raise FusionError(
                 f"{config_file} does not have {setting}=false, the only value supported and that of the "
@@ -229,17 +234,18 @@ def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
     """Merge rules in order of rank.
 
     SentencePiece joins the two neighbours whose union has the best score, wherever the union was cut; so
-    every cut of a piece into two pieces is a rule, ranked by the piece's score. Among the cuts of one piece
-    the longest left part goes first: equal scores are joined from the left, so left neighbours grow first.
+    every cut of a piece into two pieces is a rule, ranked by the piece's score. Equal scores (the cuts of one
+    piece, and runs of spaces, which all have the same) are joined from the left: what has already grown at
+    the left grows on, so the longest left part goes first.
     """
-    normal = {piece.text for piece in pieces if piece.type == _NORMAL}
-    ordered = sorted((piece for piece in pieces if piece.type == _NORMAL), key=lambda piece: -piece.score)
-    return [
-        (piece.text[:cut], piece.text[cut:])
-        for piece in ordered
-        for cut in range(len(piece.text) - 1, 0, -1)
-        if piece.text[:cut] in normal and piece.text[cut:] in normal
+    normal = {piece.text: piece.score for piece in pieces if piece.type == _NORMAL}
+    rules = [
+        (-score, -cut, -len(text), text)
+        for text, score in normal.items()
+        for cut in range(1, len(text))
+        if text[:cut] in normal and text[cut:] in normal
     ]
+    return [(text[:-cut], text[-cut:]) for _, cut, _, text in sorted(rules)]
 
 
 # --- The SentencePiece model file (protocol buffers; field numbers from sentencepiece_model.proto)
@@ -277,7 +283,9 @@ def _read_pieces(model_file: Path) -> list[_Piece]:
     kinds = [piece.type for piece in pieces]
     if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE} or kinds.count(_UNKNOWN) != 1:
         raise refuse("has user-defined or unused pieces, or not exactly one unknown piece")
-    scores = [piece.score for piece in pieces if piece.type == _NORMAL]
+    normal = [piece for piece in pieces if piece.type == _NORMAL]
+    scores = [piece.score for piece in normal if piece.text.strip(_SPACE)]
+    scores += {piece.score for piece in normal if not piece.text.strip(_SPACE)}  # see _merges
     if len(set(scores)) != len(scores) or len({piece.text for piece in pieces}) != len(pieces):
         raise refuse("has pieces of equal score or equal text")
     if {f"<0x{byte:02X}>" for byte in range(256)} != {piece.text for piece in pieces if piece.type == _BYTE}:

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from onnx import FunctionProto, helper, numpy_helper
+from onnx import FunctionProto, NodeProto, helper, numpy_helper
 
 DOMAIN = "fusion_edge"
 NAME = "ContextAttention"
@@ -24,7 +24,7 @@ def context_attention_function(heads: int, head_dim: int, dtype: str, opset: int
     Products of so few rows are written as multiply and sum: a batched MatMul would be R * q * heads tiny ones.
     """
 
-    def constant(name: str, values: npt.NDArray[np.generic]) -> object:
+    def constant(name: str, values: npt.NDArray[np.generic]) -> NodeProto:
         return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values, name))
 
     one_query = np.array([0, 0, 1, heads, head_dim], dtype=np.int64)

@@ -42,14 +42,15 @@ def dequantize(
     half = 1 << (form.bits - 1)
     values = _unpack(packed, form.bits).astype(np.float32) - np.float32(half)
     values *= scales.astype(np.float32)[:, :, None]
-    return values.reshape(len(values), -1)[:, :inputs]
+    rows: npt.NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
+    return rows
 
 
 def _pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
         return values
-    pairs = values.view("<u2")  # first value in the low byte
-    return ((pairs | (pairs >> 4)) & 0xFF).astype(np.uint8)
+    pairs: npt.NDArray[np.uint16] = values.view("<u2")  # first value in the low byte
+    return (pairs | (pairs >> 4)).astype(np.uint8)  # the cast drops the high byte
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

@@ -164,7 +164,9 @@ def _read_manifest(folder: Path) -> Manifest:
         data["query_lengths"] = tuple(data["query_lengths"])
         return Manifest(**data)
     except (KeyError, TypeError, AttributeError) as error:
-        raise FusionError(f"{path} does not follow bundle schema {SCHEMA_VERSION} ({error}); export it again.") from None
+        raise FusionError(
+            f"{path} does not follow bundle schema {SCHEMA_VERSION} ({error}); export the bundle again."
+        ) from None
 
 
 def _check_file(folder: Path, entry: FileEntry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class Embeddings:
         return rows.reshape(len(rows), -1)[:, : self._columns]
 
 
-def _map(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+def _map(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 

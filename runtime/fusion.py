@@ -49,12 +49,8 @@ class Answer:
     """``stop`` (end token or stop string) or ``length`` (token limit or full context)."""
     timings_ms: dict[str, float]
     """Milliseconds by stage, see ``STAGES``."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode steps a second; 0 when the answer took none."""
-        steps = len(self.token_ids)
-        return 1000 * steps / self.timings_ms["decode"] if self.timings_ms["decode"] > 0 else 0.0
+    tokens_per_second: float
+    """Rate of the one-token steps; 0 when the answer took none."""
 
 
 @dataclass(eq=False)
@@ -270,6 +266,7 @@ class AnswerStream(Iterator[str]):
         limit = min(sampling.max_new_tokens, fusion.manifest.max_context - positions)
         text = TextStream(fusion._tokenizer, sampling.stop)
         tokens: list[int] = []
+        steps = 0
         while token not in fusion.config.eos_token_ids and len(tokens) < limit:
             tokens.append(token)
             if piece := text.push(token):
@@ -278,6 +275,7 @@ class AnswerStream(Iterator[str]):
                 break
             with self._timed("decode"):
                 token = sampler(fusion.backend.decode(fusion._embeddings(np.array([token]))[0]))
+            steps += 1
         if rest := text.finish():
             yield rest
         finished = text.stopped or token in fusion.config.eos_token_ids
@@ -287,6 +285,7 @@ class AnswerStream(Iterator[str]):
             prompt_tokens=positions,
             finish_reason="stop" if finished else "length",
             timings_ms=self._timings,
+            tokens_per_second=1000 * steps / self._timings["decode"] if steps else 0.0,
         )
 
 
@@ -325,7 +324,10 @@ def load(folder: str | os.PathLike[str], *, device: str | None = None, threads: 
     ``threads`` of None takes every core that this process may use. Raises :class:`FusionError` for a bundle that
     is damaged, of a newer schema, or does not load on the device.
     """
-    from fusion_edge.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend  # imports onnxruntime: 0.1 s
+    from fusion_edge.runtime.backends.onnxruntime import (  # imports onnxruntime: 0.1 s
+        PROVIDERS,
+        OnnxRuntimeBackend,
+    )
 
     bundle = open_bundle(os.fspath(folder))
     device = device or bundle.manifest.target

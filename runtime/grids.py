@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
 from fusion_edge.runtime.config import side as side_of
 
 

@@ -7,9 +7,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
 from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE
 from fusion_edge.runtime.errors import FusionError, UsageError
-from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 2 * 89_478_485  # where Pillow's own guard against decompression bombs refuses to go on
 CROPS_A_SIDE = 2  # the global crops are a 2 x 2 arrangement

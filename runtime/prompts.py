@@ -9,8 +9,9 @@ from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
-from fusion_edge.runtime.errors import UsageError
 from tokenizers import Tokenizer
+
+from fusion_edge.runtime.errors import UsageError
 
 IMAGE_MARKER = "<image>"
 LATENT_MARKER = "<latent_image>"

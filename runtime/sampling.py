@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
+
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 
@@ -80,15 +81,15 @@ def distribution(
         scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     candidates = np.arange(len(logits), dtype=np.int64)
     if 0 < sampling.top_k < len(logits):
-        threshold = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        candidates = _likeliest_first(scaled, np.flatnonzero(scaled >= threshold))[: sampling.top_k]
+        threshold = np.partition(logits, -sampling.top_k)[-sampling.top_k]
+        candidates = _likeliest_first(logits, np.flatnonzero(logits >= threshold))[: sampling.top_k]
     weights = np.exp(scaled[candidates])
     probabilities = weights / weights.sum()
     if sampling.top_p < 1:
         # All tokens below this hold less than 1 - top_p together, so the nucleus lies above: sorting these
         # few, not the whole vocabulary, is what keeps top-p quick.
         probable = np.flatnonzero(probabilities >= (1 - sampling.top_p) / len(probabilities))
-        order = _likeliest_first(probabilities, probable)
+        order = _likeliest_first(logits[candidates], probable)
         reached = np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p, side="left")
         order = order[: reached + 1]
         candidates, probabilities = candidates[order], probabilities[order] / probabilities[order].sum()
@@ -96,9 +97,10 @@ def distribution(
 
 
 def _likeliest_first(
-    values: npt.NDArray[np.float64], indices: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32], indices: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    return indices[np.argsort(-values[indices], kind="stable")]
+    # By the logits themselves: scaled, or as probabilities, some that differ would round to equals.
+    return indices[np.argsort(-logits[indices], kind="stable")]
 
 
 def _is_integer(value: object, smallest: int) -> bool:

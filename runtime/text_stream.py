@@ -6,8 +6,9 @@ import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
-from fusion_edge.runtime.errors import UsageError
 from tokenizers import Tokenizer, decoders
+
+from fusion_edge.runtime.errors import UsageError
 
 
 class TextStream:

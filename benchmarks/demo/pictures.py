@@ -75,23 +75,24 @@ class Example:
 
 
 def examples(split: str, seed: int, questions_per_picture: int = 1) -> Iterator[Example]:
-    """Endless examples; a picture returns for each of its questions. Raises :class:`UsageError` (see below)."""
-    for picture, questions in pictures(split, seed, questions_per_picture):
-        for question in questions:
-            yield Example(picture, question.text, question.answer, question.kind)
-
-
-def pictures(split: str, seed: int, questions_per_picture: int) -> Iterator[tuple[Pixels, list[Question]]]:
-    """Endless pictures, each with that many different questions.
+    """Endless examples; a picture returns for each of its questions.
 
     Raises :class:`UsageError` if ``split`` is none of :data:`SPLITS`.
     """
+    for number, (shapes, picture) in enumerate(scenes(split, seed)):
+        rng = np.random.default_rng([SPLITS.index(split), seed, number])
+        for question in ask(shapes, rng, questions_per_picture):
+            yield Example(picture, question.text, question.answer, question.kind)
+
+
+def scenes(split: str, seed: int) -> Iterator[tuple[list[Shape], Pixels]]:
+    """Endless pictures and what they show. Raises :class:`UsageError` as :func:`examples` does."""
     if split not in SPLITS:
-        raise UsageError(f"the split {split!r} is unknown: choose one of {', '.join(SPLITS)}")
+        raise UsageError(f"The split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
     rng = np.random.default_rng([SPLITS.index(split), seed])
     while True:
         shapes = arrange(rng)
-        yield render(shapes, rng), ask(shapes, rng, questions_per_picture)
+        yield shapes, render(shapes, rng)
 
 
 def arrange(rng: np.random.Generator) -> list[Shape]:

@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 
 from fusion_edge.benchmarks.demo import pictures
+from fusion_edge.runtime.prompts import TEMPLATES
 
 PIECES = 504  # with the eight added tokens: 512
 ADDED = (
@@ -30,7 +31,6 @@ ADDED = (
 """Tokens that follow the SentencePiece pieces, in the order of their ids."""
 KEEP_SPACE_BEHIND = ("<vision_start>", "<vision_end>")
 MAX_LENGTH = 512
-SYSTEM = "You are a helpful AI assistant."
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -73,40 +73,6 @@ def write_tokenizer(folder: Path) -> None:
     _write_json(folder / "special_tokens_map.json", {"additional_special_tokens": ADDED} | named)
 
 
-class Tokenizer:
-    """Text to ids by the rules of the released tokenizer with ``legacy=False``."""
-
-    def __init__(self, folder: Path) -> None:
-        self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        self._added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-        self._split = re.compile("(" + "|".join(map(re.escape, self._added)) + ")")
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; no beginning-of-sequence token."""
-        ids: list[int] = []
-        parts = self._split.split(text)
-        for before, part in zip(["", *parts], parts, strict=False):
-            if part in self._added:
-                ids.append(self._added[part])
-            elif part:
-                ids += self._encode_plain(part, before)
-        return ids
-
-    def _encode_plain(self, text: str, before: str) -> list[int]:
-        """Ids of a text without added tokens that stands behind the added token ``before`` (or at the front)."""
-        if not before:
-            return list(self._pieces.encode(text))
-        if before not in KEEP_SPACE_BEHIND:
-            text = text.lstrip()
-        # SentencePiece always puts a space in front: encode behind a byte that merges with nothing, drop both.
-        anchor = self._pieces.encode("\n")
-        return list(self._pieces.encode("\n" + text))[len(anchor) :]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids of plain pieces, stripped."""
-        return str(self._pieces.decode(ids)).strip()
-
-
 def _corpus() -> list[str]:
     """Every sentence of the demo.
 
@@ -114,7 +80,7 @@ def _corpus() -> list[str]:
     follow an added token or a line break, and should be one piece there too.
     """
     rng = np.random.default_rng(0)
-    sentences = {SYSTEM}
+    sentences = {TEMPLATES["phi_3"].system.split(">")[1].split("<")[0].strip()}
     for _ in range(300):
         for question in pictures.ask(pictures.arrange(rng), rng, 4):
             sentences |= {question.text, question.answer}

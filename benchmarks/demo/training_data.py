@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo import pictures
 from fusion_edge.benchmarks.demo.initialize import CONFIG
-from fusion_edge.benchmarks.demo.tokenizer import SYSTEM, Tokenizer
-from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE
+from fusion_edge.export.tokenizer import tokenizer_json
+from fusion_edge.runtime.images import cut_crops
+from fusion_edge.runtime.prompts import TEMPLATES, Prompt, encode_prompt
 
 REDUCTION = 6
 """Training sees averages of 6 x 6 pixels, so the patch kernels it learns are constant on such squares."""
 KERNEL = CONFIG.vision.patch_size // REDUCTION  # averages on a side of one patch
 IGNORED = -100  # cross_entropy's mark of a position without a target
 
-PREFIX = f"<|system|>\n{SYSTEM}<|end|>\n<|user|>\n<vision_start>"
-BETWEEN = "<vision_end><vision_start>"
-QUESTION = "<vision_end>\n{}<|end|>\n<|assistant|>\n"
-ANSWER = "{}<|end|>"
-
 
 def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
-    """The five crops (FUSION.md section 1) in averages of 6 x 6: ``[5, patches, 3 * 8 * 8]``."""
-    whole = Image.fromarray(picture)
-    local = np.asarray(whole.resize((IMAGE_SIZE, IMAGE_SIZE)).reduce(REDUCTION))
-    double = np.asarray(whole.resize((2 * IMAGE_SIZE, 2 * IMAGE_SIZE)).reduce(REDUCTION))
-    side, grid = IMAGE_SIZE // REDUCTION, CONFIG.vision.grid
-    crops = [double[y : y + side, x : x + side] for y in (0, side) for x in (0, side)]
-    blocks = np.stack([*crops, local]).reshape(GLOBAL_CROPS + 1, grid, KERNEL, grid, KERNEL, 3)
-    return blocks.transpose(0, 1, 3, 5, 2, 4).reshape(GLOBAL_CROPS + 1, grid * grid, -1)
+    """The five crops (FUSION.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
+    grid = CONFIG.vision.grid
+    reduced = [Image.fromarray(crop).reduce(REDUCTION) for crop in cut_crops(Image.fromarray(picture))]
+    blocks = np.stack(reduced).reshape(len(reduced), grid, KERNEL, grid, KERNEL, 3)
+    return blocks.transpose(0, 1, 3, 5, 2, 4).reshape(len(reduced), grid * grid, -1)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rendered pictures: their reduced crops ``[N, 5, patches, 192]`` uint8 and what they show."""
+    """Rendered pictures: their reduced crops ``[N, 5, patches, 192]`` and what they show."""
 
     crops: npt.NDArray[np.uint8]
     shapes: list[list[pictures.Shape]]
@@ -49,8 +46,86 @@ class Gallery:
     def render(cls, split: str, seed: int, count: int) -> Gallery:
         """The first ``count`` pictures of a split and seed."""
         crops, shapes = [], []
-        for scene, picture in zip(range(count), pictures.scenes(split, seed), strict=False):
-            del scene
-            shapes.append(picture[0])
-            crops.append(reduce_crops(picture[1]))
+        for shown, picture in itertools.islice(pictures.scenes(split, seed), count):
+            shapes.append(shown)
+            crops.append(reduce_crops(picture))
         return cls(np.stack(crops), shapes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """I pictures with K questions each, R = I * K; question r belongs to picture r // K."""
+
+    patches: Tensor
+    """``[I, 5, P, 192]`` float32 in [-1, 1]."""
+    questions: list[pictures.Question]
+    instruct: Tensor
+    """``[R, T]`` token ids of the questions alone, padded with 0."""
+    tokens: Tensor
+    """``[R, L]`` token ids, 0 where image tokens, latents and padding are."""
+    targets: Tensor
+    """``[R, L]``: the token that each row must predict, or :data:`IGNORED`."""
+    query_length: int
+    image_start: int
+    latent_start: int
+    question_rows: Tensor
+    """``[R]``: each prompt's last row."""
+
+
+class Batches:
+    """Makes batches of a gallery's pictures, with fresh questions every time."""
+
+    def __init__(self, gallery: Gallery, checkpoint: Path) -> None:
+        """The tokenizer is read from a checkpoint folder."""
+        self.gallery = gallery
+        self._tokenizer = Tokenizer.from_str(tokenizer_json(checkpoint))
+        self._prompt = cache(self._encode)
+
+    def draw(self, seed: Sequence[int], images: int, questions: int) -> Batch:
+        """A random batch with a random query length; the same seed gives the same batch."""
+        rng = np.random.default_rng(seed)
+        chosen = rng.choice(len(self.gallery.shapes), images, replace=False)
+        return self.batch(chosen.tolist(), rng, questions, int(rng.choice(CONFIG.alignment.query_lengths)))
+
+    def batch(
+        self, chosen: Sequence[int], rng: np.random.Generator, questions: int, query_length: int
+    ) -> Batch:
+        """The chosen pictures with that many questions each."""
+        asked = [q for i in chosen for q in pictures.ask(self.gallery.shapes[i], rng, questions)]
+        prompts = [self._prompt(question.text) for question in asked]
+        layouts = [prompt.layout(CONFIG.vision.patches, query_length) for prompt in prompts]
+        answers = [self._answer(question) for question in asked]
+        length = max(layout.length + len(ids) for layout, ids in zip(layouts, answers, strict=True))
+        tokens = np.zeros((len(asked), length), np.int64)
+        targets = np.full((len(asked), length), IGNORED, np.int64)
+        for row, (layout, ids) in enumerate(zip(layouts, answers, strict=True)):
+            tokens[row, layout.text_positions] = layout.text_ids
+            tokens[row, layout.length : layout.length + len(ids)] = ids
+            targets[row, layout.length - 1 : layout.length - 1 + len(ids)] = ids
+        instruct = np.zeros((len(asked), max(len(prompt.instruct_ids) for prompt in prompts)), np.int64)
+        for row, prompt in enumerate(prompts):
+            instruct[row, : len(prompt.instruct_ids)] = prompt.instruct_ids
+        return Batch(
+            patches=torch.from_numpy(self.gallery.crops[list(chosen)]).float() / 127.5 - 1,
+            questions=asked,
+            instruct=torch.from_numpy(instruct),
+            tokens=torch.from_numpy(tokens),
+            targets=torch.from_numpy(targets),
+            query_length=query_length,
+            image_start=layouts[0].image_start,
+            latent_start=int(layouts[0].latent_positions[0, 0]),
+            question_rows=torch.tensor([int(layout.instruct_positions[0]) for layout in layouts]),
+        )
+
+    def _encode(self, question: str) -> Prompt:
+        return encode_prompt(self._tokenizer, TEMPLATES[CONFIG.template], [], question)
+
+    def _answer(self, question: pictures.Question) -> list[int]:
+        """Ids of the answer and its end, as they are tokenized behind the prompt."""
+        template = TEMPLATES[CONFIG.template]
+        start, end = template.answer_start, template.answer_end
+        before, ids = (
+            self._tokenizer.encode(text, add_special_tokens=False).ids
+            for text in (start, start + question.answer + end)
+        )
+        return list(ids[len(before) :])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -85,7 +84,7 @@ class _Decoder:
         }
         self._last_position = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
-        self._logits = np.zeros((1, language.vocab_size), np.float32)
+        self._logits: Floats = np.zeros((1, language.vocab_size), np.float32)
         self._step_embedding = np.zeros((1, 1, language.hidden_size), activations)
         empty = np.zeros((config.alignment.layers, 0, context, language.hidden_size), activations)
         self._step = self._binding({
@@ -96,16 +95,18 @@ class _Decoder:
             "values": empty,
         })  # fmt: skip
 
-    def prefill(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Floats:
+    def prefill(self, inputs: dict[str, npt.NDArray[Any]]) -> Floats:
         self._advance(0, inputs["embeddings"].shape[1])
         self._session.run_with_iobinding(self._binding(inputs))
-        return self._logits[0]
+        logits: Floats = self._logits[0]
+        return logits
 
     def step(self, embedding: Floats) -> Floats:
         self._step_embedding[0, 0] = embedding
         self._advance(int(self._total_length), 1)
         self._session.run_with_iobinding(self._step)
-        return self._logits[0]
+        logits: Floats = self._logits[0]
+        return logits
 
     def _advance(self, start: int, count: int) -> None:
         if start + count > self._capacity:
@@ -116,10 +117,10 @@ class _Decoder:
         self._total_length[...] = start + count
         self._last_position[...] = start + count - 1
 
-    def _binding(self, inputs: Mapping[str, npt.NDArray[Any]]) -> ort.IOBinding:
+    def _binding(self, inputs: dict[str, npt.NDArray[Any]]) -> ort.IOBinding:
         binding = self._session.io_binding()
         lengths = {"last_position": self._last_position, "total_length": self._total_length}
-        for name, array in (inputs | lengths).items():
+        for name, array in [*inputs.items(), *lengths.items()]:
             binding.bind_ortvalue_input(name, _value(array))
         for (past, present), value in self._cache.items():
             binding.bind_ortvalue_input(past, value)

@@ -1,0 +1,146 @@
+"""The training objective of the demo model, computed with the eager interpreter (FUSION.md section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusion_edge.benchmarks.demo.initialize import CONFIG, PATCH_KERNEL
+from fusion_edge.benchmarks.demo.training_data import IGNORED, KERNEL, REDUCTION, Batch
+from fusion_edge.export import architecture
+from fusion_edge.export.eager import EagerOperations
+from fusion_edge.export.tensor_names import parameters
+from fusion_edge.runtime.config import GLOBAL_CROPS, side
+from fusion_edge.runtime.grids import pooling_cells
+
+MAPPING_WEIGHT = 0.1
+
+
+def with_small_kernel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trainable copies of a checkpoint's tensors, the patch kernel summed over the squares it acts on."""
+    leaves = {name: tensor.float().clone() for name, tensor in tensors.items()}
+    kernel = leaves[PATCH_KERNEL]
+    leaves[PATCH_KERNEL] = kernel.reshape(-1, 3, KERNEL, REDUCTION, KERNEL, REDUCTION).sum((3, 5))
+    return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+
+def with_full_kernel(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of :func:`with_small_kernel` for kernels that are constant on the squares."""
+    tensors = {name: leaf.detach() for name, leaf in leaves.items()}
+    kernel = tensors[PATCH_KERNEL] / REDUCTION**2
+    tensors[PATCH_KERNEL] = kernel.repeat_interleave(REDUCTION, 2).repeat_interleave(REDUCTION, 3)
+    return tensors
+
+
+class TrainingOperations(EagerOperations):
+    """Eager operations on checkpoint tensors, for text rows of unequal number in one batch."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__(CONFIG, self._parameter)
+        self._leaves = leaves
+        self._table = parameters(CONFIG)
+        self._ready: dict[str, Tensor] = {}
+        self._rows: Tensor | None = None
+
+    def _parameter(self, name: str) -> Tensor:
+        """A parameter assembled from its sources (``export/tensor_names.py``), once a step."""
+        if name not in self._ready:
+            parts = []
+            for source in self._table[name].sources:
+                part = self._leaves[source.tensor]
+                parts.append(part if source.columns is None else part[:, slice(*source.columns)])
+            self._ready[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._ready[name]
+
+    def key_mask(self, patches: Tensor, text_mask: Tensor) -> Tensor:
+        """As in the base class; remembers which rows are no padding."""
+        mask = super().key_mask(patches, text_mask)
+        self._rows = mask / mask.sum(1, keepdim=True)
+        return mask
+
+    def mean_for_tail_rows(self, x: Tensor, rows: int) -> Tensor:
+        """The mean over the rows that are no padding: a batch computes what its questions would one by one."""
+        assert self._rows is not None
+        mean = torch.bmm(self._rows[:, None], x)
+        return mean.expand(-1, x.shape[1] - rows, -1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one batch gives."""
+
+    answer_loss: Tensor
+    mapping_loss: Tensor
+    correct: Tensor
+    """``[R]`` bool: greedy decoding would give exactly the answer."""
+
+
+def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outcome:
+    """One forward pass; ``align=False`` switches the interaction layers off."""
+    ops = TrainingOperations(leaves)
+    kernel = leaves[PATCH_KERNEL].flatten(1)
+    patches = F.linear(batch.patches, kernel, ops.get("vision.patch_embedding.bias"))
+    patches = patches + ops.get("vision.position_embedding.weight")
+    latents, windows = _pooled(ops, batch, patches[:, :GLOBAL_CROPS])
+
+    questions = len(batch.questions) // len(batch.patches)
+    table = ops.get("llm.embed_tokens.weight")
+    instruct = F.embedding(batch.instruct, table)
+    text_mask = batch.instruct != 0
+    local = patches[:, GLOBAL_CROPS].repeat_interleave(questions, 0)
+    rows = architecture.encode(ops, CONFIG, local, architecture.project_text(ops, instruct), text_mask)
+    features = architecture.project_vision(ops, rows)
+    image, text = features.split([CONFIG.vision.patches, text_mask.shape[1]], dim=1)
+
+    x = F.embedding(batch.tokens, table)
+    after_image, after_latents = batch.image_start + image.shape[1], batch.latent_start + batch.query_length
+    latents = latents.repeat_interleave(questions, 0)
+    gap = x[:, after_image : batch.latent_start]
+    x = torch.cat([x[:, : batch.image_start], image, gap, latents, x[:, after_latents:]], 1)
+    x = architecture.decoder(ops, CONFIG, x, _alignment(ops, batch, windows) if align else None)
+
+    answered = batch.targets != IGNORED
+    logits = architecture.logits(ops, CONFIG, x[answered])
+    wanted = batch.targets[answered]
+    wrong = torch.zeros(batch.targets.shape).masked_scatter(answered, (logits.argmax(-1) != wanted).float())
+    return Outcome(
+        answer_loss=F.cross_entropy(logits, wanted),
+        mapping_loss=_mapping_loss(ops, local, image, instruct, text, text_mask),
+        correct=wrong.sum(1) == 0,
+    )
+
+
+def _pooled(ops: EagerOperations, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents ``[I,q,D]`` and their windows ``[I,q,9,D]``: encoded once a picture."""
+    patches = patches.flatten(0, 1)
+    no_text = patches[:, :0]
+    rows = architecture.encode(ops, CONFIG, patches, no_text, torch.ones(no_text.shape[:2]))
+    size, cells = 2 * CONFIG.vision.grid, side(batch.query_length)
+    tables = (
+        torch.from_numpy(pooling_cells(size, n)) for n in (cells, cells * CONFIG.alignment.window_size)
+    )
+    return architecture.pool_image(ops, CONFIG, architecture.project_vision(ops, rows), *tables)
+
+
+def _alignment(ops: EagerOperations, batch: Batch, windows: Tensor) -> architecture.Alignment[Tensor]:
+    """Where the latents and questions are, with every picture's keys and values for each of its questions."""
+    starts = torch.arange(len(batch.questions)) * batch.tokens.shape[1]
+    layers = range(CONFIG.alignment.layers)
+    pairs = [architecture.context_keys_values(ops, k, windows) for k in layers]
+    questions = len(batch.questions) // len(windows)
+    keys, values = (torch.cat(parts).repeat_interleave(questions, 0) for parts in zip(*pairs, strict=True))
+    positions = starts[:, None] + batch.latent_start + torch.arange(batch.query_length)
+    return architecture.Alignment(positions, starts + batch.question_rows, keys, values)
+
+
+def _mapping_loss(
+    ops: EagerOperations, local: Tensor, image: Tensor, instruct: Tensor, text: Tensor, text_mask: Tensor
+) -> Tensor:
+    """Dual-supervised semantic mapping: each space must be found again through the other's projector."""
+    vision = F.cosine_similarity(local, architecture.project_text(ops, image), dim=-1)
+    language = F.cosine_similarity(instruct, text, dim=-1)[text_mask]
+    return (1 - vision).mean() + (1 - language).mean()

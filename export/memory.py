@@ -1,0 +1,89 @@
+"""How much memory a bundle takes where it runs, told before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusion_edge.export.plan import ExportPlan
+from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE
+
+RUNTIME_BYTES = 130_000_000
+"""Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions: measured, see ``docs/architecture.md``."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes."""
+
+    graphs: Mapping[str, int]
+    """Size in the bundle, by graph, and of the embedding table."""
+    bundle: int
+    weights: int
+    """All weights of the three graphs as they stay in memory, and the pages of the embedding table."""
+    key_value_cache: int
+    """Full context; filled as the conversation grows."""
+    alignment_cache: int
+    """One image's features, latents, keys and values at the default query length."""
+    activations: int
+    """The largest set of intermediate arrays at once."""
+
+    @property
+    def peak(self) -> int:
+        """Everything at once, the Python process included."""
+        return RUNTIME_BYTES + self.weights + self.key_value_cache + self.alignment_cache + self.activations
+
+
+def estimate(plan: ExportPlan) -> Estimate:
+    """Sizes and memory of a planned bundle; formulas in the functions below."""
+    graphs = {file.name.removesuffix(".data"): file.size for file in plan.data_files}
+    for name, content in plan.small_files.items():
+        if name.endswith(".onnx"):
+            graphs[name.removesuffix(".onnx")] += len(content)
+    return Estimate(
+        graphs=graphs,
+        bundle=plan.bundle_bytes,
+        weights=_weights(plan),
+        key_value_cache=_key_value_cache(plan),
+        alignment_cache=_alignment_cache(plan),
+        activations=_activations(plan),
+    )
+
+
+def _item(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def _weights(plan: ExportPlan) -> int:
+    """Stored values as they are, floats and scales in the activations' type (the load folds their cast)."""
+    wide = _item(plan.settings.activations)
+    total = 0
+    for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
+        count = int(np.prod(tensor.shape, dtype=np.int64))
+        total += count * (1 if tensor.dtype == "uint8" else wide)
+    return total
+
+
+def _key_value_cache(plan: ExportPlan) -> int:
+    language = plan.config.language
+    row = 2 * language.layers * language.kv_heads * language.head_dim
+    return row * plan.settings.max_context * _item(plan.settings.cache)
+
+
+def _alignment_cache(plan: ExportPlan) -> int:
+    config, q = plan.config, plan.options.query_lengths[0]
+    rows = config.alignment.layers * 2 * q * config.alignment.window_size**2 + q
+    features = GLOBAL_CROPS * config.vision.patches
+    pixels = (GLOBAL_CROPS + 1) * 3 * IMAGE_SIZE**2
+    return (rows + features) * config.language.hidden_size * _item(plan.settings.activations) + 5 * pixels
+
+
+def _activations(plan: ExportPlan) -> int:
+    """The larger of the vision tower on four crops and of a prefill that fills the context."""
+    config = plan.config
+    vision, language = config.vision, config.language
+    tower = GLOBAL_CROPS * vision.patches * (6 * vision.width + 2 * vision.mlp_width)
+    layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
+    return max(tower, layer) * _item(plan.settings.activations)

@@ -1,0 +1,69 @@
+"""``fusion-info``: what a bundle is, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusion_edge.runtime import cli
+from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.progress import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="fusion-info", description="Print what a bundle is and verify the checksum of every file."
+    )
+    parser.add_argument("bundle", type=Path, help="folder that fusion-export wrote")
+    parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
+    return cli.run(_info, parser.parse_args(argv))
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    bundle = open_bundle(arguments.bundle)
+    with Progress("Verifying", bundle.manifest.size) as progress:
+        verify(bundle, progress.advance)
+    if arguments.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(bundle.manifest)) + "\n")
+    else:
+        sys.stdout.write(_text(bundle))
+    return 0
+
+
+def _text(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    model, language, vision = manifest.model, manifest.model.language, manifest.model.vision
+    rows = [
+        ("Bundle", str(bundle.folder)),
+        ("Made by", manifest.producer),
+        ("From", manifest.source),
+        ("Target", manifest.target),
+        ("Precision", manifest.precision),
+        ("LLM", f"{language.layers} layers, width {language.hidden_size}, vocabulary {language.vocab_size}"),
+        ("Vision", f"{vision.layers} layers, width {vision.width}, {vision.patches} patches a crop"),
+        ("Alignment", f"{model.alignment.layers} interaction layers"),
+        ("Image tokens", str(manifest.image_side**2)),
+        ("Query lengths", ", ".join(map(str, manifest.query_lengths))),
+        ("Context", f"{manifest.max_context} positions, {manifest.cache} KV cache"),
+        *_weight_rows(manifest),
+        *((entry.path, cli.size(entry.size)) for entry in manifest.files),
+        ("All checksums", "correct"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "".join(f"{name.ljust(width)}  {value}\n" for name, value in rows)
+
+
+def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """How many weights of each graph have each format."""
+    counts = Counter((name.split(".")[0], form) for name, form in manifest.weights.items())
+    return [(f"{part} weights", f"{count} in {form}") for (part, form), count in sorted(counts.items())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

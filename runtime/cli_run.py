@@ -1,0 +1,147 @@
+"""``fusion-run``: questions about an image, answered by a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.runtime import cli
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.fusion import Answer, Conversation, load
+from fusion_edge.runtime.prompts import Turn
+from fusion_edge.runtime.sampling import Sampling
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    return cli.run(_run, parser().parse_args(argv))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option of ``fusion-run``."""
+    defaults = Sampling()
+    parser = argparse.ArgumentParser(prog="fusion-run", description="Ask a bundle questions about an image.")
+    add = parser.add_argument
+    add("bundle", type=Path, help="folder that fusion-export wrote")
+    add("--image", required=True, type=Path, metavar="FILE", help="the picture")
+    add(
+        "--ask",
+        action="append",
+        metavar="TEXT",
+        help="a question; repeat it to continue the conversation; without it questions are read from standard input",
+    )
+    add("--history", type=Path, metavar="FILE", help='earlier turns: a JSON list of {"question", "answer"}')
+    add("--query-len", type=cli.positive, metavar="N", help="query length, one of the bundle's (default: its first)")
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
+    add(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="T",
+        help="0 takes the likeliest token (default: %(default)s)",
+    )
+    add("--top-p", type=float, default=defaults.top_p, metavar="P", help="nucleus (default: %(default)s, off)")
+    add("--top-k", type=int, default=defaults.top_k, metavar="K", help="likeliest tokens (default: %(default)s, off)")
+    add("--seed", type=int, metavar="N", help="for the same draws every time")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add("--device", choices=("cpu", "cuda"), help="default: what the bundle was exported for")
+    add("--threads", type=cli.positive, metavar="N", help="default: every core that this process may use")
+    add("--json", action="store_true", help="print one JSON object with every answer")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+    )
+    history = [] if arguments.history is None else _read_history(arguments.history)
+    with load(arguments.bundle, device=arguments.device, threads=arguments.threads) as fusion:
+        conversation = fusion.conversation(arguments.image)
+        conversation.history.extend(history)
+
+        def ask(question: str) -> Answer:
+            return conversation.answer(question, sampling=sampling, query_length=arguments.query_len)
+
+        def say(question: str) -> None:
+            _say(conversation, question, sampling, arguments.query_len)
+
+        if arguments.ask is None:
+            return _interactive(say)
+        if arguments.json:
+            answers = [_answer_json(ask(question)) for question in arguments.ask]
+            sys.stdout.write(json.dumps({"answers": answers}) + "\n")
+        else:
+            for question in arguments.ask:
+                say(question)
+    return 0
+
+
+def _say(conversation: Conversation, question: str, sampling: Sampling, query_length: int | None) -> None:
+    """Print an answer while it is generated."""
+    for piece in conversation.ask(question, sampling=sampling, query_length=query_length):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _interactive(say: Callable[[str], None]) -> int:
+    """Questions from standard input, one a line, until its end; a refused question does not end it."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        if not line.strip():
+            continue
+        try:
+            say(line.strip())
+        except FusionError as error:
+            if not terminal:
+                raise
+            sys.stderr.write(f"error: {error}\n")
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "prompt_tokens": answer.prompt_tokens,
+        "finish_reason": answer.finish_reason,
+        "timings_ms": {stage: round(ms, 3) for stage, ms in answer.timings_ms.items()},
+        "tokens_per_second": round(answer.tokens_per_second, 3),
+    }
+
+
+def _read_history(path: Path) -> list[Turn]:
+    expected = 'expected a JSON list of {"question": TEXT, "answer": TEXT}'
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FusionError(f"Cannot read the history in {path} ({error}); {expected}.") from None
+    if not isinstance(data, list):
+        raise UsageError(f"{path} holds a JSON {type(data).__name__}; {expected}.")
+    for entry in data:
+        if not (
+            isinstance(entry, dict)
+            and entry.keys() == {"question", "answer"}
+            and all(isinstance(text, str) for text in entry.values())
+        ):
+            raise UsageError(f"{path} holds the entry {json.dumps(entry)[:80]}; {expected}.")
+    return [Turn(**entry) for entry in data]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
