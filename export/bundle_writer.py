@@ -33,9 +33,12 @@ def write_bundle(plan: ExportPlan, output: Path, force: bool) -> bundle.Manifest
     Raises :class:`FusionError` if the output exists and ``force`` is off, if the disk is too small, if another
     export is writing the same output, or if a weight is not finite. Leaves nothing behind then.
     """
-    _check_output(output, force)
-    _check_disk(plan, output)
+    output = Path(os.path.realpath(output))  # a link to a bundle stays a link
+    if not output.parent.is_dir():
+        raise FusionError(f"{output.parent} is not a folder; create it first or choose another output.")
     with _partial_folder(output) as folder:
+        _check_output(output, force)
+        _check_disk(plan, output)
         for name, content in plan.small_files.items():
             (folder / name).write_bytes(content)
         weights = CheckpointWeights(plan.checkpoint, plan.parameters)
@@ -76,14 +79,14 @@ def _write_data(path: Path, file: DataFile, weights: CheckpointWeights, progress
             os.posix_fallocate(descriptor, 0, file.size)
         for tensor in file.tensors:
             if tensor.content is not None:
-                os.pwrite(descriptor, tensor.content.tobytes(), tensor.offset)
+                _write_at(descriptor, tensor.content, tensor.offset)
 
         def write(block: tuple[list[PlannedTensor], int, int]) -> None:
             tensors, start, stop = block
             rows = weights.rows(tensors[0].parameter, start, stop)
             for tensor, content in zip(tensors, _encode(rows, tensors), strict=True):
                 row_bytes = tensor.nbytes // tensor.shape[0]
-                os.pwrite(descriptor, content.data.cast("B"), tensor.offset + start * row_bytes)
+                _write_at(descriptor, content, tensor.offset + start * row_bytes)
             progress.advance(rows.size)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -91,6 +94,14 @@ def _write_data(path: Path, file: DataFile, weights: CheckpointWeights, progress
                 pass
     finally:
         os.close(descriptor)
+
+
+def _write_at(descriptor: int, content: npt.NDArray[Any], offset: int) -> None:
+    """All bytes of an array; one system call may write fewer than asked."""
+    remaining = np.ascontiguousarray(content).data.cast("B")
+    while remaining:
+        count = os.pwrite(descriptor, remaining, offset)
+        remaining, offset = remaining[count:], offset + count
 
 
 def _blocks(file: DataFile, weights: CheckpointWeights) -> Iterator[tuple[list[PlannedTensor], int, int]]:
@@ -115,8 +126,6 @@ def _encode(rows: npt.NDArray[np.float32], tensors: list[PlannedTensor]) -> tupl
 
 
 def _check_output(output: Path, force: bool) -> None:
-    if not output.parent.is_dir():
-        raise FusionError(f"{output.parent} is not a folder; create it first or choose another output.")
     if not output.exists():
         return
     is_bundle = (output / bundle.MANIFEST).is_file()
@@ -141,40 +150,51 @@ def _partial_folder(output: Path) -> Iterator[Path]:
 
     What a killed export left is removed by the next one; the lock tells it from one that is still running.
     """
-    folder = output.with_name(f".{output.name}.partial")
-    replaced = output.with_name(f".{output.name}.replaced")
+    folder = output.parent / f".{output.name}.partial"
+    replaced = output.parent / f".{output.name}.replaced"
     try:
         with _locked(folder, output):
-            if replaced.exists() and not output.exists():
-                replaced.rename(output)  # killed between the two renames below
-            shutil.rmtree(replaced, ignore_errors=True)
+            _put_back(replaced, output)  # an export was killed between the two renames below
             for left in folder.iterdir():
                 left.unlink()
             yield folder
-            if output.exists():
-                output.rename(replaced)
-            folder.rename(output)
-            shutil.rmtree(replaced, ignore_errors=True)
+            try:
+                if output.exists():
+                    output.rename(replaced)
+                folder.rename(output)
+            finally:
+                _put_back(replaced, output)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise FusionError(f"The disk of {output.parent} is full; free some space and export again.") from None
         raise FusionError(f"Cannot write {output}: {error.strerror}.") from None
 
 
+def _put_back(replaced: Path, output: Path) -> None:
+    """The replaced bundle returns if nothing has taken its place, and goes if something has."""
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``folder``, made if absent; it is removed afterwards if it is still there."""
+    """Hold an exclusive lock on ``folder``, made if absent, which an error removes."""
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FusionError(f"Another export is writing {output}; wait for it or choose another output.") from None
+            # The holder before may have renamed or removed what was opened here a moment ago.
+            locked = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except (BlockingIOError, FileNotFoundError):
+            locked = False
+        if not locked:
+            raise FusionError(f"Another export is writing {output}; wait for it or choose another output.")
         try:
             yield
-        finally:
-            if folder.exists():
-                shutil.rmtree(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     finally:
         os.close(descriptor)

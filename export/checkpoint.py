@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -23,6 +24,7 @@ from fusion_edge.runtime.config import (
 )
 from fusion_edge.runtime.errors import FusionError
 
+LARGEST_INTEGER = 2**31 - 1  # of a size in config.json; ONNX Runtime counts positions in int32
 TEMPLATES = {"fusion_phi": "phi_3", "fusion_llama": "llama_3"}
 
 FIXED: Mapping[str, tuple[object, ...]] = {
@@ -47,14 +49,14 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
     """
     fields = _Fields(checkpoint.folder / "config.json")
     model_type = fields.data.get("model_type")
-    if model_type not in TEMPLATES:
+    if not isinstance(model_type, str) or model_type not in TEMPLATES:
         raise FusionError(
             f"{checkpoint.folder} is not a FUSION checkpoint: its model_type is {model_type!r}; expected "
             f"{' or '.join(map(repr, TEMPLATES))}. Pass the folder of a FUSION model."
         )
     for name, allowed in FIXED.items():
         fields.one_of(name, allowed)
-    language = _language(fields)
+    language = _language(fields, checkpoint)
     return FusionConfig(
         template=TEMPLATES[model_type],
         vision=_vision(fields, checkpoint),
@@ -114,8 +116,8 @@ class _Fields:
 
     def integer(self, name: str, minimum: int = 1, default: int | None = None) -> int:
         value = self.data.get(name, default)
-        if type(value) is not int or value < minimum:
-            raise self.wrong(name, f"an integer of at least {minimum}")
+        if type(value) is not int or not minimum <= value <= LARGEST_INTEGER:
+            raise self.wrong(name, f"an integer from {minimum} to {LARGEST_INTEGER}")
         return value
 
     def number(self, name: str) -> float:
@@ -132,23 +134,27 @@ class _Fields:
 
 
 def _is_positive(value: object) -> TypeGuard[float]:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
+    # Compared, not asked by math.isfinite: that overflows on an integer of 400 digits.
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max  # type: ignore[operator]
 
 
-def _language(fields: _Fields) -> LanguageConfig:
+def _language(fields: _Fields, checkpoint: Checkpoint) -> LanguageConfig:
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", default=heads)
     head_dim = fields.data.get("head_dim") or hidden // heads
-    if type(head_dim) is not int or head_dim % 2 or head_dim < 8:
-        raise fields.wrong("head_dim", "an even integer of at least 8")
+    if type(head_dim) is not int or head_dim % 2 or not 8 <= head_dim <= 1024:
+        raise fields.wrong("head_dim", "an even integer from 8 to 1024")
     if heads % kv_heads:
         raise fields.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     if hidden % ALIGNMENT_HEADS:
         raise fields.wrong("hidden_size", f"a multiple of {ALIGNMENT_HEADS}")
+    layers = fields.integer("num_hidden_layers")
+    if layers > len(checkpoint.tensors):
+        raise fields.wrong("num_hidden_layers", f"fewer, there are {len(checkpoint.tensors)} tensors in all")
     frequencies, scale = _rotary(fields, head_dim)
     return LanguageConfig(
         hidden_size=hidden,
-        layers=fields.integer("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -163,6 +169,8 @@ def _language(fields: _Fields) -> LanguageConfig:
 def _rotary(fields: _Fields, head_dim: int) -> tuple[list[float], float]:
     """Inverse frequencies ``[head_dim/2]`` and the factor on cos and sin (FUSION.md section 5)."""
     theta = fields.number("rope_theta")
+    if theta < 1:
+        raise fields.wrong("rope_theta", "a number of at least 1")
     base = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     scaling = fields.data.get("rope_scaling")
     if scaling is None:
@@ -173,7 +181,7 @@ def _rotary(fields: _Fields, head_dim: int) -> tuple[list[float], float]:
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "longrope":
         longest = fields.integer("max_position_embeddings")
-        original = fields.integer("original_max_position_embeddings")
+        original = fields.integer("original_max_position_embeddings", minimum=2)
         if fields.integer("tokenizer_model_max_length") > original:
             raise fields.wrong(
                 "tokenizer_model_max_length",
@@ -245,7 +253,7 @@ def _vision(fields: _Fields, checkpoint: Checkpoint) -> VisionConfig:
     layers = {int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))}
     if fields.data.get("mm_hidden_size") != width:
         raise fields.wrong("mm_hidden_size", f"{width}, the width of the vision tower's tensors")
-    if width % VISION_HEADS or len(layers) < 2 or not 1 <= patch <= IMAGE_SIZE:
+    if not width or width % VISION_HEADS or not mlp_width or len(layers) < 2 or not 1 <= patch <= IMAGE_SIZE:
         raise FusionError(
             f"The vision tower of {checkpoint.folder} has width {width}, {len(layers)} layers and patches of "
             f"{patch}; expected a width divisible by {VISION_HEADS}, two layers or more, patches of at most "

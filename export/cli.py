@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)", text)
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 7.4GiB")

@@ -21,7 +21,7 @@ def build_graphs(
     settings: Settings,
 ) -> list[GraphBuilder]:
     """Vision encoder, alignment decoder and LLM, their weights planned (names without ``.weight`` in ``formats``)."""
-    specs = graphs.graph_specs(config, settings.activations, settings.cache, settings.max_context)
+    specs = graphs.graph_specs(config, settings.activations, settings.cache)
     builders = [GraphBuilder(spec) for spec in specs]
     vision, alignment, llm = (
         OnnxRuntimeOperations(config, builder, parameters, formats, settings) for builder in builders

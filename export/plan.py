@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+
+from tokenizers import Tokenizer
 
 from fusion_edge.export.checkpoint import read_config, read_parameters
 from fusion_edge.export.graph_builder import GraphBuilder, PlannedTensor
@@ -19,7 +20,7 @@ from fusion_edge.quant.formats import DEFAULT_GROUP_SIZE, WeightFormat
 from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
 from fusion_edge.runtime import bundle
 from fusion_edge.runtime.config import FusionConfig, side
-from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.graphs import GraphSpec
 
 ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}
@@ -86,7 +87,7 @@ class ExportPlan:
             accuracy_level=settings.accuracy_level,
             model=self.config,
             embedding=_embedding_table(self.data_files[-1].tensors),
-            graphs={spec.name: _spec_json(spec) for spec in self.specs},
+            graphs={spec.name: spec.to_json() for spec in self.specs},
             weights={name: str(form) for name, form in self.formats.items()},
             files=files,
         )
@@ -120,14 +121,14 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         max_context=options.max_context or config.max_length,
     )
     builders = build_graphs(config, parameters, formats, settings)
-    small_files = {bundle.TOKENIZER: tokenizer_json(checkpoint.folder).encode()}
+    small_files = {bundle.TOKENIZER: _tokenizer(checkpoint, config)}
     data_files = []
     for builder in builders:
         name = builder.spec.name
         model = builder.model(bundle.data_file(name), _producer())
         small_files[bundle.graph_file(name)] = model.SerializeToString(deterministic=True)
         data_files.append(DataFile(bundle.data_file(name), tuple(builder.planned.values()), builder.data_bytes))
-    data_files.append(_embedding_file(parameters[f"{EMBEDDING}.weight"], formats[EMBEDDING]))
+    data_files.append(embedding_file(parameters[f"{EMBEDDING}.weight"], formats[EMBEDDING]))
     return ExportPlan(
         checkpoint=checkpoint,
         config=config,
@@ -145,11 +146,17 @@ def _producer() -> str:
     return f"fusion-edge {version('fusion-edge')}"
 
 
-def _spec_json(spec: GraphSpec) -> dict[str, Any]:
-    return {
-        "inputs": [dataclasses.asdict(tensor) for tensor in spec.inputs],
-        "outputs": [dataclasses.asdict(tensor) for tensor in spec.outputs],
-    }
+def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> bytes:
+    """``tokenizer.json``. Raises :class:`FusionError` if it has an id that the token table has no row for."""
+    content = tokenizer_json(checkpoint.folder)
+    vocabulary: dict[str, int] = Tokenizer.from_str(content).get_vocab()
+    token, largest = max(vocabulary.items(), key=lambda item: item[1])
+    if largest >= config.language.vocab_size:
+        raise FusionError(
+            f"The tokenizer of {checkpoint.folder} gives {token!r} the id {largest}, but vocab_size is "
+            f"{config.language.vocab_size}; take tokenizer and weights from the same checkpoint."
+        )
+    return content.encode()
 
 
 def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
@@ -185,7 +192,7 @@ def _list(numbers: tuple[int, ...] | list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _embedding_file(parameter: Parameter, form: WeightFormat) -> DataFile:
+def embedding_file(parameter: Parameter, form: WeightFormat) -> DataFile:
     """The token table in the embedding file: values, then scales."""
     builder = GraphBuilder(GraphSpec("embeddings", (), ()))
     rows, columns = parameter.shape

@@ -305,7 +305,10 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 
 def _is_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    """At most eight 63-bit numbers: no model has more, and their product can still be printed."""
+    if not isinstance(values, list) or len(values) > 8:
+        return False
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], data_start: int, file_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
         UsageError: ``revision`` given with a local folder.
         FusionError: No such folder, a file in its place, or the hub cannot give the checkpoint.
     """
-    path = Path(source).expanduser() if source else None
+    path = Path(os.path.expanduser(source)) if source else None  # Path.expanduser raises for an unknown user
     if path and path.is_dir():
         if revision is not None:
             raise UsageError(

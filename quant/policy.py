@@ -62,7 +62,7 @@ def read_rules(path: Path, group_size: int) -> list[Rule]:
     expected = "expected a table [rules] of lines \"PATTERN\" = \"FORMAT\""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FusionError(f"Cannot read the rules in {path} ({error}); {expected}.") from None
     rules = data.get("rules")
     if set(data) != {"rules"} or not isinstance(rules, dict):

@@ -8,13 +8,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fusion_edge.runtime.config import FusionConfig
+from fusion_edge.runtime.config import IMAGE_SIZE, FusionConfig
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.graphs import graph_specs
+from fusion_edge.runtime.prompts import TEMPLATES
+from fusion_edge.runtime.schema import from_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -143,13 +147,13 @@ def data_file(name: str) -> str:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     remedy = "Pass the folder that fusion-export wrote."
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FusionError(f"{folder} is not a folder; expected a bundle. {remedy}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FusionError(f"{folder} is not a bundle: it has no {MANIFEST}. {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FusionError(f"{path} cannot be read ({error}); export the bundle again.") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -158,21 +162,44 @@ def _read_manifest(folder: Path) -> Manifest:
             "upgrade fusion-edge (pip install --upgrade fusion-edge)."
         )
     try:
-        data["model"] = FusionConfig.from_json(data["model"])
-        data["embedding"] = EmbeddingTable(**data["embedding"])
-        data["files"] = tuple(FileEntry(**entry) for entry in data["files"])
-        data["query_lengths"] = tuple(data["query_lengths"])
-        return Manifest(**data)
-    except (KeyError, TypeError, AttributeError) as error:
+        manifest = from_json(Manifest, data)
+        _check_values(manifest)
+    except ValueError as error:
         raise FusionError(
             f"{path} does not follow bundle schema {SCHEMA_VERSION} ({error}); export the bundle again."
         ) from None
+    return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raise ``ValueError`` for values of the right types that contradict each other."""
+    model, vision = manifest.model, manifest.model.vision
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {manifest.schema_version}")
+    if model.template not in TEMPLATES:
+        raise ValueError(f"model.template is {model.template!r}, not {' or '.join(TEMPLATES)}")
+    if not 1 <= vision.patch_size <= IMAGE_SIZE:
+        raise ValueError(f"model.vision.patch_size is {vision.patch_size}")
+    if not 1 <= manifest.image_side <= vision.grid:
+        raise ValueError(f"image_side is {manifest.image_side}, the vision grid's is {vision.grid}")
+    if not 1 <= manifest.max_context <= model.max_length:
+        raise ValueError(f"max_context is {manifest.max_context}, the model's max_length is {model.max_length}")
+    if not manifest.query_lengths or not set(manifest.query_lengths) <= set(model.alignment.query_lengths):
+        raise ValueError(f"query_lengths are {list(manifest.query_lengths)}, not among the model's")
+    if model.language.layers > len(manifest.weights):
+        raise ValueError(f"model.language.layers is {model.language.layers}, more than there are weights")
+    for spec in graph_specs(model, manifest.activations, manifest.cache):
+        if manifest.graphs.get(spec.name) != spec.to_json():
+            raise ValueError(f"graphs.{spec.name} is not what the model's sizes ask for")
 
 
 def _check_file(folder: Path, entry: FileEntry) -> None:
     relative = PurePosixPath(entry.path)
     path = folder / relative
-    inside = path.resolve().is_relative_to(folder.resolve())
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that no file can have
+        inside = False
     if relative.is_absolute() or ".." in relative.parts or not inside:
         raise FusionError(
             f"{folder / MANIFEST} lists {entry.path}, which leads outside the bundle; do not use this bundle."

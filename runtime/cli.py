@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,20 +16,37 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
 
     A user's mistake is one line on standard error, never a traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command(arguments)
         sys.stdout.flush()
         return code
     except FusionError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
     except BrokenPipeError:
         # The reader went away (``| head``): nothing is left to say, also at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except MemoryError:
+        return _fail("There is not enough memory; close other programs, or export a smaller bundle.")
+    except OSError as error:
+        if error.filename is None:  # perhaps from standard output, whose rest would fail again at interpreter exit
+            _discard_output()
+        name = error.filename or "a file or standard output"
+        return _fail(f"Cannot access {name}: {error.strerror}; check the path, its permissions and the disk.")
+
+
+def _fail(message: str, code: int = 1) -> int:
+    sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
+    return code
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -63,6 +64,8 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
+    if arguments.json and arguments.ask is None:
+        raise UsageError("--json prints the answers to --ask; add --ask TEXT, or leave --json out.")
     history = [] if arguments.history is None else _read_history(arguments.history)
     with load(arguments.bundle, device=arguments.device, threads=arguments.threads) as fusion:
         conversation = fusion.conversation(arguments.image)
@@ -96,6 +99,8 @@ def _say(conversation: Conversation, question: str, sampling: Sampling, query_le
 
 def _interactive(say: Callable[[str], None]) -> int:
     """Questions from standard input, one a line, until its end; a refused question does not end it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # as arguments are decoded: wrong bytes are told by the question
+        sys.stdin.reconfigure(errors="surrogateescape")
     terminal = sys.stdin.isatty()
     while True:
         if terminal:
@@ -129,7 +134,7 @@ def _read_history(path: Path) -> list[Turn]:
     expected = 'expected a JSON list of {"question": TEXT, "answer": TEXT}'
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FusionError(f"Cannot read the history in {path} ({error}); {expected}.") from None
     if not isinstance(data, list):
         raise UsageError(f"{path} holds a JSON {type(data).__name__}; {expected}.")

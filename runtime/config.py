@@ -6,10 +6,8 @@ it in ``bundle.json`` and the runtime reads it back from there.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 IMAGE_SIZE = 384  # pixels on a side of one crop
 GLOBAL_CROPS = 4  # the 768 x 768 resize cut row by row (FUSION.md section 1)
@@ -87,25 +85,6 @@ class FusionConfig:
     """``tokenizer_model_max_length``: positions that the model was trained with."""
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary for ``bundle.json``."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> FusionConfig:
-        """Inverse of :meth:`to_json`. Raises ``KeyError`` or ``TypeError`` on a wrong shape."""
-
-        def frozen(value: Any) -> Any:
-            return tuple(value) if isinstance(value, list) else value
-
-        def build(kind: type, values: dict[str, Any]) -> Any:
-            return kind(**{key: frozen(value) for key, value in values.items()})
-
-        nested = {"vision": VisionConfig, "language": LanguageConfig, "alignment": AlignmentConfig}
-        return cls(**{
-            key: build(nested[key], value) if key in nested else frozen(value) for key, value in data.items()
-        })
 
 
 def side(square: int) -> int:

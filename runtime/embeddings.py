@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle
+from fusion_edge.runtime.errors import FusionError
 
 ZERO_POINT = 128  # of int8 tables (quant/packing.py)
 FLOATS = {"fp16": "float16", "fp32": "float32"}
@@ -18,18 +19,23 @@ class Embeddings:
     """LLM input embeddings by token id."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Maps ``embeddings.data``; reads no row yet."""
+        """Maps ``embeddings.data``; reads no row yet. Raises :class:`FusionError` if the table is not in it."""
         language, table = bundle.manifest.model.language, bundle.manifest.embedding
         rows, columns = language.vocab_size, language.hidden_size
         path = bundle.path(EMBEDDINGS)
-        self._scales: npt.NDArray[np.float16] | None = None
-        if table.group_size == 0:
-            self._values = _map(path, FLOATS[table.kind], table.values_offset, (rows, columns))
-            return
-        groups = -(-columns // table.group_size)
         self._columns = columns
-        self._values = _map(path, "uint8", table.values_offset, (rows, groups, table.group_size))
-        self._scales = _map(path, "float16", table.scales_offset, (rows, groups))
+        self._scales: npt.NDArray[np.float16] | None = None
+        if table.group_size == 0 and table.kind in FLOATS:
+            self._values = _map(path, FLOATS[table.kind], table.values_offset, (rows, columns))
+        elif table.group_size > 0 and table.kind == "int8":
+            groups = -(-columns // table.group_size)
+            self._values = _map(path, "uint8", table.values_offset, (rows, groups, table.group_size))
+            self._scales = _map(path, "float16", table.scales_offset, (rows, groups))
+        else:
+            raise FusionError(
+                f"The bundle's embedding table is of the unknown kind {table.kind!r} with groups of "
+                f"{table.group_size}; export the bundle again."
+            )
 
     def __call__(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """``[n]`` -> float32 ``[n, hidden_size]``. Raises ``IndexError`` for an id outside the vocabulary."""
@@ -42,6 +48,11 @@ class Embeddings:
 
 
 def _map(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    try:
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    except (OverflowError, ValueError) as error:
+        raise FusionError(
+            f"{path} does not hold {shape} values of {dtype} at byte {offset}; export the bundle again."
+        ) from error
 
 

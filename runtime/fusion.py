@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,11 +17,12 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import tokenizers
 from PIL import Image
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
-from fusion_edge.runtime.bundle import TOKENIZER, Manifest, open_bundle
+from fusion_edge.runtime.bundle import TOKENIZER, Bundle, Manifest, open_bundle
 from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.embeddings import Embeddings
 from fusion_edge.runtime.errors import FusionError, UsageError
@@ -33,6 +34,7 @@ from fusion_edge.runtime.text_stream import TextStream
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 Color = Literal["rgb", "bgr"]
+Embed = Callable[[npt.NDArray[np.int64]], Floats]
 STAGES = ("preprocess", "vision", "alignment", "prefill", "decode")
 
 
@@ -41,6 +43,7 @@ class Answer:
     """A whole answer."""
 
     text: str
+    """Without whitespace at its ends."""
     token_ids: tuple[int, ...]
     """Generated tokens, the end token not included."""
     prompt_tokens: int
@@ -71,15 +74,16 @@ class Fusion:
     same pixels are asked about, so a reused camera buffer is never mistaken for the frame it held before.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, embeddings: Embeddings) -> None:
-        """Use :func:`load` unless you bring your own backend."""
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, embed: Embed) -> None:
+        """Use :func:`load` unless you bring your own backend. ``embed`` maps ids ``[n]`` to rows ``[n,D]``."""
         self.manifest = manifest
         self.backend = backend
         self._tokenizer = tokenizer
-        self._embeddings = embeddings
+        self._embed = embed
         self._template = TEMPLATES[self.config.template]
         self._latest: _Image | None = None
         self._generation = 0
+        self._closed = False
 
     @property
     def config(self) -> FusionConfig:
@@ -95,9 +99,12 @@ class Fusion:
         self.close()
 
     def close(self) -> None:
-        """Free the backend's memory."""
-        self._latest = None
-        self.backend.close()
+        """Free the backend's memory. Nothing can be asked afterwards; closing twice does no harm."""
+        if not self._closed:
+            self._closed = True
+            self._generation += 1
+            self._latest = None
+            self.backend.close()
 
     def ask(
         self,
@@ -110,7 +117,7 @@ class Fusion:
         color: Color = "rgb",
     ) -> Iterator[str]:
         """The answer piece by piece, as it is generated. Parameters and errors as of :meth:`answer`."""
-        yield from self.stream(
+        return self.stream(
             image, question, history=history, sampling=sampling, query_length=query_length, color=color
         )
 
@@ -148,11 +155,21 @@ class Fusion:
         query_length: int | None = None,
         color: Color = "rgb",
     ) -> AnswerStream:
-        """An iterator over the pieces of text whose ``answer`` holds the whole once it is exhausted."""
-        self._generation += 1
+        """An iterator over the pieces of text whose ``answer`` holds the whole once it is exhausted.
+
+        Parameters and errors as of :meth:`answer`; a wrong parameter leaves the stream before as it is.
+        """
+        if self._closed:
+            raise UsageError("This model has been closed; load the bundle again.")
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
         length = self._query_length(query_length)
         prompt = encode_prompt(self._tokenizer, self._template, history, question)
-        return AnswerStream(self, load_image(image, color), prompt, sampling or Sampling(), length)
+        self._check_length(prompt, length)
+        picture = load_image(image, color)
+        self._generation += 1
+        return AnswerStream(self, picture, prompt, sampling, length)
 
     def conversation(self, image: ImageLike, color: Color = "rgb") -> Conversation:
         """A conversation about one image."""
@@ -165,7 +182,18 @@ class Fusion:
                 f"Query length {wanted} is not in this bundle; choose from {', '.join(map(str, offered))}, or export "
                 "with --query-len."
             )
-        return offered[0] if wanted is None else wanted
+        return offered[0] if wanted is None else offered[offered.index(wanted)]
+
+    def _check_length(self, prompt: Prompt, query_length: int) -> None:
+        """Refuse a prompt that leaves no room for an answer, before any graph runs."""
+        image_tokens, capacity = self.manifest.image_side**2, self.manifest.max_context
+        length = prompt.layout(image_tokens, query_length).length
+        if length >= capacity:
+            raise FusionError(
+                f"The prompt takes {length} positions ({image_tokens} of them image tokens), the context holds "
+                f"{capacity} with the answer; ask a shorter question or drop history, or export with fewer "
+                "--image-tokens or a larger --max-context."
+            )
 
     # The stages, in the order in which they run ------------------------------------------------------------------
 
@@ -181,7 +209,7 @@ class Fusion:
 
     def _image_tokens(self, image: _Image, instruct_ids: npt.NDArray[np.int64]) -> Floats:
         """The local crop's features under the question's guidance: ``[P',D]``. Id 0 is masked (FUSION.md section 2)."""
-        text = self._embeddings(instruct_ids)[None]
+        text = self._embed(instruct_ids)[None]
         features = self.backend.encode(image.local_pixels, text, (instruct_ids != 0)[None])
         return resize_grid(features[0], self.manifest.image_side)
 
@@ -197,22 +225,20 @@ class Fusion:
             )
         return image.alignments[length]
 
-    def _prefill(self, prompt: Prompt, image_tokens: Floats, aligned: ImageAlignment) -> tuple[int, Floats]:
-        """Positions taken and logits of the last one."""
+    def _prefill(
+        self, prompt: Prompt, image_tokens: Floats, aligned: ImageAlignment, new_tokens: int
+    ) -> tuple[int, int, Floats]:
+        """Positions taken, positions there are, and logits of the last one taken."""
         layout = prompt.layout(len(image_tokens), len(aligned.latents))
-        capacity = self.manifest.max_context
-        if layout.length >= capacity:
-            raise FusionError(
-                f"The prompt takes {layout.length} positions ({len(image_tokens)} of them image tokens), the context "
-                f"holds {capacity} with the answer; ask a shorter question or drop history, or export with fewer "
-                "--image-tokens or a larger --max-context."
-            )
         rows = np.empty((layout.length, self.config.language.hidden_size), np.float32)
-        rows[layout.text_positions] = self._embeddings(layout.text_ids)
+        rows[layout.text_positions] = self._embed(layout.text_ids)
         rows[layout.image_start : layout.image_start + len(image_tokens)] = image_tokens
         rows[layout.latent_positions] = aligned.latents
-        logits = self.backend.prefill(rows, aligned, layout.latent_positions, layout.instruct_positions)
-        return layout.length, logits
+        capacity = min(self.manifest.max_context, layout.length + new_tokens)
+        logits = self.backend.prefill(
+            rows, aligned, layout.latent_positions, layout.instruct_positions, capacity
+        )
+        return layout.length, capacity, logits
 
 
 class AnswerStream(Iterator[str]):
@@ -232,7 +258,9 @@ class AnswerStream(Iterator[str]):
 
     def __next__(self) -> str:
         if self._generation != self._fusion._generation:
-            raise FusionError("This answer was given up when another question was asked; finish one before the next.")
+            raise FusionError(
+                "This answer was given up when another question was asked or the model closed; finish one before that."
+            )
         return next(self._pieces)
 
     @property
@@ -260,10 +288,12 @@ class AnswerStream(Iterator[str]):
         with self._timed("alignment"):
             aligned = fusion._align(image, query_length)
         with self._timed("prefill"):
-            positions, logits = fusion._prefill(prompt, image_tokens, aligned)
+            positions, capacity, logits = fusion._prefill(
+                prompt, image_tokens, aligned, sampling.max_new_tokens
+            )
             sampler = Sampler(sampling)
             token = sampler(logits)
-        limit = min(sampling.max_new_tokens, fusion.manifest.max_context - positions)
+        limit = capacity - positions
         text = TextStream(fusion._tokenizer, sampling.stop)
         tokens: list[int] = []
         steps = 0
@@ -274,13 +304,13 @@ class AnswerStream(Iterator[str]):
             if text.stopped or len(tokens) == limit:
                 break
             with self._timed("decode"):
-                token = sampler(fusion.backend.decode(fusion._embeddings(np.array([token]))[0]))
+                token = sampler(fusion.backend.decode(fusion._embed(np.array([token]))[0]))
             steps += 1
         if rest := text.finish():
             yield rest
         finished = text.stopped or token in fusion.config.eos_token_ids
         self._answer = Answer(
-            text=text.text,
+            text=text.text.strip(),  # as the released code does before it prints or keeps a reply
             token_ids=tuple(tokens),
             prompt_tokens=positions,
             finish_reason="stop" if finished else "length",
@@ -329,11 +359,24 @@ def load(folder: str | os.PathLike[str], *, device: str | None = None, threads: 
         OnnxRuntimeBackend,
     )
 
+    if threads is not None and not (isinstance(threads, int) and threads >= 1):
+        raise UsageError(f"threads is {threads!r}; expected an integer from 1, or None.")
+    if not isinstance(folder, str | os.PathLike):
+        raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
     bundle = open_bundle(os.fspath(folder))
-    device = device or bundle.manifest.target
-    if device not in PROVIDERS:
+    device = bundle.manifest.target if device is None else device
+    if device not in tuple(PROVIDERS):
         raise UsageError(f"Unknown device {device!r}; expected {' or '.join(PROVIDERS)}.")
-    if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads are not possible; expected at least 1.")
-    tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))
-    return Fusion(bundle.manifest, OnnxRuntimeBackend(bundle, device, threads), tokenizer, Embeddings(bundle))
+    return Fusion(
+        bundle.manifest, OnnxRuntimeBackend(bundle, device, threads), _load_tokenizer(bundle), Embeddings(bundle)
+    )
+
+
+def _load_tokenizer(bundle: Bundle) -> Tokenizer:
+    path = bundle.path(TOKENIZER)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise FusionError(
+            f"{path} cannot be loaded by tokenizers {tokenizers.__version__} ({error}); install a newer one."
+        ) from error

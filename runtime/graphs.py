@@ -7,6 +7,7 @@ Symbolic dimensions: ``crops``, ``text``, ``latents`` (q), ``questions``, ``posi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE, FusionConfig
 
@@ -34,9 +35,16 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """Inputs and outputs as ``bundle.json`` lists them."""
+        return {
+            side: [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors]
+            for side, tensors in (("inputs", self.inputs), ("outputs", self.outputs))
+        }
+
 
 def graph_specs(
-    config: FusionConfig, activations: str, cache: str, max_context: int
+    config: FusionConfig, activations: str, cache: str
 ) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
     """Vision encoder, alignment decoder and LLM; ``activations`` and ``cache`` are numpy dtype names."""
     hidden, patches = config.language.hidden_size, config.vision.patches
@@ -60,7 +68,7 @@ def graph_specs(
         ),
         (TensorSpec("latents", activations, (1, "latents", hidden)), *pairs),
     )
-    return vision, alignment, _llm(config, activations, cache, max_context, pairs)
+    return vision, alignment, _llm(config, activations, cache, pairs)
 
 
 def _context(config: FusionConfig) -> tuple[Dimension, ...]:
@@ -69,10 +77,10 @@ def _context(config: FusionConfig) -> tuple[Dimension, ...]:
 
 
 def _llm(
-    config: FusionConfig, activations: str, cache: str, max_context: int, pairs: tuple[TensorSpec, TensorSpec]
+    config: FusionConfig, activations: str, cache: str, pairs: tuple[TensorSpec, TensorSpec]
 ) -> GraphSpec:
     language = config.language
-    state = (1, language.kv_heads, max_context, language.head_dim)
+    state = (1, language.kv_heads, "capacity", language.head_dim)
     past = [TensorSpec(name, cache, state) for name, _ in cache_names(config)]
     present = [TensorSpec(name, cache, state) for _, name in cache_names(config)]
     inputs = (

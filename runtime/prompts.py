@@ -151,6 +151,8 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, history: Sequence[Tu
 
 
 def _questions(history: Sequence[Turn], question: str) -> list[str]:
+    if not isinstance(history, Sequence) or not all(isinstance(turn, Turn) for turn in history):
+        raise UsageError(f"The history is {repr(history)[:80]}; expected a list of Turn(question, answer).")
     return [_clean_question(text) for text in (*(turn.question for turn in history), question)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images import MAX_PIXELS, cut_crops, load_image, normalize
@@ -54,9 +54,10 @@ def test_normalize_is_the_formula_to_the_last_bit() -> None:
     assert (result.min(), result.max()) == (-1, 1)
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 def test_ordinary_modes_are_converted_as_pillow_does(mode: str, tmp_path: Path) -> None:
-    source = Image.fromarray(random_pixels(7, 5, 4), "RGBA").convert(mode)
+    source = Image.fromarray(random_pixels(7, 5, 4)).convert(mode)
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     source.save(path)
     expected = pixels(source.convert("RGB"))
@@ -105,6 +106,7 @@ def test_files_are_turned_upright(orientation: int, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(load_image(path)), upright)
     with Image.open(path) as opened:  # pixels that are handed over stay as they are
         np.testing.assert_array_equal(pixels(load_image(opened)), stored)
+        np.testing.assert_array_equal(pixels(ImageOps.exif_transpose(opened)), upright)
 
 
 def test_unreadable_exif_leaves_the_picture_readable(tmp_path: Path) -> None:

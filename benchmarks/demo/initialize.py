@@ -21,6 +21,7 @@ HEAD_DIM = 32
 SHORT_FACTORS = tuple(1 + 0.01 * i for i in range(HEAD_DIM // 2))
 LONG_FACTORS = tuple(1 + 2.0 * i for i in range(HEAD_DIM // 2))
 END_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
+FEATURE_SCALE = 0.1  # image features enter the LLM small beside what the interaction layers add
 PATCH_KERNEL = f"{VISION_MODEL}embeddings.patch_embedding.weight"
 PATCH_POSITIONS = f"{VISION_MODEL}embeddings.position_embedding.weight"
 
@@ -41,7 +42,7 @@ CONFIG = FusionConfig(
         ),
         rotary_scale=math.sqrt(1 + math.log(POSITIONS / ORIGINAL_POSITIONS) / math.log(ORIGINAL_POSITIONS)),
     ),
-    alignment=AlignmentConfig(layers=3, start=0, stride=1, window_size=3, query_lengths=(4, 16, 36)),
+    alignment=AlignmentConfig(layers=3, start=0, stride=1, window_size=3, query_lengths=(4, 16)),
     max_length=tokenizer.MAX_LENGTH,
     bos_token_id=1,
     eos_token_ids=tuple(tokenizer.PIECES + tokenizer.ADDED.index(token) for token in END_TOKENS),
@@ -58,6 +59,7 @@ def initial_tensors(seed: int) -> dict[str, Tensor]:
     shapes |= dict.fromkeys(UNUSED, (CONFIG.vision.width,))
     tensors = {name: _initial(name, shape, generator) for name, shape in sorted(shapes.items())}
     tensors[PATCH_POSITIONS] = _grid_positions(CONFIG.vision.grid, CONFIG.vision.width)
+    tensors["model.mm_projector.2.weight"] *= FEATURE_SCALE
     return tensors
 
 
@@ -82,7 +84,7 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> T
     if "embed_tokens" in name:
         return 0.5 * torch.randn(shape, generator=generator)
     scale = 1 / math.sqrt(math.prod(shape[1:]))
-    residual = ("o_proj.weight", "out_proj.weight", "fc2.weight", "down_proj.weight", "linear_2.weight")
+    residual = ("o_proj.weight", "out_proj.weight", "fc2.weight", "down_proj.weight")
     if name.endswith(residual):  # what is added to a residual stream starts small
         scale /= math.sqrt(2 * CONFIG.language.layers)
     return scale * torch.randn(shape, generator=generator)

@@ -1,7 +1,7 @@
 """Generated pictures with questions whose answers are known: what the demo model learns and is measured on.
 
 A picture shows one to four coloured shapes on a photo-like background (gradient, noise, vignette, lighting,
-shadows), each in its own cell of a jittered 3 x 3 grid. Questions ask for a colour, a shape, a count, a
+shadows), each in its own cell of a jittered 2 x 2 grid. Questions ask for a colour, a shape, a count, a
 relative position or a presence, or for a list of everything; none is ambiguous, and within a kind the answers are balanced.
 Everything follows from a split and a seed; the splits share no random stream.
 """
@@ -22,7 +22,7 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 PICTURE_SIZE = 256  # pixels on a side; the model's own preprocessing enlarges it
-GRID = 3  # cells on a side, at most one shape in each
+GRID = 2  # cells on a side, at most one shape in each
 MAX_SHAPES = 4
 SPLITS = ("train", "held_out")
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -105,7 +105,7 @@ def arrange(rng: np.random.Generator) -> list[Shape]:
     for cell, name in zip(cells, rng.choice(len(names), count, replace=False), strict=True):
         color, kind = names[name]
         row, column = divmod(cell, GRID)
-        radius = rng.uniform(0.27, 0.42) * cell_size
+        radius = rng.uniform(0.21, 0.34) * cell_size
         jitter = rng.uniform(-1, 1, 2) * (0.47 * cell_size - radius)
         x, y = (column + 0.5) * cell_size + jitter[0], (row + 0.5) * cell_size + jitter[1]
         shapes.append(Shape(kind, color, (row, column), (x, y), radius, rng.uniform(-0.25, 0.25)))

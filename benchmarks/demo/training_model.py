@@ -88,15 +88,12 @@ def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outco
     latents, windows = _pooled(ops, batch, patches[:, :GLOBAL_CROPS])
 
     questions = len(batch.questions) // len(batch.patches)
-    table = ops.get("llm.embed_tokens.weight")
-    instruct = F.embedding(batch.instruct, table)
-    text_mask = batch.instruct != 0
-    local = patches[:, GLOBAL_CROPS].repeat_interleave(questions, 0)
-    rows = architecture.encode(ops, CONFIG, local, architecture.project_text(ops, instruct), text_mask)
-    features = architecture.project_vision(ops, rows)
-    image, text = features.split([CONFIG.vision.patches, text_mask.shape[1]], dim=1)
-
-    x = F.embedding(batch.tokens, table)
+    x = F.embedding(batch.tokens, ops.get("llm.embed_tokens.weight"))
+    image, mapping_loss = x[:, :0], x.new_zeros(())
+    if not batch.phase.latent_content:
+        latents = torch.zeros_like(latents)
+    if batch.phase.image_tokens:
+        image, mapping_loss = _local(ops, batch, patches[:, GLOBAL_CROPS].repeat_interleave(questions, 0))
     after_image, after_latents = batch.image_start + image.shape[1], batch.latent_start + batch.query_length
     latents = latents.repeat_interleave(questions, 0)
     gap = x[:, after_image : batch.latent_start]
@@ -109,7 +106,7 @@ def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outco
     wrong = torch.zeros(batch.targets.shape).masked_scatter(answered, (logits.argmax(-1) != wanted).float())
     return Outcome(
         answer_loss=F.cross_entropy(logits, wanted),
-        mapping_loss=_mapping_loss(ops, local, image, instruct, text, text_mask),
+        mapping_loss=mapping_loss,
         correct=wrong.sum(1) == 0,
     )
 
@@ -137,10 +134,16 @@ def _alignment(ops: EagerOperations, batch: Batch, windows: Tensor) -> architect
     return architecture.Alignment(positions, starts + batch.question_rows, keys, values)
 
 
-def _mapping_loss(
-    ops: EagerOperations, local: Tensor, image: Tensor, instruct: Tensor, text: Tensor, text_mask: Tensor
-) -> Tensor:
-    """Dual-supervised semantic mapping: each space must be found again through the other's projector."""
-    vision = F.cosine_similarity(local, architecture.project_text(ops, image), dim=-1)
-    language = F.cosine_similarity(instruct, text, dim=-1)[text_mask]
-    return (1 - vision).mean() + (1 - language).mean()
+def _local(ops: EagerOperations, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Image tokens ``[R,P,D]`` of the text-guided local crops ``[R,P,W]``, and the semantic mapping loss.
+
+    That loss wants each space found again through the other's projector.
+    """
+    instruct = F.embedding(batch.instruct, ops.get("llm.embed_tokens.weight"))
+    mask = batch.instruct != 0
+    rows = architecture.encode(ops, CONFIG, patches, architecture.project_text(ops, instruct), mask)
+    features = architecture.project_vision(ops, rows)
+    image, text = features.split([patches.shape[1], mask.shape[1]], dim=1)
+    vision = F.cosine_similarity(patches, architecture.project_text(ops, image), dim=-1)
+    language = F.cosine_similarity(instruct, text, dim=-1)[mask]
+    return image, (1 - vision).mean() + (1 - language).mean()

@@ -38,9 +38,14 @@ class Backend(Protocol):
         ...
 
     def prefill(
-        self, embeddings: Floats, image: ImageAlignment, latent_positions: Integers, question_positions: Integers
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
     ) -> Floats:
-        """Start a sequence with ``[L,D]``: logits ``[V]`` of its last position."""
+        """Start a sequence of at most ``capacity`` positions with ``[L,D]``: logits ``[V]`` of its last one."""
         ...
 
     def decode(self, embedding: Floats) -> Floats:

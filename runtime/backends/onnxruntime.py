@@ -51,15 +51,21 @@ class OnnxRuntimeBackend:
         return ImageAlignment(latents[0].astype(np.float32, copy=False), keys, values)
 
     def prefill(
-        self, embeddings: Floats, image: ImageAlignment, latent_positions: Integers, question_positions: Integers
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
     ) -> Floats:
-        return self._llm.prefill({
+        inputs = {
             "embeddings": embeddings[None].astype(self._activations, copy=False),
             "latent_positions": latent_positions,
             "question_positions": question_positions,
             "keys": image.keys,
             "values": image.values,
-        })  # fmt: skip
+        }
+        return self._llm.prefill(inputs, capacity)
 
     def decode(self, embedding: Floats) -> Floats:
         return self._llm.step(embedding)
@@ -69,39 +75,47 @@ class OnnxRuntimeBackend:
 
 
 class _Decoder:
-    """The LLM's session with its KV cache: allocated once, bound as input *and* output, so updated in place."""
+    """The LLM's session with its KV cache: allocated once, bound as input *and* output, so updated in place.
+
+    A sequence uses a prefix of the cache's memory, as much as it may grow to: GroupQueryAttention clears all
+    that it is given, and memory that is never given is never touched, so it takes no room.
+    """
 
     def __init__(self, session: ort.InferenceSession, bundle: Bundle) -> None:
         manifest = bundle.manifest
         config, activations = manifest.model, np.dtype(manifest.activations)
         language, context = config.language, config.alignment.window_size**2
         self._session = session
-        self._capacity = manifest.max_context
-        shape = (1, language.kv_heads, self._capacity, language.head_dim)
-        # Zeros are mapped lazily: pages of positions that are never reached take no memory.
-        self._cache = {
-            names: _value(np.zeros(shape, manifest.cache)) for names in graphs.cache_names(config)
-        }
+        self._capacity = 0
+        self._row = (language.kv_heads, language.head_dim)
+        size = manifest.max_context * language.kv_heads * language.head_dim
+        self._cache = {names: np.zeros(size, manifest.cache) for names in graphs.cache_names(config)}
         self._last_position = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._logits: Floats = np.zeros((1, language.vocab_size), np.float32)
         self._step_embedding = np.zeros((1, 1, language.hidden_size), activations)
         empty = np.zeros((config.alignment.layers, 0, context, language.hidden_size), activations)
-        self._step = self._binding({
+        self._step_inputs = {
             "embeddings": self._step_embedding,
             "latent_positions": np.zeros((0, 0), np.int64),
             "question_positions": np.zeros(0, np.int64),
             "keys": empty,
             "values": empty,
-        })  # fmt: skip
+        }
+        self._step: ort.IOBinding | None = None
 
-    def prefill(self, inputs: dict[str, npt.NDArray[Any]]) -> Floats:
+    def prefill(self, inputs: dict[str, npt.NDArray[Any]], capacity: int) -> Floats:
+        """Start a sequence that may grow to ``capacity`` positions."""
+        self._capacity = capacity
+        cache = self._sequence_cache()
+        self._step = self._binding(self._step_inputs, cache)
         self._advance(0, inputs["embeddings"].shape[1])
-        self._session.run_with_iobinding(self._binding(inputs))
+        self._session.run_with_iobinding(self._binding(inputs, cache))
         logits: Floats = self._logits[0]
         return logits
 
     def step(self, embedding: Floats) -> Floats:
+        """Append one token."""
         self._step_embedding[0, 0] = embedding
         self._advance(int(self._total_length), 1)
         self._session.run_with_iobinding(self._step)
@@ -111,18 +125,28 @@ class _Decoder:
     def _advance(self, start: int, count: int) -> None:
         if start + count > self._capacity:
             raise FusionError(
-                f"The context of {self._capacity} positions is full; ask for fewer tokens or export with a larger "
-                "--max-context."
+                f"The sequence has {start + count} positions, more than the {self._capacity} that it was started "
+                "with; start it with a larger capacity."
             )
         self._total_length[...] = start + count
         self._last_position[...] = start + count - 1
 
-    def _binding(self, inputs: dict[str, npt.NDArray[Any]]) -> ort.IOBinding:
+    def _sequence_cache(self) -> dict[tuple[str, str], ort.OrtValue]:
+        heads, dim = self._row
+        used = heads * self._capacity * dim
+        return {
+            names: _value(memory[:used].reshape(1, heads, self._capacity, dim))
+            for names, memory in self._cache.items()
+        }
+
+    def _binding(
+        self, inputs: dict[str, npt.NDArray[Any]], cache: dict[tuple[str, str], ort.OrtValue]
+    ) -> ort.IOBinding:
         binding = self._session.io_binding()
         lengths = {"last_position": self._last_position, "total_length": self._total_length}
         for name, array in [*inputs.items(), *lengths.items()]:
             binding.bind_ortvalue_input(name, _value(array))
-        for (past, present), value in self._cache.items():
+        for (past, present), value in cache.items():
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
         binding.bind_ortvalue_output("logits", _value(self._logits))

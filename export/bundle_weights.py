@@ -1,0 +1,78 @@
+"""The weights of a bundle, dequantized: what its graphs compute with.
+
+The eager interpreter on these tells graph errors from quantization errors: bundle and eager interpreter must agree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from fusion_edge.export.graph_builder import Part, PlannedTensor
+from fusion_edge.export.plan import embedding_file
+from fusion_edge.export.tensor_names import Parameter, parameters
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.packing import dequantize
+from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle, data_file, graph_file
+
+
+class BundleWeights:
+    """See :class:`fusion_edge.export.weights.Weights`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Reads the graphs' structure; weights are read when they are asked for."""
+        self.parameters: Mapping[str, Parameter] = parameters(bundle.manifest.model)
+        self._bundle = bundle
+        self._tensors: dict[tuple[str, Part], tuple[str, PlannedTensor]] = {}
+        for graph in bundle.manifest.graphs:
+            self._read_graph(graph)
+        table = embedding_file(self.parameters[f"{EMBEDDING}.weight"], self._format(EMBEDDING))
+        self._add(EMBEDDINGS, *table.tensors)
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows of a parameter, float32 ``[stop-start, ...]``."""
+        values = self._read(name, "values", start, stop)
+        form = self._tensors[name, "values"][1].format
+        if not form.is_quantized:
+            return values.astype(np.float32)
+        return dequantize(values, self._read(name, "scales", start, stop), form, self.parameters[name].shape[1])
+
+    def _format(self, name: str) -> WeightFormat:
+        return WeightFormat.parse(self._bundle.manifest.weights[name])
+
+    def _read_graph(self, graph: str) -> None:
+        """Note where every initializer of the graph's data file lies."""
+        model = onnx.load(self._bundle.path(graph_file(graph)), load_external_data=False)
+        for initializer in model.graph.initializer:
+            place = {entry.key: entry.value for entry in initializer.external_data}
+            part: Part = "scales" if initializer.name.endswith(".scales") else "values"
+            parameter = initializer.name.removesuffix(".scales")
+            if not place or parameter not in self.parameters:
+                continue
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).name
+            linear = parameter.removesuffix(".weight")
+            stored = linear in self._bundle.manifest.weights
+            form = self._format(linear) if stored else WeightFormat("fp32")
+            shape, offset = tuple(initializer.dims), int(place["offset"])
+            name = initializer.name
+            self._add(data_file(graph), PlannedTensor(name, parameter, part, form, dtype, shape, offset))
+
+    def _add(self, file: str, *tensors: PlannedTensor) -> None:
+        for tensor in tensors:
+            self._tensors[tensor.parameter, tensor.part] = file, tensor
+
+    def _read(self, name: str, part: Part, start: int, stop: int) -> npt.NDArray[Any]:
+        file, tensor = self._tensors[name, part]
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        descriptor = os.open(self._bundle.path(file), os.O_RDONLY)
+        try:
+            content = os.pread(descriptor, (stop - start) * row_bytes, tensor.offset + start * row_bytes)
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(content, tensor.dtype).reshape(stop - start, *tensor.shape[1:])

@@ -1,0 +1,85 @@
+"""The eager interpreter as a backend of the runtime: the reference that every other backend is compared with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fusion_edge.export import architecture
+from fusion_edge.export.architecture import Alignment
+from fusion_edge.export.eager import EagerOperations, KeyValueCache
+from fusion_edge.export.weights import Weights, read_parameter
+from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
+from fusion_edge.runtime.config import FusionConfig
+
+
+class EagerBackend:
+    """See :class:`fusion_edge.runtime.backends.base.Backend`. Computes in float32 on the CPU."""
+
+    name = "eager"
+
+    def __init__(self, config: FusionConfig, weights: Weights) -> None:
+        self.config = config
+        self._weights = weights
+        self.parameter = lru_cache(maxsize=None)(self._parameter)
+        self._cache = KeyValueCache()
+
+    def _parameter(self, name: str) -> Tensor:
+        return torch.from_numpy(np.array(read_parameter(self._weights, name)))
+
+    def embed(self, token_ids: Integers) -> Floats:
+        """LLM input embeddings ``[n,D]``: stands in for the bundle's table."""
+        rows: Floats = self.parameter(f"{EMBEDDING}.weight")[torch.from_numpy(token_ids)].numpy()
+        return rows
+
+    def operations(self) -> EagerOperations:
+        """The interpreter over these weights and the current KV cache."""
+        return EagerOperations(self.config, self.parameter, self._cache)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
+        inputs = (torch.from_numpy(np.ascontiguousarray(array)) for array in (pixels, text_embeds, text_mask))
+        features: Floats = architecture.vision_encoder(self.operations(), self.config, *inputs).numpy()
+        return features
+
+    @torch.inference_mode()
+    def align(self, features: Floats, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
+        inputs = (torch.from_numpy(array) for array in (features, latent_cells, context_cells))
+        latents, keys, values = architecture.alignment_decoder(self.operations(), self.config, *inputs)
+        return ImageAlignment(latents[0].numpy(), keys, values)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
+    ) -> Floats:
+        self._cache = KeyValueCache()
+        positions = torch.from_numpy(latent_positions), torch.from_numpy(question_positions)
+        alignment = Alignment(*positions, image.keys, image.values)
+        return self._logits(self.hidden(embeddings, alignment))
+
+    def hidden(self, embeddings: Floats, alignment: Alignment[Tensor] | None) -> Tensor:
+        """Hidden states ``[1,L,D]`` before the final norm, appended to the KV cache."""
+        return architecture.decoder(self.operations(), self.config, torch.from_numpy(embeddings)[None], alignment)
+
+    @torch.inference_mode()
+    def decode(self, embedding: Floats) -> Floats:
+        return self._logits(self.hidden(embedding[None], None))
+
+    def _logits(self, hidden: Tensor) -> Floats:
+        operations = self.operations()
+        last = operations.last_row(hidden)
+        logits: Floats = architecture.logits(operations, self.config, last)[0].numpy()
+        return logits
+
+    def close(self) -> None:
+        self.parameter.cache_clear()

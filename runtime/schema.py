@@ -1,0 +1,51 @@
+"""JSON to frozen dataclasses by their annotations: no key missing, none unknown, every value of its exact type."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def from_json(kind: type[T], data: object, name: str = "") -> T:
+    """``data``, as ``json.loads`` gives it, as the dataclass ``kind``: inverse of ``dataclasses.asdict``.
+
+    Annotations may be ``int``, ``float``, ``str``, ``Any``, dataclasses, ``tuple[X, ...]`` and ``Mapping[str, X]``.
+    Raises ``ValueError`` with one sentence's part such as ``model.vision.width is 'x', not an integer``; ``name``
+    goes in front of the fields' own names.
+    """
+    return cast(T, _value(kind, data, name))
+
+
+def _value(kind: Any, data: object, name: str) -> object:
+    if kind is Any:
+        return data
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(cast("type[object]", kind), _typed(dict, data, name), name)
+    arguments = get_args(kind)
+    if get_origin(kind) is tuple:
+        items = _typed(list, data, name)
+        return tuple(_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(items))
+    if get_origin(kind) is Mapping:
+        entries = _typed(dict, data, name).items()
+        return {key: _value(arguments[1], item, f"{name}[{key!r}]") for key, item in entries}
+    return _typed(kind, data, name)
+
+
+def _dataclass(kind: type[object], data: dict[str, object], name: str) -> object:
+    hints = get_type_hints(kind)
+    dot = f"{name}." if name else ""
+    for key in hints.keys() ^ data.keys():
+        raise ValueError(f"{dot}{key} is {'missing' if key in hints else 'unknown'}")
+    return kind(**{key: _value(hint, data[key], f"{dot}{key}") for key, hint in hints.items()})
+
+
+_NAMES = {int: "an integer", float: "a float", str: "a string", list: "a list", dict: "an object"}
+
+
+def _typed(kind: type[T], data: object, name: str) -> T:
+    if type(data) is not kind:  # not isinstance: true is an int to Python
+        raise ValueError(f"{name or 'it'} is {repr(data)[:40]}, not {_NAMES[kind]}")
+    return data
