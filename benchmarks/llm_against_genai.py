@@ -36,6 +36,7 @@ from fusion_edge.runtime.graphs import LLM
 
 MODULE = "fusion_edge.benchmarks.llm_against_genai"
 FIRST_TOKEN, TOKENS = 1000, 1000  # the prompt repeats these ids, which every vocabulary of an LLM has
+WARM_UP = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Workload:
     steps: int = 32
     """Timed decode steps."""
     capacity: int = 4096
-    """Positions that the KV cache is allocated for; a bundle's is fixed when it is exported."""
+    """Positions that the KV cache is allocated for, by every runner."""
     threads: int = 2
 
     def __post_init__(self) -> None:
@@ -75,6 +76,7 @@ class Result:
     """One run of one runner in its own process."""
 
     load_seconds: float
+    """Up to the end of a first short prompt: first use touches the whole KV cache, in one runner or another."""
     prefill_seconds: float
     decode_tokens_per_second: float
     """From the median step."""
@@ -95,10 +97,10 @@ class Contestant:
 
 
 class Llm(Protocol):
-    """A loaded LLM with an empty cache."""
+    """A loaded LLM."""
 
     def prefill(self, ids: list[int]) -> None:
-        """Run token ids up to the logits of the last one and choose the next token."""
+        """Start anew: run token ids up to the logits of the last one and choose the next token."""
         ...
 
     def step(self) -> None:
@@ -110,6 +112,7 @@ def measure(runner: str, folder: Path, work: Workload) -> Result:
     """Measure in this process; ``runner`` is a key of :data:`RUNNERS`."""
     start = time.perf_counter()
     llm = RUNNERS[runner](folder, work)
+    llm.prefill(work.prompt_ids[:WARM_UP])
     loaded = time.perf_counter()
     llm.prefill(work.prompt_ids)
     prefilled = time.perf_counter()
@@ -147,6 +150,7 @@ class GenaiLlm:
         self._generator: Any = genai.Generator(model, parameters)
 
     def prefill(self, ids: list[int]) -> None:
+        self._generator.rewind_to(0)
         self._generator.append_tokens(np.array([ids], np.int32))  # computes the logits
         self._generator.generate_next_token()  # only chooses from them, as does every first call
 
@@ -160,11 +164,12 @@ class BundleLlm:
     def __init__(self, folder: Path, work: Workload) -> None:
         bundle = open_bundle(folder)
         model = bundle.manifest.model
-        if bundle.manifest.max_context != work.capacity:
+        if work.capacity > bundle.manifest.max_context:
             raise UsageError(
-                f"The bundle's context is {bundle.manifest.max_context}; pass --capacity with the same number, so "
-                "that the caches are alike."
+                f"--capacity {work.capacity} is more than the {bundle.manifest.max_context} positions of {folder}; "
+                "pass less, or export with a larger --max-context."
             )
+        self._capacity = work.capacity
         session = _session(bundle, LLM, "cpu", _session_options(work.threads))
         self._decoder = _Decoder(session, bundle)
         self._embed = Embeddings(bundle)
@@ -173,13 +178,14 @@ class BundleLlm:
         self._token = 0
 
     def prefill(self, ids: list[int]) -> None:
-        logits = self._decoder.prefill({
+        inputs = {
             "embeddings": self._embed(np.array(ids))[None].astype(self._no_pairs.dtype, copy=False),
             "latent_positions": np.zeros((0, 0), np.int64),
             "question_positions": np.zeros(0, np.int64),
             "keys": self._no_pairs,
             "values": self._no_pairs,
-        })  # fmt: skip
+        }
+        logits = self._decoder.prefill(inputs, self._capacity)
         self._token = int(logits.argmax())
 
     def step(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusion_edge.export.bundle_writer import write_bundle
 from fusion_edge.export.memory import Estimate, estimate
-from fusion_edge.export.plan import ACTIVATIONS, ExportOptions, ExportPlan, plan_export
+from fusion_edge.export.plan import ACTIVATIONS, KV_CACHES, ExportOptions, ExportPlan, plan_export
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.source import resolve_checkpoint
 from fusion_edge.quant.formats import DEFAULT_GROUP_SIZE, GROUP_SIZES
@@ -91,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
         default=4,
         help="quantized products in int8 arithmetic (4, faster) or in float (0) (default: %(default)s)",
     )
+    add(
+        "--kv-cache",
+        choices=KV_CACHES,
+        default="float",
+        help="int8: a quarter of the memory, read in every step; needs a recent ONNX Runtime (default: %(default)s)",
+    )
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--dry-run", action="store_true", help="print sizes and memory, write nothing")
@@ -140,6 +146,7 @@ def _options(arguments: argparse.Namespace) -> ExportOptions:
         max_context=arguments.max_context,
         target=arguments.target,
         accuracy_level=arguments.accuracy_level,
+        kv_cache=arguments.kv_cache,
     )
 
 

@@ -25,6 +25,7 @@ ONNX_TYPES = {
     "int32": TensorProto.INT32,
     "int8": TensorProto.INT8,
     "uint8": TensorProto.UINT8,
+    "bool": TensorProto.BOOL,
 }
 
 Part = Literal["values", "scales"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.export import int8_cache
 from fusion_edge.export.graph_builder import FUSION, MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.kernels import context_attention
@@ -31,7 +32,7 @@ class Settings:
     accuracy_level: int
     """MatMulNBits' attribute: 0 computes in the activations' type, 4 rounds activations to int8 blocks."""
     cache: str
-    """numpy dtype name of the KV cache."""
+    """numpy dtype name of the KV cache: the activations', or int8."""
     max_context: int
 
 
@@ -244,22 +245,26 @@ class OnnxRuntimeOperations:
     def causal_attention(self, qkv: OnnxValue, layer: int) -> OnnxValue:
         language = self.config.language
         cos, sin = (self._rotary_table(name, table) for name, table in (("cos", np.cos), ("sin", np.sin)))
-        inputs = [
-            qkv.name, "", "", f"past.{layer}.key", f"past.{layer}.value", "last_position", "total_length", cos, sin
-        ]  # fmt: skip
-        scope = f"llm.layers.{layer}.attention"
-        attended, _, _ = self.builder.node(
-            "GroupQueryAttention",
-            inputs,
-            scope,
-            MICROSOFT,
-            outputs=[scope, f"present.{layer}.key", f"present.{layer}.value"],
-            num_heads=language.heads,
-            kv_num_heads=language.kv_heads,
-            do_rotary=1,
-            scale=language.head_dim**-0.5,
-        )
-        return self.input(attended)
+        attributes = {
+            "num_heads": language.heads,
+            "kv_num_heads": language.kv_heads,
+            "do_rotary": 1,
+            "scale": language.head_dim**-0.5,
+        }
+        name = f"llm.layers.{layer}.attention"
+        if self.settings.cache == "int8":
+            self.builder.nodes.append(
+                int8_cache.attention_node(
+                    layer, qkv.name, [cos, sin], language.kv_heads, language.head_dim, attributes
+                )
+            )
+            return self.input(name)
+        parts = ("key", "value")
+        past, present = ([f"{time}.{layer}.{part}" for part in parts] for time in ("past", "present"))
+        inputs = [qkv.name, "", "", *past, "last_position", "total_length", cos, sin]
+        outputs = [name, *present]
+        self.builder.node("GroupQueryAttention", inputs, name, MICROSOFT, outputs, **attributes)
+        return self.input(name)
 
     def _rotary_table(self, name: str, function: np.ufunc) -> str:
         """cos or sin of every position's angles, ``[max_context, head_dim/2]``."""

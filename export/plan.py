@@ -23,6 +23,7 @@ from fusion_edge.runtime.config import FusionConfig, side
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.graphs import GraphSpec
 
+KV_CACHES = ("float", "int8")
 ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}
 MINIMUM_CONTEXT = 64
 
@@ -39,6 +40,7 @@ class ExportOptions:
     max_context: int | None = None
     target: str = "cpu"
     accuracy_level: int = 4
+    kv_cache: str = "float"
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     settings = Settings(
         activations=activations,
         accuracy_level=options.accuracy_level,
-        cache=activations,
+        cache=activations if options.kv_cache == "float" else "int8",
         max_context=options.max_context or config.max_length,
     )
     builders = build_graphs(config, parameters, formats, settings)
@@ -178,6 +180,8 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
             f"A context of {context} positions is out of range; this checkpoint was trained with {config.max_length}: "
             f"choose {MINIMUM_CONTEXT} to {config.max_length}."
         )
+    if options.kv_cache == "int8" and options.target != "cpu":
+        raise UsageError(f"--kv-cache int8 is for --target cpu; {options.target} has no kernel for it: leave it out.")
     lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
     return dataclasses.replace(options, query_lengths=lengths, image_tokens=options.image_tokens or patches)
 

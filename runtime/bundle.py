@@ -202,9 +202,9 @@ def _check_file(folder: Path, entry: FileEntry) -> None:
         inside = False
     if relative.is_absolute() or ".." in relative.parts or not inside:
         raise FusionError(
-            f"{folder / MANIFEST} lists {entry.path}, which leads outside the bundle; do not use this bundle."
+            f"{folder / MANIFEST} lists {entry.path!r}, which leads outside the bundle; do not use this bundle."
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FusionError(f"{path} is missing though {MANIFEST} lists it; copy or export the bundle again.")
     if (size := path.stat().st_size) != entry.size:
         raise FusionError(

@@ -16,6 +16,9 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
 
     A user's mistake is one line on standard error, never a traceback.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -80,9 +80,10 @@ def _llm(
     config: FusionConfig, activations: str, cache: str, pairs: tuple[TensorSpec, TensorSpec]
 ) -> GraphSpec:
     language = config.language
-    state = (1, language.kv_heads, "capacity", language.head_dim)
-    past = [TensorSpec(name, cache, state) for name, _ in cache_names(config)]
-    present = [TensorSpec(name, cache, state) for _, name in cache_names(config)]
+    states = cache_specs(config, cache)
+    past = [TensorSpec(f"past.{state.name}", state.dtype, state.shape) for state in states]
+    present = [TensorSpec(f"present.{state.name}", state.dtype, state.shape) for state in states]
+    steps = (TensorSpec("is_prefill", "bool", ()),) if cache == "int8" else ()
     inputs = (
         TensorSpec("embeddings", activations, (1, "positions", language.hidden_size)),
         TensorSpec("latent_positions", "int64", ("questions", "latents")),
@@ -90,15 +91,23 @@ def _llm(
         *pairs,
         TensorSpec("last_position", "int32", (1,)),
         TensorSpec("total_length", "int32", ()),
+        *steps,
         *past,
     )
     return GraphSpec(LLM, inputs, (TensorSpec("logits", "float32", (1, language.vocab_size)), *present))
 
 
-def cache_names(config: FusionConfig) -> list[tuple[str, str]]:
-    """Names of the KV cache's inputs and outputs, which share their memory: keys and values, layer by layer."""
-    return [
-        (f"past.{layer}.{part}", f"present.{layer}.{part}")
-        for layer in range(config.language.layers)
-        for part in ("key", "value")
-    ]
+def cache_specs(config: FusionConfig, cache: str) -> list[TensorSpec]:
+    """The KV cache: keys and values layer by layer, and the scales of an int8 one.
+
+    Each goes in as ``past.{name}`` and comes out, in the same memory, as ``present.{name}``.
+    """
+    language = config.language
+    state = (1, language.kv_heads, "capacity", language.head_dim)
+    channels = (1, language.kv_heads, 1, language.head_dim)
+    specs = []
+    for layer in range(language.layers):
+        specs += [TensorSpec(f"{layer}.{part}", cache, state) for part in ("key", "value")]
+        if cache == "int8":
+            specs += [TensorSpec(f"{layer}.{part}_scale", "float32", channels) for part in ("key", "value")]
+    return specs

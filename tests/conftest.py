@@ -59,7 +59,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     names = list(tensors)
     shards = names[: len(names) // 2], names[len(names) // 2 :]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-00002.safetensors"
         save_file({name: tensors[name] for name in shard}, folder / file)

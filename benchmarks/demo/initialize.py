@@ -21,7 +21,6 @@ HEAD_DIM = 32
 SHORT_FACTORS = tuple(1 + 0.01 * i for i in range(HEAD_DIM // 2))
 LONG_FACTORS = tuple(1 + 2.0 * i for i in range(HEAD_DIM // 2))
 END_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
-FEATURE_SCALE = 0.1  # image features enter the LLM small beside what the interaction layers add
 PATCH_KERNEL = f"{VISION_MODEL}embeddings.patch_embedding.weight"
 PATCH_POSITIONS = f"{VISION_MODEL}embeddings.position_embedding.weight"
 
@@ -59,7 +58,11 @@ def initial_tensors(seed: int) -> dict[str, Tensor]:
     shapes |= dict.fromkeys(UNUSED, (CONFIG.vision.width,))
     tensors = {name: _initial(name, shape, generator) for name, shape in sorted(shapes.items())}
     tensors[PATCH_POSITIONS] = _grid_positions(CONFIG.vision.grid, CONFIG.vision.width)
-    tensors["model.mm_projector.2.weight"] *= FEATURE_SCALE
+    # The question starts small beside the image in an interaction layer: its row grows while training.
+    for k in range(CONFIG.alignment.layers):
+        layer = f"model.vision_sampler_layers.{k}.layers.0."
+        tensors[f"{layer}proj_in.weight"] *= 0.1
+        tensors[f"{layer}cross_attn.o_proj.weight"] *= 6
     return tensors
 
 

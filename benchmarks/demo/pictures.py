@@ -2,7 +2,7 @@
 
 A picture shows one to four coloured shapes on a photo-like background (gradient, noise, vignette, lighting,
 shadows), each in its own cell of a jittered 2 x 2 grid. Questions ask for a colour, a shape, a count, a
-relative position or a presence, or for a list of everything; none is ambiguous, and within a kind the answers are balanced.
+relative position or a presence; none is ambiguous, and within a kind the answers are balanced.
 Everything follows from a split and a seed; the splits share no random stream.
 """
 
@@ -167,17 +167,12 @@ def _presence_questions(shapes: list[Shape]) -> dict[str, str]:
     return {f"Is there a {name}?": answer for name, answer in answers.items()}
 
 
-def _list_questions(shapes: list[Shape]) -> dict[str, str]:
-    return {"What do you see?": ", ".join(shape.name for shape in shapes)}
-
-
 KINDS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
     "color": _color_questions,
     "shape": _shape_questions,
     "count": _count_questions,
     "position": _position_questions,
     "presence": _presence_questions,
-    "list": _list_questions,
 }
 """What can be asked about a picture: kind -> (shapes -> question -> answer)."""
 

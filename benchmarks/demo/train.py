@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.demo.initialize import CONFIG, initial_tensors, write_checkpoint
 from fusion_edge.benchmarks.demo.pictures import KINDS
-from fusion_edge.benchmarks.demo.training_data import Batch, Batches, Gallery, Phase
+from fusion_edge.benchmarks.demo.pretrain import pretrain
+from fusion_edge.benchmarks.demo.training_data import Batch, Batches, Gallery
 from fusion_edge.benchmarks.demo.training_model import (
     MAPPING_WEIGHT,
     run,
@@ -30,15 +32,29 @@ from fusion_edge.benchmarks.demo.training_model import (
 from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL
 from fusion_edge.runtime.errors import FusionError
 
-PICTURES_A_STEP, QUESTIONS_A_PICTURE = 6, 8
+PICTURES_A_STEP, QUESTIONS_A_PICTURE = 8, 8
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the LLM is given of a picture in a part of the training."""
+
+    name: str
+    end: float
+    """Share of the run's steps after which it is over."""
+    latent_scale: tuple[float, float]
+    """Factor on what the latents pooled, at the phase's start and end; at 0 all must come from their windows."""
+    image_tokens: bool
+
+
 PHASES = (
-    Phase("windows", end=0.75, latent_content=False, image_tokens=False),
-    Phase("whole", end=1.0, latent_content=True, image_tokens=True),
+    Phase("windows", end=0.75, latent_scale=(0, 0), image_tokens=False),
+    Phase("latents", end=0.8, latent_scale=(0, 1), image_tokens=False),
+    Phase("whole", end=1.0, latent_scale=(1, 1), image_tokens=True),
 )
-"""The vision tower learns quickest through the latents' own content; the interaction layers learn only when
-there is no other way. Image tokens or latents alone could answer every question of this task: a model that is
+"""The interaction layers learn only when there is no other way. Image tokens or latents alone could answer every question of this task: a model that is
 given them all the time ignores its interaction layers (measured: switching them off changed nothing)."""
-VISION_RATE = 0.5  # the vision tower's learning rate, relative to the rest
+VISION_RATE = 0.4  # the vision tower's learning rate, relative to the rest
 WARM_UP = 200  # steps
 VALIDATION_SEED, VALIDATION_PICTURES = 1, 96  # of the held-out split; evaluation takes another seed
 STATE = "training-state.pt"
@@ -129,7 +145,7 @@ def _groups(names: list[str], leaves: dict[str, Tensor]) -> Iterator[tuple[float
 
 
 def accuracy(
-    leaves: dict[str, Tensor], batches: Batches, phase: Phase, align: bool = True
+    leaves: dict[str, Tensor], batches: Batches, scale: float = 1.0, image_tokens: bool = True, align: bool = True
 ) -> dict[str, float]:
     """Share of exact answers on a gallery at the least query length, by kind and ``all``."""
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
@@ -138,7 +154,7 @@ def accuracy(
     with torch.no_grad():
         for start in range(0, len(batches.gallery.shapes), PICTURES_A_STEP):
             chosen = range(start, start + PICTURES_A_STEP)
-            batch = batches.batch(chosen, rng, QUESTIONS_A_PICTURE, query_length, phase)
+            batch = batches.batch(chosen, rng, QUESTIONS_A_PICTURE, query_length, scale, image_tokens)
             for question, correct in zip(batch.questions, run(leaves, batch, align).correct, strict=True):
                 right[question.kind].append(bool(correct))
     shares = {kind: sum(answers) / max(len(answers), 1) for kind, answers in right.items()}
@@ -146,28 +162,39 @@ def accuracy(
     return {"all": sum(everything) / len(everything)} | shares
 
 
+def _inputs(training: Training) -> tuple[float, bool]:
+    """The present phase's latent scale, and whether it has image tokens."""
+    progress, start = training.step / training.steps, 0.0
+    for phase in PHASES:
+        if progress < phase.end:
+            first, last = phase.latent_scale
+            return first + (last - first) * (progress - start) / (phase.end - start), phase.image_tokens
+        start = phase.end
+    raise AssertionError("the last phase ends with the run")
+
+
 def train(training: Training, pictures: Batches, validation: Batches, report_every: int) -> None:
     """Run to the end, reporting and saving now and then."""
     started, first, losses = time.monotonic(), training.step, []
     while training.step < training.steps:
-        phase = next(phase for phase in PHASES if training.step < phase.end * training.steps)
+        scale, image_tokens = _inputs(training)
         seed = [training.seed, training.step]
-        batch = pictures.draw(seed, PICTURES_A_STEP, QUESTIONS_A_PICTURE, phase)
+        batch = pictures.draw(seed, PICTURES_A_STEP, QUESTIONS_A_PICTURE, scale, image_tokens)
         losses.append(training.update(batch))
         if training.step % 50 == 0:
             pace = (time.monotonic() - started) / (training.step - first)
             answer, mapping = np.mean(losses, axis=0)
             left = pace * (training.steps - training.step) / 60
             log.info(
-                "step %d: answers %.3f, mapping %.3f, %.2f s a step, %.0f minutes left",
-                *(training.step, answer, mapping, pace, left),
+                "step %d: answers %.3f, mapping %.3f, latents x %.2f, %.2f s a step, %.0f minutes left",
+                *(training.step, answer, mapping, scale, pace, left),
             )
             losses = []
         if training.step % report_every == 0 or training.step == training.steps:
             training.save()
             for name, align in (("aligned", True), ("interaction layers off", False)):
-                shares = accuracy(training.leaves, validation, phase, align)
-                log.info("%s, %s: %s", phase.name, name, ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+                shares = accuracy(training.leaves, validation, scale, image_tokens, align)
+                log.info("%s: %s", name, ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,6 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps (default 6000)")
+    parser.add_argument("--vision-steps", type=int, default=1200, help="pre-training steps before (default 1200)")
     parser.add_argument("--pictures", type=int, default=8000, help="different pictures (default 8000)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest learning rate (default 0.0015)")
     parser.add_argument("--report-every", type=int, default=500, help="steps between reports (default 500)")
@@ -189,6 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_checkpoint(options.output, with_full_kernel(training.leaves))
         log.info("rendering %d pictures", options.pictures)
         pictures = Batches(Gallery.render("train", options.seed, options.pictures), options.output)
+        if training.step == 0:
+            pretrain(training.leaves, pictures.gallery, options.vision_steps, options.seed)
         held_out = Gallery.render("held_out", VALIDATION_SEED, VALIDATION_PICTURES)
         train(training, pictures, Batches(held_out, options.output), options.report_every)
     except FusionError as error:

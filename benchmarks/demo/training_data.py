@@ -53,18 +53,6 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What the LLM is given of a picture in a part of the training."""
-
-    name: str
-    end: float
-    """Share of the run's steps after which it is over."""
-    latent_content: bool
-    """Whether latents enter with what they pooled, or empty: then all must come from their windows."""
-    image_tokens: bool
-
-
-@dataclass(frozen=True)
 class Batch:
     """I pictures with K questions each, R = I * K; question r belongs to picture r // K."""
 
@@ -78,7 +66,9 @@ class Batch:
     targets: Tensor
     """``[R, L]``: the token that each row must predict, or :data:`IGNORED`."""
     query_length: int
-    phase: Phase
+    latent_scale: float
+    image_tokens: int
+    """P, or 0 where the local crop is left out."""
     image_start: int
     latent_start: int
     question_rows: Tensor
@@ -94,18 +84,26 @@ class Batches:
         self._tokenizer = Tokenizer.from_str(tokenizer_json(checkpoint))
         self._prompt = cache(self._encode)
 
-    def draw(self, seed: Sequence[int], images: int, questions: int, phase: Phase) -> Batch:
+    def draw(
+        self, seed: Sequence[int], images: int, questions: int, latent_scale: float, with_image_tokens: bool
+    ) -> Batch:
         """A random batch with a random query length; the same seed gives the same batch."""
         rng = np.random.default_rng(seed)
-        chosen = rng.choice(len(self.gallery.shapes), images, replace=False)
+        chosen = rng.choice(len(self.gallery.shapes), images, replace=False).tolist()
         query_length = int(rng.choice(CONFIG.alignment.query_lengths))
-        return self.batch(chosen.tolist(), rng, questions, query_length, phase)
+        return self.batch(chosen, rng, questions, query_length, latent_scale, with_image_tokens)
 
     def batch(
-        self, chosen: Sequence[int], rng: np.random.Generator, questions: int, query_length: int, phase: Phase
+        self,
+        chosen: Sequence[int],
+        rng: np.random.Generator,
+        questions: int,
+        query_length: int,
+        latent_scale: float = 1.0,
+        with_image_tokens: bool = True,
     ) -> Batch:
         """The chosen pictures with that many questions each."""
-        image_tokens = CONFIG.vision.patches if phase.image_tokens else 0
+        image_tokens = CONFIG.vision.patches if with_image_tokens else 0
         asked = [q for i in chosen for q in pictures.ask(self.gallery.shapes[i], rng, questions)]
         prompts = [self._prompt(question.text) for question in asked]
         layouts = [prompt.layout(image_tokens, query_length) for prompt in prompts]
@@ -127,7 +125,8 @@ class Batches:
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
             query_length=query_length,
-            phase=phase,
+            latent_scale=latent_scale,
+            image_tokens=image_tokens,
             image_start=layouts[0].image_start,
             latent_start=int(layouts[0].latent_positions[0, 0]),
             question_rows=torch.tensor([int(layout.instruct_positions[0]) for layout in layouts]),

@@ -41,7 +41,7 @@ class TrainingOperations(EagerOperations):
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__(CONFIG, self._parameter)
-        self._leaves = leaves
+        self.leaves = leaves
         self._table = parameters(CONFIG)
         self._ready: dict[str, Tensor] = {}
         self._rows: Tensor | None = None
@@ -51,7 +51,7 @@ class TrainingOperations(EagerOperations):
         if name not in self._ready:
             parts = []
             for source in self._table[name].sources:
-                part = self._leaves[source.tensor]
+                part = self.leaves[source.tensor]
                 parts.append(part if source.columns is None else part[:, slice(*source.columns)])
             self._ready[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._ready[name]
@@ -82,20 +82,16 @@ class Outcome:
 def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outcome:
     """One forward pass; ``align=False`` switches the interaction layers off."""
     ops = TrainingOperations(leaves)
-    kernel = leaves[PATCH_KERNEL].flatten(1)
-    patches = F.linear(batch.patches, kernel, ops.get("vision.patch_embedding.bias"))
-    patches = patches + ops.get("vision.position_embedding.weight")
+    patches = embedded_patches(ops, batch.patches)
     latents, windows = _pooled(ops, batch, patches[:, :GLOBAL_CROPS])
 
     questions = len(batch.questions) // len(batch.patches)
     x = F.embedding(batch.tokens, ops.get("llm.embed_tokens.weight"))
     image, mapping_loss = x[:, :0], x.new_zeros(())
-    if not batch.phase.latent_content:
-        latents = torch.zeros_like(latents)
-    if batch.phase.image_tokens:
+    if batch.image_tokens:
         image, mapping_loss = _local(ops, batch, patches[:, GLOBAL_CROPS].repeat_interleave(questions, 0))
     after_image, after_latents = batch.image_start + image.shape[1], batch.latent_start + batch.query_length
-    latents = latents.repeat_interleave(questions, 0)
+    latents = batch.latent_scale * latents.repeat_interleave(questions, 0)
     gap = x[:, after_image : batch.latent_start]
     x = torch.cat([x[:, : batch.image_start], image, gap, latents, x[:, after_latents:]], 1)
     x = architecture.decoder(ops, CONFIG, x, _alignment(ops, batch, windows) if align else None)
@@ -109,6 +105,13 @@ def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outco
         mapping_loss=mapping_loss,
         correct=wrong.sum(1) == 0,
     )
+
+
+def embedded_patches(ops: TrainingOperations, crops: Tensor) -> Tensor:
+    """h_0 ``[I,5,P,W]`` of reduced crops ``[I,5,P,192]``."""
+    kernel = ops.leaves[PATCH_KERNEL].flatten(1)
+    patches = F.linear(crops, kernel, ops.get("vision.patch_embedding.bias"))
+    return patches + ops.get("vision.position_embedding.weight")
 
 
 def _pooled(ops: EagerOperations, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -87,9 +88,10 @@ class _Decoder:
         language, context = config.language, config.alignment.window_size**2
         self._session = session
         self._capacity = 0
-        self._row = (language.kv_heads, language.head_dim)
-        size = manifest.max_context * language.kv_heads * language.head_dim
-        self._cache = {names: np.zeros(size, manifest.cache) for names in graphs.cache_names(config)}
+        self._cache = {
+            spec: np.zeros(_size(spec, manifest.max_context), spec.dtype)
+            for spec in graphs.cache_specs(config, manifest.cache)
+        }
         self._last_position = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._logits: Floats = np.zeros((1, language.vocab_size), np.float32)
@@ -102,6 +104,10 @@ class _Decoder:
             "keys": empty,
             "values": empty,
         }
+        self._is_prefill = np.zeros((), np.bool_)
+        self._lengths: dict[str, npt.NDArray[Any]] = {"last_position": self._last_position, "total_length": self._total_length}
+        if any(spec.name == "is_prefill" for spec in session.get_inputs()):
+            self._lengths["is_prefill"] = self._is_prefill
         self._step: ort.IOBinding | None = None
 
     def prefill(self, inputs: dict[str, npt.NDArray[Any]], capacity: int) -> Floats:
@@ -109,6 +115,7 @@ class _Decoder:
         self._capacity = capacity
         cache = self._sequence_cache()
         self._step = self._binding(self._step_inputs, cache)
+        self._is_prefill[...] = True
         self._advance(0, inputs["embeddings"].shape[1])
         self._session.run_with_iobinding(self._binding(inputs, cache))
         logits: Floats = self._logits[0]
@@ -117,6 +124,7 @@ class _Decoder:
     def step(self, embedding: Floats) -> Floats:
         """Append one token."""
         self._step_embedding[0, 0] = embedding
+        self._is_prefill[...] = False
         self._advance(int(self._total_length), 1)
         self._session.run_with_iobinding(self._step)
         logits: Floats = self._logits[0]
@@ -131,26 +139,31 @@ class _Decoder:
         self._total_length[...] = start + count
         self._last_position[...] = start + count - 1
 
-    def _sequence_cache(self) -> dict[tuple[str, str], ort.OrtValue]:
-        heads, dim = self._row
-        used = heads * self._capacity * dim
-        return {
-            names: _value(memory[:used].reshape(1, heads, self._capacity, dim))
-            for names, memory in self._cache.items()
-        }
+    def _sequence_cache(self) -> dict[str, ort.OrtValue]:
+        """By name, the part of the cache's memory that the sequence may use."""
+        values = {}
+        for spec, memory in self._cache.items():
+            shape = _shape(spec, self._capacity)
+            values[spec.name] = _value(memory[: math.prod(shape)].reshape(shape))
+        return values
 
-    def _binding(
-        self, inputs: dict[str, npt.NDArray[Any]], cache: dict[tuple[str, str], ort.OrtValue]
-    ) -> ort.IOBinding:
+    def _binding(self, inputs: dict[str, npt.NDArray[Any]], cache: dict[str, ort.OrtValue]) -> ort.IOBinding:
         binding = self._session.io_binding()
-        lengths = {"last_position": self._last_position, "total_length": self._total_length}
-        for name, array in [*inputs.items(), *lengths.items()]:
+        for name, array in [*inputs.items(), *self._lengths.items()]:
             binding.bind_ortvalue_input(name, _value(array))
-        for (past, present), value in cache.items():
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
+        for name, value in cache.items():
+            binding.bind_ortvalue_input(f"past.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
         binding.bind_ortvalue_output("logits", _value(self._logits))
         return binding
+
+
+def _shape(spec: graphs.TensorSpec, capacity: int) -> tuple[int, ...]:
+    return tuple(capacity if isinstance(size, str) else size for size in spec.shape)
+
+
+def _size(spec: graphs.TensorSpec, capacity: int) -> int:
+    return math.prod(_shape(spec, capacity))
 
 
 def _value(array: npt.NDArray[Any]) -> ort.OrtValue:
@@ -179,4 +192,7 @@ def _session(bundle: Bundle, name: str, device: str, options: ort.SessionOptions
         return ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
         reason = str(error).splitlines()[0]
-        raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {reason}") from error
+        remedy = "Upgrade onnxruntime"
+        if bundle.manifest.cache == "int8":
+            remedy += ", or export with --kv-cache float: older releases know no int8 KV cache"
+        raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {reason} {remedy}.") from error

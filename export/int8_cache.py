@@ -1,0 +1,110 @@
+"""Self-attention over an int8 KV cache: half the memory of a decode step's second largest read.
+
+GroupQueryAttention reads and writes an int8 cache whose scales (one a channel and head) must be given, and it is
+slow there for long inputs. So a prefill attends in float, derives the scales from its own keys and values and
+fills the cache; one-token steps then attend over the cache in place. ``If`` chooses between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+HEADROOM = 1.2  # keys and values of the answer may exceed those of the prompt by so much before they are clipped
+SMALLEST_SCALE = 1e-8
+PARTS = ("key", "value")
+
+
+def attention_node(
+    layer: int, qkv: str, rotary: list[str], kv_heads: int, head_dim: int, attributes: dict[str, Any]
+) -> NodeProto:
+    """The ``If`` node of one layer; its first output is the attention's, then caches and scales.
+
+    ``rotary`` names the cos and sin tables; ``attributes`` are GroupQueryAttention's.
+    """
+    name = f"llm.layers.{layer}.attention"
+    branches = {
+        "then_branch": _prefill(layer, qkv, rotary, kv_heads, head_dim, attributes),
+        "else_branch": _step(layer, qkv, rotary, attributes),
+    }
+    states = [*PARTS, *(f"{part}_scale" for part in PARTS)]
+    outputs = [name, *(f"present.{layer}.{state}" for state in states)]
+    return helper.make_node("If", ["is_prefill"], outputs, name=name, **branches)
+
+
+def _branch(name: str, nodes: list[NodeProto], outputs: list[str]) -> GraphProto:
+    return helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(output) for output in outputs])
+
+
+def _constant(name: str, values: npt.ArrayLike, dtype: str) -> NodeProto:
+    array = np.asarray(values, dtype)
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+
+
+def _query(inputs: list[str], outputs: list[str], attributes: dict[str, Any]) -> NodeProto:
+    return helper.make_node("GroupQueryAttention", inputs, outputs, domain="com.microsoft", **attributes)
+
+
+def _prefill(
+    layer: int, qkv: str, rotary: list[str], kv_heads: int, head_dim: int, attributes: dict[str, Any]
+) -> GraphProto:
+    """Float attention from position 0, its keys and values quantized into the cache."""
+    name = f"prefill.{layer}"
+    no_past, attended = f"{name}.no_past", f"{name}.attended"
+    float_parts = [f"{name}.{part}" for part in PARTS]
+    inputs = [qkv, "", "", no_past, no_past, "last_position", "total_length", *rotary]
+    nodes = [
+        _constant(no_past, np.zeros((1, kv_heads, 0, head_dim)), "float32"),
+        _query(inputs, [attended, *float_parts], attributes),
+        _constant(f"{name}.positions", [2], "int64"),
+        _constant(f"{name}.range", HEADROOM / 127, "float32"),
+        _constant(f"{name}.smallest", SMALLEST_SCALE, "float32"),
+    ]
+    for part in PARTS:
+        nodes += _quantize(name, f"{name}.{part}", f"past.{layer}.{part}")
+    caches, scales = [f"{part}.cache" for part in float_parts], [f"{part}.scale" for part in float_parts]
+    return _branch(name, nodes, [attended, *caches, *scales])
+
+
+def _quantize(name: str, values: str, past: str) -> list[NodeProto]:
+    """``values`` ``[1,heads,L,dim]`` -> ``{values}.cache`` int8, as long as ``past``, and ``{values}.scale``."""
+
+    def node(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
+        return helper.make_node(operator, inputs, [f"{values}.{output}"], **attributes)
+
+    def own(*outputs: str) -> list[str]:
+        return [f"{values}.{output}" for output in outputs]
+
+    return [
+        helper.make_node("Abs", [values], own("magnitude")),
+        node("ReduceMax", [*own("magnitude"), f"{name}.positions"], "largest", keepdims=1),
+        node("Mul", [*own("largest"), f"{name}.range"], "fitting"),
+        node("Max", [*own("fitting"), f"{name}.smallest"], "scale"),
+        helper.make_node("Div", [values, *own("scale")], own("scaled")),
+        node("Round", own("scaled"), "rounded"),
+        node("Cast", own("rounded"), "integers", to=TensorProto.INT8),
+        node("Shape", [past], "capacity", start=2, end=3),
+        helper.make_node("Shape", [values], own("length"), start=2, end=3),
+        node("Sub", own("capacity", "length"), "free"),
+        _constant(f"{values}.before", np.zeros(6), "int64"),
+        _constant(f"{values}.none", np.zeros(1), "int64"),
+        node("Concat", own("before", "free", "none"), "padding", axis=0),
+        node("Pad", own("integers", "padding"), "cache"),
+    ]
+
+
+def _step(layer: int, qkv: str, rotary: list[str], attributes: dict[str, Any]) -> GraphProto:
+    """One token over the cache, which it extends in place."""
+    name = f"step.{layer}"
+    past = [f"past.{layer}.{part}" for part in PARTS]
+    scales = [f"past.{layer}.{part}_scale" for part in PARTS]
+    quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    optional = ["", "", ""]  # positions, bias, sinks
+    inputs = [qkv, "", "", *past, "last_position", "total_length", *rotary, *optional, *scales]
+    outputs = [f"{name}.attended", *(f"{name}.{part}" for part in PARTS)]
+    kept = [helper.make_node("Identity", [scale], [f"{name}.{scale}"]) for scale in scales]
+    nodes = [_query(inputs, outputs, attributes | quantized), *kept]
+    return _branch(name, nodes, [*outputs, *(f"{name}.{scale}" for scale in scales)])
