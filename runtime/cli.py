@@ -18,7 +18,7 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started this process
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -37,7 +37,7 @@ def test_splits_and_seeds_give_different_pictures() -> None:
 
 
 def test_unknown_split_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="'test'.*train, held_out"):
+    with pytest.raises(UsageError, match=r"'test'.*train, held_out"):
         next(pictures.examples("test", 0))
 
 
