@@ -1,6 +1,6 @@
 """The LLM of a bundle against onnxruntime-genai on one CPU: prefill, decode, memory.
 
-    python -m fusion_edge.benchmarks.llm_against_genai --bundle DIR --genai int4-b32=DIR --genai int4-b128=DIR
+    python -m fusion_edge.benchmarks.llm_against_genai --bundle ours=DIR --genai b32=DIR --genai b128=DIR
 
 Needs onnxruntime-genai in the same environment; its models are folders that its builder wrote for the same LLM.
 Runners take turns (A B C, A B C, ...), each time in a fresh process, so that a disturbance hits all of them and
@@ -270,8 +270,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare the LLM of a bundle with onnxruntime-genai on this CPU.",
     )
     add = parser.add_argument
-    add("--bundle", type=Path, metavar="DIR", help="what fusion-export wrote")
-    add("--genai", action="append", default=[], type=_labelled, metavar="LABEL=DIR", help="repeat for several")
+    for runner, text in (("bundle", "what fusion-export wrote"), ("genai", "what genai's builder wrote")):
+        add(f"--{runner}", action="append", default=[], type=_labelled, metavar="LABEL=DIR", help=f"{text}; repeatable")
     add("--rounds", type=cli.positive, default=3, metavar="N", help="default: %(default)s")
     for field in dataclasses.fields(Workload):
         default = getattr(work, field.name)
@@ -281,11 +281,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _labelled(text: str) -> Contestant:
+def _labelled(text: str) -> tuple[str, Path]:
     label, separator, folder = text.partition("=")
     if not (label and separator and folder):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form LABEL=DIR")
-    return Contestant(label, "genai", Path(folder))
+    return label, Path(folder)
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -295,9 +295,11 @@ def _main(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")
         return 0
     work = Workload(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Workload)})
-    contestants: list[Contestant] = list(arguments.genai)
-    if arguments.bundle is not None:
-        contestants.insert(0, Contestant("fusion-edge", "bundle", arguments.bundle))
+    contestants = [
+        Contestant(label, runner, folder)
+        for runner in ("bundle", "genai")
+        for label, folder in getattr(arguments, runner)
+    ]
     if not contestants or len({contestant.label for contestant in contestants}) < len(contestants):
         raise UsageError("There is nothing to compare; expected --bundle or --genai, every label once.")
     results = compare(contestants, work, arguments.rounds)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from onnx import NodeProto, helper
 
 from fusion_edge.export import int8_cache
 from fusion_edge.export.graph_builder import FUSION, MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder
@@ -147,8 +148,20 @@ class OnnxRuntimeOperations:
         return self._node("LayerNormalization", [x, *weights], name, axis=-1, epsilon=eps)
 
     def rms_norm(self, x: OnnxValue, name: str, eps: float) -> OnnxValue:
-        inputs = [x, self.parameter(f"{name}.weight")]
+        weight = self.parameter(f"{name}.weight")
+        added = next((node for node in reversed(self.builder.nodes) if x.name in node.output), None)
+        if added is not None and added.op_type == "Add":
+            return self._skip_rms_norm(added, weight, name, eps)
+        inputs = [x, weight]
         return self._node("SimplifiedLayerNormalization", inputs, name, axis=-1, epsilon=eps, stash_type=1)
+
+    def _skip_rms_norm(self, added: NodeProto, weight: OnnxValue, name: str, eps: float) -> OnnxValue:
+        """The residual sum and its norm as one node, in the place of the sum: one pass over the rows less."""
+        added.op_type, added.domain = "SkipSimplifiedLayerNormalization", MICROSOFT
+        added.input.append(weight.name)
+        added.output[:] = [name, "", "", added.output[0]]
+        added.attribute.append(helper.make_attribute("epsilon", eps))
+        return self.input(name)
 
     def gelu(self, x: OnnxValue) -> OnnxValue:
         return self._node("Gelu", [x])

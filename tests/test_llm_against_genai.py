@@ -57,11 +57,11 @@ def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failed_child_ends_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--bundle", str(tmp_path / "nowhere"), "--rounds", "1"]) == 1
+    assert main(["--bundle", f"ours={tmp_path / 'nowhere'}", "--rounds", "1"]) == 1
     first, last = capfd.readouterr().err.splitlines()
     assert first.startswith("error: ")
     assert "nowhere" in first
-    assert last == "error: The run of fusion-edge failed with exit code 1."
+    assert last == "error: The run of ours failed with exit code 1."
 
 
 def test_labels_are_needed_once_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,7 +199,8 @@ def _background(rng: np.random.Generator) -> Floats:
     blotches = blotches.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
     brightness = slope[0] * x + slope[1] * y + np.asarray(blotches)
     brightness -= rng.uniform(0, 18) * (x * x + y * y)
-    return (color + brightness[..., None]).astype(np.float32)
+    background: Floats = (color + brightness[..., None]).astype(np.float32)
+    return background
 
 
 def _draw(canvas: Floats, shape: Shape, light: Floats, rng: np.random.Generator) -> None:
@@ -227,13 +228,16 @@ def _distance(shape: Shape, across: Floats, down: Floats) -> Floats:
     cosine, sine = np.float32(np.cos(shape.angle)), np.float32(np.sin(shape.angle))
     x, y = across * cosine + down * sine, down * cosine - across * sine
     radius = np.float32(shape.radius)
+    distance: Floats
     if shape.kind == "circle":
-        return np.hypot(x, y) - radius
-    if shape.kind == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.85) * radius
-    if shape.kind == "triangle":
+        distance = np.hypot(x, y) - radius
+    elif shape.kind == "square":
+        distance = np.maximum(np.abs(x), np.abs(y)) - np.float32(0.85) * radius
+    elif shape.kind == "triangle":
         slanted = np.float32(np.sqrt(0.75)) * np.abs(x) - np.float32(0.5) * y
-        return np.maximum(slanted, y) - np.float32(0.55) * radius
-    bar, length = np.float32(0.3) * radius, np.float32(0.98) * radius
-    upright = np.maximum(np.abs(x) - bar, np.abs(y) - length)
-    return np.minimum(upright, np.maximum(np.abs(y) - bar, np.abs(x) - length))
+        distance = np.maximum(slanted, y) - np.float32(0.55) * radius
+    else:
+        bar, length = np.float32(0.3) * radius, np.float32(0.98) * radius
+        upright = np.maximum(np.abs(x) - bar, np.abs(y) - length)
+        distance = np.minimum(upright, np.maximum(np.abs(y) - bar, np.abs(x) - length))
+    return distance

@@ -79,7 +79,7 @@ def _features(leaves: dict[str, Tensor], crops: Tensor) -> Tensor:
     patches = embedded_patches(ops, crops).flatten(0, 1)
     nothing = patches[:, :0]
     rows = architecture.encode(ops, CONFIG, patches, nothing, torch.ones(nothing.shape[:2]))
-    return architecture.project_vision(ops, rows).unflatten(0, crops.shape[:2])
+    return architecture.project_vision(ops, rows).reshape(*crops.shape[:3], -1)
 
 
 def _loss(scores: Tensor, labels: Tensor) -> tuple[Tensor, float]:

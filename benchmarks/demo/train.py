@@ -48,12 +48,13 @@ class Phase:
 
 
 PHASES = (
-    Phase("windows", end=0.75, latent_scale=(0, 0), image_tokens=False),
-    Phase("latents", end=0.8, latent_scale=(0, 1), image_tokens=False),
+    Phase("windows", end=0.38, latent_scale=(0, 0), image_tokens=False),
+    Phase("latents", end=0.8, latent_scale=(1, 1), image_tokens=False),
     Phase("whole", end=1.0, latent_scale=(1, 1), image_tokens=True),
 )
-"""The interaction layers learn only when there is no other way. Image tokens or latents alone could answer every question of this task: a model that is
-given them all the time ignores its interaction layers (measured: switching them off changed nothing)."""
+"""The interaction layers learn only when there is no other way. Image tokens or latents alone could answer every
+question of this task: a model that is given them all the time ignores its interaction layers (measured: switching
+them off changed nothing)."""
 VISION_RATE = 0.4  # the vision tower's learning rate, relative to the rest
 WARM_UP = 200  # steps
 VALIDATION_SEED, VALIDATION_PICTURES = 1, 96  # of the held-out split; evaluation takes another seed

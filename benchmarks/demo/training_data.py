@@ -30,9 +30,11 @@ IGNORED = -100  # cross_entropy's mark of a position without a target
 def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
     """The five crops (FUSION.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
     grid = CONFIG.vision.grid
-    reduced = [Image.fromarray(crop).reduce(REDUCTION) for crop in cut_crops(Image.fromarray(picture))]
-    blocks = np.stack(reduced).reshape(len(reduced), grid, KERNEL, grid, KERNEL, 3)
-    return blocks.transpose(0, 1, 3, 5, 2, 4).reshape(len(reduced), grid * grid, -1)
+    crops = cut_crops(Image.fromarray(picture))
+    reduced: list[npt.NDArray[np.uint8]] = [np.asarray(Image.fromarray(crop).reduce(REDUCTION)) for crop in crops]
+    blocks: npt.NDArray[np.uint8] = np.stack(reduced).reshape(len(reduced), grid, KERNEL, grid, KERNEL, 3)
+    patches: npt.NDArray[np.uint8] = blocks.transpose(0, 1, 3, 5, 2, 4).reshape(len(reduced), grid * grid, -1)
+    return patches
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _local(ops: EagerOperations, batch: Batch, patches: Tensor) -> tuple[Tensor,
     mask = batch.instruct != 0
     rows = architecture.encode(ops, CONFIG, patches, architecture.project_text(ops, instruct), mask)
     features = architecture.project_vision(ops, rows)
-    image, text = features.split([patches.shape[1], mask.shape[1]], dim=1)
+    image, text = torch.split(features, [patches.shape[1], mask.shape[1]], dim=1)
     vision = F.cosine_similarity(patches, architecture.project_text(ops, image), dim=-1)
     language = F.cosine_similarity(instruct, text, dim=-1)[mask]
     return image, (1 - vision).mean() + (1 - language).mean()

@@ -27,6 +27,7 @@ class OnnxRuntimeBackend:
         Raises :class:`FusionError` if the device's provider is not installed or a graph does not load.
         """
         self.name = f"onnxruntime-{device}"
+        self.folder = bundle.folder
         manifest = bundle.manifest
         self._activations = np.dtype(manifest.activations)
         options = _session_options(threads)
@@ -105,7 +106,10 @@ class _Decoder:
             "values": empty,
         }
         self._is_prefill = np.zeros((), np.bool_)
-        self._lengths: dict[str, npt.NDArray[Any]] = {"last_position": self._last_position, "total_length": self._total_length}
+        self._lengths: dict[str, npt.NDArray[Any]] = {
+            "last_position": self._last_position,
+            "total_length": self._total_length,
+        }
         if any(spec.name == "is_prefill" for spec in session.get_inputs()):
             self._lengths["is_prefill"] = self._is_prefill
         self._step: ort.IOBinding | None = None

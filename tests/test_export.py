@@ -1,0 +1,83 @@
+"""What ``fusion-export`` writes and what ``--dry-run`` says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusion_edge.export import cli
+from fusion_edge.export.bundle_weights import BundleWeights
+from fusion_edge.export.checkpoint import read_config, read_parameters
+from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.weights import CheckpointWeights, read_parameter
+from fusion_edge.runtime import cli_info
+from fusion_edge.runtime.bundle import MANIFEST, open_bundle
+
+GOLDEN = Path(__file__).parent / "data/golden"
+CHECKPOINTS = ("FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("precision", ["--int4", "--int8", "--fp16", "--fp32"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_dry_run_knows_the_size(
+    checkpoint: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "bundle"
+    assert cli.main([str(GOLDEN / checkpoint), precision, "--dry-run", "--json", "--fit", "8GB"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not output.exists()
+    assert cli.main([str(GOLDEN / checkpoint), precision, "-o", str(output)]) == 0
+    written = files(output)
+    assert report["bundle"] == pytest.approx(sum(map(len, written.values())), rel=0.001)
+    for name in ("vision_encoder", "alignment_decoder", "llm"):
+        assert report["graphs"][name] == len(written[f"{name}.onnx"]) + len(written[f"{name}.data"])
+    assert report["fits"] is True
+    assert report["peak"] >= report["weights"] + report["key_value_cache"] + report["activations"]
+
+
+def test_every_run_writes_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / name), "--int4"]) == 0
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_fp32_bundle_holds_the_checkpoints_values(checkpoint: str, tmp_path: Path) -> None:
+    assert cli.main([str(GOLDEN / checkpoint), "-o", str(tmp_path / "bundle"), "--fp32"]) == 0
+    stored = BundleWeights(open_bundle(tmp_path / "bundle"))
+    with Checkpoint(GOLDEN / checkpoint) as source:
+        original = CheckpointWeights(source, read_parameters(source, read_config(source)))
+        for name in original.parameters:
+            np.testing.assert_array_equal(read_parameter(stored, name), read_parameter(original, name))
+
+
+def test_every_weight_of_an_int4_bundle_is_quantized(tiny_bundle: Path) -> None:
+    weights = open_bundle(tiny_bundle).manifest.weights
+    assert {form.split(":")[0] for form in weights.values()} == {"int4", "int8"}
+    assert all(weights[name] == "int4:128" for name in weights if name.startswith("alignment."))
+    assert weights["llm.lm_head"] == weights["llm.embed_tokens"] == "int8:128"
+
+
+def test_options_reach_the_manifest(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = "--int8 --group-size 32 --query-len 16,4 --image-tokens 9 --max-context 300 --kv-cache int8"
+    rule = ["--rule", "llm.layers.*.mlp.down=fp16"]
+    assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), *options.split(), *rule]) == 0
+    manifest = open_bundle(tmp_path / "b").manifest
+    assert manifest.query_lengths == (16, 4)
+    assert (manifest.image_side, manifest.max_context, manifest.cache) == (3, 300, "int8")
+    assert manifest.weights["llm.layers.1.mlp.down"] == "fp16"
+    assert manifest.weights["llm.layers.1.mlp.gate_up"] == "int8:32"
+
+
+def test_info_prints_the_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_info.main([str(tiny_bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tiny_bundle / MANIFEST).read_text())
+    assert cli_info.main([str(tiny_bundle)]) == 0
+    assert "All checksums" in capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""The package as it is shipped: what a wheel holds, and what the runtime needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "onnx", "transformers", "huggingface_hub", "safetensors", "sentencepiece")
+
+
+def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shipped = set(zipfile.ZipFile(wheel).namelist())
+    folders = ("export", "quant", "runtime", "kernels", "benchmarks")
+    for module in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        assert f"fusion_edge/{module.relative_to(ROOT).as_posix()}" in shipped
+
+
+def test_the_runtime_needs_little(tmp_path: Path) -> None:
+    """In an environment with the four packages that the runtime imports and no other."""
+    venv.create(tmp_path / "clean", symlinks=True)
+    python = tmp_path / "clean/bin/python"
+    site = next((tmp_path / "clean/lib").glob("python*")) / "site-packages"
+    installed = Path(pytest.__file__).parents[1]
+    for package in ("numpy", "onnxruntime", "tokenizers", "PIL"):
+        for path in (*installed.glob(package), *installed.glob(f"{package.lower()}*.libs")):
+            (site / path.name).symlink_to(path)
+    (site / "fusion_edge").mkdir()
+    (site / "fusion_edge/runtime").symlink_to(ROOT / "runtime")
+    program = (
+        "import sys, time; start = time.perf_counter(); import fusion_edge.runtime as runtime; "
+        "took = time.perf_counter() - start; runtime.load; "
+        f"assert not set(sys.modules) & set({HEAVY!r}), 'too much'; print(took)"
+    )
+    runs = [subprocess.run([python, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 0.5
+
+
+def test_heavy_packages_are_not_imported_at_all() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "runtime").rglob("*.py"))
+    for package in HEAVY:
+        assert f"import {package}" not in source
+        assert f"from {package}" not in source
+
+
+def test_python_310_is_still_promised() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "requires-python = \">=3.10\"" in text
+
+
+def test_the_readme_names_commands_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    for script in ("./demo", "./test"):
+        assert script in readme
+        assert (ROOT / script).stat().st_mode & 0o111
+    assert "\n./test\n" in ci

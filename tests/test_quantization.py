@@ -1,0 +1,111 @@
+"""Packing, formats and rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fusion_edge.quant.formats import GROUP_SIZES, WeightFormat
+from fusion_edge.quant.packing import dequantize, quantize
+from fusion_edge.quant.policy import EMBEDDING, PRECISIONS, Rule, assign, preset, read_rules
+from fusion_edge.runtime.errors import FusionError, UsageError
+
+FORMS = [WeightFormat(kind, size) for kind in ("int4", "int8") for size in GROUP_SIZES]
+NAMES = [EMBEDDING, "llm.lm_head", "llm.layers.0.mlp.down", "alignment.layers.0.query", "vision.projector.up"]
+matrices = arrays.arrays(
+    np.float32, st.tuples(st.integers(1, 5), st.integers(1, 300)), elements=st.floats(-8, 8, width=32)
+)
+
+
+@given(rows=matrices, form=st.sampled_from(FORMS))
+def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: WeightFormat) -> None:
+    packed, scales = quantize(rows, form)
+    assert packed.shape == form.packed_shape(*rows.shape)
+    assert packed.dtype == np.uint8
+    assert (scales > 0).all()
+    restored = dequantize(packed, scales, form, rows.shape[1])
+    step = np.repeat(scales.astype(np.float64), form.group_size, axis=1)[:, : rows.shape[1]]
+    # Rounding a scale to float16 may clip a group's extreme by up to 2^-11 of its 2^(bits-1) steps.
+    tolerance = step * (0.5 + (1 << (form.bits - 1)) * 2.0**-11) + 1e-7
+    assert (np.abs(restored - rows) <= tolerance).all()
+
+
+@given(rows=matrices, form=st.sampled_from(FORMS))
+def test_what_was_dequantized_is_stored_unchanged(rows: np.ndarray, form: WeightFormat) -> None:
+    """Unpacking and packing are inverses: values that are on the grid keep their integers under the same scales."""
+    packed, scales = quantize(rows, form)
+    restored = dequantize(packed, scales, form, rows.shape[1])
+    padded = np.zeros((len(rows), scales.shape[1] * form.group_size))
+    padded[:, : rows.shape[1]] = restored
+    steps = padded.reshape(*scales.shape, -1) / scales.astype(np.float64)[..., None]
+    integers = np.rint(steps).astype(int) + (1 << (form.bits - 1))
+    stored = packed if form.bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(integers.shape)
+    used = np.arange(integers[0].size).reshape(integers.shape[1:]) < rows.shape[1]
+    np.testing.assert_array_equal(integers[:, used], stored[:, used])
+
+
+def test_low_nibble_first() -> None:
+    row = np.zeros((1, 32), np.float32)
+    row[0, 0], row[0, 1] = -8, 7
+    packed, scales = quantize(row, WeightFormat("int4", 32))
+    assert scales[0, 0] == 1
+    assert packed[0, 0, 0] == 0 | 15 << 4
+    assert packed[0, 0, 1] == 8 | 8 << 4
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    for form in FORMS:
+        packed, scales = quantize(np.zeros((2, 256), np.float32), form)
+        assert not dequantize(packed, scales, form, 256).any()
+
+
+@pytest.mark.parametrize("text", ["int3", "int4:48", "fp16:32", "", "int4:", "int8:0", "INT4"])
+def test_unknown_formats_are_refused(text: str) -> None:
+    if text == "int4:":
+        assert WeightFormat.parse(text) == WeightFormat("int4", 128)
+        return
+    with pytest.raises(UsageError, match="expected fp32"):
+        WeightFormat.parse(text)
+
+
+@given(form=st.sampled_from([*FORMS, WeightFormat("fp16"), WeightFormat("fp32")]))
+def test_a_format_is_read_as_it_is_written(form: WeightFormat) -> None:
+    assert WeightFormat.parse(str(form)) == form
+
+
+def test_presets_quantize_everything() -> None:
+    for precision in PRECISIONS:
+        formats = assign(NAMES, [], preset(precision, 64))
+        assert set(formats) == set(NAMES)
+        if precision.startswith("int"):
+            assert all(form.is_quantized for form in formats.values())
+    formats = assign(NAMES, [], preset("int4", 64))
+    assert [str(formats[name]) for name in NAMES] == ["int8:64", "int8:64", "int4:64", "int4:64", "int8:64"]
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    rules = [Rule.parse("llm.layers.*=int8:32", 128), Rule.parse("llm.*=fp16", 128)]
+    formats = assign(NAMES, rules, preset("int4", 128))
+    assert [str(formats[name]) for name in NAMES[:3]] == ["fp16", "fp16", "int8:32"]
+
+
+def test_a_wide_4_bit_rule_passes_over_the_embedding_table() -> None:
+    assert str(assign(NAMES, [Rule.parse("*=int4", 64)], preset("int4", 128))[EMBEDDING]) == "int8:128"
+    with pytest.raises(UsageError, match="looked up by row"):
+        assign(NAMES, [Rule.parse(f"{EMBEDDING}=int4", 64)], preset("int4", 128))
+
+
+def test_rules_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rules.toml"
+    path.write_text('[rules]\n"llm.lm_head" = "int8:32"\n"vision.*" = "fp16"\n')
+    assert read_rules(path, 128) == [
+        Rule("llm.lm_head", WeightFormat("int8", 32)), Rule("vision.*", WeightFormat("fp16"))
+    ]  # fmt: skip
+    path.write_text("[rules]\nllm.lm_head = 'int8'\n")  # TOML reads this as nested tables
+    with pytest.raises(FusionError, match="quote names"):
+        read_rules(path, 128)
