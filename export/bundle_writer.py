@@ -42,7 +42,7 @@ def write_bundle(plan: ExportPlan, output: Path, force: bool) -> bundle.Manifest
         for name, content in plan.small_files.items():
             (folder / name).write_bytes(content)
         weights = CheckpointWeights(plan.checkpoint, plan.parameters)
-        with Progress("Quantizing", _total_elements(plan)) as progress:
+        with Progress("Quantizing", _total_elements(plan), "M weights") as progress:
             for file in plan.data_files:
                 _write_data(folder / file.name, file, weights, progress)
         names = [*plan.small_files, *(file.name for file in plan.data_files)]
@@ -52,7 +52,18 @@ def write_bundle(plan: ExportPlan, output: Path, force: bool) -> bundle.Manifest
             entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
         manifest = plan.manifest(entries)
         (folder / bundle.MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
+        for path in (*folder.iterdir(), folder):
+            _flush(path)
     return manifest
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder on the disk before the rename: a power cut must not leave a torn file in a bundle."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # Weights ----------------------------------------------------------------------------------------------------

@@ -30,11 +30,6 @@ class KeyValueCache:
         self.layers[layer] = keys, values
         return keys, values
 
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return self.layers[0][0].shape[2] if self.layers else 0
-
 
 class EagerOperations:
     """Operations (``export/operations.py``) on torch tensors, differentiable, in the parameters' dtype."""
@@ -130,7 +125,6 @@ class EagerOperations:
             part.reshape(batch, length, -1, language.head_dim).transpose(1, 2)
             for part in torch.split(qkv, [n * language.head_dim for n in heads], dim=-1)
         )
-        # Layer 0 runs first: the cache's length at that layer is every layer's start.
         past = self.cache.layers[layer][0].shape[2] if self.cache and layer in self.cache.layers else 0
         q, k = self._rotate(q, past), self._rotate(k, past)
         if self.cache is not None:

@@ -80,7 +80,7 @@ class GraphBuilder:
         return list(outputs)
 
     def constant(self, values: npt.ArrayLike, dtype: str = "int64") -> str:
-        """A small array stored in the graph itself; equal ones are stored once."""
+        """A small array stored in the graph itself, equal short ones once."""
         array = np.asarray(values, dtype=dtype)
         name = f"constant.{dtype}.{'x'.join(map(str, array.shape))}.{array.tobytes().hex()}"
         if len(name) > 120:

@@ -1,4 +1,4 @@
-"""Self-attention over an int8 KV cache: half the memory of a decode step's second largest read.
+"""Self-attention over an int8 KV cache: a quarter of what a decode step reads second most of.
 
 GroupQueryAttention reads and writes an int8 cache whose scales (one a channel and head) must be given, and it is
 slow there for long inputs. So a prefill attends in float, derives the scales from its own keys and values and

@@ -11,7 +11,10 @@ from fusion_edge.export.plan import ExportPlan
 from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE
 
 RUNTIME_BYTES = 130_000_000
-"""Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions: measured, see ``docs/architecture.md``."""
+"""Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
+FLOAT_BYTES = 4
+SCALE_COPIES = 3
+"""What MatMulNBits keeps of each scale on a CPU: itself, a packed copy and the sum of its block (measured)."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,13 @@ def _item(dtype: str) -> int:
 
 
 def _weights(plan: ExportPlan) -> int:
-    """Stored values as they are, floats and scales in the activations' type (the load folds their cast)."""
+    """Quantized values as they are stored; floats in the activations' type; scales as the kernels keep them."""
     wide = _item(plan.settings.activations)
+    scale = wide * (SCALE_COPIES if plan.options.target == "cpu" else 1)
     total = 0
     for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
         count = int(np.prod(tensor.shape, dtype=np.int64))
-        total += count * (1 if tensor.dtype == "uint8" else wide)
+        total += count * (scale if tensor.part == "scales" else 1 if tensor.dtype == "uint8" else wide)
     return total
 
 
@@ -76,8 +80,9 @@ def _alignment_cache(plan: ExportPlan) -> int:
     config, q = plan.config, plan.options.query_lengths[0]
     rows = config.alignment.layers * 2 * q * config.alignment.window_size**2 + q
     features = GLOBAL_CROPS * config.vision.patches
-    pixels = (GLOBAL_CROPS + 1) * 3 * IMAGE_SIZE**2
-    return (rows + features) * config.language.hidden_size * _item(plan.settings.activations) + 5 * pixels
+    crop = 3 * IMAGE_SIZE**2
+    pixels = (GLOBAL_CROPS + 1) * crop + crop * FLOAT_BYTES  # all crops as bytes, the local one as floats
+    return (rows + features) * config.language.hidden_size * _item(plan.settings.activations) + pixels
 
 
 def _activations(plan: ExportPlan) -> int:

@@ -26,6 +26,7 @@ from fusion_edge.runtime.graphs import GraphSpec
 KV_CACHES = ("float", "int8")
 ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}
 MINIMUM_CONTEXT = 64
+MINIMUM_TEXT = 16  # positions that a template and the shortest question take, at the least
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,15 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
             f"A context of {context} positions is out of range; this checkpoint was trained with {config.max_length}: "
             f"choose {MINIMUM_CONTEXT} to {config.max_length}."
         )
+    lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
+    taken = (options.image_tokens or patches) + lengths[0] + MINIMUM_TEXT
+    if context is not None and context < taken:
+        raise UsageError(
+            f"A context of {context} positions has no room for a question beside image tokens and latents; "
+            f"choose {taken} or more, or fewer --image-tokens."
+        )
     if options.kv_cache == "int8" and options.target != "cpu":
         raise UsageError(f"--kv-cache int8 is for --target cpu; {options.target} has no kernel for it: leave it out.")
-    lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
     return dataclasses.replace(options, query_lengths=lengths, image_tokens=options.image_tokens or patches)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fusion_edge.quant.formats import WeightFormat
 
-SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
+SMALLEST_SCALE = 2.0**-20  # a float16 subnormal of still four bits; smaller ones round too coarsely
 
 
 def quantize(
@@ -20,7 +20,8 @@ def quantize(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
     """``[n,K]`` -> packed ``[n, groups, group_size * bits / 8]`` and scales ``[n, groups]``.
 
-    The scale is the smallest for which both ends of a group fit: max/(2^(b-1)-1) or -min/2^(b-1).
+    The scale is the smallest for which both ends of a group fit, max/(2^(b-1)-1) or -min/2^(b-1), but at least
+    :data:`SMALLEST_SCALE`.
     """
     count, inputs = rows.shape
     groups, half = form.groups(inputs), 1 << (form.bits - 1)

@@ -81,12 +81,13 @@ def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[R
     """
     names = list(names)
     for rule in overrides:
-        if not any(fnmatchcase(name, rule.pattern) for name in names):
+        matched = [name for name in names if fnmatchcase(name, rule.pattern)]
+        if not matched:
             raise UsageError(
                 f"Rule {rule.pattern!r} matches no weight; names look like {names[0]!r} or {names[-1]!r} "
                 "(fusion-export --dry-run --json lists them all)."
             )
-        if rule.pattern == EMBEDDING and rule.format.bits == 4:
+        if matched == [EMBEDDING] and rule.format.bits == 4:
             raise UsageError(f"{EMBEDDING} cannot be {rule.format}: it is looked up by row; use int8 or fp16.")
     rules = [*overrides, *defaults]
 

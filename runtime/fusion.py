@@ -36,6 +36,7 @@ ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 Color = Literal["rgb", "bgr"]
 Embed = Callable[[npt.NDArray[np.int64]], Floats]
 STAGES = ("preprocess", "vision", "alignment", "prefill", "decode")
+"""Cutting the crops; both runs of the vision encoder; the alignment decoder; the prompt; one-token steps."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class Fusion:
                 f"Query length {wanted} is not in this bundle; choose from {', '.join(map(str, offered))}, or export "
                 "with --query-len."
             )
-        return offered[0] if wanted is None else offered[offered.index(wanted)]
+        return offered[0] if wanted is None else wanted
 
     def _check_length(self, prompt: Prompt, query_length: int) -> None:
         """Refuse a prompt that leaves no room for an answer, before any graph runs."""
@@ -204,7 +205,7 @@ class Fusion:
             nothing = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
             self._latest = None  # its memory is free before the new image needs as much
             features = self.backend.encode(pixels[:GLOBAL_CROPS], nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
-            self._latest = _Image(crops, pixels[GLOBAL_CROPS:], features)
+            self._latest = _Image(crops, pixels[GLOBAL_CROPS:].copy(), features)
         return self._latest
 
     def _image_tokens(self, image: _Image, instruct_ids: npt.NDArray[np.int64]) -> Floats:
@@ -257,7 +258,7 @@ class AnswerStream(Iterator[str]):
         self._pieces = self._generate(image, prompt, sampling, query_length)
 
     def __next__(self) -> str:
-        if self._generation != self._fusion._generation:
+        if self._answer is None and self._generation != self._fusion._generation:
             raise FusionError(
                 "This answer was given up when another question was asked or the model closed; finish one before that."
             )

@@ -13,9 +13,11 @@ REFRESH_SECONDS = 0.2
 class Progress:
     """Context manager; :meth:`advance` may be called from several threads."""
 
-    def __init__(self, label: str, total_bytes: int) -> None:
+    def __init__(self, label: str, total: int, unit: str = "MB") -> None:
+        """``unit`` names a million of what is counted: bytes unless told otherwise."""
         self.label = label
-        self.total = max(total_bytes, 1)
+        self.total = max(total, 1)
+        self.unit = unit
         self.done = 0
         self._start = time.monotonic()
         self._shown = self._start  # nothing is shown for work shorter than one refresh
@@ -33,7 +35,7 @@ class Progress:
             sys.stderr.flush()
 
     def advance(self, count: int) -> None:
-        """Count ``count`` more bytes as done."""
+        """Count ``count`` more as done."""
         with self._lock:
             self.done += count
             now = time.monotonic()
@@ -43,5 +45,5 @@ class Progress:
             elapsed = now - self._start
             left = elapsed * (self.total - self.done) / max(self.done, 1)
             share, rate = self.done / self.total, self.done / 1e6 / elapsed
-            sys.stderr.write(f"\r\x1b[K{self.label}: {share:4.0%}, {rate:.0f} MB/s, {left:.0f} s left")
+            sys.stderr.write(f"\r\x1b[K{self.label}: {share:4.0%}, {rate:.0f} {self.unit}/s, {left:.0f} s left")
             sys.stderr.flush()

@@ -19,7 +19,8 @@ OPSET = 21
 
 def session(heads: int, dim: int) -> ort.InferenceSession:
     width = heads * dim
-    shapes: dict[str, list[int | str | None]] = {"q": ["R", "n", width]} | {x: [1, "n", 9, width] for x in "kv"}
+    context: list[int | str | None] = [1, "n", 9, width]
+    shapes: dict[str, list[int | str | None]] = {"q": ["R", "n", width], "k": context, "v": context}
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["R", "n", width])
     graph = helper.make_graph([helper.make_node(NAME, ["q", "k", "v"], ["y"], domain=DOMAIN)], "g", inputs, [output])

@@ -58,7 +58,9 @@ def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     return calls
 
 
-def test_what_depends_on_the_image_alone_is_computed_once(fusion: Fusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_depends_on_the_image_alone_is_computed_once(
+    fusion: Fusion, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded, aligned = count(monkeypatch, "encode"), count(monkeypatch, "align")
     frame = picture(0)
     for question in ("What is it?", "And why?"):
@@ -70,14 +72,8 @@ def test_what_depends_on_the_image_alone_is_computed_once(fusion: Fusion, monkey
     frame[:] = picture(1)  # a camera's reused buffer
     first = fusion.answer(frame, "What is it?", sampling=SHORT)
     assert encoded == [4, 1, 1, 1, 4, 1]
-    with load(fusion_folder(fusion)) as fresh:
+    with load(tiny_bundle) as fresh:
         assert fresh.answer(picture(1), "What is it?", sampling=SHORT).token_ids == first.token_ids
-
-
-def fusion_folder(fusion: Fusion) -> Path:
-    backend = fusion.backend
-    assert isinstance(backend, OnnxRuntimeBackend)
-    return backend.folder
 
 
 def test_streamed_pieces_are_the_answer(fusion: Fusion) -> None:
@@ -152,14 +148,14 @@ def test_no_step_copies_the_cache(tiny_checkpoint: Path, tmp_path: Path) -> None
         no_latents = type(aligned)(aligned.latents[:0], aligned.keys[:, :0], aligned.values[:, :0])
         for capacity in (32, 512):
             fusion.backend.prefill(rows, no_latents, *none, capacity)
-            memory = {name: value.data_ptr() for name, value in decoder(fusion)._sequence_cache().items()}
+            memory = {name: value.data_ptr() for name, value in decoder(fusion)._cache.items()}
             seconds = []
             for _ in range(10):
                 start = time.perf_counter()
                 fusion.backend.decode(rows[0])
                 seconds.append(time.perf_counter() - start)
             medians.append(statistics.median(seconds))
-            assert memory == {name: value.data_ptr() for name, value in decoder(fusion)._sequence_cache().items()}
+            assert memory == {name: value.data_ptr() for name, value in decoder(fusion)._cache.items()}
     assert medians[1] < 3 * medians[0]
 
 

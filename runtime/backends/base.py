@@ -1,4 +1,4 @@
-"""What a backend does: run the three graphs and keep the KV cache. One file a backend, found by its name."""
+"""What a backend does: run the three graphs and keep the KV cache. One file a backend."""
 
 from __future__ import annotations
 

@@ -27,14 +27,13 @@ class OnnxRuntimeBackend:
         Raises :class:`FusionError` if the device's provider is not installed or a graph does not load.
         """
         self.name = f"onnxruntime-{device}"
-        self.folder = bundle.folder
         manifest = bundle.manifest
         self._activations = np.dtype(manifest.activations)
         options = _session_options(threads)
         sessions = {name: _session(bundle, name, device, options) for name in manifest.graphs}
         self._vision = sessions[graphs.VISION_ENCODER]
         self._alignment = sessions[graphs.ALIGNMENT_DECODER]
-        self._llm = _Decoder(sessions[graphs.LLM], bundle)
+        self._llm = _Decoder(sessions[graphs.LLM], bundle, device)
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
         (features,) = self._vision.run(None, {
@@ -83,16 +82,17 @@ class _Decoder:
     that it is given, and memory that is never given is never touched, so it takes no room.
     """
 
-    def __init__(self, session: ort.InferenceSession, bundle: Bundle) -> None:
+    def __init__(self, session: ort.InferenceSession, bundle: Bundle, device: str = "cpu") -> None:
         manifest = bundle.manifest
+        self._device = device
         config, activations = manifest.model, np.dtype(manifest.activations)
         language, context = config.language, config.alignment.window_size**2
         self._session = session
         self._capacity = 0
-        self._cache = {
-            spec: np.zeros(_size(spec, manifest.max_context), spec.dtype)
-            for spec in graphs.cache_specs(config, manifest.cache)
-        }
+        self._specs = graphs.cache_specs(config, manifest.cache)
+        memory = self._specs if device == "cpu" else []
+        self._memory = {spec.name: np.zeros(_size(spec, manifest.max_context), spec.dtype) for spec in memory}
+        self._cache: dict[str, ort.OrtValue] = {}
         self._last_position = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._logits: Floats = np.zeros((1, language.vocab_size), np.float32)
@@ -117,11 +117,12 @@ class _Decoder:
     def prefill(self, inputs: dict[str, npt.NDArray[Any]], capacity: int) -> Floats:
         """Start a sequence that may grow to ``capacity`` positions."""
         self._capacity = capacity
-        cache = self._sequence_cache()
-        self._step = self._binding(self._step_inputs, cache)
+        self._cache = {}  # a device's old cache is freed before the new one is allocated
+        self._cache = self._sequence_cache()
+        self._step = self._binding(self._step_inputs) if self._device == "cpu" else None
         self._is_prefill[...] = True
         self._advance(0, inputs["embeddings"].shape[1])
-        self._session.run_with_iobinding(self._binding(inputs, cache))
+        self._session.run_with_iobinding(self._binding(inputs))
         logits: Floats = self._logits[0]
         return logits
 
@@ -130,7 +131,8 @@ class _Decoder:
         self._step_embedding[0, 0] = embedding
         self._is_prefill[...] = False
         self._advance(int(self._total_length), 1)
-        self._session.run_with_iobinding(self._step)
+        # Binding copies inputs to another device, so there they are bound anew; the CPU sees them change.
+        self._session.run_with_iobinding(self._step or self._binding(self._step_inputs))
         logits: Floats = self._logits[0]
         return logits
 
@@ -144,18 +146,21 @@ class _Decoder:
         self._last_position[...] = start + count - 1
 
     def _sequence_cache(self) -> dict[str, ort.OrtValue]:
-        """By name, the part of the cache's memory that the sequence may use."""
+        """By name, the cache of a sequence: on the CPU a part of the memory, elsewhere allocated for it."""
         values = {}
-        for spec, memory in self._cache.items():
+        for spec in self._specs:
             shape = _shape(spec, self._capacity)
-            values[spec.name] = _value(memory[: math.prod(shape)].reshape(shape))
+            if self._device == "cpu":
+                values[spec.name] = _value(self._memory[spec.name][: math.prod(shape)].reshape(shape))
+            else:
+                values[spec.name] = ort.OrtValue.ortvalue_from_shape_and_type(shape, spec.dtype, self._device, 0)
         return values
 
-    def _binding(self, inputs: dict[str, npt.NDArray[Any]], cache: dict[str, ort.OrtValue]) -> ort.IOBinding:
+    def _binding(self, inputs: dict[str, npt.NDArray[Any]]) -> ort.IOBinding:
         binding = self._session.io_binding()
         for name, array in [*inputs.items(), *self._lengths.items()]:
             binding.bind_ortvalue_input(name, _value(array))
-        for name, value in cache.items():
+        for name, value in self._cache.items():
             binding.bind_ortvalue_input(f"past.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         binding.bind_ortvalue_output("logits", _value(self._logits))
@@ -171,14 +176,14 @@ def _size(spec: graphs.TensorSpec, capacity: int) -> int:
 
 
 def _value(array: npt.NDArray[Any]) -> ort.OrtValue:
-    """The array itself as ONNX Runtime sees it: no copy, so later writes to it are seen too."""
+    """The array itself as ONNX Runtime's CPU provider sees it: no copy, so later writes to it are seen too."""
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _session_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     # ONNX Runtime's own default counts what it takes for physical cores and finds one on virtual machines.
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))  # Linux, as every target is
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return options
@@ -193,10 +198,16 @@ def _session(bundle: Bundle, name: str, device: str, options: ort.SessionOptions
         )
     path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
     try:
-        return ort.InferenceSession(str(path), options, providers=[provider])
+        session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
         reason = str(error).splitlines()[0]
         remedy = "Upgrade onnxruntime"
         if bundle.manifest.cache == "int8":
             remedy += ", or export with --kv-cache float: older releases know no int8 KV cache"
         raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {reason} {remedy}.") from error
+    if provider not in session.get_providers():
+        raise FusionError(
+            f"ONNX Runtime could not start its {provider} on this machine; check the driver, or run a bundle that was "
+            "exported for the CPU (fusion-export --target cpu)."
+        )
+    return session
