@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.plan import ExportPlan
-from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE
+from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE, VISION_HEADS
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
 FLOAT_BYTES = 4
+ARENA_GROWTH = 2
+"""ONNX Runtime's arenas grow by doubling (a 3B bundle with a prompt of 905 took 5.77 GB; this formula says 5.8)."""
 SCALE_COPIES = 3
 """What MatMulNBits keeps of each scale on a CPU: itself, a packed copy and the sum of its block (measured)."""
 
@@ -31,7 +33,7 @@ class Estimate:
     alignment_cache: int
     """One image's features, latents, keys and values at the default query length."""
     activations: int
-    """The largest set of intermediate arrays at once."""
+    """Intermediate arrays of all three graphs."""
 
     @property
     def peak(self) -> int:
@@ -86,9 +88,11 @@ def _alignment_cache(plan: ExportPlan) -> int:
 
 
 def _activations(plan: ExportPlan) -> int:
-    """The larger of the vision tower on four crops and of a prefill that fills the context."""
+    """The three sessions' arenas, which keep what they once needed: four crops, keys and values, a full prompt."""
     config = plan.config
-    vision, language = config.vision, config.language
-    tower = GLOBAL_CROPS * vision.patches * (6 * vision.width + 2 * vision.mlp_width)
+    vision, language, patches = config.vision, config.language, GLOBAL_CROPS * config.vision.patches
+    tower = patches * (6 * vision.width + 2 * vision.mlp_width + VISION_HEADS * vision.patches)
+    windows = plan.options.query_lengths[0] * config.alignment.window_size**2
+    pairs = windows * language.hidden_size * (2 * config.alignment.layers + 4)
     layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
-    return max(tower, layer) * _item(plan.settings.activations)
+    return ARENA_GROWTH * (tower + pairs + layer) * _item(plan.settings.activations)
