@@ -15,8 +15,8 @@ from fusion_edge.export.memory import Estimate, estimate
 from fusion_edge.export.plan import ACTIVATIONS, KV_CACHES, ExportOptions, ExportPlan, plan_export
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.source import resolve_checkpoint
-from fusion_edge.quant.formats import DEFAULT_GROUP_SIZE, GROUP_SIZES
-from fusion_edge.quant.policy import PRECISIONS, Rule, read_rules
+from fusion_edge.quant.formats import GROUP_SIZES
+from fusion_edge.quant.policy import Rule, read_rules
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.errors import FusionError, UsageError
 
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", help="folder of a FUSION checkpoint, or a hub id such as org/name")
     add("-o", "--output", type=Path, metavar="BUNDLE", help="folder to write (required without --dry-run)")
+    defaults = ExportOptions()
     precision = parser.add_mutually_exclusive_group()
     for name, text in (
         ("int4", "4-bit LLM and alignment, 8-bit vision, lm_head and embeddings (default)"),
@@ -46,14 +47,13 @@ def parser() -> argparse.ArgumentParser:
         ("fp32", "32-bit weights: the reference"),
     ):
         precision.add_argument(
-            f"--{name}", dest="precision", action="store_const", const=name, default="int4", help=text
+            f"--{name}", dest="precision", action="store_const", const=name, default=defaults.precision, help=text
         )
-    assert parser.get_default("precision") in PRECISIONS
     add(
         "--group-size",
         type=int,
         choices=GROUP_SIZES,
-        default=DEFAULT_GROUP_SIZE,
+        default=defaults.group_size,
         help="input channels that share a scale (default: %(default)s)",
     )
     add(
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--query-len",
         type=cli.numbers,
-        default=(),
+        default=defaults.query_lengths,
         metavar="N[,N...]",
         help="query lengths to offer, the default first (default: all of the checkpoint's, 144 first)",
     )
@@ -83,18 +83,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="positions of the KV cache, prompt and answer (default: what the checkpoint was trained with)",
     )
-    add("--target", choices=list(ACTIVATIONS), default="cpu", help="where it will run (default: %(default)s)")
+    add("--target", choices=list(ACTIVATIONS), default=defaults.target, help="where it will run (default: %(default)s)")
     add(
         "--accuracy-level",
         type=int,
         choices=(0, 4),
-        default=4,
+        default=defaults.accuracy_level,
         help="quantized products in int8 arithmetic (4, faster) or in float (0) (default: %(default)s)",
     )
     add(
         "--kv-cache",
         choices=KV_CACHES,
-        default="float",
+        default=defaults.kv_cache,
         help="int8: a quarter of the memory, read in every step; needs a recent ONNX Runtime (default: %(default)s)",
     )
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")

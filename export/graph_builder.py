@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from fusion_edge.kernels import context_attention
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.graphs import GraphSpec, TensorSpec
 
 OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
 MICROSOFT = "com.microsoft"
-FUSION = "fusion_edge"
 PAGE = 4096  # offsets in data files are multiples of a page, so that runtimes can map them into memory
 
 ONNX_TYPES = {
@@ -117,7 +117,7 @@ class GraphBuilder:
         graph.initializer.extend(_external(tensor, data_file) for tensor in self.planned.values())
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         if self.functions:
-            imports.append(helper.make_opsetid(FUSION, 1))
+            imports.append(helper.make_opsetid(context_attention.DOMAIN, 1))
         return helper.make_model(
             graph,
             opset_imports=imports,

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from fusion_edge.export.graph_builder import MICROSOFT
+
 HEADROOM = 1.2  # keys and values of the answer may exceed those of the prompt by so much before they are clipped
 SMALLEST_SCALE = 1e-8
 PARTS = ("key", "value")
@@ -45,7 +47,7 @@ def _constant(name: str, values: npt.ArrayLike, dtype: str) -> NodeProto:
 
 
 def _query(inputs: list[str], outputs: list[str], attributes: dict[str, Any]) -> NodeProto:
-    return helper.make_node("GroupQueryAttention", inputs, outputs, domain="com.microsoft", **attributes)
+    return helper.make_node("GroupQueryAttention", inputs, outputs, domain=MICROSOFT, **attributes)
 
 
 def _prefill(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from onnx import NodeProto, helper
 
 from fusion_edge.export import int8_cache
-from fusion_edge.export.graph_builder import FUSION, MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder
+from fusion_edge.export.graph_builder import MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.kernels import context_attention
 from fusion_edge.quant.formats import WeightFormat
@@ -292,4 +292,4 @@ class OnnxRuntimeOperations:
         self.builder.functions[context_attention.NAME] = context_attention.context_attention_function(
             heads, dim, self.settings.activations, OPSET
         )
-        return self._node(context_attention.NAME, [q, k, v], domain=FUSION)
+        return self._node(context_attention.NAME, [q, k, v], domain=context_attention.DOMAIN)
