@@ -2,7 +2,8 @@
 
 A picture shows one to four coloured shapes on a photo-like background (gradient, noise, vignette, lighting,
 shadows), each in its own cell of a jittered 2 x 2 grid. Questions ask for a colour, a shape, a count, a
-relative position or a presence; none is ambiguous, and within a kind the answers are balanced.
+relative position or a presence; none is ambiguous, and within a kind the answers are balanced. Training adds
+lessons: what is where, said in words.
 Everything follows from a split and a seed; the splits share no random stream.
 """
 
@@ -25,6 +26,8 @@ PICTURE_SIZE = 256  # pixels on a side; the model's own preprocessing enlarges i
 GRID = 2  # cells on a side, at most one shape in each
 MAX_SHAPES = 4
 SPLITS = ("train", "held_out")
+PLACES = {(0, 0): "top left", (0, 1): "top right", (1, 0): "bottom left", (1, 1): "bottom right"}
+"""What a cell (row, column) of the grid is called."""
 NUMBERS = ("zero", "one", "two", "three", "four")
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 COLORS = {
@@ -57,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one picture, its only right answer, and its kind (a key of :data:`KINDS`)."""
+    """A question about one picture, its only right answer, and its kind (a key of :data:`KINDS` or :data:`LESSONS`)."""
 
     text: str
     answer: str
@@ -112,13 +115,17 @@ def arrange(rng: np.random.Generator) -> list[Shape]:
     return shapes
 
 
-def ask(shapes: list[Shape], rng: np.random.Generator, count: int) -> list[Question]:
-    """``count`` different questions about the shapes, their kinds drawn evenly from those that apply."""
+def ask(shapes: list[Shape], rng: np.random.Generator, count: int, lessons: bool = False) -> list[Question]:
+    """``count`` different questions about the shapes, their kinds drawn evenly from those that apply.
+
+    ``lessons`` adds those of :data:`LESSONS`.
+    """
     asked: dict[str, Question] = {}
-    kinds = list(KINDS)
+    choices = KINDS | LESSONS if lessons else KINDS
+    kinds = list(choices)
     while len(asked) < count:
         kind = kinds[rng.integers(len(kinds))]
-        options = KINDS[kind](shapes)
+        options = choices[kind](shapes)
         if not options:
             continue
         # The answer first and then a question for it: answers come out balanced.
@@ -167,6 +174,19 @@ def _presence_questions(shapes: list[Shape]) -> dict[str, str]:
     return {f"Is there a {name}?": answer for name, answer in answers.items()}
 
 
+def _where_questions(shapes: list[Shape]) -> dict[str, str]:
+    return {f"Where is the {shape.name}?": PLACES[shape.cell] for shape in shapes}
+
+
+def _place_questions(shapes: list[Shape]) -> dict[str, str]:
+    names = {shape.cell: shape.name for shape in shapes}
+    return {f"What is at the {place}?": names.get(cell, "nothing") for cell, place in PLACES.items()}
+
+
+def _description(shapes: list[Shape]) -> dict[str, str]:
+    return {"Describe the picture.": ", ".join(f"{shape.name} {PLACES[shape.cell]}" for shape in shapes)}
+
+
 KINDS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
     "color": _color_questions,
     "shape": _shape_questions,
@@ -175,6 +195,14 @@ KINDS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
     "presence": _presence_questions,
 }
 """What can be asked about a picture: kind -> (shapes -> question -> answer)."""
+
+LESSONS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
+    "where": _where_questions,
+    "place": _place_questions,
+    "description": _description,
+}
+"""What training asks besides. An answer of one word teaches little of how a shape, its colour and its place belong
+together; without these the model answered relative positions at chance."""
 
 
 def render(shapes: list[Shape], rng: np.random.Generator) -> Pixels:

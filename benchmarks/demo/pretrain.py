@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.demo import pictures
 from fusion_edge.benchmarks.demo.initialize import CONFIG
-from fusion_edge.benchmarks.demo.training_data import Gallery
-from fusion_edge.benchmarks.demo.training_model import TrainingOperations, embedded_patches
-from fusion_edge.export import architecture
+from fusion_edge.benchmarks.demo.training_data import Gallery, centered
+from fusion_edge.benchmarks.demo.training_model import TrainingOperations, crop_features
 from fusion_edge.runtime.config import GLOBAL_CROPS
 
 PICTURES_A_STEP = 12
@@ -40,9 +39,9 @@ def pretrain(leaves: dict[str, Tensor], gallery: Gallery, steps: int, seed: int)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         chosen = np.random.default_rng([seed, step]).choice(len(gallery.shapes), PICTURES_A_STEP, replace=False)
-        crops = torch.from_numpy(gallery.crops[chosen]).float() / 127.5 - 1
+        crops = centered(torch.from_numpy(gallery.crops[chosen]))
         labels = torch.from_numpy(np.stack([patch_labels(gallery.shapes[i]) for i in chosen]))
-        features = _features(leaves, crops).flatten(0, 2)
+        features = crop_features(TrainingOperations(leaves), crops).flatten(0, 2)
         losses, right = zip(
             *(_loss(head(features), labels[..., i].flatten()) for i, head in enumerate(heads)), strict=True
         )
@@ -71,15 +70,6 @@ def _map(shapes: list[pictures.Shape], side: int) -> npt.NDArray[np.int64]:
         covered = np.hypot(centres[:, None] - y, centres[None, :] - x) < shape.radius
         labels[covered] = 1 + KINDS.index(shape.kind), 1 + COLORS.index(shape.color)
     return labels
-
-
-def _features(leaves: dict[str, Tensor], crops: Tensor) -> Tensor:
-    """Projected features of all five crops, without text: ``[I,5,P,D]``."""
-    ops = TrainingOperations(leaves)
-    patches = embedded_patches(ops, crops).flatten(0, 1)
-    nothing = patches[:, :0]
-    rows = architecture.encode(ops, CONFIG, patches, nothing, torch.ones(nothing.shape[:2]))
-    return architecture.project_vision(ops, rows).reshape(*crops.shape[:3], -1)
 
 
 def _loss(scores: Tensor, labels: Tensor) -> tuple[Tensor, float]:

@@ -82,7 +82,7 @@ def _corpus() -> list[str]:
     rng = np.random.default_rng(0)
     sentences = {TEMPLATES["phi_3"].system.split(">")[1].split("<")[0].strip()}
     for _ in range(300):
-        for question in pictures.ask(pictures.arrange(rng), rng, 4):
+        for question in pictures.ask(pictures.arrange(rng), rng, 8, lessons=True):
             sentences |= {question.text, question.answer}
     words = sorted({word for sentence in sentences for word in re.findall(r"\w+", sentence)})
     glued = [f"({word}" for word in words for _ in range(2000)]

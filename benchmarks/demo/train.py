@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from fusion_edge.benchmarks.demo.pretrain import pretrain
 from fusion_edge.benchmarks.demo.training_data import Batch, Batches, Gallery
 from fusion_edge.benchmarks.demo.training_model import (
     MAPPING_WEIGHT,
+    gallery_features,
     run,
     with_full_kernel,
     with_small_kernel,
@@ -42,15 +42,17 @@ class Phase:
     name: str
     end: float
     """Share of the run's steps after which it is over."""
-    latent_scale: tuple[float, float]
-    """Factor on what the latents pooled, at the phase's start and end; at 0 all must come from their windows."""
-    image_tokens: bool
+    latent_scale: float
+    """Factor on what the latents pooled; at 0 all must come from their windows."""
+    image_share: float
+    """Share of batches that have image tokens."""
+    vision_is_frozen: bool
+    """The pre-trained tower stays as it is, and its features are computed once for the whole gallery."""
 
 
 PHASES = (
-    Phase("windows", end=0.38, latent_scale=(0, 0), image_tokens=False),
-    Phase("latents", end=0.8, latent_scale=(1, 1), image_tokens=False),
-    Phase("whole", end=1.0, latent_scale=(1, 1), image_tokens=True),
+    Phase("windows", end=0.72, latent_scale=0, image_share=0, vision_is_frozen=True),
+    Phase("whole", end=1.0, latent_scale=1, image_share=0.7, vision_is_frozen=False),
 )
 """The interaction layers learn only when there is no other way. Image tokens or latents alone could answer every
 question of this task: a model that is given them all the time ignores its interaction layers (measured: switching
@@ -82,11 +84,10 @@ class Training:
         self.step = 0
 
     def _rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to a hundredth."""
-        if step < WARM_UP:
-            return (step + 1) / WARM_UP
-        progress = min((step - WARM_UP) / max(self.steps - WARM_UP, 1), 1.0)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+        """Linear warm-up, constant to the last phase, linear to a hundredth at the end."""
+        last_phase = PHASES[-2].end * self.steps
+        progress = max(step - last_phase, 0) / (self.steps - last_phase)
+        return min((step + 1) / WARM_UP, 1 - 0.99 * progress)
 
     def update(self, batch: Batch) -> tuple[float, float]:
         """One optimizer step; the losses of answers and mapping."""
@@ -146,16 +147,20 @@ def _groups(names: list[str], leaves: dict[str, Tensor]) -> Iterator[tuple[float
 
 
 def accuracy(
-    leaves: dict[str, Tensor], batches: Batches, scale: float = 1.0, image_tokens: bool = True, align: bool = True
+    leaves: dict[str, Tensor], batches: Batches, phase: Phase, align: bool = True
 ) -> dict[str, float]:
-    """Share of exact answers on a gallery at the least query length, by kind and ``all``."""
+    """Share of exact answers on a gallery at the least query length, by kind and ``all``.
+
+    The pictures are given as in a phase of the training, with image tokens if it has any.
+    """
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     rng = np.random.default_rng(0)
     query_length = CONFIG.alignment.query_lengths[0]
     with torch.no_grad():
         for start in range(0, len(batches.gallery.shapes), PICTURES_A_STEP):
             chosen = range(start, start + PICTURES_A_STEP)
-            batch = batches.batch(chosen, rng, QUESTIONS_A_PICTURE, query_length, scale, image_tokens)
+            inputs = phase.latent_scale, phase.image_share > 0
+            batch = batches.batch(chosen, rng, QUESTIONS_A_PICTURE, query_length, *inputs)
             for question, correct in zip(batch.questions, run(leaves, batch, align).correct, strict=True):
                 right[question.kind].append(bool(correct))
     shares = {kind: sum(answers) / max(len(answers), 1) for kind, answers in right.items()}
@@ -163,48 +168,42 @@ def accuracy(
     return {"all": sum(everything) / len(everything)} | shares
 
 
-def _inputs(training: Training) -> tuple[float, bool]:
-    """The present phase's latent scale, and whether it has image tokens."""
-    progress, start = training.step / training.steps, 0.0
-    for phase in PHASES:
-        if progress < phase.end:
-            first, last = phase.latent_scale
-            return first + (last - first) * (progress - start) / (phase.end - start), phase.image_tokens
-        start = phase.end
-    raise AssertionError("the last phase ends with the run")
-
-
 def train(training: Training, pictures: Batches, validation: Batches, report_every: int) -> None:
     """Run to the end, reporting and saving now and then."""
     started, first, losses = time.monotonic(), training.step, []
-    while training.step < training.steps:
-        scale, image_tokens = _inputs(training)
-        seed = [training.seed, training.step]
-        batch = pictures.draw(seed, PICTURES_A_STEP, QUESTIONS_A_PICTURE, scale, image_tokens)
-        losses.append(training.update(batch))
-        if training.step % 50 == 0:
-            pace = (time.monotonic() - started) / (training.step - first)
-            answer, mapping = np.mean(losses, axis=0)
-            left = pace * (training.steps - training.step) / 60
-            log.info(
-                "step %d: answers %.3f, mapping %.3f, latents x %.2f, %.2f s a step, %.0f minutes left",
-                *(training.step, answer, mapping, scale, pace, left),
-            )
-            losses = []
-        if training.step % report_every == 0 or training.step == training.steps:
-            training.save()
-            for name, align in (("aligned", True), ("interaction layers off", False)):
-                shares = accuracy(training.leaves, validation, scale, image_tokens, align)
-                log.info("%s: %s", name, ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    for phase in PHASES:
+        end = round(phase.end * training.steps)
+        if training.step < end:
+            log.info("phase %s, to step %d", phase.name, end)
+            frozen = phase.vision_is_frozen
+            pictures.features = gallery_features(training.leaves, pictures.gallery.crops) if frozen else None
+        while training.step < end:
+            losses.append(training.update(_draw(training, pictures, phase)))
+            if training.step % 50 == 0:
+                pace = (time.monotonic() - started) / (training.step - first)
+                log.info("step %d: answers %.3f, mapping %.3f, %.2f s a step", training.step, *np.mean(losses, 0), pace)
+                losses = []
+            if training.step % report_every == 0 or training.step == training.steps:
+                training.save()
+                for name, align in (("aligned", True), ("interaction layers off", False)):
+                    shares = accuracy(training.leaves, validation, phase, align)
+                    log.info("%s: %s", name, ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+
+
+def _draw(training: Training, pictures: Batches, phase: Phase) -> Batch:
+    """The batch of the present step: it follows from seed and step alone."""
+    seed = [training.seed, training.step]
+    with_image_tokens = np.random.default_rng([*seed, 1]).random() < phase.image_share
+    return pictures.draw(seed, PICTURES_A_STEP, QUESTIONS_A_PICTURE, phase.latent_scale, bool(with_image_tokens))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps (default 6000)")
-    parser.add_argument("--vision-steps", type=int, default=1200, help="pre-training steps before (default 1200)")
-    parser.add_argument("--pictures", type=int, default=8000, help="different pictures (default 8000)")
+    parser.add_argument("--steps", type=int, default=10000, help="optimizer steps (default 10000)")
+    parser.add_argument("--vision-steps", type=int, default=2500, help="pre-training steps before (default 2500)")
+    parser.add_argument("--pictures", type=int, default=12000, help="different pictures (default 12000)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest learning rate (default 0.0015)")
     parser.add_argument("--report-every", type=int, default=500, help="steps between reports (default 500)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")

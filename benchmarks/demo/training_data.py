@@ -37,6 +37,11 @@ def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
     return patches
 
 
+def centered(crops: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return crops.float() / 127.5 - 1
+
+
 @dataclass(frozen=True)
 class Gallery:
     """Rendered pictures: their reduced crops ``[N, 5, patches, 192]`` and what they show."""
@@ -60,6 +65,8 @@ class Batch:
 
     patches: Tensor
     """``[I, 5, P, 192]`` float32 in [-1, 1]."""
+    features: Tensor | None
+    """``[I, 4, P, D]``: projected features of the global crops, where the vision tower is frozen."""
     questions: list[pictures.Question]
     instruct: Tensor
     """``[R, T]`` token ids of the questions alone, padded with 0."""
@@ -83,17 +90,19 @@ class Batches:
     def __init__(self, gallery: Gallery, checkpoint: Path) -> None:
         """The tokenizer is read from a checkpoint folder."""
         self.gallery = gallery
+        self.features: Tensor | None = None
+        """``[N, 4, P, D]`` of the gallery's global crops, given to every batch while it is set."""
         self._tokenizer = Tokenizer.from_str(tokenizer_json(checkpoint))
         self._prompt = cache(self._encode)
 
     def draw(
         self, seed: Sequence[int], images: int, questions: int, latent_scale: float, with_image_tokens: bool
     ) -> Batch:
-        """A random batch with a random query length; the same seed gives the same batch."""
+        """A random batch, lessons included, with a random query length; the same seed gives the same batch."""
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(self.gallery.shapes), images, replace=False).tolist()
         query_length = int(rng.choice(CONFIG.alignment.query_lengths))
-        return self.batch(chosen, rng, questions, query_length, latent_scale, with_image_tokens)
+        return self.batch(chosen, rng, questions, query_length, latent_scale, with_image_tokens, lessons=True)
 
     def batch(
         self,
@@ -103,10 +112,11 @@ class Batches:
         query_length: int,
         latent_scale: float = 1.0,
         with_image_tokens: bool = True,
+        lessons: bool = False,
     ) -> Batch:
         """The chosen pictures with that many questions each."""
         image_tokens = CONFIG.vision.patches if with_image_tokens else 0
-        asked = [q for i in chosen for q in pictures.ask(self.gallery.shapes[i], rng, questions)]
+        asked = [q for i in chosen for q in pictures.ask(self.gallery.shapes[i], rng, questions, lessons)]
         prompts = [self._prompt(question.text) for question in asked]
         layouts = [prompt.layout(image_tokens, query_length) for prompt in prompts]
         answers = [self._answer(question) for question in asked]
@@ -121,7 +131,8 @@ class Batches:
         for row, prompt in enumerate(prompts):
             instruct[row, : len(prompt.instruct_ids)] = prompt.instruct_ids
         return Batch(
-            patches=torch.from_numpy(self.gallery.crops[list(chosen)]).float() / 127.5 - 1,
+            patches=centered(torch.from_numpy(self.gallery.crops[list(chosen)])),
+            features=None if self.features is None else self.features[list(chosen)].float(),
             questions=asked,
             instruct=torch.from_numpy(instruct),
             tokens=torch.from_numpy(tokens),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo.initialize import CONFIG, PATCH_KERNEL
-from fusion_edge.benchmarks.demo.training_data import IGNORED, KERNEL, REDUCTION, Batch
+from fusion_edge.benchmarks.demo.training_data import IGNORED, KERNEL, REDUCTION, Batch, centered
 from fusion_edge.export import architecture
 from fusion_edge.export.eager import EagerOperations
 from fusion_edge.export.tensor_names import parameters
@@ -18,6 +20,7 @@ from fusion_edge.runtime.config import GLOBAL_CROPS, side
 from fusion_edge.runtime.grids import pooling_cells
 
 MAPPING_WEIGHT = 0.1
+FEATURES_AT_ONCE = 50  # pictures
 
 
 def with_small_kernel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,14 +85,13 @@ class Outcome:
 def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outcome:
     """One forward pass; ``align=False`` switches the interaction layers off."""
     ops = TrainingOperations(leaves)
-    patches = embedded_patches(ops, batch.patches)
-    latents, windows = _pooled(ops, batch, patches[:, :GLOBAL_CROPS])
-
+    latents, windows = _pooled(ops, batch)
     questions = len(batch.questions) // len(batch.patches)
     x = F.embedding(batch.tokens, ops.get("llm.embed_tokens.weight"))
     image, mapping_loss = x[:, :0], x.new_zeros(())
     if batch.image_tokens:
-        image, mapping_loss = _local(ops, batch, patches[:, GLOBAL_CROPS].repeat_interleave(questions, 0))
+        local = embedded_patches(ops, batch.patches[:, GLOBAL_CROPS])
+        image, mapping_loss = _local(ops, batch, local.repeat_interleave(questions, 0))
     after_image, after_latents = batch.image_start + image.shape[1], batch.latent_start + batch.query_length
     latents = batch.latent_scale * latents.repeat_interleave(questions, 0)
     gap = x[:, after_image : batch.latent_start]
@@ -108,22 +110,38 @@ def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outco
 
 
 def embedded_patches(ops: TrainingOperations, crops: Tensor) -> Tensor:
-    """h_0 ``[I,5,P,W]`` of reduced crops ``[I,5,P,192]``."""
+    """h_0 ``[...,P,W]`` of reduced crops ``[...,P,192]``."""
     kernel = ops.leaves[PATCH_KERNEL].flatten(1)
     patches = F.linear(crops, kernel, ops.get("vision.patch_embedding.bias"))
     return patches + ops.get("vision.position_embedding.weight")
 
 
-def _pooled(ops: EagerOperations, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents ``[I,q,D]`` and their windows ``[I,q,9,D]``: encoded once a picture."""
-    patches = patches.flatten(0, 1)
+def crop_features(ops: TrainingOperations, crops: Tensor) -> Tensor:
+    """Projected features ``[I,C,P,D]`` of reduced crops ``[I,C,P,192]``, encoded without text."""
+    patches = embedded_patches(ops, crops).flatten(0, 1)
     no_text = patches[:, :0]
     rows = architecture.encode(ops, CONFIG, patches, no_text, torch.ones(no_text.shape[:2]))
+    return architecture.project_vision(ops, rows).reshape(*crops.shape[:3], -1)
+
+
+def gallery_features(leaves: Mapping[str, Tensor], crops: npt.NDArray[np.uint8]) -> Tensor:
+    """Features ``[N,4,P,D]`` float16 of a gallery's global crops ``[N,5,P,192]``, for a frozen vision tower."""
+    with torch.no_grad():
+        ops = TrainingOperations(leaves)
+        parts = torch.split(torch.from_numpy(crops[:, :GLOBAL_CROPS]), FEATURES_AT_ONCE)
+        return torch.cat([crop_features(ops, centered(part)).half() for part in parts])
+
+
+def _pooled(ops: TrainingOperations, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Latents ``[I,q,D]`` and their windows ``[I,q,9,D]``: encoded once a picture."""
+    features = batch.features
+    if features is None:
+        features = crop_features(ops, batch.patches[:, :GLOBAL_CROPS])
     size, cells = 2 * CONFIG.vision.grid, side(batch.query_length)
     tables = (
         torch.from_numpy(pooling_cells(size, n)) for n in (cells, cells * CONFIG.alignment.window_size)
     )
-    return architecture.pool_image(ops, CONFIG, architecture.project_vision(ops, rows), *tables)
+    return architecture.pool_image(ops, CONFIG, features.flatten(0, 1), *tables)
 
 
 def _alignment(ops: EagerOperations, batch: Batch, windows: Tensor) -> architecture.Alignment[Tensor]:
