@@ -8,6 +8,7 @@ question, W vision width, D hidden size. Formulas are those of FUSION.md, sectio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 from fusion_edge.export.operations import Operations, T
@@ -148,12 +149,16 @@ def llm(ops: Operations[T], config: FusionConfig, embeddings: T, alignment: Alig
 
 
 def decoder(ops: Operations[T], config: FusionConfig, x: T, alignment: Alignment[T] | None) -> T:
-    """All decoder layers: ``[B,L,D]`` -> ``[B,L,D]`` before the final norm; None leaves the latents alone."""
+    """All decoder layers: ``[B,L,D]`` -> ``[B,L,D]`` before the final norm; None leaves the latents alone.
+
+    A decode step has no latents, and skips the interaction layers.
+    """
     for i in range(config.language.layers):
         x = decoder_layer(ops, config, x, i)
         k = config.alignment.layer_after(i)
         if alignment is not None and k is not None:
-            x = interaction_layer(ops, config, x, k, alignment)
+            aligned = partial(interaction_layer, ops, config, x, k, alignment)
+            x = ops.if_any(alignment.latent_positions, aligned, otherwise=x)
     return x
 
 

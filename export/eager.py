@@ -143,6 +143,9 @@ class EagerOperations:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
+    def if_any(self, positions: Tensor, then: Callable[[], Tensor], otherwise: Tensor) -> Tensor:
+        return then() if positions.numel() else otherwise
+
     def take_rows(self, x: Tensor, positions: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])[positions]
 

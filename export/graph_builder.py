@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +80,15 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(operator, list(inputs), outputs, name=name, domain=domain, **attributes))
         return list(outputs)
 
+    @contextmanager
+    def branch(self) -> Iterator[list[NodeProto]]:
+        """Nodes appended inside become the yielded list, the body of a :func:`subgraph`."""
+        outer, self.nodes = self.nodes, []
+        try:
+            yield self.nodes
+        finally:
+            self.nodes = outer
+
     def constant(self, values: npt.ArrayLike, dtype: str = "int64") -> str:
         """A small array stored in the graph itself, equal short ones once."""
         array = np.asarray(values, dtype=dtype)
@@ -131,6 +141,11 @@ class GraphBuilder:
         count = self._used.get(name, 0)
         self._used[name] = count + 1
         return f"{name}.{count}" if count else name
+
+
+def subgraph(name: str, nodes: Sequence[NodeProto], outputs: Iterable[str]) -> GraphProto:
+    """A branch of an ``If``; it sees the values of the graph around it."""
+    return helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(output) for output in outputs])
 
 
 def _value_infos(specs: Iterable[TensorSpec]) -> list[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fusion_edge.export.graph_builder import MICROSOFT
+from fusion_edge.export.graph_builder import MICROSOFT, subgraph
 
 HEADROOM = 1.2  # keys and values of the answer may exceed those of the prompt by so much before they are clipped
 SMALLEST_SCALE = 1e-8
@@ -35,10 +35,6 @@ def attention_node(
     states = [*PARTS, *(f"{part}_scale" for part in PARTS)]
     outputs = [name, *(f"present.{layer}.{state}" for state in states)]
     return helper.make_node("If", ["is_prefill"], outputs, name=name, **branches)
-
-
-def _branch(name: str, nodes: list[NodeProto], outputs: list[str]) -> GraphProto:
-    return helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(output) for output in outputs])
 
 
 def _constant(name: str, values: npt.ArrayLike, dtype: str) -> NodeProto:
@@ -68,7 +64,7 @@ def _prefill(
     for part in PARTS:
         nodes += _quantize(name, f"{name}.{part}", f"past.{layer}.{part}")
     caches, scales = [f"{part}.cache" for part in float_parts], [f"{part}.scale" for part in float_parts]
-    return _branch(name, nodes, [attended, *caches, *scales])
+    return subgraph(name, nodes, [attended, *caches, *scales])
 
 
 def _quantize(name: str, values: str, past: str) -> list[NodeProto]:
@@ -109,4 +105,4 @@ def _step(layer: int, qkv: str, rotary: list[str], attributes: dict[str, Any]) -
     outputs = [f"{name}.attended", *(f"{name}.{part}" for part in PARTS)]
     kept = [helper.make_node("Identity", [scale], [f"{name}.{scale}"]) for scale in scales]
     nodes = [_query(inputs, outputs, attributes | quantized), *kept]
-    return _branch(name, nodes, [*outputs, *(f"{name}.{scale}" for scale in scales)])
+    return subgraph(name, nodes, [*outputs, *(f"{name}.{scale}" for scale in scales)])

@@ -6,7 +6,7 @@ vision tower. Values are the names of ONNX values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from onnx import NodeProto, helper
 
 from fusion_edge.export import int8_cache
-from fusion_edge.export.graph_builder import MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder
+from fusion_edge.export.graph_builder import MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder, subgraph
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.kernels import context_attention
 from fusion_edge.quant.formats import WeightFormat
@@ -67,6 +67,7 @@ class OnnxRuntimeOperations:
         self.parameters = parameters
         self.formats = formats
         self.settings = settings
+        self._has_any: dict[str, OnnxValue] = {}
 
     def input(self, name: str) -> OnnxValue:
         """A graph input as a value."""
@@ -222,6 +223,20 @@ class OnnxRuntimeOperations:
 
     def squeeze_window(self, windows: OnnxValue) -> OnnxValue:
         return self._node("Squeeze", [windows, self.builder.constant([2])])
+
+    def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
+        if positions.name not in self._has_any:
+            zero = self.builder.constant(0)
+            self._has_any[positions.name] = self._node("Greater", [self._node("Size", [positions]), zero])
+        with self.builder.branch() as body:
+            computed = then()
+        with self.builder.branch() as rest:
+            kept = self._node("Identity", [otherwise])
+        branches = {
+            "then_branch": subgraph("any", body, [computed.name]),
+            "else_branch": subgraph("none", rest, [kept.name]),
+        }
+        return self._node("If", [self._has_any[positions.name]], **branches)
 
     def _rows(self, x: OnnxValue) -> OnnxValue:
         """``[1,L,D]`` -> ``[L,D]``."""

@@ -6,7 +6,7 @@ interpreter is free to compute with them, to watch them, or to write down where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -109,6 +109,10 @@ class Operations(Protocol[T]):
 
     def causal_attention(self, qkv: T, layer: int) -> T:
         """Rotary, causal, grouped-query self-attention of an LLM layer, with its KV cache where there is one."""
+        ...
+
+    def if_any(self, positions: T, then: Callable[[], T], otherwise: T) -> T:
+        """``then()`` where ``positions`` has elements; else ``otherwise``, of the same shape, without computing it."""
         ...
 
     def take_rows(self, x: T, positions: T) -> T:
