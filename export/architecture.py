@@ -167,8 +167,8 @@ def decoder_layer(ops: Operations[T], config: FusionConfig, x: T, i: int) -> T:
     name, eps = f"llm.layers.{i}", config.language.norm_eps
     qkv = ops.linear(ops.rms_norm(x, f"{name}.attention_norm", eps), f"{name}.attention.qkv")
     x = x + ops.linear(ops.causal_attention(qkv, i), f"{name}.attention.out")
-    hidden = ops.linear(ops.rms_norm(x, f"{name}.mlp_norm", eps), f"{name}.mlp.gate_up")
-    gate, up = ops.split(hidden, 2)
+    normed = ops.rms_norm(x, f"{name}.mlp_norm", eps)
+    gate, up = ops.linear(normed, f"{name}.mlp.gate"), ops.linear(normed, f"{name}.mlp.up")
     return x + ops.linear(ops.silu(gate) * up, f"{name}.mlp.down")
 
 

@@ -58,6 +58,7 @@ def _prefill(
         _constant(no_past, np.zeros((1, kv_heads, 0, head_dim)), "float32"),
         _query(inputs, [attended, *float_parts], attributes),
         _constant(f"{name}.positions", [2], "int64"),
+        _constant(f"{name}.end", [np.iinfo(np.int64).max], "int64"),
         _constant(f"{name}.range", HEADROOM / 127, "float32"),
         _constant(f"{name}.smallest", SMALLEST_SCALE, "float32"),
     ]
@@ -84,13 +85,9 @@ def _quantize(name: str, values: str, past: str) -> list[NodeProto]:
         helper.make_node("Div", [values, *own("scale")], own("scaled")),
         node("Round", own("scaled"), "rounded"),
         node("Cast", own("rounded"), "integers", to=TensorProto.INT8),
-        node("Shape", [past], "capacity", start=2, end=3),
         helper.make_node("Shape", [values], own("length"), start=2, end=3),
-        node("Sub", own("capacity", "length"), "free"),
-        _constant(f"{values}.before", np.zeros(6), "int64"),
-        _constant(f"{values}.none", np.zeros(1), "int64"),
-        node("Concat", own("before", "free", "none"), "padding", axis=0),
-        node("Pad", own("integers", "padding"), "cache"),
+        helper.make_node("Slice", [past, *own("length"), f"{name}.end", f"{name}.positions"], own("rest")),
+        node("Concat", own("integers", "rest"), "cache", axis=2),  # copies; Pad takes 5 ms a layer at 900 positions
     ]
 
 

@@ -1,9 +1,10 @@
 """The one table between the names of a released checkpoint and fusion-edge's own parameter names.
 
 A *parameter* is what the architecture asks for (``llm.layers.0.attention.qkv.weight``). It is made of one or
-more *sources*: tensors of the checkpoint, or column ranges of them, stacked along the first axis. So Llama's
-three projections become the one product that Phi stores already, and ``proj_in`` becomes two products, one for
-the question's row and one for the latents (FUSION.md section 5), without a special case anywhere else.
+more *sources*: tensors of the checkpoint, or row or column ranges of them, stacked along the first axis. So Llama's
+three projections become the one product that Phi stores already, Phi's ``gate_up_proj`` becomes the two that Llama
+stores (splitting the product's result would copy it), and ``proj_in`` becomes two products, one for the question's
+row and one for the latents (FUSION.md section 5), without a special case anywhere else.
 """
 
 from __future__ import annotations
@@ -25,17 +26,23 @@ UNUSED = (f"{VISION_MODEL}post_layernorm.weight", f"{VISION_MODEL}post_layernorm
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint, or some of its columns."""
+    """A tensor of the checkpoint, or some of its rows or columns."""
 
     tensor: str
     shape: tuple[int, ...]
     """The whole tensor's shape in the checkpoint."""
     columns: tuple[int, int] | None = None
+    row_range: tuple[int, int] | None = None
+
+    @property
+    def first_row(self) -> int:
+        """The first row that it gives to its parameter."""
+        return self.row_range[0] if self.row_range else 0
 
     @property
     def rows(self) -> int:
-        """Rows that this source gives to its parameter."""
-        return self.shape[0]
+        """How many rows it gives to its parameter."""
+        return self.row_range[1] - self.row_range[0] if self.row_range else self.shape[0]
 
 
 @dataclass(frozen=True)
@@ -141,13 +148,22 @@ def _language(config: FusionConfig) -> Iterator[Parameter]:
         heads = language.heads * language.head_dim
         yield from _linear(f"{name}.attention.out", (hidden, heads), f"{tensor}self_attn.o_proj")
         yield from _norm(f"{name}.mlp_norm", hidden, f"{tensor}post_attention_layernorm", bias=False)
-        gate_up = (f"{tensor}mlp.gate_up_proj",) if config.template == "phi_3" else (
-            f"{tensor}mlp.gate_proj", f"{tensor}mlp.up_proj"
-        )
-        yield from _linear(f"{name}.mlp.gate_up", (2 * language.mlp_width, hidden), *gate_up)
+        yield from _gate_and_up(config, f"{name}.mlp", f"{tensor}mlp.")
         yield from _linear(f"{name}.mlp.down", (hidden, language.mlp_width), f"{tensor}mlp.down_proj")
     yield from _norm("llm.norm", hidden, "model.norm", bias=False)
     yield from _linear("llm.lm_head", vocabulary, "lm_head")
+
+
+def _gate_and_up(config: FusionConfig, name: str, tensor: str) -> Iterator[Parameter]:
+    """Two products: Phi stores them as one matrix, Llama apart."""
+    width, hidden = config.language.mlp_width, config.language.hidden_size
+    for i, part in enumerate(("gate", "up")):
+        if config.template == "phi_3":
+            joint = f"{tensor}gate_up_proj.weight"
+            source = Source(joint, (2 * width, hidden), row_range=(i * width, (i + 1) * width))
+        else:
+            source = Source(f"{tensor}{part}_proj.weight", (width, hidden))
+        yield Parameter(f"{name}.{part}.weight", "linear", (width, hidden), (source,))
 
 
 def _query_key_value(config: FusionConfig, name: str, tensor: str) -> Iterator[Parameter]:

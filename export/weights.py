@@ -45,7 +45,7 @@ class CheckpointWeights:
         for source in parameter.sources:
             low, high = max(start - first, 0), min(stop - first, source.rows)
             if low < high:
-                part = self.checkpoint.read_rows(source.tensor, low, high)
+                part = self.checkpoint.read_rows(source.tensor, source.first_row + low, source.first_row + high)
                 part = part.reshape(high - low, *([-1] if part.ndim > 1 else []))
                 part = part if source.columns is None else part[:, slice(*source.columns)]
                 # A sum is finite only if every element is, and costs a fraction of isfinite().all().

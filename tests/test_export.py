@@ -73,7 +73,7 @@ def test_options_reach_the_manifest(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert manifest.query_lengths == (16, 4)
     assert (manifest.image_side, manifest.max_context, manifest.cache) == (3, 300, "int8")
     assert manifest.weights["llm.layers.1.mlp.down"] == "fp16"
-    assert manifest.weights["llm.layers.1.mlp.gate_up"] == "int8:32"
+    assert manifest.weights["llm.layers.1.mlp.gate"] == "int8:32"
 
 
 def test_info_prints_the_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

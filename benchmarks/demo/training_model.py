@@ -55,6 +55,7 @@ class TrainingOperations(EagerOperations):
             parts = []
             for source in self._table[name].sources:
                 part = self.leaves[source.tensor]
+                part = part if source.row_range is None else part[slice(*source.row_range)]
                 parts.append(part if source.columns is None else part[:, slice(*source.columns)])
             self._ready[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._ready[name]

@@ -33,22 +33,25 @@ class OnnxRuntimeBackend:
         sessions = {name: _session(bundle, name, device, options) for name in manifest.graphs}
         self._vision = sessions[graphs.VISION_ENCODER]
         self._alignment = sessions[graphs.ALIGNMENT_DECODER]
+        self._run_options = _run_options(device)
         self._llm = _Decoder(sessions[graphs.LLM], bundle, device)
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
-        (features,) = self._vision.run(None, {
+        inputs = {
             "pixel_values": pixels.astype(self._activations, copy=False),
             "text_embeds": text_embeds.astype(self._activations, copy=False),
             "text_mask": text_mask.astype(np.int32),
-        })  # fmt: skip
+        }
+        (features,) = self._vision.run(None, inputs, self._run_options)
         return features.astype(np.float32, copy=False)  # type: ignore[no-any-return]
 
     def align(self, features: Floats, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
-        latents, keys, values = self._alignment.run(None, {
+        inputs = {
             "features": features.astype(self._activations, copy=False),
             "latent_cells": latent_cells,
             "context_cells": context_cells,
-        })  # fmt: skip
+        }
+        latents, keys, values = self._alignment.run(None, inputs, self._run_options)
         return ImageAlignment(latents[0].astype(np.float32, copy=False), keys, values)
 
     def prefill(
@@ -88,6 +91,7 @@ class _Decoder:
         config, activations = manifest.model, np.dtype(manifest.activations)
         language, context = config.language, config.alignment.window_size**2
         self._session = session
+        self._prefill_options = _run_options(device)
         self._capacity = 0
         self._specs = graphs.cache_specs(config, manifest.cache)
         memory = self._specs if device == "cpu" else []
@@ -122,7 +126,7 @@ class _Decoder:
         self._step = self._binding(self._step_inputs) if self._device == "cpu" else None
         self._is_prefill[...] = True
         self._advance(0, inputs["embeddings"].shape[1])
-        self._session.run_with_iobinding(self._binding(inputs))
+        self._session.run_with_iobinding(self._binding(inputs), self._prefill_options)
         logits: Floats = self._logits[0]
         return logits
 
@@ -186,6 +190,18 @@ def _session_options(threads: int | None) -> ort.SessionOptions:
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))  # Linux, as every target is
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    return options
+
+
+def _run_options(device: str) -> ort.RunOptions:
+    """Of a large run: its memory is given back to the system afterwards.
+
+    ONNX Runtime would keep it for the next run; three graphs would hold the room of their largest runs at once
+    (measured: 0.3 GB of the LLM's after a prompt of 900 at 3B, at no cost in time). Freeing a GPU's would stall it.
+    """
+    options = ort.RunOptions()
+    if device == "cpu":
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
 
