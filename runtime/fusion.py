@@ -79,7 +79,7 @@ class Fusion:
         """Use :func:`load` unless you bring your own backend. ``embed`` maps ids ``[n]`` to rows ``[n,D]``."""
         self.manifest = manifest
         self.backend = backend
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._embed = embed
         self._template = TEMPLATES[self.config.template]
         self._latest: _Image | None = None
@@ -166,7 +166,7 @@ class Fusion:
         if not isinstance(sampling, Sampling):
             raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
         length = self._query_length(query_length)
-        prompt = encode_prompt(self._tokenizer, self._template, history, question)
+        prompt = encode_prompt(self.tokenizer, self._template, history, question)
         self._check_length(prompt, length)
         picture = load_image(image, color)
         self._generation += 1
@@ -295,7 +295,7 @@ class AnswerStream(Iterator[str]):
             sampler = Sampler(sampling)
             token = sampler(logits)
         limit = capacity - positions
-        text = TextStream(fusion._tokenizer, sampling.stop)
+        text = TextStream(fusion.tokenizer, sampling.stop)
         tokens: list[int] = []
         steps = 0
         while token not in fusion.config.eos_token_ids and len(tokens) < limit:

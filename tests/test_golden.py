@@ -223,7 +223,7 @@ def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
     with load(folder) as fusion:
         logits = first_logits(fusion, case, 0, history, question)
         backend = EagerBackend(fusion.config, BundleWeights(bundle))
-        reference = Fusion(bundle.manifest, backend, fusion._tokenizer, backend.embed)
+        reference = Fusion(bundle.manifest, backend, fusion.tokenizer, backend.embed)
         assert_close(logits, first_logits(reference, case, 0, history, question), 1e-3)
 
 

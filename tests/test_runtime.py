@@ -188,3 +188,8 @@ def test_command_line_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Cap
         "text", "token_ids", "prompt_tokens", "finish_reason", "timings_ms", "tokens_per_second"
     }  # fmt: skip
     assert len(answers[0]["token_ids"]) <= 5
+
+
+def test_a_failure_inside_onnxruntime_names_the_graph(tiny_bundle: Path) -> None:
+    with load(tiny_bundle) as fusion, pytest.raises(FusionError, match=r"running alignment_decoder: .* --query-len"):
+        fusion.backend.align(np.zeros((1, 2, 3), np.float32), np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))

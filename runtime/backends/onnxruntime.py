@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,8 @@ class OnnxRuntimeBackend:
             "text_embeds": text_embeds.astype(self._activations, copy=False),
             "text_mask": text_mask.astype(np.int32),
         }
-        (features,) = self._vision.run(None, inputs, self._run_options)
+        with _explained(graphs.VISION_ENCODER):
+            (features,) = self._vision.run(None, inputs, self._run_options)
         return features.astype(np.float32, copy=False)  # type: ignore[no-any-return]
 
     def align(self, features: Floats, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
@@ -51,7 +54,8 @@ class OnnxRuntimeBackend:
             "latent_cells": latent_cells,
             "context_cells": context_cells,
         }
-        latents, keys, values = self._alignment.run(None, inputs, self._run_options)
+        with _explained(graphs.ALIGNMENT_DECODER):
+            latents, keys, values = self._alignment.run(None, inputs, self._run_options)
         return ImageAlignment(latents[0].astype(np.float32, copy=False), keys, values)
 
     def prefill(
@@ -126,7 +130,8 @@ class _Decoder:
         self._step = self._binding(self._step_inputs) if self._device == "cpu" else None
         self._is_prefill[...] = True
         self._advance(0, inputs["embeddings"].shape[1])
-        self._session.run_with_iobinding(self._binding(inputs), self._prefill_options)
+        with _explained(graphs.LLM):
+            self._session.run_with_iobinding(self._binding(inputs), self._prefill_options)
         logits: Floats = self._logits[0]
         return logits
 
@@ -136,7 +141,8 @@ class _Decoder:
         self._is_prefill[...] = False
         self._advance(int(self._total_length), 1)
         # Binding copies inputs to another device, so there they are bound anew; the CPU sees them change.
-        self._session.run_with_iobinding(self._step or self._binding(self._step_inputs))
+        with _explained(graphs.LLM):
+            self._session.run_with_iobinding(self._step or self._binding(self._step_inputs))
         logits: Floats = self._logits[0]
         return logits
 
@@ -182,6 +188,19 @@ def _size(spec: graphs.TensorSpec, capacity: int) -> int:
 def _value(array: npt.NDArray[Any]) -> ort.OrtValue:
     """The array itself as ONNX Runtime's CPU provider sees it: no copy, so later writes to it are seen too."""
     return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+@contextmanager
+def _explained(graph: str) -> Iterator[None]:
+    """ONNX Runtime's own errors as one of ours."""
+    try:
+        yield
+    except Exception as error:  # a dozen unrelated types
+        reason = str(error).splitlines()[0]
+        raise FusionError(
+            f"ONNX Runtime failed while running {graph}: {reason} If memory ran out, ask with a smaller "
+            "--query-len, or export with fewer --image-tokens, a smaller --max-context or --kv-cache int8."
+        ) from error
 
 
 def _session_options(threads: int | None) -> ort.SessionOptions:

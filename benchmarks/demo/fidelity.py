@@ -1,0 +1,114 @@
+"""How far a bundle's graphs are from exact arithmetic on the same (dequantized) weights.
+
+    python -m fusion_edge.benchmarks.demo.fidelity --bundle FOLDER --questions 200
+
+Accuracy level 4 rounds activations to int8 in every product; this shows what that costs on held-out questions, apart
+from what quantizing the weights costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.benchmarks.demo.evaluate import held_out
+from fusion_edge.benchmarks.demo.pictures import Example, Pixels
+from fusion_edge.export.bundle_weights import BundleWeights
+from fusion_edge.export.eager_backend import EagerBackend
+from fusion_edge.runtime import load
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.bundle import open_bundle
+from fusion_edge.runtime.cli import positive, run
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Of the logits behind the prompts."""
+
+    cosines: npt.NDArray[np.float64]
+    same_token: npt.NDArray[np.bool_]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.cosines)} prompts: cosine {self.cosines.mean():.5f} on average, {self.cosines.min():.5f} at "
+            f"least; the same most likely token for {self.same_token.mean():.1%}"
+        )
+
+
+class _Recorder:
+    """A backend whose latest prefill's logits can be looked at."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.name, self.encode, self.align, self.decode, self.close = (
+            backend.name,
+            backend.encode,
+            backend.align,
+            backend.decode,
+            backend.close,
+        )
+        self.logits: Floats = np.zeros(0, np.float32)
+
+    def prefill(
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
+    ) -> Floats:
+        """See :class:`Backend`."""
+        self.logits = self._backend.prefill(embeddings, image, latent_positions, question_positions, capacity).copy()
+        return self.logits
+
+
+class _FirstLogits:
+    """Logits of an answer's first token."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self._fusion = fusion
+        self._recorder = fusion.backend = _Recorder(fusion.backend)
+
+    def __call__(self, picture: Pixels, question: str) -> npt.NDArray[np.float64]:
+        self._fusion.answer(picture, question, sampling=Sampling(max_new_tokens=1))
+        return self._recorder.logits.astype(np.float64)
+
+
+def compare(folder: Path, asked: Iterable[Example]) -> Fidelity:
+    """A bundle against the eager interpreter on its dequantized weights, at its default query length."""
+    bundle = open_bundle(folder)
+    cosines, same = [], []
+    with load(folder) as fusion:
+        eager = EagerBackend(fusion.config, BundleWeights(bundle))
+        reference = Fusion(bundle.manifest, eager, fusion.tokenizer, eager.embed)
+        graphs, exact = _FirstLogits(fusion), _FirstLogits(reference)
+        for example in asked:
+            a, b = (logits(example.picture, example.question) for logits in (graphs, exact))
+            cosines.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+            same.append(a.argmax() == b.argmax())
+    return Fidelity(np.array(cosines), np.array(same))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--bundle", type=Path, required=True, help="folder of an exported bundle of the demo model")
+    parser.add_argument("--questions", type=positive, default=200, help="how many (default: %(default)s)")
+    return run(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    sys.stdout.write(f"{compare(options.bundle, held_out(options.questions))}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
