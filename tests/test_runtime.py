@@ -15,6 +15,7 @@ from fusion_edge.export import cli as export_cli
 from fusion_edge.runtime import Fusion, Sampling, load
 from fusion_edge.runtime import cli_run as run_cli
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.errors import FusionError
 
 SHORT = Sampling(max_new_tokens=6)
 
