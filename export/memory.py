@@ -33,7 +33,7 @@ class Estimate:
     alignment_cache: int
     """One image's features, latents, keys and values at the default query length."""
     activations: int
-    """Intermediate arrays of the graph that needs most; each gives its memory back."""
+    """Intermediate arrays: on a CPU of the graph that needs most, for each gives its memory back; else of all."""
 
     @property
     def peak(self) -> int:
@@ -88,11 +88,13 @@ def _alignment_cache(plan: ExportPlan) -> int:
 
 
 def _activations(plan: ExportPlan) -> int:
-    """The largest of the three sessions' arenas: of four crops, of keys and values, of a full prompt."""
+    """The three sessions' arenas: of four crops, of keys and values, of a full prompt."""
     config = plan.config
     vision, language, patches = config.vision, config.language, GLOBAL_CROPS * config.vision.patches
     tower = patches * (6 * vision.width + 2 * vision.mlp_width + VISION_HEADS * vision.patches)
     windows = plan.options.query_lengths[0] * config.alignment.window_size**2
     pairs = windows * language.hidden_size * (2 * config.alignment.layers + 4)
     layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
-    return ARENA_GROWTH * max(tower, pairs, layer) * _item(plan.settings.activations)
+    needs = (tower, pairs, layer)
+    together = max(needs) if plan.options.target == "cpu" else sum(needs)
+    return ARENA_GROWTH * together * _item(plan.settings.activations)

@@ -31,7 +31,7 @@ class Source:
     tensor: str
     shape: tuple[int, ...]
     """The whole tensor's shape in the checkpoint."""
-    columns: tuple[int, int] | None = None
+    column_range: tuple[int, int] | None = None
     row_range: tuple[int, int] | None = None
 
     @property

@@ -47,7 +47,7 @@ class CheckpointWeights:
             if low < high:
                 part = self.checkpoint.read_rows(source.tensor, source.first_row + low, source.first_row + high)
                 part = part.reshape(high - low, *([-1] if part.ndim > 1 else []))
-                part = part if source.columns is None else part[:, slice(*source.columns)]
+                part = part if source.column_range is None else part[:, slice(*source.column_range)]
                 # A sum is finite only if every element is, and costs a fraction of isfinite().all().
                 if not np.isfinite(part.sum(dtype=np.float64)):
                     raise FusionError(

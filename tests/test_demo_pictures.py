@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusion_edge.benchmarks.demo import pictures
-from fusion_edge.benchmarks.demo.pictures import COLORS, GRID, KINDS, NUMBERS, PICTURE_SIZE, SHAPES, Shape
+from fusion_edge.benchmarks.demo.pictures import COLORS, GRID, KINDS, LESSONS, NUMBERS, PICTURE_SIZE, SHAPES, Shape
 from fusion_edge.runtime.errors import UsageError
 
 
@@ -67,7 +67,7 @@ def test_questions_have_one_right_answer() -> None:
     """Every answer is derived again, from the question's words and the shapes' places alone."""
     for shapes in _arrangements(200):
         by_name = {shape.name: shape for shape in shapes}
-        for kind, options in KINDS.items():
+        for kind, options in (KINDS | LESSONS).items():
             for text, answer in options(shapes).items():
                 assert answer == _answer(kind, text, shapes, by_name), text
 
@@ -87,8 +87,19 @@ def _answer(kind: str, text: str, shapes: list[Shape], by_name: dict[str, Shape]
         return "yes" if first.center[axis] < second.center[axis] else "no"
     if kind == "presence":
         return "yes" if " ".join(words[-2:]) in by_name else "no"
-    ordered = sorted(shapes, key=lambda shape: shape.cell)
-    return ", ".join(shape.name for shape in ordered)
+    if kind in ("where", "kind"):
+        matches = [shape for shape in shapes if set(words[3:]) <= set(shape.name.split())]
+        return _place(matches[0]) if words[0] == "Where" else "yes" if matches else "no"
+    if kind == "place":
+        return next((shape.name for shape in shapes if text == f"What is at the {_place(shape)}?"), "nothing")
+    assert (kind, text) == ("description", "Describe the picture.")
+    ordered = sorted(shapes, key=lambda shape: [center > PICTURE_SIZE / 2 for center in reversed(shape.center)])
+    return ", ".join(f"{shape.name} {_place(shape)}" for shape in ordered)
+
+
+def _place(shape: Shape) -> str:
+    x, y = shape.center
+    return f"{'top' if y < PICTURE_SIZE / 2 else 'bottom'} {'left' if x < PICTURE_SIZE / 2 else 'right'}"
 
 
 def test_compared_shapes_are_well_apart() -> None:

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 from fusion_edge.export import cli
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.checkpoint import read_config, read_parameters
+from fusion_edge.export.eager import EagerOperations
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.weights import CheckpointWeights, read_parameter
 from fusion_edge.runtime import cli_info
@@ -81,3 +84,21 @@ def test_info_prints_the_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out) == json.loads((tiny_bundle / MANIFEST).read_text())
     assert cli_info.main([str(tiny_bundle)]) == 0
     assert "All checksums" in capsys.readouterr().out
+
+
+def test_decode_steps_skip_the_interaction_layers(tiny_bundle: Path) -> None:
+    """All that reads their weights stands in a branch that runs only where there are latents."""
+    graph = onnx.load(tiny_bundle / "llm.onnx", load_external_data=False).graph
+    assert not [name for node in graph.node for name in node.input if name.startswith("alignment.")]
+    branches = [node.attribute for node in graph.node if node.op_type == "If"]
+    bodies = [{one.name: one.g for one in attributes} for attributes in branches]
+    used = [name for body in bodies for node in body["then_branch"].node for name in node.input]
+    assert any(name.startswith("alignment.") for name in used)
+    assert len(bodies) == open_bundle(tiny_bundle).manifest.model.alignment.layers
+    assert all([node.op_type for node in body["else_branch"].node] == ["Identity"] for body in bodies)
+
+
+def test_the_eager_interpreter_skips_them_too(tiny_bundle: Path) -> None:
+    ops = EagerOperations(open_bundle(tiny_bundle).manifest.model, lambda name: torch.zeros(1))
+    x = torch.ones(1, 1, 4)
+    assert ops.if_any(torch.zeros(0, 0), lambda: pytest.fail("the branch was computed"), otherwise=x) is x

@@ -57,7 +57,7 @@ def initial_tensors(seed: int) -> dict[str, Tensor]:
     }
     shapes |= dict.fromkeys(UNUSED, (CONFIG.vision.width,))
     tensors = {name: _initial(name, shape, generator) for name, shape in sorted(shapes.items())}
-    tensors[PATCH_POSITIONS] = _grid_positions(CONFIG.vision.grid, CONFIG.vision.width)
+    tensors[PATCH_POSITIONS] = grid_positions(CONFIG.vision.grid, CONFIG.vision.width)
     # The question starts small beside the image in an interaction layer: its row grows while training.
     for k in range(CONFIG.alignment.layers):
         layer = f"model.vision_sampler_layers.{k}.layers.0."
@@ -93,7 +93,7 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> T
     return scale * torch.randn(shape, generator=generator)
 
 
-def _grid_positions(grid: int, width: int) -> Tensor:
+def grid_positions(grid: int, width: int) -> Tensor:
     """Sines and cosines of row and column ``[grid*grid, width]``: neighbours start alike."""
     frequencies = math.pi / grid * torch.linspace(0.5, grid / 2, width // 4)
     angles = (torch.arange(grid) + 0.5)[:, None] * frequencies

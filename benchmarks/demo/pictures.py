@@ -178,6 +178,13 @@ def _where_questions(shapes: list[Shape]) -> dict[str, str]:
     return {f"Where is the {shape.name}?": PLACES[shape.cell] for shape in shapes}
 
 
+def _kind_questions(shapes: list[Shape]) -> dict[str, str]:
+    """Shapes found by their kind alone: most other questions can be answered by looking for colours."""
+    kinds = [shape.kind for shape in shapes]
+    questions = {f"Where is the {s.kind}?": PLACES[s.cell] for s in shapes if kinds.count(s.kind) == 1}
+    return questions | {f"Is there a {kind}?": "yes" if kind in kinds else "no" for kind in SHAPES}
+
+
 def _place_questions(shapes: list[Shape]) -> dict[str, str]:
     names = {shape.cell: shape.name for shape in shapes}
     return {f"What is at the {place}?": names.get(cell, "nothing") for cell, place in PLACES.items()}
@@ -198,6 +205,7 @@ KINDS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
 
 LESSONS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
     "where": _where_questions,
+    "kind": _kind_questions,
     "place": _place_questions,
     "description": _description,
 }

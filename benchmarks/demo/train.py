@@ -47,11 +47,12 @@ class Phase:
     image_share: float
     """Share of batches that have image tokens."""
     vision_is_frozen: bool
-    """The pre-trained tower stays as it is, and its features are computed once for the whole gallery."""
+    """The projected features of the global crops are computed once for the whole gallery. Only without image tokens:
+    the local crop would train the tower."""
 
 
 PHASES = (
-    Phase("windows", end=0.72, latent_scale=0, image_share=0, vision_is_frozen=True),
+    Phase("windows", end=0.7, latent_scale=0, image_share=0, vision_is_frozen=True),
     Phase("whole", end=1.0, latent_scale=1, image_share=0.7, vision_is_frozen=False),
 )
 """The interaction layers learn only when there is no other way. Image tokens or latents alone could answer every
@@ -59,6 +60,7 @@ question of this task: a model that is given them all the time ignores its inter
 them off changed nothing)."""
 VISION_RATE = 0.4  # the vision tower's learning rate, relative to the rest
 WARM_UP = 200  # steps
+DECAY = 0.75  # share of the run's steps after which the learning rate falls
 VALIDATION_SEED, VALIDATION_PICTURES = 1, 96  # of the held-out split; evaluation takes another seed
 STATE = "training-state.pt"
 
@@ -84,9 +86,8 @@ class Training:
         self.step = 0
 
     def _rate(self, step: int) -> float:
-        """Linear warm-up, constant to the last phase, linear to a hundredth at the end."""
-        last_phase = PHASES[-2].end * self.steps
-        progress = max(step - last_phase, 0) / (self.steps - last_phase)
+        """Linear warm-up, constant for long, linear to a hundredth at the end."""
+        progress = max(step / self.steps - DECAY, 0) / (1 - DECAY)
         return min((step + 1) / WARM_UP, 1 - 0.99 * progress)
 
     def update(self, batch: Batch) -> tuple[float, float]:
@@ -201,13 +202,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=10000, help="optimizer steps (default 10000)")
-    parser.add_argument("--vision-steps", type=int, default=2500, help="pre-training steps before (default 2500)")
-    parser.add_argument("--pictures", type=int, default=12000, help="different pictures (default 12000)")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest learning rate (default 0.0015)")
-    parser.add_argument("--report-every", type=int, default=500, help="steps between reports (default 500)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default 0)")
+    parser.add_argument("--steps", type=int, default=10000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--vision-steps", type=int, default=2000, help="pre-training steps (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=8000, help="different pictures (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its highest (default: %(default)s)")
+    parser.add_argument("--report-every", type=int, default=500, help="steps between reports (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default: %(default)s)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)

@@ -56,7 +56,7 @@ class TrainingOperations(EagerOperations):
             for source in self._table[name].sources:
                 part = self.leaves[source.tensor]
                 part = part if source.row_range is None else part[slice(*source.row_range)]
-                parts.append(part if source.columns is None else part[:, slice(*source.columns)])
+                parts.append(part if source.column_range is None else part[:, slice(*source.column_range)])
             self._ready[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._ready[name]
 

@@ -125,12 +125,12 @@ class _Decoder:
     def prefill(self, inputs: dict[str, npt.NDArray[Any]], capacity: int) -> Floats:
         """Start a sequence that may grow to ``capacity`` positions."""
         self._capacity = capacity
-        self._cache = {}  # a device's old cache is freed before the new one is allocated
-        self._cache = self._sequence_cache()
-        self._step = self._binding(self._step_inputs) if self._device == "cpu" else None
         self._is_prefill[...] = True
         self._advance(0, inputs["embeddings"].shape[1])
         with _explained(graphs.LLM):
+            self._cache = {}  # a device's old cache is freed before the new one is allocated
+            self._cache = self._sequence_cache()
+            self._step = self._binding(self._step_inputs) if self._device == "cpu" else None
             self._session.run_with_iobinding(self._binding(inputs), self._prefill_options)
         logits: Floats = self._logits[0]
         return logits
@@ -196,11 +196,16 @@ def _explained(graph: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a dozen unrelated types
-        reason = str(error).splitlines()[0]
         raise FusionError(
-            f"ONNX Runtime failed while running {graph}: {reason} If memory ran out, ask with a smaller "
-            "--query-len, or export with fewer --image-tokens, a smaller --max-context or --kv-cache int8."
+            f"ONNX Runtime failed while running {graph}: {_reason(error)} If memory ran out, ask with a smaller "
+            "--query-len, or export with fewer --image-tokens, a smaller --max-context or --kv-cache int8; "
+            "otherwise check the bundle with fusion-info."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, as a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".: ") + "."
 
 
 def _session_options(threads: int | None) -> ort.SessionOptions:
@@ -235,11 +240,10 @@ def _session(bundle: Bundle, name: str, device: str, options: ort.SessionOptions
     try:
         session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-        reason = str(error).splitlines()[0]
         remedy = "Upgrade onnxruntime"
         if bundle.manifest.cache == "int8":
             remedy += ", or export with --kv-cache float: older releases know no int8 KV cache"
-        raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {reason} {remedy}.") from error
+        raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {_reason(error)} {remedy}.") from error
     if provider not in session.get_providers():
         raise FusionError(
             f"ONNX Runtime could not start its {provider} on this machine; check the driver, or run a bundle that was "

@@ -1,0 +1,44 @@
+"""What the demo's training looks at: labels of patches and windows, exactness of the comparison scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fusion_edge.benchmarks.demo import fidelity
+from fusion_edge.benchmarks.demo.evaluate import held_out
+from fusion_edge.benchmarks.demo.pictures import COLORS, SHAPES, Shape
+from fusion_edge.benchmarks.demo.pretrain import patch_labels, window_labels
+from fusion_edge.benchmarks.demo.training_data import IGNORED
+from fusion_edge.export import cli
+from fusion_edge.runtime.grids import pooling_cells
+
+CROSS = Shape("cross", "white", (0, 1), center=(192, 64), radius=40, angle=0)  # in the middle of the top right crop
+LABEL = [1 + list(SHAPES).index("cross"), 1 + list(COLORS).index("white")]
+
+
+def test_patches_are_labelled_in_their_crop_and_in_the_whole_picture() -> None:
+    labels = patch_labels([CROSS]).reshape(5, 8, 8, 2)
+    assert labels[1, 4, 4].tolist() == LABEL
+    assert not labels[[0, 2, 3]].any()
+    assert labels[4, 2, 6].tolist() == LABEL
+    assert not labels[4, 4:].any()
+
+
+def test_windows_are_labelled_where_a_shape_covers_half_of_them() -> None:
+    labels = window_labels([CROSS], torch.from_numpy(pooling_cells(16, 6)))
+    assert labels.shape == (6, 6, 2)
+    assert labels[1, 4].tolist() == LABEL
+    assert (labels[0, 3] == IGNORED).all()
+    assert not labels[3:].any()
+    assert not labels[:, :3].any()
+
+
+def test_a_float_bundle_computes_what_its_weights_say(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--fp32"]) == 0
+    result = fidelity.compare(tmp_path / "b", held_out(4))
+    assert len(result.cosines) == 4
+    assert np.all(result.cosines > 0.99999)
+    assert result.same_token.all()
