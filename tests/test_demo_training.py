@@ -1,4 +1,4 @@
-"""What the demo's training looks at: labels of patches and windows, exactness of the comparison scripts."""
+"""What the demo's training looks at: labels and code of patches, exactness of the comparison scripts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from fusion_edge.benchmarks.demo import fidelity
 from fusion_edge.benchmarks.demo.evaluate import held_out
 from fusion_edge.benchmarks.demo.pictures import COLORS, SHAPES, Shape
-from fusion_edge.benchmarks.demo.pretrain import patch_labels, window_labels
-from fusion_edge.benchmarks.demo.training_data import IGNORED
+from fusion_edge.benchmarks.demo.pretrain import Code, patch_labels
 from fusion_edge.export import cli
-from fusion_edge.runtime.grids import pooling_cells
 
 CROSS = Shape("cross", "white", (0, 1), center=(192, 64), radius=40, angle=0)  # in the middle of the top right crop
 LABEL = [1 + list(SHAPES).index("cross"), 1 + list(COLORS).index("white")]
@@ -27,13 +25,12 @@ def test_patches_are_labelled_in_their_crop_and_in_the_whole_picture() -> None:
     assert not labels[4, 4:].any()
 
 
-def test_windows_are_labelled_where_a_shape_covers_half_of_them() -> None:
-    labels = window_labels([CROSS], torch.from_numpy(pooling_cells(16, 6)))
-    assert labels.shape == (6, 6, 2)
-    assert labels[1, 4].tolist() == LABEL
-    assert (labels[0, 3] == IGNORED).all()
-    assert not labels[3:].any()
-    assert not labels[:, :3].any()
+def test_the_code_of_patches_can_be_read() -> None:
+    labels = torch.from_numpy(patch_labels([CROSS]))
+    code = Code.draw(seed=0)
+    features = code(labels)
+    assert features.shape == (5, 64, 128)
+    assert torch.equal(code.read(features + 0.2 * torch.randn(features.shape)), labels)
 
 
 def test_a_float_bundle_computes_what_its_weights_say(tiny_checkpoint: Path, tmp_path: Path) -> None:
