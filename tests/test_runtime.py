@@ -194,3 +194,13 @@ def test_command_line_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Cap
 def test_a_failure_inside_onnxruntime_names_the_graph(tiny_bundle: Path) -> None:
     with load(tiny_bundle) as fusion, pytest.raises(FusionError, match=r"running alignment_decoder: .* --query-len"):
         fusion.backend.align(np.zeros((1, 2, 3), np.float32), np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
+
+
+def test_a_short_prompt_behind_a_long_one_sees_nothing_of_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The int8 cache keeps what lies behind a prompt; no step may read it."""
+    assert export_cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--kv-cache", "int8"]) == 0
+    with load(tmp_path / "b") as fusion:
+        alone = fusion.answer(picture(1), "What?", sampling=SHORT).token_ids
+    with load(tmp_path / "b") as fusion:
+        fusion.answer(picture(2), "What is it? " * 40, sampling=SHORT)
+        assert fusion.answer(picture(1), "What?", sampling=SHORT).token_ids == alone
