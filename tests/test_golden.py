@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export import architecture
 from fusion_edge.export import cli as export_cli
 from fusion_edge.export.architecture import Alignment
@@ -194,21 +195,6 @@ def test_fp32_bundle_gives_the_released_answers(
             assert answer["text"] == case.facts["turns"][number]["reply"].strip()
 
 
-def first_logits(fusion: Fusion, case: Case, number: int, history: list[Turn], question: str) -> Floats:
-    """Logits behind the prompt, as the runtime's backend gives them."""
-    seen: list[Floats] = []
-    prefill = fusion.backend.prefill
-
-    def watch(*inputs: Any) -> Floats:
-        seen.append(prefill(*inputs).copy())
-        return seen[-1]
-
-    fusion.backend.prefill = watch  # type: ignore[assignment]
-    fusion.answer(case.image, question, history=history, sampling=Sampling(max_new_tokens=1))
-    fusion.backend.prefill = prefill  # type: ignore[method-assign]
-    return seen[0]
-
-
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
@@ -221,10 +207,10 @@ def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
     folder = export(checkpoint, tmp_path / "bundle", *options)
     bundle = open_bundle(folder)
     with load(folder) as fusion:
-        logits = first_logits(fusion, case, 0, history, question)
+        logits = first_logits(fusion, case.image, question, history)
         backend = EagerBackend(fusion.config, BundleWeights(bundle))
         reference = Fusion(bundle.manifest, backend, fusion.tokenizer, backend.embed)
-        assert_close(logits, first_logits(reference, case, 0, history, question), 1e-3)
+        assert_close(logits, first_logits(reference, case.image, question, history), 1e-3)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
@@ -236,6 +222,6 @@ def test_int8_arithmetic_stays_close(checkpoint: str, tmp_path: Path) -> None:
     for level in ("0", "4"):
         options = ["--int4", "--query-len", "16", "--accuracy-level", level]
         with load(export(checkpoint, tmp_path / level, *options)) as fusion:
-            logits.append(first_logits(fusion, case, 0, history, question).astype(np.float64))
+            logits.append(first_logits(fusion, case.image, question, history).astype(np.float64))
     cosine = logits[0] @ logits[1] / np.linalg.norm(logits[0]) / np.linalg.norm(logits[1])
     assert cosine > 0.995

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.benchmarks.demo.evaluate import held_out
-from fusion_edge.benchmarks.demo.pictures import Example, Pixels
+from fusion_edge.benchmarks.demo.pictures import Example
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.runtime import load
-from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.bundle import open_bundle
 from fusion_edge.runtime.cli import positive, run
-from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.fusion import Fusion, ImageLike
+from fusion_edge.runtime.prompts import Turn
 from fusion_edge.runtime.sampling import Sampling
 
 
@@ -43,43 +45,21 @@ class Fidelity:
         )
 
 
-class _Recorder:
-    """A backend whose latest prefill's logits can be looked at."""
+def first_logits(fusion: Fusion, image: ImageLike, question: str, history: Sequence[Turn] = ()) -> Floats:
+    """Logits ``[V]`` behind the prompt, float32, as the backend's prefill gives them."""
+    seen: list[Floats] = []
+    prefill = fusion.backend.prefill
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.name, self.encode, self.align, self.decode, self.close = (
-            backend.name,
-            backend.encode,
-            backend.align,
-            backend.decode,
-            backend.close,
-        )
-        self.logits: Floats = np.zeros(0, np.float32)
+    def watch(*inputs: Any) -> Floats:
+        seen.append(prefill(*inputs).copy())
+        return seen[-1]
 
-    def prefill(
-        self,
-        embeddings: Floats,
-        image: ImageAlignment,
-        latent_positions: Integers,
-        question_positions: Integers,
-        capacity: int,
-    ) -> Floats:
-        """See :class:`Backend`."""
-        self.logits = self._backend.prefill(embeddings, image, latent_positions, question_positions, capacity).copy()
-        return self.logits
-
-
-class _FirstLogits:
-    """Logits of an answer's first token."""
-
-    def __init__(self, fusion: Fusion) -> None:
-        self._fusion = fusion
-        self._recorder = fusion.backend = _Recorder(fusion.backend)
-
-    def __call__(self, picture: Pixels, question: str) -> npt.NDArray[np.float64]:
-        self._fusion.answer(picture, question, sampling=Sampling(max_new_tokens=1))
-        return self._recorder.logits.astype(np.float64)
+    fusion.backend.prefill = watch  # type: ignore[assignment]
+    try:
+        fusion.answer(image, question, history=history, sampling=Sampling(max_new_tokens=1))
+    finally:
+        fusion.backend.prefill = prefill  # type: ignore[method-assign]
+    return seen[0]
 
 
 def compare(folder: Path, asked: Iterable[Example]) -> Fidelity:
@@ -89,9 +69,11 @@ def compare(folder: Path, asked: Iterable[Example]) -> Fidelity:
     with load(folder) as fusion:
         eager = EagerBackend(fusion.config, BundleWeights(bundle))
         reference = Fusion(bundle.manifest, eager, fusion.tokenizer, eager.embed)
-        graphs, exact = _FirstLogits(fusion), _FirstLogits(reference)
         for example in asked:
-            a, b = (logits(example.picture, example.question) for logits in (graphs, exact))
+            a, b = (
+                first_logits(model, example.picture, example.question).astype(np.float64)
+                for model in (fusion, reference)
+            )
             cosines.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
             same.append(a.argmax() == b.argmax())
     return Fidelity(np.array(cosines), np.array(same))

@@ -2,7 +2,7 @@
 
 Every patch learns to say what covers it in a fixed code: a random vector for each kind, each colour and each place,
 added up. An LLM finds such features within minutes; features that merely told kinds and colours apart (a classifier's)
-it still could not search after an hour.
+it still could not search after 8,000 steps.
 """
 
 from __future__ import annotations
