@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.export import architecture
 from fusion_edge.export.architecture import Alignment
 from fusion_edge.export.eager import EagerOperations, KeyValueCache
-from fusion_edge.export.weights import Weights, read_parameter
+from fusion_edge.export.plan import ExportOptions, plan_export
+from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.weights import CheckpointWeights, Weights, read_parameter
 from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
+from fusion_edge.runtime.bundle import TOKENIZER
 from fusion_edge.runtime.config import FusionConfig
 
 
@@ -25,12 +33,12 @@ class EagerBackend:
 
     def __init__(self, config: FusionConfig, weights: Weights) -> None:
         self.config = config
-        self._weights = weights
+        self.weights = weights
         self.parameter = lru_cache(maxsize=None)(self._parameter)
         self._cache = KeyValueCache()
 
     def _parameter(self, name: str) -> Tensor:
-        return torch.from_numpy(np.array(read_parameter(self._weights, name)))
+        return torch.from_numpy(np.array(read_parameter(self.weights, name)))
 
     def embed(self, token_ids: Integers) -> Floats:
         """LLM input embeddings ``[n,D]``: stands in for the bundle's table."""
@@ -83,3 +91,19 @@ class EagerBackend:
 
     def close(self) -> None:
         self.parameter.cache_clear()
+
+
+@contextmanager
+def open_checkpoint(
+    folder: Path, backend: type[EagerBackend] = EagerBackend, image_tokens: int | None = None
+) -> Iterator[Fusion]:
+    """A checkpoint, asked through the runtime like a bundle, all its query lengths offered.
+
+    ``image_tokens`` as of ``fusion-export``. Raises :class:`FusionError` for a checkpoint that cannot be read.
+    """
+    with Checkpoint(folder) as checkpoint:
+        plan = plan_export(checkpoint, ExportOptions(precision="fp32", image_tokens=image_tokens))
+        eager = backend(plan.config, CheckpointWeights(checkpoint, plan.parameters))
+        tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
+        with Fusion(plan.manifest(()), eager, tokenizer, eager.embed) as fusion:
+            yield fusion

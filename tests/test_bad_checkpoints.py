@@ -14,11 +14,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from fusion_edge.export import cli
 
-GOLDEN = Path(__file__).parent / "data/golden"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"  # in the second shard

@@ -5,20 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from paths import DEMO_CHECKPOINT
 
-from fusion_edge.benchmarks.demo.evaluate import EagerAnswerer, evaluate, held_out
+from fusion_edge.benchmarks.demo.evaluate import WithoutAlignment, answerer, evaluate, held_out
 from fusion_edge.export import cli
-from fusion_edge.runtime import load
+from fusion_edge.export.eager_backend import open_checkpoint
+from fusion_edge.runtime import Fusion, load
 
-CHECKPOINT = Path(__file__).parents[1] / "benchmarks/demo/checkpoint"
 QUESTIONS = 300
 QUERY_LENGTH = 4
+
+
+def accuracy(fusion: Fusion) -> float:
+    return evaluate(answerer(fusion, QUERY_LENGTH), held_out(QUESTIONS)).accuracy
 
 
 @pytest.fixture(scope="module")
 def reference() -> float:
     """The checkpoint's accuracy with the eager interpreter."""
-    return evaluate(EagerAnswerer(CHECKPOINT, QUERY_LENGTH), held_out(QUESTIONS)).accuracy
+    with open_checkpoint(DEMO_CHECKPOINT) as fusion:
+        return accuracy(fusion)
 
 
 def test_it_answers(reference: float) -> None:
@@ -27,16 +33,12 @@ def test_it_answers(reference: float) -> None:
 
 
 def test_latents_carry_information(reference: float) -> None:
-    off = evaluate(EagerAnswerer(CHECKPOINT, QUERY_LENGTH, align=False), held_out(QUESTIONS)).accuracy
-    assert reference - off >= 0.10
+    with open_checkpoint(DEMO_CHECKPOINT, WithoutAlignment) as fusion:
+        assert reference - accuracy(fusion) >= 0.10
 
 
 @pytest.mark.parametrize(("precision", "largest_drop"), [("--fp32", 0.0), ("--int8", 0.03), ("--int4", 0.05)])
 def test_bundles_answer_as_well(reference: float, precision: str, largest_drop: float, tmp_path: Path) -> None:
-    assert cli.main([str(CHECKPOINT), "-o", str(tmp_path / "b"), precision]) == 0
+    assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), precision]) == 0
     with load(tmp_path / "b") as fusion:
-
-        def answer(picture: object, question: str) -> str:
-            return fusion.answer(picture, question, query_length=QUERY_LENGTH).text  # type: ignore[arg-type]
-
-        assert evaluate(answer, held_out(QUESTIONS)).accuracy >= reference - largest_drop
+        assert accuracy(fusion) >= reference - largest_drop

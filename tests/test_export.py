@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from paths import GOLDEN
 
 from fusion_edge.export import cli
 from fusion_edge.export.bundle_weights import BundleWeights
@@ -19,7 +20,6 @@ from fusion_edge.export.weights import CheckpointWeights, read_parameter
 from fusion_edge.runtime import cli_info
 from fusion_edge.runtime.bundle import MANIFEST, open_bundle
 
-GOLDEN = Path(__file__).parent / "data/golden"
 CHECKPOINTS = ("FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA")
 
 

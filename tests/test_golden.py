@@ -13,25 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tokenizers import Tokenizer
+from paths import GOLDEN
 
 from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export import architecture
 from fusion_edge.export import cli as export_cli
 from fusion_edge.export.architecture import Alignment
 from fusion_edge.export.bundle_weights import BundleWeights
-from fusion_edge.export.eager_backend import EagerBackend
-from fusion_edge.export.plan import ExportOptions, plan_export
-from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.weights import CheckpointWeights
+from fusion_edge.export.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime import cli_run as run_cli
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.bundle import TOKENIZER, open_bundle
+from fusion_edge.runtime.bundle import open_bundle
 from fusion_edge.runtime.images import cut_crops, load_image
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 CHECKPOINTS = ("FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA")
 NEW_TOKENS = 24
 
@@ -116,7 +112,7 @@ class Recorder(EagerBackend):
         capacity: int,
     ) -> Floats:
         last = super().prefill(embeddings, image, latent_positions, question_positions, capacity)
-        fresh = Recorder(self.config, self._weights)
+        fresh = Recorder(self.config, self.weights)
         positions = torch.from_numpy(latent_positions), torch.from_numpy(question_positions)
         hidden = fresh.hidden(embeddings, Alignment(*positions, image.keys, image.values))
         rows = architecture.logits(self.operations(), self.config, hidden[0, ::16])
@@ -132,11 +128,9 @@ class Recorder(EagerBackend):
 @contextmanager
 def eager(case: Case) -> Iterator[tuple[Fusion, Recorder]]:
     """The checkpoint of a case, run by the runtime over the eager interpreter."""
-    with Checkpoint(GOLDEN / case.facts["checkpoint"]) as checkpoint:
-        plan = plan_export(checkpoint, ExportOptions(precision="fp32", image_tokens=case.image_tokens))
-        backend = Recorder(plan.config, CheckpointWeights(checkpoint, plan.parameters))
-        tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
-        yield Fusion(plan.manifest(()), backend, tokenizer, backend.embed), backend
+    with open_checkpoint(GOLDEN / case.facts["checkpoint"], Recorder, case.image_tokens) as fusion:
+        assert isinstance(fusion.backend, Recorder)
+        yield fusion, fusion.backend
 
 
 @each_case

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import GOLDEN
 
 from fusion_edge.runtime.config import side
 from fusion_edge.runtime.grids import pooling_cells, resize_grid
 
-GOLDEN = Path(__file__).parent / "data/golden"
 TURNS = [
     ("phi_one_turn", 0),
     ("phi_two_turns", 0),

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from paths import GOLDEN
 from PIL import ExifTags, Image, ImageOps
 
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images import MAX_PIXELS, cut_crops, load_image, normalize
 
-GOLDEN = Path(__file__).parent / "data/golden"
 CASES = ("phi_one_turn", "phi_two_turns", "phi_grid12", "llama_one_turn")
 
 

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import GOLDEN
 from tokenizers import Tokenizer
 
 from fusion_edge.export.tokenizer import tokenizer_json
@@ -16,7 +16,6 @@ from fusion_edge.runtime.config import side
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.prompts import MARKER_IDS, TEMPLATES, Turn, encode_prompt, render_prompt
 
-GOLDEN = Path(__file__).parent / "data/golden"
 TURNS = [
     ("phi_one_turn", 0),
     ("phi_two_turns", 0),

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import GOLDEN
 
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.runtime.errors import FusionError
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 CHECKPOINTS = [GOLDEN / "FUSION-tiny-Phi", GOLDEN / "FUSION-X-tiny-LLaMA"]
 
 

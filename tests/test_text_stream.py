@@ -4,19 +4,18 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import GOLDEN
 from tokenizers import Tokenizer
 
 from fusion_edge.export.tokenizer import tokenizer_json
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.text_stream import TextStream
 
-GOLDEN = Path(__file__).parent / "data/golden"
 TOKENIZERS = ("phi", "llama")
 
 

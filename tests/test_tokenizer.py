@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from paths import GOLDEN
 from tokenizer_files import (
-    GOLDEN,
     LETTERS,
     LLAMA,
     NORMAL,

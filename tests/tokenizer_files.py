@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paths import GOLDEN
 from tokenizers import Tokenizer
 
 from fusion_edge.export.tokenizer import tokenizer_json
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 PHI = GOLDEN / "FUSION-tiny-Phi"
 LLAMA = GOLDEN / "FUSION-X-tiny-LLaMA"
 
