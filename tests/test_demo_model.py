@@ -28,16 +28,16 @@ def reference() -> float:
 
 
 def test_it_answers(reference: float) -> None:
-    """Far above what the commonest answer of each kind of question would give (about 0.35)."""
-    assert reference > 0.65
+    """The commonest answer of each kind of question would give about 0.35."""
+    assert reference >= 0.97
 
 
 def test_latents_carry_information(reference: float) -> None:
     with open_checkpoint(DEMO_CHECKPOINT, WithoutAlignment) as fusion:
-        assert reference - accuracy(fusion) >= 0.10
+        assert reference - accuracy(fusion) >= 0.40
 
 
-@pytest.mark.parametrize(("precision", "largest_drop"), [("--fp32", 0.0), ("--int8", 0.03), ("--int4", 0.05)])
+@pytest.mark.parametrize(("precision", "largest_drop"), [("--fp32", 0.0), ("--int8", 0.01), ("--int4", 0.01)])
 def test_bundles_answer_as_well(reference: float, precision: str, largest_drop: float, tmp_path: Path) -> None:
     assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), precision]) == 0
     with load(tmp_path / "b") as fusion:
