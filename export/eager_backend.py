@@ -33,12 +33,12 @@ class EagerBackend:
 
     def __init__(self, config: FusionConfig, weights: Weights) -> None:
         self.config = config
-        self.weights = weights
+        self._weights = weights
         self.parameter = lru_cache(maxsize=None)(self._parameter)
         self._cache = KeyValueCache()
 
     def _parameter(self, name: str) -> Tensor:
-        return torch.from_numpy(np.array(read_parameter(self.weights, name)))
+        return torch.from_numpy(np.array(read_parameter(self._weights, name)))
 
     def embed(self, token_ids: Integers) -> Floats:
         """LLM input embeddings ``[n,D]``: stands in for the bundle's table."""

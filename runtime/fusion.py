@@ -180,8 +180,8 @@ class Fusion:
         offered = self.manifest.query_lengths
         if wanted is not None and wanted not in offered:
             raise UsageError(
-                f"Query length {wanted} is not in this bundle; choose from {', '.join(map(str, offered))}, or export "
-                "with --query-len."
+                f"Query length {wanted} is not offered; choose from {', '.join(map(str, offered))} "
+                "(fusion-export --query-len decides which a bundle has)."
             )
         return offered[0] if wanted is None else wanted
 

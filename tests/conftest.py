@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import GOLDEN
 from safetensors.numpy import save_file
 
 from fusion_edge.export import cli
 from fusion_edge.export.tensor_names import UNUSED, parameters
 from fusion_edge.runtime.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 
-PHI = Path(__file__).parent / "data/golden/FUSION-tiny-Phi"
+PHI = GOLDEN / "FUSION-tiny-Phi"
 CONFIG = FusionConfig(
     template="phi_3",
     vision=VisionConfig(width=32, layers=2, mlp_width=48, patch_size=96),

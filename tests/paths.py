@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-GOLDEN = TESTS / "data" / "golden"
+_TESTS = Path(__file__).parent
+GOLDEN = _TESTS / "data" / "golden"
 """Small checkpoints and outputs of the released code."""
-DEMO_CHECKPOINT = TESTS.parent / "benchmarks" / "demo" / "checkpoint"
+DEMO_CHECKPOINT = _TESTS.parent / "benchmarks" / "demo" / "checkpoint"

@@ -214,7 +214,7 @@ def test_what_is_no_question(fusion: Fusion, question: Any) -> None:
         ("--top-k", "-1", "top_k is -1"),
         ("--seed", "-1", "seed is -1"),
         ("--stop", "", "stop is ('',)"),
-        ("--query-len", "144", "Query length 144 is not in this bundle; choose from 16, 4, or export"),
+        ("--query-len", "144", "Query length 144 is not offered; choose from 16, 4"),
     ],
 )
 def test_an_option_out_of_range(refuse: Refuse, option: str, value: str, message: str) -> None:
@@ -248,7 +248,7 @@ def test_wrong_arguments(fusion: Fusion, sampling: Any) -> None:
     with pytest.raises(UsageError, match="expected a Sampling"):
         fusion.ask(picture(), "What?", sampling=sampling)
     for length in (9, "16", [16], 0):
-        with pytest.raises(UsageError, match=r"Query length .* is not in this bundle; choose from 16, 4"):
+        with pytest.raises(UsageError, match=r"Query length .* is not offered; choose from 16, 4"):
             fusion.ask(picture(), "What?", query_length=length)  # type: ignore[arg-type]
 
 

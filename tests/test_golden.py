@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from paths import GOLDEN
+from torch import Tensor
 
 from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export import architecture
@@ -102,27 +103,18 @@ class Recorder(EagerBackend):
         self.seen["latents"] = aligned.latents
         return aligned
 
-    @torch.inference_mode()
-    def prefill(
-        self,
-        embeddings: Floats,
-        image: ImageAlignment,
-        latent_positions: Integers,
-        question_positions: Integers,
-        capacity: int,
-    ) -> Floats:
-        last = super().prefill(embeddings, image, latent_positions, question_positions, capacity)
-        fresh = Recorder(self.config, self.weights)
-        positions = torch.from_numpy(latent_positions), torch.from_numpy(question_positions)
-        hidden = fresh.hidden(embeddings, Alignment(*positions, image.keys, image.values))
-        rows = architecture.logits(self.operations(), self.config, hidden[0, ::16])
-        self.seen |= {
-            "vision_pos": latent_positions.reshape(-1),
-            "instruct_pos": question_positions,
-            "last_logits": last,
-            "logits_every_16th": rows.numpy(),
-        }
-        return last
+    def hidden(self, embeddings: Floats, alignment: Alignment[Tensor] | None) -> Tensor:
+        hidden = super().hidden(embeddings, alignment)
+        if alignment is not None:  # the prompt
+            rows = architecture.logits(self.operations(), self.config, hidden[0, ::16])
+            last = architecture.logits(self.operations(), self.config, hidden[0, -1])
+            self.seen |= {
+                "vision_pos": alignment.latent_positions.reshape(-1).numpy(),
+                "instruct_pos": alignment.question_positions.numpy(),
+                "last_logits": last.numpy(),
+                "logits_every_16th": rows.numpy(),
+            }
+        return hidden
 
 
 @contextmanager
