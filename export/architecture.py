@@ -7,6 +7,7 @@ question, W vision width, D hidden size. Formulas are those of FUSION.md, sectio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic
@@ -76,15 +77,27 @@ def encode(ops: Operations[T], config: FusionConfig, patches: T, text: T, text_m
 
     The three parts are h_n and the means of the hidden states that enter the layers of either half.
     """
-    layers, half = config.vision.layers, config.vision.layers // 2
-    x = ops.concat([patches, text], axis=1)
     mask = ops.key_mask(patches, text_mask)
-    halves: list[T] = []
-    for i in range(layers):
-        if i < 2 * half:
-            halves[i // half :] = [x] if i % half == 0 else [halves[i // half] + x]
-        x = _vision_layer(ops, config, x, mask, f"vision.layers.{i}", text_is_uniform=i < half)
-    return ops.concat([x, *(ops.scale(total, 1 / half) for total in halves)], axis=-1)
+    states = [ops.concat([patches, text], axis=1)]
+    for i in range(config.vision.layers):
+        states = vision_layer(ops, config, states, mask, i)
+    return vision_features(ops, config, states)
+
+
+def vision_layer(ops: Operations[T], config: FusionConfig, states: Sequence[T], mask: T, i: int) -> list[T]:
+    """Layer ``i``: rows ``[N,P+T,W]`` and the sums so far of the inputs of either half's layers, up to two as large."""
+    half = config.vision.layers // 2
+    x, *sums = states
+    if i < 2 * half:
+        sums[i // half :] = [x] if i % half == 0 else [sums[i // half] + x]
+    return [_vision_layer(ops, config, x, mask, f"vision.layers.{i}", text_is_uniform=i < half), *sums]
+
+
+def vision_features(ops: Operations[T], config: FusionConfig, states: Sequence[T]) -> T:
+    """What the last layer left: three of ``[N,P+T,W]`` -> ``[N,P+T,3W]``."""
+    half = config.vision.layers // 2
+    x, *sums = states
+    return ops.concat([x, *(ops.scale(total, 1 / half) for total in sums)], axis=-1)
 
 
 def _vision_layer(

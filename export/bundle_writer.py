@@ -6,46 +6,50 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from fusion_edge.export.graph_builder import PlannedTensor
-from fusion_edge.export.plan import DataFile, ExportPlan
+from fusion_edge.export.data_writer import DataWriter
+from fusion_edge.export.plan import ExportPlan
 from fusion_edge.export.weights import CheckpointWeights
-from fusion_edge.quant.packing import quantize
 from fusion_edge.runtime import bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.progress import Progress
+from fusion_edge.runtime.quantization_report import QuantizationReport
 
-BLOCK_ELEMENTS = 1 << 19  # float32 values of one block of rows: 2 MB, small enough for a core's cache
+if TYPE_CHECKING:
+    from fusion_edge.quant.calibration.run import Calibrated  # needs torch; calibrated weights come with it
+
 DISK_MARGIN_BYTES = 16 << 20
 
 
-def write_bundle(plan: ExportPlan, output: Path, force: bool) -> bundle.Manifest:
-    """Write the bundle and rename it into place.
+def write_bundle(
+    plan: ExportPlan, output: Path, force: bool, calibrated: Calibrated | None = None
+) -> tuple[bundle.Manifest, QuantizationReport]:
+    """Write the bundle and rename it into place. Weights that are not calibrated are rounded to nearest.
 
     Raises :class:`FusionError` if the output exists and ``force`` is off, if the disk is too small, if another
     export is writing the same output, or if a weight is not finite. Leaves nothing behind then.
     """
-    output = Path(os.path.realpath(output))  # a link to a bundle stays a link
-    if not output.parent.is_dir():
-        raise FusionError(f"{output.parent} is not a folder; create it first or choose another output.")
+    output = resolve_output(output)
     with _partial_folder(output) as folder:
-        _check_output(output, force)
+        check_output(output, force)
         _check_disk(plan, output)
         for name, content in plan.small_files.items():
             (folder / name).write_bytes(content)
-        weights = CheckpointWeights(plan.checkpoint, plan.parameters)
-        with Progress("Quantizing", _total_elements(plan), "M weights") as progress:
+        elements = sum(parameter.size for parameter in plan.parameters.values())
+        with Progress("Quantizing", elements, "M weights") as progress:
+            writer = DataWriter(CheckpointWeights(plan.checkpoint, plan.parameters), calibrated, progress)
             for file in plan.data_files:
-                _write_data(folder / file.name, file, weights, progress)
+                writer.write(folder / file.name, file)
         names = [*plan.small_files, *(file.name for file in plan.data_files)]
+        report = writer.report()
+        if report.linears:
+            (folder / bundle.QUANTIZATION).write_bytes(report.to_bytes())
+            names.append(bundle.QUANTIZATION)
         sizes = {name: (folder / name).stat().st_size for name in names}
         with Progress("Checksums", sum(sizes.values())) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
             digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
@@ -54,7 +58,7 @@ def write_bundle(plan: ExportPlan, output: Path, force: bool) -> bundle.Manifest
         (folder / bundle.MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             _flush(path)
-    return manifest
+    return manifest, report
 
 
 def _flush(path: Path) -> None:
@@ -66,77 +70,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-# Weights ----------------------------------------------------------------------------------------------------
-
-
-def _total_elements(plan: ExportPlan) -> int:
-    return sum(plan.parameters[name].size for file in plan.data_files for name in _by_parameter(file, plan.parameters))
-
-
-def _by_parameter(file: DataFile, known: Iterable[str]) -> dict[str, list[PlannedTensor]]:
-    """The tensors of a data file that come from each parameter."""
-    groups: dict[str, list[PlannedTensor]] = {}
-    for tensor in file.tensors:
-        if tensor.parameter in known:
-            groups.setdefault(tensor.parameter, []).append(tensor)
-    return groups
-
-
-def _write_data(path: Path, file: DataFile, weights: CheckpointWeights, progress: Progress) -> None:
-    """Fill a data file block by block on every core; each block's place is known, so order does not matter."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        if file.size:
-            os.posix_fallocate(descriptor, 0, file.size)
-        for tensor in file.tensors:
-            if tensor.content is not None:
-                _write_at(descriptor, tensor.content, tensor.offset)
-
-        def write(block: tuple[list[PlannedTensor], int, int]) -> None:
-            tensors, start, stop = block
-            rows = weights.rows(tensors[0].parameter, start, stop)
-            for tensor, content in zip(tensors, _encode(rows, tensors), strict=True):
-                row_bytes = tensor.nbytes // tensor.shape[0]
-                _write_at(descriptor, content, tensor.offset + start * row_bytes)
-            progress.advance(rows.size)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(write, _blocks(file, weights)):
-                pass
-    finally:
-        os.close(descriptor)
-
-
-def _write_at(descriptor: int, content: npt.NDArray[Any], offset: int) -> None:
-    """All bytes of an array; one system call may write fewer than asked."""
-    remaining = np.ascontiguousarray(content).data.cast("B")
-    while remaining:
-        count = os.pwrite(descriptor, remaining, offset)
-        remaining, offset = remaining[count:], offset + count
-
-
-def _blocks(file: DataFile, weights: CheckpointWeights) -> Iterator[tuple[list[PlannedTensor], int, int]]:
-    """Each parameter's tensors (values first) with a range of rows."""
-    for name, tensors in _by_parameter(file, weights.parameters).items():
-        parameter = weights.parameters[name]
-        rows = parameter.shape[0]
-        step = max(1, BLOCK_ELEMENTS * rows // parameter.size)
-        for start in range(0, rows, step):
-            yield tensors, start, min(start + step, rows)
-
-
-def _encode(rows: npt.NDArray[np.float32], tensors: list[PlannedTensor]) -> tuple[npt.NDArray[Any], ...]:
-    """A block of float32 rows in the form of its tensors: values, and scales if there are any."""
-    form = tensors[0].format
-    if form.is_quantized:
-        return quantize(rows, form)
-    return (np.ascontiguousarray(rows, dtype=tensors[0].dtype),)
-
-
 # The folder -------------------------------------------------------------------------------------------------
 
 
-def _check_output(output: Path, force: bool) -> None:
+def resolve_output(output: Path) -> Path:
+    """Where the bundle will be: a link to a bundle stays a link. Raises :class:`FusionError` without its folder."""
+    output = Path(os.path.realpath(output))
+    if not output.parent.is_dir():
+        raise FusionError(f"{output.parent} is not a folder; create it first or choose another output.")
+    return output
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Raise :class:`FusionError` if something is there that may not be replaced."""
     if not output.exists():
         return
     is_bundle = (output / bundle.MANIFEST).is_file()

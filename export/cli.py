@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from fusion_edge.export.bundle_writer import write_bundle
-from fusion_edge.export.memory import Estimate, estimate
+from fusion_edge.export.dry_run import dry_run
 from fusion_edge.export.plan import ACTIVATIONS, KV_CACHES, ExportOptions, ExportPlan, plan_export
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.source import resolve_checkpoint
+from fusion_edge.quant.calibration.options import DEVICES, METHODS, CalibrationOptions
 from fusion_edge.quant.formats import GROUP_SIZES
 from fusion_edge.quant.policy import Rule, read_rules
 from fusion_edge.runtime import cli
+from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.quantization_report import QuantizationReport
 
 UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+CALIBRATION_OPTIONS = {
+    "samples": "--samples",
+    "held_out": "--held-out",
+    "method": "--method",
+    "device": "--device",
+    "largest_drop": "--max-accuracy-drop",
+}
+"""Option by the field of :class:`CalibrationOptions` that it sets."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +109,23 @@ def parser() -> argparse.ArgumentParser:
         default=defaults.kv_cache,
         help="int8: a quarter of the memory, read in every step; needs a recent ONNX Runtime (default: %(default)s)",
     )
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="DATA",
+        help="fit the quantized weights to samples: a JSONL file of {image, question, answer}, or a folder of pictures",
+    )
+    add("--samples", type=cli.positive, metavar="N", help="samples to calibrate with (default: 128)")
+    add("--held-out", type=cli.positive, metavar="N", help="further samples, to compare with float (default: 16)")
+    add("--method", choices=METHODS, help="how to fit: GPTQ, or round to nearest and only measure (default: gptq)")
+    add("--device", choices=DEVICES, help="where to calibrate (default: cpu)")
+    add(
+        "--max-accuracy-drop",
+        dest="largest_drop",
+        type=float,
+        metavar="POINTS",
+        help="fail (exit code 6) if more percentage points of the held-out samples' answers are lost",
+    )
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--dry-run", action="store_true", help="print sizes and memory, write nothing")
@@ -118,19 +147,45 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UsageError("No output given; add -o BUNDLE, or --dry-run to see sizes only.")
     if arguments.fit is not None and not arguments.dry_run:
         raise UsageError("--fit only works with --dry-run; add it.")
-    options = _options(arguments)
+    options, calibration = _options(arguments), _calibration(arguments)
     with Checkpoint(resolve_checkpoint(arguments.checkpoint, arguments.revision)) as checkpoint:
         plan = plan_export(checkpoint, options)
         if arguments.dry_run:
-            return _report(plan, arguments.fit, arguments.json)
-        manifest = write_bundle(plan, arguments.output, arguments.force)
+            return dry_run(plan, calibration, arguments.fit, arguments.json)
+        if calibration is None:
+            manifest, report = write_bundle(plan, arguments.output, arguments.force)
+        else:
+            manifest, report = _export_calibrated(plan, calibration, arguments)
+    written = manifest.size
     if arguments.json:
-        result = {"bundle": str(arguments.output), "bytes": plan.bundle_bytes, "precision": manifest.precision}
-        sys.stdout.write(json.dumps(result) + "\n")
+        result = {"bundle": str(arguments.output), "bytes": written, "precision": manifest.precision}
+        sys.stdout.write(json.dumps(result | {"quantization": report.to_json()}) + "\n")
     else:
-        read, written = cli.size(plan.source_bytes), cli.size(plan.bundle_bytes)
-        sys.stdout.write(f"{arguments.output}: {written} from {read}, {manifest.precision}, {manifest.target}\n")
+        sys.stdout.write(report.table() if report.linears else "")
+        sizes = f"{cli.size(written)} from {cli.size(plan.source_bytes)}"
+        sys.stdout.write(f"{arguments.output}: {sizes}, {manifest.precision}, {manifest.target}\n")
     return 0
+
+
+def _export_calibrated(
+    plan: ExportPlan, calibration: CalibrationOptions, arguments: argparse.Namespace
+) -> tuple[Manifest, QuantizationReport]:
+    from fusion_edge.quant.calibration.export import export_calibrated
+
+    return export_calibrated(plan, calibration, arguments.output, arguments.force)
+
+
+def _calibration(arguments: argparse.Namespace) -> CalibrationOptions | None:
+    values = {name: getattr(arguments, name) for name in CALIBRATION_OPTIONS}
+    given = {name: value for name, value in values.items() if value is not None}
+    if arguments.calibrate is None:
+        if given:
+            option = CALIBRATION_OPTIONS[next(iter(given))]
+            raise UsageError(f"{option} only works with --calibrate DATA; add it.")
+        return None
+    if find_spec("torch") is None:
+        raise FusionError("--calibrate needs torch; install it with: pip install 'fusion-edge[calibrate]'.")
+    return CalibrationOptions(arguments.calibrate, **given)
 
 
 def _options(arguments: argparse.Namespace) -> ExportOptions:
@@ -148,40 +203,6 @@ def _options(arguments: argparse.Namespace) -> ExportOptions:
         accuracy_level=arguments.accuracy_level,
         kv_cache=arguments.kv_cache,
     )
-
-
-def _report(plan: ExportPlan, fit: int | None, as_json: bool) -> int:
-    """Print a dry run. Raises :class:`FusionError` if the bundle does not fit."""
-    sizes = estimate(plan)
-    fits = None if fit is None else sizes.peak <= fit
-    if as_json:
-        report = dataclasses.asdict(sizes) | {"peak": sizes.peak, "fits": fits}
-        report["formats"] = {name: str(form) for name, form in plan.formats.items()}
-        sys.stdout.write(json.dumps(report) + "\n")
-    else:
-        sys.stdout.write(_report_text(plan, sizes))
-    if fit is not None and not fits:
-        raise FusionError(
-            f"It does not fit: the peak is {cli.size(sizes.peak)}, {cli.size(sizes.peak - fit)} more than "
-            f"{cli.size(fit)}; try a smaller --max-context, a smaller --query-len or --int4."
-        )
-    if fit is not None and not as_json:
-        sys.stdout.write(f"It fits in {cli.size(fit)}, with {cli.size(fit - sizes.peak)} to spare.\n")
-    return 0
-
-
-def _report_text(plan: ExportPlan, sizes: Estimate) -> str:
-    rows = [("On disk", ""), *((f"  {name}", cli.size(count)) for name, count in sizes.graphs.items())]
-    rows += [
-        ("  bundle", cli.size(sizes.bundle)),
-        ("In memory", ""),
-        ("  weights", cli.size(sizes.weights)),
-        (f"  KV cache, {plan.settings.max_context} positions", cli.size(sizes.key_value_cache)),
-        (f"  alignment of one image, {plan.options.query_lengths[0]} latents", cli.size(sizes.alignment_cache)),
-        ("  activations", cli.size(sizes.activations)),
-        ("  peak", cli.size(sizes.peak)),
-    ]
-    return cli.table(rows)
 
 
 if __name__ == "__main__":

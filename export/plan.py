@@ -22,6 +22,7 @@ from fusion_edge.runtime import bundle
 from fusion_edge.runtime.config import FusionConfig, side
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.graphs import GraphSpec
+from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
 ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}
@@ -100,6 +101,9 @@ class ExportPlan:
         """Bytes of the finished bundle, the manifest included."""
         sizes = {name: len(content) for name, content in self.small_files.items()}
         sizes |= {file.name: file.size for file in self.data_files}
+        quantized = {name: str(form) for name, form in self.formats.items() if form.is_quantized}
+        if quantized:
+            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized).to_bytes())
         entries = tuple(bundle.FileEntry(name, size, "0" * 64) for name, size in sizes.items())
         return sum(sizes.values()) + len(self.manifest(entries).to_text())
 

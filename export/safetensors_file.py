@@ -89,6 +89,11 @@ class Checkpoint:
         self._opened.close()
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files."""
+        return tuple(self._descriptors)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(info.nbytes for info in self.tensors.values())

@@ -33,7 +33,7 @@ def quantize(
     scaled = grouped * (1 / scales.astype(np.float32))[:, :, None]
     scaled += np.float32(half + 0.5)  # the cast below truncates: this rounds
     np.clip(scaled, 0, 2 * half - 1, out=scaled)
-    return _pack(scaled.astype(np.uint8), form.bits), scales
+    return pack(scaled.astype(np.uint8), form), scales
 
 
 def dequantize(
@@ -41,21 +41,23 @@ def dequantize(
 ) -> npt.NDArray[np.float32]:
     """Inverse of :func:`quantize` up to rounding: float32 ``[n, inputs]``."""
     half = 1 << (form.bits - 1)
-    values = _unpack(packed, form.bits).astype(np.float32) - np.float32(half)
+    values = unpack(packed, form).astype(np.float32) - np.float32(half)
     values *= scales.astype(np.float32)[:, :, None]
     rows: npt.NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
 
 
-def _pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    if bits == 8:
+def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
+    """``[..., group_size]`` -> ``[..., group_size * bits / 8]``."""
+    if form.bits == 8:
         return values
     pairs: npt.NDArray[np.uint16] = values.view("<u2")  # first value in the low byte
     return (pairs | (pairs >> 4)).astype(np.uint8)  # the cast drops the high byte
 
 
-def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    if bits == 8:
+def unpack(packed: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
+    """Inverse of :func:`pack`."""
+    if form.bits == 8:
         return packed
     wide = packed.astype("<u2")
     pairs: npt.NDArray[np.uint16] = ((wide << 4) | wide) & 0x0F0F

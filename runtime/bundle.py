@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.data"
+QUANTIZATION = "quantization.json"
 CHUNK_BYTES = 1 << 20
 ALWAYS_VERIFIED_BYTES = 64 << 20  # below this a file's checksum is checked whenever a bundle is opened
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion_edge.runtime import cli
-from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.bundle import QUANTIZATION, Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.progress import Progress
+from fusion_edge.runtime.quantization_report import QuantizationReport
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +54,7 @@ def _text(bundle: Bundle) -> str:
         ("Query lengths", ", ".join(map(str, manifest.query_lengths))),
         ("Context", f"{manifest.max_context} positions, {manifest.cache} KV cache"),
         *_weight_rows(manifest),
+        *_quantization_rows(bundle),
         *((entry.path, cli.size(entry.size)) for entry in manifest.files),
         ("All checksums", "correct"),
     ]
@@ -63,6 +66,21 @@ def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
     """How many weights of each graph have each format."""
     counts = Counter((name.split(".")[0], form) for name, form in manifest.weights.items())
     return [(f"{part} weights", f"{count} in {form}") for (part, form), count in sorted(counts.items())]
+
+
+def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """How the weights were fitted and what that costs, where the bundle tells. Raises :class:`FusionError`."""
+    if all(entry.path != QUANTIZATION for entry in bundle.manifest.files):
+        return []
+    path = bundle.path(QUANTIZATION)
+    try:
+        report = QuantizationReport.read(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FusionError(f"{path} is no quantization report ({error}); export the bundle again.") from None
+    methods = Counter(linear.method for linear in report.linears)
+    fitted = ", ".join(f"{count} by {method}" for method, count in methods.items())
+    rows = [("Quantized", f"{fitted}; {report.calibration_samples} calibration samples")]
+    return rows if report.end_to_end is None else rows + report.end_to_end.rows()
 
 
 if __name__ == "__main__":

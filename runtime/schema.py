@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -12,7 +13,8 @@ T = TypeVar("T")
 def from_json(kind: type[T], data: object, name: str = "") -> T:
     """``data``, as ``json.loads`` gives it, as the dataclass ``kind``: inverse of ``dataclasses.asdict``.
 
-    Annotations may be ``int``, ``float``, ``str``, ``Any``, dataclasses, ``tuple[X, ...]`` and ``Mapping[str, X]``.
+    Annotations may be ``int``, ``float``, ``str``, ``Any``, dataclasses, ``tuple[X, ...]``, ``Mapping[str, X]`` and
+    ``X | None``.
     Raises ``ValueError`` with one sentence's part such as ``model.vision.width is 'x', not an integer``; ``name``
     goes in front of the fields' own names.
     """
@@ -25,6 +27,8 @@ def _value(kind: Any, data: object, name: str) -> object:
     if dataclasses.is_dataclass(kind):
         return _dataclass(cast("type[object]", kind), _typed(dict, data, name), name)
     arguments = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return None if data is None else _value(arguments[0], data, name)
     if get_origin(kind) is tuple:
         items = _typed(list, data, name)
         return tuple(_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(items))

@@ -26,6 +26,7 @@ FILES = (
     "llm.onnx",
     "llm.data",
     "embeddings.data",
+    "quantization.json",
 )
 Refuse = Callable[..., str]
 Json = dict[str, Any]

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from fusion_edge.export import bundle_writer, cli
+from fusion_edge.export import cli
+from fusion_edge.export.data_writer import DataWriter
 from fusion_edge.runtime import bundle, cli_info
 
 Refuse = Callable[..., str]
@@ -193,7 +194,7 @@ def test_interrupted(
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundle_writer, "_write_data", interrupt)
+    monkeypatch.setattr(DataWriter, "write", interrupt)
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert not siblings(output)

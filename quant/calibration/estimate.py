@@ -1,0 +1,132 @@
+"""What a calibration will take, told before it starts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fusion_edge.export.plan import MINIMUM_TEXT, ExportPlan
+from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.quant.calibration.blocks import Block, blocks
+from fusion_edge.quant.calibration.options import CalibrationOptions
+from fusion_edge.quant.gptq import SCALE_SHARES
+from fusion_edge.runtime.config import GLOBAL_CROPS
+
+PROCESS_BYTES = 450_000_000  # Python and torch (measured)
+TEXT = 4 * MINIMUM_TEXT  # positions of a sample's template, question and answer
+FLOAT, DOUBLE = 4, 8
+SQUARES_AT_ONCE = 4  # of float64, while a linear's moments are factorized (Inputs in quant/gptq.py)
+CANDIDATE_OPERATIONS = 200  # of a matrix product, that take as long as trying one scale for one weight (measured)
+PROBE = 2048  # side of the product that tells the machine's rate
+
+
+@dataclass(frozen=True)
+class CalibrationEstimate:
+    """Of the whole calibration."""
+
+    memory: int
+    """Bytes of the process at its peak."""
+    disk: int
+    """Bytes in the folder beside the output."""
+    seconds: float
+
+
+def estimate_calibration(plan: ExportPlan, options: CalibrationOptions) -> CalibrationEstimate:
+    """Formulas in the functions below, rate by a probe of this machine."""
+    sequence = blocks(plan.config)
+    samples = options.samples + options.held_out
+    rate = _rate(options.device)
+    states = max(_state_bytes(plan, block) for block in sequence)
+    records = sum(_linears_bytes(plan, block) for block in sequence)
+    return CalibrationEstimate(
+        memory=PROCESS_BYTES + max(_memory(plan, block) for block in sequence),
+        disk=2 * (samples + options.held_out) * states + records,
+        seconds=sum(_operations(plan, block, options) for block in sequence) / rate,
+    )
+
+
+def _linears(plan: ExportPlan, block: Block) -> list[Parameter]:
+    return [p for p in plan.parameters.values() if p.kind == "linear" and p.name.startswith(block.prefixes)]
+
+
+def _observed(plan: ExportPlan, block: Block) -> list[Parameter]:
+    """Linears whose inputs' moments are kept; ``up`` of the LLM shares those of ``gate``."""
+    return [p for p in _linears(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up.weight"))]
+
+
+def _memory(plan: ExportPlan, block: Block) -> int:
+    """Weights, moments and what factorizing the largest needs; or both sets of weights while samples pass."""
+    weights = FLOAT * sum(p.size for p in _linears(plan, block))
+    squares = [p.shape[1] for p in _observed(plan, block)]
+    fitting = weights + DOUBLE * (sum(n * n for n in squares) + SQUARES_AT_ONCE * max(squares) ** 2)
+    return max(fitting, 2 * weights)
+
+
+def _state_bytes(plan: ExportPlan, block: Block) -> int:
+    """What one sample leaves behind a block."""
+    config = plan.config
+    if block.name.startswith("vision."):
+        return FLOAT * 3 * _vision_rows(plan) * config.vision.width
+    windows = plan.options.query_lengths[0] * config.alignment.window_size**2
+    return FLOAT * (_positions(plan) + windows) * config.language.hidden_size
+
+
+def _linears_bytes(plan: ExportPlan, block: Block) -> int:
+    names = [p.name.removesuffix(".weight") for p in _linears(plan, block)]
+    return sum(p.size * plan.formats[n].bits // 8 for p, n in zip(_linears(plan, block), names, strict=True))
+
+
+def _vision_rows(plan: ExportPlan) -> int:
+    return (GLOBAL_CROPS + 1) * plan.config.vision.patches + MINIMUM_TEXT
+
+
+def _positions(plan: ExportPlan) -> int:
+    return (plan.options.image_tokens or plan.config.vision.patches) + plan.options.query_lengths[0] + TEXT
+
+
+def _rows(plan: ExportPlan, name: str) -> int:
+    """Rows of a linear's input for one sample."""
+    q = plan.options.query_lengths[0]
+    if name.startswith("vision.text_projector"):
+        return MINIMUM_TEXT
+    if name.startswith("vision."):
+        return _vision_rows(plan)
+    if name.startswith("llm.lm_head"):
+        return TEXT // 2
+    if name.startswith("llm."):
+        return _positions(plan)
+    part = name.split(".")[3]
+    if part in ("context", "key", "value"):
+        return q * plan.config.alignment.window_size**2
+    return 1 if part == "question_in" else q
+
+
+def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> float:
+    """Of float32 products, or what takes as long."""
+    passes = 2 * (options.samples + options.held_out)
+    total = 0.0
+    for p in _linears(plan, block):
+        rows, bits = _rows(plan, p.name), plan.formats[p.name.removesuffix(".weight")].bits
+        total += 2 * passes * rows * p.size
+        if bits in SCALE_SHARES:
+            candidates = SCALE_SHARES[bits][2] if options.method == "gptq" else 1
+            total += p.size * (5 * p.shape[1] + CANDIDATE_OPERATIONS * candidates)
+    for p in _observed(plan, block):
+        inputs = p.shape[1]
+        total += 2 * options.samples * _rows(plan, p.name) * inputs**2
+        if options.method == "gptq":
+            total += 2 * 4 * inputs**3 / 3  # float64 takes twice as long
+    return total
+
+
+def _rate(device: str) -> float:
+    """Operations a second of a float32 product: the best of three."""
+    a = torch.rand(PROBE, PROBE, device=device)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        float((a @ a)[0, 0])
+        times.append(time.perf_counter() - started)
+    return 2 * PROBE**3 / min(times)

@@ -1,0 +1,56 @@
+"""A calibrated export: samples, calibration, the check of what it cost, the bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fusion_edge.export.bundle_writer import check_output, resolve_output, write_bundle
+from fusion_edge.export.plan import ExportPlan
+from fusion_edge.quant.calibration.options import CalibrationOptions
+from fusion_edge.quant.calibration.run import calibrate
+from fusion_edge.quant.calibration.samples import read_samples
+from fusion_edge.quant.calibration.work_folder import describe, work_folder
+from fusion_edge.runtime.bundle import Manifest
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.quantization_report import EndToEnd, QuantizationReport
+
+
+class AccuracyError(FusionError):
+    """Quantizing costs more accuracy than the user allows; the bundle is not published."""
+
+    exit_code = 6
+
+
+def export_calibrated(
+    plan: ExportPlan, options: CalibrationOptions, output: Path, force: bool
+) -> tuple[Manifest, QuantizationReport]:
+    """Calibrate and write a bundle; what was calibrated is kept beside the output until the bundle is there.
+
+    Raises :class:`AccuracyError`, and :class:`FusionError` for samples, weights or an output that will not do.
+    """
+    if not any(form.is_quantized for form in plan.formats.values()):
+        raise UsageError(f"--calibrate is for quantized weights; --{plan.options.precision} has none: leave it out.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise FusionError("--device cuda needs a GPU and a build of torch with CUDA; use --device cpu.")
+    output = resolve_output(output)
+    check_output(output, force)
+    samples = read_samples(options.data, options.samples, options.held_out)
+    settings = {"method": options.method, "device": options.device, "torch": torch.__version__}
+    command = describe(plan, samples, settings)
+    with work_folder(output, command) as folder:
+        calibrated = calibrate(plan, samples, options.method, options.device, folder)
+        _check(calibrated.report.end_to_end, options.largest_drop)
+        return write_bundle(plan, output, force, calibrated)
+
+
+def _check(result: EndToEnd | None, largest_drop: float | None) -> None:
+    if result is None or largest_drop is None or result.accuracy_drop <= largest_drop:
+        return
+    what = "likeliest tokens" if result.accuracy is None else "exact answers"
+    details = ", ".join(f"{name.lower()} {value}" for name, value in result.rows())
+    raise AccuracyError(
+        f"Quantizing costs {result.accuracy_drop:.1f} points of {what}, more than {largest_drop:g}; no bundle was "
+        f"written ({details}). Give the worst weights 8 bits with --rule, use a smaller --group-size, or --int8."
+    )

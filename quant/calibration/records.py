@@ -1,0 +1,64 @@
+"""Calibrated weights as they are kept: two NumPy files for each linear, and a file of facts for each finished block."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.quant.calibration.states import replace_text
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.gptq import Quantized
+from fusion_edge.quant.packing import dequantize
+from fusion_edge.runtime.quantization_report import LinearReport
+
+
+class Records:
+    """A folder of calibrated linears."""
+
+    def __init__(self, folder: Path, formats: Mapping[str, WeightFormat]) -> None:
+        self._folder = folder
+        self._formats = formats
+
+    def save(self, name: str, rows: list[Quantized]) -> None:
+        """Keep a linear's rows, in order."""
+        for part in ("packed", "scales"):
+            with open(self._file(name, part), "wb") as file:
+                np.save(file, np.concatenate([getattr(some, part) for some in rows]))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def finish(self, block: str, linears: list[LinearReport]) -> None:
+        """The block's linears have all been saved."""
+        replace_text(self._facts(block), json.dumps([asdict(linear) for linear in linears]))
+
+    def finished(self, block: str) -> list[LinearReport] | None:
+        """The linears of a block, None if it was not finished."""
+        path = self._facts(block)
+        if not path.exists():
+            return None
+        return [LinearReport(**facts) for facts in json.loads(path.read_text(encoding="utf-8"))]
+
+    def __contains__(self, name: str) -> bool:
+        return self._file(name, "scales").exists()
+
+    def rows(self, name: str, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
+        """Packed values and scales of some rows of a linear."""
+        packed, scales = (np.load(self._file(name, part), mmap_mode="r") for part in ("packed", "scales"))
+        return np.array(packed[start:stop]), np.array(scales[start:stop])
+
+    def dequantized(self, name: str, inputs: int) -> npt.NDArray[np.float32]:
+        """A linear's weights ``[n, inputs]``."""
+        packed, scales = (np.load(self._file(name, part)) for part in ("packed", "scales"))
+        return dequantize(packed, scales, self._formats[name], inputs)
+
+    def _file(self, name: str, part: str) -> Path:
+        return self._folder / f"{name}.{part}.npy"
+
+    def _facts(self, block: str) -> Path:
+        return self._folder / f"{block}.block.json"

@@ -1,0 +1,215 @@
+"""Calibration: block by block, every linear's inputs are observed and its weights quantized for them.
+
+A block's linears see what the blocks before them, already quantized, make of the samples. The last samples are held
+out: no weight is fitted to them, the float model runs on them beside the quantized one, and the report tells how far
+apart both ended (``evaluation.py``). Every finished block is kept in a folder, so a run that was killed goes on where
+it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fusion_edge.export.plan import ExportPlan
+from fusion_edge.export.weights import CheckpointWeights, read_parameter
+from fusion_edge.quant.calibration import states
+from fusion_edge.quant.calibration.blocks import Block, BlockOperations, Prepared, blocks, kept, prepare
+from fusion_edge.quant.calibration.evaluation import Evaluation
+from fusion_edge.quant.calibration.observing import Observing
+from fusion_edge.quant.calibration.records import Records
+from fusion_edge.quant.calibration.samples import Sample, Samples
+from fusion_edge.quant.calibration.states import State, StateReader
+from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error
+from fusion_edge.quant.packing import dequantize, quantize
+from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.runtime.bundle import TOKENIZER
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.progress import Progress
+from fusion_edge.runtime.quantization_report import LinearReport, QuantizationReport, sqnr
+
+ROWS_AT_ONCE = 4096  # of a linear, quantized together: bounds the memory that lm_head takes
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The outcome of a calibration."""
+
+    records: Records
+    report: QuantizationReport
+
+
+def calibrate(plan: ExportPlan, samples: Samples, method: str, device: str, folder: Path) -> Calibrated:
+    """Quantize every linear of a planned bundle for the samples, going on with what ``folder`` already holds.
+
+    Raises :class:`FusionError` for activations that are not finite, naming the linear.
+    """
+    return _Run(plan, samples, method, device, folder).run()
+
+
+class _Run:
+    def __init__(self, plan: ExportPlan, samples: Samples, method: str, device: str, folder: Path) -> None:
+        self._plan = plan
+        self._method = method
+        self._device = device
+        self._folder = folder
+        self._weights = CheckpointWeights(plan.checkpoint, plan.parameters)
+        self._records = Records(folder, plan.formats)
+        tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
+        self._calibrating = list(self._prepare(samples.calibrating, tokenizer))
+        self._held_out = list(self._prepare(samples.held_out, tokenizer))
+        self._evaluation = Evaluation(self._held_out)
+        self._embedding = lru_cache(maxsize=None)(self._embedding_row)
+
+    def _prepare(self, samples: Sequence[Sample], tokenizer: Tokenizer) -> Iterator[Prepared]:
+        """The samples, with the bundle's query lengths in turn."""
+        manifest = self._plan.manifest(())
+        lengths = manifest.query_lengths
+        for i, sample in enumerate(samples):
+            length = lengths[i % len(lengths)]
+            yield prepare(sample, tokenizer, self._plan.config, length, manifest.image_side, self._device)
+
+    @torch.inference_mode()
+    def run(self) -> Calibrated:
+        sequence = blocks(self._plan.config)
+        start = max(i for i in range(len(sequence) + 1) if i == 0 or states.are_complete(self._states(i)))
+        sizes = [self._elements(block) for block in sequence]
+        passes = 2 * (len(self._calibrating) + len(self._held_out))
+        with Progress("Calibrating", sum(sizes[start:]) * passes, "M weights") as progress:
+            for i, block in enumerate(sequence):
+                if i < start:
+                    continue
+                progress.label = f"Calibrating {block.name} ({i + 1} of {len(sequence)})"
+                self._block(i, block, i + 1 == len(sequence), lambda size=sizes[i]: progress.advance(size))  # type: ignore[misc]
+                states.remove(self._states(i))
+        linears = tuple(linear for block in sequence for linear in self._records.finished(block.name) or ())
+        for i in range(len(sequence)):
+            self._evaluation.load(self._outputs(i))
+        report = QuantizationReport(linears, len(self._calibrating), self._evaluation.result())
+        return Calibrated(self._records, report)
+
+    # One block ---------------------------------------------------------------------------------------------------
+
+    def _block(self, i: int, block: Block, is_last: bool, advance: Callable[[], None]) -> None:
+        before = StateReader(self._states(i)) if i else None
+        weights = lru_cache(maxsize=None)(self._float_parameter)
+        if self._records.finished(block.name) is None:
+            self._quantize(block, before, weights, advance)
+        self._propagate(i, block, before, weights, is_last, advance)
+
+    def _quantize(
+        self, block: Block, before: StateReader | None, weights: Callable[[str], Tensor], advance: Callable[[], None]
+    ) -> None:
+        observing = Observing(self._plan.config, weights, self._embed, self._device, self._plan.formats)
+        for number, prepared in enumerate(self._calibrating):
+            block.run(observing, prepared, self._state(before, number))
+            advance()
+        linears: list[LinearReport] = []
+        for index, moments in enumerate(observing.moments):
+            names = [name for name, of in observing.moments_of.items() if of == index]
+            linears += self._quantize_linears(names, moments, weights)
+            observing.moments[index] = moments.new_zeros(0)  # its memory is free before the next is factorized
+        self._records.finish(block.name, linears)
+
+    def _quantize_linears(
+        self, names: list[str], moments: Tensor, weights: Callable[[str], Tensor]
+    ) -> Iterator[LinearReport]:
+        """Quantize and save the linears that share an input."""
+        started = time.monotonic()
+        try:
+            inputs = Inputs(moments) if self._method == "gptq" else None
+        except FusionError as error:
+            raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
+        for name in names:
+            form = self._plan.formats[name]
+            parts, errors = [], np.zeros(4)
+            for rows in torch.split(weights(f"{name}.weight"), ROWS_AT_ONCE):
+                quantized = gptq(rows, inputs, form) if inputs is not None else nearest(rows, form)
+                difference = rows - quantized.values
+                squares = [float(x.square().sum(dtype=torch.float64)) for x in (difference, rows)]
+                errors += [*squares, *output_error(rows, quantized.values, moments)]
+                parts.append(quantized)
+            self._records.save(name, parts)
+            seconds = time.monotonic() - started
+            yield LinearReport(name, str(form), self._method, sqnr(*errors[:2]), sqnr(*errors[2:]), seconds)
+            started = time.monotonic()
+
+    def _propagate(
+        self,
+        i: int,
+        block: Block,
+        before: StateReader | None,
+        weights: Callable[[str], Tensor],
+        is_last: bool,
+        advance: Callable[[], None],
+    ) -> None:
+        """Run the quantized block on all samples, the float block on those held out, and note how they differ."""
+        config, first = self._plan.config, len(self._calibrating)
+        quantized_weights = lru_cache(maxsize=None)(self._quantized_parameter)
+        quantized = BlockOperations(config, quantized_weights, self._embed, self._device)
+        exact = BlockOperations(config, weights, self._embed_exactly, self._device)
+        with states.writing(self._states(i + 1)) as after:
+            for number, prepared in enumerate(self._calibrating):
+                if not is_last:
+                    after.append(kept(block.run(quantized, prepared, self._state(before, number))))
+                advance()
+            for number, prepared in enumerate(self._held_out):
+                pair = [self._state(before, first + 2 * number + path) for path in (0, 1)]
+                state, reference = block.run(quantized, prepared, pair[0]), block.run(exact, prepared, pair[1])
+                self._evaluation.add(number, state, reference)
+                for after_it in (state, reference):
+                    after.append(kept(after_it))
+                    advance()
+            self._evaluation.save(self._outputs(i))
+
+    # Files, weights ----------------------------------------------------------------------------------------------
+
+    def _states(self, i: int) -> Path:
+        return self._folder / f"states-{i}"
+
+    def _outputs(self, i: int) -> Path:
+        return self._folder / f"outputs-{i}.json"
+
+    def _state(self, before: StateReader | None, number: int) -> State:
+        if before is None:
+            return {}
+        return {name: value.to(self._device) for name, value in before[number].items()}
+
+    def _elements(self, block: Block) -> int:
+        parameters = self._plan.parameters.values()
+        return sum(p.size for p in parameters if p.name.startswith(block.prefixes))
+
+    def _float_parameter(self, name: str) -> Tensor:
+        return torch.from_numpy(np.array(read_parameter(self._weights, name))).to(self._device)
+
+    def _quantized_parameter(self, name: str) -> Tensor:
+        linear = name.removesuffix(".weight")
+        if linear not in self._records:
+            exact = self._float_parameter(name)
+            is_half = linear in self._plan.formats and self._plan.formats[linear].kind == "fp16"
+            return exact.half().float() if is_half else exact
+        values = self._records.dequantized(linear, self._plan.parameters[name].shape[1])
+        return torch.from_numpy(values).to(self._device)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[T,D]`` as the bundle has them."""
+        return torch.stack([self._embedding(int(i), False) for i in ids]).to(self._device)
+
+    def _embed_exactly(self, ids: Tensor) -> Tensor:
+        return torch.stack([self._embedding(int(i), True) for i in ids]).to(self._device)
+
+    def _embedding_row(self, token: int, exactly: bool) -> Tensor:
+        row = self._weights.rows(f"{EMBEDDING}.weight", token, token + 1)
+        form = self._plan.formats[EMBEDDING]
+        if form.is_quantized and not exactly:
+            row = dequantize(*quantize(row, form), form, row.shape[1])
+        return torch.from_numpy(np.array(row[0]))
+

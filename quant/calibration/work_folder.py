@@ -1,0 +1,67 @@
+"""Where a calibration keeps what it has finished: a hidden folder beside the output."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.export.plan import ExportPlan
+from fusion_edge.quant.calibration.samples import Samples
+from fusion_edge.quant.calibration.states import replace_text
+from fusion_edge.runtime.errors import FusionError
+
+_COMMAND = "command.json"
+
+
+@contextmanager
+def work_folder(output: Path, command: str) -> Iterator[Path]:
+    """The folder for ``output``: with what an equal command left in it, else empty. Removed unless an error occurs.
+
+    ``command`` is text that is equal for commands that do the same. Raises :class:`FusionError` while another
+    calibration uses the folder.
+    """
+    output = Path(os.path.realpath(output))
+    folder = output.parent / f".{output.name}.calibration"
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FusionError(
+                f"Another calibration for {output} is running; wait for it or choose another output."
+            ) from None
+        if not (folder / _COMMAND).exists() or (folder / _COMMAND).read_text(encoding="utf-8") != command:
+            for left in folder.iterdir():
+                left.unlink()
+            replace_text(folder / _COMMAND, command)
+        yield folder
+        shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
+
+
+def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> str:
+    """Everything that calibrated weights follow from, as text: files by size and time, for reading all takes long."""
+    asked = [*samples.calibrating, *samples.held_out]
+    files = [*plan.checkpoint.files, *dict.fromkeys(sample.picture for sample in asked)]
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = {
+        "settings": settings,
+        "files": stamps,
+        "held_out": len(samples.held_out),
+        "questions": [(str(sample.picture), sample.question, sample.answer) for sample in asked],
+        "formats": {name: str(form) for name, form in plan.formats.items()},
+        "query_lengths": plan.options.query_lengths,
+        "image_tokens": plan.options.image_tokens,
+        "tokenizer": hashlib.sha256(plan.small_files["tokenizer.json"]).hexdigest(),
+        "model": repr(plan.config),
+    }
+    return json.dumps(facts, indent=1)

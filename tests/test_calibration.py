@@ -1,0 +1,285 @@
+"""Calibration through the real commands: the path it takes, what it promises when killed, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import TINY, write_checkpoint
+from paths import GOLDEN
+from torch import Tensor
+
+from fusion_edge.benchmarks.demo.fidelity import first_logits
+from fusion_edge.benchmarks.demo.samples import write_samples
+from fusion_edge.export import cli
+from fusion_edge.export.bundle_weights import BundleWeights
+from fusion_edge.export.eager_backend import EagerBackend, open_checkpoint
+from fusion_edge.export.tensor_names import parameters
+from fusion_edge.export.weights import CheckpointWeights, read_parameter
+from fusion_edge.quant.calibration import run
+from fusion_edge.quant.calibration.blocks import blocks, prepare
+from fusion_edge.quant.calibration.observing import Observing
+from fusion_edge.quant.calibration.samples import Sample
+from fusion_edge.quant.calibration.states import State
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime import Fusion, load
+from fusion_edge.runtime.bundle import QUANTIZATION, open_bundle
+
+COUNT = 9
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with patches of 24 pixels: moments have the side of a linear's inputs."""
+    config = replace(TINY, vision=replace(TINY.vision, patch_size=24))
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-tiny", config)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine samples of the demo's task."""
+    folder = tmp_path_factory.mktemp("samples")
+    write_samples(folder, COUNT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, calibrated in one go. Read it only."""
+    output = tmp_path_factory.mktemp("calibrated") / "bundle"
+    assert cli.main(arguments(checkpoint, data, output)) == 0
+    return output
+
+
+def arguments(checkpoint: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [str(checkpoint), "-o", str(output), "--int4", "--group-size", "32", "--calibrate", str(data), *more]
+
+
+def content(bundle: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in bundle.iterdir()}
+
+
+# The path ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA"])
+def test_blocks_are_the_model(name: str) -> None:
+    """Run one after the other, the blocks give the logits of the whole, and read every linear once."""
+    sample = Sample(GOLDEN / "phi_one_turn.png", "What is in the picture?")
+    with open_checkpoint(GOLDEN / name) as fusion:
+        expected = first_logits(fusion, sample.picture, sample.question)
+        backend = fusion.backend
+        assert isinstance(backend, EagerBackend)
+        length = fusion.manifest.query_lengths[0]
+        prepared = prepare(sample, fusion.tokenizer, fusion.config, length, fusion.manifest.image_side, "cpu")
+        formats = {
+            parameter.removesuffix(".weight"): WeightFormat("int4", 32)
+            for parameter, facts in parameters(fusion.config).items()
+            if facts.kind == "linear"
+        }
+        seen: list[str] = []
+        state: State = {}
+        for block in blocks(fusion.config):
+            read: list[str] = []
+
+            def get(parameter: str, read: list[str] = read) -> Tensor:
+                read.append(parameter)
+                return backend.parameter(parameter)
+
+            def embed(ids: Tensor) -> Tensor:
+                return torch.from_numpy(backend.embed(ids.numpy()))
+
+            operations = Observing(fusion.config, get, embed, "cpu", formats)
+            with torch.inference_mode():
+                state = block.run(operations, prepared, state)
+            others = [parameter for parameter in read if not parameter.startswith(block.prefixes)]
+            assert set(others) <= {"vision.position_embedding.weight", "llm.norm.weight"}
+            seen += operations.moments_of
+    assert sorted(seen) == sorted(formats)
+    actual = state["logits"].numpy()
+    assert actual.shape == (1, len(expected))
+    assert np.abs(actual[0] - expected).max() <= 1e-5 * expected.std()
+
+
+def test_moments_do_not_depend_on_batches() -> None:
+    rows = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0))
+
+    def observe(batches: Iterator[Tensor]) -> Tensor:
+        weights = torch.zeros(4, 32)
+        operations = Observing(None, lambda _: weights, None, "cpu", {"a": WeightFormat("int4", 32)})  # type: ignore[arg-type]
+        for batch in batches:
+            operations.linear(batch, "a")
+        return operations.moments[0]
+
+    expected = rows.reshape(-1, 32).double().T @ rows.reshape(-1, 32).double()
+    for size in (1, 2, 3):
+        torch.testing.assert_close(observe(iter(torch.split(rows, size))), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_linears_that_share_an_input_share_its_moments() -> None:
+    x, weights = torch.randn(5, 32), torch.zeros(4, 32)
+    formats = dict.fromkeys(("a", "b", "c"), WeightFormat("int4", 32))
+    operations = Observing(None, lambda _: weights, None, "cpu", formats)  # type: ignore[arg-type]
+    for _ in range(2):
+        operations.linear(x, "a")
+        operations.linear(x, "b")
+        operations.linear(x * 2, "c")
+    assert operations.moments_of == {"a": 0, "b": 0, "c": 1}
+    torch.testing.assert_close(operations.moments[1], 4 * operations.moments[0])
+
+
+# The bundle ----------------------------------------------------------------------------------------------------
+
+
+def test_bundle_is_what_its_report_says(calibrated: Path) -> None:
+    bundle = open_bundle(calibrated)
+    report = json.loads((calibrated / QUANTIZATION).read_text(encoding="utf-8"))
+    methods = {linear["name"]: linear["method"] for linear in report["linears"]}
+    assert set(methods) == {name for name, form in bundle.manifest.weights.items() if form.startswith("int")}
+    assert {name for name, method in methods.items() if method == "rtn"} == {"llm.embed_tokens"}
+    assert report["calibration_samples"] == COUNT - 1
+    assert set(report["end_to_end"]["cosine"]) == {"vision_encoder", "alignment_decoder", "llm"}
+    assert not list(calibrated.parent.glob(".*"))
+
+
+def test_graphs_compute_with_the_calibrated_weights(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    assert cli.main(arguments(checkpoint, data, output, "--accuracy-level", "0")) == 0
+    picture, question = data / "00000.png", "How many?"
+    with load(output) as fusion:
+        eager = EagerBackend(fusion.config, BundleWeights(open_bundle(output)))
+        expected = first_logits(Fusion(fusion.manifest, eager, fusion.tokenizer, eager.embed), picture, question)
+        actual = first_logits(fusion, picture, question)
+    assert np.abs(actual - expected).max() <= 1e-3 * expected.std()
+
+
+def test_outputs_are_closer_than_by_rounding(
+    checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    assert cli.main(arguments(checkpoint, data, tmp_path / "b", "--method", "rtn")) == 0
+
+    def errors(folder: Path) -> dict[str, float]:
+        report = json.loads((folder / QUANTIZATION).read_text(encoding="utf-8"))
+        return {linear["name"]: linear["output_sqnr"] for linear in report["linears"] if linear["output_sqnr"]}
+
+    fitted, rounded = errors(calibrated), errors(tmp_path / "b")
+    gains = [fitted[name] - rounded[name] for name in fitted if name.startswith(("llm.layers", "alignment"))]
+    assert np.median(gains) > 1
+
+
+# Killed --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@pytest.mark.parametrize("stage", ["_quantize_linears", "_propagate"])
+@pytest.mark.parametrize("number", [0, 3, 6])
+def test_a_killed_run_goes_on(
+    checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, stage: str, number: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, calls = tmp_path / "bundle", 0
+    original = getattr(run._Run, stage)
+
+    def killed(*inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > number:
+            raise Killed
+        return original(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Run, stage, killed)
+        with pytest.raises(Killed):
+            cli.main(arguments(checkpoint, data, output))
+    assert not output.exists()
+    observed: list[str] = []
+    quantize = run._Run._quantize
+
+    def counted(self: Any, block: Any, *more: Any) -> None:
+        observed.append(block.name)
+        quantize(self, block, *more)
+
+    monkeypatch.setattr(run._Run, "_quantize", counted)
+    assert cli.main(arguments(checkpoint, data, output)) == 0
+    assert content(output) == content(calibrated)
+    if stage == "_propagate":
+        assert len(observed) == len(blocks(open_bundle(output).manifest.model)) - number - 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_command_starts_anew(
+    checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "bundle"
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Run, "_propagate", killed)
+        with pytest.raises(Killed):
+            cli.main(arguments(checkpoint, data, output, "--method", "rtn"))
+    assert cli.main(arguments(checkpoint, data, output)) == 0
+    assert content(output) == content(calibrated)
+
+
+# Refused -------------------------------------------------------------------------------------------------------
+
+
+def test_a_drop_that_is_too_large(
+    checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", "--max-accuracy-drop", "-1"), code=6)
+    assert "more than -1" in message
+    assert "--rule" in message
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--samples", "8"], "--samples"),
+        (["--method", "gptq"], "--method"),
+        (["--max-accuracy-drop", "1"], "--max-accuracy-drop"),
+    ],
+)
+def test_options_without_data(
+    checkpoint: Path, tmp_path: Path, refused: Refused, more: list[str], expected: str
+) -> None:
+    message = refused(cli.main, checkpoint, "-o", tmp_path / "b", *more, code=2)
+    assert expected in message
+    assert "--calibrate" in message
+
+
+def test_nothing_to_fit(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "--fp16" in refused(cli.main, checkpoint, "-o", tmp_path / "b", "--fp16", "--calibrate", data, code=2)
+
+
+def test_output_is_checked_before_hours_of_work(
+    checkpoint: Path, data: Path, calibrated: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run._Run, "run", None)
+    assert "--force" in refused(cli.main, *arguments(checkpoint, data, calibrated))
+
+
+def test_activations_that_are_not_finite(
+    checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(weights: CheckpointWeights, name: str) -> np.ndarray[Any, Any]:
+        values = np.array(read_parameter(weights, name))
+        return np.full_like(values, 3e38) if name == "llm.layers.0.mlp_norm.weight" else values
+
+    monkeypatch.setattr(run, "read_parameter", broken)
+    message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
+    assert "llm.layers.0.mlp" in message
+    assert not (tmp_path / "b").exists()

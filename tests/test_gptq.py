@@ -1,0 +1,150 @@
+"""GPTQ against the formula it solves, and what it must never make worse."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error, search_scales
+from fusion_edge.quant.packing import dequantize, quantize
+from fusion_edge.runtime.errors import FusionError
+
+FORMATS = [WeightFormat(kind, size) for kind in ("int4", "int8") for size in (32, 64, 128)]
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Weights and the moments of correlated inputs of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    inputs = torch.randn(2 * columns, columns, generator=generator) @ mixing
+    inputs *= torch.exp(torch.randn(columns, generator=generator))
+    return weights, inputs.T.double() @ inputs.double()
+
+
+def reference(weights: Tensor, inputs: Inputs, form: WeightFormat) -> npt.NDArray[np.float64]:
+    """The paper's equations 2 and 3, the inverse worked out anew for every column."""
+    w: npt.NDArray[np.float64] = weights.double().numpy().copy()
+    half = 1 << (form.bits - 1)
+    damped = inputs.moments.numpy() + inputs.damping * inputs.importance.mean().item() * np.eye(w.shape[1])
+    scales = search_scales(weights, inputs.importance, form).double().numpy()
+    order = inputs.order.tolist()
+    for i, column in enumerate(order):
+        left = order[i:]
+        inverse = np.linalg.inv(damped[np.ix_(left, left)])
+        scale = scales[:, column // form.group_size]
+        rounded = np.clip(np.round(w[:, column] / scale), -half, half - 1) * scale
+        w[:, left] -= np.outer((w[:, column] - rounded) / inverse[0, 0], inverse[0])
+        w[:, column] = rounded
+    return w
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("columns", [1, 33, 128, 150])
+def test_it_solves_the_formula(form: WeightFormat, columns: int) -> None:
+    weights, moments = problem(24, columns, seed=columns)
+    inputs = Inputs(moments)
+    ours, theirs = gptq(weights, inputs, form).values, torch.from_numpy(reference(weights, inputs, form)).float()
+    # A value halfway between two may go either way in float32, and all behind it with it.
+    same = ((ours - theirs).abs() < 1e-6 * weights.abs().max()).float().mean()
+    assert same > 0.97
+    assert output_error(weights, ours, moments)[0] <= 1.02 * output_error(weights, theirs, moments)[0] + 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, seeds, st.sampled_from(FORMATS))
+def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+    weights, moments = problem(*shape, seed)
+    fitted = output_error(weights, gptq(weights, Inputs(moments), form).values, moments)[0]
+    rounded = output_error(weights, nearest(weights, form).values, moments)[0]
+    assert fitted <= rounded * 1.05 + 1e-12
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, seeds, st.sampled_from(FORMATS))
+def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+    weights, moments = problem(*shape, seed)
+    stored = gptq(weights, Inputs(moments), form)
+    assert (stored.scales > 0).all()
+    assert stored.packed.shape == form.packed_shape(*shape)
+    np.testing.assert_array_equal(dequantize(stored.packed, stored.scales, form, shape[1]), stored.values.numpy())
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, seeds, st.sampled_from(FORMATS))
+def test_rounding_is_that_of_the_exporter(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+    weights, _ = problem(*shape, seed)
+    stored, (packed, scales) = nearest(weights, form), quantize(weights.numpy(), form)
+    np.testing.assert_array_equal(stored.scales, scales)
+    # One multiplies by a scale's inverse, the other divides: values halfway may differ by one.
+    exact = dequantize(packed, scales, form, shape[1])
+    assert (np.abs(stored.values.numpy() - exact) <= scales.astype(np.float32).max() * 1.001).all()
+    assert (stored.values.numpy() == exact).mean() > 0.99 or stored.values.numel() < 100
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, seeds, st.sampled_from(FORMATS))
+def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+    weights, moments = problem(*shape, seed)
+    importance = moments.diagonal()
+
+    def error(scales: Tensor) -> float:
+        by_weight = scales.float().repeat_interleave(form.group_size, 1)[:, : shape[1]]
+        half = 1 << (form.bits - 1)
+        rounded = (weights / by_weight).round().clamp(-half, half - 1) * by_weight
+        return float(((weights - rounded).square() * importance).sum())
+
+    fitting = torch.from_numpy(nearest(weights, form).scales)
+    assert error(search_scales(weights, importance, form)) <= error(fitting) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_dead_channels_are_zero_and_disturb_nothing(form: WeightFormat) -> None:
+    weights, moments = problem(8, 140, seed=1)
+    dead = torch.tensor([0, 31, 32, 139])
+    moments[dead] = moments[:, dead] = 0
+    fitted = gptq(weights, Inputs(moments), form).values
+    assert (fitted[:, dead] == 0).all()
+    alive = torch.ones(140, dtype=torch.bool)
+    alive[dead] = False
+    error, signal = output_error(weights[:, alive], fitted[:, alive], moments[alive][:, alive])
+    assert error < 0.02 * signal
+
+
+def test_nothing_ever_came_in() -> None:
+    fitted = gptq(torch.randn(4, 32), Inputs(torch.zeros(32, 32, dtype=torch.float64)), FORMATS[0])
+    assert (fitted.values == 0).all()
+
+
+def test_fewer_samples_than_channels() -> None:
+    """Singular moments, as a layer that sees a few tokens has them."""
+    weights, _ = problem(8, 64, seed=2)
+    rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).double()
+    moments = rows.T @ rows
+    fitted = gptq(weights, Inputs(moments), FORMATS[0]).values
+    rounded = nearest(weights, FORMATS[0]).values
+    assert output_error(weights, fitted, moments)[0] < output_error(weights, rounded, moments)[0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_moments_that_are_not_finite(value: float) -> None:
+    moments = torch.eye(32, dtype=torch.float64)
+    moments[3, 3] = value
+    with pytest.raises(FusionError, match="not finite"):
+        Inputs(moments)
+
+
+def test_moments_of_nothing_real() -> None:
+    """Not positive: no damping that is allowed helps."""
+    moments = torch.eye(32, dtype=torch.float64)
+    moments[0, 1] = moments[1, 0] = -1e6
+    with pytest.raises(FusionError, match="singular"):
+        Inputs(moments)
