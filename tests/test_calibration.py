@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, calls = tmp_path / "bundle", 0
-    original = getattr(run._Run, stage)
+    original = getattr(run.Run, stage)
 
     def killed(*inputs: Any) -> Any:
         nonlocal calls
@@ -198,18 +198,18 @@ def test_a_killed_run_goes_on(
         return original(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run._Run, stage, killed)
+        patch.setattr(run.Run, stage, killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, output))
     assert not output.exists()
     observed: list[str] = []
-    quantize = run._Run._quantize
+    quantize = run.Run._quantize
 
     def counted(self: Any, block: Any, *more: Any) -> None:
         observed.append(block.name)
         quantize(self, block, *more)
 
-    monkeypatch.setattr(run._Run, "_quantize", counted)
+    monkeypatch.setattr(run.Run, "_quantize", counted)
     assert cli.main(arguments(checkpoint, data, output)) == 0
     assert content(output) == content(calibrated)
     if stage == "_propagate":
@@ -226,7 +226,7 @@ def test_another_command_starts_anew(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(run._Run, "_propagate", killed)
+        patch.setattr(run.Run, "_propagate", killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, output, "--method", "rtn"))
     assert cli.main(arguments(checkpoint, data, output)) == 0
@@ -268,7 +268,7 @@ def test_nothing_to_fit(checkpoint: Path, data: Path, tmp_path: Path, refused: R
 def test_output_is_checked_before_hours_of_work(
     checkpoint: Path, data: Path, calibrated: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run._Run, "run", None)
+    monkeypatch.setattr(run.Run, "run", None)
     assert "--force" in refused(cli.main, *arguments(checkpoint, data, calibrated))
 
 

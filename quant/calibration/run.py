@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +52,14 @@ def calibrate(plan: ExportPlan, samples: Samples, method: str, device: str, fold
 
     Raises :class:`FusionError` for activations that are not finite, naming the linear.
     """
-    return _Run(plan, samples, method, device, folder).run()
+    return Run(plan, samples, method, device, folder).run()
 
 
-class _Run:
+class Run:
+    """A calibration, block by block."""
+
     def __init__(self, plan: ExportPlan, samples: Samples, method: str, device: str, folder: Path) -> None:
+        self.config = plan.config
         self._plan = plan
         self._method = method
         self._device = device
@@ -66,6 +69,7 @@ class _Run:
         tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
         self._calibrating = list(self._prepare(samples.calibrating, tokenizer))
         self._held_out = list(self._prepare(samples.held_out, tokenizer))
+        self._sequence = blocks(plan.config)
         self._evaluation = Evaluation(self._held_out)
         self._embedding = lru_cache(maxsize=None)(self._embedding_row)
 
@@ -75,12 +79,12 @@ class _Run:
         lengths = manifest.query_lengths
         for i, sample in enumerate(samples):
             length = lengths[i % len(lengths)]
-            yield prepare(sample, tokenizer, self._plan.config, length, manifest.image_side, self._device)
+            yield prepare(sample, tokenizer, self.config, length, manifest.image_side, self._device)
 
     @torch.inference_mode()
     def run(self) -> Calibrated:
-        sequence = blocks(self._plan.config)
-        start = max(i for i in range(len(sequence) + 1) if i == 0 or states.are_complete(self._states(i)))
+        sequence = self._sequence
+        start = max(i for i in range(len(sequence) + 1) if i == 0 or states.are_complete(self.states(i)))
         sizes = [self._elements(block) for block in sequence]
         passes = 2 * (len(self._calibrating) + len(self._held_out))
         with Progress("Calibrating", sum(sizes[start:]) * passes, "M weights") as progress:
@@ -88,8 +92,8 @@ class _Run:
                 if i < start:
                     continue
                 progress.label = f"Calibrating {block.name} ({i + 1} of {len(sequence)})"
-                self._block(i, block, i + 1 == len(sequence), lambda size=sizes[i]: progress.advance(size))  # type: ignore[misc]
-                states.remove(self._states(i))
+                self.run_block(i, partial(progress.advance, sizes[i]))
+                states.remove(self.states(i))
         linears = tuple(linear for block in sequence for linear in self._records.finished(block.name) or ())
         for i in range(len(sequence)):
             self._evaluation.load(self._outputs(i))
@@ -98,8 +102,14 @@ class _Run:
 
     # One block ---------------------------------------------------------------------------------------------------
 
-    def _block(self, i: int, block: Block, is_last: bool, advance: Callable[[], None]) -> None:
-        before = StateReader(self._states(i)) if i else None
+    def tokens(self, number: int) -> int:
+        """Rows of the LLM's input for a calibrating sample."""
+        return len(self._calibrating[number].tokens)
+
+    def run_block(self, i: int, advance: Callable[[], None]) -> None:
+        """Quantize block ``i`` and run all samples through it; ``advance`` is called for each."""
+        block, is_last = self._sequence[i], i + 1 == len(self._sequence)
+        before = StateReader(self.states(i)) if i else None
         weights = lru_cache(maxsize=None)(self._float_parameter)
         if self._records.finished(block.name) is None:
             self._quantize(block, before, weights, advance)
@@ -108,7 +118,7 @@ class _Run:
     def _quantize(
         self, block: Block, before: StateReader | None, weights: Callable[[str], Tensor], advance: Callable[[], None]
     ) -> None:
-        observing = Observing(self._plan.config, weights, self._embed, self._device, self._plan.formats)
+        observing = Observing(self.config, weights, self._embed, self._device, self._plan.formats)
         for number, prepared in enumerate(self._calibrating):
             block.run(observing, prepared, self._state(before, number))
             advance()
@@ -152,11 +162,11 @@ class _Run:
         advance: Callable[[], None],
     ) -> None:
         """Run the quantized block on all samples, the float block on those held out, and note how they differ."""
-        config, first = self._plan.config, len(self._calibrating)
+        config, first = self.config, len(self._calibrating)
         quantized_weights = lru_cache(maxsize=None)(self._quantized_parameter)
         quantized = BlockOperations(config, quantized_weights, self._embed, self._device)
         exact = BlockOperations(config, weights, self._embed_exactly, self._device)
-        with states.writing(self._states(i + 1)) as after:
+        with states.writing(self.states(i + 1)) as after:
             for number, prepared in enumerate(self._calibrating):
                 if not is_last:
                     after.append(kept(block.run(quantized, prepared, self._state(before, number))))
@@ -172,7 +182,8 @@ class _Run:
 
     # Files, weights ----------------------------------------------------------------------------------------------
 
-    def _states(self, i: int) -> Path:
+    def states(self, i: int) -> Path:
+        """The file of what block ``i`` is given."""
         return self._folder / f"states-{i}"
 
     def _outputs(self, i: int) -> Path:

@@ -1,0 +1,102 @@
+"""Time and memory of calibrating some blocks of a checkpoint at full size, on random states of samples.
+
+    python -m fusion_edge.benchmarks.calibrate_blocks --checkpoint FOLDER --work FOLDER --first llm.layers.0 --blocks 2
+
+Random states show speed and memory, never quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fusion_edge.export.plan import ExportOptions, plan_export
+from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.quant.calibration import states
+from fusion_edge.quant.calibration.blocks import blocks
+from fusion_edge.quant.calibration.estimate import estimate_calibration
+from fusion_edge.quant.calibration.options import DEVICES, CalibrationOptions
+from fusion_edge.quant.calibration.run import Run
+from fusion_edge.quant.calibration.samples import Sample, Samples
+from fusion_edge.runtime.cli import positive, run
+from fusion_edge.runtime.errors import UsageError
+
+QUESTION = "What is in front of the camera, and how far away is it?"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="folder of a FUSION checkpoint")
+    add("--work", type=Path, required=True, help="empty folder for states and weights")
+    add("--first", default="llm.layers.0", help="name of an LLM block (default: %(default)s)")
+    add("--blocks", type=positive, default=2, help="how many (default: %(default)s)")
+    add("--samples", type=positive, default=128, help="calibrating (default: %(default)s)")
+    add("--held-out", type=positive, default=16, help="further ones (default: %(default)s)")
+    add("--query-len", type=positive, default=144, help="latents (default: %(default)s)")
+    add("--device", choices=DEVICES, default="cpu", help="where to calibrate (default: %(default)s)")
+    add("--threads", type=positive, default=2, help="threads of torch (default: %(default)s)")
+    return run(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    with Checkpoint(options.checkpoint) as checkpoint:
+        plan = plan_export(checkpoint, ExportOptions(query_lengths=(options.query_len,)))
+        names = [block.name for block in blocks(plan.config)]
+        if options.first not in names or not options.first.startswith("llm.layers."):
+            raise UsageError(f"--first {options.first} is no LLM block; choose one of llm.layers.0 and on.")
+        options.work.mkdir(parents=True, exist_ok=True)
+        picture = options.work / "picture.png"
+        Image.new("RGB", (384, 384)).save(picture)
+        calibrating, held_out = ((Sample(picture, QUESTION),) * n for n in (options.samples, options.held_out))
+        calibration = CalibrationOptions(picture, options.samples, options.held_out, "gptq", options.device)
+        estimate = estimate_calibration(plan, calibration)
+        work = Run(plan, Samples(calibrating, held_out), "gptq", options.device, options.work)
+        first = names.index(options.first)
+        tokens = _write_states(work, options, first)
+        seconds = []
+        with torch.inference_mode():
+            for i in range(first, first + options.blocks):
+                started = time.monotonic()
+                work.run_block(i, lambda: None)
+                seconds.append(round(time.monotonic() - started, 1))
+    result = {
+        "checkpoint": options.checkpoint.name,
+        "blocks": names[first : first + options.blocks],
+        "samples": options.samples,
+        "held_out": options.held_out,
+        "tokens": tokens,
+        "device": options.device,
+        "seconds": seconds,
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "estimated_bytes": estimate.memory,
+        "estimated_seconds_of_all_blocks": round(estimate.seconds),
+    }
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _write_states(work: Run, options: argparse.Namespace, block: int) -> int:
+    """Random states in front of a block; the tokens of a sample."""
+    generator = torch.Generator().manual_seed(0)
+    alignment, hidden = work.config.alignment, work.config.language.hidden_size
+    tokens = work.tokens(0)
+    windows = 1, options.query_len, alignment.window_size**2, hidden
+    with states.writing(work.states(block)) as file:
+        for _ in range(options.samples + 2 * options.held_out):
+            x = torch.randn(1, tokens, hidden, generator=generator)
+            file.append({"x": x, "windows": torch.randn(windows, generator=generator)})
+    return tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())
