@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import onnx
 from fusion_edge.export.graph_builder import Part, PlannedTensor
 from fusion_edge.export.plan import embedding_file
 from fusion_edge.export.tensor_names import Parameter, parameters
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.formats import InputGrid, WeightFormat
 from fusion_edge.quant.packing import dequantize
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle, data_file, graph_file
@@ -41,7 +41,18 @@ class BundleWeights:
         form = self._tensors[name, "values"][1].format
         if not form.is_quantized:
             return values.astype(np.float32)
-        return dequantize(values, self._read(name, "scales", start, stop), form, self.parameters[name].shape[1])
+        inputs = self.parameters[name].shape[1]
+        shape = form.packed_shape(stop - start, inputs)
+        scales = self._read(name, "scales", start, stop).reshape(shape[:2])
+        return dequantize(values.view(np.uint8).reshape(shape), scales, form, inputs)
+
+    def input_grid(self, linear: str) -> InputGrid | None:
+        """See :meth:`Weights.input_grid`."""
+        name = f"{linear}.weight"
+        if (name, "input_scale") not in self._tensors:
+            return None
+        scale, zero_point = self._read(name, "input_scale", 0, 1), self._read(name, "input_zero_point", 0, 1)
+        return InputGrid(float(scale[0]), int(zero_point[0]))
 
     def _format(self, name: str) -> WeightFormat:
         return WeightFormat.parse(self._bundle.manifest.weights[name])
@@ -51,8 +62,9 @@ class BundleWeights:
         model = onnx.load(self._bundle.path(graph_file(graph)), load_external_data=False)
         for initializer in model.graph.initializer:
             place = {entry.key: entry.value for entry in initializer.external_data}
-            part: Part = "scales" if initializer.name.endswith(".scales") else "values"
-            parameter = initializer.name.removesuffix(".scales")
+            last = initializer.name.rpartition(".")[2]
+            part = cast(Part, last) if last in get_args(Part) else "values"
+            parameter = initializer.name.removesuffix(f".{part}")
             if not place or parameter not in self.parameters:
                 continue
             dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).name
@@ -69,7 +81,7 @@ class BundleWeights:
 
     def _read(self, name: str, part: Part, start: int, stop: int) -> npt.NDArray[Any]:
         file, tensor = self._tensors[name, part]
-        row_bytes = tensor.nbytes // tensor.shape[0]
+        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape else tensor.nbytes
         descriptor = os.open(self._bundle.path(file), os.O_RDONLY)
         try:
             content = os.pread(descriptor, (stop - start) * row_bytes, tensor.offset + start * row_bytes)

@@ -17,7 +17,7 @@ from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.source import resolve_checkpoint
 from fusion_edge.quant.calibration.options import DEVICES, METHODS, CalibrationOptions
 from fusion_edge.quant.formats import GROUP_SIZES
-from fusion_edge.quant.policy import Rule, read_rules
+from fusion_edge.quant.policy import VISION, Rule, read_rules
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.errors import FusionError, UsageError
@@ -115,6 +115,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help="fit the quantized weights to samples: a JSONL file of {image, question, answer}, or a folder of pictures",
     )
+    add(
+        "--vision",
+        choices=VISION,
+        help="the vision encoder in integers throughout (int8, needs --calibrate), with 8-bit weights alone, or in 16 "
+        "bits (default: int8 with --calibrate, else int8-weights)",
+    )
     add("--samples", type=cli.positive, metavar="N", help="samples to calibrate with (default: 128)")
     add("--held-out", type=cli.positive, metavar="N", help="further samples, to compare with float (default: 16)")
     add("--method", choices=METHODS, help="how to fit: GPTQ, or round to nearest and only measure (default: gptq)")
@@ -147,7 +153,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UsageError("No output given; add -o BUNDLE, or --dry-run to see sizes only.")
     if arguments.fit is not None and not arguments.dry_run:
         raise UsageError("--fit only works with --dry-run; add it.")
-    options, calibration = _options(arguments), _calibration(arguments)
+    calibration = _calibration(arguments)
+    options = _options(arguments, is_calibrated=calibration is not None)
     with Checkpoint(resolve_checkpoint(arguments.checkpoint, arguments.revision)) as checkpoint:
         plan = plan_export(checkpoint, options)
         if arguments.dry_run:
@@ -188,7 +195,7 @@ def _calibration(arguments: argparse.Namespace) -> CalibrationOptions | None:
     return CalibrationOptions(arguments.calibrate, **given)
 
 
-def _options(arguments: argparse.Namespace) -> ExportOptions:
+def _options(arguments: argparse.Namespace, is_calibrated: bool) -> ExportOptions:
     rules = [Rule.parse(text, arguments.group_size) for text in arguments.rule]
     if arguments.rules is not None:
         rules += read_rules(arguments.rules, arguments.group_size)
@@ -202,6 +209,8 @@ def _options(arguments: argparse.Namespace) -> ExportOptions:
         target=arguments.target,
         accuracy_level=arguments.accuracy_level,
         kv_cache=arguments.kv_cache,
+        vision=arguments.vision,
+        is_calibrated=is_calibrated,
     )
 
 

@@ -53,6 +53,8 @@ class DataWriter:
             for tensor in file.tensors:
                 if tensor.content is not None:
                     _write_at(descriptor, tensor.content, tensor.offset)
+                elif tensor.shape == ():
+                    _write_at(descriptor, self._scalar(tensor), tensor.offset)
             groups = _by_parameter(file, self._weights.parameters)
             blocks = [(name, start, stop) for name in groups for start, stop in self._blocks(name)]
             rounded = {name: _Rounded() for name in groups}
@@ -72,6 +74,12 @@ class DataWriter:
         """On everything written so far."""
         before = self._calibrated.report if self._calibrated else QuantizationReport((), 0, None)
         return QuantizationReport(tuple(self._linears), before.calibration_samples, before.end_to_end)
+
+    def _scalar(self, tensor: PlannedTensor) -> npt.NDArray[Any]:
+        """A scale or zero point of inputs."""
+        assert self._calibrated is not None  # or the plan would have no format that rounds inputs
+        grid = self._calibrated.records.input_grid(tensor.parameter.removesuffix(".weight"))
+        return np.array(grid.scale if tensor.part == "input_scale" else grid.zero_point, tensor.dtype)
 
     def _note(self, name: str, values: PlannedTensor, total: _Rounded) -> None:
         linear = name.removesuffix(".weight")
@@ -122,7 +130,7 @@ def _by_parameter(file: DataFile, known: Iterable[str]) -> dict[str, list[Planne
     """The tensors of a data file, values first, that come from each parameter."""
     groups: dict[str, list[PlannedTensor]] = {}
     for tensor in file.tensors:
-        if tensor.parameter in known:
+        if tensor.parameter in known and tensor.shape != ():
             groups.setdefault(tensor.parameter, []).append(tensor)
     return groups
 

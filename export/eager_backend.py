@@ -35,6 +35,7 @@ class EagerBackend:
         self.config = config
         self._weights = weights
         self.parameter = lru_cache(maxsize=None)(self._parameter)
+        self._input_grid = lru_cache(maxsize=None)(weights.input_grid)
         self._cache = KeyValueCache()
 
     def _parameter(self, name: str) -> Tensor:
@@ -47,7 +48,7 @@ class EagerBackend:
 
     def operations(self) -> EagerOperations:
         """The interpreter over these weights and the current KV cache."""
-        return EagerOperations(self.config, self.parameter, self._cache)
+        return EagerOperations(self.config, self.parameter, self._cache, self._input_grid)
 
     @torch.inference_mode()
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:

@@ -29,7 +29,8 @@ ONNX_TYPES = {
     "bool": TensorProto.BOOL,
 }
 
-Part = Literal["values", "scales"]
+Part = Literal["values", "scales", "input_scale", "input_zero_point"]
+"""The last two are scalars of a linear that rounds its inputs."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ class OnnxRuntimeOperations:
     def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
         form, weight = self.formats[name], self.parameters[f"{name}.weight"]
         offset = self.parameter(f"{name}.bias") if bias else None
+        if form.rounds_inputs:
+            return self._integer_product(x, name, form, weight, offset)
         if form.is_quantized:
             return self._quantized(x, name, form, weight, offset)
         dtype = np.float16 if form.kind == "fp16" else np.float32
@@ -134,6 +136,23 @@ class OnnxRuntimeOperations:
             block_size=form.group_size,
             accuracy_level=self.settings.accuracy_level,
         )
+
+    def _integer_product(
+        self, x: OnnxValue, name: str, form: WeightFormat, weight: Parameter, bias: OnnxValue | None
+    ) -> OnnxValue:
+        """Inputs and weights rounded to 8 bits; ONNX Runtime fuses the pattern to one product of integers."""
+        rows, columns = weight.shape
+        plan = self.builder.plan
+        values = plan(weight.name, "values", form, "int8", (rows, columns))
+        scales = self._cast(plan(weight.name, "scales", form, "float16", (rows,)), "float16")
+        scale = plan(weight.name, "input_scale", form, "float32", ())
+        zero_point = plan(weight.name, "input_zero_point", form, "uint8", ())
+        rounded = self._node("QuantizeLinear", [x, scale, zero_point], f"{name}.input")
+        inputs = self._node("DequantizeLinear", [rounded, scale, zero_point], f"{name}.input")
+        by_column = self._node("Transpose", [values], f"{weight.name}.by_column", perm=[1, 0])  # folded at load
+        weights = self._node("DequantizeLinear", [by_column, scales], weight.name, axis=1)
+        product = self._node("MatMul", [inputs, weights], name)
+        return product if bias is None else product + bias
 
     def _cast(self, stored: str, dtype: str) -> str:
         """Stored values in the activations' type; ONNX Runtime folds the cast of a constant when it loads."""

@@ -43,6 +43,9 @@ class ExportOptions:
     target: str = "cpu"
     accuracy_level: int = 4
     kv_cache: str = "float"
+    vision: str | None = None
+    """One of ``quant.policy.VISION``; None: integers throughout where samples calibrate them, else weights alone."""
+    is_calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,11 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     config = read_config(checkpoint)
     parameters = read_parameters(checkpoint, config)
     options = _checked(options, config)
-    defaults = preset(options.precision, options.group_size)
+    vision = options.vision or ("int8" if options.is_calibrated and options.target == "cpu" else "int8-weights")
+    defaults = preset(options.precision, options.group_size, vision)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
     formats = assign(names, options.rules, defaults)
+    _check_formats(formats, options)
     activations = ACTIVATIONS[options.target]
     settings = Settings(
         activations=activations,
@@ -192,9 +197,23 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
             f"A context of {context} positions has no room for a question beside image tokens and latents; "
             f"choose {taken} or more, or fewer --image-tokens."
         )
+    if options.vision is not None and options.precision not in ("int8", "int4"):
+        raise UsageError(f"--vision is for --int4 and --int8; --{options.precision} is for vision too: leave it out.")
     if options.kv_cache == "int8" and options.target != "cpu":
         raise UsageError(f"--kv-cache int8 is for --target cpu; {options.target} has no kernel for it: leave it out.")
     return dataclasses.replace(options, query_lengths=lengths, image_tokens=options.image_tokens or patches)
+
+
+def _check_formats(formats: Mapping[str, WeightFormat], options: ExportOptions) -> None:
+    """Raise :class:`UsageError` for formats that need what the export has not."""
+    rounding = [name for name, form in formats.items() if form.rounds_inputs]
+    if rounding and not options.is_calibrated:
+        raise UsageError(
+            f"{rounding[0]} is to be w8a8, and the range of its inputs is not known: add --calibrate DATA, or use "
+            "int8 (--vision int8-weights)."
+        )
+    if rounding and options.target != "cpu":
+        raise UsageError(f"w8a8 ({rounding[0]}) is for --target cpu; use int8 (--vision int8-weights) or fp16.")
 
 
 def _default_lengths(offered: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.quant.formats import InputGrid
 from fusion_edge.runtime.errors import FusionError
 
 
@@ -23,6 +24,10 @@ class Weights(Protocol):
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows ``start`` to ``stop`` of a parameter, float32 ``[stop-start, ...]``. Safe in several threads."""
+        ...
+
+    def input_grid(self, linear: str) -> InputGrid | None:
+        """How the inputs of a linear (its name without ``.weight``) are rounded, None if they are not."""
         ...
 
 
@@ -37,6 +42,10 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint, parameters: Mapping[str, Parameter]) -> None:
         self.checkpoint = checkpoint
         self.parameters = parameters
+
+    def input_grid(self, linear: str) -> InputGrid | None:
+        """None: a checkpoint's inputs are float."""
+        return None
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """See :meth:`Weights.rows`. Raises :class:`FusionError` for values that are not finite."""

@@ -90,7 +90,7 @@ def gptq(weights: Tensor, inputs: Inputs, form: WeightFormat) -> Quantized:
     scales = search_scales(weights, inputs.importance, form)
     order = inputs.order
     columns = weights[:, order].T.contiguous()
-    by_column = scales.float().T.contiguous()[order // form.group_size]
+    by_column = scales.float().T.contiguous()[order // form.group(weights.shape[1])]
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     codes[:, order] = _round_columns(columns, inputs.factor, by_column, form).T
     return store(codes, scales, form)
@@ -109,9 +109,9 @@ def store(codes: Tensor, scales: Tensor, form: WeightFormat) -> Quantized:
     half, columns = 1 << (form.bits - 1), codes.shape[1]
     values = (codes.float() - half) * _by_weight(scales, form, columns)
     # The rest of a partial group stands for zero.
-    missing = form.groups(columns) * form.group_size - columns
+    missing = form.groups(columns) * form.group(columns) - columns
     padded = torch.nn.functional.pad(codes, (0, missing), value=half)
-    grouped = padded.cpu().numpy().reshape(len(codes), -1, form.group_size)
+    grouped = padded.cpu().numpy().reshape(len(codes), -1, form.group(columns))
     return Quantized(pack(grouped, form), scales.cpu().numpy(), values)
 
 
@@ -157,13 +157,14 @@ def _fitting(grouped: Tensor, form: WeightFormat) -> Tensor:
 
 def _grouped(rows: Tensor, form: WeightFormat) -> Tensor:
     """``[n,K]`` -> ``[n, groups, group_size]``, zeros at the end of a partial group."""
-    missing = form.groups(rows.shape[1]) * form.group_size - rows.shape[1]
-    return torch.nn.functional.pad(rows, (0, missing)).reshape(len(rows), -1, form.group_size)
+    size = form.group(rows.shape[1])
+    missing = form.groups(rows.shape[1]) * size - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, missing)).reshape(len(rows), -1, size)
 
 
 def _by_weight(scales: Tensor, form: WeightFormat, columns: int) -> Tensor:
     """``[n, groups]`` -> float32 ``[n, columns]``."""
-    return scales.float().repeat_interleave(form.group_size, 1)[:, :columns]
+    return scales.float().repeat_interleave(form.group(columns), 1)[:, :columns]
 
 
 def _round_columns(columns: Tensor, factor: Tensor, scales: Tensor, form: WeightFormat) -> Tensor:

@@ -3,6 +3,8 @@
 Symmetric: a stored value v of b bits means ``(v - 2^(b-1)) * scale``. Two 4-bit values share a byte, the first
 in the low nibble. Scales are strictly positive (TensorRT asks for that) and rounded to float16 *before* the
 values are, so that the stored pair is the best that the stored scale allows.
+
+``w8a8`` (QuantizeLinear, DequantizeLinear) is the same with one group a row, stored as signed bytes.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ def quantize(
     """
     count, inputs = rows.shape
     groups, half = form.groups(inputs), 1 << (form.bits - 1)
-    if missing := groups * form.group_size - inputs:
+    if missing := groups * form.group(inputs) - inputs:
         rows = np.pad(rows, ((0, 0), (0, missing)))
-    grouped = rows.reshape(count, groups, form.group_size)
+    grouped = rows.reshape(count, groups, form.group(inputs))
     extent = np.maximum(grouped.max(axis=2) / np.float32(half - 1), grouped.min(axis=2) / np.float32(-half))
     scales = np.maximum(extent, SMALLEST_SCALE).astype(np.float16)
     scaled = grouped * (1 / scales.astype(np.float32))[:, :, None]
@@ -49,6 +51,9 @@ def dequantize(
 
 def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
     """``[..., group_size]`` -> ``[..., group_size * bits / 8]``."""
+    if form.rounds_inputs:
+        signed: npt.NDArray[np.uint8] = values ^ np.uint8(128)
+        return signed  # the bytes of v - 128 as a signed number
     if form.bits == 8:
         return values
     pairs: npt.NDArray[np.uint16] = values.view("<u2")  # first value in the low byte
@@ -57,6 +62,9 @@ def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.ui
 
 def unpack(packed: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
     """Inverse of :func:`pack`."""
+    if form.rounds_inputs:
+        unsigned: npt.NDArray[np.uint8] = packed ^ np.uint8(128)
+        return unsigned
     if form.bits == 8:
         return packed
     wide = packed.astype("<u2")

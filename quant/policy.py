@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+VISION = ("int8", "int8-weights", "fp16")
 EMBEDDING = "llm.embed_tokens"
 
 
@@ -36,8 +37,16 @@ class Rule:
         return cls(pattern.strip(), WeightFormat.parse(form.strip(), group_size))
 
 
-def preset(precision: str, group_size: int) -> list[Rule]:
-    """The rules behind ``--fp32``, ``--fp16``, ``--int8`` and ``--int4``.
+def vision_preset(vision: str, group_size: int) -> list[Rule]:
+    """The rules behind ``--vision``. ``int8``: inputs are integers too, but for the patch embedding's, the pixels."""
+    if vision == "int8":
+        return [Rule("vision.patch_embedding", WeightFormat("fp16")), Rule("vision.*", WeightFormat("w8a8"))]
+    form = WeightFormat("int8", group_size) if vision == "int8-weights" else WeightFormat("fp16")
+    return [Rule("vision.*", form)]
+
+
+def preset(precision: str, group_size: int, vision: str) -> list[Rule]:
+    """The rules behind ``--fp32``, ``--fp16``, ``--int8`` and ``--int4``; ``vision`` is for the latter two.
 
     INT4 is for the LLM and the alignment; what is read once an image, or is most sensitive, keeps 8 bits.
     """
@@ -45,11 +54,11 @@ def preset(precision: str, group_size: int) -> list[Rule]:
         return [Rule("*", WeightFormat(precision))]
     int8 = WeightFormat("int8", group_size)
     if precision == "int8":
-        return [Rule("*", int8)]
+        return [*vision_preset(vision, group_size), Rule("*", int8)]
     return [
         Rule(EMBEDDING, int8),
         Rule("llm.lm_head", int8),
-        Rule("vision.*", int8),
+        *vision_preset(vision, group_size),
         Rule("*", WeightFormat("int4", group_size)),
     ]
 
@@ -72,6 +81,10 @@ def read_rules(path: Path, group_size: int) -> list[Rule]:
     return [Rule(pattern, WeightFormat.parse(form, group_size)) for pattern, form in rules.items()]
 
 
+def _suits_a_table(form: WeightFormat) -> bool:
+    return form.bits != 4 and not form.rounds_inputs
+
+
 def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[Rule]) -> dict[str, WeightFormat]:
     """The format of every name. ``defaults`` must match all.
 
@@ -87,11 +100,11 @@ def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[R
                 f"Rule {rule.pattern!r} matches no weight; names look like {names[0]!r} or {names[-1]!r} "
                 "(fusion-export --dry-run --json lists them all)."
             )
-        if matched == [EMBEDDING] and rule.format.bits == 4:
+        if matched == [EMBEDDING] and not _suits_a_table(rule.format):
             raise UsageError(f"{EMBEDDING} cannot be {rule.format}: it is looked up by row; use int8 or fp16.")
     rules = [*overrides, *defaults]
 
     def matches(rule: Rule, name: str) -> bool:
-        return fnmatchcase(name, rule.pattern) and not (name == EMBEDDING and rule.format.bits == 4)
+        return fnmatchcase(name, rule.pattern) and (name != EMBEDDING or _suits_a_table(rule.format))
 
     return {name: next(rule.format for rule in rules if matches(rule, name)) for name in names}

@@ -15,7 +15,7 @@ from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error, search_s
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
-FORMATS = [WeightFormat(kind, size) for kind in ("int4", "int8") for size in (32, 64, 128)]
+FORMATS = [*(WeightFormat(kind, size) for kind in ("int4", "int8") for size in (32, 64, 128)), WeightFormat("w8a8")]
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
 seeds = st.integers(0, 2**32 - 1)
 
@@ -40,7 +40,7 @@ def reference(weights: Tensor, inputs: Inputs, form: WeightFormat) -> npt.NDArra
     for i, column in enumerate(order):
         left = order[i:]
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
-        scale = scales[:, column // form.group_size]
+        scale = scales[:, column // form.group(weights.shape[1])]
         rounded = np.clip(np.round(w[:, column] / scale), -half, half - 1) * scale
         w[:, left] -= np.outer((w[:, column] - rounded) / inverse[0, 0], inverse[0])
         w[:, column] = rounded
@@ -97,7 +97,7 @@ def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, form: W
     importance = moments.diagonal()
 
     def error(scales: Tensor) -> float:
-        by_weight = scales.float().repeat_interleave(form.group_size, 1)[:, : shape[1]]
+        by_weight = scales.float().repeat_interleave(form.group(shape[1]), 1)[:, : shape[1]]
         half = 1 << (form.bits - 1)
         rounded = (weights / by_weight).round().clamp(-half, half - 1) * by_weight
         return float(((weights - rounded).square() * importance).sum())

@@ -20,6 +20,7 @@ from fusion_edge.export.architecture import Alignment
 from fusion_edge.export.eager import EagerOperations
 from fusion_edge.quant.calibration.samples import Sample
 from fusion_edge.quant.calibration.states import State
+from fusion_edge.quant.formats import InputGrid
 from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images import cut_crops, normalize
@@ -30,10 +31,15 @@ class BlockOperations(EagerOperations):
     """Eager operations of one block: it has the keys and values of its own interaction layer alone."""
 
     def __init__(
-        self, config: FusionConfig, get: Callable[[str], Tensor], embed: Callable[[Tensor], Tensor], device: str
+        self,
+        config: FusionConfig,
+        get: Callable[[str], Tensor],
+        embed: Callable[[Tensor], Tensor],
+        device: str,
+        input_grid: Callable[[str], InputGrid | None] | None = None,
     ) -> None:
         """``embed`` maps token ids ``[T]`` to embeddings ``[T,D]``."""
-        super().__init__(config, get)
+        super().__init__(config, get, input_grid=input_grid)
         self.embed = embed
         self.device = device
 

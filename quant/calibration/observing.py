@@ -1,4 +1,4 @@
-"""The eager interpreter, watching: the second moments of every quantized linear's inputs."""
+"""The eager interpreter, watching every quantized linear's inputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusion_edge.quant.calibration.blocks import BlockOperations
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.input_range import InputRange
 from fusion_edge.runtime.config import FusionConfig
 from fusion_edge.runtime.errors import FusionError
 
@@ -31,10 +32,14 @@ class Observing(BlockOperations):
         """``[K,K]`` float64 each."""
         self.moments_of: dict[str, int] = {}
         """Index in ``moments`` by linear; linears that share their input share it."""
+        self.ranges: dict[str, InputRange] = {}
+        """Of the linears whose inputs will be rounded."""
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
         if self._formats[name].is_quantized:
             self._observe(x, name)
+        if self._formats[name].rounds_inputs:
+            self.ranges.setdefault(name, InputRange()).add(x)
         return super().linear(x, name, bias)
 
     def _observe(self, x: Tensor, name: str) -> None:

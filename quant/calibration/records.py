@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.quant.calibration.states import replace_text
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.formats import InputGrid, WeightFormat
 from fusion_edge.quant.gptq import Quantized
 from fusion_edge.quant.packing import dequantize
 from fusion_edge.runtime.quantization_report import LinearReport
@@ -32,6 +32,14 @@ class Records:
                 np.save(file, np.concatenate([getattr(some, part) for some in rows]))
                 file.flush()
                 os.fsync(file.fileno())
+
+    def save_input_grid(self, name: str, grid: InputGrid) -> None:
+        """Keep the grid of a linear's inputs."""
+        replace_text(self._grid_file(name), json.dumps(asdict(grid)))
+
+    def input_grid(self, name: str) -> InputGrid:
+        """The grid of a linear's inputs."""
+        return InputGrid(**json.loads(self._grid_file(name).read_text(encoding="utf-8")))
 
     def finish(self, block: str, linears: list[LinearReport]) -> None:
         """The block's linears have all been saved."""
@@ -59,6 +67,9 @@ class Records:
 
     def _file(self, name: str, part: str) -> Path:
         return self._folder / f"{name}.{part}.npy"
+
+    def _grid_file(self, name: str) -> Path:
+        return self._folder / f"{name}.inputs.json"
 
     def _facts(self, block: str) -> Path:
         return self._folder / f"{block}.block.json"

@@ -28,6 +28,7 @@ from fusion_edge.quant.calibration.observing import Observing
 from fusion_edge.quant.calibration.records import Records
 from fusion_edge.quant.calibration.samples import Sample, Samples
 from fusion_edge.quant.calibration.states import State, StateReader
+from fusion_edge.quant.formats import InputGrid
 from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.quant.policy import EMBEDDING
@@ -126,6 +127,9 @@ class Run:
         for index, moments in enumerate(observing.moments):
             names = [name for name, of in observing.moments_of.items() if of == index]
             linears += self._quantize_linears(names, moments, weights)
+            for name in names:
+                if name in observing.ranges:
+                    self._records.save_input_grid(name, observing.ranges[name].grid())
             observing.moments[index] = moments.new_zeros(0)  # its memory is free before the next is factorized
         self._records.finish(block.name, linears)
 
@@ -164,7 +168,8 @@ class Run:
         """Run the quantized block on all samples, the float block on those held out, and note how they differ."""
         config, first = self.config, len(self._calibrating)
         quantized_weights = lru_cache(maxsize=None)(self._quantized_parameter)
-        quantized = BlockOperations(config, quantized_weights, self._embed, self._device)
+        grid = lru_cache(maxsize=None)(self._input_grid)
+        quantized = BlockOperations(config, quantized_weights, self._embed, self._device, grid)
         exact = BlockOperations(config, weights, self._embed_exactly, self._device)
         with states.writing(self.states(i + 1)) as after:
             for number, prepared in enumerate(self._calibrating):
@@ -200,6 +205,9 @@ class Run:
 
     def _float_parameter(self, name: str) -> Tensor:
         return torch.from_numpy(np.array(read_parameter(self._weights, name))).to(self._device)
+
+    def _input_grid(self, name: str) -> InputGrid | None:
+        return self._records.input_grid(name) if self._plan.formats[name].rounds_inputs else None
 
     def _quantized_parameter(self, name: str) -> Tensor:
         linear = name.removesuffix(".weight")

@@ -1,0 +1,69 @@
+"""The 8-bit grid of a linear's inputs, from a histogram that grows with what it sees: a few kilobytes a linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusion_edge.quant.formats import InputGrid
+
+BINS = 4096
+SHARES = 64  # thresholds that are tried on either side
+LARGEST = 255
+
+
+def round_to_grid(x: Tensor, grid: InputGrid) -> Tensor:
+    """``x`` as QuantizeLinear and DequantizeLinear leave it: half to even, ends clipped."""
+    codes = (x / grid.scale).round() + grid.zero_point
+    return (codes.clamp(0, LARGEST) - grid.zero_point) * grid.scale
+
+
+class InputRange:
+    """Counts inputs by value. The histogram's reach doubles when a value lies outside."""
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(BINS, dtype=torch.float64)
+        self._reach = 0.0  # it covers -reach to reach
+        self.least, self.largest = 0.0, 0.0
+        """Extremes so far, 0 included: the grid must have an exact 0."""
+
+    def add(self, x: Tensor) -> None:
+        """Count the elements of ``x``, all finite."""
+        self.least, self.largest = min(self.least, float(x.min())), max(self.largest, float(x.max()))
+        outermost = max(-self.least, self.largest)
+        if self._reach == 0:
+            self._reach = outermost
+        while self._reach < outermost:
+            inner = self._counts.reshape(-1, 2).sum(1)
+            self._counts = torch.nn.functional.pad(inner, (BINS // 4, BINS // 4))
+            self._reach *= 2
+        if self._reach > 0:
+            self._counts += torch.histc(x.float(), BINS, -self._reach, self._reach).double().cpu()
+
+    def grid(self) -> InputGrid:
+        """The grid with the least squared error over everything counted.
+
+        Thresholds are tried from the extremes inwards: first both sides alike, then each side by itself.
+        """
+        if self._reach == 0:
+            return InputGrid(1.0, 0)
+        width = 2 * self._reach / BINS
+        centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * width - self._reach
+        shares = [1 - i / SHARES for i in range(SHARES)]
+
+        def error(least: float, largest: float) -> float:
+            grid = _grid(least, largest)
+            return float(((round_to_grid(centres, grid) - centres).square() * self._counts).sum())
+
+        both = min(shares, key=lambda share: error(self.least * share, self.largest * share))
+        least, largest = self.least * both, self.largest * both
+        low = min(shares, key=lambda share: error(self.least * share, largest))
+        high = min(shares, key=lambda share: error(self.least * low, self.largest * share))
+        candidates = [(least, largest), (self.least * low, self.largest * high)]
+        return _grid(*min(candidates, key=lambda ends: error(*ends)))
+
+
+def _grid(least: float, largest: float) -> InputGrid:
+    """The grid from ``least`` <= 0 to ``largest`` >= 0; the scale as float32 holds it."""
+    scale = float(torch.tensor(max((largest - least) / LARGEST, 1e-12), dtype=torch.float32))
+    return InputGrid(scale, min(max(round(-least / scale), 0), LARGEST))
