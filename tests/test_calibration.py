@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from checkpoints import TINY, write_checkpoint
@@ -27,12 +32,14 @@ from fusion_edge.quant.calibration.blocks import blocks, prepare
 from fusion_edge.quant.calibration.observing import Observing
 from fusion_edge.quant.calibration.samples import Sample
 from fusion_edge.quant.calibration.states import State
+from fusion_edge.quant.calibration.work_folder import work_folder
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle import QUANTIZATION, open_bundle
+from fusion_edge.runtime import Fusion, cli_info, load
+from fusion_edge.runtime.bundle import MANIFEST, QUANTIZATION, digest, graph_file, open_bundle
 
 COUNT = 9
 Refused = Callable[..., str]
+Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +290,91 @@ def test_activations_that_are_not_finite(
     message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
     assert "llm.layers.0.mlp" in message
     assert not (tmp_path / "b").exists()
+
+
+def test_one_calibration_at_a_time(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
+    with work_folder(tmp_path / "b", "another"):
+        assert "Another calibration" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
+
+
+def test_a_disk_that_is_too_small(
+    checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert "GB free" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
+    assert not list(tmp_path.iterdir())
+
+
+# Vision, told beforehand -------------------------------------------------------------------------------------------
+
+
+def test_the_vision_encoder_multiplies_integers(calibrated: Path, tmp_path: Path) -> None:
+    """ONNX Runtime must recognize the pattern, or it would be slower than float."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(calibrated / graph_file("vision_encoder"), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    kinds = Counter(node.op_type for node in optimized.graph.node)
+    formats = open_bundle(calibrated).manifest.weights
+    assert kinds["MatMulIntegerToFloat"] == sum(form == "w8a8" for form in formats.values()) > 0
+    assert kinds["MatMulNBits"] == kinds["DequantizeLinear"] == 0
+
+
+@pytest.mark.parametrize("vision", ["int8-weights", "fp16"])
+def test_other_visions(checkpoint: Path, tmp_path: Path, vision: str) -> None:
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--vision", vision]) == 0
+    forms = {form for name, form in open_bundle(tmp_path / "b").manifest.weights.items() if name.startswith("vision.")}
+    assert forms == {{"int8-weights": "int8:128"}.get(vision, vision)}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--vision", "int8"], "--calibrate"),
+        (["--rule", "vision.layers.0.mlp.up=w8a8"], "--calibrate"),
+        (["--fp16", "--vision", "int8"], "leave it out"),
+        (["--rule", "llm.embed_tokens=w8a8"], "looked up by row"),
+    ],
+)
+def test_formats_that_cannot_be(
+    checkpoint: Path, tmp_path: Path, refused: Refused, more: list[str], expected: str
+) -> None:
+    assert expected in refused(cli.main, checkpoint, "-o", tmp_path / "b", *more, code=2)
+
+
+def test_integers_throughout_are_for_cpus(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
+    more = "--target", "cuda", "--vision", "int8"
+    assert "--target cpu" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", *more), code=2)
+
+
+def test_dry_run_tells_the_effort(checkpoint: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+    command = [str(checkpoint), "--calibrate", str(data), "--dry-run"]
+    assert cli.main(command) == 0
+    assert "Calibration" in capsys.readouterr().out
+    assert cli.main([*command, "--json"]) == 0
+    effort = json.loads(capsys.readouterr().out)["calibration"]
+    assert effort["memory"] > 0
+    assert effort["disk"] > 0
+    assert cli.main([*command, "--json", "--samples", "1000000"]) == 0
+    more = json.loads(capsys.readouterr().out)["calibration"]
+    assert more["memory"] == effort["memory"]
+    assert more["seconds"] > 10 * effort["seconds"]
+
+
+def test_info_tells_the_outcome(calibrated: Path, capsys: Captured) -> None:
+    assert cli_info.main([str(calibrated)]) == 0
+    text = capsys.readouterr().out
+    assert f"1 by rtn; {COUNT - 1} calibration samples" in text
+    assert "Top-1 agreement" in text
+
+
+def test_a_report_that_is_none(calibrated: Path, tmp_path: Path, refused: Refused) -> None:
+    shutil.copytree(calibrated, tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / MANIFEST).read_text(encoding="utf-8"))
+    path = tmp_path / "b" / QUANTIZATION
+    path.write_text("{}", encoding="utf-8")
+    for entry in manifest["files"]:
+        if entry["path"] == QUANTIZATION:
+            entry |= {"size": 2, "sha256": digest(path)}
+    (tmp_path / "b" / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert "no quantization report" in refused(cli_info.main, tmp_path / "b")

@@ -36,15 +36,20 @@ class CalibrationEstimate:
 def estimate_calibration(plan: ExportPlan, options: CalibrationOptions) -> CalibrationEstimate:
     """Formulas in the functions below, rate by a probe of this machine."""
     sequence = blocks(plan.config)
-    samples = options.samples + options.held_out
     rate = _rate(options.device)
-    states = max(_state_bytes(plan, block) for block in sequence)
-    records = sum(_linears_bytes(plan, block) for block in sequence)
     return CalibrationEstimate(
         memory=PROCESS_BYTES + max(_memory(plan, block) for block in sequence),
-        disk=2 * (samples + options.held_out) * states + records,
+        disk=calibration_disk(plan, options),
         seconds=sum(_operations(plan, block, options) for block in sequence) / rate,
     )
+
+
+def calibration_disk(plan: ExportPlan, options: CalibrationOptions) -> int:
+    """Bytes: states of all samples before and behind a block, those held out twice, and the finished weights."""
+    sequence = blocks(plan.config)
+    states = max(_state_bytes(plan, block) for block in sequence)
+    records = sum(_linears_bytes(plan, block) for block in sequence)
+    return 2 * (options.samples + 2 * options.held_out) * states + records
 
 
 def _linears(plan: ExportPlan, block: Block) -> list[Parameter]:

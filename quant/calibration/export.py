@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 
 from fusion_edge.export.bundle_writer import check_output, resolve_output, write_bundle
 from fusion_edge.export.plan import ExportPlan
+from fusion_edge.quant.calibration.estimate import calibration_disk
 from fusion_edge.quant.calibration.options import CalibrationOptions
 from fusion_edge.quant.calibration.run import calibrate
 from fusion_edge.quant.calibration.samples import read_samples
-from fusion_edge.quant.calibration.work_folder import describe, work_folder
+from fusion_edge.quant.calibration.work_folder import describe, folder_bytes, work_folder
 from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.quantization_report import EndToEnd, QuantizationReport
@@ -39,10 +41,22 @@ def export_calibrated(
     samples = read_samples(options.data, options.samples, options.held_out)
     settings = {"method": options.method, "device": options.device, "torch": torch.__version__}
     command = describe(plan, samples, settings)
+    _check_disk(plan, options, output)
     with work_folder(output, command) as folder:
         calibrated = calibrate(plan, samples, options.method, options.device, folder)
         _check(calibrated.report.end_to_end, options.largest_drop)
         return write_bundle(plan, output, force, calibrated)
+
+
+def _check_disk(plan: ExportPlan, options: CalibrationOptions, output: Path) -> None:
+    """States, finished weights and the bundle must fit. What an earlier run left counts as free."""
+    needed = calibration_disk(plan, options) + plan.bundle_bytes
+    free = shutil.disk_usage(output.parent).free + folder_bytes(output)
+    if free < needed:
+        raise FusionError(
+            f"The disk of {output.parent} has {free / 1e9:.2f} GB free; calibrating needs {needed / 1e9:.2f} GB for as "
+            "long as it runs. Free some space, take fewer --samples, or choose another output."
+        )
 
 
 def _check(result: EndToEnd | None, largest_drop: float | None) -> None:

@@ -27,8 +27,7 @@ def work_folder(output: Path, command: str) -> Iterator[Path]:
     ``command`` is text that is equal for commands that do the same. Raises :class:`FusionError` while another
     calibration uses the folder.
     """
-    output = Path(os.path.realpath(output))
-    folder = output.parent / f".{output.name}.calibration"
+    folder = _folder_of(output)
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -46,6 +45,17 @@ def work_folder(output: Path, command: str) -> Iterator[Path]:
         shutil.rmtree(folder)
     finally:
         os.close(descriptor)
+
+
+def folder_bytes(output: Path) -> int:
+    """Bytes of what an earlier run left for ``output``."""
+    folder = _folder_of(output)
+    return sum(file.stat().st_size for file in folder.iterdir()) if folder.exists() else 0
+
+
+def _folder_of(output: Path) -> Path:
+    output = Path(os.path.realpath(output))
+    return output.parent / f".{output.name}.calibration"
 
 
 def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> str:
