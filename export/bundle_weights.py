@@ -17,7 +17,7 @@ from fusion_edge.export.graph_builder import Part, PlannedTensor
 from fusion_edge.export.plan import embedding_file
 from fusion_edge.export.tensor_names import Parameter, parameters
 from fusion_edge.quant.formats import InputGrid, WeightFormat
-from fusion_edge.quant.packing import dequantize
+from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle, data_file, graph_file
 
@@ -44,7 +44,8 @@ class BundleWeights:
         inputs = self.parameters[name].shape[1]
         shape = form.packed_shape(stop - start, inputs)
         scales = self._read(name, "scales", start, stop).reshape(shape[:2])
-        return dequantize(values.view(np.uint8).reshape(shape), scales, form, inputs)
+        zero_points = None if form.is_symmetric else self._read(name, "zero_points", start, stop)
+        return dequantize(Packed(values.view(np.uint8).reshape(shape), scales, zero_points), form, inputs)
 
     def input_grid(self, linear: str) -> InputGrid | None:
         """See :meth:`Weights.input_grid`."""

@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         default=defaults.group_size,
         help="input channels that share a scale (default: %(default)s)",
     )
+    add("--asym", action="store_true", help="4-bit weights with zero points: closer, and slower by a few percent")
     add(
         "--rule",
         action="append",
@@ -211,6 +212,7 @@ def _options(arguments: argparse.Namespace, is_calibrated: bool) -> ExportOption
         kv_cache=arguments.kv_cache,
         vision=arguments.vision,
         is_calibrated=is_calibrated,
+        asymmetric=arguments.asym,
     )
 
 

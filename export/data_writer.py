@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.graph_builder import PlannedTensor
+from fusion_edge.export.graph_builder import Part, PlannedTensor
 from fusion_edge.export.plan import DataFile
 from fusion_edge.export.weights import CheckpointWeights
-from fusion_edge.quant.packing import dequantize, quantize
+from fusion_edge.quant.packing import Packed, dequantize, quantize
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import LinearReport, QuantizationReport, sqnr
 
@@ -105,25 +105,31 @@ class DataWriter:
         started = time.monotonic()
         contents, rounded = self._contents(tensors[0], name, start, stop)
         rounded.seconds = time.monotonic() - started
-        for tensor, content in zip(tensors, contents, strict=True):
+        for tensor in tensors:
             row_bytes = tensor.nbytes // tensor.shape[0]
-            _write_at(descriptor, content, tensor.offset + start * row_bytes)
+            _write_at(descriptor, contents[tensor.part], tensor.offset + start * row_bytes)
         parameter = self._weights.parameters[name]
         self._progress.advance((stop - start) * parameter.size // parameter.shape[0])
         return rounded
 
     def _contents(
         self, values: PlannedTensor, name: str, start: int, stop: int
-    ) -> tuple[tuple[npt.NDArray[Any], ...], _Rounded]:
+    ) -> tuple[dict[Part, npt.NDArray[Any]], _Rounded]:
+        """Arrays by part, and what rounding did."""
         linear, form = name.removesuffix(".weight"), values.format
         if self._calibrated is not None and self._is_calibrated(linear):
-            return self._calibrated.records.rows(linear, start, stop), _Rounded()
+            return _parts(self._calibrated.records.rows(linear, start, stop)), _Rounded()
         rows = self._weights.rows(name, start, stop)
         if not form.is_quantized:
-            return (np.ascontiguousarray(rows, dtype=values.dtype),), _Rounded()
-        packed, scales = quantize(rows, form)
-        lost, kept = (rows - dequantize(packed, scales, form, rows.shape[1])).ravel(), rows.ravel()
-        return (packed, scales), _Rounded(float(lost @ lost), float(kept @ kept))
+            return {"values": np.ascontiguousarray(rows, dtype=values.dtype)}, _Rounded()
+        packed = quantize(rows, form)
+        lost, kept = (rows - dequantize(packed, form, rows.shape[1])).ravel(), rows.ravel()
+        return _parts(packed), _Rounded(float(lost @ lost), float(kept @ kept))
+
+
+def _parts(packed: Packed) -> dict[Part, npt.NDArray[Any]]:
+    parts: dict[Part, npt.NDArray[Any]] = {"values": packed.values, "scales": packed.scales}
+    return parts if packed.zero_points is None else parts | {"zero_points": packed.zero_points}
 
 
 def _by_parameter(file: DataFile, known: Iterable[str]) -> dict[str, list[PlannedTensor]]:

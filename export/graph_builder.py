@@ -29,7 +29,7 @@ ONNX_TYPES = {
     "bool": TensorProto.BOOL,
 }
 
-Part = Literal["values", "scales", "input_scale", "input_zero_point"]
+Part = Literal["values", "scales", "zero_points", "input_scale", "input_zero_point"]
 """The last two are scalars of a linear that rounds its inputs."""
 
 

@@ -123,8 +123,13 @@ class OnnxRuntimeOperations:
         packed = self.builder.plan(weight.name, "values", form, "uint8", shape)
         scales = self.builder.plan(weight.name, "scales", form, "float16", shape[:2])
         inputs: list[OnnxValue | str] = [x, packed, self._cast(scales, "float16")]
+        if not form.is_symmetric:
+            groups = (rows, -(-shape[1] // 2))
+            inputs.append(self.builder.plan(weight.name, "zero_points", form, "uint8", groups))
+        elif bias is not None:
+            inputs.append("")
         if bias is not None:
-            inputs += ["", "", bias]  # no zero points, no group indices
+            inputs += ["", bias]  # no group indices
         return self._node(
             "MatMulNBits",
             inputs,

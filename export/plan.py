@@ -46,6 +46,7 @@ class ExportOptions:
     vision: str | None = None
     """One of ``quant.policy.VISION``; None: integers throughout where samples calibrate them, else weights alone."""
     is_calibrated: bool = False
+    asymmetric: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     parameters = read_parameters(checkpoint, config)
     options = _checked(options, config)
     vision = options.vision or ("int8" if options.is_calibrated and options.target == "cpu" else "int8-weights")
-    defaults = preset(options.precision, options.group_size, vision)
+    defaults = preset(options.precision, options.group_size, vision, options.asymmetric)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
     formats = assign(names, options.rules, defaults)
     _check_formats(formats, options)
@@ -197,6 +198,8 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
             f"A context of {context} positions has no room for a question beside image tokens and latents; "
             f"choose {taken} or more, or fewer --image-tokens."
         )
+    if options.asymmetric and options.precision != "int4":
+        raise UsageError(f"--asym is for --int4, not --{options.precision}: leave it out.")
     if options.vision is not None and options.precision not in ("int8", "int4"):
         raise UsageError(f"--vision is for --int4 and --int8; --{options.precision} is for vision too: leave it out.")
     if options.kv_cache == "int8" and options.target != "cpu":

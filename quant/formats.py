@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from fusion_edge.runtime.errors import UsageError
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "w8a8": 8}
+BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "uint4": 4, "w8a8": 8}
+GROUPED = ("int8", "int4", "uint4")
+"""Kinds whose scales are for groups of input channels. ``uint4`` has a zero point for each group, too."""
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 128
 SCALE_BYTES = 2  # scales are stored as float16
@@ -34,6 +36,11 @@ class WeightFormat:
         return self.bits <= 8
 
     @property
+    def is_symmetric(self) -> bool:
+        """Whether the middle of the integers stands for 0, so that there are no zero points."""
+        return self.kind != "uint4"
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether inputs are integers, too."""
         return self.kind == "w8a8"
@@ -57,16 +64,15 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, text: str, default_group_size: int = DEFAULT_GROUP_SIZE) -> WeightFormat:
-        """``fp32``, ``fp16``, ``w8a8``, ``int8``, ``int4``, the last two with an optional ``:32``, ``:64`` or ``:128``.
+        """The name of a kind; the grouped ones may have ``:32``, ``:64`` or ``:128``.
 
         Raises :class:`UsageError` for anything else.
         """
         kind, _, size = text.partition(":")
-        expected = "fp32, fp16, w8a8, int8 or int4, the last two optionally with a group size (int4:32, :64, :128)"
-        has_groups = kind in ("int8", "int4")
-        if kind not in BITS or (size and (not has_groups or size not in map(str, GROUP_SIZES))):
+        expected = "fp32, fp16, w8a8, int8, int4 or uint4, the last three perhaps with a group size (int4:32)"
+        if kind not in BITS or (size and (kind not in GROUPED or size not in map(str, GROUP_SIZES))):
             raise UsageError(f"Unknown weight format {text!r}; expected {expected}.")
-        if not has_groups:
+        if kind not in GROUPED:
             return cls(kind)
         return cls(kind, int(size) if size else default_group_size)
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import SMALLEST_SCALE, pack
+from fusion_edge.quant.packing import SMALLEST_SCALE, Packed, pack, pack_zero_points
 from fusion_edge.runtime.errors import FusionError
 
 COLUMNS_AT_ONCE = 128
@@ -32,15 +30,23 @@ SCALE_SHARES = {4: (0.5, 1.0, 41), 8: (0.9, 1.0, 11)}
 SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at once: they stay in a core's cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
-    """Rows of a linear as they are stored."""
+    """Rows of a linear."""
 
-    packed: npt.NDArray[np.uint8]
-    """As :func:`fusion_edge.quant.packing.quantize` gives them."""
-    scales: npt.NDArray[np.float16]
+    packed: Packed
     values: Tensor
     """``[n,K]`` float32: what they stand for."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers v of each group stand for ``(v - zero) * scale``."""
+
+    scales: Tensor
+    """``[n, groups]`` float16."""
+    zeros: Tensor
+    """``[n, groups]`` float32 integers."""
 
 
 class Inputs:
@@ -87,56 +93,76 @@ def gptq(weights: Tensor, inputs: Inputs, form: WeightFormat) -> Quantized:
     """Quantize rows ``[n,K]`` float32 for their inputs. Dead channels are stored as zero."""
     weights = weights.clone()
     weights[:, inputs.dead] = 0
-    scales = search_scales(weights, inputs.importance, form)
+    grid = search_grid(weights, inputs.importance, form)
     order = inputs.order
     columns = weights[:, order].T.contiguous()
-    by_column = scales.float().T.contiguous()[order // form.group(weights.shape[1])]
+    group = order // form.group(weights.shape[1])
+    scales, zeros = (part.float().T.contiguous()[group] for part in (grid.scales, grid.zeros))
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
-    codes[:, order] = _round_columns(columns, inputs.factor, by_column, form).T
-    return store(codes, scales, form)
+    codes[:, order] = _round_columns(columns, inputs.factor, scales, zeros, (1 << form.bits) - 1).T
+    return store(codes, grid, form)
 
 
 def nearest(weights: Tensor, form: WeightFormat) -> Quantized:
     """Rows ``[n,K]`` with every weight rounded to the nearest value, scales from the extremes of their groups."""
-    scales = _fitting(_grouped(weights, form), form).clamp_min(SMALLEST_SCALE).half()
-    half = 1 << (form.bits - 1)
-    divided = weights / _by_weight(scales, form, weights.shape[1])
-    return store((divided.round().clamp(-half, half - 1) + half).to(torch.uint8), scales, form)
+    grid = _grid(*_extremes(_grouped(weights, form)), form)
+    scales, zeros = (_by_weight(part, form, weights.shape[1]) for part in (grid.scales, grid.zeros))
+    codes = ((weights / scales).round() + zeros).clamp(0, (1 << form.bits) - 1)
+    return store(codes.to(torch.uint8), grid, form)
 
 
-def store(codes: Tensor, scales: Tensor, form: WeightFormat) -> Quantized:
-    """Codes ``[n,K]`` uint8 and scales ``[n, groups]`` float16 as they are stored."""
-    half, columns = 1 << (form.bits - 1), codes.shape[1]
-    values = (codes.float() - half) * _by_weight(scales, form, columns)
+def store(codes: Tensor, grid: Grid, form: WeightFormat) -> Quantized:
+    """Codes ``[n,K]`` uint8 as they are stored."""
+    columns = codes.shape[1]
+    scales, zeros = (_by_weight(part, form, columns) for part in (grid.scales, grid.zeros))
+    values = (codes.float() - zeros) * scales
     # The rest of a partial group stands for zero.
     missing = form.groups(columns) * form.group(columns) - columns
-    padded = torch.nn.functional.pad(codes, (0, missing), value=half)
-    grouped = padded.cpu().numpy().reshape(len(codes), -1, form.group(columns))
-    return Quantized(pack(grouped, form), scales.cpu().numpy(), values)
+    rest = grid.zeros[:, -1:].to(torch.uint8).expand(-1, missing)
+    grouped = torch.cat([codes, rest], 1).cpu().numpy().reshape(len(codes), -1, form.group(columns))
+    zero_points = None if form.is_symmetric else pack_zero_points(grid.zeros.to(torch.uint8).cpu().numpy())
+    return Quantized(Packed(pack(grouped, form), grid.scales.cpu().numpy(), zero_points), values)
 
 
-def search_scales(weights: Tensor, importance: Tensor, form: WeightFormat) -> Tensor:
-    """Scales ``[n, groups]`` float16 that make ``sum importance * error^2`` least, group by group.
+def search_grid(weights: Tensor, importance: Tensor, form: WeightFormat) -> Grid:
+    """Scales and zeros that make ``sum importance * error^2`` least, group by group.
 
     ``weights`` ``[n,K]`` float32; ``importance`` ``[K]``, not negative.
     """
     step = max(1, SEARCH_ELEMENTS // weights.shape[1])
     weighting = _grouped((importance / importance.mean().clamp_min(1e-30)).float()[None], form)
-    return torch.cat([_search(_grouped(rows, form), weighting, form) for rows in torch.split(weights, step)])
+    parts = [_search(_grouped(rows, form), weighting, form) for rows in torch.split(weights, step)]
+    return Grid(torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
 
 
-def _search(grouped: Tensor, importance: Tensor, form: WeightFormat) -> Tensor:
+def _search(grouped: Tensor, importance: Tensor, form: WeightFormat) -> Grid:
+    least, largest = _extremes(grouped)
+    best, lowest = _grid(least, largest, form), torch.full_like(least, torch.inf)
+    smallest_share, largest_share, count = SCALE_SHARES[form.bits]
+    for share in torch.linspace(largest_share, smallest_share, count).tolist():
+        grid = _grid(least * share, largest * share, form)
+        scales, zeros = grid.scales.float()[..., None], grid.zeros[..., None]
+        codes = (grouped / scales).round_().add_(zeros).clamp_(0, (1 << form.bits) - 1)
+        error = codes.sub_(zeros).mul_(scales).sub_(grouped).square_().mul_(importance).sum(2)
+        better = error < lowest
+        best = Grid(torch.where(better, grid.scales, best.scales), torch.where(better, grid.zeros, best.zeros))
+        lowest = torch.where(better, error, lowest)
+    return best
+
+
+def _extremes(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Least (0 at most) and largest (0 at least) weight of every group."""
+    return grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
+
+
+def _grid(least: Tensor, largest: Tensor, form: WeightFormat) -> Grid:
+    """The grid with the least scale for which both ends fit."""
     half = 1 << (form.bits - 1)
-    fitting = _fitting(grouped, form)
-    best, least = torch.empty_like(fitting), torch.full_like(fitting, torch.inf)
-    smallest, largest, count = SCALE_SHARES[form.bits]
-    for share in torch.linspace(largest, smallest, count).tolist():
-        scales = (fitting * share).clamp_min(SMALLEST_SCALE).half().float()
-        error = (grouped / scales[..., None]).round_().clamp_(-half, half - 1).mul_(scales[..., None])
-        squared = error.sub_(grouped).square_().mul_(importance).sum(2)
-        better = squared < least
-        best, least = torch.where(better, scales, best), torch.where(better, squared, least)
-    return best.half()
+    if form.is_symmetric:
+        scales = torch.maximum(largest / (half - 1), least / -half).clamp_min(SMALLEST_SCALE).half()
+        return Grid(scales, torch.full_like(least, half))
+    scales = ((largest - least) / (2 * half - 1)).clamp_min(SMALLEST_SCALE).half()
+    return Grid(scales, (-least / scales.float()).round().clamp(0, 2 * half - 1))
 
 
 def output_error(weights: Tensor, quantized: Tensor, moments: Tensor) -> tuple[float, float]:
@@ -149,12 +175,6 @@ def output_error(weights: Tensor, quantized: Tensor, moments: Tensor) -> tuple[f
     return energy(weights - quantized), energy(weights)
 
 
-def _fitting(grouped: Tensor, form: WeightFormat) -> Tensor:
-    """The least scales ``[n, groups]`` for which both ends of a group fit."""
-    half = 1 << (form.bits - 1)
-    return torch.maximum(grouped.amax(2) / (half - 1), grouped.amin(2) / -half)
-
-
 def _grouped(rows: Tensor, form: WeightFormat) -> Tensor:
     """``[n,K]`` -> ``[n, groups, group_size]``, zeros at the end of a partial group."""
     size = form.group(rows.shape[1])
@@ -162,24 +182,23 @@ def _grouped(rows: Tensor, form: WeightFormat) -> Tensor:
     return torch.nn.functional.pad(rows, (0, missing)).reshape(len(rows), -1, size)
 
 
-def _by_weight(scales: Tensor, form: WeightFormat, columns: int) -> Tensor:
+def _by_weight(part: Tensor, form: WeightFormat, columns: int) -> Tensor:
     """``[n, groups]`` -> float32 ``[n, columns]``."""
-    return scales.float().repeat_interleave(form.group(columns), 1)[:, :columns]
+    return part.float().repeat_interleave(form.group(columns), 1)[:, :columns]
 
 
-def _round_columns(columns: Tensor, factor: Tensor, scales: Tensor, form: WeightFormat) -> Tensor:
+def _round_columns(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, largest: int) -> Tensor:
     """Codes ``[K,n]`` uint8. All in the order of rounding, transposed; ``columns`` are consumed."""
-    half = 1 << (form.bits - 1)
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
     for start in range(0, len(columns), COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, len(columns))
         block, local = columns[start:stop], factor[start:stop, start:stop]
         errors = torch.empty_like(block)
         for i in range(stop - start):
-            scale = scales[start + i]
-            rounded = (block[i] / scale).round_().clamp_(-half, half - 1)
-            codes[start + i] = (rounded + half).to(torch.uint8)
-            errors[i] = (block[i] - rounded * scale) / local[i, i]
+            scale, zero = scales[start + i], zeros[start + i]
+            code = (block[i] / scale).round_().add_(zero).clamp_(0, largest)
+            codes[start + i] = code.to(torch.uint8)
+            errors[i] = (block[i] - (code - zero) * scale) / local[i, i]
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes

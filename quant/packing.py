@@ -1,13 +1,15 @@
 """Round-to-nearest group quantization and its byte layout, that of ONNX Runtime's MatMulNBits.
 
-Symmetric: a stored value v of b bits means ``(v - 2^(b-1)) * scale``. Two 4-bit values share a byte, the first
-in the low nibble. Scales are strictly positive (TensorRT asks for that) and rounded to float16 *before* the
-values are, so that the stored pair is the best that the stored scale allows.
+A stored value v of b bits means ``(v - zero_point) * scale``; symmetric formats have no zero points, theirs is 2^(b-1).
+Two 4-bit values share a byte, the first in the low nibble. Scales are strictly positive (TensorRT asks for that) and
+rounded to float16 *before* the values are, so that the stored pair is the best that the stored scale allows.
 
 ``w8a8`` (QuantizeLinear, DequantizeLinear) is the same with one group a row, stored as signed bytes.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,36 +19,72 @@ from fusion_edge.quant.formats import WeightFormat
 SMALLEST_SCALE = 2.0**-20  # a float16 subnormal of still four bits; smaller ones round too coarsely
 
 
-def quantize(
-    rows: npt.NDArray[np.float32], form: WeightFormat
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
-    """``[n,K]`` -> packed ``[n, groups, group_size * bits / 8]`` and scales ``[n, groups]``.
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows of a weight as they are stored."""
 
-    The scale is the smallest for which both ends of a group fit, max/(2^(b-1)-1) or -min/2^(b-1), but at least
-    :data:`SMALLEST_SCALE`.
+    values: npt.NDArray[np.uint8]
+    """``[n, groups, group_size * bits / 8]``."""
+    scales: npt.NDArray[np.float16]
+    """``[n, groups]``."""
+    zero_points: npt.NDArray[np.uint8] | None = None
+    """``[n, ceil(groups / 2)]``, two to a byte; None if symmetric."""
+
+
+def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
+    """Round ``[n,K]``.
+
+    The scale is the smallest for which both ends of a group fit: max/(2^(b-1)-1) or -min/2^(b-1) if symmetric, else
+    (max-min)/(2^b-1) with 0 between them; but at least :data:`SMALLEST_SCALE`.
     """
     count, inputs = rows.shape
     groups, half = form.groups(inputs), 1 << (form.bits - 1)
     if missing := groups * form.group(inputs) - inputs:
         rows = np.pad(rows, ((0, 0), (0, missing)))
     grouped = rows.reshape(count, groups, form.group(inputs))
-    extent = np.maximum(grouped.max(axis=2) / np.float32(half - 1), grouped.min(axis=2) / np.float32(-half))
+    least, largest = grouped.min(axis=2), grouped.max(axis=2)
+    if form.is_symmetric:
+        extent = np.maximum(largest / np.float32(half - 1), least / np.float32(-half))
+    else:
+        least, largest = np.minimum(least, 0), np.maximum(largest, 0)
+        extent = (largest - least) / np.float32(2 * half - 1)
     scales = np.maximum(extent, SMALLEST_SCALE).astype(np.float16)
-    scaled = grouped * (1 / scales.astype(np.float32))[:, :, None]
-    scaled += np.float32(half + 0.5)  # the cast below truncates: this rounds
+    inverse = 1 / scales.astype(np.float32)
+    scaled = grouped * inverse[:, :, None]
+    if form.is_symmetric:
+        zero_points = None
+        scaled += np.float32(half + 0.5)  # the cast below truncates: this rounds
+    else:
+        zero_points = np.clip(np.rint(-least * inverse), 0, 2 * half - 1).astype(np.uint8)
+        scaled += zero_points[:, :, None] + np.float32(0.5)
     np.clip(scaled, 0, 2 * half - 1, out=scaled)
-    return pack(scaled.astype(np.uint8), form), scales
+    packed = None if zero_points is None else pack_zero_points(zero_points)
+    return Packed(pack(scaled.astype(np.uint8), form), scales, packed)
 
 
-def dequantize(
-    packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float16], form: WeightFormat, inputs: int
-) -> npt.NDArray[np.float32]:
+def dequantize(packed: Packed, form: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
     """Inverse of :func:`quantize` up to rounding: float32 ``[n, inputs]``."""
-    half = 1 << (form.bits - 1)
-    values = unpack(packed, form).astype(np.float32) - np.float32(half)
-    values *= scales.astype(np.float32)[:, :, None]
+    values = unpack(packed.values, form).astype(np.float32)
+    if packed.zero_points is None:
+        values -= np.float32(1 << (form.bits - 1))
+    else:
+        values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1])[:, :, None]
+    values *= packed.scales.astype(np.float32)[:, :, None]
     rows: npt.NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
+
+
+def pack_zero_points(zero_points: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """4-bit numbers ``[n, groups]`` -> ``[n, ceil(groups / 2)]``, the first in the low nibble."""
+    even = np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2)))
+    packed: npt.NDArray[np.uint8] = even[:, ::2] | np.left_shift(even[:, 1::2], np.uint8(4))
+    return packed
+
+
+def unpack_zero_points(packed: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+    """Inverse of :func:`pack_zero_points`."""
+    pairs: npt.NDArray[np.uint8] = np.stack([packed & 15, packed >> 4], axis=-1)
+    return pairs.reshape(len(packed), -1)[:, :groups]
 
 
 def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:

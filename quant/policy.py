@@ -45,8 +45,10 @@ def vision_preset(vision: str, group_size: int) -> list[Rule]:
     return [Rule("vision.*", form)]
 
 
-def preset(precision: str, group_size: int, vision: str) -> list[Rule]:
+def preset(precision: str, group_size: int, vision: str, asymmetric: bool = False) -> list[Rule]:
     """The rules behind ``--fp32``, ``--fp16``, ``--int8`` and ``--int4``; ``vision`` is for the latter two.
+
+    ``asymmetric``: 4-bit weights have zero points.
 
     INT4 is for the LLM and the alignment; what is read once an image, or is most sensitive, keeps 8 bits.
     """
@@ -59,7 +61,7 @@ def preset(precision: str, group_size: int, vision: str) -> list[Rule]:
         Rule(EMBEDDING, int8),
         Rule("llm.lm_head", int8),
         *vision_preset(vision, group_size),
-        Rule("*", WeightFormat("int4", group_size)),
+        Rule("*", WeightFormat("uint4" if asymmetric else "int4", group_size)),
     ]
 
 

@@ -156,9 +156,12 @@ def test_bundle_is_what_its_report_says(calibrated: Path) -> None:
     assert not list(calibrated.parent.glob(".*"))
 
 
-def test_graphs_compute_with_the_calibrated_weights(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--asym",)])
+def test_graphs_compute_with_the_calibrated_weights(
+    checkpoint: Path, data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     output = tmp_path / "bundle"
-    assert cli.main(arguments(checkpoint, data, output, "--accuracy-level", "0")) == 0
+    assert cli.main(arguments(checkpoint, data, output, "--accuracy-level", "0", *more)) == 0
     picture, question = data / "00000.png", "How many?"
     with load(output) as fusion:
         eager = EagerBackend(fusion.config, BundleWeights(open_bundle(output)))
@@ -333,6 +336,7 @@ def test_other_visions(checkpoint: Path, tmp_path: Path, vision: str) -> None:
         (["--vision", "int8"], "--calibrate"),
         (["--rule", "vision.layers.0.mlp.up=w8a8"], "--calibrate"),
         (["--fp16", "--vision", "int8"], "leave it out"),
+        (["--int8", "--asym"], "leave it out"),
         (["--rule", "llm.embed_tokens=w8a8"], "looked up by row"),
     ],
 )

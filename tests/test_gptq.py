@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error, search_scales
+from fusion_edge.quant.formats import GROUP_SIZES, GROUPED, WeightFormat
+from fusion_edge.quant.gptq import SCALE_SHARES, Grid, Inputs, gptq, nearest, output_error, search_grid
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
-FORMATS = [*(WeightFormat(kind, size) for kind in ("int4", "int8") for size in (32, 64, 128)), WeightFormat("w8a8")]
+FORMATS = [*(WeightFormat(kind, size) for kind in GROUPED for size in GROUP_SIZES), WeightFormat("w8a8")]
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
 seeds = st.integers(0, 2**32 - 1)
 
@@ -35,13 +35,15 @@ def reference(weights: Tensor, inputs: Inputs, form: WeightFormat) -> npt.NDArra
     w: npt.NDArray[np.float64] = weights.double().numpy().copy()
     half = 1 << (form.bits - 1)
     damped = inputs.moments.numpy() + inputs.damping * inputs.importance.mean().item() * np.eye(w.shape[1])
-    scales = search_scales(weights, inputs.importance, form).double().numpy()
+    grid = search_grid(weights, inputs.importance, form)
+    scales, zeros = grid.scales.double().numpy(), grid.zeros.double().numpy()
     order = inputs.order.tolist()
     for i, column in enumerate(order):
         left = order[i:]
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
-        scale = scales[:, column // form.group(weights.shape[1])]
-        rounded = np.clip(np.round(w[:, column] / scale), -half, half - 1) * scale
+        group = column // form.group(weights.shape[1])
+        scale, zero = scales[:, group], zeros[:, group]
+        rounded = (np.clip(np.round(w[:, column] / scale) + zero, 0, 2 * half - 1) - zero) * scale
         w[:, left] -= np.outer((w[:, column] - rounded) / inverse[0, 0], inverse[0])
         w[:, column] = rounded
     return w
@@ -73,19 +75,20 @@ def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, 
 def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
     weights, moments = problem(*shape, seed)
     stored = gptq(weights, Inputs(moments), form)
-    assert (stored.scales > 0).all()
-    assert stored.packed.shape == form.packed_shape(*shape)
-    np.testing.assert_array_equal(dequantize(stored.packed, stored.scales, form, shape[1]), stored.values.numpy())
+    assert (stored.packed.scales > 0).all()
+    assert stored.packed.values.shape == form.packed_shape(*shape)
+    np.testing.assert_array_equal(dequantize(stored.packed, form, shape[1]), stored.values.numpy())
 
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
 def test_rounding_is_that_of_the_exporter(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
     weights, _ = problem(*shape, seed)
-    stored, (packed, scales) = nearest(weights, form), quantize(weights.numpy(), form)
-    np.testing.assert_array_equal(stored.scales, scales)
+    stored, packed = nearest(weights, form), quantize(weights.numpy(), form)
+    scales = packed.scales
+    np.testing.assert_array_equal(stored.packed.scales, scales)
     # One multiplies by a scale's inverse, the other divides: values halfway may differ by one.
-    exact = dequantize(packed, scales, form, shape[1])
+    exact = dequantize(packed, form, shape[1])
     assert (np.abs(stored.values.numpy() - exact) <= scales.astype(np.float32).max() * 1.001).all()
     assert (stored.values.numpy() == exact).mean() > 0.99 or stored.values.numel() < 100
 
@@ -96,14 +99,18 @@ def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, form: W
     weights, moments = problem(*shape, seed)
     importance = moments.diagonal()
 
-    def error(scales: Tensor) -> float:
-        by_weight = scales.float().repeat_interleave(form.group(shape[1]), 1)[:, : shape[1]]
-        half = 1 << (form.bits - 1)
-        rounded = (weights / by_weight).round().clamp(-half, half - 1) * by_weight
+    def error(grid: Grid) -> float:
+        scales, zeros = (
+            part.float().repeat_interleave(form.group(shape[1]), 1)[:, : shape[1]] for part in (grid.scales, grid.zeros)
+        )
+        rounded = (((weights / scales).round() + zeros).clamp(0, (1 << form.bits) - 1) - zeros) * scales
         return float(((weights - rounded).square() * importance).sum())
 
-    fitting = torch.from_numpy(nearest(weights, form).scales)
-    assert error(search_scales(weights, importance, form)) <= error(fitting) * (1 + 1e-5)
+    # Searching with no share but the first is fitting the extremes.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCALE_SHARES, form.bits, (1.0, 1.0, 1))
+        fitting = search_grid(weights, importance, form)
+    assert error(search_grid(weights, importance, form)) <= error(fitting) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

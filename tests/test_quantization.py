@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fusion_edge.quant.formats import GROUP_SIZES, WeightFormat
-from fusion_edge.quant.packing import dequantize, quantize
+from fusion_edge.quant.formats import GROUP_SIZES, GROUPED, WeightFormat
+from fusion_edge.quant.packing import dequantize, pack_zero_points, quantize, unpack_zero_points
 from fusion_edge.quant.policy import EMBEDDING, PRECISIONS, Rule, assign, preset, read_rules
 from fusion_edge.runtime.errors import FusionError, UsageError
 
-FORMS = [WeightFormat(kind, size) for kind in ("int4", "int8") for size in GROUP_SIZES]
+FORMS = [WeightFormat(kind, size) for kind in GROUPED for size in GROUP_SIZES]
 NAMES = [EMBEDDING, "llm.lm_head", "llm.layers.0.mlp.down", "alignment.layers.0.query", "vision.projector.up"]
 matrices = arrays.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 300)), elements=st.floats(-8, 8, width=32)
@@ -24,11 +24,12 @@ matrices = arrays.arrays(
 
 @given(rows=matrices, form=st.sampled_from(FORMS))
 def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: WeightFormat) -> None:
-    packed, scales = quantize(rows, form)
-    assert packed.shape == form.packed_shape(*rows.shape)
-    assert packed.dtype == np.uint8
+    packed = quantize(rows, form)
+    scales = packed.scales
+    assert packed.values.shape == form.packed_shape(*rows.shape)
+    assert packed.values.dtype == np.uint8
     assert (scales > 0).all()
-    restored = dequantize(packed, scales, form, rows.shape[1])
+    restored = dequantize(packed, form, rows.shape[1])
     step = np.repeat(scales.astype(np.float64), form.group_size, axis=1)[:, : rows.shape[1]]
     # Rounding a scale to float16 may clip a group's extreme by up to 2^-11 of its 2^(bits-1) steps.
     tolerance = step * (0.5 + (1 << (form.bits - 1)) * 2.0**-11) + 1e-7
@@ -38,13 +39,17 @@ def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: Weigh
 @given(rows=matrices, form=st.sampled_from(FORMS))
 def test_what_was_dequantized_is_stored_unchanged(rows: np.ndarray, form: WeightFormat) -> None:
     """Unpacking and packing are inverses: values that are on the grid keep their integers under the same scales."""
-    packed, scales = quantize(rows, form)
-    restored = dequantize(packed, scales, form, rows.shape[1])
+    packed = quantize(rows, form)
+    scales, values = packed.scales, packed.values
+    restored = dequantize(packed, form, rows.shape[1])
     padded = np.zeros((len(rows), scales.shape[1] * form.group_size))
     padded[:, : rows.shape[1]] = restored
     steps = padded.reshape(*scales.shape, -1) / scales.astype(np.float64)[..., None]
-    integers = np.rint(steps).astype(int) + (1 << (form.bits - 1))
-    stored = packed if form.bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(integers.shape)
+    zeros = np.full(scales.shape, 1 << (form.bits - 1))
+    if packed.zero_points is not None:
+        zeros = unpack_zero_points(packed.zero_points, scales.shape[1]).astype(int)
+    integers = np.rint(steps).astype(int) + zeros[..., None]
+    stored = values if form.bits == 8 else np.stack([values & 15, values >> 4], axis=-1).reshape(integers.shape)
     used = np.arange(integers[0].size).reshape(integers.shape[1:]) < rows.shape[1]
     np.testing.assert_array_equal(integers[:, used], stored[:, used])
 
@@ -52,16 +57,22 @@ def test_what_was_dequantized_is_stored_unchanged(rows: np.ndarray, form: Weight
 def test_low_nibble_first() -> None:
     row = np.zeros((1, 32), np.float32)
     row[0, 0], row[0, 1] = -8, 7
-    packed, scales = quantize(row, WeightFormat("int4", 32))
-    assert scales[0, 0] == 1
-    assert packed[0, 0, 0] == 0 | 15 << 4
-    assert packed[0, 0, 1] == 8 | 8 << 4
+    packed = quantize(row, WeightFormat("int4", 32))
+    assert packed.scales[0, 0] == 1
+    assert packed.values[0, 0, 0] == 0 | 15 << 4
+    assert packed.values[0, 0, 1] == 8 | 8 << 4
+
+
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.integers(0, 15)))
+def test_zero_points_come_back(zero_points: np.ndarray) -> None:
+    packed = pack_zero_points(zero_points)
+    assert packed.shape == (len(zero_points), -(-zero_points.shape[1] // 2))
+    np.testing.assert_array_equal(unpack_zero_points(packed, zero_points.shape[1]), zero_points)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
     for form in FORMS:
-        packed, scales = quantize(np.zeros((2, 256), np.float32), form)
-        assert not dequantize(packed, scales, form, 256).any()
+        assert not dequantize(quantize(np.zeros((2, 256), np.float32), form), form, 256).any()
 
 
 @pytest.mark.parametrize("text", ["int3", "int4:48", "fp16:32", "", "int4:", "int8:0", "INT4"])

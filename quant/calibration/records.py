@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fusion_edge.quant.calibration.states import replace_text
 from fusion_edge.quant.formats import InputGrid, WeightFormat
 from fusion_edge.quant.gptq import Quantized
-from fusion_edge.quant.packing import dequantize
+from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.runtime.quantization_report import LinearReport
 
 
@@ -27,9 +27,9 @@ class Records:
 
     def save(self, name: str, rows: list[Quantized]) -> None:
         """Keep a linear's rows, in order."""
-        for part in ("packed", "scales"):
+        for part in self._parts(name):
             with open(self._file(name, part), "wb") as file:
-                np.save(file, np.concatenate([getattr(some, part) for some in rows]))
+                np.save(file, np.concatenate([getattr(some.packed, part) for some in rows]))
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -55,15 +55,20 @@ class Records:
     def __contains__(self, name: str) -> bool:
         return self._file(name, "scales").exists()
 
-    def rows(self, name: str, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
-        """Packed values and scales of some rows of a linear."""
-        packed, scales = (np.load(self._file(name, part), mmap_mode="r") for part in ("packed", "scales"))
-        return np.array(packed[start:stop]), np.array(scales[start:stop])
+    def rows(self, name: str, start: int, stop: int) -> Packed:
+        """Some rows of a linear."""
+        parts = {part: np.load(self._file(name, part), mmap_mode="r") for part in self._parts(name)}
+        return Packed(**{part: np.array(array[start:stop]) for part, array in parts.items()})
 
     def dequantized(self, name: str, inputs: int) -> npt.NDArray[np.float32]:
         """A linear's weights ``[n, inputs]``."""
-        packed, scales = (np.load(self._file(name, part)) for part in ("packed", "scales"))
-        return dequantize(packed, scales, self._formats[name], inputs)
+        packed = Packed(**{part: np.load(self._file(name, part)) for part in self._parts(name)})
+        return dequantize(packed, self._formats[name], inputs)
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """Fields of :class:`Packed`, ``scales`` the last to be written."""
+        zero_points = () if self._formats[name].is_symmetric else ("zero_points",)
+        return "values", *zero_points, "scales"
 
     def _file(self, name: str, part: str) -> Path:
         return self._folder / f"{name}.{part}.npy"

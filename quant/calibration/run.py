@@ -229,6 +229,6 @@ class Run:
         row = self._weights.rows(f"{EMBEDDING}.weight", token, token + 1)
         form = self._plan.formats[EMBEDDING]
         if form.is_quantized and not exactly:
-            row = dequantize(*quantize(row, form), form, row.shape[1])
+            row = dequantize(quantize(row, form), form, row.shape[1])
         return torch.from_numpy(np.array(row[0]))
 
