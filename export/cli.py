@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -120,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         "--vision",
         choices=VISION,
         help="the vision encoder in integers throughout (int8, needs --calibrate), with 8-bit weights alone, or in 16 "
-        "bits (default: int8 with --calibrate, else int8-weights)",
+        "bits (default: int8 with --calibrate for the cpu, else int8-weights)",
     )
     add("--samples", type=cli.positive, metavar="N", help="samples to calibrate with (default: 128)")
     add("--held-out", type=cli.positive, metavar="N", help="further samples, to compare with float (default: 16)")
@@ -129,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max-accuracy-drop",
         dest="largest_drop",
-        type=float,
+        type=_points,
         metavar="POINTS",
         help="fail (exit code 6) if more percentage points of the held-out samples' answers are lost",
     )
@@ -139,6 +140,16 @@ def parser() -> argparse.ArgumentParser:
     add("--fit", type=_bytes, metavar="SIZE", help="with --dry-run: say whether it runs in this memory, e.g. 8GB")
     add("--json", action="store_true", help="print the result as one JSON object")
     return parser
+
+
+def _points(text: str) -> float:
+    try:
+        points = float(text)
+    except ValueError:
+        points = math.nan
+    if not math.isfinite(points):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of percentage points such as 1.5")
+    return points
 
 
 def _bytes(text: str) -> int:

@@ -123,8 +123,13 @@ class DataWriter:
         if not form.is_quantized:
             return {"values": np.ascontiguousarray(rows, dtype=values.dtype)}, _Rounded()
         packed = quantize(rows, form)
-        lost, kept = (rows - dequantize(packed, form, rows.shape[1])).ravel(), rows.ravel()
-        return _parts(packed), _Rounded(float(lost @ lost), float(kept @ kept))
+        lost, kept = rows - dequantize(packed, form, rows.shape[1]), rows
+        return _parts(packed), _Rounded(_square(lost), _square(kept))
+
+
+def _square(rows: npt.NDArray[np.float32]) -> float:
+    """Sum of squares; not by a product of vectors, whose order of adding up depends on the processor."""
+    return float(np.square(rows).sum(dtype=np.float64))
 
 
 def _parts(packed: Packed) -> dict[Part, npt.NDArray[Any]]:

@@ -41,8 +41,10 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
 
 def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
     from fusion_edge.quant.calibration.estimate import estimate_calibration
+    from fusion_edge.quant.calibration.export import checked
 
-    return estimate_calibration(plan, calibration)
+    options, _ = checked(plan, calibration)
+    return estimate_calibration(plan, options)
 
 
 def _text(plan: ExportPlan, sizes: Estimate, effort: CalibrationEstimate | None) -> str:

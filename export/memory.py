@@ -68,7 +68,7 @@ def _weights(plan: ExportPlan) -> int:
     total = 0
     for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
         count = int(np.prod(tensor.shape, dtype=np.int64))
-        total += count * (scale if tensor.part == "scales" else 1 if tensor.dtype == "uint8" else wide)
+        total += count * (scale if tensor.part == "scales" else 1 if tensor.dtype in ("uint8", "int8") else wide)
     return total
 
 

@@ -1,6 +1,6 @@
 """What quantizing did: ``quantization.json`` of a bundle, and a table for people, worst weights first.
 
-Seconds are in the table alone: a bundle has the same bytes whoever's machine made it.
+Seconds are in the table alone: a bundle has the same bytes on every run.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class EndToEnd:
     def accuracy_drop(self) -> float:
         """Percentage points: of exact answers, or of likeliest tokens where no answer is known."""
         if self.accuracy is None or self.float_accuracy is None:
-            return 100 * (1 - self.top1_agreement)
-        return 100 * (self.float_accuracy - self.accuracy)
+            return round(100 * (1 - self.top1_agreement), 6)
+        return round(100 * (self.float_accuracy - self.accuracy), 6)
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values for people."""
@@ -112,14 +112,19 @@ class QuantizationReport:
         """The content of ``quantization.json``."""
         return (json.dumps(self.to_json(), indent=1) + "\n").encode()
 
+    def worst(self) -> list[LinearReport]:
+        """All weights, those first whose outputs, or else the weights themselves, lost most."""
+
+        def quality(linear: LinearReport) -> float:
+            return linear.weight_sqnr if linear.output_sqnr is None else linear.output_sqnr
+
+        return sorted(self.linears, key=quality)
+
     def table(self) -> str:
         """The worst weights, and what came of it end to end."""
 
-        def badness(linear: LinearReport) -> float:
-            return linear.weight_sqnr if linear.output_sqnr is None else linear.output_sqnr
-
         rows = [("worst weights", "format", "method", "SQNR of weights", "of outputs", "seconds")]
-        for linear in sorted(self.linears, key=badness)[:WORST]:
+        for linear in self.worst()[:WORST]:
             outputs = "" if linear.output_sqnr is None else f"{linear.output_sqnr:.1f} dB"
             sqnr, seconds = f"{linear.weight_sqnr:.1f} dB", f"{linear.seconds:.1f}"
             rows.append((linear.name, linear.format, linear.method, sqnr, outputs, seconds))

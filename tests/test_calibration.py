@@ -295,6 +295,74 @@ def test_activations_that_are_not_finite(
     assert not (tmp_path / "b").exists()
 
 
+def test_memory_that_does_not_suffice(
+    checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*_: Any) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(run.Run, "run_block", allocate)
+    assert "not enough memory" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_no_gpu(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, more: tuple[str, ...]) -> None:
+    message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", "--device", "cuda", *more))
+    assert "--device cpu" in message
+
+
+def test_a_sample_longer_than_the_context(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
+    lines = [{"image": str(data / "00000.png"), "question": "why " * (300 if i == 5 else 1)} for i in range(9)]
+    (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    message = refused(cli.main, *arguments(checkpoint, tmp_path / "s.jsonl", tmp_path / "b"))
+    assert "context" in message
+    assert "00000.png" in message
+
+
+def test_lost_weights_of_a_finished_block(
+    checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "_propagate", killed)
+        with pytest.raises(Killed):
+            cli.main(arguments(checkpoint, data, tmp_path / "b"))
+    (tmp_path / ".b.calibration" / "vision.text_projector.up.scales.npy").unlink()
+    assert "lost files" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
+
+
+def test_a_folder_that_was_half_cleared_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave_something() -> None:
+        with work_folder(tmp_path / "b", "one") as folder:
+            (folder / "left").write_text("of one", encoding="utf-8")
+            raise Killed
+
+    with pytest.raises(Killed):
+        leave_something()
+
+    def killed(_: Path, *, missing_ok: bool = False) -> None:
+        if not missing_ok:
+            raise Killed
+        (folder / "command.json").rename(tmp_path / "away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(Killed), work_folder(tmp_path / "b", "two"):
+            pass
+    with work_folder(tmp_path / "b", "one") as folder:
+        assert not (folder / "left").exists()
+
+
+@pytest.mark.parametrize("points", ["nan", "inf", "much"])
+def test_a_limit_that_is_none(checkpoint: Path, data: Path, tmp_path: Path, points: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments(checkpoint, data, tmp_path / "b", "--max-accuracy-drop", points))
+    assert caught.value.code == 2
+
+
 def test_one_calibration_at_a_time(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
     with work_folder(tmp_path / "b", "another"):
         assert "Another calibration" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
@@ -359,10 +427,10 @@ def test_dry_run_tells_the_effort(checkpoint: Path, data: Path, tmp_path: Path, 
     effort = json.loads(capsys.readouterr().out)["calibration"]
     assert effort["memory"] > 0
     assert effort["disk"] > 0
-    assert cli.main([*command, "--json", "--samples", "1000000"]) == 0
-    more = json.loads(capsys.readouterr().out)["calibration"]
-    assert more["memory"] == effort["memory"]
-    assert more["seconds"] > 10 * effort["seconds"]
+    assert cli.main([*command, "--json", "--samples", "7", "--held-out", "1"]) == 0
+    less = json.loads(capsys.readouterr().out)["calibration"]
+    assert less["memory"] == effort["memory"]
+    assert less["disk"] < effort["disk"]
 
 
 def test_info_tells_the_outcome(calibrated: Path, capsys: Captured) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_edge.quant.formats import GROUP_SIZES, GROUPED, WeightFormat
-from fusion_edge.quant.gptq import SCALE_SHARES, Grid, Inputs, gptq, nearest, output_error, search_grid
+from fusion_edge.quant.gptq import SCALE_SHARES, Grid, Inputs, gptq, invert_lower, nearest, output_error, search_grid
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
@@ -155,3 +155,12 @@ def test_moments_of_nothing_real() -> None:
     moments[0, 1] = moments[1, 0] = -1e6
     with pytest.raises(FusionError, match="singular"):
         Inputs(moments)
+
+
+@pytest.mark.parametrize("size", [1, 5, 256, 257, 700])
+def test_triangular_inverse(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    lower = torch.randn(size, size, generator=generator, dtype=torch.float64).tril() / size + torch.eye(size)
+    inverse = invert_lower(lower)
+    torch.testing.assert_close(inverse @ lower, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert (inverse.triu(1) == 0).all()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fusion_edge.quant.calibration.samples import FEWEST, QUESTIONS, read_samples
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import FusionError, UsageError
 
 COUNT = 20
 
@@ -88,7 +88,8 @@ def test_two_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     ["text", 3, None, [], {}, {"image": "00.png"}, {"question": "?"}, {"image": "00.png", "question": "?", "extra": ""},
-     {"image": 3, "question": "?"}, {"image": "00.png", "question": None}],
+     {"image": 3, "question": "?"}, {"image": "00.png", "question": None}, {"image": "00.png", "question": " "},
+     {"image": "00.png", "question": "?", "answer": "\ud800"}],
     ids=str,
 )
 def test_a_line_that_is_no_sample(folder: Path, line: object) -> None:
@@ -99,6 +100,24 @@ def test_a_line_that_is_no_sample(folder: Path, line: object) -> None:
 def test_a_file_that_is_no_json(folder: Path, content: bytes) -> None:
     (folder / "samples.jsonl").write_bytes(content)
     assert "samples.jsonl" in error(folder)
+
+
+def test_more_pictures_than_asked_for(folder: Path) -> None:
+    with pytest.raises(UsageError, match="add up to 6"):
+        read_samples(folder, 4, 2)
+
+
+def test_lines_are_separated_by_newlines_alone(folder: Path) -> None:
+    path = write(folder, lines())
+    text = path.read_text(encoding="utf-8").replace("3?", "3\u2028\u0085?")
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_samples(path, 128, 16).calibrating[3].question == "3\u2028\u0085?"
+
+
+def test_a_line_nested_too_deeply(folder: Path) -> None:
+    path = write(folder, lines())
+    path.write_text("[" * 100_000 + "\n", encoding="utf-8")
+    assert "Line 1 of" in error(path)
 
 
 def test_pictures_that_cannot_be_read(folder: Path, refused: Callable[..., str]) -> None:

@@ -14,7 +14,7 @@ from fusion_edge.quant.calibration.options import CalibrationOptions
 from fusion_edge.quant.gptq import SCALE_SHARES
 from fusion_edge.runtime.config import GLOBAL_CROPS
 
-PROCESS_BYTES = 450_000_000  # Python and torch (measured)
+PROCESS_BYTES = 700_000_000  # Python, torch and one sample on its way through a block (measured)
 TEXT = 4 * MINIMUM_TEXT  # positions of a sample's template, question and answer
 FLOAT, DOUBLE = 4, 8
 SQUARES_AT_ONCE = 4  # of float64, while a linear's moments are factorized (Inputs in quant/gptq.py)

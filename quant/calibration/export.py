@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ from fusion_edge.export.plan import ExportPlan
 from fusion_edge.quant.calibration.estimate import calibration_disk
 from fusion_edge.quant.calibration.options import CalibrationOptions
 from fusion_edge.quant.calibration.run import calibrate
-from fusion_edge.quant.calibration.samples import read_samples
+from fusion_edge.quant.calibration.samples import Samples, read_samples
 from fusion_edge.quant.calibration.work_folder import describe, folder_bytes, work_folder
 from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.quantization_report import EndToEnd, QuantizationReport
+from fusion_edge.runtime.quantization_report import QuantizationReport
+
+NAMED = 3  # worst weights in an error
 
 
 class AccuracyError(FusionError):
@@ -32,20 +35,40 @@ def export_calibrated(
 
     Raises :class:`AccuracyError`, and :class:`FusionError` for samples, weights or an output that will not do.
     """
+    output = resolve_output(output)
+    check_output(output, force)
+    options, samples = checked(plan, options)
+    producer = plan.manifest(()).producer
+    settings = {"method": options.method, "device": options.device, "torch": torch.__version__, "producer": producer}
+    command = describe(plan, samples, settings)
+    _check_disk(plan, options, output)
+    with work_folder(output, command) as folder:
+        try:
+            calibrated = calibrate(plan, samples, options.method, options.device, folder)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error) and "out of memory" not in str(error):
+                raise
+            raise FusionError(
+                f"There is not enough memory on {options.device} to calibrate ({str(error).splitlines()[0]}); close "
+                "other programs, see --dry-run for what it takes, or use another --device."
+            ) from None
+        _check(calibrated.report, options.largest_drop)
+        return write_bundle(plan, output, force, calibrated)
+
+
+def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationOptions, Samples]:
+    """The samples, and the options with their true counts.
+
+    Raises :class:`FusionError` for a device that is not there and for data that will not do, :class:`UsageError` for a
+    bundle without quantized weights.
+    """
     if not any(form.is_quantized for form in plan.formats.values()):
         raise UsageError(f"--calibrate is for quantized weights; --{plan.options.precision} has none: leave it out.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FusionError("--device cuda needs a GPU and a build of torch with CUDA; use --device cpu.")
-    output = resolve_output(output)
-    check_output(output, force)
     samples = read_samples(options.data, options.samples, options.held_out)
-    settings = {"method": options.method, "device": options.device, "torch": torch.__version__}
-    command = describe(plan, samples, settings)
-    _check_disk(plan, options, output)
-    with work_folder(output, command) as folder:
-        calibrated = calibrate(plan, samples, options.method, options.device, folder)
-        _check(calibrated.report.end_to_end, options.largest_drop)
-        return write_bundle(plan, output, force, calibrated)
+    counts = len(samples.calibrating), len(samples.held_out)
+    return replace(options, samples=counts[0], held_out=counts[1]), samples
 
 
 def _check_disk(plan: ExportPlan, options: CalibrationOptions, output: Path) -> None:
@@ -59,12 +82,15 @@ def _check_disk(plan: ExportPlan, options: CalibrationOptions, output: Path) -> 
         )
 
 
-def _check(result: EndToEnd | None, largest_drop: float | None) -> None:
+def _check(report: QuantizationReport, largest_drop: float | None) -> None:
+    result = report.end_to_end
     if result is None or largest_drop is None or result.accuracy_drop <= largest_drop:
         return
     what = "likeliest tokens" if result.accuracy is None else "exact answers"
+    worst = [linear.name for linear in report.worst()[:NAMED]]
     details = ", ".join(f"{name.lower()} {value}" for name, value in result.rows())
     raise AccuracyError(
         f"Quantizing costs {result.accuracy_drop:.1f} points of {what}, more than {largest_drop:g}; no bundle was "
-        f"written ({details}). Give the worst weights 8 bits with --rule, use a smaller --group-size, or --int8."
+        f"written ({details}). Give the worst weights ({', '.join(worst)}) 8 bits with --rule, use a smaller "
+        "--group-size, or --int8."
     )

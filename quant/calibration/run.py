@@ -80,11 +80,19 @@ class Run:
         lengths = manifest.query_lengths
         for i, sample in enumerate(samples):
             length = lengths[i % len(lengths)]
-            yield prepare(sample, tokenizer, self.config, length, manifest.image_side, self._device)
+            prepared = prepare(sample, tokenizer, self.config, length, manifest.image_side, self._device)
+            if len(prepared.tokens) > manifest.max_context:
+                raise FusionError(
+                    f"The sample {sample.question[:40]!r} about {sample.picture} takes {len(prepared.tokens)} "
+                    f"positions, the context holds {manifest.max_context}; shorten it, or export with a larger --max-context."
+                )
+            yield prepared
 
     @torch.inference_mode()
     def run(self) -> Calibrated:
         sequence = self._sequence
+        if any(self._is_torn(block) for block in sequence):
+            raise FusionError(f"{self._folder} has lost files of an earlier run; delete it and start again.")
         start = max(i for i in range(len(sequence) + 1) if i == 0 or states.are_complete(self.states(i)))
         sizes = [self._elements(block) for block in sequence]
         passes = 2 * (len(self._calibrating) + len(self._held_out))
@@ -186,6 +194,10 @@ class Run:
             self._evaluation.save(self._outputs(i))
 
     # Files, weights ----------------------------------------------------------------------------------------------
+
+    def _is_torn(self, block: Block) -> bool:
+        """Whether a finished block misses the weights of a linear."""
+        return any(linear.name not in self._records for linear in self._records.finished(block.name) or ())
 
     def states(self, i: int) -> Path:
         """The file of what block ``i`` is given."""

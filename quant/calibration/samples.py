@@ -64,10 +64,11 @@ def read_samples(data: Path, calibrating: int, held_out: int) -> Samples:
         samples = _read_lines(data)
     else:
         raise FusionError(f"{data} does not exist; expected a folder of pictures or a JSONL file of samples.")
-    samples = samples[: calibrating + held_out]
+    if calibrating + held_out < FEWEST:
+        raise UsageError(f"--samples and --held-out add up to {calibrating + held_out}; at least {FEWEST} are needed.")
     if len(samples) < FEWEST:
-        better = calibrating + held_out
-        raise FusionError(f"{data} holds {len(samples)} samples; calibration needs at least {FEWEST}, better {better}.")
+        raise FusionError(f"{data} holds {len(samples)} samples; calibration needs at least {FEWEST}, better 144.")
+    samples = samples[: calibrating + held_out]
     _check_pictures(data, samples)
     kept_back = max(1, len(samples) * held_out // (calibrating + held_out))
     return Samples(tuple(samples[:-kept_back]), tuple(samples[-kept_back:]))
@@ -82,7 +83,7 @@ def _read_lines(file: Path) -> list[Sample]:
     expected = 'expected {"image": PATH, "question": TEXT} and optionally "answer"'
     samples = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FusionError(f"{file} cannot be read ({error}); expected lines of JSON in UTF-8.") from None
     for number, line in enumerate(lines, 1):
@@ -90,25 +91,29 @@ def _read_lines(file: Path) -> list[Sample]:
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict) or not {"image", "question"} <= set(value) <= {"image", "question", "answer"}:
             raise FusionError(f"Line {number} of {file} is no sample; {expected}.")
         if not all(isinstance(text, str) for text in value.values()):
             raise FusionError(f"Line {number} of {file} holds something that is no text; {expected}.")
+        if not value["question"].strip():
+            raise FusionError(f"Line {number} of {file} has an empty question; {expected}.")
+        if any("\ud800" <= character <= "\udfff" for text in value.values() for character in text):
+            raise FusionError(f"Line {number} of {file} holds half a surrogate pair, which is no text; {expected}.")
         samples.append(Sample(file.parent / value["image"], value["question"], value.get("answer")))
     return samples
 
 
 def _check_pictures(data: Path, samples: list[Sample]) -> None:
-    unreadable: dict[str, str] = {}
+    unreadable: dict[Path, str] = {}
     for picture in dict.fromkeys(sample.picture for sample in samples):
         try:
             load_image(picture)
         except FusionError as error:
-            unreadable[picture.name] = str(error)
+            unreadable[picture] = str(error)
     if unreadable:
-        names = [*list(unreadable)[:MOST_NAMED], *(["..."] if len(unreadable) > MOST_NAMED else [])]
+        names = [picture.name for picture in unreadable][:MOST_NAMED] + ["..."] * (len(unreadable) > MOST_NAMED)
         raise FusionError(
             f"{len(unreadable)} pictures of {data} cannot be read: {', '.join(names)}. The first: "
             f"{next(iter(unreadable.values()))}"

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,18 +32,27 @@ def work_folder(output: Path, command: str) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FusionError(
-                f"Another calibration for {output} is running; wait for it or choose another output."
-            ) from None
+            # The holder before may have removed what was opened here a moment ago.
+            locked = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except (BlockingIOError, FileNotFoundError):
+            locked = False
+        if not locked:
+            raise FusionError(f"Another calibration for {output} is running; wait for it or choose another output.")
         if not (folder / _COMMAND).exists() or (folder / _COMMAND).read_text(encoding="utf-8") != command:
-            for left in folder.iterdir():
-                left.unlink()
+            _clear(folder)
             replace_text(folder / _COMMAND, command)
         yield folder
-        shutil.rmtree(folder)
+        _clear(folder)
+        folder.rmdir()
     finally:
         os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    """Delete everything; the command first, so that what a kill leaves is never taken for its work."""
+    (folder / _COMMAND).unlink(missing_ok=True)
+    for left in folder.iterdir():
+        left.unlink()
 
 
 def folder_bytes(output: Path) -> int:

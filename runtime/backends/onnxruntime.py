@@ -214,6 +214,8 @@ def _session_options(threads: int | None) -> ort.SessionOptions:
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))  # Linux, as every target is
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # CPUs without VNNI overflow in products of unsigned and signed bytes (w8a8); this makes both unsigned there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
