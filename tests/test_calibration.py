@@ -343,10 +343,10 @@ def test_a_folder_that_was_half_cleared_is_not_gone_on_with(tmp_path: Path, monk
     with pytest.raises(Killed):
         leave_something()
 
-    def killed(_: Path, *, missing_ok: bool = False) -> None:
-        if not missing_ok:
+    def killed(path: Path, *, missing_ok: bool = False) -> None:
+        if not missing_ok:  # the first file behind the command's
             raise Killed
-        (folder / "command.json").rename(tmp_path / "away")
+        path.rename(tmp_path / "away")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", killed)

@@ -84,7 +84,7 @@ class Run:
             if len(prepared.tokens) > manifest.max_context:
                 raise FusionError(
                     f"The sample {sample.question[:40]!r} about {sample.picture} takes {len(prepared.tokens)} "
-                    f"positions, the context holds {manifest.max_context}; shorten it, or export with a larger --max-context."
+                    f"positions, the context holds {manifest.max_context}; shorten it, or raise --max-context."
                 )
             yield prepared
 
