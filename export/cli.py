@@ -178,7 +178,7 @@ def _export(arguments: argparse.Namespace) -> int:
     written = manifest.size
     if arguments.json:
         result = {"bundle": str(arguments.output), "bytes": written, "precision": manifest.precision}
-        sys.stdout.write(json.dumps(result | {"quantization": report.to_json()}) + "\n")
+        sys.stdout.write(json.dumps(result | {"quantization": report.to_json(with_seconds=True)}) + "\n")
     else:
         sys.stdout.write(report.table() if report.linears else "")
         sizes = f"{cli.size(written)} from {cli.size(plan.source_bytes)}"

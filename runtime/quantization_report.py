@@ -1,6 +1,6 @@
 """What quantizing did: ``quantization.json`` of a bundle, and a table for people, worst weights first.
 
-Seconds are in the table alone: a bundle has the same bytes on every run.
+Seconds are in the table and what ``--json`` prints alone: a bundle has the same bytes on every run.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ class QuantizationReport:
     """0 without calibration."""
     end_to_end: EndToEnd | None
 
-    def to_json(self) -> dict[str, Any]:
-        """The object in ``quantization.json``."""
+    def to_json(self, with_seconds: bool = False) -> dict[str, Any]:
+        """The object in ``quantization.json``, which is without seconds."""
         linears = [asdict(linear) for linear in self.linears]
-        for linear in linears:
+        for linear in linears if not with_seconds else ():
             del linear["seconds"]
         return {
             "calibration_samples": self.calibration_samples,

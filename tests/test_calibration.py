@@ -433,6 +433,14 @@ def test_dry_run_tells_the_effort(checkpoint: Path, data: Path, tmp_path: Path, 
     assert less["disk"] < effort["disk"]
 
 
+def test_json_tells_the_seconds(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["quantization"]
+    kept = json.loads((tmp_path / "b" / QUANTIZATION).read_text(encoding="utf-8"))
+    assert all(linear.pop("seconds") >= 0 for linear in printed["linears"])
+    assert printed == kept
+
+
 def test_info_tells_the_outcome(calibrated: Path, capsys: Captured) -> None:
     assert cli_info.main([str(calibrated)]) == 0
     text = capsys.readouterr().out
