@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion_edge.export.data_writer import DataWriter
+from fusion_edge.export.folder_lock import locked
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.export.weights import CheckpointWeights
 from fusion_edge.runtime import bundle
@@ -136,22 +136,10 @@ def _put_back(replaced: Path, output: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``folder``, made if absent, which an error removes."""
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have renamed or removed what was opened here a moment ago.
-            locked = os.path.samestat(os.fstat(descriptor), os.stat(folder))
-        except (BlockingIOError, FileNotFoundError):
-            locked = False
-        if not locked:
-            raise FusionError(f"Another export is writing {output}; wait for it or choose another output.")
+    """Hold ``folder``, made if absent, which an error removes."""
+    with locked(folder, f"Another export is writing {output}; wait for it or choose another output."):
         try:
             yield
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusion_edge.export.folder_lock import locked
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.quant.calibration.samples import Samples
 from fusion_edge.quant.calibration.states import replace_text
-from fusion_edge.runtime.errors import FusionError
 
 _COMMAND = "command.json"
 
@@ -27,25 +26,13 @@ def work_folder(output: Path, command: str) -> Iterator[Path]:
     calibration uses the folder.
     """
     folder = _folder_of(output)
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed what was opened here a moment ago.
-            locked = os.path.samestat(os.fstat(descriptor), os.stat(folder))
-        except (BlockingIOError, FileNotFoundError):
-            locked = False
-        if not locked:
-            raise FusionError(f"Another calibration for {output} is running; wait for it or choose another output.")
+    with locked(folder, f"Another calibration for {output} is running; wait for it or choose another output."):
         if not (folder / _COMMAND).exists() or (folder / _COMMAND).read_text(encoding="utf-8") != command:
             _clear(folder)
             replace_text(folder / _COMMAND, command)
         yield folder
         _clear(folder)
         folder.rmdir()
-    finally:
-        os.close(descriptor)
 
 
 def _clear(folder: Path) -> None:
