@@ -32,6 +32,9 @@ CALIBRATION_OPTIONS = {
     "method": "--method",
     "device": "--device",
     "largest_drop": "--max-accuracy-drop",
+    "budget": "--budget",
+    "bits": "--bits",
+    "sensitivity_samples": "--sensitivity-samples",
 }
 """Option by the field of :class:`CalibrationOptions` that it sets."""
 
@@ -130,9 +133,25 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max-accuracy-drop",
         dest="largest_drop",
-        type=_points,
+        type=_number,
         metavar="POINTS",
         help="fail (exit code 6) if more percentage points of the held-out samples' answers are lost",
+    )
+    mixed = parser.add_mutually_exclusive_group()
+    mixed.add_argument(
+        "--budget",
+        type=_bytes,
+        metavar="SIZE",
+        help="give 8 bits to the 4-bit weights that need them most, as many as a bundle of this size holds, e.g. 2.9GB",
+    )
+    mixed.add_argument(
+        "--bits", type=_number, metavar="BITS", help="the same, up to this mean of bits a weight, scales included: 4.5"
+    )
+    add(
+        "--sensitivity-samples",
+        type=cli.positive,
+        metavar="N",
+        help="samples on which that need is measured (default: 4; time grows with them)",
     )
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace an existing bundle")
@@ -142,14 +161,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _points(text: str) -> float:
+def _number(text: str) -> float:
     try:
-        points = float(text)
+        number = float(text)
     except ValueError:
-        points = math.nan
-    if not math.isfinite(points):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of percentage points such as 1.5")
-    return points
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 1.5")
+    return number
 
 
 def _bytes(text: str) -> int:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ class DataWriter:
     def report(self) -> QuantizationReport:
         """On everything written so far."""
         before = self._calibrated.report if self._calibrated else QuantizationReport((), 0, None)
-        return QuantizationReport(tuple(self._linears), before.calibration_samples, before.end_to_end)
+        return replace(before, linears=tuple(self._linears))
 
     def _scalar(self, tensor: PlannedTensor) -> npt.NDArray[Any]:
         """A scale or zero point of inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fusion_edge.export.memory import Estimate, estimate
@@ -21,14 +22,16 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
     """Print it. Raises :class:`FusionError` if the bundle does not fit in ``fit`` bytes."""
     sizes = estimate(plan)
     effort = None if calibration is None else _effort(plan, calibration)
+    ranges = {} if calibration is None else _ranges(plan)
     fits = None if fit is None else sizes.peak <= fit
     if as_json:
         report = dataclasses.asdict(sizes) | {"peak": sizes.peak, "fits": fits}
         report["formats"] = {name: str(form) for name, form in plan.formats.items()}
         report["calibration"] = None if effort is None else dataclasses.asdict(effort)
+        report["ranges"] = ranges
         sys.stdout.write(json.dumps(report) + "\n")
     else:
-        sys.stdout.write(_text(plan, sizes, effort))
+        sys.stdout.write(_text(plan, sizes, effort, ranges))
     if fit is not None and not fits:
         raise FusionError(
             f"It does not fit: the peak is {cli.size(sizes.peak)}, {cli.size(sizes.peak - fit)} more than "
@@ -47,7 +50,19 @@ def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEst
     return estimate_calibration(plan, options)
 
 
-def _text(plan: ExportPlan, sizes: Estimate, effort: CalibrationEstimate | None) -> str:
+def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
+    """The least and the most that --budget and --bits may be, where there are weights for them to share out."""
+    from fusion_edge.quant.calibration.mixed import ranges
+
+    return ranges(plan)
+
+
+def _text(
+    plan: ExportPlan,
+    sizes: Estimate,
+    effort: CalibrationEstimate | None,
+    ranges: Mapping[str, tuple[float, float]],
+) -> str:
     rows = [("On disk", ""), *((f"  {name}", cli.size(count)) for name, count in sizes.graphs.items())]
     rows += [
         ("  bundle", cli.size(sizes.bundle)),
@@ -65,4 +80,7 @@ def _text(plan: ExportPlan, sizes: Estimate, effort: CalibrationEstimate | None)
             ("  disk, for as long as it runs", cli.size(effort.disk)),
             ("  time", f"{effort.seconds / 60:.0f} min"),
         ]
+    for option, (least, most) in ranges.items():
+        written = f"{least:.3f} to {most:.3f}" if option == "--bits" else f"{cli.size(least)} to {cli.size(most)}"
+        rows.append((f"  {option} can be", written))
     return cli.table(rows)

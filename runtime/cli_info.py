@@ -80,7 +80,7 @@ def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:
     methods = Counter(linear.method for linear in report.linears)
     fitted = ", ".join(f"{count} by {method}" for method, count in methods.items())
     rows = [("Quantized", f"{fitted}; {report.calibration_samples} calibration samples")]
-    return rows if report.end_to_end is None else rows + report.end_to_end.rows()
+    return rows + report.rows()
 
 
 if __name__ == "__main__":

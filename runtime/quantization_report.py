@@ -33,6 +33,40 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What it costs to give one linear 4 bits and nothing else."""
+
+    name: str
+    kl_divergence: float
+    """Mean KL(float || float but for this linear) of a token, nats."""
+    output_sqnr: float
+    """Of its outputs, dB."""
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """Which linears got 8 bits, and why."""
+
+    bits: float
+    """Mean bits of a weight that could have had 4, scales included."""
+    samples: int
+    raised: tuple[str, ...]
+    """The linears with 8 bits."""
+    sensitivities: tuple[Sensitivity, ...]
+    """Of all linears that could have had 4."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values for people."""
+        left = sum(s.kl_divergence for s in self.sensitivities if s.name not in self.raised)
+        total = sum(s.kl_divergence for s in self.sensitivities)
+        share = f"{1 - left / total:.0%}" if total else "none"
+        return [
+            ("Mixed precision", f"{self.bits:.2f} bits a weight, {len(self.raised)} of {len(self.sensitivities)} in 8"),
+            ("Sensitivity removed", f"{share} of the KL divergences that 4 bits cost one by one"),
+        ]
+
+
+@dataclass(frozen=True)
 class EndToEnd:
     """The quantized model against the float one on samples that no weight was fitted to."""
 
@@ -82,6 +116,7 @@ class QuantizationReport:
     calibration_samples: int
     """0 without calibration."""
     end_to_end: EndToEnd | None
+    mixed_precision: MixedPrecision | None = None
 
     def to_json(self, with_seconds: bool = False) -> dict[str, Any]:
         """The object in ``quantization.json``, which is without seconds."""
@@ -91,6 +126,7 @@ class QuantizationReport:
         return {
             "calibration_samples": self.calibration_samples,
             "end_to_end": None if self.end_to_end is None else asdict(self.end_to_end),
+            "mixed_precision": None if self.mixed_precision is None else asdict(self.mixed_precision),
             "linears": linears,
         }
 
@@ -120,6 +156,10 @@ class QuantizationReport:
 
         return sorted(self.linears, key=quality)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """What was chosen and what came of it, for people."""
+        return [row for part in (self.mixed_precision, self.end_to_end) if part is not None for row in part.rows()]
+
     def table(self) -> str:
         """The worst weights, and what came of it end to end."""
 
@@ -128,7 +168,7 @@ class QuantizationReport:
             outputs = "" if linear.output_sqnr is None else f"{linear.output_sqnr:.1f} dB"
             sqnr, seconds = f"{linear.weight_sqnr:.1f} dB", f"{linear.seconds:.1f}"
             rows.append((linear.name, linear.format, linear.method, sqnr, outputs, seconds))
-        facts = self.end_to_end.rows() if self.end_to_end else []
+        facts = self.rows()
         width = max((len(name) for name, _ in facts), default=0)
         return cli.table(rows) + "".join(f"{name.ljust(width)}  {value}\n" for name, value in facts)
 

@@ -24,7 +24,7 @@ from fusion_edge.export import cli
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.export.weights import CheckpointWeights, read_parameter
-from fusion_edge.quant.calibration import run
+from fusion_edge.quant.calibration import float_model, run
 from fusion_edge.quant.calibration.blocks import blocks
 from fusion_edge.quant.calibration.work_folder import work_folder
 from fusion_edge.runtime import Fusion, cli_info, load
@@ -213,7 +213,7 @@ def test_activations_that_are_not_finite(
         values = np.array(read_parameter(weights, name))
         return np.full_like(values, 3e38) if name == "llm.layers.0.mlp_norm.weight" else values
 
-    monkeypatch.setattr(run, "read_parameter", broken)
+    monkeypatch.setattr(float_model, "read_parameter", broken)
     message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
     assert "llm.layers.0.mlp" in message
     assert not (tmp_path / "b").exists()

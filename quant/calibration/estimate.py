@@ -10,7 +10,8 @@ import torch
 from fusion_edge.export.plan import MINIMUM_TEXT, ExportPlan
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.quant.calibration.blocks import Block, blocks
-from fusion_edge.quant.calibration.options import CalibrationOptions
+from fusion_edge.quant.calibration.mixed import candidates
+from fusion_edge.quant.calibration.options import SENSITIVITY_SAMPLES, CalibrationOptions
 from fusion_edge.quant.gptq import SCALE_SHARES
 from fusion_edge.runtime.config import GLOBAL_CROPS
 
@@ -40,7 +41,7 @@ def estimate_calibration(plan: ExportPlan, options: CalibrationOptions) -> Calib
     return CalibrationEstimate(
         memory=PROCESS_BYTES + max(_memory(plan, block) for block in sequence),
         disk=calibration_disk(plan, options),
-        seconds=sum(_operations(plan, block, options) for block in sequence) / rate,
+        seconds=(sum(_operations(plan, block, options) for block in sequence) + _trials(plan, options)) / rate,
     )
 
 
@@ -124,6 +125,19 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
         if options.method == "gptq":
             total += 2 * 4 * inputs**3 / 3  # float64 takes twice as long
     return total
+
+
+def _trials(plan: ExportPlan, options: CalibrationOptions) -> float:
+    """Operations that measuring every linear's sensitivity takes: from its block to the end, on every sample."""
+    if not options.is_mixed:
+        return 0.0
+    names = candidates(plan)
+    total, passes = 0.0, 2
+    for block in blocks(plan.config):
+        linears = _linears(plan, block)
+        passes += sum(p.name.removesuffix(".weight") in names for p in linears)
+        total += passes * sum(2 * _rows(plan, p.name) * p.size for p in linears)
+    return total * (options.sensitivity_samples or SENSITIVITY_SAMPLES)
 
 
 def _rate(device: str) -> float:

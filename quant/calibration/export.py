@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from fusion_edge.export.bundle_writer import check_output, resolve_output, write_bundle
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.quant.calibration.estimate import calibration_disk
+from fusion_edge.quant.calibration.mixed import check_budget, mix
 from fusion_edge.quant.calibration.options import CalibrationOptions
 from fusion_edge.quant.calibration.run import calibrate
 from fusion_edge.quant.calibration.samples import Samples, read_samples
@@ -39,11 +40,15 @@ def export_calibrated(
     check_output(output, force)
     options, samples = checked(plan, options)
     producer = plan.manifest(()).producer
-    settings = {"method": options.method, "device": options.device, "torch": torch.__version__, "producer": producer}
+    asked = {key: value for key, value in asdict(options).items() if key not in ("data", "largest_drop")}
+    settings = asked | {"torch": torch.__version__, "producer": producer}
     command = describe(plan, samples, settings)
     _check_disk(plan, options, output)
     with work_folder(output, command) as folder:
         try:
+            mixed = None
+            if options.is_mixed:
+                plan, mixed = mix(plan, options, samples, folder)
             calibrated = calibrate(plan, samples, options.method, options.device, folder)
         except RuntimeError as error:
             if "allocate memory" not in str(error) and "out of memory" not in str(error):
@@ -52,6 +57,7 @@ def export_calibrated(
                 f"There is not enough memory on {options.device} to calibrate ({str(error).splitlines()[0]}); close "
                 "other programs, see --dry-run for what it takes, or use another --device."
             ) from None
+        calibrated = replace(calibrated, report=replace(calibrated.report, mixed_precision=mixed))
         _check(calibrated.report, options.largest_drop)
         return write_bundle(plan, output, force, calibrated)
 
@@ -64,6 +70,7 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
     """
     if not any(form.is_quantized for form in plan.formats.values()):
         raise UsageError(f"--calibrate is for quantized weights; --{plan.options.precision} has none: leave it out.")
+    check_budget(plan, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FusionError("--device cuda needs a GPU and a build of torch with CUDA; use --device cpu.")
     samples = read_samples(options.data, options.samples, options.held_out)

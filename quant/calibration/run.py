@@ -9,30 +9,28 @@ it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.export.plan import ExportPlan
-from fusion_edge.export.weights import CheckpointWeights, read_parameter
 from fusion_edge.quant.calibration import states
-from fusion_edge.quant.calibration.blocks import Block, BlockOperations, Prepared, blocks, kept, prepare
+from fusion_edge.quant.calibration.blocks import Block, BlockOperations, blocks, kept
 from fusion_edge.quant.calibration.evaluation import Evaluation
+from fusion_edge.quant.calibration.float_model import FloatModel
 from fusion_edge.quant.calibration.observing import Observing
 from fusion_edge.quant.calibration.records import Records
-from fusion_edge.quant.calibration.samples import Sample, Samples
+from fusion_edge.quant.calibration.samples import Samples
 from fusion_edge.quant.calibration.states import State, StateReader
 from fusion_edge.quant.formats import InputGrid
 from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.quant.policy import EMBEDDING
-from fusion_edge.runtime.bundle import TOKENIZER
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import LinearReport, QuantizationReport, sqnr
@@ -65,28 +63,13 @@ class Run:
         self._method = method
         self._device = device
         self._folder = folder
-        self._weights = CheckpointWeights(plan.checkpoint, plan.parameters)
+        self._float = FloatModel(plan, device)
         self._records = Records(folder, plan.formats)
-        tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
-        self._calibrating = list(self._prepare(samples.calibrating, tokenizer))
-        self._held_out = list(self._prepare(samples.held_out, tokenizer))
+        self._calibrating = list(self._float.prepare(samples.calibrating))
+        self._held_out = list(self._float.prepare(samples.held_out))
         self._sequence = blocks(plan.config)
         self._evaluation = Evaluation(self._held_out)
         self._embedding = lru_cache(maxsize=None)(self._embedding_row)
-
-    def _prepare(self, samples: Sequence[Sample], tokenizer: Tokenizer) -> Iterator[Prepared]:
-        """The samples, with the bundle's query lengths in turn."""
-        manifest = self._plan.manifest(())
-        lengths = manifest.query_lengths
-        for i, sample in enumerate(samples):
-            length = lengths[i % len(lengths)]
-            prepared = prepare(sample, tokenizer, self.config, length, manifest.image_side, self._device)
-            if len(prepared.tokens) > manifest.max_context:
-                raise FusionError(
-                    f"The sample {sample.question[:40]!r} about {sample.picture} takes {len(prepared.tokens)} "
-                    f"positions, the context holds {manifest.max_context}; shorten it, or raise --max-context."
-                )
-            yield prepared
 
     @torch.inference_mode()
     def run(self) -> Calibrated:
@@ -94,7 +77,7 @@ class Run:
         if any(self._is_torn(block) for block in sequence):
             raise FusionError(f"{self._folder} has lost files of an earlier run; delete it and start again.")
         start = max(i for i in range(len(sequence) + 1) if i == 0 or states.are_complete(self.states(i)))
-        sizes = [self._elements(block) for block in sequence]
+        sizes = [self._float.elements(block) for block in sequence]
         passes = 2 * (len(self._calibrating) + len(self._held_out))
         with Progress("Calibrating", sum(sizes[start:]) * passes, "M weights") as progress:
             for i, block in enumerate(sequence):
@@ -119,7 +102,7 @@ class Run:
         """Quantize block ``i`` and run all samples through it; ``advance`` is called for each."""
         block, is_last = self._sequence[i], i + 1 == len(self._sequence)
         before = StateReader(self.states(i)) if i else None
-        weights = lru_cache(maxsize=None)(self._float_parameter)
+        weights = lru_cache(maxsize=None)(self._float.parameter)
         if self._records.finished(block.name) is None:
             self._quantize(block, before, weights, advance)
         self._propagate(i, block, before, weights, is_last, advance)
@@ -178,7 +161,7 @@ class Run:
         quantized_weights = lru_cache(maxsize=None)(self._quantized_parameter)
         grid = lru_cache(maxsize=None)(self._input_grid)
         quantized = BlockOperations(config, quantized_weights, self._embed, self._device, grid)
-        exact = BlockOperations(config, weights, self._embed_exactly, self._device)
+        exact = BlockOperations(config, weights, self._float.embed, self._device)
         with states.writing(self.states(i + 1)) as after:
             for number, prepared in enumerate(self._calibrating):
                 if not is_last:
@@ -211,20 +194,13 @@ class Run:
             return {}
         return {name: value.to(self._device) for name, value in before[number].items()}
 
-    def _elements(self, block: Block) -> int:
-        parameters = self._plan.parameters.values()
-        return sum(p.size for p in parameters if p.name.startswith(block.prefixes))
-
-    def _float_parameter(self, name: str) -> Tensor:
-        return torch.from_numpy(np.array(read_parameter(self._weights, name))).to(self._device)
-
     def _input_grid(self, name: str) -> InputGrid | None:
         return self._records.input_grid(name) if self._plan.formats[name].rounds_inputs else None
 
     def _quantized_parameter(self, name: str) -> Tensor:
         linear = name.removesuffix(".weight")
         if linear not in self._records:
-            exact = self._float_parameter(name)
+            exact = self._float.parameter(name)
             is_half = linear in self._plan.formats and self._plan.formats[linear].kind == "fp16"
             return exact.half().float() if is_half else exact
         values = self._records.dequantized(linear, self._plan.parameters[name].shape[1])
@@ -232,15 +208,11 @@ class Run:
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Embeddings ``[T,D]`` as the bundle has them."""
-        return torch.stack([self._embedding(int(i), False) for i in ids]).to(self._device)
+        if not self._plan.formats[EMBEDDING].is_quantized:
+            return self._float.embed(ids)
+        return torch.stack([self._embedding(int(i)) for i in ids]).to(self._device)
 
-    def _embed_exactly(self, ids: Tensor) -> Tensor:
-        return torch.stack([self._embedding(int(i), True) for i in ids]).to(self._device)
-
-    def _embedding_row(self, token: int, exactly: bool) -> Tensor:
-        row = self._weights.rows(f"{EMBEDDING}.weight", token, token + 1)
+    def _embedding_row(self, token: int) -> Tensor:
         form = self._plan.formats[EMBEDDING]
-        if form.is_quantized and not exactly:
-            row = dequantize(quantize(row, form), form, row.shape[1])
-        return torch.from_numpy(np.array(row[0]))
-
+        row = self._float.weights.rows(f"{EMBEDDING}.weight", token, token + 1)
+        return torch.from_numpy(dequantize(quantize(row, form), form, row.shape[1])[0])
