@@ -16,7 +16,7 @@ import onnx
 from fusion_edge.export.graph_builder import Part, PlannedTensor
 from fusion_edge.export.plan import embedding_file
 from fusion_edge.export.tensor_names import Parameter, parameters
-from fusion_edge.quant.formats import InputGrid, WeightFormat
+from fusion_edge.quant.formats import STORED_GROUP_SIZES, InputGrid, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle, data_file, graph_file
@@ -45,7 +45,12 @@ class BundleWeights:
         shape = form.packed_shape(stop - start, inputs)
         scales = self._read(name, "scales", start, stop).reshape(shape[:2])
         zero_points = None if form.is_symmetric else self._read(name, "zero_points", start, stop)
-        return dequantize(Packed(values.view(np.uint8).reshape(shape), scales, zero_points), form, inputs)
+        stored = dequantize(Packed(values.view(np.uint8).reshape(shape), scales, zero_points), form, inputs)
+        if (name, "columns") not in self._tensors:
+            return stored
+        in_place = np.empty_like(stored)
+        in_place[:, self._read(name, "columns", 0, inputs)] = stored
+        return in_place
 
     def input_grid(self, linear: str) -> InputGrid | None:
         """See :meth:`Weights.input_grid`."""
@@ -56,7 +61,7 @@ class BundleWeights:
         return InputGrid(float(scale[0]), int(zero_point[0]))
 
     def _format(self, name: str) -> WeightFormat:
-        return WeightFormat.parse(self._bundle.manifest.weights[name])
+        return WeightFormat.parse(self._bundle.manifest.weights[name], sizes=STORED_GROUP_SIZES)
 
     def _read_graph(self, graph: str) -> None:
         """Note where every initializer of the graph's data file lies."""

@@ -42,7 +42,8 @@ def write_bundle(
             (folder / name).write_bytes(content)
         elements = sum(parameter.size for parameter in plan.parameters.values())
         with Progress("Quantizing", elements, "M weights") as progress:
-            writer = DataWriter(CheckpointWeights(plan.checkpoint, plan.parameters), calibrated, progress)
+            weights = CheckpointWeights(plan.checkpoint, plan.parameters)
+            writer = DataWriter(weights, plan.packed, calibrated, progress)
             for file in plan.data_files:
                 writer.write(folder / file.name, file)
         names = [*plan.small_files, *(file.name for file in plan.data_files)]

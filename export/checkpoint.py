@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import cast
 
+from fusion_edge.export.json_fields import Fields
+from fusion_edge.export.packed.layout import Expected
+from fusion_edge.export.packed.parameters import with_packed_sources
 from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.source import read_json_object
 from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL, Parameter, parameters
 from fusion_edge.runtime.config import (
     ALIGNMENT_HEADS,
@@ -24,7 +25,6 @@ from fusion_edge.runtime.config import (
 )
 from fusion_edge.runtime.errors import FusionError
 
-LARGEST_INTEGER = 2**31 - 1  # of a size in config.json; ONNX Runtime counts positions in int32
 TEMPLATES = {"fusion_phi": "phi_3", "fusion_llama": "llama_3"}
 
 FIXED: Mapping[str, tuple[object, ...]] = {
@@ -47,7 +47,7 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
 
     Raises :class:`FusionError` naming the field, its value and what was expected.
     """
-    fields = _Fields(checkpoint.folder / "config.json")
+    fields = Fields(checkpoint.folder / "config.json")
     model_type = fields.data.get("model_type")
     if not isinstance(model_type, str) or model_type not in TEMPLATES:
         raise FusionError(
@@ -71,21 +71,29 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
 def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, Parameter]:
     """The parameters of ``config``, each checked to be in the checkpoint with its shape.
 
-    Raises :class:`FusionError` for a missing, wrongly shaped or unused tensor, naming it.
+    Raises :class:`FusionError` for a missing, wrongly shaped or typed, or unused tensor, naming it, and for a
+    quantization that is not supported.
     """
-    table = parameters(config)
-    expected = {source.tensor: source.shape for parameter in table.values() for source in parameter.sources}
-    for tensor, shape in expected.items():
+    table = with_packed_sources(checkpoint, parameters(config))
+    expected: dict[str, Expected] = {}
+    for source in (source for parameter in table.values() for source in parameter.sources):
+        expected |= {source.tensor: Expected(source.shape)} if source.packed is None else source.packed.tensors
+    for tensor, needed in expected.items():
         if tensor not in checkpoint.tensors:
             raise FusionError(
-                f"Tensor {tensor} is missing from {checkpoint.folder}; expected shape {list(shape)}. "
+                f"Tensor {tensor} is missing from {checkpoint.folder}; expected shape {list(needed.shape)}. "
                 "Fetch or save the checkpoint again."
             )
-        found = checkpoint.tensors[tensor].shape
-        if found != shape:
+        found = checkpoint.tensors[tensor]
+        if found.shape != needed.shape:
             raise FusionError(
-                f"Tensor {tensor} of {checkpoint.folder} has shape {list(found)}; config.json asks for "
-                f"{list(shape)}. Config and weights do not belong together."
+                f"Tensor {tensor} of {checkpoint.folder} has shape {list(found.shape)}; config.json asks for "
+                f"{list(needed.shape)}. Config and weights do not belong together."
+            )
+        if found.dtype not in needed.dtypes:
+            raise FusionError(
+                f"Tensor {tensor} of {checkpoint.folder} has the type {found.dtype}; expected "
+                f"{' or '.join(needed.dtypes)}. Use the released bfloat16 checkpoint, or convert the tensor."
             )
     for tensor in sorted(checkpoint.tensors.keys() - expected.keys() - set(UNUSED)):
         raise FusionError(
@@ -95,50 +103,7 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
     return table
 
 
-class _Fields:
-    """``config.json`` with checked access."""
-
-    def __init__(self, path: Path, data: Mapping[str, Any] | None = None, prefix: str = "") -> None:
-        self.path = path
-        self.prefix = prefix
-        self.data = read_json_object(path) if data is None else data
-
-    def wrong(self, name: str, expected: str) -> FusionError:
-        value = repr(self.data[name]) if name in self.data else "missing"
-        return FusionError(f"{self.path}: {self.prefix}{name} is {value}; expected {expected}.")
-
-    def one_of(self, name: str, allowed: tuple[object, ...]) -> Any:
-        """A field whose value must be one of ``allowed``; None among them allows its absence."""
-        value = self.data.get(name)
-        if not any(type(value) is type(one) and value == one for one in allowed):
-            raise self.wrong(name, " or ".join(repr(one) for one in allowed if one is not None))
-        return value
-
-    def integer(self, name: str, minimum: int = 1, default: int | None = None) -> int:
-        value = self.data.get(name, default)
-        if type(value) is not int or not minimum <= value <= LARGEST_INTEGER:
-            raise self.wrong(name, f"an integer from {minimum} to {LARGEST_INTEGER}")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self.data.get(name)
-        if not _is_positive(value):
-            raise self.wrong(name, "a positive number")
-        return float(value)
-
-    def numbers(self, name: str, length: int) -> list[float]:
-        value = self.data.get(name)
-        if not isinstance(value, list) or len(value) != length or not all(map(_is_positive, value)):
-            raise self.wrong(name, f"a list of {length} positive numbers")
-        return [float(x) for x in value]
-
-
-def _is_positive(value: object) -> TypeGuard[float]:
-    # Compared, not asked by math.isfinite: that overflows on an integer of 400 digits.
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max  # type: ignore[operator]
-
-
-def _language(fields: _Fields, checkpoint: Checkpoint) -> LanguageConfig:
+def _language(fields: Fields, checkpoint: Checkpoint) -> LanguageConfig:
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", default=heads)
     head_dim = fields.data.get("head_dim") or hidden // heads
@@ -166,7 +131,7 @@ def _language(fields: _Fields, checkpoint: Checkpoint) -> LanguageConfig:
     )
 
 
-def _rotary(fields: _Fields, head_dim: int) -> tuple[list[float], float]:
+def _rotary(fields: Fields, head_dim: int) -> tuple[list[float], float]:
     """Inverse frequencies ``[head_dim/2]`` and the factor on cos and sin (FUSION.md section 5)."""
     theta = fields.number("rope_theta")
     if theta < 1:
@@ -177,7 +142,7 @@ def _rotary(fields: _Fields, head_dim: int) -> tuple[list[float], float]:
         return base, 1.0
     if not isinstance(scaling, dict):
         raise fields.wrong("rope_scaling", "an object or null")
-    rope = _Fields(fields.path, scaling, "rope_scaling.")
+    rope = Fields(fields.path, scaling, "rope_scaling.")
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "longrope":
         longest = fields.integer("max_position_embeddings")
@@ -196,7 +161,7 @@ def _rotary(fields: _Fields, head_dim: int) -> tuple[list[float], float]:
     raise fields.wrong("rope_scaling", "of type 'longrope' or 'llama3'")
 
 
-def _llama3(frequency: float, rope: _Fields) -> float:
+def _llama3(frequency: float, rope: Fields) -> float:
     """Llama 3.1's scaling of one inverse frequency: slow ones divided, a smooth ramp between."""
     factor, original = rope.number("factor"), rope.integer("original_max_position_embeddings")
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
@@ -207,7 +172,7 @@ def _llama3(frequency: float, rope: _Fields) -> float:
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-def _alignment(fields: _Fields, language: LanguageConfig) -> AlignmentConfig:
+def _alignment(fields: Fields, language: LanguageConfig) -> AlignmentConfig:
     alignment = AlignmentConfig(
         layers=fields.integer("num_of_vision_sampler_layers"),
         start=fields.integer("start_of_vision_sampler_layers", minimum=0),
@@ -224,7 +189,7 @@ def _alignment(fields: _Fields, language: LanguageConfig) -> AlignmentConfig:
     return alignment
 
 
-def _query_lengths(fields: _Fields) -> tuple[int, ...]:
+def _query_lengths(fields: Fields) -> tuple[int, ...]:
     text = str(fields.data.get("query_len", ""))
     expected = "a comma list of square numbers such as '4,16,36,64,144'"
     if not re.fullmatch(r"\d+(,\d+)*", text):
@@ -235,7 +200,7 @@ def _query_lengths(fields: _Fields) -> tuple[int, ...]:
         raise fields.wrong("query_len", expected) from None
 
 
-def _vision(fields: _Fields, checkpoint: Checkpoint) -> VisionConfig:
+def _vision(fields: Fields, checkpoint: Checkpoint) -> VisionConfig:
     """Sizes of the vision tower, read off its tensors."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -248,7 +213,7 @@ def _vision(fields: _Fields, checkpoint: Checkpoint) -> VisionConfig:
         return info.shape
 
     width, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
-    mlp_width, _ = shape("encoder.layers.0.mlp.fc1.weight", 2)
+    (mlp_width,) = shape("encoder.layers.0.mlp.fc1.bias", 1)  # the weight itself may be packed
     pattern = re.compile(re.escape(VISION_MODEL) + r"encoder\.layers\.(\d+)\.")
     layers = {int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))}
     if fields.data.get("mm_hidden_size") != width:
@@ -263,7 +228,7 @@ def _vision(fields: _Fields, checkpoint: Checkpoint) -> VisionConfig:
 
 
 def _eos(folder: Path) -> tuple[int, ...]:
-    generation = _Fields(folder / "generation_config.json")
+    generation = Fields(folder / "generation_config.json")
     value = generation.data.get("eos_token_id")
     ids = cast("list[object]", value if isinstance(value, list) else [value])
     if not ids or not all(type(one) is int and one >= 0 for one in ids):

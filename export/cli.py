@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     precision = parser.add_mutually_exclusive_group()
     for name, text in (
         ("int4", "4-bit LLM and alignment, 8-bit vision, lm_head and embeddings (default)"),
+        ("nf4", "as --int4, in bitsandbytes' NF4: closer, much slower on a CPU"),
         ("int8", "8-bit weights throughout"),
         ("fp16", "16-bit weights"),
         ("fp32", "32-bit weights: the reference"),
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         choices=GROUP_SIZES,
         default=defaults.group_size,
-        help="input channels that share a scale (default: %(default)s)",
+        help="input channels that share a scale (default: 128, in NF4 and FP4 64)",
     )
     add("--asym", action="store_true", help="4-bit weights with zero points: closer, and slower by a few percent")
     add(
@@ -78,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN=FORMAT",
-        help="format of the weights that match, e.g. 'llm.layers.*.mlp.down=int8:64'; repeatable, the first match wins",
+        help="format of the weights that match, e.g. 'llm.layers.*.mlp.down=int8:64'; repeatable, the first match "
+        "wins; what a checkpoint has quantized stays as it is unless a rule matches",
     )
     add("--rules", type=Path, metavar="FILE", help="TOML file of rules, considered after every --rule")
     add(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from fusion_edge.export.plan import DataFile
 from fusion_edge.export.weights import CheckpointWeights
 from fusion_edge.quant.packing import Packed, dequantize, quantize
 from fusion_edge.runtime.progress import Progress
-from fusion_edge.runtime.quantization_report import LinearReport, QuantizationReport, sqnr
+from fusion_edge.runtime.quantization_report import TAKEN_OVER, LinearReport, QuantizationReport, sqnr
 
 if TYPE_CHECKING:
     from fusion_edge.quant.calibration.run import Calibrated  # needs torch, and so do calibrated weights
@@ -36,10 +36,17 @@ class _Rounded:
 
 
 class DataWriter:
-    """Writes weights as they were calibrated, or rounded to nearest. Each block's place is known: order is free."""
+    """Writes weights as they were calibrated or come quantized, or rounded to nearest.
 
-    def __init__(self, weights: CheckpointWeights, calibrated: Calibrated | None, progress: Progress) -> None:
+    Each block's place is known: order is free.
+    """
+
+    def __init__(
+        self, weights: CheckpointWeights, packed: Container[str], calibrated: Calibrated | None, progress: Progress
+    ) -> None:
+        """``packed``: linears that stay as a quantized checkpoint has them."""
         self._weights = weights
+        self._packed = packed
         self._calibrated = calibrated
         self._progress = progress
         self._linears: list[LinearReport] = list(calibrated.report.linears) if calibrated else []
@@ -83,7 +90,9 @@ class DataWriter:
 
     def _note(self, name: str, values: PlannedTensor, total: _Rounded) -> None:
         linear = name.removesuffix(".weight")
-        if values.format.is_quantized and not self._is_calibrated(linear):
+        if linear in self._packed:
+            self._linears.append(LinearReport(linear, str(values.format), TAKEN_OVER, None, None, total.seconds))
+        elif values.format.is_quantized and not self._is_calibrated(linear):
             quality = sqnr(total.noise, total.signal)
             self._linears.append(LinearReport(linear, str(values.format), "rtn", quality, None, total.seconds))
 
@@ -119,6 +128,8 @@ class DataWriter:
         linear, form = name.removesuffix(".weight"), values.format
         if self._calibrated is not None and self._is_calibrated(linear):
             return _parts(self._calibrated.records.rows(linear, start, stop)), _Rounded()
+        if linear in self._packed:
+            return _parts(self._weights.packed_rows(name, start, stop, form)), _Rounded()
         rows = self._weights.rows(name, start, stop)
         if not form.is_quantized:
             return {"values": np.ascontiguousarray(rows, dtype=values.dtype)}, _Rounded()
@@ -141,7 +152,7 @@ def _by_parameter(file: DataFile, known: Iterable[str]) -> dict[str, list[Planne
     """The tensors of a data file, values first, that come from each parameter."""
     groups: dict[str, list[PlannedTensor]] = {}
     for tensor in file.tensors:
-        if tensor.parameter in known and tensor.shape != ():
+        if tensor.parameter in known and tensor.shape != () and tensor.content is None:
             groups.setdefault(tensor.parameter, []).append(tensor)
     return groups
 

@@ -29,8 +29,9 @@ ONNX_TYPES = {
     "bool": TensorProto.BOOL,
 }
 
-Part = Literal["values", "scales", "zero_points", "input_scale", "input_zero_point"]
-"""The last two are scalars of a linear that rounds its inputs."""
+Part = Literal["values", "scales", "zero_points", "columns", "input_scale", "input_zero_point"]
+"""``columns``: which column of the weight each stored one is, if not all are in place. The last two are scalars of a
+linear that rounds its inputs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     offset: int
     content: npt.NDArray[Any] | None = None
-    """The values themselves where they are computed (rotary tables), not read from a parameter."""
+    """The values themselves where they are known already (rotary tables, orders of columns)."""
 
     @property
     def nbytes(self) -> int:
@@ -100,10 +101,18 @@ class GraphBuilder:
             self.constants[name] = numpy_helper.from_array(array, name)
         return name
 
-    def plan(self, parameter: str, part: Part, form: WeightFormat, dtype: str, shape: tuple[int, ...]) -> str:
+    def plan(
+        self,
+        parameter: str,
+        part: Part,
+        form: WeightFormat,
+        dtype: str,
+        shape: tuple[int, ...],
+        content: npt.NDArray[Any] | None = None,
+    ) -> str:
         """Give a part of a parameter its place in the data file; the initializer's name."""
         name = parameter if part == "values" else f"{parameter}.{part}"
-        self._place(PlannedTensor(name, parameter, part, form, dtype, shape, self.data_bytes))
+        self._place(PlannedTensor(name, parameter, part, form, dtype, shape, self.data_bytes, content))
         return name
 
     def table(self, name: str, values: npt.NDArray[Any], dtype: str) -> str:

@@ -8,6 +8,7 @@ from fusion_edge.export import architecture
 from fusion_edge.export.architecture import Alignment
 from fusion_edge.export.graph_builder import GraphBuilder
 from fusion_edge.export.lower_onnxruntime import OnnxRuntimeOperations, OnnxValue, Settings
+from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime import graphs
@@ -18,13 +19,14 @@ def build_graphs(
     config: FusionConfig,
     parameters: Mapping[str, Parameter],
     formats: Mapping[str, WeightFormat],
+    packed: Mapping[str, Form],
     settings: Settings,
 ) -> list[GraphBuilder]:
     """Vision encoder, alignment decoder and LLM, their weights planned (names without ``.weight`` in ``formats``)."""
     specs = graphs.graph_specs(config, settings.activations, settings.cache)
     builders = [GraphBuilder(spec) for spec in specs]
     vision, alignment, llm = (
-        OnnxRuntimeOperations(config, builder, parameters, formats, settings) for builder in builders
+        OnnxRuntimeOperations(config, builder, parameters, formats, packed, settings) for builder in builders
     )
     _vision_encoder(vision, config)
     _alignment_decoder(alignment, config)

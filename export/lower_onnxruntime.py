@@ -1,7 +1,7 @@
 """The ONNX Runtime interpreter: FUSION written down as graphs of ONNX opset 21 and Microsoft's contributed operators.
 
-Quickest there: MatMulNBits for quantized linears, GroupQueryAttention for the LLM, MultiHeadAttention for the
-vision tower. Values are the names of ONNX values.
+Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
+LLM, MultiHeadAttention for the vision tower. Values are the names of ONNX values.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from onnx import NodeProto, helper
 
 from fusion_edge.export import int8_cache
 from fusion_edge.export.graph_builder import MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder, subgraph
+from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.kernels import context_attention
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.config import FusionConfig
 
+BNB4_TYPES = ("fp4", "nf4")  # MatMulBnb4's attribute quant_type is the index
 BLOCKED = -1e9  # added to the score of a masked key: its weight becomes exactly 0
 
 
@@ -60,12 +62,14 @@ class OnnxRuntimeOperations:
         builder: GraphBuilder,
         parameters: Mapping[str, Parameter],
         formats: Mapping[str, WeightFormat],
+        packed: Mapping[str, Form],
         settings: Settings,
     ) -> None:
         self.config = config
         self.builder = builder
         self.parameters = parameters
         self.formats = formats
+        self.packed = packed
         self.settings = settings
         self._has_any: dict[str, OnnxValue] = {}
 
@@ -120,11 +124,20 @@ class OnnxRuntimeOperations:
     ) -> OnnxValue:
         rows, columns = weight.shape
         shape = form.packed_shape(rows, columns)
-        packed = self.builder.plan(weight.name, "values", form, "uint8", shape)
-        scales = self.builder.plan(weight.name, "scales", form, "float16", shape[:2])
-        inputs: list[OnnxValue | str] = [x, packed, self._cast(scales, "float16")]
+        stored = self.packed.get(name)
+        if stored is not None and stored.columns is not None:
+            x = self._in_order(x, weight, form, stored.columns)
+        scale_dtype = form.scale_dtype if stored is None else stored.scale_dtype
+        values = self.builder.plan(weight.name, "values", form, "uint8", shape)
+        scales = self.builder.plan(weight.name, "scales", form, scale_dtype, shape[:2])
+        inputs: list[OnnxValue | str] = [x, values, self._cast(scales, scale_dtype)]
+        if form.has_codebook:
+            sizes = {"K": columns, "N": rows, "block_size": form.group_size}
+            quant_type = BNB4_TYPES.index(form.kind)
+            product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
+            return product if bias is None else product + bias
         if not form.is_symmetric:
-            groups = (rows, -(-shape[1] // 2))
+            groups = (rows, -(-shape[1] * form.bits // 8))
             inputs.append(self.builder.plan(weight.name, "zero_points", form, "uint8", groups))
         elif bias is not None:
             inputs.append("")
@@ -141,6 +154,12 @@ class OnnxRuntimeOperations:
             block_size=form.group_size,
             accuracy_level=self.settings.accuracy_level,
         )
+
+    def _in_order(self, x: OnnxValue, weight: Parameter, form: WeightFormat, columns: tuple[int, ...]) -> OnnxValue:
+        """Inputs in the order in which a quantized checkpoint groups the columns of their weight."""
+        order = np.array(columns, np.int32)
+        name = self.builder.plan(weight.name, "columns", form, "int32", order.shape, order)
+        return self._node("Gather", [x, name], name, axis=-1)
 
     def _integer_product(
         self, x: OnnxValue, name: str, form: WeightFormat, weight: Parameter, bias: OnnxValue | None

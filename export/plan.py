@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -13,10 +13,12 @@ from fusion_edge.export.checkpoint import read_config, read_parameters
 from fusion_edge.export.graph_builder import GraphBuilder, PlannedTensor
 from fusion_edge.export.graphs import build_graphs
 from fusion_edge.export.lower_onnxruntime import Settings
+from fusion_edge.export.packed.layout import Form
+from fusion_edge.export.packed.parameters import packed_form
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.export.tokenizer import tokenizer_json
-from fusion_edge.quant.formats import DEFAULT_GROUP_SIZE, WeightFormat
+from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
 from fusion_edge.runtime import bundle
 from fusion_edge.runtime.config import FusionConfig, side
@@ -35,7 +37,8 @@ class ExportOptions:
     """What the user asks for; each field is an option of ``fusion-export`` and explained there."""
 
     precision: str = "int4"
-    group_size: int = DEFAULT_GROUP_SIZE
+    group_size: int | None = None
+    """None: each kind's default."""
     rules: tuple[Rule, ...] = ()
     query_lengths: tuple[int, ...] = ()
     image_tokens: int | None = None
@@ -67,11 +70,18 @@ class ExportPlan:
     options: ExportOptions
     parameters: Mapping[str, Parameter]
     formats: Mapping[str, WeightFormat]
+    packed: Mapping[str, Form]
+    """Linears that stay as a quantized checkpoint has them."""
     settings: Settings
     small_files: Mapping[str, bytes]
     """Content of every file but the manifest and the weights."""
     data_files: tuple[DataFile, ...]
     specs: tuple[GraphSpec, ...] = field(repr=False)
+
+    @property
+    def rounded(self) -> dict[str, WeightFormat]:
+        """Formats of the weights that are to be quantized."""
+        return {n: form for n, form in self.formats.items() if form.is_quantized and n not in self.packed}
 
     @property
     def source_bytes(self) -> int:
@@ -105,9 +115,10 @@ class ExportPlan:
         """Bytes of the finished bundle, the manifest included."""
         sizes = {name: len(content) for name, content in self.small_files.items()}
         sizes |= {file.name: file.size for file in self.data_files}
-        quantized = {name: str(form) for name, form in self.formats.items() if form.is_quantized}
-        if quantized:
-            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized).to_bytes())
+        rounded = {name: str(form) for name, form in self.rounded.items()}
+        taken_over = {name: str(form.format) for name, form in self.packed.items()}
+        if rounded or taken_over:
+            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(rounded, taken_over).to_bytes())
         entries = tuple(bundle.FileEntry(name, size, "0" * 64) for name, size in sizes.items())
         return sum(sizes.values()) + len(self.manifest(entries).to_text())
 
@@ -124,8 +135,9 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     vision = options.vision or ("int8" if options.is_calibrated and options.target == "cpu" else "int8-weights")
     defaults = preset(options.precision, options.group_size, vision, options.asymmetric)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
-    formats = assign(names, options.rules, defaults)
-    _check_formats(formats, options)
+    packed = _packed_forms(checkpoint, parameters, options.rules)
+    formats = assign(names, options.rules, defaults) | {name: form.format for name, form in packed.items()}
+    _check_formats(formats, parameters, options)
     activations = ACTIVATIONS[options.target]
     settings = Settings(
         activations=activations,
@@ -133,7 +145,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         cache=activations if options.kv_cache == "float" else "int8",
         max_context=options.max_context or config.max_length,
     )
-    builders = build_graphs(config, parameters, formats, settings)
+    builders = build_graphs(config, parameters, formats, packed, settings)
     small_files = {bundle.TOKENIZER: _tokenizer(checkpoint, config)}
     data_files = []
     for builder in builders:
@@ -148,11 +160,27 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         options=options,
         parameters=parameters,
         formats=formats,
+        packed=packed,
         settings=settings,
         small_files=small_files,
         data_files=tuple(data_files),
         specs=tuple(builder.spec for builder in builders),
     )
+
+
+def _packed_forms(
+    checkpoint: Checkpoint, parameters: Mapping[str, Parameter], overrides: Sequence[Rule]
+) -> dict[str, Form]:
+    """Forms of the linears that a quantized checkpoint brings along, but for those that the user has quantized anew.
+
+    Raises as :func:`packed_form`.
+    """
+    packed = {name.removesuffix(".weight"): p for name, p in parameters.items() if p.is_packed}
+    return {
+        name: packed_form(parameter, checkpoint)
+        for name, parameter in packed.items()
+        if not any(rule.matches(name) for rule in overrides)
+    }
 
 
 def _producer() -> str:
@@ -200,15 +228,26 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
         )
     if options.asymmetric and options.precision != "int4":
         raise UsageError(f"--asym is for --int4, not --{options.precision}: leave it out.")
-    if options.vision is not None and options.precision not in ("int8", "int4"):
-        raise UsageError(f"--vision is for --int4 and --int8; --{options.precision} is for vision too: leave it out.")
+    if options.vision is not None and options.precision in ("fp32", "fp16"):
+        raise UsageError(
+            f"--vision is for --int4, --nf4 and --int8; --{options.precision} is for vision too: leave it out."
+        )
     if options.kv_cache == "int8" and options.target != "cpu":
         raise UsageError(f"--kv-cache int8 is for --target cpu; {options.target} has no kernel for it: leave it out.")
     return dataclasses.replace(options, query_lengths=lengths, image_tokens=options.image_tokens or patches)
 
 
-def _check_formats(formats: Mapping[str, WeightFormat], options: ExportOptions) -> None:
-    """Raise :class:`UsageError` for formats that need what the export has not."""
+def _check_formats(
+    formats: Mapping[str, WeightFormat], parameters: Mapping[str, Parameter], options: ExportOptions
+) -> None:
+    """Raise :class:`UsageError` for formats that need what the export or the weight has not."""
+    for name, form in formats.items():
+        inputs = parameters[f"{name}.weight"].shape[1]
+        if form.has_codebook and inputs % form.group_size:
+            raise UsageError(
+                f"{name} cannot be {form}: its {inputs} inputs are not whole blocks of {form.group_size}; use a "
+                f"smaller --group-size, or another format (--rule '{name}=int4')."
+            )
     rounding = [name for name, form in formats.items() if form.rounds_inputs]
     if rounding and not options.is_calibrated:
         raise UsageError(
@@ -237,7 +276,7 @@ def embedding_file(parameter: Parameter, form: WeightFormat) -> DataFile:
     dtype = {"int8": "uint8", "fp16": "float16", "fp32": "float32"}[form.kind]
     builder.plan(parameter.name, "values", form, dtype, shape)
     if form.is_quantized:
-        builder.plan(parameter.name, "scales", form, "float16", shape[:2])
+        builder.plan(parameter.name, "scales", form, form.scale_dtype, shape[:2])
     return DataFile(bundle.EMBEDDINGS, tuple(builder.planned.values()), builder.data_bytes)
 
 

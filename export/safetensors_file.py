@@ -30,7 +30,9 @@ _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's own reference reader
 _CHUNK = 1 << 19  # elements widened at a time: the buffer stays in the processor's cache
-_ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+FLOATS = ("BF16", "F16", "F32")
+_ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I32": 4, "I64": 8}
+_INTEGERS = {"U8": "u1", "I32": "<i4", "I64": "<i8"}  # of quantized checkpoints
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """``BF16``, ``F16`` or ``F32``."""
+    """One of :data:`FLOATS`, or ``U8``, ``I32`` or ``I64``."""
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -48,7 +50,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, read row by row as float32; safe to read from several threads.
+    """The tensors of a checkpoint folder, floats read row by row as float32; safe to read from several threads.
 
     Use it as a context manager: it holds one open file per shard.
 
@@ -119,6 +121,17 @@ class Checkpoint:
             raise IndexError(f"{name} has shape {info.shape}, rows {start} to {stop} were asked for")
         row = math.prod(info.shape[1:])
         return self._read(info, start * row, stop * row).reshape(stop - start, *info.shape[1:])
+
+    def read_stored(self, name: str) -> npt.NDArray[Any]:
+        """The whole tensor in the type that it is stored in, but bfloat16 as float32. Raises as :meth:`read_rows`."""
+        info = self.tensors[name]
+        if info.dtype == "F16":
+            return self.read(name).astype(np.float16)
+        if info.dtype in FLOATS:
+            return self.read(name)
+        values = np.empty(math.prod(info.shape), _INTEGERS[info.dtype])
+        _read_into(self._descriptors[info.file], values, info, 0)
+        return values.reshape(info.shape)
 
     def _read(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Elements ``start`` to ``stop`` of the flattened tensor."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from fusion_edge.export.packed.layout import PackedTensor
 from fusion_edge.runtime.config import FusionConfig
 
 Kind = Literal["linear", "embedding", "float"]
@@ -33,6 +34,8 @@ class Source:
     """The whole tensor's shape in the checkpoint."""
     column_range: tuple[int, int] | None = None
     row_range: tuple[int, int] | None = None
+    packed: PackedTensor | None = None
+    """How a quantized checkpoint stores it; None: as floats."""
 
     @property
     def first_row(self) -> int:
@@ -54,6 +57,11 @@ class Parameter:
     shape: tuple[int, ...]
     """``[outputs, inputs]`` for a linear, ``[rows, width]`` for a table, ``[width]`` for a vector."""
     sources: tuple[Source, ...]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the checkpoint has it quantized."""
+        return any(source.packed is not None for source in self.sources)
 
     @property
     def size(self) -> int:

@@ -5,15 +5,17 @@ Two sources exist: a released checkpoint, here, and an exported bundle, dequanti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.export.packed.parameters import PackedReader
 from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.tensor_names import Parameter
-from fusion_edge.quant.formats import InputGrid
+from fusion_edge.export.tensor_names import Parameter, Source
+from fusion_edge.quant.formats import InputGrid, WeightFormat
+from fusion_edge.quant.packing import Packed
 from fusion_edge.runtime.errors import FusionError
 
 
@@ -37,11 +39,12 @@ def read_parameter(weights: Weights, name: str) -> npt.NDArray[np.float32]:
 
 
 class CheckpointWeights:
-    """Parameters assembled from the tensors of a checkpoint."""
+    """Parameters assembled from the tensors of a checkpoint, dequantized where they are quantized."""
 
     def __init__(self, checkpoint: Checkpoint, parameters: Mapping[str, Parameter]) -> None:
         self.checkpoint = checkpoint
         self.parameters = parameters
+        self._packed = PackedReader(checkpoint)
 
     def input_grid(self, linear: str) -> InputGrid | None:
         """None: a checkpoint's inputs are float."""
@@ -49,20 +52,36 @@ class CheckpointWeights:
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """See :meth:`Weights.rows`. Raises :class:`FusionError` for values that are not finite."""
-        parameter = self.parameters[name]
-        parts, first = [], 0
-        for source in parameter.sources:
+        parts = [
+            self._float_rows(source, low, high) if source.packed is None else self._packed.values(source, low, high)
+            for source, low, high in self._sources(name, start, stop)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def packed_rows(self, name: str, start: int, stop: int, form: WeightFormat) -> Packed:
+        """Rows of a packed parameter as the checkpoint has them, in the form that the plan found for it.
+
+        Raises :class:`FusionError` for scales that are not finite.
+        """
+        return self._packed.packed(self._sources(name, start, stop), form)
+
+    def _sources(self, name: str, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
+        """The sources of some rows of a parameter, with the range of the rows that each gives to it."""
+        first = 0
+        for source in self.parameters[name].sources:
             low, high = max(start - first, 0), min(stop - first, source.rows)
             if low < high:
-                part = self.checkpoint.read_rows(source.tensor, source.first_row + low, source.first_row + high)
-                part = part.reshape(high - low, *([-1] if part.ndim > 1 else []))
-                part = part if source.column_range is None else part[:, slice(*source.column_range)]
-                # A sum is finite only if every element is, and costs a fraction of isfinite().all().
-                if not np.isfinite(part.sum(dtype=np.float64)):
-                    raise FusionError(
-                        f"Tensor {source.tensor} of {self.checkpoint.folder} holds NaN or infinite values; "
-                        "the checkpoint is damaged: fetch or save it again."
-                    )
-                parts.append(part)
+                yield source, low, high
             first += source.rows
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _float_rows(self, source: Source, low: int, high: int) -> npt.NDArray[np.float32]:
+        part = self.checkpoint.read_rows(source.tensor, source.first_row + low, source.first_row + high)
+        part = part.reshape(high - low, *([-1] if part.ndim > 1 else []))
+        part = part if source.column_range is None else part[:, slice(*source.column_range)]
+        # A sum is finite only if every element is, and costs a fraction of isfinite().all().
+        if not np.isfinite(part.sum(dtype=np.float64)):
+            raise FusionError(
+                f"Tensor {source.tensor} of {self.checkpoint.folder} holds NaN or infinite values; "
+                "the checkpoint is damaged: fetch or save it again."
+            )
+        return part

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 
 from fusion_edge.runtime.errors import UsageError
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "uint4": 4, "w8a8": 8}
-GROUPED = ("int8", "int4", "uint4")
-"""Kinds whose scales are for groups of input channels. ``uint4`` has a zero point for each group, too."""
+BITS = {"fp32": 32, "fp16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "nf4": 4, "fp4": 4, "w8a8": 8}
+GROUPED = ("int8", "uint8", "int4", "uint4", "nf4", "fp4")
+"""Kinds whose scales are for groups of input channels. Those with a ``u`` have a zero point for each group, too."""
+CODEBOOKS = ("nf4", "fp4")
+"""Kinds whose integers stand for unevenly spaced numbers (``quant/codebook.py``)."""
 GROUP_SIZES = (32, 64, 128)
+"""What a user may ask for."""
+STORED_GROUP_SIZES = (16, *GROUP_SIZES, 256)
+"""What a bundle may hold: weights of quantized checkpoints keep their groups."""
 DEFAULT_GROUP_SIZE = 128
-SCALE_BYTES = 2  # scales are stored as float16
+CODEBOOK_GROUP_SIZE = 64  # by default: that of bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,18 @@ class WeightFormat:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether the middle of the integers stands for 0, so that there are no zero points."""
-        return self.kind != "uint4"
+        """Whether there are no zero points: the middle of the integers stands for 0, or a codebook tells."""
+        return self.kind not in ("uint4", "uint8")
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether integers stand for unevenly spaced numbers."""
+        return self.kind in CODEBOOKS
+
+    @property
+    def scale_dtype(self) -> str:
+        """numpy dtype name of the scales that weights are rounded with."""
+        return "float32" if self.has_codebook else "float16"
 
     @property
     def rounds_inputs(self) -> bool:
@@ -63,18 +78,25 @@ class WeightFormat:
         return f"{self.kind}:{self.group_size}" if self.group_size else self.kind
 
     @classmethod
-    def parse(cls, text: str, default_group_size: int = DEFAULT_GROUP_SIZE) -> WeightFormat:
-        """The name of a kind; the grouped ones may have ``:32``, ``:64`` or ``:128``.
+    def grouped(cls, kind: str, group_size: int | None) -> WeightFormat:
+        """A kind of :data:`GROUPED`; None is its default size."""
+        return cls(kind, group_size or (CODEBOOK_GROUP_SIZE if kind in CODEBOOKS else DEFAULT_GROUP_SIZE))
+
+    @classmethod
+    def parse(
+        cls, text: str, default_group_size: int | None = None, sizes: tuple[int, ...] = GROUP_SIZES
+    ) -> WeightFormat:
+        """The name of a kind; the grouped ones may have one of ``sizes`` as their group size, such as ``:32``.
 
         Raises :class:`UsageError` for anything else.
         """
         kind, _, size = text.partition(":")
-        expected = "fp32, fp16, w8a8, int8, int4 or uint4, the last three perhaps with a group size (int4:32)"
-        if kind not in BITS or (size and (kind not in GROUPED or size not in map(str, GROUP_SIZES))):
+        expected = f"fp32, fp16, w8a8, or one of {', '.join(GROUPED)}, perhaps with a group size (int4:32)"
+        if kind not in BITS or (size and (kind not in GROUPED or size not in map(str, sizes))):
             raise UsageError(f"Unknown weight format {text!r}; expected {expected}.")
         if kind not in GROUPED:
             return cls(kind)
-        return cls(kind, int(size) if size else default_group_size)
+        return cls.grouped(kind, int(size) if size else default_group_size)
 
 
 @dataclass(frozen=True)

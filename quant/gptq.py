@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import SMALLEST_SCALE, Packed, pack, pack_zero_points
+from fusion_edge.quant.packing import SMALLEST_SCALE, Packed, dequantize, pack, pack_zero_points, quantize
 from fusion_edge.runtime.errors import FusionError
 
 COLUMNS_AT_ONCE = 128
@@ -119,6 +119,9 @@ def gptq(weights: Tensor, inputs: Inputs, form: WeightFormat) -> Quantized:
 
 def nearest(weights: Tensor, form: WeightFormat) -> Quantized:
     """Rows ``[n,K]`` with every weight rounded to the nearest value, scales from the extremes of their groups."""
+    if form.has_codebook:
+        packed = quantize(weights.cpu().numpy(), form)
+        return Quantized(packed, torch.from_numpy(dequantize(packed, form, weights.shape[1])).to(weights.device))
     grid = _grid(*_extremes(_grouped(weights, form)), form)
     scales, zeros = (_by_weight(part, form, weights.shape[1]) for part in (grid.scales, grid.zeros))
     codes = ((weights / scales).round() + zeros).clamp(0, (1 << form.bits) - 1)
@@ -134,7 +137,7 @@ def store(codes: Tensor, grid: Grid, form: WeightFormat) -> Quantized:
     missing = form.groups(columns) * form.group(columns) - columns
     rest = grid.zeros[:, -1:].to(torch.uint8).expand(-1, missing)
     grouped = torch.cat([codes, rest], 1).cpu().numpy().reshape(len(codes), -1, form.group(columns))
-    zero_points = None if form.is_symmetric else pack_zero_points(grid.zeros.to(torch.uint8).cpu().numpy())
+    zero_points = None if form.is_symmetric else pack_zero_points(grid.zeros.to(torch.uint8).cpu().numpy(), form)
     return Quantized(Packed(pack(grouped, form), grid.scales.cpu().numpy(), zero_points), values)
 
 

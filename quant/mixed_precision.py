@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.quantization_report import Sensitivity
-
-SCALE_BITS = 16
-ZERO_POINT_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def choose(candidates: Sequence[Candidate], spare_bytes: int) -> list[str]:
 def stored_bits(shape: tuple[int, int], form: WeightFormat) -> int:
     """Bits of the values, scales and zero points of a linear ``[outputs, inputs]``."""
     rows, inputs = shape
-    overhead = SCALE_BITS + (0 if form.is_symmetric else ZERO_POINT_BITS)
+    overhead = 8 * np.dtype(form.scale_dtype).itemsize + (0 if form.is_symmetric else form.bits)
     return rows * form.groups(inputs) * (form.group(inputs) * form.bits + overhead)
 
 

@@ -4,6 +4,8 @@ A stored value v of b bits means ``(v - zero_point) * scale``; symmetric formats
 Two 4-bit values share a byte, the first in the low nibble. Scales are strictly positive (TensorRT asks for that) and
 rounded to float16 *before* the values are, so that the stored pair is the best that the stored scale allows.
 
+In formats with a codebook v means ``CODES[v] * scale``; MatMulBnb4 has the first value in the *high* nibble.
+
 ``w8a8`` (QuantizeLinear, DequantizeLinear) is the same with one group a row, stored as signed bytes.
 """
 
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.quant import codebook
 from fusion_edge.quant.formats import WeightFormat
 
 SMALLEST_SCALE = 2.0**-20  # a float16 subnormal of still four bits; smaller ones round too coarsely
@@ -25,10 +28,10 @@ class Packed:
 
     values: npt.NDArray[np.uint8]
     """``[n, groups, group_size * bits / 8]``."""
-    scales: npt.NDArray[np.float16]
-    """``[n, groups]``."""
+    scales: npt.NDArray[np.floating]
+    """``[n, groups]``; float32 where a quantized checkpoint has such, and of codebooks; else float16."""
     zero_points: npt.NDArray[np.uint8] | None = None
-    """``[n, ceil(groups / 2)]``, two to a byte; None if symmetric."""
+    """``[n, groups * bits / 8]``, rounded up: two of 4 bits to a byte; None if symmetric."""
 
 
 def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
@@ -37,6 +40,9 @@ def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
     The scale is the smallest for which both ends of a group fit: max/(2^(b-1)-1) or -min/2^(b-1) if symmetric, else
     (max-min)/(2^b-1) with 0 between them; but at least :data:`SMALLEST_SCALE`.
     """
+    if form.has_codebook:
+        codes, absmax = codebook.quantize(rows, form.kind, form.group_size)
+        return Packed(pack(codes.reshape(*absmax.shape, -1), form), absmax)
     count, inputs = rows.shape
     groups, half = form.groups(inputs), 1 << (form.bits - 1)
     if missing := groups * form.group(inputs) - inputs:
@@ -58,31 +64,36 @@ def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
         zero_points = np.clip(np.rint(-least * inverse), 0, 2 * half - 1).astype(np.uint8)
         scaled += zero_points[:, :, None] + np.float32(0.5)
     np.clip(scaled, 0, 2 * half - 1, out=scaled)
-    packed = None if zero_points is None else pack_zero_points(zero_points)
+    packed = None if zero_points is None else pack_zero_points(zero_points, form)
     return Packed(pack(scaled.astype(np.uint8), form), scales, packed)
 
 
 def dequantize(packed: Packed, form: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
     """Inverse of :func:`quantize` up to rounding: float32 ``[n, inputs]``."""
-    values = unpack(packed.values, form).astype(np.float32)
-    if packed.zero_points is None:
+    codes = unpack(packed.values, form)
+    values = codebook.CODES[form.kind][codes] if form.has_codebook else codes.astype(np.float32)
+    if packed.zero_points is not None:
+        values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1], form)[:, :, None]
+    elif not form.has_codebook:
         values -= np.float32(1 << (form.bits - 1))
-    else:
-        values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1])[:, :, None]
     values *= packed.scales.astype(np.float32)[:, :, None]
     rows: npt.NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
 
 
-def pack_zero_points(zero_points: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """4-bit numbers ``[n, groups]`` -> ``[n, ceil(groups / 2)]``, the first in the low nibble."""
+def pack_zero_points(zero_points: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
+    """``[n, groups]`` -> ``[n, groups * bits / 8]``, rounded up; the first of two in the low nibble."""
+    if form.bits == 8:
+        return zero_points
     even = np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2)))
     packed: npt.NDArray[np.uint8] = even[:, ::2] | np.left_shift(even[:, 1::2], np.uint8(4))
     return packed
 
 
-def unpack_zero_points(packed: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+def unpack_zero_points(packed: npt.NDArray[np.uint8], groups: int, form: WeightFormat) -> npt.NDArray[np.uint8]:
     """Inverse of :func:`pack_zero_points`."""
+    if form.bits == 8:
+        return packed
     pairs: npt.NDArray[np.uint8] = np.stack([packed & 15, packed >> 4], axis=-1)
     return pairs.reshape(len(packed), -1)[:, :groups]
 
@@ -95,7 +106,12 @@ def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.ui
     if form.bits == 8:
         return values
     pairs: npt.NDArray[np.uint16] = values.view("<u2")  # first value in the low byte
-    return (pairs | (pairs >> 4)).astype(np.uint8)  # the cast drops the high byte
+    joined: npt.NDArray[np.uint16]
+    if form.has_codebook:  # first value in the high nibble
+        joined = (pairs << 4) | (pairs >> 8)
+    else:
+        joined = pairs | (pairs >> 4)
+    return joined.astype(np.uint8)  # the cast drops the high byte
 
 
 def unpack(packed: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
@@ -106,5 +122,8 @@ def unpack(packed: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.
     if form.bits == 8:
         return packed
     wide = packed.astype("<u2")
+    if form.has_codebook:
+        apart = (wide >> np.uint16(4)) | ((wide & np.uint16(15)) << np.uint16(8))
+        return apart.view(np.uint8)
     pairs: npt.NDArray[np.uint16] = ((wide << 4) | wide) & 0x0F0F
     return pairs.view(np.uint8)

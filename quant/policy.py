@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "nf4")
 VISION = ("int8", "int8-weights", "fp16")
 EMBEDDING = "llm.embed_tokens"
 
@@ -28,8 +28,12 @@ class Rule:
     pattern: str
     format: WeightFormat
 
+    def matches(self, name: str) -> bool:
+        """Whether it is for the weight ``name``."""
+        return fnmatchcase(name, self.pattern)
+
     @classmethod
-    def parse(cls, text: str, group_size: int) -> Rule:
+    def parse(cls, text: str, group_size: int | None) -> Rule:
         """``PATTERN=FORMAT``. Raises :class:`UsageError`."""
         pattern, equals, form = text.partition("=")
         if not pattern or not equals:
@@ -37,35 +41,35 @@ class Rule:
         return cls(pattern.strip(), WeightFormat.parse(form.strip(), group_size))
 
 
-def vision_preset(vision: str, group_size: int) -> list[Rule]:
+def vision_preset(vision: str, group_size: int | None) -> list[Rule]:
     """The rules behind ``--vision``. ``int8``: inputs are integers too, but for the patch embedding's, the pixels."""
     if vision == "int8":
         return [Rule("vision.patch_embedding", WeightFormat("fp16")), Rule("vision.*", WeightFormat("w8a8"))]
-    form = WeightFormat("int8", group_size) if vision == "int8-weights" else WeightFormat("fp16")
+    form = WeightFormat.grouped("int8", group_size) if vision == "int8-weights" else WeightFormat("fp16")
     return [Rule("vision.*", form)]
 
 
-def preset(precision: str, group_size: int, vision: str, asymmetric: bool = False) -> list[Rule]:
-    """The rules behind ``--fp32``, ``--fp16``, ``--int8`` and ``--int4``; ``vision`` is for the latter two.
+def preset(precision: str, group_size: int | None, vision: str, asymmetric: bool = False) -> list[Rule]:
+    """The rules behind ``--fp32``, ``--fp16``, ``--int8``, ``--int4``, ``--nf4``; ``vision`` is for the latter three.
 
-    ``asymmetric``: 4-bit weights have zero points.
+    ``asymmetric``: INT4 weights have zero points.
 
-    INT4 is for the LLM and the alignment; what is read once an image, or is most sensitive, keeps 8 bits.
+    4 bits are for the LLM and the alignment; what is read once an image, or is most sensitive, keeps 8 bits.
     """
     if precision in ("fp32", "fp16"):
         return [Rule("*", WeightFormat(precision))]
-    int8 = WeightFormat("int8", group_size)
+    int8 = WeightFormat.grouped("int8", group_size)
     if precision == "int8":
         return [*vision_preset(vision, group_size), Rule("*", int8)]
     return [
         Rule(EMBEDDING, int8),
         Rule("llm.lm_head", int8),
         *vision_preset(vision, group_size),
-        Rule("*", WeightFormat("uint4" if asymmetric else "int4", group_size)),
+        Rule("*", WeightFormat.grouped("uint4" if asymmetric else precision, group_size)),
     ]
 
 
-def read_rules(path: Path, group_size: int) -> list[Rule]:
+def read_rules(path: Path, group_size: int | None) -> list[Rule]:
     """Rules of a TOML file, in order: ``[rules]`` with lines ``"llm.layers.*.mlp.down" = "int8:64"``.
 
     Raises :class:`FusionError` if the file cannot be read or holds anything else.
@@ -84,7 +88,7 @@ def read_rules(path: Path, group_size: int) -> list[Rule]:
 
 
 def _suits_a_table(form: WeightFormat) -> bool:
-    return form.bits != 4 and not form.rounds_inputs
+    return form.bits != 4 and form.is_symmetric and not form.rounds_inputs
 
 
 def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[Rule]) -> dict[str, WeightFormat]:
@@ -96,7 +100,7 @@ def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[R
     """
     names = list(names)
     for rule in overrides:
-        matched = [name for name in names if fnmatchcase(name, rule.pattern)]
+        matched = [name for name in names if rule.matches(name)]
         if not matched:
             raise UsageError(
                 f"Rule {rule.pattern!r} matches no weight; names look like {names[0]!r} or {names[-1]!r} "
@@ -107,6 +111,6 @@ def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[R
     rules = [*overrides, *defaults]
 
     def matches(rule: Rule, name: str) -> bool:
-        return fnmatchcase(name, rule.pattern) and (name != EMBEDDING or _suits_a_table(rule.format))
+        return rule.matches(name) and (name != EMBEDDING or _suits_a_table(rule.format))
 
     return {name: next(rule.format for rule in rules if matches(rule, name)) for name in names}

@@ -16,6 +16,7 @@ from fusion_edge.runtime import cli
 from fusion_edge.runtime.schema import from_json
 
 WORST = 12  # rows of the table
+TAKEN_OVER = "checkpoint"  # the method of weights that were quantized before
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class LinearReport:
     name: str
     format: str
     method: str
-    """``gptq``, ``rtn`` (rounded to nearest)."""
-    weight_sqnr: float
+    """``gptq``, ``rtn`` (rounded to nearest), ``checkpoint`` (taken over as a quantized checkpoint has it)."""
+    weight_sqnr: float | None
+    """None where the weight before it was quantized is not known."""
     output_sqnr: float | None
     """Of its outputs on the calibration samples; None without samples."""
     seconds: float
@@ -131,10 +133,11 @@ class QuantizationReport:
         }
 
     @classmethod
-    def planned(cls, formats: Mapping[str, str]) -> QuantizationReport:
-        """As large as the report of an export without calibration will be."""
-        linears = tuple(LinearReport(name, form, "rtn", 20.12, None, 0) for name, form in formats.items())
-        return cls(linears, 0, None)
+    def planned(cls, rounded: Mapping[str, str], taken_over: Mapping[str, str]) -> QuantizationReport:
+        """As large as the report of an export without calibration will be, given formats by weight."""
+        linears = [LinearReport(name, form, "rtn", 20.12, None, 0) for name, form in rounded.items()]
+        linears += [LinearReport(name, form, TAKEN_OVER, None, None, 0) for name, form in taken_over.items()]
+        return cls(tuple(linears), 0, None)
 
     @classmethod
     def read(cls, path: Path) -> QuantizationReport:
@@ -152,7 +155,8 @@ class QuantizationReport:
         """All weights, those first whose outputs, or else the weights themselves, lost most."""
 
         def quality(linear: LinearReport) -> float:
-            return linear.weight_sqnr if linear.output_sqnr is None else linear.output_sqnr
+            known = linear.weight_sqnr if linear.output_sqnr is None else linear.output_sqnr
+            return math.inf if known is None else known
 
         return sorted(self.linears, key=quality)
 
@@ -165,9 +169,9 @@ class QuantizationReport:
 
         rows = [("worst weights", "format", "method", "SQNR of weights", "of outputs", "seconds")]
         for linear in self.worst()[:WORST]:
-            outputs = "" if linear.output_sqnr is None else f"{linear.output_sqnr:.1f} dB"
-            sqnr, seconds = f"{linear.weight_sqnr:.1f} dB", f"{linear.seconds:.1f}"
-            rows.append((linear.name, linear.format, linear.method, sqnr, outputs, seconds))
+            qualities = linear.weight_sqnr, linear.output_sqnr
+            sqnr, outputs = ("" if known is None else f"{known:.1f} dB" for known in qualities)
+            rows.append((linear.name, linear.format, linear.method, sqnr, outputs, f"{linear.seconds:.1f}"))
         facts = self.rows()
         width = max((len(name) for name, _ in facts), default=0)
         return cli.table(rows) + "".join(f"{name.ljust(width)}  {value}\n" for name, value in facts)

@@ -6,3 +6,5 @@ _TESTS = Path(__file__).parent
 GOLDEN = _TESTS / "data" / "golden"
 """Small checkpoints and outputs of the released code."""
 DEMO_CHECKPOINT = _TESTS.parent / "benchmarks" / "demo" / "checkpoint"
+QUANTIZED = _TESTS / "data" / "quantized"
+"""Linears in the layouts of quantized checkpoints, written by ``data/make_quantized_fixtures.py``."""

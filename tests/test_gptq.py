@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusion_edge.quant.formats import GROUP_SIZES, GROUPED, WeightFormat
+from fusion_edge.quant.formats import CODEBOOKS, GROUP_SIZES, GROUPED, WeightFormat
 from fusion_edge.quant.gptq import SCALE_SHARES, Grid, Inputs, gptq, invert_lower, nearest, output_error, search_grid
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
-FORMATS = [*(WeightFormat(kind, size) for kind in GROUPED for size in GROUP_SIZES), WeightFormat("w8a8")]
+GRIDS = [kind for kind in GROUPED if kind not in CODEBOOKS]
+FORMATS = [*(WeightFormat(kind, size) for kind in GRIDS for size in GROUP_SIZES), WeightFormat("w8a8")]
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
 seeds = st.integers(0, 2**32 - 1)
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fusion_edge.quant.formats import GROUP_SIZES, GROUPED, WeightFormat
+from fusion_edge.quant.formats import CODEBOOKS, GROUP_SIZES, GROUPED, WeightFormat
 from fusion_edge.quant.packing import dequantize, pack_zero_points, quantize, unpack_zero_points
 from fusion_edge.quant.policy import EMBEDDING, PRECISIONS, Rule, assign, preset, read_rules
 from fusion_edge.runtime.errors import FusionError, UsageError
 
-FORMS = [WeightFormat(kind, size) for kind in GROUPED for size in GROUP_SIZES]
+FORMS = [WeightFormat(kind, size) for kind in GROUPED for size in GROUP_SIZES if kind not in CODEBOOKS]
 NAMES = [EMBEDDING, "llm.lm_head", "llm.layers.0.mlp.down", "alignment.layers.0.query", "vision.projector.up"]
 matrices = arrays.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 300)), elements=st.floats(-8, 8, width=32)
@@ -47,7 +47,7 @@ def test_what_was_dequantized_is_stored_unchanged(rows: np.ndarray, form: Weight
     steps = padded.reshape(*scales.shape, -1) / scales.astype(np.float64)[..., None]
     zeros = np.full(scales.shape, 1 << (form.bits - 1))
     if packed.zero_points is not None:
-        zeros = unpack_zero_points(packed.zero_points, scales.shape[1]).astype(int)
+        zeros = unpack_zero_points(packed.zero_points, scales.shape[1], form).astype(int)
     integers = np.rint(steps).astype(int) + zeros[..., None]
     stored = values if form.bits == 8 else np.stack([values & 15, values >> 4], axis=-1).reshape(integers.shape)
     used = np.arange(integers[0].size).reshape(integers.shape[1:]) < rows.shape[1]
@@ -65,9 +65,10 @@ def test_low_nibble_first() -> None:
 
 @given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.integers(0, 15)))
 def test_zero_points_come_back(zero_points: np.ndarray) -> None:
-    packed = pack_zero_points(zero_points)
+    form = WeightFormat("uint4", 32)
+    packed = pack_zero_points(zero_points, form)
     assert packed.shape == (len(zero_points), -(-zero_points.shape[1] // 2))
-    np.testing.assert_array_equal(unpack_zero_points(packed, zero_points.shape[1]), zero_points)
+    np.testing.assert_array_equal(unpack_zero_points(packed, zero_points.shape[1], form), zero_points)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
@@ -84,7 +85,7 @@ def test_unknown_formats_are_refused(text: str) -> None:
         WeightFormat.parse(text)
 
 
-@given(form=st.sampled_from([*FORMS, WeightFormat("fp16"), WeightFormat("fp32")]))
+@given(form=st.sampled_from([*FORMS, WeightFormat("nf4", 64), WeightFormat("fp16"), WeightFormat("fp32")]))
 def test_a_format_is_read_as_it_is_written(form: WeightFormat) -> None:
     assert WeightFormat.parse(str(form)) == form
 

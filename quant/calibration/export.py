@@ -68,8 +68,8 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
     Raises :class:`FusionError` for a device that is not there and for data that will not do, :class:`UsageError` for a
     bundle without quantized weights.
     """
-    if not any(form.is_quantized for form in plan.formats.values()):
-        raise UsageError(f"--calibrate is for quantized weights; --{plan.options.precision} has none: leave it out.")
+    if not plan.rounded:
+        raise UsageError(f"--calibrate is for weights to quantize; --{plan.options.precision} has none: leave it out.")
     check_budget(plan, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FusionError("--device cuda needs a GPU and a build of torch with CUDA; use --device cpu.")

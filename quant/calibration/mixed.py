@@ -26,7 +26,7 @@ def candidates(plan: ExportPlan) -> dict[str, tuple[int, int]]:
     for parameter in plan.parameters.values():
         name = parameter.name.removesuffix(".weight")
         asked = any(fnmatchcase(name, rule.pattern) for rule in plan.options.rules)
-        if parameter.kind == "linear" and plan.formats[name].bits == 4 and not asked:
+        if parameter.kind == "linear" and name in plan.rounded and plan.formats[name].bits == 4 and not asked:
             found[name] = parameter.shape[0], parameter.shape[1]
     return found
 

@@ -25,6 +25,7 @@ class Observing(BlockOperations):
         device: str,
         formats: Mapping[str, WeightFormat],
     ) -> None:
+        """``formats``: of the linears to watch."""
         super().__init__(config, get, embed, device)
         self._formats = formats
         self._latest: tuple[Tensor, int] | None = None
@@ -36,10 +37,10 @@ class Observing(BlockOperations):
         """Of the linears whose inputs will be rounded."""
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
-        if self._formats[name].is_quantized:
+        if name in self._formats:
             self._observe(x, name)
-        if self._formats[name].rounds_inputs:
-            self.ranges.setdefault(name, InputRange()).add(x)
+            if self._formats[name].rounds_inputs:
+                self.ranges.setdefault(name, InputRange()).add(x)
         return super().linear(x, name, bias)
 
     def _observe(self, x: Tensor, name: str) -> None:

@@ -110,7 +110,7 @@ class Run:
     def _quantize(
         self, block: Block, before: StateReader | None, weights: Callable[[str], Tensor], advance: Callable[[], None]
     ) -> None:
-        observing = Observing(self.config, weights, self._embed, self._device, self._plan.formats)
+        observing = Observing(self.config, weights, self._embed, self._device, self._plan.rounded)
         for number, prepared in enumerate(self._calibrating):
             block.run(observing, prepared, self._state(before, number))
             advance()
@@ -135,16 +135,17 @@ class Run:
             raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
         for name in names:
             form = self._plan.formats[name]
+            method = "rtn" if form.has_codebook else self._method  # GPTQ is for even grids
             parts, errors = [], np.zeros(4)
             for rows in torch.split(weights(f"{name}.weight"), ROWS_AT_ONCE):
-                quantized = gptq(rows, inputs, form) if inputs is not None else nearest(rows, form)
+                quantized = gptq(rows, inputs, form) if inputs and method == "gptq" else nearest(rows, form)
                 difference = rows - quantized.values
                 squares = [float(x.square().sum(dtype=torch.float64)) for x in (difference, rows)]
                 errors += [*squares, *output_error(rows, quantized.values, moments)]
                 parts.append(quantized)
             self._records.save(name, parts)
             seconds = time.monotonic() - started
-            yield LinearReport(name, str(form), self._method, sqnr(*errors[:2]), sqnr(*errors[2:]), seconds)
+            yield LinearReport(name, str(form), method, sqnr(*errors[:2]), sqnr(*errors[2:]), seconds)
             started = time.monotonic()
 
     def _propagate(

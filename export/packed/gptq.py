@@ -1,0 +1,161 @@
+"""GPTQ's layout, as AutoGPTQ and GPTQModel write it.
+
+For a weight ``[N,K]`` of b bits in groups of G columns:
+
+- ``qweight`` int32 ``[K*b/32, N]``: column by column, packed along K;
+- ``qzeros`` int32 ``[K/G, N*b/32]``: zero points, packed along N. Version 1 stores each less 1;
+- ``scales`` ``[K/G, N]``;
+- ``g_idx`` int32 ``[K]``: each column's group, out of order with ``desc_act``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.export.json_fields import Fields
+from fusion_edge.export.packed.layout import (
+    Codes,
+    Expected,
+    Form,
+    PackedTensor,
+    Rows,
+    by_stored_group,
+    column_order,
+    stored_group_size,
+)
+from fusion_edge.export.packed.words import pack_words, unpack_words, words_of
+from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.quant.formats import WeightFormat
+
+VERSIONS = {"gptq": 1, "gptq_v2": 2}
+"""By ``checkpoint_format``."""
+
+
+@dataclass(frozen=True)
+class GptqLayout:
+    """What ``quantization_config`` says."""
+
+    bits: int
+    group_size: int
+    """-1: a group is a row."""
+    version: int
+
+    @classmethod
+    def read(cls, fields: Fields) -> GptqLayout:
+        """Raises :class:`FusionError` naming a field that is not supported."""
+        bits = fields.one_of("bits", (4, 8))
+        group_size = fields.data.get("group_size")
+        if type(group_size) is not int or not (group_size == -1 or group_size >= 1):
+            raise fields.wrong("group_size", "-1 or a positive integer")
+        name = "checkpoint_format" if fields.data.get("checkpoint_format") is not None else "format"
+        version = fields.one_of(name, (*VERSIONS, None)) or "gptq"
+        fields.one_of("is_marlin_format", (False, None))
+        fields.one_of("pack_dtype", ("int32", None))
+        dynamic = fields.data.get("dynamic") or {}
+        if not isinstance(dynamic, dict) or not all(pattern.startswith("-:") for pattern in dynamic):
+            raise fields.wrong("dynamic", "null, or patterns of weights that stay float, which start with '-:'")
+        return cls(bits, group_size, VERSIONS[version])
+
+    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PackedTensor | None:
+        """What stands for the weight ``tensor`` of ``shape`` ``[N,K]``; None if it is not quantized."""
+        module = tensor.removesuffix(".weight")
+        if f"{module}.qweight" not in checkpoint.tensors:
+            return None
+        rows, inputs = shape
+        group = inputs if self.group_size == -1 else self.group_size
+        return Gptq(module, rows, inputs, self.bits, group, self.version)
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """One weight; see :class:`fusion_edge.export.packed.layout.PackedTensor`."""
+
+    module: str
+    rows: int
+    inputs: int
+    bits: int
+    group: int
+    version: int
+
+    @property
+    def tensors(self) -> Mapping[str, Expected]:
+        groups = -(-self.inputs // self.group)
+        return {
+            f"{self.module}.qweight": Expected((words_of(self.inputs, self.bits), self.rows), ("I32",)),
+            f"{self.module}.qzeros": Expected((groups, words_of(self.rows, self.bits)), ("I32",)),
+            f"{self.module}.scales": Expected((groups, self.rows)),
+            f"{self.module}.g_idx": Expected((self.inputs,), ("I32",)),
+        }
+
+    def form(self, checkpoint: Checkpoint) -> Form:
+        columns = self._columns(checkpoint)
+        zeros = unpack_zeros(checkpoint.read_stored(f"{self.module}.qzeros"), self.bits, self.rows, self.version)
+        sign = "" if (zeros == 1 << (self.bits - 1)).all() else "u"
+        size = stored_group_size(f"{self.module}.qweight", self.group, self.inputs)
+        dtype = "float16" if checkpoint.tensors[f"{self.module}.scales"].dtype == "F16" else "float32"
+        return Form(WeightFormat(f"{sign}int{self.bits}", size), dtype, columns)
+
+    def open(self, checkpoint: Checkpoint) -> Rows:
+        size = stored_group_size(f"{self.module}.qweight", self.group, self.inputs)
+        columns = self._columns(checkpoint)
+        zeros = unpack_zeros(checkpoint.read_stored(f"{self.module}.qzeros"), self.bits, self.rows, self.version)
+        return partial(
+            self._read,
+            checkpoint.read_stored(f"{self.module}.qweight"),
+            by_stored_group(checkpoint.read_stored(f"{self.module}.scales").T, self.group, self.inputs, size),
+            by_stored_group(zeros, self.group, self.inputs, size),
+            None if columns is None else np.array(columns),
+        )
+
+    def _read(
+        self,
+        qweight: npt.NDArray[np.int32],
+        scales: npt.NDArray[np.floating],
+        zeros: npt.NDArray[np.uint8],
+        columns: npt.NDArray[np.int64] | None,
+        start: int,
+        stop: int,
+    ) -> Codes:
+        values = unpack_weight(qweight[:, start:stop], self.bits, self.inputs)
+        values = values if columns is None else values[:, columns]
+        return Codes(values, scales[start:stop], zeros[start:stop])
+
+    def _columns(self, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+        name = f"{self.module}.g_idx"
+        return column_order(name, checkpoint.read_stored(name), self.group)
+
+
+def pack_weight(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
+    """Integers ``[N,K]`` -> ``qweight``."""
+    return np.ascontiguousarray(pack_words(values, bits).T)
+
+
+def unpack_weight(qweight: npt.NDArray[np.int32], bits: int, inputs: int) -> npt.NDArray[np.uint8]:
+    """Inverse of :func:`pack_weight`: ``[N,K]``."""
+    return unpack_words(qweight.T, bits, inputs)
+
+
+def pack_zeros(zeros: npt.NDArray[np.uint8], bits: int, version: int) -> npt.NDArray[np.int32]:
+    """Zero points ``[N, groups]`` -> ``qzeros``."""
+    words = pack_words(zeros.T, bits)
+    return words - _ones(bits) if version == 1 else words
+
+
+def unpack_zeros(qzeros: npt.NDArray[np.int32], bits: int, rows: int, version: int) -> npt.NDArray[np.uint8]:
+    """Inverse of :func:`pack_zeros`: ``[N, groups]``."""
+    words = qzeros + _ones(bits) if version == 1 else qzeros
+    zeros: npt.NDArray[np.uint8] = unpack_words(words, bits, rows).T
+    return zeros
+
+
+def _ones(bits: int) -> npt.NDArray[np.int32]:
+    """A word of ones, which version 1 takes off, as an array: sums of those wrap.
+
+    GPTQModel takes it off words, not off integers: where a zero point is 0, the next one is one less.
+    """
+    return pack_words(np.ones((1, 32 // bits), np.uint8), bits)
