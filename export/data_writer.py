@@ -85,7 +85,7 @@ class DataWriter:
         linear = name.removesuffix(".weight")
         if values.format.is_quantized and not self._is_calibrated(linear):
             quality = sqnr(total.noise, total.signal)
-            self._linears.append(LinearReport(linear, str(values.format), "rtn", quality, None, total.seconds))
+            self._linears.append(LinearReport(linear, str(values.format), "rtn", quality, None, None, total.seconds))
 
     def _is_calibrated(self, linear: str) -> bool:
         return self._calibrated is not None and linear in self._calibrated.records
@@ -119,7 +119,8 @@ class DataWriter:
         linear, form = name.removesuffix(".weight"), values.format
         if self._calibrated is not None and self._is_calibrated(linear):
             return _parts(self._calibrated.records.rows(linear, start, stop)), _Rounded()
-        rows = self._weights.rows(name, start, stop)
+        folded = self._calibrated.records.parameter(name) if self._calibrated is not None else None
+        rows = self._weights.rows(name, start, stop) if folded is None else folded[start:stop]
         if not form.is_quantized:
             return {"values": np.ascontiguousarray(rows, dtype=values.dtype)}, _Rounded()
         packed = quantize(rows, form)

@@ -29,6 +29,8 @@ class LinearReport:
     weight_sqnr: float
     output_sqnr: float | None
     """Of its outputs on the calibration samples; None without samples."""
+    equalisation: float | None
+    """Exponent of the factors that its input channels were divided by (SmoothQuant's alpha); None if by none."""
     seconds: float
 
 
@@ -97,7 +99,7 @@ class QuantizationReport:
     @classmethod
     def planned(cls, formats: Mapping[str, str]) -> QuantizationReport:
         """As large as the report of an export without calibration will be."""
-        linears = tuple(LinearReport(name, form, "rtn", 20.12, None, 0) for name, form in formats.items())
+        linears = tuple(LinearReport(name, form, "rtn", 20.12, None, None, 0) for name, form in formats.items())
         return cls(linears, 0, None)
 
     @classmethod
