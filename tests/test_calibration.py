@@ -26,6 +26,7 @@ from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.export.weights import CheckpointWeights, read_parameter
 from fusion_edge.quant.calibration import fitting, run
 from fusion_edge.quant.calibration.blocks import blocks
+from fusion_edge.quant.calibration.records import Records
 from fusion_edge.quant.calibration.work_folder import work_folder
 from fusion_edge.runtime import Fusion, cli_info, load
 from fusion_edge.runtime.bundle import MANIFEST, QUANTIZATION, digest, graph_file, open_bundle
@@ -116,7 +117,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("owner", "stage"), [(fitting.Fitting, "_fit"), (fitting.Records, "save"), (run.Run, "_propagate")]
+    ("owner", "stage"), [(fitting.Fitting, "_fit"), (Records, "save"), (run.Run, "_propagate")]
 )
 @pytest.mark.parametrize("number", [0, 3, 6])
 def test_a_killed_run_goes_on(

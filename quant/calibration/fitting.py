@@ -14,7 +14,7 @@ from torch import Tensor
 from fusion_edge.quant import equalisation
 from fusion_edge.quant.calibration.observing import Observing
 from fusion_edge.quant.calibration.records import Records
-from fusion_edge.quant.equalisation import EXPONENTS, ChannelRanges
+from fusion_edge.quant.equalisation import EXPONENTS, LARGEST_SHARE, ChannelRanges
 from fusion_edge.quant.formats import InputGrid, WeightFormat
 from fusion_edge.quant.gptq import Inputs, Quantized, gptq, nearest, output_error
 from fusion_edge.runtime.errors import FusionError
@@ -97,8 +97,11 @@ class Fitting:
     def _equalise(self, name: str, moments: Tensor, ranges: ChannelRanges) -> LinearReport:
         """Quantize and save a linear with the equalisation that changes its outputs least, and divide its producer."""
         started = time.monotonic()
-        tried = (self._with_exponent(name, exponent, moments, ranges) for exponent in (None, *EXPONENTS))
-        best = min(tried, key=lambda equalised: equalised.error)
+        as_they_are = self._with_exponent(name, None, moments, ranges)
+        tried = (self._with_exponent(name, exponent, moments, ranges) for exponent in EXPONENTS)
+        best = min(tried, key=lambda equalised: equalised.error, default=as_they_are)
+        if best.error > LARGEST_SHARE * as_they_are.error:
+            best = as_they_are
         source = equalisation.producer(name, self._formats)
         assert source is not None  # or there would be no ranges of channels
         for parameter in equalisation.parameters(source):
