@@ -91,10 +91,10 @@ class DataWriter:
     def _note(self, name: str, values: PlannedTensor, total: _Rounded) -> None:
         linear = name.removesuffix(".weight")
         if linear in self._packed:
-            self._linears.append(LinearReport(linear, str(values.format), TAKEN_OVER, None, None, total.seconds))
+            self._linears.append(LinearReport(linear, str(values.format), TAKEN_OVER, None, None, None, total.seconds))
         elif values.format.is_quantized and not self._is_calibrated(linear):
             quality = sqnr(total.noise, total.signal)
-            self._linears.append(LinearReport(linear, str(values.format), "rtn", quality, None, total.seconds))
+            self._linears.append(LinearReport(linear, str(values.format), "rtn", quality, None, None, total.seconds))
 
     def _is_calibrated(self, linear: str) -> bool:
         return self._calibrated is not None and linear in self._calibrated.records
@@ -130,7 +130,8 @@ class DataWriter:
             return _parts(self._calibrated.records.rows(linear, start, stop)), _Rounded()
         if linear in self._packed:
             return _parts(self._weights.packed_rows(name, start, stop, form)), _Rounded()
-        rows = self._weights.rows(name, start, stop)
+        folded = self._calibrated.records.parameter(name) if self._calibrated is not None else None
+        rows = self._weights.rows(name, start, stop) if folded is None else folded[start:stop]
         if not form.is_quantized:
             return {"values": np.ascontiguousarray(rows, dtype=values.dtype)}, _Rounded()
         packed = quantize(rows, form)

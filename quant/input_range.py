@@ -41,26 +41,32 @@ class InputRange:
             self._counts += torch.histc(x.float(), BINS, -self._reach, self._reach).double().cpu()
 
     def grid(self) -> InputGrid:
-        """The grid with the least squared error over everything counted.
+        """The grid with the least squared error over everything counted."""
+        return best_grid(self._counts, self._reach, self.least, self.largest)[0]
 
-        Thresholds are tried from the extremes inwards: first both sides alike, then each side by itself.
-        """
-        if self._reach == 0:
-            return InputGrid(1.0, 0)
-        width = 2 * self._reach / BINS
-        centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * width - self._reach
-        shares = [1 - i / SHARES for i in range(SHARES)]
 
-        def error(least: float, largest: float) -> float:
-            grid = _grid(least, largest)
-            return float(((round_to_grid(centres, grid) - centres).square() * self._counts).sum())
+def best_grid(counts: Tensor, reach: float, least: float, largest: float) -> tuple[InputGrid, float]:
+    """The grid with the least squared error over a histogram, and that error.
 
-        both = min(shares, key=lambda share: error(self.least * share, self.largest * share))
-        least, largest = self.least * both, self.largest * both
-        low = min(shares, key=lambda share: error(self.least * share, largest))
-        high = min(shares, key=lambda share: error(self.least * low, self.largest * share))
-        candidates = [(least, largest), (self.least * low, self.largest * high)]
-        return _grid(*min(candidates, key=lambda ends: error(*ends)))
+    ``counts`` ``[n]`` float64, of n bins of equal width from ``-reach`` to ``reach``; ``least`` <= 0 and
+    ``largest`` >= 0 are the extremes. Thresholds are tried from the extremes inwards: first both sides alike, then
+    each side by itself.
+    """
+    if reach == 0:
+        return InputGrid(1.0, 0), 0.0
+    width = 2 * reach / len(counts)
+    centres = (torch.arange(len(counts), dtype=torch.float64) + 0.5) * width - reach
+    shares = [1 - i / SHARES for i in range(SHARES)]
+
+    def error(low: float, high: float) -> float:
+        grid = _grid(least * low, largest * high)
+        return float(((round_to_grid(centres, grid) - centres).square() * counts).sum())
+
+    both = min(shares, key=lambda share: error(share, share))
+    low = min(shares, key=lambda share: error(share, both))
+    high = min(shares, key=lambda share: error(low, share))
+    low, high = min([(both, both), (low, high)], key=lambda ends: error(*ends))
+    return _grid(least * low, largest * high), error(low, high)
 
 
 def _grid(least: float, largest: float) -> InputGrid:

@@ -106,11 +106,8 @@ def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.ui
     if form.bits == 8:
         return values
     pairs: npt.NDArray[np.uint16] = values.view("<u2")  # first value in the low byte
-    joined: npt.NDArray[np.uint16]
-    if form.has_codebook:  # first value in the high nibble
-        joined = (pairs << 4) | (pairs >> 8)
-    else:
-        joined = pairs | (pairs >> 4)
+    # With a codebook the first value goes to the high nibble.
+    joined = (pairs << 4) | (pairs >> 8) if form.has_codebook else pairs | (pairs >> 4)
     return joined.astype(np.uint8)  # the cast drops the high byte
 
 
@@ -122,8 +119,6 @@ def unpack(packed: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.
     if form.bits == 8:
         return packed
     wide = packed.astype("<u2")
-    if form.has_codebook:
-        apart = (wide >> np.uint16(4)) | ((wide & np.uint16(15)) << np.uint16(8))
-        return apart.view(np.uint8)
-    pairs: npt.NDArray[np.uint16] = ((wide << 4) | wide) & 0x0F0F
+    spread = (wide >> 4) | (wide << 8) if form.has_codebook else wide | (wide << 4)
+    pairs: npt.NDArray[np.uint16] = (spread & 0x0F0F).astype(np.uint16)
     return pairs.view(np.uint8)

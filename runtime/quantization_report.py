@@ -31,6 +31,8 @@ class LinearReport:
     """None where the weight before it was quantized is not known."""
     output_sqnr: float | None
     """Of its outputs on the calibration samples; None without samples."""
+    equalisation: float | None
+    """Exponent of the factors that its input channels were divided by (SmoothQuant's alpha); None if by none."""
     seconds: float
 
 
@@ -135,8 +137,8 @@ class QuantizationReport:
     @classmethod
     def planned(cls, rounded: Mapping[str, str], taken_over: Mapping[str, str]) -> QuantizationReport:
         """As large as the report of an export without calibration will be, given formats by weight."""
-        linears = [LinearReport(name, form, "rtn", 20.12, None, 0) for name, form in rounded.items()]
-        linears += [LinearReport(name, form, TAKEN_OVER, None, None, 0) for name, form in taken_over.items()]
+        linears = [LinearReport(name, form, "rtn", 20.12, None, None, 0) for name, form in rounded.items()]
+        linears += [LinearReport(name, form, TAKEN_OVER, None, None, None, 0) for name, form in taken_over.items()]
         return cls(tuple(linears), 0, None)
 
     @classmethod

@@ -24,8 +24,9 @@ from fusion_edge.export import cli
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.export.weights import CheckpointWeights, read_parameter
-from fusion_edge.quant.calibration import float_model, run
+from fusion_edge.quant.calibration import fitting, float_model, run
 from fusion_edge.quant.calibration.blocks import blocks
+from fusion_edge.quant.calibration.records import Records
 from fusion_edge.quant.calibration.work_folder import work_folder
 from fusion_edge.runtime import Fusion, cli_info, load
 from fusion_edge.runtime.bundle import MANIFEST, QUANTIZATION, digest, graph_file, open_bundle
@@ -115,14 +116,16 @@ class Killed(BaseException):
     """Stands for a kill: nothing may catch it."""
 
 
-@pytest.mark.parametrize("stage", ["_quantize_linears", "_propagate"])
+@pytest.mark.parametrize(
+    ("owner", "stage"), [(fitting.Fitting, "_fit"), (Records, "save"), (run.Run, "_propagate")]
+)
 @pytest.mark.parametrize("number", [0, 3, 6])
 def test_a_killed_run_goes_on(
-    checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, stage: str, number: int,
+    checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, owner: type, stage: str, number: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, calls = tmp_path / "bundle", 0
-    original = getattr(run.Run, stage)
+    original = getattr(owner, stage)
 
     def killed(*inputs: Any) -> Any:
         nonlocal calls
@@ -132,7 +135,7 @@ def test_a_killed_run_goes_on(
         return original(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, stage, killed)
+        patch.setattr(owner, stage, killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, output))
     assert not output.exists()

@@ -12,6 +12,7 @@ from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.quant.calibration.blocks import Block, blocks
 from fusion_edge.quant.calibration.mixed import candidates
 from fusion_edge.quant.calibration.options import SENSITIVITY_SAMPLES, CalibrationOptions
+from fusion_edge.quant.equalisation import EXPONENTS, producer
 from fusion_edge.quant.gptq import SCALE_SHARES
 from fusion_edge.runtime.config import GLOBAL_CROPS
 
@@ -20,6 +21,8 @@ TEXT = 4 * MINIMUM_TEXT  # positions of a sample's template, question and answer
 FLOAT, DOUBLE = 4, 8
 SQUARES_AT_ONCE = 4  # of float64, while a linear's moments are factorized (Inputs in quant/gptq.py)
 CANDIDATE_OPERATIONS = 200  # of a matrix product, that take as long as trying one scale for one weight (measured)
+COUNT_OPERATIONS = 2000  # likewise, as counting one value of a channel (measured)
+GRID_OPERATIONS = 50_000_000  # likewise, as adding up one channel's histogram for a grid (measured)
 PROBE = 2048  # side of the product that tells the machine's rate
 
 
@@ -118,12 +121,14 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
         total += 2 * passes * rows * p.size
         if bits in SCALE_SHARES:
             candidates = SCALE_SHARES[bits][2] if options.method == "gptq" else 1
-            total += p.size * (5 * p.shape[1] + CANDIDATE_OPERATIONS * candidates)
+            total += _fits(plan, p) * p.size * (5 * p.shape[1] + CANDIDATE_OPERATIONS * candidates)
     for p in _observed(plan, block):
-        inputs = p.shape[1]
-        total += 2 * options.samples * _rows(plan, p.name) * inputs**2
+        rows, inputs, fits = _rows(plan, p.name), p.shape[1], _fits(plan, p)
+        total += 2 * options.samples * rows * inputs**2
         if options.method == "gptq":
-            total += 2 * 4 * inputs**3 / 3  # float64 takes twice as long
+            total += fits * 2 * 4 * inputs**3 / 3  # float64 takes twice as long
+        if fits > 1:
+            total += (options.samples * rows * COUNT_OPERATIONS + fits * GRID_OPERATIONS) * inputs
     return total
 
 
@@ -138,6 +143,11 @@ def _trials(plan: ExportPlan, options: CalibrationOptions) -> float:
         passes += sum(p.name.removesuffix(".weight") in names for p in linears)
         total += passes * sum(2 * _rows(plan, p.name) * p.size for p in linears)
     return total * (options.sensitivity_samples or SENSITIVITY_SAMPLES)
+
+
+def _fits(plan: ExportPlan, weight: Parameter) -> int:
+    """How many times a linear is quantized: once, or with each equalisation of its inputs."""
+    return 1 if producer(weight.name.removesuffix(".weight"), plan.rounded) is None else 1 + len(EXPONENTS)
 
 
 def _rate(device: str) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusion_edge.quant.calibration.blocks import BlockOperations
+from fusion_edge.quant.equalisation import ChannelRanges, producer
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.input_range import InputRange
 from fusion_edge.runtime.config import FusionConfig
@@ -34,13 +35,17 @@ class Observing(BlockOperations):
         self.moments_of: dict[str, int] = {}
         """Index in ``moments`` by linear; linears that share their input share it."""
         self.ranges: dict[str, InputRange] = {}
-        """Of the linears whose inputs will be rounded."""
+        """Of the linears whose inputs will be rounded, but for these:"""
+        self.channel_ranges: dict[str, ChannelRanges] = {}
+        """Of the linears whose inputs can be equalised."""
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
         if name in self._formats:
             self._observe(x, name)
-            if self._formats[name].rounds_inputs:
-                self.ranges.setdefault(name, InputRange()).add(x)
+        if producer(name, self._formats) is not None:
+            self.channel_ranges.setdefault(name, ChannelRanges(x.shape[-1], x.device)).add(x)
+        elif name in self._formats and self._formats[name].rounds_inputs:
+            self.ranges.setdefault(name, InputRange()).add(x)
         return super().linear(x, name, bias)
 
     def _observe(self, x: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Calibrated weights as they are kept: two NumPy files for each linear, and a file of facts for each finished block."""
+"""Calibrated weights as they are kept: NumPy files for each linear, and a file of facts for each finished block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +29,19 @@ class Records:
     def save(self, name: str, rows: list[Quantized]) -> None:
         """Keep a linear's rows, in order."""
         for part in self._parts(name):
-            with open(self._file(name, part), "wb") as file:
-                np.save(file, np.concatenate([getattr(some.packed, part) for some in rows]))
-                file.flush()
-                os.fsync(file.fileno())
+            _save(self._file(name, part), np.concatenate([getattr(some.packed, part) for some in rows]))
+
+    def save_parameter(self, name: str, values: npt.NDArray[np.float32]) -> None:
+        """Keep a float parameter (its name with ``.weight`` or ``.bias``) that takes the place of the checkpoint's."""
+        _save(self._parameter_file(name), values)
+
+    def parameter(self, name: str) -> npt.NDArray[np.float32] | None:
+        """A float parameter that takes the place of the checkpoint's, None if that one stays."""
+        path = self._parameter_file(name)
+        if not path.exists():
+            return None
+        values: npt.NDArray[np.float32] = np.load(path)
+        return values
 
     def save_input_grid(self, name: str, grid: InputGrid) -> None:
         """Keep the grid of a linear's inputs."""
@@ -73,8 +83,18 @@ class Records:
     def _file(self, name: str, part: str) -> Path:
         return self._folder / f"{name}.{part}.npy"
 
+    def _parameter_file(self, name: str) -> Path:
+        return self._folder / f"{name}.npy"
+
     def _grid_file(self, name: str) -> Path:
         return self._folder / f"{name}.inputs.json"
 
     def _facts(self, block: str) -> Path:
         return self._folder / f"{block}.block.json"
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())

@@ -8,13 +8,11 @@ it was.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,20 +20,19 @@ from fusion_edge.export.plan import ExportPlan
 from fusion_edge.quant.calibration import states
 from fusion_edge.quant.calibration.blocks import Block, BlockOperations, blocks, kept
 from fusion_edge.quant.calibration.evaluation import Evaluation
+from fusion_edge.quant.calibration.fitting import Fitting
 from fusion_edge.quant.calibration.float_model import FloatModel
 from fusion_edge.quant.calibration.observing import Observing
 from fusion_edge.quant.calibration.records import Records
 from fusion_edge.quant.calibration.samples import Samples
 from fusion_edge.quant.calibration.states import State, StateReader
+from fusion_edge.quant.equalisation import float_parameters, producer
 from fusion_edge.quant.formats import InputGrid
-from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.progress import Progress
-from fusion_edge.runtime.quantization_report import LinearReport, QuantizationReport, sqnr
-
-ROWS_AT_ONCE = 4096  # of a linear, quantized together: bounds the memory that lm_head takes
+from fusion_edge.runtime.quantization_report import QuantizationReport
 
 
 @dataclass(frozen=True)
@@ -114,39 +111,8 @@ class Run:
         for number, prepared in enumerate(self._calibrating):
             block.run(observing, prepared, self._state(before, number))
             advance()
-        linears: list[LinearReport] = []
-        for index, moments in enumerate(observing.moments):
-            names = [name for name, of in observing.moments_of.items() if of == index]
-            linears += self._quantize_linears(names, moments, weights)
-            for name in names:
-                if name in observing.ranges:
-                    self._records.save_input_grid(name, observing.ranges[name].grid())
-            observing.moments[index] = moments.new_zeros(0)  # its memory is free before the next is factorized
-        self._records.finish(block.name, linears)
-
-    def _quantize_linears(
-        self, names: list[str], moments: Tensor, weights: Callable[[str], Tensor]
-    ) -> Iterator[LinearReport]:
-        """Quantize and save the linears that share an input."""
-        started = time.monotonic()
-        try:
-            inputs = Inputs(moments) if self._method == "gptq" else None
-        except FusionError as error:
-            raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
-        for name in names:
-            form = self._plan.formats[name]
-            method = "rtn" if form.has_codebook else self._method  # GPTQ is for even grids
-            parts, errors = [], np.zeros(4)
-            for rows in torch.split(weights(f"{name}.weight"), ROWS_AT_ONCE):
-                quantized = gptq(rows, inputs, form) if inputs and method == "gptq" else nearest(rows, form)
-                difference = rows - quantized.values
-                squares = [float(x.square().sum(dtype=torch.float64)) for x in (difference, rows)]
-                errors += [*squares, *output_error(rows, quantized.values, moments)]
-                parts.append(quantized)
-            self._records.save(name, parts)
-            seconds = time.monotonic() - started
-            yield LinearReport(name, str(form), method, sqnr(*errors[:2]), sqnr(*errors[2:]), seconds)
-            started = time.monotonic()
+        fitting = Fitting(self._plan.rounded, self._method, weights, self._records)
+        self._records.finish(block.name, fitting.quantize(observing))
 
     def _propagate(
         self,
@@ -180,8 +146,14 @@ class Run:
     # Files, weights ----------------------------------------------------------------------------------------------
 
     def _is_torn(self, block: Block) -> bool:
-        """Whether a finished block misses the weights of a linear."""
-        return any(linear.name not in self._records for linear in self._records.finished(block.name) or ())
+        """Whether a finished block misses the weights of a linear, or a parameter that was divided for it."""
+        formats = self._plan.rounded
+        linears = [linear.name for linear in self._records.finished(block.name) or ()]
+        sources = [source for name in linears if (source := producer(name, formats)) is not None]
+        divided = [name for source in sources for name in float_parameters(source, formats)]
+        return any(name not in self._records for name in linears) or any(
+            self._records.parameter(name) is None for name in divided
+        )
 
     def states(self, i: int) -> Path:
         """The file of what block ``i`` is given."""
@@ -199,6 +171,9 @@ class Run:
         return self._records.input_grid(name) if self._plan.formats[name].rounds_inputs else None
 
     def _quantized_parameter(self, name: str) -> Tensor:
+        folded = self._records.parameter(name)
+        if folded is not None:
+            return torch.from_numpy(folded).to(self._device)
         linear = name.removesuffix(".weight")
         if linear not in self._records:
             exact = self._float.parameter(name)
