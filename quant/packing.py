@@ -122,6 +122,7 @@ def unpack(packed: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.
     wide = packed.astype("<u2")
     if form.has_codebook:
         apart = (wide >> np.uint16(4)) | ((wide & np.uint16(15)) << np.uint16(8))
-        return apart.view(np.uint8)
+        values: npt.NDArray[np.uint8] = apart.view(np.uint8)
+        return values
     pairs: npt.NDArray[np.uint16] = ((wide << 4) | wide) & 0x0F0F
     return pairs.view(np.uint8)
