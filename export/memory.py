@@ -68,7 +68,8 @@ def _weights(plan: ExportPlan) -> int:
     total = 0
     for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
         count = int(np.prod(tensor.shape, dtype=np.int64))
-        total += count * (scale if tensor.part == "scales" else 1 if tensor.dtype in ("uint8", "int8") else wide)
+        is_copied = tensor.part == "scales" and not tensor.format.has_codebook
+        total += count * (scale if is_copied else 1 if tensor.dtype in ("uint8", "int8") else wide)
     return total
 
 
@@ -95,6 +96,8 @@ def _activations(plan: ExportPlan) -> int:
     windows = plan.options.query_lengths[0] * config.alignment.window_size**2
     pairs = windows * language.hidden_size * (2 * config.alignment.layers + 4)
     layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
-    needs = (tower, pairs, layer)
+    # MatMulBnb4 computes with the dequantized weight.
+    sizes = [plan.parameters[f"{name}.weight"].size for name, form in plan.formats.items() if form.has_codebook]
+    needs = (tower, pairs, layer + max(sizes, default=0))
     together = max(needs) if plan.options.target == "cpu" else sum(needs)
     return ARENA_GROWTH * together * _item(plan.settings.activations)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Records:
     def __init__(self, folder: Path, formats: Mapping[str, WeightFormat]) -> None:
         self._folder = folder
         self._formats = formats
+        self._lock = Lock()  # headers are parsed as Python, which some releases of Python 3.11 can in one thread only
 
     def save(self, name: str, rows: list[Quantized]) -> None:
         """Keep a linear's rows, in order."""
@@ -67,7 +69,8 @@ class Records:
 
     def rows(self, name: str, start: int, stop: int) -> Packed:
         """Some rows of a linear."""
-        parts = {part: np.load(self._file(name, part), mmap_mode="r") for part in self._parts(name)}
+        with self._lock:
+            parts = {part: np.load(self._file(name, part), mmap_mode="r") for part in self._parts(name)}
         return Packed(**{part: np.array(array[start:stop]) for part, array in parts.items()})
 
     def dequantized(self, name: str, inputs: int) -> npt.NDArray[np.float32]:
