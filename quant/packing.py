@@ -71,7 +71,7 @@ def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
 def dequantize(packed: Packed, form: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
     """Inverse of :func:`quantize` up to rounding: float32 ``[n, inputs]``."""
     codes = unpack(packed.values, form)
-    values = codebook.CODES[form.kind][codes] if form.has_codebook else codes.astype(np.float32)
+    values = codebook.CODES[form.kind].take(codes) if form.has_codebook else codes.astype(np.float32)
     if packed.zero_points is not None:
         values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1], form)[:, :, None]
     elif not form.has_codebook:

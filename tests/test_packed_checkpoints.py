@@ -74,6 +74,31 @@ def test_weights_are_the_librarys_bit_for_bit_and_logits_agree(variant: str, tmp
     answer_agrees(folder, checkpoint)
 
 
+@pytest.mark.parametrize("variant", ["bnb-nf4", "gptq-v1-asym"])
+def test_all_linears_may_be_quantized(variant: str, tmp_path: Path) -> None:
+    """Also with biases, with blocks that cross rows, and with a last group that is shorter."""
+    fixture = read_fixture(variant)
+    pattern = r"model\.(layers|vision_sampler_layers|vision_tower.*(fc\d|proj)|aux_projector|mm_projector)\b|lm_head"
+    source = write_quantized(tmp_path / "source", fixture.config, fixture.tensors, packer(variant), pattern)
+    folder = export(source, tmp_path / "bundle")
+    weights = open_bundle(folder).manifest.weights
+    float_ones = {"llm.embed_tokens", "vision.patch_embedding"}
+    assert {name for name, form in weights.items() if form.startswith("int8")} == float_ones
+    sizes = {"bnb-nf4": {16, 32, 64}, "gptq-v1-asym": {32}}[variant]
+    assert {int(form.split(":")[1]) for name, form in weights.items() if name not in float_ones} == sizes
+    stored = BundleWeights(open_bundle(folder))
+    with Checkpoint(source) as opened:
+        original = CheckpointWeights(opened, read_parameters(opened, read_config(opened)))
+        for name in weights.keys() - float_ones:
+            expected = read_parameter(original, f"{name}.weight")
+            np.testing.assert_array_equal(read_parameter(stored, f"{name}.weight"), expected)
+    with load(folder) as fusion:
+        backend = EagerBackend(fusion.config, stored)
+        reference = Fusion(fusion.manifest, backend, fusion.tokenizer, backend.embed)
+        expected, logits = (first_logits(model, PICTURE, "What is it?") for model in (reference, fusion))
+    assert np.abs(logits - expected).max() <= 1e-3 * expected.std()
+
+
 def test_every_variant_is_tested() -> None:
     assert set(FORMATS) == set(VARIANTS)
 

@@ -142,7 +142,10 @@ def test_rounding_is_that_of_bitsandbytes(kind: str, block: int) -> None:
     np.testing.assert_array_equal(packed.scales.reshape(-1), fixture[f"{kind}.{block}.absmax"])
 
 
-@given(rows=arrays.arrays(np.float32, (3, 64), elements=st.floats(-8, 8, width=32)), kind=st.sampled_from(list(CODES)))
+ROWS = arrays.arrays(np.float32, (3, 64), elements=st.floats(-8, 8, width=32, allow_subnormal=False))
+
+
+@given(rows=ROWS, kind=st.sampled_from(list(CODES)))
 def test_codebooks_give_the_nearest_number(rows: npt.NDArray[np.float32], kind: str) -> None:
     form = WeightFormat(kind, 32)
     packed = quantize(rows, form)

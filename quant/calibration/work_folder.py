@@ -64,6 +64,7 @@ def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> st
         "held_out": len(samples.held_out),
         "questions": [(str(sample.picture), sample.question, sample.answer) for sample in asked],
         "formats": {name: str(form) for name, form in plan.formats.items()},
+        "packed": sorted(plan.packed),
         "query_lengths": plan.options.query_lengths,
         "image_tokens": plan.options.image_tokens,
         "tokenizer": hashlib.sha256(plan.small_files["tokenizer.json"]).hexdigest(),
