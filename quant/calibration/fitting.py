@@ -69,7 +69,8 @@ class Fitting:
         The last come first: a linear whose outputs are the inputs of an equalised one is itself quantized divided.
         """
         reports: list[LinearReport] = []
-        for index, moments in reversed(list(enumerate(observing.moments))):
+        for index in reversed(range(len(observing.moments))):
+            moments = observing.moments[index]
             names = [name for name, of in observing.moments_of.items() if of == index]
             if names[0] in observing.channel_ranges:
                 reports.append(self._equalise(names[0], moments, observing.channel_ranges[names[0]]))
