@@ -1,7 +1,8 @@
 """Perplexity of a text through a bundle's own LLM graph.
 
 The graph gives logits of the last position alone. Here the node that takes that row is made to pass every row on, so
-that one run over a window gives all of its logits; every other node, and every weight, is the bundle's.
+that one run over a window gives all of its logits; every other node, and every weight, is the bundle's. The accuracy
+level of the products may be set, so one bundle shows what rounding activations costs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx
 import onnxruntime as ort
 
 from fusion_edge.runtime import graphs
-from fusion_edge.runtime.bundle import Bundle, data_file, graph_file, open_bundle
+from fusion_edge.runtime.bundle import data_file, graph_file, open_bundle
 from fusion_edge.runtime.embeddings import Embeddings
 
 Floats = npt.NDArray[np.float32]
@@ -28,7 +29,8 @@ ROWS_AT_ONCE = 128  # of logits, in float64
 class TextModel:
     """The LLM of a bundle, on text without a picture. Closed by deleting it."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, accuracy_level: int) -> None:
+        """``accuracy_level``: of every quantized product, in place of the bundle's."""
         bundle = open_bundle(folder)
         manifest = bundle.manifest
         self._embeddings = Embeddings(bundle)
@@ -48,6 +50,7 @@ class TextModel:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
         model = onnx.load(bundle.path(graph_file(graphs.LLM)), load_external_data=False)
         give_all_rows(model)
+        set_accuracy_level(model, accuracy_level)
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def logits(self, tokens: Integers) -> Floats:
@@ -77,6 +80,14 @@ def give_all_rows(model: onnx.ModelProto) -> None:
     logits = next(output for output in graph.output if output.name == "logits")
     size = logits.type.tensor_type.shape.dim[-1].dim_value
     logits.CopyFrom(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, "positions", size]))
+
+
+def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:
+    """Let every quantized product compute in float (0) or with inputs rounded to int8 (4)."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
 
 
 def negative_log_likelihood(logits: Floats, tokens: Integers) -> float:

@@ -108,9 +108,9 @@ def language_tensors(tensors: Mapping[str, Floats], language: LanguageConfig) ->
     """A Llama checkpoint's tensors. The table of embeddings is ``lm_head``, too."""
     rotated = {"attn_q": language.heads, "attn_k": language.kv_heads}
     found = {
-        "model.embed_tokens.weight": tensors["token_embd"],
+        "model.embed_tokens.weight": tensors["token_embd"].copy(),
         "model.norm.weight": tensors["output_norm"],
-        "lm_head.weight": tensors["token_embd"].copy(),
+        "lm_head.weight": tensors["token_embd"],
     }
     for i in range(language.layers):
         for stored, name in LAYER_TENSORS.items():
