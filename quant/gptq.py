@@ -7,7 +7,7 @@ follow, most important column first. What is done beyond the paper:
 - The scales of all groups are fixed before the first column is rounded ("static groups"), so columns may be rounded
   in any order and are still stored in their own: nothing to permute at run time.
 - A group's scale is searched, not taken from its extremes: the one that makes the squared error least, each input
-  channel weighted by its second moment.
+  channel weighted by what an error there costs once all others make it good as far as they can, ``1 / [H^-1]_jj``.
 - Damping starts small and grows only if the moments cannot be factorized with it.
 """
 
@@ -25,7 +25,7 @@ from fusion_edge.runtime.errors import FusionError
 COLUMNS_AT_ONCE = 128
 DAMPING = 0.01  # of the mean of H's diagonal; the paper's value
 DAMPING_GROWTH, LARGEST_DAMPING = 10.0, 10.0
-SCALE_SHARES = {4: (0.5, 1.0, 41), 8: (0.9, 1.0, 11)}
+SCALE_SHARES = {4: (0.5, 1.0, 21), 8: (0.9, 1.0, 11)}
 """By bits: the shares, of the scale that fits a group's extremes, that are tried: least, largest, how many."""
 SOLVED_DIRECTLY = 256  # rows of a triangular matrix
 SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at once: they stay in a core's cache
@@ -65,6 +65,9 @@ class Inputs:
         """``[K]``: channels that never were anything but zero."""
         self.order = torch.argsort(self.importance, descending=True, stable=True)
         self.factor, self.damping = self._factorize()
+        self.cost = torch.empty_like(self.importance)
+        """``[K]``: of a squared error in a weight, the others adapting: 1 over the diagonal of the inverse moments."""
+        self.cost[self.order] = 1 / self.factor.double().square().sum(0)
 
     def _factorize(self) -> tuple[Tensor, float]:
         """Upper triangular U, float32, with ``U^T U`` the inverse of the damped moments, in the order of rounding.
@@ -107,7 +110,7 @@ def gptq(weights: Tensor, inputs: Inputs, form: WeightFormat) -> Quantized:
     """Quantize rows ``[n,K]`` float32 for their inputs. Dead channels are stored as zero."""
     weights = weights.clone()
     weights[:, inputs.dead] = 0
-    grid = search_grid(weights, inputs.importance, form)
+    grid = search_grid(weights, inputs.cost, form)
     order = inputs.order
     columns = weights[:, order].T.contiguous()
     group = order // form.group(weights.shape[1])
@@ -141,18 +144,18 @@ def store(codes: Tensor, grid: Grid, form: WeightFormat) -> Quantized:
     return Quantized(Packed(pack(grouped, form), grid.scales.cpu().numpy(), zero_points), values)
 
 
-def search_grid(weights: Tensor, importance: Tensor, form: WeightFormat) -> Grid:
-    """Scales and zeros that make ``sum importance * error^2`` least, group by group.
+def search_grid(weights: Tensor, cost: Tensor, form: WeightFormat) -> Grid:
+    """Scales and zeros that make ``sum cost * error^2`` least, group by group.
 
-    ``weights`` ``[n,K]`` float32; ``importance`` ``[K]``, not negative.
+    ``weights`` ``[n,K]`` float32; ``cost`` ``[K]``, not negative.
     """
     step = max(1, SEARCH_ELEMENTS // weights.shape[1])
-    weighting = _grouped((importance / importance.mean().clamp_min(1e-30)).float()[None], form)
+    weighting = _grouped((cost / cost.mean().clamp_min(1e-30)).float()[None], form)
     parts = [_search(_grouped(rows, form), weighting, form) for rows in torch.split(weights, step)]
     return Grid(torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
 
 
-def _search(grouped: Tensor, importance: Tensor, form: WeightFormat) -> Grid:
+def _search(grouped: Tensor, cost: Tensor, form: WeightFormat) -> Grid:
     least, largest = _extremes(grouped)
     best, lowest = _grid(least, largest, form), torch.full_like(least, torch.inf)
     smallest_share, largest_share, count = SCALE_SHARES[form.bits]
@@ -160,7 +163,7 @@ def _search(grouped: Tensor, importance: Tensor, form: WeightFormat) -> Grid:
         grid = _grid(least * share, largest * share, form)
         scales, zeros = grid.scales.float()[..., None], grid.zeros[..., None]
         codes = (grouped / scales).round_().add_(zeros).clamp_(0, (1 << form.bits) - 1)
-        error = codes.sub_(zeros).mul_(scales).sub_(grouped).square_().mul_(importance).sum(2)
+        error = codes.sub_(zeros).mul_(scales).sub_(grouped).square_().mul_(cost).sum(2)
         better = error < lowest
         best = Grid(torch.where(better, grid.scales, best.scales), torch.where(better, grid.zeros, best.zeros))
         lowest = torch.where(better, error, lowest)

@@ -36,7 +36,7 @@ def reference(weights: Tensor, inputs: Inputs, form: WeightFormat) -> npt.NDArra
     w: npt.NDArray[np.float64] = weights.double().numpy().copy()
     half = 1 << (form.bits - 1)
     damped = inputs.moments.numpy() + inputs.damping * inputs.importance.mean().item() * np.eye(w.shape[1])
-    grid = search_grid(weights, inputs.importance, form)
+    grid = search_grid(weights, inputs.cost, form)
     scales, zeros = grid.scales.double().numpy(), grid.zeros.double().numpy()
     order = inputs.order.tolist()
     for i, column in enumerate(order):
@@ -98,20 +98,27 @@ def test_rounding_is_that_of_the_exporter(shape: tuple[int, int], seed: int, for
 @given(shapes, seeds, st.sampled_from(FORMATS))
 def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
     weights, moments = problem(*shape, seed)
-    importance = moments.diagonal()
+    cost = Inputs(moments).cost
 
     def error(grid: Grid) -> float:
         scales, zeros = (
             part.float().repeat_interleave(form.group(shape[1]), 1)[:, : shape[1]] for part in (grid.scales, grid.zeros)
         )
         rounded = (((weights / scales).round() + zeros).clamp(0, (1 << form.bits) - 1) - zeros) * scales
-        return float(((weights - rounded).square() * importance).sum())
+        return float(((weights - rounded).square() * cost).sum())
 
     # Searching with no share but the first is fitting the extremes.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SCALE_SHARES, form.bits, (1.0, 1.0, 1))
-        fitting = search_grid(weights, importance, form)
-    assert error(search_grid(weights, importance, form)) <= error(fitting) * (1 + 1e-5)
+        fitting = search_grid(weights, cost, form)
+    assert error(search_grid(weights, cost, form)) <= error(fitting) * (1 + 1e-5)
+
+
+def test_cost_of_an_error_that_others_make_good() -> None:
+    _, moments = problem(1, 40, seed=4)
+    inputs = Inputs(moments)
+    damped = moments.numpy() + inputs.damping * inputs.importance.mean().item() * np.eye(40)
+    np.testing.assert_allclose(inputs.cost.numpy(), 1 / np.linalg.inv(damped).diagonal(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
