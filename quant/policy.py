@@ -42,11 +42,19 @@ class Rule:
 
 
 def vision_preset(vision: str, group_size: int | None) -> list[Rule]:
-    """The rules behind ``--vision``. ``int8``: inputs are integers too, but for the patch embedding's, the pixels."""
+    """The rules behind ``--vision``. ``int8``: inputs are integers too, but for the patch embedding's, the pixels, and
+    those of the projector's last linear.
+    """
+    int8 = WeightFormat.grouped("int8", group_size)
     if vision == "int8":
-        return [Rule("vision.patch_embedding", WeightFormat("fp16")), Rule("vision.*", WeightFormat("w8a8"))]
-    form = WeightFormat.grouped("int8", group_size) if vision == "int8-weights" else WeightFormat("fp16")
-    return [Rule("vision.*", form)]
+        return [
+            Rule("vision.patch_embedding", WeightFormat("fp16")),
+            # Its inputs come out of a GELU, small values beside a few large ones: rounded with one scale they made nine
+            # tenths of the encoder's error (docs/benchmarks.md).
+            Rule("vision.projector.down", int8),
+            Rule("vision.*", WeightFormat("w8a8")),
+        ]
+    return [Rule("vision.*", int8 if vision == "int8-weights" else WeightFormat("fp16"))]
 
 
 def preset(precision: str, group_size: int | None, vision: str, asymmetric: bool = False) -> list[Rule]:

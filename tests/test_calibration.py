@@ -315,7 +315,9 @@ def test_the_vision_encoder_multiplies_integers(calibrated: Path, tmp_path: Path
     kinds = Counter(node.op_type for node in optimized.graph.node)
     formats = open_bundle(calibrated).manifest.weights
     assert kinds["MatMulIntegerToFloat"] == sum(form == "w8a8" for form in formats.values()) > 0
-    assert kinds["MatMulNBits"] == kinds["DequantizeLinear"] == 0
+    assert kinds["DequantizeLinear"] == 0
+    weights_alone = [node for node in optimized.graph.node if node.op_type == "MatMulNBits"]
+    assert [node.input[1] for node in weights_alone] == ["vision.projector.down.weight"]
 
 
 @pytest.mark.parametrize("vision", ["int8-weights", "fp16"])
