@@ -17,7 +17,7 @@ from fusion_edge.export.plan import ACTIVATIONS, KV_CACHES, ExportOptions, Expor
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.source import resolve_checkpoint
 from fusion_edge.quant.calibration.options import DEVICES, METHODS, CalibrationOptions
-from fusion_edge.quant.formats import GROUP_SIZES
+from fusion_edge.quant.formats import group_sizes
 from fusion_edge.quant.policy import VISION, Rule, read_rules
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import Manifest
@@ -68,10 +68,10 @@ def parser() -> argparse.ArgumentParser:
         )
     add(
         "--group-size",
-        type=int,
-        choices=GROUP_SIZES,
+        type=_group_size,
         default=defaults.group_size,
-        help="input channels that share a scale (default: 128, in NF4 and FP4 64)",
+        metavar="{" + ",".join(group_sizes()) + "}",
+        help="input channels that share a scale; channel: all of a row (default: 128, in NF4 and FP4 64)",
     )
     add("--asym", action="store_true", help="4-bit weights with zero points: closer, and slower by a few percent")
     add(
@@ -161,6 +161,12 @@ def parser() -> argparse.ArgumentParser:
     add("--fit", type=_bytes, metavar="SIZE", help="with --dry-run: say whether it runs in this memory, e.g. 8GB")
     add("--json", action="store_true", help="print the result as one JSON object")
     return parser
+
+
+def _group_size(text: str) -> int:
+    if text not in group_sizes():
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(group_sizes())}")
+    return group_sizes()[text]
 
 
 def _number(text: str) -> float:

@@ -151,7 +151,7 @@ class OnnxRuntimeOperations:
             K=columns,
             N=rows,
             bits=form.bits,
-            block_size=form.group_size,
+            block_size=form.block_size,
             accuracy_level=self.settings.accuracy_level,
         )
 

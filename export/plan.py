@@ -282,4 +282,4 @@ def embedding_file(parameter: Parameter, form: WeightFormat) -> DataFile:
 
 def _embedding_table(tensors: tuple[PlannedTensor, ...]) -> bundle.EmbeddingTable:
     form = tensors[0].format
-    return bundle.EmbeddingTable(form.kind, form.group_size, tensors[0].offset, tensors[-1].offset)
+    return bundle.EmbeddingTable(form.kind, form.block_size, tensors[0].offset, tensors[-1].offset)

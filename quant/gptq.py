@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusion_edge.quant import packing
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import SMALLEST_SCALE, Packed, dequantize, pack, pack_zero_points, quantize
+from fusion_edge.quant.packing import SMALLEST_SCALE, Packed, dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
 COLUMNS_AT_ONCE = 128
@@ -136,12 +137,8 @@ def store(codes: Tensor, grid: Grid, form: WeightFormat) -> Quantized:
     columns = codes.shape[1]
     scales, zeros = (_by_weight(part, form, columns) for part in (grid.scales, grid.zeros))
     values = (codes.float() - zeros) * scales
-    # The rest of a partial group stands for zero.
-    missing = form.groups(columns) * form.group(columns) - columns
-    rest = grid.zeros[:, -1:].to(torch.uint8).expand(-1, missing)
-    grouped = torch.cat([codes, rest], 1).cpu().numpy().reshape(len(codes), -1, form.group(columns))
-    zero_points = None if form.is_symmetric else pack_zero_points(grid.zeros.to(torch.uint8).cpu().numpy(), form)
-    return Quantized(Packed(pack(grouped, form), grid.scales.cpu().numpy(), zero_points), values)
+    integers, scale, zero = (part.cpu().numpy() for part in (codes, grid.scales, grid.zeros.to(torch.uint8)))
+    return Quantized(packing.store(integers, scale, zero, form), values)
 
 
 def search_grid(weights: Tensor, cost: Tensor, form: WeightFormat) -> Grid:

@@ -43,7 +43,7 @@ def stored_bits(shape: tuple[int, int], form: WeightFormat) -> int:
     """Bits of the values, scales and zero points of a linear ``[outputs, inputs]``."""
     rows, inputs = shape
     overhead = 8 * np.dtype(form.scale_dtype).itemsize + (0 if form.is_symmetric else form.bits)
-    return rows * form.groups(inputs) * (form.group(inputs) * form.bits + overhead)
+    return rows * form.blocks(inputs) * (form.block(inputs) * form.bits + overhead)
 
 
 def mean_bits(shapes: Mapping[str, tuple[int, int]], formats: Mapping[str, WeightFormat]) -> float:

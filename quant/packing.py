@@ -1,5 +1,7 @@
 """Round-to-nearest group quantization and its byte layout, that of ONNX Runtime's MatMulNBits.
 
+A group is stored as one block, with its scale; rows with one scale are cut into blocks, and it is repeated.
+
 A stored value v of b bits means ``(v - zero_point) * scale``; symmetric formats have no zero points, theirs is 2^(b-1).
 Two 4-bit values share a byte, the first in the low nibble. Scales are strictly positive (TensorRT asks for that) and
 rounded to float16 *before* the values are, so that the stored pair is the best that the stored scale allows.
@@ -12,6 +14,7 @@ In formats with a codebook v means ``CODES[v] * scale``; MatMulBnb4 has the firs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,7 @@ import numpy.typing as npt
 from fusion_edge.quant import codebook
 from fusion_edge.quant.formats import WeightFormat
 
+Number = TypeVar("Number", bound=np.generic)
 SMALLEST_SCALE = 2.0**-20  # a float16 subnormal of still four bits; smaller ones round too coarsely
 
 
@@ -27,11 +31,11 @@ class Packed:
     """Rows of a weight as they are stored."""
 
     values: npt.NDArray[np.uint8]
-    """``[n, groups, group_size * bits / 8]``."""
+    """``[n, blocks, block size * bits / 8]``."""
     scales: npt.NDArray[np.floating]
-    """``[n, groups]``; float32 where a quantized checkpoint has such, and of codebooks; else float16."""
+    """``[n, blocks]``; float32 where a quantized checkpoint has such, and of codebooks; else float16."""
     zero_points: npt.NDArray[np.uint8] | None = None
-    """``[n, groups * bits / 8]``, rounded up: two of 4 bits to a byte; None if symmetric."""
+    """``[n, blocks * bits / 8]``, rounded up: two of 4 bits to a byte; None if symmetric."""
 
 
 def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
@@ -57,15 +61,38 @@ def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
     scales = np.maximum(extent, SMALLEST_SCALE).astype(np.float16)
     inverse = 1 / scales.astype(np.float32)
     scaled = grouped * inverse[:, :, None]
-    if form.is_symmetric:
-        zero_points = None
-        scaled += np.float32(half + 0.5)  # the cast below truncates: this rounds
-    else:
-        zero_points = np.clip(np.rint(-least * inverse), 0, 2 * half - 1).astype(np.uint8)
-        scaled += zero_points[:, :, None] + np.float32(0.5)
+    zeros = np.full(scales.shape, half, np.uint8)
+    if not form.is_symmetric:
+        zeros = np.clip(np.rint(-least * inverse), 0, 2 * half - 1).astype(np.uint8)
+    middle = np.float32(half) if form.is_symmetric else zeros[:, :, None]
+    scaled += middle + np.float32(0.5)  # the cast below truncates: this rounds
     np.clip(scaled, 0, 2 * half - 1, out=scaled)
-    packed = None if zero_points is None else pack_zero_points(zero_points, form)
-    return Packed(pack(scaled.astype(np.uint8), form), scales, packed)
+    return store(scaled.astype(np.uint8).reshape(count, -1)[:, :inputs], scales, zeros, form)
+
+
+def store(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.floating], zeros: npt.NDArray[np.uint8], form: WeightFormat
+) -> Packed:
+    """Integers ``[n,K]`` as they are stored, with the scales and zero points ``[n, groups]`` of a format that is no
+    codebook. The rest of a partial block stands for zero.
+    """
+    count, inputs = codes.shape
+    group, block = form.group(inputs), form.block(inputs)
+    scales, zeros = by_block(scales, group, inputs, block), by_block(zeros, group, inputs, block)
+    if missing := form.blocks(inputs) * block - inputs:
+        codes = np.concatenate([codes, np.repeat(zeros[:, -1:], missing, axis=1)], axis=1)
+    zero_points = None if form.is_symmetric else pack_zero_points(zeros, form)
+    return Packed(pack(np.ascontiguousarray(codes).reshape(count, -1, block), form), scales, zero_points)
+
+
+def by_block(values: npt.NDArray[Number], group: int, inputs: int, block: int) -> npt.NDArray[Number]:
+    """``[n, groups]`` -> ``[n, blocks]``: what belongs to each block of ``block`` out of ``inputs`` channels, a part of
+    a group of ``group`` or all of it.
+    """
+    if group == block:
+        return values
+    repeated: npt.NDArray[Number] = values[:, np.arange(0, inputs, block) // group]
+    return repeated
 
 
 def dequantize(packed: Packed, form: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
@@ -82,7 +109,7 @@ def dequantize(packed: Packed, form: WeightFormat, inputs: int) -> npt.NDArray[n
 
 
 def pack_zero_points(zero_points: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
-    """``[n, groups]`` -> ``[n, groups * bits / 8]``, rounded up; the first of two in the low nibble."""
+    """``[n, blocks]`` -> ``[n, blocks * bits / 8]``, rounded up; the first of two in the low nibble."""
     if form.bits == 8:
         return zero_points
     even = np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2)))
@@ -90,16 +117,16 @@ def pack_zero_points(zero_points: npt.NDArray[np.uint8], form: WeightFormat) -> 
     return packed
 
 
-def unpack_zero_points(packed: npt.NDArray[np.uint8], groups: int, form: WeightFormat) -> npt.NDArray[np.uint8]:
+def unpack_zero_points(packed: npt.NDArray[np.uint8], blocks: int, form: WeightFormat) -> npt.NDArray[np.uint8]:
     """Inverse of :func:`pack_zero_points`."""
     if form.bits == 8:
         return packed
     pairs: npt.NDArray[np.uint8] = np.stack([packed & 15, packed >> 4], axis=-1)
-    return pairs.reshape(len(packed), -1)[:, :groups]
+    return pairs.reshape(len(packed), -1)[:, :blocks]
 
 
 def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
-    """``[..., group_size]`` -> ``[..., group_size * bits / 8]``."""
+    """``[..., block size]`` -> ``[..., block size * bits / 8]``."""
     if form.rounds_inputs:
         signed: npt.NDArray[np.uint8] = values ^ np.uint8(128)
         return signed  # the bytes of v - 128 as a signed number

@@ -27,16 +27,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("precision", ["--int4", "--int8", "--fp16", "--fp32"])
+@pytest.mark.parametrize("precision", ["--int4", "--int8", "--fp16", "--fp32", "--int4 --asym --group-size channel"])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_dry_run_knows_the_size(
     checkpoint: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "bundle"
-    assert cli.main([str(GOLDEN / checkpoint), precision, "--dry-run", "--json", "--fit", "8GB"]) == 0
+    options = precision.split()
+    assert cli.main([str(GOLDEN / checkpoint), *options, "--dry-run", "--json", "--fit", "8GB"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert not output.exists()
-    assert cli.main([str(GOLDEN / checkpoint), precision, "-o", str(output)]) == 0
+    assert cli.main([str(GOLDEN / checkpoint), *options, "-o", str(output)]) == 0
     written = files(output)
     assert report["bundle"] == pytest.approx(sum(map(len, written.values())), rel=0.001)
     for name in ("vision_encoder", "alignment_decoder", "llm"):

@@ -181,7 +181,17 @@ def test_fp32_bundle_gives_the_released_answers(
             assert answer["text"] == case.facts["turns"][number]["reply"].strip()
 
 
-@pytest.mark.parametrize("precision", ["--fp16", "--int8", "--int4", "--int4 --asym"])
+PRECISIONS = (
+    "--fp16",
+    "--int8",
+    "--int4",
+    "--int4 --asym",
+    "--int4 --group-size channel --rule vision.*=int4",  # some inputs of vision take several blocks
+    "--int4 --group-size channel --rule vision.*=uint4 --asym",
+)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
     checkpoint: str, precision: str, tmp_path: Path
@@ -189,7 +199,7 @@ def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
     """With accuracy level 0 all that differs from fp32 is the weights' values, not the graph."""
     case = next(case for case in CASES if case.facts["checkpoint"] == checkpoint and case.image_tokens is None)
     _, question, history = next(case.turns())
-    options = [*precision.split(), "--group-size", "32", "--query-len", "16", "--accuracy-level", "0"]
+    options = ["--group-size", "32", *precision.split(), "--query-len", "16", "--accuracy-level", "0"]
     folder = export(checkpoint, tmp_path / "bundle", *options)
     bundle = open_bundle(folder)
     with load(folder) as fusion:

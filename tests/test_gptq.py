@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusion_edge.quant.formats import CODEBOOKS, GROUP_SIZES, GROUPED, WeightFormat
+from fusion_edge.quant.formats import CODEBOOKS, GROUPED, WeightFormat, group_sizes
 from fusion_edge.quant.gptq import SCALE_SHARES, Grid, Inputs, gptq, invert_lower, nearest, output_error, search_grid
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
 GRIDS = [kind for kind in GROUPED if kind not in CODEBOOKS]
-FORMATS = [*(WeightFormat(kind, size) for kind in GRIDS for size in GROUP_SIZES), WeightFormat("w8a8")]
+FORMATS = [*(WeightFormat(kind, size) for kind in GRIDS for size in group_sizes().values()), WeightFormat("w8a8")]
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
 seeds = st.integers(0, 2**32 - 1)
 
@@ -63,12 +63,13 @@ def test_it_solves_the_formula(form: WeightFormat, columns: int) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(shapes, seeds, st.sampled_from(FORMATS))
+@given(st.tuples(st.integers(24, 40), st.integers(5, 300)), seeds, st.sampled_from(FORMATS))
 def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+    """Of many weights together: a few alone may be rounded well by chance."""
     weights, moments = problem(*shape, seed)
     fitted = output_error(weights, gptq(weights, Inputs(moments), form).values, moments)[0]
     rounded = output_error(weights, nearest(weights, form).values, moments)[0]
-    assert fitted <= rounded * 1.05 + 1e-12
+    assert fitted < rounded
 
 
 @settings(deadline=None, max_examples=40)

@@ -15,11 +15,11 @@ from paths import QUANTIZED
 from safetensors.numpy import load_file
 
 from fusion_edge.export.packed import bitsandbytes, compressed_tensors, gptq
-from fusion_edge.export.packed.layout import by_stored_group, column_order, stored_group_size
+from fusion_edge.export.packed.layout import column_order, stored_group_size
 from fusion_edge.export.packed.words import pack_words, unpack_words, words_of
 from fusion_edge.quant.codebook import CODES
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.quant.packing import dequantize, pack, quantize, unpack
+from fusion_edge.quant.packing import by_block, dequantize, pack, quantize, unpack
 from fusion_edge.runtime.errors import FusionError
 
 Bytes = npt.NDArray[np.uint8]
@@ -166,7 +166,7 @@ def test_group_sizes(group: int, inputs: int) -> None:
         return
     assert size in STORED_GROUP_SIZES
     groups = np.arange(-(-inputs // group))[None]
-    stored = by_stored_group(groups, group, inputs, size)
+    stored = by_block(groups, group, inputs, size)
     np.testing.assert_array_equal(stored.repeat(size, axis=1)[0, :inputs], np.arange(inputs) // group)
 
 

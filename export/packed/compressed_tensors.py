@@ -24,13 +24,13 @@ from fusion_edge.export.packed.layout import (
     Form,
     PackedTensor,
     Rows,
-    by_stored_group,
     column_order,
     stored_group_size,
 )
 from fusion_edge.export.packed.words import pack_words, unpack_words, words_of
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.packing import by_block
 from fusion_edge.runtime.errors import FusionError
 
 
@@ -164,8 +164,8 @@ class CompressedTensor:
         return partial(
             self._read,
             checkpoint.read_stored(f"{self.tensor}_packed"),
-            by_stored_group(scales, self.group, self.inputs, size),
-            by_stored_group(zeros, self.group, self.inputs, size),
+            by_block(scales, self.group, self.inputs, size),
+            by_block(zeros, self.group, self.inputs, size),
             None if columns is None else np.array(columns),
         )
 

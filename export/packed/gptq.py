@@ -24,13 +24,13 @@ from fusion_edge.export.packed.layout import (
     Form,
     PackedTensor,
     Rows,
-    by_stored_group,
     column_order,
     stored_group_size,
 )
 from fusion_edge.export.packed.words import pack_words, unpack_words, words_of
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.packing import by_block
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 """By ``checkpoint_format``."""
@@ -107,8 +107,8 @@ class Gptq:
         return partial(
             self._read,
             checkpoint.read_stored(f"{self.module}.qweight"),
-            by_stored_group(checkpoint.read_stored(f"{self.module}.scales").T, self.group, self.inputs, size),
-            by_stored_group(zeros, self.group, self.inputs, size),
+            by_block(checkpoint.read_stored(f"{self.module}.scales").T, self.group, self.inputs, size),
+            by_block(zeros, self.group, self.inputs, size),
             None if columns is None else np.array(columns),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,6 @@ import numpy.typing as npt
 from fusion_edge.export.safetensors_file import FLOATS, Checkpoint
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.runtime.errors import FusionError
-
-Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,6 @@ def power_of_two_in(tensor: str, group: int) -> int:
             "float checkpoint."
         )
     return size
-
-
-def by_stored_group(values: npt.NDArray[Number], group: int, inputs: int, size: int) -> npt.NDArray[Number]:
-    """``[n, groups]`` -> ``[n, groups of the bundle]``: what belongs to each group of ``size``, a part of ``group``."""
-    if group == size:
-        return values
-    firsts = np.arange(0, inputs, size)
-    repeated: npt.NDArray[Number] = values[:, firsts // group]
-    return repeated
 
 
 def column_order(tensor: str, groups: npt.NDArray[np.int32], group: int) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ from fusion_edge.export.packed.layout import Codes, Form, PackedTensor, Rows
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.tensor_names import Parameter, Source
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import Packed, dequantize, pack, pack_zero_points
+from fusion_edge.quant.packing import Packed, dequantize, pack, store
 from fusion_edge.runtime.errors import FusionError
 
 KEPT = 3  # weights in memory, packed as the checkpoint has them: those of one parameter, of neighbouring blocks of rows
@@ -170,12 +170,8 @@ def _columns_of(codes: Codes, columns: tuple[int, int] | None, group: int) -> Co
 
 
 def _pack(parts: Sequence[Codes], form: WeightFormat) -> Packed:
-    """Rows below each other, as a bundle stores them. The rest of a partial group stands for zero."""
+    """Rows below each other, as a bundle stores them."""
     values, scales = np.concatenate([p.values for p in parts]), np.concatenate([p.scales for p in parts])
-    zero_points = None
-    if not form.has_codebook:
-        zeros = np.concatenate([p.zero_points for p in parts if p.zero_points is not None])
-        missing = zeros.shape[1] * form.group_size - values.shape[1]
-        values = np.concatenate([values, np.repeat(zeros[:, -1:], missing, axis=1)], axis=1)
-        zero_points = None if form.is_symmetric else pack_zero_points(zeros, form)
-    return Packed(pack(values.reshape(*scales.shape, -1), form), scales, zero_points)
+    if form.has_codebook:
+        return Packed(pack(values.reshape(*scales.shape, -1), form), scales)
+    return store(values, scales, np.concatenate([p.zero_points for p in parts if p.zero_points is not None]), form)
