@@ -63,9 +63,9 @@ def test_it_solves_the_formula(form: WeightFormat, columns: int) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.tuples(st.integers(24, 40), st.integers(5, 300)), seeds, st.sampled_from(FORMATS))
+@given(st.tuples(st.integers(24, 40), st.integers(16, 300)), seeds, st.sampled_from(FORMATS))
 def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
-    """Of many weights together: a few alone may be rounded well by chance."""
+    """Of many channels together: where there are few, GPTQ has little to make errors good with, and chance decides."""
     weights, moments = problem(*shape, seed)
     fitted = output_error(weights, gptq(weights, Inputs(moments), form).values, moments)[0]
     rounded = output_error(weights, nearest(weights, form).values, moments)[0]
