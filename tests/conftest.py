@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# One core for each process of pytest-xdist, before anything counts the cores: threads of numpy, torch and ONNX Runtime
+# in all of them would wait for each other many times as long as these small products take.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from fusion_edge.export import cli
 from fusion_edge.export.eager_backend import open_checkpoint
 from fusion_edge.runtime import Fusion, load
 
-QUESTIONS = 300
+QUESTIONS = 200
 QUERY_LENGTH = 4
 
 

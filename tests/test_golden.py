@@ -29,7 +29,7 @@ from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle import open_bundle
 from fusion_edge.runtime.images import cut_crops, load_image
 
-CHECKPOINTS = ("FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA")
+PHI, LLAMA = CHECKPOINTS = ("FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA")
 NEW_TOKENS = 24
 
 
@@ -181,18 +181,18 @@ def test_fp32_bundle_gives_the_released_answers(
             assert answer["text"] == case.facts["turns"][number]["reply"].strip()
 
 
-PRECISIONS = (
-    "--fp16",
-    "--int8",
-    "--int4",
-    "--int4 --asym",
-    "--int4 --group-size channel --rule vision.*=int4",  # some inputs of vision take several blocks
-    "--int4 --group-size channel --rule vision.*=uint4 --asym",
+@pytest.mark.parametrize(
+    ("checkpoint", "precision"),
+    [
+        (PHI, "--fp16"),
+        (PHI, "--int4"),
+        (PHI, "--int4 --asym"),
+        (PHI, "--int4 --group-size channel --rule vision.*=int4"),  # some inputs of vision take several blocks
+        (LLAMA, "--int8"),
+        (LLAMA, "--int4"),
+        (LLAMA, "--int4 --asym --group-size channel --rule vision.*=uint4"),
+    ],
 )
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
     checkpoint: str, precision: str, tmp_path: Path
 ) -> None:
