@@ -130,19 +130,23 @@ class EagerOperations:
         return windows.squeeze(2)
 
     def causal_attention(self, qkv: Tensor, layer: int) -> Tensor:
-        language = self.config.language
         batch, length, _ = qkv.shape
-        heads = [language.heads, language.kv_heads, language.kv_heads]
-        q, k, v = (
-            part.reshape(batch, length, -1, language.head_dim).transpose(1, 2)
-            for part in torch.split(qkv, [n * language.head_dim for n in heads], dim=-1)
-        )
-        past = self.cache.layers[layer][0].shape[2] if self.cache and layer in self.cache.layers else 0
-        q, k = self._rotate(q, past), self._rotate(k, past)
+        q, k, v = self.heads(qkv, layer)
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=True)
         return attended.transpose(1, 2).reshape(batch, length, -1)
+
+    def heads(self, qkv: Tensor, layer: int) -> list[Tensor]:
+        """Queries, keys and values ``[B,heads,L,dim]`` of an LLM layer, those that are compared rotated."""
+        language = self.config.language
+        sizes = [n * language.head_dim for n in (language.heads, language.kv_heads, language.kv_heads)]
+        q, k, v = (
+            part.reshape(*part.shape[:-1], -1, language.head_dim).transpose(1, 2)
+            for part in torch.split(qkv, sizes, dim=-1)
+        )
+        past = self.cache.layers[layer][0].shape[2] if self.cache and layer in self.cache.layers else 0
+        return [self._rotate(q, past), self._rotate(k, past), v]
 
     def _rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotary embedding of ``[B,heads,L,dim]``, halves rotated (as in Llama), from position ``start``."""

@@ -14,7 +14,7 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.export.tensor_names import parameters
 from fusion_edge.quant.calibration.blocks import blocks, prepare
-from fusion_edge.quant.calibration.observing import Observing
+from fusion_edge.quant.calibration.observing import ATTENTION_SHARE, Observing, attention_received
 from fusion_edge.quant.calibration.samples import Sample
 from fusion_edge.quant.calibration.states import State
 from fusion_edge.quant.formats import WeightFormat
@@ -84,3 +84,32 @@ def test_linears_that_share_an_input_share_its_moments() -> None:
         operations.linear(x * 2, "c")
     assert operations.moments_of == {"a": 0, "b": 0, "c": 1}
     torch.testing.assert_close(operations.moments[1], 4 * operations.moments[0])
+
+
+def test_attention_that_rows_receive() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 6, 11, 8, generator=generator), torch.randn(1, 2, 11, 8, generator=generator)
+    scores = torch.einsum("hid,hjd->hij", q[0], k[0].repeat_interleave(3, 0)).numpy() / np.sqrt(8)
+    scores[:, np.arange(11)[:, None] < np.arange(11)] = -np.inf
+    shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    received = attention_received(q, k)
+    np.testing.assert_allclose(received[0].numpy(), shares.mean(0).sum(0), rtol=1e-5)
+    assert received.sum().item() == pytest.approx(11)
+
+
+def test_rows_of_attention_count_by_what_they_receive() -> None:
+    name = "llm.layers.0.attention.qkv"
+    generator = torch.Generator().manual_seed(1)
+    with open_checkpoint(GOLDEN / "FUSION-tiny-Phi") as fusion:
+        config, backend = fusion.config, fusion.backend
+        assert isinstance(backend, EagerBackend)
+        formats = {name: WeightFormat("int4", 32)}
+        operations = Observing(config, backend.parameter, None, "cpu", formats)  # type: ignore[arg-type]
+        rows = torch.randn(1, 7, config.language.hidden_size, generator=generator)
+        qkv = operations.linear(rows, name)
+        operations.causal_attention(qkv, 0)
+    received = attention_received(*operations.heads(qkv, 0)[:2])[0].double()
+    x = rows[0].double()
+    expected = x.T @ ((1 + ATTENTION_SHARE * received[:, None]) * x)
+    torch.testing.assert_close(operations.moments[0], expected, rtol=1e-5, atol=1e-4)
+    assert received[0] > 1.5 * received[-1]  # so that what it counts for is seen

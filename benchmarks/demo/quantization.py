@@ -1,0 +1,150 @@
+"""What quantizing does to the demo model: GPTQ against rounding, by weight format.
+
+    python -m fusion_edge.benchmarks.demo.quantization --work FOLDER --json FILE
+
+Every row is a bundle exported with ``--calibrate``, compared with the float model on held-out samples, then asked
+held-out questions. A bundle that ``--work`` has already is not exported again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.benchmarks.demo.evaluate import answerer, evaluate, held_out
+from fusion_edge.benchmarks.demo.samples import write_samples
+from fusion_edge.export import cli
+from fusion_edge.runtime import load
+from fusion_edge.runtime.bundle import QUANTIZATION
+from fusion_edge.runtime.cli import positive, run
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.quantization_report import QuantizationReport
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+CALIBRATING = 128
+QUERY_LENGTH = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: what is passed to ``fusion-export``."""
+
+    format: str
+    method: str
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}-{self.method}".replace(":", "-").replace(" ", "-")
+
+
+FORMATS = {
+    "int4:128": ("--int4",),
+    "int4:32": ("--int4", "--group-size", "32"),
+    "int4:channel": ("--int4", "--group-size", "channel"),
+    "int4:128 asymmetric": ("--int4", "--asym"),
+    "int8:128": ("--int8",),
+}
+VARIANTS = [Variant(name, method, options) for name, options in FORMATS.items() for method in ("rtn", "gptq")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder for samples and bundles; what an earlier run left is used")
+    add("--format", choices=FORMATS, action="append", help="weight format, repeatable (default: all)")
+    add("--held-out", type=positive, default=500, help="samples to compare with the float model (default: %(default)s)")
+    add("--questions", type=positive, default=1000, help="questions to ask (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    return run(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    samples: Path = options.work / "samples"
+    if not samples.exists():
+        write_samples(samples, CALIBRATING + options.held_out)
+    rows: list[dict[str, Any]] = []
+    reports: dict[tuple[str, str], QuantizationReport] = {}
+    formats = options.format or list(FORMATS)
+    for variant in VARIANTS:
+        if variant.format not in formats:
+            continue
+        bundle = options.work / variant.name
+        _export(bundle, variant, samples, options.held_out)
+        report = reports[variant.format, variant.method] = QuantizationReport.read(bundle / QUANTIZATION)
+        with load(bundle) as fusion:
+            score = evaluate(answerer(fusion, QUERY_LENGTH), held_out(options.questions))
+        rows.append(_row(variant, report, score.accuracy))
+    result = {
+        "calibrating": CALIBRATING,
+        "held_out": options.held_out,
+        "questions": options.questions,
+        "rows": rows,
+        "gptq_over_rtn": [_compared(name, reports[name, "rtn"], reports[name, "gptq"]) for name in formats],
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(table(result))
+    return 0
+
+
+def _export(bundle: Path, variant: Variant, samples: Path, held_out_samples: int) -> None:
+    common = ["-o", str(bundle), "--query-len", "4,16", "--calibrate", str(samples), "--method", variant.method]
+    common += ["--held-out", str(held_out_samples)]
+    if not bundle.exists() and cli.main([str(CHECKPOINT), *common, *variant.options]) != 0:
+        raise FusionError(f"{bundle} could not be exported.")
+
+
+def _row(variant: Variant, report: QuantizationReport, accuracy: float) -> dict[str, Any]:
+    end_to_end = report.end_to_end
+    assert end_to_end is not None
+    return {
+        "format": variant.format,
+        "method": variant.method,
+        "cosine": dict(end_to_end.cosine),
+        "kl_divergence": end_to_end.kl_divergence,
+        "top1_agreement": end_to_end.top1_agreement,
+        "accuracy": accuracy,
+    }
+
+
+def _compared(name: str, rtn: QuantizationReport, gptq: QuantizationReport) -> dict[str, Any]:
+    """GPTQ against rounding in one format: KL divergences, and linears whose outputs are closer."""
+    assert rtn.end_to_end is not None
+    assert gptq.end_to_end is not None
+    rounded = {linear.name: linear.output_sqnr for linear in rtn.linears}
+    pairs = [
+        (linear.output_sqnr, other)
+        for linear in gptq.linears
+        if linear.output_sqnr is not None and (other := rounded[linear.name]) is not None
+    ]
+    return {
+        "format": name,
+        "kl_divergence": gptq.end_to_end.kl_divergence / rtn.end_to_end.kl_divergence,
+        "linears": len(pairs),
+        "linears_closer": sum(fitted > other for fitted, other in pairs),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as lines of Markdown."""
+    lines = ["| format | method | vision | alignment | logits | KL divergence | accuracy |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        cosines = [f"{1 - value:.2g}" for value in row["cosine"].values()]
+        cells = [row["format"], row["method"], *cosines, f"{row['kl_divergence']:.2g} nats", f"{row['accuracy']:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    for compared in result["gptq_over_rtn"]:
+        ratio, closer, linears = (compared[key] for key in ("kl_divergence", "linears_closer", "linears"))
+        lines.append("")
+        lines.append(f"{compared['format']}: KL divergence {ratio:.2f} x, {closer} of {linears} outputs closer")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
