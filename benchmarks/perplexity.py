@@ -102,10 +102,12 @@ def negative_log_likelihood(logits: Floats, tokens: Integers) -> float:
     return total
 
 
-def perplexity(model: TextModel, windows: Iterable[Integers]) -> float:
-    """Of every token but the first of each window, given those before it in the window."""
+def perplexity(model: TextModel, prompt: Integers, windows: Iterable[Integers]) -> float:
+    """Of every token of each window, given the prompt and what comes before it in the window."""
     total, count = 0.0, 0
-    for tokens in windows:
-        total += negative_log_likelihood(model.logits(tokens), tokens)
-        count += len(tokens) - 1
+    for window in windows:
+        tokens = np.concatenate([prompt, window])
+        behind = len(prompt) - 1  # the row whose logits are those of the window's first token
+        total += negative_log_likelihood(model.logits(tokens)[behind:], tokens[behind:])
+        count += len(window)
     return math.exp(total / count)

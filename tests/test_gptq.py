@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_edge.quant.formats import CODEBOOKS, GROUPED, WeightFormat, group_sizes
-from fusion_edge.quant.gptq import SCALE_SHARES, Grid, Inputs, gptq, invert_lower, nearest, output_error, search_grid
+from fusion_edge.quant.gptq import (
+    SCALE_SHARES,
+    Grid,
+    Inputs,
+    gptq,
+    invert_lower,
+    nearest,
+    output_error,
+    refine,
+    round_in_order,
+    search_grid,
+    store,
+)
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
@@ -55,11 +67,27 @@ def reference(weights: Tensor, inputs: Inputs, form: WeightFormat) -> npt.NDArra
 def test_it_solves_the_formula(form: WeightFormat, columns: int) -> None:
     weights, moments = problem(24, columns, seed=columns)
     inputs = Inputs(moments)
-    ours, theirs = gptq(weights, inputs, form).values, torch.from_numpy(reference(weights, inputs, form)).float()
+    grid = search_grid(weights, inputs.cost, form)
+    codes = round_in_order(weights, inputs, grid, form).to(torch.uint8)
+    ours, theirs = store(codes, grid, form).values, torch.from_numpy(reference(weights, inputs, form)).float()
     # A value halfway between two may go either way in float32, and all behind it with it.
     same = ((ours - theirs).abs() < 1e-6 * weights.abs().max()).float().mean()
     assert same > 0.97
     assert output_error(weights, ours, moments)[0] <= 1.02 * output_error(weights, theirs, moments)[0] + 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, seeds, st.sampled_from(FORMATS))
+def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+    weights, moments = problem(*shape, seed)
+    inputs = Inputs(moments)
+    grid = search_grid(weights, inputs.cost, form)
+    codes = round_in_order(weights, inputs, grid, form)
+    after = store(*refine(weights, codes, grid, inputs, form), form)
+    before = store(codes.to(torch.uint8), grid, form)
+    assert (after.packed.scales > 0).all()
+    error, start = (output_error(weights, stored.values, inputs.damped().double())[0] for stored in (after, before))
+    assert error <= start * (1 + 1e-4) + 1e-9
 
 
 @settings(deadline=None, max_examples=40)

@@ -20,7 +20,7 @@ from fusion_edge.quant.gptq import Inputs, Quantized, gptq, nearest, output_erro
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.quantization_report import LinearReport, sqnr
 
-ROWS_AT_ONCE = 4096  # of a linear, quantized together: bounds the memory that lm_head takes
+ROWS_AT_ONCE = 2048  # of a linear, quantized together: bounds the memory that lm_head takes
 
 
 @dataclass(frozen=True)
