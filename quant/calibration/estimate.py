@@ -20,6 +20,8 @@ PROCESS_BYTES = 700_000_000  # Python, torch and one sample on its way through a
 TEXT = 4 * MINIMUM_TEXT  # positions of a sample's template, question and answer
 FLOAT, DOUBLE = 4, 8
 SQUARES_AT_ONCE = 4  # of float64, while a linear's moments are factorized (Inputs in quant/gptq.py)
+REFINING_OPERATIONS = 10  # of a matrix product for every weight and input channel (measured)
+ROUNDING_OPERATIONS = 5  # likewise, and for the error that is reported
 CANDIDATE_OPERATIONS = 200  # of a matrix product, that take as long as trying one scale for one weight (measured)
 COUNT_OPERATIONS = 2000  # likewise, as counting one value of a channel (measured)
 GRID_OPERATIONS = 50_000_000  # likewise, as adding up one channel's histogram for a grid (measured)
@@ -120,8 +122,10 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
         rows, bits = _rows(plan, p.name), plan.formats[p.name.removesuffix(".weight")].bits
         total += 2 * passes * rows * p.size
         if bits in SCALE_SHARES:
-            candidates = SCALE_SHARES[bits][2] if options.method == "gptq" else 1
-            total += _fits(plan, p) * p.size * (5 * p.shape[1] + CANDIDATE_OPERATIONS * candidates)
+            is_solved = options.method == "gptq"
+            candidates = SCALE_SHARES[bits][2] if is_solved else 1
+            products = ROUNDING_OPERATIONS + (REFINING_OPERATIONS if is_solved else 0)
+            total += _fits(plan, p) * p.size * (products * p.shape[1] + CANDIDATE_OPERATIONS * candidates)
     for p in _observed(plan, block):
         rows, inputs, fits = _rows(plan, p.name), p.shape[1], _fits(plan, p)
         total += 2 * options.samples * rows * inputs**2
