@@ -92,14 +92,15 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         found = read_samples(work / "samples.jsonl", samples, 1).calibrating
         prepared = [prepare(sample, tokenizer, plan.config, 1, 1, "cpu") for sample in found]
         states: list[State] = [{} for _ in prepared]
+        watched = {name: form for name, form in plan.rounded.items() if name.startswith("llm.")}
         layers = [f"llm.layers.{i}" for i in range(0, plan.config.language.layers, every)]
         for block in blocks(plan.config)[:-1]:
-            observing = Observing(plan.config, weights, lambda ids: table[ids], "cpu", plan.formats)
+            observing = Observing(plan.config, weights, lambda ids: table[ids], "cpu", watched)
             states = [
                 kept(block.run(observing, sample, state)) for sample, state in zip(prepared, states, strict=True)
             ]
             for name, index in observing.moments_of.items():
-                if block.name in layers and name.startswith("llm."):
+                if block.name in layers:
                     yield name, weights(f"{name}.weight"), observing.moments[index]
             if block.name == layers[-1]:
                 return
