@@ -140,6 +140,20 @@ def test_channels_that_are_always_zero() -> None:
     assert round_to_grid(torch.zeros(1), grid) == 0
 
 
+def test_channels_that_are_almost_zero() -> None:
+    """Subnormal numbers, as weight decay leaves them: their inverse is infinite in float32."""
+    x = rows(0, 1000, torch.tensor([1.0, 1e-30, 1e-40, 1e-45]))
+    ranges = ChannelRanges(4, x.device)
+    for part in (torch.zeros(8, 4), x, 2 * x):
+        ranges.add(part)
+    assert ranges._counts.sum(1).tolist() == [2008] * 4
+    by = factors(ranges.extents, torch.ones(1, 4), 0.4)
+    assert torch.isfinite(by).all()
+    grid, error = ranges.grid(by, torch.ones(4))
+    actual = sum(float(((round_to_grid(y, grid) - y) ** 2).double().sum()) for y in (x / by, 2 * x / by))
+    assert error == pytest.approx(actual, rel=0.05)
+
+
 # The choice --------------------------------------------------------------------------------------------------------
 
 
