@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     samples: Path = options.work / f"samples-{options.held_out}"
-    if not samples.exists():
+    if not (samples / "samples.jsonl").exists():  # the last to be written
         write_samples(samples, CALIBRATING + options.held_out)
     rows: list[dict[str, Any]] = []
     reports: dict[tuple[str, str], QuantizationReport] = {}
