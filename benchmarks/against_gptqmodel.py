@@ -3,8 +3,9 @@
     pip install gptqmodel==7.7.0        # an environment of its own, with this package's [benchmarks] in it
     python -m fusion_edge.benchmarks.against_gptqmodel --work FOLDER_OF_SMOLLM2 --json FILE
 
-Both get the same float weights and the same second moments H of their inputs in the float model; both are judged by
-``tr(E H E^T) / tr(W H W^T)`` with that H. FOLDER_OF_SMOLLM2 is what ``benchmarks.smollm2`` was given as ``--work``.
+Both get the same float weights and the same second moments H of their inputs in the float model, rows counted as
+calibration counts them (quant/calibration/observing.py); both are judged by ``tr(E H E^T) / tr(W H W^T)`` with that H.
+FOLDER_OF_SMOLLM2 is what ``benchmarks.smollm2`` was given as ``--work``.
 """
 
 from __future__ import annotations

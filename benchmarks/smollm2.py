@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -63,7 +64,10 @@ def _main(options: argparse.Namespace) -> int:
     gguf = read_gguf(_unpacked(options.model, work))
     checkpoint = work / "checkpoint"
     if not checkpoint.exists():
-        write_checkpoint(gguf, checkpoint)
+        unfinished = work / "checkpoint.part"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_checkpoint(gguf, unfinished)
+        unfinished.rename(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     chapters = list(read_chapters(options.text))
     # One more than calibrates is held out: fusion-export asks for it.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fusion_edge.export.graph_builder import Part, PlannedTensor
 from fusion_edge.export.plan import DataFile
 from fusion_edge.export.weights import CheckpointWeights
-from fusion_edge.quant.packing import Packed, dequantize, quantize
+from fusion_edge.quant.packing import Packed, check_range, dequantize, quantize
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import TAKEN_OVER, LinearReport, QuantizationReport, sqnr
 
@@ -52,7 +52,9 @@ class DataWriter:
         self._linears: list[LinearReport] = list(calibrated.report.linears) if calibrated else []
 
     def write(self, path: Path, file: DataFile) -> None:
-        """Write a data file. Raises :class:`FusionError` for a weight that is not finite, :class:`OSError`."""
+        """Write a data file. Raises :class:`FusionError` for a weight that is not finite or out of range of its
+        format, :class:`OSError`.
+        """
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             if file.size:
@@ -132,6 +134,7 @@ class DataWriter:
             return _parts(self._weights.packed_rows(name, start, stop, form)), _Rounded()
         folded = self._calibrated.records.parameter(name) if self._calibrated is not None else None
         rows = self._weights.rows(name, start, stop) if folded is None else folded[start:stop]
+        check_range(name, rows, form)
         if not form.is_quantized:
             return {"values": np.ascontiguousarray(rows, dtype=values.dtype)}, _Rounded()
         packed = quantize(rows, form)

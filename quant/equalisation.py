@@ -23,6 +23,7 @@ inputs of the samples, which chance has a hand in, decide too much: what others 
 LARGEST_SHARE = 0.8
 """Of the error without equalisation, that may be left with it, or there is none: chance alone gains some per cent."""
 CHANNEL_BINS = 512
+SMALLEST_REACH = 2.0**-100  # of a histogram: float32 holds the inverse of its bins' width
 CHANNELS_AT_ONCE = 128  # whose histograms are added up together: bounds memory
 _PRODUCERS = {"attention.qkv": "attention_norm", "attention.out": "attention.qkv", "mlp.up": "mlp_norm"}
 # Of a layer of the vision encoder, by linear.
@@ -82,7 +83,7 @@ class ChannelRanges:
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self._counts = torch.zeros(channels, CHANNEL_BINS, dtype=torch.float64, device=device)
-        self._reach = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._reach = torch.zeros(channels, dtype=torch.float64, device=device)  # 0 until there are inputs
         self.least, self.largest = (torch.zeros(channels, device=device) for _ in range(2))
         """``[K]``: extremes so far, 0 included."""
 
@@ -95,15 +96,14 @@ class ChannelRanges:
         """Count ``[...,K]``, all finite."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.least, self.largest = torch.minimum(self.least, rows.amin(0)), torch.maximum(self.largest, rows.amax(0))
-        outermost = self.extents.double()
-        needed = outermost.log2().ceil().exp2()  # 0 of 0
+        needed = self.extents.double().clamp_min(SMALLEST_REACH).log2().ceil().exp2()
         self._reach = self._reach.where(self._reach > 0, needed)
         while (short := self._reach < needed).any():
             inner = self._counts[short].reshape(-1, CHANNEL_BINS // 2, 2).sum(2)
             self._counts[short] = torch.nn.functional.pad(inner, (CHANNEL_BINS // 4, CHANNEL_BINS // 4))
             self._reach[short] *= 2
         half = CHANNEL_BINS // 2
-        places = (rows * (half / self._reach.where(self._reach > 0, 1)).float()).add_(half).clamp_(0, CHANNEL_BINS - 1)
+        places = (rows * (half / self._reach).float()).add_(half).clamp_(0, CHANNEL_BINS - 1)
         first = torch.arange(0, self._counts.numel(), CHANNEL_BINS, dtype=torch.int32, device=x.device)
         bins = places.to(torch.int32).add_(first)
         self._counts += torch.bincount(bins.flatten(), minlength=self._counts.numel()).reshape(self._counts.shape)

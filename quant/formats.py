@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fusion_edge.runtime.errors import UsageError
@@ -21,6 +22,7 @@ DEFAULT_GROUP_SIZE = 128
 CODEBOOK_GROUP_SIZE = 64  # by default: that of bitsandbytes
 PER_CHANNEL_BLOCK_SIZE = 128
 """What rows with one scale are stored in: kernels want blocks of a power of two, each with its scale."""
+LARGEST_FLOAT16 = 65504.0
 
 
 def group_sizes(sizes: tuple[int, ...] = GROUP_SIZES) -> dict[str, int]:
@@ -64,6 +66,14 @@ class WeightFormat:
     def scale_dtype(self) -> str:
         """numpy dtype name of the scales that weights are rounded with."""
         return "float32" if self.has_codebook else "float16"
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value of a weight that float16, by itself or as a scale, reaches; else infinity."""
+        if self.kind == "fp16":
+            return LARGEST_FLOAT16
+        has_scales = self.is_quantized and self.scale_dtype == "float16"
+        return LARGEST_FLOAT16 * ((1 << (self.bits - 1)) - 1) if has_scales else math.inf
 
     @property
     def rounds_inputs(self) -> bool:

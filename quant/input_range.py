@@ -52,7 +52,7 @@ def best_grid(counts: Tensor, reach: float, least: float, largest: float) -> tup
     ``largest`` >= 0 are the extremes. Thresholds are tried from the extremes inwards: first both sides alike, then
     each side by itself.
     """
-    if reach == 0:
+    if least == largest:  # nothing but zeros
         return InputGrid(1.0, 0), 0.0
     width = 2 * reach / len(counts)
     centres = (torch.arange(len(counts), dtype=torch.float64) + 0.5) * width - reach

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fusion_edge.quant import codebook
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.errors import FusionError
 
 Number = TypeVar("Number", bound=np.generic)
 SMALLEST_SCALE = 2.0**-20  # a float16 subnormal of still four bits; smaller ones round too coarsely
@@ -38,8 +39,17 @@ class Packed:
     """``[n, blocks * bits / 8]``, rounded up: two of 4 bits to a byte; None if symmetric."""
 
 
+def check_range(parameter: str, values: npt.NDArray[np.float32], form: WeightFormat) -> None:
+    """Raise :class:`FusionError` for values of a parameter that its format does not reach."""
+    if np.isfinite(form.largest) and (extent := float(np.abs(values).max())) > form.largest:
+        raise FusionError(
+            f"{parameter} holds values up to {extent:.3g}; {form} reaches {form.largest:.3g}. The checkpoint is "
+            "damaged: fetch or save it again; or it needs a wider format there, such as fp32."
+        )
+
+
 def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
-    """Round ``[n,K]``.
+    """Round ``[n,K]``, in the range of the format (:func:`check_range`).
 
     The scale is the smallest for which both ends of a group fit: max/(2^(b-1)-1) or -min/2^(b-1) if symmetric, else
     (max-min)/(2^b-1) with 0 between them; but at least :data:`SMALLEST_SCALE`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusion_edge.quant.formats import LARGEST_FLOAT16
 from fusion_edge.quant.packing import SMALLEST_SCALE
 
 COLUMNS_AT_ONCE = 128
@@ -46,7 +47,7 @@ class Refinement:
             curvature = (integers * (self._moments[rows, rows] @ integers)).sum(0)
             best = before + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
             best = torch.clamp(best, (1 - LARGEST_CHANGE) * before, (1 + LARGEST_CHANGE) * before)
-            change = best.clamp_min(SMALLEST_SCALE).half().float() - before
+            change = best.clamp(SMALLEST_SCALE, LARGEST_FLOAT16).half().float() - before
             change[change * (2 * slope - change * curvature) <= 0] = 0
             self._gradient.addmm_(self._moments[:, rows], integers * change, alpha=-1)
             self.scales[group] += change

@@ -30,7 +30,7 @@ class LinearReport:
     weight_sqnr: float | None
     """None where the weight before it was quantized is not known."""
     output_sqnr: float | None
-    """Of its outputs on the calibration samples; None without samples."""
+    """Of its outputs on the calibration samples, rows counted as for fitting; None without samples."""
     equalisation: float | None
     """Exponent of the factors that its input channels were divided by (SmoothQuant's alpha); None if by none."""
     seconds: float

@@ -198,8 +198,14 @@ def test_options_without_data(
     assert "--calibrate" in message
 
 
-def test_nothing_to_fit(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
-    assert "--fp16" in refused(cli.main, checkpoint, "-o", tmp_path / "b", "--fp16", "--calibrate", data, code=2)
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [(["--fp16"], "with --fp16 there"), (["--rule", "*=fp16"], "with --int4 and these rules there")],
+)
+def test_nothing_to_fit(
+    checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, options: list[str], chosen: str
+) -> None:
+    assert chosen in refused(cli.main, checkpoint, "-o", tmp_path / "b", *options, "--calibrate", data, code=2)
 
 
 def test_output_is_checked_before_hours_of_work(

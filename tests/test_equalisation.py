@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,6 +34,7 @@ from fusion_edge.quant.calibration.observing import Observing
 from fusion_edge.quant.calibration.records import Records
 from fusion_edge.quant.equalisation import ChannelRanges, divided, factors, producer
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.gptq import nearest
 from fusion_edge.quant.input_range import round_to_grid
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.bundle import QUANTIZATION, open_bundle
@@ -138,6 +143,20 @@ def test_channels_that_are_always_zero() -> None:
     grid, error = ranges.grid(torch.ones(4), torch.ones(4))
     assert error == 0
     assert round_to_grid(torch.zeros(1), grid) == 0
+
+
+def test_channels_that_are_almost_zero() -> None:
+    """Subnormal numbers, as weight decay leaves them: their inverse is infinite in float32."""
+    x = rows(0, 1000, torch.tensor([1.0, 1e-30, 1e-40, 1e-45]))
+    ranges = ChannelRanges(4, x.device)
+    for part in (torch.zeros(8, 4), x, 2 * x):
+        ranges.add(part)
+    assert ranges._counts.sum(1).tolist() == [2008] * 4
+    by = factors(ranges.extents, torch.ones(1, 4), 0.4)
+    assert torch.isfinite(by).all()
+    grid, error = ranges.grid(by, torch.ones(4))
+    actual = sum(float(((round_to_grid(y, grid) - y) ** 2).double().sum()) for y in (x / by, 2 * x / by))
+    assert error == pytest.approx(actual, rel=0.05)
 
 
 # The choice --------------------------------------------------------------------------------------------------------
@@ -304,6 +323,28 @@ def test_a_killed_run_goes_on(
     assert {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} == {
         path.name: path.read_bytes() for path in calibrated.iterdir()
     }
+
+
+def test_one_thread_at_a_time_reads_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.11 needs it."""
+    records, reading, load_file = Records(tmp_path, W8A8), Lock(), np.load
+    records.save_parameter("norm.weight", np.ones(8, np.float32))
+    records.save(LINEAR, [nearest(torch.ones(4, 8), W8A8[LINEAR])])
+
+    def load_alone(*arguments: Any, **options: Any) -> Any:
+        assert reading.acquire(blocking=False)
+        try:
+            time.sleep(0.001)
+            return load_file(*arguments, **options)
+        finally:
+            reading.release()
+
+    monkeypatch.setattr(np, "load", load_alone)
+    with ThreadPoolExecutor(8) as pool:
+        parameters = list(pool.map(records.parameter, ["norm.weight", "norm.bias"] * 8))
+        rows = list(pool.map(partial(records.rows, LINEAR, 0), range(5)))
+    assert sum(values is not None for values in parameters) == 8
+    assert [len(packed.values) for packed in rows] == list(range(5))
 
 
 @pytest.mark.parametrize("lost", ["attention_norm.weight", "mlp_norm.bias", "attention.qkv.bias"])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from fusion_edge.benchmarks.perplexity import ROWS_AT_ONCE, TextModel, negative_log_likelihood
+from fusion_edge.benchmarks.perplexity import ROWS_AT_ONCE, TextModel, negative_log_likelihood, perplexity
 from fusion_edge.benchmarks.smollm2 import table, windows
 from fusion_edge.benchmarks.smollm2_checkpoint import CONTROL, MARKERS, RENAMED, Gguf, write_checkpoint
 from fusion_edge.export import cli
@@ -116,6 +116,20 @@ def test_likelihood_of_each_following_token() -> None:
     assert negative_log_likelihood(logits, tokens) == pytest.approx(expected, rel=1e-9)
     uniform = negative_log_likelihood(np.full_like(logits, 50), tokens)
     assert uniform == pytest.approx((length - 1) * math.log(vocabulary))
+
+
+def test_perplexity_is_of_the_windows_behind_the_prompt(gguf: Gguf, tmp_path: Path) -> None:
+    write_checkpoint(gguf, tmp_path / "checkpoint")
+    bundle = tmp_path / "bundle"
+    assert cli.main([str(tmp_path / "checkpoint"), "-o", str(bundle), "--fp32", "--image-tokens", "1"]) == 0
+    model, prompt = TextModel(bundle, threads=1, accuracy_level=0), np.array([5, 9, 17])
+    windows = [np.array([40, 41, 42, 43]), np.array([60, 12, 60, 90])]
+    losses = []
+    for window in windows:
+        for i in range(len(window)):
+            logits = model.logits(np.concatenate([prompt, window[:i]]))[-1].astype(np.float64)
+            losses.append(np.log(np.exp(logits).sum()) - logits[window[i]])
+    assert perplexity(model, prompt, windows) == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
 def test_table_says_what_is_left_of_the_loss() -> None:

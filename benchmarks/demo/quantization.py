@@ -3,7 +3,7 @@
     python -m fusion_edge.benchmarks.demo.quantization --work FOLDER --json FILE
 
 Every row is a bundle exported with ``--calibrate``, compared with the float model on held-out samples, then asked
-held-out questions. A bundle that ``--work`` has already is not exported again.
+held-out questions. A bundle that ``--work`` has already, of as many held-out samples, is not exported again.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    samples: Path = options.work / "samples"
-    if not samples.exists():
+    samples: Path = options.work / f"samples-{options.held_out}"
+    if not (samples / "samples.jsonl").exists():  # the last to be written
         write_samples(samples, CALIBRATING + options.held_out)
     rows: list[dict[str, Any]] = []
     reports: dict[tuple[str, str], QuantizationReport] = {}
@@ -74,7 +74,7 @@ def _main(options: argparse.Namespace) -> int:
     for variant in VARIANTS:
         if variant.format not in formats:
             continue
-        bundle = options.work / variant.name
+        bundle = options.work / f"{variant.name}-{options.held_out}"
         _export(bundle, variant, samples, options.held_out)
         report = reports[variant.format, variant.method] = QuantizationReport.read(bundle / QUANTIZATION)
         with load(bundle) as fusion:

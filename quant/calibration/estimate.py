@@ -44,7 +44,7 @@ def estimate_calibration(plan: ExportPlan, options: CalibrationOptions) -> Calib
     sequence = blocks(plan.config)
     rate = _rate(options.device)
     return CalibrationEstimate(
-        memory=PROCESS_BYTES + max(_memory(plan, block) for block in sequence),
+        memory=PROCESS_BYTES + max(_memory(plan, block, options) for block in sequence),
         disk=calibration_disk(plan, options),
         seconds=(sum(_operations(plan, block, options) for block in sequence) + _trials(plan, options)) / rate,
     )
@@ -62,17 +62,42 @@ def _linears(plan: ExportPlan, block: Block) -> list[Parameter]:
     return [p for p in plan.parameters.values() if p.kind == "linear" and p.name.startswith(block.prefixes)]
 
 
+def _rounded(plan: ExportPlan, block: Block) -> list[Parameter]:
+    """Linears that calibration quantizes."""
+    formats = plan.rounded
+    return [p for p in _linears(plan, block) if p.name.removesuffix(".weight") in formats]
+
+
 def _observed(plan: ExportPlan, block: Block) -> list[Parameter]:
     """Linears whose inputs' moments are kept; ``up`` of the LLM shares those of ``gate``."""
-    return [p for p in _linears(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up.weight"))]
+    return [p for p in _rounded(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up.weight"))]
 
 
-def _memory(plan: ExportPlan, block: Block) -> int:
+def _memory(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
     """Weights, moments and what factorizing the largest needs; or both sets of weights while samples pass."""
     weights = FLOAT * sum(p.size for p in _linears(plan, block))
     squares = [p.shape[1] for p in _observed(plan, block)]
-    fitting = weights + DOUBLE * (sum(n * n for n in squares) + SQUARES_AT_ONCE * max(squares) ** 2)
-    return max(fitting, 2 * weights)
+    fitting = weights + DOUBLE * (sum(n * n for n in squares) + SQUARES_AT_ONCE * max(squares, default=0) ** 2)
+    return max(fitting, 2 * weights + _trial_bytes(plan, block, options))
+
+
+def _trial_bytes(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
+    """States of the samples on which sensitivity is measured: the float model's, and each trial's before and behind a
+    block. Trials share the windows.
+    """
+    trials = 2 * len(_tried(plan, block)) * _positions(plan) * plan.config.language.hidden_size
+    return _trial_samples(options) * (_state_bytes(plan, block) + FLOAT * trials)
+
+
+def _tried(plan: ExportPlan, block: Block) -> list[Parameter]:
+    """Linears whose sensitivity may be measured."""
+    names = candidates(plan)
+    return [p for p in _linears(plan, block) if p.name.removesuffix(".weight") in names]
+
+
+def _trial_samples(options: CalibrationOptions) -> int:
+    """On how many samples sensitivity is measured."""
+    return min(options.sensitivity_samples or SENSITIVITY_SAMPLES, options.samples) if options.is_mixed else 0
 
 
 def _state_bytes(plan: ExportPlan, block: Block) -> int:
@@ -85,8 +110,7 @@ def _state_bytes(plan: ExportPlan, block: Block) -> int:
 
 
 def _linears_bytes(plan: ExportPlan, block: Block) -> int:
-    names = [p.name.removesuffix(".weight") for p in _linears(plan, block)]
-    return sum(p.size * plan.formats[n].bits // 8 for p, n in zip(_linears(plan, block), names, strict=True))
+    return sum(p.size * plan.formats[p.name.removesuffix(".weight")].bits // 8 for p in _rounded(plan, block))
 
 
 def _vision_rows(plan: ExportPlan) -> int:
@@ -119,17 +143,16 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
     passes = 2 * (options.samples + options.held_out)
     total = 0.0
     for p in _linears(plan, block):
-        rows, bits = _rows(plan, p.name), plan.formats[p.name.removesuffix(".weight")].bits
-        total += 2 * passes * rows * p.size
-        if bits in SCALE_SHARES:
-            is_solved = options.method == "gptq"
-            candidates = SCALE_SHARES[bits][2] if is_solved else 1
-            products = ROUNDING_OPERATIONS + (REFINING_OPERATIONS if is_solved else 0)
-            total += _fits(plan, p) * p.size * (products * p.shape[1] + CANDIDATE_OPERATIONS * candidates)
+        total += 2 * passes * _rows(plan, p.name) * p.size
+    for p in _rounded(plan, block):
+        is_solved = _is_solved(plan, p, options)
+        scales = SCALE_SHARES[plan.formats[p.name.removesuffix(".weight")].bits][2] if is_solved else 1
+        products = ROUNDING_OPERATIONS + (REFINING_OPERATIONS if is_solved else 0)
+        total += _fits(plan, p) * p.size * (products * p.shape[1] + CANDIDATE_OPERATIONS * scales)
     for p in _observed(plan, block):
         rows, inputs, fits = _rows(plan, p.name), p.shape[1], _fits(plan, p)
         total += 2 * options.samples * rows * inputs**2
-        if options.method == "gptq":
+        if _is_solved(plan, p, options):
             total += fits * 2 * 4 * inputs**3 / 3  # float64 takes twice as long
         if fits > 1:
             total += (options.samples * rows * COUNT_OPERATIONS + fits * GRID_OPERATIONS) * inputs
@@ -138,15 +161,16 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
 
 def _trials(plan: ExportPlan, options: CalibrationOptions) -> float:
     """Operations that measuring every linear's sensitivity takes: from its block to the end, on every sample."""
-    if not options.is_mixed:
-        return 0.0
-    names = candidates(plan)
     total, passes = 0.0, 2
     for block in blocks(plan.config):
-        linears = _linears(plan, block)
-        passes += sum(p.name.removesuffix(".weight") in names for p in linears)
-        total += passes * sum(2 * _rows(plan, p.name) * p.size for p in linears)
-    return total * (options.sensitivity_samples or SENSITIVITY_SAMPLES)
+        passes += len(_tried(plan, block))
+        total += passes * sum(2 * _rows(plan, p.name) * p.size for p in _linears(plan, block))
+    return total * _trial_samples(options)
+
+
+def _is_solved(plan: ExportPlan, weight: Parameter, options: CalibrationOptions) -> bool:
+    """Whether GPTQ fits a linear; codebooks are rounded to nearest."""
+    return options.method == "gptq" and not plan.formats[weight.name.removesuffix(".weight")].has_codebook
 
 
 def _fits(plan: ExportPlan, weight: Parameter) -> int:

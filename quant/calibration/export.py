@@ -69,7 +69,8 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
     bundle without quantized weights.
     """
     if not plan.rounded:
-        raise UsageError(f"--calibrate is for weights to quantize; --{plan.options.precision} has none: leave it out.")
+        chosen = f"--{plan.options.precision}{' and these rules' if plan.options.rules else ''}"
+        raise UsageError(f"--calibrate is for weights to quantize; with {chosen} there are none: leave it out.")
     check_budget(plan, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FusionError("--device cuda needs a GPU and a build of torch with CUDA; use --device cpu.")

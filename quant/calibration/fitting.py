@@ -88,7 +88,7 @@ class Fitting:
     def _quantize(self, names: list[str], moments: Tensor) -> list[LinearReport]:
         """Quantize and save the linears that share an input, last first."""
         reports, started = [], time.monotonic()
-        inputs = self._inputs(names[0], moments)
+        inputs = self._inputs(names, moments)
         for name in reversed(names):
             fitted = self._fit(name, self._parameter(f"{name}.weight"), inputs, moments)
             reports.append(self._save(name, fitted, None, started))
@@ -116,16 +116,18 @@ class Fitting:
         weight = self._parameter(f"{name}.weight")
         by = torch.ones_like(weight[0]) if exponent is None else equalisation.factors(ranges.extents, weight, exponent)
         weight, moments = weight * by, moments / by / by[:, None]
-        fitted = self._fit(name, weight, self._inputs(name, moments), moments)
+        fitted = self._fit(name, weight, self._inputs([name], moments), moments)
         grid, of_inputs = ranges.grid(by, weight.square().sum(0))
         return Equalised(exponent, by, fitted, grid, of_inputs + float(fitted.squares[2]))
 
-    def _inputs(self, name: str, moments: Tensor) -> Inputs | None:
-        """What GPTQ, if that is the method, needs to know of a linear's inputs."""
+    def _inputs(self, names: list[str], moments: Tensor) -> Inputs | None:
+        """What GPTQ, if that is the method of one of them, needs to know of the inputs that linears share."""
+        if all(self._method_of(name) != "gptq" for name in names):
+            return None
         try:
-            return Inputs(moments) if self._method == "gptq" else None
+            return Inputs(moments)
         except FusionError as error:
-            raise FusionError(f"{name} cannot be calibrated: {error}; check checkpoint and samples.") from None
+            raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
 
     def _method_of(self, name: str) -> str:
         """GPTQ is for even grids."""

@@ -14,6 +14,7 @@ from fusion_edge.export.plan import ExportPlan
 from fusion_edge.export.weights import CheckpointWeights, read_parameter
 from fusion_edge.quant.calibration.blocks import Block, BlockOperations, Prepared, prepare
 from fusion_edge.quant.calibration.samples import Sample
+from fusion_edge.quant.packing import check_range
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle import TOKENIZER
 from fusion_edge.runtime.errors import FusionError
@@ -45,8 +46,11 @@ class FloatModel:
             yield prepared
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter, float32."""
-        return torch.from_numpy(np.array(read_parameter(self.weights, name))).to(self.device)
+        """A parameter, float32. Raises :class:`FusionError` for values that its format in the bundle does not reach."""
+        values, linear = read_parameter(self.weights, name), name.removesuffix(".weight")
+        if linear in self.plan.formats and linear not in self.plan.packed:
+            check_range(name, values, self.plan.formats[linear])
+        return torch.from_numpy(np.array(values)).to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings ``[T,D]`` of ids ``[T]``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fusion_edge.export.graph_builder import PAGE
@@ -23,10 +22,10 @@ REPORT_BYTES, REPORT_BYTES_A_LINEAR = 4096, 300  # at most, of what quantization
 def candidates(plan: ExportPlan) -> dict[str, tuple[int, int]]:
     """Shapes ``[outputs, inputs]`` of the 4-bit linears that no rule of the user names."""
     found = {}
-    for parameter in plan.parameters.values():
-        name = parameter.name.removesuffix(".weight")
-        asked = any(fnmatchcase(name, rule.pattern) for rule in plan.options.rules)
-        if parameter.kind == "linear" and name in plan.rounded and plan.formats[name].bits == 4 and not asked:
+    for name, form in plan.rounded.items():
+        parameter = plan.parameters[f"{name}.weight"]
+        asked = any(rule.matches(name) for rule in plan.options.rules)
+        if parameter.kind == "linear" and form.bits == 4 and not asked:
             found[name] = parameter.shape[0], parameter.shape[1]
     return found
 

@@ -38,11 +38,15 @@ class Records:
         _save(self._parameter_file(name), values)
 
     def parameter(self, name: str) -> npt.NDArray[np.float32] | None:
-        """A float parameter that takes the place of the checkpoint's, None if that one stays."""
+        """A float parameter that takes the place of the checkpoint's, None if that one stays.
+
+        Safe in several threads.
+        """
         path = self._parameter_file(name)
         if not path.exists():
             return None
-        values: npt.NDArray[np.float32] = np.load(path)
+        with self._lock:
+            values: npt.NDArray[np.float32] = np.load(path)
         return values
 
     def save_input_grid(self, name: str, grid: InputGrid) -> None:
@@ -68,7 +72,7 @@ class Records:
         return self._file(name, "scales").exists()
 
     def rows(self, name: str, start: int, stop: int) -> Packed:
-        """Some rows of a linear."""
+        """Some rows of a linear. Safe in several threads."""
         with self._lock:
             parts = {part: np.load(self._file(name, part), mmap_mode="r") for part in self._parts(name)}
         return Packed(**{part: np.array(array[start:stop]) for part, array in parts.items()})

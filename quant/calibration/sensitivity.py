@@ -112,15 +112,17 @@ class Measurement:
         exact = self._model.operations()
         rounded = [RoundedAlone(exact, name, self._formats[name]) for name in names]
         changed = self._through(self._sequence[i], rounded, [states] * len(names), advance)
+        qualities = [sqnr(operations.noise, operations.signal) for operations in rounded]
+        del exact, rounded  # their weights make room for those of the blocks that follow
         for block in self._sequence[i + 1 :]:
             changed = self._through(block, [self._model.operations()] * len(names), changed, advance)
         found = []
-        for operations, name, ends in zip(rounded, names, changed, strict=True):
+        for quality, name, ends in zip(qualities, names, changed, strict=True):
             pairs = zip(self._prepared, ends, reference, strict=True)
             answers = [compare_answers(prepared, end["logits"], logits) for prepared, end, logits in pairs]
             divergence = sum(answer.divergence for answer in answers) / sum(answer.tokens for answer in answers)
             # Of two equal distributions float arithmetic may leave less than nothing.
-            found.append(Sensitivity(name, max(divergence, 0.0), sqnr(operations.noise, operations.signal)))
+            found.append(Sensitivity(name, max(divergence, 0.0), quality))
         return found
 
     def _through(
