@@ -104,7 +104,7 @@ class EndToEnd:
         rows += [(f"Cosine of {graph}", f"{cosine:.5f}") for graph, cosine in self.cosine.items()]
         rows += [
             ("Top-1 agreement", f"{self.top1_agreement:.1%} of {self.tokens} tokens"),
-            ("KL divergence", f"{self.kl_divergence:.4f} nats"),
+            ("KL divergence", f"{self.kl_divergence:.2g} nats"),
             ("Perplexity of the answers", f"{self.perplexity:.3f} (float {self.float_perplexity:.3f})"),
         ]
         if self.accuracy is not None and self.float_accuracy is not None:
@@ -174,7 +174,8 @@ class QuantizationReport:
             qualities = linear.weight_sqnr, linear.output_sqnr
             sqnr, outputs = ("" if known is None else f"{known:.1f} dB" for known in qualities)
             rows.append((linear.name, linear.format, linear.method, sqnr, outputs, f"{linear.seconds:.1f}"))
-        facts = self.rows()
+        samples = [("Calibration samples", str(self.calibration_samples))] if self.calibration_samples else []
+        facts = samples + self.rows()
         width = max((len(name) for name, _ in facts), default=0)
         return cli.table(rows) + "".join(f"{name.ljust(width)}  {value}\n" for name, value in facts)
 
