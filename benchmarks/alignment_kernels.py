@@ -1,0 +1,183 @@
+"""The recursive alignment's kernels on a GPU: right, and how near to what the memory allows.
+
+    pip install 'fusion-edge[kernels]'
+    python -m fusion_edge.benchmarks.alignment_kernels --json FILE
+
+Errors are against float64. Times are of a CUDA graph over so many sets of inputs that none is left in the L2 cache from
+the run before; a device copy of as many bytes is timed in the same way and is the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusion_edge.kernels import recursive_alignment as kernels
+from fusion_edge.runtime import cli
+from fusion_edge.runtime.errors import FusionError
+
+HEADS, CONTEXT, EPS = 16, 9, 1e-5  # FUSION.md section 5
+BYTES_OF_SETS = 512_000_000  # several times any L2 cache
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kernel."""
+
+    kernel: str
+    largest_error: float
+    """Relative to the largest value of the result."""
+    microseconds: float
+    unfused_microseconds: float
+    copy_microseconds: float
+    bytes_moved: int
+
+    @property
+    def bandwidth_share(self) -> float:
+        """Of a device copy's."""
+        return self.copy_microseconds / self.microseconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--questions", type=cli.positive, default=1, help="(default: %(default)s)")
+    add("--latents", type=cli.positive, default=144, help="of a question (default: %(default)s)")
+    add("--width", type=cli.positive, default=3072, help="hidden size (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="fp16", help="(default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    return cli.run(_main, parser.parse_args(arguments))
+
+
+@torch.inference_mode()
+def _main(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise FusionError("There is no GPU, or torch was built without CUDA; run this where there is one.")
+    shape = options.questions, options.latents, options.width
+    measured = [measure(name, shape, DTYPES[options.dtype]) for name in RUNS]
+    header = ("kernel", "largest error", "time", "unfused", "faster", "copy", "share of its bandwidth")
+    rows: list[tuple[str, ...]] = [header]
+    for one in measured:
+        times = (f"{t:.2f} us" for t in (one.microseconds, one.unfused_microseconds))
+        faster = f"{one.unfused_microseconds / one.microseconds:.1f} x"
+        copy = f"{one.copy_microseconds:.2f} us"
+        rows.append((one.kernel, f"{one.largest_error:.1e}", *times, faster, copy, f"{one.bandwidth_share:.0%}"))
+    sys.stdout.write(cli.table(rows))
+    if options.json is not None:
+        facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+        sizes = {"questions": shape[0], "latents": shape[1], "width": shape[2], "dtype": options.dtype}
+        kernels_json = [asdict(one) | {"bandwidth_share": one.bandwidth_share} for one in measured]
+        result = facts | sizes | {"kernels": kernels_json}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Measured:
+    """Errors and times of a kernel at ``[questions, latents, width]``."""
+    moved = kernels.bytes_moved(*shape, CONTEXT, dtype.itemsize)[name]
+    sets = [inputs(shape, dtype, "cuda", seed) for seed in range(max(2, BYTES_OF_SETS // moved))]
+    fused, unfused = RUNS[name]
+    halves = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in sets]
+    return Measured(
+        kernel=name,
+        largest_error=largest_error(name, sets[0]),
+        microseconds=_timed([partial(fused, one) for one in sets]),
+        unfused_microseconds=_timed([partial(unfused, one) for one in sets]),
+        copy_microseconds=_timed([partial(pair[0].copy_, pair[1]) for pair in halves]),
+        bytes_moved=moved,
+    )
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """Random inputs of all kernels."""
+    questions, latents, width = shape
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device).to(dtype)
+
+    rows = questions * latents
+    return {
+        "q": normal(*shape),
+        "k": normal(1, latents, CONTEXT, width),
+        "v": normal(1, latents, CONTEXT, width),
+        "residual": normal(*shape),
+        "weight": normal(width),
+        "bias": normal(width),
+        "x": normal(2 * rows, width),
+        "positions": torch.randperm(2 * rows, generator=generator, device=device)[:rows].reshape(questions, latents),
+    }
+
+
+def largest_error(name: str, one: Inputs) -> float:
+    """Of a kernel against the same in float64, relative to the largest value."""
+    exact = {key: value.double() if value.is_floating_point() else value for key, value in one.items()}
+    copies = [{key: value.clone() for key, value in given.items()} for given in (one, exact)]
+    actual, expected = RUNS[name][0](copies[0]), RUNS[name][1](copies[1])
+    return float((actual.double() - expected).abs().max() / expected.abs().max())
+
+
+def _attention(one: Inputs) -> Tensor:
+    return kernels.context_attention(one["q"], one["k"], one["v"], HEADS)
+
+
+def _attention_unfused(one: Inputs) -> Tensor:
+    query, keys, values = (one[name].reshape(*one[name].shape[:-1], HEADS, -1) for name in ("q", "k", "v"))
+    weights = ((query.unsqueeze(2) * keys).sum(-1) * query.shape[-1] ** -0.5).softmax(2)
+    attended: Tensor = (weights.unsqueeze(-1) * values).sum(2)
+    return attended.flatten(-2)
+
+
+def _layer_norm(one: Inputs) -> Tensor:
+    return kernels.add_layer_norm(one["q"], one["residual"], one["weight"], one["bias"], EPS)
+
+
+def _layer_norm_unfused(one: Inputs) -> Tensor:
+    total = one["q"] + one["residual"]
+    return torch.nn.functional.layer_norm(total, total.shape[-1:], one["weight"], one["bias"], EPS)
+
+
+def _add_rows(one: Inputs) -> Tensor:
+    kernels.add_rows(one["x"], one["positions"], one["q"], one["residual"])
+    return one["x"]
+
+
+def _add_rows_unfused(one: Inputs) -> Tensor:
+    rows = (one["q"] + one["residual"]).flatten(0, 1)
+    return one["x"].index_copy_(0, one["positions"].flatten(), rows)
+
+
+RUNS: dict[str, tuple[Callable[[Inputs], Tensor], Callable[[Inputs], Tensor]]] = {
+    "context_attention": (_attention, _attention_unfused),
+    "add_layer_norm": (_layer_norm, _layer_norm_unfused),
+    "add_rows": (_add_rows, _add_rows_unfused),
+}
+"""By kernel: the kernel, and the same in PyTorch's own operations in the inputs' type."""
+
+
+def _timed(runs: list[Callable[[], Tensor]]) -> float:
+    """Median microseconds of one run, all of them in one CUDA graph."""
+    from triton.testing import do_bench_cudagraph
+
+    def every() -> None:
+        for run in runs:
+            run()
+
+    milliseconds: float = do_bench_cudagraph(every, return_mode="median")
+    return 1000 * milliseconds / len(runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

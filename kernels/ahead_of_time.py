@@ -1,0 +1,180 @@
+"""Compile the recursive alignment's kernels to PTX for every GPU that engines are built for; no GPU is needed.
+
+    python -m fusion_edge.kernels.ahead_of_time --output FOLDER
+
+An engine carries the PTX, so the robot needs neither Triton nor Python for it. Registers, shared memory and spills are
+those that NVIDIA's own assembler (the one in Triton's wheel) reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.runtime import cli
+from fusion_edge.runtime.errors import FusionError, UsageError
+
+JETPACK_6, JETPACK_7 = (8, 5), (9, 0)
+ARCHITECTURES = {
+    "80": JETPACK_6,
+    "86": JETPACK_6,
+    "87": JETPACK_6,
+    "89": JETPACK_6,
+    "90": JETPACK_6,
+    "110": JETPACK_7,
+    "120": JETPACK_7,
+}
+"""PTX ISA by compute capability: 8.5 is what JetPack 6.2's driver (CUDA 12.6) reads, 9.0 what JetPack 7's (CUDA 13)
+does; 11.0 (Thor) is not known to an earlier one, 12.0 from 8.7 on.
+"""
+HEADS, CONTEXT = 16, 9  # FUSION.md section 5
+WIDTHS = (3072, 4096)  # 3B, 8B
+THREADS_OF_A_WARP = 32
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel for one GPU."""
+
+    kernel: str
+    architecture: str
+    width: int
+    file: str
+    registers: int
+    """Of a thread."""
+    shared_bytes: int
+    spilled_bytes: int
+    threads: int
+    """Of a block."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write")
+    add(
+        "--architecture",
+        action="append",
+        choices=ARCHITECTURES,
+        help="compute capability without its dot, repeatable (default: all)",
+    )
+    add("--width", type=cli.positive, action="append", help="hidden size, repeatable (default: 3072 and 4096)")
+    add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the values (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON")
+    return cli.run(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise FusionError("Triton is not installed; pip install 'fusion-edge[kernels]'.") from None
+    widths = options.width or WIDTHS
+    for width in widths:
+        if width % HEADS:
+            raise UsageError(f"--width {width} cannot be cut into {HEADS} heads; use a multiple of {HEADS}.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    built = [
+        build(options.output, kernel, architecture, width, options.dtype)
+        for architecture in options.architecture or ARCHITECTURES
+        for width in widths
+        for kernel in KERNELS
+    ]
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(one) for one in built], indent=1) + "\n")
+        return 0
+    header = ("kernel", "sm", "width", "registers", "shared", "spilled")
+    rows = [
+        (one.kernel, one.architecture, *map(str, (one.width, one.registers, one.shared_bytes, one.spilled_bytes)))
+        for one in built
+    ]
+    sys.stdout.write(cli.table([header, *rows]))
+    return 0
+
+
+def _context_attention(width: int, dtype: str) -> tuple[dict[str, str], dict[str, int]]:
+    from triton import next_power_of_2
+
+    dim = width // HEADS
+    types = dict.fromkeys(("q", "k", "v", "output"), f"*{dtype}") | {"latents": "i32", "scale": "fp32"}
+    sizes = {"CONTEXT": CONTEXT, "DIM": dim, "ROWS": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
+    return types, sizes
+
+
+def _add_layer_norm(width: int, dtype: str) -> tuple[dict[str, str], dict[str, int]]:
+    types = dict.fromkeys(("x", "residual", "weight", "bias", "output"), f"*{dtype}") | {"eps": "fp32"}
+    return types, _row(width)
+
+
+def _add_rows(width: int, dtype: str) -> tuple[dict[str, str], dict[str, int]]:
+    types = {"x": f"*{dtype}", "positions": "*i64", "latents": f"*{dtype}", "update": f"*{dtype}"}
+    return types, _row(width)
+
+
+def _row(width: int) -> dict[str, int]:
+    from triton import next_power_of_2
+
+    return {"WIDTH": width, "COLUMNS": next_power_of_2(width)}
+
+
+KERNELS = {"context_attention": _context_attention, "add_layer_norm": _add_layer_norm, "add_rows": _add_rows}
+"""Types of the arguments and values of the constants, by kernel."""
+
+
+def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) -> Built:
+    """Compile one kernel and write its PTX. Raises :class:`FusionError` if the assembler refuses it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusion_edge.kernels import recursive_alignment
+
+    types, sizes = KERNELS[kernel](width, dtype)
+    function: Any = getattr(recursive_alignment, f"{kernel}_kernel")
+    signature = types | dict.fromkeys(sizes, "constexpr")
+    # Tensors start at multiples of 16 bytes, so that a thread may load 16 bytes at once.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
+    constants = {(function.arg_names.index(name),): value for name, value in sizes.items()}
+    source = ASTSource(function, signature, constants, aligned)
+    major, minor = ARCHITECTURES[architecture]
+    target = GPUTarget("cuda", int(architecture), THREADS_OF_A_WARP)
+    options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    file = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx"
+    ptx: str = compiled.asm["ptx"]
+    (folder / file).write_text(ptx, encoding="ascii")
+    registers, spilled = assembled(ptx, architecture)
+    threads = compiled.metadata.num_warps * THREADS_OF_A_WARP
+    return Built(kernel, architecture, width, file, registers, compiled.metadata.shared, spilled, threads)
+
+
+def assembled(ptx: str, architecture: str) -> tuple[int, int]:
+    """Registers of a thread and bytes that it spills, as NVIDIA's assembler says."""
+    from triton import backends
+
+    tools = Path(backends.__path__[0]) / "nvidia" / "bin"
+    tool = tools / ("ptxas-blackwell" if int(architecture) >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx, encoding="ascii")
+        target = re.search(r"\.target (sm_\w+)", ptx)
+        assert target is not None
+        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    if done.returncode or registers is None:
+        raise FusionError(f"{tool.name} refuses a kernel for sm_{architecture}: {said.strip()[:500]}")
+    return int(registers[1]), sum(map(int, spills))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
