@@ -12,25 +12,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.export.json_fields import Fields
 from fusion_edge.export.packed.layout import (
-    Codes,
     Expected,
     Form,
     PackedTensor,
     Rows,
     column_order,
+    integer_rows,
+    scale_dtype,
     stored_group_size,
 )
 from fusion_edge.export.packed.words import pack_words, unpack_words, words_of
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import by_block
 from fusion_edge.runtime.errors import FusionError
 
 
@@ -148,7 +147,7 @@ class CompressedTensor:
                 f"Tensor {self.tensor}_shape of {checkpoint.folder} is {shape}; config.json asks for "
                 f"{[self.rows, self.inputs]}. Config and weights do not belong together."
             )
-        dtype = "float16" if checkpoint.tensors[f"{self.tensor}_scale"].dtype == "F16" else "float32"
+        dtype = scale_dtype(checkpoint, f"{self.tensor}_scale")
         sign = "" if self.is_symmetric else "u"
         size = stored_group_size(self.tensor, self.group, self.inputs)
         return Form(WeightFormat(f"{sign}int{self.bits}", size), dtype, self._columns(checkpoint))
@@ -161,26 +160,12 @@ class CompressedTensor:
             zeros = np.full(scales.shape, 1 << (self.bits - 1), np.uint8)
         else:
             zeros = unpack_zeros(checkpoint.read_stored(f"{self.tensor}_zero_point"), self.bits, self.rows)
-        return partial(
-            self._read,
-            checkpoint.read_stored(f"{self.tensor}_packed"),
-            by_block(scales, self.group, self.inputs, size),
-            by_block(zeros, self.group, self.inputs, size),
-            None if columns is None else np.array(columns),
-        )
+        packed = checkpoint.read_stored(f"{self.tensor}_packed")
 
-    def _read(
-        self,
-        packed: npt.NDArray[np.int32],
-        scales: npt.NDArray[np.floating],
-        zeros: npt.NDArray[np.uint8],
-        columns: npt.NDArray[np.int64] | None,
-        start: int,
-        stop: int,
-    ) -> Codes:
-        values = unpack_words(packed[start:stop], self.bits, self.inputs)
-        values = values if columns is None else values[:, columns]
-        return Codes(values, scales[start:stop], zeros[start:stop])
+        def unpack(start: int, stop: int) -> npt.NDArray[np.uint8]:
+            return unpack_words(packed[start:stop], self.bits, self.inputs)
+
+        return integer_rows(unpack, scales, zeros, (self.group, self.inputs, size), columns)
 
     def _columns(self, checkpoint: Checkpoint) -> tuple[int, ...] | None:
         name = f"{self.tensor}_g_idx"

@@ -12,25 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.export.json_fields import Fields
 from fusion_edge.export.packed.layout import (
-    Codes,
     Expected,
     Form,
     PackedTensor,
     Rows,
     column_order,
+    integer_rows,
+    scale_dtype,
     stored_group_size,
 )
 from fusion_edge.export.packed.words import pack_words, unpack_words, words_of
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import by_block
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 """By ``checkpoint_format``."""
@@ -97,33 +96,20 @@ class Gptq:
         zeros = unpack_zeros(checkpoint.read_stored(f"{self.module}.qzeros"), self.bits, self.rows, self.version)
         sign = "" if (zeros == 1 << (self.bits - 1)).all() else "u"
         size = stored_group_size(f"{self.module}.qweight", self.group, self.inputs)
-        dtype = "float16" if checkpoint.tensors[f"{self.module}.scales"].dtype == "F16" else "float32"
+        dtype = scale_dtype(checkpoint, f"{self.module}.scales")
         return Form(WeightFormat(f"{sign}int{self.bits}", size), dtype, columns)
 
     def open(self, checkpoint: Checkpoint) -> Rows:
         size = stored_group_size(f"{self.module}.qweight", self.group, self.inputs)
         columns = self._columns(checkpoint)
         zeros = unpack_zeros(checkpoint.read_stored(f"{self.module}.qzeros"), self.bits, self.rows, self.version)
-        return partial(
-            self._read,
-            checkpoint.read_stored(f"{self.module}.qweight"),
-            by_block(checkpoint.read_stored(f"{self.module}.scales").T, self.group, self.inputs, size),
-            by_block(zeros, self.group, self.inputs, size),
-            None if columns is None else np.array(columns),
-        )
+        qweight = checkpoint.read_stored(f"{self.module}.qweight")
+        scales = checkpoint.read_stored(f"{self.module}.scales").T
 
-    def _read(
-        self,
-        qweight: npt.NDArray[np.int32],
-        scales: npt.NDArray[np.floating],
-        zeros: npt.NDArray[np.uint8],
-        columns: npt.NDArray[np.int64] | None,
-        start: int,
-        stop: int,
-    ) -> Codes:
-        values = unpack_weight(qweight[:, start:stop], self.bits, self.inputs)
-        values = values if columns is None else values[:, columns]
-        return Codes(values, scales[start:stop], zeros[start:stop])
+        def unpack(start: int, stop: int) -> npt.NDArray[np.uint8]:
+            return unpack_weight(qweight[:, start:stop], self.bits, self.inputs)
+
+        return integer_rows(unpack, scales, zeros, (self.group, self.inputs, size), columns)
 
     def _columns(self, checkpoint: Checkpoint) -> tuple[int, ...] | None:
         name = f"{self.module}.g_idx"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fusion_edge.export.safetensors_file import FLOATS, Checkpoint
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
+from fusion_edge.quant.packing import by_block
 from fusion_edge.runtime.errors import FusionError
 
 
@@ -68,6 +69,33 @@ class PackedTensor(Protocol):
     def open(self, checkpoint: Checkpoint) -> Rows:
         """Reads the whole weight, packed as it is."""
         ...
+
+
+def integer_rows(
+    unpack: Callable[[int, int], npt.NDArray[np.uint8]],
+    scales: npt.NDArray[np.floating],
+    zeros: npt.NDArray[np.uint8],
+    sizes: tuple[int, int, int],
+    columns: tuple[int, ...] | None,
+) -> Rows:
+    """Rows of a layout of integers: ``unpack`` gives out some, ``scales`` and ``zeros`` are ``[N, groups]``.
+
+    ``sizes`` are the checkpoint's group size, K, and the bundle's group size.
+    """
+    group, inputs, size = sizes
+    scales, zeros = by_block(scales, group, inputs, size), by_block(zeros, group, inputs, size)
+    order = None if columns is None else np.array(columns)
+
+    def read(start: int, stop: int) -> Codes:
+        values = unpack(start, stop)
+        return Codes(values if order is None else values[:, order], scales[start:stop], zeros[start:stop])
+
+    return read
+
+
+def scale_dtype(checkpoint: Checkpoint, scales: str) -> str:
+    """:attr:`Form.scale_dtype` for the tensor ``scales``."""
+    return "float16" if checkpoint.tensors[scales].dtype == "F16" else "float32"
 
 
 def stored_group_size(tensor: str, group: int, inputs: int) -> int:
