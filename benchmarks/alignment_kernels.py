@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from fusion_edge.kernels import recursive_alignment as kernels
+from fusion_edge.kernels.ahead_of_time import CONTEXT
 from fusion_edge.runtime import cli
+from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError
 
-HEADS, CONTEXT, EPS = 16, 9, 1e-5  # FUSION.md section 5
 BYTES_OF_SETS = 512_000_000  # several times any L2 cache
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -130,23 +131,23 @@ def largest_error(name: str, one: Inputs) -> float:
 
 
 def _attention(one: Inputs) -> Tensor:
-    return kernels.context_attention(one["q"], one["k"], one["v"], HEADS)
+    return kernels.context_attention(one["q"], one["k"], one["v"], ALIGNMENT_HEADS)
 
 
 def _attention_unfused(one: Inputs) -> Tensor:
-    query, keys, values = (one[name].reshape(*one[name].shape[:-1], HEADS, -1) for name in ("q", "k", "v"))
+    query, keys, values = (one[name].reshape(*one[name].shape[:-1], ALIGNMENT_HEADS, -1) for name in ("q", "k", "v"))
     weights = ((query.unsqueeze(2) * keys).sum(-1) * query.shape[-1] ** -0.5).softmax(2)
     attended: Tensor = (weights.unsqueeze(-1) * values).sum(2)
     return attended.flatten(-2)
 
 
 def _layer_norm(one: Inputs) -> Tensor:
-    return kernels.add_layer_norm(one["q"], one["residual"], one["weight"], one["bias"], EPS)
+    return kernels.add_layer_norm(one["q"], one["residual"], one["weight"], one["bias"], ALIGNMENT_NORM_EPS)
 
 
 def _layer_norm_unfused(one: Inputs) -> Tensor:
     total = one["q"] + one["residual"]
-    return torch.nn.functional.layer_norm(total, total.shape[-1:], one["weight"], one["bias"], EPS)
+    return torch.nn.functional.layer_norm(total, total.shape[-1:], one["weight"], one["bias"], ALIGNMENT_NORM_EPS)
 
 
 def _add_rows(one: Inputs) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime import cli
+from fusion_edge.runtime.config import ALIGNMENT_HEADS
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 JETPACK_6, JETPACK_7 = (8, 5), (9, 0)
@@ -34,7 +35,7 @@ ARCHITECTURES = {
 """PTX ISA by compute capability: 8.5 is what JetPack 6.2's driver (CUDA 12.6) reads, 9.0 what JetPack 7's (CUDA 13)
 does; 11.0 (Thor) is not known to an earlier one, 12.0 from 8.7 on.
 """
-HEADS, CONTEXT = 16, 9  # FUSION.md section 5
+CONTEXT = 9  # rows of a window of 3 x 3, that of every released model
 WIDTHS = (3072, 4096)  # 3B, 8B
 THREADS_OF_A_WARP = 32
 
@@ -79,8 +80,9 @@ def _main(options: argparse.Namespace) -> int:
         raise FusionError("Triton is not installed; pip install 'fusion-edge[kernels]'.") from None
     widths = options.width or WIDTHS
     for width in widths:
-        if width % HEADS:
-            raise UsageError(f"--width {width} cannot be cut into {HEADS} heads; use a multiple of {HEADS}.")
+        if width % ALIGNMENT_HEADS:
+            heads = ALIGNMENT_HEADS
+            raise UsageError(f"--width {width} cannot be cut into {heads} heads; use a multiple of {heads}.")
     options.output.mkdir(parents=True, exist_ok=True)
     built = [
         build(options.output, kernel, architecture, width, options.dtype)
@@ -103,7 +105,7 @@ def _main(options: argparse.Namespace) -> int:
 def _context_attention(width: int, dtype: str) -> tuple[dict[str, str], dict[str, int]]:
     from triton import next_power_of_2
 
-    dim = width // HEADS
+    dim = width // ALIGNMENT_HEADS
     types = dict.fromkeys(("q", "k", "v", "output"), f"*{dtype}") | {"latents": "i32", "scale": "fp32"}
     sizes = {"CONTEXT": CONTEXT, "DIM": dim, "ROWS": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
     return types, sizes
