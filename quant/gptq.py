@@ -16,6 +16,7 @@ follow, most important column first. What is done beyond the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class Inputs:
         """``[K]``: of a squared error in a weight, the others adapting: 1 over the diagonal of the inverse moments."""
         self.cost[self.order] = 1 / self.factor.double().square().sum(0)
 
+    @cached_property
     def damped(self) -> Tensor:
         """``[K,K]`` float32: the moments as they were factorized, over the mean of their diagonal."""
         mean = self.importance.mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -143,7 +145,7 @@ def refine(weights: Tensor, codes: Tensor, grid: Grid, inputs: Inputs, form: Wei
         part.T.float().clone(memory_format=torch.contiguous_format)
         for part in (weights, codes, grid.scales, grid.zeros)
     )
-    refinement = Refinement(columns, codes, scales, zeros, inputs.damped(), form.group(weights.shape[1]))
+    refinement = Refinement(columns, codes, scales, zeros, inputs.damped, form.group(weights.shape[1]))
     refinement.descend((1 << form.bits) - 1)
     refinement.fit_scales()
     refinement.descend((1 << form.bits) - 1)

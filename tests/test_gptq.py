@@ -86,7 +86,7 @@ def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, form: 
     after = store(*refine(weights, codes, grid, inputs, form), form)
     before = store(codes.to(torch.uint8), grid, form)
     assert (after.packed.scales > 0).all()
-    error, start = (output_error(weights, stored.values, inputs.damped().double())[0] for stored in (after, before))
+    error, start = (output_error(weights, stored.values, inputs.damped.double())[0] for stored in (after, before))
     assert error <= start * (1 + 1e-4) + 1e-9
 
 
