@@ -17,18 +17,16 @@ import onnxruntime
 import pytest
 import torch
 from checkpoints import TINY, write_checkpoint
+from parity import assert_computes_its_weights
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.bundle_weights import BundleWeights
-from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.export.weights import CheckpointWeights, read_parameter
 from fusion_edge.quant.calibration import fitting, float_model, run
 from fusion_edge.quant.calibration.blocks import blocks
 from fusion_edge.quant.calibration.records import Records
 from fusion_edge.quant.calibration.work_folder import work_folder
-from fusion_edge.runtime import Fusion, cli_info, load
+from fusion_edge.runtime import cli_info
 from fusion_edge.runtime.bundle import MANIFEST, QUANTIZATION, digest, graph_file, open_bundle
 
 COUNT = 9
@@ -87,12 +85,7 @@ def test_graphs_compute_with_the_calibrated_weights(
 ) -> None:
     output = tmp_path / "bundle"
     assert cli.main(arguments(checkpoint, data, output, "--accuracy-level", "0", *more)) == 0
-    picture, question = data / "00000.png", "How many?"
-    with load(output) as fusion:
-        eager = EagerBackend(fusion.config, BundleWeights(open_bundle(output)))
-        expected = first_logits(Fusion(fusion.manifest, eager, fusion.tokenizer, eager.embed), picture, question)
-        actual = first_logits(fusion, picture, question)
-    assert np.abs(actual - expected).max() <= 1e-3 * expected.std()
+    assert_computes_its_weights(output, data / "00000.png")
 
 
 def test_outputs_are_closer_than_by_rounding(

@@ -17,15 +17,13 @@ import torch
 from checkpoints import TINY, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import assert_computes_its_weights
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import architecture, cli
-from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager import EagerOperations
-from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.export.tensor_names import VISION_MODEL, parameters
 from fusion_edge.quant import equalisation
 from fusion_edge.quant.calibration import fitting, run
@@ -36,8 +34,7 @@ from fusion_edge.quant.equalisation import ChannelRanges, divided, factors, prod
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import nearest
 from fusion_edge.quant.input_range import round_to_grid
-from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle import QUANTIZATION, open_bundle
+from fusion_edge.runtime.bundle import QUANTIZATION
 
 LINEAR, NORM = "vision.layers.0.mlp.up", "vision.layers.0.mlp_norm"
 W8A8 = {LINEAR: WeightFormat("w8a8")}
@@ -289,12 +286,7 @@ def test_it_is_reported_and_brings_the_bundle_closer(
 
 def test_the_bundle_computes_what_was_calibrated(checkpoint: Path, data: Path, calibrated: Path) -> None:
     """ONNX Runtime, the divided norms read back, and the eager interpreter on them agree."""
-    picture, question = data / "00000.png", "How many?"
-    with load(calibrated) as fusion:
-        eager = EagerBackend(fusion.config, BundleWeights(open_bundle(calibrated)))
-        expected = first_logits(Fusion(fusion.manifest, eager, fusion.tokenizer, eager.embed), picture, question)
-        actual = first_logits(fusion, picture, question)
-    assert np.abs(actual - expected).max() <= 1e-3 * expected.std()
+    assert_computes_its_weights(calibrated, data / "00000.png")
 
 
 @pytest.mark.parametrize("number", [0, 3, 5, 9])

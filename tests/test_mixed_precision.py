@@ -13,11 +13,11 @@ import torch
 from checkpoints import TINY, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from parity import assert_computes_its_weights
 
 from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.export.plan import ExportOptions, plan_export
 from fusion_edge.export.safetensors_file import Checkpoint
@@ -30,7 +30,7 @@ from fusion_edge.quant.gptq import nearest
 from fusion_edge.quant.mixed_precision import Candidate, choose, mean_bits, stored_bits
 from fusion_edge.quant.packing import quantize
 from fusion_edge.quant.policy import Rule
-from fusion_edge.runtime import Fusion, cli_info, load
+from fusion_edge.runtime import cli_info
 from fusion_edge.runtime.bundle import QUANTIZATION, open_bundle
 from fusion_edge.runtime.quantization_report import QuantizationReport, Sensitivity
 
@@ -152,12 +152,7 @@ def test_bits_are_kept_to(checkpoint: Path, data: Path, tmp_path: Path, capsys: 
     assert "Mixed precision" in capsys.readouterr().out
     assert cli_info.main([str(output)]) == 0
     assert f"{len(mixed.raised)} of {len(shapes)} in 8" in capsys.readouterr().out
-    picture, question = data / "00000.png", "How many?"
-    with load(output) as fusion:
-        eager = EagerBackend(fusion.config, BundleWeights(open_bundle(output)))
-        expected = first_logits(Fusion(fusion.manifest, eager, fusion.tokenizer, eager.embed), picture, question)
-        logits = first_logits(fusion, picture, question)
-    assert np.abs(logits - expected).max() <= 1e-3 * expected.std()
+    assert_computes_its_weights(output, data / "00000.png")
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from packed_checkpoints import SMALL, VARIANTS, edit_config, packer, read_fixture, write_quantized
+from parity import assert_computes_its_weights
 from paths import GOLDEN
 
 from fusion_edge.benchmarks.demo.fidelity import first_logits
@@ -231,11 +232,7 @@ def test_nf4_weights_are_bitsandbytes_and_logits_agree(options: list[str], tmp_p
     size = 32 if "--group-size" in options else 64
     assert bundle.manifest.weights["alignment.layers.0.query"] == f"nf4:{size}"
     assert bundle.manifest.weights["llm.lm_head"].startswith("int8")
-    with load(folder) as fusion:
-        backend = EagerBackend(fusion.config, BundleWeights(bundle))
-        reference = Fusion(bundle.manifest, backend, fusion.tokenizer, backend.embed)
-        expected, logits = (first_logits(model, PICTURE, "What is it?") for model in (reference, fusion))
-    assert np.abs(logits - expected).max() <= 1e-3 * expected.std()
+    assert_computes_its_weights(folder, PICTURE, "What is it?")
 
 
 def test_nf4_under_calibration_is_rounded_and_measured(tmp_path: Path) -> None:

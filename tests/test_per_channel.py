@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
+from parity import assert_computes_its_weights
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.bundle_weights import BundleWeights
-from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.export.weights import read_parameter
-from fusion_edge.runtime import Fusion, cli_info, load
+from fusion_edge.runtime import cli_info
 from fusion_edge.runtime.bundle import QUANTIZATION, open_bundle
 
 Refused = Callable[..., str]
@@ -53,12 +52,7 @@ def test_calibrated_weights_have_one_scale_a_row(
         steps = np.unique(np.diff(np.unique(row)).round(6))
         np.testing.assert_allclose(steps, steps[0] * np.rint(steps / steps[0]), rtol=1e-3)
         assert len(np.unique(row)) <= 16
-    picture, question = data / "00000.png", "How many?"
-    with load(output) as fusion:
-        eager = EagerBackend(fusion.config, BundleWeights(bundle))
-        expected = first_logits(Fusion(fusion.manifest, eager, fusion.tokenizer, eager.embed), picture, question)
-        actual = first_logits(fusion, picture, question)
-    assert np.abs(actual - expected).max() <= 1e-3 * expected.std()
+    assert_computes_its_weights(output, data / "00000.png")
 
 
 @pytest.mark.parametrize(
