@@ -198,9 +198,9 @@ def interaction_layer(ops: Operations[T], config: FusionConfig, x: T, k: int, al
     layers = config.alignment.layers
     keys, values = ops.layer(alignment.keys, k, layers), ops.layer(alignment.values, k, layers)
     attended = ops.linear(ops.context_attention(queries, keys, values, ALIGNMENT_HEADS), f"{name}.out")
-    normed = ops.layer_norm(attended + z, f"{name}.norm", ALIGNMENT_NORM_EPS)
+    normed = ops.add_layer_norm(attended, z, f"{name}.norm", ALIGNMENT_NORM_EPS)
     update = ops.linear(ops.gelu(ops.linear(normed, f"{name}.mlp.up")), f"{name}.mlp.down")
-    return ops.put_rows(x, alignment.latent_positions, latents + update)
+    return ops.put_rows(x, alignment.latent_positions, latents, update)
 
 
 def logits(ops: Operations[T], config: FusionConfig, rows: T) -> T:

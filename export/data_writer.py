@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from fusion_edge.export.graph_builder import Part, PlannedTensor
 from fusion_edge.export.plan import DataFile
 from fusion_edge.export.weights import CheckpointWeights
+from fusion_edge.quant.dequantize_linear import to_dequantize_linear
 from fusion_edge.quant.packing import Packed, check_range, dequantize, quantize
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import TAKEN_OVER, LinearReport, QuantizationReport, sqnr
@@ -49,6 +51,7 @@ class DataWriter:
         self._packed = packed
         self._calibrated = calibrated
         self._progress = progress
+        self._columns = _Columns()
         self._linears: list[LinearReport] = list(calibrated.report.linears) if calibrated else []
 
     def write(self, path: Path, file: DataFile) -> None:
@@ -105,7 +108,7 @@ class DataWriter:
         """Ranges of a parameter's rows."""
         parameter = self._weights.parameters[name]
         rows = parameter.shape[0]
-        step = max(1, BLOCK_ELEMENTS * rows // parameter.size)
+        step = max(2, BLOCK_ELEMENTS * rows // parameter.size & ~1)  # even: two columns of INT4 share a byte
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
@@ -117,6 +120,9 @@ class DataWriter:
         contents, rounded = self._contents(tensors[0], name, start, stop)
         rounded.seconds = time.monotonic() - started
         for tensor in tensors:
+            if tensor.by_column:
+                self._columns.write(descriptor, tensor, start, stop, contents[tensor.part])
+                continue
             row_bytes = tensor.nbytes // tensor.shape[0]
             _write_at(descriptor, contents[tensor.part], tensor.offset + start * row_bytes)
         parameter = self._weights.parameters[name]
@@ -129,9 +135,9 @@ class DataWriter:
         """Arrays by part, and what rounding did."""
         linear, form = name.removesuffix(".weight"), values.format
         if self._calibrated is not None and self._is_calibrated(linear):
-            return _parts(self._calibrated.records.rows(linear, start, stop)), _Rounded()
+            return _parts(self._calibrated.records.rows(linear, start, stop), values), _Rounded()
         if linear in self._packed:
-            return _parts(self._weights.packed_rows(name, start, stop, form)), _Rounded()
+            return _parts(self._weights.packed_rows(name, start, stop, form), values), _Rounded()
         folded = self._calibrated.records.parameter(name) if self._calibrated is not None else None
         rows = self._weights.rows(name, start, stop) if folded is None else folded[start:stop]
         check_range(name, rows, form)
@@ -139,7 +145,7 @@ class DataWriter:
             return {"values": np.ascontiguousarray(rows, dtype=values.dtype)}, _Rounded()
         packed = quantize(rows, form)
         lost, kept = rows - dequantize(packed, form, rows.shape[1]), rows
-        return _parts(packed), _Rounded(_square(lost), _square(kept))
+        return _parts(packed, values), _Rounded(_square(lost), _square(kept))
 
 
 def _square(rows: npt.NDArray[np.float32]) -> float:
@@ -147,7 +153,39 @@ def _square(rows: npt.NDArray[np.float32]) -> float:
     return float(np.square(rows).sum())  # in pairs: float32 is exact enough
 
 
-def _parts(packed: Packed) -> dict[Part, npt.NDArray[Any]]:
+class _Columns:
+    """Tensors whose blocks are columns: each is put together in memory and written whole. Safe in several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._unwritten: dict[str, tuple[npt.NDArray[Any], int]] = {}
+        """By name, the content so far and how many of its columns are missing."""
+
+    def write(
+        self, descriptor: int, tensor: PlannedTensor, start: int, stop: int, columns: npt.NDArray[Any]
+    ) -> None:
+        """Take columns ``start`` to ``stop``; after the last ones, write the tensor."""
+        rows, count = tensor.shape
+        packed = 2 if tensor.dtype == "int4" else 1
+        with self._lock:
+            whole, missing = self._unwritten.get(tensor.name, (None, count))
+            if whole is None:
+                whole = np.empty((rows, count // packed), columns.dtype)
+            self._unwritten[tensor.name] = whole, missing - (stop - start)
+            is_last = missing == stop - start
+            whole[:, start // packed : stop // packed] = columns
+            if is_last:
+                del self._unwritten[tensor.name]
+        if is_last:
+            _write_at(descriptor, whole, tensor.offset)
+
+
+def _parts(packed: Packed, values: PlannedTensor) -> dict[Part, npt.NDArray[Any]]:
+    """Rows as the tensor ``values`` and those beside it hold them."""
+    if values.is_for_dequantize_linear:
+        inputs = values.shape[0 if values.by_column else 1]
+        integers, scales = to_dequantize_linear(packed, values.format, inputs)
+        return {"values": integers, "scales": scales}
     parts: dict[Part, npt.NDArray[Any]] = {"values": packed.values, "scales": packed.scales}
     return parts if packed.zero_points is None else parts | {"zero_points": packed.zero_points}
 

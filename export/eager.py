@@ -63,6 +63,9 @@ class EagerOperations:
     def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.get(f"{name}.weight"), self.get(f"{name}.bias"), eps)
 
+    def add_layer_norm(self, x: Tensor, residual: Tensor, name: str, eps: float) -> Tensor:
+        return self.layer_norm(x + residual, name, eps)
+
     def rms_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -165,9 +168,9 @@ class EagerOperations:
     def take_rows(self, x: Tensor, positions: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])[positions]
 
-    def put_rows(self, x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    def put_rows(self, x: Tensor, positions: Tensor, rows: Tensor, update: Tensor) -> Tensor:
         width = x.shape[-1]
-        flat = x.reshape(-1, width).index_copy(0, positions.reshape(-1), rows.reshape(-1, width))
+        flat = x.reshape(-1, width).index_copy(0, positions.reshape(-1), (rows + update).reshape(-1, width))
         return flat.reshape(x.shape)
 
     def expand_questions(self, questions: Tensor) -> Tensor:

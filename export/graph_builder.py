@@ -15,7 +15,6 @@ from fusion_edge.kernels import context_attention
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.graphs import GraphSpec, TensorSpec
 
-OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
 MICROSOFT = "com.microsoft"
 PAGE = 4096  # offsets in data files are multiples of a page, so that runtimes can map them into memory
 
@@ -25,6 +24,7 @@ ONNX_TYPES = {
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
     "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
     "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
 }
@@ -47,18 +47,33 @@ class PlannedTensor:
     offset: int
     content: npt.NDArray[Any] | None = None
     """The values themselves where they are known already (rotary tables, orders of columns)."""
+    by_column: bool = False
+    """Whether rows of the parameter are columns of the tensor."""
+
+    @property
+    def storage(self) -> str:
+        """numpy dtype name of the bytes in the data file: numpy has no 4-bit numbers."""
+        return "uint8" if self.dtype == "int4" else self.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes in the data file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
+
+
+    @property
+    def is_for_dequantize_linear(self) -> bool:
+        """Whether these are integers in the layout of ``quant/dequantize_linear.py``."""
+        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.rounds_inputs)
 
 
 class GraphBuilder:
     """One graph in the making. Values are names; nodes are appended in topological order."""
 
-    def __init__(self, spec: GraphSpec) -> None:
+    def __init__(self, spec: GraphSpec, opset: int) -> None:
         self.spec = spec
+        self.opset = opset
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
         self.planned: dict[str, PlannedTensor] = {}
@@ -109,10 +124,11 @@ class GraphBuilder:
         dtype: str,
         shape: tuple[int, ...],
         content: npt.NDArray[Any] | None = None,
+        by_column: bool = False,
     ) -> str:
         """Give a part of a parameter its place in the data file; the initializer's name."""
         name = parameter if part == "values" else f"{parameter}.{part}"
-        self._place(PlannedTensor(name, parameter, part, form, dtype, shape, self.data_bytes, content))
+        self._place(PlannedTensor(name, parameter, part, form, dtype, shape, self.data_bytes, content, by_column))
         return name
 
     def table(self, name: str, values: npt.NDArray[Any], dtype: str) -> str:
@@ -135,7 +151,7 @@ class GraphBuilder:
         graph.output.extend(_value_infos(self.spec.outputs))
         graph.initializer.extend(self.constants.values())
         graph.initializer.extend(_external(tensor, data_file) for tensor in self.planned.values())
-        imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
         if self.functions:
             imports.append(helper.make_opsetid(context_attention.DOMAIN, 1))
         return helper.make_model(
@@ -144,7 +160,7 @@ class GraphBuilder:
             functions=list(self.functions.values()),
             producer_name="fusion-edge",
             producer_version=producer_version,
-            ir_version=10,  # of opset 21
+            ir_version=helper.find_min_ir_version_for(imports, ignore_unknown=True),
         )
 
     def _unique(self, name: str) -> str:

@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from fusion_edge.export import architecture
 from fusion_edge.export.architecture import Alignment
 from fusion_edge.export.graph_builder import GraphBuilder
-from fusion_edge.export.lower_onnxruntime import OnnxRuntimeOperations, OnnxValue, Settings
+from fusion_edge.export.lower_onnxruntime import OnnxRuntimeOperations
+from fusion_edge.export.lower_tensorrt import TensorRTOperations
+from fusion_edge.export.onnx_operations import OnnxOperations, OnnxValue, Settings
 from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime import graphs
 from fusion_edge.runtime.config import FusionConfig
+
+LOWERINGS: dict[str, type[OnnxOperations]] = {
+    "cpu": OnnxRuntimeOperations,
+    "cuda": OnnxRuntimeOperations,
+    "tensorrt": TensorRTOperations,
+}
+"""By target."""
 
 
 def build_graphs(
@@ -23,10 +32,11 @@ def build_graphs(
     settings: Settings,
 ) -> list[GraphBuilder]:
     """Vision encoder, alignment decoder and LLM, their weights planned (names without ``.weight`` in ``formats``)."""
-    specs = graphs.graph_specs(config, settings.activations, settings.cache)
-    builders = [GraphBuilder(spec) for spec in specs]
+    specs = graphs.graph_specs(config, settings.target, settings.activations, settings.cache)
+    lowering = LOWERINGS[settings.target]
+    builders = [GraphBuilder(spec, lowering.opset) for spec in specs]
     vision, alignment, llm = (
-        OnnxRuntimeOperations(config, builder, parameters, formats, packed, settings) for builder in builders
+        lowering(config, builder, parameters, formats, packed, settings) for builder in builders
     )
     _vision_encoder(vision, config)
     _alignment_decoder(alignment, config)
@@ -34,23 +44,23 @@ def build_graphs(
     return builders
 
 
-def _inputs(ops: OnnxRuntimeOperations, *names: str) -> list[OnnxValue]:
+def _inputs(ops: OnnxOperations, *names: str) -> list[OnnxValue]:
     return [ops.input(name) for name in names]
 
 
-def _vision_encoder(ops: OnnxRuntimeOperations, config: FusionConfig) -> None:
+def _vision_encoder(ops: OnnxOperations, config: FusionConfig) -> None:
     pixels, text, mask = _inputs(ops, "pixel_values", "text_embeds", "text_mask")
     ops.output(architecture.vision_encoder(ops, config, pixels, text, mask), "features")
 
 
-def _alignment_decoder(ops: OnnxRuntimeOperations, config: FusionConfig) -> None:
+def _alignment_decoder(ops: OnnxOperations, config: FusionConfig) -> None:
     features, latent_cells, context_cells = _inputs(ops, "features", "latent_cells", "context_cells")
     outputs = architecture.alignment_decoder(ops, config, features, latent_cells, context_cells)
     for value, name in zip(outputs, ("latents", "keys", "values"), strict=True):
         ops.output(value, name)
 
 
-def _llm(ops: OnnxRuntimeOperations, config: FusionConfig) -> None:
+def _llm(ops: OnnxOperations, config: FusionConfig) -> None:
     (embeddings,) = _inputs(ops, "embeddings")
     alignment = Alignment(*_inputs(ops, "latent_positions", "question_positions", "keys", "values"))
     ops.output(architecture.llm(ops, config, embeddings, alignment), "logits")

@@ -39,6 +39,10 @@ class Operations(Protocol[T]):
         """LayerNorm over the last axis with weight and bias."""
         ...
 
+    def add_layer_norm(self, x: T, residual: T, name: str, eps: float) -> T:
+        """LayerNorm of ``x + residual``."""
+        ...
+
     def rms_norm(self, x: T, name: str, eps: float) -> T:
         """RMSNorm over the last axis, computed in float32."""
         ...
@@ -119,8 +123,8 @@ class Operations(Protocol[T]):
         """Rows of the flattened ``[B*L,D]``: positions ``[...]`` -> ``[...,D]``."""
         ...
 
-    def put_rows(self, x: T, positions: T, rows: T) -> T:
-        """``x`` with the rows at ``positions`` replaced."""
+    def put_rows(self, x: T, positions: T, rows: T, update: T) -> T:
+        """``x`` with the rows at ``positions`` replaced by ``rows + update``."""
         ...
 
     def expand_questions(self, questions: T) -> T:

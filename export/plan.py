@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 from fusion_edge.export.checkpoint import read_config, read_parameters
 from fusion_edge.export.graph_builder import GraphBuilder, PlannedTensor
 from fusion_edge.export.graphs import build_graphs
-from fusion_edge.export.lower_onnxruntime import Settings
+from fusion_edge.export.lower_onnxruntime import OPSET
+from fusion_edge.export.onnx_operations import Settings
 from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.packed.parameters import packed_form
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.export.tensorrt_formats import check_formats
 from fusion_edge.export.tokenizer import tokenizer_json
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
@@ -27,7 +29,8 @@ from fusion_edge.runtime.graphs import GraphSpec
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
-ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}
+ACTIVATIONS = {"cpu": "float32", "cuda": "float16", "tensorrt": "float16"}
+"""numpy dtype name of what flows between the graphs, by target."""
 MINIMUM_CONTEXT = 64
 MINIMUM_TEXT = 16  # positions that a template and the shortest question take, at the least
 
@@ -132,14 +135,17 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     config = read_config(checkpoint)
     parameters = read_parameters(checkpoint, config)
     options = _checked(options, config)
-    vision = options.vision or ("int8" if options.is_calibrated and options.target == "cpu" else "int8-weights")
-    defaults = preset(options.precision, options.group_size, vision, options.asymmetric)
+    vision = options.vision or _default_vision(options)
+    defaults = preset(options.precision, options.group_size, vision, options.asymmetric, options.target)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
     packed = _packed_forms(checkpoint, parameters, options.rules)
     formats = assign(names, options.rules, defaults) | {name: form.format for name, form in packed.items()}
     _check_formats(formats, parameters, options)
+    if options.target == "tensorrt":
+        check_formats(formats, parameters, packed)
     activations = ACTIVATIONS[options.target]
     settings = Settings(
+        target=options.target,
         activations=activations,
         accuracy_level=options.accuracy_level,
         cache=activations if options.kv_cache == "float" else "int8",
@@ -166,6 +172,11 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         data_files=tuple(data_files),
         specs=tuple(builder.spec for builder in builders),
     )
+
+
+def _default_vision(options: ExportOptions) -> str:
+    """Integers throughout where samples give the range of inputs and there are products of integers, else weights."""
+    return "int8" if options.is_calibrated and options.target != "cuda" else "int8-weights"
 
 
 def _packed_forms(
@@ -254,8 +265,10 @@ def _check_formats(
             f"{rounding[0]} is to be w8a8, and the range of its inputs is not known: add --calibrate DATA, or use "
             "int8 (--vision int8-weights)."
         )
-    if rounding and options.target != "cpu":
-        raise UsageError(f"w8a8 ({rounding[0]}) is for --target cpu; use int8 (--vision int8-weights) or fp16.")
+    if rounding and options.target == "cuda":
+        raise UsageError(
+            f"w8a8 ({rounding[0]}) is for --target cpu and tensorrt; use int8 (--vision int8-weights) or fp16."
+        )
 
 
 def _default_lengths(offered: tuple[int, ...]) -> tuple[int, ...]:
@@ -270,7 +283,7 @@ def _list(numbers: tuple[int, ...] | list[int]) -> str:
 
 def embedding_file(parameter: Parameter, form: WeightFormat) -> DataFile:
     """The token table in the embedding file: values, then scales."""
-    builder = GraphBuilder(GraphSpec("embeddings", (), ()))
+    builder = GraphBuilder(GraphSpec("embeddings", (), ()), OPSET)
     rows, columns = parameter.shape
     shape = form.packed_shape(rows, columns)
     dtype = {"int8": "uint8", "fp16": "float16", "fp32": "float32"}[form.kind]

@@ -108,9 +108,9 @@ class ChannelRanges:
         bins = places.to(torch.int32).add_(first)
         self._counts += torch.bincount(bins.flatten(), minlength=self._counts.numel()).reshape(self._counts.shape)
 
-    def grid(self, factors: Tensor, importance: Tensor) -> tuple[InputGrid, float]:
+    def grid(self, factors: Tensor, importance: Tensor, symmetric: bool = False) -> tuple[InputGrid, float]:
         """The grid with the least error over all inputs divided by ``factors``, and that error: the sum of
-        ``importance * error^2``. Both ``[K]``.
+        ``importance * error^2``. Both ``[K]``. ``symmetric`` as of :func:`best_grid`.
 
         With importance the squared norms of the linear's columns, that is the squared error of its outputs: rounding
         errors of two channels have nothing to do with one another.
@@ -123,7 +123,7 @@ class ChannelRanges:
         for counts, reaches, divisors in zip(*(torch.split(part, CHANNELS_AT_ONCE) for part in parts), strict=True):
             below += _counted_below(counts, reaches / divisors, edges).sum(0)
         ends = float((self.least / factors).min()), float((self.largest / factors).max())
-        return best_grid(below.diff().cpu(), reach, *ends)
+        return best_grid(below.diff().cpu(), reach, *ends, symmetric)
 
 
 def _counted_below(counts: Tensor, reaches: Tensor, edges: Tensor) -> Tensor:

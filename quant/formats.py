@@ -23,6 +23,8 @@ CODEBOOK_GROUP_SIZE = 64  # by default: that of bitsandbytes
 PER_CHANNEL_BLOCK_SIZE = 128
 """What rows with one scale are stored in: kernels want blocks of a power of two, each with its scale."""
 LARGEST_FLOAT16 = 65504.0
+SYMMETRIC_ZERO_POINT = 128
+"""That of inputs whose integers, as signed bytes, stand for multiples of the scale: the only one TensorRT knows."""
 
 
 def group_sizes(sizes: tuple[int, ...] = GROUP_SIZES) -> dict[str, int]:

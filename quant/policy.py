@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -41,11 +41,15 @@ class Rule:
         return cls(pattern.strip(), WeightFormat.parse(form.strip(), group_size))
 
 
-def vision_preset(vision: str, group_size: int | None) -> list[Rule]:
+def eight_bits(group_size: int | None, target: str) -> WeightFormat:
+    """8-bit weights of linears: TensorRT reads those of one scale a channel, whatever the others' groups."""
+    return WeightFormat.grouped("int8", PER_CHANNEL if target == "tensorrt" else group_size)
+
+
+def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
     """The rules behind ``--vision``. ``int8``: inputs are integers too, but for the patch embedding's, the pixels, and
-    those of the projector's last linear.
+    those of the projector's last linear. ``int8`` is the format of weights whose inputs are floats.
     """
-    int8 = WeightFormat.grouped("int8", group_size)
     if vision == "int8":
         return [
             Rule("vision.patch_embedding", WeightFormat("fp16")),
@@ -57,7 +61,9 @@ def vision_preset(vision: str, group_size: int | None) -> list[Rule]:
     return [Rule("vision.*", int8 if vision == "int8-weights" else WeightFormat("fp16"))]
 
 
-def preset(precision: str, group_size: int | None, vision: str, asymmetric: bool = False) -> list[Rule]:
+def preset(
+    precision: str, group_size: int | None, vision: str, asymmetric: bool = False, target: str = "cpu"
+) -> list[Rule]:
     """The rules behind ``--fp32``, ``--fp16``, ``--int8``, ``--int4``, ``--nf4``; ``vision`` is for the latter three.
 
     ``asymmetric``: INT4 weights have zero points.
@@ -66,13 +72,14 @@ def preset(precision: str, group_size: int | None, vision: str, asymmetric: bool
     """
     if precision in ("fp32", "fp16"):
         return [Rule("*", WeightFormat(precision))]
-    int8 = WeightFormat.grouped("int8", group_size)
+    int8 = eight_bits(group_size, target)
+    table = Rule(EMBEDDING, WeightFormat.grouped("int8", group_size))
     if precision == "int8":
-        return [*vision_preset(vision, group_size), Rule("*", int8)]
+        return [table, *vision_preset(vision, int8), Rule("*", int8)]
     return [
-        Rule(EMBEDDING, int8),
+        table,
         Rule("llm.lm_head", int8),
-        *vision_preset(vision, group_size),
+        *vision_preset(vision, int8),
         Rule("*", WeightFormat.grouped("uint4" if asymmetric else precision, group_size)),
     ]
 

@@ -59,7 +59,7 @@ class Manifest:
     source: str
     """Name of the checkpoint that the bundle was made from."""
     target: str
-    """``cpu`` or ``cuda``."""
+    """``cpu``, ``cuda`` or ``tensorrt``."""
     precision: str
     max_context: int
     """Positions that fit in the KV cache: prompt and answer together."""
@@ -189,7 +189,7 @@ def _check_values(manifest: Manifest) -> None:
         raise ValueError(f"query_lengths are {list(manifest.query_lengths)}, not among the model's")
     if model.language.layers > len(manifest.weights):
         raise ValueError(f"model.language.layers is {model.language.layers}, more than there are weights")
-    for spec in graph_specs(model, manifest.activations, manifest.cache):
+    for spec in graph_specs(model, manifest.target, manifest.activations, manifest.cache):
         if manifest.graphs.get(spec.name) != spec.to_json():
             raise ValueError(f"graphs.{spec.name} is not what the model's sizes ask for")
 

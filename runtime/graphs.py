@@ -44,7 +44,7 @@ class GraphSpec:
 
 
 def graph_specs(
-    config: FusionConfig, activations: str, cache: str
+    config: FusionConfig, target: str, activations: str, cache: str
 ) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
     """Vision encoder, alignment decoder and LLM; ``activations`` and ``cache`` are numpy dtype names."""
     hidden, patches = config.language.hidden_size, config.vision.patches
@@ -68,7 +68,7 @@ def graph_specs(
         ),
         (TensorSpec("latents", activations, (1, "latents", hidden)), *pairs),
     )
-    return vision, alignment, _llm(config, activations, cache, pairs)
+    return vision, alignment, _llm(config, target, activations, cache, pairs)
 
 
 def _context(config: FusionConfig) -> tuple[Dimension, ...]:
@@ -77,21 +77,24 @@ def _context(config: FusionConfig) -> tuple[Dimension, ...]:
 
 
 def _llm(
-    config: FusionConfig, activations: str, cache: str, pairs: tuple[TensorSpec, TensorSpec]
+    config: FusionConfig, target: str, activations: str, cache: str, pairs: tuple[TensorSpec, TensorSpec]
 ) -> GraphSpec:
     language = config.language
     states = cache_specs(config, cache)
     past = [TensorSpec(f"past.{state.name}", state.dtype, state.shape) for state in states]
     present = [TensorSpec(f"present.{state.name}", state.dtype, state.shape) for state in states]
-    steps = (TensorSpec("is_prefill", "bool", ()),) if cache == "int8" else ()
+    if target == "tensorrt":
+        places = [TensorSpec("positions", "int64", (1, "positions")), TensorSpec("write_index", "int64", (1,))]
+    else:
+        places = [TensorSpec("last_position", "int32", (1,)), TensorSpec("total_length", "int32", ())]
+    if cache == "int8":
+        places.append(TensorSpec("is_prefill", "bool", ()))
     inputs = (
         TensorSpec("embeddings", activations, (1, "positions", language.hidden_size)),
         TensorSpec("latent_positions", "int64", ("questions", "latents")),
         TensorSpec("question_positions", "int64", ("questions",)),
         *pairs,
-        TensorSpec("last_position", "int32", (1,)),
-        TensorSpec("total_length", "int32", ()),
-        *steps,
+        *places,
         *past,
     )
     return GraphSpec(LLM, inputs, (TensorSpec("logits", "float32", (1, language.vocab_size)), *present))

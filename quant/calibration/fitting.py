@@ -55,12 +55,14 @@ class Fitting:
         method: str,
         weights: Callable[[str], Tensor],
         records: Records,
+        symmetric: bool = False,
     ) -> None:
-        """``weights`` returns the float parameter of a name."""
+        """``weights`` returns the float parameter of a name; ``symmetric``: inputs are rounded around 0."""
         self._formats = formats
         self._method = method
         self._weights = weights
         self._records = records
+        self._symmetric = symmetric
         self._divided: dict[str, Tensor] = {}
 
     def quantize(self, observing: Observing) -> list[LinearReport]:
@@ -78,7 +80,7 @@ class Fitting:
                 reports += self._quantize(names, moments)
             for name in names:
                 if name in observing.ranges:
-                    self._records.save_input_grid(name, observing.ranges[name].grid())
+                    self._records.save_input_grid(name, observing.ranges[name].grid(self._symmetric))
             observing.moments[index] = moments.new_zeros(0)  # its memory is free before the next is factorized
         return reports[::-1]
 
@@ -117,7 +119,7 @@ class Fitting:
         by = torch.ones_like(weight[0]) if exponent is None else equalisation.factors(ranges.extents, weight, exponent)
         weight, moments = weight * by, moments / by / by[:, None]
         fitted = self._fit(name, weight, self._inputs([name], moments), moments)
-        grid, of_inputs = ranges.grid(by, weight.square().sum(0))
+        grid, of_inputs = ranges.grid(by, weight.square().sum(0), self._symmetric)
         return Equalised(exponent, by, fitted, grid, of_inputs + float(fitted.squares[2]))
 
     def _inputs(self, names: list[str], moments: Tensor) -> Inputs | None:

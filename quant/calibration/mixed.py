@@ -12,7 +12,7 @@ from fusion_edge.quant.calibration.samples import Samples
 from fusion_edge.quant.calibration.sensitivity import measure_sensitivity
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.mixed_precision import Candidate, choose, mean_bits, stored_bits
-from fusion_edge.quant.policy import Rule
+from fusion_edge.quant.policy import Rule, eight_bits
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.quantization_report import MixedPrecision
 
@@ -60,9 +60,9 @@ def mix(
     used = samples.calibrating[: options.sensitivity_samples or SENSITIVITY_SAMPLES]
     sensitivities = measure_sensitivity(plan, list(shapes), used, options.device, folder)
     page = PAGE if options.budget is not None else 1
-    offers = [Candidate(s, _extra_bytes(shapes[s.name], plan.formats[s.name], page)) for s in sensitivities]
+    offers = [Candidate(s, _extra_bytes(shapes[s.name], s.name, plan, page)) for s in sensitivities]
     raised = choose(offers, _spare_bytes(plan, options))
-    rules = tuple(Rule(name, _raised(plan.formats[name])) for name in raised)
+    rules = tuple(Rule(name, _raised(plan.formats[name], plan)) for name in raised)
     mixed = plan_export(plan.checkpoint, replace(plan.options, rules=plan.options.rules + rules))
     bits = round(mean_bits(shapes, mixed.formats), 4)
     return mixed, MixedPrecision(bits, len(used), tuple(raised), tuple(sensitivities))
@@ -73,19 +73,20 @@ def ranges(plan: ExportPlan) -> dict[str, tuple[float, float]]:
     shapes = candidates(plan)
     if not shapes:
         return {}
-    most = mean_bits(shapes, {name: _raised(plan.formats[name]) for name in shapes})
-    extra = sum(_extra_bytes(shape, plan.formats[name], PAGE) for name, shape in shapes.items())
+    most = mean_bits(shapes, {name: _raised(plan.formats[name], plan) for name in shapes})
+    extra = sum(_extra_bytes(shape, name, plan, PAGE) for name, shape in shapes.items())
     least = _least_bytes(plan)
     return {"--budget": (least, least + extra), "--bits": (_least_bits(plan), most)}
 
 
-def _raised(form: WeightFormat) -> WeightFormat:
-    return WeightFormat("int8", form.group_size)
+def _raised(form: WeightFormat, plan: ExportPlan) -> WeightFormat:
+    return eight_bits(form.group_size, plan.options.target)
 
 
-def _extra_bytes(shape: tuple[int, int], form: WeightFormat, page: int) -> int:
+def _extra_bytes(shape: tuple[int, int], name: str, plan: ExportPlan, page: int) -> int:
     """Rounded up to pages: tensors begin at one, so no more than this is added to the file."""
-    more = (stored_bits(shape, _raised(form)) - stored_bits(shape, form)) // 8
+    form = plan.formats[name]
+    more = (stored_bits(shape, _raised(form, plan)) - stored_bits(shape, form)) // 8
     return -(-more // page) * page
 
 

@@ -111,7 +111,8 @@ class Run:
         for number, prepared in enumerate(self._calibrating):
             block.run(observing, prepared, self._state(before, number))
             advance()
-        fitting = Fitting(self._plan.rounded, self._method, weights, self._records)
+        symmetric = self._plan.options.target == "tensorrt"
+        fitting = Fitting(self._plan.rounded, self._method, weights, self._records, symmetric)
         self._records.finish(block.name, fitting.quantize(observing))
 
     def _propagate(
