@@ -26,6 +26,7 @@ TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.data"
 QUANTIZATION = "quantization.json"
 CHUNK_BYTES = 1 << 20
+AGAIN = "Copy or export the bundle again."
 ALWAYS_VERIFIED_BYTES = 64 << 20  # below this a file's checksum is checked whenever a bundle is opened
 
 
@@ -113,16 +114,16 @@ def open_bundle(folder: str | Path) -> Bundle:
     folder = Path(folder)
     manifest = _read_manifest(folder)
     for entry in manifest.files:
-        _check_file(folder, entry)
+        check_file(folder, entry, MANIFEST, AGAIN)
         if entry.size <= ALWAYS_VERIFIED_BYTES:
-            _check_digest(folder, entry, lambda _: None)
+            check_digest(folder, entry, MANIFEST, AGAIN)
     return Bundle(folder, manifest)
 
 
 def verify(bundle: Bundle, advance: Callable[[int], None] = lambda _: None) -> None:
     """Check every file's SHA-256; ``advance`` is told the bytes read. Raises :class:`FusionError`."""
     for entry in bundle.manifest.files:
-        _check_digest(bundle.folder, entry, advance)
+        check_digest(bundle.folder, entry, MANIFEST, AGAIN, advance)
 
 
 def digest(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
@@ -194,7 +195,8 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"graphs.{spec.name} is not what the model's sizes ask for")
 
 
-def _check_file(folder: Path, entry: FileEntry) -> None:
+def check_file(folder: Path, entry: FileEntry, listed_in: str, remedy: str) -> None:
+    """Raise :class:`FusionError` unless a listed file is inside ``folder`` and of its size."""
     relative = PurePosixPath(entry.path)
     path = folder / relative
     try:
@@ -203,19 +205,19 @@ def _check_file(folder: Path, entry: FileEntry) -> None:
         inside = False
     if relative.is_absolute() or ".." in relative.parts or not inside:
         raise FusionError(
-            f"{folder / MANIFEST} lists {entry.path!r}, which leads outside the bundle; do not use this bundle."
+            f"{folder / listed_in} lists {entry.path!r}, which leads outside its folder; do not use it."
         )
     if not os.path.isfile(path):
-        raise FusionError(f"{path} is missing though {MANIFEST} lists it; copy or export the bundle again.")
+        raise FusionError(f"{path} is missing though {listed_in} lists it. {remedy}")
     if (size := path.stat().st_size) != entry.size:
-        raise FusionError(
-            f"{path} has {size} bytes; {MANIFEST} says {entry.size}. Copy or export the bundle again."
-        )
+        raise FusionError(f"{path} has {size} bytes; {listed_in} says {entry.size}. {remedy}")
 
 
-def _check_digest(folder: Path, entry: FileEntry, advance: Callable[[int], None]) -> None:
+def check_digest(
+    folder: Path, entry: FileEntry, listed_in: str, remedy: str, advance: Callable[[int], None] = lambda _: None
+) -> None:
+    """Raise :class:`FusionError` unless a listed file has the SHA-256 that it is listed with."""
     if digest(folder / entry.path, advance) != entry.sha256:
         raise FusionError(
-            f"{folder / entry.path} has been altered: its SHA-256 is not the one in {MANIFEST}. "
-            "Copy or export the bundle again."
+            f"{folder / entry.path} has been altered: its SHA-256 is not the one in {listed_in}. {remedy}"
         )

@@ -144,14 +144,14 @@ def test_a_folder_in_place_of_a_file(broken: Path, refuse: Refuse) -> None:
 def test_a_path_that_leads_outside(broken: Path, refuse: Refuse, path: str) -> None:
     (broken.parent / "secret").write_text("secret", encoding="utf-8")
     edit(broken, lambda manifest: manifest["files"].append({"path": path, "size": 6, "sha256": "0" * 64}))
-    reason = "is missing" if path == "x" * 300 else f"lists {path!r}, which leads outside the bundle; do not use"
+    reason = "is missing" if path == "x" * 300 else f"lists {path!r}, which leads outside its folder; do not use"
     assert reason in refuse()
 
 
 def test_a_link_that_leads_outside(broken: Path, refuse: Refuse) -> None:
     shutil.move(broken / "llm.data", broken.parent / "llm.data")
     (broken / "llm.data").symlink_to("../llm.data")
-    assert "lists 'llm.data', which leads outside the bundle" in refuse()
+    assert "lists 'llm.data', which leads outside its folder" in refuse()
     (broken / "llm.data").unlink()
     (broken / "llm.data").symlink_to("llm.data")
     assert "llm.data" in refuse()

@@ -1,0 +1,143 @@
+"""Engines of a bundle: what TensorRT made of its graphs, for one version of it and one kind of GPU.
+
+They lie in ``engines/<fingerprint>/`` of the bundle's folder beside an ``engines.json``, whose schema is defined here.
+An engine holds code: none is given to TensorRT whose version, GPU, bundle and checksum are not those of its manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, check_digest, check_file, digest
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.schema import from_json
+
+SCHEMA_VERSION = 1
+FOLDER = "engines"
+ENGINES = "engines.json"
+TIMING_CACHE = "timing.cache"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an engine is tied to."""
+
+    library: str
+    """``tensorrt`` or ``tensorrt_rtx``: the name of the Python module."""
+    version: str
+    """Of the library."""
+    compute_capability: str
+    """Of the GPU, such as ``8.7``."""
+
+    def __str__(self) -> str:
+        return f"{self.library} {self.version} and compute capability {self.compute_capability}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One graph's engine."""
+
+    file: FileEntry
+    inputs: tuple[Mapping[str, Any], ...]
+    """Each with its name, dtype and shape, -1 where that depends on the profile."""
+    outputs: tuple[Mapping[str, Any], ...]
+    profiles: tuple[Mapping[str, Any], ...]
+    """Least, typical and largest shape of every input, by its name; in an LLM's first come prompts, then steps."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The content of ``engines.json``."""
+
+    schema_version: int
+    producer: str
+    machine: Machine
+    bundle: str
+    """SHA-256 of the ``bundle.json`` that they were built from."""
+    max_context: int
+    """Positions of the KV cache."""
+    max_questions: int
+    """Questions of one conversation."""
+    max_question_tokens: int
+    """Tokens of all questions of a conversation together."""
+    operator: str
+    """``plugin`` or ``function``: what computes the recursive alignment."""
+    engines: Mapping[str, Engine]
+    """By graph name."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all engines, which is what their weights take on the device."""
+        return sum(engine.file.size for engine in self.engines.values())
+
+    def to_text(self) -> str:
+        """The text of ``engines.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+def bundle_digest(bundle: Bundle) -> str:
+    """SHA-256 of ``bundle.json``, which has that of every other file."""
+    return digest(bundle.folder / MANIFEST)
+
+
+def engines_folder(bundle: Bundle, machine: Machine) -> Path:
+    """Where the engines of a bundle for a machine are, if they are built."""
+    fingerprint = f"{machine.library}-{machine.version}-cc{machine.compute_capability}-{bundle_digest(bundle)[:16]}"
+    return bundle.folder / FOLDER / fingerprint
+
+
+def build_command(bundle: Bundle, machine: Machine) -> str:
+    """What builds the engines for a machine."""
+    library = machine.library.replace("_", "-")
+    return f"fusion-build {bundle.folder} --library {library}"
+
+
+def read_engines(folder: Path) -> Engines:
+    """The manifest in a folder of engines. Raises ``ValueError`` for what is not one, :class:`OSError`."""
+    manifest = from_json(Engines, json.loads((folder / ENGINES).read_text(encoding="utf-8")))
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {manifest.schema_version}, not {SCHEMA_VERSION}")
+    return manifest
+
+
+def open_engines(bundle: Bundle, machine: Machine) -> tuple[Path, Engines]:
+    """The engines of ``bundle`` for ``machine``, every file's checksum verified, and their folder.
+
+    Raises :class:`FusionError` with the command that builds them: if there are none, or only those of another machine
+    or of the bundle as it was before; if a file is missing, truncated or altered.
+    """
+    folder, build = engines_folder(bundle, machine), build_command(bundle, machine)
+    if not folder.is_dir():
+        raise FusionError(f"{bundle.folder} has no engines for {machine}{_others(bundle)}; build them: {build}")
+    try:
+        engines = read_engines(folder)
+    except (OSError, ValueError, RecursionError) as error:
+        raise FusionError(f"{folder / ENGINES} cannot be read ({error}); build the engines again: {build}") from None
+    if engines.machine != machine:
+        raise FusionError(f"The engines in {folder} are for {engines.machine}, not {machine}; build them: {build}")
+    if engines.bundle != bundle_digest(bundle):
+        raise FusionError(f"The engines in {folder} are of another bundle; build those of this one: {build}")
+    if missing := bundle.manifest.graphs.keys() ^ engines.engines.keys():
+        raise FusionError(f"{folder / ENGINES} does not fit the bundle in {min(missing)}; build them again: {build}")
+    for engine in engines.engines.values():
+        check_file(folder, engine.file, ENGINES, f"Build the engines again: {build}")
+        check_digest(folder, engine.file, ENGINES, f"Build the engines again: {build}")
+    return folder, engines
+
+
+def _others(bundle: Bundle) -> str:
+    """Which engines there are instead."""
+    machines = []
+    for folder in sorted((bundle.folder / FOLDER).glob("*/")):
+        try:
+            engines = read_engines(folder)
+        except (OSError, ValueError, RecursionError):
+            continue
+        stale = "" if engines.bundle == bundle_digest(bundle) else ", of the bundle as it was before"
+        machines.append(f"{engines.machine}{stale}")
+    return f" (only for {'; '.join(machines)})" if machines else ""
