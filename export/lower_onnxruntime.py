@@ -18,7 +18,7 @@ from fusion_edge.export import int8_cache
 from fusion_edge.export.graph_builder import MICROSOFT, ONNX_TYPES, OPSET, GraphBuilder, subgraph
 from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.tensor_names import Parameter
-from fusion_edge.kernels import context_attention
+from fusion_edge.kernels import onnx_functions
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.config import FusionConfig
 
@@ -347,7 +347,7 @@ class OnnxRuntimeOperations:
 
     def context_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int) -> OnnxValue:
         dim = self.config.language.hidden_size // heads
-        self.builder.functions[context_attention.NAME] = context_attention.context_attention_function(
+        self.builder.functions[onnx_functions.CONTEXT_ATTENTION] = onnx_functions.context_attention_function(
             heads, dim, self.settings.activations, OPSET
         )
-        return self._node(context_attention.NAME, [q, k, v], domain=context_attention.DOMAIN)
+        return self._node(onnx_functions.CONTEXT_ATTENTION, [q, k, v], domain=onnx_functions.DOMAIN)
