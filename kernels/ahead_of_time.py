@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,36 +103,43 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _context_attention(width: int, dtype: str) -> tuple[dict[str, str], dict[str, float]]:
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel of recursive_alignment.py is called with: inputs, 32-bit integers, its output, constants."""
+
+    inputs: tuple[str, ...]
+    integers: tuple[str, ...]
+    constants: Callable[[int], dict[str, float]]
+    """Of a hidden size."""
+
+    def types(self, dtype: str) -> dict[str, str]:
+        """Triton's type of each parameter, in their order."""
+        values = dict.fromkeys(self.inputs, f"*{dtype}") | dict.fromkeys(self.integers, "i32") | {"output": f"*{dtype}"}
+        return {name: "*i64" if name == "positions" else kind for name, kind in values.items()}
+
+
+def _attention_constants(width: int) -> dict[str, float]:
     from triton import next_power_of_2
 
     dim = width // ALIGNMENT_HEADS
-    types = _types(("q", "k", "v"), ("rows", "latents"), dtype)
-    return types, {"CONTEXT": CONTEXT, "DIM": dim, "WINDOW": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
+    return {"CONTEXT": CONTEXT, "DIM": dim, "WINDOW": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
 
 
-def _add_layer_norm(width: int, dtype: str) -> tuple[dict[str, str], dict[str, float]]:
-    types = _types(("x", "residual", "weight", "bias"), ("rows",), dtype)
-    return types, {"EPS": ALIGNMENT_NORM_EPS, **_row(width)}
+def _norm_constants(width: int) -> dict[str, float]:
+    return {"EPS": ALIGNMENT_NORM_EPS, **_row_constants(width)}
 
 
-def _add_rows(width: int, dtype: str) -> tuple[dict[str, str], dict[str, float]]:
-    types = _types(("x", "positions", "latents", "update"), ("rows",), dtype)
-    return types | {"positions": "*i64"}, _row(width)
-
-
-def _types(inputs: tuple[str, ...], integers: tuple[str, ...], dtype: str) -> dict[str, str]:
-    return dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(integers, "i32") | {"output": f"*{dtype}"}
-
-
-def _row(width: int) -> dict[str, float]:
+def _row_constants(width: int) -> dict[str, float]:
     from triton import next_power_of_2
 
     return {"WIDTH": width, "COLUMNS": next_power_of_2(width)}
 
 
-KERNELS = {"context_attention": _context_attention, "add_layer_norm": _add_layer_norm, "add_rows": _add_rows}
-"""Types of the parameters, in their order, and values of the constants, by kernel."""
+KERNELS = {
+    "context_attention": Kernel(("q", "k", "v"), ("rows", "latents"), _attention_constants),
+    "add_layer_norm": Kernel(("x", "residual", "weight", "bias"), ("rows",), _norm_constants),
+    "add_rows": Kernel(("x", "positions", "latents", "update"), ("rows", "length"), _row_constants),
+}
 
 
 @dataclass(frozen=True)
@@ -157,12 +165,12 @@ def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled
 
     from fusion_edge.kernels import recursive_alignment
 
-    types, sizes = KERNELS[kernel](width, dtype)
+    types, values = KERNELS[kernel].types(dtype), KERNELS[kernel].constants(width)
     function: Any = getattr(recursive_alignment, f"{kernel}_kernel")
-    signature = types | dict.fromkeys(sizes, "constexpr")
+    signature = types | dict.fromkeys(values, "constexpr")
     # Tensors start at multiples of 16 bytes, so that a thread may load 16 bytes at once.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
-    constants = {(function.arg_names.index(name),): value for name, value in sizes.items()}
+    constants = {(function.arg_names.index(name),): value for name, value in values.items()}
     source = ASTSource(function, signature, constants, aligned)
     major, minor = ARCHITECTURES[architecture]
     target = GPUTarget("cuda", int(architecture), THREADS_OF_A_WARP)

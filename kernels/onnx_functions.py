@@ -99,7 +99,7 @@ def add_rows_function(opset: int) -> FunctionProto:
 
 def add_rows_reference(x: Values, positions: npt.NDArray[np.int64], latents: Values, update: Values) -> Values:
     """The same in numpy."""
-    output = x.copy()
+    output: Values = x.copy()
     output[0, positions] = latents + update
     return output
 

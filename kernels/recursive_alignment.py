@@ -74,16 +74,20 @@ def add_layer_norm_kernel(
 
 
 @triton.jit
-def add_rows_kernel(x, positions, latents, update, rows, output, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row ``positions[i]`` of ``output`` becomes ``latents[i] + update[i]``; ``x`` is the same memory."""
+def add_rows_kernel(x, positions, latents, update, rows, length, output, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row ``positions[i]`` of ``output`` becomes ``latents[i] + update[i]``; ``x`` is the same memory.
+
+    Positions outside its ``length`` rows are skipped: a builder that times the kernel may give it any.
+    """
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     if row >= rows:
         return
     inside = column < WIDTH
     at = row * WIDTH + column
     total = tl.load(latents + at, mask=inside).to(tl.float32) + tl.load(update + at, mask=inside).to(tl.float32)
-    to = tl.load(positions + row) * WIDTH + column
-    tl.store(output + to, total.to(output.dtype.element_ty), mask=inside)
+    to = tl.load(positions + row)
+    inside &= (to >= 0) & (to < length)
+    tl.store(output + to * WIDTH + column, total.to(output.dtype.element_ty), mask=inside)
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -121,8 +125,9 @@ def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: 
 
 def add_rows(x: Tensor, positions: Tensor, latents: Tensor, update: Tensor) -> None:
     """Put ``latents + update`` ``[R,q,D]`` at the rows ``positions`` ``[R,q]`` int64 of ``x`` ``[L,D]``, in place."""
-    rows, width = positions.numel(), x.shape[-1]
-    add_rows_kernel[(max(rows, 1),)](x, positions, latents, update, rows, x, width, triton.next_power_of_2(width))
+    rows, (length, width) = positions.numel(), x.shape
+    columns = triton.next_power_of_2(width)
+    add_rows_kernel[(max(rows, 1),)](x, positions, latents, update, rows, length, x, width, columns)
 
 
 def add_rows_reference(x: Tensor, positions: Tensor, latents: Tensor, update: Tensor) -> None:

@@ -98,7 +98,8 @@ def test_add_rows(questions: int, latents: int, length: int, dtype: str, opset: 
     }
     actual = run(functions.add_rows_function(opset), inputs, opset)
     positions = np.asarray(inputs["positions"], dtype=np.int64)
-    expected = functions.add_rows_reference(**(exact(inputs) | {"positions": positions}))
+    x, _, old, update = exact(inputs).values()
+    expected = functions.add_rows_reference(x, positions, old, update)
     others = [row for row in range(length) if row not in positions]
     np.testing.assert_array_equal(actual[0, others], expected[0, others])
     np.testing.assert_allclose(actual, expected, rtol=TOLERANCE[dtype] / 4, atol=0)
