@@ -13,14 +13,17 @@ python/packaging/bindings_wheel/tensorrt/plugin), where a decorator checks more 
 - ``aot_impl``: the same parameters, then ``outputs`` and ``tactic``, with an annotated result: the entry point's name,
   PTX, KernelLaunchParams and SymIntExprs. The last are expressions of sizes that are evaluated at run time, all of them
   SymInt32; so a kernel's other numbers are constants.
-- The kernel is called with pointers to the inputs, these integers, and pointers to the outputs; an output in an
-  input's memory is passed twice. Nothing else is passed: :func:`fusion_edge.kernels.ahead_of_time.without_scratch`.
+- The kernel is called with pointers to the inputs, these integers, and pointers to the outputs, and nothing else
+  (:func:`fusion_edge.kernels.ahead_of_time.without_scratch`; pytorch/TensorRT, py/torch_tensorrt/kernels/_triton.py,
+  says that other launches fail). That an output in an input's memory is passed as well is not said anywhere; it is
+  assumed, as there is no exception to be found.
 - The ONNX parser takes a node's plugin from the attributes ``plugin_namespace`` and ``aot`` (NVIDIA/TensorRT,
   samples/python/quickly_deployable_plugins) and the operator's name; ``plugin_version`` is "1" without being said.
 
-Whether TensorRT launches a plugin whose outputs are empty is not documented, and the output of ``AddRows`` is not empty
-where its positions are. CUDA refuses a grid of 0 blocks, so ours has one at the least; the kernels are told the number
-of rows, and do nothing where it is 0.
+Whether TensorRT launches a plugin whose outputs are empty was not found documented, and the output of ``AddRows`` is
+not empty where its positions are. CUDA refuses a grid of 0 blocks, so ours has one at the least; the kernels are told
+the number of rows, and do nothing where it is 0. Nor is it documented what inputs hold while a builder times a plugin,
+so ``AddRows`` skips positions that the sequence does not have.
 
 None of this has been run in TensorRT: tests check it against a stand-in for that module.
 """
