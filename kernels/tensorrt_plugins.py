@@ -6,8 +6,9 @@ TensorRT Python plugins", the reference of that module, and its source (NVIDIA/T
 python/packaging/bindings_wheel/tensorrt/plugin), where a decorator checks more than is documented:
 
 - ``register("namespace::name")``: parameters are annotated as TensorDesc and so is what is returned; ``like()`` of an
-  input for an output of its shape and type, ``aliased()`` for one in the same memory. The latter takes
-  ``PreviewFeature.ALIASED_PLUGIN_IO_10_03`` in the builder's configuration; TensorRT may copy such an input first.
+  input for an output of its shape and type, ``aliased()`` for one in the same memory. TensorRT may copy such an input
+  first, and silently gives the output memory of its own unless ``PreviewFeature.ALIASED_PLUGIN_IO_10_03`` is turned on
+  (``IPluginV3OneBuildV2.get_aliased_input``): :func:`allow_in_place`.
 - ``autotune``: the same parameters, then ``outputs``. It gives types and layouts of inputs and outputs: alternatives
   between ``|`` that go together, "LINEAR" for contiguous ones.
 - ``aot_impl``: the same parameters, then ``outputs`` and ``tactic``, with an annotated result: the entry point's name,
@@ -45,8 +46,6 @@ from fusion_edge.runtime.config import ALIGNMENT_HEADS
 from fusion_edge.runtime.errors import FusionError
 
 MINIMUM_VERSION = (10, 9)
-PREVIEW_FEATURE = "ALIASED_PLUGIN_IO_10_03"
-"""Of ``tensorrt.PreviewFeature``; must be set in the configuration of a builder that uses these plugins."""
 DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 """Triton's names of the types that the kernels know, by that of ``tensorrt.DataType``."""
 
@@ -107,6 +106,14 @@ def use_plugins(model: ModelProto) -> int:
     for function in [one for one in model.functions if one.domain == DOMAIN and one.name in operators]:
         model.functions.remove(function)
     return len(nodes)
+
+
+def allow_in_place(trt_module: ModuleType, config: Any) -> None:
+    """Turn aliased outputs on in a builder's configuration; every builder of these plugins must have them.
+
+    Without, ``AddRows`` writes the latents' rows to new memory, and the sequence's others are whatever was there.
+    """
+    config.set_preview_feature(trt_module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
 
 
 def register(plugin_module: ModuleType, architecture: str) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # Read when the kernels are defined (tests/test_triton_kernels.py).
@@ -25,7 +25,7 @@ from tensorrt_layers import FLOATS, SHAPES, WIDTH, types
 
 from fusion_edge.kernels import onnx_functions, recursive_alignment, tensorrt_plugins
 from fusion_edge.kernels.ahead_of_time import KERNELS, Compiled, without_scratch
-from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, register, supported, use_plugins
+from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, allow_in_place, register, supported, use_plugins
 from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError
 
@@ -248,6 +248,14 @@ def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = supported(tensorrt("tensorrt", "10.13.3"))
     assert reason is not None
     assert reason.startswith("triton not installed (pip install 'fusion-edge[kernels]')")
+
+
+def test_outputs_may_be_in_the_memory_of_inputs() -> None:
+    module = ModuleType("tensorrt")
+    module.__dict__["PreviewFeature"] = SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliased")
+    features: dict[str, bool] = {}
+    allow_in_place(module, SimpleNamespace(set_preview_feature=features.__setitem__))
+    assert features == {"aliased": True}
 
 
 def alignment_model() -> ModelProto:
