@@ -80,8 +80,9 @@ def test_add_layer_norm(questions: int, latents: int, width: int, dtype: str, op
         inputs["residual"] = inputs["x"]
     actual = run(functions.add_layer_norm_function(ALIGNMENT_NORM_EPS, opset), inputs, opset)
     expected = functions.add_layer_norm_reference(**exact(inputs), epsilon=ALIGNMENT_NORM_EPS)
-    tolerance = TOLERANCE[dtype]
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=4 * tolerance)
+    # Mean and variance are float32 sums of a row, added up one by one by ONNX Runtime 1.23.
+    tolerance, sums = TOLERANCE[dtype], 2.0**-24 * np.sqrt(width)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance + sums, atol=4 * tolerance + sums)
 
 
 @pytest.mark.parametrize(("questions", "latents", "length"), [(1, 4, 9), (3, 5, 15), (2, 1, 40), (0, 4, 7), (1, 0, 1)])
