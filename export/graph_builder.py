@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fusion_edge.kernels import context_attention
+from fusion_edge.kernels import onnx_functions
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.graphs import GraphSpec, TensorSpec
 
@@ -153,7 +153,7 @@ class GraphBuilder:
         graph.initializer.extend(_external(tensor, data_file) for tensor in self.planned.values())
         imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
         if self.functions:
-            imports.append(helper.make_opsetid(context_attention.DOMAIN, 1))
+            imports.append(helper.make_opsetid(onnx_functions.DOMAIN, 1))
         return helper.make_model(
             graph,
             opset_imports=imports,

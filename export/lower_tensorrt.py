@@ -2,7 +2,8 @@
 
 What TensorRT 10.15 and TensorRT-RTX read as native layers: RMSNormalization, RotaryEmbedding, Attention, and
 TensorScatter for a KV cache that is updated in place. Weights of 4 and 8 bits are constants behind DequantizeLinear,
-which is fused with the product that reads them. ONNX Runtime computes the same graphs.
+which is fused with the product that reads them. The recursive alignment's own operators are model-local functions,
+which a plugin may replace (``kernels/tensorrt_plugins.py``). ONNX Runtime computes the same graphs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from fusion_edge.export.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.kernels import onnx_functions
 from fusion_edge.quant.formats import WeightFormat
 
 OPSET = 24  # the first with TensorScatter
@@ -81,12 +83,21 @@ class TensorRTOperations(OnnxOperations):
         weight = self.parameter(f"{name}.weight")
         return self._node("RMSNormalization", [x, weight], name, axis=-1, epsilon=eps, stash_type=1)
 
+    def add_layer_norm(self, x: OnnxValue, residual: OnnxValue, name: str, eps: float) -> OnnxValue:
+        inputs = [x, residual, self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")]
+        return self._function(onnx_functions.add_layer_norm_function(eps, OPSET), inputs, name)
+
     def silu(self, x: OnnxValue) -> OnnxValue:
         return x * self._node("Sigmoid", [x])
 
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
         """``then()`` always: kernels of empty tensors are not launched, and a branch would end every fusion."""
         return then()
+
+    def put_rows(
+        self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue
+    ) -> OnnxValue:
+        return self._function(onnx_functions.add_rows_function(OPSET), [x, positions, rows, update])
 
     # Attention ----------------------------------------------------------------------------------------------
 

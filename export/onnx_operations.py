@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from onnx import FunctionProto
 
 from fusion_edge.export.graph_builder import ONNX_TYPES, GraphBuilder
 from fusion_edge.export.operations import Operations
 from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.tensor_names import Parameter
-from fusion_edge.kernels import context_attention
+from fusion_edge.kernels import onnx_functions
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.config import FusionConfig
 
@@ -210,7 +211,12 @@ class OnnxOperations(Operations[OnnxValue]):
 
     def context_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int) -> OnnxValue:
         dim = self.config.language.hidden_size // heads
-        self.builder.functions[context_attention.NAME] = context_attention.context_attention_function(
+        function = onnx_functions.context_attention_function(
             heads, dim, self.settings.activations, self.builder.opset
         )
-        return self._node(context_attention.NAME, [q, k, v], domain=context_attention.DOMAIN)
+        return self._function(function, [q, k, v])
+
+    def _function(self, function: FunctionProto, inputs: Sequence[OnnxValue], scope: str = "") -> OnnxValue:
+        """A node of a model-local function, which the model then has."""
+        self.builder.functions[function.name] = function
+        return self._node(function.name, inputs, scope, function.domain)

@@ -14,12 +14,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime import cli
-from fusion_edge.runtime.config import ALIGNMENT_HEADS
+from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 JETPACK_6, JETPACK_7 = (8, 5), (9, 0)
@@ -42,7 +43,7 @@ THREADS_OF_A_WARP = 32
 
 @dataclass(frozen=True)
 class Built:
-    """One kernel for one GPU."""
+    """What a kernel for one GPU takes of it, and where its PTX is."""
 
     kernel: str
     architecture: str
@@ -102,60 +103,106 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _context_attention(width: int, dtype: str) -> tuple[dict[str, str], dict[str, int]]:
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel of recursive_alignment.py is called with: inputs, 32-bit integers, its output, constants."""
+
+    inputs: tuple[str, ...]
+    integers: tuple[str, ...]
+    constants: Callable[[int], dict[str, float]]
+    """Of a hidden size."""
+
+    def types(self, dtype: str) -> dict[str, str]:
+        """Triton's type of each parameter, in their order."""
+        values = dict.fromkeys(self.inputs, f"*{dtype}") | dict.fromkeys(self.integers, "i32") | {"output": f"*{dtype}"}
+        return {name: "*i64" if name == "positions" else kind for name, kind in values.items()}
+
+
+def _attention_constants(width: int) -> dict[str, float]:
     from triton import next_power_of_2
 
     dim = width // ALIGNMENT_HEADS
-    types = dict.fromkeys(("q", "k", "v", "output"), f"*{dtype}") | {"latents": "i32", "scale": "fp32"}
-    sizes = {"CONTEXT": CONTEXT, "DIM": dim, "ROWS": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
-    return types, sizes
+    return {"CONTEXT": CONTEXT, "DIM": dim, "WINDOW": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
 
 
-def _add_layer_norm(width: int, dtype: str) -> tuple[dict[str, str], dict[str, int]]:
-    types = dict.fromkeys(("x", "residual", "weight", "bias", "output"), f"*{dtype}") | {"eps": "fp32"}
-    return types, _row(width)
+def _norm_constants(width: int) -> dict[str, float]:
+    return {"EPS": ALIGNMENT_NORM_EPS, **_row_constants(width)}
 
 
-def _add_rows(width: int, dtype: str) -> tuple[dict[str, str], dict[str, int]]:
-    types = {"x": f"*{dtype}", "positions": "*i64", "latents": f"*{dtype}", "update": f"*{dtype}"}
-    return types, _row(width)
-
-
-def _row(width: int) -> dict[str, int]:
+def _row_constants(width: int) -> dict[str, float]:
     from triton import next_power_of_2
 
     return {"WIDTH": width, "COLUMNS": next_power_of_2(width)}
 
 
-KERNELS = {"context_attention": _context_attention, "add_layer_norm": _add_layer_norm, "add_rows": _add_rows}
-"""Types of the arguments and values of the constants, by kernel."""
+KERNELS = {
+    "context_attention": Kernel(("q", "k", "v"), ("rows", "latents"), _attention_constants),
+    "add_layer_norm": Kernel(("x", "residual", "weight", "bias"), ("rows",), _norm_constants),
+    "add_rows": Kernel(("x", "positions", "latents", "update"), ("rows", "length"), _row_constants),
+}
 
 
-def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) -> Built:
-    """Compile one kernel and write its PTX. Raises :class:`FusionError` if the assembler refuses it."""
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one GPU."""
+
+    name: str
+    """Of the entry point."""
+    ptx: str
+    threads: int
+    """Of a block."""
+    shared_bytes: int
+
+
+def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
+    """A kernel of :data:`KERNELS` for one of :data:`ARCHITECTURES`; dtype is fp16, bf16 or fp32.
+
+    Raises :class:`FusionError` if it needs memory that only Triton's own launcher gives it.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from fusion_edge.kernels import recursive_alignment
 
-    types, sizes = KERNELS[kernel](width, dtype)
+    types, values = KERNELS[kernel].types(dtype), KERNELS[kernel].constants(width)
     function: Any = getattr(recursive_alignment, f"{kernel}_kernel")
-    signature = types | dict.fromkeys(sizes, "constexpr")
+    signature = types | dict.fromkeys(values, "constexpr")
     # Tensors start at multiples of 16 bytes, so that a thread may load 16 bytes at once.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
-    constants = {(function.arg_names.index(name),): value for name, value in sizes.items()}
+    constants = {(function.arg_names.index(name),): value for name, value in values.items()}
     source = ASTSource(function, signature, constants, aligned)
     major, minor = ARCHITECTURES[architecture]
     target = GPUTarget("cuda", int(architecture), THREADS_OF_A_WARP)
     options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=target, options=options)
+    built = triton.compile(source, target=target, options=options)
+    ptx = without_scratch(built.asm["ptx"], len(types))
+    return Compiled(built.metadata.name, ptx, built.metadata.num_warps * THREADS_OF_A_WARP, built.metadata.shared)
+
+
+def without_scratch(ptx: str, parameters: int) -> str:
+    """The PTX with its entry point's first ``parameters`` parameters alone.
+
+    Triton appends two pointers, to scratch memory and to that of its profiler. Whoever launches the PTX by itself
+    would have to pass them, and TensorRT passes none but a kernel's own. Raises :class:`FusionError` if they are read.
+    """
+    entry = re.search(r"\.entry\s+\w+\s*\(([^)]*)\)", ptx)
+    assert entry is not None
+    declared = entry[1].split(",")
+    for scratch in declared[parameters:]:
+        name = scratch.split()[-1]
+        if re.search(rf"\b{name}\b", ptx[entry.end() :]):
+            raise FusionError(f"A kernel reads Triton's scratch memory ({name}), which nothing but Triton gives it.")
+    return ptx[: entry.start(1)] + ",".join(declared[:parameters]).rstrip() + "\n" + ptx[entry.end(1) :]
+
+
+def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) -> Built:
+    """Compile one kernel and write its PTX. Raises :class:`FusionError` if the assembler refuses it."""
+    made = compiled(kernel, architecture, width, dtype)
     file = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx"
-    ptx: str = compiled.asm["ptx"]
-    (folder / file).write_text(ptx, encoding="ascii")
-    registers, spilled = assembled(ptx, architecture)
-    threads = compiled.metadata.num_warps * THREADS_OF_A_WARP
-    return Built(kernel, architecture, width, file, registers, compiled.metadata.shared, spilled, threads)
+    (folder / file).write_text(made.ptx, encoding="ascii")
+    registers, spilled = assembled(made.ptx, architecture)
+    return Built(kernel, architecture, width, file, registers, made.shared_bytes, spilled, made.threads)
 
 
 def assembled(ptx: str, architecture: str) -> tuple[int, int]:

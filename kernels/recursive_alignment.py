@@ -3,11 +3,13 @@
 Three kernels, each one pass over its data; the products between them stay with the engine's own. All of them are bound
 by memory: :func:`bytes_moved` says how much each has to move at the least. Beside each is what it computes, in plain
 PyTorch. Values are computed in float32 whatever they are stored in.
+
+Parameters stand in the order in which TensorRT passes them (kernels/tensorrt_plugins.py): inputs, 32-bit integers,
+output. Other numbers are constants. ``rows`` counts the latents of all questions, of which each block of the grid has
+one. CUDA launches no grid of 0 blocks, so there is one at the least, which finds nothing to do where there are no rows.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,26 @@ from torch import Tensor
 
 @triton.jit
 def context_attention_kernel(
-    q, k, v, output, latents, scale, CONTEXT: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    q,
+    k,
+    v,
+    rows,
+    latents,
+    output,
+    CONTEXT: tl.constexpr,
+    DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """One head of one latent: its query against its own ``CONTEXT`` keys and values, read once.
 
-    ``ROWS`` and ``COLUMNS`` are powers of two that hold ``CONTEXT`` and ``DIM``.
+    ``latents`` are those of one question; ``WINDOW`` and ``COLUMNS`` are powers of two that hold ``CONTEXT`` and
+    ``DIM``.
     """
     row, head, width = tl.program_id(0), tl.program_id(1), tl.num_programs(1) * DIM
-    column, context = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    if row >= rows:
+        return
+    column, context = tl.arange(0, COLUMNS), tl.arange(0, WINDOW)
     is_column, is_context = column < DIM, context < CONTEXT
     is_inside = is_context[:, None] & is_column[None, :]
     at = head * DIM + column
@@ -33,49 +47,56 @@ def context_attention_kernel(
     query = tl.load(q + row * width + at, mask=is_column, other=0.0).to(tl.float32)
     keys = tl.load(k + window, mask=is_inside, other=0.0).to(tl.float32)
     values = tl.load(v + window, mask=is_inside, other=0.0).to(tl.float32)
-    scores = tl.where(is_context, tl.sum(query[None, :] * keys, axis=1) * scale, float("-inf"))
+    scores = tl.where(is_context, tl.sum(query[None, :] * keys, axis=1) * DIM**-0.5, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, axis=0))
     attended = tl.sum(weights[:, None] * values, axis=0) / tl.sum(weights, axis=0)
     tl.store(output + row * width + at, attended.to(output.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
-def add_layer_norm_kernel(x, residual, weight, bias, output, eps, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def add_layer_norm_kernel(
+    x, residual, weight, bias, rows, output, EPS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
     """LayerNorm of one row of ``x + residual``, read once."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    if row >= rows:
+        return
     inside = column < WIDTH
     at = row * WIDTH + column
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(total, axis=0) / WIDTH
     centred = tl.where(inside, total - mean, 0.0)
-    normed = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
+    normed = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
     scaled = normed * tl.load(weight + column, mask=inside).to(tl.float32)
     scaled += tl.load(bias + column, mask=inside).to(tl.float32)
     tl.store(output + at, scaled.to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def add_rows_kernel(x, positions, latents, update, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row ``positions[i]`` of ``x`` becomes ``latents[i] + update[i]``."""
+def add_rows_kernel(x, positions, latents, update, rows, length, output, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row ``positions[i]`` of ``output`` becomes ``latents[i] + update[i]``; ``x`` is the same memory.
+
+    Positions outside its ``length`` rows are skipped: a builder that times the kernel may give it any.
+    """
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    if row >= rows:
+        return
     inside = column < WIDTH
     at = row * WIDTH + column
     total = tl.load(latents + at, mask=inside).to(tl.float32) + tl.load(update + at, mask=inside).to(tl.float32)
-    to = tl.load(positions + row) * WIDTH + column
-    tl.store(x + to, total.to(x.dtype.element_ty), mask=inside)
+    to = tl.load(positions + row)
+    inside &= (to >= 0) & (to < length)
+    tl.store(output + to * WIDTH + column, total.to(output.dtype.element_ty), mask=inside)
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Every latent attends to its own context: ``[R,q,D]``, ``[1,q,C,D]``, ``[1,q,C,D]`` -> ``[R,q,D]``, contiguous."""
     questions, latents, width = q.shape
     context, dim = k.shape[2], width // heads
-    output = torch.empty_like(q)
-    if output.numel():
-        powers = triton.next_power_of_2(context), triton.next_power_of_2(dim)
-        context_attention_kernel[questions * latents, heads](
-            q, k, v, output, latents, 1 / math.sqrt(dim), context, dim, *powers
-        )
+    rows, output = questions * latents, torch.empty_like(q)
+    powers = triton.next_power_of_2(context), triton.next_power_of_2(dim)
+    context_attention_kernel[max(rows, 1), heads](q, k, v, rows, latents, output, context, dim, *powers)
     return output
 
 
@@ -83,7 +104,7 @@ def context_attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int) -> 
     """The same in plain operations."""
     dim = q.shape[-1] // heads
     query, keys, values = (x.float().reshape(*x.shape[:-1], heads, dim) for x in (q, k, v))
-    weights = ((query.unsqueeze(2) * keys).sum(-1) / math.sqrt(dim)).softmax(2)
+    weights = ((query.unsqueeze(2) * keys).sum(-1) * dim**-0.5).softmax(2)
     attended: Tensor = (weights.unsqueeze(-1) * values).sum(2)
     return attended.flatten(-2).to(q.dtype)
 
@@ -91,8 +112,8 @@ def context_attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int) -> 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of ``x + residual``: ``[...,D]``, ``[...,D]``, ``[D]``, ``[D]`` -> ``[...,D]``, contiguous."""
     width, output = x.shape[-1], torch.empty_like(x)
-    if rows := x.numel() // width:
-        add_layer_norm_kernel[(rows,)](x, residual, weight, bias, output, eps, width, triton.next_power_of_2(width))
+    rows, columns = x.numel() // width, triton.next_power_of_2(width)
+    add_layer_norm_kernel[(max(rows, 1),)](x, residual, weight, bias, rows, output, eps, width, columns)
     return output
 
 
@@ -104,9 +125,9 @@ def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: 
 
 def add_rows(x: Tensor, positions: Tensor, latents: Tensor, update: Tensor) -> None:
     """Put ``latents + update`` ``[R,q,D]`` at the rows ``positions`` ``[R,q]`` int64 of ``x`` ``[L,D]``, in place."""
-    if positions.numel():
-        width = x.shape[-1]
-        add_rows_kernel[(positions.numel(),)](x, positions, latents, update, width, triton.next_power_of_2(width))
+    rows, (length, width) = positions.numel(), x.shape
+    columns = triton.next_power_of_2(width)
+    add_rows_kernel[(max(rows, 1),)](x, positions, latents, update, rows, length, x, width, columns)
 
 
 def add_rows_reference(x: Tensor, positions: Tensor, latents: Tensor, update: Tensor) -> None:

@@ -77,6 +77,24 @@ def test_add_rows(dtype: torch.dtype, questions: int, latents: int, width: int) 
     torch.testing.assert_close(x, expected, rtol=TOLERANCE[dtype], atol=0)
 
 
+def test_rows_that_there_are_not_are_left_alone() -> None:
+    """Blocks behind the last row do nothing, and positions outside of the sequence are skipped."""
+    x, q, update = (values(1, 3, 8, dtype=torch.float32) for _ in range(3))
+    k, v = values(2, 1, 3, 9, 8, dtype=torch.float32)
+    weight = torch.ones(8)
+    outputs = [torch.full((3, 8), 7.0) for _ in range(4)]
+    kernels.context_attention_kernel[3, 1](q, k, v, 2, 3, outputs[0], 9, 8, 16, 8)
+    kernels.add_layer_norm_kernel[(3,)](x, q, weight, weight, 2, outputs[1], 1e-5, 8, 8)
+    kernels.add_rows_kernel[(3,)](x, torch.tensor([[0, 1, 2]]), q, update, 2, 3, outputs[2], 8, 8)
+    kernels.add_rows_kernel[(3,)](x, torch.tensor([[0, 1, 2]]), q, update, 3, 2, outputs[3], 8, 8)
+    for output in outputs:
+        assert (output[:2] != 7).all()
+        assert (output[2] == 7).all()
+    untouched = torch.full((3, 8), 7.0)
+    kernels.add_rows_kernel[(3,)](x, torch.tensor([[-1, 3, 2**40]]), q, update, 3, 3, untouched, 8, 8)
+    assert (untouched == 7).all()
+
+
 def test_ahead_of_time(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fusion_edge.kernels.ahead_of_time", "--output", str(tmp_path), "--width", "3072"]
