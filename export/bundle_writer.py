@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion_edge.export.data_writer import DataWriter
-from fusion_edge.export.folder_lock import locked
+from fusion_edge.export.partial_folder import partial_folder
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.export.weights import CheckpointWeights
 from fusion_edge.runtime import bundle
@@ -35,7 +32,7 @@ def write_bundle(
     export is writing the same output, or if a weight is not finite. Leaves nothing behind then.
     """
     output = resolve_output(output)
-    with _partial_folder(output) as folder:
+    with partial_folder(output, "export") as folder:
         check_output(output, force)
         _check_disk(plan, output)
         for name, content in plan.small_files.items():
@@ -100,47 +97,3 @@ def _check_disk(plan: ExportPlan, output: Path) -> None:
             f"The disk of {output.parent} has {free / 1e9:.2f} GB free; the bundle needs {needed / 1e9:.2f} GB. "
             "Free some space or choose another output."
         )
-
-
-@contextmanager
-def _partial_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output``, renamed to it at the end and removed on any error.
-
-    What a killed export left is removed by the next one; the lock tells it from one that is still running.
-    """
-    folder = output.parent / f".{output.name}.partial"
-    replaced = output.parent / f".{output.name}.replaced"
-    try:
-        with _locked(folder, output):
-            _put_back(replaced, output)  # an export was killed between the two renames below
-            for left in folder.iterdir():
-                left.unlink()
-            yield folder
-            try:
-                if output.exists():
-                    output.rename(replaced)
-                folder.rename(output)
-            finally:
-                _put_back(replaced, output)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise FusionError(f"The disk of {output.parent} is full; free some space and export again.") from None
-        raise FusionError(f"Cannot write {output}: {error.strerror}.") from None
-
-
-def _put_back(replaced: Path, output: Path) -> None:
-    """The replaced bundle returns if nothing has taken its place, and goes if something has."""
-    if replaced.exists() and not output.exists():
-        replaced.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """Hold ``folder``, made if absent, which an error removes."""
-    with locked(folder, f"Another export is writing {output}; wait for it or choose another output."):
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -23,8 +22,6 @@ from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.quantization_report import QuantizationReport
-
-UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 CALIBRATION_OPTIONS = {
     "samples": "--samples",
@@ -142,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     mixed = parser.add_mutually_exclusive_group()
     mixed.add_argument(
         "--budget",
-        type=_bytes,
+        type=cli.byte_count,
         metavar="SIZE",
         help="give 8 bits to the 4-bit weights that need them most, as many as a bundle of this size holds, e.g. 2.9GB",
     )
@@ -158,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--dry-run", action="store_true", help="print sizes and memory, write nothing")
-    add("--fit", type=_bytes, metavar="SIZE", help="with --dry-run: say whether it runs in this memory, e.g. 8GB")
+    add("--fit", type=cli.byte_count, metavar="SIZE", help="with --dry-run: does it run in this memory, e.g. 8GB")
     add("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
@@ -177,14 +174,6 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 1.5")
     return number
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    units = {name.lower(): factor for name, factor in UNITS.items()}
-    if match is None or match[2].lower() not in units:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 7.4GiB")
-    return int(float(match[1]) * units[match[2].lower()])
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -78,6 +78,8 @@ class GraphBuilder:
         self.constants: dict[str, TensorProto] = {}
         self.planned: dict[str, PlannedTensor] = {}
         self.functions: dict[str, FunctionProto] = {}
+        self.described: list[TensorSpec] = []
+        """Values whose shape does not follow from their node's inputs alone."""
         self.data_bytes = 0
         self._used: dict[str, int] = {}
 
@@ -149,6 +151,7 @@ class GraphBuilder:
         graph.node.extend(self.nodes)
         graph.input.extend(_value_infos(self.spec.inputs))
         graph.output.extend(_value_infos(self.spec.outputs))
+        graph.value_info.extend(_value_infos(self.described))
         graph.initializer.extend(self.constants.values())
         graph.initializer.extend(_external(tensor, data_file) for tensor in self.planned.values())
         imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]

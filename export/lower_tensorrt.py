@@ -17,6 +17,7 @@ from fusion_edge.export.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.kernels import onnx_functions
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.graphs import TensorSpec
 
 OPSET = 24  # the first with TensorScatter
 
@@ -156,5 +157,6 @@ class TensorRTOperations(OnnxOperations):
             stop = self._node("Squeeze", [size, self.builder.constant([0])])
             slots = self._node("Range", [self.builder.constant(0), stop, self.builder.constant(1)])
             rows = self._node("Unsqueeze", ["positions", self.builder.constant([1, 3])])
-            self._mask = self._node("LessOrEqual", [slots, rows])
+            self._mask = self._node("LessOrEqual", [slots, rows], "llm.causal_mask")
+            self.builder.described.append(TensorSpec(self._mask.name, "bool", (1, 1, "positions", "capacity")))
         return self._mask

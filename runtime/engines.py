@@ -20,7 +20,6 @@ from fusion_edge.runtime.schema import from_json
 SCHEMA_VERSION = 1
 FOLDER = "engines"
 ENGINES = "engines.json"
-TIMING_CACHE = "timing.cache"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Engine:
     """Each with its name, dtype and shape, -1 where that depends on the profile."""
     outputs: tuple[Mapping[str, Any], ...]
     profiles: tuple[Mapping[str, Any], ...]
-    """Least, typical and largest shape of every input, by its name; in an LLM's first come prompts, then steps."""
+    """Least, typical and largest shape of every input whose shape varies, by its name; of an LLM the first is for
+    prompts, the second for one-token steps."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,19 @@ class Engines:
     """Questions of one conversation."""
     max_question_tokens: int
     """Tokens of all questions of a conversation together."""
+    workspace: int | None
+    """Bytes of scratch memory that kernels were tried with; None is TensorRT's default."""
+    parts: int
+    """How many engines were asked for for the LLM."""
     operator: str
     """``plugin`` or ``function``: what computes the recursive alignment."""
-    engines: Mapping[str, Engine]
-    """By graph name."""
+    engines: Mapping[str, tuple[Engine, ...]]
+    """By graph name; of an LLM that was built in parts, in the order in which they run."""
 
     @property
     def size(self) -> int:
         """Bytes of all engines, which is what their weights take on the device."""
-        return sum(engine.file.size for engine in self.engines.values())
+        return sum(engine.file.size for parts in self.engines.values() for engine in parts)
 
     def to_text(self) -> str:
         """The text of ``engines.json``."""
@@ -124,7 +128,7 @@ def open_engines(bundle: Bundle, machine: Machine) -> tuple[Path, Engines]:
         raise FusionError(f"The engines in {folder} are of another bundle; build those of this one: {build}")
     if missing := bundle.manifest.graphs.keys() ^ engines.engines.keys():
         raise FusionError(f"{folder / ENGINES} does not fit the bundle in {min(missing)}; build them again: {build}")
-    for engine in engines.engines.values():
+    for engine in (engine for parts in engines.engines.values() for engine in parts):
         check_file(folder, engine.file, ENGINES, f"Build the engines again: {build}")
         check_digest(folder, engine.file, ENGINES, f"Build the engines again: {build}")
     return folder, engines

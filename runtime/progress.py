@@ -13,10 +13,10 @@ REFRESH_SECONDS = 0.2
 class Progress:
     """Context manager; :meth:`advance` may be called from several threads."""
 
-    def __init__(self, label: str, total: int, unit: str = "MB") -> None:
-        """``unit`` names a million of what is counted: bytes unless told otherwise."""
+    def __init__(self, label: str, total: int, unit: str | None = "MB") -> None:
+        """``unit`` names a million of what is counted: bytes unless told otherwise, None for no rate."""
         self.label = label
-        self.total = max(total, 1)
+        self.total = total
         self.unit = unit
         self.done = 0
         self._start = time.monotonic()
@@ -34,6 +34,11 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
+    def extend(self, count: int) -> None:
+        """Count ``count`` more as to be done."""
+        with self._lock:
+            self.total += count
+
     def advance(self, count: int) -> None:
         """Count ``count`` more as done."""
         with self._lock:
@@ -44,6 +49,7 @@ class Progress:
             self._shown = now
             elapsed = now - self._start
             left = elapsed * (self.total - self.done) / max(self.done, 1)
-            share, rate = self.done / self.total, self.done / 1e6 / elapsed
-            sys.stderr.write(f"\r\x1b[K{self.label}: {share:4.0%}, {rate:.0f} {self.unit}/s, {left:.0f} s left")
+            share, rate = self.done / max(self.total, 1), self.done / 1e6 / elapsed
+            speed = "" if self.unit is None else f" {rate:.0f} {self.unit}/s,"
+            sys.stderr.write(f"\r\x1b[K{self.label}: {share:4.0%},{speed} {left:.0f} s left")
             sys.stderr.flush()

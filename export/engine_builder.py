@@ -1,0 +1,221 @@
+"""Building the engines of a bundle with TensorRT or TensorRT-RTX, one part of a graph at a time."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import onnx
+from onnx import ModelProto, ValueInfoProto
+
+from fusion_edge.export.engine_parts import fix_dimension, split, tensor_dtype, tensor_shape
+from fusion_edge.export.engine_profiles import Limits, Ranges, profiles, shapes
+from fusion_edge.kernels import tensorrt_plugins
+from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, digest, graph_file
+from fusion_edge.runtime.engines import Engine, Machine
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.graphs import LLM
+from fusion_edge.runtime.progress import Progress
+from fusion_edge.runtime.tensorrt_library import Library, Messages
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user asks for; each field is an option of ``fusion-build`` and explained there."""
+
+    workspace: int | None = None
+    """Bytes of scratch memory that TensorRT may try kernels with; None: its default."""
+    parts: int = 1
+    """Engines that the LLM is cut into."""
+    verbose: bool = False
+
+
+class EngineBuilder:
+    """Builds the engines of one bundle for one machine into a folder."""
+
+    def __init__(
+        self, bundle: Bundle, library: Library, machine: Machine, built_for: Limits, options: BuildOptions
+    ) -> None:
+        """``machine`` is the library and a compute capability that it builds for, see :func:`check_machine`."""
+        self._bundle = bundle
+        self._library = library
+        self._machine = machine
+        self._limits = built_for
+        self._options = options
+        self._messages = Messages(library, options.verbose)
+        self._logger = self._messages.logger()
+        self.timing_cache = b""
+        """Of earlier builds, before; what is worth keeping for later ones, after."""
+        self.uses_plugins = (reason := tensorrt_plugins.supported(library.module)) is None
+        self.no_plugins = reason
+        """Why the recursive alignment runs as standard operators; None if plugins compute it."""
+        if self.uses_plugins:
+            architecture = machine.compute_capability.replace(".", "")
+            tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), architecture)
+
+    def build(self, folder: Path) -> dict[str, tuple[Engine, ...]]:
+        """Write every engine to ``folder``; by graph name, its parts in the order in which they run.
+
+        Raises :class:`FusionError` with what TensorRT says if it cannot build one.
+        """
+        ranges = profiles(self._bundle.manifest, self._limits)
+        return {
+            name: tuple(self._engines(name, ranges[name], folder)) for name in self._bundle.manifest.graphs
+        }
+
+    def _engines(self, name: str, ranges: list[Ranges], folder: Path) -> Iterator[Engine]:
+        model = onnx.load(self._bundle.path(graph_file(name)), load_external_data=False)
+        fix_dimension(model, "capacity", self._limits.max_context)
+        parts = split(model, self._options.parts) if name == LLM else [model]
+        for number, part in enumerate(parts, 1):
+            label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
+            file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
+            described = _described(part, ranges)
+            if self.uses_plugins:
+                tensorrt_plugins.use_plugins(part)
+            self._write(part, described, label, file)
+            entry = FileEntry(file.name, file.stat().st_size, digest(file))
+            inputs, outputs = _tensors(part.graph.input), _tensors(part.graph.output)
+            yield Engine(entry, inputs, outputs, tuple(described))
+
+    def _write(self, model: ModelProto, described: list[dict[str, Any]], label: str, file: Path) -> None:
+        """Parse, build and write one engine. Raises :class:`FusionError`."""
+        trt = self._library.module
+        self._messages.errors.clear()
+        with Progress(f"Building {label}", 0, unit=None) as progress, Interruption() as interruption:
+            monitor = _monitor(trt, progress, interruption)
+            # Fused attention first: what has no kernel for it is an error that says so, and comes early.
+            plan = self._plan(model, described, monitor, decompose_attention=False)
+            if plan is None and any("dedicated kernel" in error for error in self._messages.errors):
+                sys.stderr.write(
+                    f"{label}: {self._library.name} has no fused attention for these heads; its parts run one by one.\n"
+                )
+                plan = self._plan(model, described, monitor, decompose_attention=True)
+        if plan is None:
+            raise FusionError(
+                f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
+                f"{self._machine.compute_capability}: {self._messages.first_error()}. Where memory ran out, build with "
+                "more --parts, a smaller --max-context or --workspace."
+            )
+        with file.open("wb") as output:
+            output.write(memoryview(plan))
+
+    def _plan(
+        self, model: ModelProto, described: list[dict[str, Any]], monitor: Any, decompose_attention: bool
+    ) -> Any:
+        """The serialized engine (``IHostMemory``), or None if TensorRT gave up."""
+        trt = self._library.module
+        builder = trt.Builder(self._logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self._logger)
+        # In the folder of this path the parser finds the data file, which it maps into memory.
+        if not parser.parse(model.SerializeToString(), str(self._bundle.folder / MANIFEST)):
+            self._messages.errors.insert(0, str(parser.get_error(0)) if parser.num_errors else "")
+            return None
+        if decompose_attention:
+            _decompose_attention(trt, network)
+        config = self._config(builder, monitor)
+        for shapes_of in described:
+            profile = builder.create_optimization_profile()
+            for tensor, ranges in shapes_of.items():
+                profile.set_shape(tensor, *ranges)
+            config.add_optimization_profile(profile)
+        cache = config.create_timing_cache(self.timing_cache)
+        config.set_timing_cache(cache, ignore_mismatch=False)
+        plan = builder.build_serialized_network(network, config)
+        self.timing_cache = bytes(memoryview(config.get_timing_cache().serialize()))
+        return plan
+
+    def _config(self, builder: Any, monitor: Any) -> Any:
+        trt, machine = self._library.module, self._machine
+        config = builder.create_builder_config()
+        config.progress_monitor = monitor
+        if self._options.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._options.workspace)
+        if self._library.is_rtx:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(_compute_capability(trt, machine.compute_capability), 0)
+        if self.uses_plugins:
+            tensorrt_plugins.allow_in_place(trt, config)
+        return config
+
+
+def _described(model: ModelProto, ranges: list[Ranges]) -> list[dict[str, Any]]:
+    """Each profile: least, typical and largest shape of every input whose shape is not fixed, by name."""
+    inputs = {value.name: tensor_shape(value) for value in model.graph.input}
+    dynamic = {name: sizes for name, sizes in inputs.items() if any(isinstance(size, str) for size in sizes)}
+    return [{name: shapes(sizes, profile) for name, sizes in dynamic.items()} for profile in ranges]
+
+
+def _tensors(values: Any) -> tuple[Mapping[str, Any], ...]:
+    def described(value: ValueInfoProto) -> dict[str, Any]:
+        shape = [-1 if isinstance(size, str) else size for size in tensor_shape(value)]
+        return {"name": value.name, "dtype": tensor_dtype(value), "shape": shape}
+
+    return tuple(described(value) for value in values)
+
+
+def _decompose_attention(trt: Any, network: Any) -> None:
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # layers come as their base class
+            layer.attention.decomposable = True
+
+
+def _compute_capability(trt: Any, written: str) -> Any:
+    name = f"SM{written.replace('.', '')}"
+    known = [one for one in dir(trt.ComputeCapability) if one.startswith("SM")]
+    if name not in known:
+        listed = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in sorted(known, key=lambda one: int(one[2:])))
+        raise FusionError(
+            f"{trt.__name__} {trt.__version__} does not build for compute capability {written}; it does for {listed}."
+        )
+    return getattr(trt.ComputeCapability, name)
+
+
+def _monitor(trt: Any, progress: Progress, interruption: Interruption) -> Any:
+    """TensorRT's own progress: steps of phases, which may have phases of their own."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            progress.extend(num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress.advance(1)
+            return not interruption.wanted
+
+    return Monitor()
+
+
+class Interruption:
+    """Ctrl-C while TensorRT builds: an exception in its callbacks would abort the process, so it is asked to stop."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.signal(signal.SIGINT, self._want)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        if self.wanted:
+            raise KeyboardInterrupt
+
+    def _want(self, *_: object) -> None:
+        self.wanted = True
