@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,27 +76,25 @@ class EngineBuilder:
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
             file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
-            described = _described(part, ranges)
             if self.uses_plugins:
                 tensorrt_plugins.use_plugins(part)
-            self._write(part, described, label, file)
+            self._write(part, ranges, label, file)
             entry = FileEntry(file.name, file.stat().st_size, digest(file))
-            inputs, outputs = _tensors(part.graph.input), _tensors(part.graph.output)
-            yield Engine(entry, inputs, outputs, tuple(described))
+            yield Engine(entry, _tensors(part.graph.input), _tensors(part.graph.output), tuple(ranges))
 
-    def _write(self, model: ModelProto, described: list[dict[str, Any]], label: str, file: Path) -> None:
+    def _write(self, model: ModelProto, ranges: list[Ranges], label: str, file: Path) -> None:
         """Parse, build and write one engine. Raises :class:`FusionError`."""
         trt = self._library.module
         self._messages.errors.clear()
         with Progress(f"Building {label}", 0, unit=None) as progress, Interruption() as interruption:
             monitor = _monitor(trt, progress, interruption)
             # Fused attention first: what has no kernel for it is an error that says so, and comes early.
-            plan = self._plan(model, described, monitor, decompose_attention=False)
+            plan = self._plan(model, ranges, monitor, decompose_attention=False)
             if plan is None and any("dedicated kernel" in error for error in self._messages.errors):
                 sys.stderr.write(
                     f"{label}: {self._library.name} has no fused attention for these heads; its parts run one by one.\n"
                 )
-                plan = self._plan(model, described, monitor, decompose_attention=True)
+                plan = self._plan(model, ranges, monitor, decompose_attention=True)
         if plan is None:
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
@@ -107,7 +105,7 @@ class EngineBuilder:
             output.write(memoryview(plan))
 
     def _plan(
-        self, model: ModelProto, described: list[dict[str, Any]], monitor: Any, decompose_attention: bool
+        self, model: ModelProto, ranges: list[Ranges], monitor: Any, decompose_attention: bool
     ) -> Any:
         """The serialized engine (``IHostMemory``), or None if TensorRT gave up."""
         trt = self._library.module
@@ -121,10 +119,12 @@ class EngineBuilder:
         if decompose_attention:
             _decompose_attention(trt, network)
         config = self._config(builder, monitor)
-        for shapes_of in described:
+        inputs = [(value.name, tensor_shape(value)) for value in model.graph.input]
+        for dimensions in ranges:
             profile = builder.create_optimization_profile()
-            for tensor, ranges in shapes_of.items():
-                profile.set_shape(tensor, *ranges)
+            for name, sizes in inputs:
+                if any(isinstance(size, str) for size in sizes):
+                    profile.set_shape(name, *shapes(sizes, dimensions))
             config.add_optimization_profile(profile)
         cache = config.create_timing_cache(self.timing_cache)
         config.set_timing_cache(cache, ignore_mismatch=False)
@@ -146,19 +146,10 @@ class EngineBuilder:
         return config
 
 
-def _described(model: ModelProto, ranges: list[Ranges]) -> list[dict[str, Any]]:
-    """Each profile: least, typical and largest shape of every input whose shape is not fixed, by name."""
-    inputs = {value.name: tensor_shape(value) for value in model.graph.input}
-    dynamic = {name: sizes for name, sizes in inputs.items() if any(isinstance(size, str) for size in sizes)}
-    return [{name: shapes(sizes, profile) for name, sizes in dynamic.items()} for profile in ranges]
-
-
-def _tensors(values: Any) -> tuple[Mapping[str, Any], ...]:
-    def described(value: ValueInfoProto) -> dict[str, Any]:
-        shape = [-1 if isinstance(size, str) else size for size in tensor_shape(value)]
-        return {"name": value.name, "dtype": tensor_dtype(value), "shape": shape}
-
-    return tuple(described(value) for value in values)
+def _tensors(values: Iterable[ValueInfoProto]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(
+        {"name": value.name, "dtype": tensor_dtype(value), "shape": tensor_shape(value)} for value in values
+    )
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:

@@ -13,10 +13,8 @@ from fusion_edge.runtime.config import GLOBAL_CROPS, side
 from fusion_edge.runtime.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
 from fusion_edge.runtime.grids import pooling_cells
 
-Range = tuple[int, int, int]
-"""Least, typical, largest."""
-Ranges = Mapping[str, Range]
-"""By symbolic dimension (``runtime/graphs.py``)."""
+Ranges = Mapping[str, tuple[int, ...]]
+"""Least, typical and largest size by symbolic dimension (``runtime/graphs.py``)."""
 MAXIMUM_QUESTION_TOKENS = 512
 """Text rows of the vision encoder. Its memory grows with them, and a robot's questions are short."""
 MINIMUM_QUESTION = 16  # tokens of a template and the shortest question, at the least
@@ -57,6 +55,7 @@ def _alignment(manifest: Manifest) -> Ranges:
     latents = [pooling_cells(size, side(q)).shape for q in manifest.query_lengths]
     context = [pooling_cells(size, window * side(q)).shape for q in manifest.query_lengths]
     return {
+        "latents": _range(manifest.query_lengths),
         "side": _range([rows for rows, _ in latents]),
         "latent_rows": _range([cell for _, cell in latents]),
         "context_side": _range([rows for rows, _ in context]),
@@ -75,7 +74,7 @@ def _llm(manifest: Manifest, built_for: Limits) -> Iterator[Ranges]:
     yield {"positions": (1, 1, 1), "questions": (0, 0, 0), "latents": (0, 0, 0)}
 
 
-def _range(values: Sequence[int]) -> Range:
+def _range(values: Sequence[int]) -> tuple[int, int, int]:
     """The first is the typical one: that of the default query length."""
     return min(values), values[0], max(values)
 

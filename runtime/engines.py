@@ -43,11 +43,10 @@ class Engine:
 
     file: FileEntry
     inputs: tuple[Mapping[str, Any], ...]
-    """Each with its name, dtype and shape, -1 where that depends on the profile."""
+    """Each with its name, dtype and shape, in which symbolic dimensions vary."""
     outputs: tuple[Mapping[str, Any], ...]
-    profiles: tuple[Mapping[str, Any], ...]
-    """Least, typical and largest shape of every input whose shape varies, by its name; of an LLM the first is for
-    prompts, the second for one-token steps."""
+    profiles: tuple[Mapping[str, tuple[int, ...]], ...]
+    """Least, typical and largest size by symbolic dimension; an LLM's first is for prompts, its second for steps."""
 
 
 @dataclass(frozen=True)
