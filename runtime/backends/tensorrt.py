@@ -1,0 +1,219 @@
+"""TensorRT and TensorRT-RTX: engines that ``fusion-build`` made, all memory allocated once, steps as a CUDA graph."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
+from fusion_edge.runtime.backends.tensorrt_graph import EngineGraph
+from fusion_edge.runtime.backends.tensorrt_memory import DeviceMemory, DeviceTensor
+from fusion_edge.runtime.bundle import Bundle
+from fusion_edge.runtime.cuda import Cuda
+from fusion_edge.runtime.device_memory import check_device_memory
+from fusion_edge.runtime.engines import Engine, Machine, open_engines
+from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
+from fusion_edge.runtime.tensorrt_library import Library, Messages
+
+PROMPT, STEP = 0, 1
+"""The LLM's profiles."""
+OF_IMAGE = ("keys", "values")
+"""What the alignment decoder leaves on the device for the LLM."""
+ON_HOST = frozenset(
+    ("pixel_values", "text_embeds", "text_mask", "features", "latent_cells", "context_cells", "latents", "embeddings")
+    + ("latent_positions", "question_positions", "positions", "write_index", "logits")
+)
+"""What the host gives or reads."""
+STEP_INPUTS = ("embeddings", "positions", "write_index")
+
+
+class TensorRTBackend:
+    """See :class:`fusion_edge.runtime.backends.base.Backend`."""
+
+    def __init__(self, bundle: Bundle, library: Library, cuda: Cuda) -> None:
+        """Load the engines of this machine.
+
+        Raises :class:`FusionError` if there are none that fit it, or the device has too little memory for them.
+        """
+        self.name = library.name.replace("_", "-")
+        folder, engines = open_engines(bundle, Machine(library.name, library.version, cuda.compute_capability()))
+        check_device_memory(bundle.manifest, engines, cuda)
+        self._config, self._context = bundle.manifest.model, engines.max_context
+        messages = Messages(library)
+        self._runtime = library.module.Runtime(messages.logger())
+        self._cuda, self._stream = cuda, cuda.stream()
+        self._memory = DeviceMemory(cuda)
+        self._graphs = {
+            name: EngineGraph(name, parts, folder, library, self._runtime, messages)
+            for name, parts in engines.engines.items()
+        }
+        self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
+        self._free: list[tuple[DeviceTensor, ...]] = []
+        self._length = self._capacity = 0
+        self._prepare()
+        self._recorded = self._record_step()
+
+    def _allocate(self, engines: list[Engine]) -> dict[str, DeviceTensor]:
+        """Memory by name of a tensor, for its largest shape. A cache comes in and goes out in the same."""
+        tensors: dict[str, DeviceTensor] = {}
+        for engine in engines:
+            largest = {name: max(profile[name][2] for profile in engine.profiles) for name in engine.profiles[0]}
+            for tensor in (*engine.inputs, *engine.outputs):
+                name = tensor["name"]
+                shape = [largest[size] if isinstance(size, str) else size for size in tensor["shape"]]
+                if name in OF_IMAGE:
+                    self._of_image = tensor["dtype"], shape
+                elif name.startswith("present."):
+                    tensors[name] = tensors[f"past.{name.removeprefix('present.')}"]
+                elif name not in tensors:
+                    tensors[name] = DeviceTensor(self._memory, tensor["dtype"], shape, name in ON_HOST)
+        return tensors
+
+    def _prepare(self) -> None:
+        """Contexts, all of which work in the same scratch memory: one runs at a time."""
+        size = max(graph.scratch_bytes for graph in self._graphs.values())
+        scratch = self._memory.device(size)
+        nothing = self._memory.device(0)
+        pointers = {name: tensor.pointer for name, tensor in self._tensors.items()} | dict.fromkeys(OF_IMAGE, nothing)
+        for graph in self._graphs.values():
+            graph.prepare(scratch, size, pointers, self._stream)
+        self._cuda.wait(self._stream)
+
+    # Vision and alignment ----------------------------------------------------------------------------------------
+
+    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
+        inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}
+        self._run(VISION_ENCODER, PROMPT, inputs, {"crops": len(pixels), "text": text_embeds.shape[1]})
+        shape = (len(pixels), self._config.vision.patches, self._config.language.hidden_size)
+        return self._result("features", shape).astype(np.float32)
+
+    def align(self, features: npt.ArrayLike, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
+        count = len(latent_cells) ** 2
+        pair = self._image_memory()
+        pointers = {name: tensor.pointer for name, tensor in zip(OF_IMAGE, pair, strict=True)}
+        self._graphs[ALIGNMENT_DECODER].bind(PROMPT, pointers)
+        inputs = {"features": np.asarray(features), "latent_cells": latent_cells, "context_cells": context_cells}
+        cells = zip(("side", "latent_rows"), latent_cells.shape, strict=True)
+        context = zip(("context_side", "context_rows"), context_cells.shape, strict=True)
+        self._run(ALIGNMENT_DECODER, PROMPT, inputs, {"latents": count, **dict(cells), **dict(context)})
+        latents = self._result("latents", (1, count, self._config.language.hidden_size))[0].astype(np.float32)
+        aligned = ImageAlignment(latents, *pair)
+        weakref.finalize(aligned, self._free.append, pair)
+        return aligned
+
+    def _image_memory(self) -> tuple[DeviceTensor, ...]:
+        """Keys and values of one image: memory of one that is no longer kept, or new."""
+        if self._free:
+            return self._free.pop()
+        dtype, shape = self._of_image
+        return tuple(DeviceTensor(self._memory, dtype, shape, on_host=False) for _ in OF_IMAGE)
+
+    # LLM ---------------------------------------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
+    ) -> Floats:
+        if capacity > self._context:
+            raise FusionError(
+                f"A sequence of {capacity} positions does not fit the engines' context of {self._context}; build with "
+                "a larger --max-context."
+            )
+        check_capacity(len(embeddings), capacity)
+        self._graphs[LLM].bind(PROMPT, {"keys": image.keys.pointer, "values": image.values.pointer})
+        inputs = {
+            "embeddings": embeddings[None],
+            "latent_positions": latent_positions,
+            "question_positions": question_positions,
+            "positions": np.arange(len(embeddings))[None],
+            "write_index": np.zeros(1, np.int64),
+        }
+        questions, latents = latent_positions.shape
+        dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents}
+        self._run(LLM, PROMPT, inputs, dimensions)
+        self._length, self._capacity = len(embeddings), capacity
+        return self._logits()
+
+    def decode(self, embedding: Floats) -> Floats:
+        check_capacity(self._length + 1, self._capacity)
+        self._write_step(embedding, self._length)
+        if self._recorded is None:
+            self._step()
+        else:
+            self._cuda.launch(self._recorded, self._stream)
+        self._cuda.wait(self._stream)
+        self._length += 1
+        return self._tensors["logits"].host((1, self._config.language.vocab_size))[0]
+
+    def _write_step(self, embedding: npt.ArrayLike, position: int) -> None:
+        """The inputs of a step, in pinned memory."""
+        values = dict(zip(STEP_INPUTS, (embedding, position, position), strict=True))
+        for name, value in values.items():
+            self._tensors[name].host(self._step_shapes[name])[...] = value
+
+    @property
+    def _step_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {"embeddings": (1, 1, self._config.language.hidden_size), "positions": (1, 1), "write_index": (1,)}
+
+    def _step(self) -> None:
+        """One token, from pinned memory to pinned memory: all work of a step is in the stream."""
+        for name, shape in self._step_shapes.items():
+            self._tensors[name].send(shape, self._stream)
+        self._graphs[LLM].run(STEP, self._stream)
+        self._tensors["logits"].download((1, self._config.language.vocab_size), self._stream)
+
+    def _record_step(self) -> Any:
+        """A step as a CUDA graph, one launch where there were hundreds; None where TensorRT cannot be recorded."""
+        self._graphs[LLM].set_dimensions(STEP, {"positions": 1, "questions": 0, "latents": 0})
+        self._write_step(0, 0)
+        self._step()  # what TensorRT does in a first run cannot be recorded
+        self._cuda.wait(self._stream)
+        self._cuda.begin_capture(self._stream)
+        try:
+            self._step()
+        except FusionError as error:
+            reason: FusionError | None = error
+        else:
+            reason = None
+        try:
+            return self._cuda.end_capture(self._stream)
+        except DeviceError as error:
+            sys.stderr.write(f"Steps run without a CUDA graph: {reason or error}\n")
+            return None
+
+    # What all graphs share ---------------------------------------------------------------------------------------
+
+    def _run(
+        self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]], dimensions: Mapping[str, int]
+    ) -> None:
+        self._graphs[graph].set_dimensions(profile, dimensions)
+        for name, array in inputs.items():
+            self._tensors[name].upload(array, self._stream)
+        self._graphs[graph].run(profile, self._stream)
+
+    def _result(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """An output on the host, in memory that the next run overwrites."""
+        result = self._tensors[name].download(shape, self._stream)
+        self._cuda.wait(self._stream)
+        return result
+
+    def _logits(self) -> Floats:
+        return self._result("logits", (1, self._config.language.vocab_size))[0]
+
+    def close(self) -> None:
+        if self._recorded is not None:
+            self._cuda.destroy_graph(self._recorded)
+        for graph in self._graphs.values():
+            graph.close()
+        self._memory.close()
+        self._cuda.destroy_stream(self._stream)

@@ -1,0 +1,99 @@
+"""One graph of a bundle on TensorRT: its engines, run in turn, each with an execution context for every profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.runtime.engines import Engine
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.tensorrt_library import Library, Messages
+
+LIMITS = {
+    "text": "tokens of all questions",
+    "questions": "questions of the conversation",
+    "positions": "positions of the prompt",
+    "latents": "latents a question",
+}
+"""What a user knows a dimension as."""
+
+
+class EngineGraph:
+    """The engines of one graph. Tensors are bound by their names: what one part gives is where the next takes it."""
+
+    def __init__(
+        self, name: str, engines: Sequence[Engine], folder: Path, library: Library, runtime: Any, messages: Messages
+    ) -> None:
+        """Load the engines from ``folder``. Raises :class:`FusionError` if TensorRT refuses one."""
+        self.name = name
+        self.engines = engines
+        self._library = library
+        self._messages = messages
+        self._loaded = [self._load(runtime, folder / engine.file.path, engine) for engine in engines]
+        self._contexts: list[list[Any]] = []  # by profile, by part
+
+    def _load(self, runtime: Any, path: Path, engine: Engine) -> Any:
+        self._messages.errors.clear()
+        loaded = runtime.deserialize_cuda_engine(path.read_bytes())
+        if loaded is None:
+            raise FusionError(
+                f"{self._library.name} cannot load {path}: {self._messages.first_error()}. If memory ran out, close "
+                "other programs, or build with a smaller --max-context; else build the engines again (fusion-build)."
+            )
+        names = {loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)}
+        if names != {tensor["name"] for tensor in (*engine.inputs, *engine.outputs)}:
+            raise FusionError(f"{path} has other inputs and outputs than its manifest says; build it again.")
+        return loaded
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that a run needs beside weights and tensors; one run at a time may use it."""
+        return max(loaded.device_memory_size_v2 for loaded in self._loaded)
+
+    def prepare(self, scratch: int, size: int, pointers: Mapping[str, int], stream: int) -> None:
+        """Make the execution contexts: they work in ``scratch`` and find their tensors at ``pointers``."""
+        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        for profile in range(len(self.engines[0].profiles)):
+            contexts = []
+            for loaded, engine in zip(self._loaded, self.engines, strict=True):
+                context = loaded.create_execution_context(strategy)
+                context.set_device_memory(scratch, size)
+                context.set_optimization_profile_async(profile, stream)
+                for tensor in (*engine.inputs, *engine.outputs):
+                    context.set_tensor_address(tensor["name"], pointers[tensor["name"]])
+                contexts.append(context)
+            self._contexts.append(contexts)
+
+    def bind(self, profile: int, pointers: Mapping[str, int]) -> None:
+        """Have a profile's runs find some inputs elsewhere."""
+        for context, engine in zip(self._contexts[profile], self.engines, strict=True):
+            for name in pointers.keys() & {tensor["name"] for tensor in engine.inputs}:
+                context.set_tensor_address(name, pointers[name])
+
+    def set_dimensions(self, profile: int, dimensions: Mapping[str, int]) -> None:
+        """The shapes of the next runs. Raises :class:`FusionError` for sizes that the engines were not built for."""
+        for name, size in dimensions.items():
+            least, _, largest = self.engines[0].profiles[profile][name]
+            if not least <= size <= largest:
+                what = LIMITS.get(name, name)
+                raise FusionError(
+                    f"There are {size} {what}; the engines take {least} to {largest}: ask shorter questions, drop "
+                    "history, or build with a larger --max-context."
+                )
+        for context, engine in zip(self._contexts[profile], self.engines, strict=True):
+            for tensor in engine.inputs:
+                if any(isinstance(size, str) for size in tensor["shape"]):
+                    shape = tuple(dimensions[size] if isinstance(size, str) else size for size in tensor["shape"])
+                    if not context.set_input_shape(tensor["name"], shape):
+                        raise FusionError(f"{self.name} does not take {tensor['name']} of {shape}; build it again.")
+
+    def run(self, profile: int, stream: int) -> None:
+        """Every part, in the stream's order. Raises :class:`FusionError` if TensorRT refuses."""
+        for context in self._contexts[profile]:
+            if not context.execute_async_v3(stream):
+                raise FusionError(f"{self._library.name} failed to run {self.name}: {self._messages.first_error()}.")
+
+    def close(self) -> None:
+        """Free contexts and engines."""
+        self._contexts, self._loaded = [], []

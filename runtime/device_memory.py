@@ -1,0 +1,67 @@
+"""How much memory a bundle takes on a GPU with TensorRT, told before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from fusion_edge.runtime.bundle import Manifest
+from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig
+from fusion_edge.runtime.cuda import Cuda
+from fusion_edge.runtime.engines import Engine, Engines
+from fusion_edge.runtime.errors import FusionError
+
+HALF = 2  # bytes of a float16
+RUNTIME_BYTES = 350_000_000
+"""A CUDA context and TensorRT's own (an assumption: engines have not been run by us)."""
+
+
+def activation_bytes(config: FusionConfig, max_context: int) -> int:
+    """What the largest run holds between its tensors, with fused attention: four crops, or a full prompt."""
+    vision, language = config.vision, config.language
+    tower = GLOBAL_CROPS * vision.patches * (6 * vision.width + 2 * vision.mlp_width)
+    return HALF * max(tower, max_context * (3 * language.hidden_size + 4 * language.mlp_width))
+
+
+def cache_bytes(config: FusionConfig, max_context: int) -> int:
+    """The KV cache in float16, all of which is reserved."""
+    language = config.language
+    return HALF * 2 * language.layers * language.kv_heads * language.head_dim * max_context
+
+
+def tensor_bytes(engines: Iterable[Engine]) -> int:
+    """Inputs and outputs at their largest, the KV cache once, which comes in and goes out in the same memory."""
+    sizes: dict[str, int] = {}
+    for engine in engines:
+        for tensor in (*engine.inputs, *engine.outputs):
+            largest = [
+                max(profile[size][2] for profile in engine.profiles) if isinstance(size, str) else size
+                for size in tensor["shape"]
+            ]
+            name = tensor["name"].replace("present.", "past.")
+            sizes[name] = max(sizes.get(name, 0), math.prod(largest) * np.dtype(tensor["dtype"]).itemsize)
+    return sum(sizes.values())
+
+
+def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> None:
+    """Raise :class:`FusionError` if the device has too little free memory for the engines, with what would fit."""
+    config, context = manifest.model, engines.max_context
+    tensors = tensor_bytes(engine for parts in engines.engines.values() for engine in parts)
+    needed = RUNTIME_BYTES + engines.size + tensors + activation_bytes(config, context)
+    free, total = cuda.memory()
+    if needed <= free:
+        return
+    a_position = cache_bytes(config, 1) + HALF * (3 * config.language.hidden_size + 4 * config.language.mlp_width)
+    fits = context - math.ceil((needed - free) / a_position / 64) * 64
+    least = manifest.image_side**2 + max(manifest.query_lengths)
+    if fits > least:
+        remedy = f"it fits with {fits} positions: fusion-build --max-context {fits}"
+    else:
+        remedy = "not with any --max-context: export with --int4, fewer --image-tokens or a smaller --query-len"
+    raise FusionError(
+        f"The engines need about {needed / 1e9:.2f} GB on the device ({engines.size / 1e9:.2f} GB of weights, "
+        f"{cache_bytes(config, context) / 1e9:.2f} GB of KV cache for {context} positions); {free / 1e9:.2f} of "
+        f"{total / 1e9:.2f} GB are free. Close other programs, or {remedy}."
+    )
