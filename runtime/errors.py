@@ -16,3 +16,7 @@ class UsageError(FusionError):
     """A wrong command line or argument value (exit code 2)."""
 
     exit_code = 2
+
+
+class DeviceError(FusionError):
+    """A device that this machine cannot start, or not with what is installed; another one might run the bundle."""
