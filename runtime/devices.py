@@ -62,11 +62,11 @@ def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) ->
 
 
 def _cuda(bundle: Bundle) -> str | None:
-    return _no_nvidia_gpu() or _no_onnxruntime() or _no_cuda_provider() or _wrong_target(bundle, "cuda")
+    return _no_nvidia_gpu() or _no_onnxruntime("cuda") or _no_cuda_provider() or _wrong_target(bundle, "cuda")
 
 
 def _cpu(bundle: Bundle) -> str | None:
-    return _no_onnxruntime() or _wrong_target(bundle, "cpu", "cuda")
+    return _no_onnxruntime("cpu") or _wrong_target(bundle, "cpu", "cuda")
 
 
 def _wrong_target(bundle: Bundle, *targets: str) -> str | None:
@@ -90,11 +90,13 @@ def _no_nvidia_gpu() -> str | None:
     return None
 
 
-def _no_onnxruntime() -> str | None:
+def _no_onnxruntime(extra: str) -> str | None:
     try:
-        from onnxruntime import InferenceSession  # noqa: F401 (all but missing after one of two wheels was removed)
-    except ImportError:
-        return "ONNX Runtime is not installed, or not whole; pip install --force-reinstall 'fusion-edge[cpu]'."
+        from onnxruntime import InferenceSession  # noqa: F401 (where one of two wheels was removed, this is missing)
+    except ModuleNotFoundError:
+        return f"ONNX Runtime is not installed; pip install 'fusion-edge[{extra}]'."
+    except ImportError as error:
+        return f"ONNX Runtime cannot be imported ({error}); {_install_anew(extra)}."
     return None
 
 
@@ -103,12 +105,14 @@ def _no_cuda_provider() -> str | None:
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         return None
-    wheels = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
-    fault = "hides onnxruntime-gpu, whose files it replaced" if len(wheels) == 2 else "has no CUDA provider"
-    return (
-        f"The onnxruntime that is installed {fault}; pip uninstall -y {' '.join(wheels)}, "
-        "then pip install 'fusion-edge[cuda]'."
-    )
+    is_hidden = _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu")
+    fault = "hides onnxruntime-gpu, whose files it replaced" if is_hidden else "has no CUDA provider"
+    return f"The onnxruntime that is installed {fault}; {_install_anew('cuda')}."
+
+
+def _install_anew(extra: str) -> str:
+    """Both wheels hold the module ``onnxruntime``: one over the other breaks it, and so does removing one of two."""
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{extra}]'"
 
 
 def _is_installed(distribution: str) -> bool:

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +20,8 @@ from fusion_edge.runtime.errors import DeviceError
 
 NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
 NO_PROVIDER = (
-    "The onnxruntime that is installed has no CUDA provider; pip uninstall -y onnxruntime, "
-    "then pip install 'fusion-edge[cuda]'."
+    "The onnxruntime that is installed has no CUDA provider; "
+    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'."
 )
 Refuse = Callable[..., str]
 
@@ -148,14 +148,30 @@ def test_a_damaged_bundle_is_no_reason_for_another_device(
         load(cuda_bundle)
 
 
-def test_without_onnxruntime(tiny_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    machine()
-    missing = "ONNX Runtime is not installed, or not whole; pip install --force-reinstall 'fusion-edge[cpu]'."
-    for module in (None, SimpleNamespace()):  # not there; what is left after one of two wheels was removed
-        monkeypatch.setitem(sys.modules, "onnxruntime", module)
-        with pytest.raises(FusionError) as refusal:
-            load(tiny_bundle)
-        assert str(refusal.value) == f"No device here can run {tiny_bundle}. cuda: {NO_DRIVER} cpu: {missing}"
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "ONNX Runtime is not installed; pip install 'fusion-edge[{}]'."),
+        (
+            ModuleType("onnxruntime"),  # all that is left when one of two wheels was removed
+            "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
+            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{}]'.",
+        ),
+    ],
+)
+def test_without_onnxruntime(
+    cuda_bundle: Path,
+    machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType | None,
+    reason: str,
+) -> None:
+    machine(gpus=1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    with pytest.raises(FusionError) as refusal:
+        load(cuda_bundle)
+    told = f"cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
+    assert str(refusal.value) == f"No device here can run {cuda_bundle}. {told}"
 
 
 # fusion-run -------------------------------------------------------------------------------------------------

@@ -132,8 +132,7 @@ def _reason(error: Exception) -> str:
 
 def _session(bundle: Bundle, name: str, device: str, threads: int | None) -> ort.InferenceSession:
     path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
-    if device == "cuda":
-        _load_cuda_libraries()
+    missing = _load_cuda_libraries() if device == "cuda" else []
     provider, settings = PROVIDERS[device]
     options = _session_options(threads)
     try:
@@ -144,26 +143,22 @@ def _session(bundle: Bundle, name: str, device: str, threads: int | None) -> ort
             remedy += ", or export with --kv-cache float: older releases know no int8 KV cache"
         raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {_reason(error)} {remedy}.") from error
     if provider not in session.get_providers():
-        raise DeviceError(
-            f"ONNX Runtime {ort.__version__} could not start its {provider}; upgrade the GPU's driver, or install "
-            "the onnxruntime-gpu that was built for it."
-        )
+        remedy = "upgrade the GPU's driver, or install the onnxruntime-gpu that was built for it"
+        if missing:
+            remedy = f"{', '.join(missing)} cannot be loaded: pip install 'onnxruntime-gpu[cuda,cudnn]' brings them"
+        raise DeviceError(f"ONNX Runtime {ort.__version__} could not start its {provider}; {remedy}.")
     return session
 
 
-def _load_cuda_libraries() -> None:
-    """CUDA and cuDNN from NVIDIA's wheels, where they are installed, or else from the system.
+def _load_cuda_libraries() -> list[str]:
+    """Load CUDA and cuDNN from NVIDIA's wheels, where they are installed, or else from the system.
 
-    Raises :class:`DeviceError` naming those that are in neither.
+    Names of those that are in neither; whether they are needed the provider knows.
     """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):  # which is how it tells
+    with contextlib.redirect_stdout(printed):  # which is how ONNX Runtime tells
         ort.preload_dlls()
-    if missing := re.findall(r"^Failed to load ([^:\s]+)", printed.getvalue(), re.MULTILINE):
-        raise DeviceError(
-            f"ONNX Runtime {ort.__version__} needs {', '.join(missing)}; "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA and cuDNN."
-        )
+    return re.findall(r"^Failed to load ([^:\s]+)", printed.getvalue(), re.MULTILINE)
 
 
 def _session_options(threads: int | None) -> ort.SessionOptions:
