@@ -12,7 +12,6 @@ import pytest
 from fusion_edge.export import cli as export_cli
 from fusion_edge.runtime import Fusion, Sampling, load
 from fusion_edge.runtime import cli_run as run_cli
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -41,37 +40,6 @@ def record(backend: Any, *names: str) -> list[np.ndarray[Any, Any]]:
     for name in names:
         setattr(backend, name, recording(getattr(backend, name)))
     return seen
-
-
-def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """A list that grows by one for every call of a backend's method."""
-    calls: list[int] = []
-    method = getattr(OnnxRuntimeBackend, name)
-
-    def counted(self: OnnxRuntimeBackend, *inputs: Any) -> Any:
-        calls.append(len(np.asarray(inputs[0])))
-        return method(self, *inputs)
-
-    monkeypatch.setattr(OnnxRuntimeBackend, name, counted)
-    return calls
-
-
-def test_what_depends_on_the_image_alone_is_computed_once(
-    fusion: Fusion, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded, aligned = count(monkeypatch, "encode"), count(monkeypatch, "align")
-    frame = picture(0)
-    for question in ("What is it?", "And why?"):
-        fusion.answer(frame, question, sampling=SHORT)
-    assert encoded == [4, 1, 1]  # four global crops once, the local crop for each question
-    assert len(aligned) == 1
-    fusion.answer(frame, "And then?", sampling=SHORT, query_length=4)
-    assert len(aligned) == 2
-    frame[:] = picture(1)  # a camera's reused buffer
-    first = fusion.answer(frame, "What is it?", sampling=SHORT)
-    assert encoded == [4, 1, 1, 1, 4, 1]
-    with load(tiny_bundle) as fresh:
-        assert fresh.answer(picture(1), "What is it?", sampling=SHORT).token_ids == first.token_ids
 
 
 def test_streamed_pieces_are_the_answer(fusion: Fusion) -> None:
