@@ -65,7 +65,7 @@ class PlainRuns:
         return last
 
 
-@pytest.fixture(scope="module", params=["--int4", "--fp32 --kv-cache int8", "--int4 --target cuda"])
+@pytest.fixture(scope="module", params=["--int4", "--fp32 --kv-cache int8", "--fp16 --target cuda"])
 def bundle(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     assert cli.main([str(tiny_checkpoint), "-o", str(folder), *request.param.split()]) == 0

@@ -90,8 +90,7 @@ class Decoder:
         self._step: ort.IOBinding | None = None
 
     def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
-        zeros = np.zeros(math.prod(_shape(spec, self._context)), spec.dtype)
-        return ort.OrtValue.ortvalue_from_numpy(zeros, self._graph.device, 0)
+        return self._graph.tensor(f"past.{spec.name}", np.zeros(math.prod(_shape(spec, self._context)), spec.dtype))
 
     def _no_latents(self, manifest: Manifest) -> dict[str, npt.NDArray[np.float32]]:
         """Inputs of a step, all zero: one row, and nothing to align."""
