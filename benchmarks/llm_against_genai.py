@@ -28,7 +28,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusion_edge.runtime import cli
-from fusion_edge.runtime.backends.onnxruntime import _Decoder, _session, _session_options
+from fusion_edge.runtime.backends.onnxruntime import Decoder
+from fusion_edge.runtime.backends.onnxruntime_graph import Graph, Input
 from fusion_edge.runtime.bundle import open_bundle
 from fusion_edge.runtime.embeddings import Embeddings
 from fusion_edge.runtime.errors import FusionError, UsageError
@@ -170,22 +171,21 @@ class BundleLlm:
                 "pass less, or export with a larger --max-context."
             )
         self._capacity = work.capacity
-        session = _session(bundle, LLM, "cpu", _session_options(work.threads))
-        self._decoder = _Decoder(session, bundle)
+        self._decoder = Decoder(Graph(bundle, LLM, "cpu", work.threads), bundle.manifest)
         self._embed = Embeddings(bundle)
         shape = (model.alignment.layers, 0, model.alignment.window_size**2, model.language.hidden_size)
-        self._no_pairs = np.zeros(shape, bundle.manifest.activations)
+        self._no_pairs = np.zeros(shape, np.float32)
         self._token = 0
 
     def prefill(self, ids: list[int]) -> None:
-        inputs = {
-            "embeddings": self._embed(np.array(ids))[None].astype(self._no_pairs.dtype, copy=False),
+        inputs: dict[str, Input] = {
+            "embeddings": self._embed(np.array(ids))[None],
             "latent_positions": np.zeros((0, 0), np.int64),
             "question_positions": np.zeros(0, np.int64),
             "keys": self._no_pairs,
             "values": self._no_pairs,
         }
-        logits = self._decoder.prefill(inputs, self._capacity)
+        logits = self._decoder.prefill(inputs, len(ids), self._capacity)
         self._token = int(logits.argmax())
 
     def step(self) -> None:

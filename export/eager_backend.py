@@ -21,7 +21,7 @@ from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.weights import CheckpointWeights, Weights, read_parameter
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime import Fusion
-from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
 from fusion_edge.runtime.bundle import TOKENIZER
 from fusion_edge.runtime.config import FusionConfig
 
@@ -37,6 +37,7 @@ class EagerBackend:
         self.parameter = lru_cache(maxsize=None)(self._parameter)
         self._input_grid = lru_cache(maxsize=None)(weights.input_grid)
         self._cache = KeyValueCache()
+        self._length = self._capacity = 0
 
     def _parameter(self, name: str) -> Tensor:
         return torch.from_numpy(np.array(read_parameter(self._weights, name)))
@@ -71,6 +72,8 @@ class EagerBackend:
         question_positions: Integers,
         capacity: int,
     ) -> Floats:
+        check_capacity(len(embeddings), capacity)
+        self._length, self._capacity = len(embeddings), capacity
         self._cache = KeyValueCache()
         positions = torch.from_numpy(latent_positions), torch.from_numpy(question_positions)
         alignment = Alignment(*positions, image.keys, image.values)
@@ -82,6 +85,8 @@ class EagerBackend:
 
     @torch.inference_mode()
     def decode(self, embedding: Floats) -> Floats:
+        check_capacity(self._length + 1, self._capacity)
+        self._length += 1
         return self._logits(self.hidden(embedding[None], None))
 
     def _logits(self, hidden: Tensor) -> Floats:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime import cli
+from fusion_edge.runtime.devices import AUTO, NAMES
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.fusion import Answer, Conversation, load
+from fusion_edge.runtime.fusion import Answer, Conversation, Fusion, load
 from fusion_edge.runtime.prompts import Turn
 from fusion_edge.runtime.sampling import Sampling
 
@@ -49,9 +50,10 @@ def parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=defaults.top_k, metavar="K", help="likeliest tokens (default: %(default)s, off)")
     add("--seed", type=int, metavar="N", help="for the same draws every time")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
-    add("--device", choices=("cpu", "cuda"), help="default: what the bundle was exported for")
+    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="default: the best that is there for the bundle")
     add("--threads", type=cli.positive, metavar="N", help="default: every core that this process may use")
     add("--json", action="store_true", help="print one JSON object with every answer")
+    add("--verbose", action="store_true", help="say on standard error which device is taken, and why no better one")
     return parser
 
 
@@ -68,6 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError("--json prints the answers to --ask; add --ask TEXT, or leave --json out.")
     history = [] if arguments.history is None else _read_history(arguments.history)
     with load(arguments.bundle, device=arguments.device, threads=arguments.threads) as fusion:
+        _tell_device(fusion, arguments.verbose)
         conversation = fusion.conversation(arguments.image)
         conversation.history.extend(history)
 
@@ -86,6 +89,16 @@ def _run(arguments: argparse.Namespace) -> int:
             for question in arguments.ask:
                 say(question)
     return 0
+
+
+def _tell_device(fusion: Fusion, verbose: bool) -> None:
+    """On standard error: all about the choice of the device, or at the least that a GPU's bundle runs on the CPU."""
+    device, target = fusion.device, fusion.manifest.target
+    if verbose:
+        sys.stderr.write("".join(f"not on {name}: {reason}\n" for name, reason in device.not_taken.items()))
+        sys.stderr.write(f"running on {device.name}\n")
+    elif device.name == "cpu" and target in device.not_taken:
+        sys.stderr.write(f"warning: running on {device.name}, not on {target}: {device.not_taken[target]}\n")
 
 
 def _say(conversation: Conversation, question: str, sampling: Sampling, query_length: int | None) -> None:

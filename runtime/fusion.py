@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
 from fusion_edge.runtime.bundle import TOKENIZER, Bundle, Manifest, open_bundle
 from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
+from fusion_edge.runtime.devices import AUTO, Device, open_device
 from fusion_edge.runtime.embeddings import Embeddings
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.grids import pooling_cells, resize_grid
@@ -63,7 +64,8 @@ class _Image:
 
     crops: npt.NDArray[np.uint8]
     local_pixels: Floats
-    global_features: Floats
+    global_features: npt.ArrayLike
+    """In the backend's own form."""
     alignments: dict[int, ImageAlignment] = field(default_factory=dict)
     """By query length."""
 
@@ -75,10 +77,18 @@ class Fusion:
     same pixels are asked about, so a reused camera buffer is never mistaken for the frame it held before.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, embed: Embed) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        embed: Embed,
+        device: Device | None = None,
+    ) -> None:
         """Use :func:`load` unless you bring your own backend. ``embed`` maps ids ``[n]`` to rows ``[n,D]``."""
         self.manifest = manifest
         self.backend = backend
+        self.device = Device(backend.name) if device is None else device
         self.tokenizer = tokenizer
         self._embed = embed
         self._template = TEMPLATES[self.config.template]
@@ -212,7 +222,7 @@ class Fusion:
         """The local crop's features under the question's guidance: ``[P',D]``. Id 0 is masked (FUSION.md section 2)."""
         text = self._embed(instruct_ids)[None]
         features = self.backend.encode(image.local_pixels, text, (instruct_ids != 0)[None])
-        return resize_grid(features[0], self.manifest.image_side)
+        return resize_grid(np.asarray(features)[0], self.manifest.image_side)
 
     def _align(self, image: _Image, length: int) -> ImageAlignment:
         """Latents, keys and values for a query length, kept with the image."""
@@ -349,28 +359,21 @@ class Conversation:
         return answer
 
 
-def load(folder: str | os.PathLike[str], *, device: str | None = None, threads: int | None = None) -> Fusion:
-    """Load a bundle on ``cpu`` or ``cuda`` (default: what it was exported for).
+def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | None = None) -> Fusion:
+    """Load a bundle on a device: ``cuda``, ``cpu``, or ``auto`` for the best that the machine has for this bundle.
 
-    ``threads`` of None takes every core that this process may use. Raises :class:`FusionError` for a bundle that
-    is damaged, of a newer schema, or does not load on the device.
+    ``Fusion.device`` tells which ``auto`` took, and why not the better ones; a device asked for by name is taken or
+    refused. ``threads`` of None takes every core that this process may use. Raises :class:`UsageError` for an
+    argument that is none of these, :class:`FusionError` for a device that the machine lacks, and for a bundle that is
+    damaged, of a newer schema, or does not load on the device.
     """
-    from fusion_edge.runtime.backends.onnxruntime import (  # imports onnxruntime: 0.1 s
-        PROVIDERS,
-        OnnxRuntimeBackend,
-    )
-
     if threads is not None and not (isinstance(threads, int) and threads >= 1):
         raise UsageError(f"threads is {threads!r}; expected an integer from 1, or None.")
     if not isinstance(folder, str | os.PathLike):
         raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
     bundle = open_bundle(os.fspath(folder))
-    device = bundle.manifest.target if device is None else device
-    if device not in tuple(PROVIDERS):
-        raise UsageError(f"Unknown device {device!r}; expected {' or '.join(PROVIDERS)}.")
-    return Fusion(
-        bundle.manifest, OnnxRuntimeBackend(bundle, device, threads), _load_tokenizer(bundle), Embeddings(bundle)
-    )
+    taken, backend = open_device(bundle, device, threads)
+    return Fusion(bundle.manifest, backend, _load_tokenizer(bundle), Embeddings(bundle), taken)
 
 
 def _load_tokenizer(bundle: Bundle) -> Tokenizer:

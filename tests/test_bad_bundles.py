@@ -301,9 +301,10 @@ def test_what_is_only_told_changes_no_answer(broken: Path, change: Callable[[Jso
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "tpu"}, "Unknown device 'tpu'; expected cpu or cuda"),
+        ({"device": "tpu"}, "Unknown device 'tpu'; expected auto, cuda or cpu"),
         ({"device": ""}, "Unknown device ''"),
         ({"device": ["cpu"]}, "Unknown device"),
+        ({"device": None}, "Unknown device None"),
         ({"threads": 0}, "threads is 0; expected an integer from 1, or None"),
         ({"threads": "2"}, "threads is '2'"),
         ({"threads": 1.5}, "threads is 1.5"),
@@ -322,7 +323,7 @@ def test_what_is_no_path(folder: Any) -> None:
 
 def test_an_unknown_target(broken: Path) -> None:
     edit(broken, lambda manifest: manifest.update(target="tpu"))
-    with pytest.raises(FusionError, match="Unknown device 'tpu'"):
+    with pytest.raises(FusionError, match=r"cpu: The bundle was exported for tpu; .* --target cpu makes one for it"):
         load(broken)
 
 

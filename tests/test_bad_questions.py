@@ -238,11 +238,6 @@ def test_json_without_a_question(tiny_bundle: Path, image: Path, refused: Refuse
     )
 
 
-def test_a_device_that_is_not_there(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert "CUDAExecutionProvider is not installed; install onnxruntime-gpu" in refuse("--device", "cuda")
-
-
 @pytest.mark.parametrize("sampling", ["greedy", 0, {"temperature": 1}])
 def test_wrong_arguments(fusion: Fusion, sampling: Any) -> None:
     with pytest.raises(UsageError, match="expected a Sampling"):

@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "onnx", "transformers", "huggingface_hub", "safetensors", "sentencepiece")
 
@@ -65,3 +70,36 @@ def test_the_readme_names_commands_that_exist() -> None:
         assert script in readme
         assert (ROOT / script).stat().st_mode & 0o111
     assert "\n./test\n" in ci
+
+
+def test_no_extra_brings_both_wheels_of_onnxruntime() -> None:
+    """They overwrite each other's files; only who asks for cpu and cuda at once gets them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+
+    def wheels(requirements: list[str]) -> set[str]:
+        found = set()
+        for requirement in requirements:
+            if own := re.fullmatch(r"fusion-edge\[(.+)\]", requirement):
+                found |= set.union(*(wheels(extras[extra]) for extra in own[1].split(",")))
+            elif name := re.match(r"onnxruntime[\w-]*", requirement):
+                found.add(name[0])
+        return found
+
+    assert wheels(project["dependencies"]) == set()
+    brought = {extra: wheels(requirements) for extra, requirements in extras.items()}
+    assert brought["cpu"] == {"onnxruntime"}
+    assert brought["cuda"] == {"onnxruntime-gpu"}
+    assert all(len(names) < 2 for names in brought.values())
+
+
+def test_messages_name_extras_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    code = (path for folder in ("export", "runtime", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    named = {
+        extra
+        for path in (ROOT / "README.md", *code)
+        for group in re.findall(r"(?:fusion-edge|'\.)\[([a-z,]+)\]", path.read_text(encoding="utf-8"))
+        for extra in group.split(",")
+    }
+    assert {"cpu", "cuda", "calibrate"} <= named <= set(extras)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ import pytest
 from fusion_edge.export import cli as export_cli
 from fusion_edge.runtime import Fusion, Sampling, load
 from fusion_edge.runtime import cli_run as run_cli
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.errors import FusionError
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -44,37 +40,6 @@ def record(backend: Any, *names: str) -> list[np.ndarray[Any, Any]]:
     for name in names:
         setattr(backend, name, recording(getattr(backend, name)))
     return seen
-
-
-def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """A list that grows by one for every call of a backend's method."""
-    calls: list[int] = []
-    method = getattr(OnnxRuntimeBackend, name)
-
-    def counted(self: OnnxRuntimeBackend, *inputs: Any) -> Any:
-        calls.append(len(inputs[0]))
-        return method(self, *inputs)
-
-    monkeypatch.setattr(OnnxRuntimeBackend, name, counted)
-    return calls
-
-
-def test_what_depends_on_the_image_alone_is_computed_once(
-    fusion: Fusion, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded, aligned = count(monkeypatch, "encode"), count(monkeypatch, "align")
-    frame = picture(0)
-    for question in ("What is it?", "And why?"):
-        fusion.answer(frame, question, sampling=SHORT)
-    assert encoded == [4, 1, 1]  # four global crops once, the local crop for each question
-    assert len(aligned) == 1
-    fusion.answer(frame, "And then?", sampling=SHORT, query_length=4)
-    assert len(aligned) == 2
-    frame[:] = picture(1)  # a camera's reused buffer
-    first = fusion.answer(frame, "What is it?", sampling=SHORT)
-    assert encoded == [4, 1, 1, 1, 4, 1]
-    with load(tiny_bundle) as fresh:
-        assert fresh.answer(picture(1), "What is it?", sampling=SHORT).token_ids == first.token_ids
 
 
 def test_streamed_pieces_are_the_answer(fusion: Fusion) -> None:
@@ -137,33 +102,6 @@ def test_an_int8_cache_answers_nearly_alike(tiny_checkpoint: Path, tmp_path: Pat
         assert not np.array_equal(rounded, exact)
 
 
-def test_no_step_copies_the_cache(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A cache of 16 times the capacity makes steps no slower: they touch what is used of it."""
-    medians = []
-    assert export_cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--fp32", "--query-len", "4"]) == 0
-    with load(tmp_path / "b") as fusion:
-        fusion.answer(picture(0), "What?", sampling=SHORT)
-        aligned = fusion._latest.alignments[4]  # type: ignore[union-attr]
-        rows = np.zeros((20, 32), np.float32)
-        none = np.zeros((0, 0), np.int64), np.zeros(0, np.int64)
-        no_latents = type(aligned)(aligned.latents[:0], aligned.keys[:, :0], aligned.values[:, :0])
-        for capacity in (32, 512):
-            fusion.backend.prefill(rows, no_latents, *none, capacity)
-            memory = {name: value.data_ptr() for name, value in decoder(fusion)._cache.items()}
-            seconds = []
-            for _ in range(10):
-                start = time.perf_counter()
-                fusion.backend.decode(rows[0])
-                seconds.append(time.perf_counter() - start)
-            medians.append(statistics.median(seconds))
-            assert memory == {name: value.data_ptr() for name, value in decoder(fusion)._cache.items()}
-    assert medians[1] < 3 * medians[0]
-
-
-def decoder(fusion: Fusion) -> Any:
-    return fusion.backend._llm  # type: ignore[attr-defined]
-
-
 def test_float16_graphs_compute_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A bundle for CUDA, on the CPU provider: float16 rounding is all that differs."""
     answers = []
@@ -189,11 +127,6 @@ def test_command_line_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Cap
         "text", "token_ids", "prompt_tokens", "finish_reason", "timings_ms", "tokens_per_second"
     }  # fmt: skip
     assert len(answers[0]["token_ids"]) <= 5
-
-
-def test_a_failure_inside_onnxruntime_names_the_graph(tiny_bundle: Path) -> None:
-    with load(tiny_bundle) as fusion, pytest.raises(FusionError, match=r"running alignment_decoder: .* --query-len"):
-        fusion.backend.align(np.zeros((1, 2, 3), np.float32), np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
 
 
 def test_a_short_prompt_behind_a_long_one_sees_nothing_of_it(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.runtime.errors import FusionError
+
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
@@ -25,16 +27,22 @@ class ImageAlignment:
 
 
 class Backend(Protocol):
-    """Shapes as in ``runtime/graphs.py``; arrays in and out are float32 whatever the graphs compute in."""
+    """Shapes as in ``runtime/graphs.py``; arrays in and out are float32 whatever the graphs compute in.
+
+    ``tests/backend_contract.py`` checks what is promised here.
+    """
 
     name: str
 
-    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
-        """Vision encoder: ``[N,3,S,S]``, ``[N,T,D]``, ``[N,T]`` -> ``[N,P,D]``."""
+    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> npt.ArrayLike:
+        """Vision encoder: ``[N,3,S,S]``, ``[N,T,D]``, ``[N,T]`` -> ``[N,P,D]``.
+
+        The features are in the backend's own form and on its device; ``numpy.asarray`` brings them to the host.
+        """
         ...
 
-    def align(self, features: Floats, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
-        """Alignment decoder, for the four global crops' features ``[4,P,D]``."""
+    def align(self, features: Any, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
+        """Alignment decoder, for what ``encode`` gave for the four global crops, or ``[4,P,D]`` on the host."""
         ...
 
     def prefill(
@@ -45,13 +53,30 @@ class Backend(Protocol):
         question_positions: Integers,
         capacity: int,
     ) -> Floats:
-        """Start a sequence of at most ``capacity`` positions with ``[L,D]``: logits ``[V]`` of its last one."""
+        """Start a sequence of at most ``capacity`` positions with ``[L,D]``: logits ``[V]`` of its last one.
+
+        The sequence before is forgotten. The logits are valid until the next call. ``latent_positions`` ``[Q,q]`` and
+        ``question_positions`` ``[Q]``: rows of the latents of every question, and the question's last row. Raises
+        :class:`FusionError` if ``L`` is more than ``capacity``.
+        """
         ...
 
     def decode(self, embedding: Floats) -> Floats:
-        """Append one token's embedding ``[D]``: logits ``[V]``, valid until the next call."""
+        """Append one token's embedding ``[D]``: logits ``[V]``, valid until the next call.
+
+        Raises :class:`FusionError` if the sequence is as long as it may grow.
+        """
         ...
 
     def close(self) -> None:
         """Free everything."""
         ...
+
+
+def check_capacity(length: int, capacity: int) -> None:
+    """Raise :class:`FusionError` if a sequence of ``length`` positions is longer than it may grow."""
+    if length > capacity:
+        raise FusionError(
+            f"The sequence has {length} positions, more than the {capacity} that it was started with; "
+            "start it with a larger capacity."
+        )

@@ -1,0 +1,184 @@
+"""One graph of a bundle on ONNX Runtime: its session, and tensors where it reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from fusion_edge.runtime.bundle import Bundle, Manifest, data_file, graph_file
+from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.graphs import GraphSpec, TensorSpec, graph_specs
+
+PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # The arena would double with every extension; a graph's weights would take up to twice their room.
+    # All else stays as it is, with reason. do_copy_in_default_stream: off, copies may race with the graph.
+    # cudnn_conv_algo_search, use_tf32: no graph has a convolution, none for this device a product in float32.
+    # enable_cuda_graph: refuses graphs with an If, and inputs on the host (total_length is one).
+    "cuda": ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"}),
+}
+DEVICES = {"Cpu": "cpu", "Cuda": "cuda"}
+"""Names of devices by those of ONNX Runtime's memory."""
+
+
+class Tensor:
+    """A graph's output, on the graph's device. ``numpy.asarray`` brings it to the host as float32."""
+
+    def __init__(self, value: ort.OrtValue) -> None:
+        self.value = value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return self.value.numpy().astype(np.float32 if dtype is None else dtype, copy=bool(copy))  # type: ignore[no-any-return]
+
+
+Input = npt.NDArray[Any] | Tensor
+
+
+class Graph:
+    """A loaded graph. Its inputs are tensors in the memory that it reads them from, so that no run copies them."""
+
+    def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None) -> None:
+        """``threads`` of None takes every core that this process may use.
+
+        Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if the graph does not load.
+        """
+        self.name = name
+        self.device = device
+        self._session = _session(bundle, name, device, threads)
+        self._large_run = _options_of_a_large_run(device)
+        spec = _spec(bundle.manifest, name)
+        self.inputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
+        memory = zip(self._session.get_inputs(), self._session.get_input_memory_infos(), strict=True)
+        self._places = {tensor.name: DEVICES[info.name] for tensor, info in memory}
+
+    def tensor(self, name: str, data: Input) -> ort.OrtValue:
+        """An input, of the input's type and where the graph reads it. A host's array is not copied on a host."""
+        if isinstance(data, Tensor):
+            return data.value
+        array = np.asarray(data, self.inputs[name].dtype, order="C")
+        return ort.OrtValue.ortvalue_from_numpy(array, self._places[name], 0)
+
+    def write(self, name: str, tensor: ort.OrtValue, data: npt.ArrayLike) -> None:
+        """Overwrite an input's tensor, of the same shape, wherever it lies."""
+        tensor.update_inplace(np.asarray(data, self.inputs[name].dtype, order="C").reshape(tensor.shape()))
+
+    def binding(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
+        """What a run reads and writes. The tensors must live as long as it is used."""
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, tensor)
+        for name, tensor in outputs.items():
+            binding.bind_ortvalue_output(name, tensor)
+        return binding
+
+    def bind_in_place(
+        self, binding: ort.IOBinding, source: str, result: str, memory: ort.OrtValue, shape: tuple[int, ...]
+    ) -> None:
+        """Have a run read an input from the start of ``memory`` and write an output to the same place."""
+        tensor = (self._places[source], 0, np.dtype(self.inputs[source].dtype).type, shape, memory.data_ptr())
+        binding.bind_input(source, *tensor)
+        binding.bind_output(result, *tensor)
+
+    def run(self, inputs: Mapping[str, Input], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Outputs by name, in memory of their own. ``shapes`` are theirs."""
+        with explained(self.name):
+            tensors = {name: self.tensor(name, data) for name, data in inputs.items()}
+            outputs = {name: self._allocate(name, shape) for name, shape in shapes.items()}
+            self.run_bound(self.binding(tensors, outputs), large=True)
+        return {name: Tensor(value) for name, value in outputs.items()}
+
+    def run_bound(self, binding: ort.IOBinding, large: bool) -> None:
+        """Run; after a ``large`` run memory that it alone needed is given back."""
+        with explained(self.name):
+            self._session.run_with_iobinding(binding, self._large_run if large else None)
+
+    def _allocate(self, name: str, shape: tuple[int, ...]) -> ort.OrtValue:
+        dtype = np.dtype(self._outputs[name].dtype).type
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, 0)
+
+
+def _spec(manifest: Manifest, name: str) -> GraphSpec:
+    specs = graph_specs(manifest.model, manifest.activations, manifest.cache)
+    return next(spec for spec in specs if spec.name == name)
+
+
+@contextmanager
+def explained(graph: str) -> Iterator[None]:
+    """ONNX Runtime's own errors as one of ours."""
+    try:
+        yield
+    except Exception as error:  # a dozen unrelated types
+        raise FusionError(
+            f"ONNX Runtime failed while running {graph}: {_reason(error)} If memory ran out, ask with a smaller "
+            "--query-len, or export with fewer --image-tokens, a smaller --max-context or --kv-cache int8; "
+            "otherwise check the bundle with fusion-info."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, as a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".: ") + "."
+
+
+def _session(bundle: Bundle, name: str, device: str, threads: int | None) -> ort.InferenceSession:
+    path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
+    missing = _load_cuda_libraries() if device == "cuda" else []
+    provider, settings = PROVIDERS[device]
+    options = _session_options(threads)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+        remedy = "Upgrade onnxruntime"
+        if bundle.manifest.cache == "int8":
+            remedy += ", or export with --kv-cache float: older releases know no int8 KV cache"
+        raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {_reason(error)} {remedy}.") from error
+    if provider not in session.get_providers():
+        remedy = "upgrade the GPU's driver, or install the onnxruntime-gpu that was built for it"
+        if missing:
+            remedy = f"{', '.join(missing)} cannot be loaded: pip install 'onnxruntime-gpu[cuda,cudnn]' brings them"
+        raise DeviceError(f"ONNX Runtime {ort.__version__} could not start its {provider}; {remedy}.")
+    return session
+
+
+def _load_cuda_libraries() -> list[str]:
+    """Load CUDA and cuDNN from NVIDIA's wheels, where they are installed, or else from the system.
+
+    Names of those that are in neither; whether they are needed the provider knows.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # which is how ONNX Runtime tells
+        ort.preload_dlls()
+    return re.findall(r"^Failed to load ([^:\s]+)", printed.getvalue(), re.MULTILINE)
+
+
+def _session_options(threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    # ONNX Runtime's own default counts what it takes for physical cores and finds one on virtual machines.
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))  # Linux, as every target is
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # CPUs without VNNI overflow in products of unsigned and signed bytes (w8a8); this makes both unsigned there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _options_of_a_large_run(device: str) -> ort.RunOptions:
+    """Memory that a large run alone needed is given back to the system afterwards.
+
+    ONNX Runtime would keep it for the next run; three graphs would hold the room of their largest runs at once
+    (measured: 0.3 GB of the LLM's after a prompt of 900 at 3B, at no cost in time). Freeing a GPU's would stall it.
+    """
+    options = ort.RunOptions()
+    if device == "cpu":
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options

@@ -1,0 +1,136 @@
+"""Devices that may run a bundle, the best first, and why one cannot be taken."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+
+from fusion_edge.runtime.backends.base import Backend
+from fusion_edge.runtime.bundle import Bundle
+from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What runs a bundle."""
+
+    name: str
+    """One of :data:`NAMES`; a backend of your own has its own."""
+    not_taken: Mapping[str, str] = field(default_factory=dict)
+    """With ``auto``, every better device and a sentence that says why it was not taken."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A device that fusion-edge knows."""
+
+    name: str
+    reason: Callable[[Bundle], str | None]
+    """Why it cannot be taken for a bundle, a sentence with the remedy; None if nothing is known against it."""
+    open: Callable[[Bundle, int | None], Backend]
+    """The backend, for a number of threads. Raises :class:`DeviceError` if the device does not start after all."""
+
+
+def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) -> tuple[Device, Backend]:
+    """The named device, or with ``auto`` the best there is for the bundle, and its backend.
+
+    A device that is asked for by name is never replaced by another. Raises :class:`UsageError` for an unknown name,
+    :class:`FusionError` if the device, or with ``auto`` every device, cannot be taken, or the bundle does not load.
+    """
+    if not isinstance(name, str) or name not in (AUTO, *NAMES):
+        raise UsageError(f"Unknown device {name!r}; expected {', '.join((AUTO, *NAMES[:-1]))} or {NAMES[-1]}.")
+    not_taken: dict[str, str] = {}
+    for candidate in CANDIDATES:
+        if name not in (AUTO, candidate.name):
+            continue
+        reason = candidate.reason(bundle)
+        if reason is None:
+            try:
+                return Device(candidate.name, not_taken), candidate.open(bundle, threads)
+            except DeviceError as error:
+                reason = str(error)
+        not_taken[candidate.name] = reason
+    reasons = " ".join(f"{device}: {reason}" for device, reason in not_taken.items())
+    if name == AUTO:
+        raise FusionError(f"No device here can run {bundle.folder}. {reasons}")
+    raise FusionError(f"Cannot run {bundle.folder} on {reasons}")
+
+
+def _cuda(bundle: Bundle) -> str | None:
+    return _no_nvidia_gpu() or _no_onnxruntime("cuda") or _no_cuda_provider() or _wrong_target(bundle, "cuda")
+
+
+def _cpu(bundle: Bundle) -> str | None:
+    return _no_onnxruntime("cpu") or _wrong_target(bundle, "cpu", "cuda")
+
+
+def _wrong_target(bundle: Bundle, *targets: str) -> str | None:
+    """``targets``: what a device runs, what it runs best first."""
+    if bundle.manifest.target in targets:
+        return None
+    return (
+        f"The bundle was exported for {bundle.manifest.target}; "
+        f"fusion-export {bundle.manifest.source} -o FOLDER --target {targets[0]} makes one for it."
+    )
+
+
+def _no_nvidia_gpu() -> str | None:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return "The NVIDIA driver finds no GPU that works; see what nvidia-smi says."
+    return None
+
+
+def _no_onnxruntime(extra: str) -> str | None:
+    try:
+        from onnxruntime import InferenceSession  # noqa: F401 (where one of two wheels was removed, this is missing)
+    except ModuleNotFoundError:
+        return f"ONNX Runtime is not installed; pip install 'fusion-edge[{extra}]'."
+    except ImportError as error:
+        return f"ONNX Runtime cannot be imported ({error}); {_install_anew(extra)}."
+    return None
+
+
+def _no_cuda_provider() -> str | None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return None
+    is_hidden = _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu")
+    fault = "hides onnxruntime-gpu, whose files it replaced" if is_hidden else "has no CUDA provider"
+    return f"The onnxruntime that is installed {fault}; {_install_anew('cuda')}."
+
+
+def _install_anew(extra: str) -> str:
+    """Both wheels hold the module ``onnxruntime``: one over the other breaks it, and so does removing one of two."""
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{extra}]'"
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backend:
+    from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend  # imports onnxruntime: 0.1 s
+
+    return OnnxRuntimeBackend(bundle, device, threads)
+
+
+CANDIDATES = (
+    Candidate("cuda", _cuda, partial(_open_onnxruntime, "cuda")),
+    Candidate("cpu", _cpu, partial(_open_onnxruntime, "cpu")),
+)
+NAMES = tuple(candidate.name for candidate in CANDIDATES)

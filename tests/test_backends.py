@@ -1,0 +1,85 @@
+"""Every backend against the shared contract; those of devices that the machine lacks are skipped, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from backend_contract import BackendContract, Subject
+from fake_backend import FakeBackend
+
+from fusion_edge.export import cli
+from fusion_edge.export.bundle_weights import BundleWeights
+from fusion_edge.export.eager_backend import EagerBackend
+from fusion_edge.runtime.bundle import Bundle, open_bundle
+from fusion_edge.runtime.devices import CANDIDATES
+
+EXACT, HALF, INT8_CACHE = 1e-4, 0.02, 0.1
+"""Tolerances: float32; float16; steps that read a cache rounded to int8, prefill does not."""
+
+Export = Callable[[str], Bundle]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """``exported("--fp32 --target cpu")``: the bundle that these options give, exported once."""
+    bundles: dict[str, Bundle] = {}
+
+    def export(options: str) -> Bundle:
+        if options not in bundles:
+            folder = tmp_path_factory.mktemp("bundle") / "tiny"
+            assert cli.main([str(tiny_checkpoint), "-o", str(folder), *options.split()]) == 0
+            bundles[options] = open_bundle(folder)
+        return bundles[options]
+
+    return export
+
+
+def on_device(name: str, options: str, tolerance: float) -> Callable[[Export], Subject]:
+    """The backend of one of ``runtime/devices.py`` on the bundle that ``options`` give."""
+
+    def make(exported: Export) -> Subject:
+        (candidate,) = (candidate for candidate in CANDIDATES if candidate.name == name)
+        bundle = exported(options)
+        if reason := candidate.reason(bundle):
+            pytest.skip(f"{name}: {reason}")
+        return Subject(candidate.open(bundle, 1), bundle.manifest, tolerance)
+
+    return make
+
+
+def eager(exported: Export) -> Subject:
+    bundle = exported("--int4")
+    return Subject(EagerBackend(bundle.manifest.model, BundleWeights(bundle)), bundle.manifest, EXACT)
+
+
+def fake(exported: Export) -> Subject:
+    manifest = exported("--int4").manifest
+    return Subject(FakeBackend(manifest.model), manifest, EXACT)
+
+
+SUBJECTS = {
+    "onnxruntime": on_device("cpu", "--int4", EXACT),
+    "onnxruntime-float": on_device("cpu", "--fp32", EXACT),
+    "onnxruntime-int8-cache": on_device("cpu", "--fp32 --kv-cache int8", INT8_CACHE),
+    "onnxruntime-half": on_device("cpu", "--fp16 --target cuda", HALF),
+    "eager": eager,
+    "fake": fake,
+    "cuda": on_device("cuda", "--int4 --target cuda", HALF),
+}
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def subject(request: pytest.FixtureRequest, exported: Export) -> Iterator[Subject]:
+    subject = SUBJECTS[request.param](exported)
+    yield subject
+    subject.backend.close()
+
+
+class TestBackends(BackendContract):
+    """See ``backend_contract.py``."""
+
+
+def test_every_device_is_tested() -> None:
+    assert {candidate.name for candidate in CANDIDATES} <= {"cpu", *SUBJECTS}

@@ -1,0 +1,234 @@
+"""Which device is taken for a bundle, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fusion_edge.export import cli as export_cli
+from fusion_edge.runtime import FusionError, cli_run, devices, load
+from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.bundle import Bundle, open_bundle
+from fusion_edge.runtime.errors import DeviceError
+
+NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
+NO_PROVIDER = (
+    "The onnxruntime that is installed has no CUDA provider; "
+    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'."
+)
+Refuse = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def cuda_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle") / "cuda"
+    options = ["--int4", "--target", "cuda", "--query-len", "4"]
+    assert export_cli.main([str(tiny_checkpoint), "-o", str(folder), *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``machine(gpus=..., providers=..., wheels=...)``: what is found, ``gpus`` of None without a driver."""
+
+    def have(
+        gpus: int | None = None,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        wheels: tuple[str, ...] = ("onnxruntime",),
+    ) -> None:
+        def driver(_: str) -> Any:
+            if gpus is None:
+                raise OSError("libcuda.so.1: cannot open shared object file")
+
+            def count(pointer: Any) -> int:
+                pointer._obj.value = gpus
+                return 0
+
+            return SimpleNamespace(cuInit=lambda _: 0, cuDeviceGetCount=count)
+
+        monkeypatch.setattr(ctypes, "CDLL", driver)
+        monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(providers))
+        monkeypatch.setattr(devices, "_is_installed", lambda name: name in wheels)
+
+    return have
+
+
+@pytest.fixture
+def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What opens the device ``cuda``, without one: the same backend on the CPU."""
+
+    def open_backend(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+        return OnnxRuntimeBackend(bundle, "cpu", threads)
+
+    replace_cuda(monkeypatch, open_backend)
+
+
+def replace_cuda(monkeypatch: pytest.MonkeyPatch, open_backend: Any) -> None:
+    cuda, *others = devices.CANDIDATES
+    assert cuda.name == "cuda"
+    monkeypatch.setattr(devices, "CANDIDATES", (devices.Candidate("cuda", cuda.reason, open_backend), *others))
+
+
+WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUExecutionProvider")}
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({}, NO_DRIVER),
+        ({"gpus": 0}, "The NVIDIA driver finds no GPU that works; see what nvidia-smi says."),
+        ({"gpus": 1}, NO_PROVIDER),
+        (
+            {"gpus": 1, "wheels": ("onnxruntime", "onnxruntime-gpu")},
+            "The onnxruntime that is installed hides onnxruntime-gpu, whose files it replaced; "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'.",
+        ),
+    ],
+)
+def test_what_the_machine_lacks(
+    cuda_bundle: Path, machine: Callable[..., None], found: dict[str, Any], reason: str
+) -> None:
+    machine(**found)
+    with load(cuda_bundle, threads=1) as fusion:
+        assert fusion.device == devices.Device("cpu", {"cuda": reason})
+    with pytest.raises(FusionError) as refusal:
+        load(cuda_bundle, device="cuda")
+    assert str(refusal.value) == f"Cannot run {cuda_bundle} on cuda: {reason}"
+
+
+def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., None]) -> None:
+    machine(**WHOLE)
+    reason = "The bundle was exported for cpu; fusion-export FUSION-tiny -o FOLDER --target cuda makes one for it."
+    with load(tiny_bundle, threads=1) as fusion:
+        assert fusion.device == devices.Device("cpu", {"cuda": reason})
+    with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda makes one"):
+        load(tiny_bundle, device="cuda")
+
+
+@pytest.mark.usefixtures("cuda_backend")
+def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None]) -> None:
+    machine(**WHOLE)
+    for device in ("auto", "cuda"):
+        with load(cuda_bundle, device=device, threads=1) as fusion:
+            assert fusion.device == devices.Device("cuda", {})
+    with load(cuda_bundle, device="cpu", threads=1) as fusion:
+        assert fusion.device == devices.Device("cpu", {})  # nothing else was wanted
+
+
+def test_a_device_that_does_not_start_after_all(
+    cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+        raise DeviceError("It needs libcudnn.so.9; install it.")
+
+    machine(**WHOLE)
+    replace_cuda(monkeypatch, fail)
+    with load(cuda_bundle, threads=1) as fusion:
+        assert fusion.device == devices.Device("cpu", {"cuda": "It needs libcudnn.so.9; install it."})
+    with pytest.raises(FusionError, match=r"on cuda: It needs libcudnn.so.9; install it."):
+        load(cuda_bundle, device="cuda")
+
+
+def test_a_damaged_bundle_is_no_reason_for_another_device(
+    cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+        raise FusionError("It cannot be loaded.")
+
+    machine(**WHOLE)
+    replace_cuda(monkeypatch, fail)
+    with pytest.raises(FusionError, match=r"^It cannot be loaded.$"):
+        load(cuda_bundle)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "ONNX Runtime is not installed; pip install 'fusion-edge[{}]'."),
+        (
+            ModuleType("onnxruntime"),  # all that is left when one of two wheels was removed
+            "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
+            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{}]'.",
+        ),
+    ],
+)
+def test_without_onnxruntime(
+    cuda_bundle: Path,
+    machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType | None,
+    reason: str,
+) -> None:
+    machine(gpus=1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    with pytest.raises(FusionError) as refusal:
+        load(cuda_bundle)
+    told = f"cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
+    assert str(refusal.value) == f"No device here can run {cuda_bundle}. {told}"
+
+
+# fusion-run -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``told(bundle, *options)``: standard error of a question."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+
+    def run(bundle: Path, *options: str) -> str:
+        capsys.readouterr()
+        arguments = [str(bundle), "--image", str(tmp_path / "image.png"), "--ask=What?", "--threads=1"]
+        assert cli_run.main([*arguments, "--max-new-tokens=1", *options]) == 0
+        output = capsys.readouterr()
+        assert output.out.count("\n") == 1
+        return output.err
+
+    return run
+
+
+def test_a_gpu_bundle_on_the_cpu_is_told(
+    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+) -> None:
+    machine()
+    assert told(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
+    assert told(cuda_bundle, "--device=cpu") == ""
+    assert told(cuda_bundle, "--verbose") == f"not on cuda: {NO_DRIVER}\nrunning on cpu\n"
+
+
+def test_a_cpu_bundle_on_the_cpu_is_not(
+    tiny_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+) -> None:
+    machine()
+    assert told(tiny_bundle) == ""
+    assert told(tiny_bundle, "--verbose") == f"not on cuda: {NO_DRIVER}\nrunning on cpu\n"
+    assert told(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
+
+
+@pytest.mark.usefixtures("cuda_backend")
+def test_a_gpu_bundle_on_the_gpu_is_not(
+    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+) -> None:
+    machine(**WHOLE)
+    assert told(cuda_bundle) == ""
+    assert told(cuda_bundle, "--verbose") == "running on cuda\n"
+
+
+def test_a_device_asked_for_is_an_error(tiny_bundle: Path, machine: Callable[..., None], refused: Refuse) -> None:
+    machine()
+    message = refused(cli_run.main, tiny_bundle, "--image=x.png", "--ask=What?", "--device=cuda")
+    assert message == f"error: Cannot run {tiny_bundle} on cuda: {NO_DRIVER}\n"
+
+
+def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
+    """On this machine, whatever it has."""
+    bundle = open_bundle(cuda_bundle)
+    for candidate in devices.CANDIDATES:
+        reason = candidate.reason(bundle)
+        assert reason is None or (reason.endswith(".") and ";" in reason)
