@@ -147,7 +147,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     settings = Settings(
         target=options.target,
         activations=activations,
-        accuracy_level=options.accuracy_level,
+        accuracy_level=0 if options.target == "tensorrt" else options.accuracy_level,
         cache=activations if options.kv_cache == "float" else "int8",
         max_context=options.max_context or config.max_length,
     )

@@ -11,7 +11,7 @@ from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.cuda import Cuda
 from fusion_edge.runtime.engines import Engine, Engines
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import DeviceError
 
 HALF = 2  # bytes of a float16
 RUNTIME_BYTES = 350_000_000
@@ -46,7 +46,7 @@ def tensor_bytes(engines: Iterable[Engine]) -> int:
 
 
 def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> None:
-    """Raise :class:`FusionError` if the device has too little free memory for the engines, with what would fit."""
+    """Raise :class:`DeviceError` if the device has too little free memory for the engines, with what would fit."""
     config, context = manifest.model, engines.max_context
     tensors = tensor_bytes(engine for parts in engines.engines.values() for engine in parts)
     needed = RUNTIME_BYTES + engines.size + tensors + activation_bytes(config, context)
@@ -60,7 +60,7 @@ def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> Non
         remedy = f"it fits with {fits} positions: fusion-build --max-context {fits}"
     else:
         remedy = "not with any --max-context: export with --int4, fewer --image-tokens or a smaller --query-len"
-    raise FusionError(
+    raise DeviceError(
         f"The engines need about {needed / 1e9:.2f} GB on the device ({engines.size / 1e9:.2f} GB of weights, "
         f"{cache_bytes(config, context) / 1e9:.2f} GB of KV cache for {context} positions); {free / 1e9:.2f} of "
         f"{total / 1e9:.2f} GB are free. Close other programs, or {remedy}."

@@ -10,7 +10,9 @@ from importlib import metadata
 
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.bundle import Bundle
+from fusion_edge.runtime.cuda import open_cuda
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
+from fusion_edge.runtime.tensorrt_library import LIBRARIES, find_library
 
 AUTO = "auto"
 
@@ -66,7 +68,16 @@ def _cuda(bundle: Bundle) -> str | None:
 
 
 def _cpu(bundle: Bundle) -> str | None:
-    return _no_onnxruntime("cpu") or _wrong_target(bundle, "cpu", "cuda")
+    return _no_onnxruntime("cpu") or _wrong_target(bundle, "cpu", "cuda", "tensorrt")
+
+
+def _tensorrt(library: str, bundle: Bundle) -> str | None:
+    """Nothing but the GPU decides whether there are engines for it, so they are looked for when it is opened."""
+    try:
+        find_library(library)
+    except DeviceError as error:
+        return str(error)
+    return _no_nvidia_gpu() or _wrong_target(bundle, "tensorrt")
 
 
 def _wrong_target(bundle: Bundle, *targets: str) -> str | None:
@@ -129,7 +140,14 @@ def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backe
     return OnnxRuntimeBackend(bundle, device, threads)
 
 
+def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend:
+    from fusion_edge.runtime.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(bundle, find_library(library), open_cuda())
+
+
 CANDIDATES = (
+    *(Candidate(name, partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
     Candidate("cuda", _cuda, partial(_open_onnxruntime, "cuda")),
     Candidate("cpu", _cpu, partial(_open_onnxruntime, "cpu")),
 )

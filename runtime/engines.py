@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, check_digest, check_file, digest
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.schema import from_json
 
 SCHEMA_VERSION = 1
@@ -111,12 +111,12 @@ def read_engines(folder: Path) -> Engines:
 def open_engines(bundle: Bundle, machine: Machine) -> tuple[Path, Engines]:
     """The engines of ``bundle`` for ``machine``, every file's checksum verified, and their folder.
 
-    Raises :class:`FusionError` with the command that builds them: if there are none, or only those of another machine
-    or of the bundle as it was before; if a file is missing, truncated or altered.
+    Raises with the command that builds them: :class:`DeviceError` if there are none, or only those of another machine
+    or of the bundle as it was before; :class:`FusionError` if a file is missing, truncated or altered.
     """
     folder, build = engines_folder(bundle, machine), build_command(bundle, machine)
     if not folder.is_dir():
-        raise FusionError(f"{bundle.folder} has no engines for {machine}{_others(bundle)}; build them: {build}")
+        raise DeviceError(f"{bundle.folder} has no engines for {machine}{_others(bundle)}; build them: {build}")
     try:
         engines = read_engines(folder)
     except (OSError, ValueError, RecursionError) as error:

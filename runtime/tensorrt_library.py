@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import DeviceError
 
 LIBRARIES = ("tensorrt", "tensorrt-rtx")
 INSTALL = {
@@ -46,23 +46,23 @@ class Library:
 
 
 def find_library(name: str) -> Library:
-    """Import one of :data:`LIBRARIES`. Raises :class:`FusionError` if it is not installed or does not load."""
+    """Import one of :data:`LIBRARIES`. Raises :class:`DeviceError` if it is not installed or does not load."""
     try:
         return Library(importlib.import_module(name.replace("-", "_")))
     except ImportError as error:
         detail = "" if isinstance(error, ModuleNotFoundError) else f" or does not load ({error})"
-        raise FusionError(f"{name} is not installed{detail}; {INSTALL[name]}.") from None
+        raise DeviceError(f"{name} is not installed{detail}; {INSTALL[name]}.") from None
 
 
 def first_library() -> Library:
-    """The first of :data:`LIBRARIES` that is installed. Raises :class:`FusionError` if neither is."""
+    """The first of :data:`LIBRARIES` that is installed. Raises :class:`DeviceError` if neither is."""
     for name in LIBRARIES:
         try:
             return find_library(name)
-        except FusionError:
+        except DeviceError:
             continue
     remedies = "; ".join(f"{name}: {remedy}" for name, remedy in INSTALL.items())
-    raise FusionError(f"No TensorRT is installed. {remedies}.")
+    raise DeviceError(f"No TensorRT is installed. {remedies}.")
 
 
 @dataclass

@@ -104,6 +104,8 @@ class Decoder:
             "values": context,
             "last_position": (1,),
             "total_length": (),
+            "positions": (1, 1),  # of a TensorRT bundle's graph, as the next
+            "write_index": (1,),
             "is_prefill": (),  # of an int8 cache's graph alone
         }
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name in self._graph.inputs}
@@ -115,8 +117,10 @@ class Decoder:
                 f"A sequence of {capacity} positions does not fit the bundle's context of {self._context}; "
                 "export with a larger --max-context."
             )
-        self._grow(length, capacity)
+        self._grow(0, length, capacity)
         first = dict(inputs)
+        if "positions" in self._graph.inputs:
+            first["positions"] = np.arange(length)[None]
         if "is_prefill" in self._graph.inputs:
             first["is_prefill"] = np.ones((), np.bool_)
         with explained(self._graph.name):
@@ -128,17 +132,20 @@ class Decoder:
 
     def step(self, embedding: Floats) -> Floats:
         """Append one token's embedding ``[D]``: logits ``[V]``."""
-        self._grow(self._length + 1, self._capacity)
+        self._grow(self._length, 1, self._capacity)
         self._write("embeddings", embedding)
         self._graph.run_bound(self._step, large=False)
         logits: Floats = self._logits[0]
         return logits
 
-    def _grow(self, length: int, capacity: int) -> None:
+    def _grow(self, start: int, count: int, capacity: int) -> None:
+        """Tell the graph where the next positions go."""
+        length = start + count
         check_capacity(length, capacity)
         self._length, self._capacity = length, capacity
-        self._write("total_length", length)
-        self._write("last_position", length - 1)
+        places = {"total_length": length, "last_position": length - 1, "positions": start, "write_index": start}
+        for name in places.keys() & self._step_inputs.keys():
+            self._write(name, places[name])
 
     def _write(self, name: str, data: npt.ArrayLike) -> None:
         self._graph.write(name, self._step_inputs[name], data)

@@ -108,7 +108,7 @@ class Graph:
 
 
 def _spec(manifest: Manifest, name: str) -> GraphSpec:
-    specs = graph_specs(manifest.model, manifest.activations, manifest.cache)
+    specs = graph_specs(manifest.model, manifest.target, manifest.activations, manifest.cache)
     return next(spec for spec in specs if spec.name == name)
 
 
@@ -117,6 +117,8 @@ def explained(graph: str) -> Iterator[None]:
     """ONNX Runtime's own errors as one of ours."""
     try:
         yield
+    except FusionError:
+        raise
     except Exception as error:  # a dozen unrelated types
         raise FusionError(
             f"ONNX Runtime failed while running {graph}: {_reason(error)} If memory ran out, ask with a smaller "
@@ -134,7 +136,7 @@ def _session(bundle: Bundle, name: str, device: str, threads: int | None) -> ort
     path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
     missing = _load_cuda_libraries() if device == "cuda" else []
     provider, settings = PROVIDERS[device]
-    options = _session_options(threads)
+    options = _session_options(bundle.manifest, threads)
     try:
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
@@ -161,14 +163,18 @@ def _load_cuda_libraries() -> list[str]:
     return re.findall(r"^Failed to load ([^:\s]+)", printed.getvalue(), re.MULTILINE)
 
 
-def _session_options(threads: int | None) -> ort.SessionOptions:
+def _session_options(manifest: Manifest, threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     # ONNX Runtime's own default counts what it takes for physical cores and finds one on virtual machines.
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))  # Linux, as every target is
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # CPUs without VNNI overflow in products of unsigned and signed bytes (w8a8); this makes both unsigned there.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if manifest.target == "tensorrt":
+        # Its products with INT4 weights are fused; they shall compute in float, as TensorRT does.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(manifest.accuracy_level))
+    else:
+        # CPUs without VNNI overflow in products of unsigned and signed bytes (w8a8); this makes both unsigned there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -25,10 +25,10 @@ PROMPT, STEP = 0, 1
 """The LLM's profiles."""
 OF_IMAGE = ("keys", "values")
 """What the alignment decoder leaves on the device for the LLM."""
-ON_HOST = frozenset(
-    ("pixel_values", "text_embeds", "text_mask", "features", "latent_cells", "context_cells", "latents", "embeddings")
-    + ("latent_positions", "question_positions", "positions", "write_index", "logits")
-)
+ON_HOST = {
+    *("pixel_values", "text_embeds", "text_mask", "features", "latent_cells", "context_cells", "latents"),
+    *("embeddings", "latent_positions", "question_positions", "positions", "write_index", "logits"),
+}
 """What the host gives or reads."""
 STEP_INPUTS = ("embeddings", "positions", "write_index")
 
@@ -99,9 +99,9 @@ class TensorRTBackend:
         pointers = {name: tensor.pointer for name, tensor in zip(OF_IMAGE, pair, strict=True)}
         self._graphs[ALIGNMENT_DECODER].bind(PROMPT, pointers)
         inputs = {"features": np.asarray(features), "latent_cells": latent_cells, "context_cells": context_cells}
-        cells = zip(("side", "latent_rows"), latent_cells.shape, strict=True)
-        context = zip(("context_side", "context_rows"), context_cells.shape, strict=True)
-        self._run(ALIGNMENT_DECODER, PROMPT, inputs, {"latents": count, **dict(cells), **dict(context)})
+        cells = (*latent_cells.shape, *context_cells.shape)
+        dimensions = dict(zip(("side", "latent_rows", "context_side", "context_rows"), cells, strict=True))
+        self._run(ALIGNMENT_DECODER, PROMPT, inputs, dimensions | {"latents": count})
         latents = self._result("latents", (1, count, self._config.language.hidden_size))[0].astype(np.float32)
         aligned = ImageAlignment(latents, *pair)
         weakref.finalize(aligned, self._free.append, pair)
@@ -131,7 +131,7 @@ class TensorRTBackend:
             )
         check_capacity(len(embeddings), capacity)
         self._graphs[LLM].bind(PROMPT, {"keys": image.keys.pointer, "values": image.values.pointer})
-        inputs = {
+        inputs: dict[str, npt.NDArray[Any]] = {
             "embeddings": embeddings[None],
             "latent_positions": latent_positions,
             "question_positions": question_positions,
@@ -142,7 +142,8 @@ class TensorRTBackend:
         dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents}
         self._run(LLM, PROMPT, inputs, dimensions)
         self._length, self._capacity = len(embeddings), capacity
-        return self._logits()
+        logits: Floats = self._result("logits", (1, self._config.language.vocab_size))[0]
+        return logits
 
     def decode(self, embedding: Floats) -> Floats:
         check_capacity(self._length + 1, self._capacity)
@@ -153,7 +154,8 @@ class TensorRTBackend:
             self._cuda.launch(self._recorded, self._stream)
         self._cuda.wait(self._stream)
         self._length += 1
-        return self._tensors["logits"].host((1, self._config.language.vocab_size))[0]
+        logits: Floats = self._tensors["logits"].host((1, self._config.language.vocab_size))[0]
+        return logits
 
     def _write_step(self, embedding: npt.ArrayLike, position: int) -> None:
         """The inputs of a step, in pinned memory."""
@@ -206,9 +208,6 @@ class TensorRTBackend:
         result = self._tensors[name].download(shape, self._stream)
         self._cuda.wait(self._stream)
         return result
-
-    def _logits(self) -> Floats:
-        return self._result("logits", (1, self._config.language.vocab_size))[0]
 
     def close(self) -> None:
         if self._recorded is not None:

@@ -49,7 +49,7 @@ class EngineGraph:
     @property
     def scratch_bytes(self) -> int:
         """Device memory that a run needs beside weights and tensors; one run at a time may use it."""
-        return max(loaded.device_memory_size_v2 for loaded in self._loaded)
+        return max(int(loaded.device_memory_size_v2) for loaded in self._loaded)
 
     def prepare(self, scratch: int, size: int, pointers: Mapping[str, int], stream: int) -> None:
         """Make the execution contexts: they work in ``scratch`` and find their tensors at ``pointers``."""

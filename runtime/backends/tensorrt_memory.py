@@ -1,4 +1,4 @@
-"""Memory of a TensorRT backend: tensors on the device, and beside those that the host reads or writes, pinned memory."""
+"""Memory of a TensorRT backend: tensors on the device, and pinned memory of those that the host reads or writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DeviceMemory:
         """Pinned host memory as bytes."""
         pointer = self.cuda.allocate_pinned(max(size, 1))
         self._pinned.append(pointer)
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(pointer), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
 
     def close(self) -> None:
         """Free everything."""
