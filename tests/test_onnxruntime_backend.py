@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +174,25 @@ def test_a_sequence_fits_the_context(subject: Subject) -> None:
 
 
 def test_a_failure_inside_onnxruntime_names_the_graph(subject: Subject) -> None:
-    cells = np.zeros((1, 1), np.int64)
-    with pytest.raises(FusionError, match=r"running alignment_decoder: .* --query-len"):
-        subject.backend.align(np.zeros((1, 2, 3), np.float32), cells, cells)
-    image = ImageAlignment(np.zeros((0, 32), np.float32), np.zeros(3, np.float32), np.zeros(3, np.float32))
-    with pytest.raises(FusionError, match=r"running llm: .* --query-len"):
-        subject.backend.prefill(np.zeros((2, 32), np.float32), image, cells, cells[0], 8)
+    cells, rows = np.zeros((1, 1), np.int64), np.zeros((2, 32), np.float32)
+    image = ImageAlignment(rows[:0], rows[0], rows[0])
+    failures: dict[str, Callable[[], object]] = {
+        "alignment_decoder": lambda: subject.backend.align(rows[None], cells, cells),
+        "llm": lambda: subject.backend.prefill(rows, image, cells, cells[0], 8),
+    }
+    for graph, fail in failures.items():
+        with pytest.raises(FusionError, match=f"^ONNX Runtime failed while running {graph}: .* --query-len") as failure:
+            fail()
+        assert str(failure.value).count("ONNX Runtime failed") == 1
+
+
+def test_no_room_for_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 50331648")
+
+    monkeypatch.setattr(Graph, "tensor", fail)
+    with pytest.raises(FusionError, match=r"Failed to allocate memory .* a smaller --max-context"):
+        OnnxRuntimeBackend(bundle, "cpu", 1)
 
 
 # The CUDA provider -------------------------------------------------------------------------------------------

@@ -71,8 +71,8 @@ class OnnxRuntimeBackend:
 class Decoder:
     """The LLM with its KV cache: allocated once, bound as input *and* output, so updated in place.
 
-    A sequence uses the start of the cache's memory, as much as it may grow to: GroupQueryAttention clears all that
-    it is given, and a host's memory that is never given is never touched, so it takes no room.
+    A sequence uses the start of the cache's memory, as much as it may grow to: the prefill of an int8 cache copies all
+    that lies behind the prompt. A host's memory that no sequence has come to is never touched, so it takes no room.
 
     One-token steps read inputs that are allocated once and overwritten, and write one array of logits on the host:
     nothing is bound or allocated for a step.
@@ -83,10 +83,11 @@ class Decoder:
         self._context = manifest.max_context
         self._length = self._capacity = 0
         self._specs = graphs.cache_specs(manifest.model, manifest.cache)
-        self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
-        self._step_inputs = {name: graph.tensor(name, data) for name, data in self._no_latents(manifest).items()}
+        with explained(graph.name):  # a GPU may have no room
+            self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
+            self._step_inputs = {name: graph.tensor(name, data) for name, data in self._no_latents(manifest).items()}
         self._step: ort.IOBinding | None = None
 
     def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
@@ -126,7 +127,8 @@ class Decoder:
         with explained(self._graph.name):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
             self._step = self._binding(self._step_inputs)
-            self._graph.run_bound(self._binding(self._step_inputs | tensors), large=True)
+            binding = self._binding(self._step_inputs | tensors)
+        self._graph.run_bound(binding, large=True)
         logits: Floats = self._logits[0]
         return logits
 

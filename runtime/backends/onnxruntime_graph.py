@@ -94,7 +94,8 @@ class Graph:
         with explained(self.name):
             tensors = {name: self.tensor(name, data) for name, data in inputs.items()}
             outputs = {name: self._allocate(name, shape) for name, shape in shapes.items()}
-            self.run_bound(self.binding(tensors, outputs), large=True)
+            binding = self.binding(tensors, outputs)
+        self.run_bound(binding, large=True)
         return {name: Tensor(value) for name, value in outputs.items()}
 
     def run_bound(self, binding: ort.IOBinding, large: bool) -> None:
