@@ -40,9 +40,8 @@ class PlainRuns:
             for name in bundle.manifest.graphs
         }
         manifest = bundle.manifest
-        self._specs = {
-            spec.name: spec for spec in graphs.graph_specs(manifest.model, manifest.activations, manifest.cache)
-        }
+        specs = graphs.graph_specs(manifest.model, manifest.target, manifest.activations, manifest.cache)
+        self._specs = {spec.name: spec for spec in specs}
         self.cache: dict[str, Array] = {}
 
     def run(self, name: str, **inputs: Array) -> list[Array]:
