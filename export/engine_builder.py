@@ -31,8 +31,8 @@ class BuildOptions:
 
     workspace: int | None = None
     """Bytes of scratch memory that TensorRT may try kernels with; None: its default."""
-    parts: int = 1
-    """Engines that the LLM is cut into."""
+    parts: int = 4
+    """Engines that the LLM is cut into: with four, building takes less memory than the bundle has bytes."""
     verbose: bool = False
 
 
