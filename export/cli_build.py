@@ -170,6 +170,9 @@ def _write(
         builder = EngineBuilder(bundle, library, machine, built_for, options)
         if builder.no_plugins is not None:
             sys.stderr.write(f"{builder.no_plugins}.\n")
+        if builder.missing_operators:
+            names = ", ".join(builder.missing_operators)
+            sys.stderr.write(f"{library.name} {library.version} does not know {names}: older operators, and slower.\n")
         if kept.is_file():
             builder.timing_cache = kept.read_bytes()
         written = builder.build(partial)

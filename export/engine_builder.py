@@ -16,6 +16,7 @@ from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engine_parts import fix_dimension, split, tensor_dtype, tensor_shape
 from fusion_edge.export.engine_profiles import Limits, Ranges, profiles, shapes
+from fusion_edge.export.older_operators import missing_operators, replace_operators
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, digest, graph_file
 from fusion_edge.runtime.engines import Engine, Machine
@@ -55,6 +56,8 @@ class EngineBuilder:
         self.uses_plugins = (reason := tensorrt_plugins.supported(library.module)) is None
         self.no_plugins = reason
         """Why the recursive alignment runs as standard operators; None if plugins compute it."""
+        self.missing_operators = [] if library.is_rtx else missing_operators(library.version_numbers)
+        """Those that this TensorRT does not read, which functions of older ones replace."""
         if self.uses_plugins:
             architecture = machine.compute_capability.replace(".", "")
             tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), architecture)
@@ -72,6 +75,10 @@ class EngineBuilder:
     def _engines(self, name: str, ranges: list[Ranges], folder: Path) -> Iterator[Engine]:
         model = onnx.load(self._bundle.path(graph_file(name)), load_external_data=False)
         fix_dimension(model, "capacity", self._limits.max_context)
+        if self.missing_operators:
+            language = self._bundle.manifest.model.language
+            groups = language.heads // language.kv_heads if name == LLM else 1
+            replace_operators(model, self.missing_operators, groups)
         parts = split(model, self._options.parts) if name == LLM else [model]
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
