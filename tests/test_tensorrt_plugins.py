@@ -24,7 +24,8 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 from tensorrt_layers import FLOATS, SHAPES, WIDTH, types
 
 from fusion_edge.kernels import onnx_functions, recursive_alignment, tensorrt_plugins
-from fusion_edge.kernels.ahead_of_time import KERNELS, Compiled, without_scratch
+from fusion_edge.kernels.ahead_of_time import KERNELS, without_scratch
+from fusion_edge.kernels.kernel_folder import Compiled
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, allow_in_place, register, supported, use_plugins
 from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError
@@ -51,7 +52,7 @@ def shape(axes: tuple[int | str, ...], sizes: fake.Sizes) -> tuple[int, ...]:
 def registered() -> Iterator[None]:
     """All plugins are, for a Jetson Orin."""
     fake.QDP_REGISTRY.clear()
-    register(fake, "87")
+    register(fake, "87", lambda *wanted: tensorrt_plugins.compiled(*wanted))
     yield
     fake.QDP_REGISTRY.clear()
 
@@ -228,7 +229,7 @@ def tensorrt(name: str, version: str) -> ModuleType:
 
 @pytest.mark.parametrize("version", ["10.9.0.34", "10.13.3", "11.0.0"])
 def test_supported(version: str) -> None:
-    assert supported(tensorrt("tensorrt", version)) is None
+    assert supported(tensorrt("tensorrt", version), has_kernels=False) is None
 
 
 @pytest.mark.parametrize(
@@ -240,14 +241,16 @@ def test_supported(version: str) -> None:
     ],
 )
 def test_not_supported(name: str, version: str, reason: str) -> None:
-    assert supported(tensorrt(name, version)) == f"{reason}: the recursive alignment runs as standard operators"
+    consequence = "the recursive alignment runs as standard operators"
+    assert supported(tensorrt(name, version), has_kernels=True) == f"{reason}: {consequence}"
 
 
 def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None if name == "triton" else name)
-    reason = supported(tensorrt("tensorrt", "10.13.3"))
+    reason = supported(tensorrt("tensorrt", "10.13.3"), has_kernels=False)
     assert reason is not None
-    assert reason.startswith("triton not installed (pip install 'fusion-edge[kernels]')")
+    assert reason.startswith("No --kernels, and triton not installed (fusion-edge[kernels])")
+    assert supported(tensorrt("tensorrt", "10.13.3"), has_kernels=True) is None
 
 
 def test_outputs_may_be_in_the_memory_of_inputs() -> None:
