@@ -49,29 +49,25 @@ def shape(axes: tuple[int | str, ...], sizes: fake.Sizes) -> tuple[int, ...]:
 
 
 @pytest.fixture
-def registered() -> Iterator[None]:
-    """All plugins are, for a Jetson Orin."""
-    fake.QDP_REGISTRY.clear()
-    register(fake, "87", lambda *wanted: tensorrt_plugins.compiled(*wanted))
-    yield
-    fake.QDP_REGISTRY.clear()
+def compilations() -> Iterator[list[tuple[str, str, int, str]]]:
+    """All plugins are registered for a Jetson Orin; what was to be compiled.
 
-
-@pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, str]]:
-    """What was to be compiled: Triton's interpreter, which these tests share a process with, compiles nothing."""
+    Triton's interpreter, which these tests share a process with, compiles nothing.
+    """
     calls: list[tuple[str, str, int, str]] = []
 
     def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
         calls.append((kernel, architecture, width, dtype))
         return Compiled(f"{kernel}_kernel", "PTX", 256, 4096)
 
-    monkeypatch.setattr(tensorrt_plugins, "compiled", compiled)
-    return calls
+    fake.QDP_REGISTRY.clear()
+    register(fake, "87", compiled)
+    yield calls
+    fake.QDP_REGISTRY.clear()
 
 
 @every_plugin
-@pytest.mark.usefixtures("registered", "compilations")
+@pytest.mark.usefixtures("compilations")
 def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
     function = FUNCTIONS[plugin.operator]
     assert fake.QDP_REGISTRY[plugin.id].inputs == list(function.input)
@@ -84,7 +80,7 @@ def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
 
 
 @every_plugin
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("compilations")
 def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) -> None:
     for dtype, name in FLOATS.items():
         layer = tensorrt_layers.layer(plugin, dtype)
@@ -121,7 +117,7 @@ def call(operator: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 
 @every_plugin
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.usefixtures("registered", "compilations")
+@pytest.mark.usefixtures("compilations")
 def test_launch_is_that_of_the_wrapper(
     plugin: Plugin, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +195,7 @@ def test_scratch_memory() -> None:
         without_scratch(PTX.replace("[one_kernel_param_0]", "[one_kernel_param_1]"), 1)
 
 
-@pytest.mark.usefixtures("registered", "compilations")
+@pytest.mark.usefixtures("compilations")
 def test_sizes_that_kernels_are_compiled_for() -> None:
     attention, norm, _ = PLUGINS
     context = (1, "q", 4, WIDTH)
@@ -215,7 +211,7 @@ def test_unknown_architecture() -> None:
     assert not fake.QDP_REGISTRY
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("compilations")
 def test_second_registration() -> None:
     with pytest.raises(ValueError, match="already"):
         register(fake, "87")
