@@ -173,12 +173,18 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def write_checkpoint(
-    layout: Layout, folder: Path, like: Path, seed: int = 0, shard_bytes: int = SHARD_BYTES
+    layout: Layout,
+    folder: Path,
+    like: Path,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    is_sparse: bool = False,
 ) -> None:
     """Write ``layout`` with random bf16 weights to ``folder``; the same arguments give the same bytes.
 
     Config and tokenizer come from the checkpoint folder ``like``. Memory: 16 MB of weights at a time. The index
-    is written last, so an interrupted folder is not taken for a checkpoint.
+    is written last, so an interrupted folder is not taken for a checkpoint. With ``is_sparse`` all weights are zero
+    and take no room on the disk: for dry runs, which read none.
 
     Raises:
         FusionError: ``folder`` is not empty, ``like`` is no checkpoint, or the disk is too small.
@@ -190,7 +196,7 @@ def write_checkpoint(
     tensors = layout.tensors()
     total = sum(map(_nbytes, tensors.values()))
     free = shutil.disk_usage(folder).free
-    if free < total:
+    if free < total and not is_sparse:
         raise FusionError(
             f"{folder} has {cli.size(free)} free, but the checkpoint takes {cli.size(total)}; pass a folder on a "
             "larger disk or fewer --layers."
@@ -201,7 +207,7 @@ def write_checkpoint(
     _write_json(folder / "config.json", config | layout.config_fields())
     shards = list(_shards(tensors, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    values = _RandomValues(seed)
+    values = None if is_sparse else _RandomValues(seed)
     with Progress(f"writing {cli.size(total)}", total) as progress:
         for name, shard in zip(names, shards, strict=True):
             with (folder / name).open("wb") as file:
@@ -257,9 +263,9 @@ def _shards(tensors: Mapping[str, Shape], limit: int) -> Iterator[dict[str, Shap
 
 
 def _write_shard(
-    file: BinaryIO, shard: Mapping[str, Shape], values: _RandomValues, advance: Callable[[int], None]
+    file: BinaryIO, shard: Mapping[str, Shape], values: _RandomValues | None, advance: Callable[[int], None]
 ) -> None:
-    """One safetensors file: length of the header, header, tensors without gaps."""
+    """One safetensors file: length of the header, header, tensors without gaps; without values a hole of their size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shard.items():
@@ -268,6 +274,9 @@ def _write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
+    if values is None:
+        file.truncate(file.tell() + end)
+        return
     for name, shape in shard.items():
         for piece in values.pieces(name, shape):
             file.write(piece.data)
@@ -293,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
     add("--layers", type=cli.positive, metavar="N", help="LLM layers (default: the model's 32)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--sparse", action="store_true", help="zeros that take no room on the disk: for dry runs")
     add(
         "--like",
         type=Path,
@@ -307,7 +317,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.layers is not None:
         layout = layout.with_layers(arguments.layers)
     like = GOLDEN / layout.like if arguments.like is None else arguments.like
-    write_checkpoint(layout, arguments.output, like, arguments.seed)
+    write_checkpoint(layout, arguments.output, like, arguments.seed, is_sparse=arguments.sparse)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion_edge.runtime.errors import DeviceError
 
-INSTALL = "pip install 'cuda-bindings' of the CUDA version that the driver has (nvidia-smi shows it), such as ==12.6.*"
+INSTALL = "pip install 'cuda-bindings==13.0.*' for CUDA 13, cuda-python==12.6.2.post1 for CUDA 12.6 (JetPack 6)"
 
 
 class Cuda:
@@ -25,7 +25,10 @@ class Cuda:
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """What a function returns beside its error code. Raises :class:`DeviceError` for an error."""
-        error, *results = getattr(self._cuda, function)(*arguments)
+        try:
+            error, *results = getattr(self._cuda, function)(*arguments)
+        except RuntimeError as failure:  # the bindings of CUDA 12.6 look for the driver only now
+            raise DeviceError(f"CUDA cannot be used: {failure}.") from None
         if error != self._cuda.cudaError_t.cudaSuccess:
             _, text = self._cuda.cudaGetErrorString(error)
             reason = text.decode() if isinstance(text, bytes) else str(text)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from fusion_edge.benchmarks import full_size_checkpoint
 from fusion_edge.benchmarks.full_size_checkpoint import GOLDEN, LAYOUTS, Layout, write_checkpoint
+from fusion_edge.export import cli
 from fusion_edge.export.checkpoint import read_config, read_parameters
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.tokenizer import tokenizer_json
@@ -89,6 +90,16 @@ def test_seed_decides_the_bytes(tmp_path: Path) -> None:
     a, b, c = ((tmp_path / folder / "model-00001-of-00001.safetensors").read_bytes() for folder in "abc")
     assert a == b
     assert a != c
+
+
+def test_a_sparse_checkpoint_has_sizes_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--layout", "8b", "--sparse", "--output", str(tmp_path / "8b")]
+    assert full_size_checkpoint.main(arguments) == 0
+    files = list((tmp_path / "8b").glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) > 19_900_000_000
+    assert sum(512 * file.stat().st_blocks for file in files) < 1_000_000
+    assert cli.main([str(tmp_path / "8b"), "--target", "jetson-orin", "--dry-run"]) == 0
+    assert "It fits in 28.00 GB" in capsys.readouterr().out
 
 
 def test_names_are_those_of_the_golden_checkpoint() -> None:
