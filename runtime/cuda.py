@@ -6,12 +6,15 @@ Pointers are integers. No other file calls CUDA.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fusion_edge.runtime.errors import DeviceError
 
 INSTALL = "pip install 'cuda-bindings==13.0.*' for CUDA 13, cuda-python==12.6.2.post1 for CUDA 12.6 (JetPack 6)"
+
+MEMORY_INFO = Path("/proc/meminfo")
 
 
 class Cuda:
@@ -43,8 +46,13 @@ class Cuda:
         return f"{major}.{minor}"
 
     def memory(self) -> tuple[int, int]:
-        """Free and all bytes of the device; of a Jetson, those of the machine."""
+        """Free and all bytes of the device; of a Jetson, those of the machine.
+
+        There files that were just read take what CUDA would count as free; the kernel gives it back when asked for it.
+        """
         free, total = self._call("cudaMemGetInfo")
+        if self._call("cudaDeviceGetAttribute", self._cuda.cudaDeviceAttr.cudaDevAttrIntegrated, 0):
+            free = max(free, available_memory(MEMORY_INFO.read_text(encoding="ascii")))
         return free, total
 
     def allocate(self, size: int) -> int:
@@ -104,6 +112,12 @@ class Cuda:
     def destroy_graph(self, graph: Any) -> None:
         """Free a recording."""
         self._call("cudaGraphExecDestroy", graph)
+
+
+def available_memory(info: str) -> int:
+    """Bytes that the kernel could give, from the text of ``/proc/meminfo``: free ones and most of the page cache."""
+    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    return 1024 * int(fields["MemAvailable"].removesuffix("kB"))
 
 
 def open_cuda() -> Cuda:
