@@ -11,10 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fusion_edge.export.bundle_writer import write_bundle
-from fusion_edge.export.dry_run import dry_run
-from fusion_edge.export.plan import ACTIVATIONS, KV_CACHES, ExportOptions, ExportPlan, plan_export
+from fusion_edge.export.dry_run import check_fit, dry_run
+from fusion_edge.export.memory import estimate
+from fusion_edge.export.plan import KV_CACHES, ExportOptions, ExportPlan, plan_export
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.source import resolve_checkpoint
+from fusion_edge.export.targets import ACTIVATIONS, PRESETS
 from fusion_edge.quant.calibration.options import DEVICES, METHODS, CalibrationOptions
 from fusion_edge.quant.formats import group_sizes
 from fusion_edge.quant.policy import VISION, Rule, read_rules
@@ -99,7 +101,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="positions of the KV cache, prompt and answer (default: what the checkpoint was trained with)",
     )
-    add("--target", choices=list(ACTIVATIONS), default=defaults.target, help="where it will run (default: %(default)s)")
+    add(
+        "--target",
+        choices=[*ACTIVATIONS, *PRESETS],
+        default=defaults.target,
+        help="where it will run; a device's name stands for tensorrt and the options that suit it (default: "
+        "%(default)s)",
+    )
     add(
         "--accuracy-level",
         type=int,
@@ -155,7 +163,12 @@ def parser() -> argparse.ArgumentParser:
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--dry-run", action="store_true", help="print sizes and memory, write nothing")
-    add("--fit", type=cli.byte_count, metavar="SIZE", help="with --dry-run: does it run in this memory, e.g. 8GB")
+    add(
+        "--fit",
+        type=cli.byte_count,
+        metavar="SIZE",
+        help="refuse a bundle that does not run in this memory, e.g. 8GB (default: a device's own, if --target is one)",
+    )
     add("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
@@ -179,14 +192,15 @@ def _number(text: str) -> float:
 def _export(arguments: argparse.Namespace) -> int:
     if arguments.output is None and not arguments.dry_run:
         raise UsageError("No output given; add -o BUNDLE, or --dry-run to see sizes only.")
-    if arguments.fit is not None and not arguments.dry_run:
-        raise UsageError("--fit only works with --dry-run; add it.")
     calibration = _calibration(arguments)
     options = _options(arguments, is_calibrated=calibration is not None)
     with Checkpoint(resolve_checkpoint(arguments.checkpoint, arguments.revision)) as checkpoint:
         plan = plan_export(checkpoint, options)
+        fit = PRESETS[options.preset].memory if arguments.fit is None and options.preset else arguments.fit
         if arguments.dry_run:
-            return dry_run(plan, calibration, arguments.fit, arguments.json)
+            return dry_run(plan, calibration, fit, arguments.json)
+        if fit is not None:
+            check_fit(estimate(plan), fit)
         if calibration is None:
             manifest, report = write_bundle(plan, arguments.output, arguments.force)
         else:
@@ -234,7 +248,8 @@ def _options(arguments: argparse.Namespace, is_calibrated: bool) -> ExportOption
         query_lengths=arguments.query_len,
         image_tokens=arguments.image_tokens,
         max_context=arguments.max_context,
-        target=arguments.target,
+        target=PRESETS[arguments.target].target if arguments.target in PRESETS else arguments.target,
+        preset=arguments.target if arguments.target in PRESETS else None,
         accuracy_level=arguments.accuracy_level,
         kv_cache=arguments.kv_cache,
         vision=arguments.vision,

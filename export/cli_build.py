@@ -72,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="cut the LLM into N engines: building takes about a N-th of the memory (default: %(default)s)",
     )
+    add(
+        "--kernels",
+        type=Path,
+        metavar="FOLDER",
+        help="compiled kernels of the recursive alignment, from python -m fusion_edge.kernels.ahead_of_time (default: "
+        "Triton compiles them; for TensorRT from 10.9 on)",
+    )
     add("--force", action="store_true", help="build also if the engines are up to date")
     add("--verbose", action="store_true", help="print all that TensorRT says to standard error")
     add("--json", action="store_true", help="print the manifest of the engines as one JSON object")
@@ -94,7 +101,7 @@ def _build(arguments: argparse.Namespace) -> int:
     max_context = _max_context(bundle.manifest, arguments.max_context)
     library = first_library() if arguments.library is None else find_library(arguments.library)
     machine = _machine(library, arguments.device)
-    options = BuildOptions(arguments.workspace, arguments.parts, arguments.verbose)
+    options = BuildOptions(arguments.workspace, arguments.parts, arguments.kernels, arguments.verbose)
     built = None if arguments.force else _up_to_date(bundle, machine, max_context, options)
     started = time.monotonic()
     if built is None:
@@ -168,8 +175,13 @@ def _write(
     built_for = limits(bundle.manifest, max_context)
     with partial_folder(folder, "build") as partial:
         builder = EngineBuilder(bundle, library, machine, built_for, options)
+        if builder.no_plugins is not None and options.kernels is not None:
+            raise UsageError(f"--kernels cannot be used: {builder.no_plugins}; leave it out.")
         if builder.no_plugins is not None:
             sys.stderr.write(f"{builder.no_plugins}.\n")
+        if builder.missing_operators:
+            names = ", ".join(builder.missing_operators)
+            sys.stderr.write(f"{library.name} {library.version} does not know {names}: older operators, and slower.\n")
         if kept.is_file():
             builder.timing_cache = kept.read_bytes()
         written = builder.build(partial)

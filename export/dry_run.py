@@ -32,14 +32,20 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
         sys.stdout.write(json.dumps(report) + "\n")
     else:
         sys.stdout.write(_text(plan, sizes, effort, ranges))
-    if fit is not None and not fits:
-        raise FusionError(
-            f"It does not fit: the peak is {cli.size(sizes.peak)}, {cli.size(sizes.peak - fit)} more than "
-            f"{cli.size(fit)}; try a smaller --max-context, a smaller --query-len or --int4."
-        )
+    if fit is not None:
+        check_fit(sizes, fit)
     if fit is not None and not as_json:
         sys.stdout.write(f"It fits in {cli.size(fit)}, with {cli.size(fit - sizes.peak)} to spare.\n")
     return 0
+
+
+def check_fit(sizes: Estimate, fit: int) -> None:
+    """Raise :class:`FusionError` if a bundle does not run in ``fit`` bytes."""
+    if sizes.peak > fit:
+        raise FusionError(
+            f"It does not fit: the peak is {cli.size(sizes.peak)}, {cli.size(sizes.peak - fit)} more than "
+            f"{cli.size(fit)}; try a smaller --max-context, a smaller --query-len, fewer --image-tokens or --int4."
+        )
 
 
 def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:

@@ -16,7 +16,9 @@ from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engine_parts import fix_dimension, split, tensor_dtype, tensor_shape
 from fusion_edge.export.engine_profiles import Limits, Ranges, profiles, shapes
+from fusion_edge.export.older_operators import missing_operators, replace_operators
 from fusion_edge.kernels import tensorrt_plugins
+from fusion_edge.kernels.kernel_folder import KernelFolder
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, digest, graph_file
 from fusion_edge.runtime.engines import Engine, Machine
 from fusion_edge.runtime.errors import FusionError
@@ -31,8 +33,10 @@ class BuildOptions:
 
     workspace: int | None = None
     """Bytes of scratch memory that TensorRT may try kernels with; None: its default."""
-    parts: int = 1
-    """Engines that the LLM is cut into."""
+    parts: int = 4
+    """Engines that the LLM is cut into: with four, building takes less memory than the bundle has bytes."""
+    kernels: Path | None = None
+    """A folder of compiled kernels for the plugins; None: Triton compiles them."""
     verbose: bool = False
 
 
@@ -52,12 +56,19 @@ class EngineBuilder:
         self._logger = self._messages.logger()
         self.timing_cache = b""
         """Of earlier builds, before; what is worth keeping for later ones, after."""
-        self.uses_plugins = (reason := tensorrt_plugins.supported(library.module)) is None
-        self.no_plugins = reason
+        self.no_plugins = tensorrt_plugins.supported(library.module, options.kernels is not None)
         """Why the recursive alignment runs as standard operators; None if plugins compute it."""
+        self.missing_operators = [] if library.is_rtx else missing_operators(library.version_numbers)
+        """Those that this TensorRT does not read, which functions of older ones replace."""
         if self.uses_plugins:
             architecture = machine.compute_capability.replace(".", "")
-            tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), architecture)
+            source = None if options.kernels is None else KernelFolder(options.kernels)
+            tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), architecture, source)
+
+    @property
+    def uses_plugins(self) -> bool:
+        """Whether plugins compute the recursive alignment."""
+        return self.no_plugins is None
 
     def build(self, folder: Path) -> dict[str, tuple[Engine, ...]]:
         """Write every engine to ``folder``; by graph name, its parts in the order in which they run.
@@ -72,6 +83,10 @@ class EngineBuilder:
     def _engines(self, name: str, ranges: list[Ranges], folder: Path) -> Iterator[Engine]:
         model = onnx.load(self._bundle.path(graph_file(name)), load_external_data=False)
         fix_dimension(model, "capacity", self._limits.max_context)
+        if self.missing_operators:
+            language = self._bundle.manifest.model.language
+            groups = language.heads // language.kv_heads if name == LLM else 1
+            replace_operators(model, self.missing_operators, groups)
         parts = split(model, self._options.parts) if name == LLM else [model]
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"

@@ -154,7 +154,9 @@ class GraphBuilder:
         graph.value_info.extend(_value_infos(self.described))
         graph.initializer.extend(self.constants.values())
         graph.initializer.extend(_external(tensor, data_file) for tensor in self.planned.values())
-        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
+        imports = [helper.make_opsetid("", self.opset)]
+        if any(node.domain == MICROSOFT for node in self.nodes):
+            imports.append(helper.make_opsetid(MICROSOFT, 1))
         if self.functions:
             imports.append(helper.make_opsetid(onnx_functions.DOMAIN, 1))
         return helper.make_model(

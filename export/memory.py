@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.plan import ExportPlan
+from fusion_edge.runtime import device_memory
 from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE, VISION_HEADS
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
+PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8}
+"""Of stored integers."""
 FLOAT_BYTES = 4
 ARENA_GROWTH = 2
 """ONNX Runtime's arenas grow by doubling (a 3B bundle, int8 cache of 1,100 positions, took 4.60 GB; this says 4.81)."""
@@ -33,12 +36,14 @@ class Estimate:
     alignment_cache: int
     """One image's features, latents, keys and values at the default query length."""
     activations: int
-    """Intermediate arrays: on a CPU of the graph that needs most, for each gives its memory back; else of all."""
+    """Intermediate arrays: of the graph that needs most, where they share memory; on CUDA of all."""
+    runtime: int
+    """The Python process with its libraries, and of TensorRT a CUDA context."""
 
     @property
     def peak(self) -> int:
-        """Everything at once, the Python process included."""
-        return RUNTIME_BYTES + self.weights + self.key_value_cache + self.alignment_cache + self.activations
+        """Everything at once."""
+        return self.runtime + self.weights + self.key_value_cache + self.alignment_cache + self.activations
 
 
 def estimate(plan: ExportPlan) -> Estimate:
@@ -54,6 +59,7 @@ def estimate(plan: ExportPlan) -> Estimate:
         key_value_cache=_key_value_cache(plan),
         alignment_cache=_alignment_cache(plan),
         activations=_activations(plan),
+        runtime=RUNTIME_BYTES + (device_memory.RUNTIME_BYTES if plan.options.target == "tensorrt" else 0),
     )
 
 
@@ -69,7 +75,8 @@ def _weights(plan: ExportPlan) -> int:
     for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
         count = int(np.prod(tensor.shape, dtype=np.int64))
         is_copied = tensor.part == "scales" and not tensor.format.has_codebook
-        total += count * (scale if is_copied else 1 if tensor.dtype in ("uint8", "int8") else wide)
+        bits = PACKED_BITS.get(tensor.dtype, 8 * wide)
+        total += count * scale if is_copied else count * bits // 8
     return total
 
 
@@ -91,6 +98,8 @@ def _alignment_cache(plan: ExportPlan) -> int:
 def _activations(plan: ExportPlan) -> int:
     """The three sessions' arenas: of four crops, of keys and values, of a full prompt."""
     config = plan.config
+    if plan.options.target == "tensorrt":
+        return device_memory.activation_bytes(config, plan.settings.max_context)
     vision, language, patches = config.vision, config.language, GLOBAL_CROPS * config.vision.patches
     tower = patches * (6 * vision.width + 2 * vision.mlp_width + VISION_HEADS * vision.patches)
     windows = plan.options.query_lengths[0] * config.alignment.window_size**2

@@ -17,6 +17,7 @@ from fusion_edge.export.onnx_operations import Settings
 from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.packed.parameters import packed_form
 from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.targets import ACTIVATIONS, with_preset
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.export.tensorrt_formats import check_formats
 from fusion_edge.export.tokenizer import tokenizer_json
@@ -29,8 +30,6 @@ from fusion_edge.runtime.graphs import GraphSpec
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
-ACTIVATIONS = {"cpu": "float32", "cuda": "float16", "tensorrt": "float16"}
-"""numpy dtype name of what flows between the graphs, by target."""
 MINIMUM_CONTEXT = 64
 MINIMUM_TEXT = 16  # positions that a template and the shortest question take, at the least
 
@@ -39,7 +38,8 @@ MINIMUM_TEXT = 16  # positions that a template and the shortest question take, a
 class ExportOptions:
     """What the user asks for; each field is an option of ``fusion-export`` and explained there."""
 
-    precision: str = "int4"
+    precision: str = ""
+    """Empty: INT4, or a preset's."""
     group_size: int | None = None
     """None: each kind's default."""
     rules: tuple[Rule, ...] = ()
@@ -47,6 +47,8 @@ class ExportOptions:
     image_tokens: int | None = None
     max_context: int | None = None
     target: str = "cpu"
+    preset: str | None = None
+    """One of ``export.targets.PRESETS``: what is left open here is as it says."""
     accuracy_level: int = 4
     kv_cache: str = "float"
     vision: str | None = None
@@ -134,7 +136,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     """
     config = read_config(checkpoint)
     parameters = read_parameters(checkpoint, config)
-    options = _checked(options, config)
+    options = _checked(with_preset(options, config), config)
     vision = options.vision or _default_vision(options)
     defaults = preset(options.precision, options.group_size, vision, options.asymmetric, options.target)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]

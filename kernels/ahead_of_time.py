@@ -2,13 +2,15 @@
 
     python -m fusion_edge.kernels.ahead_of_time --output FOLDER
 
-An engine carries the PTX, so the robot needs neither Triton nor Python for it. Registers, shared memory and spills are
+An engine carries the PTX, so the robot needs neither Triton nor Python for it; built with ``fusion-build --kernels
+FOLDER``, it is built without Triton, too. Registers, shared memory and spills are
 those that NVIDIA's own assembler (the one in Triton's wheel) reports.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_edge.kernels.kernel_folder import Compiled, Entry, write_index
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError, UsageError
@@ -43,18 +46,12 @@ THREADS_OF_A_WARP = 32
 
 @dataclass(frozen=True)
 class Built:
-    """What a kernel for one GPU takes of it, and where its PTX is."""
+    """A kernel for one GPU, and what it takes of that."""
 
-    kernel: str
-    architecture: str
-    width: int
-    file: str
+    entry: Entry
     registers: int
     """Of a thread."""
-    shared_bytes: int
     spilled_bytes: int
-    threads: int
-    """Of a block."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,12 +88,17 @@ def _main(options: argparse.Namespace) -> int:
         for width in widths
         for kernel in KERNELS
     ]
+    write_index(options.output, [one.entry for one in built])
     if options.json:
         sys.stdout.write(json.dumps([asdict(one) for one in built], indent=1) + "\n")
         return 0
     header = ("kernel", "sm", "width", "registers", "shared", "spilled")
     rows = [
-        (one.kernel, one.architecture, *map(str, (one.width, one.registers, one.shared_bytes, one.spilled_bytes)))
+        (
+            one.entry.kernel,
+            one.entry.architecture,
+            *map(str, (one.entry.width, one.registers, one.entry.shared_bytes, one.spilled_bytes)),
+        )
         for one in built
     ]
     sys.stdout.write(cli.table([header, *rows]))
@@ -142,18 +144,6 @@ KERNELS = {
 }
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel for one GPU."""
-
-    name: str
-    """Of the entry point."""
-    ptx: str
-    threads: int
-    """Of a block."""
-    shared_bytes: int
-
-
 def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
     """A kernel of :data:`KERNELS` for one of :data:`ARCHITECTURES`; dtype is fp16, bf16 or fp32.
 
@@ -176,8 +166,14 @@ def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled
     target = GPUTarget("cuda", int(architecture), THREADS_OF_A_WARP)
     options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": True}
     built = triton.compile(source, target=target, options=options)
-    ptx = without_scratch(built.asm["ptx"], len(types))
+    ptx = without_scratch(without_debug_information(built.asm["ptx"]), len(types))
     return Compiled(built.metadata.name, ptx, built.metadata.num_warps * THREADS_OF_A_WARP, built.metadata.shared)
+
+
+def without_debug_information(ptx: str) -> str:
+    """The PTX without line numbers and the paths of source files, which no engine needs to carry."""
+    code = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}", "", ptx, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^\s*\.(file|loc)\b.*\n", "", code, flags=re.MULTILINE)
 
 
 def without_scratch(ptx: str, parameters: int) -> str:
@@ -199,10 +195,11 @@ def without_scratch(ptx: str, parameters: int) -> str:
 def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) -> Built:
     """Compile one kernel and write its PTX. Raises :class:`FusionError` if the assembler refuses it."""
     made = compiled(kernel, architecture, width, dtype)
-    file = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx"
-    (folder / file).write_text(made.ptx, encoding="ascii")
-    registers, spilled = assembled(made.ptx, architecture)
-    return Built(kernel, architecture, width, file, registers, made.shared_bytes, spilled, made.threads)
+    file, content = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx", made.ptx.encode("ascii")
+    (folder / file).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    entry = Entry(kernel, architecture, width, dtype, file, digest, made.name, made.threads, made.shared_bytes)
+    return Built(entry, *assembled(made.ptx, architecture))
 
 
 def assembled(ptx: str, architecture: str) -> tuple[int, int]:

@@ -41,6 +41,7 @@ from typing import Any
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from fusion_edge.kernels.ahead_of_time import ARCHITECTURES, CONTEXT, KERNELS, compiled
+from fusion_edge.kernels.kernel_folder import Compile
 from fusion_edge.kernels.onnx_functions import ADD_LAYER_NORM, ADD_ROWS, CONTEXT_ATTENTION, DOMAIN
 from fusion_edge.runtime.config import ALIGNMENT_HEADS
 from fusion_edge.runtime.errors import FusionError
@@ -78,8 +79,11 @@ PLUGINS = (
 )
 
 
-def supported(trt_module: ModuleType) -> str | None:
-    """Why this TensorRT cannot take the plugins, in one sentence; None if it can."""
+def supported(trt_module: ModuleType, has_kernels: bool) -> str | None:
+    """Why this TensorRT cannot take the plugins, in one sentence; None if it can.
+
+    ``has_kernels``: they are compiled already, and Triton is not needed.
+    """
     consequence = "the recursive alignment runs as standard operators"
     if trt_module.__name__ == "tensorrt_rtx":
         return f"TensorRT-RTX has no plugins: {consequence}"
@@ -87,8 +91,9 @@ def supported(trt_module: ModuleType) -> str | None:
     if version < MINIMUM_VERSION:
         has, needs = (".".join(map(str, pair)) for pair in (version, MINIMUM_VERSION))
         return f"TensorRT {has} has no ahead-of-time plugins ({needs} has): {consequence}"
-    if missing := [name for name in ("torch", "triton") if find_spec(name) is None]:
-        return f"{' and '.join(missing)} not installed (pip install 'fusion-edge[kernels]'): {consequence}"
+    missing = [] if has_kernels else [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        return f"No --kernels, and {' and '.join(missing)} not installed (fusion-edge[kernels]): {consequence}"
     return None
 
 
@@ -116,8 +121,10 @@ def allow_in_place(trt_module: ModuleType, config: Any) -> None:
     config.set_preview_feature(trt_module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
 
 
-def register(plugin_module: ModuleType, architecture: str) -> None:
+def register(plugin_module: ModuleType, architecture: str, compile: Compile | None = None) -> None:
     """Register all plugins with ``tensorrt.plugin``, their kernels for one of :data:`ARCHITECTURES`.
+
+    ``compile`` gives the kernels; None: Triton compiles them.
 
     Once a process: TensorRT refuses a second plugin of the same name with ValueError. Raises :class:`FusionError` for
     an unknown architecture.
@@ -128,7 +135,7 @@ def register(plugin_module: ModuleType, architecture: str) -> None:
     for plugin in PLUGINS:
         plugin_module.register(plugin.id)(_description(plugin, plugin_module))
         plugin_module.autotune(plugin.id)(_formats(plugin, plugin_module))
-        plugin_module.aot_impl(plugin.id)(_implementation(plugin, plugin_module, architecture))
+        plugin_module.aot_impl(plugin.id)(_implementation(plugin, plugin_module, architecture, compile or compiled))
 
 
 def _description(plugin: Plugin, trtp: ModuleType) -> Callable[..., Any]:
@@ -147,13 +154,15 @@ def _formats(plugin: Plugin, trtp: ModuleType) -> Callable[..., Any]:
     return _declared(combinations, dict.fromkeys((*plugin.inputs, "outputs"), inspect.Parameter.empty))
 
 
-def _implementation(plugin: Plugin, trtp: ModuleType, architecture: str) -> Callable[..., Any]:
+def _implementation(
+    plugin: Plugin, trtp: ModuleType, architecture: str, compile: Compile
+) -> Callable[..., Any]:
     def implement(*arguments: Any) -> Any:
         *inputs, _, _ = arguments  # outputs and tactic: nothing depends on them
         width = _constant_size(plugin, inputs, 0, -1)
         if plugin.operator == CONTEXT_ATTENTION and (rows := _constant_size(plugin, inputs, 1, 2)) != CONTEXT:
             raise FusionError(f"{plugin.operator}'s kernel attends to windows of {CONTEXT} rows, not of {rows}.")
-        kernel = compiled(plugin.kernel, architecture, width, DTYPES[inputs[0].dtype.name])
+        kernel = compile(plugin.kernel, architecture, width, DTYPES[inputs[0].dtype.name])
         integers = plugin.integers(*(tensor.shape_expr for tensor in inputs))
         launch = trtp.KernelLaunchParams(
             grid_x=trtp.max(integers[0], 1),

@@ -341,7 +341,6 @@ def test_a_tokenizer_with_more_ids_than_the_model(checkpoint: Path, refuse: Refu
         (["--rule", "=int4"], "Cannot read rule '=int4'"),
         (["--rule", "lm.*=int4"], "Rule 'lm.*' matches no weight; names look like"),
         (["--rule", "llm.embed_tokens=int4"], "llm.embed_tokens cannot be int4"),
-        (["--fit", "8GB"], "--fit only works with --dry-run"),
     ],
 )
 def test_an_option_that_does_not_fit(refuse: Refuse, options: list[str], message: str) -> None:

@@ -24,7 +24,8 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 from tensorrt_layers import FLOATS, SHAPES, WIDTH, types
 
 from fusion_edge.kernels import onnx_functions, recursive_alignment, tensorrt_plugins
-from fusion_edge.kernels.ahead_of_time import KERNELS, Compiled, without_scratch
+from fusion_edge.kernels.ahead_of_time import KERNELS, without_scratch
+from fusion_edge.kernels.kernel_folder import Compiled
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, allow_in_place, register, supported, use_plugins
 from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError
@@ -48,29 +49,25 @@ def shape(axes: tuple[int | str, ...], sizes: fake.Sizes) -> tuple[int, ...]:
 
 
 @pytest.fixture
-def registered() -> Iterator[None]:
-    """All plugins are, for a Jetson Orin."""
-    fake.QDP_REGISTRY.clear()
-    register(fake, "87")
-    yield
-    fake.QDP_REGISTRY.clear()
+def compilations() -> Iterator[list[tuple[str, str, int, str]]]:
+    """All plugins are registered for a Jetson Orin; what was to be compiled.
 
-
-@pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, str]]:
-    """What was to be compiled: Triton's interpreter, which these tests share a process with, compiles nothing."""
+    Triton's interpreter, which these tests share a process with, compiles nothing.
+    """
     calls: list[tuple[str, str, int, str]] = []
 
     def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
         calls.append((kernel, architecture, width, dtype))
         return Compiled(f"{kernel}_kernel", "PTX", 256, 4096)
 
-    monkeypatch.setattr(tensorrt_plugins, "compiled", compiled)
-    return calls
+    fake.QDP_REGISTRY.clear()
+    register(fake, "87", compiled)
+    yield calls
+    fake.QDP_REGISTRY.clear()
 
 
 @every_plugin
-@pytest.mark.usefixtures("registered", "compilations")
+@pytest.mark.usefixtures("compilations")
 def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
     function = FUNCTIONS[plugin.operator]
     assert fake.QDP_REGISTRY[plugin.id].inputs == list(function.input)
@@ -83,7 +80,7 @@ def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
 
 
 @every_plugin
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("compilations")
 def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) -> None:
     for dtype, name in FLOATS.items():
         layer = tensorrt_layers.layer(plugin, dtype)
@@ -120,7 +117,7 @@ def call(operator: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 
 @every_plugin
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.usefixtures("registered", "compilations")
+@pytest.mark.usefixtures("compilations")
 def test_launch_is_that_of_the_wrapper(
     plugin: Plugin, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +195,7 @@ def test_scratch_memory() -> None:
         without_scratch(PTX.replace("[one_kernel_param_0]", "[one_kernel_param_1]"), 1)
 
 
-@pytest.mark.usefixtures("registered", "compilations")
+@pytest.mark.usefixtures("compilations")
 def test_sizes_that_kernels_are_compiled_for() -> None:
     attention, norm, _ = PLUGINS
     context = (1, "q", 4, WIDTH)
@@ -214,7 +211,7 @@ def test_unknown_architecture() -> None:
     assert not fake.QDP_REGISTRY
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("compilations")
 def test_second_registration() -> None:
     with pytest.raises(ValueError, match="already"):
         register(fake, "87")
@@ -228,7 +225,7 @@ def tensorrt(name: str, version: str) -> ModuleType:
 
 @pytest.mark.parametrize("version", ["10.9.0.34", "10.13.3", "11.0.0"])
 def test_supported(version: str) -> None:
-    assert supported(tensorrt("tensorrt", version)) is None
+    assert supported(tensorrt("tensorrt", version), has_kernels=False) is None
 
 
 @pytest.mark.parametrize(
@@ -240,14 +237,16 @@ def test_supported(version: str) -> None:
     ],
 )
 def test_not_supported(name: str, version: str, reason: str) -> None:
-    assert supported(tensorrt(name, version)) == f"{reason}: the recursive alignment runs as standard operators"
+    consequence = "the recursive alignment runs as standard operators"
+    assert supported(tensorrt(name, version), has_kernels=True) == f"{reason}: {consequence}"
 
 
 def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None if name == "triton" else name)
-    reason = supported(tensorrt("tensorrt", "10.13.3"))
+    reason = supported(tensorrt("tensorrt", "10.13.3"), has_kernels=False)
     assert reason is not None
-    assert reason.startswith("triton not installed (pip install 'fusion-edge[kernels]')")
+    assert reason.startswith("No --kernels, and triton not installed (fusion-edge[kernels])")
+    assert supported(tensorrt("tensorrt", "10.13.3"), has_kernels=True) is None
 
 
 def test_outputs_may_be_in_the_memory_of_inputs() -> None:

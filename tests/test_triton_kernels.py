@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from fusion_edge.benchmarks.alignment_kernels import RUNS, inputs, largest_error
 from fusion_edge.kernels import ahead_of_time
 from fusion_edge.kernels import recursive_alignment as kernels
 from fusion_edge.kernels.ahead_of_time import ARCHITECTURES
+from fusion_edge.kernels.kernel_folder import Compiled, KernelFolder
+from fusion_edge.runtime.errors import FusionError
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Of one rounding to the type, relative to values of about 1; float32 sums in another order."""
@@ -101,7 +104,7 @@ def test_ahead_of_time(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     built = json.loads(done.stdout)
-    assert {(row["architecture"], row["kernel"]) for row in built} == {
+    assert {(row["entry"]["architecture"], row["entry"]["kernel"]) for row in built} == {
         (architecture, kernel)
         for architecture in ARCHITECTURES
         for kernel in ("context_attention", "add_layer_norm", "add_rows")
@@ -109,10 +112,39 @@ def test_ahead_of_time(tmp_path: Path) -> None:
     for row in built:
         assert row["spilled_bytes"] == 0, row
         assert row["registers"] <= 255
-        text = (tmp_path / row["file"]).read_text()
-        assert f".target sm_{row['architecture']}" in text
-        major, minor = ARCHITECTURES[row["architecture"]]
+        entry = row["entry"]
+        text = (tmp_path / entry["file"]).read_text()
+        assert f".target sm_{entry['architecture']}" in text
+        assert f".entry {entry['name']}(" in text
+        assert "debug" not in text
+        assert ".py" not in text
+        major, minor = ARCHITECTURES[entry["architecture"]]
         assert f".version {major}.{minor}\n" in text
+    read_back(tmp_path, built[0]["entry"])
+
+
+def read_back(folder: Path, entry: dict[str, Any]) -> None:
+    """What a device builds engines with, and what is refused."""
+    source = KernelFolder(folder)
+    wanted = entry["kernel"], entry["architecture"], entry["width"], entry["dtype"]
+    path = folder / entry["file"]
+    assert source(*wanted) == Compiled(entry["name"], path.read_text(), entry["threads"], entry["shared_bytes"])
+    with pytest.raises(FusionError, match=r"has no .* width 4096 and fp16; make it with: python -m .* --width 4096"):
+        source(entry["kernel"], entry["architecture"], 4096, entry["dtype"])
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(FusionError, match="missing or has been altered; make it with"):
+        source(*wanted)
+    path.unlink()
+    with pytest.raises(FusionError, match="missing or has been altered"):
+        source(*wanted)
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"entries": [{}]}', "{"])
+def test_no_folder_of_kernels(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "kernels.json").write_text(content)
+    with pytest.raises(FusionError, match=r"is no folder of kernels .*; make it with"):
+        KernelFolder(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,176 @@
+"""Graphs for a TensorRT that does not know ONNX's newest operators: each becomes a function of operators of opset 21.
+
+``Attention`` is read since TensorRT 10.14, ``RMSNormalization``, ``RotaryEmbedding`` and ``TensorScatter`` since 10.15
+(onnx-tensorrt's changelog). JetPack 6.2 has 10.3, JetPack 7.0 and 7.1 have 10.13. The functions compute the same in
+more and slower steps: a cache is copied, not written in place, and attention is fused only where TensorRT sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fusion_edge.kernels.onnx_functions import DOMAIN
+
+SINCE = {
+    "Attention": (10, 14),
+    "RMSNormalization": (10, 15),
+    "RotaryEmbedding": (10, 15),
+    "TensorScatter": (10, 15),
+}
+"""The first TensorRT that reads each operator."""
+OPSET = 21  # has blocked DequantizeLinear
+BLOCKED = -65504.0  # the least float16: a masked key's weight becomes exactly 0
+
+
+def missing_operators(version: tuple[int, ...]) -> list[str]:
+    """The operators that a TensorRT of this version, as its first two numbers, does not read."""
+    return [name for name, since in SINCE.items() if version < since]
+
+
+def replace_operators(model: ModelProto, names: Sequence[str], groups: int) -> None:
+    """Turn nodes of these operators into calls of functions that the model then has.
+
+    ``groups``: how many query heads share a head of keys and values, in every Attention node.
+    """
+    functions: dict[str, FunctionProto] = {}
+    for node in model.graph.node:
+        if node.op_type in names and not node.domain:
+            function = _FUNCTIONS[node.op_type](_attributes(node), groups)
+            functions[function.name] = function
+            node.op_type, node.domain = function.name, DOMAIN
+            del node.attribute[:]
+    model.functions.extend(functions.values())
+    if set(names) == set(SINCE):
+        for opset in (opset for opset in model.opset_import if not opset.domain):
+            opset.version = OPSET
+    if all(opset.domain != DOMAIN for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _constant(name: str, values: Any, dtype: str = "int64") -> NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(values, dtype), name))
+
+
+def _function(name: str, inputs: list[str], nodes: list[NodeProto]) -> FunctionProto:
+    """Under a name of its own: TensorRT's parser takes an operator that it knows by name, whatever its domain."""
+    return helper.make_function(DOMAIN, f"Plain{name}", inputs, ["output"], nodes, [helper.make_opsetid("", OPSET)])
+
+
+def _rms_normalization(attributes: dict[str, Any], groups: int) -> FunctionProto:
+    """``x / sqrt(mean(x^2) + epsilon) * scale`` over the last axis, in float32."""
+    node = helper.make_node
+    nodes = [
+        _constant("epsilon", attributes["epsilon"], "float32"),
+        _constant("axis", [-1]),
+        node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        node("Mul", ["wide", "wide"], ["squares"]),
+        node("ReduceMean", ["squares", "axis"], ["mean"], keepdims=1),
+        node("Add", ["mean", "epsilon"], ["shifted"]),
+        node("Sqrt", ["shifted"], ["root"]),
+        node("Div", ["wide", "root"], ["normed"]),
+        node("CastLike", ["normed", "x"], ["narrow"]),
+        node("Mul", ["narrow", "scale"], ["output"]),
+    ]
+    return _function("RMSNormalization", ["x", "scale"], nodes)
+
+
+def _rotary_embedding(attributes: dict[str, Any], groups: int) -> FunctionProto:
+    """Halves of ``x [B,heads,L,dim]`` rotated by rows of the tables ``[positions,dim/2]``."""
+    node = helper.make_node
+    nodes = [
+        _constant("heads", [1]),
+        node("Gather", ["cos_table", "positions"], ["cos_rows"], axis=0),
+        node("Gather", ["sin_table", "positions"], ["sin_rows"], axis=0),
+        node("Unsqueeze", ["cos_rows", "heads"], ["cos"]),
+        node("Unsqueeze", ["sin_rows", "heads"], ["sin"]),
+        node("Split", ["x"], ["first", "second"], axis=-1, num_outputs=2),
+        node("Mul", ["first", "cos"], ["first_cos"]),
+        node("Mul", ["second", "sin"], ["second_sin"]),
+        node("Mul", ["second", "cos"], ["second_cos"]),
+        node("Mul", ["first", "sin"], ["first_sin"]),
+        node("Sub", ["first_cos", "second_sin"], ["low"]),
+        node("Add", ["second_cos", "first_sin"], ["high"]),
+        node("Concat", ["low", "high"], ["output"], axis=-1),
+    ]
+    return _function("RotaryEmbedding", ["x", "cos_table", "sin_table", "positions"], nodes)
+
+
+def _tensor_scatter(attributes: dict[str, Any], groups: int) -> FunctionProto:
+    """Rows of ``update [1,heads,L,dim]`` at ``start [1]`` and behind in ``past [1,heads,capacity,dim]``."""
+    node = helper.make_node
+    nodes = [
+        *(_constant(name, value) for name, value in (("zero", 0), ("one", 1), ("scalar", [0]))),
+        *(_constant(name, value) for name, value in (("of_heads", [0, 2, 3]), ("of_rows", [0, 1, 3]))),
+        node("Shape", ["update"], ["heads_size"], start=1, end=2),
+        node("Shape", ["update"], ["rows_size"], start=2, end=3),
+        node("Squeeze", ["heads_size", "scalar"], ["heads_count"]),
+        node("Squeeze", ["rows_size", "scalar"], ["rows_count"]),
+        node("Squeeze", ["start", "scalar"], ["first"]),
+        node("Range", ["zero", "heads_count", "one"], ["heads"]),
+        node("Range", ["zero", "rows_count", "one"], ["offsets"]),
+        node("Add", ["offsets", "first"], ["rows"]),
+        _constant("batch_size", [1]),
+        node("Concat", ["batch_size", "heads_size", "rows_size", "batch_size"], ["shape"], axis=0),
+        node("Unsqueeze", ["heads", "of_heads"], ["head_column"]),
+        node("Unsqueeze", ["rows", "of_rows"], ["row_column"]),
+        node("Expand", ["head_column", "shape"], ["head_indices"]),
+        node("Expand", ["row_column", "shape"], ["row_indices"]),
+        node("Sub", ["head_indices", "head_indices"], ["batch_indices"]),
+        node("Concat", ["batch_indices", "head_indices", "row_indices"], ["indices"], axis=-1),
+        node("ScatterND", ["past", "indices", "update"], ["output"]),
+    ]
+    return _function("TensorScatter", ["past", "update", "start"], nodes)
+
+
+def _attention(attributes: dict[str, Any], groups: int) -> FunctionProto:
+    """``softmax(q k^T * scale, masked) v``: q ``[B,heads,L,dim]``, k and v ``[B,heads/groups,M,dim]``, mask bool."""
+    node = helper.make_node
+    nodes = [
+        _constant("factor", attributes["scale"], "float32"),
+        _constant("blocked", BLOCKED, "float32"),
+        node("CastLike", ["factor", "q"], ["scale"]),
+        node("CastLike", ["blocked", "q"], ["never"]),
+        node("Mul", ["q", "scale"], ["scaled"]),
+    ]
+    query, keys, values, mask, result = "scaled", "k", "v", "mask", "output"
+    if groups > 1:
+        # Heads that share keys become an axis of their own, over which those are broadcast.
+        nodes += [
+            _constant("axis", [2]),
+            _constant("group", [groups]),
+            node("Shape", ["k"], ["batch_and_heads"], start=0, end=2),
+            node("Shape", ["q"], ["rows_and_dim"], start=2, end=4),
+            node("Concat", ["batch_and_heads", "group", "rows_and_dim"], ["grouped_shape"], axis=0),
+            node("Reshape", ["scaled", "grouped_shape"], ["grouped"]),
+            node("Unsqueeze", ["k", "axis"], ["shared_keys"]),
+            node("Unsqueeze", ["v", "axis"], ["shared_values"]),
+            node("Unsqueeze", ["mask", "axis"], ["shared_mask"]),
+        ]
+        query, keys, values, mask, result = "grouped", "shared_keys", "shared_values", "shared_mask", "grouped_output"
+    last_two = [0, 1, 3, 2] if groups == 1 else [0, 1, 2, 4, 3]
+    nodes += [
+        node("Transpose", [keys], ["columns"], perm=last_two),
+        node("MatMul", [query, "columns"], ["scores"]),
+        node("Where", [mask, "scores", "never"], ["seen"]),
+        node("Softmax", ["seen"], ["weights"], axis=-1),
+        node("MatMul", ["weights", values], [result]),
+    ]
+    if groups > 1:
+        nodes += [node("Shape", ["q"], ["shape"]), node("Reshape", [result, "shape"], ["output"])]
+    return _function("Attention", ["q", "k", "v", "mask"], nodes)
+
+
+_FUNCTIONS = {
+    "Attention": _attention,
+    "RMSNormalization": _rms_normalization,
+    "RotaryEmbedding": _rotary_embedding,
+    "TensorScatter": _tensor_scatter,
+}
