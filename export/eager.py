@@ -154,8 +154,8 @@ class EagerOperations:
     def _rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotary embedding of ``[B,heads,L,dim]``, halves rotated (as in Llama), from position ``start``."""
         language = self.config.language
-        positions = torch.arange(start, start + x.shape[2], dtype=torch.float64)
-        frequencies = torch.tensor(language.rotary_inverse_frequencies, dtype=torch.float64)
+        positions = torch.arange(start, start + x.shape[2], dtype=torch.float64, device=x.device)
+        frequencies = torch.tensor(language.rotary_inverse_frequencies, dtype=torch.float64, device=x.device)
         angles = torch.outer(positions, frequencies)
         cos = (angles.cos() * language.rotary_scale).to(x)
         sin = (angles.sin() * language.rotary_scale).to(x)

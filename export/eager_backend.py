@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +28,19 @@ from fusion_edge.runtime.config import FusionConfig
 
 
 class EagerBackend:
-    """See :class:`fusion_edge.runtime.backends.base.Backend`. Computes in float32 on the CPU."""
+    """See :class:`fusion_edge.runtime.backends.base.Backend`. Computes in float32 on the CPU unless told otherwise."""
 
     name = "eager"
 
-    def __init__(self, config: FusionConfig, weights: Weights) -> None:
+    def __init__(
+        self,
+        config: FusionConfig,
+        weights: Weights,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.config = config
+        self._device, self._dtype = device, dtype
         self._weights = weights
         self.parameter = lru_cache(maxsize=None)(self._parameter)
         self._input_grid = lru_cache(maxsize=None)(weights.input_grid)
@@ -40,12 +48,20 @@ class EagerBackend:
         self._length = self._capacity = 0
 
     def _parameter(self, name: str) -> Tensor:
-        return torch.from_numpy(np.array(read_parameter(self._weights, name)))
+        return self._tensor(np.array(read_parameter(self._weights, name)))
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        """On the device, numbers with a point in the type that is computed in."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+    def _floats(self, tensor: Tensor) -> Floats:
+        floats: Floats = tensor.float().cpu().numpy()
+        return floats
 
     def embed(self, token_ids: Integers) -> Floats:
         """LLM input embeddings ``[n,D]``: stands in for the bundle's table."""
-        rows: Floats = self.parameter(f"{EMBEDDING}.weight")[torch.from_numpy(token_ids)].numpy()
-        return rows
+        return self._floats(self.parameter(f"{EMBEDDING}.weight")[self._tensor(token_ids)])
 
     def operations(self) -> EagerOperations:
         """The interpreter over these weights and the current KV cache."""
@@ -53,15 +69,14 @@ class EagerBackend:
 
     @torch.inference_mode()
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
-        inputs = (torch.from_numpy(np.ascontiguousarray(array)) for array in (pixels, text_embeds, text_mask))
-        features: Floats = architecture.vision_encoder(self.operations(), self.config, *inputs).numpy()
-        return features
+        inputs = (self._tensor(array) for array in (pixels, text_embeds, text_mask))
+        return self._floats(architecture.vision_encoder(self.operations(), self.config, *inputs))
 
     @torch.inference_mode()
     def align(self, features: Floats, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
-        inputs = (torch.from_numpy(array) for array in (features, latent_cells, context_cells))
+        inputs = (self._tensor(array) for array in (features, latent_cells, context_cells))
         latents, keys, values = architecture.alignment_decoder(self.operations(), self.config, *inputs)
-        return ImageAlignment(latents[0].numpy(), keys, values)
+        return ImageAlignment(self._floats(latents[0]), keys, values)
 
     @torch.inference_mode()
     def prefill(
@@ -75,13 +90,13 @@ class EagerBackend:
         check_capacity(len(embeddings), capacity)
         self._length, self._capacity = len(embeddings), capacity
         self._cache = KeyValueCache()
-        positions = torch.from_numpy(latent_positions), torch.from_numpy(question_positions)
+        positions = self._tensor(latent_positions), self._tensor(question_positions)
         alignment = Alignment(*positions, image.keys, image.values)
         return self._logits(self.hidden(embeddings, alignment))
 
     def hidden(self, embeddings: Floats, alignment: Alignment[Tensor] | None) -> Tensor:
         """Hidden states ``[1,L,D]`` before the final norm, appended to the KV cache."""
-        return architecture.decoder(self.operations(), self.config, torch.from_numpy(embeddings)[None], alignment)
+        return architecture.decoder(self.operations(), self.config, self._tensor(embeddings)[None], alignment)
 
     @torch.inference_mode()
     def decode(self, embedding: Floats) -> Floats:
@@ -92,8 +107,7 @@ class EagerBackend:
     def _logits(self, hidden: Tensor) -> Floats:
         operations = self.operations()
         last = operations.last_row(hidden)
-        logits: Floats = architecture.logits(operations, self.config, last)[0].numpy()
-        return logits
+        return self._floats(architecture.logits(operations, self.config, last)[0])
 
     def close(self) -> None:
         self.parameter.cache_clear()
