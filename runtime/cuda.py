@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion_edge.runtime.errors import DeviceError
 
-INSTALL = "pip install 'cuda-bindings' of the CUDA version that the driver has (nvidia-smi shows it), such as ==12.6.*"
+INSTALL = "pip install 'cuda-bindings==12.6.*', or what nvidia-smi shows as the driver's CUDA version"
 
 
 class Cuda:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from onnx import ModelProto, helper
 
 MAGIC = b"fake engine\n"
 SCRATCH_BYTES = 4096
-RTX, FULL = ("tensorrt_rtx", "1.7.1.116"), ("tensorrt", "10.16.0")
+RTX, FULL, JETPACK_6 = ("tensorrt_rtx", "1.7.1.116"), ("tensorrt", "10.16.0"), ("tensorrt", "10.3.0")
 Shape = tuple[int, ...]
 NO_KERNEL = "Attention operation was not supported by a dedicated kernel."
 
@@ -187,6 +186,8 @@ class IAttention:
 
 
 class ILayer:
+    type: LayerType
+
     def __init__(self, type: LayerType) -> None:
         self.type = type
         self._attention = IAttention()
@@ -198,11 +199,10 @@ class IAttentionInputLayer(ILayer):
         return self._attention
 
 
-@dataclass
 class INetworkDefinition:
-    model: ModelProto = field(default_factory=ModelProto)
-    folder: Path = Path()
-    layers: list[ILayer] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.model, self.folder = ModelProto(), Path()
+        self.layers: list[ILayer] = []
 
     @property
     def num_layers(self) -> int:
@@ -332,7 +332,8 @@ class ICudaEngine:
         self.module, self.logger, self.profiles = module, logger, profiles
         self.inputs = {value.name: value for value in model.graph.input}
         self.outputs = {value.name: value for value in model.graph.output}
-        self.in_place = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "TensorScatter"}
+        scatters = [node for node in model.graph.node if node.op_type in ("TensorScatter", "PlainTensorScatter")]
+        self.in_place = {node.output[0]: node.input[0] for node in scatters}
         self.session = _session(model, folder)
 
     @property
@@ -356,8 +357,8 @@ def _session(model: ModelProto, folder: Path) -> ort.InferenceSession:
             kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot")]
             del node.attribute[:]
             node.attribute.extend(kept)
-    del model.functions[:]
-    model.functions.extend(whole.functions)
+    kept_functions = {function.name for function in model.functions}
+    model.functions.extend(function for function in whole.functions if function.name not in kept_functions)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # weights as the graph has them

@@ -40,10 +40,19 @@ def installed(trt: FakeTensorRT) -> Iterator[None]:
     fake_tensorrt_plugin.QDP_REGISTRY.clear()
 
 
-def open_on_fake(bundle: Bundle, name: str, version: str, *build: str) -> OnFake:
-    """The backend on engines that ``fusion-build`` made for it with the options ``build``."""
-    cuda = FakeCuda()
-    trt = FakeTensorRT(name, version, cuda)
+def build(bundle: Bundle, trt: FakeTensorRT, *options: str) -> int:
+    """The exit code of ``fusion-build`` with this TensorRT."""
     with installed(trt):
-        assert cli_build.main([str(bundle.folder), "--library", name.replace("_", "-"), *build]) == 0
-        return OnFake(TensorRTBackend(bundle, Library(trt), Cuda(cuda)), trt, cuda)
+        return cli_build.main([str(bundle.folder), "--library", trt.__name__.replace("_", "-"), *options])
+
+
+def open_backend(bundle: Bundle, trt: FakeTensorRT) -> TensorRTBackend:
+    """The backend on the engines that were built."""
+    return TensorRTBackend(bundle, Library(trt), Cuda(trt.cuda))
+
+
+def open_on_fake(bundle: Bundle, name: str, version: str, *options: str) -> OnFake:
+    """The backend on engines that ``fusion-build`` made for it with these options."""
+    trt = FakeTensorRT(name, version, FakeCuda())
+    assert build(bundle, trt, *options) == 0
+    return OnFake(open_backend(bundle, trt), trt, trt.cuda)

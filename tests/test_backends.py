@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from backend_contract import BackendContract, Subject
 from fake_backend import FakeBackend
-from fake_tensorrt import FULL, RTX
+from fake_tensorrt import FULL, JETPACK_6, RTX
 from on_fake_tensorrt import open_on_fake
 
 from fusion_edge.export import cli, cli_build
@@ -92,8 +92,9 @@ SUBJECTS = {
     "onnxruntime-half": on_device("cpu", "--fp16 --target cuda", HALF),
     "onnxruntime-tensorrt": on_device("cpu", "--fp16 --target tensorrt", HALF),
     "onnxruntime-tensorrt-int4": on_device("cpu", TENSORRT_INT4, HALF),
-    "tensorrt-fake": on_fake(RTX, "--fp16 --target tensorrt"),
-    "tensorrt-fake-plugins": on_fake(FULL, "--fp16 --target tensorrt"),
+    "tensorrt-fake": on_fake(RTX, "--fp16 --target tensorrt", "--parts=1"),
+    "tensorrt-fake-plugins": on_fake(FULL, "--fp16 --target tensorrt", "--parts=1"),
+    "tensorrt-fake-jetpack-6": on_fake(JETPACK_6, "--fp16 --target tensorrt"),
     "tensorrt-fake-int4-parts": on_fake(RTX, TENSORRT_INT4, "--parts=3"),
     "eager": eager,
     "fake": fake,

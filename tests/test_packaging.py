@@ -99,7 +99,7 @@ def test_messages_name_extras_that_exist() -> None:
     named = {
         extra
         for path in (ROOT / "README.md", *code)
-        for group in re.findall(r"(?:fusion-edge|'\.)\[([a-z,]+)\]", path.read_text(encoding="utf-8"))
+        for group in re.findall(r"(?:fusion-edge|'\.)\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
         for extra in group.split(",")
     }
-    assert {"cpu", "cuda", "calibrate"} <= named <= set(extras)
+    assert {"cpu", "cuda", "calibrate", "kernels", "tensorrt-rtx"} <= named <= set(extras)
