@@ -10,6 +10,7 @@ from backend_contract import BackendContract, Subject
 from fake_backend import FakeBackend
 from fake_tensorrt import FULL, JETPACK_6, RTX
 from on_fake_tensorrt import open_on_fake
+from opset24 import needs_opset_24
 
 from fusion_edge.export import cli, cli_build
 from fusion_edge.export.bundle_weights import BundleWeights
@@ -104,7 +105,12 @@ SUBJECTS = {
 }
 
 
-@pytest.fixture(scope="module", params=SUBJECTS)
+def needs(name: str) -> list[pytest.MarkDecorator]:
+    """What the stand-in for TensorRT and ONNX Runtime compute its graphs with."""
+    return [needs_opset_24] if name.startswith(("onnxruntime-tensorrt", "tensorrt-fake")) else []
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=needs(name)) for name in SUBJECTS])
 def subject(request: pytest.FixtureRequest, exported: Export) -> Iterator[Subject]:
     subject = SUBJECTS[request.param](exported)
     yield subject

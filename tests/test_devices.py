@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from opset24 import needs_opset_24
 from PIL import Image
 
 from fusion_edge.export import cli as export_cli
@@ -237,6 +238,7 @@ def test_a_gpu_bundle_on_the_cpu_is_told(
     assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
 
 
+@needs_opset_24
 @pytest.mark.parametrize("installed", [(), ("tensorrt-rtx",)])
 def test_a_tensorrt_bundle_on_the_cpu_is_told(
     tensorrt_bundle: Path, machine: Callable[..., None], told: Callable[..., str], installed: tuple[str, ...]
