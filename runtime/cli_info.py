@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import QUANTIZATION, Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.engines import all_engines
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import QuantizationReport
@@ -57,6 +58,7 @@ def _text(bundle: Bundle) -> str:
         *_quantization_rows(bundle),
         *((entry.path, cli.size(entry.size)) for entry in manifest.files),
         ("All checksums", "correct"),
+        *_engine_rows(bundle),
     ]
     width = max(len(name) for name, _ in rows)
     return "".join(f"{name.ljust(width)}  {value}\n" for name, value in rows)
@@ -66,6 +68,18 @@ def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
     """How many weights of each graph have each format."""
     counts = Counter((name.split(".")[0], form) for name, form in manifest.weights.items())
     return [(f"{part} weights", f"{count} in {form}") for (part, form), count in sorted(counts.items())]
+
+
+def _engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """The engines that were built of it."""
+    return [
+        (
+            "Engines",
+            f"{engines.machine}, {engines.max_context} positions, {cli.size(engines.size)}"
+            f"{'' if is_current else '; of the bundle as it was before: build them again'}",
+        )
+        for engines, is_current in all_engines(bundle)
+    ]
 
 
 def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:

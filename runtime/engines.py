@@ -133,14 +133,22 @@ def open_engines(bundle: Bundle, machine: Machine) -> tuple[Path, Engines]:
     return folder, engines
 
 
-def _others(bundle: Bundle) -> str:
-    """Which engines there are instead."""
-    machines = []
+def all_engines(bundle: Bundle) -> list[tuple[Engines, bool]]:
+    """The manifests of all engines of a bundle, and whether they are of the bundle as it is."""
+    found = []
     for folder in sorted((bundle.folder / FOLDER).glob("*/")):
         try:
             engines = read_engines(folder)
         except (OSError, ValueError, RecursionError):
             continue
-        stale = "" if engines.bundle == bundle_digest(bundle) else ", of the bundle as it was before"
-        machines.append(f"{engines.machine}{stale}")
+        found.append((engines, engines.bundle == bundle_digest(bundle)))
+    return found
+
+
+def _others(bundle: Bundle) -> str:
+    """Which engines there are instead."""
+    machines = [
+        f"{engines.machine}{'' if is_current else ', of the bundle as it was before'}"
+        for engines, is_current in all_engines(bundle)
+    ]
     return f" (only for {'; '.join(machines)})" if machines else ""
