@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime import cli
-from fusion_edge.runtime.devices import AUTO, NAMES
+from fusion_edge.runtime.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import Answer, Conversation, Fusion, load
 from fusion_edge.runtime.prompts import Turn
@@ -94,11 +94,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _tell_device(fusion: Fusion, verbose: bool) -> None:
     """On standard error: all about the choice of the device, or at the least that a GPU's bundle runs on the CPU."""
     device, target = fusion.device, fusion.manifest.target
+    reasons = {name: f"not on {name}: {reason}" for name, reason in device.not_taken.items()}
+    exported_for = [candidate.name for candidate in CANDIDATES if candidate.target == target]
     if verbose:
-        sys.stderr.write("".join(f"not on {name}: {reason}\n" for name, reason in device.not_taken.items()))
+        sys.stderr.write("".join(f"{reason}\n" for reason in reasons.values()))
         sys.stderr.write(f"running on {device.name}\n")
-    elif device.name == "cpu" and target in device.not_taken:
-        sys.stderr.write(f"warning: running on {device.name}, not on {target}: {device.not_taken[target]}\n")
+    elif device.name == "cpu" and (told := [reasons[name] for name in exported_for if name in reasons]):
+        sys.stderr.write(f"warning: running on {device.name}, {' '.join(told)}\n")
 
 
 def _say(conversation: Conversation, question: str, sampling: Sampling, query_length: int | None) -> None:

@@ -101,9 +101,10 @@ class Cuda:
     def end_capture(self, stream: int) -> Any:
         """What was recorded, to be launched as often as wanted."""
         graph = self._call("cudaStreamEndCapture", stream)
-        executable = self._call("cudaGraphInstantiate", graph, 0)
-        self._call("cudaGraphDestroy", graph)
-        return executable
+        try:
+            return self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._call("cudaGraphDestroy", graph)
 
     def launch(self, graph: Any, stream: int) -> None:
         """Do what was recorded."""

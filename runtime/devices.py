@@ -32,6 +32,8 @@ class Candidate:
     """A device that fusion-edge knows."""
 
     name: str
+    target: str
+    """Of the bundles that it runs best."""
     reason: Callable[[Bundle], str | None]
     """Why it cannot be taken for a bundle, a sentence with the remedy; None if nothing is known against it."""
     open: Callable[[Bundle, int | None], Backend]
@@ -64,20 +66,24 @@ def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) ->
 
 
 def _cuda(bundle: Bundle) -> str | None:
-    return _no_nvidia_gpu() or _no_onnxruntime("cuda") or _no_cuda_provider() or _wrong_target(bundle, "cuda")
+    return _wrong_target(bundle, "cuda") or _no_nvidia_gpu() or _no_onnxruntime("cuda") or _no_cuda_provider()
 
 
 def _cpu(bundle: Bundle) -> str | None:
-    return _no_onnxruntime("cpu") or _wrong_target(bundle, "cpu", "cuda", "tensorrt")
+    return _wrong_target(bundle, "cpu", "cuda", "tensorrt") or _no_onnxruntime("cpu")
 
 
 def _tensorrt(library: str, bundle: Bundle) -> str | None:
     """Nothing but the GPU decides whether there are engines for it, so they are looked for when it is opened."""
+    return _wrong_target(bundle, "tensorrt") or _no_library(library) or _no_nvidia_gpu()
+
+
+def _no_library(name: str) -> str | None:
     try:
-        find_library(library)
+        find_library(name)
     except DeviceError as error:
         return str(error)
-    return _no_nvidia_gpu() or _wrong_target(bundle, "tensorrt")
+    return None
 
 
 def _wrong_target(bundle: Bundle, *targets: str) -> str | None:
@@ -147,8 +153,8 @@ def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend
 
 
 CANDIDATES = (
-    *(Candidate(name, partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
-    Candidate("cuda", _cuda, partial(_open_onnxruntime, "cuda")),
-    Candidate("cpu", _cpu, partial(_open_onnxruntime, "cpu")),
+    *(Candidate(name, "tensorrt", partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
+    Candidate("cuda", "cuda", _cuda, partial(_open_onnxruntime, "cuda")),
+    Candidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu")),
 )
 NAMES = tuple(candidate.name for candidate in CANDIDATES)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from backend_contract import BackendContract, Subject
 from fake_backend import FakeBackend
+from fake_tensorrt import FULL, JETPACK_6, RTX
+from on_fake_tensorrt import open_on_fake
+from opset24 import needs_opset_24
 
-from fusion_edge.export import cli
+from fusion_edge.export import cli, cli_build
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.runtime.bundle import Bundle, open_bundle
@@ -17,6 +20,8 @@ from fusion_edge.runtime.devices import CANDIDATES
 
 EXACT, HALF, INT8_CACHE = 1e-4, 0.02, 0.1
 """Tolerances: float32; float16; steps that read a cache rounded to int8, prefill does not."""
+
+TENSORRT_INT4 = "--int4 --group-size 32 --target tensorrt"
 
 Export = Callable[[str], Bundle]
 
@@ -49,6 +54,28 @@ def on_device(name: str, options: str, tolerance: float) -> Callable[[Export], S
     return make
 
 
+def built(name: str, options: str) -> Callable[[Export], Subject]:
+    """As :func:`on_device`; ``fusion-build`` makes the engines first."""
+
+    def make(exported: Export) -> Subject:
+        (candidate,) = (candidate for candidate in CANDIDATES if candidate.name == name)
+        if candidate.reason(exported(options)) is None:
+            assert cli_build.main([str(exported(options).folder), "--library", name]) == 0
+        return on_device(name, options, HALF)(exported)
+
+    return make
+
+
+def on_fake(version: tuple[str, str], options: str, *build: str) -> Callable[[Export], Subject]:
+    """The TensorRT backend on a stand-in for TensorRT and CUDA."""
+
+    def make(exported: Export) -> Subject:
+        bundle = exported(options)
+        return Subject(open_on_fake(bundle, *version, *build).backend, bundle.manifest, HALF)
+
+    return make
+
+
 def eager(exported: Export) -> Subject:
     bundle = exported("--int4")
     return Subject(EagerBackend(bundle.manifest.model, BundleWeights(bundle)), bundle.manifest, EXACT)
@@ -64,13 +91,26 @@ SUBJECTS = {
     "onnxruntime-float": on_device("cpu", "--fp32", EXACT),
     "onnxruntime-int8-cache": on_device("cpu", "--fp32 --kv-cache int8", INT8_CACHE),
     "onnxruntime-half": on_device("cpu", "--fp16 --target cuda", HALF),
+    "onnxruntime-tensorrt": on_device("cpu", "--fp16 --target tensorrt", HALF),
+    "onnxruntime-tensorrt-int4": on_device("cpu", TENSORRT_INT4, HALF),
+    "tensorrt-fake": on_fake(RTX, "--fp16 --target tensorrt", "--parts=1"),
+    "tensorrt-fake-plugins": on_fake(FULL, "--fp16 --target tensorrt", "--parts=1"),
+    "tensorrt-fake-jetpack-6": on_fake(JETPACK_6, "--fp16 --target tensorrt"),
+    "tensorrt-fake-int4-parts": on_fake(RTX, TENSORRT_INT4, "--parts=3"),
     "eager": eager,
     "fake": fake,
     "cuda": on_device("cuda", "--int4 --target cuda", HALF),
+    "tensorrt": built("tensorrt", TENSORRT_INT4),
+    "tensorrt-rtx": built("tensorrt-rtx", TENSORRT_INT4),
 }
 
 
-@pytest.fixture(scope="module", params=SUBJECTS)
+def needs(name: str) -> list[pytest.MarkDecorator]:
+    """What the stand-in for TensorRT and ONNX Runtime compute its graphs with."""
+    return [needs_opset_24] if name.startswith(("onnxruntime-tensorrt", "tensorrt-fake")) else []
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=needs(name)) for name in SUBJECTS])
 def subject(request: pytest.FixtureRequest, exported: Export) -> Iterator[Subject]:
     subject = SUBJECTS[request.param](exported)
     yield subject

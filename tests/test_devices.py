@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from opset24 import needs_opset_24
 from PIL import Image
 
 from fusion_edge.export import cli as export_cli
@@ -17,13 +19,33 @@ from fusion_edge.runtime import FusionError, cli_run, devices, load
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle import Bundle, open_bundle
 from fusion_edge.runtime.errors import DeviceError
+from fusion_edge.runtime.tensorrt_library import INSTALL, LIBRARIES
 
 NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
 NO_PROVIDER = (
     "The onnxruntime that is installed has no CUDA provider; "
     "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'."
 )
+NO_TENSORRT = {name: f"{name} is not installed; {remedy}." for name, remedy in INSTALL.items()}
 Refuse = Callable[..., str]
+
+
+def other_target(target: str, wanted: str) -> str:
+    return (
+        f"The bundle was exported for {target}; fusion-export FUSION-tiny -o FOLDER --target {wanted} makes one for it."
+    )
+
+
+NOT_FOR_TENSORRT = dict.fromkeys(LIBRARIES, other_target("cuda", "tensorrt"))
+"""Of a bundle for CUDA."""
+
+
+@pytest.fixture(scope="module")
+def tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle") / "tensorrt"
+    options = ["--fp16", "--target", "tensorrt", "--query-len", "4"]
+    assert export_cli.main([str(tiny_checkpoint), "-o", str(folder), *options]) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +58,13 @@ def cuda_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``machine(gpus=..., providers=..., wheels=...)``: what is found, ``gpus`` of None without a driver."""
+    """``machine(gpus=..., providers=..., wheels=..., libraries=...)``: what is found, without a driver by default."""
 
     def have(
         gpus: int | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
         wheels: tuple[str, ...] = ("onnxruntime",),
+        libraries: tuple[str, ...] = (),
     ) -> None:
         def driver(_: str) -> Any:
             if gpus is None:
@@ -53,6 +76,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return SimpleNamespace(cuInit=lambda _: 0, cuDeviceGetCount=count)
 
+        for name in LIBRARIES:
+            module = ModuleType(name.replace("-", "_")) if name in libraries else None
+            monkeypatch.setitem(sys.modules, name.replace("-", "_"), module)
         monkeypatch.setattr(ctypes, "CDLL", driver)
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(providers))
         monkeypatch.setattr(devices, "_is_installed", lambda name: name in wheels)
@@ -71,9 +97,10 @@ def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def replace_cuda(monkeypatch: pytest.MonkeyPatch, open_backend: Any) -> None:
-    cuda, *others = devices.CANDIDATES
-    assert cuda.name == "cuda"
-    monkeypatch.setattr(devices, "CANDIDATES", (devices.Candidate("cuda", cuda.reason, open_backend), *others))
+    replaced = [
+        dataclasses.replace(one, open=open_backend) if one.name == "cuda" else one for one in devices.CANDIDATES
+    ]
+    monkeypatch.setattr(devices, "CANDIDATES", replaced)
 
 
 WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUExecutionProvider")}
@@ -97,17 +124,19 @@ def test_what_the_machine_lacks(
 ) -> None:
     machine(**found)
     with load(cuda_bundle, threads=1) as fusion:
-        assert fusion.device == devices.Device("cpu", {"cuda": reason})
+        assert fusion.device == devices.Device("cpu", NOT_FOR_TENSORRT | {"cuda": reason})
     with pytest.raises(FusionError) as refusal:
         load(cuda_bundle, device="cuda")
     assert str(refusal.value) == f"Cannot run {cuda_bundle} on cuda: {reason}"
 
 
 def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., None]) -> None:
-    machine(**WHOLE)
-    reason = "The bundle was exported for cpu; fusion-export FUSION-tiny -o FOLDER --target cuda makes one for it."
-    with load(tiny_bundle, threads=1) as fusion:
-        assert fusion.device == devices.Device("cpu", {"cuda": reason})
+    """Whatever else is missing: nothing is to be installed for it."""
+    reasons = {name: other_target("cpu", name.removesuffix("-rtx")) for name in (*LIBRARIES, "cuda")}
+    for found in (WHOLE, {}):
+        machine(**found)
+        with load(tiny_bundle, threads=1) as fusion:
+            assert fusion.device == devices.Device("cpu", reasons)
     with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda makes one"):
         load(tiny_bundle, device="cuda")
 
@@ -117,7 +146,7 @@ def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None
     machine(**WHOLE)
     for device in ("auto", "cuda"):
         with load(cuda_bundle, device=device, threads=1) as fusion:
-            assert fusion.device == devices.Device("cuda", {})
+            assert fusion.device == devices.Device("cuda", NOT_FOR_TENSORRT if device == "auto" else {})
     with load(cuda_bundle, device="cpu", threads=1) as fusion:
         assert fusion.device == devices.Device("cpu", {})  # nothing else was wanted
 
@@ -131,7 +160,8 @@ def test_a_device_that_does_not_start_after_all(
     machine(**WHOLE)
     replace_cuda(monkeypatch, fail)
     with load(cuda_bundle, threads=1) as fusion:
-        assert fusion.device == devices.Device("cpu", {"cuda": "It needs libcudnn.so.9; install it."})
+        reasons = NOT_FOR_TENSORRT | {"cuda": "It needs libcudnn.so.9; install it."}
+        assert fusion.device == devices.Device("cpu", reasons)
     with pytest.raises(FusionError, match=r"on cuda: It needs libcudnn.so.9; install it."):
         load(cuda_bundle, device="cuda")
 
@@ -170,7 +200,8 @@ def test_without_onnxruntime(
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     with pytest.raises(FusionError) as refusal:
         load(cuda_bundle)
-    told = f"cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
+    told = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
+    told += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
     assert str(refusal.value) == f"No device here can run {cuda_bundle}. {told}"
 
 
@@ -193,13 +224,31 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
     return run
 
 
+def lines(not_taken: Mapping[str, str], taken: str) -> str:
+    """What ``--verbose`` prints."""
+    return "".join(f"not on {name}: {reason}\n" for name, reason in not_taken.items()) + f"running on {taken}\n"
+
+
 def test_a_gpu_bundle_on_the_cpu_is_told(
     cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
 ) -> None:
     machine()
     assert told(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
     assert told(cuda_bundle, "--device=cpu") == ""
-    assert told(cuda_bundle, "--verbose") == f"not on cuda: {NO_DRIVER}\nrunning on cpu\n"
+    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
+
+
+@needs_opset_24
+@pytest.mark.parametrize("installed", [(), ("tensorrt-rtx",)])
+def test_a_tensorrt_bundle_on_the_cpu_is_told(
+    tensorrt_bundle: Path, machine: Callable[..., None], told: Callable[..., str], installed: tuple[str, ...]
+) -> None:
+    """Of both libraries that would run it."""
+    machine(libraries=installed)
+    reasons = NO_TENSORRT | dict.fromkeys(installed, NO_DRIVER)
+    line = " ".join(f"not on {name}: {reason}" for name, reason in reasons.items())
+    assert told(tensorrt_bundle) == f"warning: running on cpu, {line}\n"
+    assert told(tensorrt_bundle, "--verbose") == lines(reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu")
 
 
 def test_a_cpu_bundle_on_the_cpu_is_not(
@@ -207,7 +256,6 @@ def test_a_cpu_bundle_on_the_cpu_is_not(
 ) -> None:
     machine()
     assert told(tiny_bundle) == ""
-    assert told(tiny_bundle, "--verbose") == f"not on cuda: {NO_DRIVER}\nrunning on cpu\n"
     assert told(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
 
 
@@ -217,13 +265,13 @@ def test_a_gpu_bundle_on_the_gpu_is_not(
 ) -> None:
     machine(**WHOLE)
     assert told(cuda_bundle) == ""
-    assert told(cuda_bundle, "--verbose") == "running on cuda\n"
+    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT, "cuda")
 
 
-def test_a_device_asked_for_is_an_error(tiny_bundle: Path, machine: Callable[..., None], refused: Refuse) -> None:
+def test_a_device_asked_for_is_an_error(cuda_bundle: Path, machine: Callable[..., None], refused: Refuse) -> None:
     machine()
-    message = refused(cli_run.main, tiny_bundle, "--image=x.png", "--ask=What?", "--device=cuda")
-    assert message == f"error: Cannot run {tiny_bundle} on cuda: {NO_DRIVER}\n"
+    message = refused(cli_run.main, cuda_bundle, "--image=x.png", "--ask=What?", "--device=cuda")
+    assert message == f"error: Cannot run {cuda_bundle} on cuda: {NO_DRIVER}\n"
 
 
 def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import ModelProto, helper
+from opset24 import needs_opset_24
 from paths import GOLDEN
 
 from fusion_edge.export import cli
@@ -19,8 +20,7 @@ from fusion_edge.export.older_operators import OPSET, SINCE, missing_operators, 
 from fusion_edge.runtime.bundle import open_bundle
 
 Array = npt.NDArray[Any]
-KNOWS_OPSET_24 = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24)
-pytestmark = pytest.mark.skipif(not KNOWS_OPSET_24, reason=f"ONNX Runtime {ort.__version__} has no opset 24")
+pytestmark = needs_opset_24
 OLDEST = (10, 3)
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}
 

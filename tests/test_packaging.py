@@ -102,4 +102,4 @@ def test_messages_name_extras_that_exist() -> None:
         for group in re.findall(r"(?:fusion-edge|'\.)\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
         for extra in group.split(",")
     }
-    assert {"cpu", "cuda", "calibrate", "tensorrt-rtx"} <= named <= set(extras)
+    assert {"cpu", "cuda", "calibrate", "kernels", "tensorrt-rtx"} <= named <= set(extras)

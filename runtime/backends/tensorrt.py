@@ -49,15 +49,19 @@ class TensorRTBackend:
         self._runtime = library.module.Runtime(messages.logger())
         self._cuda, self._stream = cuda, cuda.stream()
         self._memory = DeviceMemory(cuda)
-        self._graphs = {
-            name: EngineGraph(name, parts, folder, library, self._runtime, messages)
-            for name, parts in engines.engines.items()
-        }
-        self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
+        self._graphs: dict[str, EngineGraph] = {}
         self._free: list[tuple[DeviceTensor, ...]] = []
         self._length = self._capacity = 0
-        self._prepare()
-        self._recorded = self._record_step()
+        self._recorded: Any = None
+        try:
+            for name, parts in engines.engines.items():
+                self._graphs[name] = EngineGraph(name, parts, folder, library, self._runtime, messages)
+            self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
+            self._prepare()
+            self._recorded = self._record_step()
+        except BaseException:
+            self.close()  # another device may run the bundle, and a Jetson's memory is the machine's
+            raise
 
     def _allocate(self, engines: list[Engine]) -> dict[str, DeviceTensor]:
         """Memory by name of a tensor, for its largest shape. A cache comes in and goes out in the same."""
@@ -181,17 +185,21 @@ class TensorRTBackend:
         self._step()  # what TensorRT does in a first run cannot be recorded
         self._cuda.wait(self._stream)
         self._cuda.begin_capture(self._stream)
+        refusal: FusionError | None = None
         try:
             self._step()
         except FusionError as error:
-            reason: FusionError | None = error
-        else:
-            reason = None
+            refusal = error
         try:
-            return self._cuda.end_capture(self._stream)
+            recorded = self._cuda.end_capture(self._stream)
         except DeviceError as error:
-            sys.stderr.write(f"Steps run without a CUDA graph: {reason or error}\n")
-            return None
+            recorded, refusal = None, refusal or error
+        if refusal is None:
+            return recorded
+        sys.stderr.write(f"Steps run without a CUDA graph: {refusal}\n")
+        if recorded is not None:  # a part of a step
+            self._cuda.destroy_graph(recorded)
+        return None
 
     # What all graphs share ---------------------------------------------------------------------------------------
 

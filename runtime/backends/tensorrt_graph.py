@@ -66,9 +66,9 @@ class EngineGraph:
             self._contexts.append(contexts)
 
     def bind(self, profile: int, pointers: Mapping[str, int]) -> None:
-        """Have a profile's runs find some inputs elsewhere."""
+        """Have a profile's runs find some inputs and outputs elsewhere."""
         for context, engine in zip(self._contexts[profile], self.engines, strict=True):
-            for name in pointers.keys() & {tensor["name"] for tensor in engine.inputs}:
+            for name in pointers.keys() & {tensor["name"] for tensor in (*engine.inputs, *engine.outputs)}:
                 context.set_tensor_address(name, pointers[name])
 
     def set_dimensions(self, profile: int, dimensions: Mapping[str, int]) -> None:

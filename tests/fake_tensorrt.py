@@ -1,0 +1,445 @@
+"""A stand-in for the modules ``tensorrt`` and ``tensorrt_rtx``: an "engine" is the ONNX model, run by ONNX Runtime.
+
+It has what export/engine_builder.py and runtime/backends/tensorrt_graph.py use, and refuses what TensorRT refuses.
+``test_fake_tensorrt.py`` compares it with the real module.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable
+from enum import Enum, IntEnum
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fake_tensorrt_plugin
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from fake_cuda import FakeCuda, Misuse
+from onnx import ModelProto, helper
+
+MAGIC = b"fake engine\n"
+SCRATCH_BYTES = 4096
+RTX, FULL, JETPACK_6 = ("tensorrt_rtx", "1.7.1.116"), ("tensorrt", "10.16.0"), ("tensorrt", "10.3.0")
+Shape = tuple[int, ...]
+NO_KERNEL = "Attention operation was not supported by a dedicated kernel."
+
+
+class NetworkDefinitionCreationFlag(IntEnum):
+    STRONGLY_TYPED = 1
+
+
+class MemoryPoolType(Enum):
+    WORKSPACE = 0
+
+
+class ExecutionContextAllocationStrategy(Enum):
+    STATIC = 0
+    USER_MANAGED = 2
+
+
+class PreviewFeature(Enum):
+    ALIASED_PLUGIN_IO_10_03 = 0
+
+
+class LayerType(Enum):
+    ATTENTION_INPUT = 0
+    MATRIX_MULTIPLY = 1
+
+
+class ComputeCapability(Enum):
+    SM75 = 75
+    SM86 = 86
+    SM89 = 89
+    SM120 = 120
+
+
+class ILogger:
+    class Severity(Enum):
+        INTERNAL_ERROR = 0
+        ERROR = 1
+        WARNING = 2
+
+    def log(self, severity: Severity, msg: str) -> None:
+        raise NotImplementedError
+
+
+class IProgressMonitor:
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        raise NotImplementedError
+
+    def phase_finish(self, phase_name: str) -> None:
+        raise NotImplementedError
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        raise NotImplementedError
+
+
+class IHostMemory(bytes):
+    """Has the buffer interface."""
+
+
+class FakeTensorRT(ModuleType):
+    """The module; what it does wrong is set on it."""
+
+    NetworkDefinitionCreationFlag = NetworkDefinitionCreationFlag
+    MemoryPoolType = MemoryPoolType
+    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    PreviewFeature = PreviewFeature
+    LayerType = LayerType
+    ILogger = ILogger
+    IProgressMonitor = IProgressMonitor
+
+    def __init__(self, name: str, version: str, cuda: FakeCuda) -> None:
+        super().__init__(name)
+        self.__version__ = version
+        self.cuda = cuda
+        self.has_fused_attention = True
+        self.parse_error: str | None = None
+        self.build_error: str | None = None
+        self.load_error: str | None = None
+        self.run_error: str | None = None
+        self.refuses_capture = False
+        self.on_step: Callable[[], None] = lambda: None
+        """Called in every step of a build."""
+        self.built: list[IBuilderConfig] = []
+        """Of every engine that was built, its configuration."""
+        self.loaded = 0
+        """Engines that were given to deserialize."""
+        self.runs = 0
+        self.Builder = partial(Builder, self)
+        self.OnnxParser = partial(OnnxParser, self)
+        self.Runtime = partial(Runtime, self)
+        self.IAttentionInputLayer = IAttentionInputLayer
+        if name == "tensorrt_rtx":
+            self.ComputeCapability = ComputeCapability
+
+
+# Building --------------------------------------------------------------------------------------------------------
+
+
+class IOptimizationProfile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[Shape, Shape, Shape]] = {}
+
+    def set_shape(self, input: str, min: Shape, opt: Shape, max: Shape) -> None:
+        if not all(a <= b <= c for a, b, c in zip(min, opt, max, strict=True)):
+            raise ValueError(f"{input}: {min}, {opt} and {max} are not in order.")
+        self.shapes[input] = (tuple(min), tuple(opt), tuple(max))
+
+
+class ITimingCache:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def serialize(self) -> IHostMemory:
+        return IHostMemory(self.content)
+
+
+class IBuilderConfig:
+    progress_monitor: IProgressMonitor
+    num_compute_capabilities: int = 0
+
+    def __init__(self) -> None:
+        self.model = ModelProto()
+        """What was built with it."""
+        self.pools: dict[MemoryPoolType, int] = {}
+        self.capabilities: dict[int, ComputeCapability] = {}
+        self.features: set[PreviewFeature] = set()
+        self.profiles: list[IOptimizationProfile] = []
+        self._cache: ITimingCache | None = None
+
+    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
+        self.pools[pool] = pool_size
+
+    def set_compute_capability(self, compute_capability: ComputeCapability, index: int) -> bool:
+        assert 0 <= index < self.num_compute_capabilities
+        self.capabilities[index] = compute_capability
+        return True
+
+    def set_preview_feature(self, feature: PreviewFeature, enable: bool) -> None:
+        (self.features.add if enable else self.features.discard)(feature)
+
+    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
+        return ITimingCache(bytes(serialized_timing_cache))
+
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self) -> ITimingCache:
+        assert self._cache is not None
+        return self._cache
+
+
+class IAttention:
+    decomposable = False
+
+
+class ILayer:
+    type: LayerType
+
+    def __init__(self, type: LayerType) -> None:
+        self.type = type
+        self._attention = IAttention()
+
+
+class IAttentionInputLayer(ILayer):
+    @property
+    def attention(self) -> IAttention:
+        return self._attention
+
+
+class INetworkDefinition:
+    def __init__(self) -> None:
+        self.model, self.folder = ModelProto(), Path()
+        self.layers: list[ILayer] = []
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def get_layer(self, index: int) -> ILayer:
+        return self.layers[index]
+
+
+class OnnxParser:
+    def __init__(self, module: FakeTensorRT, network: INetworkDefinition, logger: ILogger) -> None:
+        self._module, self._network = module, network
+        self._errors: list[str] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> str:
+        return self._errors[index]
+
+    def parse(self, model: bytes, path: str) -> bool:
+        parsed, folder = ModelProto.FromString(model), Path(path).parent
+        if self._module.parse_error is not None:
+            self._errors.append(self._module.parse_error)
+        functions = {function.name for function in parsed.functions}
+        for node in (node for node in parsed.graph.node if node.domain and node.op_type not in functions):
+            attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+            plugin = f"{attributes.get('plugin_namespace', b'').decode()}::{node.op_type}"
+            if not attributes.get("aot") or plugin not in fake_tensorrt_plugin.QDP_REGISTRY:
+                self._errors.append(f"There is no plugin for {node.op_type}.")
+        for tensor in parsed.graph.initializer:
+            data = {entry.key: entry.value for entry in tensor.external_data}
+            if data and (folder / data["location"]).stat().st_size < int(data["offset"]) + int(data["length"]):
+                self._errors.append(f"{tensor.name} is not in {data['location']}.")
+        self._network.model, self._network.folder = parsed, folder
+        kinds = {"Attention": LayerType.ATTENTION_INPUT}
+        self._network.layers = [
+            ILayer(kinds.get(node.op_type, LayerType.MATRIX_MULTIPLY)) for node in parsed.graph.node
+        ]
+        return not self._errors
+
+
+class Builder:
+    def __init__(self, module: FakeTensorRT, logger: ILogger) -> None:
+        self._module, self._logger = module, logger
+
+    def create_network(self, flags: int) -> INetworkDefinition:
+        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return INetworkDefinition()
+
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
+
+    def create_optimization_profile(self) -> IOptimizationProfile:
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
+        module, error = self._module, self._module.build_error
+        if not module.has_fused_attention and any(
+            layer.type == LayerType.ATTENTION_INPUT and not layer._attention.decomposable for layer in network.layers
+        ):
+            error = NO_KERNEL
+        dynamic = {value.name for value in network.model.graph.input if _is_dynamic(value)}
+        if error is None and any(profile.shapes.keys() != dynamic for profile in config.profiles):
+            error = "A profile misses an input."
+        if error is not None:
+            self._logger.log(ILogger.Severity.INTERNAL_ERROR, error)
+            return None
+        if not self._advance(config.progress_monitor):
+            return None
+        cache = config.get_timing_cache()
+        cache.content += f"{network.model.graph.name} ".encode()
+        config.model = network.model
+        module.built.append(config)
+        profiles = [profile.shapes for profile in config.profiles]
+        made_by, model = (module.__name__, module.__version__), network.model.SerializeToString()
+        return IHostMemory(MAGIC + pickle.dumps((made_by, str(network.folder), model, profiles)))
+
+    def _advance(self, monitor: IProgressMonitor) -> bool:
+        """Whether the build goes on."""
+        monitor.phase_start("Building", None, 2)
+        for step in range(2):
+            self._module.on_step()
+            if not monitor.step_complete("Building", step):
+                return False
+        monitor.phase_finish("Building")
+        return True
+
+
+def _is_dynamic(value: onnx.ValueInfoProto) -> bool:
+    return any(dimension.dim_param for dimension in value.type.tensor_type.shape.dim)
+
+
+# Running ---------------------------------------------------------------------------------------------------------
+
+
+class Runtime:
+    def __init__(self, module: FakeTensorRT, logger: ILogger) -> None:
+        self._module, self._logger = module, logger
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        module = self._module
+        module.loaded += 1
+        if not serialized_engine.startswith(MAGIC):
+            raise Misuse("TensorRT is given what is no engine.")
+        made_by, folder, model, profiles = pickle.loads(serialized_engine[len(MAGIC) :])
+        if made_by != (module.__name__, module.__version__):
+            raise Misuse(f"TensorRT is given an engine of {made_by}.")
+        if module.load_error is not None:
+            self._logger.log(ILogger.Severity.ERROR, module.load_error)
+            return None
+        return ICudaEngine(module, self._logger, ModelProto.FromString(model), Path(folder), profiles)
+
+
+class ICudaEngine:
+    device_memory_size_v2 = SCRATCH_BYTES
+
+    def __init__(
+        self,
+        module: FakeTensorRT,
+        logger: ILogger,
+        model: ModelProto,
+        folder: Path,
+        profiles: list[dict[str, tuple[Shape, Shape, Shape]]],
+    ) -> None:
+        self.module, self.logger, self.profiles = module, logger, profiles
+        self.inputs = {value.name: value for value in model.graph.input}
+        self.outputs = {value.name: value for value in model.graph.output}
+        scatters = [node for node in model.graph.node if node.op_type in ("TensorScatter", "PlainTensorScatter")]
+        self.in_place = {node.output[0]: node.input[0] for node in scatters}
+        self.session = _session(model, folder)
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.inputs) + len(self.outputs)
+
+    def get_tensor_name(self, index: int) -> str:
+        names: list[str] = [*self.inputs, *self.outputs]
+        return names[index]
+
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
+        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+        return IExecutionContext(self)
+
+
+def _session(model: ModelProto, folder: Path) -> ort.InferenceSession:
+    """What computes an engine; plugins' nodes have their functions back, from the bundle's own graph."""
+    whole = onnx.load(folder / f"{model.graph.name.split('.')[0]}.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.domain:
+            kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    kept_functions = {function.name for function in model.functions}
+    model.functions.extend(function for function in whole.functions if function.name not in kept_functions)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # weights as the graph has them
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._engine, self._cuda = engine, engine.module.cuda
+        self._profile: int | None = None
+        self._scratch: tuple[int, int] | None = None
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, Shape] = {
+            name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+            for name, value in engine.inputs.items()
+            if not _is_dynamic(value)
+        }
+        self._ran_with: dict[str, Shape] | None = None
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2
+        self._cuda.view(memory, size)
+        self._scratch = memory, size
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert profile_index < len(self._engine.profiles)
+        self._profile = profile_index
+        return True
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in (*self._engine.inputs, *self._engine.outputs):
+            return self._error(f"There is no tensor {name}.")
+        self._addresses[name] = memory
+        return True
+
+    def set_input_shape(self, name: str, shape: Shape) -> bool:
+        assert self._profile is not None
+        least, _, largest = self._engine.profiles[self._profile][name]
+        if len(shape) != len(least) or not all(a <= b <= c for a, b, c in zip(least, shape, largest, strict=True)):
+            return self._error(f"{name} of {shape} is not from {least} to {largest}.")
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        engine, module = self._engine, self._engine.module
+        missing = ({*engine.inputs, *engine.outputs} - self._addresses.keys()) | (engine.inputs.keys() - self._shapes)
+        if missing or self._scratch is None:
+            return self._error(f"No address, shape or scratch memory: {sorted(missing)}.")
+        if module.run_error is not None:
+            return self._error(module.run_error)
+        if self._cuda.is_capturing(stream_handle) and (module.refuses_capture or self._ran_with != self._shapes):
+            self._cuda.streams[stream_handle].is_invalid = True
+            return self._error("This cannot be captured.")
+        self._check_overlaps()
+        self._ran_with = dict(self._shapes)
+        work = partial(self._compute, dict(self._addresses), dict(self._shapes))
+        self._cuda.enqueue(stream_handle, work)
+        return True
+
+    def _error(self, message: str) -> bool:
+        self._engine.logger.log(ILogger.Severity.ERROR, message)
+        return False
+
+    def _check_overlaps(self) -> None:
+        """A cache goes out where it came in; nothing else is written where something is read."""
+        for name in self._engine.outputs:
+            shared = {other for other, at in self._addresses.items() if at == self._addresses[name]} - {name}
+            expected = {self._engine.in_place[name]} if name in self._engine.in_place else set()
+            if shared != expected:
+                raise Misuse(f"{name} shares its memory with {shared}, not with {expected}.")
+
+    def _compute(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
+        engine = self._engine
+        assert self._scratch is not None
+        self._cuda.view(*self._scratch)[...] = 0xEE  # whatever else is kept there is lost
+        inputs = {name: self._array(addresses[name], engine.inputs[name], shapes[name]) for name in engine.inputs}
+        for name, result in zip(engine.outputs, engine.session.run([*engine.outputs], inputs), strict=True):
+            self._array(addresses[name], engine.outputs[name], result.shape)[...] = result
+        engine.module.runs += 1
+
+    def _array(self, address: int, value: onnx.ValueInfoProto, shape: Shape) -> npt.NDArray[Any]:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        return self._cuda.view(address, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)

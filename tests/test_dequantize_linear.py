@@ -1,0 +1,72 @@
+"""The layout of DequantizeLinear: an inverse, and what ONNX's own operator makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from fusion_edge.quant.dequantize_linear import from_dequantize_linear, to_dequantize_linear
+from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
+from fusion_edge.quant.packing import Packed, dequantize, quantize
+
+
+@st.composite
+def packed(draw: st.DrawFn) -> tuple[Packed, WeightFormat, int]:
+    """Some rows, their format and their inputs."""
+    if draw(st.booleans()):
+        form = WeightFormat("int4", draw(st.sampled_from([32, 64, 128])))
+        rows, inputs = 2 * draw(st.integers(1, 6)), form.group_size * draw(st.integers(1, 3))
+    else:
+        form = WeightFormat("int8", PER_CHANNEL)
+        rows, inputs = draw(st.integers(1, 6)), draw(st.integers(1, 300))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    spread = np.exp(generator.normal(0, draw(st.sampled_from([0, 3])), (rows, 1)))
+    return quantize((generator.normal(size=(rows, inputs)) * spread).astype(np.float32), form), form, inputs
+
+
+@given(packed())
+@settings(max_examples=60, deadline=None)
+def test_inverse(one: tuple[Packed, WeightFormat, int]) -> None:
+    stored, form, inputs = one
+    values, scales = to_dequantize_linear(stored, form, inputs)
+    back = from_dequantize_linear(values, scales, form)
+    assert np.array_equal(back.values, stored.values)
+    assert np.array_equal(back.scales, stored.scales)
+    assert back.zero_points is None
+
+
+@given(packed())
+@settings(max_examples=40, deadline=None)
+def test_onnx_reads_the_same(one: tuple[Packed, WeightFormat, int]) -> None:
+    """Its operator's result is that of the packed layout, to the bit: one product of float32 each."""
+    stored, form, inputs = one
+    values, scales = to_dequantize_linear(stored, form, inputs)
+    expected = dequantize(stored, form, inputs)
+    if form.bits == 4:
+        actual = operator(values, scales, TensorProto.INT4, (inputs, len(expected)), form.block_size).T
+    else:
+        actual = operator(values, scales, TensorProto.INT8, expected.shape, block_size=0)
+    assert np.array_equal(actual, expected)
+
+
+def operator(
+    values: npt.NDArray[np.uint8], scales: npt.NDArray[np.floating], kind: int, shape: tuple[int, ...], block_size: int
+) -> npt.NDArray[np.float32]:
+    """DequantizeLinear along axis 0, the bytes of its integers as they are in a data file."""
+    weight = helper.make_tensor("values", kind, shape, values.tobytes(), raw=True)
+    scale = helper.make_tensor("scales", TensorProto.FLOAT, scales.shape, scales.astype(np.float32).tobytes(), raw=True)
+    attributes: dict[str, Any] = {"block_size": block_size} if block_size else {}
+    node = helper.make_node("DequantizeLinear", ["values", "scales"], ["result"], axis=0, **attributes)
+    result = helper.make_tensor_value_info("result", TensorProto.FLOAT, shape)
+    graph = helper.make_graph([node], "one", [], [result], [weight, scale])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (computed,) = session.run(None, {})
+    array: npt.NDArray[np.float32] = computed
+    return array
