@@ -43,6 +43,7 @@ class CaptureMode(IntEnum):
 
 
 class Attribute(IntEnum):
+    cudaDevAttrIntegrated = 18
     cudaDevAttrComputeCapabilityMajor = 75
     cudaDevAttrComputeCapabilityMinor = 76
 
@@ -140,8 +141,12 @@ class FakeCuda(ModuleType):
 
     def cudaDeviceGetAttribute(self, attr: Attribute, device: int) -> tuple[Error, int]:
         major, minor = map(int, self._capability.split("."))
-        is_major = attr == Attribute.cudaDevAttrComputeCapabilityMajor
-        return Error.cudaSuccess, major if is_major else minor
+        values = {
+            Attribute.cudaDevAttrIntegrated: 0,
+            Attribute.cudaDevAttrComputeCapabilityMajor: major,
+            Attribute.cudaDevAttrComputeCapabilityMinor: minor,
+        }
+        return Error.cudaSuccess, values[attr]
 
     def cudaMemGetInfo(self) -> tuple[Error, int, int]:
         return Error.cudaSuccess, self._free - self.used, self._free
