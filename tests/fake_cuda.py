@@ -43,6 +43,7 @@ class CaptureMode(IntEnum):
 
 
 class Attribute(IntEnum):
+    cudaDevAttrIntegrated = 18
     cudaDevAttrComputeCapabilityMajor = 75
     cudaDevAttrComputeCapabilityMinor = 76
 
@@ -70,8 +71,10 @@ class Stream:
 class FakeCuda(ModuleType):
     """Its functions give a tuple that starts with an error, as those of cuda-bindings."""
 
-    def __init__(self, compute_capability: str = "8.6", free: int = 8 << 30, gpus: int = 1) -> None:
-        """``free``: bytes of the device that other programs leave."""
+    def __init__(
+        self, compute_capability: str = "8.6", free: int = 8 << 30, gpus: int = 1, is_integrated: bool = False
+    ) -> None:
+        """``free``: bytes of the device that other programs leave; ``is_integrated``: in the machine's memory."""
         super().__init__("cuda.bindings.runtime")
         self.cudaError_t, self.cudaMemcpyKind = Error, CopyKind
         self.cudaStreamCaptureMode, self.cudaDeviceAttr = CaptureMode, Attribute
@@ -85,7 +88,7 @@ class FakeCuda(ModuleType):
         self.graphs: list[object] = []
         """Recordings and executables that were not destroyed."""
         self._capability = compute_capability
-        self._free, self._gpus = free, gpus
+        self._free, self._gpus, self._is_integrated = free, gpus, is_integrated
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -140,8 +143,12 @@ class FakeCuda(ModuleType):
 
     def cudaDeviceGetAttribute(self, attr: Attribute, device: int) -> tuple[Error, int]:
         major, minor = map(int, self._capability.split("."))
-        is_major = attr == Attribute.cudaDevAttrComputeCapabilityMajor
-        return Error.cudaSuccess, major if is_major else minor
+        values = {
+            Attribute.cudaDevAttrComputeCapabilityMajor: major,
+            Attribute.cudaDevAttrComputeCapabilityMinor: minor,
+            Attribute.cudaDevAttrIntegrated: int(self._is_integrated),
+        }
+        return Error.cudaSuccess, values[attr]
 
     def cudaMemGetInfo(self) -> tuple[Error, int, int]:
         return Error.cudaSuccess, self._free - self.used, self._free

@@ -274,8 +274,8 @@ class Builder:
             return None
         if not self._advance(config.progress_monitor):
             return None
-        cache = config.get_timing_cache()
-        cache.content += f"{network.model.graph.name} ".encode()
+        if module.__name__ == "tensorrt":
+            config.get_timing_cache().content += f"{network.model.graph.name} ".encode()
         config.model = network.model
         module.built.append(config)
         profiles = [profile.shapes for profile in config.profiles]
