@@ -22,7 +22,7 @@ SINCE = {
     "TensorScatter": (10, 15),
 }
 """The first TensorRT that reads each operator."""
-OPSET = 21  # has blocked DequantizeLinear
+OPSET, IR_VERSION = 21, 10  # the first with blocked DequantizeLinear
 BLOCKED = -65504.0  # the least float16: a masked key's weight becomes exactly 0
 
 
@@ -45,6 +45,7 @@ def replace_operators(model: ModelProto, names: Sequence[str], groups: int) -> N
             del node.attribute[:]
     model.functions.extend(functions.values())
     if set(names) == set(SINCE):
+        model.ir_version = IR_VERSION
         for opset in (opset for opset in model.opset_import if not opset.domain):
             opset.version = OPSET
     if all(opset.domain != DOMAIN for opset in model.opset_import):

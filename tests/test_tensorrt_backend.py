@@ -227,7 +227,7 @@ def test_no_gpu() -> None:
 
 def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(DeviceError, match=r"^cuda-bindings is not installed; pip install 'cuda-bindings=="):
+    with pytest.raises(DeviceError, match=r"^cuda-bindings is not installed; pip install 'cuda-bindings==13"):
         open_cuda()
 
 

@@ -12,9 +12,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-# Read when the kernels are defined (tests/test_triton_kernels.py).
-os.environ["TRITON_INTERPRET"] = "1"
-
 import fake_tensorrt_plugin as fake
 import pytest
 import tensorrt_layers

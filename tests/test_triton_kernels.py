@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-# Read when the kernels are defined: they run on the CPU, one program after the other.
-os.environ["TRITON_INTERPRET"] = "1"
-
 from fusion_edge.benchmarks import alignment_kernels
 from fusion_edge.benchmarks.alignment_kernels import RUNS, inputs, largest_error
 from fusion_edge.kernels import ahead_of_time
