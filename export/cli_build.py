@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder
-from fusion_edge.export.engine_profiles import MINIMUM_QUESTION, limits
+from fusion_edge.export.engine_profiles import limits
 from fusion_edge.export.partial_folder import partial_folder
 from fusion_edge.runtime import cli, engines
 from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, verify
@@ -122,7 +122,7 @@ def _max_context(manifest: Manifest, wanted: int | None) -> int:
     """Raises :class:`UsageError` for one that the bundle cannot have, or in which no question fits."""
     if wanted is None:
         return manifest.max_context
-    least = manifest.image_side**2 + max(manifest.query_lengths) + MINIMUM_QUESTION
+    least = manifest.least_context
     if not least <= wanted <= manifest.max_context:
         raise UsageError(
             f"--max-context {wanted} is out of range for this bundle; choose {least} (image tokens, latents and a "
@@ -199,7 +199,8 @@ def _write(
             engines=written,
         )
         (partial / engines.ENGINES).write_text(result.to_text(), encoding="utf-8")
-    kept.write_bytes(builder.timing_cache)
+    if builder.timing_cache:
+        kept.write_bytes(builder.timing_cache)
     return result
 
 

@@ -55,7 +55,7 @@ class EngineBuilder:
         self._messages = Messages(library, options.verbose)
         self._logger = self._messages.logger()
         self.timing_cache = b""
-        """Of earlier builds, before; what is worth keeping for later ones, after."""
+        """Of earlier builds, before; what is worth keeping for later ones, after. TensorRT-RTX has none."""
         self.no_plugins = tensorrt_plugins.supported(library.module, options.kernels is not None)
         """Why the recursive alignment runs as standard operators; None if plugins compute it."""
         self.missing_operators = [] if library.is_rtx else missing_operators(library.version_numbers)
@@ -141,6 +141,8 @@ class EngineBuilder:
                 if any(isinstance(size, str) for size in sizes):
                     profile.set_shape(name, *shapes(sizes, dimensions))
             config.add_optimization_profile(profile)
+        if self._library.is_rtx:  # times nothing while it builds
+            return builder.build_serialized_network(network, config)
         cache = config.create_timing_cache(self.timing_cache)
         config.set_timing_cache(cache, ignore_mismatch=False)
         plan = builder.build_serialized_network(network, config)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fusion_edge.runtime.bundle import Manifest
-from fusion_edge.runtime.config import GLOBAL_CROPS, side
+from fusion_edge.runtime.config import GLOBAL_CROPS, MINIMUM_QUESTION, side
 from fusion_edge.runtime.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
 from fusion_edge.runtime.grids import pooling_cells
 
@@ -17,7 +17,6 @@ Ranges = Mapping[str, tuple[int, ...]]
 """Least, typical and largest size by symbolic dimension (``runtime/graphs.py``)."""
 MAXIMUM_QUESTION_TOKENS = 512
 """Text rows of the vision encoder. Its memory grows with them, and a robot's questions are short."""
-MINIMUM_QUESTION = 16  # tokens of a template and the shortest question, at the least
 TYPICAL_QUESTION = 24
 
 

@@ -24,14 +24,13 @@ from fusion_edge.export.tokenizer import tokenizer_json
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
 from fusion_edge.runtime import bundle
-from fusion_edge.runtime.config import FusionConfig, side
+from fusion_edge.runtime.config import MINIMUM_QUESTION, FusionConfig, side
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.graphs import GraphSpec
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
 MINIMUM_CONTEXT = 64
-MINIMUM_TEXT = 16  # positions that a template and the shortest question take, at the least
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
             f"choose {MINIMUM_CONTEXT} to {config.max_length}."
         )
     lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
-    taken = (options.image_tokens or patches) + lengths[0] + MINIMUM_TEXT
+    taken = (options.image_tokens or patches) + lengths[0] + MINIMUM_QUESTION
     if context is not None and context < taken:
         raise UsageError(
             f"A context of {context} positions has no room for a question beside image tokens and latents; "

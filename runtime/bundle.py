@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fusion_edge.runtime.config import IMAGE_SIZE, FusionConfig
+from fusion_edge.runtime.config import IMAGE_SIZE, MINIMUM_QUESTION, FusionConfig
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.graphs import graph_specs
 from fusion_edge.runtime.prompts import TEMPLATES
@@ -81,6 +81,11 @@ class Manifest:
     weights: Mapping[str, str]
     """Format of every weight, such as ``int4:128``."""
     files: tuple[FileEntry, ...]
+
+    @property
+    def least_context(self) -> int:
+        """Positions of image tokens, the most latents, and a short question."""
+        return self.image_side**2 + max(self.query_lengths) + MINIMUM_QUESTION
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ VISION_HEADS = 16  # every released tower, whatever its width (FUSION.md, "The f
 ALIGNMENT_HEADS = 16  # FUSION.md section 5
 VISION_NORM_EPS = 1e-6
 ALIGNMENT_NORM_EPS = 1e-5
+MINIMUM_QUESTION = 16  # positions that a template and the shortest question take, at the least
 
 
 @dataclass(frozen=True)

@@ -45,18 +45,23 @@ def tensor_bytes(engines: Iterable[Engine]) -> int:
     return sum(sizes.values())
 
 
+def needed_bytes(config: FusionConfig, engines: Engines, max_context: int) -> int:
+    """Of the device, for the engines as they are, or, a little too much, rebuilt for a smaller context."""
+    tensors = tensor_bytes(engine for parts in engines.engines.values() for engine in parts)
+    cache_saved = cache_bytes(config, engines.max_context - max_context)
+    return RUNTIME_BYTES + engines.size + tensors - cache_saved + activation_bytes(config, max_context)
+
+
 def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> None:
     """Raise :class:`DeviceError` if the device has too little free memory for the engines, with what would fit."""
     config, context = manifest.model, engines.max_context
-    tensors = tensor_bytes(engine for parts in engines.engines.values() for engine in parts)
-    needed = RUNTIME_BYTES + engines.size + tensors + activation_bytes(config, context)
+    needed = needed_bytes(config, engines, context)
     free, total = cuda.memory()
     if needed <= free:
         return
-    a_position = cache_bytes(config, 1) + HALF * (3 * config.language.hidden_size + 4 * config.language.mlp_width)
-    fits = context - math.ceil((needed - free) / a_position / 64) * 64
-    least = manifest.image_side**2 + max(manifest.query_lengths)
-    if fits > least:
+    smaller = range(context - 64, manifest.least_context - 1, -64)
+    fits = next((positions for positions in smaller if needed_bytes(config, engines, positions) <= free), None)
+    if fits is not None:
         remedy = f"it fits with {fits} positions: fusion-build --max-context {fits}"
     else:
         remedy = "not with any --max-context: export with --int4, fewer --image-tokens or a smaller --query-len"

@@ -71,8 +71,10 @@ class Stream:
 class FakeCuda(ModuleType):
     """Its functions give a tuple that starts with an error, as those of cuda-bindings."""
 
-    def __init__(self, compute_capability: str = "8.6", free: int = 8 << 30, gpus: int = 1) -> None:
-        """``free``: bytes of the device that other programs leave."""
+    def __init__(
+        self, compute_capability: str = "8.6", free: int = 8 << 30, gpus: int = 1, is_integrated: bool = False
+    ) -> None:
+        """``free``: bytes of the device that other programs leave; ``is_integrated``: in the machine's memory."""
         super().__init__("cuda.bindings.runtime")
         self.cudaError_t, self.cudaMemcpyKind = Error, CopyKind
         self.cudaStreamCaptureMode, self.cudaDeviceAttr = CaptureMode, Attribute
@@ -86,7 +88,7 @@ class FakeCuda(ModuleType):
         self.graphs: list[object] = []
         """Recordings and executables that were not destroyed."""
         self._capability = compute_capability
-        self._free, self._gpus = free, gpus
+        self._free, self._gpus, self._is_integrated = free, gpus, is_integrated
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -142,9 +144,9 @@ class FakeCuda(ModuleType):
     def cudaDeviceGetAttribute(self, attr: Attribute, device: int) -> tuple[Error, int]:
         major, minor = map(int, self._capability.split("."))
         values = {
-            Attribute.cudaDevAttrIntegrated: 0,
             Attribute.cudaDevAttrComputeCapabilityMajor: major,
             Attribute.cudaDevAttrComputeCapabilityMinor: minor,
+            Attribute.cudaDevAttrIntegrated: int(self._is_integrated),
         }
         return Error.cudaSuccess, values[attr]
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import fake_cuda
 import fake_tensorrt
+import fake_tensorrt_runtime
 import pytest
 from fake_cuda import FakeCuda
 
 CLASSES = [
     one
-    for one in vars(fake_tensorrt).values()
-    if isinstance(one, type) and one.__module__ == fake_tensorrt.__name__ and not issubclass(one, ModuleType)
+    for module in (fake_tensorrt, fake_tensorrt_runtime)
+    for one in vars(module).values()
+    if isinstance(one, type) and one.__module__ == module.__name__ and not issubclass(one, ModuleType)
 ]
 CUDA_ENUMS = {
     "cudaError_t": fake_cuda.Error,
@@ -56,7 +58,7 @@ def test_tensorrt(tensorrt_rtx: ModuleType, stand_in: type) -> None:
     if issubclass(stand_in, Enum):
         assert set(stand_in.__members__) <= set(dir(real))
         return
-    if stand_in is fake_tensorrt.ILogger:
+    if stand_in is fake_tensorrt_runtime.ILogger:
         assert set(stand_in.Severity.__members__) <= set(dir(real.Severity))
     members = vars(stand_in) | stand_in.__annotations__
     public = [name for name in members if not name.startswith("_")]

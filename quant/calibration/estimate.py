@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from fusion_edge.export.plan import MINIMUM_TEXT, ExportPlan
+from fusion_edge.export.plan import ExportPlan
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.quant.calibration.blocks import Block, blocks
 from fusion_edge.quant.calibration.mixed import candidates
 from fusion_edge.quant.calibration.options import SENSITIVITY_SAMPLES, CalibrationOptions
 from fusion_edge.quant.equalisation import EXPONENTS, producer
 from fusion_edge.quant.gptq import SCALE_SHARES
-from fusion_edge.runtime.config import GLOBAL_CROPS
+from fusion_edge.runtime.config import GLOBAL_CROPS, MINIMUM_QUESTION
 
 PROCESS_BYTES = 700_000_000  # Python, torch and one sample on its way through a block (measured)
-TEXT = 4 * MINIMUM_TEXT  # positions of a sample's template, question and answer
+TEXT = 4 * MINIMUM_QUESTION  # positions of a sample's template, question and answer
 FLOAT, DOUBLE = 4, 8
 SQUARES_AT_ONCE = 4  # of float64, while a linear's moments are factorized (Inputs in quant/gptq.py)
 REFINING_OPERATIONS = 10  # of a matrix product for every weight and input channel (measured)
@@ -114,7 +114,7 @@ def _linears_bytes(plan: ExportPlan, block: Block) -> int:
 
 
 def _vision_rows(plan: ExportPlan) -> int:
-    return (GLOBAL_CROPS + 1) * plan.config.vision.patches + MINIMUM_TEXT
+    return (GLOBAL_CROPS + 1) * plan.config.vision.patches + MINIMUM_QUESTION
 
 
 def _positions(plan: ExportPlan) -> int:
@@ -125,7 +125,7 @@ def _rows(plan: ExportPlan, name: str) -> int:
     """Rows of a linear's input for one sample."""
     q = plan.options.query_lengths[0]
     if name.startswith("vision.text_projector"):
-        return MINIMUM_TEXT
+        return MINIMUM_QUESTION
     if name.startswith("vision."):
         return _vision_rows(plan)
     if name.startswith("llm.lm_head"):
