@@ -22,6 +22,14 @@ from checkpoints import TINY, write_checkpoint
 from fusion_edge.export import cli
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's cache folder, for as long as tests run."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-shard float16 checkpoint with random weights, Phi's layout and tokenizer: 16 patches, width 32, two layers.

@@ -16,7 +16,15 @@ from types import ModuleType
 
 import fake_tensorrt_plugin
 from fake_cuda import FakeCuda
-from fake_tensorrt_runtime import MAGIC, ExecutionContextAllocationStrategy, ILogger, Runtime, Shape, is_dynamic
+from fake_tensorrt_runtime import (
+    MAGIC,
+    ExecutionContextAllocationStrategy,
+    ILogger,
+    IRuntimeCache,
+    Runtime,
+    Shape,
+    is_dynamic,
+)
 from onnx import ModelProto, helper
 
 RTX, FULL, JETPACK_6 = ("tensorrt_rtx", "1.7.1.116"), ("tensorrt", "10.16.0"), ("tensorrt", "10.3.0")
@@ -90,6 +98,8 @@ class FakeTensorRT(ModuleType):
         self.loaded = 0
         """Engines that were given to deserialize."""
         self.runs = 0
+        self.kernels: IRuntimeCache | None = None
+        """What TensorRT-RTX compiled."""
         self.Builder = partial(Builder, self)
         self.OnnxParser = partial(OnnxParser, self)
         self.Runtime = partial(Runtime, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 from enum import Enum
 from functools import partial
@@ -47,12 +48,13 @@ class Runtime:
     def __init__(self, module: FakeTensorRT, logger: ILogger) -> None:
         self._module, self._logger = module, logger
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+    def deserialize_cuda_engine(self, serialized_engine: bytes | mmap.mmap) -> ICudaEngine | None:
         module = self._module
         module.loaded += 1
-        if not serialized_engine.startswith(MAGIC):
+        content = bytes(serialized_engine)
+        if not content.startswith(MAGIC):
             raise Misuse("TensorRT is given what is no engine.")
-        made_by, folder, model, profiles = pickle.loads(serialized_engine[len(MAGIC) :])
+        made_by, folder, model, profiles = pickle.loads(content[len(MAGIC) :])
         if made_by != (module.__name__, module.__version__):
             raise Misuse(f"TensorRT is given an engine of {made_by}.")
         if module.load_error is not None:
@@ -87,9 +89,57 @@ class ICudaEngine:
         names: list[str] = [*self.inputs, *self.outputs]
         return names[index]
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
+    def create_runtime_config(self) -> IRuntimeConfig:
+        assert self.module.__name__ == "tensorrt_rtx"
+        return IRuntimeConfig()
+
+    def create_execution_context(
+        self, runtime_config: ExecutionContextAllocationStrategy | IRuntimeConfig
+    ) -> IExecutionContext:
+        strategy = runtime_config
+        if isinstance(runtime_config, IRuntimeConfig):
+            strategy = runtime_config.get_execution_context_allocation_strategy()
+            self.module.kernels = runtime_config.get_runtime_cache()
         assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self)
+
+
+class IRuntimeCache:
+    """Of kernels that were compiled."""
+
+    def __init__(self) -> None:
+        self._content, self._was_given = b"kernels", b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._was_given = bytes(blob)
+        if not blob.startswith(b"kernels"):
+            return False
+        self._content = bytes(blob)
+        return True
+
+    def serialize(self) -> bytes:
+        return self._content
+
+
+class IRuntimeConfig:
+    def __init__(self) -> None:
+        self._strategy, self._cache = ExecutionContextAllocationStrategy.STATIC, IRuntimeCache()
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self._strategy = strategy
+
+    def get_execution_context_allocation_strategy(self) -> ExecutionContextAllocationStrategy:
+        return self._strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        self._cache = cache
+        return True
+
+    def get_runtime_cache(self) -> IRuntimeCache:
+        return self._cache
 
 
 def _session(model: ModelProto, folder: Path) -> ort.InferenceSession:

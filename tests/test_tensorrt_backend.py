@@ -59,6 +59,36 @@ def start(subject: Subject) -> Floats:
     return rows
 
 
+# Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_kernels_are_kept(bundle: Bundle, cache_folder: Path) -> None:
+    fake = open_on_fake(bundle, *RTX, "--parts=1")
+    (file,) = (cache_folder / "fusion-edge").iterdir()
+    assert file.name.startswith("tensorrt_rtx-")
+    assert fake.trt.kernels is not None
+    fake.trt.kernels._content = b"kernels of a prompt"
+    fake.backend.close()
+    assert file.read_bytes() == b"kernels of a prompt"
+    again = open_backend(bundle, fake.trt)
+    assert fake.trt.kernels._content == b"kernels of a prompt"
+    again.close()
+    file.write_bytes(b"damaged")
+    open_backend(bundle, fake.trt).close()
+    assert fake.trt.kernels._was_given == b"damaged"
+    assert file.read_bytes() == b"kernels"
+
+
+def test_kernels_that_cannot_be_kept(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fusion-edge").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fake = open_on_fake(bundle, *RTX, "--parts=1")
+    fake.backend.close()
+    assert capsys.readouterr().err.count("Compiled kernels cannot be kept in") == 1
+
+
 # Memory and streams ----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
 from fusion_edge.runtime.backends.tensorrt_graph import EngineGraph
+from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
 from fusion_edge.runtime.backends.tensorrt_memory import DeviceMemory, DeviceTensor
 from fusion_edge.runtime.bundle import Bundle
 from fusion_edge.runtime.cuda import Cuda
@@ -53,12 +54,16 @@ class TensorRTBackend:
         self._free: list[tuple[DeviceTensor, ...]] = []
         self._length = self._capacity = 0
         self._recorded: Any = None
+        self._kernels = KernelCache(folder.name) if library.is_rtx else None
+        self._is_loaded = False
         try:
             for name, parts in engines.engines.items():
                 self._graphs[name] = EngineGraph(name, parts, folder, library, self._runtime, messages)
             self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
             self._prepare()
             self._recorded = self._record_step()
+            self._is_loaded = True
+            self._keep_kernels()
         except BaseException:
             self.close()  # another device may run the bundle, and a Jetson's memory is the machine's
             raise
@@ -86,7 +91,7 @@ class TensorRTBackend:
         nothing = self._memory.device(0)
         pointers = {name: tensor.pointer for name, tensor in self._tensors.items()} | dict.fromkeys(OF_IMAGE, nothing)
         for graph in self._graphs.values():
-            graph.prepare(scratch, size, pointers, self._stream)
+            graph.prepare(scratch, size, pointers, self._stream, self._kernels)
         self._cuda.wait(self._stream)
 
     # Vision and alignment ----------------------------------------------------------------------------------------
@@ -201,6 +206,10 @@ class TensorRTBackend:
             self._cuda.destroy_graph(recorded)
         return None
 
+    def _keep_kernels(self) -> None:
+        if self._kernels is not None and self._is_loaded:
+            self._kernels.save()
+
     # What all graphs share ---------------------------------------------------------------------------------------
 
     def _run(
@@ -218,6 +227,7 @@ class TensorRTBackend:
         return result
 
     def close(self) -> None:
+        self._keep_kernels()
         if self._recorded is not None:
             self._cuda.destroy_graph(self._recorded)
         for graph in self._graphs.values():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
 from fusion_edge.runtime.engines import Engine
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.tensorrt_library import Library, Messages
@@ -35,7 +37,8 @@ class EngineGraph:
 
     def _load(self, runtime: Any, path: Path, engine: Engine) -> Any:
         self._messages.errors.clear()
-        loaded = runtime.deserialize_cuda_engine(path.read_bytes())
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            loaded = runtime.deserialize_cuda_engine(content)  # no copy: a Jetson's memory is the GPU's, too
         if loaded is None:
             raise FusionError(
                 f"{self._library.name} cannot load {path}: {self._messages.first_error()}. If memory ran out, close "
@@ -51,13 +54,19 @@ class EngineGraph:
         """Device memory that a run needs beside weights and tensors; one run at a time may use it."""
         return max(int(loaded.device_memory_size_v2) for loaded in self._loaded)
 
-    def prepare(self, scratch: int, size: int, pointers: Mapping[str, int], stream: int) -> None:
-        """Make the execution contexts: they work in ``scratch`` and find their tensors at ``pointers``."""
+    def prepare(
+        self, scratch: int, size: int, pointers: Mapping[str, int], stream: int, kernels: KernelCache | None
+    ) -> None:
+        """Make the execution contexts: they work in ``scratch`` and find their tensors at ``pointers``.
+
+        ``kernels``: those that TensorRT-RTX compiles here; None for TensorRT, whose engines are complete.
+        """
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         for profile in range(len(self.engines[0].profiles)):
             contexts = []
             for loaded, engine in zip(self._loaded, self.engines, strict=True):
-                context = loaded.create_execution_context(strategy)
+                how = strategy if kernels is None else kernels.configure(loaded, strategy)
+                context = loaded.create_execution_context(how)
                 context.set_device_memory(scratch, size)
                 context.set_optimization_profile_async(profile, stream)
                 for tensor in (*engine.inputs, *engine.outputs):

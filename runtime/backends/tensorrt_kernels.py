@@ -1,0 +1,54 @@
+"""Kernels that TensorRT-RTX compiled on this machine's GPU, kept from one process to the next.
+
+Its engines fit every GPU of an architecture: they are finished where they run, kernel by kernel, when those first run.
+Kept kernels save that at the next start. TensorRT-RTX itself refuses what another version or GPU has left.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class KernelCache:
+    """One file of the user's cache folder."""
+
+    def __init__(self, name: str) -> None:
+        """``name`` tells the engines apart that kernels are for."""
+        self._path = cache_folder() / f"{name}.kernels"
+        self._cache: Any = None
+        self._kept = b""
+
+    def configure(self, engine: Any, strategy: Any) -> Any:
+        """How execution contexts of an engine are made: with this cache, in memory that is given to them."""
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._path.is_file():
+                self._kept = self._path.read_bytes()
+                self._cache.deserialize(self._kept)
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def save(self) -> None:
+        """Keep what has been compiled so far. A folder that cannot be written costs the next start some seconds."""
+        content = bytes(memoryview(self._cache.serialize()))
+        if content == self._kept:
+            return
+        partial = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            partial.replace(self._path)
+        except OSError as error:
+            sys.stderr.write(f"Compiled kernels cannot be kept in {self._path.parent}: {error.strerror}\n")
+        self._kept = content
+
+
+def cache_folder() -> Path:
+    """Where the XDG base directory specification puts what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fusion-edge"
