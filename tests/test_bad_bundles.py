@@ -301,7 +301,7 @@ def test_what_is_only_told_changes_no_answer(broken: Path, change: Callable[[Jso
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "tpu"}, "Unknown device 'tpu'; expected auto, cuda or cpu"),
+        ({"device": "tpu"}, "Unknown device 'tpu'; expected auto, tensorrt, tensorrt-rtx, cuda or cpu"),
         ({"device": ""}, "Unknown device ''"),
         ({"device": ["cpu"]}, "Unknown device"),
         ({"device": None}, "Unknown device None"),
