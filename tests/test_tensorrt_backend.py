@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from opset24 import needs_opset_24
 from paths import DEMO_CHECKPOINT
 from PIL import Image
 
-from fusion_edge.benchmarks.demo.evaluate import held_out
+from fusion_edge.benchmarks.demo.pictures import examples
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError, cli_run, devices
 from fusion_edge.runtime.backends.base import Floats
@@ -270,9 +271,9 @@ def test_a_conversation_through_the_commands(
     """The demo model's answers are right, and those of ONNX Runtime; what the device is called is said."""
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
     assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--fp16", "--target", "tensorrt"]) == 0
-    examples = list(held_out(2))
-    Image.fromarray(examples[0].picture).save(tmp_path / "image.png")
-    asked = [f"--ask={example.question}" for example in examples]
+    first = list(itertools.islice(examples("held_out", 0, questions_per_picture=5), 2))
+    Image.fromarray(first[0].picture).save(tmp_path / "image.png")
+    asked = [f"--ask={example.question}" for example in first]
     trt = FakeTensorRT(*RTX, FakeCuda())
     bundle = open_bundle(tmp_path / "b")
     assert build(bundle, trt) == 0
@@ -286,7 +287,7 @@ def test_a_conversation_through_the_commands(
             answers[device] = [(one["text"], one["token_ids"]) for one in json.loads(printed.out)["answers"]]
             assert printed.err.endswith(f"running on {'tensorrt-rtx' if device == 'auto' else device}\n")
     assert answers["auto"] == answers["cpu"]
-    assert [text for text, _ in answers["auto"]] == [example.answer for example in examples]
+    assert [text for text, _ in answers["auto"]] == [example.answer for example in first]
     assert trt.runs > 0
     trt.cuda.check_all_freed()
 
