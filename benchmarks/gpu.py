@@ -78,6 +78,7 @@ def _main(options: argparse.Namespace) -> int:
     device, backend = open_device(bundle, options.device)
     loaded = time.perf_counter() - started
     measured = [measure(backend, bundle.manifest, loaded, before, options.steps)]
+    positions = backend.max_context if device.name.startswith("tensorrt") else None
     backend.close()
     if options.eager:
         gpu = "cpu" if device.name == "cpu" else "cuda"
@@ -85,7 +86,7 @@ def _main(options: argparse.Namespace) -> int:
         eager = EagerBackend(bundle.manifest.model, BundleWeights(bundle), gpu, torch.float16)
         measured.append(measure(eager, bundle.manifest, time.perf_counter() - started, before, options.steps))
     bandwidth = _bandwidth("cpu" if device.name == "cpu" else "cuda")
-    bytes_read = step_bytes(bundle.manifest, whole_cache=device.name.startswith("tensorrt"))
+    bytes_read = step_bytes(bundle.manifest, positions)
     limit = bytes_read / bandwidth
     result: dict[str, Any] = {
         "bundle": bundle.manifest.source,
@@ -120,7 +121,7 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
     image = backend.align(features, *tables)
     rows = floats(manifest.image_side**2 + latents + 2 * QUESTION_TOKENS, width)
     places = np.arange(len(rows) - latents - QUESTION_TOKENS, len(rows) - QUESTION_TOKENS)[None]
-    last, capacity = np.array([len(rows) - 1]), min(manifest.max_context, len(rows) + steps)
+    last, capacity = np.array([len(rows) - 1]), min(backend.max_context, len(rows) + steps)
 
     def prefill() -> None:
         backend.prefill(rows, image, places, last, capacity)
@@ -143,8 +144,8 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
     )
 
 
-def step_bytes(manifest: Manifest, whole_cache: bool) -> int:
-    """What a one-token step must read: the LLM's weights and the KV cache, up to a typical prompt or all of it."""
+def step_bytes(manifest: Manifest, positions: int | None = None) -> int:
+    """What a one-token step must read: the LLM's weights and ``positions`` of the KV cache, or a typical prompt's."""
     shapes = {name.removesuffix(".weight"): p.shape for name, p in parameters(manifest.model).items()}
     bits = 0
     for name, written in manifest.weights.items():
@@ -153,8 +154,8 @@ def step_bytes(manifest: Manifest, whole_cache: bool) -> int:
             rows, inputs = shapes[name]
             bits += stored_bits((rows, inputs), form) if form.is_quantized else rows * inputs * form.bits
     language = manifest.model.language
-    prompt = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
-    positions = manifest.max_context if whole_cache else prompt
+    if positions is None:
+        positions = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
     item = np.dtype(manifest.cache).itemsize
     return bits // 8 + 2 * language.layers * language.kv_heads * language.head_dim * item * positions
 

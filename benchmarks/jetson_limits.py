@@ -108,7 +108,7 @@ def _main(options: argparse.Namespace) -> int:
 def limits(checkpoint: Checkpoint, device: Device, max_context: int | None = None) -> Limits:
     """Of a checkpoint, exported with the device's preset. Raises as :func:`plan_export`."""
     plan = plan_export(checkpoint, ExportOptions(target="tensorrt", preset=device.preset, max_context=max_context))
-    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), whole_cache=True)
+    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.settings.max_context)
     image, question = operations(plan)
     return Limits(
         device=device.name,

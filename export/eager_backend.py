@@ -40,6 +40,7 @@ class EagerBackend:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
+        self.max_context = config.max_length
         self._device, self._dtype = device, dtype
         self._weights = weights
         self.parameter = lru_cache(maxsize=None)(self._parameter)

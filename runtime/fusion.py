@@ -101,6 +101,11 @@ class Fusion:
         """The model's sizes."""
         return self.manifest.model
 
+    @property
+    def max_context(self) -> int:
+        """Positions that prompt and answer may have together."""
+        return min(self.manifest.max_context, self.backend.max_context)
+
     def __enter__(self) -> Fusion:
         return self
 
@@ -197,13 +202,13 @@ class Fusion:
 
     def _check_length(self, prompt: Prompt, query_length: int) -> None:
         """Refuse a prompt that leaves no room for an answer, before any graph runs."""
-        image_tokens, capacity = self.manifest.image_side**2, self.manifest.max_context
+        image_tokens, capacity = self.manifest.image_side**2, self.max_context
         length = prompt.layout(image_tokens, query_length).length
         if length >= capacity:
             raise FusionError(
                 f"The prompt takes {length} positions ({image_tokens} of them image tokens), the context holds "
                 f"{capacity} with the answer; ask a shorter question or drop history, or export with fewer "
-                "--image-tokens or a larger --max-context."
+                "--image-tokens or a larger --max-context (of TensorRT's engines fusion-build decides)."
             )
 
     # The stages, in the order in which they run ------------------------------------------------------------------
@@ -245,7 +250,7 @@ class Fusion:
         rows[layout.text_positions] = self._embed(layout.text_ids)
         rows[layout.image_start : layout.image_start + len(image_tokens)] = image_tokens
         rows[layout.latent_positions] = aligned.latents
-        capacity = min(self.manifest.max_context, layout.length + new_tokens)
+        capacity = min(self.max_context, layout.length + new_tokens)
         logits = self.backend.prefill(
             rows, aligned, layout.latent_positions, layout.instruct_positions, capacity
         )

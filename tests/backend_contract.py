@@ -147,7 +147,7 @@ class BackendContract:
         for _ in range(2):
             first = _prefill(subject, image, prompt)
             runs.append([first, *(subject.backend.decode(row).copy() for row in after)])
-            _prefill(subject, image, subject.prompt(image, 2), capacity=subject.manifest.max_context)
+            _prefill(subject, image, subject.prompt(image, 2), capacity=subject.backend.max_context)
         assert np.array_equal(runs[0], runs[1])
         assert not np.array_equal(runs[0][0], runs[0][1])
 

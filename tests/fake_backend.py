@@ -16,6 +16,7 @@ class FakeBackend:
 
     def __init__(self, config: FusionConfig) -> None:
         self.config = config
+        self.max_context = config.max_length
         self.calls: list[tuple[str, tuple[object, ...]]] = []
         self._capacity = 0
         self._rows: list[Floats] = []

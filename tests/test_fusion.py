@@ -11,7 +11,7 @@ import pytest
 from fake_backend import FakeBackend
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime import Fusion, Sampling, Turn
+from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn
 from fusion_edge.runtime.bundle import TOKENIZER, open_bundle
 from fusion_edge.runtime.embeddings import Embeddings
 from fusion_edge.runtime.images import cut_crops, load_image, normalize
@@ -101,6 +101,17 @@ def test_a_step_is_given_the_token_before(fusion: Fusion) -> None:
     assert len(steps) == len(answer.token_ids) - 1
     for row, token in zip(steps, answer.token_ids[:-1], strict=True):
         assert np.array_equal(row, fusion._embed(np.array([token]))[0])
+
+
+def test_a_backend_with_room_for_less_than_the_bundle(fusion: Fusion) -> None:
+    """Such as engines that were built for a smaller context: answers end there, and longer prompts are refused."""
+    prompt = fusion.answer(picture(0), "What is it?", sampling=SHORT).prompt_tokens
+    fusion.backend.max_context = prompt + 1
+    answer = fusion.answer(picture(0), "What is it?", sampling=Sampling(max_new_tokens=512))
+    assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
+    fusion.backend.max_context = prompt
+    with pytest.raises(FusionError, match=f"takes {prompt} positions .*, the context holds {prompt} with the answer"):
+        fusion.answer(picture(0), "What is it?")
 
 
 def test_a_backend_of_your_own_is_the_device(fusion: Fusion) -> None:

@@ -31,7 +31,7 @@ def test_a_step_reads_the_llm_and_its_cache(tiny_bundle: Path) -> None:
     manifest = open_bundle(tiny_bundle).manifest
     language = manifest.model.language
     position = 2 * language.layers * language.kv_heads * language.head_dim * 4
-    whole, prompt = gpu.step_bytes(manifest, True), gpu.step_bytes(manifest, False)
+    whole, prompt = gpu.step_bytes(manifest, manifest.max_context), gpu.step_bytes(manifest)
     typical = manifest.image_side**2 + manifest.query_lengths[0] + 2 * gpu.QUESTION_TOKENS
     assert whole - prompt == (manifest.max_context - typical) * position
     wide = replace(manifest, weights=dict.fromkeys(manifest.weights, "fp32"))
@@ -43,4 +43,4 @@ def test_a_step_reads_the_llm_and_its_cache(tiny_bundle: Path) -> None:
             language.vocab_size,
         )
     )
-    assert gpu.step_bytes(wide, True) == 4 * llm + manifest.max_context * position
+    assert gpu.step_bytes(wide, manifest.max_context) == 4 * llm + manifest.max_context * position

@@ -66,7 +66,7 @@ class Compared:
     name = "compared"
 
     def __init__(self, backend: Backend, reference: EagerBackend) -> None:
-        self.backend, self.reference = backend, reference
+        self.backend, self.reference, self.max_context = backend, reference, backend.max_context
         self.compared: list[str] = []
 
     def encode(self, *inputs: Any) -> npt.ArrayLike:

@@ -63,9 +63,10 @@ def start(subject: Subject) -> Floats:
 # Kernels ---------------------------------------------------------------------------------------------------------
 
 
-def test_compiled_kernels_are_kept(bundle: Bundle, cache_folder: Path) -> None:
+def test_compiled_kernels_are_kept(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake = open_on_fake(bundle, *RTX, "--parts=1")
-    (file,) = (cache_folder / "fusion-edge").iterdir()
+    (file,) = (tmp_path / "fusion-edge").iterdir()
     assert file.name.startswith("tensorrt_rtx-")
     assert fake.trt.kernels is not None
     fake.trt.kernels._content = b"kernels of a prompt"
@@ -268,7 +269,10 @@ def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_conversation_through_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo model's answers are right, and those of ONNX Runtime; what the device is called is said."""
+    """The demo model's answers are right, and those of ONNX Runtime; what the device is called is said.
+
+    The engines' context is smaller than the bundle's: an answer may be as long as it allows.
+    """
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
     assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--fp16", "--target", "tensorrt"]) == 0
     first = list(itertools.islice(examples("held_out", 0, questions_per_picture=5), 2))
@@ -276,7 +280,7 @@ def test_a_conversation_through_the_commands(
     asked = [f"--ask={example.question}" for example in first]
     trt = FakeTensorRT(*RTX, FakeCuda())
     bundle = open_bundle(tmp_path / "b")
-    assert build(bundle, trt) == 0
+    assert build(bundle, trt, "--max-context=256") == 0
     capsys.readouterr()
     with installed(trt):
         answers = {}

@@ -33,6 +33,8 @@ class Backend(Protocol):
     """
 
     name: str
+    max_context: int
+    """Positions that a sequence may have: less than the bundle's where engines were built for less."""
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> npt.ArrayLike:
         """Vision encoder: ``[N,3,S,S]``, ``[N,T,D]``, ``[N,T]`` -> ``[N,P,D]``.

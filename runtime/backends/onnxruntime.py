@@ -25,6 +25,7 @@ class OnnxRuntimeBackend:
         Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if a graph does not load.
         """
         self.name = f"onnxruntime-{device}"
+        self.max_context = bundle.manifest.max_context
         self._config = bundle.manifest.model
         self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads)
         self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)

@@ -45,7 +45,7 @@ class TensorRTBackend:
         self.name = library.name.replace("_", "-")
         folder, engines = open_engines(bundle, Machine(library.name, library.version, cuda.compute_capability()))
         check_device_memory(bundle.manifest, engines, cuda)
-        self._config, self._context = bundle.manifest.model, engines.max_context
+        self._config, self.max_context = bundle.manifest.model, engines.max_context
         messages = Messages(library)
         self._runtime = library.module.Runtime(messages.logger())
         self._cuda, self._stream = cuda, cuda.stream()
@@ -133,10 +133,10 @@ class TensorRTBackend:
         question_positions: Integers,
         capacity: int,
     ) -> Floats:
-        if capacity > self._context:
+        if capacity > self.max_context:
             raise FusionError(
-                f"A sequence of {capacity} positions does not fit the engines' context of {self._context}; build with "
-                "a larger --max-context."
+                f"A sequence of {capacity} positions does not fit the engines' context of {self.max_context}; build "
+                "with a larger --max-context."
             )
         check_capacity(len(embeddings), capacity)
         self._graphs[LLM].bind(PROMPT, {"keys": image.keys.pointer, "values": image.values.pointer})
