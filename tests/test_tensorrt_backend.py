@@ -63,9 +63,10 @@ def start(subject: Subject) -> Floats:
 # Kernels ---------------------------------------------------------------------------------------------------------
 
 
-def test_compiled_kernels_are_kept(bundle: Bundle, cache_folder: Path) -> None:
+def test_compiled_kernels_are_kept(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake = open_on_fake(bundle, *RTX, "--parts=1")
-    (file,) = (cache_folder / "fusion-edge").iterdir()
+    (file,) = (tmp_path / "fusion-edge").iterdir()
     assert file.name.startswith("tensorrt_rtx-")
     assert fake.trt.kernels is not None
     fake.trt.kernels._content = b"kernels of a prompt"
@@ -88,6 +89,18 @@ def test_kernels_that_cannot_be_kept(
     fake = open_on_fake(bundle, *RTX, "--parts=1")
     fake.backend.close()
     assert capsys.readouterr().err.count("Compiled kernels cannot be kept in") == 1
+
+
+# What TensorRT may get wrong -------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_not_updated_in_place_is_noticed(bundle: Bundle) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt, "--parts=2") == 0
+    trt.forgets_caches = True
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx .* computes steps that contradict its prompts"):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
 
 
 # Memory and streams ----------------------------------------------------------------------------------------------
@@ -168,15 +181,19 @@ def test_a_part_of_a_step_is_not_recorded(bundle: Bundle, monkeypatch: pytest.Mo
     """TensorRT may refuse without CUDA noticing."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt, "--parts=1") == 0
-    begin = trt.cuda.cudaStreamBeginCapture
+    begin, end = trt.cuda.cudaStreamBeginCapture, trt.cuda.cudaStreamEndCapture
 
     def refuse_from_here(*arguments: object) -> object:
         trt.run_error = "out of resources"
         return begin(*arguments)  # type: ignore[arg-type]
 
+    def refuse_no_longer(*arguments: object) -> object:
+        trt.run_error = None
+        return end(*arguments)  # type: ignore[arg-type]
+
     monkeypatch.setattr(trt.cuda, "cudaStreamBeginCapture", refuse_from_here)
+    monkeypatch.setattr(trt.cuda, "cudaStreamEndCapture", refuse_no_longer)
     backend = open_backend(bundle, trt)
-    trt.run_error = None
     rows, runs = start(Subject(backend, bundle.manifest, 0.02)), trt.runs
     backend.decode(rows[0])
     assert trt.runs == runs + 1
