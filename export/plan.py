@@ -21,7 +21,7 @@ from fusion_edge.export.targets import ACTIVATIONS, with_preset
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.export.tensorrt_formats import check_formats
 from fusion_edge.export.tokenizer import tokenizer_json
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
 from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
 from fusion_edge.runtime import bundle
 from fusion_edge.runtime.config import MINIMUM_QUESTION, FusionConfig, side
@@ -240,6 +240,8 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
         )
     if options.asymmetric and options.precision != "int4":
         raise UsageError(f"--asym is for --int4, not --{options.precision}: leave it out.")
+    if options.target == "tensorrt" and options.precision == "int8" and options.group_size not in (None, PER_CHANNEL):
+        raise UsageError("TensorRT's 8-bit weights have one scale a channel: leave --group-size out.")
     if options.vision is not None and options.precision in ("fp32", "fp16"):
         raise UsageError(
             f"--vision is for --int4, --nf4 and --int8; --{options.precision} is for vision too: leave it out."

@@ -91,6 +91,8 @@ class FakeTensorRT(ModuleType):
         self.load_error: str | None = None
         self.run_error: str | None = None
         self.refuses_capture = False
+        self.forgets_caches = False
+        """Whether caches that go out are lost."""
         self.on_step: Callable[[], None] = lambda: None
         """Called in every step of a build."""
         self.built: list[IBuilderConfig] = []

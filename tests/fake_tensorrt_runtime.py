@@ -230,7 +230,8 @@ class IExecutionContext:
         self._cuda.view(*self._scratch)[...] = 0xEE  # whatever else is kept there is lost
         inputs = {name: self._array(addresses[name], engine.inputs[name], shapes[name]) for name in engine.inputs}
         for name, result in zip(engine.outputs, engine.session.run([*engine.outputs], inputs), strict=True):
-            self._array(addresses[name], engine.outputs[name], result.shape)[...] = result
+            if name not in engine.in_place or not engine.module.forgets_caches:
+                self._array(addresses[name], engine.outputs[name], result.shape)[...] = result
         engine.module.runs += 1
 
     def _array(self, address: int, value: onnx.ValueInfoProto, shape: Shape) -> npt.NDArray[Any]:

@@ -230,6 +230,7 @@ def test_int4_scales_are_positive(exported: Export) -> None:
         (PHI, "--fp16 --rule llm.*=int8:32", "cannot be int8:32 for TensorRT: its 8-bit weights have one scale a"),
         (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it knows no zero"),
         (PHI, "--fp16 --kv-cache int8", "--kv-cache int8"),
+        (PHI, "--int8 --group-size 32", "8-bit weights have one scale a channel: leave --group-size out"),
     ],
 )
 def test_formats_that_tensorrt_does_not_read(

@@ -91,6 +91,18 @@ def test_kernels_that_cannot_be_kept(
     assert capsys.readouterr().err.count("Compiled kernels cannot be kept in") == 1
 
 
+# What TensorRT may get wrong -------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_not_updated_in_place_is_noticed(bundle: Bundle) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt, "--parts=2") == 0
+    trt.forgets_caches = True
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx .* computes steps that contradict its prompts"):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
+
+
 # Memory and streams ----------------------------------------------------------------------------------------------
 
 
@@ -169,15 +181,19 @@ def test_a_part_of_a_step_is_not_recorded(bundle: Bundle, monkeypatch: pytest.Mo
     """TensorRT may refuse without CUDA noticing."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt, "--parts=1") == 0
-    begin = trt.cuda.cudaStreamBeginCapture
+    begin, end = trt.cuda.cudaStreamBeginCapture, trt.cuda.cudaStreamEndCapture
 
     def refuse_from_here(*arguments: object) -> object:
         trt.run_error = "out of resources"
         return begin(*arguments)  # type: ignore[arg-type]
 
+    def refuse_no_longer(*arguments: object) -> object:
+        trt.run_error = None
+        return end(*arguments)  # type: ignore[arg-type]
+
     monkeypatch.setattr(trt.cuda, "cudaStreamBeginCapture", refuse_from_here)
+    monkeypatch.setattr(trt.cuda, "cudaStreamEndCapture", refuse_no_longer)
     backend = open_backend(bundle, trt)
-    trt.run_error = None
     rows, runs = start(Subject(backend, bundle.manifest, 0.02)), trt.runs
     backend.decode(rows[0])
     assert trt.runs == runs + 1

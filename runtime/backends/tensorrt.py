@@ -17,7 +17,7 @@ from fusion_edge.runtime.backends.tensorrt_memory import DeviceMemory, DeviceTen
 from fusion_edge.runtime.bundle import Bundle
 from fusion_edge.runtime.cuda import Cuda
 from fusion_edge.runtime.device_memory import check_device_memory
-from fusion_edge.runtime.engines import Engine, Machine, open_engines
+from fusion_edge.runtime.engines import Engine, Engines, Machine, open_engines
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
 from fusion_edge.runtime.tensorrt_library import Library, Messages
@@ -31,6 +31,8 @@ ON_HOST = {
     *("embeddings", "latent_positions", "question_positions", "positions", "write_index", "logits"),
 }
 """What the host gives or reads."""
+LARGEST_DIFFERENCE = 0.2
+"""Between a step's logits and a prompt's, in standard deviations: float16 in other kernels makes a tenth of it."""
 STEP_INPUTS = ("embeddings", "positions", "write_index")
 
 
@@ -62,6 +64,7 @@ class TensorRTBackend:
             self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
             self._prepare()
             self._recorded = self._record_step()
+            self._check_steps(engines)
             self._is_loaded = True
             self._keep_kernels()
         except BaseException:
@@ -205,6 +208,28 @@ class TensorRTBackend:
         if recorded is not None:  # a part of a step
             self._cuda.destroy_graph(recorded)
         return None
+
+    def _check_steps(self, engines: Engines) -> None:
+        """A step behind a prompt must give what the longer prompt gives: so it is if caches are updated in place.
+
+        TensorRT promises that of TensorScatter alone; before it had that (10.15) what is done with input and output in
+        the same memory is up to it. Raises :class:`FusionError` if the answers would be wrong.
+        """
+        latents = engines.engines[LLM][0].profiles[PROMPT]["latents"][0]
+        rows = np.random.default_rng(0).normal(0, 1, (latents + 3, self._config.language.hidden_size))
+        prompt: Floats = rows.astype(np.float32)
+        pair = self._image_memory()
+        image, places, last = ImageAlignment(prompt[:latents], *pair), np.arange(latents)[None], np.array([latents + 1])
+        self.prefill(prompt[:-1], image, places, last, len(prompt))
+        stepped = self.decode(prompt[-1]).copy()
+        expected = self.prefill(prompt, image, places, last, len(prompt))
+        self._free.append(pair)
+        self._length = self._capacity = 0
+        if not np.abs(stepped - expected).max() <= LARGEST_DIFFERENCE * expected.std():
+            raise FusionError(
+                f"{engines.machine} computes steps that contradict its prompts, so its answers would be wrong; run the "
+                "bundle with --device cpu, or with another TensorRT, and report this."
+            )
 
     def _keep_kernels(self) -> None:
         if self._kernels is not None and self._is_loaded:
