@@ -109,6 +109,7 @@ class EngineBuilder:
                 sys.stderr.write(
                     f"{label}: {self._library.name} has no fused attention for these heads; its parts run one by one.\n"
                 )
+                self._messages.errors.clear()
                 plan = self._plan(model, ranges, monitor, decompose_attention=True)
         if plan is None:
             raise FusionError(
@@ -144,9 +145,11 @@ class EngineBuilder:
         if self._library.is_rtx:  # times nothing while it builds
             return builder.build_serialized_network(network, config)
         cache = config.create_timing_cache(self.timing_cache)
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or another GPU's
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
         plan = builder.build_serialized_network(network, config)
-        self.timing_cache = bytes(memoryview(config.get_timing_cache().serialize()))
+        self.timing_cache = bytes(memoryview(cache.serialize()))
         return plan
 
     def _config(self, builder: Any, monitor: Any) -> Any:
@@ -158,6 +161,7 @@ class EngineBuilder:
         if self._library.is_rtx:
             config.num_compute_capabilities = 1
             config.set_compute_capability(_compute_capability(trt, machine.compute_capability), 0)
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # a run that allocates cannot be recorded
         if self.uses_plugins:
             tensorrt_plugins.allow_in_place(trt, config)
         return config

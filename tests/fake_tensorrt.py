@@ -18,6 +18,7 @@ import fake_tensorrt_plugin
 from fake_cuda import FakeCuda
 from fake_tensorrt_runtime import (
     MAGIC,
+    DynamicShapesKernelSpecializationStrategy,
     ExecutionContextAllocationStrategy,
     ILogger,
     IRuntimeCache,
@@ -37,6 +38,10 @@ class NetworkDefinitionCreationFlag(IntEnum):
 
 class MemoryPoolType(Enum):
     WORKSPACE = 0
+
+
+class BuilderFlag(Enum):
+    REQUIRE_USER_ALLOCATION = 0
 
 
 class PreviewFeature(Enum):
@@ -76,6 +81,8 @@ class FakeTensorRT(ModuleType):
     NetworkDefinitionCreationFlag = NetworkDefinitionCreationFlag
     MemoryPoolType = MemoryPoolType
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+    BuilderFlag = BuilderFlag
     PreviewFeature = PreviewFeature
     LayerType = LayerType
     ILogger = ILogger
@@ -89,6 +96,7 @@ class FakeTensorRT(ModuleType):
         self.parse_error: str | None = None
         self.build_error: str | None = None
         self.load_error: str | None = None
+        self.context_error: str | None = None
         self.run_error: str | None = None
         self.refuses_capture = False
         self.forgets_caches = False
@@ -141,6 +149,7 @@ class IBuilderConfig:
         self.pools: dict[MemoryPoolType, int] = {}
         self.capabilities: dict[int, ComputeCapability] = {}
         self.features: set[PreviewFeature] = set()
+        self.flags_set: set[BuilderFlag] = set()
         self.profiles: list[IOptimizationProfile] = []
         self._cache: ITimingCache | None = None
 
@@ -155,19 +164,24 @@ class IBuilderConfig:
     def set_preview_feature(self, feature: PreviewFeature, enable: bool) -> None:
         (self.features.add if enable else self.features.discard)(feature)
 
+    def set_flag(self, flag: BuilderFlag) -> None:
+        self.flags_set.add(flag)
+
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         self.profiles.append(profile)
         return len(self.profiles) - 1
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
-        return ITimingCache(bytes(serialized_timing_cache))
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
+        is_damaged = serialized_timing_cache.startswith(b"damaged")
+        return None if is_damaged else ITimingCache(bytes(serialized_timing_cache))
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        if not ignore_mismatch and cache.content.startswith(b"another GPU's"):
+            return False
         self._cache = cache
         return True
 
-    def get_timing_cache(self) -> ITimingCache:
-        assert self._cache is not None
+    def get_timing_cache(self) -> ITimingCache | None:
         return self._cache
 
 
@@ -265,7 +279,9 @@ class Builder:
         if not self._advance(config.progress_monitor):
             return None
         if module.__name__ == "tensorrt":
-            config.get_timing_cache().content += f"{network.model.graph.name} ".encode()
+            cache = config.get_timing_cache()
+            assert cache is not None
+            cache.content += f"{network.model.graph.name} ".encode()
         config.model = network.model
         module.built.append(config)
         profiles = [profile.shapes for profile in config.profiles]

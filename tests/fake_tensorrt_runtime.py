@@ -30,6 +30,11 @@ class ExecutionContextAllocationStrategy(Enum):
     USER_MANAGED = 2
 
 
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY = 0
+    EAGER = 1
+
+
 class ILogger:
     class Severity(Enum):
         INTERNAL_ERROR = 0
@@ -95,13 +100,19 @@ class ICudaEngine:
 
     def create_execution_context(
         self, runtime_config: ExecutionContextAllocationStrategy | IRuntimeConfig
-    ) -> IExecutionContext:
+    ) -> IExecutionContext | None:
         strategy = runtime_config
+        is_eager = False
         if isinstance(runtime_config, IRuntimeConfig):
             strategy = runtime_config.get_execution_context_allocation_strategy()
             self.module.kernels = runtime_config.get_runtime_cache()
+            how = runtime_config.dynamic_shapes_kernel_specialization_strategy
+            is_eager = how == DynamicShapesKernelSpecializationStrategy.EAGER
         assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
-        return IExecutionContext(self)
+        if self.module.context_error is not None:
+            self.logger.log(ILogger.Severity.ERROR, self.module.context_error)
+            return None
+        return IExecutionContext(self, is_eager or self.module.__name__ == "tensorrt")
 
 
 class IRuntimeCache:
@@ -122,6 +133,8 @@ class IRuntimeCache:
 
 
 class IRuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
     def __init__(self) -> None:
         self._strategy, self._cache = ExecutionContextAllocationStrategy.STATIC, IRuntimeCache()
 
@@ -160,8 +173,10 @@ def _session(model: ModelProto, folder: Path) -> ort.InferenceSession:
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine) -> None:
+    def __init__(self, engine: ICudaEngine, has_best_kernels: bool) -> None:
         self._engine, self._cuda = engine, engine.module.cuda
+        self._has_best_kernels = has_best_kernels
+        """When it has run once, for the shapes of that run."""
         self._profile: int | None = None
         self._scratch: tuple[int, int] | None = None
         self._addresses: dict[str, int] = {}
@@ -203,9 +218,12 @@ class IExecutionContext:
             return self._error(f"No address, shape or scratch memory: {sorted(missing)}.")
         if module.run_error is not None:
             return self._error(module.run_error)
-        if self._cuda.is_capturing(stream_handle) and (module.refuses_capture or self._ran_with != self._shapes):
-            self._cuda.streams[stream_handle].is_invalid = True
-            return self._error("This cannot be captured.")
+        if self._cuda.is_capturing(stream_handle):
+            if module.refuses_capture or self._ran_with != self._shapes:
+                self._cuda.streams[stream_handle].is_invalid = True
+                return self._error("This cannot be captured.")
+            if not self._has_best_kernels:
+                raise Misuse("Kernels that were to be replaced by better ones are captured.")
         self._check_overlaps()
         self._ran_with = dict(self._shapes)
         work = partial(self._compute, dict(self._addresses), dict(self._shapes))

@@ -15,7 +15,7 @@ from typing import Any
 import fake_tensorrt_plugin
 import pytest
 from fake_cuda import FakeCuda
-from fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT, MemoryPoolType, PreviewFeature
+from fake_tensorrt import FULL, JETPACK_6, RTX, BuilderFlag, FakeTensorRT, MemoryPoolType, PreviewFeature
 from on_fake_tensorrt import installed
 
 from fusion_edge.export import cli, cli_build, engine_builder
@@ -121,6 +121,7 @@ def test_what_tensorrt_is_asked_for(bundle: Path) -> None:
     assert build(trt, bundle, "--device=12.0", "--workspace=512MB", "--max-context=256") == 0
     assert [config.pools for config in trt.built] == [{MemoryPoolType.WORKSPACE: 512_000_000}] * 3
     assert [capability.name for config in trt.built for capability in config.capabilities.values()] == ["SM120"] * 3
+    assert [config.flags_set for config in trt.built] == [{BuilderFlag.REQUIRE_USER_ALLOCATION}] * 3
     (folder,) = engines_of(bundle)
     assert "-cc12.0-" in folder.name
     built = read_engines(folder)
@@ -161,10 +162,22 @@ def test_the_timing_cache_is_kept(bundle: Path) -> None:
     for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
         assert build(fake(FULL), bundle, "--force") == 0
         assert kept.read_bytes() == content
+    for unusable in (b"damaged", b"another GPU's of this compute capability"):
+        kept.write_bytes(unusable)
+        assert build(fake(FULL), bundle, "--force") == 0
+        assert kept.read_bytes() == b"vision_encoder alignment_decoder llm.0 "
     assert build(fake(FULL, compute_capability="8.7"), bundle) == 0
     assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
     assert build(fake(RTX), bundle) == 0
     assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
+
+
+def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own reason is told, not that there is no fused attention."""
+    trt = fake()
+    trt.has_fused_attention, trt.build_error = False, "Out of memory."
+    assert build(trt, bundle) == 1
+    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. Where" in capsys.readouterr().err
 
 
 def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

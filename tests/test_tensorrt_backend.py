@@ -14,6 +14,7 @@ import pytest
 from backend_contract import CAPACITY, Subject
 from fake_cuda import Error, FakeCuda, Misuse
 from fake_tensorrt import RTX, FakeTensorRT
+from fake_tensorrt_runtime import IExecutionContext
 from on_fake_tensorrt import OnFake, build, installed, open_backend, open_on_fake
 from opset24 import needs_opset_24
 from paths import DEMO_CHECKPOINT
@@ -256,6 +257,22 @@ def test_tensorrt_fails_to_load(bundle: Bundle) -> None:
     ):
         open_backend(bundle, trt)
     trt.cuda.check_all_freed()
+
+
+def test_a_context_that_is_refused(bundle: Bundle) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt) == 0
+    trt.context_error = "Requested amount of GPU memory could not be allocated."
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to prepare vision_encoder: Requested amount of GPU"):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
+
+
+def test_an_address_that_is_refused(on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, image = start(subject), subject.image()
+    monkeypatch.setattr(IExecutionContext, "set_tensor_address", lambda *_: False)
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it does not say why\.$"):
+        subject.backend.prefill(rows, image, np.arange(4)[None], np.array([5]), CAPACITY)
 
 
 def test_memory_that_runs_out_while_it_starts(bundle: Bundle) -> None:

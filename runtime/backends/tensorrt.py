@@ -56,7 +56,7 @@ class TensorRTBackend:
         self._free: list[tuple[DeviceTensor, ...]] = []
         self._length = self._capacity = 0
         self._recorded: Any = None
-        self._kernels = KernelCache(folder.name) if library.is_rtx else None
+        self._kernels = KernelCache(library.module, folder.name) if library.is_rtx else None
         self._is_loaded = False
         try:
             for name, parts in engines.engines.items():

@@ -59,26 +59,38 @@ class EngineGraph:
     ) -> None:
         """Make the execution contexts: they work in ``scratch`` and find their tensors at ``pointers``.
 
-        ``kernels``: those that TensorRT-RTX compiles here; None for TensorRT, whose engines are complete.
+        ``kernels``: those that TensorRT-RTX compiles here; None for TensorRT, whose engines are complete. Raises
+        :class:`FusionError` if TensorRT refuses.
         """
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        for profile in range(len(self.engines[0].profiles)):
+        for profile, ranges in enumerate(self.engines[0].profiles):
+            is_fixed = all(least == largest for least, _, largest in ranges.values())
             contexts = []
             for loaded, engine in zip(self._loaded, self.engines, strict=True):
-                how = strategy if kernels is None else kernels.configure(loaded, strategy)
+                self._messages.errors.clear()
+                how = strategy if kernels is None else kernels.configure(loaded, is_fixed)
                 context = loaded.create_execution_context(how)
+                self._check(context is not None, "prepare")  # memory may have run out
                 context.set_device_memory(scratch, size)
-                context.set_optimization_profile_async(profile, stream)
+                self._check(context.set_optimization_profile_async(profile, stream), "prepare")
                 for tensor in (*engine.inputs, *engine.outputs):
-                    context.set_tensor_address(tensor["name"], pointers[tensor["name"]])
+                    self._set_address(context, tensor["name"], pointers[tensor["name"]])
                 contexts.append(context)
             self._contexts.append(contexts)
+
+    def _set_address(self, context: Any, name: str, pointer: int) -> None:
+        self._check(context.set_tensor_address(name, pointer), "bind the tensors of")
+
+    def _check(self, is_done: bool, what: str) -> None:
+        """Raise :class:`FusionError` with what TensorRT says."""
+        if not is_done:
+            raise FusionError(f"{self._library.name} failed to {what} {self.name}: {self._messages.first_error()}.")
 
     def bind(self, profile: int, pointers: Mapping[str, int]) -> None:
         """Have a profile's runs find some inputs and outputs elsewhere."""
         for context, engine in zip(self._contexts[profile], self.engines, strict=True):
             for name in pointers.keys() & {tensor["name"] for tensor in (*engine.inputs, *engine.outputs)}:
-                context.set_tensor_address(name, pointers[name])
+                self._set_address(context, name, pointers[name])
 
     def set_dimensions(self, profile: int, dimensions: Mapping[str, int]) -> None:
         """The shapes of the next runs. Raises :class:`FusionError` for sizes that the engines were not built for."""
@@ -99,9 +111,9 @@ class EngineGraph:
 
     def run(self, profile: int, stream: int) -> None:
         """Every part, in the stream's order. Raises :class:`FusionError` if TensorRT refuses."""
+        self._messages.errors.clear()
         for context in self._contexts[profile]:
-            if not context.execute_async_v3(stream):
-                raise FusionError(f"{self._library.name} failed to run {self.name}: {self._messages.first_error()}.")
+            self._check(context.execute_async_v3(stream), "run")
 
     def close(self) -> None:
         """Free contexts and engines."""

@@ -9,22 +9,31 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
 class KernelCache:
     """One file of the user's cache folder."""
 
-    def __init__(self, name: str) -> None:
-        """``name`` tells the engines apart that kernels are for."""
+    def __init__(self, trt: ModuleType, name: str) -> None:
+        """``trt`` is ``tensorrt_rtx``; ``name`` tells the engines apart that kernels are for."""
+        self._trt = trt
         self._path = cache_folder() / f"{name}.kernels"
         self._cache: Any = None
         self._kept = b""
 
-    def configure(self, engine: Any, strategy: Any) -> Any:
-        """How execution contexts of an engine are made: with this cache, in memory that is given to them."""
+    def configure(self, engine: Any, is_fixed: bool) -> Any:
+        """How execution contexts of an engine are made: with this cache, in memory that is given to them.
+
+        ``is_fixed``: shapes never change. The best kernels are then compiled in the first run, as that which is
+        recorded behind it stays as it is; for other shapes they are compiled beside runs that make do without them.
+        """
         config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
+        if is_fixed:
+            eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             if self._path.is_file():
