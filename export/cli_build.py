@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder
+from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder, why_no_plugins
 from fusion_edge.export.engine_profiles import limits
 from fusion_edge.export.partial_folder import partial_folder
 from fusion_edge.runtime import cli, engines
@@ -102,12 +102,15 @@ def _build(arguments: argparse.Namespace) -> int:
     library = first_library() if arguments.library is None else find_library(arguments.library)
     machine = _machine(library, arguments.device)
     options = BuildOptions(arguments.workspace, arguments.parts, arguments.kernels, arguments.verbose)
-    built = None if arguments.force else _up_to_date(bundle, machine, max_context, options)
+    no_plugins = why_no_plugins(library, machine, options)
+    if no_plugins is not None and options.kernels is not None:
+        raise UsageError(f"--kernels cannot be used: {no_plugins}; leave it out.")
+    built = None if arguments.force else _up_to_date(bundle, machine, max_context, options, no_plugins)
     started = time.monotonic()
     if built is None:
         with Progress("Verifying", bundle.manifest.size) as progress:
             verify(bundle, progress.advance)
-        result, state = _write(bundle, library, machine, max_context, options), "built"
+        result, state = _write(bundle, library, machine, max_context, options, no_plugins), "built"
     else:
         result, state = built, "up to date"
     folder = engines.engines_folder(bundle, machine)
@@ -149,18 +152,30 @@ def _machine(library: Library, device: str) -> Machine:
     return Machine(library.name, library.version, device)
 
 
-def _up_to_date(bundle: Bundle, machine: Machine, max_context: int, options: BuildOptions) -> Engines | None:
+def _up_to_date(
+    bundle: Bundle, machine: Machine, max_context: int, options: BuildOptions, no_plugins: str | None
+) -> Engines | None:
     """The engines that there are, if they are whole and what is asked for."""
     try:
         _, built = engines.open_engines(bundle, machine)
     except FusionError:
         return None
-    same = built.max_context == max_context and built.parts == options.parts and built.workspace == options.workspace
-    return built if same else None
+    is_built = built.max_context, built.parts, built.workspace, built.operator
+    return built if is_built == (max_context, options.parts, options.workspace, _operator(no_plugins)) else None
+
+
+def _operator(no_plugins: str | None) -> str:
+    """What computes the recursive alignment, by why there are no plugins."""
+    return "plugin" if no_plugins is None else "function"
 
 
 def _write(
-    bundle: Bundle, library: Library, machine: Machine, max_context: int, options: BuildOptions
+    bundle: Bundle,
+    library: Library,
+    machine: Machine,
+    max_context: int,
+    options: BuildOptions,
+    no_plugins: str | None,
 ) -> Engines:
     """Build into a temporary folder and rename it: engines exist whole or not at all."""
     folder = engines.engines_folder(bundle, machine)
@@ -175,10 +190,8 @@ def _write(
     built_for = limits(bundle.manifest, max_context)
     with partial_folder(folder, "build") as partial:
         builder = EngineBuilder(bundle, library, machine, built_for, options)
-        if builder.no_plugins is not None and options.kernels is not None:
-            raise UsageError(f"--kernels cannot be used: {builder.no_plugins}; leave it out.")
-        if builder.no_plugins is not None:
-            sys.stderr.write(f"{builder.no_plugins}.\n")
+        if no_plugins is not None:
+            sys.stderr.write(f"{no_plugins}.\n")
         if builder.missing_operators:
             names = ", ".join(builder.missing_operators)
             sys.stderr.write(f"{library.name} {library.version} does not know {names}: older operators, and slower.\n")
@@ -195,12 +208,14 @@ def _write(
             max_question_tokens=built_for.max_question_tokens,
             workspace=options.workspace,
             parts=options.parts,
-            operator="plugin" if builder.uses_plugins else "function",
+            operator=_operator(no_plugins),
             engines=written,
         )
         (partial / engines.ENGINES).write_text(result.to_text(), encoding="utf-8")
     if builder.timing_cache:
-        kept.write_bytes(builder.timing_cache)
+        partial = kept.with_suffix(".partial")
+        partial.write_bytes(builder.timing_cache)
+        partial.replace(kept)
     return result
 
 

@@ -18,6 +18,7 @@ from fusion_edge.export.engine_parts import fix_dimension, split, tensor_dtype, 
 from fusion_edge.export.engine_profiles import Limits, Ranges, profiles, shapes
 from fusion_edge.export.older_operators import missing_operators, replace_operators
 from fusion_edge.kernels import tensorrt_plugins
+from fusion_edge.kernels.ahead_of_time import KERNELS
 from fusion_edge.kernels.kernel_folder import KernelFolder
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, digest, graph_file
 from fusion_edge.runtime.engines import Engine, Machine
@@ -40,6 +41,11 @@ class BuildOptions:
     verbose: bool = False
 
 
+def why_no_plugins(library: Library, machine: Machine, options: BuildOptions) -> str | None:
+    """Why the recursive alignment runs as standard operators, in one sentence; None if plugins compute it."""
+    return tensorrt_plugins.supported(library.module, machine.architecture, options.kernels is not None)
+
+
 class EngineBuilder:
     """Builds the engines of one bundle for one machine into a folder."""
 
@@ -56,19 +62,19 @@ class EngineBuilder:
         self._logger = self._messages.logger()
         self.timing_cache = b""
         """Of earlier builds, before; what is worth keeping for later ones, after. TensorRT-RTX has none."""
-        self.no_plugins = tensorrt_plugins.supported(library.module, options.kernels is not None)
-        """Why the recursive alignment runs as standard operators; None if plugins compute it."""
         self.missing_operators = [] if library.is_rtx else missing_operators(library.version_numbers)
         """Those that this TensorRT does not read, which functions of older ones replace."""
-        if self.uses_plugins:
-            architecture = machine.compute_capability.replace(".", "")
-            source = None if options.kernels is None else KernelFolder(options.kernels)
-            tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), architecture, source)
+        self._uses_plugins = why_no_plugins(library, machine, options) is None
+        if self._uses_plugins:
+            source = None if options.kernels is None else self._kernels(options.kernels)
+            tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), machine.architecture, source)
 
-    @property
-    def uses_plugins(self) -> bool:
-        """Whether plugins compute the recursive alignment."""
-        return self.no_plugins is None
+    def _kernels(self, folder: Path) -> KernelFolder:
+        """Raises :class:`FusionError` if one is missing: TensorRT, which asks for it later, could not tell."""
+        kernels, width = KernelFolder(folder), self._bundle.manifest.model.language.hidden_size
+        for name in KERNELS:
+            kernels(name, self._machine.architecture, width, "fp16")
+        return kernels
 
     def build(self, folder: Path) -> dict[str, tuple[Engine, ...]]:
         """Write every engine to ``folder``; by graph name, its parts in the order in which they run.
@@ -91,7 +97,7 @@ class EngineBuilder:
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
             file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
-            if self.uses_plugins:
+            if self._uses_plugins:
                 tensorrt_plugins.use_plugins(part)
             self._write(part, ranges, label, file)
             entry = FileEntry(file.name, file.stat().st_size, digest(file))
@@ -162,7 +168,7 @@ class EngineBuilder:
             config.num_compute_capabilities = 1
             config.set_compute_capability(_compute_capability(trt, machine.compute_capability), 0)
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # a run that allocates cannot be recorded
-        if self.uses_plugins:
+        if self._uses_plugins:
             tensorrt_plugins.allow_in_place(trt, config)
         return config
 

@@ -75,7 +75,7 @@ class KernelFolder:
                     raise FusionError(f"{path} is missing or has been altered; {_make(self._folder)}.")
                 return Compiled(entry.name, content.decode("ascii"), entry.threads, entry.shared_bytes)
         raise FusionError(
-            f"{self._folder} has no {kernel} for compute capability {architecture}, width {width} and {dtype}; "
+            f"{self._folder} has no {kernel} for sm_{architecture}, width {width} and {dtype}; "
             f"{_make(self._folder)} --architecture {architecture} --width {width} --dtype {dtype}."
         )
 

@@ -79,8 +79,8 @@ PLUGINS = (
 )
 
 
-def supported(trt_module: ModuleType, has_kernels: bool) -> str | None:
-    """Why this TensorRT cannot take the plugins, in one sentence; None if it can.
+def supported(trt_module: ModuleType, architecture: str, has_kernels: bool) -> str | None:
+    """Why this TensorRT cannot take the plugins for an architecture such as ``87``, in one sentence; None if it can.
 
     ``has_kernels``: they are compiled already, and Triton is not needed.
     """
@@ -91,6 +91,8 @@ def supported(trt_module: ModuleType, has_kernels: bool) -> str | None:
     if version < MINIMUM_VERSION:
         has, needs = (".".join(map(str, pair)) for pair in (version, MINIMUM_VERSION))
         return f"TensorRT {has} has no ahead-of-time plugins ({needs} has): {consequence}"
+    if architecture not in ARCHITECTURES:
+        return f"There are no kernels for sm_{architecture} ({', '.join(ARCHITECTURES)} have them): {consequence}"
     missing = [] if has_kernels else [name for name in ("torch", "triton") if find_spec(name) is None]
     if missing:
         return f"No --kernels, and {' and '.join(missing)} not installed (fusion-edge[kernels]): {consequence}"
@@ -124,14 +126,9 @@ def allow_in_place(trt_module: ModuleType, config: Any) -> None:
 def register(plugin_module: ModuleType, architecture: str, compile: Compile | None = None) -> None:
     """Register all plugins with ``tensorrt.plugin``, their kernels for one of :data:`ARCHITECTURES`.
 
-    ``compile`` gives the kernels; None: Triton compiles them.
-
-    Once a process: TensorRT refuses a second plugin of the same name with ValueError. Raises :class:`FusionError` for
-    an unknown architecture.
+    ``compile`` gives the kernels; None: Triton compiles them. Once a process: TensorRT refuses a second plugin of the
+    same name with ValueError.
     """
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise FusionError(f"There are no kernels for compute capability {architecture}; there are for {known}.")
     for plugin in PLUGINS:
         plugin_module.register(plugin.id)(_description(plugin, plugin_module))
         plugin_module.autotune(plugin.id)(_formats(plugin, plugin_module))

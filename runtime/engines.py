@@ -33,6 +33,11 @@ class Machine:
     compute_capability: str
     """Of the GPU, such as ``8.7``."""
 
+    @property
+    def architecture(self) -> str:
+        """The compute capability as in ``sm_87``."""
+        return self.compute_capability.replace(".", "")
+
     def __str__(self) -> str:
         return f"{self.library} {self.version} and compute capability {self.compute_capability}"
 

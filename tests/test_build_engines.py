@@ -21,7 +21,10 @@ from on_fake_tensorrt import installed
 from fusion_edge.export import cli, cli_build, engine_builder
 from fusion_edge.export.folder_lock import locked
 from fusion_edge.kernels import tensorrt_plugins
+from fusion_edge.kernels.ahead_of_time import KERNELS
+from fusion_edge.kernels.kernel_folder import Entry, write_index
 from fusion_edge.kernels.onnx_functions import DOMAIN
+from fusion_edge.runtime.bundle import digest
 from fusion_edge.runtime.engines import ENGINES, FOLDER, read_engines
 
 Refuse = Callable[..., str]
@@ -154,6 +157,58 @@ def test_engines_that_are_up_to_date_are_kept(bundle: Path, capsys: pytest.Captu
     assert {path.name for path in folder.iterdir()} == {
         *(f"{name}.engine" for name in ("vision_encoder", "alignment_decoder", "llm")), ENGINES
     }
+
+
+def kernel_folder(folder: Path, *kernels: str) -> Path:
+    """Of PTX that no one runs, for the tiny bundle's width and compute capability 8.6."""
+    folder.mkdir()
+    entries = []
+    for kernel in kernels:
+        path = folder / f"{kernel}.ptx"
+        path.write_text(f".entry {kernel}()")
+        entries.append(Entry(kernel, "86", 32, "fp16", path.name, digest(path), kernel, 128, 0))
+    write_index(folder, entries)
+    return folder
+
+
+def test_kernels_that_come_later(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines without plugins are not up to date where plugins are asked for."""
+    monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None)  # neither torch nor Triton
+    with_kernels = f"--kernels={kernel_folder(tmp_path / 'kernels', *KERNELS)}"
+    for options, operator, engines in [
+        ([], "function", 3),
+        ([with_kernels], "plugin", 3),
+        ([with_kernels], "plugin", 0),
+        ([], "function", 3),
+    ]:
+        trt = fake(FULL)
+        assert build(trt, bundle, *options) == 0
+        (folder,) = engines_of(bundle)
+        assert (read_engines(folder).operator, len(trt.built)) == (operator, engines)
+
+
+def test_kernels_that_are_missing(bundle: Path, tmp_path: Path, refused: Refuse) -> None:
+    """It is said before anything is built."""
+    folder, trt = kernel_folder(tmp_path / "kernels", "add_rows"), fake(FULL)
+    with installed(trt):
+        message = refused(cli_build.main, bundle, *ON_FULL, "--kernels", folder)
+    assert f"{folder} has no context_attention for sm_86, width 32 and fp16; make it with:" in message
+    assert not trt.built
+
+
+def test_kernels_for_which_there_are_no_plugins(bundle: Path, refused: Refuse) -> None:
+    for trt, reason in (
+        (fake(RTX), "TensorRT-RTX has no plugins"),
+        (fake(FULL, compute_capability="7.5"), "There are no kernels for sm_75"),
+    ):
+        assert build(trt, bundle) == 0
+        (folder,) = engines_of(bundle)
+        assert read_engines(folder).operator == "function"
+        library = trt.__name__.replace("_", "-")
+        with installed(trt):
+            message = refused(cli_build.main, bundle, f"--library={library}", "--parts=1", "--kernels=none", code=2)
+        assert message.startswith(f"error: --kernels cannot be used: {reason}")
+        shutil.rmtree(folder)
 
 
 def test_the_timing_cache_is_kept(bundle: Path) -> None:

@@ -202,12 +202,6 @@ def test_sizes_that_kernels_are_compiled_for() -> None:
         fake.engine(attention.id, [("R", "q", WIDTH), context, context], types(attention, DataType.HALF))
 
 
-def test_unknown_architecture() -> None:
-    with pytest.raises(FusionError, match=r"capability 75; there are for .*87"):
-        register(fake, "75")
-    assert not fake.QDP_REGISTRY
-
-
 @pytest.mark.usefixtures("compilations")
 def test_second_registration() -> None:
     with pytest.raises(ValueError, match="already"):
@@ -222,12 +216,13 @@ def tensorrt(name: str, version: str) -> ModuleType:
 
 @pytest.mark.parametrize("version", ["10.9.0.34", "10.13.3", "11.0.0"])
 def test_supported(version: str) -> None:
-    assert supported(tensorrt("tensorrt", version), has_kernels=False) is None
+    assert supported(tensorrt("tensorrt", version), "87", has_kernels=False) is None
 
 
 @pytest.mark.parametrize(
     ("name", "version", "reason"),
     [
+        ("tensorrt", "10.13.3", "There are no kernels for sm_75 (80, 86, 87, 89, 90, 110, 120 have them)"),
         ("tensorrt", "10.3.0.26", "TensorRT 10.3 has no ahead-of-time plugins (10.9 has)"),
         ("tensorrt", "8.6.1", "TensorRT 8.6 has no ahead-of-time plugins (10.9 has)"),
         ("tensorrt_rtx", "11.2.0", "TensorRT-RTX has no plugins"),
@@ -235,15 +230,15 @@ def test_supported(version: str) -> None:
 )
 def test_not_supported(name: str, version: str, reason: str) -> None:
     consequence = "the recursive alignment runs as standard operators"
-    assert supported(tensorrt(name, version), has_kernels=True) == f"{reason}: {consequence}"
+    assert supported(tensorrt(name, version), "75", has_kernels=True) == f"{reason}: {consequence}"
 
 
 def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None if name == "triton" else name)
-    reason = supported(tensorrt("tensorrt", "10.13.3"), has_kernels=False)
+    reason = supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=False)
     assert reason is not None
     assert reason.startswith("No --kernels, and triton not installed (fusion-edge[kernels])")
-    assert supported(tensorrt("tensorrt", "10.13.3"), has_kernels=True) is None
+    assert supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=True) is None
 
 
 def test_outputs_may_be_in_the_memory_of_inputs() -> None:
