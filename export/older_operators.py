@@ -46,8 +46,9 @@ def replace_operators(model: ModelProto, names: Sequence[str], groups: int) -> N
     model.functions.extend(functions.values())
     if set(names) == set(SINCE):
         model.ir_version = IR_VERSION
-        for opset in (opset for opset in model.opset_import if not opset.domain):
-            opset.version = OPSET
+        for importing in (model, *model.functions):
+            for opset in (opset for opset in importing.opset_import if not opset.domain):
+                opset.version = OPSET
     if all(opset.domain != DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 

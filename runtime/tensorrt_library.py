@@ -56,13 +56,13 @@ def find_library(name: str) -> Library:
 
 def first_library() -> Library:
     """The first of :data:`LIBRARIES` that is installed. Raises :class:`DeviceError` if neither is."""
+    reasons = []
     for name in LIBRARIES:
         try:
             return find_library(name)
-        except DeviceError:
-            continue
-    remedies = "; ".join(f"{name}: {remedy}" for name, remedy in INSTALL.items())
-    raise DeviceError(f"No TensorRT is installed. {remedies}.")
+        except DeviceError as error:
+            reasons.append(str(error))
+    raise DeviceError(f"There is no TensorRT here: {' '.join(reasons)}")
 
 
 @dataclass
