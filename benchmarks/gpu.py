@@ -22,12 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusion_edge.benchmarks.latency.limits import cache_bytes, weight_bytes
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend
-from fusion_edge.export.tensor_names import parameters
-from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.quant.mixed_precision import stored_bits
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.bundle import Manifest, open_bundle
@@ -146,18 +143,9 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
 
 def step_bytes(manifest: Manifest, positions: int | None = None) -> int:
     """What a one-token step must read: the LLM's weights and ``positions`` of the KV cache, or a typical prompt's."""
-    shapes = {name.removesuffix(".weight"): p.shape for name, p in parameters(manifest.model).items()}
-    bits = 0
-    for name, written in manifest.weights.items():
-        if name.startswith("llm.") and name != EMBEDDING:
-            form = WeightFormat.parse(written, sizes=STORED_GROUP_SIZES)
-            rows, inputs = shapes[name]
-            bits += stored_bits((rows, inputs), form) if form.is_quantized else rows * inputs * form.bits
-    language = manifest.model.language
     if positions is None:
         positions = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
-    item = np.dtype(manifest.cache).itemsize
-    return bits // 8 + 2 * language.layers * language.kv_heads * language.head_dim * item * positions
+    return weight_bytes(manifest) + cache_bytes(manifest, positions)
 
 
 def _bandwidth(device: str) -> float:

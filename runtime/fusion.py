@@ -59,7 +59,7 @@ class Answer:
 
 
 @dataclass(eq=False)
-class _Image:
+class SeenImage:
     """What is kept of the latest image: all that does not depend on a question."""
 
     crops: npt.NDArray[np.uint8]
@@ -90,9 +90,9 @@ class Fusion:
         self.backend = backend
         self.device = Device(backend.name) if device is None else device
         self.tokenizer = tokenizer
-        self._embed = embed
+        self.embed = embed
         self._template = TEMPLATES[self.config.template]
-        self._latest: _Image | None = None
+        self._latest: SeenImage | None = None
         self._generation = 0
         self._closed = False
 
@@ -213,23 +213,27 @@ class Fusion:
 
     # The stages, in the order in which they run ------------------------------------------------------------------
 
-    def _see(self, crops: npt.NDArray[np.uint8]) -> _Image:
+    def see(self, crops: npt.NDArray[np.uint8]) -> SeenImage:
         """The image's own features: the four global crops are encoded unless the latest image had them."""
         if self._latest is None or not np.array_equal(self._latest.crops, crops):
             pixels = normalize(crops)
             nothing = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
             self._latest = None  # its memory is free before the new image needs as much
             features = self.backend.encode(pixels[:GLOBAL_CROPS], nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
-            self._latest = _Image(crops, pixels[GLOBAL_CROPS:].copy(), features)
+            self._latest = SeenImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
         return self._latest
 
-    def _image_tokens(self, image: _Image, instruct_ids: npt.NDArray[np.int64]) -> Floats:
+    def forget(self) -> None:
+        """Have the next image seen anew, even if it is the latest one."""
+        self._latest = None
+
+    def image_tokens(self, image: SeenImage, instruct_ids: npt.NDArray[np.int64]) -> Floats:
         """The local crop's features under the question's guidance: ``[P',D]``. Id 0 is masked (FUSION.md section 2)."""
-        text = self._embed(instruct_ids)[None]
+        text = self.embed(instruct_ids)[None]
         features = self.backend.encode(image.local_pixels, text, (instruct_ids != 0)[None])
         return resize_grid(np.asarray(features)[0], self.manifest.image_side)
 
-    def _align(self, image: _Image, length: int) -> ImageAlignment:
+    def align(self, image: SeenImage, length: int) -> ImageAlignment:
         """Latents, keys and values for a query length, kept with the image."""
         if length not in image.alignments:
             size, cells = 2 * self.config.vision.grid, side(length)
@@ -241,13 +245,13 @@ class Fusion:
             )
         return image.alignments[length]
 
-    def _prefill(
+    def prefill(
         self, prompt: Prompt, image_tokens: Floats, aligned: ImageAlignment, new_tokens: int
     ) -> tuple[int, int, Floats]:
         """Positions taken, positions there are, and logits of the last one taken."""
         layout = prompt.layout(len(image_tokens), len(aligned.latents))
         rows = np.empty((layout.length, self.config.language.hidden_size), np.float32)
-        rows[layout.text_positions] = self._embed(layout.text_ids)
+        rows[layout.text_positions] = self.embed(layout.text_ids)
         rows[layout.image_start : layout.image_start + len(image_tokens)] = image_tokens
         rows[layout.latent_positions] = aligned.latents
         capacity = min(self.max_context, layout.length + new_tokens)
@@ -299,12 +303,12 @@ class AnswerStream(Iterator[str]):
         with self._timed("preprocess"):
             crops = cut_crops(picture)
         with self._timed("vision"):
-            image = fusion._see(crops)
-            image_tokens = fusion._image_tokens(image, prompt.instruct_ids)
+            image = fusion.see(crops)
+            image_tokens = fusion.image_tokens(image, prompt.instruct_ids)
         with self._timed("alignment"):
-            aligned = fusion._align(image, query_length)
+            aligned = fusion.align(image, query_length)
         with self._timed("prefill"):
-            positions, capacity, logits = fusion._prefill(
+            positions, capacity, logits = fusion.prefill(
                 prompt, image_tokens, aligned, sampling.max_new_tokens
             )
             sampler = Sampler(sampling)
@@ -320,7 +324,7 @@ class AnswerStream(Iterator[str]):
             if text.stopped or len(tokens) == limit:
                 break
             with self._timed("decode"):
-                token = sampler(fusion.backend.decode(fusion._embed(np.array([token]))[0]))
+                token = sampler(fusion.backend.decode(fusion.embed(np.array([token]))[0]))
             steps += 1
         if rest := text.finish():
             yield rest

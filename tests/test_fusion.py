@@ -60,7 +60,7 @@ def test_what_depends_on_the_image_alone_is_computed_once(fusion: Fusion) -> Non
 def test_a_frame_leaves_nothing_for_the_next(fusion: Fusion, tiny_bundle: Path) -> None:
     fusion.answer(picture(0), "What is it?", sampling=SHORT)
     second = fusion.answer(picture(1), "What is it?", sampling=SHORT)
-    fresh = Fusion(fusion.manifest, FakeBackend(fusion.config), fusion.tokenizer, fusion._embed)
+    fresh = Fusion(fusion.manifest, FakeBackend(fusion.config), fusion.tokenizer, fusion.embed)
     assert fresh.answer(picture(1), "What is it?", sampling=SHORT).token_ids == second.token_ids
 
 
@@ -73,7 +73,7 @@ def test_the_local_crop_is_encoded_under_every_question_so_far(fusion: Fusion) -
     assert no_text.shape == (4, 0, fusion.config.language.hidden_size)
     assert no_mask.shape == (4, 0)
     ids = np.array(fusion.tokenizer.encode("").ids + fusion.tokenizer.encode("What?Why?", add_special_tokens=False).ids)
-    assert np.array_equal(text, fusion._embed(ids)[None])
+    assert np.array_equal(text, fusion.embed(ids)[None])
     assert np.array_equal(mask, (ids != 0)[None])
 
 
@@ -100,7 +100,7 @@ def test_a_step_is_given_the_token_before(fusion: Fusion) -> None:
     steps = [row for (row,) in calls(fusion, "decode")]
     assert len(steps) == len(answer.token_ids) - 1
     for row, token in zip(steps, answer.token_ids[:-1], strict=True):
-        assert np.array_equal(row, fusion._embed(np.array([token]))[0])
+        assert np.array_equal(row, fusion.embed(np.array([token]))[0])
 
 
 def test_a_backend_with_room_for_less_than_the_bundle(fusion: Fusion) -> None:

@@ -1,0 +1,178 @@
+"""One question after another about one image, every stage timed, through the runtime that a robot runs."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fusion_edge.benchmarks.latency.result import Case
+from fusion_edge.benchmarks.latency.statistics import is_known
+from fusion_edge.runtime.backends.base import ImageAlignment
+from fusion_edge.runtime.bundle import Manifest
+from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.images import cut_crops, load_image
+from fusion_edge.runtime.prompts import TEMPLATES, Prompt, encode_prompt
+from fusion_edge.runtime.sampling import Sampler, Sampling
+
+STAGES = (
+    *("image decode", "preprocess", "vision of the image", "alignment", "vision of the question", "prefill"),
+    *("step", "sampling"),
+)
+OF_FURTHER_QUESTION = ("vision of the question", "prefill", "sampling")
+PICTURE = (1280, 720)  # pixels of the made-up camera frame
+QUESTION = "What is in front of the robot, and is the path clear?"
+FILLER = " and"
+MINIMUM_ROUNDS = 3
+
+
+class Times:
+    """Seconds of every stage, in the order in which they were measured."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self.first_token: list[float] = []
+        self.further_first_token: list[float] = []
+        self.answer: list[float] = []
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        """Times what is done inside."""
+        started = time.perf_counter()
+        yield
+        self.stages[stage].append(time.perf_counter() - started)
+
+    @property
+    def all_known(self) -> bool:
+        """Whether the medians that people quote are known (statistics.py)."""
+        return all(map(is_known, (self.stages["step"], self.first_token, self.further_first_token)))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: a picture as a file's bytes, a prompt, and one as long as the context where steps are timed."""
+
+    picture: bytes
+    prompt: Prompt
+    long_prompt: Prompt
+
+
+def made_up_picture() -> bytes:
+    """A JPEG of noise on a gradient: neither the cheapest picture to decode nor the dearest."""
+    width, height = PICTURE
+    gradient = np.linspace(0, 200, width, dtype=np.float32)[None, :, None]
+    noise = np.random.default_rng(0).normal(0, 12, (height, width, 3)).astype(np.float32)
+    file = io.BytesIO()
+    Image.fromarray(np.clip(gradient + noise, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def question(fusion: Fusion, case: Case, picture: bytes, asked: str | None) -> tuple[Question, Case]:
+    """A question of the case's lengths, or ``asked`` as it is, and the case with the lengths that it has.
+
+    ``prompt_tokens`` and ``context`` of 0 are as many as there are. Raises :class:`UsageError` for lengths that the
+    question does not fit in, or that the bundle's context does not hold.
+    """
+    manifest = fusion.manifest
+    template = TEMPLATES[manifest.model.template]
+    plain = encode_prompt(fusion.tokenizer, template, (), asked or QUESTION)
+    shortest = plain.layout(case.image_tokens, case.query_length).length
+    filler = fusion.tokenizer.encode(FILLER, add_special_tokens=False).ids[0]
+    prompt_tokens = case.prompt_tokens or shortest
+    context = case.context or prompt_tokens
+    if prompt_tokens < shortest:
+        raise UsageError(f"--prompt-tokens {prompt_tokens} is too short; image, latents and question take {shortest}.")
+    if context < prompt_tokens:
+        raise UsageError(f"--context {context} is less than the prompt's {prompt_tokens} tokens.")
+    if context + case.new_tokens > manifest.max_context:
+        raise UsageError(
+            f"A context of {context} and {case.new_tokens} new tokens do not fit the bundle's {manifest.max_context} "
+            "positions; ask for less, or export with a larger --max-context."
+        )
+    prompts = [_filled(plain, length - shortest, filler) for length in (prompt_tokens, context)]
+    return Question(picture, *prompts), replace(case, prompt_tokens=prompt_tokens, context=context)
+
+
+def _filled(prompt: Prompt, count: int, token: int) -> Prompt:
+    """The prompt with ``count`` more tokens before the last one."""
+    ids = np.insert(prompt.token_ids, len(prompt.token_ids) - 1, np.full(count, token))
+    return replace(prompt, token_ids=ids, instruct_indices=prompt.instruct_indices + count)
+
+
+def for_case(fusion: Fusion, manifest: Manifest, case: Case) -> Fusion:
+    """The same loaded model with the case's number of image tokens."""
+    side = int(case.image_tokens**0.5)
+    if side * side != case.image_tokens or not 1 <= side <= manifest.model.vision.grid:
+        raise UsageError(
+            f"{case.image_tokens} image tokens are no square of at most {manifest.model.vision.grid} a side."
+        )
+    return Fusion(replace(manifest, image_side=side), fusion.backend, fusion.tokenizer, fusion.embed)
+
+
+def measure(fusion: Fusion, case: Case, asked: Question, seconds: float) -> Times:
+    """Rounds of a first question, its steps and a further question, until medians are known or ``seconds`` are over.
+
+    One round before is not counted.
+    """
+    _round(fusion, case, asked, Times())
+    times, end = Times(), time.perf_counter() + seconds
+    while len(times.first_token) < MINIMUM_ROUNDS or (time.perf_counter() < end and not times.all_known):
+        _round(fusion, case, asked, times)
+    return times
+
+
+def _round(fusion: Fusion, case: Case, asked: Question, times: Times) -> None:
+    sampler = Sampler(Sampling(max_new_tokens=case.new_tokens))
+    fusion.forget()
+    started = time.perf_counter()
+    with times.of("image decode"):
+        picture = load_image(Image.open(io.BytesIO(asked.picture)))
+    with times.of("preprocess"):
+        crops = cut_crops(picture)
+    with times.of("vision of the image"):
+        image = fusion.see(crops)
+    with times.of("alignment"):
+        aligned = fusion.align(image, case.query_length)
+    _answer_start(fusion, case, asked.prompt, sampler, times, crops)
+    times.first_token.append(time.perf_counter() - started)
+    if case.context != case.prompt_tokens:
+        tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
+        fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
+    before = sum(times.stages["step"]) + sum(times.stages["sampling"])
+    _steps(fusion, case, sampler, times)
+    stepped = sum(times.stages["step"]) + sum(times.stages["sampling"]) - before
+    times.answer.append(times.first_token[-1] + stepped)
+    started = time.perf_counter()
+    _answer_start(fusion, case, asked.prompt, sampler, times, crops)
+    times.further_first_token.append(time.perf_counter() - started)
+
+
+def _answer_start(
+    fusion: Fusion, case: Case, prompt: Prompt, sampler: Sampler, times: Times, crops: npt.NDArray[np.uint8]
+) -> int:
+    """A question about an image that has been seen, up to its first token."""
+    image = fusion.see(crops)
+    aligned: ImageAlignment = fusion.align(image, case.query_length)
+    with times.of("vision of the question"):
+        tokens = fusion.image_tokens(image, prompt.instruct_ids)
+    with times.of("prefill"):
+        _, _, logits = fusion.prefill(prompt, tokens, aligned, case.new_tokens)
+    with times.of("sampling"):
+        return sampler(logits)
+
+
+def _steps(fusion: Fusion, case: Case, sampler: Sampler, times: Times) -> None:
+    """One-token steps behind what was prefilled last."""
+    token = 0
+    for _ in range(case.new_tokens):
+        with times.of("step"):
+            logits = fusion.backend.decode(fusion.embed(np.array([token]))[0])
+        with times.of("sampling"):
+            token = sampler(logits)

@@ -1,0 +1,138 @@
+"""What ``fusion-bench`` times: medians and their intervals, questions of wanted lengths, rounds of stages, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion_edge.benchmarks.latency import limits, statistics
+from fusion_edge.benchmarks.latency.result import Case, Rates
+from fusion_edge.benchmarks.latency.stages import STAGES, Question, for_case, made_up_picture, measure, question
+from fusion_edge.benchmarks.latency.statistics import is_known, repeat, summarize
+from fusion_edge.runtime import Fusion, load
+from fusion_edge.runtime.errors import UsageError
+
+PICTURE = made_up_picture()
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60))
+def test_summary(values: list[float]) -> None:
+    summary = summarize(values)
+    assert summary.least <= summary.interval[0] <= summary.median <= summary.interval[1] <= summary.largest
+    assert summary.median <= summary.p90 <= summary.p99 <= summary.largest
+    assert summary.median == pytest.approx(float(np.median(values)))
+    assert summary.p90 == pytest.approx(float(np.percentile(values, 90)))
+    assert summary.values == tuple(values)
+
+
+@pytest.mark.parametrize("count", [7, 20, 101])
+def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
+    samples = np.random.default_rng(count).exponential(size=(4000, count))
+    intervals = np.array([summarize(sample).interval for sample in samples])
+    held = (intervals[:, 0] <= np.log(2)) & (np.log(2) <= intervals[:, 1])
+    assert held.mean() >= 0.945
+
+
+def test_repeating_ends_when_the_median_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "timed", lambda _: 1.0)
+    assert len(repeat(lambda: None, seconds=60)) == statistics.MINIMUM_COUNT
+    noise = iter(np.random.default_rng(0).uniform(1, 9, 10**6))
+    monkeypatch.setattr(statistics, "timed", lambda _: next(noise))
+    values = repeat(lambda: None, seconds=0.05)
+    assert not is_known(values[:3])
+    assert len(repeat(lambda: None, seconds=0)) == 3
+
+
+@pytest.fixture(scope="module")
+def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
+    with load(tiny_bundle, device="cpu", threads=1) as loaded:
+        yield loaded
+
+
+def case(fusion: Fusion, **values: int) -> Case:
+    manifest = fusion.manifest
+    lengths = {"prompt_tokens": 0, "new_tokens": 3, "context": 0, "image_tokens": manifest.image_side**2}
+    return Case("cpu", 1, **({"query_length": 4} | lengths | values))
+
+
+@pytest.mark.parametrize(("prompt", "context"), [(0, 0), (90, 0), (90, 120), (0, 200)])
+def test_a_question_has_the_lengths_that_are_asked_for(fusion: Fusion, prompt: int, context: int) -> None:
+    wanted = case(fusion, prompt_tokens=prompt, context=context)
+    asked, got = question(fusion, wanted, PICTURE, None)
+    lengths = [p.layout(got.image_tokens, got.query_length).length for p in (asked.prompt, asked.long_prompt)]
+    assert lengths == [got.prompt_tokens, got.context]
+    assert got.prompt_tokens == prompt or not prompt
+    assert got.context == context or not context
+    layout = asked.long_prompt.layout(got.image_tokens, got.query_length)
+    assert layout.instruct_positions.tolist() == [layout.length - 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt_tokens": 10}, "--prompt-tokens 10 is too short; image, latents and question take"),
+        ({"prompt_tokens": 100, "context": 99}, "--context 99 is less than the prompt's 100 tokens"),
+        ({"context": 510}, "A context of 510 and 3 new tokens do not fit the bundle's 512 positions"),
+        ({"image_tokens": 5}, "5 image tokens are no square"),
+        ({"image_tokens": 25}, "25 image tokens are no square of at most 4 a side"),
+    ],
+)
+def test_lengths_that_cannot_be(fusion: Fusion, values: dict[str, int], message: str) -> None:
+    wanted = case(fusion, **values)
+    with pytest.raises(UsageError, match=message):
+        question(for_case(fusion, fusion.manifest, wanted), wanted, PICTURE, None)
+
+
+def test_every_stage_is_timed(fusion: Fusion) -> None:
+    asked, wanted = question(fusion, case(fusion, context=120), PICTURE, "How many?")
+    times = measure(fusion, wanted, asked, seconds=0)
+    assert list(times.stages) == list(STAGES)
+    rounds = len(times.first_token)
+    assert rounds == 3
+    counts = {stage: len(values) // rounds for stage, values in times.stages.items()}
+    assert counts == dict.fromkeys(STAGES[:4], 1) | {
+        "vision of the question": 2,
+        "prefill": 2,
+        "step": wanted.new_tokens,
+        "sampling": 2 + wanted.new_tokens,
+    }
+    assert all(value > 0 for values in times.stages.values() for value in values)
+    assert all(first > further for first, further in zip(times.first_token, times.further_first_token, strict=True))
+    assert all(answer > first for answer, first in zip(times.answer, times.first_token, strict=True))
+
+
+def test_a_further_question_sees_nothing_anew(fusion: Fusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, wanted = question(fusion, case(fusion), PICTURE, None)
+    crops: list[int] = []
+    encode = fusion.backend.encode
+
+    def counted(pixels: np.ndarray, *rest: np.ndarray) -> object:
+        crops.append(len(pixels))
+        return encode(pixels, *rest)
+
+    monkeypatch.setattr(fusion.backend, "encode", counted)
+    measure(fusion, wanted, Question(asked.picture, asked.prompt, asked.long_prompt), seconds=0)
+    assert crops == [4, 1, 1] * 4
+
+
+def test_limits(fusion: Fusion) -> None:
+    manifest = replace(fusion.manifest, weights=dict.fromkeys(fusion.manifest.weights, "fp32"))
+    model = manifest.model
+    width, mlp, layers = model.language.hidden_size, model.language.mlp_width, model.language.layers
+    decoder, head = layers * (4 * width * width + 3 * width * mlp), width * model.language.vocab_size
+    assert limits.weight_bytes(manifest) == 4 * (decoder + head)
+    wanted = case(fusion, prompt_tokens=100, context=150)
+    interaction = model.alignment.layers * width * width
+    attention = layers * width * 100 * 101
+    expected = 100 * decoder + head + interaction * (1 + 5 * wanted.query_length) + attention
+    assert limits.prefill_multiplications(manifest, wanted) == expected
+    found = limits.limits(manifest, wanted, Rates(1e9, 1e10), step=0.5, prefill=2.0)
+    assert found.step_bytes == 4 * (decoder + head) + 2 * layers * width * 4 * 150
+    assert found.step_share == pytest.approx(found.step_bytes / 1e9 / 0.5)
+    assert found.prefill_share == pytest.approx(expected / 1e10 / 2)
