@@ -17,17 +17,21 @@ from opset24 import needs_opset_24
 from paths import DEMO_CHECKPOINT, GOLDEN
 from test_golden import LLAMA, NEW_TOKENS, PHI, Case, each_case
 
+from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.export.tensorrt_formats import check_formats
 from fusion_edge.kernels import onnx_functions
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.calibration import export as calibration_export
+from fusion_edge.quant.calibration.samples import FEWEST
+from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
 from fusion_edge.runtime import Fusion, Sampling, Turn, cli_run, load
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle import open_bundle
+from fusion_edge.runtime.config import IMAGE_SIZE
 from fusion_edge.runtime.errors import UsageError
 
 HALF = 0.03
@@ -121,6 +125,61 @@ def test_computes_what_the_eager_interpreter_does(exported: Export, checkpoint: 
             history = [Turn(question, answer.text)] if length == min(lengths) else []
         assert compared.compared.count("prefill") == 3
         assert compared.compared.count("decode") >= 3
+
+
+def calibrated(checkpoint: Path, output: Path, target: str) -> None:
+    """A bundle whose formats are the same for each target."""
+    samples = output.parent / "samples"
+    if not samples.exists():
+        write_samples(samples, FEWEST)
+    eight_bits = [f"--rule={name}=int8:channel" for name in ("llm.lm_head", "vision.projector.down")]
+    options = ["--int4", "--group-size=32", *eight_bits, f"--target={target}", f"--calibrate={samples}"]
+    assert cli.main([str(checkpoint), "-o", str(output), *options]) == 0
+
+
+@pytest.fixture(scope="module")
+def integer_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated") / "b"
+    calibrated(tiny_checkpoint, folder, "tensorrt")
+    return folder
+
+
+@needs_opset_24
+def test_inputs_that_are_integers(integer_bundle: Path) -> None:
+    """Signed ones around 0, in the vision encoder; some round to a neighbour in float16."""
+    bundle = open_bundle(integer_bundle)
+    weights = BundleWeights(bundle)
+    linears = [name for name, form in bundle.manifest.weights.items() if form == "w8a8"]
+    assert linears
+    assert {grid and grid.zero_point for grid in map(weights.input_grid, linears)} == {SYMMETRIC_ZERO_POINT}
+    pixels = np.random.default_rng(0).normal(0, 0.5, (1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+    text = np.random.default_rng(1).normal(0, 0.5, (1, 5, bundle.manifest.model.language.hidden_size))
+    inputs = pixels, text.astype(np.float32), np.ones((1, 5), np.bool_)
+    expected = EagerBackend(bundle.manifest.model, weights).encode(*inputs)
+    with load(integer_bundle, device="cpu", threads=1) as fusion:
+        actual = np.asarray(fusion.backend.encode(*inputs))
+    assert np.square(actual - expected).mean() <= (0.05 * expected.std()) ** 2
+
+
+def test_calibration_for_another_target_starts_anew(
+    integer_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all formats are the same: a CPU's integers have zero points."""
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration_export, "write_bundle", killed)
+        with pytest.raises(Killed):
+            calibrated(tiny_checkpoint, tmp_path / "b", "cpu")
+    calibrated(tiny_checkpoint, tmp_path / "b", "tensorrt")
+    for file in integer_bundle.glob("*.data"):
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
 
 
 @needs_opset_24

@@ -63,6 +63,7 @@ def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> st
         "files": stamps,
         "held_out": len(samples.held_out),
         "questions": [(str(sample.picture), sample.question, sample.answer) for sample in asked],
+        "target": plan.options.target,  # decides how inputs are rounded
         "formats": {name: str(form) for name, form in plan.formats.items()},
         "packed": sorted(plan.packed),
         "query_lengths": plan.options.query_lengths,
