@@ -86,7 +86,7 @@ def test_a_question_has_the_lengths_that_are_asked_for(fusion: Fusion, prompt: i
 def test_lengths_that_cannot_be(fusion: Fusion, values: dict[str, int], message: str) -> None:
     wanted = case(fusion, **values)
     with pytest.raises(UsageError, match=message):
-        question(for_case(fusion, fusion.manifest, wanted), wanted, PICTURE, None)
+        question(for_case(fusion, wanted), wanted, PICTURE, None)
 
 
 def test_every_stage_is_timed(fusion: Fusion) -> None:

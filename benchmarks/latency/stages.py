@@ -15,7 +15,6 @@ from PIL import Image
 from fusion_edge.benchmarks.latency.result import Case
 from fusion_edge.benchmarks.latency.statistics import is_known
 from fusion_edge.runtime.backends.base import ImageAlignment
-from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.images import cut_crops, load_image
@@ -106,8 +105,9 @@ def _filled(prompt: Prompt, count: int, token: int) -> Prompt:
     return replace(prompt, token_ids=ids, instruct_indices=prompt.instruct_indices + count)
 
 
-def for_case(fusion: Fusion, manifest: Manifest, case: Case) -> Fusion:
-    """The same loaded model with the case's number of image tokens."""
+def for_case(fusion: Fusion, case: Case) -> Fusion:
+    """The same loaded model with the case's image tokens. Raises :class:`UsageError` for a number it cannot have."""
+    manifest = fusion.manifest
     side = int(case.image_tokens**0.5)
     if side * side != case.image_tokens or not 1 <= side <= manifest.model.vision.grid:
         raise UsageError(
@@ -146,7 +146,7 @@ def _round(fusion: Fusion, case: Case, asked: Question, times: Times) -> None:
         tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
         fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
     before = sum(times.stages["step"]) + sum(times.stages["sampling"])
-    _steps(fusion, case, sampler, times)
+    run_steps(fusion, case, sampler, times)
     stepped = sum(times.stages["step"]) + sum(times.stages["sampling"]) - before
     times.answer.append(times.first_token[-1] + stepped)
     started = time.perf_counter()
@@ -168,7 +168,7 @@ def _answer_start(
         return sampler(logits)
 
 
-def _steps(fusion: Fusion, case: Case, sampler: Sampler, times: Times) -> None:
+def run_steps(fusion: Fusion, case: Case, sampler: Sampler, times: Times) -> None:
     """One-token steps behind what was prefilled last."""
     token = 0
     for _ in range(case.new_tokens):
