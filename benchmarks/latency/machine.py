@@ -1,0 +1,97 @@
+"""Where a benchmark runs, and in what state that is. Nothing here needs a tool or a file that a machine may lack."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from fusion_edge.benchmarks.latency.nvidia import Gpu, find_gpu
+from fusion_edge.benchmarks.latency.result import Machine
+from fusion_edge.benchmarks.latency.system_files import ROOT, byte_count, fields, text
+
+COMMAND_TIMEOUT = 5.0  # seconds
+DISTRIBUTIONS = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tokenizers",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-bindings",
+    "cuda-python",
+)
+
+
+def machine_facts(device: str) -> Machine:
+    """The machine as it is now. GPUs are asked only if ``device`` is not ``cpu``."""
+    return describe(None if device == "cpu" else find_gpu(), ROOT)
+
+
+def describe(gpu: Gpu | None, root: Path) -> Machine:
+    """The machine whose ``/proc``, ``/sys`` and ``/etc`` lie in ``root``."""
+    reasons = set() if gpu is None else gpu.throttle_reasons()
+    return Machine(
+        processor=_processor(root),
+        cores=len(os.sched_getaffinity(0)),
+        memory=byte_count(fields(root / "proc/meminfo")["MemTotal"]),
+        governor=_governor(root),
+        load_average=float((root / "proc/loadavg").read_text(encoding="ascii").split()[0]),
+        gpu=None if gpu is None else gpu.name,
+        power_mode=_power_mode(gpu),
+        throttled=", ".join(sorted(reasons)) or None,
+        system=platform.platform(),
+        versions=_versions(gpu, root),
+    )
+
+
+def _processor(root: Path) -> str:
+    """A board by its name, else an x86 processor by its own, else an ARM core by its maker's number and its own."""
+    info = fields(root / "proc/cpuinfo")
+    name = text(root / "proc/device-tree/model") or info.get("model name")
+    if not name and "CPU part" in info:
+        name = f"{platform.machine()}, implementer {info.get('CPU implementer')}, part {info['CPU part']}"
+    return name or platform.machine()
+
+
+def _governor(root: Path) -> str | None:
+    """Of the cores that this process may use; several if they differ."""
+    folders = (root / f"sys/devices/system/cpu/cpu{core}/cpufreq" for core in os.sched_getaffinity(0))
+    names = {text(folder / "scaling_governor") for folder in folders}
+    return ", ".join(sorted(name for name in names if name)) or None
+
+
+def _power_mode(gpu: Gpu | None) -> str | None:
+    named = re.search(r"NV Power Mode:\s*(\S+)", _output("nvpmodel", "-q"))
+    if named:
+        return named[1]
+    limit = None if gpu is None else gpu.power_limit()
+    return None if limit is None else f"GPU limited to {limit:.0f} W"
+
+
+def _versions(gpu: Gpu | None, root: Path) -> dict[str, str]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text(root / "etc/nv_tegra_release") or "")
+    versions["jetson linux"] = f"{release[1]}.{release[2]}" if release else None
+    if gpu is not None:
+        versions |= {"driver": gpu.driver_version(), "cuda driver": gpu.cuda_version}
+    return {name: version for name, version in versions.items() if version}
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing if it is missing, fails or hangs."""
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.decode(errors="replace")

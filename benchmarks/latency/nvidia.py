@@ -1,0 +1,112 @@
+"""What NVIDIA's driver tells of the GPU that runs a bundle: through libcuda and NVML, without a package or a process.
+
+Nothing here makes a CUDA context, so nothing takes memory of the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+TEXT_LENGTH = 96
+INTEGRATED = 18  # CU_DEVICE_ATTRIBUTE_INTEGRATED
+THROTTLE_REASONS = {
+    # nvmlClocksEventReason*: those that say that clocks are held down under load.
+    0x04: "GPU at its power limit",
+    0x08: "GPU slowed down by hardware",
+    0x20: "GPU too warm",
+    0x40: "GPU too hot: slowed down by hardware",
+    0x80: "GPU slowed down by its power supply",
+}
+
+
+class _MemoryInfo(ctypes.Structure):
+    """``nvmlMemory_t``."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that CUDA counts as its first. What it, or its driver, does not tell is None."""
+
+    name: str
+    cuda_version: str
+    """The newest that the driver runs."""
+    is_integrated: bool
+    """It shares the host's memory, as a Jetson's."""
+    nvml: Any = None
+    """The library; None where it does not know the GPU."""
+    handle: Any = None
+    """NVML's."""
+
+    def joules(self) -> float | None:
+        """Energy that the board took since the driver was loaded."""
+        value = ctypes.c_ulonglong()
+        return value.value / 1e3 if self._ask("nvmlDeviceGetTotalEnergyConsumption", value) else None
+
+    def used_memory(self) -> int | None:
+        """Bytes in use, by whomever."""
+        info = _MemoryInfo()
+        return int(info.used) if self._ask("nvmlDeviceGetMemoryInfo", info) else None
+
+    def power_limit(self) -> float | None:
+        """Watts that the driver enforces."""
+        value = ctypes.c_uint()
+        return value.value / 1e3 if self._ask("nvmlDeviceGetEnforcedPowerLimit", value) else None
+
+    def throttle_reasons(self) -> set[str]:
+        """Why clocks are held down at this moment."""
+        value = ctypes.c_ulonglong()
+        if not self._ask("nvmlDeviceGetCurrentClocksEventReasons", value):
+            self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", value)  # its name before driver 535
+        return {reason for bit, reason in THROTTLE_REASONS.items() if value.value & bit}
+
+    def driver_version(self) -> str | None:
+        """Such as ``580.95.05``."""
+        written = ctypes.create_string_buffer(TEXT_LENGTH)
+        if self.nvml is None or self.nvml.nvmlSystemGetDriverVersion(written, TEXT_LENGTH):
+            return None
+        return written.value.decode()
+
+    def _ask(self, function: str, answer: ctypes._SimpleCData[int] | ctypes.Structure) -> bool:
+        """Fill ``answer``; whether that succeeded."""
+        ask = getattr(self.nvml, function, None)  # older drivers have fewer functions
+        return ask is not None and ask(self.handle, ctypes.byref(answer)) == 0
+
+
+def find_gpu() -> Gpu | None:
+    """The first GPU; None without a driver or a GPU that works."""
+    cuda, nvml = _library("libcuda.so.1"), _library("libnvidia-ml.so.1")
+    return None if cuda is None else describe(cuda, nvml)
+
+
+def describe(cuda: Any, nvml: Any | None) -> Gpu | None:
+    """The first GPU of the two libraries; CUDA and NVML count in different orders, so the bus address tells which."""
+    device = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    name, address = ctypes.create_string_buffer(TEXT_LENGTH), ctypes.create_string_buffer(TEXT_LENGTH)
+    version, integrated, handle = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+    cuda.cuDeviceGetName(name, TEXT_LENGTH, device)
+    cuda.cuDeviceGetPCIBusId(address, TEXT_LENGTH, device)
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetAttribute(ctypes.byref(integrated), INTEGRATED, device)
+    is_known = nvml is not None and not (
+        nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(address, ctypes.byref(handle))
+    )
+    return Gpu(
+        name=name.value.decode(),
+        cuda_version=f"{version.value // 1000}.{version.value % 1000 // 10}",
+        is_integrated=bool(integrated.value),
+        nvml=nvml if is_known else None,
+        handle=handle if is_known else None,
+    )
+
+
+def _library(name: str) -> Any | None:
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
