@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fusion_edge.benchmarks.latency.result import Rates
 from fusion_edge.benchmarks.latency.statistics import repeat
 
-SECONDS = 1.0  # of each probe, at the most
+SECONDS = 0.8  # of each probe, at the most
 READ_BYTES = 512 << 20
 """By all threads together: far more than the caches of a robot's or a desktop's processor."""
 ROW = 4096
