@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         choices=(0, 4),
         default=defaults.accuracy_level,
-        help="quantized products in int8 arithmetic (4, faster) or in float (0) (default: %(default)s)",
+        help="ONNX Runtime's quantized products in int8 arithmetic (4, faster) or in float (0) (default: 4)",
     )
     add(
         "--kv-cache",

@@ -48,7 +48,8 @@ class ExportOptions:
     target: str = "cpu"
     preset: str | None = None
     """One of ``export.targets.PRESETS``: what is left open here is as it says."""
-    accuracy_level: int = 4
+    accuracy_level: int | None = None
+    """None: 4, but for TensorRT, which computes in float16."""
     kv_cache: str = "float"
     vision: str | None = None
     """One of ``quant.policy.VISION``; None: integers throughout where samples calibrate them, else weights alone."""
@@ -148,7 +149,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     settings = Settings(
         target=options.target,
         activations=activations,
-        accuracy_level=0 if options.target == "tensorrt" else options.accuracy_level,
+        accuracy_level=_accuracy_level(options),
         cache=activations if options.kv_cache == "float" else "int8",
         max_context=options.max_context or config.max_length,
     )
@@ -173,6 +174,12 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         data_files=tuple(data_files),
         specs=tuple(builder.spec for builder in builders),
     )
+
+
+def _accuracy_level(options: ExportOptions) -> int:
+    if options.accuracy_level is None:
+        return 0 if options.target == "tensorrt" else 4
+    return options.accuracy_level
 
 
 def _default_vision(options: ExportOptions) -> str:
@@ -240,6 +247,8 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
         )
     if options.asymmetric and options.precision != "int4":
         raise UsageError(f"--asym is for --int4, not --{options.precision}: leave it out.")
+    if options.target == "tensorrt" and options.accuracy_level is not None:
+        raise UsageError("--accuracy-level is for ONNX Runtime's products; TensorRT computes in float16: leave it out.")
     if options.target == "tensorrt" and options.precision == "int8" and options.group_size not in (None, PER_CHANNEL):
         raise UsageError("TensorRT's 8-bit weights have one scale a channel: leave --group-size out.")
     if options.vision is not None and options.precision in ("fp32", "fp16"):

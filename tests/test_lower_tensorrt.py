@@ -283,12 +283,13 @@ def test_int4_scales_are_positive(exported: Export) -> None:
     [
         (LLAMA, "--int4 --group-size 32", "llm.layers.0.mlp.down cannot be int4:32 for TensorRT: its 112 inputs are "),
         (PHI, "--int4", "cannot be int4:128 for TensorRT: its 64 inputs are not whole groups of 128"),
-        (PHI, "--int4 --asym --group-size 32", "cannot be uint4:32 for TensorRT: it knows no zero points;"),
-        (PHI, "--fp16 --rule llm.*=nf4:32", "cannot be nf4:32 for TensorRT: it has no products with a codebook;"),
-        (PHI, "--fp16 --rule llm.*=fp4:32", "cannot be fp4:32 for TensorRT: it has no products with a codebook;"),
+        (PHI, "--int4 --asym --group-size 32", "TensorRT: it knows no zero points; leave --asym out,"),
+        (PHI, "--fp16 --rule llm.*=nf4:32", "TensorRT: it has no products with a codebook; use --int4,"),
+        (PHI, "--fp16 --rule llm.*=fp4:32", "TensorRT: it has no products with a codebook; use --int4,"),
         (PHI, "--fp16 --rule llm.*=int8:32", "cannot be int8:32 for TensorRT: its 8-bit weights have one scale a"),
         (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it knows no zero"),
         (PHI, "--fp16 --kv-cache int8", "--kv-cache int8"),
+        (PHI, "--fp16 --accuracy-level 4", "--accuracy-level is for ONNX Runtime"),
         (PHI, "--int8 --group-size 32", "8-bit weights have one scale a channel: leave --group-size out"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -90,10 +90,10 @@ def question(fusion: Fusion, case: Case, picture: bytes, asked: str | None) -> t
         raise UsageError(f"--prompt-tokens {prompt_tokens} is too short; image, latents and question take {shortest}.")
     if context < prompt_tokens:
         raise UsageError(f"--context {context} is less than the prompt's {prompt_tokens} tokens.")
-    if context + case.new_tokens > manifest.max_context:
+    if context + case.new_tokens > fusion.backend.max_context:
         raise UsageError(
-            f"A context of {context} and {case.new_tokens} new tokens do not fit the bundle's {manifest.max_context} "
-            "positions; ask for less, or export with a larger --max-context."
+            f"A context of {context} and {case.new_tokens} new tokens do not fit the {fusion.backend.max_context} "
+            "positions that there are; ask for less, or export with a larger --max-context."
         )
     prompts = [_filled(plain, length - shortest, filler) for length in (prompt_tokens, context)]
     return Question(picture, *prompts), replace(case, prompt_tokens=prompt_tokens, context=context)
@@ -116,15 +116,16 @@ def for_case(fusion: Fusion, case: Case) -> Fusion:
     return Fusion(replace(manifest, image_side=side), fusion.backend, fusion.tokenizer, fusion.embed)
 
 
-def measure(fusion: Fusion, case: Case, asked: Question, seconds: float) -> Times:
-    """Rounds of a first question, its steps and a further question, until medians are known or ``seconds`` are over.
+def measure(fusion: Fusion, case: Case, asked: Question, is_enough: Callable[[Times], bool]) -> Times:
+    """Rounds of a first question, its steps and a further question, at least three, until they are enough.
 
     One round before is not counted.
     """
     _round(fusion, case, asked, Times())
-    times, end = Times(), time.perf_counter() + seconds
-    while len(times.first_token) < MINIMUM_ROUNDS or (time.perf_counter() < end and not times.all_known):
+    times, enough = Times(), False
+    while len(times.first_token) < MINIMUM_ROUNDS or not enough:
         _round(fusion, case, asked, times)
+        enough = is_enough(times)
     return times
 
 
@@ -166,6 +167,15 @@ def _answer_start(
         _, _, logits = fusion.prefill(prompt, tokens, aligned, case.new_tokens)
     with times.of("sampling"):
         return sampler(logits)
+
+
+def prefill_and_step(fusion: Fusion, case: Case, asked: Question) -> None:
+    """A prompt about the picture, as long as the context, and its steps; vision once for all calls."""
+    image = fusion.see(cut_crops(load_image(Image.open(io.BytesIO(asked.picture)))))
+    aligned = fusion.align(image, case.query_length)
+    tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
+    fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
+    run_steps(fusion, case, Sampler(Sampling()), Times())
 
 
 def run_steps(fusion: Fusion, case: Case, sampler: Sampler, times: Times) -> None:

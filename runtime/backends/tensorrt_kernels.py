@@ -36,11 +36,20 @@ class KernelCache:
         config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            if self._path.is_file():
-                self._kept = self._path.read_bytes()
+            self._kept = self._read()
+            if self._kept:
                 self._cache.deserialize(self._kept)
         config.set_runtime_cache(self._cache)
         return config
+
+    def _read(self) -> bytes:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            sys.stderr.write(f"Compiled kernels cannot be read from {self._path}: {error.strerror}\n")
+            return b""
 
     def save(self) -> None:
         """Keep what has been compiled so far. A folder that cannot be written costs the next start some seconds."""
