@@ -92,23 +92,6 @@ def measured(
     )
 
 
-def on_gpu() -> Measured:
-    """With what only a GPU tells."""
-    one = measured(case(device="cuda"), speed=20, joules=0.53)
-    return replace(one, memory=replace(one.memory, device=2_700_000_000))
-
-
-def without_image() -> Measured:
-    """A prompt of text that is answered with one token, so no step is timed."""
-    one = measured(case(query_length=0, image_tokens=0, new_tokens=1))
-    return replace(
-        one,
-        stages={name: one.stages[name] for name in ("prefill", "sampling")},
-        first_token=summarize(times(9.8, seed=1)),
-        further_first_token=summarize(times(9.7, seed=2)),
-    )
-
-
 def result(
     cases: Sequence[Measured] | None = None, source: str = "FUSION-X-Phi3.5-3B", processor: str = "AMD EPYC 9R14"
 ) -> Result:
@@ -133,6 +116,39 @@ def result(
         ),
         rates=Rates(BANDWIDTH, MULTIPLICATIONS),
         measured=(measured(case()),) if cases is None else tuple(cases),
+    )
+
+
+def on_gpu() -> Result:
+    """With what only a GPU tells, and a machine that was too hot."""
+    one, speed = measured(case(device="cuda"), speed=20, joules=0.53), 22
+    limits = replace(
+        one.limits,
+        step_seconds=one.limits.step_seconds / speed,
+        step_share=one.limits.step_share / speed,
+        prefill_seconds=one.limits.prefill_seconds / speed,
+        prefill_share=one.limits.prefill_share / speed,
+    )
+    on_cpu = result([replace(one, limits=limits, memory=replace(one.memory, device=2_700_000_000))])
+    return replace(
+        on_cpu,
+        machine=replace(on_cpu.machine, gpu="NVIDIA Orin", power_mode="MAXN", throttled="thermal"),
+        rates=Rates(speed * BANDWIDTH, speed * MULTIPLICATIONS),
+    )
+
+
+def of_few_stages() -> Result:
+    """Without an image, and a median of three values."""
+    one = measured(case(query_length=0, image_tokens=0))
+    return result(
+        [
+            replace(
+                one,
+                stages={name: one.stages[name] for name in ("prefill", "step", "sampling")},
+                first_token=summarize(times(9.8, count=3)),
+                further_first_token=summarize(times(9.7, count=3)),
+            )
+        ]
     )
 
 

@@ -60,11 +60,8 @@ class Page(HTMLParser):
 RESULTS = {
     "one case": samples.result(),
     "a dozen": samples.matrix(),
-    "a GPU": replace(
-        samples.result([samples.on_gpu()]),
-        machine=replace(samples.result().machine, gpu="NVIDIA Orin", power_mode="MAXN", throttled="thermal"),
-    ),
-    "no image, no step": samples.result([samples.without_image()]),
+    "a GPU": samples.on_gpu(),
+    "no image": samples.of_few_stages(),
     "equal times": samples.result([samples.measured(samples.case(), noise=0.0, steps=7)]),
     "a soak": samples.result([samples.measured(samples.case(), steps=20_000)]),
 }
@@ -161,6 +158,12 @@ def test_durations_have_three_digits(seconds: float, text: str) -> None:
     assert views.duration(seconds) == text
 
 
+def test_few_values_have_no_error() -> None:
+    assert views.error(summarize([1.0] * 6)) == "n=6"
+    assert views.error(summarize([0.98, 1.0, 1.0, 1.0, 1.0, 1.0, 1.02])) == "±2.0%"
+    assert "n=3" in table.text(samples.of_few_stages())
+
+
 def test_cases_are_named_by_every_option() -> None:
     case = samples.case()
     assert views.case_name(case) == (
@@ -177,7 +180,7 @@ def test_table_fits_the_terminal(result: Result, width: int) -> None:
     assert max(map(len, tables.splitlines())) <= width
     for measured in result.measured:
         for summary in views.measures(measured).values():
-            assert f"{views.duration(summary.median)} {views.error(summary):>7}" in text
+            assert f"{views.duration(summary.median)} {views.error(summary):>6}" in text
         assert f"{views.duration(measured.limits.step_seconds)} ({measured.limits.step_share:.0%})" in text
     assert text.count("  too noisy") == sum(measured.is_noisy for measured in result.measured)
     assert ("machine too noisy:" in text) == any(measured.is_noisy for measured in result.measured)

@@ -31,11 +31,15 @@ def headline(measured: Measured, bundle_size: int) -> Markup:
     device = f", {cli.size(memory.device)} on the GPU" if memory.device is not None else ""
     energy = f", {views.three_digits(measured.energy.joules_a_token)} J a token" if measured.energy else ""
     cards = [
-        ("First token", views.duration(measured.first_token.median), f"of a new image; {_known(measured.first_token)}"),
+        (
+            "First token",
+            views.duration(measured.first_token.median),
+            f"of a new image, {views.error(measured.first_token)}",
+        ),
         (
             "Further question",
             views.duration(measured.further_first_token.median),
-            f"on the same image; {_known(measured.further_first_token)}",
+            f"on the same image, {views.error(measured.further_first_token)}",
         ),
         (
             "Tokens a second",
@@ -61,15 +65,15 @@ def _card(name: str, value: str, note: str) -> Markup:
     )
 
 
-def _known(summary: Summary) -> str:
-    return f"{views.error(summary)}, {summary.count} times"
-
-
 def details(measured: Measured, bundle_size: int, rates: Rates) -> Markup:
     """All charts and tables of the case."""
-    step = measured.stages.get(views.STEP)
-    figures = [_step_over_time(step, measured.limits), _distribution(step)] if step else []
-    figures += [_memory(measured, bundle_size), _limits(measured, rates)]
+    step = measured.stages[views.STEP]
+    figures = [
+        _step_over_time(step, measured.limits),
+        _distribution(step),
+        _memory(measured, bundle_size),
+        _limits(measured, rates),
+    ]
     return join(
         [
             headline(measured, bundle_size),

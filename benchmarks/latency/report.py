@@ -76,14 +76,14 @@ def _warnings(result: Result) -> list[Markup]:
             "mean nothing."
         )
     if result.machine.throttled:
-        texts.append(f"Clocks were held down at the start: {result.machine.throttled}.")
+        texts.append(f"Clocks were held down: {result.machine.throttled}.")
     return [element("p", text, class_="warning") for text in texts]
 
 
 def _comparison(result: Result) -> Markup:
     cases = [measured.case for measured in result.measured]
     options = views.differing_options(cases)
-    most = [max(map(column.value, result.measured)) or 1.0 for column in _COLUMNS]
+    most = [max(map(column.value, result.measured)) for column in _COLUMNS]
     rows = []
     for i, measured in enumerate(result.measured):
         link = element("a", views.case_name(measured.case, options), href=f"#{_id(i)}")
@@ -107,8 +107,7 @@ def _over_context(result: Result) -> Markup:
     """Steps over context, where cases differ in it."""
     groups: dict[Case, list[Measured]] = {}
     for measured in result.measured:
-        if views.STEP in measured.stages:
-            groups.setdefault(replace(measured.case, context=0), []).append(measured)
+        groups.setdefault(replace(measured.case, context=0), []).append(measured)
     groups = {case: sorted(group, key=lambda one: one.case.context) for case, group in groups.items() if len(group) > 1}
     if not groups:
         return Markup()

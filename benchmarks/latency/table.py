@@ -64,7 +64,7 @@ def _rows(block: Sequence[Measured], options: Sequence[str]) -> Iterator[list[st
         found = [one.get(name) for one in summaries]
         yield [
             name,
-            *(f"{views.duration(one.median)} {views.error(one):>7}" if one else _NONE for one in found),
+            *(f"{views.duration(one.median)} {views.error(one):>6}" if one else _NONE for one in found),
         ]
     for name, cell in _FIGURES.items():
         cells = [cell(measured) for measured in block]

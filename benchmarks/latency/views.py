@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusion_edge.benchmarks.latency.result import BundleFacts, Case, Measured, Summary
+from fusion_edge.benchmarks.latency.statistics import MINIMUM_COUNT
 
 STEP = "step"
 PREFILL = "prefill"
@@ -102,5 +103,5 @@ def three_digits(value: float) -> str:
 
 
 def error(summary: Summary) -> str:
-    """Of the median: ``± 1.2%``."""
-    return f"± {summary.error:.1%}"
+    """Of the median: ``±1.2%``; ``n=3`` for so few values that they have no 95 % interval."""
+    return f"±{summary.error:.1%}" if summary.count >= MINIMUM_COUNT else f"n={summary.count}"
