@@ -139,6 +139,8 @@ def test_what_differs_is_named() -> None:
     assert "numpy differs: 2.2.1 before, none after" in lines
     assert f"only before: {views.case_name(CASE)}" in lines
     assert f"only after: {views.case_name(samples.case(context=7))}" in lines
+    busy = replace(before, machine=replace(before.machine, load_average=1.2))
+    assert differences(before, busy) == ["other programs may have run after: a load of 1.20 on 2 cores at the start"]
     assert compare(before, after) == []
     assert text([]) == "no case is in both results\n"
     assert differences(before, before) == []

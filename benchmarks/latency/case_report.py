@@ -156,7 +156,7 @@ def _distribution(step: Summary) -> Markup:
 def _memory(measured: Measured, bundle_size: int) -> Markup:
     memory = measured.memory
     points = _buckets([(pair[0], pair[1]) for pair in memory.over_time])
-    y = charts.Axis(0, 1.15 * max(memory.peak, bundle_size), cli.size)
+    y = charts.Axis(0, 1.15 * max(memory.peak, bundle_size), lambda value: views.rate(value, "B"))
     x = charts.Axis(0, max([1e-3, *(point[0] for point in points)]), time_format(60.0), "since the start")
     marks = [
         charts.Mark(memory.peak, f"peak {cli.size(memory.peak)}", "quantile"),

@@ -48,7 +48,7 @@ class Mark:
     kind: str
     """CSS class."""
     is_below: bool = False
-    """Whether a horizontal line has its label below."""
+    """Whether a horizontal line has its label below, where there is room."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def band(
     for mark in marks:
         height = _percent(1 - y.share(mark.value))
         parts.append(element("line", x1=0, x2="100%", y1=height, y2=height, class_=mark.kind))
-        dy = "1.2em" if mark.is_below else "-.4em"
+        dy = "1.2em" if mark.is_below and y.share(mark.value) > 0.12 else "-.4em"
         parts.append(
             element("text", mark.label, x="100%", y=height, dy=dy, text_anchor="end", class_=f"label {mark.kind}")
         )

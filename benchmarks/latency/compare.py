@@ -18,6 +18,7 @@ from fusion_edge.runtime import cli
 from fusion_edge.runtime.errors import FusionError
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference shown", "too few repeats"
+BUSY = 0.5  # of the cores, by the load average: other programs then take turns with what is measured
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,10 @@ def differences(before: Result, after: Result) -> list[str]:
             for measured in result.measured
             if measured.case not in cases
         ]
+        machine = result.machine
+        if machine.load_average > BUSY * machine.cores:
+            load = f"a load of {machine.load_average:.2f} on {machine.cores} cores"
+            lines.append(f"other programs may have run {which}: {load} at the start")
         if any(measured.is_noisy for measured in result.measured):
             lines.append(f"the machine was too noisy {which}: intervals are wide")
     return lines

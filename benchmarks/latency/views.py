@@ -89,7 +89,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    """Three digits with a decimal prefix: ``33.1 GB/s`` of the unit ``B/s``."""
+    """Three digits with a decimal prefix: ``33.1 GB/s`` for the unit ``B/s``."""
     for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= 0.9995 * factor:
             return f"{three_digits(value / factor)} {prefix}{unit}"
