@@ -132,7 +132,7 @@ def test_limits(fusion: Fusion) -> None:
     attention = layers * width * 100 * 101
     expected = 100 * decoder + head + interaction * (1 + 5 * wanted.query_length) + attention
     assert limits.prefill_multiplications(manifest, wanted) == expected
-    found = limits.limits(manifest, wanted, 150, Rates(1e9, 1e10), step=0.5, prefill=2.0)
+    found = limits.limits(manifest, wanted, Rates(1e9, 1e10), step=0.5, prefill=2.0)
     assert found.step_bytes == 4 * (decoder + head) + 2 * layers * width * 4 * 150
     assert found.step_share == pytest.approx(found.step_bytes / 1e9 / 0.5)
     assert found.prefill_share == pytest.approx(expected / 1e10 / 2)

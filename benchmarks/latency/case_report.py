@@ -44,7 +44,7 @@ def headline(measured: Measured, bundle_size: int) -> Markup:
         (
             "Tokens a second",
             views.three_digits(measured.tokens_per_second),
-            f"{limits.step_share:.0%} of the bandwidth limit{energy}",
+            (f"{limits.step_share:.0%} of the bandwidth limit" if limits else "one-token steps") + energy,
         ),
         (
             "Peak memory",
@@ -72,7 +72,7 @@ def details(measured: Measured, bundle_size: int, rates: Rates) -> Markup:
         _step_over_time(step, measured.limits),
         _distribution(step),
         _memory(measured, bundle_size),
-        _limits(measured, rates),
+        _rates(measured, rates),
     ]
     return join(
         [
@@ -90,7 +90,7 @@ def _to_first_token(measured: Measured) -> Markup:
         ("Further question about it", views.further_question(measured), measured.further_first_token),
     ]
     largest = max(sum(seconds for _, seconds in stages) for _, stages, _ in rows)
-    limit = measured.limits.prefill_seconds
+    limit = measured.limits.prefill_seconds if measured.limits else None
     parts = [element("h3", "To the first token")]
     for title, stages, total in rows:
         segments = [
@@ -104,7 +104,9 @@ def _to_first_token(measured: Measured) -> Markup:
         parts.append(charts.bar(segments, largest, f"{title}: {label}"))
     medians = dict(rows[0][1] + rows[1][1])
     names = [(_stage(name, medians[name]), kind) for name, kind in STAGE_KINDS.items() if name in medians]
-    parts.append(legend([*names, (f"limit of prefill {views.duration(limit)}", "line")]))
+    if limit is not None:
+        names.append((f"limit of prefill {views.duration(limit)}", "line"))
+    parts.append(legend(names))
     return element("div", *parts, class_="card")
 
 
@@ -122,16 +124,17 @@ def legend(names: Iterable[tuple[str, str]]) -> Markup:
     )
 
 
-def _step_over_time(step: Summary, limits: Limits) -> Markup:
+def _step_over_time(step: Summary, limits: Limits | None) -> Markup:
     top = min(step.largest, _LARGEST_STEP * step.median)
-    y = charts.Axis(0, 1.1 * max(top, limits.step_seconds), time_format(top))
+    y = charts.Axis(0, 1.1 * max(top, limits.step_seconds if limits else 0), time_format(top))
     x = charts.Axis(0, max(step.count - 1, 1), lambda value: f"{value:,.0f}", "steps, in the order measured")
-    marks = [
-        charts.Mark(step.median, f"median {views.duration(step.median)}", "median"),
-        charts.Mark(limits.step_seconds, f"limit {views.duration(limits.step_seconds)}", "limit", is_below=True),
-    ]
+    marks = [charts.Mark(step.median, f"median {views.duration(step.median)}", "median")]
+    note = ""
+    if limits is not None:
+        text = f"limit {views.duration(limits.step_seconds)}"
+        marks.append(charts.Mark(limits.step_seconds, text, "limit", is_below=True))
+        note = f"The limit is what the memory's bandwidth allows; {limits.step_share:.0%} of it is reached."
     beyond, slowest = sum(value > y.largest for value in step.values), views.duration(step.largest)
-    note = f"The limit is what the memory's bandwidth allows; {limits.step_share:.0%} of it is reached."
     if beyond:
         note += f" Above the plot: {beyond} of {step.count:,} steps; the slowest took {slowest}."
     points = _buckets([(float(i), value) for i, value in enumerate(step.values)])
@@ -171,22 +174,12 @@ def _memory(measured: Measured, bundle_size: int) -> Markup:
     return _figure("Memory of the process", charts.band(x, y, points, marks, note), note)
 
 
-def _limits(measured: Measured, rates: Rates) -> Markup:
+def _rates(measured: Measured, rates: Rates) -> Markup:
+    """Shares of the limits, jitter, energy."""
     limits = measured.limits
-    step = (
-        f"A step must read {cli.size(limits.step_bytes)}: {views.duration(limits.step_seconds)} at the probed "
-        f"{views.rate(rates.bandwidth, 'B/s')}."
-    )
-    prefill = (
-        f"Prefill needs {views.rate(limits.prefill_multiplications, 'MAC')}: {views.duration(limits.prefill_seconds)} "
-        f"at the probed {views.rate(rates.multiplications, 'MAC/s')} (multiply-adds)."
-    )
-    parts = [
-        element("h3", "Share of the machine's limits"),
-        _meter("Decode, of the memory's bandwidth", limits.step_share, step),
-        _meter("Prefill, of the rate of products", limits.prefill_share, prefill),
-        element("p", f"Jitter: a step's 99th percentile is {measured.jitter:.1%} above its median.", class_="note"),
-    ]
+    parts = [] if limits is None else _limits(limits, rates)
+    jitter = f"Jitter: a step's 99th percentile is {measured.jitter:.1%} above its median."
+    parts.append(element("p", jitter, class_="note"))
     if measured.energy:
         energy = measured.energy
         parts.append(
@@ -250,3 +243,19 @@ def _buckets(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, 
         values = sorted(value for _, value in bucket)
         buckets.append((bucket[len(bucket) // 2][0], values[0], percentile(values, 0.5), values[-1]))
     return buckets
+
+
+def _limits(limits: Limits, rates: Rates) -> list[Markup]:
+    step = (
+        f"A step must read {cli.size(limits.step_bytes)}: {views.duration(limits.step_seconds)} at the probed "
+        f"{views.rate(rates.bandwidth, 'B/s')}."
+    )
+    prefill = (
+        f"Prefill needs {views.rate(limits.prefill_multiplications, 'MAC')}: {views.duration(limits.prefill_seconds)} "
+        f"at the probed {views.rate(rates.multiplications, 'MAC/s')} (multiply-adds)."
+    )
+    return [
+        element("h3", "Share of the machine's limits"),
+        _meter("Decode, of the memory's bandwidth", limits.step_share, step),
+        _meter("Prefill, of the rate of products", limits.prefill_share, prefill),
+    ]

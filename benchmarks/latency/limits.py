@@ -18,11 +18,9 @@ OF_QUESTION = "question_in"  # the linear of an interaction layer that has one r
 OF_IMAGE = ("context", "key", "value")  # those that the alignment decoder has
 
 
-def limits(
-    manifest: Manifest, case: Case, positions: int, rates: Rates, step: float, prefill: float
-) -> Limits:
-    """Beside the medians of a step and of a prefill, in seconds. A step reads so many ``positions`` of the cache."""
-    step_bytes = weight_bytes(manifest) + cache_bytes(manifest, positions)
+def limits(manifest: Manifest, case: Case, rates: Rates, step: float, prefill: float) -> Limits:
+    """Beside the medians of a step and of a prefill, in seconds."""
+    step_bytes = weight_bytes(manifest) + cache_bytes(manifest, case.context)
     multiplications = prefill_multiplications(manifest, case)
     step_seconds, prefill_seconds = step_bytes / rates.bandwidth, multiplications / rates.multiplications
     return Limits(

@@ -137,7 +137,7 @@ def _series(name: str, group: Sequence[Measured]) -> charts.Series:
         step = measured.stages[views.STEP]
         low, high = step.interval
         points.append((float(measured.case.context), low, step.median, high))
-    limits = tuple((float(measured.case.context), measured.limits.step_seconds) for measured in group)
+    limits = tuple((float(one.case.context), one.limits.step_seconds) for one in group if one.limits is not None)
     return charts.Series(name, tuple(points), limits)
 
 

@@ -76,7 +76,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a short probe of this machine reached."""
+    """What a short probe of the processor reached."""
 
     bandwidth: float
     """Bytes a second that are read from memory by all threads."""
@@ -160,7 +160,8 @@ class Measured:
     """99th percentile of a step over its median, less 1."""
     is_noisy: bool
     """Whether some median is not known to 3 %: the machine was too noisy for the time given."""
-    limits: Limits
+    limits: Limits | None
+    """None on a GPU: the probe is of the processor."""
     memory: Memory
     energy: Energy | None
 

@@ -25,7 +25,6 @@ STAGES = (
     *("image decode", "preprocess", "vision of the image", "alignment", "vision of the question", "prefill"),
     *("step", "sampling"),
 )
-OF_FURTHER_QUESTION = ("vision of the question", "prefill", "sampling")
 PICTURE = (1280, 720)  # pixels of the made-up camera frame
 QUESTION = "What is in front of the robot, and is the path clear?"
 FILLER = " and"

@@ -19,10 +19,10 @@ _CASE_COLUMNS: dict[str, Callable[[Measured], object]] = {
     "load_seconds": lambda measured: measured.load_seconds,
     "tokens_per_second": lambda measured: measured.tokens_per_second,
     "jitter": lambda measured: measured.jitter,
-    "step_limit_seconds": lambda measured: measured.limits.step_seconds,
-    "step_share": lambda measured: measured.limits.step_share,
-    "prefill_limit_seconds": lambda measured: measured.limits.prefill_seconds,
-    "prefill_share": lambda measured: measured.limits.prefill_share,
+    "step_limit_seconds": lambda measured: measured.limits and measured.limits.step_seconds,
+    "step_share": lambda measured: measured.limits and measured.limits.step_share,
+    "prefill_limit_seconds": lambda measured: measured.limits and measured.limits.prefill_seconds,
+    "prefill_share": lambda measured: measured.limits and measured.limits.prefill_share,
     "memory_loaded": lambda measured: measured.memory.loaded,
     "memory_steady": lambda measured: measured.memory.steady,
     "memory_peak": lambda measured: measured.memory.peak,
@@ -79,8 +79,12 @@ def _limit(seconds: float, share: float) -> str:
 _FIGURES: dict[str, Callable[[Measured], str | None]] = {
     "tokens/s": lambda measured: views.three_digits(measured.tokens_per_second),
     "jitter (p99 of a step)": lambda measured: f"+{measured.jitter:.1%}",
-    "limit of a step": lambda measured: _limit(measured.limits.step_seconds, measured.limits.step_share),
-    "limit of prefill": lambda measured: _limit(measured.limits.prefill_seconds, measured.limits.prefill_share),
+    "limit of a step": lambda measured: (
+        _limit(measured.limits.step_seconds, measured.limits.step_share) if measured.limits else None
+    ),
+    "limit of prefill": lambda measured: (
+        _limit(measured.limits.prefill_seconds, measured.limits.prefill_share) if measured.limits else None
+    ),
     "load": lambda measured: views.duration(measured.load_seconds),
     "memory, loaded": lambda measured: cli.size(measured.memory.loaded),
     "memory, steady": lambda measured: cli.size(measured.memory.steady),

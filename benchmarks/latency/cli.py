@@ -1,0 +1,178 @@
+"""``fusion-bench``: how long a robot waits, and how much of the machine's limits that is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+from fusion_edge.benchmarks.latency import compare, report, table
+from fusion_edge.benchmarks.latency.bench import Wanted, bench
+from fusion_edge.benchmarks.latency.machine import machine_facts
+from fusion_edge.benchmarks.latency.nvidia import find_gpu
+from fusion_edge.benchmarks.latency.probes import probe
+from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, Result, read_result
+from fusion_edge.benchmarks.latency.stages import made_up_picture
+from fusion_edge.benchmarks.latency.throttling import ThrottleWatch
+from fusion_edge.runtime import cli
+from fusion_edge.runtime.bundle import Bundle, open_bundle
+from fusion_edge.runtime.devices import AUTO, NAMES
+from fusion_edge.runtime.engines import bundle_digest
+from fusion_edge.runtime.errors import FusionError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["compare"]:
+        return cli.run(_compare, compare_parser().parse_args(given[1:]))
+    arguments = parser().parse_args(given)
+    arguments.command = shlex.join(["fusion-bench", *given])
+    return cli.run(_bench, arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option of ``fusion-bench``."""
+    defaults = Wanted(b"")
+    parser = argparse.ArgumentParser(
+        prog="fusion-bench",
+        description="Measure a bundle: every stage of a question, first token, tokens/s, memory, energy, beside what "
+        "the machine allows. Options that take lists make a matrix.",
+        epilog="fusion-bench compare A.json B.json tells what changed between two results.",
+    )
+    add = parser.add_argument
+    add("bundle", type=Path, help="folder that fusion-export wrote")
+    for option, default, text in (
+        ("--prompt-tokens", defaults.prompt_tokens, "rows of the prompt, image included (default: a short question's)"),
+        ("--new-tokens", defaults.new_tokens, "steps that are timed in every round (default: 32)"),
+        ("--context", defaults.context, "positions in the cache when steps are timed (default: the prompt's)"),
+        ("--query-len", defaults.query_lengths, "latents of a question (default: the bundle's first)"),
+        ("--image-tokens", defaults.image_tokens, "square numbers (default: the bundle's)"),
+        ("--threads", (len(os.sched_getaffinity(0)),), "of the CPU (default: every core that this process may use)"),
+    ):
+        add(option, type=cli.numbers, default=default, metavar="N[,N...]", help=text)
+    names = ", ".join(NAMES)
+    add("--backend", type=_devices, default=(AUTO,), metavar="NAME[,NAME...]", help=f"of {names} (default: the best)")
+    add("--image", type=Path, metavar="FILE", help="a picture of yours (default: noise of 1280 x 720)")
+    add("--ask", metavar="TEXT", help="a question of yours (default: a short one)")
+    add(
+        "--seconds",
+        type=cli.positive,
+        default=round(defaults.seconds),
+        metavar="N",
+        help="for a case at the most, if medians are not known to 3 %% sooner (default: %(default)s)",
+    )
+    add("--duration", type=cli.positive, metavar="N", help="soak: so many seconds for a case, whatever is known")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    output.add_argument("--csv", action="store_true", help="print a line for each case and stage")
+    add("--html", type=Path, metavar="FILE", help="write a report, one file for any browser")
+    return parser
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """Every option of ``fusion-bench compare``."""
+    parser = argparse.ArgumentParser(prog="fusion-bench compare", description="Tell what changed between two results.")
+    add = parser.add_argument
+    add("before", type=Path, help="file that fusion-bench --json wrote")
+    add("after", type=Path, help="the same, later")
+    add("--fail-above", type=_share, metavar="PERCENT", help="exit code 1 if something is slower by more, e.g. 5%%")
+    add("--json", action="store_true", help="print the comparison as one JSON object")
+    return parser
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if wrong := [name for name in names if name not in (AUTO, *NAMES)]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join((AUTO, *NAMES))}")
+    return names
+
+
+def _share(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)\s*%?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage such as 5%")
+    return float(match[1]) / 100
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    bundle = open_bundle(arguments.bundle)
+    if arguments.html is not None and not arguments.html.parent.is_dir():
+        raise FusionError(f"{arguments.html.parent} is not a folder; create it first, or write the report elsewhere.")
+    wanted = Wanted(
+        picture=made_up_picture() if arguments.image is None else _read(arguments.image),
+        ask=arguments.ask,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        context=arguments.context,
+        query_lengths=arguments.query_len,
+        image_tokens=arguments.image_tokens,
+        seconds=arguments.seconds,
+        duration=arguments.duration,
+    )
+    gpu = None if arguments.backend == ("cpu",) or bundle.manifest.target == "cpu" else find_gpu()
+    machine = machine_facts("cpu" if gpu is None else "cuda")
+    rates = probe(max(arguments.threads))
+    measured = []
+    with ThrottleWatch(gpu) as throttling:
+        for device, threads in dict.fromkeys(product(arguments.backend, arguments.threads)):
+            measured += bench(bundle, device, threads, wanted, rates, gpu)
+    result = Result(
+        schema_version=SCHEMA_VERSION,
+        producer=f"fusion-edge {version('fusion-edge')}",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=arguments.command,
+        bundle=_bundle_facts(bundle),
+        machine=replace(machine, throttled=throttling.reasons or machine.throttled),
+        rates=rates,
+        measured=tuple(measured),
+    )
+    if arguments.html is not None:
+        arguments.html.write_text(report.html(result), encoding="utf-8")
+    sys.stdout.write(result.to_text() if arguments.json else table.csv(result) if arguments.csv else table.text(result))
+    return 0
+
+
+def _bundle_facts(bundle: Bundle) -> BundleFacts:
+    manifest = bundle.manifest
+    return BundleFacts(
+        source=manifest.source,
+        target=manifest.target,
+        precision=manifest.precision,
+        size=manifest.size,
+        digest=bundle_digest(bundle),
+        max_context=manifest.max_context,
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FusionError(f"Cannot read the picture {path}: {error.strerror}.") from None
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    before, after = read_result(arguments.before), read_result(arguments.after)
+    comparisons = compare.compare(before, after)
+    warnings = compare.differences(before, after)
+    if arguments.json:
+        sys.stdout.write(compare.to_json(comparisons, warnings))
+    else:
+        sys.stderr.writelines(f"warning: {warning}\n" for warning in warnings)
+        sys.stdout.write(compare.text(comparisons))
+    if arguments.fail_above is not None and compare.fail_above(comparisons, arguments.fail_above):
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""``fusion-bench`` from the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fusion_edge.benchmarks.latency import bench, cli, energy
+from fusion_edge.benchmarks.latency.result import Energy, Rates, Result, read_result
+from fusion_edge.benchmarks.latency.stages import STAGES
+from fusion_edge.runtime.backends.base import Backend
+
+FEW = ("--seconds", "1", "--new-tokens", "3", "--threads", "1", "--backend", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine is not probed anew for every test (tests/test_latency_probes.py)."""
+    monkeypatch.setattr(cli, "probe", lambda threads: Rates(30e9, 150e9))
+    return iter([None])
+
+
+@pytest.fixture
+def result_of(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Result, Path]]:
+    """What ``fusion-bench --json`` prints, read back, and its file."""
+
+    def run(*options: str) -> tuple[Result, Path]:
+        capsys.readouterr()
+        assert cli.main([str(tiny_bundle), *FEW, *options, "--json"]) == 0
+        file = tmp_path / f"result-{len(list(tmp_path.iterdir()))}.json"
+        file.write_text(capsys.readouterr().out)
+        return read_result(file), file
+
+    return run
+
+
+def test_a_result(result_of: Callable[..., tuple[Result, Path]], tiny_bundle: Path) -> None:
+    result, _ = result_of()
+    (measured,) = result.measured
+    assert tuple(measured.stages) == STAGES
+    assert result.command == f"fusion-bench {tiny_bundle} {' '.join(FEW)} --json"
+    files = [file for file in tiny_bundle.iterdir() if file.name != "bundle.json"]
+    assert result.bundle.size == sum(file.stat().st_size for file in files)
+    assert (measured.case.device, measured.case.threads, measured.case.new_tokens) == ("cpu", 1, 3)
+    assert 0 < measured.further_first_token.median < measured.first_token.median < measured.answer_seconds.median
+    assert measured.tokens_per_second == pytest.approx(
+        1 / (measured.stages["step"].median + measured.stages["sampling"].median)
+    )
+    assert measured.limits is not None
+    assert measured.limits.step_share > 0
+    assert 0 < measured.memory.loaded <= measured.memory.peak
+    assert measured.memory.over_time
+    assert measured.memory.device is None
+
+
+def test_a_matrix(result_of: Callable[..., tuple[Result, Path]]) -> None:
+    result, _ = result_of("--query-len", "4,16", "--context", "100,150", "--backend", "cpu,cpu", "--image-tokens", "9")
+    cases = [(measured.case.query_length, measured.case.context) for measured in result.measured]
+    assert cases == [(4, 100), (4, 150), (16, 100), (16, 150)]
+    assert {measured.case.image_tokens for measured in result.measured} == {9}
+
+
+def test_a_picture_and_a_question_of_yours(
+    result_of: Callable[..., tuple[Result, Path]], tmp_path: Path, tiny_bundle: Path
+) -> None:
+    picture = Path(__file__).parent.parent / "benchmarks" / "demo" / "picture.png"
+    short, _ = result_of("--image", str(picture), "--ask", "Red?")
+    long, _ = result_of("--image", str(picture), "--ask", "Is there anything red to be seen on the left?")
+    assert short.measured[0].case.prompt_tokens < long.measured[0].case.prompt_tokens
+
+
+def test_soak(result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusion_edge.benchmarks.latency.stages.Times.all_known", True)
+    quick, _ = result_of("--seconds", "60")
+    soaked, _ = result_of("--duration", "1")
+    assert quick.measured[0].first_token.count == 3
+    assert sum(soaked.measured[0].answer_seconds.values) > 0.5
+
+
+def test_energy_is_of_steps(
+    result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+
+    class Meter:
+        def __init__(self, gpu: object) -> None: ...
+
+        def __enter__(self) -> Meter:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def energy(self, count: int) -> Energy:
+            tokens.append(count)
+            return Energy("a meter", 6.0, 30.0, 30.0 / count)
+
+    monkeypatch.setattr(energy, "sources", lambda gpu, root: ["a meter"])
+    monkeypatch.setattr(energy, "EnergyMeter", Meter)
+    monkeypatch.setattr(bench, "ENERGY_SECONDS", 0.1)
+    result, _ = result_of()
+    assert result.measured[0].energy == Energy("a meter", 6.0, 30.0, 30.0 / tokens[0])
+    assert tokens[0] % 3 == 0
+
+
+def test_tables_and_a_report(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.html"
+    assert cli.main([str(tiny_bundle), *FEW, "--html", str(report)]) == 0
+    assert "further question" in capsys.readouterr().out
+    assert "<title>" in report.read_text()
+    assert cli.main([str(tiny_bundle), *FEW, "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {row["stage"] for row in rows} >= set(STAGES)
+
+
+def test_compare(
+    result_of: Callable[..., tuple[Result, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, before = result_of("--seconds", "2")
+    data = json.loads(before.read_text())
+    for summary in (*data["measured"][0]["stages"].values(), data["measured"][0]["first_token"]):
+        for key in ("least", "median", "p90", "p99", "largest"):
+            summary[key] *= 3
+        summary["values"] = [3 * value for value in summary["values"]]
+        summary["interval"] = [3 * value for value in summary["interval"]]
+    after = tmp_path / "after.json"
+    after.write_text(json.dumps(data))
+    assert cli.main(["compare", str(before), str(before), "--fail-above", "5%"]) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(before), str(after)]) == 0
+    assert "slower" in capsys.readouterr().out
+    assert cli.main(["compare", str(before), str(after), "--fail-above", "5%"]) == 1
+    assert cli.main(["compare", str(after), str(before), "--fail-above", "5"]) == 0
+    assert cli.main(["compare", str(before), str(after), "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--query-len", "9"], 2, "Query length 9 is not offered by this bundle; choose from 16, 4"),
+        (["--prompt-tokens", "5"], 2, "--prompt-tokens 5 is too short"),
+        (["--context", "100000"], 2, "A context of 100000 and 3 new tokens do not fit"),
+        (["--image-tokens", "7"], 2, "7 image tokens are no square"),
+        (["--image", "nowhere.jpg"], 1, "Cannot read the picture nowhere.jpg"),
+        (["--ask", " "], 2, "The question is empty"),
+        (["--html", "nowhere/report.html"], 1, "nowhere is not a folder"),
+    ],
+)
+def test_wrong_options(
+    tiny_bundle: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    code: int,
+    message: str,
+) -> None:
+    def decode(self: Backend, embedding: object) -> None:
+        raise AssertionError("Something was run before everything was checked.")
+
+    monkeypatch.setattr("fusion_edge.runtime.backends.onnxruntime.OnnxRuntimeBackend.decode", decode)
+    assert message in refused(cli.main, tiny_bundle, *FEW, *options, code=code)
+
+
+@pytest.mark.parametrize("options", [["--backend", "tpu"], ["--threads", "0"], ["--json", "--csv"], ["--seconds", "x"]])
+def test_wrong_usage(tiny_bundle: Path, options: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(tiny_bundle), *options])
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 2}', '{"schema_version": 1}'])
+def test_no_result(tmp_path: Path, refused: Callable[..., str], content: str | None) -> None:
+    file = tmp_path / "file.json"
+    if content is not None:
+        file.write_text(content)
+    assert "expected what fusion-bench --json wrote" in refused(cli.main, "compare", file, file)
