@@ -48,6 +48,7 @@ def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, rates: Rate
         started = time.perf_counter()
         with load(bundle.folder, device=device, threads=threads) as fusion:
             load_seconds, loaded = time.perf_counter() - started, resident()
+            gpu = None if fusion.device.name == "cpu" else gpu
             cases = [
                 question(for_case(fusion, case), case, wanted.picture, wanted.ask)
                 for case in _cases(fusion, threads, wanted)

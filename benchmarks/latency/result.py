@@ -122,6 +122,7 @@ class Memory:
     steady: int
     """At the end."""
     peak: int
+    """The most so far, from loading on."""
     device: int | None
     """More in use on the GPU than before loading; None without one."""
     over_time: tuple[tuple[float, ...], ...]
