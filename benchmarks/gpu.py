@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from fusion_edge.benchmarks.latency.limits import cache_bytes, weight_bytes
+from fusion_edge.benchmarks.latency.statistics import timed
 from fusion_edge.export.bundle_weights import BundleWeights
 from fusion_edge.export.eager_backend import EagerBackend
 from fusion_edge.runtime import cli
@@ -126,7 +127,7 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
     prefill()
     memory = max(_used_memory() - memory_before, 0)
     prefilled = _median(prefill)
-    times = [_seconds(lambda: backend.decode(rows[0])) for _ in range(capacity - len(rows))]
+    times = [timed(lambda: backend.decode(rows[0])) for _ in range(capacity - len(rows))]
     return Measured(
         name=backend.name,
         load=loaded,
@@ -161,14 +162,8 @@ def _bandwidth(device: str) -> float:
     return 2 * COPY_BYTES / _median(copy)
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
 def _median(action: Callable[[], object]) -> float:
-    return statistics.median(_seconds(action) for _ in range(REPEATS))
+    return statistics.median(timed(action) for _ in range(REPEATS))
 
 
 def _used_memory() -> int:

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fusion_edge.benchmarks.latency.statistics import timed
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.backends.onnxruntime import Decoder
 from fusion_edge.runtime.backends.onnxruntime_graph import Graph, Input
@@ -119,7 +120,7 @@ def measure(runner: str, folder: Path, work: Workload) -> Result:
     prefilled = time.perf_counter()
     for _ in range(work.untimed_steps):
         llm.step()
-    seconds = [_seconds(llm.step) for _ in range(work.steps)]
+    seconds = [timed(llm.step) for _ in range(work.steps)]
     return Result(
         load_seconds=loaded - start,
         prefill_seconds=prefilled - loaded,
@@ -193,12 +194,6 @@ class BundleLlm:
 
 
 RUNNERS: Mapping[str, Callable[[Path, Workload], Llm]] = {"genai": GenaiLlm, "bundle": BundleLlm}
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def _status(field: str) -> int:

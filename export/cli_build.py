@@ -11,14 +11,13 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder, why_no_plugins
 from fusion_edge.export.engine_profiles import limits
 from fusion_edge.export.partial_folder import partial_folder
 from fusion_edge.runtime import cli, engines
-from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, producer, verify
 from fusion_edge.runtime.cuda import open_cuda
 from fusion_edge.runtime.engines import Engines, Machine
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
@@ -181,15 +180,16 @@ def _write(
     folder = engines.engines_folder(bundle, machine)
     folder.parent.mkdir(exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
-    needed = sum(entry.size for entry in bundle.manifest.files) + DISK_MARGIN_BYTES
+    needed = bundle.manifest.size + DISK_MARGIN_BYTES
     if free < needed:
         raise FusionError(
             f"The disk of {bundle.folder} has {cli.size(free)} free; the engines need about {cli.size(needed)}."
         )
     kept = folder.parent / f"{library.name}-{library.version}-cc{machine.compute_capability}.timing"
-    built_for = limits(bundle.manifest, max_context)
     with partial_folder(folder, "build") as partial:
-        builder = EngineBuilder(bundle, library, machine, built_for, options)
+        builder = EngineBuilder(
+            bundle, library, machine, limits(bundle.manifest, max_context), options, uses_plugins=no_plugins is None
+        )
         if no_plugins is not None:
             sys.stderr.write(f"{no_plugins}.\n")
         if builder.missing_operators:
@@ -200,12 +200,10 @@ def _write(
         written = builder.build(partial)
         result = Engines(
             schema_version=engines.SCHEMA_VERSION,
-            producer=f"fusion-edge {version('fusion-edge')}",
+            producer=producer(),
             machine=machine,
             bundle=engines.bundle_digest(bundle),
-            max_context=built_for.max_context,
-            max_questions=built_for.max_questions,
-            max_question_tokens=built_for.max_question_tokens,
+            max_context=max_context,
             workspace=options.workspace,
             parts=options.parts,
             operator=_operator(no_plugins),

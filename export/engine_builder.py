@@ -50,9 +50,15 @@ class EngineBuilder:
     """Builds the engines of one bundle for one machine into a folder."""
 
     def __init__(
-        self, bundle: Bundle, library: Library, machine: Machine, built_for: Limits, options: BuildOptions
+        self,
+        bundle: Bundle,
+        library: Library,
+        machine: Machine,
+        built_for: Limits,
+        options: BuildOptions,
+        uses_plugins: bool,
     ) -> None:
-        """``machine`` is the library and a compute capability that it builds for, see :func:`check_machine`."""
+        """``machine`` is the library and a compute capability; ``uses_plugins`` if :func:`why_no_plugins` has none."""
         self._bundle = bundle
         self._library = library
         self._machine = machine
@@ -64,7 +70,7 @@ class EngineBuilder:
         """Of earlier builds, before; what is worth keeping for later ones, after. TensorRT-RTX has none."""
         self.missing_operators = [] if library.is_rtx else missing_operators(library.version_numbers)
         """Those that this TensorRT does not read, which functions of older ones replace."""
-        self._uses_plugins = why_no_plugins(library, machine, options) is None
+        self._uses_plugins = uses_plugins
         if self._uses_plugins:
             source = None if options.kernels is None else self._kernels(options.kernels)
             tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), machine.architecture, source)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.config import GLOBAL_CROPS, MINIMUM_QUESTION, side
-from fusion_edge.runtime.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
+from fusion_edge.runtime.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER, sized
 from fusion_edge.runtime.grids import pooling_cells
 
 Ranges = Mapping[str, tuple[int, ...]]
@@ -80,4 +80,4 @@ def _range(values: Sequence[int]) -> tuple[int, int, int]:
 
 def shapes(dimensions: Sequence[int | str], ranges: Ranges) -> list[tuple[int, ...]]:
     """Least, typical and largest shape of a tensor."""
-    return [tuple(d if isinstance(d, int) else ranges[d][i] for d in dimensions) for i in range(3)]
+    return [sized(dimensions, {name: sizes[i] for name, sizes in ranges.items()}) for i in range(3)]

@@ -81,9 +81,7 @@ def _weights(plan: ExportPlan) -> int:
 
 
 def _key_value_cache(plan: ExportPlan) -> int:
-    language = plan.config.language
-    row = 2 * language.layers * language.kv_heads * language.head_dim
-    return row * plan.settings.max_context * _item(plan.settings.cache)
+    return plan.config.language.cache_values * plan.settings.max_context * _item(plan.settings.cache)
 
 
 def _alignment_cache(plan: ExportPlan) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 from tokenizers import Tokenizer
 
@@ -98,7 +97,7 @@ class ExportPlan:
         settings = self.settings
         return bundle.Manifest(
             schema_version=bundle.SCHEMA_VERSION,
-            producer=_producer(),
+            producer=bundle.producer(),
             source=self.checkpoint.folder.resolve().name,
             target=self.options.target,
             precision=self.options.precision,
@@ -158,7 +157,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     data_files = []
     for builder in builders:
         name = builder.spec.name
-        model = builder.model(bundle.data_file(name), _producer())
+        model = builder.model(bundle.data_file(name), bundle.producer())
         small_files[bundle.graph_file(name)] = model.SerializeToString(deterministic=True)
         data_files.append(DataFile(bundle.data_file(name), tuple(builder.planned.values()), builder.data_bytes))
     data_files.append(embedding_file(parameters[f"{EMBEDDING}.weight"], formats[EMBEDDING]))
@@ -200,10 +199,6 @@ def _packed_forms(
         for name, parameter in packed.items()
         if not any(rule.matches(name) for rule in overrides)
     }
-
-
-def _producer() -> str:
-    return f"fusion-edge {version('fusion-edge')}"
 
 
 def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> bytes:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -139,6 +140,11 @@ def digest(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
             total.update(chunk)
             advance(len(chunk))
     return total.hexdigest()
+
+
+def producer() -> str:
+    """This program and its version, as what it writes names them."""
+    return f"fusion-edge {version('fusion-edge')}"
 
 
 def graph_file(name: str) -> str:

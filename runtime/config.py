@@ -55,6 +55,11 @@ class LanguageConfig:
     rotary_scale: float
     """Factor on cos and sin (longrope's attention scaling; 1 elsewhere)."""
 
+    @property
+    def cache_values(self) -> int:
+        """Numbers that the KV cache holds of one position."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class AlignmentConfig:

@@ -27,21 +27,18 @@ def activation_bytes(config: FusionConfig, max_context: int) -> int:
 
 def cache_bytes(config: FusionConfig, max_context: int) -> int:
     """The KV cache in float16, all of which is reserved."""
-    language = config.language
-    return HALF * 2 * language.layers * language.kv_heads * language.head_dim * max_context
+    return HALF * config.language.cache_values * max_context
 
 
 def tensor_bytes(engines: Iterable[Engine]) -> int:
     """Inputs and outputs at their largest, the KV cache once, which comes in and goes out in the same memory."""
     sizes: dict[str, int] = {}
     for engine in engines:
-        for tensor in (*engine.inputs, *engine.outputs):
-            largest = [
-                max(profile[size][2] for profile in engine.profiles) if isinstance(size, str) else size
-                for size in tensor["shape"]
-            ]
+        largest = engine.largest_shapes
+        for tensor in engine.tensors:
+            size = math.prod(largest[tensor["name"]]) * np.dtype(tensor["dtype"]).itemsize
             name = tensor["name"].replace("present.", "past.")
-            sizes[name] = max(sizes.get(name, 0), math.prod(largest) * np.dtype(tensor["dtype"]).itemsize)
+            sizes[name] = max(sizes.get(name, 0), size)
     return sum(sizes.values())
 
 

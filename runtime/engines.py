@@ -15,6 +15,7 @@ from typing import Any
 
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, check_digest, check_file, digest
 from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.graphs import sized
 from fusion_edge.runtime.schema import from_json
 
 SCHEMA_VERSION = 1
@@ -54,6 +55,18 @@ class Engine:
     """Least, typical and largest size by symbolic dimension; an LLM's first is for prompts, its second for steps."""
 
 
+    @property
+    def tensors(self) -> tuple[Mapping[str, Any], ...]:
+        """Inputs and outputs."""
+        return *self.inputs, *self.outputs
+
+    @property
+    def largest_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by name, over all profiles."""
+        largest = {name: max(profile[name][2] for profile in self.profiles) for name in self.profiles[0]}
+        return {tensor["name"]: sized(tensor["shape"], largest) for tensor in self.tensors}
+
+
 @dataclass(frozen=True)
 class Engines:
     """The content of ``engines.json``."""
@@ -65,10 +78,6 @@ class Engines:
     """SHA-256 of the ``bundle.json`` that they were built from."""
     max_context: int
     """Positions of the KV cache."""
-    max_questions: int
-    """Questions of one conversation."""
-    max_question_tokens: int
-    """Tokens of all questions of a conversation together."""
     workspace: int | None
     """Bytes of scratch memory that kernels were tried with; None is TensorRT's default."""
     parts: int
@@ -140,13 +149,13 @@ def open_engines(bundle: Bundle, machine: Machine) -> tuple[Path, Engines]:
 
 def all_engines(bundle: Bundle) -> list[tuple[Engines, bool]]:
     """The manifests of all engines of a bundle, and whether they are of the bundle as it is."""
-    found = []
+    found, current = [], bundle_digest(bundle)
     for folder in sorted((bundle.folder / FOLDER).glob("*/")):
         try:
             engines = read_engines(folder)
         except (OSError, ValueError, RecursionError):
             continue
-        found.append((engines, engines.bundle == bundle_digest(bundle)))
+        found.append((engines, engines.bundle == current))
     return found
 
 

@@ -6,6 +6,7 @@ Symbolic dimensions: ``crops``, ``text``, ``latents`` (q), ``questions``, ``posi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,11 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[Dimension, ...]
+
+
+def sized(dimensions: Iterable[Dimension], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A shape, its symbolic dimensions of these sizes."""
+    return tuple(sizes[dimension] if isinstance(dimension, str) else dimension for dimension in dimensions)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def test_graphs_behind_the_tower(trt: ModuleType, tmp_path: Path, checkpoint: st
     part = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, graphs=graphs))
     machine = Machine("tensorrt_rtx", trt.__version__, "8.6")
     built_for = limits(bundle.manifest, bundle.manifest.max_context)
-    builder = engine_builder.EngineBuilder(part, Library(trt), machine, built_for, engine_builder.BuildOptions(parts=1))
+    options = engine_builder.BuildOptions(parts=1)
+    builder = engine_builder.EngineBuilder(part, Library(trt), machine, built_for, options, uses_plugins=False)
     check_engines(trt, bundle, builder.build(tmp_path), tmp_path)
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, R
 from fusion_edge.benchmarks.latency.stages import made_up_picture
 from fusion_edge.benchmarks.latency.throttling import ThrottleWatch
 from fusion_edge.runtime import cli
-from fusion_edge.runtime.bundle import Bundle, open_bundle
+from fusion_edge.runtime.bundle import Bundle, open_bundle, producer
 from fusion_edge.runtime.devices import AUTO, NAMES
 from fusion_edge.runtime.engines import bundle_digest
 from fusion_edge.runtime.errors import FusionError
@@ -127,7 +126,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             measured += bench(bundle, device, threads, wanted, rates, gpu)
     result = Result(
         schema_version=SCHEMA_VERSION,
-        producer=f"fusion-edge {version('fusion-edge')}",
+        producer=producer(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=arguments.command,
         bundle=_bundle_facts(bundle),

@@ -45,9 +45,7 @@ def weight_bytes(manifest: Manifest) -> int:
 
 def cache_bytes(manifest: Manifest, positions: int) -> int:
     """Of the KV cache, all of which a step reads up to its own position; with TensorRT as long as it was built."""
-    language = manifest.model.language
-    item = np.dtype(manifest.cache).itemsize
-    return 2 * language.layers * language.kv_heads * language.head_dim * item * positions
+    return manifest.model.language.cache_values * np.dtype(manifest.cache).itemsize * positions
 
 
 def prefill_multiplications(manifest: Manifest, case: Case) -> int:

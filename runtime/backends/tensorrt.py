@@ -75,10 +75,10 @@ class TensorRTBackend:
         """Memory by name of a tensor, for its largest shape. A cache comes in and goes out in the same."""
         tensors: dict[str, DeviceTensor] = {}
         for engine in engines:
-            largest = {name: max(profile[name][2] for profile in engine.profiles) for name in engine.profiles[0]}
-            for tensor in (*engine.inputs, *engine.outputs):
+            largest = engine.largest_shapes
+            for tensor in engine.tensors:
                 name = tensor["name"]
-                shape = [largest[size] if isinstance(size, str) else size for size in tensor["shape"]]
+                shape = largest[name]
                 if name in OF_IMAGE:
                     self._of_image = tensor["dtype"], shape
                 elif name.startswith("present."):

@@ -10,6 +10,7 @@ from typing import Any
 from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
 from fusion_edge.runtime.engines import Engine
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.graphs import sized
 from fusion_edge.runtime.tensorrt_library import Library, Messages
 
 LIMITS = {
@@ -45,7 +46,7 @@ class EngineGraph:
                 "other programs, or build with a smaller --max-context; else build the engines again (fusion-build)."
             )
         names = {loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)}
-        if names != {tensor["name"] for tensor in (*engine.inputs, *engine.outputs)}:
+        if names != {tensor["name"] for tensor in engine.tensors}:
             raise FusionError(f"{path} has other inputs and outputs than its manifest says; build it again.")
         return loaded
 
@@ -73,7 +74,7 @@ class EngineGraph:
                 self._check(context is not None, "prepare")  # memory may have run out
                 context.set_device_memory(scratch, size)
                 self._check(context.set_optimization_profile_async(profile, stream), "prepare")
-                for tensor in (*engine.inputs, *engine.outputs):
+                for tensor in engine.tensors:
                     self._set_address(context, tensor["name"], pointers[tensor["name"]])
                 contexts.append(context)
             self._contexts.append(contexts)
@@ -89,7 +90,7 @@ class EngineGraph:
     def bind(self, profile: int, pointers: Mapping[str, int]) -> None:
         """Have a profile's runs find some inputs and outputs elsewhere."""
         for context, engine in zip(self._contexts[profile], self.engines, strict=True):
-            for name in pointers.keys() & {tensor["name"] for tensor in (*engine.inputs, *engine.outputs)}:
+            for name in pointers.keys() & {tensor["name"] for tensor in engine.tensors}:
                 self._set_address(context, name, pointers[name])
 
     def set_dimensions(self, profile: int, dimensions: Mapping[str, int]) -> None:
@@ -105,7 +106,7 @@ class EngineGraph:
         for context, engine in zip(self._contexts[profile], self.engines, strict=True):
             for tensor in engine.inputs:
                 if any(isinstance(size, str) for size in tensor["shape"]):
-                    shape = tuple(dimensions[size] if isinstance(size, str) else size for size in tensor["shape"])
+                    shape = sized(tensor["shape"], dimensions)
                     if not context.set_input_shape(tensor["name"], shape):
                         raise FusionError(f"{self.name} does not take {tensor['name']} of {shape}; build it again.")
 
