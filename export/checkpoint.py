@@ -195,9 +195,13 @@ def _query_lengths(fields: Fields) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise fields.wrong("query_len", expected)
     try:
-        return tuple(sorted({side(int(part)) ** 2 for part in text.split(",")}))
+        lengths = tuple(sorted({side(int(part)) ** 2 for part in text.split(",")}))
     except ValueError:
         raise fields.wrong("query_len", expected) from None
+    longest = fields.integer("tokenizer_model_max_length")
+    if lengths[-1] > longest:
+        raise fields.wrong("query_len", f"square numbers of at most tokenizer_model_max_length, {longest}")
+    return lengths
 
 
 def _vision(fields: Fields, checkpoint: Checkpoint) -> VisionConfig:

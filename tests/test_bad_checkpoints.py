@@ -240,6 +240,8 @@ def test_a_weight_that_is_not_finite(checkpoint: Path, refuse: Refuse, name: str
         ("mm_hidden_size", 64),
         ("query_len", "4,15"),
         ("query_len", "4;16"),
+        ("query_len", "4,1024"),
+        ("query_len", 10**400),
         ("query_len", None),
         ("window_size", 0),
         ("num_of_vision_sampler_layers", 3),
