@@ -1,0 +1,400 @@
+#include "products.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <utility>
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+
+namespace fusion_edge {
+namespace {
+
+constexpr size_t LANES = 16;         // of 32 bits in a register
+constexpr size_t TILE_ROWS = 12;     // with two registers of outputs: 24 of the 32 registers are sums
+constexpr size_t PANEL = 2 * LANES;  // outputs of a tile
+
+size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Memory that a thread keeps for its next product. It only grows.
+template <typename T>
+class Scratch {
+  public:
+    T* of(size_t count) {
+        const size_t bytes = round_up(count * sizeof(T), 64);
+        if (bytes > bytes_) {
+            memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+            if (!memory_) throw std::bad_alloc();
+            bytes_ = bytes;
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(T* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    size_t bytes_ = 0;
+};
+
+__mmask16 first(size_t count) { return count >= LANES ? 0xFFFF : (1u << count) - 1; }
+
+// Rows of inputs in int8. Of every 8 values, those of even places come before those of odd ones if weights have 4 bits,
+// as the halves of the weights' bytes do.
+struct Rounded {
+    int8_t* values;  // [rows, stride], zero behind the last input
+    float* scales;   // [rows, blocks]
+    int32_t* sums;   // [rows, blocks]: minus the sum of the values
+    size_t stride;
+};
+
+void round_row(const float* x, const Weights& weights, int8_t* values, float* scales, int32_t* sums) {
+    const __m128i halves = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    for (size_t block = 0, start = 0; block < weights.blocks(); ++block, start += weights.block_size) {
+        const size_t count = std::min(weights.block_size, weights.inputs - start);
+        __m512 largest = _mm512_setzero_ps();
+        for (size_t i = 0; i < count; i += LANES)
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(count - i), x + start + i)));
+        const float extent = _mm512_reduce_max_ps(largest);
+        const __m512 inverse = _mm512_set1_ps(extent > 0 ? 127 / extent : 0);
+        __m512i sum = _mm512_setzero_si512();
+        for (size_t i = 0; i < weights.block_size; i += LANES) {
+            const __mmask16 mask = i < count ? first(count - i) : 0;
+            const __m512i rounded =
+                _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + start + i), inverse));
+            sum = _mm512_sub_epi32(sum, rounded);
+            __m128i bytes = _mm512_cvtsepi32_epi8(rounded);
+            if (weights.bits == 4) bytes = _mm_shuffle_epi8(bytes, halves);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(values + start + i), bytes);
+        }
+        scales[block] = extent / 127;
+        sums[block] = _mm512_reduce_add_epi32(sum);
+    }
+    const size_t end = weights.blocks() * weights.block_size;
+    std::fill(values + end, values + round_up(end, 128), 0);
+}
+
+Rounded round(const float* x, size_t rows, const Weights& weights, const Parallel& parallel) {
+    static thread_local Scratch<int8_t> values;
+    static thread_local Scratch<float> scales;
+    static thread_local Scratch<int32_t> sums;
+    const size_t blocks = weights.blocks();
+    // 64 more: rows at a distance of a power of two would share few places of a first-level cache.
+    const size_t stride = round_up(blocks * weights.block_size, 128) + 64;
+    const Rounded rounded{values.of(rows * stride), scales.of(rows * blocks), sums.of(rows * blocks), stride};
+    constexpr size_t TOGETHER = 16;
+    parallel((rows + TOGETHER - 1) / TOGETHER, [&](size_t group) {
+        for (size_t row = group * TOGETHER; row < std::min(rows, (group + 1) * TOGETHER); ++row)
+            round_row(
+                x + row * weights.inputs, weights, rounded.values + row * stride, rounded.scales + row * blocks,
+                rounded.sums + row * blocks);
+    });
+    return rounded;
+}
+
+// One row ------------------------------------------------------------------------------------------------------------
+// Every weight is read once, as it lies: 64 bytes (a chunk) of an output after the other.
+
+constexpr size_t CHUNK = 64;
+constexpr size_t AHEAD = 2048;  // bytes: what is fetched early. Rows are too short for the processor to foresee it.
+
+// What the products of one row with all outputs share.
+struct Row {
+    const int8_t* values;      // [chunks, 64 or, of 4 bits, 2 x 64]: those of low halves, then those of high ones
+    const float* scales;       // [blocks]
+    const float* corrections;  // [blocks]: times a weight's scale and zero point, what its block's product has too much
+};
+
+Row order(const Rounded& rounded, const Weights& weights) {
+    static thread_local Scratch<int8_t> values;
+    static thread_local Scratch<float> corrections;
+    const size_t blocks = weights.blocks();
+    float* correction = corrections.of(blocks);
+    for (size_t block = 0; block < blocks; ++block)
+        correction[block] = rounded.scales[block] * float(rounded.sums[block]);
+    if (weights.bits == 8) return {rounded.values, rounded.scales, correction};
+    const size_t chunks = round_up(weights.row_bytes(), CHUNK) / CHUNK;
+    int8_t* halves = values.of(chunks * 2 * CHUNK);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    for (size_t i = 0; i < chunks * 2 * CHUNK; i += 2 * CHUNK) {
+        const __m512i left = _mm512_loadu_si512(rounded.values + i);
+        const __m512i right = _mm512_loadu_si512(rounded.values + i + CHUNK);
+        _mm512_store_si512(halves + i, _mm512_permutex2var_epi32(left, even, right));
+        _mm512_store_si512(halves + i + CHUNK, _mm512_permutex2var_epi32(left, odd, right));
+    }
+    return {halves, rounded.scales, correction};
+}
+
+// Zero points of 16 blocks of an output, or of the fewer that it has from there on.
+__m512 zero_points(const Weights& weights, size_t output, size_t block) {
+    if (!weights.zero_points) return _mm512_set1_ps(float(1 << (weights.bits - 1)));
+    const uint8_t* row = weights.zero_points + output * weights.zero_point_bytes() + block * weights.bits / 8;
+    const size_t bytes = (std::min(LANES, weights.blocks() - block) * weights.bits + 7) / 8;
+    __m128i points = _mm_maskz_loadu_epi8(first(bytes), row);
+    if (weights.bits == 4) {
+        const __m128i half = _mm_set1_epi8(15);
+        points = _mm_unpacklo_epi8(_mm_and_si128(points, half), _mm_and_si128(_mm_srli_epi16(points, 4), half));
+    }
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(points));
+}
+
+template <int BITS>
+__m512i dot(__m512i sums, __m512i weights, const int8_t* x) {
+    if (BITS == 8) return _mm512_dpbusd_epi32(sums, weights, _mm512_loadu_si512(x));
+    const __m512i half = _mm512_set1_epi8(15);
+    sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(weights, half), _mm512_loadu_si512(x));
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(weights, 4), half);
+    return _mm512_dpbusd_epi32(sums, high, _mm512_loadu_si512(x + CHUNK));
+}
+
+// Products of one row with some outputs. A block has CHUNKS chunks; if 0, a chunk has several blocks.
+template <int BITS, int CHUNKS>
+void multiply_row(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
+    constexpr size_t WIDTH = CHUNK * 8 / BITS;
+    const size_t bytes = weights.row_bytes(), blocks = weights.blocks();
+    static thread_local Scratch<float> scratch;
+    float* scales = scratch.of(blocks + LANES);  // of a block's product
+    const uint8_t* values = weights.values + output * bytes;
+    const size_t lanes = weights.block_size * LANES / WIDTH;  // of a block, if it is smaller than a chunk
+    const __m512i place = _mm512_srl_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm_cvtsi32_si128(__builtin_ctzll(lanes | LANES)));
+    for (; output < end; ++output, values += bytes) {
+        const float* own = weights.scales + output * blocks;
+        __m512 total = _mm512_setzero_ps();
+        for (size_t block = 0; block < blocks; block += LANES) {
+            const __mmask16 mask = first(blocks - block);
+            const __m512 scale = _mm512_maskz_loadu_ps(mask, own + block);
+            _mm512_storeu_ps(scales + block, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, row.scales + block)));
+            const __m512 correction = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, row.corrections + block));
+            total = _mm512_fmadd_ps(correction, zero_points(weights, output, block), total);
+        }
+        const int8_t* x = row.values;
+        for (size_t start = 0, block = 0; start < bytes; start += std::max(CHUNKS, 1) * CHUNK, ++block) {
+            __m512i sums = _mm512_setzero_si512();
+            if constexpr (CHUNKS > 0) {
+#pragma GCC unroll 4
+                for (int chunk = 0; chunk < CHUNKS; ++chunk, x += WIDTH) {
+                    const uint8_t* from = values + start + chunk * CHUNK;
+                    _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T0);
+                    sums = dot<BITS>(sums, _mm512_loadu_si512(from), x);
+                }
+                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(scales[block]), total);
+            } else {
+                const uint8_t* from = values + start;
+                const __mmask64 mask = bytes - start >= CHUNK ? ~0ull : (1ull << (bytes - start)) - 1;
+                _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T0);
+                sums = dot<BITS>(sums, _mm512_maskz_loadu_epi8(mask, from), x);
+                const __m512 scale = _mm512_permutexvar_ps(place, _mm512_loadu_ps(scales + block * (LANES / lanes)));
+                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, total);
+                x += WIDTH;
+            }
+        }
+        result[output] = _mm512_reduce_add_ps(total) + (weights.bias ? weights.bias[output] : 0);
+    }
+}
+
+template <int BITS>
+void multiply_row(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
+    const size_t chunks = weights.block_size * BITS / 8 / CHUNK;
+    const auto multiply = chunks == 0   ? multiply_row<BITS, 0>
+                          : chunks == 1 ? multiply_row<BITS, 1>
+                          : chunks == 2 ? multiply_row<BITS, 2>
+                                        : multiply_row<BITS, 4>;
+    multiply(row, weights, output, end, result);
+}
+
+// Many rows ----------------------------------------------------------------------------------------------------------
+// The weights of 32 outputs are put side by side, four inputs of each, and multiplied with twelve rows at a time.
+
+struct Panel {
+    const uint8_t* values;   // [inputs / 4, 32, 4]; of 4 bits, in the order of the inputs of Rounded
+    const float* scales;     // [blocks, 32]
+    const int32_t* zero_points;  // [blocks, 32]; not filled if all are the same
+};
+
+// Sixteen registers of sixteen words each: words of a place come together.
+void transpose(__m512i* rows) {
+    __m512i other[LANES];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; i += 2) {
+        other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; i += 4)
+        for (size_t j = 0; j < 2; ++j) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(other[i + j], other[i + 2 + j]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(other[i + j], other[i + 2 + j]);
+        }
+    // Now rows[4 a + b] has, in its quarter c, word 4 c + b of rows 4 a to 4 a + 3.
+#pragma GCC unroll 16
+    for (size_t b = 0; b < 4; ++b) {
+        const __m512i low = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0xDD);
+        const __m512i high_odd = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0xDD);
+        other[b] = _mm512_shuffle_i32x4(low, high, 0x88);
+        other[8 + b] = _mm512_shuffle_i32x4(low, high, 0xDD);
+        other[4 + b] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        other[12 + b] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD);
+    }
+    std::copy(other, other + LANES, rows);
+}
+
+Panel pack(const Weights& weights, size_t output) {
+    static thread_local Scratch<uint8_t> values;
+    static thread_local Scratch<float> scales;
+    static thread_local Scratch<int32_t> points;
+    const size_t blocks = weights.blocks(), bytes = weights.row_bytes();
+    const size_t steps = round_up(bytes, CHUNK) / 4 * (8 / weights.bits);
+    uint8_t* to = values.of(steps * 4 * PANEL);
+    const size_t count = std::min(PANEL, weights.outputs - output);
+    const __m512i half = _mm512_set1_epi8(15);
+    // Read below in 32 places by turns, they would come slowly: memory is quickest in its own order.
+    const char* const all = reinterpret_cast<const char*>(weights.values + output * bytes);
+    for (size_t start = 0; start < count * bytes; start += CHUNK) _mm_prefetch(all + start, _MM_HINT_T1);
+    for (size_t start = 0; start < bytes; start += CHUNK) {
+        const __mmask64 mask = bytes - start >= CHUNK ? ~0ull : (1ull << (bytes - start)) - 1;
+        for (size_t side = 0; side < 2; ++side) {
+            __m512i rows[LANES];
+            for (size_t i = 0; i < LANES; ++i) {
+                const size_t one = side * LANES + i;
+                const uint8_t* from = weights.values + (output + one) * bytes + start;
+                rows[i] = one < count ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
+            }
+            transpose(rows);
+            for (size_t i = 0; i < LANES; ++i) {
+                uint8_t* step = to + (start / 4 + i) * (8 / weights.bits) * 4 * PANEL + side * CHUNK;
+                if (weights.bits == 8) {
+                    _mm512_store_si512(step, rows[i]);
+                } else {
+                    _mm512_store_si512(step, _mm512_and_si512(rows[i], half));
+                    _mm512_store_si512(step + 4 * PANEL, _mm512_and_si512(_mm512_srli_epi16(rows[i], 4), half));
+                }
+            }
+        }
+    }
+    float* own = scales.of(blocks * PANEL);
+    for (size_t block = 0; block < blocks; ++block)
+        for (size_t i = 0; i < PANEL; ++i)
+            own[block * PANEL + i] = i < count ? weights.scales[(output + i) * blocks + block] : 0;
+    int32_t* zero = points.of(blocks * PANEL);
+    for (size_t i = 0; weights.zero_points && i < count; ++i) {
+        const uint8_t* row = weights.zero_points + (output + i) * weights.zero_point_bytes();
+        for (size_t block = 0; block < blocks; ++block)
+            zero[block * PANEL + i] = weights.bits == 8 ? row[block] : row[block / 2] >> (block % 2 * 4) & 15;
+    }
+    return {to, own, zero};
+}
+
+// Adds to each lane the product of its four weights and four inputs. The intrinsic makes GCC 12 copy every sum in turn.
+[[gnu::always_inline]] inline void add_products(__m512i& sums, __m512i weights, const int8_t* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(x)));
+}
+
+// The places I of some rows are constants from the start: only so does GCC keep the sums in registers.
+template <bool SYMMETRIC, size_t... I>
+void multiply_rows(
+    std::index_sequence<I...>, const Panel& panel, const Rounded& rounded, size_t row, const Weights& weights,
+    float* result) {
+    constexpr size_t ROWS = sizeof...(I);
+    const size_t blocks = weights.blocks(), stride = rounded.stride;
+    const uint8_t* weight = panel.values;
+    const int8_t* x = rounded.values + row * stride;
+    const float* x_scales = rounded.scales + row * blocks;
+    const int32_t* x_sums = rounded.sums + row * blocks;
+    std::fill(result, result + ROWS * PANEL, 0.0f);
+    for (size_t block = 0; block < blocks; ++block, ++x_scales, ++x_sums) {
+        __m512i left[ROWS], right[ROWS];
+        if constexpr (SYMMETRIC) {
+            const unsigned bits = weights.bits - 1;
+            ((left[I] = right[I] = _mm512_slli_epi32(_mm512_set1_epi32(x_sums[I * blocks]), bits)), ...);
+        } else {
+            const int32_t* zero = panel.zero_points + block * PANEL;
+            const __m512i left_zero = _mm512_load_si512(zero), right_zero = _mm512_load_si512(zero + LANES);
+            ((left[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I * blocks]), left_zero)), ...);
+            ((right[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I * blocks]), right_zero)), ...);
+        }
+        for (size_t step = 0; step < weights.block_size / 4; ++step, weight += 4 * PANEL, x += 4) {
+            const __m512i left_weight = _mm512_load_si512(weight), right_weight = _mm512_load_si512(weight + CHUNK);
+            (add_products(left[I], left_weight, x + I * stride), ...);
+            (add_products(right[I], right_weight, x + I * stride), ...);
+        }
+        const __m512 left_scale = _mm512_load_ps(panel.scales + block * PANEL);
+        const __m512 right_scale = _mm512_load_ps(panel.scales + block * PANEL + LANES);
+        const auto scale = [&](__m512i sum, __m512 own, float x_scale, float* total) __attribute__((always_inline)) {
+            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), own);
+            _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(x_scale), _mm512_load_ps(total)));
+        };
+        (scale(left[I], left_scale, x_scales[I * blocks], result + I * PANEL), ...);
+        (scale(right[I], right_scale, x_scales[I * blocks], result + I * PANEL + LANES), ...);
+    }
+}
+
+using Tile = void (*)(const Panel&, const Rounded&, size_t, const Weights&, float*);
+
+template <bool SYMMETRIC, size_t ROWS>
+void multiply_tile(const Panel& panel, const Rounded& rounded, size_t row, const Weights& weights, float* result) {
+    multiply_rows<SYMMETRIC>(std::make_index_sequence<ROWS>(), panel, rounded, row, weights, result);
+}
+
+// For every number of rows, less one.
+template <bool SYMMETRIC, size_t... I>
+constexpr std::array<Tile, TILE_ROWS> tiles(std::index_sequence<I...>) {
+    return {multiply_tile<SYMMETRIC, I + 1>...};
+}
+
+void multiply_panel(
+    const Rounded& rounded, size_t rows, const Weights& weights, size_t output, float* result) {
+    constexpr auto ROWS = std::make_index_sequence<TILE_ROWS>();
+    static constexpr auto SYMMETRIC = tiles<true>(ROWS), ASYMMETRIC = tiles<false>(ROWS);
+    const auto& multiply = weights.zero_points ? ASYMMETRIC : SYMMETRIC;
+    const Panel panel = pack(weights, output);
+    alignas(64) float sums[TILE_ROWS * PANEL];
+    const size_t count = std::min(PANEL, weights.outputs - output);
+    for (size_t row = 0; row < rows; row += TILE_ROWS) {
+        const size_t here = std::min(TILE_ROWS, rows - row);
+        multiply[here - 1](panel, rounded, row, weights, sums);
+        for (size_t i = 0; i < here; ++i)
+            for (size_t j = 0; j < count; j += LANES) {
+                const __mmask16 mask = first(count - j);
+                __m512 sum = _mm512_load_ps(sums + i * PANEL + j);
+                if (weights.bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, weights.bias + output + j));
+                _mm512_mask_storeu_ps(result + (row + i) * weights.outputs + output + j, mask, sum);
+            }
+    }
+}
+
+}  // namespace
+
+void multiply(const float* x, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
+    const Rounded rounded = round(x, rows, weights, parallel);
+    if (rows == 1) {
+        constexpr size_t TOGETHER = 64;
+        const Row row = order(rounded, weights);
+        parallel((weights.outputs + TOGETHER - 1) / TOGETHER, [&](size_t group) {
+            const size_t output = group * TOGETHER, end = std::min(weights.outputs, output + TOGETHER);
+            if (weights.bits == 4) multiply_row<4>(row, weights, output, end, result);
+            else multiply_row<8>(row, weights, output, end, result);
+        });
+        return;
+    }
+    parallel((weights.outputs + PANEL - 1) / PANEL, [&](size_t panel) {
+        multiply_panel(rounded, rows, weights, panel * PANEL, result);
+    });
+}
+
+bool is_supported() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace fusion_edge

@@ -1,0 +1,39 @@
+// Products of float rows with weights of 4 or 8 bits, in integers: what ONNX Runtime's MatMulNBits computes at accuracy
+// level 4, from the very bytes that it reads.
+//
+// Each row of inputs is rounded to int8, one scale a block of weights; a block's product is a sum of int32.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace fusion_edge {
+
+// Calls its function with every number below a count, by several threads.
+using Parallel = std::function<void(size_t count, const std::function<void(size_t)>& body)>;
+
+// The weight [outputs, inputs] of a product, as MatMulNBits has it.
+struct Weights {
+    size_t outputs, inputs;
+    int bits;           // 4 or 8
+    size_t block_size;  // inputs that share a scale: 16 * 2^n
+    // [outputs, blocks, block_size * bits / 8]; of two in a byte, the first is the low half.
+    const uint8_t* values;
+    const float* scales;           // [outputs, blocks]
+    const uint8_t* zero_points;    // [outputs, blocks * bits / 8, rounded up], or null: 2^(bits - 1)
+    const float* bias;             // [outputs], or null
+
+    size_t blocks() const { return (inputs + block_size - 1) / block_size; }
+    size_t row_bytes() const { return blocks() * block_size * bits / 8; }
+    size_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
+};
+
+// result [rows, outputs] = x [rows, inputs] times the transposed weight, plus the bias.
+void multiply(const float* x, size_t rows, const Weights& weights, float* result, const Parallel& parallel);
+
+// Whether this processor has the instructions that these kernels are written for.
+bool is_supported();
+
+}  // namespace fusion_edge
