@@ -99,6 +99,7 @@ def _tell_device(fusion: Fusion, verbose: bool) -> None:
     if verbose:
         sys.stderr.write("".join(f"{reason}\n" for reason in reasons.values()))
         sys.stderr.write(f"running on {device.name}\n")
+        sys.stderr.write(f"note: {device.remark}\n" if device.remark else "")
     elif device.name == "cpu" and (told := [reasons[name] for name in exported_for if name in reasons]):
         sys.stderr.write(f"warning: running on {device.name}, {' '.join(told)}\n")
 

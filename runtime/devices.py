@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 
+from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.bundle import Bundle
 from fusion_edge.runtime.cuda import open_cuda
@@ -25,6 +26,8 @@ class Device:
     """One of :data:`NAMES`; a backend of your own has its own."""
     not_taken: Mapping[str, str] = field(default_factory=dict)
     """With ``auto``, every better device and a sentence that says why it was not taken."""
+    remark: str | None = None
+    """Why it is slower than such a device may be, a sentence."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Candidate:
     """Why it cannot be taken for a bundle, a sentence with the remedy; None if nothing is known against it."""
     open: Callable[[Bundle, int | None], Backend]
     """The backend, for a number of threads. Raises :class:`DeviceError` if the device does not start after all."""
+    remark: Callable[[Bundle], str | None] = lambda _: None
+    """As :class:`Device` has it."""
 
 
 def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) -> tuple[Device, Backend]:
@@ -55,7 +60,8 @@ def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) ->
         reason = candidate.reason(bundle)
         if reason is None:
             try:
-                return Device(candidate.name, not_taken), candidate.open(bundle, threads)
+                backend = candidate.open(bundle, threads)
+                return Device(candidate.name, not_taken, candidate.remark(bundle)), backend
             except DeviceError as error:
                 reason = str(error)
         not_taken[candidate.name] = reason
@@ -71,6 +77,11 @@ def _cuda(bundle: Bundle) -> str | None:
 
 def _cpu(bundle: Bundle) -> str | None:
     return _wrong_target(bundle, "cpu", "cuda", "tensorrt") or _no_onnxruntime("cpu")
+
+
+def _without_own_kernels(bundle: Bundle) -> str | None:
+    reason = cpu_kernels.why_not(bundle.manifest)
+    return reason and f"Products and attention are ONNX Runtime's own instead of faster ones. {reason}"
 
 
 def _tensorrt(library: str, bundle: Bundle) -> str | None:
@@ -155,6 +166,6 @@ def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend
 CANDIDATES = (
     *(Candidate(name, "tensorrt", partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
     Candidate("cuda", "cuda", _cuda, partial(_open_onnxruntime, "cuda")),
-    Candidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu")),
+    Candidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _without_own_kernels),
 )
 NAMES = tuple(candidate.name for candidate in CANDIDATES)

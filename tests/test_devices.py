@@ -16,6 +16,7 @@ from PIL import Image
 
 from fusion_edge.export import cli as export_cli
 from fusion_edge.runtime import FusionError, cli_run, devices, load
+from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle import Bundle, open_bundle
 from fusion_edge.runtime.errors import DeviceError
@@ -66,7 +67,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         wheels: tuple[str, ...] = ("onnxruntime",),
         libraries: tuple[str, ...] = (),
     ) -> None:
-        def driver(_: str) -> Any:
+        cdll = ctypes.CDLL
+
+        def driver(name: str) -> Any:
+            if "libcuda" not in name:
+                return cdll(name)
             if gpus is None:
                 raise OSError("libcuda.so.1: cannot open shared object file")
 
@@ -124,7 +129,7 @@ def test_what_the_machine_lacks(
 ) -> None:
     machine(**found)
     with load(cuda_bundle, threads=1) as fusion:
-        assert fusion.device == devices.Device("cpu", NOT_FOR_TENSORRT | {"cuda": reason})
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", NOT_FOR_TENSORRT | {"cuda": reason})
     with pytest.raises(FusionError) as refusal:
         load(cuda_bundle, device="cuda")
     assert str(refusal.value) == f"Cannot run {cuda_bundle} on cuda: {reason}"
@@ -136,7 +141,7 @@ def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., N
     for found in (WHOLE, {}):
         machine(**found)
         with load(tiny_bundle, threads=1) as fusion:
-            assert fusion.device == devices.Device("cpu", reasons)
+            assert (fusion.device.name, fusion.device.not_taken) == ("cpu", reasons)
     with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda makes one"):
         load(tiny_bundle, device="cuda")
 
@@ -146,9 +151,10 @@ def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None
     machine(**WHOLE)
     for device in ("auto", "cuda"):
         with load(cuda_bundle, device=device, threads=1) as fusion:
-            assert fusion.device == devices.Device("cuda", NOT_FOR_TENSORRT if device == "auto" else {})
+            not_taken = NOT_FOR_TENSORRT if device == "auto" else {}
+            assert (fusion.device.name, fusion.device.not_taken) == ("cuda", not_taken)
     with load(cuda_bundle, device="cpu", threads=1) as fusion:
-        assert fusion.device == devices.Device("cpu", {})  # nothing else was wanted
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", {})  # nothing else was wanted
 
 
 def test_a_device_that_does_not_start_after_all(
@@ -161,7 +167,7 @@ def test_a_device_that_does_not_start_after_all(
     replace_cuda(monkeypatch, fail)
     with load(cuda_bundle, threads=1) as fusion:
         reasons = NOT_FOR_TENSORRT | {"cuda": "It needs libcudnn.so.9; install it."}
-        assert fusion.device == devices.Device("cpu", reasons)
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", reasons)
     with pytest.raises(FusionError, match=r"on cuda: It needs libcudnn.so.9; install it."):
         load(cuda_bundle, device="cuda")
 
@@ -210,7 +216,7 @@ def test_without_onnxruntime(
 
 @pytest.fixture
 def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``told(bundle, *options)``: standard error of a question."""
+    """``told(bundle, *options)``: standard error of a question, but for notes about the kernels of this very CPU."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(bundle: Path, *options: str) -> str:
@@ -219,7 +225,7 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
         assert cli_run.main([*arguments, "--max-new-tokens=1", *options]) == 0
         output = capsys.readouterr()
         assert output.out.count("\n") == 1
-        return output.err
+        return "".join(line for line in output.err.splitlines(keepends=True) if not line.startswith("note: "))
 
     return run
 
@@ -280,3 +286,35 @@ def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
     for candidate in devices.CANDIDATES:
         reason = candidate.reason(bundle)
         assert reason is None or (reason.endswith(".") and ";" in reason)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ((None, True), "They are not installed: pip found no C++ compiler when it installed fusion-edge."),
+        ((Path("library.so"), False), "They are written for x86-64 processors with AVX-512 VNNI."),
+        ((Path("library.so"), True), None),
+    ],
+)
+def test_why_the_kernels_are_not_ours(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[Path | None, bool], reason: str | None
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "library", lambda: found[0])
+    monkeypatch.setattr(cpu_kernels, "is_supported", lambda: found[1])
+    manifest = open_bundle(tiny_bundle).manifest
+    assert cpu_kernels.why_not(manifest) == reason
+    level = "They multiply at accuracy level 4, and the bundle asks for 0."
+    assert cpu_kernels.why_not(dataclasses.replace(manifest, accuracy_level=0)) == level
+    assert "exported for cuda" in str(cpu_kernels.why_not(dataclasses.replace(manifest, target="cuda")))
+
+
+def test_the_note_about_the_kernels(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ours, ONNX Runtime's are taken and that is said."""
+    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    question = ["--image", str(tmp_path / "image.png"), "--ask=What?", "--max-new-tokens=1", "--verbose"]
+    assert cli_run.main([str(tiny_bundle), *question, "--threads=1"]) == 0
+    note = "note: Products and attention are ONNX Runtime's own instead of faster ones. They are not installed"
+    assert note in capsys.readouterr().err

@@ -18,6 +18,7 @@ from backend_contract import CAPACITY, Subject
 
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError, graphs
+from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.onnxruntime_graph import Graph
@@ -35,6 +36,8 @@ class PlainRuns:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.x64quantprecision", "1")
+        if cpu_kernels.why_not(bundle.manifest) is None:
+            options.register_custom_ops_library(str(cpu_kernels.library()))
         self._sessions = {
             name: ort.InferenceSession(bundle.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
             for name in bundle.manifest.graphs

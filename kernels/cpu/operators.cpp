@@ -1,9 +1,7 @@
 // The operators of this library, as ONNX Runtime calls them. Each has the name of one of its own and takes its place.
 
-#include <cstring>
 #include <exception>
-#include <initializer_list>
-#include <string>
+#include <mutex>
 #include <vector>
 
 #include "onnxruntime_abi.h"
@@ -50,6 +48,25 @@ int64_t integer(const KernelInfo* info, const char* name, int64_t otherwise) {
     return value;
 }
 
+// A body that several threads run. None of them may end with an exception: the first one is kept.
+struct Task {
+    const std::function<void(size_t)>& body;
+    std::mutex mutex;
+    std::exception_ptr error;
+
+    explicit Task(const std::function<void(size_t)>& body) : body(body) {}
+
+    static void run(void* data, size_t index) {
+        Task& task = *static_cast<Task*>(data);
+        try {
+            task.body(index);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(task.mutex);
+            task.error = std::current_exception();
+        }
+    }
+};
+
 // What a node reads and writes in one run.
 class Context {
   public:
@@ -86,9 +103,9 @@ class Context {
     fusion_edge::Parallel parallel() const {
         return [this](size_t count, const std::function<void(size_t)>& body) {
             if (count == 1) return body(0);
-            using Body = const std::function<void(size_t)>;
-            const auto call = [](void* data, size_t index) { (*static_cast<Body*>(data))(index); };
-            check(api->parallel_for(context_, call, count, count, const_cast<void*>(static_cast<const void*>(&body))));
+            Task task{body};
+            check(api->parallel_for(context_, Task::run, count, count, &task));
+            if (task.error) std::rethrow_exception(task.error);
         };
     }
 
@@ -177,15 +194,26 @@ CustomOp custom_op() {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) onnxruntime::Status* RegisterCustomOps(
-    onnxruntime::SessionOptions* options, const onnxruntime::ApiBase* base) {
-    api = base->get_api(API_VERSION);
-    if (!api) return nullptr;
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Whether this processor runs these operators.
+EXPORTED bool is_supported() { return fusion_edge::is_supported(); }
+
+// What ONNX Runtime calls when the library is registered for a session.
+EXPORTED Status* RegisterCustomOps(SessionOptions* options, const ApiBase* base) {
     static const CustomOp product = custom_op<MatMulNBits>();
+    static CustomOpDomain* domain = nullptr;
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    api = base->get_api(API_VERSION);
+    if (!api) return base->get_api(1)->create_status(FAIL, "ONNX Runtime 1.23 or newer is needed.");
     return guarded([&] {
-        CustomOpDomain* domain = nullptr;
-        check(api->create_custom_op_domain("com.microsoft", &domain));
-        check(api->custom_op_domain_add(domain, &product));
+        if (!domain) {
+            CustomOpDomain* created = nullptr;
+            check(api->create_custom_op_domain("com.microsoft", &created));
+            check(api->custom_op_domain_add(created, &product));
+            domain = created;
+        }
         check(api->add_custom_op_domain(options, domain));
     });
 }

@@ -1,5 +1,7 @@
 #include "products.h"
 
+#ifdef __x86_64__
+
 #include <immintrin.h>
 
 #include <algorithm>
@@ -398,3 +400,19 @@ bool is_supported() {
 }
 
 }  // namespace fusion_edge
+
+#else
+
+#include <stdexcept>
+
+namespace fusion_edge {
+
+bool is_supported() { return false; }
+
+void multiply(const float*, size_t, const Weights&, float*, const Parallel&) {
+    throw std::logic_error("These kernels are written for x86-64 alone.");
+}
+
+}  // namespace fusion_edge
+
+#endif

@@ -1,0 +1,127 @@
+"""Our kernels of products on a CPU against a plain form of what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.packing import Packed, dequantize, quantize
+from fusion_edge.runtime.backends import cpu_kernels
+
+Array = npt.NDArray[Any]
+
+pytestmark = pytest.mark.skipif(
+    cpu_kernels.library() is None or not cpu_kernels.is_supported(),
+    reason="our CPU kernels: not built, or this processor has no AVX-512 VNNI",
+)
+
+
+def session(
+    packed: Packed, form: WeightFormat, inputs: int, bias: Array | None = None, own_kernels: bool = True
+) -> ort.InferenceSession:
+    """A graph of one product."""
+    tensors: dict[str, Array] = {"values": packed.values, "scales": packed.scales.astype(np.float32)}
+    names = ["x", "values", "scales", "", "", ""]
+    for place, name, array in ((3, "zero_points", packed.zero_points), (5, "bias", bias)):
+        if array is not None:
+            tensors[name], names[place] = array, name
+    while not names[-1]:
+        names.pop()
+    rows = len(packed.values)
+    attributes = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **attributes)
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, None])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None, None])],
+        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 4
+    if own_kernels:
+        options.register_custom_ops_library(str(cpu_kernels.library()))
+    model = helper.make_model(graph, opset_imports=versions, ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def rounded(x: Array, block_size: int) -> Array:
+    """Rows as products at accuracy level 4 take them: int8, one scale a block."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block_size))).reshape(len(x), -1, block_size)
+    largest = np.abs(padded).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    values = np.rint(padded * inverse).astype(np.float64) * (largest / np.float32(127))
+    result: Array = values.reshape(len(x), -1)[:, : x.shape[1]]
+    return result
+
+
+@given(
+    kind=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
+    group_size=st.sampled_from([16, 32, 64, 128, 256]),
+    has_bias=st.booleans(),
+    rows=st.sampled_from([1, 2, 5, 12, 13, 24, 29]),
+    inputs=st.integers(1, 700),
+    outputs=st.integers(1, 90),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example("int4", 128, False, 1, 3072, 70, 0)
+@example("uint4", 32, True, 1, 608, 65, 1)
+@example("uint8", 256, True, 12, 1024, 64, 2)
+@settings(max_examples=150, deadline=None)
+def test_products(
+    kind: str,
+    group_size: int,
+    has_bias: bool,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    seed: int,
+) -> None:
+    form = WeightFormat(kind, group_size)
+    generator = np.random.default_rng(seed)
+    spread = np.exp(generator.uniform(-3, 3, (outputs, 1)))
+    packed = quantize((generator.normal(0.1, size=(outputs, inputs)) * spread).astype(np.float32), form)
+    bias = generator.normal(size=outputs).astype(np.float32) if has_bias else None
+    x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
+    weight = dequantize(packed, form, inputs).astype(np.float64)
+    expected = rounded(x, form.block_size) @ weight.T + (0 if bias is None else bias)
+    (actual,) = session(packed, form, inputs, bias).run(None, {"x": x[None]})
+    size = np.abs(rounded(x, form.block_size)) @ np.abs(weight).T
+    assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_rows_without_a_value_and_no_rows(kind: str) -> None:
+    form = WeightFormat(kind, 32)
+    packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), form)
+    one = session(packed, form, 64)
+    assert not one.run(None, {"x": np.zeros((1, 3, 64), np.float32)})[0].any()
+    assert one.run(None, {"x": np.zeros((2, 0, 64), np.float32)})[0].shape == (2, 0, 40)
+
+
+def test_close_to_those_of_onnxruntime() -> None:
+    """Which round in the same way; the order of the sums differs."""
+    form = WeightFormat("int4", 128)
+    generator = np.random.default_rng(0)
+    packed = quantize(generator.normal(size=(200, 384)).astype(np.float32), form)
+    x = {"x": generator.normal(size=(1, 30, 384)).astype(np.float32)}
+    own, theirs = (session(packed, form, 384, own_kernels=kernels).run(None, x)[0] for kernels in (True, False))
+    assert np.abs(own - theirs).max() < 1e-2 * np.abs(theirs).max()
+    assert not np.array_equal(own, theirs)  # so ours were used at all
+
+
+def test_a_width_that_is_not_the_weights() -> None:
+    form = WeightFormat("int4", 32)
+    one = session(quantize(np.ones((4, 64), np.float32), form), form, 64)
+    with pytest.raises(Exception, match="K is not the input's width"):
+        one.run(None, {"x": np.zeros((1, 1, 32), np.float32)})
