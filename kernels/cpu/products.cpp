@@ -19,6 +19,7 @@ namespace {
 constexpr size_t LANES = 16;         // of 32 bits in a register
 constexpr size_t TILE_ROWS = 12;     // with two registers of outputs: 24 of the 32 registers are sums
 constexpr size_t PANEL = 2 * LANES;  // outputs of a tile
+constexpr size_t MOST_PANELS = 8;    // that a thread multiplies a tile of rows with in turn
 
 size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -250,13 +251,17 @@ void transpose(__m512i* rows) {
     std::copy(other, other + LANES, rows);
 }
 
-Panel pack(const Weights& weights, size_t output) {
-    static thread_local Scratch<uint8_t> values;
-    static thread_local Scratch<float> scales;
-    static thread_local Scratch<int32_t> points;
+// Memory of the panels that a thread has at the same time.
+struct PanelScratch {
+    Scratch<uint8_t> values;
+    Scratch<float> scales;
+    Scratch<int32_t> zero_points;
+};
+
+Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
     const size_t blocks = weights.blocks(), bytes = weights.row_bytes();
     const size_t steps = round_up(bytes, CHUNK) / 4 * (8 / weights.bits);
-    uint8_t* to = values.of(steps * 4 * PANEL);
+    uint8_t* to = scratch.values.of(steps * 4 * PANEL);
     const size_t count = std::min(PANEL, weights.outputs - output);
     const __m512i half = _mm512_set1_epi8(15);
     // Read below in 32 places by turns, they would come slowly: memory is quickest in its own order.
@@ -283,11 +288,11 @@ Panel pack(const Weights& weights, size_t output) {
             }
         }
     }
-    float* own = scales.of(blocks * PANEL);
+    float* own = scratch.scales.of(blocks * PANEL);
     for (size_t block = 0; block < blocks; ++block)
         for (size_t i = 0; i < PANEL; ++i)
             own[block * PANEL + i] = i < count ? weights.scales[(output + i) * blocks + block] : 0;
-    int32_t* zero = points.of(blocks * PANEL);
+    int32_t* zero = scratch.zero_points.of(blocks * PANEL);
     for (size_t i = 0; weights.zero_points && i < count; ++i) {
         const uint8_t* row = weights.zero_points + (output + i) * weights.zero_point_bytes();
         for (size_t block = 0; block < blocks; ++block)
@@ -353,24 +358,30 @@ constexpr std::array<Tile, TILE_ROWS> tiles(std::index_sequence<I...>) {
     return {multiply_tile<SYMMETRIC, I + 1>...};
 }
 
-void multiply_panel(
-    const Rounded& rounded, size_t rows, const Weights& weights, size_t output, float* result) {
+// Products of all rows with the outputs of some panels, which are all that a tile of rows is read for.
+void multiply_panels(
+    const Rounded& rounded, size_t rows, const Weights& weights, size_t start, size_t end, float* result) {
     constexpr auto ROWS = std::make_index_sequence<TILE_ROWS>();
     static constexpr auto SYMMETRIC = tiles<true>(ROWS), ASYMMETRIC = tiles<false>(ROWS);
+    static thread_local std::array<PanelScratch, MOST_PANELS> scratch;
     const auto& multiply = weights.zero_points ? ASYMMETRIC : SYMMETRIC;
-    const Panel panel = pack(weights, output);
+    std::array<Panel, MOST_PANELS> panels;
+    for (size_t output = start, i = 0; output < end; output += PANEL, ++i)
+        panels[i] = pack(weights, output, scratch[i]);
     alignas(64) float sums[TILE_ROWS * PANEL];
-    const size_t count = std::min(PANEL, weights.outputs - output);
     for (size_t row = 0; row < rows; row += TILE_ROWS) {
         const size_t here = std::min(TILE_ROWS, rows - row);
-        multiply[here - 1](panel, rounded, row, weights, sums);
-        for (size_t i = 0; i < here; ++i)
-            for (size_t j = 0; j < count; j += LANES) {
-                const __mmask16 mask = first(count - j);
-                __m512 sum = _mm512_load_ps(sums + i * PANEL + j);
-                if (weights.bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, weights.bias + output + j));
-                _mm512_mask_storeu_ps(result + (row + i) * weights.outputs + output + j, mask, sum);
-            }
+        for (size_t output = start; output < end; output += PANEL) {
+            multiply[here - 1](panels[(output - start) / PANEL], rounded, row, weights, sums);
+            const size_t count = std::min(PANEL, end - output);
+            for (size_t i = 0; i < here; ++i)
+                for (size_t j = 0; j < count; j += LANES) {
+                    const __mmask16 mask = first(count - j);
+                    __m512 sum = _mm512_load_ps(sums + i * PANEL + j);
+                    if (weights.bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, weights.bias + output + j));
+                    _mm512_mask_storeu_ps(result + (row + i) * weights.outputs + output + j, mask, sum);
+                }
+        }
     }
 }
 
@@ -388,8 +399,14 @@ void multiply(const float* x, size_t rows, const Weights& weights, float* result
         });
         return;
     }
-    parallel((weights.outputs + PANEL - 1) / PANEL, [&](size_t panel) {
-        multiply_panel(rounded, rows, weights, panel * PANEL, result);
+    // As many panels as stay in a second-level cache, so that rows are read less often; but enough work for all threads.
+    constexpr size_t CACHE = 512 << 10, TASKS = 16;
+    const size_t panels = (weights.outputs + PANEL - 1) / PANEL;
+    const size_t fitting = std::min(CACHE / (rounded.stride * PANEL), panels / TASKS);
+    const size_t together = std::clamp<size_t>(fitting, 1, MOST_PANELS) * PANEL;
+    parallel((weights.outputs + together - 1) / together, [&](size_t group) {
+        const size_t start = group * together, end = std::min(weights.outputs, start + together);
+        multiply_panels(rounded, rows, weights, start, end, result);
     });
 }
 
