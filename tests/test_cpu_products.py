@@ -105,7 +105,9 @@ def test_rows_without_a_value_and_no_rows(kind: str) -> None:
     form = WeightFormat(kind, 32)
     packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), form)
     one = session(packed, form, 64)
-    assert not one.run(None, {"x": np.zeros((1, 3, 64), np.float32)})[0].any()
+    for nothing in (0, 1e-38):
+        for rows in (1, 3):
+            assert not one.run(None, {"x": np.full((1, rows, 64), nothing, np.float32)})[0].any()
     assert one.run(None, {"x": np.zeros((2, 0, 64), np.float32)})[0].shape == (2, 0, 40)
 
 

@@ -47,6 +47,8 @@ class Scratch {
 
 __mmask16 first(size_t count) { return count >= LANES ? 0xFFFF : (1u << count) - 1; }
 
+constexpr float SMALLEST_EXTENT = 1e-30f;  // of inputs: what is smaller counts as 0, as 127 over it would not be finite
+
 // Rows of inputs in int8. Of every 8 values, those of even places come before those of odd ones if weights have 4 bits,
 // as the halves of the weights' bytes do.
 struct Rounded {
@@ -63,7 +65,8 @@ void round_row(const float* x, const Weights& weights, int8_t* values, float* sc
         __m512 largest = _mm512_setzero_ps();
         for (size_t i = 0; i < count; i += LANES)
             largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(count - i), x + start + i)));
-        const float extent = _mm512_reduce_max_ps(largest);
+        float extent = _mm512_reduce_max_ps(largest);
+        if (extent < SMALLEST_EXTENT) extent = 0;
         const __m512 inverse = _mm512_set1_ps(extent > 0 ? 127 / extent : 0);
         __m512i sum = _mm512_setzero_si512();
         for (size_t i = 0; i < weights.block_size; i += LANES) {
