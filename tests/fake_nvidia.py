@@ -73,6 +73,9 @@ class FakeNvml:
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, value: Any) -> int:
         return self._answer("nvmlDeviceGetCurrentClocksThrottleReasons", handle, value)
 
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, value: Any) -> int:
+        return self._answer(f"nvmlDeviceGetClockInfo({kind})", handle, value)
+
     def _answer(self, name: str, handle: ctypes.c_void_p, value: Any) -> int:
         assert handle.value == 7
         if name not in self.answers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusion_edge.benchmarks.latency.result import BundleFacts, Case, Measured, Summary
-from fusion_edge.benchmarks.latency.statistics import MINIMUM_COUNT
 
 STEP = "step"
 PREFILL = "prefill"
@@ -13,7 +12,7 @@ OTHER = "other"
 """What a first token takes beyond the stages that were timed on their own."""
 FIRST_TOKEN, FURTHER_QUESTION, ANSWER = "first token", "further question", "answer"
 
-_OF_THE_QUESTION = ("vision of the question", PREFILL, "sampling")
+_OF_THE_QUESTION = ("preprocess", "vision of the question", PREFILL, "sampling")
 _OPTIONS = {
     "device": "{}",
     "threads": "threads {}",
@@ -103,5 +102,5 @@ def three_digits(value: float) -> str:
 
 
 def error(summary: Summary) -> str:
-    """Of the median: ``±1.2%``; ``n=3`` for so few values that they have no 95 % interval."""
-    return f"±{summary.error:.1%}" if summary.count >= MINIMUM_COUNT else f"n={summary.count}"
+    """Of the median: ``±1.2%``; ``±?`` of too few repeats to know."""
+    return "±?" if summary.error is None else f"±{summary.error:.1%}"
