@@ -84,8 +84,8 @@ class FakeNvml:
         return 0
 
 
-def gpu(is_integrated: bool = False, **answers: int) -> Gpu:
+def gpu(nvml: FakeNvml | None = None, is_integrated: bool = False, **answers: int) -> Gpu:
     """What is found with the two libraries."""
-    found = describe(FakeCuda(is_integrated=is_integrated), FakeNvml(answers))
+    found = describe(FakeCuda(is_integrated=is_integrated), nvml or FakeNvml(answers))
     assert found is not None
     return found

@@ -123,7 +123,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         duration=arguments.duration,
     )
     gpu = None if arguments.backend == ("cpu",) or bundle.manifest.target == "cpu" else find_gpu()
-    machine = machine_facts("cpu" if gpu is None else "cuda")
+    machine = machine_facts(gpu)
     rates = cache(lambda device: probe(device, threads))
     measured = []
     with ClockWatch(gpu) as watch:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from fusion_edge.benchmarks.latency.nvidia import Gpu, find_gpu
+from fusion_edge.benchmarks.latency.nvidia import Gpu
 from fusion_edge.benchmarks.latency.result import Machine
 from fusion_edge.benchmarks.latency.system import ROOT, Sampler, byte_count, fields, number, text
 
@@ -40,13 +40,11 @@ THROTTLE_COUNTERS: Mapping[str, str] = {
 CLOCK_INTERVAL = 0.5  # seconds
 
 
-def machine_facts(device: str) -> Machine:
-    """The machine as it is now. GPUs are asked only if ``device`` is not ``cpu``."""
-    return describe(None if device == "cpu" else find_gpu(), ROOT)
+def machine_facts(gpu: Gpu | None, root: Path = ROOT) -> Machine:
+    """The machine as it is now, whose ``/proc``, ``/sys`` and ``/etc`` lie in ``root``.
 
-
-def describe(gpu: Gpu | None, root: Path) -> Machine:
-    """The machine whose ``/proc``, ``/sys`` and ``/etc`` lie in ``root``; of its clocks :class:`ClockWatch` tells."""
+    Of its clocks and of what holds them down :class:`ClockWatch` tells.
+    """
     return Machine(
         processor=_processor(root),
         cores=len(os.sched_getaffinity(0)),
