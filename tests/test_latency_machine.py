@@ -74,7 +74,8 @@ def test_a_machine_in_a_cloud(tmp_path: Path) -> None:
 def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(tmp_path, "nvpmodel", "print('NV Fan Mode:quiet\\nNV Power Mode: MAXN_SUPER\\n2')", monkeypatch)
     board = {"proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0", "etc/nv_tegra_release": RELEASE}
-    facts = machine_facts(gpu(is_integrated=True), tree(tmp_path, {"proc/cpuinfo": ARM} | board | governors("schedutil")))
+    root = tree(tmp_path, {"proc/cpuinfo": ARM} | board | governors("schedutil"))
+    facts = machine_facts(gpu(is_integrated=True), root)
     assert facts.processor == "NVIDIA Jetson Orin Nano Developer Kit"
     assert facts.power_mode == "MAXN_SUPER"
     assert facts.gpu == "Orin"
@@ -146,7 +147,7 @@ def test_throttling_is_what_happens_in_between(tmp_path: Path) -> None:
 def test_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cores = sorted(os.sched_getaffinity(0))
     paths = [f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in cores]
-    tree(tmp_path, {path: "1500000\n" for path in paths} | {"sys/class/devfreq/17000000.gpu/cur_freq": "612000000\n"})
+    tree(tmp_path, dict.fromkeys(paths, "1500000\n") | {"sys/class/devfreq/17000000.gpu/cur_freq": "612000000\n"})
     answers = {"nvmlDeviceGetClockInfo(1)": 210}
     found = replace(gpu(), nvml=FakeNvml(answers))
     with ClockWatch(found, tmp_path) as watch:

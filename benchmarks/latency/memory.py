@@ -79,8 +79,8 @@ class MemoryRecorder(Sampler):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, traceback)
-        if self._is_peak_its_own:  # shorter than the time between two samples
-            self.process.largest = peak()
+        if self._is_peak_its_own:  # it may have been between two samples; the kernel's count may lag behind them
+            self.process.largest = max(self.process.largest, peak())
 
     def sample(self, seconds: float) -> None:
         """Record. When a list is full, half as many samples come from then on."""

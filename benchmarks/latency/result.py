@@ -145,8 +145,8 @@ class Memory:
     steady: int
     """At the end of the case."""
     peak: int
-    """The most in the case, its warm-up included: by the kernel's own count for a process where the kernel lets it
-    count anew, otherwise the largest of ten samples a second."""
+    """The most in the case, its warm-up included: the largest of ten samples a second, and for a process the kernel's
+    own count where that can begin anew."""
     over_time: tuple[tuple[float, ...], ...]
     """Pairs of seconds since the case began and bytes."""
 

@@ -13,7 +13,7 @@ from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR, MINIMUM_COU
 from fusion_edge.runtime import cli
 
 _NONE = "-"
-_NAME_WIDTH, _CELL_WIDTH = 25, 16
+_NAME_WIDTH, _CELL_WIDTH = 22, 16
 _SUMMARY_COLUMNS = ("count", "least", "median", "p90", "p99", "largest")
 _CASE_COLUMNS: dict[str, Callable[[Measured], object]] = {
     "load_seconds": lambda measured: measured.load_seconds,
@@ -124,8 +124,8 @@ def _steady(memory: Memory | None) -> str | None:
 _FIGURES: dict[str, Callable[[Measured], str | None]] = {
     "tokens/s": lambda measured: views.three_digits(measured.tokens_per_second),
     "jitter (p99 of a step)": lambda measured: f"+{measured.jitter:.1%}",
-    "limit of a step (reached)": lambda measured: _limit(measured.limits.step),
-    "limit of prefill (reached)": lambda measured: _limit(measured.limits.prefill),
+    "step limit, reached": lambda measured: _limit(measured.limits.step),
+    "prefill limit, reached": lambda measured: _limit(measured.limits.prefill),
     "load": lambda measured: views.duration(measured.load_seconds),
     "memory, loaded": lambda measured: cli.size(measured.memory.loaded),
     "memory, steady": lambda measured: _steady(measured.memory),
