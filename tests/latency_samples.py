@@ -126,11 +126,13 @@ def result(
 def on_gpu() -> Result:
     """With what only a GPU tells, whose rate of products was not measured, and a machine that was too hot."""
     one = measured(case(device="tensorrt"), speed=20, joules=0.53)
-    memory = Memory(2_600_000_000, 2_900_000_000, 2_650_000_000, 2_700_000_000, ((0.0, 2.6e9), (9.0, 2.7e9)))
-    limits = Limits(one.limits.step, Limit(one.limits.prefill.needed, None, None))
+    over_time = ((0.0, 2.6e9), (3.0, 2.7e9), (9.0, 2.65e9))
+    memory = Memory(2_600_000_000, 2_900_000_000, 2_650_000_000, 2_700_000_000, over_time)
+    step = limit(one.limits.step.needed, 20 * BANDWIDTH, one.stages["step"].median)
+    limits = Limits(step, Limit(one.limits.prefill.needed, None, None))
     on_cpu = result([replace(one, limits=limits, device_memory=memory)])
     machine = replace(on_cpu.machine, gpu="NVIDIA Orin", power_mode="MAXN", throttled="thermal")
-    rates = {"tensorrt": Rates(8 * BANDWIDTH, None, {"multiplications": "An engine would be needed."})}
+    rates = {"tensorrt": Rates(20 * BANDWIDTH, None, {"multiplications": "An engine would be needed."})}
     return replace(on_cpu, machine=machine, rates=rates)
 
 

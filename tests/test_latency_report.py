@@ -131,10 +131,11 @@ def test_a_limit_that_was_not_measured_says_why() -> None:
     result = samples.on_gpu()
     page = Page(report.html(result))
     assert "not measured" in page.texts
+    assert "Memory of the GPU" in page.texts
     assert "Prefill needs 3.33 TMAC (multiply-adds). An engine would be needed." in page.texts
     assert not [text for text in page.texts if text.startswith("limit of prefill")]
     text = table.text(result)
-    assert "probed on tensorrt: 267 GB/s of memory, no multiplications (An engine would be needed.)" in text
+    assert "probed on tensorrt: 668 GB/s of memory, no multiplications (An engine would be needed.)" in text
     assert "GPU memory, peak" in text
     assert "prefill limit" not in text
 

@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 
 from fusion_edge.benchmarks.latency import limits
 from fusion_edge.benchmarks.latency.result import Case, Limit, Limits, Rates, Summary
-from fusion_edge.benchmarks.latency.stages import STAGES, for_case, made_up_picture, measure, question
+from fusion_edge.benchmarks.latency.stages import STAGES, for_case, make_up_picture, measure, question
 from fusion_edge.benchmarks.latency.statistics import MINIMUM_COUNT, is_known, repeat, summarize
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.errors import UsageError
-
-PICTURE = made_up_picture()
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60))
@@ -84,6 +82,13 @@ def test_warming_up_is_not_counted() -> None:
 
 
 @pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.jpg"
+    make_up_picture(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
     with load(tiny_bundle, device="cpu", threads=1) as loaded:
         yield loaded
@@ -96,9 +101,11 @@ def case(fusion: Fusion, **values: int) -> Case:
 
 
 @pytest.mark.parametrize(("prompt", "context"), [(0, 0), (90, 0), (90, 120), (0, 200)])
-def test_a_question_has_the_lengths_that_are_asked_for(fusion: Fusion, prompt: int, context: int) -> None:
+def test_a_question_has_the_lengths_that_are_asked_for(
+    fusion: Fusion, picture: Path, prompt: int, context: int
+) -> None:
     wanted = case(fusion, prompt_tokens=prompt, context=context)
-    asked, got = question(fusion, wanted, PICTURE, None)
+    asked, got = question(fusion, wanted, picture, None)
     lengths = [p.layout(got.image_tokens, got.query_length).length for p in (asked.prompt, asked.long_prompt)]
     assert lengths == [got.prompt_tokens, got.context]
     assert got.prompt_tokens == prompt or not prompt
@@ -117,14 +124,14 @@ def test_a_question_has_the_lengths_that_are_asked_for(fusion: Fusion, prompt: i
         ({"image_tokens": 25}, "25 image tokens are no square of at most 4 a side"),
     ],
 )
-def test_lengths_that_cannot_be(fusion: Fusion, values: dict[str, int], message: str) -> None:
+def test_lengths_that_cannot_be(fusion: Fusion, picture: Path, values: dict[str, int], message: str) -> None:
     wanted = case(fusion, **values)
     with pytest.raises(UsageError, match=message):
-        question(for_case(fusion, wanted), wanted, PICTURE, None)
+        question(for_case(fusion, wanted), wanted, picture, None)
 
 
-def test_every_stage_is_timed(fusion: Fusion) -> None:
-    asked, wanted = question(fusion, case(fusion, context=120), PICTURE, "How many?")
+def test_every_stage_is_timed(fusion: Fusion, picture: Path) -> None:
+    asked, wanted = question(fusion, case(fusion, context=120), picture, "How many?")
     times = measure(fusion, wanted, asked, lambda _: True)
     assert list(times.stages) == list(STAGES)
     rounds = len(times.first_token)
@@ -146,8 +153,8 @@ def test_every_stage_is_timed(fusion: Fusion) -> None:
     assert all(answer > first for answer, first in zip(times.answer, times.first_token, strict=True))
 
 
-def test_a_further_question_sees_nothing_anew(fusion: Fusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, wanted = question(fusion, case(fusion), PICTURE, None)
+def test_a_further_question_sees_nothing_anew(fusion: Fusion, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, wanted = question(fusion, case(fusion), picture, None)
     crops: list[int] = []
     encode = fusion.backend.encode
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from fusion_edge.benchmarks.latency import energy
 from fusion_edge.benchmarks.latency.limits import limits
@@ -28,8 +29,8 @@ ENERGY_SECONDS = energy.SHORTEST_WINDOW + 2
 class Wanted:
     """What to measure; tuples make a matrix. 0 positions and no lengths are the bundle's or the question's own."""
 
-    picture: bytes
-    """A picture's file."""
+    picture: Path
+    """Its file."""
     ask: str | None = None
     prompt_tokens: tuple[int, ...] = (0,)
     new_tokens: tuple[int, ...] = (32,)
@@ -47,19 +48,17 @@ class Run:
     """What was seen of a case."""
 
     case: Case
+    positions: int
+    """Of the cache, that a step reads."""
+    load_seconds: float
     times: Times
     memory: Memory
     device_memory: Memory | None
     energy: Energy | None
 
 
-def bench(
-    bundle: Bundle, device: str, threads: int, wanted: Wanted, rates: Callable[[str], Rates], gpu: Gpu | None
-) -> list[Measured]:
-    """Every case on a device; ``rates`` probes a device, which waits until the bundle has given its memory back.
-
-    Raises :class:`UsageError` for a case that the bundle cannot have, before any is run.
-    """
+def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | None) -> list[Run]:
+    """Every case on a device. Raises :class:`UsageError` for one that the bundle cannot have, before any is run."""
     before = None if gpu is None else device_memory(gpu)
     with MemoryRecorder(gpu) as loading:
         started = time.perf_counter()
@@ -72,6 +71,8 @@ def bench(
             question(for_case(fusion, case), case, wanted.picture, wanted.ask)
             for case in _cases(fusion, threads, wanted)
         ]
+        # TensorRT's attention reads the whole cache, whose mask hides what is not used.
+        capacity = fusion.max_context if fusion.device.name.startswith("tensorrt") else None
         runs = []
         for number, (asked, case) in enumerate(cases, 1):
             label = f"Measuring on {case.device}, {number} of {len(cases)}"
@@ -80,11 +81,9 @@ def bench(
                 times = _times(of_case, case, asked, wanted, label)
             memory = _memory(loading.process, recorder.process)
             on_device = None if before is None else _memory(loading.device, recorder.device, before)
-            runs.append(Run(case, times, memory, on_device, _energy(of_case, case, asked, times, gpu)))
-        # TensorRT's attention reads the whole cache, whose mask hides what is not used.
-        capacity = fusion.max_context if fusion.device.name.startswith("tensorrt") else None
-        name = fusion.device.name
-    return [_measured(bundle.manifest, run, seconds, capacity or run.case.context, rates(name)) for run in runs]
+            spent = _energy(of_case, case, asked, times, gpu)
+            runs.append(Run(case, capacity or case.context, seconds, times, memory, on_device, spent))
+    return runs
 
 
 def _cases(fusion: Fusion, threads: int, wanted: Wanted) -> Iterator[Case]:
@@ -142,14 +141,14 @@ def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu 
     return meter.energy(steps)
 
 
-def _measured(manifest: Manifest, run: Run, load_seconds: float, positions: int, rates: Rates) -> Measured:
-    """``positions``: of the cache, that a step reads."""
+def measured(manifest: Manifest, run: Run, rates: Rates) -> Measured:
+    """Beside what the device reaches by its probe, which needs the memory that the bundle had, so it comes after."""
     times = run.times
     stages = {name: times.summary(name) for name in times.stages}
     step = stages["step"]
     return Measured(
         case=run.case,
-        load_seconds=load_seconds,
+        load_seconds=run.load_seconds,
         stages=stages,
         first_token=summarize(times.first_token),
         further_first_token=summarize(times.further_first_token),
@@ -157,7 +156,7 @@ def _measured(manifest: Manifest, run: Run, load_seconds: float, positions: int,
         answer_seconds=summarize(times.answer),
         jitter=step.p99 / step.median - 1,
         is_noisy=not times.all_known,
-        limits=limits(manifest, run.case, positions, rates, step.median, stages["prefill"].median),
+        limits=limits(manifest, run.case, run.positions, rates, step.median, stages["prefill"].median),
         memory=run.memory,
         device_memory=run.device_memory,
         energy=run.energy,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fusion_edge.benchmarks.latency import charts, views
 from fusion_edge.benchmarks.latency.charts import Markup, element, join
-from fusion_edge.benchmarks.latency.result import Limit, Limits, Measured, Rates, Result, Summary
+from fusion_edge.benchmarks.latency.result import Limit, Limits, Measured, Memory, Rates, Result, Summary
 from fusion_edge.benchmarks.latency.statistics import percentile
 from fusion_edge.runtime import cli
 
@@ -72,7 +72,7 @@ def details(measured: Measured, result: Result) -> Markup:
     figures = [
         _step_over_time(step, measured.limits.step),
         _distribution(step),
-        _memory(measured, bundle_size),
+        *_memory(measured, bundle_size),
         _rates(measured, rates),
     ]
     return join(
@@ -157,8 +157,21 @@ def _distribution(step: Summary) -> Markup:
     return _figure("Distribution of a step", charts.histogram(step.values, axis, marks, note), note)
 
 
-def _memory(measured: Measured, bundle_size: int) -> Markup:
+def _memory(measured: Measured, bundle_size: int) -> Iterator[Markup]:
+    """Of the process, and of the GPU if there is one."""
     memory = measured.memory
+    note = (
+        f"Loaded {cli.size(memory.loaded)} in {views.duration(measured.load_seconds)}, with up to "
+        f"{cli.size(memory.load_peak)} meanwhile; {cli.size(memory.steady)} at the end."
+    )
+    yield _memory_over_time("Memory of the process", memory, bundle_size, note)
+    if measured.device_memory is not None:
+        device = measured.device_memory
+        note = f"Loaded {cli.size(device.loaded)}; {cli.size(device.steady)} at the end."
+        yield _memory_over_time("Memory of the GPU", device, bundle_size, note)
+
+
+def _memory_over_time(title: str, memory: Memory, bundle_size: int, note: str) -> Markup:
     points = _buckets([(pair[0], pair[1]) for pair in memory.over_time])
     y = charts.Axis(0, 1.15 * max(memory.peak, bundle_size), lambda value: views.rate(value, "B"))
     longest = max([1e-3, *(point[0] for point in points)])
@@ -167,14 +180,7 @@ def _memory(measured: Measured, bundle_size: int) -> Markup:
         charts.Mark(memory.peak, f"peak {cli.size(memory.peak)}", "quantile"),
         charts.Mark(bundle_size, f"the bundle's size {cli.size(bundle_size)}", "limit", is_below=True),
     ]
-    note = (
-        f"Loaded {cli.size(memory.loaded)} in {views.duration(measured.load_seconds)}, with up to "
-        f"{cli.size(memory.load_peak)} meanwhile; {cli.size(memory.steady)} at the end."
-    )
-    if measured.device_memory is not None:
-        device = measured.device_memory
-        note += f" On the GPU {cli.size(device.loaded)} loaded, peak {cli.size(device.peak)}."
-    return _figure("Memory of the process", charts.band(x, y, points, marks, note), note)
+    return _figure(title, charts.band(x, y, points, marks, note), note)
 
 
 def _rates(measured: Measured, rates: Rates) -> Markup:
@@ -229,10 +235,10 @@ def track(share: float) -> Markup:
 
 
 def _stages(measured: Measured) -> Markup:
-    names = ("median", "error", "p90", "p99", "least", "largest", "times")
+    names = ("median", "error", "min", "p90", "p99", "max", "times")
     rows = []
     for name, one in views.measures(measured).items():
-        times = [views.duration(value) for value in (one.median, one.p90, one.p99, one.least, one.largest)]
+        times = [views.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
         cells = [times[0], views.error(one), *times[1:], f"{one.count:,}"]
         named = zip(names, cells, strict=True)
         rows.append(element("tr", element("th", name), *(element("td", cell, data_name=head) for head, cell in named)))

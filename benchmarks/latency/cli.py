@@ -10,22 +10,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fusion_edge.benchmarks.latency import compare, report, table
-from fusion_edge.benchmarks.latency.bench import Wanted, bench
+from fusion_edge.benchmarks.latency.bench import Run, Wanted, bench, measured
 from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
 from fusion_edge.benchmarks.latency.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.probes import probe
 from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, Result, read_result
-from fusion_edge.benchmarks.latency.stages import made_up_picture
+from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import Bundle, open_bundle, producer
 from fusion_edge.runtime.devices import AUTO, NAMES
 from fusion_edge.runtime.engines import bundle_digest
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.images import load_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every option of ``fusion-bench``."""
-    defaults, cores = Wanted(b""), len(os.sched_getaffinity(0))
+    defaults, cores = Wanted(Path()), len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
         prog="fusion-bench",
         description="Measure a bundle: every stage of a question, first token, tokens/s, memory, energy, beside what "
@@ -111,24 +112,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     threads, cores = max(arguments.threads), len(os.sched_getaffinity(0))
     if threads > cores:
         raise UsageError(f"--threads {threads} is more than the {cores} cores that this process may use.")
-    wanted = Wanted(
-        picture=made_up_picture() if arguments.image is None else _read(arguments.image),
-        ask=arguments.ask,
-        prompt_tokens=arguments.prompt_tokens,
-        new_tokens=arguments.new_tokens,
-        context=arguments.context,
-        query_lengths=arguments.query_len,
-        image_tokens=arguments.image_tokens,
-        seconds=arguments.seconds,
-        duration=arguments.duration,
-    )
+    if arguments.image is not None:
+        load_image(arguments.image)  # which refuses what is no picture
     gpu = None if arguments.backend == ("cpu",) or bundle.manifest.target == "cpu" else find_gpu()
     machine = machine_facts(gpu)
-    rates = cache(lambda device: probe(device, threads))
-    measured = []
-    with ClockWatch(gpu) as watch:
+    runs: list[Run] = []
+    with TemporaryDirectory() as folder, ClockWatch(gpu) as watch:
+        picture = arguments.image or Path(folder) / "picture.jpg"
+        if arguments.image is None:
+            make_up_picture(picture)
+        wanted = _wanted(arguments, picture)
         for device, count in dict.fromkeys(product(arguments.backend, arguments.threads)):
-            measured += bench(bundle, device, count, wanted, rates, gpu)
+            runs += bench(bundle, device, count, wanted, gpu)
+    rates = {device: probe(device, threads) for device in dict.fromkeys(run.case.device for run in runs)}
     result = Result(
         schema_version=SCHEMA_VERSION,
         producer=producer(),
@@ -136,8 +132,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         command=arguments.command,
         bundle=_bundle_facts(bundle),
         machine=replace(machine, throttled=watch.throttled, clocks=watch.clocks),
-        rates={one.case.device: rates(one.case.device) for one in measured},
-        measured=tuple(measured),
+        rates=rates,
+        measured=tuple(measured(bundle.manifest, run, rates[run.case.device]) for run in runs),
     )
     sys.stdout.write(result.to_text() if arguments.json else table.csv(result) if arguments.csv else table.text(result))
     if arguments.html is not None:
@@ -165,11 +161,18 @@ def _check_writable(path: Path) -> None:
         raise FusionError(f"{path} cannot be written; name another file for the report.")
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FusionError(f"Cannot read the picture {path}: {error.strerror}.") from None
+def _wanted(arguments: argparse.Namespace, picture: Path) -> Wanted:
+    return Wanted(
+        picture=picture,
+        ask=arguments.ask,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        context=arguments.context,
+        query_lengths=arguments.query_len,
+        image_tokens=arguments.image_tokens,
+        seconds=arguments.seconds,
+        duration=arguments.duration,
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> int:

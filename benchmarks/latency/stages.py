@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -60,24 +60,22 @@ class Times:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a picture as a file's bytes, a prompt, and one as long as the context where steps are timed."""
+    """What is asked: about a picture's file, a prompt, and one as long as the context where steps are timed."""
 
-    picture: bytes
+    picture: Path
     prompt: Prompt
     long_prompt: Prompt
 
 
-def made_up_picture() -> bytes:
-    """A JPEG of noise on a gradient: neither the cheapest picture to decode nor the dearest."""
+def make_up_picture(path: Path) -> None:
+    """Write a JPEG of noise on a gradient: neither the cheapest picture to decode nor the dearest."""
     width, height = PICTURE
     gradient = np.linspace(0, 200, width, dtype=np.float32)[None, :, None]
     noise = np.random.default_rng(0).normal(0, 12, (height, width, 3)).astype(np.float32)
-    file = io.BytesIO()
-    Image.fromarray(np.clip(gradient + noise, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    Image.fromarray(np.clip(gradient + noise, 0, 255).astype(np.uint8)).save(path, "JPEG", quality=90)
 
 
-def question(fusion: Fusion, case: Case, picture: bytes, asked: str | None) -> tuple[Question, Case]:
+def question(fusion: Fusion, case: Case, picture: Path, asked: str | None) -> tuple[Question, Case]:
     """A question of the case's lengths, or ``asked`` as it is, and the case with the lengths that it has.
 
     ``prompt_tokens`` and ``context`` of 0 are as many as there are. Raises :class:`UsageError` for lengths that the
@@ -85,7 +83,7 @@ def question(fusion: Fusion, case: Case, picture: bytes, asked: str | None) -> t
     """
     manifest = fusion.manifest
     template = TEMPLATES[manifest.model.template]
-    plain = encode_prompt(fusion.tokenizer, template, (), asked or QUESTION)
+    plain = encode_prompt(fusion.tokenizer, template, (), QUESTION if asked is None else asked)
     shortest = plain.layout(case.image_tokens, case.query_length).length
     filler = fusion.tokenizer.encode(FILLER, add_special_tokens=False).ids[0]
     prompt_tokens = case.prompt_tokens or shortest
@@ -138,7 +136,7 @@ def _round(fusion: Fusion, case: Case, asked: Question, times: Times) -> None:
     fusion.forget()
     started = time.perf_counter()
     with times.of("image decode"):
-        picture = load_image(Image.open(io.BytesIO(asked.picture)))
+        picture = load_image(asked.picture)
     with times.of("preprocess"):
         crops = cut_crops(picture)
     with times.of("vision of the image"):
@@ -176,7 +174,7 @@ def _answer_start(
 
 def prefill(fusion: Fusion, case: Case, asked: Question, new_tokens: int) -> None:
     """A prompt about the picture, as long as the context, with room for so many steps."""
-    image = fusion.see(cut_crops(load_image(Image.open(io.BytesIO(asked.picture)))))
+    image = fusion.see(cut_crops(load_image(asked.picture)))
     aligned = fusion.align(image, case.query_length)
     tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
     fusion.prefill(asked.long_prompt, tokens, aligned, new_tokens)
