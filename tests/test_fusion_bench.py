@@ -229,6 +229,7 @@ def test_wrong_options(
     "options",
     [
         ["--backend", "tpu"],
+        ["--backend", "auto,cpu"],
         ["--threads", "0"],
         ["--json", "--csv"],
         ["--seconds", "x"],

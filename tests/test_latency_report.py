@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import shutil
 import subprocess
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import pytest
 from PIL import Image
 
 from fusion_edge.benchmarks.latency import report, table, views
+from fusion_edge.benchmarks.latency import result as result_module
 from fusion_edge.benchmarks.latency.charts import Axis, Markup, element
-from fusion_edge.benchmarks.latency.result import Case, Result, read_result
+from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, Case, Result, read_result
 from fusion_edge.benchmarks.latency.statistics import summarize
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome-headless-shell")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+ROOT = Path(__file__).parents[1]
 HOSTILE = '<script src="//x">&"\''
 VOID = {"meta", "link"}
 
@@ -226,6 +229,21 @@ def test_sample_survives_its_file(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(result.to_text(), encoding="utf-8")
     assert report.html(read_result(path)) == report.html(result)
+
+
+def test_the_schema_is_of_its_version() -> None:
+    """After a change of a field raise the version (result.py, docs/fusion-bench.md) and write the new digest here."""
+    classes = [kind for kind in vars(result_module).values() if is_dataclass(kind)]
+    lines = [f"{kind.__name__}.{field.name}: {field.type}" for kind in classes for field in fields(kind)]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert (SCHEMA_VERSION, digest[:16]) == (2, "464b21e48c7ec33e")
+    text = (ROOT / "docs" / "fusion-bench.md").read_text(encoding="utf-8")
+    assert f"`schema_version` is {SCHEMA_VERSION}." in text
+
+
+def test_results_of_the_repository_are_of_this_schema() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("fusion_bench*.json"):
+        assert read_result(path).measured
 
 
 @pytest.fixture(params=[360, 1200], ids=["phone", "desktop"])

@@ -95,6 +95,8 @@ def _devices(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if wrong := [name for name in names if name not in (AUTO, *NAMES)]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join((AUTO, *NAMES))}")
+    if AUTO in names and len(names) > 1:
+        raise argparse.ArgumentTypeError(f"{AUTO} is one of the others; name it alone, or those that you mean")
     return names
 
 
