@@ -66,6 +66,7 @@ def measured(
     timeline = [(t / 4, 2.3e9 + (3e8 if t % 30 > 20 else 0.0)) for t in range(240)]
     return Measured(
         case=one,
+        remark=None,
         load_seconds=5.3,
         stages=stages,
         first_token=summarize(times(first, noise=noise, seed=next(seeds))),

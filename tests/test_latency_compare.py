@@ -141,6 +141,8 @@ def test_what_differs_is_named() -> None:
     assert "numpy differs: 2.2.1 before, none after" in lines
     assert f"only before: {views.case_name(CASE)}" in lines
     assert f"only after: {views.case_name(samples.case(context=7))}" in lines
+    remarked = samples.result([replace(samples.measured(CASE), remark="No kernels.")])
+    assert differences(before, remarked) == ["remark differs: none before, cpu: No kernels. after"]
     busy = replace(before, machine=replace(before.machine, load_average=1.2))
     assert differences(before, busy) == ["other programs may have run after: a load of 1.20 on 2 cores at the start"]
     assert differences(before, before) == []

@@ -13,6 +13,7 @@ from fake_cuda import Error, FakeCuda
 
 from fusion_edge.benchmarks.latency import probes
 from fusion_edge.benchmarks.latency.result import Rates
+from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.cuda import Cuda
 from fusion_edge.runtime.errors import DeviceError
 
@@ -44,18 +45,22 @@ def test_each_byte_counts_once(monkeypatch: pytest.MonkeyPatch, threads: int) ->
 
 def test_the_faster_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each multiply-add once."""
-    medians = iter([0.5, 0.25])
+    medians = iter([0.5, 0.25, 0.75])
     monkeypatch.setattr(probes, "repeat", lambda measure, seconds: [next(medians)])
     monkeypatch.setattr(probes, "OUTPUTS", 256)
     assert probes.multiplications(1) == probes.ROWS * probes.INPUTS * 256 / 0.25
 
 
-def test_the_int4_product_is_that_of_the_weights() -> None:
+@pytest.mark.parametrize("own_kernels", [False, True])
+def test_the_int4_product_is_that_of_the_weights(own_kernels: bool) -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (48, 2, 64), np.uint8)
     scales = rng.uniform(0.5, 2, (48, 2)).astype(np.float32)
     inputs = rng.normal(size=(5, 256)).astype(np.float32)
-    (outputs,) = probes.int4_product(values, scales, threads=1).run(None, {"x": inputs})
+    library = cpu_kernels.library() if own_kernels and cpu_kernels.library() and cpu_kernels.is_supported() else None
+    if own_kernels and library is None:
+        pytest.skip("our CPU kernels: not built, or this processor has no AVX-512 VNNI")
+    (outputs,) = probes.int4_product(values, scales, 1, library).run(None, {"x": inputs})
     nibbles = np.stack([values & 15, values >> 4], axis=-1).reshape(48, 2, 128).astype(np.float32) - 8
     exact = inputs @ (nibbles * scales[..., None]).reshape(48, 256).T
     error = np.abs(outputs - exact).max() / np.abs(exact).max()

@@ -48,6 +48,7 @@ class Run:
     """What was seen of a case."""
 
     case: Case
+    remark: str | None
     positions: int
     """Of the cache, that a step reads."""
     load_seconds: float
@@ -82,7 +83,8 @@ def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | 
             memory = _memory(loading.process, recorder.process)
             on_device = None if before is None else _memory(loading.device, recorder.device, before)
             spent = _energy(of_case, case, asked, times, gpu)
-            runs.append(Run(case, capacity or case.context, seconds, times, memory, on_device, spent))
+            positions, remark = capacity or case.context, fusion.device.remark
+            runs.append(Run(case, remark, positions, seconds, times, memory, on_device, spent))
     return runs
 
 
@@ -148,6 +150,7 @@ def measured(manifest: Manifest, run: Run, rates: Rates) -> Measured:
     step = stages["step"]
     return Measured(
         case=run.case,
+        remark=run.remark,
         load_seconds=run.load_seconds,
         stages=stages,
         first_token=summarize(times.first_token),

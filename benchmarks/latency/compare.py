@@ -124,6 +124,7 @@ def differences(before: Result, after: Result) -> list[str]:
         ("power mode", before.machine.power_mode, after.machine.power_mode),
         ("throttled", before.machine.throttled, after.machine.throttled),
         ("system", before.machine.system, after.machine.system),
+        ("remark", " ".join(views.remarks(before)), " ".join(views.remarks(after))),
     ]
     old, new = before.machine.versions, after.machine.versions
     pairs += [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from fusion_edge.benchmarks.latency.result import Rates
 from fusion_edge.benchmarks.latency.statistics import repeat, timed
+from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.cuda import Cuda, open_cuda
 from fusion_edge.runtime.errors import DeviceError
 
@@ -91,6 +93,8 @@ def multiplications(threads: int) -> float:
         (int4_product(values, scales, threads), inputs.astype(np.float32)),
         (int8_product(weights, threads), inputs),
     ]
+    if cpu_kernels.library() is not None and cpu_kernels.is_supported():
+        products.append((int4_product(values, scales, threads, cpu_kernels.library()), inputs.astype(np.float32)))
     medians = [
         statistics.median(repeat(partial(timed, partial(session.run, None, {"x": x})), SECONDS))
         for session, x in products
@@ -98,15 +102,16 @@ def multiplications(threads: int) -> float:
     return ROWS * INPUTS * OUTPUTS / min(medians)
 
 
-def int4_product(values: npt.NDArray[np.uint8], scales: Floats, threads: int) -> Any:
+def int4_product(values: npt.NDArray[np.uint8], scales: Floats, threads: int, library: Path | None = None) -> Any:
     """Session that multiplies ``x`` ``[M, K]`` float32, rounded to int8, with INT4 weights (MatMulNBits, level 4).
 
-    ``values`` ``[N, K / block, block / 2]``, ``scales`` ``[N, K / block]``.
+    ``values`` ``[N, K / block, block / 2]``, ``scales`` ``[N, K / block]``; ``library``: of kernels to take.
     """
     outputs, blocks, half = values.shape
     size = {"K": blocks * half * 2, "N": outputs, "bits": 4, "block_size": 2 * half}
     options = {"domain": "com.microsoft", "accuracy_level": 4, **size}
-    return _session("MatMulNBits", {"x": np.float32}, np.float32, {"w": values, "s": scales}, options, threads=threads)
+    weights: dict[str, npt.NDArray[Any]] = {"w": values, "s": scales}
+    return _session("MatMulNBits", {"x": np.float32}, np.float32, weights, options, threads=threads, library=library)
 
 
 def int8_product(weights: npt.NDArray[np.int8], threads: int) -> Any:
@@ -192,6 +197,7 @@ def _session(
     options: Mapping[str, Any] | None = None,
     provider: str = "CPUExecutionProvider",
     threads: int = 1,
+    library: Path | None = None,
 ) -> Any:
     """Session of one operator on matrices: ``inputs`` and then ``weights`` to ``y``."""
     import onnxruntime
@@ -212,4 +218,6 @@ def _session(
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = threads
     session_options.log_severity_level = 3
+    if library is not None:
+        session_options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(model, session_options, providers=[provider], enable_fallback=0)

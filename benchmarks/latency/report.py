@@ -75,6 +75,7 @@ def _warnings(result: Result) -> list[Markup]:
             f"The machine was too noisy{which}: some medians are not known to {LARGEST_ERROR:.0%}. Small differences "
             "mean nothing."
         )
+    texts += views.remarks(result)
     if result.machine.throttled:
         texts.append(f"Clocks were held down: {result.machine.throttled}.")
     return [element("p", text, class_="warning") for text in texts]

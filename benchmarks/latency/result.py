@@ -88,7 +88,7 @@ class Rates:
     bandwidth: float | None
     """Bytes a second: of a CPU those read from memory by all threads, of a GPU those read and written by a copy."""
     multiplications: float | None
-    """Multiply-adds a second of products of matrices: of a CPU the faster of INT4 and INT8, of a GPU float16."""
+    """Multiply-adds a second of products of matrices: of a CPU the fastest of INT4 and INT8, of a GPU float16."""
     not_measured: Mapping[str, str]
     """Why a rate is None, by its name."""
 
@@ -167,6 +167,8 @@ class Measured:
     """One case."""
 
     case: Case
+    remark: str | None
+    """Why the device is slower than it may be, such as kernels that are missing (runtime/devices.py)."""
     load_seconds: float
     """Of one load, from the disk or from what the system's memory still had of the files."""
     stages: Mapping[str, Summary]

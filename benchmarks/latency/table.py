@@ -96,7 +96,7 @@ def _figures(some: Sequence[Measured]) -> Iterator[list[str]]:
 
 
 def _notes(result: Result) -> list[str]:
-    notes = []
+    notes = [f"{remark}\n" for remark in views.remarks(result)]
     if any(one.interval is None for measured in result.measured for one in views.measures(measured).values()):
         notes.append(f"±?: fewer than {MINIMUM_COUNT} rounds, so how well the median is known is not.\n")
     if any(measured.is_noisy for measured in result.measured):

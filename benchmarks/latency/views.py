@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusion_edge.benchmarks.latency.result import BundleFacts, Case, Measured, Summary
+from fusion_edge.benchmarks.latency.result import BundleFacts, Case, Measured, Result, Summary
 
 STEP = "step"
 PREFILL = "prefill"
@@ -72,6 +72,12 @@ def _stages(measured: Measured, names: Sequence[str], total: Summary) -> list[tu
     stages = [(name, measured.stages[name].median) for name in names]
     rest = total.median - sum(seconds for _, seconds in stages)
     return [*stages, (OTHER, rest)] if rest > 0 else stages
+
+
+def remarks(result: Result) -> list[str]:
+    """Why devices were slower than they may be, with their names."""
+    told = [f"{one.case.device}: {one.remark}" for one in result.measured if one.remark is not None]
+    return list(dict.fromkeys(told))
 
 
 def bundle_name(bundle: BundleFacts) -> str:
