@@ -1,4 +1,4 @@
-"""CUDA through NVIDIA's ``cuda-bindings``: memory, copies, one stream, graphs. Every call is checked.
+"""CUDA through NVIDIA's ``cuda-bindings``: memory, copies, one stream, events, graphs. Every call is checked.
 
 Pointers are integers. No other file calls CUDA.
 """
@@ -92,6 +92,26 @@ class Cuda:
     def to_host(self, host: int, device: int, size: int, stream: int) -> None:
         """Copy to pinned host memory, in the stream's order."""
         self._call("cudaMemcpyAsync", host, device, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copy within device memory, in the stream's order."""
+        self._call("cudaMemcpyAsync", target, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream)
+
+    def event(self) -> Any:
+        """A new event: a mark in a stream's work that keeps the time."""
+        return self._call("cudaEventCreate")
+
+    def record(self, event: Any, stream: int) -> None:
+        """Have the device note the time when the stream's work so far is done."""
+        self._call("cudaEventRecord", event, stream)
+
+    def seconds_between(self, start: Any, end: Any) -> float:
+        """From one recorded event to a later one, both over: by the device's clock, to half a microsecond."""
+        return float(self._call("cudaEventElapsedTime", start, end)) / 1e3
+
+    def destroy_event(self, event: Any) -> None:
+        """End an event."""
+        self._call("cudaEventDestroy", event)
 
     def begin_capture(self, stream: int) -> None:
         """From here on work is recorded, not done."""

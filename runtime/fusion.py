@@ -180,7 +180,7 @@ class Fusion:
         sampling = Sampling() if sampling is None else sampling
         if not isinstance(sampling, Sampling):
             raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
-        length = self._query_length(query_length)
+        length = self.query_length(query_length)
         prompt = encode_prompt(self.tokenizer, self._template, history, question)
         self._check_length(prompt, length)
         picture = load_image(image, color)
@@ -191,7 +191,8 @@ class Fusion:
         """A conversation about one image."""
         return Conversation(self, load_image(image, color))
 
-    def _query_length(self, wanted: int | None) -> int:
+    def query_length(self, wanted: int | None = None) -> int:
+        """The wanted query length, or the bundle's first. Raises :class:`UsageError` for one that is not offered."""
         offered = self.manifest.query_lengths
         if wanted is not None and wanted not in offered:
             raise UsageError(

@@ -30,12 +30,15 @@ class Error(IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
+    cudaErrorInvalidResourceHandle = 400
+    cudaErrorNotReady = 600
     cudaErrorStreamCaptureInvalidated = 901
 
 
 class CopyKind(IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
 
 
 class CaptureMode(IntEnum):
@@ -56,6 +59,14 @@ class Allocation:
     size: int
     memory: Bytes
     is_freed: bool = False
+
+
+@dataclass(eq=False)
+class Event:
+    """A mark in a stream's work."""
+
+    clock: float | None = None
+    """Milliseconds; None until the stream comes to it."""
 
 
 @dataclass
@@ -85,6 +96,12 @@ class FakeCuda(ModuleType):
         self.allocations: dict[int, Allocation] = {}
         """By their pointers, also those that were freed."""
         self.streams: dict[int, Stream] = {}
+        self.events: list[Event] = []
+        """Those that were not destroyed."""
+        self.clock = 0.0
+        """Milliseconds. It stands still but for copies within the device."""
+        self.copy_rate = 1e6
+        """Bytes a millisecond that such a copy copies."""
         self.graphs: list[object] = []
         """Recordings and executables that were not destroyed."""
         self._capability = compute_capability
@@ -108,8 +125,9 @@ class FakeCuda(ModuleType):
     def check_all_freed(self) -> None:
         """Nothing is left behind."""
         left = [hex(pointer) for pointer, one in self.allocations.items() if not one.is_freed]
-        if left or self.streams or self.graphs:
-            raise Misuse(f"Left: memory at {left}, streams {list(self.streams)}, graphs {self.graphs}.")
+        if left or self.streams or self.events or self.graphs:
+            kept = f"streams {list(self.streams)}, events {self.events}, graphs {self.graphs}"
+            raise Misuse(f"Left: memory at {left}, {kept}.")
 
     def view(self, pointer: int, size: int, on_device: bool = True) -> Bytes:
         """Memory as bytes, all of which must lie in one allocation."""
@@ -195,14 +213,50 @@ class FakeCuda(ModuleType):
     def cudaMemcpyAsync(
         self, dst: int, src: int, count: int, kind: CopyKind, stream: int
     ) -> tuple[Error]:
-        to_device = kind == CopyKind.cudaMemcpyHostToDevice
+        on_device = {
+            CopyKind.cudaMemcpyHostToDevice: (True, False),
+            CopyKind.cudaMemcpyDeviceToHost: (False, True),
+            CopyKind.cudaMemcpyDeviceToDevice: (True, True),
+        }
+        target_on_device, source_on_device = on_device[kind]
 
         def copy() -> None:
-            self.view(dst, count, on_device=to_device)[...] = self.view(src, count, on_device=not to_device)
+            self.view(dst, count, target_on_device)[...] = self.view(src, count, source_on_device)
+            if kind == CopyKind.cudaMemcpyDeviceToDevice:
+                self.clock += count / self.copy_rate
 
-        for pointer, on_device in ((dst, to_device), (src, not to_device)):
-            self.view(pointer, count, on_device)
+        self.view(dst, count, target_on_device)
+        self.view(src, count, source_on_device)
         self.enqueue(stream, copy)
+        return (Error.cudaSuccess,)
+
+    def cudaEventCreate(self) -> tuple[Error, Event]:
+        event = Event()
+        self.events.append(event)
+        return Error.cudaSuccess, event
+
+    def cudaEventRecord(self, event: Event, stream: int) -> tuple[Error]:
+        if event not in self.events:
+            raise Misuse("An event is recorded after it was destroyed.")
+        event.clock = None
+
+        def note() -> None:
+            event.clock = self.clock
+
+        self.enqueue(stream, note)
+        return (Error.cudaSuccess,)
+
+    def cudaEventElapsedTime(self, start: Event, end: Event) -> tuple[Error, float | None]:
+        if start not in self.events or end not in self.events:
+            return Error.cudaErrorInvalidResourceHandle, None
+        if start.clock is None or end.clock is None:
+            return Error.cudaErrorNotReady, None
+        return Error.cudaSuccess, end.clock - start.clock
+
+    def cudaEventDestroy(self, event: Event) -> tuple[Error]:
+        if event not in self.events:
+            raise Misuse("An event is destroyed twice.")
+        self.events.remove(event)
         return (Error.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: CaptureMode) -> tuple[Error]:
@@ -271,5 +325,5 @@ class FakeCuda(ModuleType):
 
 GIVE_RESULTS = {
     *("cudaGetDeviceCount", "cudaMalloc", "cudaMallocHost", "cudaStreamCreate", "cudaStreamEndCapture"),
-    *("cudaGraphInstantiate", "cudaMemGetInfo", "cudaDeviceGetAttribute"),
+    *("cudaGraphInstantiate", "cudaMemGetInfo", "cudaDeviceGetAttribute", "cudaEventCreate", "cudaEventElapsedTime"),
 }

@@ -73,6 +73,9 @@ class FakeNvml:
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, value: Any) -> int:
         return self._answer("nvmlDeviceGetCurrentClocksThrottleReasons", handle, value)
 
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, value: Any) -> int:
+        return self._answer(f"nvmlDeviceGetClockInfo({kind})", handle, value)
+
     def _answer(self, name: str, handle: ctypes.c_void_p, value: Any) -> int:
         assert handle.value == 7
         if name not in self.answers:
@@ -81,8 +84,8 @@ class FakeNvml:
         return 0
 
 
-def gpu(is_integrated: bool = False, **answers: int) -> Gpu:
+def gpu(nvml: FakeNvml | None = None, is_integrated: bool = False, **answers: int) -> Gpu:
     """What is found with the two libraries."""
-    found = describe(FakeCuda(is_integrated=is_integrated), FakeNvml(answers))
+    found = describe(FakeCuda(is_integrated=is_integrated), nvml or FakeNvml(answers))
     assert found is not None
     return found

@@ -12,6 +12,7 @@ from fusion_edge.benchmarks.latency.result import (
     BundleFacts,
     Case,
     Energy,
+    Limit,
     Limits,
     Machine,
     Measured,
@@ -19,7 +20,7 @@ from fusion_edge.benchmarks.latency.result import (
     Rates,
     Result,
 )
-from fusion_edge.benchmarks.latency.statistics import summarize
+from fusion_edge.benchmarks.latency.statistics import is_known, summarize
 
 BANDWIDTH, MULTIPLICATIONS = 33.4e9, 4.9e11
 _STAGES = {
@@ -59,12 +60,13 @@ def measured(
     stages = {name: summarize(times(seconds, noise=noise, seed=next(seeds))) for name, seconds in share.items()}
     sampling = stages.pop("sampling")
     stages |= {"step": summarize(times(step, steps, noise, next(seeds))), "sampling": sampling}
-    further = sum(share[name] for name in ("vision of the question", "prefill", "sampling")) + 0.011
+    further = sum(share[name] for name in ("preprocess", "vision of the question", "prefill", "sampling")) + 0.011
     first = sum(share.values()) + 0.03
     multiplications = 3_700_000_000 * one.prompt_tokens
-    timeline = [(t / 4, 2.3e9 * min(1, (t + 1) / 30) + (3e8 if 60 < t < 90 else 0.0)) for t in range(240)]
+    timeline = [(t / 4, 2.3e9 + (3e8 if t % 30 > 20 else 0.0)) for t in range(240)]
     return Measured(
         case=one,
+        remark=None,
         load_seconds=5.3,
         stages=stages,
         first_token=summarize(times(first, noise=noise, seed=next(seeds))),
@@ -72,24 +74,26 @@ def measured(
         tokens_per_second=1 / (stages["step"].median + sampling.median),
         answer_seconds=summarize(times(first + one.new_tokens * step, noise=noise, seed=next(seeds))),
         jitter=stages["step"].p99 / stages["step"].median - 1,
-        is_noisy=any(summary.error > 0.03 for summary in stages.values()),
+        is_noisy=not all(map(is_known, stages.values())),
         limits=Limits(
-            step_bytes=step_bytes,
-            step_seconds=step_bytes / BANDWIDTH,
-            step_share=step_bytes / BANDWIDTH / stages["step"].median,
-            prefill_multiplications=multiplications,
-            prefill_seconds=multiplications / MULTIPLICATIONS,
-            prefill_share=multiplications / MULTIPLICATIONS / stages["prefill"].median,
+            step=limit(step_bytes, BANDWIDTH, stages["step"].median),
+            prefill=limit(multiplications, MULTIPLICATIONS, stages["prefill"].median),
         ),
         memory=Memory(
             loaded=2_300_000_000,
+            load_peak=2_450_000_000,
             steady=2_310_000_000,
             peak=2_600_000_000,
-            device=None,
             over_time=tuple(timeline),
         ),
+        device_memory=None,
         energy=Energy("ina3221", 8.4, 8.4 * 23, joules) if joules is not None else None,
     )
+
+
+def limit(needed: int, rate: float, seconds: float) -> Limit:
+    """Of a stage that takes so long."""
+    return Limit(needed, needed / rate, needed / rate / seconds)
 
 
 def result(
@@ -111,20 +115,26 @@ def result(
             gpu=None,
             power_mode=None,
             throttled=None,
+            clocks={"processor": (1.5e9, 3.4e9, 3.7e9)},
             system="Linux 6.1.0 x86_64, Debian 12",
             versions={"python": "3.11.9", "onnxruntime": "1.23.0", "numpy": "2.2.1"},
         ),
-        rates=Rates(BANDWIDTH, MULTIPLICATIONS),
+        rates={one.case.device: Rates(BANDWIDTH, MULTIPLICATIONS, {}) for one in cases or [measured(case())]},
         measured=(measured(case()),) if cases is None else tuple(cases),
     )
 
 
 def on_gpu() -> Result:
-    """With what only a GPU tells, without limits, and a machine that was too hot."""
-    one = measured(case(device="cuda"), speed=20, joules=0.53)
-    on_cpu = result([replace(one, limits=None, memory=replace(one.memory, device=2_700_000_000))])
+    """With what only a GPU tells, whose rate of products was not measured, and a machine that was too hot."""
+    one = measured(case(device="tensorrt"), speed=20, joules=0.53)
+    over_time = ((0.0, 2.6e9), (3.0, 2.7e9), (9.0, 2.65e9))
+    memory = Memory(2_600_000_000, 2_900_000_000, 2_650_000_000, 2_700_000_000, over_time)
+    step = limit(one.limits.step.needed, 20 * BANDWIDTH, one.stages["step"].median)
+    limits = Limits(step, Limit(one.limits.prefill.needed, None, None))
+    on_cpu = result([replace(one, limits=limits, device_memory=memory)])
     machine = replace(on_cpu.machine, gpu="NVIDIA Orin", power_mode="MAXN", throttled="thermal")
-    return replace(on_cpu, machine=machine)
+    rates = {"tensorrt": Rates(20 * BANDWIDTH, None, {"multiplications": "An engine would be needed."})}
+    return replace(on_cpu, machine=machine, rates=rates)
 
 
 def of_few_stages() -> Result:

@@ -79,7 +79,7 @@ def test_the_module_has_what_is_stood_in_for(tensorrt_rtx: ModuleType) -> None:
 
 def test_cuda(cuda: ModuleType) -> None:
     functions = [name for name in vars(FakeCuda) if re.match("cuda[A-Z]", name)]
-    assert len(functions) == 19
+    assert len(functions) == 23
     for name in functions:
         wanted = parameters(vars(FakeCuda)[name])
         assert list(inspect.signature(getattr(cuda, name)).parameters) == wanted

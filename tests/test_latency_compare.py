@@ -125,6 +125,8 @@ def test_few_repeats_give_no_verdict() -> None:
     comparison = first_token(with_first_tokens(*[1.0] * 6), with_first_tokens(*[2.0] * 50))
     assert (comparison.ratio, comparison.interval, comparison.verdict) == (2, None, UNKNOWN)
     assert fail_above([comparison], 0) == []
+    (line,) = differences(with_first_tokens(*[1.0] * 6), samples.result())
+    assert line == "1 medians have too few repeats before to be judged: measure for more --seconds"
 
 
 def test_what_differs_is_named() -> None:
@@ -139,10 +141,10 @@ def test_what_differs_is_named() -> None:
     assert "numpy differs: 2.2.1 before, none after" in lines
     assert f"only before: {views.case_name(CASE)}" in lines
     assert f"only after: {views.case_name(samples.case(context=7))}" in lines
+    remarked = samples.result([replace(samples.measured(CASE), remark="No kernels.")])
+    assert differences(before, remarked) == ["remark differs: none before, cpu: No kernels. after"]
     busy = replace(before, machine=replace(before.machine, load_average=1.2))
     assert differences(before, busy) == ["other programs may have run after: a load of 1.20 on 2 cores at the start"]
-    assert compare(before, after) == []
-    assert text([]) == "no case is in both results\n"
     assert differences(before, before) == []
 
 
@@ -180,6 +182,8 @@ def test_table_and_json() -> None:
 
 def test_results_that_cannot_be_compared() -> None:
     one = samples.measured(CASE)
+    with pytest.raises(FusionError, match=r"no case in common.*context 1,000 and cpu, .*context 7"):
+        compare(samples.result([one]), samples.result([samples.measured(samples.case(context=7))]))
     with pytest.raises(FusionError, match=r"same case twice: cpu, threads 2.*expected every case once"):
         compare(samples.result([one, one]), samples.result([one]))
     with pytest.raises(FusionError, match=r"'first token' of cpu, threads 2.* has a time of 0; expected times above 0"):

@@ -14,9 +14,8 @@ import pytest
 from fake_nvidia import FakeCuda, FakeNvml, gpu
 
 from fusion_edge.benchmarks.latency import machine, memory, nvidia
-from fusion_edge.benchmarks.latency.machine import describe, machine_facts
+from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
 from fusion_edge.benchmarks.latency.memory import MemoryRecorder, device_memory
-from fusion_edge.benchmarks.latency.throttling import ThrottleWatch
 
 X86 = "processor\t: 0\nmodel name\t: AMD Ryzen 9\n\nprocessor\t: 1\nmodel name\t: AMD Ryzen 9\n"
 ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n"
@@ -52,7 +51,7 @@ def _no_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_desktop(tmp_path: Path) -> None:
     root = tree(tmp_path, {"proc/cpuinfo": X86} | governors("powersave"))
-    facts = describe(gpu(nvmlDeviceGetEnforcedPowerLimit=450_000), root)
+    facts = machine_facts(gpu(nvmlDeviceGetEnforcedPowerLimit=450_000), root)
     assert facts.processor == "AMD Ryzen 9"
     assert facts.memory == 8000 * 1024
     assert facts.cores == len(os.sched_getaffinity(0))
@@ -67,7 +66,7 @@ def test_a_desktop(tmp_path: Path) -> None:
 
 
 def test_a_machine_in_a_cloud(tmp_path: Path) -> None:
-    facts = describe(None, tree(tmp_path, {"proc/cpuinfo": X86}))
+    facts = machine_facts(None, tree(tmp_path, {"proc/cpuinfo": X86}))
     assert (facts.governor, facts.gpu, facts.power_mode, facts.throttled) == (None, None, None, None)
     assert not {"driver", "cuda driver", "jetson linux", "tensorrt"} & set(facts.versions)
 
@@ -75,7 +74,8 @@ def test_a_machine_in_a_cloud(tmp_path: Path) -> None:
 def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(tmp_path, "nvpmodel", "print('NV Fan Mode:quiet\\nNV Power Mode: MAXN_SUPER\\n2')", monkeypatch)
     board = {"proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0", "etc/nv_tegra_release": RELEASE}
-    facts = describe(gpu(is_integrated=True), tree(tmp_path, {"proc/cpuinfo": ARM} | board | governors("schedutil")))
+    root = tree(tmp_path, {"proc/cpuinfo": ARM} | board | governors("schedutil"))
+    facts = machine_facts(gpu(is_integrated=True), root)
     assert facts.processor == "NVIDIA Jetson Orin Nano Developer Kit"
     assert facts.power_mode == "MAXN_SUPER"
     assert facts.gpu == "Orin"
@@ -85,12 +85,12 @@ def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_cores_with_different_governors(tmp_path: Path) -> None:
     root = tree(tmp_path, {"proc/cpuinfo": X86} | governors("schedutil", "performance"))
-    assert describe(None, root).governor == "performance, schedutil"
+    assert machine_facts(None, root).governor == "performance, schedutil"
 
 
 @pytest.mark.parametrize(("cpuinfo", "name"), [(ARM, "implementer 0x41, part 0xd42"), ("", os.uname().machine)])
 def test_a_processor_without_a_name(tmp_path: Path, cpuinfo: str, name: str) -> None:
-    assert describe(None, tree(tmp_path, {"proc/cpuinfo": cpuinfo})).processor.endswith(name)
+    assert machine_facts(None, tree(tmp_path, {"proc/cpuinfo": cpuinfo})).processor.endswith(name)
 
 
 @pytest.mark.parametrize("script", ["import time; time.sleep(60)", "raise SystemExit('NVPM ERROR')"])
@@ -98,12 +98,12 @@ def test_a_tool_that_hangs_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "COMMAND_TIMEOUT", 0.3)
     command(tmp_path, "nvpmodel", script, monkeypatch)
     started = time.perf_counter()
-    assert describe(None, tree(tmp_path, {"proc/cpuinfo": X86})).power_mode is None
+    assert machine_facts(None, tree(tmp_path, {"proc/cpuinfo": X86})).power_mode is None
     assert time.perf_counter() - started < 5
 
 
 def test_this_machine() -> None:
-    facts = machine_facts("cpu")
+    facts = machine_facts(None)
     assert facts.processor
     assert facts.memory > 1 << 28
     assert facts.gpu is None
@@ -134,14 +134,33 @@ def test_throttling_is_what_happens_in_between(tmp_path: Path) -> None:
     tree(tmp_path, {core: "4\n", current: "37\n"})
     answers = {"nvmlDeviceGetCurrentClocksThrottleReasons": 0x01}
     found = gpu()
-    with ThrottleWatch(replace(found, nvml=FakeNvml(answers)), tmp_path) as watch:
-        assert watch.reasons is None
+    with ClockWatch(replace(found, nvml=FakeNvml(answers)), tmp_path) as watch:
+        assert watch.throttled is None
         tree(tmp_path, {current: "38\n"})
         answers["nvmlDeviceGetCurrentClocksThrottleReasons"] = 0x40
-    assert watch.reasons == "GPU too hot: slowed down by hardware, current above the board's limit"
-    with ThrottleWatch(None, tmp_path) as watch:
+    assert watch.throttled == "GPU too hot: slowed down by hardware, current above the board's limit"
+    with ClockWatch(None, tmp_path) as watch:
         tree(tmp_path, {core: "5\n"})
-    assert watch.reasons == "CPU too hot"
+    assert watch.throttled == "CPU too hot"
+
+
+def test_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    paths = [f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in cores]
+    tree(tmp_path, dict.fromkeys(paths, "1500000\n") | {"sys/class/devfreq/17000000.gpu/cur_freq": "612000000\n"})
+    answers = {"nvmlDeviceGetClockInfo(1)": 210}
+    found = replace(gpu(), nvml=FakeNvml(answers))
+    with ClockWatch(found, tmp_path) as watch:
+        tree(tmp_path, {paths[-1]: "2000000\n"})
+        answers["nvmlDeviceGetClockInfo(1)"] = 1980
+    assert watch.clocks == {
+        "processor": (1.5e9, 1.75e9, 2e9),
+        "17000000.gpu": (6.12e8, 6.12e8, 6.12e8),
+        "gpu": (2.1e8, 1.095e9, 1.98e9),
+    }
+    with ClockWatch(None, tmp_path / "nothing") as watch:
+        pass
+    assert watch.clocks == {}
 
 
 def test_memory_of_the_process() -> None:
@@ -154,8 +173,8 @@ def test_memory_of_the_process() -> None:
         held = memory.resident()
         block.close()
     assert held - before > 0.9 * size
-    assert recorder.peak - before > 0.9 * size
-    seconds, sizes = zip(*recorder.over_time, strict=True)
+    assert recorder.process.largest - before > 0.9 * size
+    seconds, sizes = zip(*recorder.process.pairs, strict=True)
     assert len(sizes) >= 3
     assert sorted(seconds) == list(seconds)
     assert max(sizes) - sizes[0] > 0.9 * size
@@ -169,14 +188,17 @@ def test_a_peak_is_counted_anew() -> None:
     before = memory.peak()
     with MemoryRecorder() as recorder:
         pass
-    assert before - recorder.peak > 0.7 * size
+    assert before - recorder.process.largest > 0.7 * size
+    with mmap.mmap(-1, size) as block:
+        block.write(b"\1" * size)
+    assert memory.peak() - recorder.process.largest > 0.7 * size  # what came later is not of the recorder's time
 
 
 def test_a_kernel_that_cannot_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "RESET", tmp_path / "missing" / "clear_refs")
     with MemoryRecorder() as recorder:
         pass
-    assert recorder.peak == max(size for _, size in recorder.over_time)
+    assert recorder.process.largest == max(size for _, size in recorder.process.pairs)
 
 
 def test_a_long_record_is_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,11 +207,22 @@ def test_a_long_record_is_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
     first = recorder.interval
     for second in range(20):
         recorder.sample(float(second))
-    seconds = [second for second, _ in recorder.over_time]
+    seconds = [second for second, _ in recorder.process.pairs]
     assert len(seconds) <= 8
     assert seconds[0] == 0
     assert seconds[-1] == 19
     assert recorder.interval == 8 * first
+
+
+def test_memory_of_a_gpu_over_time() -> None:
+    answers = {"nvmlDeviceGetMemoryInfo": 5_000}
+    with MemoryRecorder(replace(gpu(), nvml=FakeNvml(answers))) as recorder:
+        answers["nvmlDeviceGetMemoryInfo"] = 9_000
+        time.sleep(0.15)
+        del answers["nvmlDeviceGetMemoryInfo"]  # a driver that has no answer for once
+    assert recorder.device.largest == 9_000
+    assert recorder.device.pairs[0] == (recorder.process.pairs[0][0], 5_000)
+    assert len(recorder.device.pairs) < len(recorder.process.pairs)
 
 
 def test_memory_of_a_gpu(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import shutil
 import subprocess
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import pytest
 from PIL import Image
 
 from fusion_edge.benchmarks.latency import report, table, views
-from fusion_edge.benchmarks.latency.charts import Axis
-from fusion_edge.benchmarks.latency.markup import Markup, element
-from fusion_edge.benchmarks.latency.result import Case, Result, read_result
+from fusion_edge.benchmarks.latency import result as result_module
+from fusion_edge.benchmarks.latency.charts import Axis, Markup, element
+from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, Case, Result, read_result
 from fusion_edge.benchmarks.latency.statistics import summarize
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome-headless-shell")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+ROOT = Path(__file__).parents[1]
 HOSTILE = '<script src="//x">&"\''
 VOID = {"meta", "link"}
 
@@ -112,10 +114,10 @@ def test_charts_of_a_case() -> None:
     assert [kind for kind in kinds if kind == "segment sky"] == ["segment sky"]  # the image's vision, in the first only
     titles = ["To the first token", "Steps over time", "Distribution of a step", "Memory of the process"]
     assert [text for text in page.texts if text in titles] == titles
-    limits = measured.limits
-    assert limits is not None
-    assert f"limit {views.duration(limits.step_seconds)}" in page.texts
-    assert f"{limits.step_share:.0%}" in page.texts
+    step = measured.limits.step
+    assert step.seconds is not None
+    assert f"limit {views.duration(step.seconds)}" in page.texts
+    assert f"{step.share:.0%}" in page.texts
     assert "A step over context" not in page.texts
     assert "A step over context" in Page(report.html(samples.matrix())).texts
 
@@ -126,6 +128,25 @@ def test_steps_that_are_left_out_of_a_plot_are_told() -> None:
     slow = replace(one, stages={**one.stages, "step": summarize(values)})
     text = Page(report.html(samples.result([slow]))).text
     assert "Above the plot: 1 of 401 steps; the slowest took 1.50 s." in text
+
+
+def test_a_limit_that_was_not_measured_says_why() -> None:
+    result = samples.on_gpu()
+    page = Page(report.html(result))
+    assert "not measured" in page.texts
+    assert "Memory of the GPU" in page.texts
+    assert "Prefill needs 3.33 TMAC (multiply-adds). An engine would be needed." in page.texts
+    assert not [text for text in page.texts if text.startswith("limit of prefill")]
+    text = table.text(result)
+    assert "probed on tensorrt: 668 GB/s of memory, no multiplications (An engine would be needed.)" in text
+    assert "GPU memory, peak" in text
+    assert "prefill limit" not in text
+
+
+def test_a_remark_is_told() -> None:
+    result = samples.result([replace(samples.measured(samples.case()), remark="Kernels are missing.")])
+    assert "cpu: Kernels are missing." in Page(report.html(result)).texts
+    assert "cpu: Kernels are missing.\n" in table.text(result)
 
 
 def test_names_are_escaped() -> None:
@@ -160,9 +181,11 @@ def test_durations_have_three_digits(seconds: float, text: str) -> None:
 
 
 def test_few_values_have_no_error() -> None:
-    assert views.error(summarize([1.0] * 6)) == "n=6"
+    assert views.error(summarize([1.0] * 6)) == "±?"
+    assert views.error(summarize([1.0] * 12, rounds=6)) == "±?"
     assert views.error(summarize([0.98, 1.0, 1.0, 1.0, 1.0, 1.0, 1.02])) == "±2.0%"
-    assert "n=3" in table.text(samples.of_few_stages())
+    assert "±?: fewer than 7 rounds" in table.text(samples.of_few_stages())
+    assert "±?" not in table.text(samples.result())
 
 
 def test_cases_are_named_by_every_option() -> None:
@@ -177,13 +200,19 @@ def test_cases_are_named_by_every_option() -> None:
 @pytest.mark.parametrize("width", [40, 100, 300])
 def test_table_fits_the_terminal(result: Result, width: int) -> None:
     text = table.text(result, width)
-    tables = text.split("\n\n", 1)[1].split("machine too noisy")[0]
-    assert max(map(len, tables.splitlines())) <= width
+    tables = text.split("\n\n", 1)[1].split("±?:")[0].split("machine too noisy")[0]
+    assert max(map(len, tables.splitlines())) <= (width if len(result.measured) > 1 else 100)
     for measured in result.measured:
-        for summary in views.measures(measured).values():
-            assert f"{views.duration(summary.median)} {views.error(summary):>6}" in text
-        if measured.limits is not None:
-            assert f"{views.duration(measured.limits.step_seconds)} ({measured.limits.step_share:.0%})" in text
+        for name, one in views.measures(measured).items():
+            if len(result.measured) == 1:
+                times = [views.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
+                row = f"{name} {times[0]} {views.error(one)} {' '.join(times[1:])} {one.count:,}"
+                assert row in [" ".join(line.split()) for line in tables.splitlines()]
+            else:
+                assert f"{views.duration(one.median)} {views.error(one):>6}" in text
+        step = measured.limits.step
+        assert step.seconds is not None
+        assert f"{views.duration(step.seconds)} ({step.share:.0%})" in text
     assert text.count("  too noisy") == sum(measured.is_noisy for measured in result.measured)
     assert ("machine too noisy:" in text) == any(measured.is_noisy for measured in result.measured)
 
@@ -195,15 +224,27 @@ def test_csv_has_a_row_for_each_case_and_stage(result: Result) -> None:
     for row, (measured, name) in zip(rows, wanted, strict=True):
         summary = views.measures(measured)[name]
         assert (row["stage"], row["context"]) == (name, str(measured.case.context))
-        assert (float(row["median"]), float(row["interval_high"])) == (summary.median, summary.interval[1])
+        assert float(row["median"]) == summary.median
+        assert row["interval_high"] == ("" if summary.interval is None else str(summary.interval[1]))
         assert row["is_noisy"] == str(measured.is_noisy)
-        assert row["memory_device"] == ("" if measured.memory.device is None else str(measured.memory.device))
+        assert row["memory_peak"] == str(measured.memory.peak)
+        assert row["device_memory_peak"] == ("" if measured.device_memory is None else str(measured.device_memory.peak))
 
 
 def test_sample_survives_its_file(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(result.to_text(), encoding="utf-8")
     assert report.html(read_result(path)) == report.html(result)
+
+
+def test_the_schema_is_of_its_version() -> None:
+    """After a change of a field raise the version (result.py, docs/fusion-bench.md) and write the new digest here."""
+    classes = [kind for kind in vars(result_module).values() if isinstance(kind, type) and is_dataclass(kind)]
+    lines = [f"{kind.__name__}.{field.name}: {field.type}" for kind in classes for field in fields(kind)]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert (SCHEMA_VERSION, digest[:16]) == (2, "17bffd06023250a2")
+    text = (ROOT / "docs" / "fusion-bench.md").read_text(encoding="utf-8")
+    assert f"`schema_version` is {SCHEMA_VERSION}." in text
 
 
 @pytest.fixture(params=[360, 1200], ids=["phone", "desktop"])

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from fusion_edge.benchmarks.latency import energy
 from fusion_edge.benchmarks.latency.limits import limits
-from fusion_edge.benchmarks.latency.memory import MemoryRecorder, device_memory, resident
+from fusion_edge.benchmarks.latency.memory import MemoryRecorder, Timeline, device_memory
 from fusion_edge.benchmarks.latency.nvidia import Gpu
 from fusion_edge.benchmarks.latency.result import Case, Energy, Measured, Memory, Rates
-from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, measure, prefill_and_step, question
+from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, measure, prefill, question, run_steps
 from fusion_edge.benchmarks.latency.statistics import summarize
-from fusion_edge.benchmarks.latency.system_files import ROOT
+from fusion_edge.benchmarks.latency.system import ROOT
 from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle import Bundle
-from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.bundle import Bundle, Manifest
 from fusion_edge.runtime.progress import Progress
+from fusion_edge.runtime.sampling import Sampler, Sampling
 
-ENERGY_SECONDS = energy.SHORTEST_WINDOW + 1
+ENERGY_SECONDS = energy.SHORTEST_WINDOW + 2
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What to measure; tuples make a matrix. 0 positions and no lengths are the bundle's or the question's own."""
 
-    picture: bytes
-    """A picture's file."""
+    picture: Path
+    """Its file."""
     ask: str | None = None
     prompt_tokens: tuple[int, ...] = (0,)
     new_tokens: tuple[int, ...] = (32,)
@@ -41,37 +43,54 @@ class Wanted:
     """Seconds that a case goes on whatever is known."""
 
 
-def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, rates: Rates, gpu: Gpu | None) -> list[Measured]:
-    """Every case on a device. Raises :class:`UsageError` for a case that the bundle cannot have, before any is run."""
+@dataclass(frozen=True)
+class Run:
+    """What was seen of a case."""
+
+    case: Case
+    remark: str | None
+    positions: int
+    """Of the cache, that a step reads."""
+    load_seconds: float
+    times: Times
+    memory: Memory
+    device_memory: Memory | None
+    energy: Energy | None
+
+
+def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | None) -> list[Run]:
+    """Every case on a device. Raises :class:`UsageError` for one that the bundle cannot have, before any is run."""
     before = None if gpu is None else device_memory(gpu)
-    with MemoryRecorder() as recorder:
+    with MemoryRecorder(gpu) as loading:
         started = time.perf_counter()
-        with load(bundle.folder, device=device, threads=threads) as fusion:
-            load_seconds, loaded = time.perf_counter() - started, resident()
-            gpu = None if fusion.device.name == "cpu" else gpu
-            cases = [
-                question(for_case(fusion, case), case, wanted.picture, wanted.ask)
-                for case in _cases(fusion, threads, wanted)
-            ]
-            measured = []
-            for number, (asked, case) in enumerate(cases, 1):
-                label = f"Measuring on {case.device}, {number} of {len(cases)}"
-                times = _times(for_case(fusion, case), case, asked, wanted, label)
-                used = None if gpu is None or before is None else (device_memory(gpu) or 0) - before
-                history = tuple((seconds, float(size)) for seconds, size in recorder.over_time)
-                memory = Memory(loaded, resident(), recorder.peak, used, history)
-                spent = _energy(for_case(fusion, case), case, asked, gpu)
-                measured.append(_measured(fusion, case, times, load_seconds, memory, rates, spent))
-    return measured
+        fusion = load(bundle.folder, device=device, threads=threads)
+        seconds = time.perf_counter() - started
+    with fusion:
+        if fusion.device.name == "cpu":
+            gpu = before = None
+        cases = [
+            question(for_case(fusion, case), case, wanted.picture, wanted.ask)
+            for case in _cases(fusion, threads, wanted)
+        ]
+        # TensorRT's attention reads the whole cache, whose mask hides what is not used.
+        capacity = fusion.max_context if fusion.device.name.startswith("tensorrt") else None
+        runs = []
+        for number, (asked, case) in enumerate(cases, 1):
+            label = f"Measuring on {case.device}, {number} of {len(cases)}"
+            of_case = for_case(fusion, case)
+            with MemoryRecorder(gpu) as recorder:
+                times = _times(of_case, case, asked, wanted, label)
+            memory = _memory(loading.process, recorder.process)
+            on_device = None if before is None else _memory(loading.device, recorder.device, before)
+            spent = _energy(of_case, case, asked, times, gpu)
+            positions, remark = capacity or case.context, fusion.device.remark
+            runs.append(Run(case, remark, positions, seconds, times, memory, on_device, spent))
+    return runs
 
 
 def _cases(fusion: Fusion, threads: int, wanted: Wanted) -> Iterator[Case]:
-    manifest = fusion.manifest
-    lengths = wanted.query_lengths or manifest.query_lengths[:1]
-    if unknown := set(lengths) - set(manifest.query_lengths):
-        offered = ", ".join(map(str, manifest.query_lengths))
-        raise UsageError(f"Query length {min(unknown)} is not offered by this bundle; choose from {offered}.")
-    images = wanted.image_tokens or (manifest.image_side**2,)
+    lengths = [fusion.query_length(length) for length in wanted.query_lengths or (None,)]
+    images = wanted.image_tokens or (fusion.manifest.image_side**2,)
     matrix = product(lengths, images, wanted.prompt_tokens, wanted.new_tokens, wanted.context)
     for query_length, image_tokens, prompt_tokens, new_tokens, context in dict.fromkeys(matrix):
         yield Case(
@@ -83,6 +102,17 @@ def _cases(fusion: Fusion, threads: int, wanted: Wanted) -> Iterator[Case]:
             new_tokens=new_tokens,
             context=context,
         )
+
+
+def _memory(loading: Timeline, case: Timeline, before: int = 0) -> Memory:
+    """``before``: bytes that were in use without the bundle, which do not count."""
+    return Memory(
+        loaded=int(loading.pairs[-1][1]) - before,
+        load_peak=loading.largest - before,
+        steady=int(case.pairs[-1][1]) - before,
+        peak=case.largest - before,
+        over_time=tuple((seconds, size - before) for seconds, size in case.pairs),
+    )
 
 
 def _times(fusion: Fusion, case: Case, asked: Question, wanted: Wanted, label: str) -> Times:
@@ -101,42 +131,36 @@ def _times(fusion: Fusion, case: Case, asked: Question, wanted: Wanted, label: s
         return measure(fusion, case, asked, after_round)
 
 
-def _energy(fusion: Fusion, case: Case, asked: Question, gpu: Gpu | None) -> Energy | None:
-    """Of prompts and their steps, a window long."""
-    if not energy.sources(gpu, ROOT):
+def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu | None) -> Energy | None:
+    """Of steps alone, as many as last for a window."""
+    seconds = times.summary("step").median + times.summary("sampling").median
+    steps = min(math.ceil(ENERGY_SECONDS / seconds), fusion.max_context - case.context)
+    if not energy.sources(gpu, ROOT) or steps * seconds < energy.SHORTEST_WINDOW:
         return None
-    tokens = 0
+    prefill(fusion, case, asked, steps)
     with energy.EnergyMeter(gpu) as meter:
-        end = time.perf_counter() + ENERGY_SECONDS
-        while time.perf_counter() < end:
-            prefill_and_step(fusion, case, asked)
-            tokens += case.new_tokens
-    return meter.energy(tokens)
+        run_steps(fusion, steps, Sampler(Sampling()), Times())
+    return meter.energy(steps)
 
 
-def _measured(
-    fusion: Fusion,
-    case: Case,
-    times: Times,
-    load_seconds: float,
-    memory: Memory,
-    rates: Rates,
-    spent: Energy | None,
-) -> Measured:
-    stages = {name: summarize(values) for name, values in times.stages.items()}
-    step, sampling = stages["step"], stages["sampling"]
-    prefill = stages["prefill"].median
+def measured(manifest: Manifest, run: Run, rates: Rates) -> Measured:
+    """Beside what the device reaches by its probe, which needs the memory that the bundle had, so it comes after."""
+    times = run.times
+    stages = {name: times.summary(name) for name in times.stages}
+    step = stages["step"]
     return Measured(
-        case=case,
-        load_seconds=load_seconds,
+        case=run.case,
+        remark=run.remark,
+        load_seconds=run.load_seconds,
         stages=stages,
         first_token=summarize(times.first_token),
         further_first_token=summarize(times.further_first_token),
-        tokens_per_second=1 / (step.median + sampling.median),
+        tokens_per_second=1 / (step.median + stages["sampling"].median),
         answer_seconds=summarize(times.answer),
         jitter=step.p99 / step.median - 1,
         is_noisy=not times.all_known,
-        limits=limits(fusion.manifest, case, rates, step.median, prefill) if case.device == "cpu" else None,
-        memory=memory,
-        energy=spent,
+        limits=limits(manifest, run.case, run.positions, rates, step.median, stages["prefill"].median),
+        memory=run.memory,
+        device_memory=run.device_memory,
+        energy=run.energy,
     )

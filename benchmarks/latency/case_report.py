@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fusion_edge.benchmarks.latency import charts, views
-from fusion_edge.benchmarks.latency.markup import Markup, element, join
-from fusion_edge.benchmarks.latency.result import Limits, Measured, Rates, Summary
+from fusion_edge.benchmarks.latency.charts import Markup, element, join
+from fusion_edge.benchmarks.latency.result import Limit, Limits, Measured, Memory, Rates, Result, Summary
 from fusion_edge.benchmarks.latency.statistics import percentile
 from fusion_edge.runtime import cli
 
@@ -27,8 +27,8 @@ _POINTS = 200  # of a curve; more cannot be seen
 
 def headline(measured: Measured, bundle_size: int) -> Markup:
     """The four figures that are quoted."""
-    limits, memory = measured.limits, measured.memory
-    device = f", {cli.size(memory.device)} on the GPU" if memory.device is not None else ""
+    step, memory, on_gpu = measured.limits.step, measured.memory, measured.device_memory
+    device = f", {cli.size(on_gpu.peak)} on the GPU" if on_gpu is not None else ""
     energy = f", {views.three_digits(measured.energy.joules_a_token)} J a token" if measured.energy else ""
     cards = [
         (
@@ -44,7 +44,7 @@ def headline(measured: Measured, bundle_size: int) -> Markup:
         (
             "Tokens a second",
             views.three_digits(measured.tokens_per_second),
-            (f"{limits.step_share:.0%} of the bandwidth limit" if limits else "one-token steps") + energy,
+            (f"{step.share:.0%} of the bandwidth limit" if step.share is not None else "one-token steps") + energy,
         ),
         (
             "Peak memory",
@@ -65,13 +65,14 @@ def _card(name: str, value: str, note: str) -> Markup:
     )
 
 
-def details(measured: Measured, bundle_size: int, rates: Rates) -> Markup:
-    """All charts and tables of the case."""
+def details(measured: Measured, result: Result) -> Markup:
+    """All charts and tables of a case of the result."""
+    bundle_size, rates = result.bundle.size, result.rates[measured.case.device]
     step = measured.stages[views.STEP]
     figures = [
-        _step_over_time(step, measured.limits),
+        _step_over_time(step, measured.limits.step),
         _distribution(step),
-        _memory(measured, bundle_size),
+        *_memory(measured, bundle_size),
         _rates(measured, rates),
     ]
     return join(
@@ -90,7 +91,7 @@ def _to_first_token(measured: Measured) -> Markup:
         ("Further question about it", views.further_question(measured), measured.further_first_token),
     ]
     largest = max(sum(seconds for _, seconds in stages) for _, stages, _ in rows)
-    limit = measured.limits.prefill_seconds if measured.limits else None
+    limit = measured.limits.prefill.seconds
     parts = [element("h3", "To the first token")]
     for title, stages, total in rows:
         segments = [
@@ -124,16 +125,16 @@ def legend(names: Iterable[tuple[str, str]]) -> Markup:
     )
 
 
-def _step_over_time(step: Summary, limits: Limits | None) -> Markup:
+def _step_over_time(step: Summary, limit: Limit) -> Markup:
     top = min(step.largest, _LARGEST_STEP * step.median)
-    y = charts.Axis(0, 1.1 * max(top, limits.step_seconds if limits else 0), time_format(top))
+    y = charts.Axis(0, 1.1 * max(top, limit.seconds or 0), time_format(top))
     x = charts.Axis(0, max(step.count - 1, 1), lambda value: f"{value:,.0f}", "steps, in the order measured")
     marks = [charts.Mark(step.median, f"median {views.duration(step.median)}", "median")]
     note = ""
-    if limits is not None:
-        text = f"limit {views.duration(limits.step_seconds)}"
-        marks.append(charts.Mark(limits.step_seconds, text, "limit", is_below=True))
-        note = f"The limit is what the memory's bandwidth allows; {limits.step_share:.0%} of it is reached."
+    if limit.seconds is not None:
+        text = f"limit {views.duration(limit.seconds)}"
+        marks.append(charts.Mark(limit.seconds, text, "limit", is_below=True))
+        note = f"The limit is what the memory's bandwidth allows; {limit.share:.0%} of it is reached."
     beyond, slowest = sum(value > y.largest for value in step.values), views.duration(step.largest)
     if beyond:
         note += f" Above the plot: {beyond} of {step.count:,} steps; the slowest took {slowest}."
@@ -156,28 +157,35 @@ def _distribution(step: Summary) -> Markup:
     return _figure("Distribution of a step", charts.histogram(step.values, axis, marks, note), note)
 
 
-def _memory(measured: Measured, bundle_size: int) -> Markup:
+def _memory(measured: Measured, bundle_size: int) -> Iterator[Markup]:
+    """Of the process, and of the GPU if there is one."""
     memory = measured.memory
+    note = (
+        f"Loaded {cli.size(memory.loaded)} in {views.duration(measured.load_seconds)}, with up to "
+        f"{cli.size(memory.load_peak)} meanwhile; {cli.size(memory.steady)} at the end."
+    )
+    yield _memory_over_time("Memory of the process", memory, bundle_size, note)
+    if measured.device_memory is not None:
+        device = measured.device_memory
+        note = f"Loaded {cli.size(device.loaded)}; {cli.size(device.steady)} at the end."
+        yield _memory_over_time("Memory of the GPU", device, bundle_size, note)
+
+
+def _memory_over_time(title: str, memory: Memory, bundle_size: int, note: str) -> Markup:
     points = _buckets([(pair[0], pair[1]) for pair in memory.over_time])
     y = charts.Axis(0, 1.15 * max(memory.peak, bundle_size), lambda value: views.rate(value, "B"))
-    x = charts.Axis(0, max([1e-3, *(point[0] for point in points)]), time_format(60.0), "since the start")
+    longest = max([1e-3, *(point[0] for point in points)])
+    x = charts.Axis(0, longest, time_format(longest), "since the case began")
     marks = [
         charts.Mark(memory.peak, f"peak {cli.size(memory.peak)}", "quantile"),
         charts.Mark(bundle_size, f"the bundle's size {cli.size(bundle_size)}", "limit", is_below=True),
     ]
-    note = (
-        f"Loaded {cli.size(memory.loaded)} in {views.duration(measured.load_seconds)}, "
-        f"{cli.size(memory.steady)} at the end."
-    )
-    if memory.device is not None:
-        note += f" {cli.size(memory.device)} on the GPU."
-    return _figure("Memory of the process", charts.band(x, y, points, marks, note), note)
+    return _figure(title, charts.band(x, y, points, marks, note), note)
 
 
 def _rates(measured: Measured, rates: Rates) -> Markup:
     """Shares of the limits, jitter, energy."""
-    limits = measured.limits
-    parts = [] if limits is None else _limits(limits, rates)
+    parts = [element("h3", "Share of the machine's limits"), *_limits(measured.limits, rates)]
     jitter = f"Jitter: a step's 99th percentile is {measured.jitter:.1%} above its median."
     parts.append(element("p", jitter, class_="note"))
     if measured.energy:
@@ -194,11 +202,28 @@ def _rates(measured: Measured, rates: Rates) -> Markup:
     return element("div", *parts, class_="card")
 
 
-def _meter(name: str, share: float, note: str) -> Markup:
+def _limits(limits: Limits, rates: Rates) -> list[Markup]:
+    products = f"{views.rate(limits.prefill.needed, 'MAC')} (multiply-adds)"
+    bandwidth, rate = views.rate(rates.bandwidth or 0, "B/s"), views.rate(rates.multiplications or 0, "MAC/s")
+    reasons = rates.not_measured
+    step = f"A step must read {cli.size(limits.step.needed)}" + _at(limits.step, bandwidth, reasons.get("bandwidth"))
+    prefill = f"Prefill needs {products}" + _at(limits.prefill, rate, reasons.get("multiplications"))
+    return [
+        _meter("Decode, of the memory's bandwidth", limits.step.share, step),
+        _meter("Prefill, of the rate of products", limits.prefill.share, prefill),
+    ]
+
+
+def _at(limit: Limit, rate: str, reason: str | None) -> str:
+    return f". {reason}" if limit.seconds is None else f": {views.duration(limit.seconds)} at the probed {rate}."
+
+
+def _meter(name: str, share: float | None, note: str) -> Markup:
+    value = "not measured" if share is None else f"{share:.0%}"
     return element(
         "div",
-        element("div", element("span", name), element("b", f"{share:.0%}"), class_="row"),
-        track(share),
+        element("div", element("span", name), element("b", value), class_="row"),
+        track(share or 0),
         element("p", note, class_="note muted"),
         class_="meter",
     )
@@ -210,10 +235,10 @@ def track(share: float) -> Markup:
 
 
 def _stages(measured: Measured) -> Markup:
-    names = ("median", "error", "p90", "p99", "least", "largest", "times")
+    names = ("median", "error", "min", "p90", "p99", "max", "times")
     rows = []
     for name, one in views.measures(measured).items():
-        times = [views.duration(value) for value in (one.median, one.p90, one.p99, one.least, one.largest)]
+        times = [views.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
         cells = [times[0], views.error(one), *times[1:], f"{one.count:,}"]
         named = zip(names, cells, strict=True)
         rows.append(element("tr", element("th", name), *(element("td", cell, data_name=head) for head, cell in named)))
@@ -243,19 +268,3 @@ def _buckets(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, 
         values = sorted(value for _, value in bucket)
         buckets.append((bucket[len(bucket) // 2][0], values[0], percentile(values, 0.5), values[-1]))
     return buckets
-
-
-def _limits(limits: Limits, rates: Rates) -> list[Markup]:
-    step = (
-        f"A step must read {cli.size(limits.step_bytes)}: {views.duration(limits.step_seconds)} at the probed "
-        f"{views.rate(rates.bandwidth, 'B/s')}."
-    )
-    prefill = (
-        f"Prefill needs {views.rate(limits.prefill_multiplications, 'MAC')}: {views.duration(limits.prefill_seconds)} "
-        f"at the probed {views.rate(rates.multiplications, 'MAC/s')} (multiply-adds)."
-    )
-    return [
-        element("h3", "Share of the machine's limits"),
-        _meter("Decode, of the memory's bandwidth", limits.step_share, step),
-        _meter("Prefill, of the rate of products", limits.prefill_share, prefill),
-    ]

@@ -1,20 +1,40 @@
-"""Charts as inline SVG. Sizes are shares of the place they are given, text keeps its size, colours are CSS classes.
+"""Markup that is escaped by construction, and charts of it as inline SVG.
 
-So a chart is as wide as the screen, and its text as readable on a phone as on a desktop.
+Sizes of a chart are shares of the place it is given, text keeps its size, colours are CSS classes. So a chart is as
+wide as the screen, and its text as readable on a phone as on a desktop.
 """
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-from fusion_edge.benchmarks.latency.markup import Markup, element, join
 
 _GRID = 1000
 """Side of the square in which lines are drawn before it is stretched over the plot."""
 
+_VOID = frozenset({"meta", "link"})
 Format = Callable[[float], str]
+
+
+class Markup(str):
+    """Text that is markup already."""
+
+
+def element(tag: str, *children: str, **attributes: object) -> Markup:
+    """``<tag attributes>children</tag>``: children that are no :class:`Markup` are escaped, and so are attributes.
+
+    In an attribute's name an underscore stands for a hyphen, but one at the end only keeps it from being a keyword.
+    """
+    names = ((name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items())
+    opening = "".join([tag, *(f' {name}="{html.escape(str(value))}"' for name, value in names)])
+    return Markup(f"<{opening}>" if tag in _VOID else f"<{opening}>{join(children)}</{tag}>")
+
+
+def join(parts: Iterable[str]) -> Markup:
+    """One after the other."""
+    return Markup("".join(part if isinstance(part, Markup) else html.escape(part, quote=False) for part in parts))
 
 
 @dataclass(frozen=True)

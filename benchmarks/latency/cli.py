@@ -12,20 +12,21 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fusion_edge.benchmarks.latency import compare, report, table
-from fusion_edge.benchmarks.latency.bench import Wanted, bench
-from fusion_edge.benchmarks.latency.machine import machine_facts
+from fusion_edge.benchmarks.latency.bench import Run, Wanted, bench, measured
+from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
 from fusion_edge.benchmarks.latency.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.probes import probe
 from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, Result, read_result
-from fusion_edge.benchmarks.latency.stages import made_up_picture
-from fusion_edge.benchmarks.latency.throttling import ThrottleWatch
+from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import Bundle, open_bundle, producer
 from fusion_edge.runtime.devices import AUTO, NAMES
 from fusion_edge.runtime.engines import bundle_digest
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.images import load_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every option of ``fusion-bench``."""
-    defaults = Wanted(b"")
+    defaults, cores = Wanted(Path()), len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
         prog="fusion-bench",
         description="Measure a bundle: every stage of a question, first token, tokens/s, memory, energy, beside what "
@@ -55,21 +56,23 @@ def parser() -> argparse.ArgumentParser:
         ("--context", defaults.context, "positions in the cache when steps are timed (default: the prompt's)"),
         ("--query-len", defaults.query_lengths, "latents of a question (default: the bundle's first)"),
         ("--image-tokens", defaults.image_tokens, "square numbers (default: the bundle's)"),
-        ("--threads", (len(os.sched_getaffinity(0)),), "of the CPU (default: every core that this process may use)"),
+        ("--threads", (cores,), f"of the CPU (default: {cores}, every core that this process may use)"),
     ):
         add(option, type=cli.numbers, default=default, metavar="N[,N...]", help=text)
     names = ", ".join(NAMES)
     add("--backend", type=_devices, default=(AUTO,), metavar="NAME[,NAME...]", help=f"of {names} (default: the best)")
     add("--image", type=Path, metavar="FILE", help="a picture of yours (default: noise of 1280 x 720)")
     add("--ask", metavar="TEXT", help="a question of yours (default: a short one)")
-    add(
+    until = parser.add_mutually_exclusive_group()
+    until.add_argument(
         "--seconds",
         type=cli.positive,
         default=round(defaults.seconds),
         metavar="N",
         help="for a case at the most, if medians are not known to 3 %% sooner (default: %(default)s)",
     )
-    add("--duration", type=cli.positive, metavar="N", help="soak: so many seconds for a case, whatever is known")
+    soak = "soak: so many seconds for a case, whatever is known"
+    until.add_argument("--duration", type=cli.positive, metavar="N", help=soak)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the result as one JSON object")
     output.add_argument("--csv", action="store_true", help="print a line for each case and stage")
@@ -92,6 +95,8 @@ def _devices(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if wrong := [name for name in names if name not in (AUTO, *NAMES)]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join((AUTO, *NAMES))}")
+    if AUTO in names and len(names) > 1:
+        raise argparse.ArgumentTypeError(f"{AUTO} is one of the others; name it alone, or those that you mean")
     return names
 
 
@@ -104,39 +109,37 @@ def _share(text: str) -> float:
 
 def _bench(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle)
-    if arguments.html is not None and not arguments.html.parent.is_dir():
-        raise FusionError(f"{arguments.html.parent} is not a folder; create it first, or write the report elsewhere.")
-    wanted = Wanted(
-        picture=made_up_picture() if arguments.image is None else _read(arguments.image),
-        ask=arguments.ask,
-        prompt_tokens=arguments.prompt_tokens,
-        new_tokens=arguments.new_tokens,
-        context=arguments.context,
-        query_lengths=arguments.query_len,
-        image_tokens=arguments.image_tokens,
-        seconds=arguments.seconds,
-        duration=arguments.duration,
-    )
+    if arguments.html is not None:
+        _check_writable(arguments.html)
+    threads, cores = max(arguments.threads), len(os.sched_getaffinity(0))
+    if threads > cores:
+        raise UsageError(f"--threads {threads} is more than the {cores} cores that this process may use.")
+    if arguments.image is not None:
+        load_image(arguments.image)  # which refuses what is no picture
     gpu = None if arguments.backend == ("cpu",) or bundle.manifest.target == "cpu" else find_gpu()
-    machine = machine_facts("cpu" if gpu is None else "cuda")
-    rates = probe(max(arguments.threads))
-    measured = []
-    with ThrottleWatch(gpu) as throttling:
-        for device, threads in dict.fromkeys(product(arguments.backend, arguments.threads)):
-            measured += bench(bundle, device, threads, wanted, rates, gpu)
+    machine = machine_facts(gpu)
+    runs: list[Run] = []
+    with TemporaryDirectory() as folder, ClockWatch(gpu) as watch:
+        picture = arguments.image or Path(folder) / "picture.jpg"
+        if arguments.image is None:
+            make_up_picture(picture)
+        wanted = _wanted(arguments, picture)
+        for device, count in dict.fromkeys(product(arguments.backend, arguments.threads)):
+            runs += bench(bundle, device, count, wanted, gpu)
+    rates = {device: probe(device, threads) for device in dict.fromkeys(run.case.device for run in runs)}
     result = Result(
         schema_version=SCHEMA_VERSION,
         producer=producer(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=arguments.command,
         bundle=_bundle_facts(bundle),
-        machine=replace(machine, throttled=throttling.reasons or machine.throttled),
+        machine=replace(machine, throttled=watch.throttled, clocks=watch.clocks),
         rates=rates,
-        measured=tuple(measured),
+        measured=tuple(measured(bundle.manifest, run, rates[run.case.device]) for run in runs),
     )
+    sys.stdout.write(result.to_text() if arguments.json else table.csv(result) if arguments.csv else table.text(result))
     if arguments.html is not None:
         arguments.html.write_text(report.html(result), encoding="utf-8")
-    sys.stdout.write(result.to_text() if arguments.json else table.csv(result) if arguments.csv else table.text(result))
     return 0
 
 
@@ -152,11 +155,26 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FusionError(f"Cannot read the picture {path}: {error.strerror}.") from None
+def _check_writable(path: Path) -> None:
+    """Refuse a report's place before anything is measured."""
+    if not path.parent.is_dir():
+        raise FusionError(f"{path.parent} is not a folder; create it first, or write the report elsewhere.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise FusionError(f"{path} cannot be written; name another file for the report.")
+
+
+def _wanted(arguments: argparse.Namespace, picture: Path) -> Wanted:
+    return Wanted(
+        picture=picture,
+        ask=arguments.ask,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        context=arguments.context,
+        query_lengths=arguments.query_len,
+        image_tokens=arguments.image_tokens,
+        seconds=arguments.seconds,
+        duration=arguments.duration,
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -168,9 +186,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         sys.stderr.writelines(f"warning: {warning}\n" for warning in warnings)
         sys.stdout.write(compare.text(comparisons))
-    if arguments.fail_above is not None and compare.fail_above(comparisons, arguments.fail_above):
-        return 1
-    return 0
+    if arguments.fail_above is None:
+        return 0
+    slower = compare.fail_above(comparisons, arguments.fail_above)
+    sys.stderr.writelines(f"slower by more than {arguments.fail_above:.1%}: {one.name}\n" for one in slower)
+    return 1 if slower else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 
 from fusion_edge.benchmarks.latency import views
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result, Summary
-from fusion_edge.benchmarks.latency.statistics import MINIMUM_COUNT
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.errors import FusionError
 
@@ -37,6 +36,11 @@ class Comparison:
     """95 % confidence interval of the ratio; None if a result has too few repeats for one."""
 
     @property
+    def name(self) -> str:
+        """The measure and its case."""
+        return f"{self.measure} ({views.case_name(self.case)})"
+
+    @property
     def verdict(self) -> str:
         """``faster`` or ``slower`` only if the interval excludes 1."""
         if self.interval is None:
@@ -48,9 +52,12 @@ class Comparison:
 def compare(before: Result, after: Result) -> list[Comparison]:
     """Every measure that equal cases have in both results.
 
-    Raises :class:`FusionError` for a result that has a case twice, or a time that is not above 0.
+    Raises :class:`FusionError` if there is none, for a result that has a case twice, and for a time not above 0.
     """
     old, new = _by_case(before), _by_case(after)
+    if not old.keys() & new.keys():
+        cases = [views.case_name(next(iter(one))) if one else "no case" for one in (old, new)]
+        raise FusionError("The results have no case in common; expected equal options, got {} and {}.".format(*cases))
     comparisons = []
     for case in (case for case in old if case in new):
         measures = views.measures(new[case])
@@ -74,32 +81,29 @@ def _comparison(case: Case, name: str, before: Summary, after: Summary) -> Compa
     if min(before.least, after.least) <= 0:
         where = f"{name!r} of {views.case_name(case)}"
         raise FusionError(f"{where} has a time of 0; expected times above 0, measure it again.")
-    is_enough = min(before.count, after.count) >= MINIMUM_COUNT
     return Comparison(
         case=case,
         measure=name,
         before=before.median,
         after=after.median,
         ratio=after.median / before.median,
-        interval=_interval(before, after) if is_enough else None,
+        interval=_interval(before, after),
     )
 
 
-def _interval(before: Summary, after: Summary) -> tuple[float, float]:
+def _interval(before: Summary, after: Summary) -> tuple[float, float] | None:
     """From the intervals of two independent medians to that of their ratio.
 
     Zou and Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27 (2008): the
     distances from estimate to limit, here of logarithms, add up in squares.
     """
-    (old_low, old, old_high), (new_low, new, new_high) = _logarithms(before), _logarithms(after)
+    if before.interval is None or after.interval is None:
+        return None
+    old, new = math.log(before.median), math.log(after.median)
+    (old_low, old_high), (new_low, new_high) = map(math.log, before.interval), map(math.log, after.interval)
     down = math.hypot(new - new_low, old_high - old)
     up = math.hypot(new_high - new, old - old_low)
     return math.exp(new - old - down), math.exp(new - old + up)
-
-
-def _logarithms(summary: Summary) -> tuple[float, float, float]:
-    low, high = summary.interval
-    return math.log(low), math.log(summary.median), math.log(high)
 
 
 def fail_above(comparisons: Sequence[Comparison], share: float) -> list[Comparison]:
@@ -120,6 +124,7 @@ def differences(before: Result, after: Result) -> list[str]:
         ("power mode", before.machine.power_mode, after.machine.power_mode),
         ("throttled", before.machine.throttled, after.machine.throttled),
         ("system", before.machine.system, after.machine.system),
+        ("remark", " ".join(views.remarks(before)), " ".join(views.remarks(after))),
     ]
     old, new = before.machine.versions, after.machine.versions
     pairs += [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
@@ -137,14 +142,15 @@ def differences(before: Result, after: Result) -> list[str]:
             lines.append(f"other programs may have run {which}: {load} at the start")
         if any(measured.is_noisy for measured in result.measured):
             lines.append(f"the machine was too noisy {which}: intervals are wide")
+        timed = [one for measured in result.measured for one in views.measures(measured).values()]
+        if few := sum(one.interval is None for one in timed):
+            lines.append(f"{few} medians have too few repeats {which} to be judged: measure for more --seconds")
     return lines
 
 
 def text(comparisons: Sequence[Comparison]) -> str:
     """A table for each case."""
     cases = list(dict.fromkeys(comparison.case for comparison in comparisons))
-    if not cases:
-        return "no case is in both results\n"
     options = views.differing_options(cases)
     header = views.case_name(cases[0], views.common_options(cases)) + "\n"
     blocks = [header] if header.strip() else []

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from fusion_edge.benchmarks.latency.result import Case, Limits, Rates
+from fusion_edge.benchmarks.latency.result import Case, Limit, Limits, Rates
 from fusion_edge.export.tensor_names import parameters
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.mixed_precision import stored_bits
@@ -18,19 +18,16 @@ OF_QUESTION = "question_in"  # the linear of an interaction layer that has one r
 OF_IMAGE = ("context", "key", "value")  # those that the alignment decoder has
 
 
-def limits(manifest: Manifest, case: Case, rates: Rates, step: float, prefill: float) -> Limits:
-    """Beside the medians of a step and of a prefill, in seconds."""
-    step_bytes = weight_bytes(manifest) + cache_bytes(manifest, case.context)
-    multiplications = prefill_multiplications(manifest, case)
-    step_seconds, prefill_seconds = step_bytes / rates.bandwidth, multiplications / rates.multiplications
+def limits(manifest: Manifest, case: Case, positions: int, rates: Rates, step: float, prefill: float) -> Limits:
+    """Beside the medians of a step and of a prefill, in seconds; a step reads so many positions of the cache."""
     return Limits(
-        step_bytes=step_bytes,
-        step_seconds=step_seconds,
-        step_share=step_seconds / step,
-        prefill_multiplications=multiplications,
-        prefill_seconds=prefill_seconds,
-        prefill_share=prefill_seconds / prefill,
+        step=_limit(weight_bytes(manifest) + cache_bytes(manifest, positions), rates.bandwidth, step),
+        prefill=_limit(prefill_multiplications(manifest, case), rates.multiplications, prefill),
     )
+
+
+def _limit(needed: int, rate: float | None, seconds: float) -> Limit:
+    return Limit(needed, None, None) if rate is None else Limit(needed, needed / rate, needed / rate / seconds)
 
 
 def weight_bytes(manifest: Manifest) -> int:

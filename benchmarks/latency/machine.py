@@ -1,17 +1,22 @@
-"""Where a benchmark runs, and in what state that is. Nothing here needs a tool or a file that a machine may lack."""
+"""Where a benchmark runs, and in what state that is before and meanwhile.
+
+Nothing here needs a tool or a file that a machine may lack.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import statistics
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from fusion_edge.benchmarks.latency.nvidia import Gpu, find_gpu
+from fusion_edge.benchmarks.latency.nvidia import Gpu
 from fusion_edge.benchmarks.latency.result import Machine
-from fusion_edge.benchmarks.latency.system_files import ROOT, byte_count, fields, text
+from fusion_edge.benchmarks.latency.system import ROOT, Sampler, byte_count, fields, number, text
 
 COMMAND_TIMEOUT = 5.0  # seconds
 DISTRIBUTIONS = (
@@ -25,15 +30,21 @@ DISTRIBUTIONS = (
     "cuda-python",
 )
 
+THROTTLE_COUNTERS: Mapping[str, str] = {
+    # x86: one for each core and package.
+    "sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count": "CPU too hot",
+    # Orin and Thor: low voltage, average and instantaneous current.
+    "sys/class/hwmon/hwmon*/oc1_event_cnt": "supply voltage too low",
+    "sys/class/hwmon/hwmon*/oc[23]_event_cnt": "current above the board's limit",
+}
+CLOCK_INTERVAL = 0.5  # seconds
 
-def machine_facts(device: str) -> Machine:
-    """The machine as it is now. GPUs are asked only if ``device`` is not ``cpu``."""
-    return describe(None if device == "cpu" else find_gpu(), ROOT)
 
+def machine_facts(gpu: Gpu | None, root: Path = ROOT) -> Machine:
+    """The machine as it is now, whose ``/proc``, ``/sys`` and ``/etc`` lie in ``root``.
 
-def describe(gpu: Gpu | None, root: Path) -> Machine:
-    """The machine whose ``/proc``, ``/sys`` and ``/etc`` lie in ``root``."""
-    reasons = set() if gpu is None else gpu.throttle_reasons()
+    Of its clocks and of what holds them down :class:`ClockWatch` tells.
+    """
     return Machine(
         processor=_processor(root),
         cores=len(os.sched_getaffinity(0)),
@@ -42,7 +53,8 @@ def describe(gpu: Gpu | None, root: Path) -> Machine:
         load_average=float((root / "proc/loadavg").read_text(encoding="ascii").split()[0]),
         gpu=None if gpu is None else gpu.name,
         power_mode=_power_mode(gpu),
-        throttled=", ".join(sorted(reasons)) or None,
+        throttled=None,
+        clocks={},
         system=platform.platform(),
         versions=_versions(gpu, root),
     )
@@ -95,3 +107,50 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return result.stdout.decode(errors="replace")
+
+
+class ClockWatch(Sampler):
+    """Context manager: clocks in the meantime, looked at twice a second, and what held them down."""
+
+    def __init__(self, gpu: Gpu | None, root: Path = ROOT) -> None:
+        super().__init__(CLOCK_INTERVAL)
+        self._gpu, self._root = gpu, root
+        self._before = self._counts()
+        self._of_gpu: set[str] = set()
+        self._clocks: dict[str, list[float]] = {}
+
+    def sample(self, seconds: float) -> None:
+        """Look at every clock, and ask the GPU why it is held down."""
+        clocks = _clocks(self._root)
+        if self._gpu is not None:
+            self._of_gpu |= self._gpu.throttle_reasons()
+            clocks |= self._gpu.clocks()
+        for name, rate in clocks.items():
+            self._clocks.setdefault(name, []).append(rate)
+
+    @property
+    def clocks(self) -> dict[str, tuple[float, ...]]:
+        """Lowest, median and highest of each clock, in Hz."""
+        return {name: (min(rates), statistics.median(rates), max(rates)) for name, rates in self._clocks.items()}
+
+    @property
+    def throttled(self) -> str | None:
+        """Reasons, separated by commas; None if none was seen."""
+        grown = {reason for reason, count in self._counts().items() if count > self._before[reason]}
+        return ", ".join(sorted(grown | self._of_gpu)) or None
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            reason: sum(number(path) or 0 for path in self._root.glob(pattern))
+            for pattern, reason in THROTTLE_COUNTERS.items()
+        }
+
+
+def _clocks(root: Path) -> dict[str, float]:
+    """Hz at this moment of the fastest core, and of each device whose clock Linux governs (a Jetson's GPU)."""
+    cores = (root / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in os.sched_getaffinity(0))
+    fastest = max((number(path) or 0 for path in cores), default=0)
+    clocks = {"processor": 1e3 * fastest} if fastest else {}
+    for path in sorted(root.glob("sys/class/devfreq/*/cur_freq")):
+        clocks[path.parent.name] = float(number(path) or 0)
+    return clocks

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 
 from fusion_edge.benchmarks.latency.nvidia import Gpu
-from fusion_edge.benchmarks.latency.sampler import Sampler
-from fusion_edge.benchmarks.latency.system_files import ROOT, byte_count, fields
+from fusion_edge.benchmarks.latency.system import ROOT, Sampler, byte_count, fields
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -44,34 +44,48 @@ def device_memory(gpu: Gpu, root: Path = ROOT) -> int | None:
     return byte_count(info["MemTotal"]) - byte_count(info["MemAvailable"])
 
 
-class MemoryRecorder(Sampler):
-    """Context manager that records resident bytes over time."""
+class Timeline:
+    """Bytes over time, at most :data:`LARGEST_COUNT` pairs."""
 
     def __init__(self) -> None:
+        self.pairs: list[tuple[float, float]] = []
+        """Seconds and bytes."""
+        self.largest = 0
+
+    def add(self, seconds: float, size: int) -> bool:
+        """A list that is full keeps every second pair; whether it was."""
+        is_full = len(self.pairs) >= LARGEST_COUNT
+        if is_full:
+            del self.pairs[1::2]
+        self.largest = max(self.largest, size)
+        self.pairs.append((seconds, float(size)))
+        return is_full
+
+
+class MemoryRecorder(Sampler):
+    """Context manager that records memory over time: of the process, and of a GPU if there is one that tells."""
+
+    def __init__(self, gpu: Gpu | None = None) -> None:
         super().__init__(INTERVAL)
-        self._values: list[tuple[float, int]] = []
-        self._largest = 0
+        self.process, self.device = Timeline(), Timeline()
+        self._gpu = gpu
         self._is_peak_its_own = False
 
     def __enter__(self) -> MemoryRecorder:
         self._is_peak_its_own = reset_peak()
         return super().__enter__()
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if self._is_peak_its_own:  # it may have been between two samples; the kernel's count may lag behind them
+            self.process.largest = max(self.process.largest, peak())
+
     def sample(self, seconds: float) -> None:
-        """Record. A list that is full keeps every second value, and half as many come from then on."""
-        if len(self._values) >= LARGEST_COUNT:
-            del self._values[1::2]
+        """Record. When a list is full, half as many samples come from then on."""
+        if self.process.add(seconds, resident()):
             self.interval *= 2
-        value = resident()
-        self._largest = max(self._largest, value)
-        self._values.append((seconds, value))
-
-    @property
-    def over_time(self) -> tuple[tuple[float, int], ...]:
-        """Seconds since entry and resident bytes, at most :data:`LARGEST_COUNT` pairs."""
-        return tuple(self._values)
-
-    @property
-    def peak(self) -> int:
-        """Since entry: by the kernel's count, or the largest sample on a kernel that cannot count anew."""
-        return peak() if self._is_peak_its_own else self._largest
+        used = None if self._gpu is None else device_memory(self._gpu)
+        if used is not None:
+            self.device.add(seconds, used)

@@ -11,6 +11,7 @@ from typing import Any
 
 TEXT_LENGTH = 96
 INTEGRATED = 18  # CU_DEVICE_ATTRIBUTE_INTEGRATED
+CLOCKS = {"gpu": 1, "gpu memory": 2}  # NVML_CLOCK_SM, NVML_CLOCK_MEM
 THROTTLE_REASONS = {
     # nvmlClocksEventReason*: those that say that clocks are held down under load.
     0x04: "GPU at its power limit",
@@ -63,6 +64,14 @@ class Gpu:
             self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", value)  # its name before driver 535
         return {reason for bit, reason in THROTTLE_REASONS.items() if value.value & bit}
 
+    def clocks(self) -> dict[str, float]:
+        """Hz at this moment of ``gpu`` and ``gpu memory``, those that the driver tells."""
+        found, value = {}, ctypes.c_uint()
+        for name, kind in CLOCKS.items():
+            if self._ask("nvmlDeviceGetClockInfo", value, kind):
+                found[name] = 1e6 * value.value
+        return found
+
     def driver_version(self) -> str | None:
         """Such as ``580.95.05``."""
         written = ctypes.create_string_buffer(TEXT_LENGTH)
@@ -70,10 +79,10 @@ class Gpu:
             return None
         return written.value.decode()
 
-    def _ask(self, function: str, answer: ctypes._SimpleCData[int] | ctypes.Structure) -> bool:
+    def _ask(self, function: str, answer: ctypes._SimpleCData[int] | ctypes.Structure, *arguments: int) -> bool:
         """Fill ``answer``; whether that succeeded."""
         ask = getattr(self.nvml, function, None)  # older drivers have fewer functions
-        return ask is not None and ask(self.handle, ctypes.byref(answer)) == 0
+        return ask is not None and ask(self.handle, *arguments, ctypes.byref(answer)) == 0
 
 
 def find_gpu() -> Gpu | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fusion_edge.benchmarks.latency import case_report, charts, views
-from fusion_edge.benchmarks.latency.markup import Markup, element, join
+from fusion_edge.benchmarks.latency.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result
 from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR
 from fusion_edge.benchmarks.latency.style import CSS
@@ -40,7 +40,7 @@ def html(result: Result) -> str:
     body = [element("h1", title), _subtitle(result), *_warnings(result)]
     if len(cases) == 1:
         case = element("p", views.case_name(cases[0]), class_="muted")
-        details = case_report.details(result.measured[0], result.bundle.size, result.rates)
+        details = case_report.details(result.measured[0], result)
         body += [element("h2", "Measured"), case, details]
     else:
         body += [element("h2", "Cases side by side"), _comparison(result), _over_context(result)]
@@ -75,6 +75,7 @@ def _warnings(result: Result) -> list[Markup]:
             f"The machine was too noisy{which}: some medians are not known to {LARGEST_ERROR:.0%}. Small differences "
             "mean nothing."
         )
+    texts += views.remarks(result)
     if result.machine.throttled:
         texts.append(f"Clocks were held down: {result.machine.throttled}.")
     return [element("p", text, class_="warning") for text in texts]
@@ -135,9 +136,10 @@ def _series(name: str, group: Sequence[Measured]) -> charts.Series:
     points = []
     for measured in group:
         step = measured.stages[views.STEP]
-        low, high = step.interval
+        low, high = step.interval or (step.median, step.median)
         points.append((float(measured.case.context), low, step.median, high))
-    limits = tuple((float(one.case.context), one.limits.step_seconds) for one in group if one.limits is not None)
+    steps = ((float(one.case.context), one.limits.step.seconds) for one in group)
+    limits = tuple((context, seconds) for context, seconds in steps if seconds is not None)
     return charts.Series(name, tuple(points), limits)
 
 
@@ -156,7 +158,7 @@ def _folded(result: Result) -> list[Markup]:
             *_badge(measured),
         )
         # A link to what is folded unfolds it, as long as its target is inside.
-        target = element("div", case_report.details(measured, result.bundle.size, result.rates), id=_id(i))
+        target = element("div", case_report.details(measured, result), id=_id(i))
         parts.append(element("details", summary, target))
     return parts
 
@@ -166,7 +168,7 @@ def _id(i: int) -> str:
 
 
 def _facts(result: Result) -> Markup:
-    bundle, machine, rates = result.bundle, result.machine, result.rates
+    bundle, machine = result.bundle, result.machine
     what = {
         "Checkpoint": bundle.source,
         "Target": bundle.target,
@@ -184,13 +186,20 @@ def _facts(result: Result) -> Markup:
         "Power mode": machine.power_mode,
         "Throttled": machine.throttled,
         "Load at start": f"{machine.load_average:.2f}",
-        "Probed bandwidth": views.rate(rates.bandwidth, "B/s"),
-        "Probed products": views.rate(rates.multiplications, "MAC/s"),
+        **{f"Clock of {name}": _clock(clock) for name, clock in machine.clocks.items()},
         "System": machine.system,
     }
-    lists = (("Bundle", what), ("Machine", where), ("Versions", machine.versions))
-    cards = (element("div", element("h3", name), _list(facts), class_="card") for name, facts in lists)
+    for device, rates in result.rates.items():
+        for name, rate, unit in (("bandwidth", rates.bandwidth, "B/s"), ("products", rates.multiplications, "MAC/s")):
+            where[f"Probed {name}, {device}"] = None if rate is None else views.rate(rate, unit)
+    lists: dict[str, Mapping[str, str | None]] = {"Bundle": what, "Machine": where, "Versions": machine.versions}
+    cards = (element("div", element("h3", name), _list(facts), class_="card") for name, facts in lists.items())
     return element("div", *cards, class_="charts")
+
+
+def _clock(rates: Sequence[float]) -> str:
+    least, median, largest = (views.rate(rate, "Hz") for rate in rates)
+    return f"{median} ({least} to {largest})"
 
 
 def _list(facts: Mapping[str, str | None]) -> Markup:

@@ -1,6 +1,7 @@
 """What ``fusion-bench`` measured: the schema of its JSON, which is documented here and nowhere else.
 
-Times are seconds, sizes bytes, rates per second. ``null`` is what a machine does not tell.
+Times are seconds, sizes bytes, rates per second. ``null`` is what a machine does not tell. docs/fusion-bench.md says
+how to read the figures. A change of any name or meaning here raises :data:`SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from pathlib import Path
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.schema import from_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Repeated measurements of one thing."""
+    """Repeated measurements of one thing: one or several in each round."""
 
     count: int
     least: float
@@ -26,14 +27,17 @@ class Summary:
     p90: float
     p99: float
     largest: float
-    interval: tuple[float, ...]
-    """95 % confidence interval of the median, from order statistics."""
+    interval: tuple[float, ...] | None
+    """95 % confidence interval of the median, from order statistics; it allows for what the values of a round have in
+    common. None if there were fewer than seven rounds: six miss the median with 3 %."""
     values: tuple[float, ...]
     """In the order in which they were measured."""
 
     @property
-    def error(self) -> float:
+    def error(self) -> float | None:
         """Half the interval as a share of the median."""
+        if self.interval is None:
+            return None
         low, high = self.interval
         return (high - low) / 2 / self.median if self.median else 0.0
 
@@ -68,7 +72,10 @@ class Machine:
     power_mode: str | None
     """As ``nvpmodel`` or NVML name it."""
     throttled: str | None
-    """Why clocks were held down, if they were."""
+    """Why clocks were held down while it ran, if they were."""
+    clocks: Mapping[str, tuple[float, ...]]
+    """Lowest, median and highest rate while it ran, in Hz: ``processor`` (its fastest core at each moment), ``gpu``,
+    ``gpu memory``, and what a Jetson's kernel lists as ``devfreq``. Those that the machine tells."""
     system: str
     versions: Mapping[str, str]
     """Of Python, the runtime libraries and the driver."""
@@ -76,12 +83,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a short probe of the processor reached."""
+    """What a short probe of a device reached (probes.py): for a CPU with as many threads as the case with the most."""
 
-    bandwidth: float
-    """Bytes a second that are read from memory by all threads."""
-    multiplications: float
-    """Multiply-adds a second of products of matrices as the backend computes them."""
+    bandwidth: float | None
+    """Bytes a second: of a CPU those read from memory by all threads, of a GPU those read and written by a copy."""
+    multiplications: float | None
+    """Multiply-adds a second of products of matrices: of a CPU the fastest of INT4 and INT8, of a GPU float16."""
+    not_measured: Mapping[str, str]
+    """Why a rate is None, by its name."""
 
 
 @dataclass(frozen=True)
@@ -100,41 +109,54 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the case needs at the least, and how much of the machine it reached."""
+class Limit:
+    """What a stage needs at the least, and how near to the machine's limit it came."""
 
-    step_bytes: int
-    step_seconds: float
-    """They take so long at the probed bandwidth."""
-    step_share: float
-    """Of that limit reached by the median step: 1 is all of it."""
-    prefill_multiplications: int
-    prefill_seconds: float
-    prefill_share: float
+    needed: int
+    """Bytes that a step reads, or multiply-adds of a prefill."""
+    seconds: float | None
+    """They take so long at the probed rate; None where that was not measured."""
+    share: float | None
+    """Of the probed rate that the stage's median reached: 1 is all of it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the stages whose limit is known."""
+
+    step: Limit
+    """By the bandwidth."""
+    prefill: Limit
+    """By the rate of products."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """Bytes: resident in the process, or on the GPU those that are in use more than before loading.
+
+    ``loaded`` and ``load_peak`` are of loading the bundle, the same in all cases on that device. The rest is of the
+    case alone; what an allocator kept from an earlier case counts.
+    """
 
     loaded: int
-    """Resident in the process once the bundle is loaded."""
+    """Once the bundle was loaded."""
+    load_peak: int
+    """The most while it was."""
     steady: int
-    """At the end."""
+    """At the end of the case."""
     peak: int
-    """The most so far, from loading on."""
-    device: int | None
-    """More in use on the GPU than before loading; None without one."""
+    """The most in the case, its warm-up included: the largest of ten samples a second, and for a process the kernel's
+    own count where that can begin anew."""
     over_time: tuple[tuple[float, ...], ...]
-    """Pairs of seconds since the start and resident bytes."""
+    """Pairs of seconds since the case began and bytes."""
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Of a window of at least five seconds of steps."""
+    """Of a window of at least five seconds of steps, from the case's context on; no prefill is in it."""
 
     source: str
-    """``nvml``, or the sensor's name."""
+    """``nvml``, or the names of the sensors that were added up."""
     seconds: float
     joules: float
     joules_a_token: float
@@ -145,26 +167,33 @@ class Measured:
     """One case."""
 
     case: Case
+    remark: str | None
+    """Why the device is slower than it may be, such as kernels that are missing (runtime/devices.py)."""
     load_seconds: float
+    """Of one load, from the disk or from what the system's memory still had of the files."""
     stages: Mapping[str, Summary]
     """``image decode``, ``preprocess``, ``vision of the image``, ``alignment``, ``vision of the question``,
     ``prefill``, ``step``, ``sampling``; those that the case has, in this order."""
     first_token: Summary
-    """First question about an image, from the image on, to its first token."""
+    """First question about an image, from the image's file on, to its first token."""
     further_first_token: Summary
-    """Further question about the same image, to its first token."""
+    """Further question about the same image, from the decoded image on, to its first token."""
     tokens_per_second: float
-    """One-token steps and sampling."""
+    """1 over the medians of a step and of sampling."""
     answer_seconds: Summary
-    """First question, from the image on, to its last token."""
+    """First question, from the image's file on, to its last token: the prefill's, and ``new_tokens`` steps more."""
     jitter: float
     """99th percentile of a step over its median, less 1."""
     is_noisy: bool
-    """Whether some median is not known to 3 %: the machine was too noisy for the time given."""
-    limits: Limits | None
-    """None on a GPU: the probe is of the processor."""
+    """Whether the median of a step, of a first token or of a further question is not known to 3 %: the machine was too
+    noisy for the time given."""
+    limits: Limits
     memory: Memory
+    """Of the process."""
+    device_memory: Memory | None
+    """Of the GPU; None without one. On a Jetson it is the memory of the whole machine, the process included."""
     energy: Energy | None
+    """None where the machine tells none, or the context has no room for five seconds of steps."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +207,8 @@ class Result:
     command: str
     bundle: BundleFacts
     machine: Machine
-    rates: Rates
+    rates: Mapping[str, Rates]
+    """By device."""
     measured: tuple[Measured, ...]
 
     def to_text(self) -> str:

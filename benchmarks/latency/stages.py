@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fusion_edge.benchmarks.latency.result import Case
-from fusion_edge.benchmarks.latency.statistics import is_known
+from fusion_edge.benchmarks.latency.result import Case, Summary
+from fusion_edge.benchmarks.latency.statistics import is_known, summarize
 from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
@@ -47,32 +47,35 @@ class Times:
         yield
         self.stages[stage].append(time.perf_counter() - started)
 
+    def summary(self, stage: str) -> Summary:
+        """Of a stage, which every round has equally often."""
+        return summarize(self.stages[stage], len(self.first_token))
+
     @property
     def all_known(self) -> bool:
         """Whether the medians that people quote are known (statistics.py)."""
-        return all(map(is_known, (self.stages["step"], self.first_token, self.further_first_token)))
+        firsts = map(summarize, (self.first_token, self.further_first_token))
+        return all(map(is_known, (*firsts, self.summary("step"))))
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a picture as a file's bytes, a prompt, and one as long as the context where steps are timed."""
+    """What is asked: about a picture's file, a prompt, and one as long as the context where steps are timed."""
 
-    picture: bytes
+    picture: Path
     prompt: Prompt
     long_prompt: Prompt
 
 
-def made_up_picture() -> bytes:
-    """A JPEG of noise on a gradient: neither the cheapest picture to decode nor the dearest."""
+def make_up_picture(path: Path) -> None:
+    """Write a JPEG of noise on a gradient: neither the cheapest picture to decode nor the dearest."""
     width, height = PICTURE
     gradient = np.linspace(0, 200, width, dtype=np.float32)[None, :, None]
     noise = np.random.default_rng(0).normal(0, 12, (height, width, 3)).astype(np.float32)
-    file = io.BytesIO()
-    Image.fromarray(np.clip(gradient + noise, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    Image.fromarray(np.clip(gradient + noise, 0, 255).astype(np.uint8)).save(path, "JPEG", quality=90)
 
 
-def question(fusion: Fusion, case: Case, picture: bytes, asked: str | None) -> tuple[Question, Case]:
+def question(fusion: Fusion, case: Case, picture: Path, asked: str | None) -> tuple[Question, Case]:
     """A question of the case's lengths, or ``asked`` as it is, and the case with the lengths that it has.
 
     ``prompt_tokens`` and ``context`` of 0 are as many as there are. Raises :class:`UsageError` for lengths that the
@@ -80,7 +83,7 @@ def question(fusion: Fusion, case: Case, picture: bytes, asked: str | None) -> t
     """
     manifest = fusion.manifest
     template = TEMPLATES[manifest.model.template]
-    plain = encode_prompt(fusion.tokenizer, template, (), asked or QUESTION)
+    plain = encode_prompt(fusion.tokenizer, template, (), QUESTION if asked is None else asked)
     shortest = plain.layout(case.image_tokens, case.query_length).length
     filler = fusion.tokenizer.encode(FILLER, add_special_tokens=False).ids[0]
     prompt_tokens = case.prompt_tokens or shortest
@@ -89,9 +92,9 @@ def question(fusion: Fusion, case: Case, picture: bytes, asked: str | None) -> t
         raise UsageError(f"--prompt-tokens {prompt_tokens} is too short; image, latents and question take {shortest}.")
     if context < prompt_tokens:
         raise UsageError(f"--context {context} is less than the prompt's {prompt_tokens} tokens.")
-    if context + case.new_tokens > fusion.backend.max_context:
+    if context + case.new_tokens > fusion.max_context:
         raise UsageError(
-            f"A context of {context} and {case.new_tokens} new tokens do not fit the {fusion.backend.max_context} "
+            f"A context of {context} and {case.new_tokens} new tokens do not fit the {fusion.max_context} "
             "positions that there are; ask for less, or export with a larger --max-context."
         )
     prompts = [_filled(plain, length - shortest, filler) for length in (prompt_tokens, context)]
@@ -133,7 +136,7 @@ def _round(fusion: Fusion, case: Case, asked: Question, times: Times) -> None:
     fusion.forget()
     started = time.perf_counter()
     with times.of("image decode"):
-        picture = load_image(Image.open(io.BytesIO(asked.picture)))
+        picture = load_image(asked.picture)
     with times.of("preprocess"):
         crops = cut_crops(picture)
     with times.of("vision of the image"):
@@ -145,11 +148,12 @@ def _round(fusion: Fusion, case: Case, asked: Question, times: Times) -> None:
     if case.context != case.prompt_tokens:
         tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
         fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
-    before = sum(times.stages["step"]) + sum(times.stages["sampling"])
-    run_steps(fusion, case, sampler, times)
-    stepped = sum(times.stages["step"]) + sum(times.stages["sampling"]) - before
-    times.answer.append(times.first_token[-1] + stepped)
     started = time.perf_counter()
+    run_steps(fusion, case.new_tokens, sampler, times)
+    times.answer.append(times.first_token[-1] + time.perf_counter() - started)
+    started = time.perf_counter()
+    with times.of("preprocess"):  # which tells the runtime that it is the same image
+        crops = cut_crops(picture)
     _answer_start(fusion, case, asked.prompt, sampler, times, crops)
     times.further_first_token.append(time.perf_counter() - started)
 
@@ -168,19 +172,18 @@ def _answer_start(
         return sampler(logits)
 
 
-def prefill_and_step(fusion: Fusion, case: Case, asked: Question) -> None:
-    """A prompt about the picture, as long as the context, and its steps; vision once for all calls."""
-    image = fusion.see(cut_crops(load_image(Image.open(io.BytesIO(asked.picture)))))
+def prefill(fusion: Fusion, case: Case, asked: Question, new_tokens: int) -> None:
+    """A prompt about the picture, as long as the context, with room for so many steps."""
+    image = fusion.see(cut_crops(load_image(asked.picture)))
     aligned = fusion.align(image, case.query_length)
     tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
-    fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
-    run_steps(fusion, case, Sampler(Sampling()), Times())
+    fusion.prefill(asked.long_prompt, tokens, aligned, new_tokens)
 
 
-def run_steps(fusion: Fusion, case: Case, sampler: Sampler, times: Times) -> None:
+def run_steps(fusion: Fusion, count: int, sampler: Sampler, times: Times) -> None:
     """One-token steps behind what was prefilled last."""
     token = 0
-    for _ in range(case.new_tokens):
+    for _ in range(count):
         with times.of("step"):
             logits = fusion.backend.decode(fusion.embed(np.array([token]))[0])
         with times.of("sampling"):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 
 from fusion_edge.benchmarks.latency import views
-from fusion_edge.benchmarks.latency.result import Case, Measured, Result
-from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR
+from fusion_edge.benchmarks.latency.result import Case, Limit, Measured, Memory, Rates, Result
+from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR, MINIMUM_COUNT
 from fusion_edge.runtime import cli
 
 _NONE = "-"
@@ -19,77 +19,119 @@ _CASE_COLUMNS: dict[str, Callable[[Measured], object]] = {
     "load_seconds": lambda measured: measured.load_seconds,
     "tokens_per_second": lambda measured: measured.tokens_per_second,
     "jitter": lambda measured: measured.jitter,
-    "step_limit_seconds": lambda measured: measured.limits and measured.limits.step_seconds,
-    "step_share": lambda measured: measured.limits and measured.limits.step_share,
-    "prefill_limit_seconds": lambda measured: measured.limits and measured.limits.prefill_seconds,
-    "prefill_share": lambda measured: measured.limits and measured.limits.prefill_share,
+    "step_limit_seconds": lambda measured: measured.limits.step.seconds,
+    "step_share": lambda measured: measured.limits.step.share,
+    "prefill_limit_seconds": lambda measured: measured.limits.prefill.seconds,
+    "prefill_share": lambda measured: measured.limits.prefill.share,
     "memory_loaded": lambda measured: measured.memory.loaded,
+    "memory_load_peak": lambda measured: measured.memory.load_peak,
     "memory_steady": lambda measured: measured.memory.steady,
     "memory_peak": lambda measured: measured.memory.peak,
-    "memory_device": lambda measured: measured.memory.device,
+    "device_memory_steady": lambda measured: measured.device_memory and measured.device_memory.steady,
+    "device_memory_peak": lambda measured: measured.device_memory and measured.device_memory.peak,
     "joules_a_token": lambda measured: measured.energy and measured.energy.joules_a_token,
     "is_noisy": lambda measured: measured.is_noisy,
 }
 
 
 def text(result: Result, width: int = 100) -> str:
-    """For a terminal ``width`` columns wide: stages by cases, as many cases side by side as fit."""
+    """For a terminal ``width`` columns wide: one case with its quantiles, or as many cases side by side as fit."""
     cases = [measured.case for measured in result.measured]
-    machine, rates = result.machine, result.rates
+    blocks = [_header(result)]
+    if len(cases) == 1:
+        blocks += [cli.table(list(_quantiles(result.measured[0]))), cli.table(list(_figures(result.measured)))]
+    else:
+        side_by_side = max((width - _NAME_WIDTH) // _CELL_WIDTH, 1)
+        options = views.differing_options(cases)
+        for i in range(0, len(cases), side_by_side):
+            some = result.measured[i : i + side_by_side]
+            blocks.append(cli.table([*_options(some, options), *_medians(some), *_figures(some)]))
+    return "\n".join([*blocks, *_notes(result)])
+
+
+def _header(result: Result) -> str:
+    machine = result.machine
     lines = [
         f"{views.bundle_name(result.bundle)}: {cli.size(result.bundle.size)}",
         f"{machine.processor}, {machine.cores} cores, load {machine.load_average:.2f} at the start",
-        f"probed: {views.rate(rates.bandwidth, 'B/s')} from memory, {views.rate(rates.multiplications, 'MAC/s')}",
-        views.case_name(cases[0], views.common_options(cases)),
     ]
+    lines += [f"probed on {device}: {_rates(rates)}" for device, rates in result.rates.items()]
+    common = [measured.case for measured in result.measured]
+    lines.append(views.case_name(common[0], views.common_options(common)))
     if machine.throttled:
         lines.append(f"clocks were held down: {machine.throttled}")
-    side_by_side = max((width - _NAME_WIDTH) // _CELL_WIDTH, 1)
-    blocks = [result.measured[i : i + side_by_side] for i in range(0, len(cases), side_by_side)]
-    options = views.differing_options(cases)
-    tables = [cli.table(list(_rows(block, options))) for block in blocks]
-    if any(measured.is_noisy for measured in result.measured):
-        tables.append(
-            f"machine too noisy: some medians are not known to {LARGEST_ERROR:.0%}. Close other programs, fix the "
-            "clocks, or give it more time.\n"
-        )
-    return "\n".join(["\n".join(lines) + "\n", *tables])
+    return "\n".join(lines) + "\n"
 
 
-def _rows(block: Sequence[Measured], options: Sequence[str]) -> Iterator[list[str]]:
+def _rates(rates: Rates) -> str:
+    known = ((rates.bandwidth, "B/s", "of memory"), (rates.multiplications, "MAC/s", "in products"))
+    parts = [f"{views.rate(rate, unit)} {what}" for rate, unit, what in known if rate is not None]
+    return ", ".join([*parts, *(f"no {name} ({reason})" for name, reason in rates.not_measured.items())])
+
+
+def _quantiles(measured: Measured) -> Iterator[list[str]]:
+    yield ["", "median", "", "min", "p90", "p99", "max", "times"]
+    for name, one in views.measures(measured).items():
+        times = [views.duration(value) for value in (one.least, one.p90, one.p99, one.largest)]
+        yield [name, views.duration(one.median), views.error(one), *times, f"{one.count:,}"]
+
+
+def _options(some: Sequence[Measured], options: Sequence[str]) -> Iterator[list[str]]:
     for option in options:
-        yield [option.replace("_", " "), *(views.option_value(measured.case, option) for measured in block)]
-    summaries = [views.measures(measured) for measured in block]
+        yield [option.replace("_", " "), *(views.option_value(measured.case, option) for measured in some)]
+
+
+def _medians(some: Sequence[Measured]) -> Iterator[list[str]]:
+    summaries = [views.measures(measured) for measured in some]
     for name in dict.fromkeys(name for one in summaries for name in one):
         found = [one.get(name) for one in summaries]
-        yield [
-            name,
-            *(f"{views.duration(one.median)} {views.error(one):>6}" if one else _NONE for one in found),
-        ]
+        yield [name, *(f"{views.duration(one.median)} {views.error(one):>6}" if one else _NONE for one in found)]
+
+
+def _figures(some: Sequence[Measured]) -> Iterator[list[str]]:
     for name, cell in _FIGURES.items():
-        cells = [cell(measured) for measured in block]
+        cells = [cell(measured) for measured in some]
         if set(cells) != {None}:
             yield [name, *(one or _NONE for one in cells)]
 
 
-def _limit(seconds: float, share: float) -> str:
-    return f"{views.duration(seconds)} ({share:.0%})"
+def _notes(result: Result) -> list[str]:
+    notes = [f"{remark}\n" for remark in views.remarks(result)]
+    if any(one.interval is None for measured in result.measured for one in views.measures(measured).values()):
+        notes.append(f"±?: fewer than {MINIMUM_COUNT} rounds, so how well the median is known is not.\n")
+    if any(measured.is_noisy for measured in result.measured):
+        notes.append(
+            f"machine too noisy: some medians are not known to {LARGEST_ERROR:.0%}. Close other programs, fix the "
+            "clocks, or give it more time.\n"
+        )
+    return notes
+
+
+def _limit(limit: Limit) -> str | None:
+    if limit.seconds is None or limit.share is None:
+        return None
+    return f"{views.duration(limit.seconds)} ({limit.share:.0%})"
+
+
+def _peak(memory: Memory | None) -> str | None:
+    return None if memory is None else cli.size(memory.peak)
+
+
+def _steady(memory: Memory | None) -> str | None:
+    return None if memory is None else cli.size(memory.steady)
 
 
 _FIGURES: dict[str, Callable[[Measured], str | None]] = {
     "tokens/s": lambda measured: views.three_digits(measured.tokens_per_second),
     "jitter (p99 of a step)": lambda measured: f"+{measured.jitter:.1%}",
-    "limit of a step": lambda measured: (
-        _limit(measured.limits.step_seconds, measured.limits.step_share) if measured.limits else None
-    ),
-    "limit of prefill": lambda measured: (
-        _limit(measured.limits.prefill_seconds, measured.limits.prefill_share) if measured.limits else None
-    ),
+    "step limit, reached": lambda measured: _limit(measured.limits.step),
+    "prefill limit, reached": lambda measured: _limit(measured.limits.prefill),
     "load": lambda measured: views.duration(measured.load_seconds),
     "memory, loaded": lambda measured: cli.size(measured.memory.loaded),
-    "memory, steady": lambda measured: cli.size(measured.memory.steady),
-    "memory, peak": lambda measured: cli.size(measured.memory.peak),
-    "memory, GPU": lambda measured: None if measured.memory.device is None else cli.size(measured.memory.device),
+    "memory, steady": lambda measured: _steady(measured.memory),
+    "memory, peak": lambda measured: _peak(measured.memory),
+    "GPU memory, steady": lambda measured: _steady(measured.device_memory),
+    "GPU memory, peak": lambda measured: _peak(measured.device_memory),
     "energy a token": lambda measured: (
         f"{views.three_digits(measured.energy.joules_a_token)} J" if measured.energy else None
     ),
@@ -108,5 +150,6 @@ def csv(result: Result) -> str:
         of_the_case = [value(measured) for value in _CASE_COLUMNS.values()]
         for name, summary in views.measures(measured).items():
             figures = [getattr(summary, column) for column in _SUMMARY_COLUMNS]
-            writer.writerow([*asdict(measured.case).values(), name, *figures, *summary.interval, *of_the_case])
+            interval = summary.interval or (None, None)
+            writer.writerow([*asdict(measured.case).values(), name, *figures, *interval, *of_the_case])
     return output.getvalue()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusion_edge.benchmarks.latency.result import BundleFacts, Case, Measured, Summary
-from fusion_edge.benchmarks.latency.statistics import MINIMUM_COUNT
+from fusion_edge.benchmarks.latency.result import BundleFacts, Case, Measured, Result, Summary
 
 STEP = "step"
 PREFILL = "prefill"
@@ -13,7 +12,7 @@ OTHER = "other"
 """What a first token takes beyond the stages that were timed on their own."""
 FIRST_TOKEN, FURTHER_QUESTION, ANSWER = "first token", "further question", "answer"
 
-_OF_THE_QUESTION = ("vision of the question", PREFILL, "sampling")
+_OF_THE_QUESTION = ("preprocess", "vision of the question", PREFILL, "sampling")
 _OPTIONS = {
     "device": "{}",
     "threads": "threads {}",
@@ -75,6 +74,12 @@ def _stages(measured: Measured, names: Sequence[str], total: Summary) -> list[tu
     return [*stages, (OTHER, rest)] if rest > 0 else stages
 
 
+def remarks(result: Result) -> list[str]:
+    """Why devices were slower than they may be, with their names."""
+    told = [f"{one.case.device}: {one.remark}" for one in result.measured if one.remark is not None]
+    return list(dict.fromkeys(told))
+
+
 def bundle_name(bundle: BundleFacts) -> str:
     """``FUSION-3B, cpu, int4``."""
     return f"{bundle.source}, {bundle.target}, {bundle.precision}"
@@ -103,5 +108,5 @@ def three_digits(value: float) -> str:
 
 
 def error(summary: Summary) -> str:
-    """Of the median: ``±1.2%``; ``n=3`` for so few values that they have no 95 % interval."""
-    return f"±{summary.error:.1%}" if summary.count >= MINIMUM_COUNT else f"n={summary.count}"
+    """Of the median: ``±1.2%``; ``±?`` of too few repeats to know."""
+    return "±?" if summary.error is None else f"±{summary.error:.1%}"
