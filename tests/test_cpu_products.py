@@ -36,8 +36,8 @@ def session(
     while not names[-1]:
         names.pop()
     rows = len(packed.values)
-    attributes = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, "accuracy_level": 4}
-    node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **attributes)
+    sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size}
+    node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4, **sizes)
     graph = helper.make_graph(
         [node],
         "product",
