@@ -21,7 +21,7 @@ from fusion_edge.runtime import FusionError, graphs
 from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph
+from fusion_edge.runtime.backends.onnxruntime_graph import Graph, has_vnni
 from fusion_edge.runtime.bundle import Bundle, open_bundle
 from fusion_edge.runtime.errors import DeviceError
 from fusion_edge.runtime.grids import pooling_cells
@@ -35,7 +35,6 @@ class PlainRuns:
     def __init__(self, bundle: Bundle) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        options.add_session_config_entry("session.x64quantprecision", "1")
         if cpu_kernels.why_not(bundle.manifest) is None:
             options.register_custom_ops_library(str(cpu_kernels.library()))
         self._sessions = {
@@ -222,3 +221,16 @@ def test_a_provider_that_does_not_start(
         OnnxRuntimeBackend(open_bundle(tiny_bundle), "cuda", 1)
     assert str(refusal.value) == f"ONNX Runtime {ort.__version__} could not start its {provider}; {remedy}"
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni\n", True),
+        ("flags\t\t: fpu avx2 fma\n", False),
+        ("Features\t: fp asimd\n", False),
+    ],
+)
+def test_which_processors_multiply_bytes_without_overflow(cpuinfo: str, expected: bool) -> None:
+    assert has_vnni(cpuinfo) is expected
