@@ -28,6 +28,8 @@ COMPARISON = Comparison(
     runners={
         "bundle": Runner(f"{RUNNERS}.bundle_llm", "folder that fusion-export wrote"),
         "genai": Runner(f"{RUNNERS}.genai_llm", "folder that onnxruntime-genai's builder wrote"),
+        "llama-cpp": Runner(f"{RUNNERS}.llama_cpp_llm", "GGUF file"),
+        "openvino": Runner(f"{RUNNERS}.openvino_llm", "folder that optimum-intel wrote"),
     },
     workload=workload,
     columns=(
