@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from fusion_edge.benchmarks import peers
+from fusion_edge.benchmarks import language_peers, peers
 from fusion_edge.benchmarks.runners import alone, llm
 from fusion_edge.benchmarks.runners.alone import CannotRunError
 from fusion_edge.benchmarks.runners.llm import Workload
@@ -66,6 +69,34 @@ def test_a_runner_says_in_one_line_what_it_lacks(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(CannotRunError, match="pip install a-peer"):
         alone.peer("no_such_module", "a-peer")
+
+
+RUNNERS = {
+    "genai": ("genai_llm", "GenaiLlm", "onnxruntime_genai", "has no genai_config.json; expected a folder"),
+    "openvino": ("openvino_llm", "OpenvinoLlm", "openvino", "has no openvino_model.xml; expected a folder"),
+    "llama-cpp": ("llama_cpp_llm", "LlamaCppLlm", "llama_cpp", "is not a file; expected a GGUF file"),
+}
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_runners_refuse_what_is_not_theirs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, kind, package, message = RUNNERS[name]
+    assert language_peers.COMPARISON.runners[name].module.endswith(f".{module}")
+    load = getattr(importlib.import_module(f"fusion_edge.benchmarks.runners.{module}"), kind)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CannotRunError, match="cannot be imported"):
+        load(tmp_path, Workload())
+    monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    with pytest.raises(CannotRunError, match=message):
+        load(tmp_path, Workload())
+
+
+def test_what_an_engine_says_of_a_broken_model_is_one_line(tmp_path: Path) -> None:
+    def load(model: Path, work: Workload) -> FakeLlm:
+        raise RuntimeError("bad\nmodel")
+
+    with pytest.raises(CannotRunError, match="cannot be loaded: bad model"):
+        llm.measure(load, tmp_path, Workload())
 
 
 def test_a_folder_that_is_no_bundle_ends_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ class GenaiLlm:
         genai: Any = peer("onnxruntime_genai", "onnxruntime-genai")
         self._numpy: Any = peer("numpy", "numpy")
         llm.expect_file(folder, "genai_config.json", "onnxruntime-genai's builder")
-        # Its own choice of threads is slower where it sees fewer cores than there are, or more.
+        # Its own choice of threads is slower here.
         self.settings = {"intra_op_num_threads": work.threads}
         config = genai.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": self.settings}}}))

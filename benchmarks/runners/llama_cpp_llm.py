@@ -31,20 +31,25 @@ class LlamaCppLlm:
         if not file.is_file():
             raise CannotRunError(f"{file} is not a file; expected a GGUF file such as peer_models.py writes.")
         llama.llama_log_set(_LOG, None)
-        self.settings = {
+        context = {
             "n_ctx": work.capacity,
             "n_batch": max(work.prompt, llm.WARM_UP),  # the most tokens that one call takes
             "n_ubatch": 512,
             "n_threads": work.threads,
             "n_threads_batch": work.threads,
+            # Its default ("auto") turns flash attention on, which is slower here.
             "flash_attn_type": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
             "type_k": llama.GGML_TYPE_F16,
             "type_v": llama.GGML_TYPE_F16,
         }
+        # Weights are repacked as they are loaded: the pages of a mapped file would only count twice.
+        self.settings = {**context, "use_mmap": False}
         parameters = llama.llama_context_default_params()
-        for name, value in self.settings.items():
+        for name, value in context.items():
             setattr(parameters, name, value)
-        model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
+        loading = llama.llama_model_default_params()
+        loading.use_mmap = self.settings["use_mmap"]
+        model = llama.llama_model_load_from_file(str(file).encode(), loading)
         self._context = model and llama.llama_init_from_model(model, parameters)
         if not self._context:
             raise CannotRunError(f"llama.cpp cannot load {file}; what it said is above.")

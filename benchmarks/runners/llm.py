@@ -77,9 +77,12 @@ class Llm(Protocol):
 
 
 def measure(load: Callable[[Path, Workload], Llm], model: Path, work: Workload) -> Measured:
-    """Measure in this process."""
+    """Measure in this process. Raises :class:`CannotRunError` for a model that the engine cannot load."""
     start = time.perf_counter()
-    llm = load(model, work)
+    try:
+        llm = load(model, work)
+    except RuntimeError as error:  # what engines in C++ raise
+        raise CannotRunError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from None
     llm.prefill(work.prompt_ids[:WARM_UP])
     loaded = time.perf_counter()
     llm.prefill(work.prompt_ids)
