@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,12 @@ class LlamaCppLlm:
             "type_v": llama.GGML_TYPE_F16,
         }
         # Weights are repacked as they are loaded: the pages of a mapped file would only count twice.
-        self.settings = {**context, "use_mmap": False}
-        parameters = llama.llama_context_default_params()
-        for name, value in context.items():
-            setattr(parameters, name, value)
-        loading = llama.llama_model_default_params()
-        loading.use_mmap = self.settings["use_mmap"]
-        model = llama.llama_model_load_from_file(str(file).encode(), loading)
+        loading = {"load_mode": llama.LLAMA_LOAD_MODE_NONE}
+        self.settings = {**context, **loading}
+        model = llama.llama_model_load_from_file(
+            str(file).encode(), _filled(llama.llama_model_default_params(), loading)
+        )
+        parameters = _filled(llama.llama_context_default_params(), context)
         self._context = model and llama.llama_init_from_model(model, parameters)
         if not self._context:
             raise CannotRunError(f"llama.cpp cannot load {file}; what it said is above.")
@@ -68,6 +68,16 @@ class LlamaCppLlm:
         if self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(ids))):
             raise CannotRunError("llama.cpp could not run the model; what it said is above.")
         self._token = self._llama.llama_sampler_sample(self._sampler, self._context, -1)
+
+
+def _filled(structure: Any, fields: Mapping[str, Any]) -> Any:
+    """A structure of C with some of its fields set; ctypes would take any other name without a word."""
+    known = {name for name, *_ in structure._fields_}
+    for name, value in fields.items():
+        if name not in known:
+            raise CannotRunError(f"This llama-cpp-python has no field {name}; install 0.3.36.")
+        setattr(structure, name, value)
+    return structure
 
 
 if __name__ == "__main__":
