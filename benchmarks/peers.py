@@ -11,11 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fusion_edge.benchmarks import language_peers
+from fusion_edge.benchmarks import language_peers, vision_peers
 from fusion_edge.benchmarks.side_by_side import add_options, run
 from fusion_edge.runtime import cli
 
-COMPARISONS = {"llm": language_peers.COMPARISON}
+COMPARISONS = {"llm": language_peers.COMPARISON, "vision": vision_peers.COMPARISON}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
