@@ -160,7 +160,7 @@ def render(turns: Mapping[str, Sequence[Turn]], columns: Sequence[Column]) -> st
 
 def report(contestants: Sequence[Contestant], workload: Any, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
     """Everything that was measured, as JSON; of a contestant's model and environment no more than the name."""
-    machine = dataclasses.asdict(machine_facts("cpu"))
+    machine = dataclasses.asdict(machine_facts(None))
     return {
         "machine": {name: machine[name] for name in ("processor", "cores", "memory", "governor", "system")},
         "workload": dataclasses.asdict(workload),
