@@ -1,0 +1,132 @@
+#include <algorithm>
+#include <utility>
+
+#include "attention_rows.h"
+#include "lanes.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+
+namespace fusion_edge {
+namespace {
+
+constexpr size_t AHEAD = 4096;  // bytes: what is fetched early
+constexpr size_t LINE = 64;     // bytes that come together
+
+template <typename T>
+void fetch(const T* from, size_t count) {
+    const char* bytes = reinterpret_cast<const char*>(from) + AHEAD;
+    for (size_t i = 0; i < count * sizeof(T); i += LINE) _mm_prefetch(bytes + i, _MM_HINT_T0);
+}
+
+__m512 sum_halves(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+
+// Of 16 registers, each lane the sum of one.
+__m512 sum_each(const __m512* values) {
+    __m512 pairs[8], fours[4];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i)
+        pairs[i] = _mm512_add_ps(
+            _mm512_unpacklo_ps(values[2 * i], values[2 * i + 1]), _mm512_unpackhi_ps(values[2 * i], values[2 * i + 1]));
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i)
+        fours[i] = _mm512_castpd_ps(_mm512_castps_pd(_mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(pairs[2 * i]), _mm512_castps_pd(pairs[2 * i + 1]))),
+            _mm512_castpd_ps(
+                _mm512_unpackhi_pd(_mm512_castps_pd(pairs[2 * i]), _mm512_castps_pd(pairs[2 * i + 1]))))));
+    return sum_halves(sum_halves(fours[0], fours[1]), sum_halves(fours[2], fours[3]));
+}
+
+// scores [key, row] of 16 / ROWS keys from one on; I are the places among them.
+template <typename T, size_t ROWS, size_t... I>
+__m512 score(std::index_sequence<I...>, const Head<T>& head, size_t key, const float* queries) {
+    const size_t last = head.count - 1;
+    const T* const keys[] = {head.keys + std::min(key + I / ROWS, last) * head.stride...};
+    __m512 sums[] = {(void(I), _mm512_setzero_ps())...};
+    for (size_t i = 0; i < head.width; i += LANES) {
+        const __mmask16 mask = first(head.width - i);
+        ((sums[I] = _mm512_fmadd_ps(
+              load(keys[I] + i, mask), _mm512_load_ps(queries + I % ROWS * LARGEST_HEAD + i), sums[I])),
+         ...);
+    }
+    return sum_each(sums);
+}
+
+// Combines lanes of the same row, which are ROWS apart, in its first.
+template <size_t ROWS, typename Combine>
+void combine(float* lanes, Combine combine) {
+    for (size_t distance = LANES / 2; distance >= ROWS; distance /= 2)
+        for (size_t i = 0; i < distance; ++i) lanes[i] = combine(lanes[i], lanes[i + distance]);
+}
+
+// results [ROWS, LARGEST_HEAD] += weights [count, ROWS] times values, for keys that lie close together.
+template <typename T, size_t... I>
+void add_values(
+    std::index_sequence<I...>, const T* values, size_t stride, size_t count, size_t width, const float* weights,
+    float* results) {
+    constexpr size_t ROWS = sizeof...(I);
+    for (size_t i = 0; i < width; i += LANES) {
+        const __mmask16 mask = first(width - i);
+        __m512 sums[] = {_mm512_load_ps(results + I * LARGEST_HEAD + i)...};
+        for (size_t key = 0; key < count; ++key) {
+            const __m512 value = load(values + key * stride + i, mask);
+            ((sums[I] = _mm512_fmadd_ps(value, _mm512_set1_ps(weights[key * ROWS + I]), sums[I])), ...);
+        }
+        (_mm512_store_ps(results + I * LARGEST_HEAD + i, sums[I]), ...);
+    }
+}
+
+template <size_t ROWS, typename T>
+void attend(const Head<T>& head, const Rows& rows, size_t row) {
+    static thread_local Scratch<float> memory;
+    constexpr size_t KEYS = LANES / ROWS;
+    alignas(64) float queries[ROWS * LARGEST_HEAD] = {}, results[ROWS * LARGEST_HEAD] = {}, lanes[LANES];
+    for (size_t i = 0; i < ROWS; ++i) rows.query(row + i, queries + i * LARGEST_HEAD);
+    const size_t scores = head.count * ROWS;
+    float* weights = memory.of(round_up(scores, LANES));
+    __m512 largest = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
+    for (size_t key = 0; key < head.count; key += KEYS) {
+        fetch(head.keys + key * head.stride, KEYS * head.stride);
+        const __m512 score_ = score<T, ROWS>(std::make_index_sequence<LANES>(), head, key, queries);
+        _mm512_store_ps(weights + key * ROWS, score_);
+        largest = _mm512_max_ps(largest, score_);  // a key that is none repeats the last
+    }
+    _mm512_store_ps(lanes, largest);
+    combine<ROWS>(lanes, [](float a, float b) { return std::max(a, b); });
+    for (size_t i = ROWS; i < LANES; ++i) lanes[i] = lanes[i % ROWS];
+    largest = _mm512_load_ps(lanes);
+    for (size_t i = 0; i < scores; i += LANES) {
+        const __m512 weight = exp2(_mm512_sub_ps(_mm512_load_ps(weights + i), largest));
+        _mm512_store_ps(weights + i, weight);
+        sum = _mm512_mask_add_ps(sum, first(scores - i), sum, weight);
+    }
+    _mm512_store_ps(lanes, sum);
+    combine<ROWS>(lanes, [](float a, float b) { return a + b; });
+    for (size_t key = 0; key < head.count; key += LANES) {
+        const T* values = head.values + key * head.stride;
+        fetch(values, LANES * head.stride);
+        add_values(
+            std::make_index_sequence<ROWS>(), values, head.stride, std::min(LANES, head.count - key), head.width,
+            weights + key * ROWS, results);
+    }
+    for (size_t i = 0; i < ROWS; ++i)
+        for (size_t j = 0; j < head.width; ++j)
+            rows.result(row + i)[j] =
+                results[i * LARGEST_HEAD + j] / lanes[i] * (head.value_scales ? head.value_scales[j] : 1);
+}
+
+}  // namespace
+
+template <typename T>
+void attend_in_stream(const Head<T>& head, const Rows& rows) {
+    size_t row = 0;
+    for (; row + 4 <= rows.count; row += 4) attend<4>(head, rows, row);
+    for (; row + 2 <= rows.count; row += 2) attend<2>(head, rows, row);
+    for (; row < rows.count; ++row) attend<1>(head, rows, row);
+}
+
+template void attend_in_stream(const Head<float>&, const Rows&);
+template void attend_in_stream(const Head<int8_t>&, const Rows&);
+
+}  // namespace fusion_edge
