@@ -9,15 +9,6 @@
 namespace fusion_edge {
 namespace {
 
-constexpr size_t AHEAD = 4096;  // bytes: what is fetched early
-constexpr size_t LINE = 64;     // bytes that come together
-
-template <typename T>
-void fetch(const T* from, size_t count) {
-    const char* bytes = reinterpret_cast<const char*>(from) + AHEAD;
-    for (size_t i = 0; i < count * sizeof(T); i += LINE) _mm_prefetch(bytes + i, _MM_HINT_T0);
-}
-
 __m512 sum_halves(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
@@ -38,19 +29,30 @@ __m512 sum_each(const __m512* values) {
     return sum_halves(sum_halves(fours[0], fours[1]), sum_halves(fours[2], fours[3]));
 }
 
-// scores [key, row] of 16 / ROWS keys from one on; I are the places among them.
-template <typename T, size_t ROWS, size_t... I>
-__m512 score(std::index_sequence<I...>, const Head<T>& head, size_t key, const float* queries) {
-    const size_t last = head.count - 1;
-    const T* const keys[] = {head.keys + std::min(key + I / ROWS, last) * head.stride...};
+// Products of one key with queries I, not yet summed over lanes.
+template <typename T, size_t... I>
+[[gnu::always_inline]] inline void multiply_key(
+    std::index_sequence<I...>, const T* key, size_t width, const float* queries, __m512* products) {
     __m512 sums[] = {(void(I), _mm512_setzero_ps())...};
-    for (size_t i = 0; i < head.width; i += LANES) {
-        const __mmask16 mask = first(head.width - i);
-        ((sums[I] = _mm512_fmadd_ps(
-              load(keys[I] + i, mask), _mm512_load_ps(queries + I % ROWS * LARGEST_HEAD + i), sums[I])),
-         ...);
-    }
-    return sum_each(sums);
+    const auto add = [&](size_t i, __m512 channels) __attribute__((always_inline)) {
+        ((sums[I] = _mm512_fmadd_ps(channels, _mm512_load_ps(queries + I * LARGEST_HEAD + i), sums[I])), ...);
+    };
+    size_t i = 0;
+    for (; i + LANES <= width; i += LANES) add(i, load(key + i));
+    if (i < width) add(i, load(key + i, first(width - i)));
+    ((products[I] = sums[I]), ...);
+}
+
+// scores [key, row] of 16 / ROWS keys from one on; I are the places among those.
+template <size_t ROWS, typename T, size_t... I>
+__m512 score(std::index_sequence<I...>, const Head<T>& head, size_t key, const float* queries) {
+    __m512 products[LANES];
+    const size_t last = head.count - 1;  // stands for keys behind it
+    (multiply_key(
+         std::make_index_sequence<ROWS>(), head.keys + std::min(key + I, last) * head.stride, head.width, queries,
+         products + I * ROWS),
+     ...);
+    return sum_each(products);
 }
 
 // Combines lanes of the same row, which are ROWS apart, in its first.
@@ -60,21 +62,25 @@ void combine(float* lanes, Combine combine) {
         for (size_t i = 0; i < distance; ++i) lanes[i] = combine(lanes[i], lanes[i + distance]);
 }
 
-// results [ROWS, LARGEST_HEAD] += weights [count, ROWS] times values, for keys that lie close together.
-template <typename T, size_t... I>
+constexpr size_t TOGETHER = 4;  // values that are added at once
+
+// results [rows, LARGEST_HEAD] += weights [keys, rows] times values, for keys K and rows I.
+template <typename T, size_t... K, size_t... I>
 void add_values(
-    std::index_sequence<I...>, const T* values, size_t stride, size_t count, size_t width, const float* weights,
-    float* results) {
+    std::index_sequence<K...>, std::index_sequence<I...>, const T* values, size_t stride, size_t width,
+    const float* weights, float* results) {
     constexpr size_t ROWS = sizeof...(I);
-    for (size_t i = 0; i < width; i += LANES) {
-        const __mmask16 mask = first(width - i);
+    const auto add_key = [&](__m512* sums, __m512 value, const float* own) __attribute__((always_inline)) {
+        ((sums[I] = _mm512_fmadd_ps(value, _mm512_set1_ps(own[I]), sums[I])), ...);
+    };
+    const auto add = [&](size_t i, auto... channels) __attribute__((always_inline)) {
         __m512 sums[] = {_mm512_load_ps(results + I * LARGEST_HEAD + i)...};
-        for (size_t key = 0; key < count; ++key) {
-            const __m512 value = load(values + key * stride + i, mask);
-            ((sums[I] = _mm512_fmadd_ps(value, _mm512_set1_ps(weights[key * ROWS + I]), sums[I])), ...);
-        }
+        (add_key(sums, channels, weights + K * ROWS), ...);
         (_mm512_store_ps(results + I * LARGEST_HEAD + i, sums[I]), ...);
-    }
+    };
+    size_t i = 0;
+    for (; i + LANES <= width; i += LANES) add(i, load(values + K * stride + i)...);
+    if (i < width) add(i, load(values + K * stride + i, first(width - i))...);
 }
 
 template <size_t ROWS, typename T>
@@ -87,10 +93,9 @@ void attend(const Head<T>& head, const Rows& rows, size_t row) {
     float* weights = memory.of(round_up(scores, LANES));
     __m512 largest = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
     for (size_t key = 0; key < head.count; key += KEYS) {
-        fetch(head.keys + key * head.stride, KEYS * head.stride);
-        const __m512 score_ = score<T, ROWS>(std::make_index_sequence<LANES>(), head, key, queries);
-        _mm512_store_ps(weights + key * ROWS, score_);
-        largest = _mm512_max_ps(largest, score_);  // a key that is none repeats the last
+        const __m512 own = score<ROWS>(std::make_index_sequence<KEYS>(), head, key, queries);
+        _mm512_store_ps(weights + key * ROWS, own);
+        largest = _mm512_max_ps(largest, own);
     }
     _mm512_store_ps(lanes, largest);
     combine<ROWS>(lanes, [](float a, float b) { return std::max(a, b); });
@@ -103,13 +108,14 @@ void attend(const Head<T>& head, const Rows& rows, size_t row) {
     }
     _mm512_store_ps(lanes, sum);
     combine<ROWS>(lanes, [](float a, float b) { return a + b; });
-    for (size_t key = 0; key < head.count; key += LANES) {
-        const T* values = head.values + key * head.stride;
-        fetch(values, LANES * head.stride);
+    const auto add = [&](auto keys, size_t key) {
         add_values(
-            std::make_index_sequence<ROWS>(), values, head.stride, std::min(LANES, head.count - key), head.width,
+            keys, std::make_index_sequence<ROWS>(), head.values + key * head.stride, head.stride, head.width,
             weights + key * ROWS, results);
-    }
+    };
+    size_t key = 0;
+    for (; key + TOGETHER <= head.count; key += TOGETHER) add(std::make_index_sequence<TOGETHER>(), key);
+    for (; key < head.count; ++key) add(std::make_index_sequence<1>(), key);
     for (size_t i = 0; i < ROWS; ++i)
         for (size_t j = 0; j < head.width; ++j)
             rows.result(row + i)[j] =

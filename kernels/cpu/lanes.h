@@ -43,6 +43,12 @@ class Scratch {
 
 inline __mmask16 first(size_t count) { return count >= LANES ? 0xFFFF : (1u << count) - 1; }
 
+// 16 values as floats.
+inline __m512 load(const float* values) { return _mm512_loadu_ps(values); }
+inline __m512 load(const int8_t* values) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))));
+}
+
 // Some of 16 values as floats, zero elsewhere.
 inline __m512 load(const float* values, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, values); }
 inline __m512 load(const int8_t* values, __mmask16 mask) {
