@@ -29,10 +29,22 @@ __m512 sum_each(const __m512* values) {
     return sum_halves(sum_halves(fours[0], fours[1]), sum_halves(fours[2], fours[3]));
 }
 
+constexpr size_t AHEAD = 4096;  // bytes: what is fetched early
+constexpr size_t LINE = 64;     // bytes that come together
+
+// Fetches what lies behind a row by AHEAD. Rows of int8 are worked on slowly enough for the processor to do it alone.
+template <typename T>
+[[gnu::always_inline]] inline void fetch(const T* row, size_t width) {
+    if constexpr (sizeof(T) == sizeof(float))
+        for (size_t i = 0; i < width; i += LINE / sizeof(T))
+            _mm_prefetch(reinterpret_cast<const char*>(row + i) + AHEAD, _MM_HINT_T1);
+}
+
 // Products of one key with queries I, not yet summed over lanes.
 template <typename T, size_t... I>
 [[gnu::always_inline]] inline void multiply_key(
     std::index_sequence<I...>, const T* key, size_t width, const float* queries, __m512* products) {
+    fetch(key, width);
     __m512 sums[] = {(void(I), _mm512_setzero_ps())...};
     const auto add = [&](size_t i, __m512 channels) __attribute__((always_inline)) {
         ((sums[I] = _mm512_fmadd_ps(channels, _mm512_load_ps(queries + I * LARGEST_HEAD + i), sums[I])), ...);
@@ -70,6 +82,7 @@ void add_values(
     std::index_sequence<K...>, std::index_sequence<I...>, const T* values, size_t stride, size_t width,
     const float* weights, float* results) {
     constexpr size_t ROWS = sizeof...(I);
+    (fetch(values + K * stride, width), ...);
     const auto add_key = [&](__m512* sums, __m512 value, const float* own) __attribute__((always_inline)) {
         ((sums[I] = _mm512_fmadd_ps(value, _mm512_set1_ps(own[I]), sums[I])), ...);
     };

@@ -89,20 +89,54 @@ void write_words(const T* row, size_t width, float* words) {
 
 // Keys and values of one head as panels.
 struct Panels {
-    const float* keys;    // [count / PANEL, rounded up; depth, PANEL]
+    const float* keys;    // [count / PANEL, rounded up; depth, rounded up to LANES; PANEL]
     const float* values;  // [width / PANEL, rounded up; steps, PANEL, or LANES if the last needs no more]
     size_t depth, steps;
 };
 
+// Lane i of result j is lane j of value i: pairs of neighbours change places, then of pairs, of fours and of eights.
+void transpose(const float* values, size_t stride, float* results, size_t result_stride) {
+    __m512 from[LANES], to[LANES];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; ++i) from[i] = _mm512_loadu_ps(values + i * stride);
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; i += 2) {
+        to[i] = _mm512_unpacklo_ps(from[i], from[i + 1]);
+        to[i + 1] = _mm512_unpackhi_ps(from[i], from[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (size_t j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(to[i + j]), high = _mm512_castps_pd(to[i + j + 2]);
+            from[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            from[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    // Now from[4 a + b] has, in its quarter c, lane 4 c + b of values 4 a to 4 a + 3.
+#pragma GCC unroll 4
+    for (size_t b = 0; b < 4; ++b) {
+        const __m512 low = _mm512_shuffle_f32x4(from[b], from[4 + b], 0x88);
+        const __m512 high = _mm512_shuffle_f32x4(from[8 + b], from[12 + b], 0x88);
+        const __m512 low_odd = _mm512_shuffle_f32x4(from[b], from[4 + b], 0xDD);
+        const __m512 high_odd = _mm512_shuffle_f32x4(from[8 + b], from[12 + b], 0xDD);
+        _mm512_store_ps(results + b * result_stride, _mm512_shuffle_f32x4(low, high, 0x88));
+        _mm512_store_ps(results + (4 + b) * result_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+        _mm512_store_ps(results + (8 + b) * result_stride, _mm512_shuffle_f32x4(low, high, 0xDD));
+        _mm512_store_ps(results + (12 + b) * result_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xDD));
+    }
+}
+
 template <Factors FACTORS, typename T>
 const float* pack_keys(const Head<T>& head, size_t depth) {
     static thread_local Scratch<float> memory;
-    float* const panels = memory.of(round_up(head.count, PANEL) * depth);
-    alignas(64) float words[LARGEST_HEAD];
-    for (size_t key = 0; key < head.count; ++key) {
-        write_words<FACTORS>(head.keys + key * head.stride, head.width, words);
-        float* to = panels + key / PANEL * PANEL * depth + key % PANEL;
-        for (size_t i = 0; i < depth; ++i) to[i * PANEL] = words[i];
+    const size_t panel_words = round_up(depth, LANES) * PANEL;
+    float* const panels = memory.of(round_up(head.count, PANEL) / PANEL * panel_words);
+    alignas(64) float words[LANES * STRIDE] = {};
+    for (size_t key = 0; key < head.count; key += LANES) {
+        for (size_t i = 0; i < std::min(LANES, head.count - key); ++i)
+            write_words<FACTORS>(head.keys + (key + i) * head.stride, head.width, words + i * STRIDE);
+        float* to = panels + key / PANEL * panel_words + key % PANEL;
+        for (size_t i = 0; i < depth; i += LANES) transpose(words + i, STRIDE, to + i * PANEL, PANEL);
     }
     return panels;
 }
@@ -190,7 +224,7 @@ void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bia
         const size_t count = std::min(KEYS, visible - start);
         for (size_t key = 0; key < count; key += PANEL)
             WIDE[rows - 1](
-                words(tile.queries), panels.keys + (start + key) * panels.depth, panels.depth, bias + start + key, 0,
+                words(tile.queries), panels.keys + (start + key) * round_up(panels.depth, LANES), panels.depth, bias + start + key, 0,
                 tile.scores + key);
         for (size_t row = 0; row < rows; ++row) {
             const size_t here = std::min(count, tile.visible[row] - std::min(tile.visible[row], start));
