@@ -12,14 +12,16 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-FLOAT, INT8, INT32 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT32
+FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
 PROMPT, CAPACITY = 900, 1000  # positions of a question, and of its cache
 VISION_ROWS, VISION_HEADS, VISION_WIDTH = 729, 16, 72
 LLMS = {"Phi-3.5": (32, 32, 96), "Llama": (32, 8, 128)}  # heads, of keys and values, channels of a head
@@ -29,7 +31,7 @@ Run = Callable[[], object]
 
 
 def session(
-    operator: str, inputs: dict[str, int], outputs: dict[str, int], attributes: dict[str, object], library: Path | None
+    operator: str, inputs: dict[str, int], outputs: dict[str, int], attributes: dict[str, Any], library: Path | None
 ) -> onnxruntime.InferenceSession:
     """One node. Inputs and outputs: element type; an input that starts with ``-`` is left out."""
     names = ["" if name.startswith("-") else name for name in inputs]
@@ -64,7 +66,7 @@ def values(feeds: dict[str, object]) -> dict[str, onnxruntime.OrtValue]:
 
 def vision(library: Path | None) -> Run:
     inputs = {"q": FLOAT, "k": FLOAT, "v": FLOAT, "-bias": FLOAT, "mask": INT32}
-    attributes: dict[str, object] = {"num_heads": VISION_HEADS, "mask_filter_value": -1e9}
+    attributes: dict[str, Any] = {"num_heads": VISION_HEADS, "mask_filter_value": -1e9}
     model = session("MultiHeadAttention", inputs, {"attended": FLOAT}, attributes, library)
     random = np.random.default_rng(0)
     shape = (1, VISION_ROWS, VISION_HEADS * VISION_WIDTH)
@@ -73,12 +75,12 @@ def vision(library: Path | None) -> Run:
     return bound(model, values(feeds), shape)
 
 
-def causal(library: Path | None, llm: str, length: int, int8: bool, layers: int) -> Run:
+def causal(llm: str, length: int, int8: bool, layers: int, library: Path | None) -> Run:
     heads, kv_heads, width = LLMS[llm]
     cache = INT8 if int8 else FLOAT
     inputs = {"qkv": FLOAT, "-key": FLOAT, "-value": FLOAT, "past_key": cache, "past_value": cache}
     inputs |= {"last_position": INT32, "total_length": INT32, "cos": FLOAT, "sin": FLOAT}
-    attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
     if int8:
         inputs |= {"-positions": INT32, "-bias": FLOAT, "-sinks": FLOAT, "key_scale": FLOAT, "value_scale": FLOAT}
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
@@ -136,11 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
     report("attention, vision", vision, library, 1, work, "GFLOP/s")
     for llm, (heads, kv_heads, width) in LLMS.items():
         work = 2 * PROMPT**2 * heads * width / 1e9
-        make = lambda own, llm=llm: causal(own, llm, PROMPT, False, 1)  # noqa: E731
-        report(f"attention, {llm}, prefill", make, library, 1, work, "GFLOP/s")
+        report(f"attention, {llm}, prefill", partial(causal, llm, PROMPT, False, 1), library, 1, work, "GFLOP/s")
         for int8 in (False, True):
             work = 2 * PROMPT * kv_heads * width * (1 if int8 else 4) / 1e9
-            make = lambda own, llm=llm, int8=int8: causal(own, llm, 1, int8, STEP_LAYERS)  # noqa: E731
+            make = partial(causal, llm, 1, int8, STEP_LAYERS)
             name = f"attention, {llm}, step, {'int8' if int8 else 'float32'}"
             report(name, make, library, STEP_LAYERS, work, "GB/s")
     return 0

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from onnx import TensorProto, helper
 
-Array = npt.NDArray[np.generic]
-FLOAT, INT8, INT32 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT32
+Array = npt.NDArray[Any]
+FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
 BLOCKED = -1e9
 
 
@@ -37,7 +38,7 @@ def session(model: bytes, library: Path | None, threads: int = 1) -> onnxruntime
 
 
 def _model(
-    operator: str, inputs: dict[str, tuple[int, int]], outputs: dict[str, int], attributes: dict[str, object]
+    operator: str, inputs: dict[str, tuple[int, int]], outputs: dict[str, int], attributes: dict[str, Any]
 ) -> bytes:
     """Inputs by name: element type and rank; a name that starts with ``-`` is left out. Outputs: element type."""
     names = ["" if name.startswith("-") else name for name in inputs]
@@ -53,18 +54,18 @@ def _model(
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
-def multi_head_model(heads: int, **attributes: object) -> bytes:
+def multi_head_model(heads: int, **attributes: Any) -> bytes:
     inputs = {"q": (FLOAT, 3), "k": (FLOAT, 3), "v": (FLOAT, 3), "-bias": (FLOAT, 1), "mask": (INT32, 2)}
     fixed = {"num_heads": heads, "mask_filter_value": BLOCKED}
     return _model("MultiHeadAttention", inputs, {"attended": FLOAT}, fixed | attributes)
 
 
-def causal_model(sizes: Causal, **attributes: object) -> bytes:
+def causal_model(sizes: Causal, **attributes: Any) -> bytes:
     cache = INT8 if sizes.int8 else FLOAT
     inputs = {"qkv": (FLOAT, 3), "-key": (FLOAT, 3), "-value": (FLOAT, 3), "past_key": (cache, 4)}
     inputs |= {"past_value": (cache, 4), "last_position": (INT32, 1), "total_length": (INT32, 0)}
     inputs |= {"cos": (FLOAT, 2), "sin": (FLOAT, 2)}
-    fixed: dict[str, object] = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads, "do_rotary": 1}
+    fixed: dict[str, Any] = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads, "do_rotary": 1}
     fixed["scale"] = sizes.width**-0.5
     if sizes.int8:
         inputs |= {"-positions": (INT32, 2), "-bias": (FLOAT, 4), "-sinks": (FLOAT, 1)}
@@ -98,20 +99,23 @@ def causal_feeds(sizes: Causal, past: int, capacity: int, length: int) -> dict[s
     return feeds
 
 
-def softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def softmax(scores: Array) -> Array:
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.asarray(weights / weights.sum(-1, keepdims=True))
+    normalized: Array = weights / weights.sum(-1, keepdims=True)
+    return normalized
 
 
 def multi_head_reference(feeds: dict[str, Array], heads: int) -> Array:
-    def per_head(name: str) -> npt.NDArray[np.float64]:
-        x = feeds[name].astype(np.float64)
-        return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    def per_head(name: str) -> Array:
+        rows = feeds[name].astype(np.float64)
+        split: Array = rows.reshape(*rows.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+        return split
 
     q, k, v = (per_head(name) for name in "qkv")
     scores = q @ k.swapaxes(2, 3) * q.shape[3] ** -0.5
     weights = softmax(np.where(feeds["mask"][:, None, None, :] != 0, scores, BLOCKED))
-    return (weights @ v).transpose(0, 2, 1, 3).reshape(feeds["q"].shape)
+    attended: Array = (weights @ v).transpose(0, 2, 1, 3).reshape(feeds["q"].shape)
+    return attended
 
 
 def causal_reference(sizes: Causal, feeds: dict[str, Array], present: tuple[Array, Array]) -> Array:
@@ -126,10 +130,11 @@ def causal_reference(sizes: Causal, feeds: dict[str, Array], present: tuple[Arra
     )
     visible = np.arange(total) <= np.arange(total - length, total)[:, None]
     weights = softmax(np.where(visible, q @ k.swapaxes(1, 2) * sizes.width**-0.5, -np.inf))
-    return (weights @ v).swapaxes(0, 1).reshape(1, length, -1)
+    attended: Array = (weights @ v).swapaxes(0, 1).reshape(1, length, -1)
+    return attended
 
 
-def rotated(x: npt.NDArray[np.float64], rotary: int, feeds: dict[str, Array], past: int) -> npt.NDArray[np.float64]:
+def rotated(x: Array, rotary: int, feeds: dict[str, Array], past: int) -> Array:
     """``[length, heads, width]`` turned by the angles of its positions."""
     cos, sin = (feeds[name][past : past + len(x), None].astype(np.float64) for name in ("cos", "sin"))
     a, b = x[..., : rotary // 2], x[..., rotary // 2 : rotary]
