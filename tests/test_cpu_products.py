@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from own_kernels import needs_cpu_kernels
 
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize, quantize
@@ -18,10 +19,7 @@ from fusion_edge.runtime.backends import cpu_kernels
 
 Array = npt.NDArray[Any]
 
-pytestmark = pytest.mark.skipif(
-    cpu_kernels.library() is None or not cpu_kernels.is_supported(),
-    reason="our CPU kernels: not built, or this processor has no AVX-512 VNNI",
-)
+pytestmark = needs_cpu_kernels
 
 
 def session(
@@ -96,7 +94,7 @@ def test_products(
     weight = dequantize(packed, form, inputs).astype(np.float64)
     expected = rounded(x, form.block_size) @ weight.T + (0 if bias is None else bias)
     (actual,) = session(packed, form, inputs, bias).run(None, {"x": x[None]})
-    size = np.abs(rounded(x, form.block_size)) @ np.abs(weight).T
+    size = np.abs(rounded(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
 
 

@@ -21,7 +21,7 @@ struct KernelContext;
 struct Value;
 struct TensorInfo;
 
-enum ElementType : int32_t { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT32 = 6 };
+enum ElementType : int32_t { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7 };
 enum Characteristic : int32_t { REQUIRED = 0, OPTIONAL = 1 };
 enum ErrorCode : int32_t { FAIL = 1, INVALID_ARGUMENT = 2 };
 
@@ -62,6 +62,9 @@ struct Api {
     }
     Status* kernel_info_get_int64(const KernelInfo* info, const char* name, int64_t* out) const {
         return at<Status*(const KernelInfo*, const char*, int64_t*)>(86)(info, name, out);
+    }
+    Status* kernel_info_get_string(const KernelInfo* info, const char* name, char* out, size_t* size) const {
+        return at<Status*(const KernelInfo*, const char*, char*, size_t*)>(87)(info, name, out, size);
     }
     Status* kernel_context_get_input_count(const KernelContext* context, size_t* out) const {
         return at<Status*(const KernelContext*, size_t*)>(88)(context, out);

@@ -1,51 +1,19 @@
 #include "products.h"
 
-#ifdef __x86_64__
-
-#include <immintrin.h>
-
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <utility>
+
+#include "lanes.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 
 namespace fusion_edge {
 namespace {
 
-constexpr size_t LANES = 16;         // of 32 bits in a register
 constexpr size_t TILE_ROWS = 12;     // with two registers of outputs: 24 of the 32 registers are sums
 constexpr size_t PANEL = 2 * LANES;  // outputs of a tile
 constexpr size_t MOST_PANELS = 8;    // that a thread multiplies a tile of rows with in turn
-
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Memory that a thread keeps for its next product. It only grows.
-template <typename T>
-class Scratch {
-  public:
-    T* of(size_t count) {
-        const size_t bytes = round_up(count * sizeof(T), 64);
-        if (bytes > bytes_) {
-            memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-            if (!memory_) throw std::bad_alloc();
-            bytes_ = bytes;
-        }
-        return memory_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(T* memory) const { std::free(memory); }
-    };
-    std::unique_ptr<T, Free> memory_;
-    size_t bytes_ = 0;
-};
-
-__mmask16 first(size_t count) { return count >= LANES ? 0xFFFF : (1u << count) - 1; }
 
 constexpr float SMALLEST_EXTENT = 1e-30f;  // of inputs: what is smaller counts as 0, as 127 over it would not be finite
 
@@ -420,19 +388,3 @@ bool is_supported() {
 }
 
 }  // namespace fusion_edge
-
-#else
-
-#include <stdexcept>
-
-namespace fusion_edge {
-
-bool is_supported() { return false; }
-
-void multiply(const float*, size_t, const Weights&, float*, const Parallel&) {
-    throw std::logic_error("These kernels are written for x86-64 alone.");
-}
-
-}  // namespace fusion_edge
-
-#endif

@@ -11,6 +11,8 @@ from fusion_edge.runtime.bundle import Manifest
 MODULE = "fusion_edge.kernels.cpu_operators"
 ACCURACY_LEVEL = 4
 """What the kernels compute: products in integers, as ``MatMulNBits`` defines its levels."""
+FLOATS = frozenset({"fp32", "fp16"})
+"""Formats of weights that are not quantized."""
 
 
 def library() -> Path | None:
@@ -28,8 +30,10 @@ def why_not(manifest: Manifest) -> str | None:
         return f"They compute in float32, and the bundle was exported for {manifest.target}."
     if manifest.accuracy_level != ACCURACY_LEVEL:
         return f"They multiply at accuracy level {ACCURACY_LEVEL}, and the bundle asks for {manifest.accuracy_level}."
+    if FLOATS.issuperset(manifest.weights.values()):
+        return "They round the inputs of products, and the bundle is not quantized."
     if library() is None:
-        return "They are not installed: pip found no C++ compiler when it installed fusion-edge."
+        return "They are not installed: x86-64 and a C++ compiler are needed when pip installs fusion-edge."
     if not is_supported():
         return "They are written for x86-64 processors with AVX-512 VNNI."
     return None

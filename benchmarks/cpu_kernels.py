@@ -1,0 +1,151 @@
+"""This library's CPU kernels beside ONNX Runtime's own, at full size.
+
+    python -m fusion_edge.benchmarks.cpu_kernels kernels.so
+
+Times are CPU time of one thread, in turns, as the median; so neither depends on what else the machine does by more
+than its caches and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper
+
+FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
+PROMPT, CAPACITY = 900, 1000  # positions of a question, and of its cache
+VISION_ROWS, VISION_HEADS, VISION_WIDTH = 729, 16, 72
+LLMS = {"Phi-3.5": (32, 32, 96), "Llama": (32, 8, 128)}  # heads, of keys and values, channels of a head
+ROUNDS = 7
+STEP_LAYERS = 16  # caches in turn: together more than the processor's own
+Run = Callable[[], object]
+
+
+def session(
+    operator: str, inputs: dict[str, int], outputs: dict[str, int], attributes: dict[str, Any], library: Path | None
+) -> onnxruntime.InferenceSession:
+    """One node. Inputs and outputs: element type; an input that starts with ``-`` is left out."""
+    names = ["" if name.startswith("-") else name for name in inputs]
+    node = helper.make_node(operator, names, list(outputs), domain="com.microsoft", **attributes)
+    given = [helper.make_tensor_value_info(name, inputs[name], None) for name in names if name]
+    made = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs.items()]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], operator, given, made), opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if library:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def bound(model: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtValue], rows: tuple[int, ...]) -> Run:
+    """A run whose output has memory already, and whose caches are extended in place."""
+    binding = model.io_binding()
+    for name, value in feeds.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in model.get_outputs():
+        past = feeds.get(output.name.replace("present", "past"))
+        empty = onnxruntime.OrtValue.ortvalue_from_shape_and_type(rows, np.float32)
+        binding.bind_ortvalue_output(output.name, past or empty)
+    return lambda: model.run_with_iobinding(binding)
+
+
+def values(feeds: dict[str, object]) -> dict[str, onnxruntime.OrtValue]:
+    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(value)) for name, value in feeds.items()}
+
+
+def vision(library: Path | None) -> Run:
+    inputs = {"q": FLOAT, "k": FLOAT, "v": FLOAT, "-bias": FLOAT, "mask": INT32}
+    attributes: dict[str, Any] = {"num_heads": VISION_HEADS, "mask_filter_value": -1e9}
+    model = session("MultiHeadAttention", inputs, {"attended": FLOAT}, attributes, library)
+    random = np.random.default_rng(0)
+    shape = (1, VISION_ROWS, VISION_HEADS * VISION_WIDTH)
+    feeds: dict[str, object] = {name: random.normal(size=shape).astype(np.float32) for name in "qkv"}
+    feeds["mask"] = np.ones((1, VISION_ROWS), np.int32)
+    return bound(model, values(feeds), shape)
+
+
+def causal(llm: str, length: int, int8: bool, layers: int, library: Path | None) -> Run:
+    heads, kv_heads, width = LLMS[llm]
+    cache = INT8 if int8 else FLOAT
+    inputs = {"qkv": FLOAT, "-key": FLOAT, "-value": FLOAT, "past_key": cache, "past_value": cache}
+    inputs |= {"last_position": INT32, "total_length": INT32, "cos": FLOAT, "sin": FLOAT}
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
+    if int8:
+        inputs |= {"-positions": INT32, "-bias": FLOAT, "-sinks": FLOAT, "key_scale": FLOAT, "value_scale": FLOAT}
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    outputs = {"attended": FLOAT, "present_key": cache, "present_value": cache}
+    model = session("GroupQueryAttention", inputs, outputs, attributes, library)
+    random = np.random.default_rng(0)
+    total = length if length > 1 else PROMPT
+    angles = np.arange(CAPACITY)[:, None] * 1e4 ** -np.linspace(0, 1, width // 2)
+    feeds: dict[str, object] = {
+        "qkv": random.normal(size=(1, length, (heads + 2 * kv_heads) * width)).astype(np.float32),
+        "last_position": np.array([total - 1], np.int32),
+        "total_length": np.array(total, np.int32),
+        "cos": np.cos(angles).astype(np.float32),
+        "sin": np.sin(angles).astype(np.float32),
+    }
+    if int8:
+        feeds |= {f"{part}_scale": np.full((1, kv_heads, 1, width), 0.02, np.float32) for part in ("key", "value")}
+    runs = []
+    for _ in range(layers):
+        caches: dict[str, object] = {
+            f"past_{part}": random.integers(-100, 100, (1, kv_heads, CAPACITY, width), np.int8)
+            if int8
+            else random.random((1, kv_heads, CAPACITY, width), np.float32)
+            for part in ("key", "value")
+        }
+        runs.append(bound(model, values(feeds | caches), (1, length, heads * width)))
+    return lambda: [run() for run in runs]
+
+
+def seconds(runs: list[Run]) -> list[float]:
+    """CPU time of each, as the median over rounds in which they take turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for run, own in zip(runs, times, strict=True):
+            start = time.process_time()
+            run()
+            own.append(time.process_time() - start)
+    return [median(own) for own in times]
+
+
+def report(name: str, make: Callable[[Path | None], Run], library: Path, layers: int, work: float, unit: str) -> None:
+    """``work``: of one layer, in 10^9 of the unit."""
+    theirs, ours = (each / layers for each in seconds([make(None), make(library)]))
+    rate = f"{work / ours:6.1f} {unit}"
+    sys.stdout.write(f"{name:32} {theirs * 1e3:9.2f} ms {ours * 1e3:9.2f} ms {theirs / ours:6.2f} x {rate}\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path, help="the compiled kernels")
+    library: Path = parser.parse_args(arguments).library
+    sys.stdout.write(f"{'one layer':32} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
+    work = 4 * VISION_ROWS**2 * VISION_HEADS * VISION_WIDTH / 1e9
+    report("attention, vision", vision, library, 1, work, "GFLOP/s")
+    for llm, (heads, kv_heads, width) in LLMS.items():
+        work = 2 * PROMPT**2 * heads * width / 1e9
+        report(f"attention, {llm}, prefill", partial(causal, llm, PROMPT, False, 1), library, 1, work, "GFLOP/s")
+        for int8 in (False, True):
+            work = 2 * PROMPT * kv_heads * width * (1 if int8 else 4) / 1e9
+            make = partial(causal, llm, 1, int8, STEP_LAYERS)
+            name = f"attention, {llm}, step, {'int8' if int8 else 'float32'}"
+            report(name, make, library, STEP_LAYERS, work, "GB/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

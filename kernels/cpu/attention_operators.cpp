@@ -1,0 +1,187 @@
+#include "attention_operators.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <string>
+#include <type_traits>
+
+#include "attention.h"
+#include "operator.h"
+
+namespace fusion_edge {
+namespace {
+
+// Where linear products round to integers of 8 bits, these may round to bfloat16: half the time, a smaller error.
+std::atomic<Factors> factors = has_bfloat16() ? Factors::BFLOAT16 : Factors::FLOAT32;
+
+using Shape = std::vector<int64_t>;
+
+// Refuses what other values of an attribute ask for.
+void expect_integer(const Attributes& attributes, const char* node, const char* name, int64_t expected) {
+    const int64_t value = attributes.integer(name, expected);
+    expect(value == expected, std::string(node) + ": " + name + " " + std::to_string(value) + " is not supported.");
+}
+
+void expect_width(int64_t width) {
+    expect(
+        width > 0 && width % 2 == 0 && size_t(width) <= LARGEST_HEAD,
+        "attention: heads of " + std::to_string(width) + " channels; expected an even number up to " +
+            std::to_string(LARGEST_HEAD) + ".");
+}
+
+// MultiHeadAttention: query, key, value, bias, key padding mask, attention bias, past key, past value -> attended.
+struct MultiHeadAttention {
+    int64_t heads;
+    float scale, masked;
+
+    static constexpr const char* NAME = "MultiHeadAttention";
+    static constexpr size_t INPUTS = 8, OUTPUTS = 1, REQUIRED_INPUTS = 3;
+    static ElementType input_type(size_t index) { return index == 4 ? INT32 : FLOAT; }
+    static ElementType output_type(size_t) { return FLOAT; }
+
+    explicit MultiHeadAttention(const Attributes& attributes)
+        : heads(attributes.integer("num_heads", 0)),
+          scale(attributes.number("scale", 0)),
+          masked(attributes.number("mask_filter_value", -10000)) {
+        expect(heads > 0, "MultiHeadAttention: expected num_heads of at least 1.");
+        expect_integer(attributes, NAME, "unidirectional", 0);
+    }
+
+    void compute(Context& context) const {
+        constexpr const char* NAMES[] = {"", "", "", "bias", "", "attention_bias", "past_key", "past_value"};
+        for (size_t i : {3, 5, 6, 7})
+            expect(!context.has_input(i), std::string("MultiHeadAttention: ") + NAMES[i] + " is not supported.");
+        const Shape q = context.shape(0), k = context.shape(1), v = context.shape(2);
+        expect(
+            q.size() == 3 && k.size() == 3 && k == v && q[0] == k[0] && q[2] == k[2] && q[2] % heads == 0,
+            "MultiHeadAttention: expected query [batch, queries, heads * width], key and value [batch, keys, "
+            "heads * width].");
+        expect_width(q[2] / heads);
+        if (context.has_input(4))
+            expect(context.shape(4) == Shape{k[0], k[1]}, "MultiHeadAttention: expected key_padding_mask [batch, keys].");
+        MultiHead attention{};
+        attention.q = context.input<float>(0);
+        attention.k = context.input<float>(1);
+        attention.v = context.input<float>(2);
+        attention.key_mask = context.input<int32_t>(4);
+        attention.batch = q[0];
+        attention.queries = q[1];
+        attention.keys = k[1];
+        attention.heads = heads;
+        attention.width = q[2] / heads;
+        attention.scale = scale ? scale : 1 / std::sqrt(float(attention.width));
+        attention.masked = masked;
+        attention.result = context.output<float>(0, q);
+        if (q[0] == 0 || q[1] == 0) return;
+        expect(k[1] > 0, "MultiHeadAttention: expected a key.");
+        attend(attention, factors, context.parallel());
+    }
+};
+
+// GroupQueryAttention: packed query, key and value; -, -; past key, past value; last position, total length; cos, sin;
+// positions, attention bias, sinks; key scales, value scales -> attended, present key, present value.
+template <typename T>
+struct GroupQueryAttention {
+    static constexpr bool IS_INT8 = std::is_same_v<T, int8_t>;
+    int64_t heads, kv_heads;
+    float scale;
+
+    static constexpr const char* NAME = "GroupQueryAttention";
+    static constexpr size_t INPUTS = 14, OUTPUTS = 3, REQUIRED_INPUTS = 1;
+    static constexpr ElementType CACHE = IS_INT8 ? INT8 : FLOAT;
+    static ElementType input_type(size_t index) {
+        constexpr ElementType types[INPUTS] = {FLOAT, FLOAT, FLOAT, CACHE, CACHE, INT32, INT32,
+                                               FLOAT, FLOAT, INT64, FLOAT, FLOAT, FLOAT, FLOAT};
+        return types[index];
+    }
+    static ElementType output_type(size_t index) { return index ? CACHE : FLOAT; }
+
+    explicit GroupQueryAttention(const Attributes& attributes)
+        : heads(attributes.integer("num_heads", 0)),
+          kv_heads(attributes.integer("kv_num_heads", 0)),
+          scale(attributes.number("scale", 0)) {
+        expect(
+            kv_heads > 0 && heads > 0 && heads % kv_heads == 0,
+            "GroupQueryAttention: expected num_heads to be a multiple of kv_num_heads.");
+        expect_integer(attributes, NAME, "local_window_size", -1);
+        expect_integer(attributes, NAME, "rotary_interleaved", 0);
+        expect_integer(attributes, NAME, "smooth_softmax", 0);
+        expect_integer(attributes, NAME, "qk_output", 0);
+        expect(attributes.integer("do_rotary", 0) == 1, "GroupQueryAttention: do_rotary 0 is not supported.");
+        expect(attributes.number("softcap", 0) == 0, "GroupQueryAttention: softcap is not supported.");
+        for (const char* name : {"k_quant_type", "v_quant_type"}) {
+            const std::string expected = IS_INT8 ? "PER_CHANNEL" : "NONE", type = attributes.text(name, "NONE");
+            expect(type == expected, std::string(NAME) + ": " + name + " " + type + "; expected " + expected + ".");
+        }
+        if (IS_INT8) expect_integer(attributes, NAME, "kv_cache_bit_width", 8);
+    }
+
+    void compute(Context& context) const {
+        constexpr const char* NAMES[] = {"", "key", "value", "", "", "", "", "", "",
+                                         "position_ids", "attention_bias", "head_sink", "", ""};
+        for (size_t i : {1, 2, 9, 10, 11})
+            expect(!context.has_input(i), std::string("GroupQueryAttention: ") + NAMES[i] + " is not supported.");
+        for (size_t i : {3, 4, 5, 6, 7, 8})
+            expect(context.has_input(i), "GroupQueryAttention: expected a past, lengths and rotary tables.");
+        const Shape qkv = context.shape(0), past = context.shape(3), cos = context.shape(7);
+        expect(
+            qkv.size() == 3 && qkv[0] == 1 && qkv[2] % (heads + 2 * kv_heads) == 0,
+            "GroupQueryAttention: expected query [1, length, (num_heads + 2 * kv_num_heads) * width].");
+        const int64_t width = qkv[2] / (heads + 2 * kv_heads), length = qkv[1];
+        expect_width(width);
+        expect(
+            past.size() == 4 && past == context.shape(4) && past[0] == 1 && past[1] == kv_heads && past[3] == width,
+            "GroupQueryAttention: expected past_key and past_value [1, kv_num_heads, positions, width].");
+        const int64_t total = *context.input<int32_t>(6), before = total - length;
+        expect(
+            *context.input<int32_t>(5) == total - 1 && before >= 0 && before <= past[2],
+            "GroupQueryAttention: seqlens_k, total_sequence_length and the past's length do not agree.");
+        expect(
+            cos.size() == 2 && cos == context.shape(8) && cos[0] >= total && 2 * cos[1] <= width,
+            "GroupQueryAttention: expected cos_cache and sin_cache [positions, rotary channels / 2].");
+        Shape present = past;
+        present[2] = std::max(past[2], total);
+        Causal<T> attention{};
+        if constexpr (IS_INT8) {
+            const Shape scales{1, kv_heads, 1, width};
+            for (size_t i : {12, 13})
+                expect(
+                    context.has_input(i) && context.shape(i) == scales,
+                    "GroupQueryAttention: expected k_scale and v_scale [1, kv_num_heads, 1, width].");
+            attention.key_scales = context.input<float>(12);
+            attention.value_scales = context.input<float>(13);
+        }
+        attention.qkv = context.input<float>(0);
+        attention.past_keys = context.input<T>(3);
+        attention.past_values = context.input<T>(4);
+        attention.cos = context.input<float>(7);
+        attention.sin = context.input<float>(8);
+        attention.result = context.output<float>(0, {1, length, heads * width});
+        attention.keys = context.output<T>(1, present);
+        attention.values = context.output<T>(2, present);
+        attention.length = length;
+        attention.total = total;
+        attention.past_capacity = past[2];
+        attention.capacity = present[2];
+        attention.heads = heads;
+        attention.kv_heads = kv_heads;
+        attention.width = width;
+        attention.rotary = 2 * cos[1];
+        attention.scale = scale ? scale : 1 / std::sqrt(float(width));
+        if (length) attend(attention, factors, context.parallel());
+    }
+};
+
+}  // namespace
+
+void use_bfloat16(bool wanted) { factors = wanted && has_bfloat16() ? Factors::BFLOAT16 : Factors::FLOAT32; }
+
+std::vector<const onnxruntime::CustomOp*> attention_operators() {
+    static const CustomOp multi_head = custom_op<MultiHeadAttention>();
+    static const CustomOp floats = custom_op<GroupQueryAttention<float>>();
+    static const CustomOp integers = custom_op<GroupQueryAttention<int8_t>>();
+    return {&multi_head, &floats, &integers};
+}
+
+}  // namespace fusion_edge

@@ -1,0 +1,174 @@
+"""This library's attention on the CPU against float64 and against ONNX Runtime's own."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from attention_graphs import (
+    Array,
+    Causal,
+    causal_feeds,
+    causal_model,
+    causal_reference,
+    multi_head_model,
+    multi_head_reference,
+    session,
+)
+from own_kernels import needs_cpu_kernels
+
+from fusion_edge.runtime.backends import cpu_kernels
+
+WIDTHS = (8, 16, 64, 72, 80, 96, 128)
+FLOAT32 = 3e-6  # of sums whose values are a few units large
+
+pytestmark = needs_cpu_kernels
+
+
+@pytest.fixture
+def library() -> Iterator[Path]:
+    """The kernels, computing in float32."""
+    path = cpu_kernels.library()
+    assert path is not None
+    kernels = ctypes.CDLL(str(path))
+    kernels.use_bfloat16(False)
+    yield path
+    kernels.use_bfloat16(True)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_multi_head(library: Path, width: int) -> None:
+    heads = 2
+    model = multi_head_model(heads)
+    ours, theirs = session(model, library), session(model, None)
+    random = np.random.default_rng(width)
+    for batch, queries, keys in [(1, 1, 1), (2, 2, 7), (1, 7, 64), (2, 65, 300), (1, 300, 65), (1, 12, 33)]:
+        some = (random.random((batch, keys)) < 0.5).astype(np.int32)
+        some[:, 0] = 1
+        one, none = np.zeros_like(some), np.zeros_like(some)
+        one[:, keys // 2] = 1
+        for mask in (np.ones_like(some), some, one, none):
+            shapes = {"q": queries, "k": keys, "v": keys}
+            feeds: dict[str, Array] = {
+                name: random.normal(size=(batch, rows, heads * width)).astype(np.float32)
+                for name, rows in shapes.items()
+            }
+            feeds["mask"] = mask
+            attended = ours.run(None, feeds)[0]
+            np.testing.assert_allclose(attended, theirs.run(None, feeds)[0], atol=FLOAT32)
+            if mask.any():  # else float32 loses the scores behind the mask's value, and weighs every key alike
+                np.testing.assert_allclose(attended, multi_head_reference(feeds, heads), atol=FLOAT32)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_bfloat16(library: Path, width: int, size: int) -> None:
+    """What is computed where the processor can: within half a percent of a result's deviation, as its 8 bits allow."""
+    ctypes.CDLL(str(library)).use_bfloat16(True)
+    random = np.random.default_rng(width)
+    shape = (1, 130, 2 * width)
+    feeds: dict[str, Array] = {name: random.normal(size=shape).astype(np.float32) for name in "qkv"}
+    feeds["q"] *= size
+    feeds["mask"] = np.ones((1, 130), np.int32)
+    expected = multi_head_reference(feeds, 2)
+    error = session(multi_head_model(2), library).run(None, feeds)[0] - expected
+    assert np.sqrt(np.mean(error**2)) < 5e-3 * size * expected.std()
+    sizes = Causal(4, 2, width, width)
+    causal = causal_feeds(sizes, 0, 130, 130)
+    attended, *present = session(causal_model(sizes), library).run(None, causal)
+    expected = causal_reference(sizes, causal, (present[0], present[1]))
+    assert np.sqrt(np.mean((attended - expected) ** 2)) < 5e-3 * expected.std()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (6, 2)])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_causal(library: Path, width: int, heads: int, kv_heads: int, int8: bool) -> None:
+    sizes = Causal(heads, kv_heads, width, rotary=width // 32 * 16 or width, int8=int8)
+    model = causal_model(sizes)
+    ours, theirs = session(model, library), session(model, None)
+    for past, capacity, length in [
+        (0, 1, 1), (5, 10, 1), (17, 17, 1), (299, 400, 1), (0, 0, 2), (4, 20, 7), (0, 64, 64), (0, 70, 65), (0, 0, 300),
+        (30, 120, 65),
+    ]:  # fmt: skip
+        feeds = causal_feeds(sizes, past, capacity, length)
+        attended, *present = ours.run(None, feeds)
+        np.testing.assert_allclose(attended, causal_reference(sizes, feeds, (present[0], present[1])), atol=FLOAT32)
+        if width % 16:
+            continue  # ONNX Runtime refuses it
+        expected, *caches = theirs.run(None, feeds)
+        for cache, other in zip(present, caches, strict=True):
+            # A rotated key may lie so close between two integers that another order of its sums decides.
+            np.testing.assert_allclose(cache.astype(np.float32), other, atol=1 if int8 else 1e-6)
+            assert np.mean(np.abs(cache.astype(np.float32) - other) > 1e-6) < 1e-3
+        if all(np.array_equal(cache, other) for cache, other in zip(present, caches, strict=True)) or not int8:
+            np.testing.assert_allclose(attended, expected, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_cache_in_place_keeps_what_is_not_written(library: Path, int8: bool) -> None:
+    sizes = Causal(4, 2, 32, 32, int8)
+    feeds = causal_feeds(sizes, past=20, capacity=30, length=1)
+    model = session(causal_model(sizes), library)
+    expected = model.run(None, feeds)
+    binding = model.io_binding()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in feeds.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("attended")
+    for part in ("key", "value"):
+        binding.bind_ortvalue_output(f"present_{part}", values[f"past_{part}"])
+    model.run_with_iobinding(binding)
+    np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], expected[0])
+    for part, separate in zip(("key", "value"), expected[1:], strict=True):
+        cache = values[f"past_{part}"].numpy()
+        np.testing.assert_array_equal(cache[:, :, :21], separate[:, :, :21])
+        np.testing.assert_array_equal(cache[:, :, 21:], feeds[f"past_{part}"][:, :, 21:])
+        assert not separate[:, :, 21:].any()
+
+
+def test_values_are_rounded_to_even_and_clipped(library: Path) -> None:
+    sizes = Causal(1, 1, 16, 16, int8=True)
+    feeds = causal_feeds(sizes, past=0, capacity=1, length=1)
+    feeds["value_scale"] = np.full_like(feeds["value_scale"], 0.25)
+    values = [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.5, -127.5, -128.5, -300, 300, 3.49, 3.5, 1e30, -1e30]
+    feeds["qkv"][0, 0, 32:] = np.array(values, np.float32) * np.float32(0.25)
+    present = session(causal_model(sizes), library).run(None, feeds)[2]
+    assert present.ravel().tolist() == [0, 2, 2, 0, -2, -2, 126, 127, -128, -128, -128, 127, 3, 4, 127, -128]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "named"),
+    [
+        ({"local_window_size": 4}, "local_window_size"),
+        ({"rotary_interleaved": 1}, "rotary_interleaved"),
+        ({"smooth_softmax": 1}, "smooth_softmax"),
+        ({"qk_output": 1}, "qk_output"),
+        ({"do_rotary": 0}, "do_rotary"),
+        ({"softcap": 5.0}, "softcap"),
+        ({"k_quant_type": "PER_TENSOR"}, "k_quant_type"),
+        ({"kv_num_heads": 3}, "kv_num_heads"),
+    ],
+)
+def test_what_is_not_supported_is_named(library: Path, attributes: dict[str, object], named: str) -> None:
+    with pytest.raises(Exception, match=named):
+        session(causal_model(Causal(2, 2, 16, 16), **attributes), library)
+
+
+def test_wrong_shapes_are_refused(library: Path) -> None:
+    sizes = Causal(2, 2, 16, 16)
+    model = session(causal_model(sizes), library)
+    feeds = causal_feeds(sizes, past=4, capacity=8, length=2)
+    too_far = feeds | {"total_length": np.array(40, np.int32), "last_position": np.array([39], np.int32)}
+    with pytest.raises(Exception, match="past's length do not agree"):
+        model.run(None, too_far)
+    with pytest.raises(Exception, match="cos_cache"):
+        model.run(None, feeds | {"cos": feeds["cos"][:3], "sin": feeds["sin"][:3]})
+    with pytest.raises(Exception, match=r"expected query \[1, length"):
+        model.run(None, feeds | {"qkv": np.repeat(feeds["qkv"], 2, 0)})
+    with pytest.raises(Exception, match="unidirectional"):
+        session(multi_head_model(2, unidirectional=1), library)
