@@ -1,6 +1,6 @@
 """This library's CPU kernels beside ONNX Runtime's own, at full size.
 
-    python -m fusion_edge.benchmarks.cpu_kernels kernels.so
+    python -m fusion_edge.benchmarks.cpu_kernels
 
 Times are CPU time of one thread, in turns, as the median; so neither depends on what else the machine does by more
 than its caches and memory.
@@ -9,21 +9,34 @@ than its caches and memory.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime import cli
+from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.errors import FusionError
 
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
 PROMPT, CAPACITY = 900, 1000  # positions of a question, and of its cache
 VISION_ROWS, VISION_HEADS, VISION_WIDTH = 729, 16, 72
+PRODUCTS = (  # format, outputs, inputs: of the LLM, and of the vision encoder
+    (WeightFormat("int4", 128), 8192, 3072),
+    (WeightFormat("int4", 32), 8192, 3072),
+    (WeightFormat("int8", 128), 4304, 1152),
+)
 LLMS = {"Phi-3.5": (32, 32, 96), "Llama": (32, 8, 128)}  # heads, of keys and values, channels of a head
 ROUNDS = 7
 STEP_LAYERS = 16  # caches in turn: together more than the processor's own
@@ -31,15 +44,22 @@ Run = Callable[[], object]
 
 
 def session(
-    operator: str, inputs: dict[str, int], outputs: dict[str, int], attributes: dict[str, Any], library: Path | None
+    operator: str,
+    inputs: dict[str, int],
+    outputs: dict[str, int],
+    attributes: dict[str, Any],
+    library: Path | None,
+    weights: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
-    """One node. Inputs and outputs: element type; an input that starts with ``-`` is left out."""
+    """One node. Inputs and outputs: element type; an input that starts with ``-`` is left out. Then its weights."""
     names = ["" if name.startswith("-") else name for name in inputs]
-    node = helper.make_node(operator, names, list(outputs), domain="com.microsoft", **attributes)
+    node = helper.make_node(operator, [*names, *weights], list(outputs), domain="com.microsoft", **attributes)
     given = [helper.make_tensor_value_info(name, inputs[name], None) for name in names if name]
     made = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs.items()]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], operator, given, made), opset_imports=opsets, ir_version=10)
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph([node], operator, given, made, tensors)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -53,15 +73,34 @@ def bound(model: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtV
     binding = model.io_binding()
     for name, value in feeds.items():
         binding.bind_ortvalue_input(name, value)
+    outputs = []
     for output in model.get_outputs():
         past = feeds.get(output.name.replace("present", "past"))
-        empty = onnxruntime.OrtValue.ortvalue_from_shape_and_type(rows, np.float32)
-        binding.bind_ortvalue_output(output.name, past or empty)
-    return lambda: model.run_with_iobinding(binding)
+        outputs.append(past or onnxruntime.OrtValue.ortvalue_from_shape_and_type(rows, np.float32))
+        binding.bind_ortvalue_output(output.name, outputs[-1])
+    memory = feeds, outputs  # which the binding only points to
+    return lambda: (model.run_with_iobinding(binding), memory)
 
 
 def values(feeds: dict[str, object]) -> dict[str, onnxruntime.OrtValue]:
     return {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(value)) for name, value in feeds.items()}
+
+
+def product(form: WeightFormat, outputs: int, inputs: int, rows: int, layers: int, library: Path | None) -> Run:
+    """Products of the same rows with a weight for each layer."""
+    random = np.random.default_rng(0)
+    shape = form.packed_shape(outputs, inputs)
+    sizes = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size, "accuracy_level": 4}
+    x = random.normal(size=(rows, inputs)).astype(np.float32)
+    runs = []
+    for _ in range(layers):
+        weights: dict[str, npt.NDArray[Any]] = {
+            "values": np.frombuffer(random.bytes(math.prod(shape)), np.uint8).reshape(shape),
+            "scales": np.full(shape[:2], 0.01, np.float32),
+        }
+        model = session("MatMulNBits", {"x": FLOAT}, {"y": FLOAT}, sizes, library, weights)
+        runs.append(bound(model, values({"x": x}), (rows, outputs)))
+    return lambda: [run() for run in runs]
 
 
 def vision(library: Path | None) -> Run:
@@ -125,15 +164,27 @@ def report(name: str, make: Callable[[Path | None], Run], library: Path, layers:
     """``work``: of one layer, in 10^9 of the unit."""
     theirs, ours = (each / layers for each in seconds([make(None), make(library)]))
     rate = f"{work / ours:6.1f} {unit}"
-    sys.stdout.write(f"{name:32} {theirs * 1e3:9.2f} ms {ours * 1e3:9.2f} ms {theirs / ours:6.2f} x {rate}\n")
+    sys.stdout.write(f"{name:44} {theirs * 1e3:9.2f} ms {ours * 1e3:9.2f} ms {theirs / ours:6.2f} x {rate}\n")
     sys.stdout.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", type=Path, help="the compiled kernels")
-    library: Path = parser.parse_args(arguments).library
-    sys.stdout.write(f"{'one layer':32} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
+    return cli.run(_main, parser.parse_args(arguments))
+
+
+def _main(_: argparse.Namespace) -> int:
+    library = cpu_kernels.library()
+    if library is None or not cpu_kernels.is_supported():
+        raise FusionError("Our CPU kernels are not built, or this processor has no AVX-512 VNNI.")
+    sys.stdout.write(f"{'one layer':44} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
+    for form, outputs, inputs in PRODUCTS:
+        for rows in (1, PROMPT):
+            work = rows * outputs * inputs * 2 / 1e9 if rows > 1 else outputs * inputs * form.bits / 8 / 1e9
+            layers = STEP_LAYERS if rows == 1 else 1
+            name = f"product, {form}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"
+            make_product = partial(product, form, outputs, inputs, rows, layers)
+            report(name, make_product, library, layers, work, "GOP/s" if rows > 1 else "GB/s")
     work = 4 * VISION_ROWS**2 * VISION_HEADS * VISION_WIDTH / 1e9
     report("attention, vision", vision, library, 1, work, "GFLOP/s")
     for llm, (heads, kv_heads, width) in LLMS.items():

@@ -206,11 +206,13 @@ def run(comparison: Comparison, arguments: argparse.Namespace) -> int:
     fields = dataclasses.fields(comparison.workload())
     workload = comparison.workload(**{field.name: getattr(arguments, field.name) for field in fields})
     contestants = _contestants(comparison, arguments)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise UsageError(f"--json {arguments.json}: there is no folder {arguments.json.parent}; make it first.")
     turns = compare(contestants, workload, arguments.rounds)
+    sys.stdout.write(render(turns, comparison.columns))
     if arguments.json is not None:
         text = json.dumps(report(contestants, workload, turns), indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    sys.stdout.write(render(turns, comparison.columns))
     return 0
 
 

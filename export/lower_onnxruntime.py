@@ -122,6 +122,9 @@ class OnnxRuntimeOperations(OnnxOperations):
     def silu(self, x: OnnxValue) -> OnnxValue:
         return self._node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)
 
+    def gelu_tanh(self, x: OnnxValue) -> OnnxValue:
+        return self._node("FastGelu", [x], domain=MICROSOFT)  # the same as Gelu, and quicker on a CPU
+
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
         if positions.name not in self._has_any:
             zero = self.builder.constant(0)

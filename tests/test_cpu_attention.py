@@ -44,7 +44,7 @@ def library() -> Iterator[Path]:
 def test_multi_head(library: Path, width: int) -> None:
     heads = 2
     model = multi_head_model(heads)
-    ours, theirs = session(model, library), session(model, None)
+    ours, theirs = session(model, library, threads=2), session(model, None)
     random = np.random.default_rng(width)
     for batch, queries, keys in [(1, 1, 1), (2, 2, 7), (1, 7, 64), (2, 65, 300), (1, 300, 65), (1, 12, 33)]:
         some = (random.random((batch, keys)) < 0.5).astype(np.int32)
@@ -64,24 +64,38 @@ def test_multi_head(library: Path, width: int) -> None:
                 np.testing.assert_allclose(attended, multi_head_reference(feeds, heads), atol=FLOAT32)
 
 
+def spread(error: Array) -> float:
+    return float(np.sqrt(np.mean(error**2)))
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("size", [1, 3])
 def test_bfloat16(library: Path, width: int, size: int) -> None:
     """What is computed where the processor can: within half a percent of a result's deviation, as its 8 bits allow."""
-    ctypes.CDLL(str(library)).use_bfloat16(True)
+    use_bfloat16 = ctypes.CDLL(str(library)).use_bfloat16
     random = np.random.default_rng(width)
-    shape = (1, 130, 2 * width)
-    feeds: dict[str, Array] = {name: random.normal(size=shape).astype(np.float32) for name in "qkv"}
-    feeds["q"] *= size
-    feeds["mask"] = np.ones((1, 130), np.int32)
-    expected = multi_head_reference(feeds, 2)
-    error = session(multi_head_model(2), library).run(None, feeds)[0] - expected
-    assert np.sqrt(np.mean(error**2)) < 5e-3 * size * expected.std()
-    sizes = Causal(4, 2, width, width)
-    causal = causal_feeds(sizes, 0, 130, 130)
-    attended, *present = session(causal_model(sizes), library).run(None, causal)
-    expected = causal_reference(sizes, causal, (present[0], present[1]))
-    assert np.sqrt(np.mean((attended - expected) ** 2)) < 5e-3 * expected.std()
+    one = session(multi_head_model(2), library)
+    for keys in (1, 33, 130, 301):
+        feeds: dict[str, Array] = {
+            name: random.normal(size=(1, rows, 2 * width)).astype(np.float32)
+            for name, rows in (("q", 65), ("k", keys), ("v", keys))
+        }
+        feeds["q"] *= size
+        feeds["mask"] = (random.random((1, keys)) < 0.8).astype(np.int32)
+        feeds["mask"][0, 0] = 1
+        use_bfloat16(True)
+        rounded = one.run(None, feeds)[0]
+        assert spread(rounded - multi_head_reference(feeds, 2)) < 5e-3 * size * np.std(feeds["v"])
+        use_bfloat16(False)
+        has_bfloat16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        assert np.array_equal(rounded, one.run(None, feeds)[0]) is not has_bfloat16
+    use_bfloat16(True)
+    for int8, past, length in ((False, 0, 130), (False, 31, 300), (True, 0, 65), (True, 30, 33)):
+        sizes = Causal(4, 2, width, width, int8)
+        causal = causal_feeds(sizes, past, past + length, length)
+        attended, *present = session(causal_model(sizes), library).run(None, causal)
+        expected = causal_reference(sizes, causal, (present[0], present[1]))
+        assert spread(attended - expected) < 5e-3 * expected.std()
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -90,7 +104,7 @@ def test_bfloat16(library: Path, width: int, size: int) -> None:
 def test_causal(library: Path, width: int, heads: int, kv_heads: int, int8: bool) -> None:
     sizes = Causal(heads, kv_heads, width, rotary=width // 32 * 16 or width, int8=int8)
     model = causal_model(sizes)
-    ours, theirs = session(model, library), session(model, None)
+    ours, theirs = session(model, library, threads=2), session(model, None)
     for past, capacity, length in [
         (0, 1, 1), (5, 10, 1), (17, 17, 1), (299, 400, 1), (0, 0, 2), (4, 20, 7), (0, 64, 64), (0, 70, 65), (0, 0, 300),
         (30, 120, 65),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,21 @@ from fusion_edge.runtime.backends import cpu_kernels
 
 Array = npt.NDArray[Any]
 
-pytestmark = needs_cpu_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs x86-64 and GCC")
+def test_the_library_was_built() -> None:
+    """It is optional, so nothing else fails if it does not compile."""
+    assert cpu_kernels.library() is not None
 
 
 def session(
-    packed: Packed, form: WeightFormat, inputs: int, bias: Array | None = None, own_kernels: bool = True
+    packed: Packed,
+    form: WeightFormat,
+    inputs: int,
+    bias: Array | None = None,
+    own_kernels: bool = True,
+    **changed: int,
 ) -> ort.InferenceSession:
-    """A graph of one product."""
+    """A graph of one product, some of its attributes changed."""
     tensors: dict[str, Array] = {"values": packed.values, "scales": packed.scales.astype(np.float32)}
     names = ["x", "values", "scales", "", "", ""]
     for place, name, array in ((3, "zero_points", packed.zero_points), (5, "bias", bias)):
@@ -34,7 +45,7 @@ def session(
     while not names[-1]:
         names.pop()
     rows = len(packed.values)
-    sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size}
+    sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size} | changed
     node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4, **sizes)
     graph = helper.make_graph(
         [node],
@@ -63,6 +74,7 @@ def rounded(x: Array, block_size: int) -> Array:
     return result
 
 
+@needs_cpu_kernels
 @given(
     kind=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
     group_size=st.sampled_from([16, 32, 64, 128, 256]),
@@ -75,6 +87,8 @@ def rounded(x: Array, block_size: int) -> Array:
 @example("int4", 128, False, 1, 3072, 70, 0)
 @example("uint4", 32, True, 1, 608, 65, 1)
 @example("uint8", 256, True, 12, 1024, 64, 2)
+@example("uint4", 32, True, 13, 96, 1100, 3)  # several panels for a thread
+@example("int8", 128, False, 1, 200, 1100, 4)
 @settings(max_examples=150, deadline=None)
 def test_products(
     kind: str,
@@ -98,6 +112,7 @@ def test_products(
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_rows_without_a_value_and_no_rows(kind: str) -> None:
     form = WeightFormat(kind, 32)
@@ -109,6 +124,7 @@ def test_rows_without_a_value_and_no_rows(kind: str) -> None:
     assert one.run(None, {"x": np.zeros((2, 0, 64), np.float32)})[0].shape == (2, 0, 40)
 
 
+@needs_cpu_kernels
 def test_close_to_those_of_onnxruntime() -> None:
     """Which round in the same way; the order of the sums differs."""
     form = WeightFormat("int4", 128)
@@ -120,6 +136,67 @@ def test_close_to_those_of_onnxruntime() -> None:
     assert not np.array_equal(own, theirs)  # so ours were used at all
 
 
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"bits": 2}, "weights of 4 or 8 bits"),
+        ({"block_size": 0}, "block_size of 16, 32"),
+        ({"block_size": 48}, "block_size of 16, 32"),
+        ({"block_size": 512}, "block_size of 16, 32"),
+        ({"N": -1}, "positive N and K"),
+    ],
+)
+def test_attributes_that_are_refused(changed: dict[str, int], named: str) -> None:
+    form = WeightFormat("int4", 32)
+    with pytest.raises(Exception, match=named):
+        session(quantize(np.ones((4, 64), np.float32), form), form, 64, **changed)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("values", "the weight's values are not N"),
+        ("scales", "a scale for each block"),
+        ("zero_points", "a zero point for each block"),
+        ("bias", "N values of the bias"),
+    ],
+)
+def test_tensors_that_are_too_small(name: str, named: str) -> None:
+    """They would be read beyond their ends."""
+    form = WeightFormat("uint4", 32)
+    whole = quantize(np.ones((4, 64), np.float32), form)
+    parts = {part: getattr(whole, part) for part in ("values", "scales", "zero_points")}
+    bias = np.zeros(4, np.float32)
+    if name == "bias":
+        bias = bias[:3]
+    else:
+        parts[name] = parts[name][:3]
+    one = session(Packed(**parts), form, 64, bias, N=4)
+    with pytest.raises(Exception, match=named):
+        one.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
+
+
+@needs_cpu_kernels
+def test_two_sessions_in_two_threads() -> None:
+    """Memory that a thread keeps for its next product is no other session's."""
+    generator = np.random.default_rng(0)
+    form = WeightFormat("int4", 32)
+    works = []
+    for inputs, outputs, rows in ((640, 200, 40), (96, 1200, 3)):
+        weight = generator.normal(size=(outputs, inputs)).astype(np.float32)
+        one = session(quantize(weight, form), form, inputs)
+        x = {"x": generator.normal(size=(1, rows, inputs)).astype(np.float32)}
+        works.append((one, x, one.run(None, x)[0]))
+    with ThreadPoolExecutor(2) as pool:
+        repeated = [pool.submit(lambda one, x: [one.run(None, x)[0] for _ in range(50)], *work[:2]) for work in works]
+        for work, results in zip(works, repeated, strict=True):
+            for result in results.result():
+                np.testing.assert_array_equal(result, work[2])
+
+
+@needs_cpu_kernels
 def test_a_width_that_is_not_the_weights() -> None:
     form = WeightFormat("int4", 32)
     one = session(quantize(np.ones((4, 64), np.float32), form), form, 64)

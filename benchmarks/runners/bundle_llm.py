@@ -11,6 +11,7 @@ import numpy as np
 
 from fusion_edge.benchmarks.runners import llm
 from fusion_edge.benchmarks.runners.alone import CannotRunError, Measured, answer
+from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime import Decoder
 from fusion_edge.runtime.backends.onnxruntime_graph import Graph, Input
 from fusion_edge.runtime.bundle import open_bundle
@@ -30,7 +31,11 @@ class BundleLlm:
                 f"--capacity {work.capacity} is more than the {bundle.manifest.max_context} positions of {folder}; "
                 "pass less, or export with a larger --max-context."
             )
-        self.settings: Mapping[str, Any] = {"precision": bundle.manifest.precision, "threads": work.threads}
+        self.settings: Mapping[str, Any] = {
+            "precision": bundle.manifest.precision,
+            "own kernels": cpu_kernels.why_not(bundle.manifest) is None,
+            "threads": work.threads,
+        }
         self._capacity = work.capacity
         self._decoder = Decoder(Graph(bundle, LLM, "cpu", work.threads), bundle.manifest)
         self._embed = Embeddings(bundle)

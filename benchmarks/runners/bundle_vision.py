@@ -11,6 +11,7 @@ import numpy as np
 
 from fusion_edge.benchmarks.runners import vision
 from fusion_edge.benchmarks.runners.alone import CannotRunError, Measured, answer
+from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.onnxruntime_graph import Graph
 from fusion_edge.runtime.bundle import open_bundle
@@ -25,7 +26,8 @@ class BundleEncoder:
         bundle = open_bundle(folder)
         model, weights = bundle.manifest.model, bundle.manifest.weights
         formats = sorted({form for name, form in weights.items() if name.startswith("vision.layers.")})
-        self.settings: Mapping[str, Any] = {"formats": formats, "threads": work.threads}
+        kernels = cpu_kernels.why_not(bundle.manifest) is None
+        self.settings: Mapping[str, Any] = {"formats": formats, "own kernels": kernels, "threads": work.threads}
         self.hidden_size = model.language.hidden_size
         self._patches = model.vision.patches
         self._graph = Graph(bundle, VISION_ENCODER, "cpu", work.threads)

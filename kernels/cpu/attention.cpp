@@ -11,7 +11,6 @@ namespace fusion_edge {
 namespace {
 
 constexpr size_t AHEAD = 16;  // rows: what is fetched early
-constexpr float LOG2_E = 1.44269504f;   // e^x = 2^(x log2 e)
 constexpr float LOWEST_BIAS = -1e38f;   // above the lowest float, so that differences of scores are finite
 
 // Calls its function with the first of 16 values or fewer, and which of them there are.
@@ -92,7 +91,8 @@ void attend_head(const Causal<T>& all, size_t kv_head, Factors factors) {
         float key[LARGEST_HEAD];
         rotated(i, (all.heads + kv_head) * width, key);
         write_row(key, width, key_scales, keys + (past + i) * width);
-        write_row(channels(i, (all.heads + all.kv_heads + kv_head) * width), width, value_scales, values + (past + i) * width);
+        const float* value = channels(i, (all.heads + all.kv_heads + kv_head) * width);
+        write_row(value, width, value_scales, values + (past + i) * width);
     }
     Rows rows{};
     rows.count = all.length * group;

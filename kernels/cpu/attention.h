@@ -16,9 +16,6 @@ constexpr size_t LARGEST_HEAD = 256;  // channels
 // What factors are rounded to before they are multiplied. Sums are always float32.
 enum class Factors { FLOAT32, BFLOAT16 };
 
-// Whether this processor multiplies bfloat16.
-bool has_bfloat16();
-
 // Every query attends to every key of its batch.
 struct MultiHead {
     const float *q, *k, *v;   // [batch, queries, heads * width], [batch, keys, heads * width] twice

@@ -12,6 +12,9 @@
 namespace fusion_edge {
 namespace {
 
+// Whether this processor multiplies bfloat16.
+bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
+
 // Where linear products round to integers of 8 bits, these may round to bfloat16: half the time, a smaller error.
 std::atomic<Factors> factors = has_bfloat16() ? Factors::BFLOAT16 : Factors::FLOAT32;
 
@@ -129,6 +132,7 @@ struct GroupQueryAttention {
             qkv.size() == 3 && qkv[0] == 1 && qkv[2] % (heads + 2 * kv_heads) == 0,
             "GroupQueryAttention: expected query [1, length, (num_heads + 2 * kv_num_heads) * width].");
         const int64_t width = qkv[2] / (heads + 2 * kv_heads), length = qkv[1];
+        expect(length > 0, "GroupQueryAttention: expected a position.");
         expect_width(width);
         expect(
             past.size() == 4 && past == context.shape(4) && past[0] == 1 && past[1] == kv_heads && past[3] == width,
@@ -169,7 +173,7 @@ struct GroupQueryAttention {
         attention.width = width;
         attention.rotary = 2 * cos[1];
         attention.scale = scale ? scale : 1 / std::sqrt(float(width));
-        if (length) attend(attention, factors, context.parallel());
+        attend(attention, factors, context.parallel());
     }
 };
 

@@ -129,10 +129,11 @@ void attend(const Head<T>& head, const Rows& rows, size_t row) {
     size_t key = 0;
     for (; key + TOGETHER <= head.count; key += TOGETHER) add(std::make_index_sequence<TOGETHER>(), key);
     for (; key < head.count; ++key) add(std::make_index_sequence<1>(), key);
-    for (size_t i = 0; i < ROWS; ++i)
+    for (size_t i = 0; i < ROWS; ++i) {
+        float* to = rows.result(row + i);
         for (size_t j = 0; j < head.width; ++j)
-            rows.result(row + i)[j] =
-                results[i * LARGEST_HEAD + j] / lanes[i] * (head.value_scales ? head.value_scales[j] : 1);
+            to[j] = results[i * LARGEST_HEAD + j] / lanes[i] * (head.value_scales ? head.value_scales[j] : 1);
+    }
 }
 
 }  // namespace

@@ -291,6 +291,4 @@ void attend_in_tiles(const Head<T>& head, const Rows& rows, Factors factors) {
 template void attend_in_tiles(const Head<float>&, const Rows&, Factors);
 template void attend_in_tiles(const Head<int8_t>&, const Rows&, Factors);
 
-bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
-
 }  // namespace fusion_edge

@@ -20,6 +20,7 @@
 namespace fusion_edge {
 
 constexpr size_t LANES = 16;
+constexpr float LOG2_E = 1.44269504f;  // e^x = 2^(x log2 e)
 
 inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -30,6 +31,7 @@ class Scratch {
     T* of(size_t count) {
         const size_t bytes = round_up(count * sizeof(T), 64);
         if (bytes > bytes_) {
+            memory_.reset();  // first: what it holds is not needed
             memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
             bytes_ = memory_ ? bytes : 0;
             if (!memory_) throw std::bad_alloc();

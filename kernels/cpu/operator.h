@@ -121,6 +121,13 @@ class Context {
         return sizes;
     }
 
+    // Values of an input.
+    size_t count(size_t index) const {
+        size_t values = 1;
+        for (const int64_t size : shape(index)) values *= size;
+        return values;
+    }
+
     template <typename T>
     T* output(size_t index, const std::vector<int64_t>& shape) {
         Value* value = nullptr;
@@ -128,7 +135,7 @@ class Context {
         return static_cast<T*>(data(value));
     }
 
-    fusion_edge::Parallel parallel() const {
+    Parallel parallel() const {
         return [this](size_t count, const std::function<void(size_t)>& body) {
             if (count == 1) return body(0);
             Task task{body};

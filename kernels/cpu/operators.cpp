@@ -3,6 +3,7 @@
 #include <mutex>
 #include <vector>
 
+#include "activations.h"
 #include "attention_operators.h"
 #include "operator.h"
 #include "products.h"
@@ -24,11 +25,17 @@ struct MatMulNBits {
     static ElementType output_type(size_t) { return FLOAT; }
 
     explicit MatMulNBits(const Attributes& attributes) {
-        weights.outputs = attributes.integer("N", 0);
-        weights.inputs = attributes.integer("K", 0);
-        weights.bits = int(attributes.integer("bits", 4));
-        weights.block_size = attributes.integer("block_size", 0);
-        expect(weights.bits == 4 || weights.bits == 8, "MatMulNBits: expected weights of 4 or 8 bits.");
+        const int64_t outputs = attributes.integer("N", 0), inputs = attributes.integer("K", 0);
+        const int64_t bits = attributes.integer("bits", 4), block_size = attributes.integer("block_size", 0);
+        expect(outputs > 0 && inputs > 0, "MatMulNBits: expected positive N and K.");
+        expect(bits == 4 || bits == 8, "MatMulNBits: expected weights of 4 or 8 bits.");
+        expect(
+            16 <= block_size && block_size <= 256 && (block_size & (block_size - 1)) == 0,
+            "MatMulNBits: expected a block_size of 16, 32, 64, 128 or 256.");
+        weights.outputs = outputs;
+        weights.inputs = inputs;
+        weights.bits = int(bits);
+        weights.block_size = block_size;
     }
 
     void compute(Context& context) const {
@@ -39,12 +46,59 @@ struct MatMulNBits {
         own.scales = context.input<float>(2);
         own.zero_points = context.input<uint8_t>(3);
         own.bias = context.input<float>(5);
-        expect(!context.input<int32_t>(4), "MatMulNBits: group indices are not supported.");
-        size_t rows = 1;
-        for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+        expect(!context.has_input(4), "MatMulNBits: group indices are not supported.");
+        const auto has = [&](size_t index, size_t count) { return context.count(index) == count; };
+        expect(has(1, own.outputs * own.row_bytes()), "MatMulNBits: the weight's values are not N * K.");
+        expect(has(2, own.outputs * own.blocks()), "MatMulNBits: expected a scale for each block.");
+        expect(
+            !own.zero_points || has(3, own.outputs * own.zero_point_bytes()),
+            "MatMulNBits: expected a zero point for each block.");
+        expect(!own.bias || has(5, own.outputs), "MatMulNBits: expected N values of the bias.");
+        const size_t rows = context.count(0) / weights.inputs;
         shape.back() = weights.outputs;
         float* result = context.output<float>(0, shape);
         if (rows) multiply(context.input<float>(0), rows, own, result, context.parallel());
+    }
+};
+
+// An activation function: x -> y, of the same shape.
+template <typename Function>
+void compute_values(Context& context, Function function) {
+    const size_t count = context.count(0);
+    float* result = context.output<float>(0, context.shape(0));
+    if (count) function(context.input<float>(0), count, result, context.parallel());
+}
+
+// QuickGelu: x -> x / (1 + e^(-alpha x)).
+struct QuickGelu {
+    float alpha;
+
+    static constexpr const char* NAME = "QuickGelu";
+    static constexpr size_t INPUTS = 1, OUTPUTS = 1, REQUIRED_INPUTS = 1;
+    static ElementType input_type(size_t) { return FLOAT; }
+    static ElementType output_type(size_t) { return FLOAT; }
+
+    explicit QuickGelu(const Attributes& attributes) : alpha(attributes.number("alpha", 1.702f)) {}
+
+    void compute(Context& context) const {
+        compute_values(context, [this](const float* x, size_t count, float* result, const Parallel& parallel) {
+            swish(x, count, alpha, result, parallel);
+        });
+    }
+};
+
+// FastGelu: x, bias -> GELU of x.
+struct FastGelu {
+    static constexpr const char* NAME = "FastGelu";
+    static constexpr size_t INPUTS = 2, OUTPUTS = 1, REQUIRED_INPUTS = 1;
+    static ElementType input_type(size_t) { return FLOAT; }
+    static ElementType output_type(size_t) { return FLOAT; }
+
+    explicit FastGelu(const Attributes&) {}
+
+    void compute(Context& context) const {
+        expect(!context.has_input(1), "FastGelu: a bias is not supported.");
+        compute_values(context, gelu);
     }
 };
 
@@ -54,7 +108,11 @@ struct MatMulNBits {
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // Whether this processor runs these operators.
-EXPORTED bool is_supported() { return fusion_edge::is_supported(); }
+EXPORTED bool is_supported() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+}
 
 // As of attention_operators.h: for tests, which prove the algorithm by its float32 form.
 EXPORTED void use_bfloat16(bool wanted) { fusion_edge::use_bfloat16(wanted); }
@@ -63,17 +121,17 @@ EXPORTED void use_bfloat16(bool wanted) { fusion_edge::use_bfloat16(wanted); }
 EXPORTED onnxruntime::Status* RegisterCustomOps(
     onnxruntime::SessionOptions* options, const onnxruntime::ApiBase* base) {
     using namespace fusion_edge;
-    static const CustomOp product = custom_op<MatMulNBits>();
+    static const CustomOp operators[] = {custom_op<MatMulNBits>(), custom_op<QuickGelu>(), custom_op<FastGelu>()};
     static CustomOpDomain* domain = nullptr;  // one for all sessions
     static std::mutex mutex;
     const std::lock_guard<std::mutex> lock(mutex);
-    api = base->get_api(API_VERSION);
+    if (!api) api = base->get_api(API_VERSION);
     if (!api) return base->get_api(1)->create_status(FAIL, "ONNX Runtime 1.23 or newer is needed.");
     return guarded([&] {
         if (!domain) {
             CustomOpDomain* created = nullptr;
             check(api->create_custom_op_domain("com.microsoft", &created));
-            check(api->custom_op_domain_add(created, &product));
+            for (const CustomOp& op : operators) check(api->custom_op_domain_add(created, &op));
             for (const CustomOp* op : attention_operators()) check(api->custom_op_domain_add(created, op));
             domain = created;
         }

@@ -357,7 +357,8 @@ void multiply_panels(
 void multiply(const float* x, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
     const Rounded rounded = round(x, rows, weights, parallel);
     if (rows == 1) {
-        // Few large parts: each begins a stream from memory anew.
+        // Few large parts: each begins a stream from memory anew. More threads than parts would find nothing to do, but
+        // memory is shared by then.
         constexpr size_t TASKS = 16, LEAST = 64;
         const size_t together = std::max(LEAST, round_up(weights.outputs, TASKS) / TASKS);
         const Row row = order(rounded, weights);
@@ -377,12 +378,6 @@ void multiply(const float* x, size_t rows, const Weights& weights, float* result
         const size_t start = group * together, end = std::min(weights.outputs, start + together);
         multiply_panels(rounded, rows, weights, start, end, result);
     });
-}
-
-bool is_supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace fusion_edge

@@ -18,7 +18,7 @@ using Parallel = std::function<void(size_t count, const std::function<void(size_
 struct Weights {
     size_t outputs, inputs;
     int bits;           // 4 or 8
-    size_t block_size;  // inputs that share a scale: 16 * 2^n
+    size_t block_size;  // inputs that share a scale: 16, 32, 64, 128 or 256
     // [outputs, blocks, block_size * bits / 8]; of two in a byte, the first is the low half.
     const uint8_t* values;
     const float* scales;           // [outputs, blocks]
@@ -32,8 +32,5 @@ struct Weights {
 
 // result [rows, outputs] = x [rows, inputs] times the transposed weight, plus the bias.
 void multiply(const float* x, size_t rows, const Weights& weights, float* result, const Parallel& parallel);
-
-// Whether this processor has the instructions that these kernels are written for.
-bool is_supported();
 
 }  // namespace fusion_edge

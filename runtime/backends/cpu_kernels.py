@@ -10,7 +10,7 @@ from fusion_edge.runtime.bundle import Manifest
 
 MODULE = "fusion_edge.kernels.cpu_operators"
 ACCURACY_LEVEL = 4
-"""What the kernels compute: products in integers, as ``MatMulNBits`` defines its levels."""
+"""What the kernels compute: linear products in integers, as ``MatMulNBits`` defines levels; attention in bfloat16."""
 FLOATS = frozenset({"fp32", "fp16"})
 """Formats of weights that are not quantized."""
 
@@ -31,11 +31,14 @@ def why_not(manifest: Manifest) -> str | None:
     if manifest.accuracy_level != ACCURACY_LEVEL:
         return f"They multiply at accuracy level {ACCURACY_LEVEL}, and the bundle asks for {manifest.accuracy_level}."
     if FLOATS.issuperset(manifest.weights.values()):
-        return "They round the inputs of products, and the bundle is not quantized."
+        return "They round to integers and bfloat16, and the bundle is not quantized."
     if library() is None:
-        return "They are not installed: x86-64 and a C++ compiler are needed when pip installs fusion-edge."
-    if not is_supported():
-        return "They are written for x86-64 processors with AVX-512 VNNI."
+        return "They are not installed: x86-64 and GCC's C++ compiler are needed when pip installs fusion-edge."
+    try:
+        if not is_supported():
+            return "They are written for x86-64 processors with AVX-512 VNNI."
+    except OSError as error:  # of a library that was built elsewhere
+        return f"They cannot be loaded ({error}); install fusion-edge again."
     return None
 
 

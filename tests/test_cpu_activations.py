@@ -1,0 +1,61 @@
+"""Our kernels of activation functions on a CPU against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+from own_kernels import needs_cpu_kernels
+
+from fusion_edge.runtime.backends import cpu_kernels
+
+Array = npt.NDArray[Any]
+
+pytestmark = needs_cpu_kernels
+
+
+def session(operator: str, inputs: int = 1, **attributes: Any) -> ort.InferenceSession:
+    names = ["x", "bias"][:inputs]
+    node = helper.make_node(operator, names, ["y"], domain="com.microsoft", **attributes)
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "one", given, made), opset_imports=versions, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(cpu_kernels.library()))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def expected(x: Array, operator: str, alpha: float) -> Array:
+    x = x.astype(np.float64)
+    if operator == "FastGelu":
+        return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x / (1 + np.exp(-alpha * x))
+
+
+@pytest.mark.parametrize(("operator", "alpha"), [("FastGelu", 0.0), ("QuickGelu", 1.0), ("QuickGelu", 1.702)])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 17, 31), (40_000,), (0, 4)])
+def test_close_to_float64(operator: str, alpha: float, shape: tuple[int, ...]) -> None:
+    one = session(operator, **({"alpha": alpha} if operator == "QuickGelu" else {}))
+    x = np.random.default_rng(0).normal(0, 4, shape).astype(np.float32)
+    np.testing.assert_allclose(one.run(None, {"x": x})[0], expected(x, operator, alpha), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("operator", ["FastGelu", "QuickGelu"])
+def test_the_ends_of_the_range(operator: str) -> None:
+    """Nothing overflows."""
+    x = np.array([-1e30, -100, -0.0, 0, 100, 1e10], np.float32)
+    (y,) = session(operator).run(None, {"x": x})
+    np.testing.assert_array_equal(y, [0, 0, 0, 0, 100, np.float32(1e10)])
+
+
+def test_a_bias_is_refused() -> None:
+    with pytest.raises(Exception, match="a bias is not supported"):
+        session("FastGelu", inputs=2).run(None, {"x": np.ones(4, np.float32), "bias": np.ones(4, np.float32)})
