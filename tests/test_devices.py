@@ -291,7 +291,7 @@ def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "reason"),
     [
-        ((None, True), "They are not installed: x86-64 and GCC's C++ compiler are needed when pip installs fusion-edge."),
+        ((None, True), "They are not installed: pip needs x86-64 and GCC's C++ compiler to install them."),
         ((Path("library.so"), False), "They are written for x86-64 processors with AVX-512 VNNI."),
         ((Path("library.so"), True), None),
     ],

@@ -33,7 +33,7 @@ def why_not(manifest: Manifest) -> str | None:
     if FLOATS.issuperset(manifest.weights.values()):
         return "They round to integers and bfloat16, and the bundle is not quantized."
     if library() is None:
-        return "They are not installed: x86-64 and GCC's C++ compiler are needed when pip installs fusion-edge."
+        return "They are not installed: pip needs x86-64 and GCC's C++ compiler to install them."
     try:
         if not is_supported():
             return "They are written for x86-64 processors with AVX-512 VNNI."
