@@ -40,7 +40,7 @@ def library() -> Iterator[Path]:
     kernels.use_bfloat16(True)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [3, *WIDTHS])
 def test_multi_head(library: Path, width: int) -> None:
     heads = 2
     model = multi_head_model(heads)
@@ -68,7 +68,7 @@ def spread(error: Array) -> float:
     return float(np.sqrt(np.mean(error**2)))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [3, *WIDTHS])
 @pytest.mark.parametrize("size", [1, 3])
 def test_bfloat16(library: Path, width: int, size: int) -> None:
     """What is computed where the processor can: within half a percent of a result's deviation, as its 8 bits allow."""
@@ -90,6 +90,8 @@ def test_bfloat16(library: Path, width: int, size: int) -> None:
         has_bfloat16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
         assert np.array_equal(rounded, one.run(None, feeds)[0]) is not has_bfloat16
     use_bfloat16(True)
+    if width % 2:
+        return  # channels are turned in pairs
     for int8, past, length in ((False, 0, 130), (False, 31, 300), (True, 0, 65), (True, 30, 33)):
         sizes = Causal(4, 2, width, width, int8)
         causal = causal_feeds(sizes, past, past + length, length)

@@ -35,7 +35,7 @@ class PlainRuns:
     def __init__(self, bundle: Bundle) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        if cpu_kernels.why_not(bundle.manifest) is None:
+        if cpu_kernels.run(bundle.manifest, graphs.LLM):  # and so every graph of these bundles
             options.register_custom_ops_library(str(cpu_kernels.library()))
         self._sessions = {
             name: ort.InferenceSession(bundle.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])

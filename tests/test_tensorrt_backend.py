@@ -322,7 +322,7 @@ def test_a_conversation_through_the_commands(
             assert cli_run.main([str(bundle.folder), "--image", str(tmp_path / "image.png"), *asked, *options]) == 0
             printed = capsys.readouterr()
             answers[device] = [(one["text"], one["token_ids"]) for one in json.loads(printed.out)["answers"]]
-            assert printed.err.endswith(f"running on {'tensorrt-rtx' if device == 'auto' else device}\n")
+            assert f"running on {'tensorrt-rtx' if device == 'auto' else device}\n" in printed.err
     assert answers["auto"] == answers["cpu"]
     assert [text for text, _ in answers["auto"]] == [example.answer for example in first]
     assert trt.runs > 0

@@ -73,7 +73,7 @@ def test_what_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == 2 * [(4, 4, 0, width), (1, 1, 3, width)]
     figures = measured.figures
     assert figures.image_seconds == pytest.approx(figures.global_seconds + figures.local_seconds)
-    assert measured.settings == {"formats": ["fp32"], "threads": 1}
+    assert measured.settings == {"formats": ["fp32"], "own kernels": False, "threads": 1}
 
 
 def test_bundle_and_torch_side_by_side(

@@ -33,7 +33,7 @@ class BundleLlm:
             )
         self.settings: Mapping[str, Any] = {
             "precision": bundle.manifest.precision,
-            "own kernels": cpu_kernels.why_not(bundle.manifest) is None,
+            "own kernels": cpu_kernels.run(bundle.manifest, LLM),
             "threads": work.threads,
         }
         self._capacity = work.capacity

@@ -26,7 +26,7 @@ class BundleEncoder:
         bundle = open_bundle(folder)
         model, weights = bundle.manifest.model, bundle.manifest.weights
         formats = sorted({form for name, form in weights.items() if name.startswith("vision.layers.")})
-        kernels = cpu_kernels.why_not(bundle.manifest) is None
+        kernels = cpu_kernels.run(bundle.manifest, VISION_ENCODER)
         self.settings: Mapping[str, Any] = {"formats": formats, "own kernels": kernels, "threads": work.threads}
         self.hidden_size = model.language.hidden_size
         self._patches = model.vision.patches

@@ -28,9 +28,8 @@ void expect_integer(const Attributes& attributes, const char* node, const char* 
 
 void expect_width(int64_t width) {
     expect(
-        width > 0 && width % 2 == 0 && size_t(width) <= LARGEST_HEAD,
-        "attention: heads of " + std::to_string(width) + " channels; expected an even number up to " +
-            std::to_string(LARGEST_HEAD) + ".");
+        width > 0 && size_t(width) <= LARGEST_HEAD,
+        "attention: heads of " + std::to_string(width) + " channels; expected up to " + std::to_string(LARGEST_HEAD) + ".");
 }
 
 // MultiHeadAttention: query, key, value, bias, key padding mask, attention bias, past key, past value -> attended.

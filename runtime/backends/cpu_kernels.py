@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from fusion_edge.runtime.bundle import Manifest
+from fusion_edge.runtime.graphs import VISION_ENCODER
 
 MODULE = "fusion_edge.kernels.cpu_operators"
 ACCURACY_LEVEL = 4
@@ -40,6 +41,13 @@ def why_not(manifest: Manifest) -> str | None:
     except OSError as error:  # of a library that was built elsewhere
         return f"They cannot be loaded ({error}); install fusion-edge again."
     return None
+
+
+def run(manifest: Manifest, graph: str) -> bool:
+    """Whether they run a graph of a bundle here: not one whose weights are all floats, which is to be exact."""
+    is_vision = graph == VISION_ENCODER
+    forms = {form for name, form in manifest.weights.items() if name.startswith("vision.") == is_vision}
+    return why_not(manifest) is None and not forms <= FLOATS
 
 
 def is_supported() -> bool:

@@ -146,7 +146,7 @@ def _session(
     provider, settings = PROVIDERS[device]
     options = _session_options(bundle.manifest, threads)
     try:
-        if device == "cpu" and own_kernels and cpu_kernels.why_not(bundle.manifest) is None:
+        if device == "cpu" and own_kernels and cpu_kernels.run(bundle.manifest, name):
             options.register_custom_ops_library(str(cpu_kernels.library()))
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
