@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from fusion_edge.runtime.backends import cpu_kernels
@@ -10,3 +14,15 @@ needs_cpu_kernels = pytest.mark.skipif(
     cpu_kernels.library() is None or not cpu_kernels.is_supported(),
     reason="our CPU kernels: not built, or this processor has no AVX-512 VNNI",
 )
+
+
+@contextmanager
+def exact_attention() -> Iterator[None]:
+    """Attention in float32, where ours would round its factors to bfloat16."""
+    path = cpu_kernels.library()
+    kernels = None if path is None else ctypes.CDLL(str(path))
+    if kernels is not None:
+        kernels.use_bfloat16(False)
+    yield
+    if kernels is not None:
+        kernels.use_bfloat16(True)

@@ -36,14 +36,15 @@ def session(operator: str, inputs: int = 1, **attributes: Any) -> ort.InferenceS
 def expected(x: Array, operator: str, alpha: float) -> Array:
     x = x.astype(np.float64)
     if operator == "FastGelu":
-        return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return x / (1 + np.exp(-alpha * x))
+        return np.asarray(x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+    return np.asarray(x / (1 + np.exp(-alpha * x)))
 
 
 @pytest.mark.parametrize(("operator", "alpha"), [("FastGelu", 0.0), ("QuickGelu", 1.0), ("QuickGelu", 1.702)])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 17, 31), (40_000,), (0, 4)])
 def test_close_to_float64(operator: str, alpha: float, shape: tuple[int, ...]) -> None:
-    one = session(operator, **({"alpha": alpha} if operator == "QuickGelu" else {}))
+    attributes: dict[str, Any] = {"alpha": alpha} if operator == "QuickGelu" else {}
+    one = session(operator, **attributes)
     x = np.random.default_rng(0).normal(0, 4, shape).astype(np.float32)
     np.testing.assert_allclose(one.run(None, {"x": x})[0], expected(x, operator, alpha), rtol=2e-6, atol=1e-6)
 

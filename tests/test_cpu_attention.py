@@ -19,7 +19,7 @@ from attention_graphs import (
     multi_head_reference,
     session,
 )
-from own_kernels import needs_cpu_kernels
+from own_kernels import exact_attention, needs_cpu_kernels
 
 from fusion_edge.runtime.backends import cpu_kernels
 
@@ -34,10 +34,8 @@ def library() -> Iterator[Path]:
     """The kernels, computing in float32."""
     path = cpu_kernels.library()
     assert path is not None
-    kernels = ctypes.CDLL(str(path))
-    kernels.use_bfloat16(False)
-    yield path
-    kernels.use_bfloat16(True)
+    with exact_attention():
+        yield path
 
 
 @pytest.mark.parametrize("width", [3, *WIDTHS])

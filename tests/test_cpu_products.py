@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ def session(
     inputs: int,
     bias: Array | None = None,
     own_kernels: bool = True,
-    **changed: int,
+    changed: Mapping[str, int] = MappingProxyType({}),
 ) -> ort.InferenceSession:
     """A graph of one product, some of its attributes changed."""
     tensors: dict[str, Array] = {"values": packed.values, "scales": packed.scales.astype(np.float32)}
@@ -45,7 +47,7 @@ def session(
     while not names[-1]:
         names.pop()
     rows = len(packed.values)
-    sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size} | changed
+    sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, **changed}
     node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4, **sizes)
     graph = helper.make_graph(
         [node],
@@ -150,7 +152,7 @@ def test_close_to_those_of_onnxruntime() -> None:
 def test_attributes_that_are_refused(changed: dict[str, int], named: str) -> None:
     form = WeightFormat("int4", 32)
     with pytest.raises(Exception, match=named):
-        session(quantize(np.ones((4, 64), np.float32), form), form, 64, **changed)
+        session(quantize(np.ones((4, 64), np.float32), form), form, 64, changed=changed)
 
 
 @needs_cpu_kernels
@@ -173,7 +175,7 @@ def test_tensors_that_are_too_small(name: str, named: str) -> None:
         bias = bias[:3]
     else:
         parts[name] = parts[name][:3]
-    one = session(Packed(**parts), form, 64, bias, N=4)
+    one = session(Packed(**parts), form, 64, bias, changed={"N": 4})
     with pytest.raises(Exception, match=named):
         one.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
@@ -189,11 +191,12 @@ def test_two_sessions_in_two_threads() -> None:
         one = session(quantize(weight, form), form, inputs)
         x = {"x": generator.normal(size=(1, rows, inputs)).astype(np.float32)}
         works.append((one, x, one.run(None, x)[0]))
+
+    def repeat(one: ort.InferenceSession, x: dict[str, Array], expected: Array) -> bool:
+        return all(np.array_equal(one.run(None, x)[0], expected) for _ in range(50))
+
     with ThreadPoolExecutor(2) as pool:
-        repeated = [pool.submit(lambda one, x: [one.run(None, x)[0] for _ in range(50)], *work[:2]) for work in works]
-        for work, results in zip(works, repeated, strict=True):
-            for result in results.result():
-                np.testing.assert_array_equal(result, work[2])
+        assert all(same.result() for same in [pool.submit(repeat, *work) for work in works])
 
 
 @needs_cpu_kernels
