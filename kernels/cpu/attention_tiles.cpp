@@ -94,36 +94,14 @@ struct Panels {
     size_t depth, steps;
 };
 
-// Lane i of result j is lane j of value i: pairs of neighbours change places, then of pairs, of fours and of eights.
-void transpose(const float* values, size_t stride, float* results, size_t result_stride) {
-    __m512 from[LANES], to[LANES];
+// Lane i of result j is lane j of value i.
+void copy_transposed(const float* values, size_t stride, float* results, size_t result_stride) {
+    __m512i rows[LANES];
 #pragma GCC unroll 16
-    for (size_t i = 0; i < LANES; ++i) from[i] = _mm512_loadu_ps(values + i * stride);
+    for (size_t i = 0; i < LANES; ++i) rows[i] = _mm512_loadu_si512(values + i * stride);
+    transpose(rows);
 #pragma GCC unroll 16
-    for (size_t i = 0; i < LANES; i += 2) {
-        to[i] = _mm512_unpacklo_ps(from[i], from[i + 1]);
-        to[i + 1] = _mm512_unpackhi_ps(from[i], from[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (size_t i = 0; i < LANES; i += 4)
-#pragma GCC unroll 2
-        for (size_t j = 0; j < 2; ++j) {
-            const __m512d low = _mm512_castps_pd(to[i + j]), high = _mm512_castps_pd(to[i + j + 2]);
-            from[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            from[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    // Now from[4 a + b] has, in its quarter c, lane 4 c + b of values 4 a to 4 a + 3.
-#pragma GCC unroll 4
-    for (size_t b = 0; b < 4; ++b) {
-        const __m512 low = _mm512_shuffle_f32x4(from[b], from[4 + b], 0x88);
-        const __m512 high = _mm512_shuffle_f32x4(from[8 + b], from[12 + b], 0x88);
-        const __m512 low_odd = _mm512_shuffle_f32x4(from[b], from[4 + b], 0xDD);
-        const __m512 high_odd = _mm512_shuffle_f32x4(from[8 + b], from[12 + b], 0xDD);
-        _mm512_store_ps(results + b * result_stride, _mm512_shuffle_f32x4(low, high, 0x88));
-        _mm512_store_ps(results + (4 + b) * result_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
-        _mm512_store_ps(results + (8 + b) * result_stride, _mm512_shuffle_f32x4(low, high, 0xDD));
-        _mm512_store_ps(results + (12 + b) * result_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xDD));
-    }
+    for (size_t i = 0; i < LANES; ++i) _mm512_store_si512(results + i * result_stride, rows[i]);
 }
 
 template <Factors FACTORS, typename T>
@@ -136,7 +114,7 @@ const float* pack_keys(const Head<T>& head, size_t depth) {
         for (size_t i = 0; i < std::min(LANES, head.count - key); ++i)
             write_words<FACTORS>(head.keys + (key + i) * head.stride, head.width, words + i * STRIDE);
         float* to = panels + key / PANEL * panel_words + key % PANEL;
-        for (size_t i = 0; i < depth; i += LANES) transpose(words + i, STRIDE, to + i * PANEL, PANEL);
+        for (size_t i = 0; i < depth; i += LANES) copy_transposed(words + i, STRIDE, to + i * PANEL, PANEL);
     }
     return panels;
 }

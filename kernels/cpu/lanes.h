@@ -61,6 +61,38 @@ inline __m512 load(const int8_t* values, __mmask16 mask) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, values)));
 }
 
+// Sixteen registers of sixteen words each: word i of register j becomes word j of register i. Pairs of neighbours change
+// places, then pairs of pairs, of fours and of eights.
+[[gnu::always_inline]] inline void transpose(__m512i* rows) {
+    __m512i other[LANES];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; i += 2) {
+        other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (size_t j = 0; j < 2; ++j) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(other[i + j], other[i + 2 + j]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(other[i + j], other[i + 2 + j]);
+        }
+    // Now rows[4 a + b] has, in its quarter c, word 4 c + b of rows 4 a to 4 a + 3.
+#pragma GCC unroll 4
+    for (size_t b = 0; b < 4; ++b) {
+        const __m512i low = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0xDD);
+        const __m512i high_odd = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0xDD);
+        other[b] = _mm512_shuffle_i32x4(low, high, 0x88);
+        other[4 + b] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        other[8 + b] = _mm512_shuffle_i32x4(low, high, 0xDD);
+        other[12 + b] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; ++i) rows[i] = other[i];
+}
+
 // 2^x for x <= 0, relative error 1e-7: the polynomial is the one of its degree that is closest to 2^f, |f| <= 1/2.
 inline __m512 exp2(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -189,35 +189,6 @@ struct Panel {
     const int32_t* zero_points;  // [blocks, 32]; not filled if all are the same
 };
 
-// Sixteen registers of sixteen words each: words of a place come together.
-void transpose(__m512i* rows) {
-    __m512i other[LANES];
-#pragma GCC unroll 16
-    for (size_t i = 0; i < LANES; i += 2) {
-        other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (size_t i = 0; i < LANES; i += 4)
-        for (size_t j = 0; j < 2; ++j) {
-            rows[i + 2 * j] = _mm512_unpacklo_epi64(other[i + j], other[i + 2 + j]);
-            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(other[i + j], other[i + 2 + j]);
-        }
-    // Now rows[4 a + b] has, in its quarter c, word 4 c + b of rows 4 a to 4 a + 3.
-#pragma GCC unroll 16
-    for (size_t b = 0; b < 4; ++b) {
-        const __m512i low = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0x88);
-        const __m512i high = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0x88);
-        const __m512i low_odd = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0xDD);
-        const __m512i high_odd = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0xDD);
-        other[b] = _mm512_shuffle_i32x4(low, high, 0x88);
-        other[8 + b] = _mm512_shuffle_i32x4(low, high, 0xDD);
-        other[4 + b] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-        other[12 + b] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD);
-    }
-    std::copy(other, other + LANES, rows);
-}
-
 // Memory of the panels that a thread has at the same time.
 struct PanelScratch {
     Scratch<uint8_t> values;

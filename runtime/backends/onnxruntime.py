@@ -19,20 +19,17 @@ from fusion_edge.runtime.errors import FusionError
 class OnnxRuntimeBackend:
     """See :class:`fusion_edge.runtime.backends.base.Backend`."""
 
-    def __init__(
-        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, own_kernels: bool = True
-    ) -> None:
-        """Load all three graphs. ``threads`` of None takes every core that this process may use. ``own_kernels``:
-        where they can run, ours take the place of ONNX Runtime's (``cpu_kernels.py``).
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        """Load all three graphs. ``threads`` of None takes every core that this process may use.
 
         Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if a graph does not load.
         """
         self.name = f"onnxruntime-{device}"
         self.max_context = bundle.manifest.max_context
         self._config = bundle.manifest.model
-        self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads, own_kernels)
-        self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads, own_kernels)
-        self._llm = Decoder(Graph(bundle, graphs.LLM, device, threads, own_kernels), bundle.manifest)
+        self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads)
+        self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)
+        self._llm = Decoder(Graph(bundle, graphs.LLM, device, threads), bundle.manifest)
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Tensor:
         inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}

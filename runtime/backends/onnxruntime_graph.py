@@ -48,17 +48,15 @@ Input = npt.NDArray[Any] | Tensor
 class Graph:
     """A loaded graph. Its inputs are tensors in the memory that it reads them from, so that no run copies them."""
 
-    def __init__(
-        self, bundle: Bundle, name: str, device: str, threads: int | None = None, own_kernels: bool = True
-    ) -> None:
-        """``threads`` of None takes every core that this process may use. ``own_kernels``: where they can run, ours
-        take the place of ONNX Runtime's (``cpu_kernels.py``).
+    def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None) -> None:
+        """``threads`` of None takes every core that this process may use. On a CPU our own kernels take the place of
+        ONNX Runtime's where they can run the graph (``cpu_kernels.py``).
 
         Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if the graph does not load.
         """
         self.name = name
         self.device = device
-        self._session = _session(bundle, name, device, threads, own_kernels)
+        self._session = _session(bundle, name, device, threads)
         self._large_run = _options_of_a_large_run(device)
         spec = _spec(bundle.manifest, name)
         self.inputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in spec.inputs}
@@ -138,15 +136,13 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".: ") + "."
 
 
-def _session(
-    bundle: Bundle, name: str, device: str, threads: int | None, own_kernels: bool
-) -> ort.InferenceSession:
+def _session(bundle: Bundle, name: str, device: str, threads: int | None) -> ort.InferenceSession:
     path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
     missing = _load_cuda_libraries() if device == "cuda" else []
     provider, settings = PROVIDERS[device]
     options = _session_options(bundle.manifest, threads)
     try:
-        if device == "cpu" and own_kernels and cpu_kernels.run(bundle.manifest, name):
+        if device == "cpu" and cpu_kernels.run(bundle.manifest, name):
             options.register_custom_ops_library(str(cpu_kernels.library()))
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
