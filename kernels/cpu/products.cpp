@@ -15,58 +15,88 @@ constexpr size_t TILE_ROWS = 12;     // with two registers of outputs: 24 of the
 constexpr size_t PANEL = 2 * LANES;  // outputs of a tile
 constexpr size_t MOST_PANELS = 8;    // that a thread multiplies a tile of rows with in turn
 
+constexpr size_t LARGEST_BLOCK = 256;
+
 constexpr float SMALLEST_EXTENT = 1e-30f;  // of inputs: what is smaller counts as 0, as 127 over it would not be finite
 
-// Rows of inputs in int8. Of every 8 values, those of even places come before those of odd ones if weights have 4 bits,
-// as the halves of the weights' bytes do.
+constexpr size_t STEP = 4;  // inputs that an instruction multiplies and adds in each lane
+
+// Rows of inputs in int8, a tile of so many side by side: by turns four inputs of each, so that a product reads one
+// stream. Of every 8 values, those of even places come before those of odd ones if weights have 4 bits, as the halves of
+// the weights' bytes do.
 struct Rounded {
-    int8_t* values;  // [rows, stride], zero behind the last input
-    float* scales;   // [rows, blocks]
-    int32_t* sums;   // [rows, blocks]: minus the sum of the values
-    size_t stride;
+    int8_t* values;  // [tiles, steps, rows of a tile, 4], zero behind the last input
+    float* scales;   // [tiles, blocks, rows of a tile]
+    int32_t* sums;   // [tiles, blocks, rows of a tile]: minus the sum of the values, times the zero point if all have one
+    size_t steps, blocks;
+
+    // A tile of so many rows.
+    Rounded tile(size_t index, size_t rows) const {
+        return {
+            values + index * steps * rows * STEP, scales + index * blocks * rows, sums + index * blocks * rows, steps,
+            blocks};
+    }
 };
 
-void round_row(const float* x, const Weights& weights, int8_t* values, float* scales, int32_t* sums) {
+size_t steps(const Weights& weights) { return round_up(weights.blocks() * weights.block_size, 128) / STEP; }
+
+// Some inputs of a row that share a scale.
+void round_block(const float* x, size_t count, const Weights& weights, int8_t* values, float* scale, int32_t* sum) {
     const __m128i halves = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-    for (size_t block = 0, start = 0; block < weights.blocks(); ++block, start += weights.block_size) {
-        const size_t count = std::min(weights.block_size, weights.inputs - start);
-        __m512 largest = _mm512_setzero_ps();
-        for (size_t i = 0; i < count; i += LANES)
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(count - i), x + start + i)));
-        float extent = _mm512_reduce_max_ps(largest);
-        if (extent < SMALLEST_EXTENT) extent = 0;
-        const __m512 inverse = _mm512_set1_ps(extent > 0 ? 127 / extent : 0);
-        __m512i sum = _mm512_setzero_si512();
-        for (size_t i = 0; i < weights.block_size; i += LANES) {
-            const __mmask16 mask = i < count ? first(count - i) : 0;
-            const __m512i rounded =
-                _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + start + i), inverse));
-            sum = _mm512_sub_epi32(sum, rounded);
-            __m128i bytes = _mm512_cvtsepi32_epi8(rounded);
-            if (weights.bits == 4) bytes = _mm_shuffle_epi8(bytes, halves);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(values + start + i), bytes);
-        }
-        scales[block] = extent / 127;
-        sums[block] = _mm512_reduce_add_epi32(sum);
+    __m512 largest = _mm512_setzero_ps();
+    for (size_t i = 0; i < count; i += LANES)
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(count - i), x + i)));
+    float extent = _mm512_reduce_max_ps(largest);
+    if (extent < SMALLEST_EXTENT) extent = 0;
+    const __m512 inverse = _mm512_set1_ps(extent > 0 ? 127 / extent : 0);
+    __m512i total = _mm512_setzero_si512();
+    for (size_t i = 0; i < weights.block_size; i += LANES) {
+        const __mmask16 mask = i < count ? first(count - i) : 0;
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+        total = _mm512_sub_epi32(total, rounded);
+        __m128i bytes = _mm512_cvtsepi32_epi8(rounded);
+        if (weights.bits == 4) bytes = _mm_shuffle_epi8(bytes, halves);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), bytes);
     }
-    const size_t end = weights.blocks() * weights.block_size;
-    std::fill(values + end, values + round_up(end, 128), 0);
+    *scale = extent / 127;
+    *sum = _mm512_reduce_add_epi32(total) << (weights.zero_points ? 0 : weights.bits - 1);
 }
 
-Rounded round(const float* x, size_t rows, const Weights& weights, const Parallel& parallel) {
+// A block of a tile's rows, LARGEST_BLOCK apart, put side by side.
+void interleave(const int8_t* rows, size_t block_size, int8_t* values) {
+    for (size_t start = 0; start < block_size; start += LANES * STEP) {
+        __m512i words[LANES];
+        for (size_t i = 0; i < LANES; ++i) words[i] = _mm512_load_si512(rows + i * LARGEST_BLOCK + start);
+        transpose(words);
+        for (size_t i = 0; i < std::min(LANES, (block_size - start) / STEP); ++i, values += TILE_ROWS * STEP)
+            _mm512_mask_storeu_epi32(values, first(TILE_ROWS), words[i]);
+    }
+}
+
+// Rows in tiles; missing ones of the last tile are not filled.
+Rounded round(const float* x, size_t rows, size_t of_tile, const Weights& weights, const Parallel& parallel) {
     static thread_local Scratch<int8_t> values;
     static thread_local Scratch<float> scales;
     static thread_local Scratch<int32_t> sums;
-    const size_t blocks = weights.blocks();
-    // 64 more: rows at a distance of a power of two would share few places of a first-level cache.
-    const size_t stride = round_up(blocks * weights.block_size, 128) + 64;
-    const Rounded rounded{values.of(rows * stride), scales.of(rows * blocks), sums.of(rows * blocks), stride};
-    constexpr size_t TOGETHER = 16;
-    parallel((rows + TOGETHER - 1) / TOGETHER, [&](size_t group) {
-        for (size_t row = group * TOGETHER; row < std::min(rows, (group + 1) * TOGETHER); ++row)
-            round_row(
-                x + row * weights.inputs, weights, rounded.values + row * stride, rounded.scales + row * blocks,
-                rounded.sums + row * blocks);
+    const size_t blocks = weights.blocks(), row_steps = steps(weights), tiles = (rows + of_tile - 1) / of_tile;
+    const size_t all = tiles * of_tile, end = blocks * weights.block_size;
+    const Rounded rounded{
+        values.of(all * row_steps * STEP), scales.of(all * blocks), sums.of(all * blocks), row_steps, blocks};
+    parallel(tiles, [&](size_t index) {
+        const Rounded tile = rounded.tile(index, of_tile);
+        const size_t here = std::min(of_tile, rows - index * of_tile);
+        const float* from = x + index * of_tile * weights.inputs;
+        alignas(64) int8_t buffer[LANES * LARGEST_BLOCK] = {};
+        for (size_t block = 0, start = 0; block < blocks; ++block, start += weights.block_size) {
+            const size_t count = std::min(weights.block_size, weights.inputs - start), place = block * of_tile;
+            int8_t* to = tile.values + start * of_tile;
+            for (size_t i = 0; i < here; ++i)
+                round_block(
+                    from + i * weights.inputs + start, count, weights, of_tile == 1 ? to : buffer + i * LARGEST_BLOCK,
+                    tile.scales + place + i, tile.sums + place + i);
+            if (of_tile > 1) interleave(buffer, weights.block_size, to);
+        }
+        std::fill(tile.values + end * of_tile, tile.values + row_steps * STEP * of_tile, 0);
     });
     return rounded;
 }
@@ -81,7 +111,7 @@ constexpr size_t CHUNK = 64;
 struct Row {
     const int8_t* values;      // [chunks, 64 or, of 4 bits, 2 x 64]: those of low halves, then those of high ones
     const float* scales;       // [blocks]
-    const float* corrections;  // [blocks]: times a weight's scale and zero point, what its block's product has too much
+    const float* corrections;  // [blocks]: times a weight's scale (and zero point), what its block's product has too much
 };
 
 Row order(const Rounded& rounded, const Weights& weights) {
@@ -105,9 +135,9 @@ Row order(const Rounded& rounded, const Weights& weights) {
     return {halves, rounded.scales, correction};
 }
 
-// Zero points of 16 blocks of an output, or of the fewer that it has from there on.
+// Zero points of 16 blocks of an output, or of the fewer that it has from there on; 1 where sums were multiplied already.
 __m512 zero_points(const Weights& weights, size_t output, size_t block) {
-    if (!weights.zero_points) return _mm512_set1_ps(float(1 << (weights.bits - 1)));
+    if (!weights.zero_points) return _mm512_set1_ps(1);
     const uint8_t* row = weights.zero_points + output * weights.zero_point_bytes() + block * weights.bits / 8;
     const size_t bytes = (std::min(LANES, weights.blocks() - block) * weights.bits + 7) / 8;
     __m128i points = _mm_maskz_loadu_epi8(first(bytes), row);
@@ -199,7 +229,7 @@ struct PanelScratch {
 Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
     const size_t blocks = weights.blocks(), bytes = weights.row_bytes();
     const size_t steps = round_up(bytes, CHUNK) / 4 * (8 / weights.bits);
-    uint8_t* to = scratch.values.of(steps * 4 * PANEL);
+    uint8_t* to = scratch.values.of(steps * STEP * PANEL);
     const size_t count = std::min(PANEL, weights.outputs - output);
     const __m512i half = _mm512_set1_epi8(15);
     // Read below in 32 places by turns, they would come slowly: memory is quickest in its own order.
@@ -216,12 +246,12 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
             }
             transpose(rows);
             for (size_t i = 0; i < LANES; ++i) {
-                uint8_t* step = to + (start / 4 + i) * (8 / weights.bits) * 4 * PANEL + side * CHUNK;
+                uint8_t* step = to + (start / 4 + i) * (8 / weights.bits) * STEP * PANEL + side * CHUNK;
                 if (weights.bits == 8) {
                     _mm512_store_si512(step, rows[i]);
                 } else {
                     _mm512_store_si512(step, _mm512_and_si512(rows[i], half));
-                    _mm512_store_si512(step + 4 * PANEL, _mm512_and_si512(_mm512_srli_epi16(rows[i], 4), half));
+                    _mm512_store_si512(step + STEP * PANEL, _mm512_and_si512(_mm512_srli_epi16(rows[i], 4), half));
                 }
             }
         }
@@ -239,55 +269,67 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
     return {to, own, zero};
 }
 
-// Adds to each lane the product of its four weights and four inputs. The intrinsic makes GCC 12 copy every sum in turn.
+// What follows is written down as instructions: with intrinsics GCC 12 copies every sum in turn, and keeps totals twice.
+
+// In each lane the same.
+[[gnu::always_inline]] inline __m512i broadcast(const int32_t* value) {
+    __m512i values;
+    asm volatile("vpbroadcastd %1, %0" : "=v"(values) : "m"(*value));
+    return values;
+}
+
+// Adds to each lane the product of its four weights and four inputs.
 [[gnu::always_inline]] inline void add_products(__m512i& sums, __m512i weights, const int8_t* x) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(x)));
+}
+
+// Adds sums of a block, each times its weights' scale and its inputs', to 16 totals. The sums are gone then.
+[[gnu::always_inline]] inline void add_block(__m512i& sums, __m512 scales, const float* x_scale, float* totals) {
+    __m512 product;
+    asm("vmulps %4%{1to16%}, %3, %2\n\tvcvtdq2ps %0, %0\n\tvfmadd213ps %1, %2, %0\n\tvmovaps %0, %1"
+        : "+v"(sums), "+m"(*reinterpret_cast<float(*)[LANES]>(totals)), "=&v"(product)
+        : "v"(scales), "m"(*x_scale));
 }
 
 // The places I of some rows are constants from the start: only so does GCC keep the sums in registers.
 template <bool SYMMETRIC, size_t... I>
 void multiply_rows(
-    std::index_sequence<I...>, const Panel& panel, const Rounded& rounded, size_t row, const Weights& weights,
-    float* result) {
+    std::index_sequence<I...>, const Panel& panel, const Rounded& tile, size_t block_size, float* result) {
     constexpr size_t ROWS = sizeof...(I);
-    const size_t blocks = weights.blocks(), stride = rounded.stride;
     const uint8_t* weight = panel.values;
-    const int8_t* x = rounded.values + row * stride;
-    const float* x_scales = rounded.scales + row * blocks;
-    const int32_t* x_sums = rounded.sums + row * blocks;
-    std::fill(result, result + ROWS * PANEL, 0.0f);
-    for (size_t block = 0; block < blocks; ++block, ++x_scales, ++x_sums) {
+    const int8_t* x = tile.values;
+    const float* x_scales = tile.scales;
+    const int32_t* x_sums = tile.sums;
+    for (size_t i = 0; i < ROWS * PANEL; i += LANES) _mm512_store_ps(result + i, _mm512_setzero_ps());
+    for (size_t block = 0; block < tile.blocks; ++block, x_scales += TILE_ROWS, x_sums += TILE_ROWS) {
         __m512i left[ROWS], right[ROWS];
         if constexpr (SYMMETRIC) {
-            const unsigned bits = weights.bits - 1;
-            ((left[I] = right[I] = _mm512_slli_epi32(_mm512_set1_epi32(x_sums[I * blocks]), bits)), ...);
+            ((left[I] = broadcast(x_sums + I), right[I] = broadcast(x_sums + I)), ...);
         } else {
             const int32_t* zero = panel.zero_points + block * PANEL;
             const __m512i left_zero = _mm512_load_si512(zero), right_zero = _mm512_load_si512(zero + LANES);
-            ((left[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I * blocks]), left_zero)), ...);
-            ((right[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I * blocks]), right_zero)), ...);
+            ((left[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I]), left_zero)), ...);
+            ((right[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I]), right_zero)), ...);
         }
-        for (size_t step = 0; step < weights.block_size / 4; ++step, weight += 4 * PANEL, x += 4) {
+        for (size_t step = 0; step < block_size / STEP; ++step, weight += STEP * PANEL, x += STEP * TILE_ROWS) {
             const __m512i left_weight = _mm512_load_si512(weight), right_weight = _mm512_load_si512(weight + CHUNK);
-            (add_products(left[I], left_weight, x + I * stride), ...);
-            (add_products(right[I], right_weight, x + I * stride), ...);
+            (add_products(left[I], left_weight, x + I * STEP), ...);
+            (add_products(right[I], right_weight, x + I * STEP), ...);
         }
         const __m512 left_scale = _mm512_load_ps(panel.scales + block * PANEL);
         const __m512 right_scale = _mm512_load_ps(panel.scales + block * PANEL + LANES);
-        const auto scale = [&](__m512i sum, __m512 own, float x_scale, float* total) __attribute__((always_inline)) {
-            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), own);
-            _mm512_store_ps(total, _mm512_fmadd_ps(product, _mm512_set1_ps(x_scale), _mm512_load_ps(total)));
-        };
-        (scale(left[I], left_scale, x_scales[I * blocks], result + I * PANEL), ...);
-        (scale(right[I], right_scale, x_scales[I * blocks], result + I * PANEL + LANES), ...);
+        float* totals = result;
+        asm("" : "+r"(totals));  // one address for all, not one for each
+        (add_block(left[I], left_scale, x_scales + I, totals + I * PANEL), ...);
+        (add_block(right[I], right_scale, x_scales + I, totals + I * PANEL + LANES), ...);
     }
 }
 
-using Tile = void (*)(const Panel&, const Rounded&, size_t, const Weights&, float*);
+using Tile = void (*)(const Panel&, const Rounded&, size_t, float*);
 
 template <bool SYMMETRIC, size_t ROWS>
-void multiply_tile(const Panel& panel, const Rounded& rounded, size_t row, const Weights& weights, float* result) {
-    multiply_rows<SYMMETRIC>(std::make_index_sequence<ROWS>(), panel, rounded, row, weights, result);
+void multiply_tile(const Panel& panel, const Rounded& tile, size_t block_size, float* result) {
+    multiply_rows<SYMMETRIC>(std::make_index_sequence<ROWS>(), panel, tile, block_size, result);
 }
 
 // For every number of rows, less one.
@@ -309,8 +351,9 @@ void multiply_panels(
     alignas(64) float sums[TILE_ROWS * PANEL];
     for (size_t row = 0; row < rows; row += TILE_ROWS) {
         const size_t here = std::min(TILE_ROWS, rows - row);
+        const Rounded tile = rounded.tile(row / TILE_ROWS, TILE_ROWS);
         for (size_t output = start; output < end; output += PANEL) {
-            multiply[here - 1](panels[(output - start) / PANEL], rounded, row, weights, sums);
+            multiply[here - 1](panels[(output - start) / PANEL], tile, weights.block_size, sums);
             const size_t count = std::min(PANEL, end - output);
             for (size_t i = 0; i < here; ++i)
                 for (size_t j = 0; j < count; j += LANES) {
@@ -326,7 +369,7 @@ void multiply_panels(
 }  // namespace
 
 void multiply(const float* x, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
-    const Rounded rounded = round(x, rows, weights, parallel);
+    const Rounded rounded = round(x, rows, rows == 1 ? 1 : TILE_ROWS, weights, parallel);
     if (rows == 1) {
         // Few large parts: each begins a stream from memory anew. More threads than parts would find nothing to do, but
         // memory is shared by then.
@@ -343,7 +386,7 @@ void multiply(const float* x, size_t rows, const Weights& weights, float* result
     // As many panels as stay in a second-level cache, so that rows are read less often; but enough work for all threads.
     constexpr size_t CACHE = 512 << 10, TASKS = 16;
     const size_t panels = (weights.outputs + PANEL - 1) / PANEL;
-    const size_t fitting = std::min(CACHE / (rounded.stride * PANEL), panels / TASKS);
+    const size_t fitting = std::min(CACHE / (rounded.steps * STEP * PANEL), panels / TASKS);
     const size_t together = std::clamp<size_t>(fitting, 1, MOST_PANELS) * PANEL;
     parallel((weights.outputs + together - 1) / together, [&](size_t group) {
         const size_t start = group * together, end = std::min(weights.outputs, start + together);
