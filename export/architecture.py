@@ -182,7 +182,7 @@ def decoder_layer(ops: Operations[T], config: FusionConfig, x: T, i: int) -> T:
     x = x + ops.linear(ops.causal_attention(qkv, i), f"{name}.attention.out")
     normed = ops.rms_norm(x, f"{name}.mlp_norm", eps)
     gate, up = ops.linear(normed, f"{name}.mlp.gate"), ops.linear(normed, f"{name}.mlp.up")
-    return x + ops.linear(ops.silu(gate) * up, f"{name}.mlp.down")
+    return x + ops.linear(ops.swiglu(gate, up), f"{name}.mlp.down")
 
 
 def interaction_layer(ops: Operations[T], config: FusionConfig, x: T, k: int, alignment: Alignment[T]) -> T:

@@ -77,8 +77,8 @@ class EagerOperations:
     def gelu_tanh(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
 
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(x)
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         return x * factor

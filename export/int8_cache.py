@@ -2,7 +2,8 @@
 
 GroupQueryAttention reads and writes an int8 cache whose scales (one a channel and head) must be given, and it is
 slow there for long inputs. So a prefill attends in float, derives the scales from its own keys and values and
-fills the cache; one-token steps then attend over the cache in place. ``If`` chooses between the two.
+fills the cache; one-token steps then attend over the cache in place. ``If`` chooses between the two. All of it is one
+function, which our CPU kernels (``kernels/cpu/``) take whole; elsewhere it is inlined.
 """
 
 from __future__ import annotations
@@ -11,30 +12,36 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fusion_edge.export.graph_builder import MICROSOFT, subgraph
+from fusion_edge.kernels import cpu_functions
 
 HEADROOM = 1.2  # keys and values of the answer may exceed those of the prompt by so much before they are clipped
 SMALLEST_SCALE = 1e-8
 PARTS = ("key", "value")
+STATES = (*PARTS, *(f"{part}_scale" for part in PARTS))
+"""What a layer keeps: caches and their scales."""
+ATTRIBUTES = {
+    "num_heads": AttributeProto.INT,
+    "kv_num_heads": AttributeProto.INT,
+    "scale": AttributeProto.FLOAT,
+}
+"""Of the function, as GroupQueryAttention has them."""
+SHARED = ("last_position", "total_length", "cos", "sin")
+"""Inputs of every layer."""
 
 
-def attention_node(
-    layer: int, qkv: str, rotary: list[str], kv_heads: int, head_dim: int, attributes: dict[str, Any]
-) -> NodeProto:
-    """The ``If`` node of one layer; its first output is the attention's, then caches and scales.
+def attention_function(kv_heads: int, head_dim: int, opset: int) -> FunctionProto:
+    """qkv ``[1,L,(heads + 2 * kv_heads) * head_dim]`` -> attended ``[1,L,heads * head_dim]``, caches and scales.
 
-    ``rotary`` names the cos and sin tables; ``attributes`` are GroupQueryAttention's.
+    Caches ``[1,kv_heads,positions,head_dim]`` int8, scales ``[1,kv_heads,1,head_dim]``; ``is_prefill`` ``[]`` bool.
     """
-    name = f"llm.layers.{layer}.attention"
-    branches = {
-        "then_branch": _prefill(layer, qkv, rotary, kv_heads, head_dim, attributes),
-        "else_branch": _step(layer, qkv, rotary, attributes),
-    }
-    states = [*PARTS, *(f"{part}_scale" for part in PARTS)]
-    outputs = [name, *(f"present.{layer}.{state}" for state in states)]
-    return helper.make_node("If", ["is_prefill"], outputs, name=name, **branches)
+    branches = {"then_branch": _prefill(kv_heads, head_dim), "else_branch": _step()}
+    outputs = ["attended", *(f"present.{state}" for state in STATES)]
+    inputs = ["qkv", *(f"past.{state}" for state in STATES), *SHARED, "is_prefill"]
+    choice = helper.make_node("If", ["is_prefill"], outputs, **branches)
+    return cpu_functions.function("CachedAttention", inputs, outputs, [choice], opset, tuple(ATTRIBUTES))
 
 
 def _constant(name: str, values: npt.ArrayLike, dtype: str) -> NodeProto:
@@ -42,28 +49,26 @@ def _constant(name: str, values: npt.ArrayLike, dtype: str) -> NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
 
 
-def _query(inputs: list[str], outputs: list[str], attributes: dict[str, Any]) -> NodeProto:
-    return helper.make_node("GroupQueryAttention", inputs, outputs, domain=MICROSOFT, **attributes)
+def _query(inputs: list[str], outputs: list[str], **attributes: Any) -> NodeProto:
+    node = helper.make_node("GroupQueryAttention", inputs, outputs, domain=MICROSOFT, do_rotary=1, **attributes)
+    return cpu_functions.with_attributes(node, ATTRIBUTES)
 
 
-def _prefill(
-    layer: int, qkv: str, rotary: list[str], kv_heads: int, head_dim: int, attributes: dict[str, Any]
-) -> GraphProto:
+def _prefill(kv_heads: int, head_dim: int) -> GraphProto:
     """Float attention from position 0, its keys and values quantized into the cache."""
-    name = f"prefill.{layer}"
+    name = "prefill"
     no_past, attended = f"{name}.no_past", f"{name}.attended"
     float_parts = [f"{name}.{part}" for part in PARTS]
-    inputs = [qkv, "", "", no_past, no_past, "last_position", "total_length", *rotary]
     nodes = [
         _constant(no_past, np.zeros((1, kv_heads, 0, head_dim)), "float32"),
-        _query(inputs, [attended, *float_parts], attributes),
+        _query(["qkv", "", "", no_past, no_past, *SHARED], [attended, *float_parts]),
         _constant(f"{name}.positions", [2], "int64"),
         _constant(f"{name}.end", [np.iinfo(np.int64).max], "int64"),
         _constant(f"{name}.range", HEADROOM / 127, "float32"),
         _constant(f"{name}.smallest", SMALLEST_SCALE, "float32"),
     ]
     for part in PARTS:
-        nodes += _quantize(name, f"{name}.{part}", f"past.{layer}.{part}")
+        nodes += _quantize(name, f"{name}.{part}", f"past.{part}")
     caches, scales = [f"{part}.cache" for part in float_parts], [f"{part}.scale" for part in float_parts]
     return subgraph(name, nodes, [attended, *caches, *scales])
 
@@ -93,15 +98,13 @@ def _quantize(name: str, values: str, past: str) -> list[NodeProto]:
     ]
 
 
-def _step(layer: int, qkv: str, rotary: list[str], attributes: dict[str, Any]) -> GraphProto:
+def _step() -> GraphProto:
     """One token over the cache, which it extends in place."""
-    name = f"step.{layer}"
-    past = [f"past.{layer}.{part}" for part in PARTS]
-    scales = [f"past.{layer}.{part}_scale" for part in PARTS]
-    quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    optional = ["", "", ""]  # positions, bias, sinks
-    inputs = [qkv, "", "", *past, "last_position", "total_length", *rotary, *optional, *scales]
+    name = "step"
+    scales = [f"past.{part}_scale" for part in PARTS]
+    inputs = ["qkv", "", "", *(f"past.{part}" for part in PARTS), *SHARED, "", "", "", *scales]  # bias, sinks: none
     outputs = [f"{name}.attended", *(f"{name}.{part}" for part in PARTS)]
+    quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     kept = [helper.make_node("Identity", [scale], [f"{name}.{scale}"]) for scale in scales]
-    nodes = [_query(inputs, outputs, attributes | quantized), *kept]
+    nodes = [_query(inputs, outputs, **quantized), *kept]
     return subgraph(name, nodes, [*outputs, *(f"{name}.{scale}" for scale in scales)])

@@ -16,6 +16,7 @@ from fusion_edge.export import int8_cache
 from fusion_edge.export.graph_builder import MICROSOFT, subgraph
 from fusion_edge.export.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.export.tensor_names import Parameter
+from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
 
 OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
@@ -59,8 +60,9 @@ class OnnxRuntimeOperations(OnnxOperations):
         scale_dtype = form.scale_dtype if stored is None else stored.scale_dtype
         values = self.builder.plan(weight.name, "values", form, "uint8", shape)
         scales = self.builder.plan(weight.name, "scales", form, scale_dtype, shape[:2])
-        inputs: list[OnnxValue | str] = [x, values, self._cast(scales, scale_dtype)]
+        inputs: list[OnnxValue | str] = [x, values, scales]
         if form.has_codebook:
+            inputs[2] = self._cast(scales, scale_dtype)
             sizes = {"K": columns, "N": rows, "block_size": form.group_size}
             quant_type = BNB4_TYPES.index(form.kind)
             product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
@@ -72,17 +74,17 @@ class OnnxRuntimeOperations(OnnxOperations):
             inputs.append("")
         if bias is not None:
             inputs += ["", bias]  # no group indices
-        return self._node(
-            "MatMulNBits",
-            inputs,
-            name,
-            MICROSOFT,
-            K=columns,
-            N=rows,
-            bits=form.bits,
-            block_size=form.block_size,
-            accuracy_level=self.settings.accuracy_level,
-        )
+        attributes = {
+            "K": columns,
+            "N": rows,
+            "bits": form.bits,
+            "block_size": form.block_size,
+            "accuracy_level": self.settings.accuracy_level,
+        }
+        if (scale_dtype, self.settings.activations) == ("float16", "float32"):
+            return self._function(cpu_functions.product_function(OPSET), inputs, name, **attributes)
+        inputs[2] = self._cast(scales, scale_dtype)
+        return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
 
     def _integer_product(
         self, x: OnnxValue, name: str, form: WeightFormat, weight: Parameter, bias: OnnxValue | None
@@ -119,8 +121,8 @@ class OnnxRuntimeOperations(OnnxOperations):
         added.attribute.append(helper.make_attribute("epsilon", eps))
         return self.input(name)
 
-    def silu(self, x: OnnxValue) -> OnnxValue:
-        return self._node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)
+    def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
+        return self._function(cpu_functions.swiglu_function(OPSET), [gate, up])
 
     def gelu_tanh(self, x: OnnxValue) -> OnnxValue:
         return self._node("FastGelu", [x], domain=MICROSOFT)  # the same as Gelu, and quicker on a CPU
@@ -159,21 +161,20 @@ class OnnxRuntimeOperations(OnnxOperations):
         attributes = {
             "num_heads": language.heads,
             "kv_num_heads": language.kv_heads,
-            "do_rotary": 1,
             "scale": language.head_dim**-0.5,
         }
         name = f"llm.layers.{layer}.attention"
+        states = int8_cache.STATES if self.settings.cache == "int8" else int8_cache.PARTS
+        past, present = ([f"{time}.{layer}.{state}" for state in states] for time in ("past", "present"))
+        shared, outputs = ["last_position", "total_length", cos, sin], [name, *present]
         if self.settings.cache == "int8":
-            self.builder.nodes.append(
-                int8_cache.attention_node(
-                    layer, qkv.name, [cos, sin], language.kv_heads, language.head_dim, attributes
-                )
-            )
+            function = int8_cache.attention_function(language.kv_heads, language.head_dim, OPSET)
+            self.builder.functions[function.name] = function
+            inputs = [qkv.name, *past, *shared, "is_prefill"]
+            self.builder.node(function.name, inputs, name, function.domain, outputs, **attributes)
             return self.input(name)
-        parts = ("key", "value")
-        past, present = ([f"{time}.{layer}.{part}" for part in parts] for time in ("past", "present"))
-        inputs = [qkv.name, "", "", *past, "last_position", "total_length", cos, sin]
-        outputs = [name, *present]
+        inputs = [qkv.name, "", "", *past, *shared]
+        attributes["do_rotary"] = 1
         self.builder.node("GroupQueryAttention", inputs, name, MICROSOFT, outputs, **attributes)
         return self.input(name)
 

@@ -88,8 +88,8 @@ class TensorRTOperations(OnnxOperations):
         inputs = [x, residual, self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")]
         return self._function(onnx_functions.add_layer_norm_function(eps, OPSET), inputs, name)
 
-    def silu(self, x: OnnxValue) -> OnnxValue:
-        return x * self._node("Sigmoid", [x])
+    def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
+        return gate * self._node("Sigmoid", [gate]) * up
 
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
         """``then()`` always: kernels of empty tensors are not launched, and a branch would end every fusion."""

@@ -216,7 +216,9 @@ class OnnxOperations(Operations[OnnxValue]):
         )
         return self._function(function, [q, k, v])
 
-    def _function(self, function: FunctionProto, inputs: Sequence[OnnxValue], scope: str = "") -> OnnxValue:
+    def _function(
+        self, function: FunctionProto, inputs: Sequence[OnnxValue | str], scope: str = "", **attributes: Any
+    ) -> OnnxValue:
         """A node of a model-local function, which the model then has."""
         self.builder.functions[function.name] = function
-        return self._node(function.name, inputs, scope, function.domain)
+        return self._node(function.name, inputs, scope, function.domain, **attributes)

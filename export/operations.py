@@ -55,8 +55,8 @@ class Operations(Protocol[T]):
         """GELU, tanh approximation."""
         ...
 
-    def silu(self, x: T) -> T:
-        """x * sigmoid(x)."""
+    def swiglu(self, gate: T, up: T) -> T:
+        """``gate * sigmoid(gate) * up``."""
         ...
 
     def scale(self, x: T, factor: float) -> T:

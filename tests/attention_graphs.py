@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import FunctionProto, TensorProto, helper
+
+from fusion_edge.export import int8_cache
 
 Array = npt.NDArray[Any]
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
+OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("fusion_edge", 1)]
 BLOCKED = -1e9
 
 
@@ -38,20 +41,26 @@ def session(model: bytes, library: Path | None, threads: int = 1) -> onnxruntime
 
 
 def _model(
-    operator: str, inputs: dict[str, tuple[int, int]], outputs: dict[str, int], attributes: dict[str, Any]
+    operator: str,
+    inputs: dict[str, tuple[int, int]],
+    outputs: dict[str, int],
+    attributes: dict[str, Any],
+    function: FunctionProto | None = None,
 ) -> bytes:
     """Inputs by name: element type and rank; a name that starts with ``-`` is left out. Outputs: element type."""
     names = ["" if name.startswith("-") else name for name in inputs]
-    node = helper.make_node(operator, names, list(outputs), domain="com.microsoft", **attributes)
+    domain = "com.microsoft" if function is None else function.domain
+    node = helper.make_node(operator, names, list(outputs), domain=domain, **attributes)
     given = [
         helper.make_tensor_value_info(name, dtype, [None] * rank)
         for name, (dtype, rank) in inputs.items()
         if not name.startswith("-")
     ]
     made = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs.items()]
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], operator, given, made)
-    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    functions = [] if function is None else [function]
+    model = helper.make_model(graph, functions=functions, opset_imports=OPSETS, ir_version=10)
+    return bytes(model.SerializeToString())
 
 
 def multi_head_model(heads: int, **attributes: Any) -> bytes:
@@ -73,6 +82,25 @@ def causal_model(sizes: Causal, **attributes: Any) -> bytes:
         fixed |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     outputs = {"attended": FLOAT, "present_key": cache, "present_value": cache}
     return _model("GroupQueryAttention", inputs, outputs, fixed | attributes)
+
+
+def cached_model(sizes: Causal) -> bytes:
+    """The function of an int8 cache."""
+    function = int8_cache.attention_function(sizes.kv_heads, sizes.width, opset=21)
+    types = {name: (FLOAT, 4) if "scale" in name else (INT8, 4) for name in function.input if "past" in name}
+    types |= {"qkv": (FLOAT, 3), "last_position": (INT32, 1), "total_length": (INT32, 0)}
+    types |= {"cos": (FLOAT, 2), "sin": (FLOAT, 2), "is_prefill": (int(TensorProto.BOOL), 0)}
+    outputs = {name: INT8 if name in ("present.key", "present.value") else FLOAT for name in function.output}
+    attributes = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads, "scale": sizes.width**-0.5}
+    return _model(function.name, {name: types[name] for name in function.input}, outputs, attributes, function)
+
+
+def cached_feeds(sizes: Causal, past: int, capacity: int, length: int) -> dict[str, Array]:
+    """Random inputs of the function; no past is a prefill."""
+    feeds = causal_feeds(sizes, past, capacity, length)
+    for part in ("key", "value"):
+        feeds[f"past.{part}"], feeds[f"past.{part}_scale"] = feeds.pop(f"past_{part}"), feeds.pop(f"{part}_scale")
+    return feeds | {"is_prefill": np.array(past == 0)}
 
 
 def causal_feeds(sizes: Causal, past: int, capacity: int, length: int) -> dict[str, Array]:

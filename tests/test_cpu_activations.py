@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from own_kernels import needs_cpu_kernels
 
+from fusion_edge.kernels import cpu_functions
 from fusion_edge.runtime.backends import cpu_kernels
 
 Array = npt.NDArray[Any]
@@ -19,17 +20,21 @@ Array = npt.NDArray[Any]
 pytestmark = needs_cpu_kernels
 
 
-def session(operator: str, inputs: int = 1, **attributes: Any) -> ort.InferenceSession:
+def session(operator: str, inputs: int = 1, own_kernels: bool = True, **attributes: Any) -> ort.InferenceSession:
     names = ["x", "bias"][:inputs]
-    node = helper.make_node(operator, names, ["y"], domain="com.microsoft", **attributes)
+    functions = {function.name: function for function in [cpu_functions.swiglu_function(21)]}
+    domain = functions[operator].domain if operator in functions else "com.microsoft"
+    node = helper.make_node(operator, names, ["y"], domain=domain, **attributes)
     given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
-    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], "one", given, made), opset_imports=versions, ir_version=10)
+    versions = [helper.make_opsetid(name, version) for name, version in (("", 21), (domain, 1))]
+    graph = helper.make_graph([node], "one", given, made)
+    model = helper.make_model(graph, functions=functions.values(), opset_imports=versions, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
-    options.register_custom_ops_library(str(cpu_kernels.library()))
+    if own_kernels:
+        options.register_custom_ops_library(str(cpu_kernels.library()))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -55,6 +60,20 @@ def test_the_ends_of_the_range(operator: str) -> None:
     x = np.array([-1e30, -100, -0.0, 0, 100, 1e10], np.float32)
     (y,) = session(operator).run(None, {"x": x})
     np.testing.assert_array_equal(y, [0, 0, 0, 0, 100, np.float32(1e10)])
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 17, 31), (40_000,), (0, 4)])
+def test_a_gate(shape: tuple[int, ...]) -> None:
+    """As one operator, and as ONNX Runtime's, whose exponential is a coarser one."""
+    gate, up = np.random.default_rng(0).normal(0, 4, (2, *shape)).astype(np.float32)
+    for own_kernels, atol in ((True, 4e-6), (False, 4e-5)):
+        (y,) = session("SwiGlu", 2, own_kernels).run(None, {"x": gate, "bias": up})
+        np.testing.assert_allclose(y, expected(gate, "QuickGelu", 1.0) * up, rtol=2e-6, atol=atol)
+
+
+def test_a_gate_of_another_shape_is_refused() -> None:
+    with pytest.raises(Exception, match="of the same shape"):
+        session("SwiGlu", 2).run(None, {"x": np.ones(4, np.float32), "bias": np.ones(3, np.float32)})
 
 
 def test_a_bias_is_refused() -> None:

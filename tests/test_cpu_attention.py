@@ -12,6 +12,8 @@ import pytest
 from attention_graphs import (
     Array,
     Causal,
+    cached_feeds,
+    cached_model,
     causal_feeds,
     causal_model,
     causal_reference,
@@ -143,6 +145,56 @@ def test_a_cache_in_place_keeps_what_is_not_written(library: Path, int8: bool) -
         np.testing.assert_array_equal(cache[:, :, :21], separate[:, :, :21])
         np.testing.assert_array_equal(cache[:, :, 21:], feeds[f"past_{part}"][:, :, 21:])
         assert not separate[:, :, 21:].any()
+
+
+@pytest.mark.parametrize("width", [16, 96])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("past", "capacity", "length"), [(0, 1, 1), (0, 40, 1), (0, 200, 130), (0, 30, 30), (20, 50, 1)]
+)
+def test_an_int8_cache_as_one_operator(
+    library: Path, width: int, in_place: bool, past: int, capacity: int, length: int
+) -> None:
+    """What ONNX Runtime makes of the function when it inlines it."""
+    sizes = Causal(4, 2, width, width, int8=True)
+    feeds = cached_feeds(sizes, past, capacity, length)
+    feeds["qkv"][0, :, -1] = 0  # a channel of the last value without any: its scale is the smallest
+    expected = session(cached_model(sizes), None).run(None, feeds)
+    model = session(cached_model(sizes), library, threads=2)
+    binding = model.io_binding()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in feeds.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in model.get_outputs():
+        past_name = output.name.replace("present", "past")
+        if in_place and past_name in values:
+            binding.bind_ortvalue_output(output.name, values[past_name])
+        else:
+            binding.bind_output(output.name)
+    model.run_with_iobinding(binding)
+    attended, *states = binding.copy_outputs_to_cpu()
+    np.testing.assert_allclose(attended, expected[0], atol=FLOAT32)
+    for state, other in zip(states[2:], expected[3:], strict=True):
+        np.testing.assert_allclose(state, other, rtol=1e-6)
+    is_kept = past == 0 or in_place  # what stands behind the last position; a step elsewhere clears it
+    for cache, other, part in zip(states, expected[1:3], ("key", "value"), strict=False):
+        difference = np.abs(cache.astype(int) - other)[:, :, : past + length]
+        assert difference.max() <= 1
+        assert difference.mean() < 1e-3
+        rest = cache[:, :, past + length :]
+        np.testing.assert_array_equal(rest, feeds[f"past.{part}"][:, :, past + length :] if is_kept else 0)
+
+
+def test_wrong_inputs_of_an_int8_cache_are_refused(library: Path) -> None:
+    sizes = Causal(2, 2, 16, 16, int8=True)
+    model = session(cached_model(sizes), library)
+    feeds = cached_feeds(sizes, past=0, capacity=8, length=4)
+    with pytest.raises(Exception, match="past's length do not agree"):
+        model.run(None, feeds | {f"past.{part}": feeds[f"past.{part}"][:, :, :3] for part in ("key", "value")})
+    with pytest.raises(Exception, match="past's length do not agree"):
+        model.run(None, cached_feeds(sizes, past=4, capacity=8, length=2) | {"is_prefill": np.array(True)})
+    with pytest.raises(Exception, match="k_scale and v_scale"):
+        model.run(None, feeds | {"past.key_scale": feeds["past.key_scale"][:, :1]})
 
 
 def test_values_are_rounded_to_even_and_clipped(library: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from own_kernels import needs_cpu_kernels
 
+from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize, quantize
 from fusion_edge.runtime.backends import cpu_kernels
@@ -37,9 +38,11 @@ def session(
     bias: Array | None = None,
     own_kernels: bool = True,
     changed: Mapping[str, int] = MappingProxyType({}),
+    half_scales: bool = False,
 ) -> ort.InferenceSession:
-    """A graph of one product, some of its attributes changed."""
-    tensors: dict[str, Array] = {"values": packed.values, "scales": packed.scales.astype(np.float32)}
+    """A graph of one product, some of its attributes changed; of the function that takes scales as they are stored."""
+    scales = packed.scales.astype(np.float16 if half_scales else np.float32)
+    tensors: dict[str, Array] = {"values": packed.values, "scales": scales}
     names = ["x", "values", "scales", "", "", ""]
     for place, name, array in ((3, "zero_points", packed.zero_points), (5, "bias", bias)):
         if array is not None:
@@ -48,7 +51,8 @@ def session(
         names.pop()
     rows = len(packed.values)
     sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, **changed}
-    node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4, **sizes)
+    domain = "fusion_edge" if half_scales else "com.microsoft"
+    node = helper.make_node("MatMulNBits", names, ["y"], domain=domain, accuracy_level=4, **sizes)
     graph = helper.make_graph(
         [node],
         "product",
@@ -56,13 +60,14 @@ def session(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None, None])],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
-    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    versions = [helper.make_opsetid(name, version) for name, version in (("", 21), (domain, 1))]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
     if own_kernels:
         options.register_custom_ops_library(str(cpu_kernels.library()))
-    model = helper.make_model(graph, opset_imports=versions, ir_version=10)
+    functions = [cpu_functions.product_function(21)] if half_scales else []
+    model = helper.make_model(graph, functions=functions, opset_imports=versions, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -81,21 +86,23 @@ def rounded(x: Array, block_size: int) -> Array:
     kind=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
     group_size=st.sampled_from([16, 32, 64, 128, 256]),
     has_bias=st.booleans(),
+    half_scales=st.booleans(),
     rows=st.sampled_from([1, 2, 5, 12, 13, 24, 29]),
     inputs=st.integers(1, 700),
     outputs=st.integers(1, 90),
     seed=st.integers(0, 2**32 - 1),
 )
-@example("int4", 128, False, 1, 3072, 70, 0)
-@example("uint4", 32, True, 1, 608, 65, 1)
-@example("uint8", 256, True, 12, 1024, 64, 2)
-@example("uint4", 32, True, 13, 96, 1100, 3)  # several panels for a thread
-@example("int8", 128, False, 1, 200, 1100, 4)
+@example("int4", 128, False, True, 1, 3072, 70, 0)
+@example("uint4", 32, True, False, 1, 608, 65, 1)
+@example("uint8", 256, True, True, 12, 1024, 64, 2)
+@example("uint4", 32, True, True, 13, 96, 1100, 3)  # several panels for a thread
+@example("int8", 128, False, False, 1, 200, 1100, 4)
 @settings(max_examples=150, deadline=None)
 def test_products(
     kind: str,
     group_size: int,
     has_bias: bool,
+    half_scales: bool,
     rows: int,
     inputs: int,
     outputs: int,
@@ -109,7 +116,7 @@ def test_products(
     x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
     weight = dequantize(packed, form, inputs).astype(np.float64)
     expected = rounded(x, form.block_size) @ weight.T + (0 if bias is None else bias)
-    (actual,) = session(packed, form, inputs, bias).run(None, {"x": x[None]})
+    (actual,) = session(packed, form, inputs, bias, half_scales=half_scales).run(None, {"x": x[None]})
     size = np.abs(rounded(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
 
@@ -133,9 +140,14 @@ def test_close_to_those_of_onnxruntime() -> None:
     generator = np.random.default_rng(0)
     packed = quantize(generator.normal(size=(200, 384)).astype(np.float32), form)
     x = {"x": generator.normal(size=(1, 30, 384)).astype(np.float32)}
-    own, theirs = (session(packed, form, 384, own_kernels=kernels).run(None, x)[0] for kernels in (True, False))
-    assert np.abs(own - theirs).max() < 1e-2 * np.abs(theirs).max()
-    assert not np.array_equal(own, theirs)  # so ours were used at all
+    bias = generator.normal(size=200).astype(np.float32)
+    for half_scales in (False, True):
+        own, theirs = (
+            session(packed, form, 384, bias, kernels, half_scales=half_scales).run(None, x)[0]
+            for kernels in (True, False)
+        )
+        assert np.abs(own - theirs).max() < 1e-2 * np.abs(theirs).max()
+        assert not np.array_equal(own, theirs)  # so ours were used at all
 
 
 @needs_cpu_kernels

@@ -66,9 +66,9 @@ void keep_past(const T* past, size_t past_length, size_t total, size_t capacity,
     std::fill(present + total * width, present + capacity * width, T(0));
 }
 
-// One head of keys and values with all its query heads.
+// One head of keys and values, which are written to memory of its own, with all its query heads.
 template <typename T>
-void attend_head(const Causal<T>& all, size_t kv_head, Factors factors) {
+void attend_head(const Causal<T>& all, size_t kv_head, T* keys, T* values, Factors factors) {
     const size_t width = all.width, group = all.heads / all.kv_heads, past = all.total - all.length;
     const size_t row_width = (all.heads + 2 * all.kv_heads) * width, half = all.rotary / 2;
     const float* key_scales = all.key_scales ? all.key_scales + kv_head * width : nullptr;
@@ -83,8 +83,6 @@ void attend_head(const Causal<T>& all, size_t kv_head, Factors factors) {
         const size_t angle = (past + index) * half;
         rotate(channels(index, channel), width, all.rotary, all.cos + angle, all.sin + angle, to);
     };
-    T* const keys = all.keys + kv_head * all.capacity * width;
-    T* const values = all.values + kv_head * all.capacity * width;
     keep_past(all.past_keys + kv_head * all.past_capacity * width, past, all.total, all.capacity, width, keys);
     keep_past(all.past_values + kv_head * all.past_capacity * width, past, all.total, all.capacity, width, values);
     for (size_t i = 0; i < all.length; ++i) {
@@ -107,6 +105,21 @@ void attend_head(const Causal<T>& all, size_t kv_head, Factors factors) {
     const Head<T> head{keys, values, all.total, width, width, nullptr, value_scales};
     if (all.length == 1) attend_in_stream(head, rows);
     else attend_in_tiles(head, rows, factors);
+}
+
+constexpr float HEADROOM = 1.2f;  // values of the answer may exceed those of the prompt by so much before they are clipped
+constexpr float SMALLEST_SCALE = 1e-8f;
+
+// Scales for the channels of some rows, and the rows in these.
+void fill_cache(const float* rows, size_t count, size_t width, float* scales, int8_t* cache) {
+    for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
+        __m512 largest = _mm512_setzero_ps();
+        for (size_t row = 0; row < count; ++row)
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(load(rows + row * width + i, mask)));
+        const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(HEADROOM / 127));
+        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(fitting, _mm512_set1_ps(SMALLEST_SCALE)));
+    });
+    for (size_t row = 0; row < count; ++row) write_row(rows + row * width, width, scales, cache + row * width);
 }
 
 }  // namespace
@@ -137,7 +150,38 @@ void attend(const MultiHead& all, Factors factors, const Parallel& parallel) {
 
 template <typename T>
 void attend(const Causal<T>& attention, Factors factors, const Parallel& parallel) {
-    parallel(attention.kv_heads, [&](size_t kv_head) { attend_head(attention, kv_head, factors); });
+    parallel(attention.kv_heads, [&](size_t kv_head) {
+        const size_t place = kv_head * attention.capacity * attention.width;
+        attend_head(attention, kv_head, attention.keys + place, attention.values + place, factors);
+    });
+}
+
+void attend_and_fill(
+    const Causal<int8_t>& all, float* key_scales, float* value_scales, Factors factors, const Parallel& parallel) {
+    const size_t written = all.length * all.width, rest = all.capacity * all.width - written;
+    Causal<float> floats{};
+    floats.qkv = all.qkv;
+    floats.cos = all.cos;
+    floats.sin = all.sin;
+    floats.result = all.result;
+    floats.length = floats.total = floats.capacity = all.length;
+    floats.heads = all.heads;
+    floats.kv_heads = all.kv_heads;
+    floats.width = all.width;
+    floats.rotary = all.rotary;
+    floats.scale = all.scale;
+    parallel(all.kv_heads, [&](size_t kv_head) {
+        static thread_local Scratch<float> memory;
+        float* const keys = memory.of(2 * written);
+        float* const values = keys + written;
+        attend_head(floats, kv_head, keys, values, factors);
+        const size_t place = kv_head * all.capacity * all.width, channel = kv_head * all.width;
+        fill_cache(keys, all.length, all.width, key_scales + channel, all.keys + place);
+        fill_cache(values, all.length, all.width, value_scales + channel, all.values + place);
+        if (all.past_keys == all.keys) return;
+        std::copy_n(all.past_keys + place + written, rest, all.keys + place + written);
+        std::copy_n(all.past_values + place + written, rest, all.values + place + written);
+    });
 }
 
 template void attend(const Causal<float>&, Factors, const Parallel&);

@@ -43,4 +43,9 @@ struct Causal {
 template <typename T>
 void attend(const Causal<T>& attention, Factors factors, const Parallel& parallel);
 
+// A prefill, from position 0 on: attends to its own keys and values in float, then derives the scales of the cache from
+// them, which are written [kv_heads, width], and fills it. What stands behind them there stays that of the past.
+void attend_and_fill(
+    const Causal<int8_t>& attention, float* key_scales, float* value_scales, Factors factors, const Parallel& parallel);
+
 }  // namespace fusion_edge

@@ -81,13 +81,89 @@ struct MultiHeadAttention {
     }
 };
 
+// What every causal attention is given.
+struct CausalAttributes {
+    int64_t heads, kv_heads;
+    float scale;
+
+    CausalAttributes(const Attributes& attributes, const char* name)
+        : heads(attributes.integer("num_heads", 0)),
+          kv_heads(attributes.integer("kv_num_heads", 0)),
+          scale(attributes.number("scale", 0)) {
+        expect(
+            kv_heads > 0 && heads > 0 && heads % kv_heads == 0,
+            std::string(name) + ": expected num_heads to be a multiple of kv_num_heads.");
+    }
+};
+
+// Places of the inputs of a causal attention.
+struct Places {
+    size_t past_key, past_value, last_position, total_length, cos, sin, key_scales, value_scales;
+};
+
+// Everything but outputs, after checks. `with_scales`: whether those of the cache are read.
+template <typename T>
+Causal<T> causal(
+    Context& context, const CausalAttributes& attributes, const char* node, const Places& at, bool is_first,
+    bool with_scales) {
+    const std::string name = std::string(node) + ": ";
+    const Shape qkv = context.shape(0), past = context.shape(at.past_key), cos = context.shape(at.cos);
+    const int64_t heads = attributes.heads, kv_heads = attributes.kv_heads;
+    expect(
+        qkv.size() == 3 && qkv[0] == 1 && qkv[2] % (heads + 2 * kv_heads) == 0,
+        name + "expected query [1, length, (num_heads + 2 * kv_num_heads) * width].");
+    const int64_t width = qkv[2] / (heads + 2 * kv_heads), length = qkv[1];
+    expect(length > 0, name + "expected a position.");
+    expect_width(width);
+    expect(
+        past.size() == 4 && past == context.shape(at.past_value) && past[0] == 1 && past[1] == kv_heads &&
+            past[3] == width,
+        name + "expected past_key and past_value [1, kv_num_heads, positions, width].");
+    const int64_t total = *context.input<int32_t>(at.total_length), before = total - length;
+    expect(
+        *context.input<int32_t>(at.last_position) == total - 1 && before >= 0 && before <= past[2] &&
+            (!is_first || (before == 0 && length <= past[2])),
+        name + "seqlens_k, total_sequence_length and the past's length do not agree.");
+    expect(
+        cos.size() == 2 && cos == context.shape(at.sin) && cos[0] >= total && 2 * cos[1] <= width,
+        name + "expected cos_cache and sin_cache [positions, rotary channels / 2].");
+    Causal<T> attention{};
+    if (with_scales) {
+        const Shape scales{1, kv_heads, 1, width};
+        for (size_t i : {at.key_scales, at.value_scales})
+            expect(
+                context.has_input(i) && context.shape(i) == scales,
+                name + "expected k_scale and v_scale [1, kv_num_heads, 1, width].");
+        attention.key_scales = context.input<float>(at.key_scales);
+        attention.value_scales = context.input<float>(at.value_scales);
+    }
+    attention.qkv = context.input<float>(0);
+    attention.past_keys = context.input<T>(at.past_key);
+    attention.past_values = context.input<T>(at.past_value);
+    attention.cos = context.input<float>(at.cos);
+    attention.sin = context.input<float>(at.sin);
+    attention.length = length;
+    attention.total = total;
+    attention.past_capacity = past[2];
+    attention.capacity = std::max(past[2], total);
+    attention.heads = heads;
+    attention.kv_heads = kv_heads;
+    attention.width = width;
+    attention.rotary = 2 * cos[1];
+    attention.scale = attributes.scale ? attributes.scale : 1 / std::sqrt(float(width));
+    const Shape present{1, kv_heads, int64_t(attention.capacity), width};
+    attention.result = context.output<float>(0, {1, length, heads * width});
+    attention.keys = context.output<T>(1, present);
+    attention.values = context.output<T>(2, present);
+    return attention;
+}
+
 // GroupQueryAttention: packed query, key and value; -, -; past key, past value; last position, total length; cos, sin;
 // positions, attention bias, sinks; key scales, value scales -> attended, present key, present value.
 template <typename T>
 struct GroupQueryAttention {
     static constexpr bool IS_INT8 = std::is_same_v<T, int8_t>;
-    int64_t heads, kv_heads;
-    float scale;
+    CausalAttributes own;
 
     static constexpr const char* NAME = "GroupQueryAttention";
     static constexpr size_t INPUTS = 14, OUTPUTS = 3, REQUIRED_INPUTS = 1;
@@ -99,13 +175,7 @@ struct GroupQueryAttention {
     }
     static ElementType output_type(size_t index) { return index ? CACHE : FLOAT; }
 
-    explicit GroupQueryAttention(const Attributes& attributes)
-        : heads(attributes.integer("num_heads", 0)),
-          kv_heads(attributes.integer("kv_num_heads", 0)),
-          scale(attributes.number("scale", 0)) {
-        expect(
-            kv_heads > 0 && heads > 0 && heads % kv_heads == 0,
-            "GroupQueryAttention: expected num_heads to be a multiple of kv_num_heads.");
+    explicit GroupQueryAttention(const Attributes& attributes) : own(attributes, NAME) {
         expect_integer(attributes, NAME, "local_window_size", -1);
         expect_integer(attributes, NAME, "rotary_interleaved", 0);
         expect_integer(attributes, NAME, "smooth_softmax", 0);
@@ -126,53 +196,38 @@ struct GroupQueryAttention {
             expect(!context.has_input(i), std::string("GroupQueryAttention: ") + NAMES[i] + " is not supported.");
         for (size_t i : {3, 4, 5, 6, 7, 8})
             expect(context.has_input(i), "GroupQueryAttention: expected a past, lengths and rotary tables.");
-        const Shape qkv = context.shape(0), past = context.shape(3), cos = context.shape(7);
-        expect(
-            qkv.size() == 3 && qkv[0] == 1 && qkv[2] % (heads + 2 * kv_heads) == 0,
-            "GroupQueryAttention: expected query [1, length, (num_heads + 2 * kv_num_heads) * width].");
-        const int64_t width = qkv[2] / (heads + 2 * kv_heads), length = qkv[1];
-        expect(length > 0, "GroupQueryAttention: expected a position.");
-        expect_width(width);
-        expect(
-            past.size() == 4 && past == context.shape(4) && past[0] == 1 && past[1] == kv_heads && past[3] == width,
-            "GroupQueryAttention: expected past_key and past_value [1, kv_num_heads, positions, width].");
-        const int64_t total = *context.input<int32_t>(6), before = total - length;
-        expect(
-            *context.input<int32_t>(5) == total - 1 && before >= 0 && before <= past[2],
-            "GroupQueryAttention: seqlens_k, total_sequence_length and the past's length do not agree.");
-        expect(
-            cos.size() == 2 && cos == context.shape(8) && cos[0] >= total && 2 * cos[1] <= width,
-            "GroupQueryAttention: expected cos_cache and sin_cache [positions, rotary channels / 2].");
-        Shape present = past;
-        present[2] = std::max(past[2], total);
-        Causal<T> attention{};
-        if constexpr (IS_INT8) {
-            const Shape scales{1, kv_heads, 1, width};
-            for (size_t i : {12, 13})
-                expect(
-                    context.has_input(i) && context.shape(i) == scales,
-                    "GroupQueryAttention: expected k_scale and v_scale [1, kv_num_heads, 1, width].");
-            attention.key_scales = context.input<float>(12);
-            attention.value_scales = context.input<float>(13);
-        }
-        attention.qkv = context.input<float>(0);
-        attention.past_keys = context.input<T>(3);
-        attention.past_values = context.input<T>(4);
-        attention.cos = context.input<float>(7);
-        attention.sin = context.input<float>(8);
-        attention.result = context.output<float>(0, {1, length, heads * width});
-        attention.keys = context.output<T>(1, present);
-        attention.values = context.output<T>(2, present);
-        attention.length = length;
-        attention.total = total;
-        attention.past_capacity = past[2];
-        attention.capacity = present[2];
-        attention.heads = heads;
-        attention.kv_heads = kv_heads;
-        attention.width = width;
-        attention.rotary = 2 * cos[1];
-        attention.scale = scale ? scale : 1 / std::sqrt(float(width));
+        constexpr Places AT{3, 4, 5, 6, 7, 8, 12, 13};
+        attend(causal<T>(context, own, NAME, AT, false, IS_INT8), factors, context.parallel());
+    }
+};
+
+// CachedAttention: packed query, key and value; past key, past value, their scales; last position, total length; cos,
+// sin; is prefill -> attended, present key, present value, their scales. The cache is int8.
+struct CachedAttention {
+    CausalAttributes own;
+
+    static constexpr const char* NAME = "CachedAttention";
+    static constexpr size_t INPUTS = 10, OUTPUTS = 5, REQUIRED_INPUTS = INPUTS;
+    static ElementType input_type(size_t index) {
+        constexpr ElementType types[INPUTS] = {FLOAT, INT8, INT8, FLOAT, FLOAT, INT32, INT32, FLOAT, FLOAT, BOOL};
+        return types[index];
+    }
+    static ElementType output_type(size_t index) { return index == 1 || index == 2 ? INT8 : FLOAT; }
+
+    explicit CachedAttention(const Attributes& attributes) : own(attributes, NAME) {}
+
+    void compute(Context& context) const {
+        constexpr Places AT{1, 2, 5, 6, 7, 8, 3, 4};
+        const bool is_prefill = *context.input<bool>(9);
+        const Causal<int8_t> attention = causal<int8_t>(context, own, NAME, AT, is_prefill, true);
+        const Shape shape{1, int64_t(attention.kv_heads), 1, int64_t(attention.width)};
+        float* const key_scales = context.output<float>(3, shape);
+        float* const value_scales = context.output<float>(4, shape);
+        if (is_prefill) return attend_and_fill(attention, key_scales, value_scales, factors, context.parallel());
         attend(attention, factors, context.parallel());
+        const size_t count = attention.kv_heads * attention.width;
+        std::copy_n(attention.key_scales, attention.key_scales == key_scales ? 0 : count, key_scales);
+        std::copy_n(attention.value_scales, attention.value_scales == value_scales ? 0 : count, value_scales);
     }
 };
 
@@ -185,6 +240,11 @@ std::vector<const onnxruntime::CustomOp*> attention_operators() {
     static const CustomOp floats = custom_op<GroupQueryAttention<float>>();
     static const CustomOp integers = custom_op<GroupQueryAttention<int8_t>>();
     return {&multi_head, &floats, &integers};
+}
+
+std::vector<const onnxruntime::CustomOp*> attention_functions() {
+    static const CustomOp cached = custom_op<CachedAttention>();
+    return {&cached};
 }
 
 }  // namespace fusion_edge

@@ -21,7 +21,9 @@ struct KernelContext;
 struct Value;
 struct TensorInfo;
 
-enum ElementType : int32_t { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7 };
+enum ElementType : int32_t {
+    UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, BOOL = 9, FLOAT16 = 10
+};
 enum Characteristic : int32_t { REQUIRED = 0, OPTIONAL = 1 };
 enum ErrorCode : int32_t { FAIL = 1, INVALID_ARGUMENT = 2 };
 

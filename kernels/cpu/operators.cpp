@@ -1,4 +1,5 @@
-// The operators of this library, as ONNX Runtime calls them. Each has the name of one of its own and takes its place.
+// The operators of this library, as ONNX Runtime calls them. Each has the name of one of its own, or of a function of
+// the bundle's graphs (kernels/onnx_functions.py), and takes its place.
 
 #include <mutex>
 #include <vector>
@@ -12,13 +13,14 @@ namespace fusion_edge {
 namespace {
 
 // MatMulNBits: x, values, scales, zero points, group indices, bias -> product.
+template <ElementType SCALES>
 struct MatMulNBits {
     Weights weights{};
 
     static constexpr const char* NAME = "MatMulNBits";
     static constexpr size_t INPUTS = 6, OUTPUTS = 1, REQUIRED_INPUTS = 3;
     static ElementType input_type(size_t index) {
-        constexpr ElementType types[] = {FLOAT, UINT8, FLOAT, UINT8, INT32, FLOAT};
+        constexpr ElementType types[] = {FLOAT, UINT8, SCALES, UINT8, INT32, FLOAT};
         return types[index];
     }
 
@@ -36,6 +38,7 @@ struct MatMulNBits {
         weights.inputs = inputs;
         weights.bits = int(bits);
         weights.block_size = block_size;
+        weights.half_scales = SCALES == FLOAT16;
     }
 
     void compute(Context& context) const {
@@ -43,7 +46,7 @@ struct MatMulNBits {
         expect(!shape.empty() && size_t(shape.back()) == weights.inputs, "MatMulNBits: K is not the input's width.");
         Weights own = weights;
         own.values = context.input<uint8_t>(1);
-        own.scales = context.input<float>(2);
+        own.scales = context.input<void>(2);
         own.zero_points = context.input<uint8_t>(3);
         own.bias = context.input<float>(5);
         expect(!context.has_input(4), "MatMulNBits: group indices are not supported.");
@@ -87,6 +90,24 @@ struct QuickGelu {
     }
 };
 
+// SwiGlu: gate, up -> gate / (1 + e^-gate) * up.
+struct SwiGlu {
+    static constexpr const char* NAME = "SwiGlu";
+    static constexpr size_t INPUTS = 2, OUTPUTS = 1, REQUIRED_INPUTS = 2;
+    static ElementType input_type(size_t) { return FLOAT; }
+    static ElementType output_type(size_t) { return FLOAT; }
+
+    explicit SwiGlu(const Attributes&) {}
+
+    void compute(Context& context) const {
+        expect(context.shape(0) == context.shape(1), "SwiGlu: expected gate and up of the same shape.");
+        const float* up = context.input<float>(1);
+        compute_values(context, [up](const float* gate, size_t count, float* result, const Parallel& parallel) {
+            swiglu(gate, up, count, result, parallel);
+        });
+    }
+};
+
 // FastGelu: x, bias -> GELU of x.
 struct FastGelu {
     static constexpr const char* NAME = "FastGelu";
@@ -101,6 +122,30 @@ struct FastGelu {
         compute_values(context, gelu);
     }
 };
+
+CustomOpDomain* domain(const char* name, const std::vector<const CustomOp*>& operators) {
+    CustomOpDomain* created = nullptr;
+    check(api->create_custom_op_domain(name, &created));
+    for (const CustomOp* op : operators) check(api->custom_op_domain_add(created, op));
+    return created;
+}
+
+// Those that take the place of ONNX Runtime's own.
+std::vector<const CustomOp*> contributed() {
+    static const CustomOp product = custom_op<MatMulNBits<FLOAT>>();
+    static const CustomOp quick_gelu = custom_op<QuickGelu>(), fast_gelu = custom_op<FastGelu>();
+    std::vector<const CustomOp*> operators = attention_operators();
+    operators.insert(operators.end(), {&product, &quick_gelu, &fast_gelu});
+    return operators;
+}
+
+// Those that take the place of functions.
+std::vector<const CustomOp*> functions() {
+    static const CustomOp product = custom_op<MatMulNBits<FLOAT16>>(), swiglu = custom_op<SwiGlu>();
+    std::vector<const CustomOp*> operators = attention_functions();
+    operators.insert(operators.end(), {&product, &swiglu});
+    return operators;
+}
 
 }  // namespace
 }  // namespace fusion_edge
@@ -121,20 +166,13 @@ EXPORTED void use_bfloat16(bool wanted) { fusion_edge::use_bfloat16(wanted); }
 EXPORTED onnxruntime::Status* RegisterCustomOps(
     onnxruntime::SessionOptions* options, const onnxruntime::ApiBase* base) {
     using namespace fusion_edge;
-    static const CustomOp operators[] = {custom_op<MatMulNBits>(), custom_op<QuickGelu>(), custom_op<FastGelu>()};
-    static CustomOpDomain* domain = nullptr;  // one for all sessions
+    static std::vector<CustomOpDomain*> domains;  // for all sessions
     static std::mutex mutex;
     const std::lock_guard<std::mutex> lock(mutex);
     if (!api) api = base->get_api(API_VERSION);
     if (!api) return base->get_api(1)->create_status(FAIL, "ONNX Runtime 1.23 or newer is needed.");
     return guarded([&] {
-        if (!domain) {
-            CustomOpDomain* created = nullptr;
-            check(api->create_custom_op_domain("com.microsoft", &created));
-            for (const CustomOp& op : operators) check(api->custom_op_domain_add(created, &op));
-            for (const CustomOp* op : attention_operators()) check(api->custom_op_domain_add(created, op));
-            domain = created;
-        }
-        check(api->add_custom_op_domain(options, domain));
+        if (domains.empty()) domains = {domain("com.microsoft", contributed()), domain("fusion_edge", functions())};
+        for (CustomOpDomain* domain : domains) check(api->add_custom_op_domain(options, domain));
     });
 }

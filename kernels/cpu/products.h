@@ -21,9 +21,10 @@ struct Weights {
     size_t block_size;  // inputs that share a scale: 16, 32, 64, 128 or 256
     // [outputs, blocks, block_size * bits / 8]; of two in a byte, the first is the low half.
     const uint8_t* values;
-    const float* scales;           // [outputs, blocks]
-    const uint8_t* zero_points;    // [outputs, blocks * bits / 8, rounded up], or null: 2^(bits - 1)
-    const float* bias;             // [outputs], or null
+    const void* scales;          // [outputs, blocks], float32 or float16
+    const uint8_t* zero_points;  // [outputs, blocks * bits / 8, rounded up], or null: 2^(bits - 1)
+    const float* bias;           // [outputs], or null
+    bool half_scales;            // whether the scales are float16
 
     size_t blocks() const { return (inputs + block_size - 1) / block_size; }
     size_t row_bytes() const { return blocks() * block_size * bits / 8; }
