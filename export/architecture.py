@@ -105,17 +105,12 @@ def _vision_layer(
 ) -> T:
     """One pre-LN layer. In the first half text rows attend to every row alike, masked ones too (section 2)."""
     normed = ops.layer_norm(x, f"{name}.attention_norm", VISION_NORM_EPS)
-    q, k, v = ops.split(ops.linear(normed, f"{name}.attention.qkv", bias=True), 3)
-    if text_is_uniform:
-        patches = config.vision.patches
-        attended = ops.attention(ops.head_rows(q, patches), k, v, VISION_HEADS, mask)
-        attended = ops.concat([attended, ops.mean_for_tail_rows(v, patches)], axis=1)
-    else:
-        attended = ops.attention(q, k, v, VISION_HEADS, mask)
+    qkv = ops.linear(normed, f"{name}.attention.qkv", bias=True)
+    attended = ops.self_attention(qkv, VISION_HEADS, mask, config.vision.patches if text_is_uniform else None)
     x = x + ops.linear(attended, f"{name}.attention.out", bias=True)
     normed = ops.layer_norm(x, f"{name}.mlp_norm", VISION_NORM_EPS)
-    hidden = ops.gelu_tanh(ops.linear(normed, f"{name}.mlp.up", bias=True))
-    return x + ops.linear(hidden, f"{name}.mlp.down", bias=True)
+    hidden = ops.linear(normed, f"{name}.mlp.up", bias=True)
+    return x + ops.linear_of_gelu(hidden, f"{name}.mlp.down", bias=True)
 
 
 # Alignment decoder: section 3 and the image's part of section 5 ---------------------------------------------

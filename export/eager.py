@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusion_edge.export.operations import self_attention_by_parts
 from fusion_edge.quant.formats import InputGrid
 from fusion_edge.quant.input_range import round_to_grid
 from fusion_edge.runtime.config import FusionConfig
@@ -74,8 +75,8 @@ class EagerOperations:
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        return F.gelu(x, approximate="tanh")
+    def linear_of_gelu(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
+        return self.linear(F.gelu(x, approximate="tanh"), name, bias)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
@@ -105,6 +106,9 @@ class EagerOperations:
 
     def key_mask(self, patches: Tensor, text_mask: Tensor) -> Tensor:
         return F.pad(text_mask.bool(), (patches.shape[1], 0), value=True)
+
+    def self_attention(self, qkv: Tensor, heads: int, key_mask: Tensor, patches: int | None) -> Tensor:
+        return self_attention_by_parts(self, qkv, heads, key_mask, patches)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor) -> Tensor:
         def per_head(x: Tensor) -> Tensor:

@@ -36,12 +36,23 @@ class OnnxRuntimeOperations(OnnxOperations):
     # Weights ------------------------------------------------------------------------------------------------
 
     def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
+        return self._linear(x, name, bias)
+
+    def linear_of_gelu(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
+        return self._linear(x, name, bias, of_gelu=True)
+
+    def _linear(self, x: OnnxValue, name: str, bias: bool, of_gelu: bool = False) -> OnnxValue:
+        """``of_gelu``: of GELU(x), in one operator where a function can be."""
         form, weight = self.formats[name], self.parameters[f"{name}.weight"]
         offset = self.parameter(f"{name}.bias") if bias else None
         if form.rounds_inputs:
-            return self._integer_product(x, name, form, weight, offset)
+            return self._integer_product(x, name, form, weight, offset, of_gelu)
+        if form.is_quantized and not form.has_codebook and self._scale_dtypes(name) == ("float16", "float32"):
+            return self._quantized(x, name, form, weight, offset, of_gelu)
+        if of_gelu:
+            x = self._node("FastGelu", [x], domain=MICROSOFT)
         if form.is_quantized:
-            return self._quantized(x, name, form, weight, offset)
+            return self._quantized(x, name, form, weight, offset, of_gelu=False)
         dtype = np.float16 if form.kind == "fp16" else np.float32
         values = self.builder.plan(weight.name, "values", form, np.dtype(dtype).name, weight.shape)
         product = self._node(
@@ -49,15 +60,27 @@ class OnnxRuntimeOperations(OnnxOperations):
         )
         return product if offset is None else product + offset
 
+    def _scale_dtypes(self, name: str) -> tuple[str, str]:
+        """Of the scales of a linear as they are stored, and as ONNX Runtime's operators want them."""
+        stored = self.packed.get(name)
+        dtype = self.formats[name].scale_dtype if stored is None else stored.scale_dtype
+        return dtype, self.settings.activations
+
     def _quantized(
-        self, x: OnnxValue, name: str, form: WeightFormat, weight: Parameter, bias: OnnxValue | None
+        self,
+        x: OnnxValue,
+        name: str,
+        form: WeightFormat,
+        weight: Parameter,
+        bias: OnnxValue | None,
+        of_gelu: bool,
     ) -> OnnxValue:
         rows, columns = weight.shape
         shape = form.packed_shape(rows, columns)
         stored = self.packed.get(name)
         if stored is not None and stored.columns is not None:
             x = self._in_order(x, weight, form, stored.columns)
-        scale_dtype = form.scale_dtype if stored is None else stored.scale_dtype
+        scale_dtype, wanted = self._scale_dtypes(name)
         values = self.builder.plan(weight.name, "values", form, "uint8", shape)
         scales = self.builder.plan(weight.name, "scales", form, scale_dtype, shape[:2])
         inputs: list[OnnxValue | str] = [x, values, scales]
@@ -81,27 +104,31 @@ class OnnxRuntimeOperations(OnnxOperations):
             "block_size": form.block_size,
             "accuracy_level": self.settings.accuracy_level,
         }
-        if (scale_dtype, self.settings.activations) == ("float16", "float32"):
-            return self._function(cpu_functions.product_function(OPSET), inputs, name, **attributes)
+        if (scale_dtype, wanted) == ("float16", "float32"):
+            return self._function(cpu_functions.product_function(OPSET, of_gelu), inputs, name, **attributes)
         inputs[2] = self._cast(scales, scale_dtype)
         return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
 
     def _integer_product(
-        self, x: OnnxValue, name: str, form: WeightFormat, weight: Parameter, bias: OnnxValue | None
+        self,
+        x: OnnxValue,
+        name: str,
+        form: WeightFormat,
+        weight: Parameter,
+        bias: OnnxValue | None,
+        of_gelu: bool,
     ) -> OnnxValue:
-        """Inputs and weights rounded to 8 bits; ONNX Runtime fuses the pattern to one product of integers."""
+        """Inputs and weights rounded to 8 bits."""
         rows, columns = weight.shape
         plan = self.builder.plan
-        values = plan(weight.name, "values", form, "int8", (rows, columns))
-        scales = self._cast(plan(weight.name, "scales", form, "float16", (rows,)), "float16")
-        scale = plan(weight.name, "input_scale", form, "float32", ())
-        zero_point = plan(weight.name, "input_zero_point", form, "uint8", ())
-        rounded = self._node("QuantizeLinear", [x, scale, zero_point], f"{name}.input")
-        inputs = self._node("DequantizeLinear", [rounded, scale, zero_point], f"{name}.input")
-        by_column = self._node("Transpose", [values], f"{weight.name}.by_column", perm=[1, 0])  # folded at load
-        weights = self._node("DequantizeLinear", [by_column, scales], weight.name, axis=1)
-        product = self._node("MatMul", [inputs, weights], name)
-        return product if bias is None else product + bias
+        inputs = [
+            plan(weight.name, "values", form, "int8", (rows, columns)),
+            plan(weight.name, "scales", form, "float16", (rows,)),
+            plan(weight.name, "input_scale", form, "float32", ()),
+            plan(weight.name, "input_zero_point", form, "uint8", ()),
+            self.builder.constant(np.zeros(rows), "float32") if bias is None else bias.name,
+        ]
+        return self._function(cpu_functions.integer_product_function(OPSET, of_gelu), [x, *inputs], name)
 
     # Norms and activation functions -------------------------------------------------------------------------
 
@@ -124,9 +151,6 @@ class OnnxRuntimeOperations(OnnxOperations):
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
         return self._function(cpu_functions.swiglu_function(OPSET), [gate, up])
 
-    def gelu_tanh(self, x: OnnxValue) -> OnnxValue:
-        return self._node("FastGelu", [x], domain=MICROSOFT)  # the same as Gelu, and quicker on a CPU
-
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
         if positions.name not in self._has_any:
             zero = self.builder.constant(0)
@@ -146,6 +170,15 @@ class OnnxRuntimeOperations(OnnxOperations):
     def key_mask(self, patches: OnnxValue, text_mask: OnnxValue) -> OnnxValue:
         pads = self.builder.constant([0, self.config.vision.patches, 0, 0])
         return self._node("Pad", [text_mask, pads, self.builder.constant(1, "int32")])
+
+    def self_attention(self, qkv: OnnxValue, heads: int, key_mask: OnnxValue, patches: int | None) -> OnnxValue:
+        if self.settings.activations != "float32":
+            return super().self_attention(qkv, heads, key_mask, patches)
+        attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
+        if patches is None:
+            return self._function(cpu_functions.packed_attention_function(OPSET), [qkv, key_mask], **attributes)
+        function = cpu_functions.patch_attention_function(OPSET)
+        return self._function(function, [qkv, key_mask], patches=patches, **attributes)
 
     def attention(
         self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnx import FunctionProto
 
 from fusion_edge.export.graph_builder import ONNX_TYPES, GraphBuilder
-from fusion_edge.export.operations import Operations
+from fusion_edge.export.operations import Operations, self_attention_by_parts
 from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.kernels import onnx_functions
@@ -125,8 +125,8 @@ class OnnxOperations(Operations[OnnxValue]):
     def gelu(self, x: OnnxValue) -> OnnxValue:
         return self._node("Gelu", [x])
 
-    def gelu_tanh(self, x: OnnxValue) -> OnnxValue:
-        return self._node("Gelu", [x], approximate="tanh")
+    def linear_of_gelu(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
+        return self.linear(self._node("Gelu", [x], approximate="tanh"), name, bias)
 
     # Shapes -------------------------------------------------------------------------------------------------
 
@@ -200,6 +200,9 @@ class OnnxOperations(Operations[OnnxValue]):
         return self._slice(stacked, index, index + 1, 0)
 
     # Attention ----------------------------------------------------------------------------------------------
+
+    def self_attention(self, qkv: OnnxValue, heads: int, key_mask: OnnxValue, patches: int | None) -> OnnxValue:
+        return self_attention_by_parts(self, qkv, heads, key_mask, patches)
 
     def _rotary_table(self, name: str, function: np.ufunc) -> str:
         """cos or sin of every position's angles, ``[max_context, head_dim/2]``."""

@@ -18,8 +18,6 @@ class Value(Protocol):
 
     def __add__(self, other: Self, /) -> Self: ...
 
-    def __mul__(self, other: Self, /) -> Self: ...
-
 
 T = TypeVar("T", bound=Value)
 
@@ -51,8 +49,8 @@ class Operations(Protocol[T]):
         """Exact GELU (erf)."""
         ...
 
-    def gelu_tanh(self, x: T) -> T:
-        """GELU, tanh approximation."""
+    def linear_of_gelu(self, x: T, name: str, bias: bool = False) -> T:
+        """:meth:`linear` of GELU(x), tanh approximation."""
         ...
 
     def swiglu(self, gate: T, up: T) -> T:
@@ -89,6 +87,13 @@ class Operations(Protocol[T]):
 
     def key_mask(self, patches: T, text_mask: T) -> T:
         """``[N,P+T]``, true where a row may be attended to: every patch, and text by ``text_mask`` (1 or 0)."""
+        ...
+
+    def self_attention(self, qkv: T, heads: int, key_mask: T, patches: int | None) -> T:
+        """Attention of rows among themselves: ``[N,L,3W]``, mask ``[N,L]`` -> ``[N,L,W]``.
+
+        With ``patches`` only so many first rows attend, and the others become the mean of all values.
+        """
         ...
 
     def attention(self, q: T, k: T, v: T, heads: int, key_mask: T) -> T:
@@ -138,3 +143,12 @@ class Operations(Protocol[T]):
     def context_attention(self, q: T, k: T, v: T, heads: int) -> T:
         """Every latent over its own nine rows: ``[R,q,D]``, ``[R or 1,q,9,D]`` -> ``[R,q,D]`` (section 5)."""
         ...
+
+
+def self_attention_by_parts(ops: Operations[T], qkv: T, heads: int, key_mask: T, patches: int | None) -> T:
+    """:meth:`Operations.self_attention` of other operations."""
+    q, k, v = ops.split(qkv, 3)
+    if patches is None:
+        return ops.attention(q, k, v, heads, key_mask)
+    attended = ops.attention(ops.head_rows(q, patches), k, v, heads, key_mask)
+    return ops.concat([attended, ops.mean_for_tail_rows(v, patches)], axis=1)

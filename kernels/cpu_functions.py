@@ -1,37 +1,66 @@
 """The operators ``fusion_edge::...`` that our CPU kernels take whole and ONNX Runtime has not: ONNX functions.
 
-Without our kernels (``kernels/cpu/``) ONNX Runtime inlines a function and runs what it is made of. The third one,
-``CachedAttention``, is in ``export/int8_cache.py``.
+Without our kernels (``kernels/cpu/``) ONNX Runtime inlines a function and runs what it is made of. ``CachedAttention``
+is in ``export/int8_cache.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
 from fusion_edge.kernels.onnx_functions import DOMAIN
 
 MICROSOFT = "com.microsoft"
 PRODUCT_ATTRIBUTES = ("K", "N", "bits", "block_size", "accuracy_level")
+ATTENTION_ATTRIBUTES = {"num_heads": AttributeProto.INT, "mask_filter_value": AttributeProto.FLOAT}
 
 
-def product_function(opset: int) -> FunctionProto:
+def product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
     """Microsoft's ``MatMulNBits`` of float32 inputs whose scales are float16, as they are stored.
 
     It would want them in float32: ONNX Runtime converts them when it loads, and keeps twice their bytes, which every
-    one-token step reads. Inputs, attributes and output are those of ``MatMulNBits``.
+    one-token step reads. Inputs, attributes and output are those of ``MatMulNBits``; ``of_gelu``: of GELU(x).
     """
     inputs = ["x", "values", "scales", "zero_points", "group_indices", "bias"]
-    converted = [*inputs[:2], "float_scales", *inputs[3:]]
+    converted = ["activated" if of_gelu else "x", "values", "float_scales", *inputs[3:]]
     nodes = [
+        *_gelu(of_gelu),
         helper.make_node("Cast", ["scales"], ["float_scales"], to=TensorProto.FLOAT),
         with_attributes(
             helper.make_node("MatMulNBits", converted, ["output"], domain=MICROSOFT),
             dict.fromkeys(PRODUCT_ATTRIBUTES, AttributeProto.INT),
         ),
     ]
-    return function("MatMulNBits", inputs, ["output"], nodes, opset, PRODUCT_ATTRIBUTES)
+    name = "GeluMatMulNBits" if of_gelu else "MatMulNBits"
+    return function(name, inputs, ["output"], nodes, opset, PRODUCT_ATTRIBUTES)
+
+
+def integer_product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
+    """Inputs and weights rounded to 8 bits: x ``[...,K]``, values ``[N,K]`` int8 -> output ``[...,N]``, float32.
+
+    ``scales`` ``[N]`` float16 of the values; ``scale`` ``[]`` float32 and ``zero_point`` ``[]`` uint8 of the inputs;
+    ``bias`` ``[N]`` float32. Written as the pattern that ONNX Runtime fuses to one product of integers, once it has folded the transposition.
+    """
+    inputs = ["x", "values", "scales", "scale", "zero_point", "bias"]
+    nodes = [
+        *_gelu(of_gelu),
+        helper.make_node("QuantizeLinear", ["activated" if of_gelu else "x", "scale", "zero_point"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["rounded", "scale", "zero_point"], ["inputs"]),
+        helper.make_node("Transpose", ["values"], ["by_column"], perm=[1, 0]),
+        helper.make_node("Cast", ["scales"], ["float_scales"], to=TensorProto.FLOAT),
+        helper.make_node("DequantizeLinear", ["by_column", "float_scales"], ["weights"], axis=1),
+        helper.make_node("MatMul", ["inputs", "weights"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["output"]),
+    ]
+    return function("GeluIntegerProduct" if of_gelu else "IntegerProduct", inputs, ["output"], nodes, opset)
+
+
+def _gelu(wanted: bool) -> list[NodeProto]:
+    """FastGelu is the same as Gelu by its hyperbolic tangent, and quicker on a CPU."""
+    return [helper.make_node("FastGelu", ["x"], ["activated"], domain=MICROSOFT)] if wanted else []
 
 
 def swiglu_function(opset: int) -> FunctionProto:
@@ -43,10 +72,53 @@ def swiglu_function(opset: int) -> FunctionProto:
     return function("SwiGlu", ["gate", "up"], ["output"], nodes, opset)
 
 
-def with_attributes(node: NodeProto, attributes: dict[str, AttributeProto.AttributeType]) -> NodeProto:
-    """``node`` with those attributes, by name and type, that its function is called with."""
+def packed_attention_function(opset: int) -> FunctionProto:
+    """qkv ``[N,L,3W]``, key_mask ``[N,L]`` int32 -> output ``[N,L,W]``: softmax(q k^T / sqrt(width of a head)) v."""
+    nodes = [_split(), _attention("q", "output")]
+    return function("PackedAttention", ["qkv", "key_mask"], ["output"], nodes, opset, tuple(ATTENTION_ATTRIBUTES))
+
+
+def patch_attention_function(opset: int) -> FunctionProto:
+    """As :func:`packed_attention_function`, but only as many first rows as the attribute ``patches`` says attend.
+
+    The others become the mean of all values (FUSION.md section 2).
+    """
+    constants = {"start": [0], "axis": [1], "last": [np.iinfo(np.int64).max]}
+    patches = with_attributes(helper.make_node("Constant", [], ["count"]), {"value_int": AttributeProto.INT}, "patches")
+    nodes = [
+        *(helper.make_node("Constant", [], [name], value_ints=values) for name, values in constants.items()),
+        patches,
+        helper.make_node("Unsqueeze", ["count", "start"], ["end"]),
+        _split(),
+        helper.make_node("Slice", ["q", "start", "end", "axis"], ["first_rows"]),
+        _attention("first_rows", "attended"),
+        helper.make_node("Slice", ["v", "end", "last", "axis"], ["rest"]),
+        helper.make_node("Shape", ["rest"], ["shape"]),
+        helper.make_node("ReduceMean", ["v", "axis"], ["mean"], keepdims=1),
+        helper.make_node("Expand", ["mean", "shape"], ["means"]),
+        helper.make_node("Concat", ["attended", "means"], ["output"], axis=1),
+    ]
+    attributes = (*ATTENTION_ATTRIBUTES, "patches")
+    return function("PatchAttention", ["qkv", "key_mask"], ["output"], nodes, opset, attributes)
+
+
+def _split() -> NodeProto:
+    return helper.make_node("Split", ["qkv"], ["q", "k", "v"], axis=-1, num_outputs=3)
+
+
+def _attention(query: str, attended: str) -> NodeProto:
+    inputs = [query, "k", "v", "", "key_mask"]
+    return with_attributes(
+        helper.make_node("MultiHeadAttention", inputs, [attended], domain=MICROSOFT), ATTENTION_ATTRIBUTES
+    )
+
+
+def with_attributes(
+    node: NodeProto, attributes: Mapping[str, AttributeProto.AttributeType], source: str | None = None
+) -> NodeProto:
+    """``node`` with attributes, by name and type, that its function is called with; ``source``: by another name."""
     for name, kind in attributes.items():
-        node.attribute.add(name=name, ref_attr_name=name, type=kind)
+        node.attribute.add(name=name, ref_attr_name=source or name, type=kind)
     return node
 
 

@@ -133,18 +133,34 @@ void attend(const MultiHead& all, Factors factors, const Parallel& parallel) {
         float* bias = mask ? biases.of(all.keys) : nullptr;
         const float masked = std::max(all.masked * LOG2_E, LOWEST_BIAS);
         for (size_t i = 0; mask && i < all.keys; ++i) bias[i] = mask[i] ? 0 : masked;
-        const size_t key = batch * all.keys * row_width + channel, query = batch * all.queries * row_width + channel;
-        const Head<float> head{all.k + key, all.v + key, all.keys, width, row_width, bias, nullptr};
+        const size_t key = batch * all.keys * all.stride + channel, query = batch * all.query_rows;
+        const Head<float> head{all.k + key, all.v + key, all.keys, width, all.stride, bias, nullptr};
         Rows rows{};
         rows.count = all.queries;
         rows.query = [&](size_t row, float* to) {
-            const float* from = all.q + query + row * row_width;
-            if (row + AHEAD < all.queries) fetch(from + AHEAD * row_width, width);
+            const float* from = all.q + (query + row) * all.stride + channel;
+            if (row + AHEAD < all.queries) fetch(from + AHEAD * all.stride, width);
             multiply(from, width, all.scale * LOG2_E, nullptr, to);
         };
         rows.visible = [&](size_t) { return all.keys; };
-        rows.result = [&](size_t row) { return all.result + query + row * row_width; };
+        rows.result = [&](size_t row) { return all.result + (query + row) * row_width + channel; };
         attend_in_tiles(head, rows, factors);
+    });
+}
+
+void fill_with_mean(const MultiHead& all, const Parallel& parallel) {
+    const size_t row_width = all.heads * all.width;
+    if (all.query_rows == all.queries) return;
+    parallel(all.batch, [&](size_t batch) {
+        const float* values = all.v + batch * all.keys * all.stride;
+        float* const first_row = all.result + (batch * all.query_rows + all.queries) * row_width;
+        for_lanes(row_width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
+            __m512 sum = _mm512_setzero_ps();
+            for (size_t key = 0; key < all.keys; ++key) sum = _mm512_add_ps(sum, load(values + key * all.stride + i, mask));
+            sum = _mm512_div_ps(sum, _mm512_set1_ps(float(all.keys)));
+            for (size_t row = 0; row < all.query_rows - all.queries; ++row)
+                _mm512_mask_storeu_ps(first_row + row * row_width + i, mask, sum);
+        });
     });
 }
 

@@ -18,14 +18,18 @@ enum class Factors { FLOAT32, BFLOAT16 };
 
 // Every query attends to every key of its batch.
 struct MultiHead {
-    const float *q, *k, *v;   // [batch, queries, heads * width], [batch, keys, heads * width] twice
-    const int32_t* key_mask;  // [batch, keys]: 0 where `masked` is added to a key's scores; or null
-    float* result;            // [batch, queries, heads * width]
-    size_t batch, queries, keys, heads, width;
+    const float *q, *k, *v;     // [batch, queries, heads * width], [batch, keys, heads * width] twice; rows `stride` apart
+    const int32_t* key_mask;    // [batch, keys]: 0 where `masked` is added to a key's scores; or null
+    float* result;              // [batch, queries, heads * width]
+    size_t batch, queries, keys, heads, width, stride;
+    size_t query_rows;          // of a batch, in the memory of q and of the result: `queries` or more
     float scale, masked;
 };
 
 void attend(const MultiHead& attention, Factors factors, const Parallel& parallel);
+
+// Rows of the result behind the queries' become the mean of all values of their batch.
+void fill_with_mean(const MultiHead& attention, const Parallel& parallel);
 
 // Some positions of one sequence attend to those up to their own. T is what the cache holds: float or int8_t.
 template <typename T>

@@ -70,6 +70,8 @@ struct MultiHeadAttention {
         attention.batch = q[0];
         attention.queries = q[1];
         attention.keys = k[1];
+        attention.query_rows = q[1];
+        attention.stride = q[2];
         attention.heads = heads;
         attention.width = q[2] / heads;
         attention.scale = scale ? scale : 1 / std::sqrt(float(attention.width));
@@ -78,6 +80,55 @@ struct MultiHeadAttention {
         if (q[0] == 0 || q[1] == 0) return;
         expect(k[1] > 0, "MultiHeadAttention: expected a key.");
         attend(attention, factors, context.parallel());
+    }
+};
+
+// PackedAttention: query, key and value side by side, key padding mask -> attended. PatchAttention: only as many first
+// rows attend as there are patches; the others become the mean of all values.
+template <bool OF_PATCHES>
+struct PackedAttention {
+    int64_t heads, patches;
+    float masked;
+
+    static constexpr const char* NAME = OF_PATCHES ? "PatchAttention" : "PackedAttention";
+    static constexpr size_t INPUTS = 2, OUTPUTS = 1, REQUIRED_INPUTS = 2;
+    static ElementType input_type(size_t index) { return index == 1 ? INT32 : FLOAT; }
+    static ElementType output_type(size_t) { return FLOAT; }
+
+    explicit PackedAttention(const Attributes& attributes)
+        : heads(attributes.integer("num_heads", 0)),
+          patches(attributes.integer("patches", 0)),
+          masked(attributes.number("mask_filter_value", -10000)) {
+        expect(heads > 0, "PackedAttention: expected num_heads of at least 1.");
+        expect(!OF_PATCHES || patches > 0, "PatchAttention: expected patches of at least 1.");
+    }
+
+    void compute(Context& context) const {
+        const Shape qkv = context.shape(0);
+        expect(
+            qkv.size() == 3 && qkv[2] % (3 * heads) == 0 && qkv[1] > 0,
+            "PackedAttention: expected qkv [batch, rows, 3 * heads * width].");
+        expect(context.shape(1) == Shape{qkv[0], qkv[1]}, "PackedAttention: expected key_padding_mask [batch, rows].");
+        expect(patches <= qkv[1], "PackedAttention: expected at least as many rows as patches.");
+        const int64_t row_width = qkv[2] / 3;
+        expect_width(row_width / heads);
+        MultiHead attention{};
+        attention.q = context.input<float>(0);
+        attention.k = attention.q + row_width;
+        attention.v = attention.k + row_width;
+        attention.key_mask = context.input<int32_t>(1);
+        attention.batch = qkv[0];
+        attention.queries = OF_PATCHES ? patches : qkv[1];
+        attention.keys = attention.query_rows = qkv[1];
+        attention.stride = qkv[2];
+        attention.heads = heads;
+        attention.width = row_width / heads;
+        attention.scale = 1 / std::sqrt(float(attention.width));
+        attention.masked = masked;
+        attention.result = context.output<float>(0, {qkv[0], qkv[1], row_width});
+        if (qkv[0] == 0) return;
+        attend(attention, factors, context.parallel());
+        fill_with_mean(attention, context.parallel());
     }
 };
 
@@ -244,7 +295,8 @@ std::vector<const onnxruntime::CustomOp*> attention_operators() {
 
 std::vector<const onnxruntime::CustomOp*> attention_functions() {
     static const CustomOp cached = custom_op<CachedAttention>();
-    return {&cached};
+    static const CustomOp packed = custom_op<PackedAttention<false>>(), of_patches = custom_op<PackedAttention<true>>();
+    return {&cached, &packed, &of_patches};
 }
 
 }  // namespace fusion_edge

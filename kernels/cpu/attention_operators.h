@@ -9,7 +9,7 @@ namespace fusion_edge {
 // MultiHeadAttention, and GroupQueryAttention once for each type of cache.
 std::vector<const onnxruntime::CustomOp*> attention_operators();
 
-// CachedAttention: a function.
+// CachedAttention, PackedAttention and PatchAttention: functions.
 std::vector<const onnxruntime::CustomOp*> attention_functions();
 
 // Whether factors are rounded to bfloat16, where the processor multiplies it; they are unless this says no.

@@ -12,12 +12,12 @@
 namespace fusion_edge {
 namespace {
 
-// MatMulNBits: x, values, scales, zero points, group indices, bias -> product.
-template <ElementType SCALES>
+// MatMulNBits: x, values, scales, zero points, group indices, bias -> product. GeluMatMulNBits: of the GELU of x.
+template <ElementType SCALES, Activation ACTIVATION = Activation::NONE>
 struct MatMulNBits {
     Weights weights{};
 
-    static constexpr const char* NAME = "MatMulNBits";
+    static constexpr const char* NAME = ACTIVATION == Activation::GELU ? "GeluMatMulNBits" : "MatMulNBits";
     static constexpr size_t INPUTS = 6, OUTPUTS = 1, REQUIRED_INPUTS = 3;
     static ElementType input_type(size_t index) {
         constexpr ElementType types[] = {FLOAT, UINT8, SCALES, UINT8, INT32, FLOAT};
@@ -60,7 +60,48 @@ struct MatMulNBits {
         const size_t rows = context.count(0) / weights.inputs;
         shape.back() = weights.outputs;
         float* result = context.output<float>(0, shape);
-        if (rows) multiply(context.input<float>(0), rows, own, result, context.parallel());
+        if (rows) multiply(context.input<float>(0), rows, own, ACTIVATION, result, context.parallel());
+    }
+};
+
+// IntegerProduct: x, values, scales, scale and zero point of x, bias -> product. GeluIntegerProduct: of the GELU of x.
+template <Activation ACTIVATION>
+struct IntegerProduct {
+    static constexpr const char* NAME = ACTIVATION == Activation::GELU ? "GeluIntegerProduct" : "IntegerProduct";
+    static constexpr size_t INPUTS = 6, OUTPUTS = 1, REQUIRED_INPUTS = 5;
+    static ElementType input_type(size_t index) {
+        constexpr ElementType types[] = {FLOAT, INT8, FLOAT16, FLOAT, UINT8, FLOAT};
+        return types[index];
+    }
+    static ElementType output_type(size_t) { return FLOAT; }
+
+    explicit IntegerProduct(const Attributes&) {}
+
+    void compute(Context& context) const {
+        std::vector<int64_t> shape = context.shape(0);
+        const std::vector<int64_t> values = context.shape(1);
+        expect(
+            !shape.empty() && values.size() == 2 && shape.back() == values[1] && values[1] > 0,
+            "IntegerProduct: expected x [..., inputs] and values [outputs, inputs].");
+        const size_t outputs = values[0];
+        expect(context.count(2) == outputs, "IntegerProduct: expected a scale for each output.");
+        expect(context.count(3) == 1 && context.count(4) == 1, "IntegerProduct: expected one scale and zero point of x.");
+        expect(!context.has_input(5) || context.count(5) == outputs, "IntegerProduct: expected a bias for each output.");
+        const GivenRounding given{*context.input<float>(3), *context.input<uint8_t>(4)};
+        Weights weights{};
+        weights.outputs = outputs;
+        weights.inputs = values[1];
+        weights.bits = 8;
+        weights.block_size = (weights.inputs + 3) / 4 * 4;
+        weights.values = context.input<uint8_t>(1);
+        weights.scales = context.input<void>(2);
+        weights.half_scales = true;
+        weights.bias = context.input<float>(5);
+        weights.given = &given;
+        const size_t rows = context.count(0) / weights.inputs;
+        shape.back() = outputs;
+        float* result = context.output<float>(0, shape);
+        if (rows) multiply(context.input<float>(0), rows, weights, ACTIVATION, result, context.parallel());
     }
 };
 
@@ -142,8 +183,11 @@ std::vector<const CustomOp*> contributed() {
 // Those that take the place of functions.
 std::vector<const CustomOp*> functions() {
     static const CustomOp product = custom_op<MatMulNBits<FLOAT16>>(), swiglu = custom_op<SwiGlu>();
+    static const CustomOp of_gelu = custom_op<MatMulNBits<FLOAT16, Activation::GELU>>();
+    static const CustomOp integers = custom_op<IntegerProduct<Activation::NONE>>();
+    static const CustomOp integers_of_gelu = custom_op<IntegerProduct<Activation::GELU>>();
     std::vector<const CustomOp*> operators = attention_functions();
-    operators.insert(operators.end(), {&product, &swiglu});
+    operators.insert(operators.end(), {&product, &of_gelu, &integers, &integers_of_gelu, &swiglu});
     return operators;
 }
 

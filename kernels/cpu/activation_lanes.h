@@ -1,0 +1,35 @@
+// Activation functions of a register of floats.
+
+#pragma once
+
+#include "lanes.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+
+namespace fusion_edge {
+
+constexpr float TWO_ROOT_TWO_OVER_PI = 1.59576912f;  // 2 sqrt(2 / pi)
+constexpr float SMALLEST_EXPONENT = -160;  // two to its power is 0; infinities never come to a difference
+
+// x / (1 + 2^-z): from the exponential of a negative number, which cannot overflow.
+[[gnu::always_inline]] inline __m512 gated(__m512 x, __m512 z) {
+    const __m512 one = _mm512_set1_ps(1), size = _mm512_min_ps(z, _mm512_sub_ps(_mm512_setzero_ps(), z));
+    const __m512 power = exp2(_mm512_max_ps(size, _mm512_set1_ps(SMALLEST_EXPONENT)));
+    const __mmask16 negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_div_ps(_mm512_mul_ps(x, _mm512_mask_mov_ps(one, negative, power)), _mm512_add_ps(one, power));
+}
+
+[[gnu::always_inline]] inline __m512 swish(__m512 x, float slope) {
+    return gated(x, _mm512_mul_ps(x, _mm512_set1_ps(slope * LOG2_E)));
+}
+
+[[gnu::always_inline]] inline __m512 gelu(__m512 x) {
+    const __m512 linear = _mm512_set1_ps(TWO_ROOT_TWO_OVER_PI * LOG2_E);
+    const __m512 cubic = _mm512_set1_ps(TWO_ROOT_TWO_OVER_PI * LOG2_E * 0.044715f);
+    return gated(x, _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), cubic, linear)));
+}
+
+}  // namespace fusion_edge
+
+#pragma GCC pop_options
