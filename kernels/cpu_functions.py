@@ -42,7 +42,8 @@ def integer_product_function(opset: int, of_gelu: bool = False) -> FunctionProto
     """Inputs and weights rounded to 8 bits: x ``[...,K]``, values ``[N,K]`` int8 -> output ``[...,N]``, float32.
 
     ``scales`` ``[N]`` float16 of the values; ``scale`` ``[]`` float32 and ``zero_point`` ``[]`` uint8 of the inputs;
-    ``bias`` ``[N]`` float32. Written as the pattern that ONNX Runtime fuses to one product of integers, once it has folded the transposition.
+    ``bias`` ``[N]`` float32. Written as the pattern that ONNX Runtime fuses to one product of integers, once it has
+    folded the transposition.
     """
     inputs = ["x", "values", "scales", "scale", "zero_point", "bias"]
     nodes = [

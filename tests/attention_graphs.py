@@ -12,6 +12,7 @@ import onnxruntime
 from onnx import FunctionProto, TensorProto, helper
 
 from fusion_edge.export import int8_cache
+from fusion_edge.kernels import cpu_functions
 
 Array = npt.NDArray[Any]
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
@@ -67,6 +68,17 @@ def multi_head_model(heads: int, **attributes: Any) -> bytes:
     inputs = {"q": (FLOAT, 3), "k": (FLOAT, 3), "v": (FLOAT, 3), "-bias": (FLOAT, 1), "mask": (INT32, 2)}
     fixed = {"num_heads": heads, "mask_filter_value": BLOCKED}
     return _model("MultiHeadAttention", inputs, {"attended": FLOAT}, fixed | attributes)
+
+
+def packed_model(heads: int, patches: int | None) -> bytes:
+    """The functions of a vision layer."""
+    every, some = cpu_functions.packed_attention_function(21), cpu_functions.patch_attention_function(21)
+    function = every if patches is None else some
+    fixed: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
+    if patches is not None:
+        fixed["patches"] = patches
+    inputs = {"qkv": (FLOAT, 3), "key_mask": (INT32, 2)}
+    return _model(function.name, inputs, {"attended": FLOAT}, fixed, function)
 
 
 def causal_model(sizes: Causal, **attributes: Any) -> bytes:

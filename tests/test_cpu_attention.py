@@ -19,6 +19,7 @@ from attention_graphs import (
     causal_reference,
     multi_head_model,
     multi_head_reference,
+    packed_model,
     session,
 )
 from own_kernels import exact_attention, needs_cpu_kernels
@@ -62,6 +63,40 @@ def test_multi_head(library: Path, width: int) -> None:
             np.testing.assert_allclose(attended, theirs.run(None, feeds)[0], atol=FLOAT32)
             if mask.any():  # else float32 loses the scores behind the mask's value, and weighs every key alike
                 np.testing.assert_allclose(attended, multi_head_reference(feeds, heads), atol=FLOAT32)
+
+
+@pytest.mark.parametrize("patches", [None, 1, 40, 65])
+@pytest.mark.parametrize("width", [8, 72])
+def test_packed(library: Path, width: int, patches: int | None) -> None:
+    """Queries, keys and values in the same rows, of which only some may attend."""
+    random, heads, rows = np.random.default_rng(width), 2, 65
+    qkv = random.normal(size=(2, rows, 3 * heads * width)).astype(np.float32)
+    mask = (random.random((2, rows)) < 0.7).astype(np.int32)
+    mask[:, 0] = 1
+    q, k, v = np.split(qkv, 3, axis=2)
+    expected = multi_head_reference({"q": q, "k": k, "v": v, "mask": mask}, heads)
+    if patches is not None:
+        expected[:, patches:] = v.mean(1, keepdims=True)
+    feeds = {"qkv": qkv, "key_mask": mask}
+    for kernels in (library, None):
+        (attended,) = session(packed_model(heads, patches), kernels, threads=2).run(None, feeds)
+        np.testing.assert_allclose(attended, expected, atol=FLOAT32)
+
+
+def test_wrong_packed_rows_are_refused(library: Path) -> None:
+    qkv, mask = np.zeros((1, 4, 48), np.float32), np.ones((1, 4), np.int32)
+    model = session(packed_model(2, 3), library)
+    with pytest.raises(Exception, match=r"heads \* width"):
+        model.run(None, {"qkv": qkv[:, :, 1:], "key_mask": mask})
+    with pytest.raises(Exception, match="key_padding_mask"):
+        model.run(None, {"qkv": qkv, "key_mask": mask[:, :3]})
+    with pytest.raises(Exception, match="as many rows as patches"):
+        model.run(None, {"qkv": qkv[:, :2], "key_mask": mask[:, :2]})
+    for heads, patches in ((0, 3), (2, 0)):
+        with pytest.raises(Exception, match="at least 1"):
+            session(packed_model(heads, patches), library)
+    nothing = session(packed_model(2, None), library).run(None, {"qkv": qkv[:0], "key_mask": mask[:0]})[0]
+    assert nothing.shape == (0, 4, 16)
 
 
 def spread(error: Array) -> float:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 from own_kernels import needs_cpu_kernels
 
 from fusion_edge.kernels import cpu_functions
@@ -39,6 +39,7 @@ def session(
     own_kernels: bool = True,
     changed: Mapping[str, int] = MappingProxyType({}),
     half_scales: bool = False,
+    of_gelu: bool = False,
 ) -> ort.InferenceSession:
     """A graph of one product, some of its attributes changed; of the function that takes scales as they are stored."""
     scales = packed.scales.astype(np.float16 if half_scales else np.float32)
@@ -51,8 +52,16 @@ def session(
         names.pop()
     rows = len(packed.values)
     sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, **changed}
-    domain = "fusion_edge" if half_scales else "com.microsoft"
-    node = helper.make_node("MatMulNBits", names, ["y"], domain=domain, accuracy_level=4, **sizes)
+    function = cpu_functions.product_function(21, of_gelu) if half_scales else None
+    operator, domain = (function.name, function.domain) if function else ("MatMulNBits", "com.microsoft")
+    node = helper.make_node(operator, names, ["y"], domain=domain, accuracy_level=4, **sizes)
+    return session_of(node, function, tensors, own_kernels)
+
+
+def session_of(
+    node: NodeProto, function: FunctionProto | None, tensors: Mapping[str, Array], own_kernels: bool
+) -> ort.InferenceSession:
+    """``x`` through one node to ``y``, both of three axes."""
     graph = helper.make_graph(
         [node],
         "product",
@@ -60,13 +69,13 @@ def session(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None, None])],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
-    versions = [helper.make_opsetid(name, version) for name, version in (("", 21), (domain, 1))]
+    versions = [helper.make_opsetid(name, version) for name, version in (("", 21), (node.domain, 1))]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
     if own_kernels:
         options.register_custom_ops_library(str(cpu_kernels.library()))
-    functions = [cpu_functions.product_function(21)] if half_scales else []
+    functions = [] if function is None else [function]
     model = helper.make_model(graph, functions=functions, opset_imports=versions, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -119,6 +128,98 @@ def test_products(
     (actual,) = session(packed, form, inputs, bias, half_scales=half_scales).run(None, {"x": x[None]})
     size = np.abs(rounded(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
+
+
+def gelu(x: Array) -> Array:
+    return np.asarray(x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_product_of_the_gelu(rows: int) -> None:
+    form = WeightFormat("int8", 128)
+    generator = np.random.default_rng(rows)
+    packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), form)
+    bias, x = generator.normal(size=70).astype(np.float32), generator.normal(size=(rows, 300)).astype(np.float32)
+    inputs = rounded(gelu(x.astype(np.float64)).astype(np.float32), 128)
+    expected = inputs @ dequantize(packed, form, 300).astype(np.float64).T + bias
+    for own_kernels in (True, False):
+        one = session(packed, form, 300, bias, own_kernels, half_scales=True, of_gelu=True)
+        # A GELU whose last bit differs may round to another integer.
+        assert np.abs(one.run(None, {"x": x[None]})[0][0] - expected).max() < 5e-3 * np.abs(expected).max()
+
+
+def integer_session(
+    tensors: Mapping[str, Array], of_gelu: bool = False, own_kernels: bool = True
+) -> ort.InferenceSession:
+    function = cpu_functions.integer_product_function(21, of_gelu)
+    node = helper.make_node(function.name, list(function.input), ["y"], domain=function.domain)
+    return session_of(node, function, tensors, own_kernels)
+
+
+def integer_tensors(generator: np.random.Generator, inputs: int, outputs: int, scale: float, zero_point: int) -> Any:
+    return {
+        "values": generator.integers(-127, 128, (outputs, inputs), np.int8),
+        "scales": generator.uniform(1e-3, 1e-2, outputs).astype(np.float16),
+        "scale": np.float32(scale),
+        "zero_point": np.uint8(zero_point),
+        "bias": generator.normal(size=outputs).astype(np.float32),
+    }
+
+
+@needs_cpu_kernels
+@given(
+    of_gelu=st.booleans(),
+    rows=st.sampled_from([1, 3, 12, 25]),
+    inputs=st.integers(1, 700),
+    outputs=st.integers(1, 90),
+    scale=st.sampled_from([0.003, 0.01, 0.1]),
+    zero_point=st.integers(0, 255),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(False, 13, 257, 1100, 0.02, 128, 0)
+@example(True, 12, 4304, 64, 0.02, 10, 1)
+@settings(max_examples=80, deadline=None)
+def test_products_of_calibrated_inputs(
+    of_gelu: bool, rows: int, inputs: int, outputs: int, scale: float, zero_point: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    tensors = integer_tensors(generator, inputs, outputs, scale, zero_point)
+    x = generator.normal(size=(rows, inputs)).astype(np.float32)
+    activated = gelu(x.astype(np.float64)) if of_gelu else x.astype(np.float64)
+    steps = np.clip(np.rint(activated / np.float32(scale)) + zero_point, 0, 255) - zero_point
+    weight = tensors["values"].astype(np.float64) * tensors["scales"].astype(np.float64)[:, None]
+    expected = steps * np.float64(np.float32(scale)) @ weight.T + tensors["bias"]
+    (actual,) = integer_session(tensors, of_gelu).run(None, {"x": x[None]})
+    # An input that lies between two integers may become either.
+    tie = np.float32(scale) * np.abs(weight).max() if inputs else 0
+    size = 256 * np.float32(scale) * np.abs(weight).sum(1).max() + np.abs(tensors["bias"]).max()
+    assert np.abs(actual[0] - expected).max() <= 2e-6 * size + 1.01 * tie
+    assert np.median(np.abs(actual[0] - expected)) <= 2e-6 * size
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("of_gelu", [False, True])
+def test_products_of_calibrated_inputs_without_our_kernels(of_gelu: bool) -> None:
+    """The function that ONNX Runtime inlines is the same."""
+    generator = np.random.default_rng(0)
+    tensors = integer_tensors(generator, 256, 96, 0.02, 100)
+    x = {"x": generator.normal(size=(1, 40, 256)).astype(np.float32)}
+    own, theirs = (integer_session(tensors, of_gelu, kernels).run(None, x)[0] for kernels in (True, False))
+    assert np.abs(own - theirs).max() < 1e-3 * np.abs(theirs).max()
+    assert integer_session(tensors, of_gelu).run(None, {"x": np.zeros((2, 0, 256), np.float32)})[0].shape == (2, 0, 96)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("values", r"values \[outputs, inputs\]"), ("scales", "a scale for each"), ("bias", "a bias for each")],
+)
+def test_tensors_of_calibrated_products_that_are_too_small(name: str, named: str) -> None:
+    tensors = integer_tensors(np.random.default_rng(0), 64, 8, 0.02, 100)
+    one = integer_session(tensors | {name: tensors[name][..., :3]})
+    with pytest.raises(Exception, match=named):
+        one.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
 
 @needs_cpu_kernels

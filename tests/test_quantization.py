@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -24,6 +24,7 @@ matrices = arrays.arrays(
 
 
 @given(rows=matrices, form=st.sampled_from(FORMS))
+@example(rows=np.array([[0.33789062, -7.8125]], np.float32), form=WeightFormat("uint8", 32))
 def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: WeightFormat) -> None:
     packed = quantize(rows, form)
     scales = packed.scales
@@ -32,8 +33,10 @@ def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: Weigh
     assert (scales > 0).all()
     restored = dequantize(packed, form, rows.shape[1])
     step = np.repeat(scales.astype(np.float64), form.block_size, axis=1)[:, : rows.shape[1]]
-    # Rounding a scale to float16 may clip a group's extreme by up to 2^-11 of its 2^(bits-1) steps.
-    tolerance = step * (0.5 + (1 << (form.bits - 1)) * 2.0**-11) + 1e-7
+    # Rounding a scale to float16 may clip a group's extreme by up to 2^-11 of the steps that lie between it and zero, or
+    # between both extremes, the other of which is where the zero point was rounded for.
+    steps = 1 << (form.bits - form.is_symmetric)
+    tolerance = step * (0.5 + steps * 2.0**-11) + 1e-7
     assert (np.abs(restored - rows) <= tolerance).all()
 
 

@@ -17,7 +17,9 @@ constexpr float SMALLEST_EXPONENT = -160;  // two to its power is 0; infinities 
     const __m512 one = _mm512_set1_ps(1), size = _mm512_min_ps(z, _mm512_sub_ps(_mm512_setzero_ps(), z));
     const __m512 power = exp2(_mm512_max_ps(size, _mm512_set1_ps(SMALLEST_EXPONENT)));
     const __mmask16 negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
-    return _mm512_div_ps(_mm512_mul_ps(x, _mm512_mask_mov_ps(one, negative, power)), _mm512_add_ps(one, power));
+    const __m512 divisor = _mm512_add_ps(one, power), near = _mm512_rcp14_ps(divisor);
+    const __m512 inverse = _mm512_mul_ps(near, _mm512_fnmadd_ps(divisor, near, _mm512_set1_ps(2)));  // by Newton's step
+    return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_mask_mov_ps(one, negative, power)), inverse);
 }
 
 [[gnu::always_inline]] inline __m512 swish(__m512 x, float slope) {
