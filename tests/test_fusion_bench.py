@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fusion_edge.benchmarks.latency import bench, cli, energy, stages
+from fusion_edge.benchmarks.latency.probes import MemoryReader
 from fusion_edge.benchmarks.latency.result import Energy, Rates, Result, read_result
 from fusion_edge.benchmarks.latency.stages import STAGES, Times
 from fusion_edge.runtime.backends.base import Backend
@@ -46,7 +47,11 @@ def result_of(
     return run
 
 
-def test_a_result(result_of: Callable[..., tuple[Result, Path]], tiny_bundle: Path) -> None:
+def test_a_result(
+    result_of: Callable[..., tuple[Result, Path]], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter([50e9, 20e9, 10e9])
+    monkeypatch.setattr(MemoryReader, "look", lambda self: self.rates.extend([next(seen, 20e9)]))
     result, _ = result_of()
     (measured,) = result.measured
     assert tuple(measured.stages) == STAGES
@@ -60,7 +65,8 @@ def test_a_result(result_of: Callable[..., tuple[Result, Path]], tiny_bundle: Pa
         1 / (measured.stages["step"].median + measured.stages["sampling"].median)
     )
     assert result.rates == {"cpu": Rates(30e9, 150e9, {})}
-    assert measured.limits.step.seconds == measured.limits.step.needed / 30e9
+    assert measured.limits.step.seconds == measured.limits.step.needed / 20e9  # seen beside the steps
+    assert measured.limits.prefill.seconds == measured.limits.prefill.needed / 150e9
     assert measured.limits.prefill.share is not None
     assert 0 < measured.memory.loaded <= measured.memory.load_peak
     assert measured.memory.steady <= measured.memory.peak
@@ -124,7 +130,7 @@ def test_soak(result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest
     quick, _ = result_of("--seconds", "60")
     soaked, _ = result_of("--duration", "1")
     assert quick.measured[0].first_token.count == 3
-    assert sum(soaked.measured[0].answer_seconds.values) > 0.5
+    assert sum(soaked.measured[0].answer_seconds.values) > 0.3  # the rest: further questions, a look at the memory
 
 
 def test_energy_is_of_steps(

@@ -43,6 +43,18 @@ def test_each_byte_counts_once(monkeypatch: pytest.MonkeyPatch, threads: int) ->
     assert sum(read) == (12 << 20) / 8  # ones by ones, of 4 bytes each
 
 
+def test_looks_at_the_memory_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "READ_BYTES", 12 << 20)
+    monkeypatch.setattr(probes, "QUIET", 0)
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr(probes, "timed", lambda read: read() or 0.5)
+    with probes.MemoryReader(2) as reader:
+        for now, count in ((100.0, 1), (101.9, 1), (102.1, 2)):  # noqa: B007 (the clock reads it)
+            reader.look()
+            assert reader.rates == [(12 << 20) / 0.5] * count
+
+
 def test_the_faster_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each multiply-add once."""
     medians = iter([0.5, 0.25, 0.75])

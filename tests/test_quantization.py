@@ -33,8 +33,8 @@ def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: Weigh
     assert (scales > 0).all()
     restored = dequantize(packed, form, rows.shape[1])
     step = np.repeat(scales.astype(np.float64), form.block_size, axis=1)[:, : rows.shape[1]]
-    # Rounding a scale to float16 may clip a group's extreme by up to 2^-11 of the steps that lie between it and zero, or
-    # between both extremes, the other of which is where the zero point was rounded for.
+    # Rounding a scale to float16 may clip a group's extreme by up to 2^-11 of the steps that lie between it and zero;
+    # without symmetry between both extremes, of which the zero point was rounded for the other.
     steps = 1 << (form.bits - form.is_symmetric)
     tolerance = step * (0.5 + steps * 2.0**-11) + 1e-7
     assert (np.abs(restored - rows) <= tolerance).all()

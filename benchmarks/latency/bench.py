@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from fusion_edge.benchmarks.latency import energy
 from fusion_edge.benchmarks.latency.limits import limits
 from fusion_edge.benchmarks.latency.memory import MemoryRecorder, Timeline, device_memory
 from fusion_edge.benchmarks.latency.nvidia import Gpu
+from fusion_edge.benchmarks.latency.probes import MemoryReader
 from fusion_edge.benchmarks.latency.result import Case, Energy, Measured, Memory, Rates
 from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, measure, prefill, question, run_steps
 from fusion_edge.benchmarks.latency.statistics import summarize
@@ -53,6 +56,8 @@ class Run:
     """Of the cache, that a step reads."""
     load_seconds: float
     times: Times
+    bandwidth: float | None
+    """Bytes a second that a CPU read beside the steps."""
     memory: Memory
     device_memory: Memory | None
     energy: Energy | None
@@ -78,13 +83,16 @@ def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | 
         for number, (asked, case) in enumerate(cases, 1):
             label = f"Measuring on {case.device}, {number} of {len(cases)}"
             of_case = for_case(fusion, case)
-            with MemoryRecorder(gpu) as recorder:
-                times = _times(of_case, case, asked, wanted, label)
-            memory = _memory(loading.process, recorder.process)
+            with ExitStack() as stack:
+                reader = stack.enter_context(MemoryReader(threads)) if case.device == "cpu" else None
+                with MemoryRecorder(gpu) as recorder:
+                    times = _times(of_case, case, asked, wanted, label, reader)
+            memory = _memory(loading.process, recorder.process, apart=0 if reader is None else reader.size)
             on_device = None if before is None else _memory(loading.device, recorder.device, before)
             spent = _energy(of_case, case, asked, times, gpu)
             positions, remark = capacity or case.context, fusion.device.remark
-            runs.append(Run(case, remark, positions, seconds, times, memory, on_device, spent))
+            bandwidth = statistics.median(reader.rates) if reader is not None else None
+            runs.append(Run(case, remark, positions, seconds, times, bandwidth, memory, on_device, spent))
     return runs
 
 
@@ -104,18 +112,21 @@ def _cases(fusion: Fusion, threads: int, wanted: Wanted) -> Iterator[Case]:
         )
 
 
-def _memory(loading: Timeline, case: Timeline, before: int = 0) -> Memory:
-    """``before``: bytes that were in use without the bundle, which do not count."""
+def _memory(loading: Timeline, case: Timeline, before: int = 0, apart: int = 0) -> Memory:
+    """``before``: bytes that were in use without the bundle; ``apart``: beside the case. They do not count."""
+    others = before + apart
     return Memory(
         loaded=int(loading.pairs[-1][1]) - before,
         load_peak=loading.largest - before,
-        steady=int(case.pairs[-1][1]) - before,
-        peak=case.largest - before,
-        over_time=tuple((seconds, size - before) for seconds, size in case.pairs),
+        steady=int(case.pairs[-1][1]) - others,
+        peak=case.largest - others,
+        over_time=tuple((seconds, size - others) for seconds, size in case.pairs),
     )
 
 
-def _times(fusion: Fusion, case: Case, asked: Question, wanted: Wanted, label: str) -> Times:
+def _times(
+    fusion: Fusion, case: Case, asked: Question, wanted: Wanted, label: str, reader: MemoryReader | None
+) -> Times:
     seconds = wanted.seconds if wanted.duration is None else wanted.duration
     started = told = time.perf_counter()
     with Progress(label, round(1000 * seconds), unit=None) as progress:
@@ -128,7 +139,7 @@ def _times(fusion: Fusion, case: Case, asked: Question, wanted: Wanted, label: s
             is_over = now - started >= seconds
             return is_over or (wanted.duration is None and times.all_known)
 
-        return measure(fusion, case, asked, after_round)
+        return measure(fusion, case, asked, after_round, (lambda: None) if reader is None else reader.look)
 
 
 def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu | None) -> Energy | None:
@@ -144,7 +155,12 @@ def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu 
 
 
 def measured(manifest: Manifest, run: Run, rates: Rates) -> Measured:
-    """Beside what the device reaches by its probe, which needs the memory that the bundle had, so it comes after."""
+    """Beside what the device reaches by its probe, which needs the memory that the bundle had, so it comes after.
+
+    A step's limit on a CPU is by the bandwidth that was seen beside the steps.
+    """
+    if run.bandwidth is not None:
+        rates = replace(rates, bandwidth=run.bandwidth)
     times = run.times
     stages = {name: times.summary(name) for name in times.stages}
     step = stages["step"]

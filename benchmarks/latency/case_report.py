@@ -204,18 +204,19 @@ def _rates(measured: Measured, rates: Rates) -> Markup:
 
 def _limits(limits: Limits, rates: Rates) -> list[Markup]:
     products = f"{views.rate(limits.prefill.needed, 'MAC')} (multiply-adds)"
-    bandwidth, rate = views.rate(rates.bandwidth or 0, "B/s"), views.rate(rates.multiplications or 0, "MAC/s")
     reasons = rates.not_measured
-    step = f"A step must read {cli.size(limits.step.needed)}" + _at(limits.step, bandwidth, reasons.get("bandwidth"))
-    prefill = f"Prefill needs {products}" + _at(limits.prefill, rate, reasons.get("multiplications"))
+    step = f"A step must read {cli.size(limits.step.needed)}" + _at(limits.step, "B/s", reasons.get("bandwidth"))
+    prefill = f"Prefill needs {products}" + _at(limits.prefill, "MAC/s", reasons.get("multiplications"))
     return [
         _meter("Decode, of the memory's bandwidth", limits.step.share, step),
         _meter("Prefill, of the rate of products", limits.prefill.share, prefill),
     ]
 
 
-def _at(limit: Limit, rate: str, reason: str | None) -> str:
-    return f". {reason}" if limit.seconds is None else f": {views.duration(limit.seconds)} at the probed {rate}."
+def _at(limit: Limit, unit: str, reason: str | None) -> str:
+    if limit.seconds is None:
+        return f". {reason}"
+    return f": {views.duration(limit.seconds)} at the probed {views.rate(limit.needed / limit.seconds, unit)}."
 
 
 def _meter(name: str, share: float | None, note: str) -> Markup:

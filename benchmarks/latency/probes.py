@@ -5,7 +5,9 @@ The probes of GPUs have never run on one.
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,8 +25,10 @@ from fusion_edge.runtime.cuda import Cuda, open_cuda
 from fusion_edge.runtime.errors import DeviceError
 
 SECONDS = 0.8  # of each probe, at the most
-READ_BYTES = 512 << 20
+READ_BYTES = 256 << 20
 """By all threads together: far more than the caches of a robot's or a desktop's processor."""
+QUIET = 0.1  # seconds after which threads of the runtime, which wait for work, leave the cores to others
+APART = 2.0  # seconds between two looks at the memory while a case is measured
 ROW = 4096
 """Numbers of a dot product: so few that the BLAS library starts no threads of its own."""
 ROWS, INPUTS, OUTPUTS = 256, 3072, 8192  # a piece of a prompt in the widest product of a 3B model
@@ -43,7 +47,7 @@ T = TypeVar("T")
 def probe(device: str, threads: int) -> Rates:
     """Of a device of :data:`fusion_edge.runtime.devices.NAMES`; of a CPU with so many threads.
 
-    Takes 0.5 GB of memory for a moment. A probe of a GPU that cannot be had gives None and the reason.
+    Takes 0.25 GB of memory for a moment. A probe of a GPU that cannot be had gives None and the reason.
     """
     if device == "cpu":
         return Rates(bandwidth(threads), multiplications(threads), {})
@@ -64,13 +68,48 @@ def probe(device: str, threads: int) -> Rates:
 def bandwidth(threads: int) -> float:
     """Bytes a second that all threads together read, each its own part of memory, each byte once.
 
+    """
+    with MemoryReader(threads) as reader:
+        return reader.size / statistics.median(repeat(partial(timed, reader.read), SECONDS))
+
+
+class MemoryReader:
+    """Reads ``size`` bytes with all threads, each its own part, each byte once.
+
     Dot products of float32 vectors: of all that numpy computes it reads fastest, with two streams of loads.
     """
-    rows = max(READ_BYTES // (threads * 2 * ROW * 4), 1)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda _: np.ones((2, rows, ROW), np.float32), range(threads)))
-        seconds = repeat(partial(timed, lambda: list(pool.map(_read, parts))), SECONDS)
-    return sum(part.nbytes for part in parts) / statistics.median(seconds)
+
+    def __init__(self, threads: int) -> None:
+        rows = max(READ_BYTES // (threads * 2 * ROW * 4), 1)
+        self._pool = ThreadPoolExecutor(threads)
+        self._parts = list(self._pool.map(lambda _: np.ones((2, rows, ROW), np.float32), range(threads)))
+        self.size = sum(part.nbytes for part in self._parts)
+        self.rates: list[float] = []
+        """Bytes a second of every :meth:`look`."""
+        self._last_look = -math.inf
+
+    def __enter__(self) -> MemoryReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+        self._parts.clear()
+
+    def read(self) -> None:
+        """All of it."""
+        list(self._pool.map(_read, self._parts))
+
+    def look(self) -> None:
+        """Time a reading between other work, if the last is not a moment ago.
+
+        A machine that others share has a slow and a fast minute: a rate measured later says nothing about a step.
+        """
+        if time.perf_counter() - self._last_look < APART:
+            return
+        time.sleep(QUIET)
+        self.read()
+        self.rates.append(self.size / timed(self.read))
+        self._last_look = time.perf_counter()
 
 
 def _read(part: Floats) -> Floats:

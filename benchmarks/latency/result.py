@@ -14,7 +14,7 @@ from pathlib import Path
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.schema import from_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,12 @@ class Limit:
     needed: int
     """Bytes that a step reads, or multiply-adds of a prefill."""
     seconds: float | None
-    """They take so long at the probed rate; None where that was not measured."""
+    """They take so long at the probed rate; None where that was not measured.
+
+    The bandwidth of a CPU is the median of what was read beside the case's steps, all else is in :class:`Rates`.
+    """
     share: float | None
-    """Of the probed rate that the stage's median reached: 1 is all of it."""
+    """Of that rate, what the stage's median reached: 1 is all of it."""
 
 
 @dataclass(frozen=True)

@@ -118,20 +118,26 @@ def for_case(fusion: Fusion, case: Case) -> Fusion:
     return Fusion(replace(manifest, image_side=side), fusion.backend, fusion.tokenizer, fusion.embed)
 
 
-def measure(fusion: Fusion, case: Case, asked: Question, is_enough: Callable[[Times], bool]) -> Times:
+def measure(
+    fusion: Fusion,
+    case: Case,
+    asked: Question,
+    is_enough: Callable[[Times], bool],
+    beside_steps: Callable[[], None] = lambda: None,
+) -> Times:
     """Rounds of a first question, its steps and a further question, at least three, until they are enough.
 
-    One round before is not counted.
+    One round before is not counted. ``beside_steps`` is called before and after the steps of the others.
     """
-    _round(fusion, case, asked, Times())
+    _round(fusion, case, asked, Times(), lambda: None)
     times, enough = Times(), False
     while len(times.first_token) < MINIMUM_ROUNDS or not enough:
-        _round(fusion, case, asked, times)
+        _round(fusion, case, asked, times, beside_steps)
         enough = is_enough(times)
     return times
 
 
-def _round(fusion: Fusion, case: Case, asked: Question, times: Times) -> None:
+def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_steps: Callable[[], None]) -> None:
     sampler = Sampler(Sampling(max_new_tokens=case.new_tokens))
     fusion.forget()
     started = time.perf_counter()
@@ -148,9 +154,11 @@ def _round(fusion: Fusion, case: Case, asked: Question, times: Times) -> None:
     if case.context != case.prompt_tokens:
         tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
         fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
+    beside_steps()
     started = time.perf_counter()
     run_steps(fusion, case.new_tokens, sampler, times)
     times.answer.append(times.first_token[-1] + time.perf_counter() - started)
+    beside_steps()
     started = time.perf_counter()
     with times.of("preprocess"):  # which tells the runtime that it is the same image
         crops = cut_crops(picture)
