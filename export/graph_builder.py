@@ -12,10 +12,10 @@ import numpy.typing as npt
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fusion_edge.kernels import onnx_functions
+from fusion_edge.kernels.cpu_functions import MICROSOFT
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.graphs import GraphSpec, TensorSpec
 
-MICROSOFT = "com.microsoft"
 PAGE = 4096  # offsets in data files are multiples of a page, so that runtimes can map them into memory
 
 ONNX_TYPES = {

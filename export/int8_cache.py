@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper
 
-from fusion_edge.export.graph_builder import MICROSOFT, subgraph
+from fusion_edge.export.graph_builder import subgraph
 from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.cpu_functions import MICROSOFT
+from fusion_edge.kernels.onnx_functions import constant
 
 HEADROOM = 1.2  # keys and values of the answer may exceed those of the prompt by so much before they are clipped
 SMALLEST_SCALE = 1e-8
@@ -28,6 +29,8 @@ ATTRIBUTES = {
     "scale": AttributeProto.FLOAT,
 }
 """Of the function, as GroupQueryAttention has them."""
+SCALING = {"scale_factor": HEADROOM / 127, "smallest_scale": SMALLEST_SCALE}
+"""More of them: a channel's scale is its largest value times the first, but at least the second."""
 SHARED = ("last_position", "total_length", "cos", "sin")
 """Inputs of every layer."""
 
@@ -41,12 +44,13 @@ def attention_function(kv_heads: int, head_dim: int, opset: int) -> FunctionProt
     outputs = ["attended", *(f"present.{state}" for state in STATES)]
     inputs = ["qkv", *(f"past.{state}" for state in STATES), *SHARED, "is_prefill"]
     choice = helper.make_node("If", ["is_prefill"], outputs, **branches)
-    return cpu_functions.function("CachedAttention", inputs, outputs, [choice], opset, tuple(ATTRIBUTES))
+    return cpu_functions.function("CachedAttention", inputs, outputs, [choice], opset, (*ATTRIBUTES, *SCALING))
 
 
-def _constant(name: str, values: npt.ArrayLike, dtype: str) -> NodeProto:
-    array = np.asarray(values, dtype)
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+def _attribute(name: str, value: str) -> NodeProto:
+    """An attribute of the function as a value."""
+    node = helper.make_node("Constant", [], [value])
+    return cpu_functions.with_attributes(node, {"value_float": AttributeProto.FLOAT}, name)
 
 
 def _query(inputs: list[str], outputs: list[str], **attributes: Any) -> NodeProto:
@@ -60,12 +64,11 @@ def _prefill(kv_heads: int, head_dim: int) -> GraphProto:
     no_past, attended = f"{name}.no_past", f"{name}.attended"
     float_parts = [f"{name}.{part}" for part in PARTS]
     nodes = [
-        _constant(no_past, np.zeros((1, kv_heads, 0, head_dim)), "float32"),
+        constant(no_past, np.zeros((1, kv_heads, 0, head_dim), np.float32)),
         _query(["qkv", "", "", no_past, no_past, *SHARED], [attended, *float_parts]),
-        _constant(f"{name}.positions", [2], "int64"),
-        _constant(f"{name}.end", [np.iinfo(np.int64).max], "int64"),
-        _constant(f"{name}.range", HEADROOM / 127, "float32"),
-        _constant(f"{name}.smallest", SMALLEST_SCALE, "float32"),
+        constant(f"{name}.positions", np.array([2])),
+        constant(f"{name}.end", np.array([np.iinfo(np.int64).max])),
+        *(_attribute(attribute, f"{name}.{attribute}") for attribute in SCALING),
     ]
     for part in PARTS:
         nodes += _quantize(name, f"{name}.{part}", f"past.{part}")
@@ -85,8 +88,8 @@ def _quantize(name: str, values: str, past: str) -> list[NodeProto]:
     return [
         helper.make_node("Abs", [values], own("magnitude")),
         node("ReduceMax", [*own("magnitude"), f"{name}.positions"], "largest", keepdims=1),
-        node("Mul", [*own("largest"), f"{name}.range"], "fitting"),
-        node("Max", [*own("fitting"), f"{name}.smallest"], "scale"),
+        node("Mul", [*own("largest"), f"{name}.scale_factor"], "fitting"),
+        node("Max", [*own("fitting"), f"{name}.smallest_scale"], "scale"),
         helper.make_node("Div", [values, *own("scale")], own("scaled")),
         node("Round", own("scaled"), "rounded"),
         node("Cast", own("rounded"), "integers", to=TensorProto.INT8),

@@ -1,7 +1,8 @@
 """The ONNX Runtime interpreter: FUSION written down as graphs of ONNX opset 21 and Microsoft's contributed operators.
 
 Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
-LLM, MultiHeadAttention for the vision tower. Values are the names of ONNX values.
+LLM, MultiHeadAttention for the vision tower. Where our own CPU kernels do more in one go, these are inside of functions
+(``kernels/cpu_functions.py``). Values are the names of ONNX values.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import FunctionProto, NodeProto, helper
 
 from fusion_edge.export import int8_cache
-from fusion_edge.export.graph_builder import MICROSOFT, subgraph
+from fusion_edge.export.graph_builder import subgraph
 from fusion_edge.export.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.cpu_functions import MICROSOFT
 from fusion_edge.quant.formats import WeightFormat
 
 OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
@@ -47,12 +49,13 @@ class OnnxRuntimeOperations(OnnxOperations):
         offset = self.parameter(f"{name}.bias") if bias else None
         if form.rounds_inputs:
             return self._integer_product(x, name, form, weight, offset, of_gelu)
-        if form.is_quantized and not form.has_codebook and self._scale_dtypes(name) == ("float16", "float32"):
-            return self._quantized(x, name, form, weight, offset, of_gelu)
+        if form.is_quantized and self._takes_stored_scales(name, form):
+            function = cpu_functions.product_function(OPSET, of_gelu)
+            return self._quantized(x, name, form, weight, offset, function)
         if of_gelu:
             x = self._node("FastGelu", [x], domain=MICROSOFT)
         if form.is_quantized:
-            return self._quantized(x, name, form, weight, offset, of_gelu=False)
+            return self._quantized(x, name, form, weight, offset)
         dtype = np.float16 if form.kind == "fp16" else np.float32
         values = self.builder.plan(weight.name, "values", form, np.dtype(dtype).name, weight.shape)
         product = self._node(
@@ -60,11 +63,13 @@ class OnnxRuntimeOperations(OnnxOperations):
         )
         return product if offset is None else product + offset
 
-    def _scale_dtypes(self, name: str) -> tuple[str, str]:
-        """Of the scales of a linear as they are stored, and as ONNX Runtime's operators want them."""
+    def _scale_dtype(self, name: str) -> str:
         stored = self.packed.get(name)
-        dtype = self.formats[name].scale_dtype if stored is None else stored.scale_dtype
-        return dtype, self.settings.activations
+        return self.formats[name].scale_dtype if stored is None else stored.scale_dtype
+
+    def _takes_stored_scales(self, name: str, form: WeightFormat) -> bool:
+        """Whether a function takes a linear's scales as they are stored, which ONNX Runtime's operator does not."""
+        return not form.has_codebook and (self._scale_dtype(name), self.settings.activations) == ("float16", "float32")
 
     def _quantized(
         self,
@@ -73,14 +78,15 @@ class OnnxRuntimeOperations(OnnxOperations):
         form: WeightFormat,
         weight: Parameter,
         bias: OnnxValue | None,
-        of_gelu: bool,
+        function: FunctionProto | None = None,
     ) -> OnnxValue:
+        """``function``: in the place of ``MatMulNBits``, which takes scales of its activations' type alone."""
         rows, columns = weight.shape
         shape = form.packed_shape(rows, columns)
         stored = self.packed.get(name)
         if stored is not None and stored.columns is not None:
             x = self._in_order(x, weight, form, stored.columns)
-        scale_dtype, wanted = self._scale_dtypes(name)
+        scale_dtype = self._scale_dtype(name)
         values = self.builder.plan(weight.name, "values", form, "uint8", shape)
         scales = self.builder.plan(weight.name, "scales", form, scale_dtype, shape[:2])
         inputs: list[OnnxValue | str] = [x, values, scales]
@@ -104,8 +110,8 @@ class OnnxRuntimeOperations(OnnxOperations):
             "block_size": form.block_size,
             "accuracy_level": self.settings.accuracy_level,
         }
-        if (scale_dtype, wanted) == ("float16", "float32"):
-            return self._function(cpu_functions.product_function(OPSET, of_gelu), inputs, name, **attributes)
+        if function is not None:
+            return self._function(function, inputs, name, **attributes)
         inputs[2] = self._cast(scales, scale_dtype)
         return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
 
@@ -202,6 +208,7 @@ class OnnxRuntimeOperations(OnnxOperations):
         shared, outputs = ["last_position", "total_length", cos, sin], [name, *present]
         if self.settings.cache == "int8":
             function = int8_cache.attention_function(language.kv_heads, language.head_dim, OPSET)
+            attributes |= int8_cache.SCALING
             self.builder.functions[function.name] = function
             inputs = [qkv.name, *past, *shared, "is_prefill"]
             self.builder.node(function.name, inputs, name, function.domain, outputs, **attributes)

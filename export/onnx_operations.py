@@ -35,7 +35,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class OnnxValue:
-    """The name of a value, with the two operators that the architecture writes as ``+`` and ``*``."""
+    """The name of a value, with the two operators that are written as ``+`` and ``*``."""
 
     name: str
     builder: GraphBuilder

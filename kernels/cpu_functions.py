@@ -41,15 +41,15 @@ def product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
 def integer_product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
     """Inputs and weights rounded to 8 bits: x ``[...,K]``, values ``[N,K]`` int8 -> output ``[...,N]``, float32.
 
-    ``scales`` ``[N]`` float16 of the values; ``scale`` ``[]`` float32 and ``zero_point`` ``[]`` uint8 of the inputs;
+    ``scales`` ``[N]`` float16 of the values; ``x_scale`` ``[]`` float32 and ``x_zero_point`` ``[]`` uint8 of x;
     ``bias`` ``[N]`` float32. Written as the pattern that ONNX Runtime fuses to one product of integers, once it has
     folded the transposition.
     """
-    inputs = ["x", "values", "scales", "scale", "zero_point", "bias"]
+    inputs = ["x", "values", "scales", "x_scale", "x_zero_point", "bias"]
     nodes = [
         *_gelu(of_gelu),
-        helper.make_node("QuantizeLinear", ["activated" if of_gelu else "x", "scale", "zero_point"], ["rounded"]),
-        helper.make_node("DequantizeLinear", ["rounded", "scale", "zero_point"], ["inputs"]),
+        helper.make_node("QuantizeLinear", ["activated" if of_gelu else "x", "x_scale", "x_zero_point"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["rounded", "x_scale", "x_zero_point"], ["inputs"]),
         helper.make_node("Transpose", ["values"], ["by_column"], perm=[1, 0]),
         helper.make_node("Cast", ["scales"], ["float_scales"], to=TensorProto.FLOAT),
         helper.make_node("DequantizeLinear", ["by_column", "float_scales"], ["weights"], axis=1),
@@ -65,7 +65,7 @@ def _gelu(wanted: bool) -> list[NodeProto]:
 
 
 def swiglu_function(opset: int) -> FunctionProto:
-    """gate and up ``[...]`` -> output ``[...]``: SiLU(gate) * up, float32 (https://arxiv.org/abs/2002.05202)."""
+    """gate and up ``[...]`` -> output ``[...]``, of one float type: SiLU(gate) * up (https://arxiv.org/abs/2002.05202)."""
     nodes = [
         helper.make_node("QuickGelu", ["gate"], ["activated"], domain=MICROSOFT, alpha=1.0),
         helper.make_node("Mul", ["activated", "up"], ["output"]),
@@ -84,18 +84,18 @@ def patch_attention_function(opset: int) -> FunctionProto:
 
     The others become the mean of all values (FUSION.md section 2).
     """
-    constants = {"start": [0], "axis": [1], "last": [np.iinfo(np.int64).max]}
+    constants = {"zero": [0], "one": [1], "last": [np.iinfo(np.int64).max]}
     patches = with_attributes(helper.make_node("Constant", [], ["count"]), {"value_int": AttributeProto.INT}, "patches")
     nodes = [
         *(helper.make_node("Constant", [], [name], value_ints=values) for name, values in constants.items()),
         patches,
-        helper.make_node("Unsqueeze", ["count", "start"], ["end"]),
+        helper.make_node("Unsqueeze", ["count", "zero"], ["end"]),
         _split(),
-        helper.make_node("Slice", ["q", "start", "end", "axis"], ["first_rows"]),
+        helper.make_node("Slice", ["q", "zero", "end", "one"], ["first_rows"]),
         _attention("first_rows", "attended"),
-        helper.make_node("Slice", ["v", "end", "last", "axis"], ["rest"]),
+        helper.make_node("Slice", ["v", "end", "last", "one"], ["rest"]),
         helper.make_node("Shape", ["rest"], ["shape"]),
-        helper.make_node("ReduceMean", ["v", "axis"], ["mean"], keepdims=1),
+        helper.make_node("ReduceMean", ["v", "one"], ["mean"], keepdims=1),
         helper.make_node("Expand", ["mean", "shape"], ["means"]),
         helper.make_node("Concat", ["attended", "means"], ["output"], axis=1),
     ]

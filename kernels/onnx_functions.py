@@ -28,12 +28,12 @@ def context_attention_function(heads: int, head_dim: int, dtype: str, opset: int
     one_query = np.array([0, 0, 1, heads, head_dim], dtype=np.int64)
     split = np.array([0, 0, 0, heads, head_dim], dtype=np.int64)
     nodes = [
-        _constant("query_shape", one_query),
-        _constant("context_shape", split),
-        _constant("output_shape", np.array([0, 0, heads * head_dim], dtype=np.int64)),
-        _constant("head_axis", np.array([-1], dtype=np.int64)),
-        _constant("row_axis", np.array([2], dtype=np.int64)),
-        _constant("scale", np.array(1 / math.sqrt(head_dim), dtype=dtype)),
+        constant("query_shape", one_query),
+        constant("context_shape", split),
+        constant("output_shape", np.array([0, 0, heads * head_dim], dtype=np.int64)),
+        constant("head_axis", np.array([-1], dtype=np.int64)),
+        constant("row_axis", np.array([2], dtype=np.int64)),
+        constant("scale", np.array(1 / math.sqrt(head_dim), dtype=dtype)),
         helper.make_node("Mul", ["q", "scale"], ["scaled"]),
         helper.make_node("Reshape", ["scaled", "query_shape"], ["query"]),
         helper.make_node("Reshape", ["k", "context_shape"], ["keys"]),
@@ -86,8 +86,8 @@ def add_rows_function(opset: int) -> FunctionProto:
     -> output ``[1,L,D]``.
     """
     nodes = [
-        _constant("batch_axis", np.array([0], dtype=np.int64)),
-        _constant("last_axis", np.array([-1], dtype=np.int64)),
+        constant("batch_axis", np.array([0], dtype=np.int64)),
+        constant("last_axis", np.array([-1], dtype=np.int64)),
         helper.make_node("Add", ["latents", "update"], ["rows"]),
         helper.make_node("Squeeze", ["x", "batch_axis"], ["sequence"]),
         helper.make_node("Unsqueeze", ["positions", "last_axis"], ["indices"]),
@@ -104,7 +104,8 @@ def add_rows_reference(x: Values, positions: npt.NDArray[np.int64], latents: Val
     return output
 
 
-def _constant(name: str, values: npt.NDArray[np.generic]) -> NodeProto:
+def constant(name: str, values: npt.NDArray[np.generic]) -> NodeProto:
+    """A node that gives an array."""
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values, name))
 
 

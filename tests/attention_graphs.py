@@ -104,6 +104,7 @@ def cached_model(sizes: Causal) -> bytes:
     types |= {"cos": (FLOAT, 2), "sin": (FLOAT, 2), "is_prefill": (int(TensorProto.BOOL), 0)}
     outputs = {name: INT8 if name in ("present.key", "present.value") else FLOAT for name in function.output}
     attributes = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads, "scale": sizes.width**-0.5}
+    attributes |= int8_cache.SCALING
     return _model(function.name, {name: types[name] for name in function.input}, outputs, attributes, function)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fusion_edge.benchmarks.latency import bench, cli, energy, stages
+from fusion_edge.benchmarks.latency import bench, cli, energy, probes, stages
 from fusion_edge.benchmarks.latency.probes import MemoryReader
 from fusion_edge.benchmarks.latency.result import Energy, Rates, Result, read_result
 from fusion_edge.benchmarks.latency.stages import STAGES, Times
@@ -27,7 +27,9 @@ SHORT = ("--seconds", "1")
 @pytest.fixture(autouse=True)
 def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The machine is not probed anew for every test (tests/test_latency_probes.py)."""
-    monkeypatch.setattr(cli, "probe", lambda device, threads: Rates(30e9, 150e9, {}))
+    monkeypatch.setattr(bench, "probe", lambda device, threads: Rates(None, 150e9, {}))
+    monkeypatch.setattr(probes, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(probes, "QUIET", 0)
     return iter([None])
 
 
@@ -64,7 +66,7 @@ def test_a_result(
     assert measured.tokens_per_second == pytest.approx(
         1 / (measured.stages["step"].median + measured.stages["sampling"].median)
     )
-    assert result.rates == {"cpu": Rates(30e9, 150e9, {})}
+    assert result.rates == {"cpu": Rates(20e9, 150e9, {})}
     assert measured.limits.step.seconds == measured.limits.step.needed / 20e9  # seen beside the steps
     assert measured.limits.prefill.seconds == measured.limits.prefill.needed / 150e9
     assert measured.limits.prefill.share is not None
@@ -104,8 +106,10 @@ def test_each_case_has_its_own_memory(
         return stages.measure(*arguments)
 
     monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(probes, "READ_BYTES", 200 << 20)
     result, _ = result_of("--context", "100,150,200", *SHORT)
     first, second, third = (one.memory for one in result.measured)
+    assert first.steady < first.loaded + (100 << 20)  # what the bandwidth is read from does not count
     assert first.peak - first.steady > 0.8 * taken
     assert second.peak < first.peak - 0.5 * taken
     assert third.steady >= second.steady > first.steady + 0.5 * kept
@@ -130,7 +134,7 @@ def test_soak(result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest
     quick, _ = result_of("--seconds", "60")
     soaked, _ = result_of("--duration", "1")
     assert quick.measured[0].first_token.count == 3
-    assert sum(soaked.measured[0].answer_seconds.values) > 0.3  # the rest: further questions, a look at the memory
+    assert sum(soaked.measured[0].answer_seconds.values) > 0.5
 
 
 def test_energy_is_of_steps(

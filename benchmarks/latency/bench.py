@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from fusion_edge.benchmarks.latency import energy
 from fusion_edge.benchmarks.latency.limits import limits
 from fusion_edge.benchmarks.latency.memory import MemoryRecorder, Timeline, device_memory
 from fusion_edge.benchmarks.latency.nvidia import Gpu
-from fusion_edge.benchmarks.latency.probes import MemoryReader
+from fusion_edge.benchmarks.latency.probes import MemoryReader, probe
 from fusion_edge.benchmarks.latency.result import Case, Energy, Measured, Memory, Rates
 from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, measure, prefill, question, run_steps
 from fusion_edge.benchmarks.latency.statistics import summarize
@@ -83,10 +83,9 @@ def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | 
         for number, (asked, case) in enumerate(cases, 1):
             label = f"Measuring on {case.device}, {number} of {len(cases)}"
             of_case = for_case(fusion, case)
-            with ExitStack() as stack:
-                reader = stack.enter_context(MemoryReader(threads)) if case.device == "cpu" else None
-                with MemoryRecorder(gpu) as recorder:
-                    times = _times(of_case, case, asked, wanted, label, reader)
+            beside = MemoryReader(threads) if case.device == "cpu" else nullcontext()
+            with beside as reader, MemoryRecorder(gpu) as recorder:
+                times = _times(of_case, case, asked, wanted, label, reader)
             memory = _memory(loading.process, recorder.process, apart=0 if reader is None else reader.size)
             on_device = None if before is None else _memory(loading.device, recorder.device, before)
             spent = _energy(of_case, case, asked, times, gpu)
@@ -139,7 +138,7 @@ def _times(
             is_over = now - started >= seconds
             return is_over or (wanted.duration is None and times.all_known)
 
-        return measure(fusion, case, asked, after_round, (lambda: None) if reader is None else reader.look)
+        return measure(fusion, case, asked, after_round, None if reader is None else reader.look)
 
 
 def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu | None) -> Energy | None:
@@ -152,6 +151,13 @@ def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu 
     with energy.EnergyMeter(gpu) as meter:
         run_steps(fusion, steps, Sampler(Sampling()), Times())
     return meter.energy(steps)
+
+
+def device_rates(device: str, threads: int, runs: Sequence[Run]) -> Rates:
+    """What a device reaches by its probe, and a CPU's memory by what its runs saw of it."""
+    rates = probe(device, threads)
+    seen = [run.bandwidth for run in runs if run.case.device == device and run.bandwidth is not None]
+    return replace(rates, bandwidth=statistics.median(seen)) if seen else rates
 
 
 def measured(manifest: Manifest, run: Run, rates: Rates) -> Measured:

@@ -15,10 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fusion_edge.benchmarks.latency import compare, report, table
-from fusion_edge.benchmarks.latency.bench import Run, Wanted, bench, measured
+from fusion_edge.benchmarks.latency.bench import Run, Wanted, bench, device_rates, measured
 from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
 from fusion_edge.benchmarks.latency.nvidia import find_gpu
-from fusion_edge.benchmarks.latency.probes import probe
 from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, Result, read_result
 from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.runtime import cli
@@ -126,7 +125,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         wanted = _wanted(arguments, picture)
         for device, count in dict.fromkeys(product(arguments.backend, arguments.threads)):
             runs += bench(bundle, device, count, wanted, gpu)
-    rates = {device: probe(device, threads) for device in dict.fromkeys(run.case.device for run in runs)}
+    rates = {
+        device: device_rates(device, threads, runs) for device in dict.fromkeys(run.case.device for run in runs)
+    }
     result = Result(
         schema_version=SCHEMA_VERSION,
         producer=producer(),

@@ -47,10 +47,11 @@ T = TypeVar("T")
 def probe(device: str, threads: int) -> Rates:
     """Of a device of :data:`fusion_edge.runtime.devices.NAMES`; of a CPU with so many threads.
 
-    Takes 0.25 GB of memory for a moment. A probe of a GPU that cannot be had gives None and the reason.
+    A probe of a GPU that cannot be had gives None and the reason. The bandwidth of a CPU is read elsewhere, beside the
+    steps (:class:`MemoryReader`).
     """
     if device == "cpu":
-        return Rates(bandwidth(threads), multiplications(threads), {})
+        return Rates(None, multiplications(threads), {})
     rates: dict[str, float] = {}
     not_measured: dict[str, str] = {}
     probes: Mapping[str, Callable[[], float]] = {
@@ -63,14 +64,6 @@ def probe(device: str, threads: int) -> Rates:
         except DeviceError as error:
             not_measured[name] = str(error)
     return Rates(rates.get("bandwidth"), rates.get("multiplications"), not_measured)
-
-
-def bandwidth(threads: int) -> float:
-    """Bytes a second that all threads together read, each its own part of memory, each byte once.
-
-    """
-    with MemoryReader(threads) as reader:
-        return reader.size / statistics.median(repeat(partial(timed, reader.read), SECONDS))
 
 
 class MemoryReader:

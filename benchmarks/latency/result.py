@@ -86,7 +86,8 @@ class Rates:
     """What a short probe of a device reached (probes.py): for a CPU with as many threads as the case with the most."""
 
     bandwidth: float | None
-    """Bytes a second: of a CPU those read from memory by all threads, of a GPU those read and written by a copy."""
+    """Bytes a second: of a CPU those that all threads read from memory beside the cases' steps, of a GPU those read and
+    written by a copy."""
     multiplications: float | None
     """Multiply-adds a second of products of matrices: of a CPU the fastest of INT4 and INT8, of a GPU float16."""
     not_measured: Mapping[str, str]
@@ -117,7 +118,7 @@ class Limit:
     seconds: float | None
     """They take so long at the probed rate; None where that was not measured.
 
-    The bandwidth of a CPU is the median of what was read beside the case's steps, all else is in :class:`Rates`.
+    The bandwidth of a CPU is the median of what was read beside this case's own steps.
     """
     share: float | None
     """Of that rate, what the stage's median reached: 1 is all of it."""

@@ -123,13 +123,13 @@ def measure(
     case: Case,
     asked: Question,
     is_enough: Callable[[Times], bool],
-    beside_steps: Callable[[], None] = lambda: None,
+    beside_steps: Callable[[], None] | None = None,
 ) -> Times:
     """Rounds of a first question, its steps and a further question, at least three, until they are enough.
 
     One round before is not counted. ``beside_steps`` is called before and after the steps of the others.
     """
-    _round(fusion, case, asked, Times(), lambda: None)
+    _round(fusion, case, asked, Times(), None)
     times, enough = Times(), False
     while len(times.first_token) < MINIMUM_ROUNDS or not enough:
         _round(fusion, case, asked, times, beside_steps)
@@ -137,7 +137,7 @@ def measure(
     return times
 
 
-def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_steps: Callable[[], None]) -> None:
+def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_steps: Callable[[], None] | None) -> None:
     sampler = Sampler(Sampling(max_new_tokens=case.new_tokens))
     fusion.forget()
     started = time.perf_counter()
@@ -154,11 +154,13 @@ def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_ste
     if case.context != case.prompt_tokens:
         tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
         fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
-    beside_steps()
+    if beside_steps:
+        beside_steps()
     started = time.perf_counter()
     run_steps(fusion, case.new_tokens, sampler, times)
     times.answer.append(times.first_token[-1] + time.perf_counter() - started)
-    beside_steps()
+    if beside_steps:
+        beside_steps()
     started = time.perf_counter()
     with times.of("preprocess"):  # which tells the runtime that it is the same image
         crops = cut_crops(picture)

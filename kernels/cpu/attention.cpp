@@ -107,19 +107,20 @@ void attend_head(const Causal<T>& all, size_t kv_head, T* keys, T* values, Facto
     else attend_in_tiles(head, rows, factors);
 }
 
-constexpr float HEADROOM = 1.2f;  // values of the answer may exceed those of the prompt by so much before they are clipped
-constexpr float SMALLEST_SCALE = 1e-8f;
-
-// Scales for the channels of some rows, and the rows in these.
-void fill_cache(const float* rows, size_t count, size_t width, float* scales, int8_t* cache) {
+// Scales for the channels of a head's first rows, the rows in these, and behind them what the past has there.
+void fill_cache(
+    const float* rows, const Causal<int8_t>& all, const CacheScaling& scaling, float* scales, const int8_t* past,
+    int8_t* cache) {
+    const size_t count = all.length, width = all.width;
     for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
         __m512 largest = _mm512_setzero_ps();
         for (size_t row = 0; row < count; ++row)
             largest = _mm512_max_ps(largest, _mm512_abs_ps(load(rows + row * width + i, mask)));
-        const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(HEADROOM / 127));
-        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(fitting, _mm512_set1_ps(SMALLEST_SCALE)));
+        const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(scaling.factor));
+        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(fitting, _mm512_set1_ps(scaling.smallest)));
     });
     for (size_t row = 0; row < count; ++row) write_row(rows + row * width, width, scales, cache + row * width);
+    if (past != cache) std::copy(past + count * width, past + all.capacity * width, cache + count * width);
 }
 
 }  // namespace
@@ -173,8 +174,7 @@ void attend(const Causal<T>& attention, Factors factors, const Parallel& paralle
 }
 
 void attend_and_fill(
-    const Causal<int8_t>& all, float* key_scales, float* value_scales, Factors factors, const Parallel& parallel) {
-    const size_t written = all.length * all.width, rest = all.capacity * all.width - written;
+    const Causal<int8_t>& all, const CacheScaling& scaling, Factors factors, const Parallel& parallel) {
     Causal<float> floats{};
     floats.qkv = all.qkv;
     floats.cos = all.cos;
@@ -188,15 +188,12 @@ void attend_and_fill(
     floats.scale = all.scale;
     parallel(all.kv_heads, [&](size_t kv_head) {
         static thread_local Scratch<float> memory;
-        float* const keys = memory.of(2 * written);
-        float* const values = keys + written;
+        float* const keys = memory.of(2 * all.length * all.width);
+        float* const values = keys + all.length * all.width;
         attend_head(floats, kv_head, keys, values, factors);
         const size_t place = kv_head * all.capacity * all.width, channel = kv_head * all.width;
-        fill_cache(keys, all.length, all.width, key_scales + channel, all.keys + place);
-        fill_cache(values, all.length, all.width, value_scales + channel, all.values + place);
-        if (all.past_keys == all.keys) return;
-        std::copy_n(all.past_keys + place + written, rest, all.keys + place + written);
-        std::copy_n(all.past_values + place + written, rest, all.values + place + written);
+        fill_cache(keys, all, scaling, scaling.keys + channel, all.past_keys + place, all.keys + place);
+        fill_cache(values, all, scaling, scaling.values + channel, all.past_values + place, all.values + place);
     });
 }
 

@@ -47,9 +47,15 @@ struct Causal {
 template <typename T>
 void attend(const Causal<T>& attention, Factors factors, const Parallel& parallel);
 
+// How an int8 cache is scaled: a channel's scale is its largest value times a factor, but at least the smallest scale.
+struct CacheScaling {
+    float factor, smallest;
+    float *keys, *values;  // [kv_heads, width]: where the scales are written
+};
+
 // A prefill, from position 0 on: attends to its own keys and values in float, then derives the scales of the cache from
-// them, which are written [kv_heads, width], and fills it. What stands behind them there stays that of the past.
+// them and fills it. What stands behind them there stays that of the past.
 void attend_and_fill(
-    const Causal<int8_t>& attention, float* key_scales, float* value_scales, Factors factors, const Parallel& parallel);
+    const Causal<int8_t>& attention, const CacheScaling& scaling, Factors factors, const Parallel& parallel);
 
 }  // namespace fusion_edge

@@ -99,7 +99,7 @@ struct PackedAttention {
         : heads(attributes.integer("num_heads", 0)),
           patches(attributes.integer("patches", 0)),
           masked(attributes.number("mask_filter_value", -10000)) {
-        expect(heads > 0, "PackedAttention: expected num_heads of at least 1.");
+        expect(heads > 0, NAME, "expected num_heads of at least 1.");
         expect(!OF_PATCHES || patches > 0, "PatchAttention: expected patches of at least 1.");
     }
 
@@ -107,9 +107,9 @@ struct PackedAttention {
         const Shape qkv = context.shape(0);
         expect(
             qkv.size() == 3 && qkv[2] % (3 * heads) == 0 && qkv[1] > 0,
-            "PackedAttention: expected qkv [batch, rows, 3 * heads * width].");
-        expect(context.shape(1) == Shape{qkv[0], qkv[1]}, "PackedAttention: expected key_padding_mask [batch, rows].");
-        expect(patches <= qkv[1], "PackedAttention: expected at least as many rows as patches.");
+            NAME, "expected qkv [batch, rows, 3 * heads * width].");
+        expect(context.shape(1) == Shape{qkv[0], qkv[1]}, NAME, "expected key_mask [batch, rows].");
+        expect(patches <= qkv[1], NAME, "expected at least as many rows as patches.");
         const int64_t row_width = qkv[2] / 3;
         expect_width(row_width / heads);
         MultiHead attention{};
@@ -157,34 +157,36 @@ template <typename T>
 Causal<T> causal(
     Context& context, const CausalAttributes& attributes, const char* node, const Places& at, bool is_first,
     bool with_scales) {
-    const std::string name = std::string(node) + ": ";
     const Shape qkv = context.shape(0), past = context.shape(at.past_key), cos = context.shape(at.cos);
     const int64_t heads = attributes.heads, kv_heads = attributes.kv_heads;
     expect(
         qkv.size() == 3 && qkv[0] == 1 && qkv[2] % (heads + 2 * kv_heads) == 0,
-        name + "expected query [1, length, (num_heads + 2 * kv_num_heads) * width].");
+        node, "expected query [1, length, (num_heads + 2 * kv_num_heads) * width].");
     const int64_t width = qkv[2] / (heads + 2 * kv_heads), length = qkv[1];
-    expect(length > 0, name + "expected a position.");
+    expect(length > 0, node, "expected a position.");
     expect_width(width);
     expect(
         past.size() == 4 && past == context.shape(at.past_value) && past[0] == 1 && past[1] == kv_heads &&
             past[3] == width,
-        name + "expected past_key and past_value [1, kv_num_heads, positions, width].");
+        node, "expected past_key and past_value [1, kv_num_heads, positions, width].");
     const int64_t total = *context.input<int32_t>(at.total_length), before = total - length;
     expect(
-        *context.input<int32_t>(at.last_position) == total - 1 && before >= 0 && before <= past[2] &&
-            (!is_first || (before == 0 && length <= past[2])),
-        name + "seqlens_k, total_sequence_length and the past's length do not agree.");
+        *context.input<int32_t>(at.last_position) == total - 1 && before >= 0 && before <= past[2],
+        node, "the last position, the total length and the past's length do not agree.");
+    expect(
+        !is_first || (before == 0 && length <= past[2]),
+        std::string(node) + ": a prefill of " + std::to_string(length) + " positions that end at " + std::to_string(total) +
+            "; expected to begin at 0, in a cache of " + std::to_string(past[2]) + ".");
     expect(
         cos.size() == 2 && cos == context.shape(at.sin) && cos[0] >= total && 2 * cos[1] <= width,
-        name + "expected cos_cache and sin_cache [positions, rotary channels / 2].");
+        node, "expected cos and sin [positions, rotary channels / 2].");
     Causal<T> attention{};
     if (with_scales) {
         const Shape scales{1, kv_heads, 1, width};
         for (size_t i : {at.key_scales, at.value_scales})
             expect(
                 context.has_input(i) && context.shape(i) == scales,
-                name + "expected k_scale and v_scale [1, kv_num_heads, 1, width].");
+                node, "expected scales of keys and values [1, kv_num_heads, 1, width].");
         attention.key_scales = context.input<float>(at.key_scales);
         attention.value_scales = context.input<float>(at.value_scales);
     }
@@ -256,6 +258,7 @@ struct GroupQueryAttention {
 // sin; is prefill -> attended, present key, present value, their scales. The cache is int8.
 struct CachedAttention {
     CausalAttributes own;
+    float scale_factor, smallest_scale;
 
     static constexpr const char* NAME = "CachedAttention";
     static constexpr size_t INPUTS = 10, OUTPUTS = 5, REQUIRED_INPUTS = INPUTS;
@@ -265,7 +268,14 @@ struct CachedAttention {
     }
     static ElementType output_type(size_t index) { return index == 1 || index == 2 ? INT8 : FLOAT; }
 
-    explicit CachedAttention(const Attributes& attributes) : own(attributes, NAME) {}
+    explicit CachedAttention(const Attributes& attributes)
+        : own(attributes, NAME),
+          scale_factor(attributes.number("scale_factor", 0)),
+          smallest_scale(attributes.number("smallest_scale", 0)) {
+        expect(
+            scale_factor > 0 && smallest_scale > 0,
+            "CachedAttention: expected scale_factor and smallest_scale, both above 0.");
+    }
 
     void compute(Context& context) const {
         constexpr Places AT{1, 2, 5, 6, 7, 8, 3, 4};
@@ -274,7 +284,8 @@ struct CachedAttention {
         const Shape shape{1, int64_t(attention.kv_heads), 1, int64_t(attention.width)};
         float* const key_scales = context.output<float>(3, shape);
         float* const value_scales = context.output<float>(4, shape);
-        if (is_prefill) return attend_and_fill(attention, key_scales, value_scales, factors, context.parallel());
+        const CacheScaling scaling{scale_factor, smallest_scale, key_scales, value_scales};
+        if (is_prefill) return attend_and_fill(attention, scaling, factors, context.parallel());
         attend(attention, factors, context.parallel());
         const size_t count = attention.kv_heads * attention.width;
         std::copy_n(attention.key_scales, attention.key_scales == key_scales ? 0 : count, key_scales);

@@ -30,6 +30,11 @@ inline void expect(bool condition, const std::string& message) {
     if (!condition) throw Failed{api->create_status(INVALID_ARGUMENT, message.c_str())};
 }
 
+// The same for what every step checks: the message is put together if it is needed.
+inline void expect(bool condition, const char* node, const char* message) {
+    if (!condition) expect(false, std::string(node) + ": " + message);
+}
+
 // Runs a body; whatever it throws is given to ONNX Runtime.
 template <typename Body>
 Status* guarded(Body body) {

@@ -1,5 +1,5 @@
 // The operators of this library, as ONNX Runtime calls them. Each has the name of one of its own, or of a function of
-// the bundle's graphs (kernels/onnx_functions.py), and takes its place.
+// the bundle's graphs (kernels/cpu_functions.py, export/int8_cache.py), and takes its place.
 
 #include <mutex>
 #include <vector>
@@ -29,11 +29,11 @@ struct MatMulNBits {
     explicit MatMulNBits(const Attributes& attributes) {
         const int64_t outputs = attributes.integer("N", 0), inputs = attributes.integer("K", 0);
         const int64_t bits = attributes.integer("bits", 4), block_size = attributes.integer("block_size", 0);
-        expect(outputs > 0 && inputs > 0, "MatMulNBits: expected positive N and K.");
-        expect(bits == 4 || bits == 8, "MatMulNBits: expected weights of 4 or 8 bits.");
+        expect(outputs > 0 && inputs > 0, NAME, "expected positive N and K.");
+        expect(bits == 4 || bits == 8, NAME, "expected weights of 4 or 8 bits.");
         expect(
             16 <= block_size && block_size <= 256 && (block_size & (block_size - 1)) == 0,
-            "MatMulNBits: expected a block_size of 16, 32, 64, 128 or 256.");
+            NAME, "expected a block_size of 16, 32, 64, 128 or 256.");
         weights.outputs = outputs;
         weights.inputs = inputs;
         weights.bits = int(bits);
@@ -43,20 +43,20 @@ struct MatMulNBits {
 
     void compute(Context& context) const {
         std::vector<int64_t> shape = context.shape(0);
-        expect(!shape.empty() && size_t(shape.back()) == weights.inputs, "MatMulNBits: K is not the input's width.");
+        expect(!shape.empty() && size_t(shape.back()) == weights.inputs, NAME, "K is not the input's width.");
         Weights own = weights;
         own.values = context.input<uint8_t>(1);
         own.scales = context.input<void>(2);
         own.zero_points = context.input<uint8_t>(3);
         own.bias = context.input<float>(5);
-        expect(!context.has_input(4), "MatMulNBits: group indices are not supported.");
+        expect(!context.has_input(4), NAME, "group indices are not supported.");
         const auto has = [&](size_t index, size_t count) { return context.count(index) == count; };
-        expect(has(1, own.outputs * own.row_bytes()), "MatMulNBits: the weight's values are not N * K.");
-        expect(has(2, own.outputs * own.blocks()), "MatMulNBits: expected a scale for each block.");
+        expect(has(1, own.outputs * own.row_bytes()), NAME, "the weight's values are not N * K.");
+        expect(has(2, own.outputs * own.blocks()), NAME, "expected a scale for each block.");
         expect(
             !own.zero_points || has(3, own.outputs * own.zero_point_bytes()),
-            "MatMulNBits: expected a zero point for each block.");
-        expect(!own.bias || has(5, own.outputs), "MatMulNBits: expected N values of the bias.");
+            NAME, "expected a zero point for each block.");
+        expect(!own.bias || has(5, own.outputs), NAME, "expected N values of the bias.");
         const size_t rows = context.count(0) / weights.inputs;
         shape.back() = weights.outputs;
         float* result = context.output<float>(0, shape);
@@ -68,7 +68,7 @@ struct MatMulNBits {
 template <Activation ACTIVATION>
 struct IntegerProduct {
     static constexpr const char* NAME = ACTIVATION == Activation::GELU ? "GeluIntegerProduct" : "IntegerProduct";
-    static constexpr size_t INPUTS = 6, OUTPUTS = 1, REQUIRED_INPUTS = 5;
+    static constexpr size_t INPUTS = 6, OUTPUTS = 1, REQUIRED_INPUTS = INPUTS;
     static ElementType input_type(size_t index) {
         constexpr ElementType types[] = {FLOAT, INT8, FLOAT16, FLOAT, UINT8, FLOAT};
         return types[index];
@@ -82,11 +82,11 @@ struct IntegerProduct {
         const std::vector<int64_t> values = context.shape(1);
         expect(
             !shape.empty() && values.size() == 2 && shape.back() == values[1] && values[1] > 0,
-            "IntegerProduct: expected x [..., inputs] and values [outputs, inputs].");
+            NAME, "expected x [..., inputs] and values [outputs, inputs].");
         const size_t outputs = values[0];
-        expect(context.count(2) == outputs, "IntegerProduct: expected a scale for each output.");
-        expect(context.count(3) == 1 && context.count(4) == 1, "IntegerProduct: expected one scale and zero point of x.");
-        expect(!context.has_input(5) || context.count(5) == outputs, "IntegerProduct: expected a bias for each output.");
+        expect(context.count(2) == outputs, NAME, "expected a scale for each output.");
+        expect(context.count(3) == 1 && context.count(4) == 1, NAME, "expected one scale and zero point of x.");
+        expect(context.count(5) == outputs, NAME, "expected a bias for each output.");
         const GivenRounding given{*context.input<float>(3), *context.input<uint8_t>(4)};
         Weights weights{};
         weights.outputs = outputs;
@@ -171,7 +171,8 @@ CustomOpDomain* domain(const char* name, const std::vector<const CustomOp*>& ope
     return created;
 }
 
-// Those that take the place of ONNX Runtime's own.
+// Those that take the place of ONNX Runtime's own. Bundles hold functions instead of some of them, but for those that
+// were exported before there were any.
 std::vector<const CustomOp*> contributed() {
     static const CustomOp product = custom_op<MatMulNBits<FLOAT>>();
     static const CustomOp quick_gelu = custom_op<QuickGelu>(), fast_gelu = custom_op<FastGelu>();

@@ -33,7 +33,7 @@ struct Weights {
     const uint8_t* values;
     const void* scales;          // [outputs, blocks], float32 or float16
     const uint8_t* zero_points;  // [outputs, blocks * bits / 8, rounded up], or null: 2^(bits - 1)
-    const float* bias;           // [outputs], or null
+    const float* bias;           // [outputs], or null unless the rounding of inputs was given
     bool half_scales;            // whether the scales are float16
     const GivenRounding* given;  // of inputs, or null; then the values are int8 [outputs, inputs], a row is a block
 

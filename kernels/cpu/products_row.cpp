@@ -112,6 +112,28 @@ void multiply_some(const Row& row, const Weights& weights, size_t output, size_t
     multiply(row, weights, output, end, result);
 }
 
+// Products of one row with some outputs, of signed weights and inputs whose rounding was given. Inputs are made unsigned
+// again: weights come as they lie, and their sum, for the zero point, beside the product.
+void multiply_given(const Rounded& rounded, const Weights& weights, size_t output, size_t end, float* result) {
+    const __m512i sign = _mm512_set1_epi8(-128), one_each = _mm512_set1_epi8(1);
+    for (; output < end; ++output) {
+        const uint8_t* values = weights.values + output * weights.inputs;
+        __m512i products = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
+        for (size_t start = 0; start < weights.inputs; start += CHUNK) {
+            const size_t count = weights.inputs - start;
+            const __mmask64 mask = count >= CHUNK ? ~0ull : (1ull << count) - 1;
+            const __m512i own = _mm512_maskz_loadu_epi8(mask, values + start);
+            const __m512i x = _mm512_xor_si512(_mm512_loadu_si512(rounded.values + start), sign);
+            products = _mm512_dpbusd_epi32(products, x, own);
+            sums = _mm512_dpbusd_epi32(sums, one_each, own);
+        }
+        const int64_t product = int64_t(_mm512_reduce_add_epi32(products)) -
+                                int64_t(weights.given->zero_point) * _mm512_reduce_add_epi32(sums);
+        const float scale = _mm512_cvtss_f32(scales(weights, output, 1)) * weights.given->scale;
+        result[output] = float(product) * scale + weights.bias[output];
+    }
+}
+
 }  // namespace
 
 void multiply_row(const Rounded& rounded, const Weights& weights, float* result, const Parallel& parallel) {
@@ -119,10 +141,11 @@ void multiply_row(const Rounded& rounded, const Weights& weights, float* result,
     // memory is shared by then.
     constexpr size_t TASKS = 16, LEAST = 64;
     const size_t together = std::max(LEAST, round_up(weights.outputs, TASKS) / TASKS);
-    const Row row = order(rounded, weights);
+    const Row row = weights.given ? Row{} : order(rounded, weights);
     parallel((weights.outputs + together - 1) / together, [&](size_t group) {
         const size_t output = group * together, end = std::min(weights.outputs, output + together);
-        if (weights.bits == 4) multiply_some<4>(row, weights, output, end, result);
+        if (weights.given) multiply_given(rounded, weights, output, end, result);
+        else if (weights.bits == 4) multiply_some<4>(row, weights, output, end, result);
         else multiply_some<8>(row, weights, output, end, result);
     });
 }

@@ -55,13 +55,13 @@ void round_block(const float* x, size_t count, const Weights& weights, const Blo
 // By the scale and zero point that were given, as QuantizeLinear does, less 128.
 void round_given(const float* x, size_t count, const Weights& weights, const Block& block) {
     const GivenRounding& given = *weights.given;
-    const __m512 inverse = _mm512_set1_ps(1 / given.scale), least = _mm512_set1_ps(float(-given.zero_point));
+    const __m512 scale = _mm512_set1_ps(given.scale), least = _mm512_set1_ps(float(-given.zero_point));
     const __m512 most = _mm512_add_ps(least, _mm512_set1_ps(255));
     const __m512i shift = _mm512_set1_epi32(given.zero_point - 128);
     __m512i total = _mm512_setzero_si512();
     for (size_t i = 0; i < LARGEST_BLOCK; i += LANES) {
         const __mmask16 mask = i < count ? first(count - i) : 0;
-        const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse);
+        const __m512 scaled = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
         const __m512i near = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(scaled, least), most));
         const __m512i rounded = _mm512_maskz_add_epi32(mask, near, shift);
         total = _mm512_sub_epi32(total, rounded);

@@ -1,4 +1,7 @@
-"""Our own kernels for CPUs (``kernels/cpu/``): a library of operators that ONNX Runtime takes in place of its own."""
+"""Our own kernels for CPUs (``kernels/cpu/``): a library of operators that ONNX Runtime takes in place of its own.
+
+And in place of functions of the graphs, which it would inline.
+"""
 
 from __future__ import annotations
 
