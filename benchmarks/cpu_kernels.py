@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from onnx import FunctionProto, TensorProto, helper, numpy_helper
 
+from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.backends import cpu_kernels
@@ -31,7 +32,9 @@ from fusion_edge.runtime.errors import FusionError
 
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
 PROMPT, CAPACITY = 900, 1000  # positions of a question, and of its cache
-VISION_ROWS, VISION_HEADS, VISION_WIDTH = 729, 16, 72
+VISION_CROPS, VISION_ROWS, VISION_HEADS, VISION_WIDTH = 4, 729, 16, 72
+CALIBRATED = ((1152, 3456, False), (1152, 1152, False), (1152, 4304, False), (4304, 1152, True))  # to, of a GELU
+OPSET = 21
 PRODUCTS = (  # format, outputs, inputs: of the LLM, and of the vision encoder
     (WeightFormat("int4", 128), 8192, 3072),
     (WeightFormat("int4", 32), 8192, 3072),
@@ -50,16 +53,22 @@ def session(
     attributes: dict[str, Any],
     library: Path | None,
     weights: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+    function: FunctionProto | None = None,
 ) -> onnxruntime.InferenceSession:
-    """One node. Inputs and outputs: element type; an input that starts with ``-`` is left out. Then its weights."""
+    """One node. Inputs and outputs: element type; an input that starts with ``-`` is left out. Then its weights.
+
+    ``function``: that the operator is one, which ONNX Runtime inlines.
+    """
     names = ["" if name.startswith("-") else name for name in inputs]
-    node = helper.make_node(operator, [*names, *weights], list(outputs), domain="com.microsoft", **attributes)
+    domain = "com.microsoft" if function is None else function.domain
+    node = helper.make_node(operator, [*names, *weights], list(outputs), domain=domain, **attributes)
     given = [helper.make_tensor_value_info(name, inputs[name], None) for name in names if name]
     made = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs.items()]
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    functions = [] if function is None else [function]
+    opsets = [helper.make_opsetid(name, version) for name, version in (("", OPSET), (domain, 1))]
     tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     graph = helper.make_graph([node], operator, given, made, tensors)
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -96,11 +105,28 @@ def product(form: WeightFormat, outputs: int, inputs: int, rows: int, layers: in
     for _ in range(layers):
         weights: dict[str, npt.NDArray[Any]] = {
             "values": np.frombuffer(random.bytes(math.prod(shape)), np.uint8).reshape(shape),
-            "scales": np.full(shape[:2], 0.01, np.float32),
+            "scales": np.full(shape[:2], 0.01, np.float16),
         }
-        model = session("MatMulNBits", {"x": FLOAT}, {"y": FLOAT}, sizes, library, weights)
+        function = cpu_functions.product_function(OPSET)
+        model = session(function.name, {"x": FLOAT}, {"y": FLOAT}, sizes, library, weights, function)
         runs.append(bound(model, values({"x": x}), (rows, outputs)))
     return lambda: [run() for run in runs]
+
+
+def calibrated_product(outputs: int, inputs: int, of_gelu: bool, library: Path | None) -> Run:
+    """A product of the vision encoder whose inputs are rounded, too, by a scale that was settled before."""
+    random = np.random.default_rng(0)
+    weights: dict[str, npt.NDArray[Any]] = {
+        "values": random.integers(-127, 128, (outputs, inputs), np.int8),
+        "scales": np.full(outputs, 0.01, np.float16),
+        "x_scale": np.array(0.03, np.float32),
+        "x_zero_point": np.array(128, np.uint8),
+        "bias": np.zeros(outputs, np.float32),
+    }
+    function = cpu_functions.integer_product_function(OPSET, of_gelu)
+    model = session(function.name, {"x": FLOAT}, {"y": FLOAT}, {}, library, weights, function)
+    x = random.normal(size=(VISION_CROPS * VISION_ROWS, inputs)).astype(np.float32)
+    return bound(model, values({"x": x}), (len(x), outputs))
 
 
 def vision(library: Path | None) -> Run:
@@ -164,7 +190,7 @@ def report(name: str, make: Callable[[Path | None], Run], library: Path, layers:
     """``work``: of one layer, in 10^9 of the unit."""
     theirs, ours = (each / layers for each in seconds([make(None), make(library)]))
     rate = f"{work / ours:6.1f} {unit}"
-    sys.stdout.write(f"{name:44} {theirs * 1e3:9.2f} ms {ours * 1e3:9.2f} ms {theirs / ours:6.2f} x {rate}\n")
+    sys.stdout.write(f"{name:48} {theirs * 1e3:9.2f} ms {ours * 1e3:9.2f} ms {theirs / ours:6.2f} x {rate}\n")
     sys.stdout.flush()
 
 
@@ -177,7 +203,7 @@ def _main(_: argparse.Namespace) -> int:
     library = cpu_kernels.library()
     if library is None or not cpu_kernels.is_supported():
         raise FusionError("Our CPU kernels are not built, or this processor has no AVX-512 VNNI.")
-    sys.stdout.write(f"{'one layer':44} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
+    sys.stdout.write(f"{'one layer':48} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
     for form, outputs, inputs in PRODUCTS:
         for rows in (1, PROMPT):
             work = rows * outputs * inputs * 2 / 1e9 if rows > 1 else outputs * inputs * form.bits / 8 / 1e9
@@ -185,6 +211,11 @@ def _main(_: argparse.Namespace) -> int:
             name = f"product, {form}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"
             make_product = partial(product, form, outputs, inputs, rows, layers)
             report(name, make_product, library, layers, work, "GOP/s" if rows > 1 else "GB/s")
+    for inputs, outputs, of_gelu in CALIBRATED:
+        rows = VISION_CROPS * VISION_ROWS
+        name = f"product, w8a8{' of a GELU' if of_gelu else ''}, {inputs} to {outputs}, {rows} rows"
+        make_calibrated = partial(calibrated_product, outputs, inputs, of_gelu)
+        report(name, make_calibrated, library, 1, rows * outputs * inputs * 2 / 1e9, "GOP/s")
     work = 4 * VISION_ROWS**2 * VISION_HEADS * VISION_WIDTH / 1e9
     report("attention, vision", vision, library, 1, work, "GFLOP/s")
     for llm, (heads, kv_heads, width) in LLMS.items():

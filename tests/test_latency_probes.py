@@ -50,11 +50,11 @@ def test_looks_at_the_memory_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "QUIET", 0)
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    monkeypatch.setattr(probes, "timed", lambda read: read() or 0.5)
+    monkeypatch.setattr(probes, "timed", lambda read: (read(), 0.5)[1])
     with probes.MemoryReader(2) as reader:
         for now, count in ((100.0, 1), (101.9, 1), (102.1, 2)):  # noqa: B007 (the clock reads it)
             reader.look()
-            assert reader.rates == [(12 << 20) / 0.5] * count
+            assert reader.rates == [probes.READINGS * (12 << 20) / 0.5] * count
 
 
 def test_the_faster_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ READ_BYTES = 256 << 20
 """By all threads together: far more than the caches of a robot's or a desktop's processor."""
 QUIET = 0.1  # seconds after which threads of the runtime, which wait for work, leave the cores to others
 APART = 2.0  # seconds between two looks at the memory while a case is measured
+READINGS = 8  # of a look: as long together as a step of a large model, which the memory's moments average in, too
 ROW = 4096
 """Numbers of a dot product: so few that the BLAS library starts no threads of its own."""
 ROWS, INPUTS, OUTPUTS = 256, 3072, 8192  # a piece of a prompt in the widest product of a 3B model
@@ -101,7 +102,7 @@ class MemoryReader:
             return
         time.sleep(QUIET)
         self.read()
-        self.rates.append(self.size / timed(self.read))
+        self.rates.append(READINGS * self.size / timed(lambda: [self.read() for _ in range(READINGS)]))
         self._last_look = time.perf_counter()
 
 
