@@ -6,14 +6,14 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from fusion_edge.benchmarks.latency import energy
 from fusion_edge.benchmarks.latency.limits import limits
-from fusion_edge.benchmarks.latency.memory import MemoryRecorder, Timeline, device_memory
+from fusion_edge.benchmarks.latency.memory import MemoryRecorder, Timeline, device_memory, resident
 from fusion_edge.benchmarks.latency.nvidia import Gpu
 from fusion_edge.benchmarks.latency.probes import MemoryReader, probe
 from fusion_edge.benchmarks.latency.result import Case, Energy, Measured, Memory, Rates
@@ -70,7 +70,8 @@ def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | 
         started = time.perf_counter()
         fusion = load(bundle.folder, device=device, threads=threads)
         seconds = time.perf_counter() - started
-    with fusion:
+    with ExitStack() as stack:
+        stack.enter_context(fusion)
         if fusion.device.name == "cpu":
             gpu = before = None
         cases = [
@@ -80,13 +81,17 @@ def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | 
         # TensorRT's attention reads the whole cache, whose mask hides what is not used.
         capacity = fusion.max_context if fusion.device.name.startswith("tensorrt") else None
         runs = []
+        kept = resident()
+        reader = stack.enter_context(MemoryReader(threads)) if fusion.device.name == "cpu" else None
+        apart = 0 if reader is None else resident() - kept
         for number, (asked, case) in enumerate(cases, 1):
             label = f"Measuring on {case.device}, {number} of {len(cases)}"
             of_case = for_case(fusion, case)
-            beside = MemoryReader(threads) if case.device == "cpu" else nullcontext()
-            with beside as reader, MemoryRecorder(gpu) as recorder:
+            if reader is not None:
+                reader.begin()
+            with MemoryRecorder(gpu) as recorder:
                 times = _times(of_case, case, asked, wanted, label, reader)
-            memory = _memory(loading.process, recorder.process, apart=0 if reader is None else reader.size)
+            memory = _memory(loading.process, recorder.process, apart=apart)
             on_device = None if before is None else _memory(loading.device, recorder.device, before)
             spent = _energy(of_case, case, asked, times, gpu)
             positions, remark = capacity or case.context, fusion.device.remark

@@ -78,9 +78,8 @@ class MemoryReader:
         self._pool = ThreadPoolExecutor(threads)
         self._parts = list(self._pool.map(lambda _: np.ones((2, rows, ROW), np.float32), range(threads)))
         self.size = sum(part.nbytes for part in self._parts)
-        self.rates: list[float] = []
-        """Bytes a second of every :meth:`look`."""
-        self._last_look = -math.inf
+        self.begin()
+        self.read()  # numpy's library takes memory of its own
 
     def __enter__(self) -> MemoryReader:
         return self
@@ -88,6 +87,12 @@ class MemoryReader:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
         self._parts.clear()
+
+    def begin(self) -> None:
+        """Forget what was seen."""
+        self.rates: list[float] = []
+        """Bytes a second of every :meth:`look`."""
+        self._last_look = -math.inf
 
     def read(self) -> None:
         """All of it."""
@@ -102,8 +107,12 @@ class MemoryReader:
             return
         time.sleep(QUIET)
         self.read()
-        self.rates.append(READINGS * self.size / timed(lambda: [self.read() for _ in range(READINGS)]))
+        self.rates.append(READINGS * self.size / timed(self._read_often))
         self._last_look = time.perf_counter()
+
+    def _read_often(self) -> None:
+        for _ in range(READINGS):
+            self.read()
 
 
 def _read(part: Floats) -> Floats:
