@@ -173,10 +173,10 @@ Causal<T> causal(
     expect(
         *context.input<int32_t>(at.last_position) == total - 1 && before >= 0 && before <= past[2],
         node, "the last position, the total length and the past's length do not agree.");
-    expect(
-        !is_first || (before == 0 && length <= past[2]),
-        std::string(node) + ": a prefill of " + std::to_string(length) + " positions that end at " + std::to_string(total) +
-            "; expected to begin at 0, in a cache of " + std::to_string(past[2]) + ".");
+    if (is_first && (before != 0 || length > past[2]))
+        expect(
+            false, std::string(node) + ": a prefill of " + std::to_string(length) + " positions that end at " +
+                       std::to_string(total) + "; expected to begin at 0, in a cache of " + std::to_string(past[2]) + ".");
     expect(
         cos.size() == 2 && cos == context.shape(at.sin) && cos[0] >= total && 2 * cos[1] <= width,
         node, "expected cos and sin [positions, rotary channels / 2].");
