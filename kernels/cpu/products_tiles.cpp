@@ -1,5 +1,6 @@
-// Many rows: the weights of 32 outputs are put side by side, four inputs of each, and multiplied with twelve rows at a
-// time.
+// Many rows: the weights of 48 outputs are put side by side, four inputs of each, and multiplied with eight rows at a
+// time. An instruction that brings a row's inputs to all lanes serves three products: where each product reads them
+// itself (twelve rows by 32 outputs), loads are what takes the time.
 
 #include <algorithm>
 #include <array>
@@ -12,14 +13,15 @@
 namespace fusion_edge {
 namespace {
 
-constexpr size_t PANEL = 2 * LANES;  // outputs of a tile
+constexpr size_t REGISTERS = 3;               // of outputs
+constexpr size_t PANEL = REGISTERS * LANES;  // outputs of a tile
 constexpr size_t MOST_PANELS = 8;    // that a thread multiplies a tile of rows with in turn
 
 struct Panel {
-    const uint8_t* values;       // [inputs / 4, 32, 4]; of 4 bits, in the order of the inputs of Rounded
-    const float* scales;         // [blocks, 32]
-    const int32_t* zero_points;  // [blocks, 32]; not filled if all are the same
-    const float* bias;           // [32]
+    const uint8_t* values;       // [inputs / 4, PANEL, 4]; of 4 bits, in the order of the inputs of Rounded
+    const float* scales;         // [blocks, PANEL]
+    const int32_t* zero_points;  // [blocks, PANEL]; not filled if all are the same
+    const float* bias;           // [PANEL]
 };
 
 // Memory of the panels that a thread has at the same time.
@@ -36,12 +38,12 @@ void pack_values(const Weights& weights, size_t output, size_t count, uint8_t* t
     const __m512i sign = _mm512_set1_epi8(weights.given ? -128 : 0), one_each = _mm512_set1_epi8(1);
     __m512i totals[PANEL] = {};
     const __m512i half = _mm512_set1_epi8(15);
-    // Read below in 32 places by turns, they would come slowly: memory is quickest in its own order.
+    // Read below in many places by turns, they would come slowly: memory is quickest in its own order.
     const char* const all = reinterpret_cast<const char*>(weights.values + output * bytes);
     for (size_t start = 0; start < count * bytes; start += CHUNK) _mm_prefetch(all + start, _MM_HINT_T1);
     for (size_t start = 0; start < bytes; start += CHUNK) {
         const __mmask64 mask = bytes - start >= CHUNK ? ~0ull : (1ull << (bytes - start)) - 1;
-        for (size_t side = 0; side < 2; ++side) {
+        for (size_t side = 0; side < REGISTERS; ++side) {
             __m512i rows[LANES];
             for (size_t i = 0; i < LANES; ++i) {
                 const size_t one = side * LANES + i;
@@ -72,7 +74,7 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
     pack_values(weights, output, count, to, sums);
     float* own = scratch.scales.of(round_up(blocks, LANES) * PANEL);
     for (size_t block = 0; block < blocks; block += LANES)
-        for (size_t side = 0; side < 2; ++side) {
+        for (size_t side = 0; side < REGISTERS; ++side) {
             __m512i rows[LANES];
             for (size_t i = 0; i < LANES; ++i) {
                 const size_t one = side * LANES + i;
@@ -99,6 +101,9 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
 
 // What follows is written down as instructions: with intrinsics GCC 12 copies every sum in turn, and keeps totals twice.
 
+// Of a row: for each output.
+using Sums = __m512i[REGISTERS];
+
 // In each lane the same.
 [[gnu::always_inline]] inline __m512i broadcast(const int32_t* value) {
     __m512i values;
@@ -107,11 +112,14 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
 }
 
 // Adds to each lane the product of its four weights and four inputs.
-[[gnu::always_inline]] inline void add_products(__m512i& sums, __m512i weights, const int8_t* x) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(x)));
+[[gnu::always_inline]] inline void add_products(Sums& sums, const Sums& weights, const int8_t* x) {
+    __m512i inputs;
+    asm("vpbroadcastd %7, %3\n\tvpdpbusd %3, %4, %0\n\tvpdpbusd %3, %5, %1\n\tvpdpbusd %3, %6, %2"
+        : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "=&v"(inputs)
+        : "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "m"(*reinterpret_cast<const int32_t*>(x)));
 }
 
-// Adds sums of a block, each times its weights' scale and its inputs', to 16 totals. The sums are gone then.
+// Adds sums of a block, each times its weights' scale and its inputs', to the totals of 16 outputs. The sums are gone then.
 [[gnu::always_inline]] inline void add_block(__m512i& sums, __m512 scales, const float* x_scale, float* totals) {
     __m512 product;
     asm("vmulps %4%{1to16%}, %3, %2\n\tvcvtdq2ps %0, %0\n\tvfmadd213ps %1, %2, %0\n\tvmovaps %0, %1"
@@ -119,10 +127,17 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
         : "v"(scales), "m"(*x_scale));
 }
 
+// Rows that come next, a little with each step: they would come too late from beyond the second-level cache, and all at
+// once they would hold up what is needed now.
+struct Next {
+    const int8_t* values;
+    size_t stride;  // bytes a step
+};
+
 // The places I of some rows are constants from the start: only so does GCC keep the sums in registers.
 template <bool SYMMETRIC, size_t... I>
 void multiply_rows(
-    std::index_sequence<I...>, const Panel& panel, const Rounded& tile, size_t block_size, float* result) {
+    std::index_sequence<I...>, const Panel& panel, const Rounded& tile, size_t block_size, Next next, float* result) {
     constexpr size_t ROWS = sizeof...(I);
     const uint8_t* weight = panel.values;
     const int8_t* x = tile.values;
@@ -130,48 +145,45 @@ void multiply_rows(
     const int32_t* x_sums = tile.sums;
     for (size_t i = 0; i < ROWS * PANEL; i += LANES) _mm512_store_ps(result + i, _mm512_setzero_ps());
     for (size_t block = 0; block < tile.blocks; ++block, x_scales += TILE_ROWS, x_sums += TILE_ROWS) {
-        __m512i left[ROWS], right[ROWS];
+        Sums sums[ROWS];
         if constexpr (SYMMETRIC) {
-            ((left[I] = broadcast(x_sums + I), right[I] = broadcast(x_sums + I)), ...);
+            ((sums[I][0] = sums[I][1] = sums[I][2] = broadcast(x_sums + I)), ...);
         } else {
             const int32_t* zero = panel.zero_points + block * PANEL;
-            const __m512i left_zero = _mm512_load_si512(zero), right_zero = _mm512_load_si512(zero + LANES);
-            ((left[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I]), left_zero)), ...);
-            ((right[I] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I]), right_zero)), ...);
+#pragma GCC unroll 3
+            for (size_t i = 0; i < REGISTERS; ++i) {
+                const __m512i zeros = _mm512_load_si512(zero + i * LANES);
+                ((sums[I][i] = _mm512_mullo_epi32(_mm512_set1_epi32(x_sums[I]), zeros)), ...);
+            }
         }
         for (size_t step = 0; step < block_size / STEP; ++step, weight += STEP * PANEL, x += STEP * TILE_ROWS) {
-            const __m512i left_weight = _mm512_load_si512(weight), right_weight = _mm512_load_si512(weight + CHUNK);
-            (add_products(left[I], left_weight, x + I * STEP), ...);
-            (add_products(right[I], right_weight, x + I * STEP), ...);
+            const Sums weights = {
+                _mm512_load_si512(weight), _mm512_load_si512(weight + CHUNK), _mm512_load_si512(weight + 2 * CHUNK)};
+            (add_products(sums[I], weights, x + I * STEP), ...);
+            _mm_prefetch(next.values, _MM_HINT_T1);
+            next.values += next.stride;
         }
-        const __m512 left_scale = _mm512_load_ps(panel.scales + block * PANEL);
-        const __m512 right_scale = _mm512_load_ps(panel.scales + block * PANEL + LANES);
         float* totals = result;
         asm("" : "+r"(totals));  // one address for all, not one for each
-        (add_block(left[I], left_scale, x_scales + I, totals + I * PANEL), ...);
-        (add_block(right[I], right_scale, x_scales + I, totals + I * PANEL + LANES), ...);
+#pragma GCC unroll 3
+        for (size_t i = 0; i < REGISTERS; ++i) {
+            const __m512 scales = _mm512_load_ps(panel.scales + block * PANEL + i * LANES);
+            (add_block(sums[I][i], scales, x_scales + I, totals + I * PANEL + i * LANES), ...);
+        }
     }
 }
 
-using Tile = void (*)(const Panel&, const Rounded&, size_t, float*);
+using Tile = void (*)(const Panel&, const Rounded&, size_t, Next, float*);
 
 template <bool SYMMETRIC, size_t ROWS>
-void multiply_tile(const Panel& panel, const Rounded& tile, size_t block_size, float* result) {
-    multiply_rows<SYMMETRIC>(std::make_index_sequence<ROWS>(), panel, tile, block_size, result);
+void multiply_tile(const Panel& panel, const Rounded& tile, size_t block_size, Next next, float* result) {
+    multiply_rows<SYMMETRIC>(std::make_index_sequence<ROWS>(), panel, tile, block_size, next, result);
 }
 
 // For every number of rows, less one.
 template <bool SYMMETRIC, size_t... I>
 constexpr std::array<Tile, TILE_ROWS> tiles(std::index_sequence<I...>) {
     return {multiply_tile<SYMMETRIC, I + 1>...};
-}
-
-// Part of the rows that come next, so many parts of a tile: they would come too late from beyond the second-level cache.
-void fetch_next(const Rounded& tile, size_t part, size_t parts) {
-    const size_t size = tile.steps * STEP * TILE_ROWS;
-    const char* const next = reinterpret_cast<const char*>(tile.values) + size;
-    for (size_t i = round_up(size * part / parts, CHUNK); i < size * (part + 1) / parts; i += CHUNK)
-        _mm_prefetch(next + i, _MM_HINT_T1);
 }
 
 // Sums of a tile with the bias to their places; as a stream past the caches, if they are too small for all results.
@@ -200,19 +212,20 @@ void multiply_panels(
     const bool streams = rows * weights.outputs * sizeof(float) > CACHED && weights.outputs % LANES == 0 &&
                          reinterpret_cast<uintptr_t>(result) % CHUNK == 0;
     const auto write = streams ? write_tile<true> : write_tile<false>;
+    const size_t stride = STEP * TILE_ROWS / ((end - start + PANEL - 1) / PANEL);
     alignas(64) float sums[TILE_ROWS * PANEL];
     for (size_t row = 0; row < rows; row += TILE_ROWS) {
         const size_t here = std::min(TILE_ROWS, rows - row);
         const Rounded tile = rounded.tile(row / TILE_ROWS, TILE_ROWS);
+        const size_t size = row + TILE_ROWS < rows ? tile.steps * STEP * TILE_ROWS : 0;
+        Next next{tile.values + size, size ? stride : 0};
         for (size_t output = start; output < end; output += PANEL) {
             const Panel& panel = panels[(output - start) / PANEL];
             float* const to = result + row * weights.outputs + output;
-            if (row + TILE_ROWS < rows) fetch_next(tile, (output - start) / PANEL, (end - start + PANEL - 1) / PANEL);
-            for (size_t i = 0; i < here && !streams; ++i) {
-                __builtin_prefetch(to + i * weights.outputs, 1);
-                __builtin_prefetch(to + i * weights.outputs + LANES, 1);
-            }
-            multiply[here - 1](panel, tile, weights.block_size, sums);
+            for (size_t i = 0; i < here && !streams; ++i)
+                for (size_t j = 0; j < PANEL; j += LANES) __builtin_prefetch(to + i * weights.outputs + j, 1);
+            multiply[here - 1](panel, tile, weights.block_size, next, sums);
+            next.values += tile.steps * next.stride;
             write(sums, panel.bias, here, std::min(PANEL, end - output), weights.outputs, to);
         }
     }

@@ -6,8 +6,8 @@
 
 namespace fusion_edge {
 
-constexpr size_t STEP = 4;        // inputs that an instruction multiplies and adds in each lane
-constexpr size_t TILE_ROWS = 12;  // with two registers of outputs: 24 of the 32 registers are sums
+constexpr size_t STEP = 4;       // inputs that an instruction multiplies and adds in each lane
+constexpr size_t TILE_ROWS = 8;  // with three registers of outputs: 24 of the 32 registers are sums
 
 // A tile of so many rows lies side by side: by turns four inputs of each, so that a product reads one stream. Of every 8
 // values, those of even places come before those of odd ones if weights have 4 bits, as the halves of the weights' bytes
