@@ -12,22 +12,36 @@ namespace {
 
 // Factors come in words of four bytes, a float or two of bfloat16 that follow each other along the sum. Products are of
 // rows of words, each broadcast, with panels [words along the sum, lanes].
-constexpr size_t TILE_ROWS = 12;          // with two registers of lanes: 24 of the 32 registers are sums
-constexpr size_t PANEL = 2 * LANES;       // lanes of a panel: keys of scores, channels of results
-constexpr size_t KEYS = 256;              // of a block: scores of a tile stay in the first-level cache
-constexpr size_t STRIDE = KEYS + LANES;   // of a tile's rows. A power of two would share few places of the cache.
-constexpr float LOWEST = -3e38f;          // a maximum of nothing
+constexpr size_t TILE_ROWS = 8;                   // with three registers of lanes: 24 of the 32 registers are sums
+constexpr size_t MOST_REGISTERS = 3;              // of a panel's lanes
+constexpr size_t PANEL = MOST_REGISTERS * LANES;  // lanes of a panel: keys of scores, channels of results
+constexpr size_t KEYS = 288;                      // of a block: scores of a tile stay in the first-level cache
+constexpr size_t STRIDE = KEYS + LANES;           // of a tile's rows. A power of two would share few places of the cache.
+constexpr float LOWEST = -3e38f;                  // a maximum of nothing
 static_assert(LARGEST_HEAD <= KEYS && KEYS % PANEL == 0);
 
 constexpr size_t per_word(Factors factors) { return factors == Factors::BFLOAT16 ? 2 : 1; }
 
 // The intrinsics make GCC 12 copy every sum in turn.
+[[gnu::always_inline]] inline __m512 broadcast(const uint32_t* word) {
+    __m512 words;
+    asm("vbroadcastss %1, %0" : "=v"(words) : "m"(*word));
+    return words;
+}
+
 template <Factors FACTORS>
-[[gnu::always_inline]] inline void add_products(__m512& sums, __m512 panel, const uint32_t* word) {
-    if constexpr (FACTORS == Factors::BFLOAT16)
-        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(panel), "m"(*word));
-    else
-        asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(panel), "m"(*word));
+[[gnu::always_inline]] inline void add_products(__m512& sums, __m512 panel, __m512 words) {
+    if constexpr (FACTORS == Factors::BFLOAT16) asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(panel), "v"(words));
+    else asm("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(panel), "v"(words));
+}
+
+// Adds to the totals of a row what one of its words gives.
+template <Factors FACTORS, size_t REGISTERS>
+[[gnu::always_inline]] inline void add_row(
+    __m512 (&totals)[REGISTERS], const __m512 (&lanes)[REGISTERS], const uint32_t* word) {
+    const __m512 words = broadcast(word);
+#pragma GCC unroll 3
+    for (size_t i = 0; i < REGISTERS; ++i) add_products<FACTORS>(totals[i], lanes[i], words);
 }
 
 // 32 floats in bfloat16, rounded to nearest even.
@@ -43,19 +57,18 @@ template <Factors FACTORS, size_t REGISTERS, size_t... I>
 void multiply_rows(
     std::index_sequence<I...>, const uint32_t* rows, const float* panel, size_t steps, const float* start,
     size_t start_stride, float* sums) {
-    __m512 left[sizeof...(I)], right[sizeof...(I)];
-    ((left[I] = _mm512_loadu_ps(start + I * start_stride)), ...);
-    if constexpr (REGISTERS == 2) ((right[I] = _mm512_loadu_ps(start + I * start_stride + LANES)), ...);
+    __m512 totals[sizeof...(I)][REGISTERS];
+#pragma GCC unroll 3
+    for (size_t i = 0; i < REGISTERS; ++i)
+        ((totals[I][i] = _mm512_loadu_ps(start + I * start_stride + i * LANES)), ...);
     for (size_t step = 0; step < steps; ++step, ++rows, panel += REGISTERS * LANES) {
-        const __m512 left_panel = _mm512_load_ps(panel);
-        (add_products<FACTORS>(left[I], left_panel, rows + I * STRIDE), ...);
-        if constexpr (REGISTERS == 2) {
-            const __m512 right_panel = _mm512_load_ps(panel + LANES);
-            (add_products<FACTORS>(right[I], right_panel, rows + I * STRIDE), ...);
-        }
+        __m512 lanes[REGISTERS];
+#pragma GCC unroll 3
+        for (size_t i = 0; i < REGISTERS; ++i) lanes[i] = _mm512_load_ps(panel + i * LANES);
+        (add_row<FACTORS>(totals[I], lanes, rows + I * STRIDE), ...);
     }
-    (_mm512_store_ps(sums + I * STRIDE, left[I]), ...);
-    if constexpr (REGISTERS == 2) (_mm512_store_ps(sums + I * STRIDE + LANES, right[I]), ...);
+#pragma GCC unroll 3
+    for (size_t i = 0; i < REGISTERS; ++i) (_mm512_store_ps(sums + I * STRIDE + i * LANES, totals[I][i]), ...);
 }
 
 using Multiply = void (*)(const uint32_t*, const float*, size_t, const float*, size_t, float*);
@@ -89,10 +102,15 @@ void write_words(const T* row, size_t width, float* words) {
 
 // Keys and values of one head as panels.
 struct Panels {
-    const float* keys;    // [count / PANEL, rounded up; depth, rounded up to LANES; PANEL]
-    const float* values;  // [width / PANEL, rounded up; steps, PANEL, or LANES if the last needs no more]
-    size_t depth, steps;
+    const float* keys;    // [count / PANEL, rounded up; depth, rounded up to LANES; lanes of the panel]
+    const float* values;  // [width / PANEL, rounded up; steps; lanes of the panel]
+    size_t count, depth, steps;
 };
+
+// Lanes of the panel that holds a place, one of so many: the last has fewer registers if they are enough.
+size_t panel_lanes(size_t place, size_t count) {
+    return std::min(PANEL, round_up(count - place / PANEL * PANEL, LANES));
+}
 
 // Lane i of result j is lane j of value i.
 void copy_transposed(const float* values, size_t stride, float* results, size_t result_stride) {
@@ -107,14 +125,15 @@ void copy_transposed(const float* values, size_t stride, float* results, size_t 
 template <Factors FACTORS, typename T>
 const float* pack_keys(const Head<T>& head, size_t depth) {
     static thread_local Scratch<float> memory;
-    const size_t panel_words = round_up(depth, LANES) * PANEL;
-    float* const panels = memory.of(round_up(head.count, PANEL) / PANEL * panel_words);
+    const size_t words_of_key = round_up(depth, LANES);
+    float* const panels = memory.of(round_up(head.count, LANES) * words_of_key);
     alignas(64) float words[LANES * STRIDE] = {};
     for (size_t key = 0; key < head.count; key += LANES) {
         for (size_t i = 0; i < std::min(LANES, head.count - key); ++i)
             write_words<FACTORS>(head.keys + (key + i) * head.stride, head.width, words + i * STRIDE);
-        float* to = panels + key / PANEL * panel_words + key % PANEL;
-        for (size_t i = 0; i < depth; i += LANES) copy_transposed(words + i, STRIDE, to + i * PANEL, PANEL);
+        float* to = panels + key / PANEL * PANEL * words_of_key + key % PANEL;
+        const size_t stride = panel_lanes(key, head.count);
+        for (size_t i = 0; i < depth; i += LANES) copy_transposed(words + i, STRIDE, to + i * stride, stride);
     }
     return panels;
 }
@@ -135,8 +154,7 @@ const float* pack_values(const Head<T>& head, size_t steps) {
         const bool has_second = step * per_word(FACTORS) + 1 < head.count;
         for (size_t i = 0; i < lanes; i += LANES) {
             const __mmask16 mask = first(head.width - i);
-            const size_t panel = i / PANEL * PANEL, panel_lanes = std::min(PANEL, lanes - panel);
-            float* to = panels + panel * steps + step * panel_lanes + i % PANEL;
+            float* to = panels + i / PANEL * PANEL * steps + step * panel_lanes(i, lanes) + i % PANEL;
             const __m512 low = load(row + i, mask);
             if constexpr (FACTORS == Factors::BFLOAT16) {
                 const __m512 high = has_second ? load(row + head.stride + i, mask) : __m512{};
@@ -173,7 +191,7 @@ void weigh(Tile& tile, size_t row, size_t visible, size_t count, size_t width) {
         return _mm512_maskz_mov_ps(mask, exp2(_mm512_sub_ps(_mm512_load_ps(scores + i), largest)));
     };
     __m512 sum = _mm512_setzero_ps();
-    for (size_t i = 0; i < count; i += PANEL) {
+    for (size_t i = 0; i < count; i += 2 * LANES) {
         const __m512 low = weights(i), high = weights(i + LANES);
         sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
         if constexpr (FACTORS == Factors::BFLOAT16) {
@@ -195,27 +213,27 @@ void weigh(Tile& tile, size_t row, size_t visible, size_t count, size_t width) {
 template <Factors FACTORS>
 void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bias, size_t width) {
     constexpr auto ROWS = std::make_index_sequence<TILE_ROWS>();
-    static constexpr auto NARROW = tiles<FACTORS, 1>(ROWS), WIDE = tiles<FACTORS, 2>(ROWS);
+    static constexpr std::array<std::array<Multiply, TILE_ROWS>, MOST_REGISTERS> MULTIPLY = {
+        tiles<FACTORS, 1>(ROWS), tiles<FACTORS, 2>(ROWS), tiles<FACTORS, 3>(ROWS)};
     const auto words = [](const float* from) { return reinterpret_cast<const uint32_t*>(from); };
     const size_t visible = *std::max_element(tile.visible, tile.visible + rows);
     for (size_t start = 0; start < visible; start += KEYS) {
         const size_t count = std::min(KEYS, visible - start);
         for (size_t key = 0; key < count; key += PANEL)
-            WIDE[rows - 1](
-                words(tile.queries), panels.keys + (start + key) * round_up(panels.depth, LANES), panels.depth, bias + start + key, 0,
-                tile.scores + key);
+            MULTIPLY[panel_lanes(start + key, panels.count) / LANES - 1][rows - 1](
+                words(tile.queries), panels.keys + (start + key) * round_up(panels.depth, LANES), panels.depth,
+                bias + start + key, 0, tile.scores + key);
         for (size_t row = 0; row < rows; ++row) {
             const size_t here = std::min(count, tile.visible[row] - std::min(tile.visible[row], start));
             weigh<FACTORS>(tile, row, here, count, width);
         }
         const size_t steps = (count + per_word(FACTORS) - 1) / per_word(FACTORS);
-        const size_t step = start / per_word(FACTORS), lanes = round_up(width, LANES);
-        for (size_t i = 0; i < lanes; i += PANEL) {
-            const size_t panel_lanes = std::min(PANEL, lanes - i);
-            const auto& multiply = panel_lanes == PANEL ? WIDE : NARROW;
-            multiply[rows - 1](
-                words(tile.scores), panels.values + i * panels.steps + step * panel_lanes, steps, tile.results + i,
-                STRIDE, tile.results + i);
+        const size_t step = start / per_word(FACTORS);
+        for (size_t i = 0; i < width; i += PANEL) {
+            const size_t lanes = panel_lanes(i, width);
+            MULTIPLY[lanes / LANES - 1][rows - 1](
+                words(tile.scores), panels.values + i * panels.steps + step * lanes, steps, tile.results + i, STRIDE,
+                tile.results + i);
         }
     }
 }
@@ -224,7 +242,7 @@ template <Factors FACTORS, typename T>
 void attend(const Head<T>& head, const Rows& rows) {
     static thread_local Scratch<Tile> scratch;
     static thread_local Scratch<float> biases;
-    Panels panels{nullptr, nullptr, 0, 0};
+    Panels panels{nullptr, nullptr, head.count, 0, 0};
     panels.depth = (head.width + per_word(FACTORS) - 1) / per_word(FACTORS);
     panels.steps = (head.count + per_word(FACTORS) - 1) / per_word(FACTORS);
     panels.keys = pack_keys<FACTORS>(head, panels.depth);
