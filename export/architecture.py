@@ -108,9 +108,7 @@ def _vision_layer(
     qkv = ops.linear(normed, f"{name}.attention.qkv", bias=True)
     attended = ops.self_attention(qkv, VISION_HEADS, mask, config.vision.patches if text_is_uniform else None)
     x = x + ops.linear(attended, f"{name}.attention.out", bias=True)
-    normed = ops.layer_norm(x, f"{name}.mlp_norm", VISION_NORM_EPS)
-    hidden = ops.linear(normed, f"{name}.mlp.up", bias=True)
-    return x + ops.linear_of_gelu(hidden, f"{name}.mlp.down", bias=True)
+    return x + ops.gelu_mlp(ops.layer_norm(x, f"{name}.mlp_norm", VISION_NORM_EPS), f"{name}.mlp")
 
 
 # Alignment decoder: section 3 and the image's part of section 5 ---------------------------------------------

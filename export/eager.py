@@ -75,8 +75,9 @@ class EagerOperations:
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
-    def linear_of_gelu(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
-        return self.linear(F.gelu(x, approximate="tanh"), name, bias)
+    def gelu_mlp(self, x: Tensor, name: str) -> Tensor:
+        hidden = self.linear(x, f"{name}.up", bias=True)
+        return self.linear(F.gelu(hidden, approximate="tanh"), f"{name}.down", bias=True)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up

@@ -40,15 +40,20 @@ class OnnxRuntimeOperations(OnnxOperations):
     def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
         return self._linear(x, name, bias)
 
-    def linear_of_gelu(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
-        return self._linear(x, name, bias, of_gelu=True)
+    def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
+        up, down = f"{name}.up", f"{name}.down"
+        if self.formats[up].rounds_inputs and self.formats[down].rounds_inputs:
+            function = cpu_functions.integer_mlp_function(OPSET)
+            return self._function(function, [x, *self._integer_inputs(up), *self._integer_inputs(down)], name)
+        return self._linear(self.linear(x, up, bias=True), down, bias=True, of_gelu=True)
 
     def _linear(self, x: OnnxValue, name: str, bias: bool, of_gelu: bool = False) -> OnnxValue:
         """``of_gelu``: of GELU(x), in one operator where a function can be."""
         form, weight = self.formats[name], self.parameters[f"{name}.weight"]
-        offset = self.parameter(f"{name}.bias") if bias else None
         if form.rounds_inputs:
-            return self._integer_product(x, name, form, weight, offset, of_gelu)
+            function = cpu_functions.integer_product_function(OPSET, of_gelu)
+            return self._function(function, [x, *self._integer_inputs(name, bias)], name)
+        offset = self.parameter(f"{name}.bias") if bias else None
         if form.is_quantized and self._takes_stored_scales(name, form):
             function = cpu_functions.product_function(OPSET, of_gelu)
             return self._quantized(x, name, form, weight, offset, function)
@@ -115,26 +120,17 @@ class OnnxRuntimeOperations(OnnxOperations):
         inputs[2] = self._cast(scales, scale_dtype)
         return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
 
-    def _integer_product(
-        self,
-        x: OnnxValue,
-        name: str,
-        form: WeightFormat,
-        weight: Parameter,
-        bias: OnnxValue | None,
-        of_gelu: bool,
-    ) -> OnnxValue:
-        """Inputs and weights rounded to 8 bits."""
-        rows, columns = weight.shape
-        plan = self.builder.plan
-        inputs = [
-            plan(weight.name, "values", form, "int8", (rows, columns)),
+    def _integer_inputs(self, name: str, bias: bool = True) -> list[OnnxValue | str]:
+        """What ``cpu_functions.INTEGER_INPUTS`` names, of a linear whose inputs and weights are rounded to 8 bits."""
+        form, weight = self.formats[name], self.parameters[f"{name}.weight"]
+        rows, plan = weight.shape[0], self.builder.plan
+        return [
+            plan(weight.name, "values", form, "int8", weight.shape),
             plan(weight.name, "scales", form, "float16", (rows,)),
             plan(weight.name, "input_scale", form, "float32", ()),
             plan(weight.name, "input_zero_point", form, "uint8", ()),
-            self.builder.constant(np.zeros(rows), "float32") if bias is None else bias.name,
+            self.parameter(f"{name}.bias").name if bias else self.builder.constant(np.zeros(rows), "float32"),
         ]
-        return self._function(cpu_functions.integer_product_function(OPSET, of_gelu), [x, *inputs], name)
 
     # Norms and activation functions -------------------------------------------------------------------------
 

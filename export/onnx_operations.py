@@ -125,8 +125,9 @@ class OnnxOperations(Operations[OnnxValue]):
     def gelu(self, x: OnnxValue) -> OnnxValue:
         return self._node("Gelu", [x])
 
-    def linear_of_gelu(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
-        return self.linear(self._node("Gelu", [x], approximate="tanh"), name, bias)
+    def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
+        hidden = self.linear(x, f"{name}.up", bias=True)
+        return self.linear(self._node("Gelu", [hidden], approximate="tanh"), f"{name}.down", bias=True)
 
     # Shapes -------------------------------------------------------------------------------------------------
 

@@ -49,8 +49,8 @@ class Operations(Protocol[T]):
         """Exact GELU (erf)."""
         ...
 
-    def linear_of_gelu(self, x: T, name: str, bias: bool = False) -> T:
-        """:meth:`linear` of GELU(x), tanh approximation."""
+    def gelu_mlp(self, x: T, name: str) -> T:
+        """Linear ``{name}.down`` of the GELU, tanh approximation, of linear ``{name}.up``; both with bias."""
         ...
 
     def swiglu(self, gate: T, up: T) -> T:

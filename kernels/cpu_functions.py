@@ -38,30 +38,51 @@ def product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
     return function(name, inputs, ["output"], nodes, opset, PRODUCT_ATTRIBUTES)
 
 
+INTEGER_INPUTS = ("values", "scales", "x_scale", "x_zero_point", "bias")
+"""Of a product of inputs and weights rounded to 8 bits, beside x: values ``[N,K]`` int8, their scales ``[N]`` float16,
+x's scale ``[]`` float32 and zero point ``[]`` uint8, bias ``[N]`` float32."""
+
+
 def integer_product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
-    """Inputs and weights rounded to 8 bits: x ``[...,K]``, values ``[N,K]`` int8 -> output ``[...,N]``, float32.
+    """x ``[...,K]`` and :data:`INTEGER_INPUTS` -> output ``[...,N]``, float32."""
+    nodes = [*_gelu(of_gelu), *_integer_product("activated" if of_gelu else "x", "", "output")]
+    name = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
+    return function(name, ["x", *INTEGER_INPUTS], ["output"], nodes, opset)
 
-    ``scales`` ``[N]`` float16 of the values; ``x_scale`` ``[]`` float32 and ``x_zero_point`` ``[]`` uint8 of x;
-    ``bias`` ``[N]`` float32. Written as the pattern that ONNX Runtime fuses to one product of integers, once it has
-    folded the transposition.
-    """
-    inputs = ["x", "values", "scales", "x_scale", "x_zero_point", "bias"]
+
+def integer_mlp_function(opset: int) -> FunctionProto:
+    """Two such products, the second of the GELU of the first: x, inputs of the first, of the second -> output."""
+    inputs = ["x", *(f"{part}_{name}" for part in ("up", "down") for name in INTEGER_INPUTS)]
     nodes = [
-        *_gelu(of_gelu),
-        helper.make_node("QuantizeLinear", ["activated" if of_gelu else "x", "x_scale", "x_zero_point"], ["rounded"]),
-        helper.make_node("DequantizeLinear", ["rounded", "x_scale", "x_zero_point"], ["inputs"]),
-        helper.make_node("Transpose", ["values"], ["by_column"], perm=[1, 0]),
-        helper.make_node("Cast", ["scales"], ["float_scales"], to=TensorProto.FLOAT),
-        helper.make_node("DequantizeLinear", ["by_column", "float_scales"], ["weights"], axis=1),
-        helper.make_node("MatMul", ["inputs", "weights"], ["product"]),
-        helper.make_node("Add", ["product", "bias"], ["output"]),
+        *_integer_product("x", "up_", "hidden"),
+        *_gelu(True, "hidden"),
+        *_integer_product("activated", "down_", "output"),
     ]
-    return function("GeluIntegerProduct" if of_gelu else "IntegerProduct", inputs, ["output"], nodes, opset)
+    return function("IntegerMlp", inputs, ["output"], nodes, opset)
 
 
-def _gelu(wanted: bool) -> list[NodeProto]:
+def _integer_product(x: str, prefix: str, output: str) -> list[NodeProto]:
+    """The pattern that ONNX Runtime fuses to one product of integers, once it has folded the transposition.
+
+    ``prefix`` of all other names.
+    """
+    values, scales, *x_grid, bias = (prefix + name for name in INTEGER_INPUTS)
+    inner = ("rounded", "inputs", "by_column", "float_scales", "weights", "product")
+    rounded, inputs, by_column, float_scales, weights, product = (prefix + name for name in inner)
+    return [
+        helper.make_node("QuantizeLinear", [x, *x_grid], [rounded]),
+        helper.make_node("DequantizeLinear", [rounded, *x_grid], [inputs]),
+        helper.make_node("Transpose", [values], [by_column], perm=[1, 0]),
+        helper.make_node("Cast", [scales], [float_scales], to=TensorProto.FLOAT),
+        helper.make_node("DequantizeLinear", [by_column, float_scales], [weights], axis=1),
+        helper.make_node("MatMul", [inputs, weights], [product]),
+        helper.make_node("Add", [product, bias], [output]),
+    ]
+
+
+def _gelu(wanted: bool, x: str = "x") -> list[NodeProto]:
     """FastGelu is the same as Gelu by its hyperbolic tangent, and quicker on a CPU."""
-    return [helper.make_node("FastGelu", ["x"], ["activated"], domain=MICROSOFT)] if wanted else []
+    return [helper.make_node("FastGelu", [x], ["activated"], domain=MICROSOFT)] if wanted else []
 
 
 def swiglu_function(opset: int) -> FunctionProto:

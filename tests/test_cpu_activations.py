@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from one_node import gelu, session_of
+from onnx import helper
 from own_kernels import needs_cpu_kernels
 
 from fusion_edge.kernels import cpu_functions
-from fusion_edge.runtime.backends import cpu_kernels
 
 Array = npt.NDArray[Any]
 
@@ -21,27 +20,16 @@ pytestmark = needs_cpu_kernels
 
 
 def session(operator: str, inputs: int = 1, own_kernels: bool = True, **attributes: Any) -> ort.InferenceSession:
-    names = ["x", "bias"][:inputs]
-    functions = {function.name: function for function in [cpu_functions.swiglu_function(21)]}
-    domain = functions[operator].domain if operator in functions else "com.microsoft"
-    node = helper.make_node(operator, names, ["y"], domain=domain, **attributes)
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
-    versions = [helper.make_opsetid(name, version) for name, version in (("", 21), (domain, 1))]
-    graph = helper.make_graph([node], "one", given, made)
-    model = helper.make_model(graph, functions=functions.values(), opset_imports=versions, ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.log_severity_level = 4
-    if own_kernels:
-        options.register_custom_ops_library(str(cpu_kernels.library()))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    function = cpu_functions.swiglu_function(21) if operator == "SwiGlu" else None
+    domain = function.domain if function else "com.microsoft"
+    node = helper.make_node(operator, ["x", "bias"][:inputs], ["y"], domain=domain, **attributes)
+    return session_of(node, function, own_kernels=own_kernels)
 
 
 def expected(x: Array, operator: str, alpha: float) -> Array:
     x = x.astype(np.float64)
     if operator == "FastGelu":
-        return np.asarray(x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+        return gelu(x)
     return np.asarray(x / (1 + np.exp(-alpha * x)))
 
 

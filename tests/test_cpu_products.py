@@ -15,7 +15,8 @@ import onnxruntime as ort
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from one_node import gelu, session_of
+from onnx import helper
 from own_kernels import needs_cpu_kernels
 
 from fusion_edge.kernels import cpu_functions
@@ -24,6 +25,7 @@ from fusion_edge.quant.packing import Packed, dequantize, quantize
 from fusion_edge.runtime.backends import cpu_kernels
 
 Array = npt.NDArray[Any]
+
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs x86-64 and GCC")
 def test_the_library_was_built() -> None:
@@ -56,28 +58,6 @@ def session(
     operator, domain = (function.name, function.domain) if function else ("MatMulNBits", "com.microsoft")
     node = helper.make_node(operator, names, ["y"], domain=domain, accuracy_level=4, **sizes)
     return session_of(node, function, tensors, own_kernels)
-
-
-def session_of(
-    node: NodeProto, function: FunctionProto | None, tensors: Mapping[str, Array], own_kernels: bool
-) -> ort.InferenceSession:
-    """``x`` through one node to ``y``, both of three axes."""
-    graph = helper.make_graph(
-        [node],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, None])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None, None])],
-        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
-    )
-    versions = [helper.make_opsetid(name, version) for name, version in (("", 21), (node.domain, 1))]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.log_severity_level = 4
-    if own_kernels:
-        options.register_custom_ops_library(str(cpu_kernels.library()))
-    functions = [] if function is None else [function]
-    model = helper.make_model(graph, functions=functions, opset_imports=versions, ir_version=10)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def rounded(x: Array, block_size: int) -> Array:
@@ -130,10 +110,6 @@ def test_products(
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
 
 
-def gelu(x: Array) -> Array:
-    return np.asarray(x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
-
-
 @needs_cpu_kernels
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("form", [("int8", 128), ("int4", 32), ("uint4", 256), ("uint8", 16)])
@@ -149,90 +125,6 @@ def test_a_product_of_the_gelu(rows: int, form: Any) -> None:
         # A GELU whose last bit differs may round to another integer. ONNX Runtime's own product rounds otherwise.
         tolerance = 5e-3 if own_kernels else 2e-2
         assert np.abs(one.run(None, {"x": x[None]})[0][0] - expected).max() < tolerance * np.abs(expected).max()
-
-
-def integer_session(
-    tensors: Mapping[str, Array], of_gelu: bool = False, own_kernels: bool = True
-) -> ort.InferenceSession:
-    function = cpu_functions.integer_product_function(21, of_gelu)
-    node = helper.make_node(function.name, list(function.input), ["y"], domain=function.domain)
-    return session_of(node, function, tensors, own_kernels)
-
-
-def integer_tensors(generator: np.random.Generator, inputs: int, outputs: int, scale: float, zero_point: int) -> Any:
-    return {
-        "values": generator.integers(-127, 128, (outputs, inputs), np.int8),
-        "scales": generator.uniform(1e-3, 1e-2, outputs).astype(np.float16),
-        "x_scale": np.float32(scale),
-        "x_zero_point": np.uint8(zero_point),
-        "bias": generator.normal(size=outputs).astype(np.float32),
-    }
-
-
-@needs_cpu_kernels
-@given(
-    of_gelu=st.booleans(),
-    rows=st.sampled_from([1, 3, 12, 25]),
-    inputs=st.integers(1, 700),
-    outputs=st.integers(1, 90),
-    scale=st.sampled_from([0.003, 0.01, 0.1]),
-    zero_point=st.integers(0, 255),
-    seed=st.integers(0, 2**32 - 1),
-)
-@example(False, 13, 257, 1100, 0.02, 128, 0)
-@example(True, 12, 4304, 64, 0.02, 10, 1)
-@example(True, 4000, 64, 1104, 0.02, 10, 2)  # more results than caches hold, as a stream
-@example(False, 4000, 64, 1105, 0.02, 10, 3)  # and in places that streams cannot have
-@settings(max_examples=80, deadline=None)
-def test_products_of_calibrated_inputs(
-    of_gelu: bool, rows: int, inputs: int, outputs: int, scale: float, zero_point: int, seed: int
-) -> None:
-    generator = np.random.default_rng(seed)
-    tensors = integer_tensors(generator, inputs, outputs, scale, zero_point)
-    x = generator.normal(size=(rows, inputs)).astype(np.float32)
-    activated = gelu(x.astype(np.float64)) if of_gelu else x.astype(np.float64)
-    rounded_inputs = np.rint(activated.astype(np.float32) / np.float32(scale))
-    steps = np.clip(rounded_inputs.astype(np.float64) + zero_point, 0, 255) - zero_point
-    weight = tensors["values"].astype(np.float64) * tensors["scales"].astype(np.float64)[:, None]
-    expected = steps * np.float64(np.float32(scale)) @ weight.T + tensors["bias"]
-    (actual,) = integer_session(tensors, of_gelu).run(None, {"x": x[None]})
-    size = 256 * np.float32(scale) * np.abs(weight).sum(1).max() + np.abs(tensors["bias"]).max()
-    # A GELU whose last bit differs may round to another integer.
-    tie = np.float32(scale) * np.abs(weight).max() if of_gelu else 0
-    assert np.abs(actual[0] - expected).max() <= 2e-6 * size + 1.01 * tie
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("of_gelu", [False, True])
-def test_products_of_calibrated_inputs_without_our_kernels(of_gelu: bool) -> None:
-    """The function that ONNX Runtime inlines is the same."""
-    generator = np.random.default_rng(0)
-    tensors = integer_tensors(generator, 256, 96, 0.02, 100)
-    x = {"x": generator.normal(size=(1, 40, 256)).astype(np.float32)}
-    own, theirs = (integer_session(tensors, of_gelu, kernels).run(None, x)[0] for kernels in (True, False))
-    assert np.abs(own - theirs).max() < 1e-3 * np.abs(theirs).max()
-    assert integer_session(tensors, of_gelu).run(None, {"x": np.zeros((2, 0, 256), np.float32)})[0].shape == (2, 0, 96)
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize(
-    ("name", "named"),
-    [
-        ("values", r"values \[outputs, inputs\]"),
-        ("scales", "a scale for each"),
-        ("x_scale", "one scale and zero point"),
-        ("x_zero_point", "one scale and zero point"),
-        ("bias", "a bias for each"),
-    ],
-)
-@pytest.mark.parametrize("of_gelu", [False, True])
-def test_tensors_of_calibrated_products_of_another_size(name: str, named: str, of_gelu: bool) -> None:
-    """Which our kernel says: so it is the one that was used."""
-    tensors = integer_tensors(np.random.default_rng(0), 64, 8, 0.02, 100)
-    one = integer_session(tensors | {name: np.resize(tensors[name], (*np.shape(tensors[name])[:-1], 3))}, of_gelu)
-    operator = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
-    with pytest.raises(Exception, match=rf"{operator}: .*{named}"):
-        one.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
 
 @needs_cpu_kernels

@@ -64,44 +64,77 @@ struct MatMulNBits {
     }
 };
 
-// IntegerProduct: x, values, scales, scale and zero point of x, bias -> product. GeluIntegerProduct: of the GELU of x.
+// Weights of which both sides are integers, from an operator's inputs on: values, scales, scale and zero point of what is
+// multiplied with them, bias. `given` must live as long as they.
+constexpr size_t INTEGER_INPUTS = 5;
+constexpr ElementType integer_input_type(size_t index) {
+    constexpr ElementType types[INTEGER_INPUTS] = {INT8, FLOAT16, FLOAT, UINT8, FLOAT};
+    return types[index % INTEGER_INPUTS];
+}
+
+Weights integer_weights(const Context& context, size_t index, int64_t inputs, const char* node, GivenRounding& given) {
+    const std::vector<int64_t> values = context.shape(index);
+    expect(
+        values.size() == 2 && inputs == values[1] && inputs > 0, node,
+        "expected x [..., inputs] and values [outputs, inputs].");
+    const size_t outputs = values[0];
+    expect(context.count(index + 1) == outputs, node, "expected a scale for each output.");
+    expect(
+        context.count(index + 2) == 1 && context.count(index + 3) == 1, node, "expected one scale and zero point of x.");
+    expect(context.count(index + 4) == outputs, node, "expected a bias for each output.");
+    given = {*context.input<float>(index + 2), *context.input<uint8_t>(index + 3)};
+    Weights weights{};
+    weights.outputs = outputs;
+    weights.inputs = inputs;
+    weights.bits = 8;
+    weights.block_size = (weights.inputs + 3) / 4 * 4;
+    weights.values = context.input<uint8_t>(index);
+    weights.scales = context.input<void>(index + 1);
+    weights.half_scales = true;
+    weights.bias = context.input<float>(index + 4);
+    weights.given = &given;
+    return weights;
+}
+
+// IntegerProduct: x, weights -> product. GeluIntegerProduct: of the GELU of x.
 template <Activation ACTIVATION>
 struct IntegerProduct {
     static constexpr const char* NAME = ACTIVATION == Activation::GELU ? "GeluIntegerProduct" : "IntegerProduct";
-    static constexpr size_t INPUTS = 6, OUTPUTS = 1, REQUIRED_INPUTS = INPUTS;
-    static ElementType input_type(size_t index) {
-        constexpr ElementType types[] = {FLOAT, INT8, FLOAT16, FLOAT, UINT8, FLOAT};
-        return types[index];
-    }
+    static constexpr size_t INPUTS = 1 + INTEGER_INPUTS, OUTPUTS = 1, REQUIRED_INPUTS = INPUTS;
+    static ElementType input_type(size_t index) { return index ? integer_input_type(index - 1) : FLOAT; }
     static ElementType output_type(size_t) { return FLOAT; }
 
     explicit IntegerProduct(const Attributes&) {}
 
     void compute(Context& context) const {
         std::vector<int64_t> shape = context.shape(0);
-        const std::vector<int64_t> values = context.shape(1);
-        expect(
-            !shape.empty() && values.size() == 2 && shape.back() == values[1] && values[1] > 0,
-            NAME, "expected x [..., inputs] and values [outputs, inputs].");
-        const size_t outputs = values[0];
-        expect(context.count(2) == outputs, NAME, "expected a scale for each output.");
-        expect(context.count(3) == 1 && context.count(4) == 1, NAME, "expected one scale and zero point of x.");
-        expect(context.count(5) == outputs, NAME, "expected a bias for each output.");
-        const GivenRounding given{*context.input<float>(3), *context.input<uint8_t>(4)};
-        Weights weights{};
-        weights.outputs = outputs;
-        weights.inputs = values[1];
-        weights.bits = 8;
-        weights.block_size = (weights.inputs + 3) / 4 * 4;
-        weights.values = context.input<uint8_t>(1);
-        weights.scales = context.input<void>(2);
-        weights.half_scales = true;
-        weights.bias = context.input<float>(5);
-        weights.given = &given;
+        GivenRounding given;
+        const Weights weights = integer_weights(context, 1, shape.empty() ? 0 : shape.back(), NAME, given);
         const size_t rows = context.count(0) / weights.inputs;
-        shape.back() = outputs;
+        shape.back() = weights.outputs;
         float* result = context.output<float>(0, shape);
         if (rows) multiply(context.input<float>(0), rows, weights, ACTIVATION, result, context.parallel());
+    }
+};
+
+// IntegerMlp: x, weights of the first product, weights of the second -> second product of the GELU of the first.
+struct IntegerMlp {
+    static constexpr const char* NAME = "IntegerMlp";
+    static constexpr size_t INPUTS = 1 + 2 * INTEGER_INPUTS, OUTPUTS = 1, REQUIRED_INPUTS = INPUTS;
+    static ElementType input_type(size_t index) { return index ? integer_input_type(index - 1) : FLOAT; }
+    static ElementType output_type(size_t) { return FLOAT; }
+
+    explicit IntegerMlp(const Attributes&) {}
+
+    void compute(Context& context) const {
+        std::vector<int64_t> shape = context.shape(0);
+        GivenRounding of_first, of_second;
+        const Weights first = integer_weights(context, 1, shape.empty() ? 0 : shape.back(), NAME, of_first);
+        const Weights second = integer_weights(context, 1 + INTEGER_INPUTS, first.outputs, NAME, of_second);
+        const size_t rows = context.count(0) / first.inputs;
+        shape.back() = second.outputs;
+        float* result = context.output<float>(0, shape);
+        if (rows) multiply_twice(context.input<float>(0), rows, first, second, result, context.parallel());
     }
 };
 
@@ -187,8 +220,9 @@ std::vector<const CustomOp*> functions() {
     static const CustomOp of_gelu = custom_op<MatMulNBits<FLOAT16, Activation::GELU>>();
     static const CustomOp integers = custom_op<IntegerProduct<Activation::NONE>>();
     static const CustomOp integers_of_gelu = custom_op<IntegerProduct<Activation::GELU>>();
+    static const CustomOp mlp = custom_op<IntegerMlp>();
     std::vector<const CustomOp*> operators = attention_functions();
-    operators.insert(operators.end(), {&product, &of_gelu, &integers, &integers_of_gelu, &swiglu});
+    operators.insert(operators.end(), {&product, &of_gelu, &integers, &integers_of_gelu, &mlp, &swiglu});
     return operators;
 }
 

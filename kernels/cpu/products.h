@@ -47,4 +47,9 @@ void multiply(
     const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
     const Parallel& parallel);
 
+// result [rows, outputs of second] = second product of the GELU of the first, which is never stored in full: of weights
+// that inputs are rounded for as was given.
+void multiply_twice(
+    const float* x, size_t rows, const Weights& first, const Weights& second, float* result, const Parallel& parallel);
+
 }  // namespace fusion_edge

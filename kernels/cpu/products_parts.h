@@ -14,6 +14,11 @@ void multiply_row(const Rounded& rounded, const Weights& weights, float* result,
 void multiply_rows(
     const Rounded& rounded, size_t rows, const Weights& weights, float* result, const Parallel& parallel);
 
+// Many rows whose GELU the next product takes, rounded as was given for its inputs: those, in memory that the calling
+// thread keeps.
+Rounded multiply_rows_for(
+    const Rounded& rounded, size_t rows, const Weights& weights, const GivenRounding& given, const Parallel& parallel);
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 

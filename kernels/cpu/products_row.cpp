@@ -112,10 +112,10 @@ void multiply_some(const Row& row, const Weights& weights, size_t output, size_t
     multiply(row, weights, output, end, result);
 }
 
-// Products of one row with some outputs, of signed weights and inputs whose rounding was given. Inputs are made unsigned
-// again: weights come as they lie, and their sum, for the zero point, beside the product.
+// Products of one row with some outputs, of signed weights and inputs whose rounding was given. The weights' sum, for the
+// zero point, comes beside the product.
 void multiply_given(const Rounded& rounded, const Weights& weights, size_t output, size_t end, float* result) {
-    const __m512i sign = _mm512_set1_epi8(-128), one_each = _mm512_set1_epi8(1);
+    const __m512i one_each = _mm512_set1_epi8(1);
     for (; output < end; ++output) {
         const uint8_t* values = weights.values + output * weights.inputs;
         __m512i products = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
@@ -123,8 +123,7 @@ void multiply_given(const Rounded& rounded, const Weights& weights, size_t outpu
             const size_t count = weights.inputs - start;
             const __mmask64 mask = count >= CHUNK ? ~0ull : (1ull << count) - 1;
             const __m512i own = _mm512_maskz_loadu_epi8(mask, values + start);
-            const __m512i x = _mm512_xor_si512(_mm512_loadu_si512(rounded.values + start), sign);
-            products = _mm512_dpbusd_epi32(products, x, own);
+            products = _mm512_dpbusd_epi32(products, _mm512_loadu_si512(rounded.values + start), own);
             sums = _mm512_dpbusd_epi32(sums, one_each, own);
         }
         const int64_t product = int64_t(_mm512_reduce_add_epi32(products)) -

@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include "activation_lanes.h"
 #include "products_parts.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
@@ -16,6 +17,10 @@ namespace {
 constexpr size_t REGISTERS = 3;               // of outputs
 constexpr size_t PANEL = REGISTERS * LANES;  // outputs of a tile
 constexpr size_t MOST_PANELS = 8;    // that a thread multiplies a tile of rows with in turn
+
+// What has a zero point: inputs, and weights are signed; or weights, each of their blocks its own or all the same, and
+// inputs are signed.
+enum class Zero { OF_INPUTS, OF_ALL_WEIGHTS, OF_EACH_BLOCK };
 
 struct Panel {
     const uint8_t* values;       // [inputs / 4, PANEL, 4]; of 4 bits, in the order of the inputs of Rounded
@@ -32,10 +37,10 @@ struct PanelScratch {
     alignas(64) float bias[PANEL];
 };
 
-// Values of some outputs, and the sum of each one's if they are signed.
+// Values of some outputs, and the sum of each one's if the rounding of inputs was given.
 void pack_values(const Weights& weights, size_t output, size_t count, uint8_t* to, int32_t* sums) {
     const size_t bytes = weights.row_bytes();
-    const __m512i sign = _mm512_set1_epi8(weights.given ? -128 : 0), one_each = _mm512_set1_epi8(1);
+    const __m512i one_each = _mm512_set1_epi8(1);
     __m512i totals[PANEL] = {};
     const __m512i half = _mm512_set1_epi8(15);
     // Read below in many places by turns, they would come slowly: memory is quickest in its own order.
@@ -50,7 +55,6 @@ void pack_values(const Weights& weights, size_t output, size_t count, uint8_t* t
                 const uint8_t* from = weights.values + (output + one) * bytes + start;
                 rows[i] = one < count ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
                 if (weights.given) totals[one] = _mm512_dpbusd_epi32(totals[one], one_each, rows[i]);
-                rows[i] = _mm512_xor_si512(rows[i], sign);
             }
             transpose(rows);
             for (size_t i = 0; i < LANES; ++i) {
@@ -64,7 +68,7 @@ void pack_values(const Weights& weights, size_t output, size_t count, uint8_t* t
             }
         }
     }
-    for (size_t i = 0; i < PANEL; ++i) sums[i] = _mm512_reduce_add_epi32(totals[i]);
+    for (size_t i = 0; weights.given && i < PANEL; ++i) sums[i] = _mm512_reduce_add_epi32(totals[i]);
 }
 
 Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
@@ -92,9 +96,7 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
     }
     for (size_t i = 0; i < PANEL; ++i) {
         scratch.bias[i] = weights.bias && i < count ? weights.bias[output + i] : 0;
-        // Rounded inputs are less by 128 than what was given says, whose zero point is not theirs.
-        if (weights.given)
-            scratch.bias[i] += double(128 - weights.given->zero_point) * sums[i] * own[i] * weights.given->scale;
+        if (weights.given) scratch.bias[i] -= double(weights.given->zero_point) * sums[i] * own[i] * weights.given->scale;
     }
     return {to, own, zero, scratch.bias};
 }
@@ -111,12 +113,19 @@ using Sums = __m512i[REGISTERS];
     return values;
 }
 
-// Adds to each lane the product of its four weights and four inputs.
+// Adds to each lane the product of its four weights and four inputs, of which one are unsigned.
+template <Zero ZERO>
 [[gnu::always_inline]] inline void add_products(Sums& sums, const Sums& weights, const int8_t* x) {
+    const int32_t& four = *reinterpret_cast<const int32_t*>(x);
     __m512i inputs;
-    asm("vpbroadcastd %7, %3\n\tvpdpbusd %3, %4, %0\n\tvpdpbusd %3, %5, %1\n\tvpdpbusd %3, %6, %2"
-        : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "=&v"(inputs)
-        : "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "m"(*reinterpret_cast<const int32_t*>(x)));
+    if constexpr (ZERO == Zero::OF_INPUTS)
+        asm("vpbroadcastd %7, %3\n\tvpdpbusd %4, %3, %0\n\tvpdpbusd %5, %3, %1\n\tvpdpbusd %6, %3, %2"
+            : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "=&v"(inputs)
+            : "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "m"(four));
+    else
+        asm("vpbroadcastd %7, %3\n\tvpdpbusd %3, %4, %0\n\tvpdpbusd %3, %5, %1\n\tvpdpbusd %3, %6, %2"
+            : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "=&v"(inputs)
+            : "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "m"(four));
 }
 
 // Adds sums of a block, each times its weights' scale and its inputs', to the totals of 16 outputs. The sums are gone then.
@@ -135,7 +144,7 @@ struct Next {
 };
 
 // The places I of some rows are constants from the start: only so does GCC keep the sums in registers.
-template <bool SYMMETRIC, size_t... I>
+template <Zero ZERO, size_t... I>
 void multiply_rows(
     std::index_sequence<I...>, const Panel& panel, const Rounded& tile, size_t block_size, Next next, float* result) {
     constexpr size_t ROWS = sizeof...(I);
@@ -146,7 +155,9 @@ void multiply_rows(
     for (size_t i = 0; i < ROWS * PANEL; i += LANES) _mm512_store_ps(result + i, _mm512_setzero_ps());
     for (size_t block = 0; block < tile.blocks; ++block, x_scales += TILE_ROWS, x_sums += TILE_ROWS) {
         Sums sums[ROWS];
-        if constexpr (SYMMETRIC) {
+        if constexpr (ZERO == Zero::OF_INPUTS) {
+            ((sums[I][0] = sums[I][1] = sums[I][2] = _mm512_setzero_si512()), ...);
+        } else if constexpr (ZERO == Zero::OF_ALL_WEIGHTS) {
             ((sums[I][0] = sums[I][1] = sums[I][2] = broadcast(x_sums + I)), ...);
         } else {
             const int32_t* zero = panel.zero_points + block * PANEL;
@@ -159,7 +170,7 @@ void multiply_rows(
         for (size_t step = 0; step < block_size / STEP; ++step, weight += STEP * PANEL, x += STEP * TILE_ROWS) {
             const Sums weights = {
                 _mm512_load_si512(weight), _mm512_load_si512(weight + CHUNK), _mm512_load_si512(weight + 2 * CHUNK)};
-            (add_products(sums[I], weights, x + I * STEP), ...);
+            (add_products<ZERO>(sums[I], weights, x + I * STEP), ...);
             _mm_prefetch(next.values, _MM_HINT_T1);
             next.values += next.stride;
         }
@@ -175,15 +186,22 @@ void multiply_rows(
 
 using Tile = void (*)(const Panel&, const Rounded&, size_t, Next, float*);
 
-template <bool SYMMETRIC, size_t ROWS>
+template <Zero ZERO, size_t ROWS>
 void multiply_tile(const Panel& panel, const Rounded& tile, size_t block_size, Next next, float* result) {
-    multiply_rows<SYMMETRIC>(std::make_index_sequence<ROWS>(), panel, tile, block_size, next, result);
+    multiply_rows<ZERO>(std::make_index_sequence<ROWS>(), panel, tile, block_size, next, result);
 }
 
 // For every number of rows, less one.
-template <bool SYMMETRIC, size_t... I>
+template <Zero ZERO, size_t... I>
 constexpr std::array<Tile, TILE_ROWS> tiles(std::index_sequence<I...>) {
-    return {multiply_tile<SYMMETRIC, I + 1>...};
+    return {multiply_tile<ZERO, I + 1>...};
+}
+
+const std::array<Tile, TILE_ROWS>& tiles(const Weights& weights) {
+    constexpr auto ROWS = std::make_index_sequence<TILE_ROWS>();
+    static constexpr auto OF_INPUTS = tiles<Zero::OF_INPUTS>(ROWS), OF_ALL = tiles<Zero::OF_ALL_WEIGHTS>(ROWS),
+                          OF_EACH = tiles<Zero::OF_EACH_BLOCK>(ROWS);
+    return weights.given ? OF_INPUTS : weights.zero_points ? OF_EACH : OF_ALL;
 }
 
 // Sums of a tile with the bias to their places; as a stream past the caches, if they are too small for all results.
@@ -198,22 +216,85 @@ void write_tile(const float* sums, const float* bias, size_t rows, size_t count,
         }
 }
 
+// Where sums of tiles go.
+class Target {
+  public:
+    virtual ~Target() = default;
+    // Sums [rows, PANEL] of rows from `row` on, with outputs from `output` on, whose bias is given.
+    virtual void write(const float* sums, const float* bias, size_t row, size_t rows, size_t output) const = 0;
+    // What is about to be written.
+    virtual void fetch(size_t row, size_t rows, size_t output) const = 0;
+};
+
+// Floats [rows, outputs].
+class Floats final : public Target {
+  public:
+    Floats(float* result, size_t rows, size_t outputs) : result_(result), outputs_(outputs) {
+        constexpr size_t CACHED = 16 << 20;  // bytes of results
+        streams_ = rows * outputs * sizeof(float) > CACHED && outputs % LANES == 0 &&
+                   reinterpret_cast<uintptr_t>(result) % CHUNK == 0;
+    }
+
+    void write(const float* sums, const float* bias, size_t row, size_t rows, size_t output) const override {
+        const size_t count = std::min(PANEL, outputs_ - output);
+        float* const to = result_ + row * outputs_ + output;
+        if (streams_) write_tile<true>(sums, bias, rows, count, outputs_, to);
+        else write_tile<false>(sums, bias, rows, count, outputs_, to);
+    }
+
+    void fetch(size_t row, size_t rows, size_t output) const override {
+        for (size_t i = 0; i < rows && !streams_; ++i)
+            for (size_t j = 0; j < PANEL; j += LANES) __builtin_prefetch(result_ + (row + i) * outputs_ + output + j, 1);
+    }
+
+  private:
+    float* result_;
+    size_t outputs_;
+    bool streams_;
+};
+
+// Inputs of the next product: the GELU of the results, rounded.
+class RoundedGelu final : public Target {
+  public:
+    RoundedGelu(const Rounded& next, const GivenRounding& given) : next_(next), rounder_(given) {}
+
+    void write(const float* sums, const float* bias, size_t row, size_t, size_t output) const override {
+        // Words of four rows each by steps, two steps of all eight rows at a time.
+        const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
+        int8_t* to = next_.tile(row / TILE_ROWS, TILE_ROWS).values + output * TILE_ROWS;
+        for (size_t j = 0; j < PANEL; j += LANES, to += LANES * TILE_ROWS) {
+            alignas(64) __m128i rows[TILE_ROWS];
+            const __m512 own_bias = _mm512_load_ps(bias + j);
+            for (size_t i = 0; i < TILE_ROWS; ++i)
+                rows[i] = rounder_(gelu(_mm512_add_ps(_mm512_load_ps(sums + i * PANEL + j), own_bias)));
+            const __m512i low = _mm512_load_si512(rows), high = _mm512_load_si512(rows + TILE_ROWS / 2);
+            _mm512_store_si512(to, _mm512_permutex2var_epi32(low, even, high));
+            _mm512_store_si512(to + CHUNK, _mm512_permutex2var_epi32(low, odd, high));
+        }
+    }
+
+    void fetch(size_t row, size_t, size_t output) const override {
+        const int8_t* to = next_.tile(row / TILE_ROWS, TILE_ROWS).values + output * TILE_ROWS;
+        for (size_t i = 0; i < PANEL * TILE_ROWS; i += CHUNK) __builtin_prefetch(to + i, 1);
+    }
+
+  private:
+    static_assert(TILE_ROWS == 8 && STEP == sizeof(int32_t));
+    Rounded next_;
+    Rounder rounder_;
+};
+
 // Products of all rows with the outputs of some panels, which are all that a tile of rows is read for.
 void multiply_panels(
-    const Rounded& rounded, size_t rows, const Weights& weights, size_t start, size_t end, float* result) {
-    constexpr auto ROWS = std::make_index_sequence<TILE_ROWS>();
-    static constexpr auto SYMMETRIC = tiles<true>(ROWS), ASYMMETRIC = tiles<false>(ROWS);
+    const Rounded& rounded, size_t rows, const Weights& weights, size_t start, size_t end, const Target& target) {
     static thread_local std::array<PanelScratch, MOST_PANELS> scratch;
-    const auto& multiply = weights.zero_points ? ASYMMETRIC : SYMMETRIC;
+    const auto& multiply = tiles(weights);
     std::array<Panel, MOST_PANELS> panels;
     for (size_t output = start, i = 0; output < end; output += PANEL, ++i)
         panels[i] = pack(weights, output, scratch[i]);
-    constexpr size_t CACHED = 16 << 20;  // bytes of results
-    const bool streams = rows * weights.outputs * sizeof(float) > CACHED && weights.outputs % LANES == 0 &&
-                         reinterpret_cast<uintptr_t>(result) % CHUNK == 0;
-    const auto write = streams ? write_tile<true> : write_tile<false>;
     const size_t stride = STEP * TILE_ROWS / ((end - start + PANEL - 1) / PANEL);
-    alignas(64) float sums[TILE_ROWS * PANEL];
+    alignas(64) float sums[TILE_ROWS * PANEL] = {};
     for (size_t row = 0; row < rows; row += TILE_ROWS) {
         const size_t here = std::min(TILE_ROWS, rows - row);
         const Rounded tile = rounded.tile(row / TILE_ROWS, TILE_ROWS);
@@ -221,21 +302,17 @@ void multiply_panels(
         Next next{tile.values + size, size ? stride : 0};
         for (size_t output = start; output < end; output += PANEL) {
             const Panel& panel = panels[(output - start) / PANEL];
-            float* const to = result + row * weights.outputs + output;
-            for (size_t i = 0; i < here && !streams; ++i)
-                for (size_t j = 0; j < PANEL; j += LANES) __builtin_prefetch(to + i * weights.outputs + j, 1);
+            target.fetch(row, here, output);
             multiply[here - 1](panel, tile, weights.block_size, next, sums);
             next.values += tile.steps * next.stride;
-            write(sums, panel.bias, here, std::min(PANEL, end - output), weights.outputs, to);
+            target.write(sums, panel.bias, row, here, output);
         }
     }
-    if (streams) _mm_sfence();  // what is written so comes late to other threads otherwise
+    _mm_sfence();  // what is written past the caches comes late to other threads otherwise
 }
 
-}  // namespace
-
-void multiply_rows(
-    const Rounded& rounded, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
+void multiply_all(
+    const Rounded& rounded, size_t rows, const Weights& weights, const Target& target, const Parallel& parallel) {
     // As many panels as stay in a second-level cache, so that rows are read less often; but enough work for all threads.
     constexpr size_t CACHE = 512 << 10, TASKS = 16;
     const size_t panels = (weights.outputs + PANEL - 1) / PANEL;
@@ -243,8 +320,26 @@ void multiply_rows(
     const size_t together = std::clamp<size_t>(fitting, 1, MOST_PANELS) * PANEL;
     parallel((weights.outputs + together - 1) / together, [&](size_t group) {
         const size_t start = group * together, end = std::min(weights.outputs, start + together);
-        multiply_panels(rounded, rows, weights, start, end, result);
+        multiply_panels(rounded, rows, weights, start, end, target);
     });
+}
+
+}  // namespace
+
+void multiply_rows(
+    const Rounded& rounded, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
+    multiply_all(rounded, rows, weights, Floats(result, rows, weights.outputs), parallel);
+}
+
+Rounded multiply_rows_for(
+    const Rounded& rounded, size_t rows, const Weights& weights, const GivenRounding& given, const Parallel& parallel) {
+    static thread_local Scratch<int8_t> values;
+    static thread_local Scratch<float> scales;
+    const size_t all = round_up(rows, TILE_ROWS), steps = round_up(weights.outputs, PANEL) / STEP;
+    const Rounded next{values.of(all * steps * STEP), scales.of(all), nullptr, steps, 1};
+    std::fill(next.scales, next.scales + all, given.scale);
+    multiply_all(rounded, rows, weights, RoundedGelu(next, given), parallel);
+    return next;
 }
 
 }  // namespace fusion_edge

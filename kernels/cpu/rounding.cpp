@@ -52,23 +52,14 @@ void round_block(const float* x, size_t count, const Weights& weights, const Blo
     *block.sum = _mm512_reduce_add_epi32(total) << (weights.zero_points ? 0 : weights.bits - 1);
 }
 
-// By the scale and zero point that were given, as QuantizeLinear does, less 128.
+// By the scale and zero point that were given.
 void round_given(const float* x, size_t count, const Weights& weights, const Block& block) {
-    const GivenRounding& given = *weights.given;
-    const __m512 scale = _mm512_set1_ps(given.scale), least = _mm512_set1_ps(float(-given.zero_point));
-    const __m512 most = _mm512_add_ps(least, _mm512_set1_ps(255));
-    const __m512i shift = _mm512_set1_epi32(given.zero_point - 128);
-    __m512i total = _mm512_setzero_si512();
-    for (size_t i = 0; i < LARGEST_BLOCK; i += LANES) {
-        const __mmask16 mask = i < count ? first(count - i) : 0;
-        const __m512 scaled = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
-        const __m512i near = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(scaled, least), most));
-        const __m512i rounded = _mm512_maskz_add_epi32(mask, near, shift);
-        total = _mm512_sub_epi32(total, rounded);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(block.values + i), _mm512_cvtepi32_epi8(rounded));
+    const Rounder rounder(*weights.given);
+    for (size_t i = 0; i < count; i += LANES) {
+        const __m128i rounded = rounder(_mm512_maskz_loadu_ps(first(count - i), x + i));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(block.values + i), rounded);
     }
-    *block.scale = given.scale;
-    *block.sum += _mm512_reduce_add_epi32(total) * 128;
+    *block.scale = weights.given->scale;
 }
 
 // A block of a tile's rows, LARGEST_BLOCK apart, put side by side.
@@ -101,7 +92,6 @@ Rounded round(
         const float* from = x + index * of_tile * weights.inputs;
         alignas(64) int8_t buffer[LANES * LARGEST_BLOCK] = {};
         alignas(64) float activated[LARGEST_BLOCK];
-        if (weights.given) std::fill(tile.sums, tile.sums + of_tile, 0);
         for (size_t start = 0; start < end; start += piece) {
             const size_t count = std::min(piece, weights.inputs - start);
             const size_t place = weights.given ? 0 : start / piece * of_tile;
