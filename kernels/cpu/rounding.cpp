@@ -56,7 +56,7 @@ void round_block(const float* x, size_t count, const Weights& weights, const Blo
 void round_given(const float* x, size_t count, const Weights& weights, const Block& block) {
     const Rounder rounder(*weights.given);
     for (size_t i = 0; i < count; i += LANES) {
-        const __m128i rounded = rounder(_mm512_maskz_loadu_ps(first(count - i), x + i));
+        const __m128i rounded = rounder.bytes(_mm512_maskz_loadu_ps(first(count - i), x + i));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(block.values + i), rounded);
     }
     *block.scale = weights.given->scale;

@@ -47,15 +47,19 @@ class Rounder {
           extent_(_mm512_set1_ps(256 * given.scale)),
           zero_point_(_mm512_set1_epi32(given.zero_point)) {}
 
-    [[gnu::always_inline]] __m128i operator()(__m512 x) const {
+    // Not yet cut to 0 and 255, from which they are less than 512 off.
+    [[gnu::always_inline]] __m512i integers(__m512 x) const {
         const __m512 least = _mm512_sub_ps(_mm512_setzero_ps(), extent_);
         const __m512 near = _mm512_min_ps(_mm512_max_ps(x, least), extent_);
         // The quotient to the last bit, without a division, which takes as long as ten of the rest: what the product with
         // the inverse leaves is divided once more (https://doi.org/10.1147/rd.341.0111).
         const __m512 quotient = _mm512_mul_ps(near, inverse_);
         const __m512 exact = _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, scale_, near), inverse_, quotient);
-        const __m512i rounded = _mm512_add_epi32(_mm512_cvtps_epi32(exact), zero_point_);
-        return _mm512_cvtusepi32_epi8(_mm512_max_epi32(rounded, _mm512_setzero_si512()));
+        return _mm512_add_epi32(_mm512_cvtps_epi32(exact), zero_point_);
+    }
+
+    [[gnu::always_inline]] __m128i bytes(__m512 x) const {
+        return _mm512_cvtusepi32_epi8(_mm512_max_epi32(integers(x), _mm512_setzero_si512()));
     }
 
   private:
