@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,15 @@ needs_cpu_kernels = pytest.mark.skipif(
     cpu_kernels.library() is None or not cpu_kernels.is_supported(),
     reason="our CPU kernels: not built, or this processor has no AVX-512 VNNI",
 )
+
+
+@contextmanager
+def streams(wanted: bool) -> Iterator[None]:
+    """Products of one row that read weights in several streams, or in one; behind it, what is faster here."""
+    kernels = ctypes.CDLL(str(cpu_kernels.library()))
+    kernels.use_streams(wanted)
+    yield
+    kernels.use_streams("GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8"))
 
 
 @contextmanager

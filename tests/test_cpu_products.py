@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from one_node import gelu, session_of
 from onnx import helper
-from own_kernels import needs_cpu_kernels
+from own_kernels import needs_cpu_kernels, streams
 
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
@@ -105,9 +105,15 @@ def test_products(
     x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
     weight = dequantize(packed, form, inputs).astype(np.float64)
     expected = rounded(x, form.block_size) @ weight.T + (0 if bias is None else bias)
-    (actual,) = session(packed, form, inputs, bias, half_scales=half_scales).run(None, {"x": x[None]})
+    one = session(packed, form, inputs, bias, half_scales=half_scales)
     size = np.abs(rounded(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
+    with streams(False):
+        (actual,) = one.run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
+    if rows == 1:
+        with streams(True):
+            (by_turns,) = one.run(None, {"x": x[None]})
+        assert np.array_equal(actual, by_turns)
 
 
 @needs_cpu_kernels

@@ -241,6 +241,9 @@ EXPORTED bool is_supported() {
 // As of attention_operators.h: for tests, which prove the algorithm by its float32 form.
 EXPORTED void use_bfloat16(bool wanted) { fusion_edge::use_bfloat16(wanted); }
 
+// As of products.h: for tests, which prove either way on every processor.
+EXPORTED void use_streams(bool wanted) { fusion_edge::use_streams(wanted); }
+
 // What ONNX Runtime calls when the library is registered for a session.
 EXPORTED onnxruntime::Status* RegisterCustomOps(
     onnxruntime::SessionOptions* options, const onnxruntime::ApiBase* base) {

@@ -47,6 +47,10 @@ void multiply(
     const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
     const Parallel& parallel);
 
+// Whether products of one row read weights in several streams; they do where the processor is quickest so unless this
+// says otherwise.
+void use_streams(bool wanted);
+
 // result [rows, outputs of second] = second product of the GELU of the first, which is never stored in full: of weights
 // that inputs are rounded for as was given.
 void multiply_twice(
