@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
@@ -33,7 +34,7 @@ from fusion_edge.runtime.errors import FusionError
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
 PROMPT, CAPACITY = 900, 1000  # positions of a question, and of its cache
 VISION_CROPS, VISION_ROWS, VISION_HEADS, VISION_WIDTH = 4, 729, 16, 72
-CALIBRATED = ((1152, 3456, False), (1152, 1152, False), (1152, 4304, False), (4304, 1152, True))  # to, of a GELU
+CALIBRATED = ((1152, 3456), (1152, 1152), (1152, 4304, 1152))  # widths of a product, and of an MLP
 OPSET = 21
 PRODUCTS = (  # format, outputs, inputs: of the LLM, and of the vision encoder
     (WeightFormat("int4", 128), 8192, 3072),
@@ -113,20 +114,24 @@ def product(form: WeightFormat, outputs: int, inputs: int, rows: int, layers: in
     return lambda: [run() for run in runs]
 
 
-def calibrated_product(outputs: int, inputs: int, of_gelu: bool, library: Path | None) -> Run:
-    """A product of the vision encoder whose inputs are rounded, too, by a scale that was settled before."""
+def calibrated(widths: tuple[int, ...], library: Path | None) -> Run:
+    """A product or an MLP of the vision encoder whose inputs are rounded, too, by scales that were settled before."""
     random = np.random.default_rng(0)
-    weights: dict[str, npt.NDArray[Any]] = {
-        "values": random.integers(-127, 128, (outputs, inputs), np.int8),
-        "scales": np.full(outputs, 0.01, np.float16),
-        "x_scale": np.array(0.03, np.float32),
-        "x_zero_point": np.array(128, np.uint8),
-        "bias": np.zeros(outputs, np.float32),
-    }
-    function = cpu_functions.integer_product_function(OPSET, of_gelu)
+    made = cpu_functions.integer_product_function if len(widths) == 2 else cpu_functions.integer_mlp_function
+    function = made(OPSET)
+    weights: dict[str, npt.NDArray[Any]] = {}
+    for inputs, outputs in pairwise(widths):
+        tensors: tuple[npt.NDArray[Any], ...] = (
+            random.integers(-127, 128, (outputs, inputs), np.int8),
+            np.full(outputs, 0.001, np.float16),
+            np.array(0.03, np.float32),
+            np.array(128, np.uint8),
+            np.zeros(outputs, np.float32),
+        )
+        weights |= zip(function.input[1 + len(weights) :], tensors, strict=False)
     model = session(function.name, {"x": FLOAT}, {"y": FLOAT}, {}, library, weights, function)
-    x = random.normal(size=(VISION_CROPS * VISION_ROWS, inputs)).astype(np.float32)
-    return bound(model, values({"x": x}), (len(x), outputs))
+    x = random.normal(size=(VISION_CROPS * VISION_ROWS, widths[0])).astype(np.float32)
+    return bound(model, values({"x": x}), (len(x), widths[-1]))
 
 
 def vision(library: Path | None) -> Run:
@@ -211,11 +216,11 @@ def _main(_: argparse.Namespace) -> int:
             name = f"product, {form}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"
             make_product = partial(product, form, outputs, inputs, rows, layers)
             report(name, make_product, library, layers, work, "GOP/s" if rows > 1 else "GB/s")
-    for inputs, outputs, of_gelu in CALIBRATED:
+    for widths in CALIBRATED:
         rows = VISION_CROPS * VISION_ROWS
-        name = f"product, w8a8{' of a GELU' if of_gelu else ''}, {inputs} to {outputs}, {rows} rows"
-        make_calibrated = partial(calibrated_product, outputs, inputs, of_gelu)
-        report(name, make_calibrated, library, 1, rows * outputs * inputs * 2 / 1e9, "GOP/s")
+        name = f"{'product' if len(widths) == 2 else 'MLP'}, w8a8, {' to '.join(map(str, widths))}, {rows} rows"
+        work = 2 * rows * sum(inputs * outputs for inputs, outputs in pairwise(widths)) / 1e9
+        report(name, partial(calibrated, widths), library, 1, work, "GOP/s")
     work = 4 * VISION_ROWS**2 * VISION_HEADS * VISION_WIDTH / 1e9
     report("attention, vision", vision, library, 1, work, "GFLOP/s")
     for llm, (heads, kv_heads, width) in LLMS.items():
