@@ -27,7 +27,7 @@ def product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
     inputs = ["x", "values", "scales", "zero_points", "group_indices", "bias"]
     converted = ["activated" if of_gelu else "x", "values", "float_scales", *inputs[3:]]
     nodes = [
-        *_gelu(of_gelu),
+        *([_gelu("x")] if of_gelu else []),
         helper.make_node("Cast", ["scales"], ["float_scales"], to=TensorProto.FLOAT),
         with_attributes(
             helper.make_node("MatMulNBits", converted, ["output"], domain=MICROSOFT),
@@ -45,7 +45,9 @@ x's scale ``[]`` float32 and zero point ``[]`` uint8, bias ``[N]`` float32."""
 
 def integer_product_function(opset: int, of_gelu: bool = False) -> FunctionProto:
     """x ``[...,K]`` and :data:`INTEGER_INPUTS` -> output ``[...,N]``, float32."""
-    nodes = [*_gelu(of_gelu), *_integer_product("activated" if of_gelu else "x", "", "output")]
+    nodes = _integer_product("activated" if of_gelu else "x", "", "output")
+    if of_gelu:
+        nodes.insert(0, _gelu("x"))
     name = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
     return function(name, ["x", *INTEGER_INPUTS], ["output"], nodes, opset)
 
@@ -55,7 +57,7 @@ def integer_mlp_function(opset: int) -> FunctionProto:
     inputs = ["x", *(f"{part}_{name}" for part in ("up", "down") for name in INTEGER_INPUTS)]
     nodes = [
         *_integer_product("x", "up_", "hidden"),
-        *_gelu(True, "hidden"),
+        _gelu("hidden"),
         *_integer_product("activated", "down_", "output"),
     ]
     return function("IntegerMlp", inputs, ["output"], nodes, opset)
@@ -67,22 +69,21 @@ def _integer_product(x: str, prefix: str, output: str) -> list[NodeProto]:
     ``prefix`` of all other names.
     """
     values, scales, *x_grid, bias = (prefix + name for name in INTEGER_INPUTS)
-    inner = ("rounded", "inputs", "by_column", "float_scales", "weights", "product")
-    rounded, inputs, by_column, float_scales, weights, product = (prefix + name for name in inner)
+    rounded, weights = f"{prefix}rounded", f"{prefix}weights"
     return [
         helper.make_node("QuantizeLinear", [x, *x_grid], [rounded]),
-        helper.make_node("DequantizeLinear", [rounded, *x_grid], [inputs]),
-        helper.make_node("Transpose", [values], [by_column], perm=[1, 0]),
-        helper.make_node("Cast", [scales], [float_scales], to=TensorProto.FLOAT),
-        helper.make_node("DequantizeLinear", [by_column, float_scales], [weights], axis=1),
-        helper.make_node("MatMul", [inputs, weights], [product]),
-        helper.make_node("Add", [product, bias], [output]),
+        helper.make_node("DequantizeLinear", [rounded, *x_grid], [f"{prefix}inputs"]),
+        helper.make_node("Transpose", [values], [f"{prefix}by_column"], perm=[1, 0]),
+        helper.make_node("Cast", [scales], [f"{prefix}float_scales"], to=TensorProto.FLOAT),
+        helper.make_node("DequantizeLinear", [f"{prefix}by_column", f"{prefix}float_scales"], [weights], axis=1),
+        helper.make_node("MatMul", [f"{prefix}inputs", weights], [f"{prefix}product"]),
+        helper.make_node("Add", [f"{prefix}product", bias], [output]),
     ]
 
 
-def _gelu(wanted: bool, x: str = "x") -> list[NodeProto]:
+def _gelu(x: str) -> NodeProto:
     """FastGelu is the same as Gelu by its hyperbolic tangent, and quicker on a CPU."""
-    return [helper.make_node("FastGelu", [x], ["activated"], domain=MICROSOFT)] if wanted else []
+    return helper.make_node("FastGelu", [x], ["activated"], domain=MICROSOFT)
 
 
 def swiglu_function(opset: int) -> FunctionProto:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -19,11 +18,13 @@ needs_cpu_kernels = pytest.mark.skipif(
 
 @contextmanager
 def streams(wanted: bool) -> Iterator[None]:
-    """Products of one row that read weights in several streams, or in one; behind it, what is faster here."""
+    """Products of one row that read weights in several streams, or in one; the processor decides otherwise."""
     kernels = ctypes.CDLL(str(cpu_kernels.library()))
-    kernels.use_streams(wanted)
-    yield
-    kernels.use_streams("GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    before = kernels.use_streams(wanted)
+    try:
+        yield
+    finally:
+        kernels.use_streams(before)
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def exact_attention() -> Iterator[None]:
     kernels = None if path is None else ctypes.CDLL(str(path))
     if kernels is not None:
         kernels.use_bfloat16(False)
-    yield
-    if kernels is not None:
-        kernels.use_bfloat16(True)
+    try:
+        yield
+    finally:
+        if kernels is not None:
+            kernels.use_bfloat16(True)

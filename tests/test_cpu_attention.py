@@ -26,7 +26,7 @@ from own_kernels import exact_attention, needs_cpu_kernels
 
 from fusion_edge.runtime.backends import cpu_kernels
 
-WIDTHS = (8, 16, 64, 72, 80, 96, 128)
+WIDTHS = (8, 16, 64, 72, 80, 96, 128, 256)
 FLOAT32 = 3e-6  # of sums whose values are a few units large
 
 pytestmark = needs_cpu_kernels

@@ -74,17 +74,17 @@ def one_step(tensors: Mapping[str, Array]) -> float:
 
 @given(
     of_gelu=st.booleans(),
-    rows=st.sampled_from([1, 3, 12, 25]),
+    rows=st.sampled_from([1, 3, 7, 8, 12, 25]),
     inputs=st.integers(1, 700),
     outputs=st.integers(1, 90),
     scale=st.sampled_from([0.003, 0.01, 0.1]),
     zero_point=st.integers(0, 255),
     seed=st.integers(0, 2**32 - 1),
 )
-@example(False, 13, 257, 1100, 0.02, 128, 0)
+@example(False, 13, 257, 1600, 0.02, 128, 0)
 @example(True, 12, 4304, 64, 0.02, 10, 1)
-@example(True, 4000, 64, 1104, 0.02, 10, 2)  # more results than caches hold, as a stream
-@example(False, 4000, 64, 1105, 0.02, 10, 3)  # and in places that streams cannot have
+@example(True, 4000, 64, 1600, 0.02, 10, 2)  # more results than caches hold, as a stream
+@example(False, 4000, 64, 1601, 0.02, 10, 3)  # and in places that streams cannot have
 @settings(max_examples=80, deadline=None)
 def test_products_of_calibrated_inputs(
     of_gelu: bool, rows: int, inputs: int, outputs: int, scale: float, zero_point: int, seed: int
@@ -100,7 +100,7 @@ def test_products_of_calibrated_inputs(
 
 
 @given(
-    rows=st.sampled_from([1, 3, 8, 21]),
+    rows=st.sampled_from([1, 3, 7, 8, 21]),
     inputs=st.integers(1, 300),
     hidden=st.integers(1, 300),
     outputs=st.integers(1, 90),

@@ -89,7 +89,7 @@ def test_each_case_has_its_own_memory(
     result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a case took is no other's peak or history; what it kept is in the next one's."""
-    taken, kept = 64 << 20, 16 << 20
+    taken, kept = 256 << 20, 96 << 20  # other memory of the process changes by some tens of megabytes
     blocks: list[mmap.mmap] = []
     cases = iter([(taken, 0), (0, kept), (0, 0)])
 
@@ -106,10 +106,10 @@ def test_each_case_has_its_own_memory(
         return stages.measure(*arguments)
 
     monkeypatch.setattr(bench, "measure", measured)
-    monkeypatch.setattr(probes, "READ_BYTES", 200 << 20)
+    monkeypatch.setattr(probes, "READ_BYTES", 400 << 20)
     result, _ = result_of("--context", "100,150,200", *SHORT)
     first, second, third = (one.memory for one in result.measured)
-    assert first.steady < first.loaded + (100 << 20)  # what the bandwidth is read from does not count
+    assert first.steady < first.loaded + (200 << 20)  # what the bandwidth is read from does not count
     assert first.peak - first.steady > 0.8 * taken
     assert second.peak < first.peak - 0.5 * taken
     assert third.steady >= second.steady > first.steady + 0.5 * kept

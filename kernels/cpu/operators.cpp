@@ -242,7 +242,7 @@ EXPORTED bool is_supported() {
 EXPORTED void use_bfloat16(bool wanted) { fusion_edge::use_bfloat16(wanted); }
 
 // As of products.h: for tests, which prove either way on every processor.
-EXPORTED void use_streams(bool wanted) { fusion_edge::use_streams(wanted); }
+EXPORTED bool use_streams(bool wanted) { return fusion_edge::use_streams(wanted); }
 
 // What ONNX Runtime calls when the library is registered for a session.
 EXPORTED onnxruntime::Status* RegisterCustomOps(

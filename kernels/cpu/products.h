@@ -47,12 +47,12 @@ void multiply(
     const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
     const Parallel& parallel);
 
-// Whether products of one row read weights in several streams; they do where the processor is quickest so unless this
-// says otherwise.
-void use_streams(bool wanted);
+// Whether products of one row read weights in several streams: what it was until now, where the processor is quickest so
+// at first.
+bool use_streams(bool wanted);
 
-// result [rows, outputs of second] = second product of the GELU of the first, which is never stored in full: of weights
-// that inputs are rounded for as was given.
+// result [rows, outputs of second] = second product of the GELU of the first, both of inputs whose rounding was given. Of
+// many rows the first is stored rounded alone.
 void multiply_twice(
     const float* x, size_t rows, const Weights& first, const Weights& second, float* result, const Parallel& parallel);
 

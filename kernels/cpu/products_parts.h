@@ -15,7 +15,7 @@ void multiply_rows(
     const Rounded& rounded, size_t rows, const Weights& weights, float* result, const Parallel& parallel);
 
 // Many rows whose GELU the next product takes, rounded as was given for its inputs: those, in memory that the calling
-// thread keeps.
+// thread keeps. Missing rows of the last tile hold anything.
 Rounded multiply_rows_for(
     const Rounded& rounded, size_t rows, const Weights& weights, const GivenRounding& given, const Parallel& parallel);
 

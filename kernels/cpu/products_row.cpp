@@ -183,7 +183,7 @@ void multiply_given(const Rounded& rounded, const Weights& weights, size_t outpu
 
 }  // namespace
 
-void use_streams(bool wanted) { reads_streams = wanted; }
+bool use_streams(bool wanted) { return reads_streams.exchange(wanted); }
 
 void multiply_row(const Rounded& rounded, const Weights& weights, float* result, const Parallel& parallel) {
     // Few large parts: each begins a stream from memory anew. More threads than parts would find nothing to do, but

@@ -14,9 +14,9 @@
 namespace fusion_edge {
 namespace {
 
-constexpr size_t REGISTERS = 3;               // of outputs
+constexpr size_t REGISTERS = 3;              // of outputs
 constexpr size_t PANEL = REGISTERS * LANES;  // outputs of a tile
-constexpr size_t MOST_PANELS = 8;    // that a thread multiplies a tile of rows with in turn
+constexpr size_t MOST_PANELS = 8;            // that a thread multiplies a tile of rows with in turn
 
 // What has a zero point: inputs, and weights are signed; or weights, each of their blocks its own or all the same, and
 // inputs are signed.
@@ -25,7 +25,8 @@ enum class Zero { OF_INPUTS, OF_ALL_WEIGHTS, OF_EACH_BLOCK };
 struct Panel {
     const uint8_t* values;       // [inputs / 4, PANEL, 4]; of 4 bits, in the order of the inputs of Rounded
     const float* scales;         // [blocks, PANEL]
-    const int32_t* zero_points;  // [blocks, PANEL]; not filled if all are the same
+    // [blocks, PANEL]: of weights, not filled if all have the same; or minus that of inputs, times the weights' sum.
+    const int32_t* zero_points;
     const float* bias;           // [PANEL]
 };
 
@@ -96,7 +97,7 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
     }
     for (size_t i = 0; i < PANEL; ++i) {
         scratch.bias[i] = weights.bias && i < count ? weights.bias[output + i] : 0;
-        if (weights.given) scratch.bias[i] -= double(weights.given->zero_point) * sums[i] * own[i] * weights.given->scale;
+        if (weights.given) zero[i] = -weights.given->zero_point * sums[i];
     }
     return {to, own, zero, scratch.bias};
 }
@@ -120,11 +121,11 @@ template <Zero ZERO>
     __m512i inputs;
     if constexpr (ZERO == Zero::OF_INPUTS)
         asm("vpbroadcastd %7, %3\n\tvpdpbusd %4, %3, %0\n\tvpdpbusd %5, %3, %1\n\tvpdpbusd %6, %3, %2"
-            : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "=&v"(inputs)
+            : "+&v"(sums[0]), "+&v"(sums[1]), "+&v"(sums[2]), "=&v"(inputs)
             : "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "m"(four));
     else
         asm("vpbroadcastd %7, %3\n\tvpdpbusd %3, %4, %0\n\tvpdpbusd %3, %5, %1\n\tvpdpbusd %3, %6, %2"
-            : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "=&v"(inputs)
+            : "+&v"(sums[0]), "+&v"(sums[1]), "+&v"(sums[2]), "=&v"(inputs)
             : "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "m"(four));
 }
 
@@ -156,7 +157,9 @@ void multiply_rows(
     for (size_t block = 0; block < tile.blocks; ++block, x_scales += TILE_ROWS, x_sums += TILE_ROWS) {
         Sums sums[ROWS];
         if constexpr (ZERO == Zero::OF_INPUTS) {
-            ((sums[I][0] = sums[I][1] = sums[I][2] = _mm512_setzero_si512()), ...);
+            const int32_t* zero = panel.zero_points;  // of the one block
+            ((sums[I][0] = _mm512_load_si512(zero), sums[I][1] = _mm512_load_si512(zero + LANES),
+              sums[I][2] = _mm512_load_si512(zero + 2 * LANES)), ...);
         } else if constexpr (ZERO == Zero::OF_ALL_WEIGHTS) {
             ((sums[I][0] = sums[I][1] = sums[I][2] = broadcast(x_sums + I)), ...);
         } else {
@@ -298,7 +301,8 @@ void multiply_panels(
     std::array<Panel, MOST_PANELS> panels;
     for (size_t output = start, i = 0; output < end; output += PANEL, ++i)
         panels[i] = pack(weights, output, scratch[i]);
-    const size_t stride = STEP * TILE_ROWS / ((end - start + PANEL - 1) / PANEL);
+    const size_t count = (end - start + PANEL - 1) / PANEL, stride = (STEP * TILE_ROWS + count - 1) / count;
+    const size_t steps = weights.blocks() * (weights.block_size / STEP);
     alignas(64) float sums[TILE_ROWS * PANEL] = {};
     for (size_t row = 0; row < rows; row += TILE_ROWS) {
         const size_t here = std::min(TILE_ROWS, rows - row);
@@ -309,7 +313,7 @@ void multiply_panels(
             const Panel& panel = panels[(output - start) / PANEL];
             target.fetch(row, here, output);
             multiply[here - 1](panel, tile, weights.block_size, next, sums);
-            next.values += tile.steps * next.stride;
+            next.values += steps * next.stride;
             target.write(sums, panel.bias, row, here, output);
         }
     }
@@ -340,8 +344,9 @@ Rounded multiply_rows_for(
     const Rounded& rounded, size_t rows, const Weights& weights, const GivenRounding& given, const Parallel& parallel) {
     static thread_local Scratch<int8_t> values;
     static thread_local Scratch<float> scales;
+    static thread_local Scratch<int32_t> sums;
     const size_t all = round_up(rows, TILE_ROWS), steps = round_up(weights.outputs, PANEL) / STEP;
-    const Rounded next{values.of(all * steps * STEP), scales.of(all), nullptr, steps, 1};
+    const Rounded next{values.of(all * steps * STEP), scales.of(all), sums.of(all), steps, 1};
     std::fill(next.scales, next.scales + all, given.scale);
     multiply_all(rounded, rows, weights, RoundedGelu(next, given), parallel);
     return next;

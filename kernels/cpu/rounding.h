@@ -14,7 +14,9 @@ constexpr size_t TILE_ROWS = 8;  // with three registers of outputs: 24 of the 3
 // values, those of even places come before those of odd ones if weights have 4 bits, as the halves of the weights' bytes
 // do.
 struct Rounded {
-    int8_t* values;  // [tiles, steps, rows of a tile, 4]: int8, zero behind the last input; or uint8, if rounding was given
+    // [tiles, steps, rows of a tile, 4]: int8, zero behind the last input. Or uint8, if rounding was given, and anything
+    // behind the last input, where weights are zero.
+    int8_t* values;
     float* scales;   // [tiles, blocks, rows of a tile]
     // [tiles, blocks, rows of a tile]: minus the sum of the values, times the zero point if all weights have the same; not
     // filled if the rounding was given
@@ -29,8 +31,8 @@ struct Rounded {
     }
 };
 
-// Rows [rows, inputs] in tiles of one or of TILE_ROWS, in memory that the calling thread keeps; missing rows of the last
-// tile are not filled.
+// Rows [rows, inputs] in tiles of one or of TILE_ROWS, in memory that the calling thread keeps. Missing rows of the last
+// tile hold anything.
 Rounded round(
     const float* x, size_t rows, size_t of_tile, const Weights& weights, Activation activation,
     const Parallel& parallel);
