@@ -254,12 +254,22 @@ def width(request: pytest.FixtureRequest) -> int:
 
 
 def browse(page: Path, text: str, width: int, *options: str) -> str:
-    """What the browser prints about a page that is so many pixels wide."""
+    """What the browser prints about a page that is so many pixels wide, in a frame: no window is narrower than 500.
+
+    What the page sends its parent becomes the title.
+    """
     if BROWSER is None:
         pytest.skip(f"needs one of {', '.join(BROWSERS)}")
     page.write_text(text, encoding="utf-8")
+    frame = page.with_name("frame.html")
+    frame.write_text(
+        "<!DOCTYPE html><title></title><script>onmessage = event => document.title = event.data</script>"
+        f'<body style="margin:0"><iframe src="{page.name}" style="border:0;width:{width}px;height:2400px"></iframe>',
+        encoding="utf-8",
+    )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--window-size={width},2400", f"--user-data-dir={page.parent / 'user'}", *options, page.as_uri()]
+    command += ["--virtual-time-budget=2000"]  # for the message to arrive
+    command += [f"--window-size={width},2400", f"--user-data-dir={page.parent / 'user'}", *options, frame.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, timeout=60, text=True).stdout
 
 
@@ -269,7 +279,8 @@ def test_screenshot(width: int, is_dark: bool, tmp_path: Path) -> None:
     scheme = f"--blink-settings=preferredColorScheme={0 if is_dark else 1}"
     browse(tmp_path / "report.html", report.html(samples.result()), width, scheme, f"--screenshot={picture}")
     with Image.open(picture) as image:
-        colours = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20) or ()}
+        framed = image.convert("RGB").crop((0, 0, width, image.height))
+        colours = {colour: count for count, colour in framed.getcolors(1 << 20) or ()}
     page, card = ((16, 20, 27), (25, 31, 41)) if is_dark else ((245, 246, 248), (255, 255, 255))
     assert sorted(colours, key=lambda colour: -colours[colour])[:2] in ([page, card], [card, page])
     prefill = 0xE6, 0x9F, 0x00
@@ -278,7 +289,7 @@ def test_screenshot(width: int, is_dark: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_page_is_no_wider_than_the_screen(name: str, width: int, tmp_path: Path) -> None:
-    measure = "<script>document.title = document.documentElement.scrollWidth</script>"
+    measure = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script>"
     text = report.html(RESULTS[name]).replace("<details>", "<details open>").replace("</body>", f"{measure}</body>")
     text = text.replace("default-src 'none'".replace("'", "&#x27;"), "script-src &#x27;unsafe-inline&#x27;")
     assert f"<title>{width}</title>" in browse(tmp_path / "report.html", text, width, "--dump-dom")
