@@ -1,0 +1,90 @@
+"""How much of a decode step is Python: all that is not inside ONNX Runtime's run of the graph.
+
+    python -m fusion_edge.benchmarks.step_overhead --bundle BUNDLE --json FILE
+
+A prompt of random rows without an image, then one-token steps: embedding, graph, choice of the next token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from fusion_edge.benchmarks.latency.machine import machine_facts
+from fusion_edge.runtime import cli
+from fusion_edge.runtime.backends.base import ImageAlignment
+from fusion_edge.runtime.backends.onnxruntime_graph import Graph
+from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.sampling import Sampler, Sampling
+
+WARM_UP = 5  # steps
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--bundle", type=Path, required=True, help="folder that fusion-export wrote")
+    add("--prompt", type=cli.positive, default=64, help="positions before the steps (default: %(default)s)")
+    add("--steps", type=cli.positive, default=60, help="steps that are timed (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    return cli.run(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    with load(options.bundle, device="cpu") as fusion:
+        _prefill(fusion, options.prompt, options.prompt + WARM_UP + options.steps)
+        _steps(fusion, WARM_UP)
+        whole, inside = _steps(fusion, options.steps)
+    share = 1 - inside / whole
+    sys.stdout.write(f"step {whole / options.steps * 1e3:.1f} ms, of which Python {share:.2%}\n")
+    if options.json:
+        result = {
+            "step_seconds": whole / options.steps,
+            "python_share": share,
+            "steps": options.steps,
+            "prompt": options.prompt,
+            "processor": machine_facts(None).processor,
+        }
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _prefill(fusion: Fusion, length: int, capacity: int) -> None:
+    """Rows without latents."""
+    model = fusion.manifest.model
+    width, alignment = model.language.hidden_size, model.alignment
+    context = np.zeros((alignment.layers, 0, alignment.window_size**2, width), np.float32)
+    nothing = ImageAlignment(np.zeros((0, width), np.float32), context, context)
+    rows = np.random.default_rng(0).normal(0, 0.02, (length, width)).astype(np.float32)
+    fusion.backend.prefill(rows, nothing, np.zeros((0, 0), np.int64), np.zeros(0, np.int64), capacity)
+
+
+def _steps(fusion: Fusion, count: int) -> tuple[float, float]:
+    """Seconds in all, and of those inside of the graph's runs."""
+    inside = 0.0
+    run_bound = Graph.run_bound
+
+    def timed_run(graph: Graph, *arguments: object, **options: object) -> None:
+        nonlocal inside
+        started = time.perf_counter()
+        run_bound(graph, *arguments, **options)  # type: ignore[arg-type]
+        inside += time.perf_counter() - started
+
+    sampler, token = Sampler(Sampling()), 0
+    with mock.patch.object(Graph, "run_bound", timed_run):
+        started = time.perf_counter()
+        for _ in range(count):
+            token = sampler(fusion.backend.decode(fusion.embed(np.array([token]))[0]))
+        whole = time.perf_counter() - started
+    return whole, inside
+
+
+if __name__ == "__main__":
+    sys.exit(main())
