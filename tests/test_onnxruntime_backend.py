@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -153,7 +152,7 @@ def start(subject: Subject, capacity: int) -> Floats:
 
 def test_no_step_copies_the_cache(subject: Subject) -> None:
     """A cache of eight times the capacity makes steps no slower: they touch what is used of it."""
-    medians = []
+    fastest = []
     for capacity in (CAPACITY, subject.manifest.max_context):
         rows = start(subject, capacity)
         seconds = []
@@ -161,8 +160,8 @@ def test_no_step_copies_the_cache(subject: Subject) -> None:
             begun = time.perf_counter()
             subject.backend.decode(rows[0])
             seconds.append(time.perf_counter() - begun)
-        medians.append(statistics.median(seconds))
-    assert medians[1] < 3 * medians[0]
+        fastest.append(min(seconds))  # a copy is in every step, what else the machine does is not
+    assert fastest[1] < 3 * fastest[0]
 
 
 def test_a_sequence_fits_the_context(subject: Subject) -> None:
