@@ -20,6 +20,7 @@ from fusion_edge.export.older_operators import missing_operators, replace_operat
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.ahead_of_time import KERNELS
 from fusion_edge.kernels.kernel_folder import KernelFolder
+from fusion_edge.kernels.onnx_functions import with_own_names
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, digest, graph_file
 from fusion_edge.runtime.engines import Engine, Machine
 from fusion_edge.runtime.errors import FusionError
@@ -99,6 +100,8 @@ class EngineBuilder:
             language = self._bundle.manifest.model.language
             groups = language.heads // language.kv_heads if name == LLM else 1
             replace_operators(model, self.missing_operators, groups)
+        for function in model.functions:
+            with_own_names(function)  # older bundles have not
         parts = split(model, self._options.parts) if name == LLM else [model]
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"

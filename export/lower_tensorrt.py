@@ -8,10 +8,11 @@ which a plugin may replace (``kernels/tensorrt_plugins.py``). ONNX Runtime compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from onnx import FunctionProto
 
 from fusion_edge.export.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.export.tensor_names import Parameter
@@ -30,6 +31,11 @@ class TensorRTOperations(OnnxOperations):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._mask: OnnxValue | None = None
+
+    def _function(
+        self, function: FunctionProto, inputs: Sequence[OnnxValue | str], scope: str = "", **attributes: Any
+    ) -> OnnxValue:
+        return super()._function(onnx_functions.with_own_names(function), inputs, scope, **attributes)
 
     # Weights ------------------------------------------------------------------------------------------------
 

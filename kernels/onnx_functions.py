@@ -109,5 +109,18 @@ def constant(name: str, values: npt.NDArray[np.generic]) -> NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values, name))
 
 
+def with_own_names(function: FunctionProto) -> FunctionProto:
+    """The function, its parameters and inner tensors renamed as ``AddRows::positions``; what is so named stays.
+
+    No tensor of a graph has a colon in its name. TensorRT's ONNX parser up to 10.7 has no scope for parameters: one
+    that is named like any tensor around the call is taken for that tensor, whatever the call passes.
+    """
+    prefix = f"{function.name}::"
+    nodes = [names for node in function.node for names in (node.input, node.output)]
+    for names in (function.input, function.output, *nodes):
+        names[:] = [name if not name or name.startswith(prefix) else prefix + name for name in names]
+    return function
+
+
 def _function(name: str, inputs: list[str], nodes: list[NodeProto], opset: int) -> FunctionProto:
     return helper.make_function(DOMAIN, name, inputs, ["output"], nodes, [helper.make_opsetid("", opset)])

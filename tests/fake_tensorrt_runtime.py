@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+import tensorrt_parser
 from fake_cuda import Misuse
 from onnx import ModelProto, helper
 
@@ -84,7 +85,9 @@ class ICudaEngine:
         self.outputs = {value.name: value for value in model.graph.output}
         scatters = [node for node in model.graph.node if node.op_type in ("TensorScatter", "PlainTensorScatter")]
         self.in_place = {node.output[0]: node.input[0] for node in scatters}
-        self.session = _session(model, folder)
+        version = tuple(map(int, module.__version__.split(".")[:2]))
+        has_scopes = module.__name__ == "tensorrt_rtx" or version >= tensorrt_parser.MENDED
+        self.session = _session(model, folder, has_scopes)
 
     @property
     def num_io_tensors(self) -> int:
@@ -155,8 +158,11 @@ class IRuntimeConfig:
         return self._cache
 
 
-def _session(model: ModelProto, folder: Path) -> ort.InferenceSession:
-    """What computes an engine; plugins' nodes have their functions back, from the bundle's own graph."""
+def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.InferenceSession:
+    """What computes an engine; plugins' nodes have their functions back, from the bundle's own graph.
+
+    ``has_scopes``: the parser knows a function's parameters from tensors of the graph.
+    """
     whole = onnx.load(folder / f"{model.graph.name.split('.')[0]}.onnx", load_external_data=False)
     for node in model.graph.node:
         if node.domain:
@@ -165,6 +171,7 @@ def _session(model: ModelProto, folder: Path) -> ort.InferenceSession:
             node.attribute.extend(kept)
     kept_functions = {function.name for function in model.functions}
     model.functions.extend(function for function in whole.functions if function.name not in kept_functions)
+    model = model if has_scopes else tensorrt_parser.inlined(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # weights as the graph has them
