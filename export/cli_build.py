@@ -16,6 +16,7 @@ from pathlib import Path
 from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder, why_no_plugins
 from fusion_edge.export.engine_profiles import limits
 from fusion_edge.export.partial_folder import partial_folder
+from fusion_edge.export.tensorrt_formats import check_bundle
 from fusion_edge.runtime import cli, engines
 from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, producer, verify
 from fusion_edge.runtime.cuda import open_cuda
@@ -99,6 +100,8 @@ def _build(arguments: argparse.Namespace) -> int:
         )
     max_context = _max_context(bundle.manifest, arguments.max_context)
     library = first_library() if arguments.library is None else find_library(arguments.library)
+    if not library.is_rtx:
+        check_bundle(bundle)
     machine = _machine(library, arguments.device)
     options = BuildOptions(arguments.workspace, arguments.parts, arguments.kernels, arguments.verbose)
     no_plugins = why_no_plugins(library, machine, options)

@@ -18,7 +18,7 @@ from fusion_edge.export.packed.parameters import packed_form
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.targets import ACTIVATIONS, with_preset
 from fusion_edge.export.tensor_names import Parameter
-from fusion_edge.export.tensorrt_formats import check_formats
+from fusion_edge.export.tensorrt_formats import check_formats, in_blocks
 from fusion_edge.export.tokenizer import tokenizer_json
 from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
 from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
@@ -140,6 +140,8 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     defaults = preset(options.precision, options.group_size, vision, options.asymmetric, options.target)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
     packed = _packed_forms(checkpoint, parameters, options.rules)
+    if options.target == "tensorrt":
+        packed = {name: in_blocks(form) for name, form in packed.items()}
     formats = assign(names, options.rules, defaults) | {name: form.format for name, form in packed.items()}
     _check_formats(formats, parameters, options)
     if options.target == "tensorrt":

@@ -238,6 +238,10 @@ class OnnxParser:
             plugin = f"{attributes.get('plugin_namespace', b'').decode()}::{node.op_type}"
             if not attributes.get("aot") or plugin not in fake_tensorrt_plugin.QDP_REGISTRY:
                 self._errors.append(f"There is no plugin for {node.op_type}.")
+        for node in parsed.graph.node if self._module.__name__ == "tensorrt" else ():
+            sizes = {helper.get_attribute_value(one) for one in node.attribute if one.name == "block_size"}
+            if node.op_type == "DequantizeLinear" and sizes - {64, 128}:
+                self._errors.append(f"{node.name} has blocks of {sizes}, not of 64 or 128.")
         for tensor in parsed.graph.initializer:
             data = {entry.key: entry.value for entry in tensor.external_data}
             if data and (folder / data["location"]).stat().st_size < int(data["offset"]) + int(data["length"]):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from backend_contract import BackendContract, Subject
+from checkpoints import TINY, write_checkpoint
 from fake_backend import FakeBackend
 from fake_tensorrt import FULL, JETPACK_6, RTX
 from on_fake_tensorrt import open_on_fake
@@ -22,7 +24,12 @@ from fusion_edge.runtime.devices import CANDIDATES
 EXACT, HALF, INT8_CACHE = 1e-4, 0.02, 0.1
 """Tolerances: float32; float16; steps that read a cache rounded to int8, prefill does not."""
 
-TENSORRT_INT4 = "--int4 --group-size 32 --target tensorrt"
+TENSORRT_INT4 = "--int4 --group-size 64 --target tensorrt"
+
+WIDE = dataclasses.replace(
+    TINY, language=dataclasses.replace(TINY.language, hidden_size=64, heads=4, kv_heads=4)
+)
+"""Inputs that are whole blocks of 64."""
 
 Export = Callable[[str], Bundle]
 
@@ -31,11 +38,13 @@ Export = Callable[[str], Bundle]
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """``exported("--fp32 --target cpu")``: the bundle that these options give, exported once."""
     bundles: dict[str, Bundle] = {}
+    wide = write_checkpoint(tmp_path_factory.mktemp("wide") / "FUSION-wide", WIDE)
 
     def export(options: str) -> Bundle:
         if options not in bundles:
             folder = tmp_path_factory.mktemp("bundle") / "tiny"
-            assert cli.main([str(tiny_checkpoint), "-o", str(folder), *options.split()]) == 0
+            checkpoint = wide if options == TENSORRT_INT4 else tiny_checkpoint
+            assert cli.main([str(checkpoint), "-o", str(folder), *options.split()]) == 0
             bundles[options] = open_bundle(folder)
         return bundles[options]
 

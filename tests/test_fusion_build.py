@@ -31,7 +31,7 @@ CHECKPOINTS = {
     "phi": GOLDEN / "FUSION-tiny-Phi",
     "llama": GOLDEN / "FUSION-X-tiny-LLaMA",
 }
-PRECISIONS = {"fp16": "--fp16", "int4": "--int4 --group-size 32 --rule llm.layers.*.mlp.down=int8:channel"}
+PRECISIONS = {"fp16": "--fp16", "int4": "--int4 --group-size 64 --rule llm.layers.*.mlp.down=int8:channel"}
 Built = Callable[..., tuple[Path, Engines]]
 
 

@@ -41,9 +41,9 @@ thousands of them is four deviations: 0.0005 * sqrt(50) * 4 = 0.014, doubled."""
 CHECKPOINTS = {"demo": DEMO_CHECKPOINT, PHI: GOLDEN / PHI, LLAMA: GOLDEN / LLAMA}
 PICTURE = GOLDEN / "phi_one_turn.png"
 INT4 = {
-    "demo": ["--int4", "--group-size=32"],
-    PHI: ["--int4", "--group-size=32"],
-    LLAMA: ["--int4", "--group-size=32", "--rule=llm.layers.*.mlp.down=int8:channel"],  # 112 inputs
+    "demo": ["--int4"],
+    PHI: ["--int4", "--group-size=64"],
+    LLAMA: ["--int4", "--group-size=64", "--rule=llm.layers.*.mlp.down=int8:channel"],  # 112 inputs
 }
 Export = Callable[..., Path]
 
@@ -132,8 +132,7 @@ def calibrated(checkpoint: Path, output: Path, target: str) -> None:
     samples = output.parent / "samples"
     if not samples.exists():
         write_samples(samples, FEWEST)
-    eight_bits = [f"--rule={name}=int8:channel" for name in ("llm.lm_head", "vision.projector.down")]
-    options = ["--int4", "--group-size=32", *eight_bits, f"--target={target}", f"--calibrate={samples}"]
+    options = ["--int8", "--group-size=channel", f"--target={target}", f"--calibrate={samples}"]
     assert cli.main([str(checkpoint), "-o", str(output), *options]) == 0
 
 
@@ -281,7 +280,7 @@ def test_int4_scales_are_positive(exported: Export) -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "options", "reason"),
     [
-        (LLAMA, "--int4 --group-size 32", "llm.layers.0.mlp.down cannot be int4:32 for TensorRT: its 112 inputs are "),
+        (LLAMA, "--int4 --group-size 64", "llm.layers.0.mlp.down cannot be int4:64 for TensorRT: its 112 inputs are "),
         (PHI, "--int4", "cannot be int4:128 for TensorRT: its 64 inputs are not whole groups of 128"),
         (PHI, "--int4 --asym --group-size 32", "TensorRT: it knows no zero points; leave --asym out,"),
         (PHI, "--fp16 --rule llm.*=nf4:32", "TensorRT: it has no products with a codebook; use --int4,"),
@@ -304,7 +303,7 @@ def test_formats_that_tensorrt_does_not_read(
 
 def test_odd_outputs() -> None:
     """Two outputs share a byte."""
-    form = WeightFormat("int4", 32)
+    form = WeightFormat("int4", 64)
     parameters = {"llm.lm_head.weight": Parameter("llm.lm_head.weight", "linear", (33, 64), ())}
-    with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:32 for TensorRT: its 33 outputs are odd, and "):
+    with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:64 for TensorRT: its 33 outputs are odd, and "):
         check_formats({"llm.lm_head": form}, parameters, {})

@@ -19,7 +19,7 @@ from fusion_edge.export.packed.layout import Codes, Form, PackedTensor, Rows
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.tensor_names import Parameter, Source
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import Packed, dequantize, pack, store
+from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, store
 from fusion_edge.runtime.errors import FusionError
 
 KEPT = 3  # weights in memory, packed as the checkpoint has them: those of one parameter, of neighbouring blocks of rows
@@ -129,8 +129,9 @@ class PackedReader:
         """
         parts = []
         for source, start, stop in sources:
-            _, codes = self._codes(source, start, stop)
-            parts.append(_columns_of(codes, source.column_range, form.group_size))
+            own, codes = self._codes(source, start, stop)
+            codes = _columns_of(codes, source.column_range, own.format.group_size)
+            parts.append(_in_groups(codes, own.format.group_size, form.group_size))
         return _pack(parts, form)
 
     def values(self, source: Source, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -167,6 +168,13 @@ def _columns_of(codes: Codes, columns: tuple[int, int] | None, group: int) -> Co
     groups = slice(columns[0] // group, columns[1] // group)
     zero_points = None if codes.zero_points is None else codes.zero_points[:, groups]
     return Codes(codes.values[:, slice(*columns)], codes.scales[:, groups], zero_points)
+
+
+def _in_groups(codes: Codes, group: int, smaller: int) -> Codes:
+    """Groups of ``group`` columns divided into ``smaller`` ones, whose scales repeat."""
+    inputs = codes.values.shape[1]
+    zero_points = None if codes.zero_points is None else by_block(codes.zero_points, group, inputs, smaller)
+    return Codes(codes.values, by_block(codes.scales, group, inputs, smaller), zero_points)
 
 
 def _pack(parts: Sequence[Codes], form: WeightFormat) -> Packed:
