@@ -42,9 +42,9 @@ def check_bundle(bundle: Bundle) -> None:
         form = WeightFormat.parse(text, sizes=STORED_GROUP_SIZES)
         if form.kind == "int4" and form.block_size not in BLOCK_SIZES:
             raise FusionError(
-                f"{bundle.folder} has {name} in {form}, and TensorRT has 4-bit products for groups of 64 and 128 alone; "
-                f"export it again: fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt --group-size 128, "
-                "or 64."
+                f"{bundle.folder} has {name} in {form}; TensorRT has 4-bit products for groups of 64 and 128 alone: "
+                f"export it again, fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt --group-size 128 "
+                "(or 64)."
             )
 
 

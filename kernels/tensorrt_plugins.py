@@ -9,8 +9,9 @@ python/packaging/bindings_wheel/tensorrt/plugin), where a decorator checks more 
   input for an output of its shape and type, ``aliased()`` for one in the same memory. TensorRT may copy such an input
   first, and silently gives the output memory of its own unless ``PreviewFeature.ALIASED_PLUGIN_IO_10_03`` is turned on
   (``IPluginV3OneBuildV2.get_aliased_input``): :func:`allow_in_place`.
-- ``autotune``: the same parameters, then ``outputs``. It gives types and layouts of inputs and outputs: alternatives
-  between ``|`` that go together, "LINEAR" for contiguous ones.
+- ``autotune``: the same parameters, then ``outputs``. It gives types and layouts of inputs and outputs, "LINEAR" for
+  contiguous ones. TensorRT may choose any that it is given, whereas inputs' ``dtype`` is always the network's, and so
+  is the kernel's: it is the only one given.
 - ``aot_impl``: the same parameters, then ``outputs`` and ``tactic``, with an annotated result: the entry point's name,
   PTX, KernelLaunchParams and SymIntExprs. The last are expressions of sizes that are evaluated at run time, all of them
   SymInt32; so a kernel's other numbers are constants.
@@ -143,9 +144,9 @@ def _description(plugin: Plugin, trtp: ModuleType) -> Callable[..., Any]:
 
 
 def _formats(plugin: Plugin, trtp: ModuleType) -> Callable[..., Any]:
-    types = ["INT64" if name == "positions" else "FP32|FP16|BF16" for name in (*plugin.inputs, "output")]
-
-    def combinations(*_: Any) -> Any:
+    def combinations(*inputs: Any) -> Any:
+        dtype = _dtype(plugin, inputs[0]).upper()
+        types = ["INT64" if name == "positions" else dtype for name in (*plugin.inputs, "output")]
         return [trtp.AutoTuneCombination(", ".join(types), "LINEAR")]
 
     return _declared(combinations, dict.fromkeys((*plugin.inputs, "outputs"), inspect.Parameter.empty))
@@ -159,7 +160,7 @@ def _implementation(
         width = _constant_size(plugin, inputs, 0, -1)
         if plugin.operator == CONTEXT_ATTENTION and (rows := _constant_size(plugin, inputs, 1, 2)) != CONTEXT:
             raise FusionError(f"{plugin.operator}'s kernel attends to windows of {CONTEXT} rows, not of {rows}.")
-        kernel = compile(plugin.kernel, architecture, width, DTYPES[inputs[0].dtype.name])
+        kernel = compile(plugin.kernel, architecture, width, _dtype(plugin, inputs[0]))
         integers = plugin.integers(*(tensor.shape_expr for tensor in inputs))
         launch = trtp.KernelLaunchParams(
             grid_x=trtp.max(integers[0], 1),
@@ -173,6 +174,14 @@ def _implementation(
     parameters = dict.fromkeys((*plugin.inputs, "outputs", "tactic"), inspect.Parameter.empty)
     result = GenericAlias(tuple, (str, str, trtp.KernelLaunchParams, trtp.SymIntExprs))
     return _declared(implement, parameters, result)
+
+
+def _dtype(plugin: Plugin, tensor: Any) -> str:
+    """Triton's name of a tensor's type, which in capitals is TensorRT's."""
+    name = tensor.dtype.name
+    if name not in DTYPES:
+        raise FusionError(f"{plugin.operator} has no kernel for {name}; it has for {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 def _constant_size(plugin: Plugin, inputs: list[Any], index: int, axis: int) -> int:

@@ -112,7 +112,7 @@ class AutoTuneCombination:
     def __init__(self, io_types: str, layouts: str = "LINEAR") -> None:
         assert layouts == "LINEAR"
         alternatives = [[DataType(name) for name in one.strip().split("|")] for one in io_types.split(",")]
-        (count,) = {len(one) for one in alternatives if len(one) > 1}
+        (count,) = {len(one) for one in alternatives if len(one) > 1} or {1}
         self.combinations = list(zip(*(one if len(one) > 1 else one * count for one in alternatives), strict=True))
 
 

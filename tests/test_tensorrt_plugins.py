@@ -79,10 +79,18 @@ def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
 @every_plugin
 @pytest.mark.usefixtures("compilations")
 def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) -> None:
+    """The network's alone, for which the kernel is: TensorRT may choose each that is offered."""
     for dtype, name in FLOATS.items():
         layer = tensorrt_layers.layer(plugin, dtype)
-        assert layer.types == [types(plugin, one) for one in FLOATS]
+        assert layer.types == [types(plugin, dtype)]
         assert compilations[-1] == (plugin.kernel, "87", WIDTH, name)
+
+
+@every_plugin
+@pytest.mark.usefixtures("compilations")
+def test_type_without_a_kernel(plugin: Plugin) -> None:
+    with pytest.raises(FusionError, match=rf"^{plugin.operator} has no kernel for INT64; it has for FLOAT, HALF, BF16"):
+        tensorrt_layers.layer(plugin, DataType.INT64)
 
 
 class Recorder:
