@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import resource
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder, why_no_plugins
 from fusion_edge.export.engine_profiles import limits
+from fusion_edge.export.interruptible import is_abandoned
 from fusion_edge.export.partial_folder import partial_folder
 from fusion_edge.export.tensorrt_formats import check_bundle
 from fusion_edge.runtime import cli, engines
@@ -32,8 +34,13 @@ DISK_MARGIN_BYTES = 64 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
-    return cli.run(_build, parser().parse_args(argv))
+    """Entry point; the exit code. A process that was interrupted in the middle of a long step of TensorRT ends here."""
+    code = cli.run(_build, parser().parse_args(argv))
+    if is_abandoned():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)  # the interpreter cannot end in an orderly way around a thread that is inside TensorRT
+    return code
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from threading import Event
 from typing import Any
 
 import onnx
@@ -16,6 +15,7 @@ from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engine_parts import fix_dimension, split, tensor_dtype, tensor_shape
 from fusion_edge.export.engine_profiles import Limits, Ranges, profiles, shapes
+from fusion_edge.export.interruptible import interruptible
 from fusion_edge.export.older_operators import missing_operators, replace_operators
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.ahead_of_time import KERNELS
@@ -116,16 +116,21 @@ class EngineBuilder:
         """Parse, build and write one engine. Raises :class:`FusionError`."""
         trt = self._library.module
         self._messages.errors.clear()
-        with Progress(f"Building {label}", 0, unit=None) as progress, Interruption() as interruption:
-            monitor = _monitor(trt, progress, interruption)
+        with Progress(f"Building {label}", 0, unit=None) as progress:
+            cancelled = Event()
+            monitor = _monitor(trt, progress, cancelled)
+
+            def build(decompose_attention: bool) -> Any:
+                return interruptible(lambda: self._plan(model, ranges, monitor, decompose_attention), cancelled.set)
+
             # Fused attention first: what has no kernel for it is an error that says so, and comes early.
-            plan = self._plan(model, ranges, monitor, decompose_attention=False)
+            plan = build(decompose_attention=False)
             if plan is None and any("dedicated kernel" in error for error in self._messages.errors):
                 sys.stderr.write(
                     f"{label}: {self._library.name} has no fused attention for these heads; its parts run one by one.\n"
                 )
                 self._messages.errors.clear()
-                plan = self._plan(model, ranges, monitor, decompose_attention=True)
+                plan = build(decompose_attention=True)
         if plan is None:
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
@@ -207,8 +212,8 @@ def _compute_capability(trt: Any, written: str) -> Any:
     return getattr(trt.ComputeCapability, name)
 
 
-def _monitor(trt: Any, progress: Progress, interruption: Interruption) -> Any:
-    """TensorRT's own progress: steps of phases, which may have phases of their own."""
+def _monitor(trt: Any, progress: Progress, cancelled: Event) -> Any:
+    """TensorRT's own progress: steps of phases, which may have phases of their own. It may come from any thread."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -221,28 +226,9 @@ def _monitor(trt: Any, progress: Progress, interruption: Interruption) -> Any:
             pass
 
         def step_complete(self, phase_name: str, step: int) -> bool:
+            if cancelled.is_set():  # an exception here would abort the process
+                return False
             progress.advance(1)
-            return not interruption.wanted
+            return True
 
     return Monitor()
-
-
-class Interruption:
-    """Ctrl-C while TensorRT builds: an exception in its callbacks would abort the process, so it is asked to stop."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def __enter__(self) -> Interruption:
-        self._before = signal.signal(signal.SIGINT, self._want)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        if self.wanted:
-            raise KeyboardInterrupt
-
-    def _want(self, *_: object) -> None:
-        self.wanted = True

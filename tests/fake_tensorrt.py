@@ -18,15 +18,16 @@ import fake_tensorrt_plugin
 from fake_cuda import FakeCuda
 from fake_tensorrt_runtime import (
     MAGIC,
+    CompiledKernels,
     DynamicShapesKernelSpecializationStrategy,
     ExecutionContextAllocationStrategy,
     ILogger,
-    IRuntimeCache,
     Runtime,
     Shape,
     is_dynamic,
 )
 from onnx import ModelProto, helper
+from uninterruptible_wait import UninterruptibleWait
 
 RTX, FULL, JETPACK_6 = ("tensorrt_rtx", "1.7.1.116"), ("tensorrt", "10.16.0"), ("tensorrt", "10.3.0")
 NO_KERNEL = "Attention operation was not supported by a dedicated kernel."
@@ -108,8 +109,12 @@ class FakeTensorRT(ModuleType):
         self.loaded = 0
         """Engines that were given to deserialize."""
         self.runs = 0
-        self.kernels: IRuntimeCache | None = None
+        self.kernels: CompiledKernels | None = None
         """What TensorRT-RTX compiled."""
+        self.released_early: list[str] = []
+        """Objects that were released before others which need them."""
+        self.wait: UninterruptibleWait | None = None
+        """What a build waits in, if in anything."""
         self.Builder = partial(Builder, self)
         self.OnnxParser = partial(OnnxParser, self)
         self.Runtime = partial(Runtime, self)
@@ -294,6 +299,8 @@ class Builder:
 
     def _advance(self, monitor: IProgressMonitor) -> bool:
         """Whether the build goes on."""
+        if self._module.wait is not None:
+            return self._module.wait.until_refused(monitor)
         monitor.phase_start("Building", None, 2)
         for step in range(2):
             self._module.on_step()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import mmap
 import pickle
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -48,6 +51,12 @@ class ILogger:
 
 def is_dynamic(value: onnx.ValueInfoProto) -> bool:
     return any(dimension.dim_param for dimension in value.type.tensor_type.shape.dim)
+
+
+def must_outlive(module: FakeTensorRT, factory: object, product: object) -> None:
+    """Have the module note it if ``factory`` is released first."""
+    names, left = f"{type(factory).__name__} before {type(product).__name__}", weakref.ref(product)
+    weakref.finalize(factory, lambda: left() is not None and module.released_early.append(names))
 
 
 class Runtime:
@@ -99,7 +108,9 @@ class ICudaEngine:
 
     def create_runtime_config(self) -> IRuntimeConfig:
         assert self.module.__name__ == "tensorrt_rtx"
-        return IRuntimeConfig()
+        config = IRuntimeConfig(self.module)
+        must_outlive(self.module, self, config)
+        return config
 
     def create_execution_context(
         self, runtime_config: ExecutionContextAllocationStrategy | IRuntimeConfig
@@ -108,38 +119,55 @@ class ICudaEngine:
         is_eager = False
         if isinstance(runtime_config, IRuntimeConfig):
             strategy = runtime_config.get_execution_context_allocation_strategy()
-            self.module.kernels = runtime_config.get_runtime_cache()
+            cache = runtime_config.get_runtime_cache()
+            assert cache is not None
+            self.module.kernels = cache._kernels
             how = runtime_config.dynamic_shapes_kernel_specialization_strategy
             is_eager = how == DynamicShapesKernelSpecializationStrategy.EAGER
         assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
         if self.module.context_error is not None:
             self.logger.log(ILogger.Severity.ERROR, self.module.context_error)
             return None
-        return IExecutionContext(self, is_eager or self.module.__name__ == "tensorrt")
+        context = IExecutionContext(self, is_eager or self.module.__name__ == "tensorrt")
+        if isinstance(runtime_config, IRuntimeConfig):
+            context._config = weakref.ref(runtime_config)
+            for needed in (runtime_config, cache):
+                must_outlive(self.module, needed, context)
+        return context
+
+
+@dataclass
+class CompiledKernels:
+    """What is in a cache."""
+
+    content: bytes = b"kernels"
+    was_given: bytes = b""
 
 
 class IRuntimeCache:
     """Of kernels that were compiled."""
 
     def __init__(self) -> None:
-        self._content, self._was_given = b"kernels", b""
+        self._kernels = CompiledKernels()
 
     def deserialize(self, blob: bytes) -> bool:
-        self._was_given = bytes(blob)
+        self._kernels.was_given = bytes(blob)
         if not blob.startswith(b"kernels"):
             return False
-        self._content = bytes(blob)
+        self._kernels.content = bytes(blob)
         return True
 
     def serialize(self) -> bytes:
-        return self._content
+        return self._kernels.content
 
 
 class IRuntimeConfig:
     dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
-    def __init__(self) -> None:
-        self._strategy, self._cache = ExecutionContextAllocationStrategy.STATIC, IRuntimeCache()
+    def __init__(self, module: FakeTensorRT) -> None:
+        self._module = module
+        self._strategy = ExecutionContextAllocationStrategy.STATIC
+        self._cache: Callable[[], IRuntimeCache | None] = lambda: None
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self._strategy = strategy
@@ -148,14 +176,16 @@ class IRuntimeConfig:
         return self._strategy
 
     def create_runtime_cache(self) -> IRuntimeCache:
-        return IRuntimeCache()
+        cache = IRuntimeCache()
+        must_outlive(self._module, self, cache)
+        return cache
 
     def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
-        self._cache = cache
+        self._cache = weakref.ref(cache)
         return True
 
-    def get_runtime_cache(self) -> IRuntimeCache:
-        return self._cache
+    def get_runtime_cache(self) -> IRuntimeCache | None:
+        return self._cache()
 
 
 def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.InferenceSession:
@@ -193,6 +223,7 @@ class IExecutionContext:
             if not is_dynamic(value)
         }
         self._ran_with: dict[str, Shape] | None = None
+        self._config: Callable[[], IRuntimeConfig | None] | None = None
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert size >= self._engine.device_memory_size_v2
@@ -220,6 +251,8 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine, module = self._engine, self._engine.module
+        if self._config is not None and self._config() is None:
+            raise Misuse("A context runs whose configuration has been released.")
         missing = ({*engine.inputs, *engine.outputs} - self._addresses.keys()) | (engine.inputs.keys() - self._shapes)
         if missing or self._scratch is None:
             return self._error(f"No address, shape or scratch memory: {sorted(missing)}.")

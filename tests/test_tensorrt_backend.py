@@ -8,12 +8,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from backend_contract import CAPACITY, Subject
 from fake_cuda import Error, FakeCuda, Misuse
-from fake_tensorrt import RTX, FakeTensorRT
+from fake_tensorrt import FULL, RTX, FakeTensorRT
 from fake_tensorrt_runtime import IExecutionContext
 from on_fake_tensorrt import OnFake, build, installed, open_backend, open_on_fake
 from opset24 import needs_opset_24
@@ -24,6 +25,7 @@ from fusion_edge.benchmarks.demo.pictures import examples
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError, cli_run, devices
 from fusion_edge.runtime.backends.base import Floats
+from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
 from fusion_edge.runtime.bundle import Bundle, open_bundle
 from fusion_edge.runtime.cuda import Cuda, open_cuda
 from fusion_edge.runtime.errors import DeviceError
@@ -46,6 +48,7 @@ def on_fake(bundle: Bundle) -> Iterator[OnFake]:
     yield fake
     fake.backend.close()
     fake.cuda.check_all_freed()
+    assert fake.trt.released_early == []
 
 
 @pytest.fixture
@@ -70,15 +73,15 @@ def test_compiled_kernels_are_kept(bundle: Bundle, tmp_path: Path, monkeypatch: 
     (file,) = (tmp_path / "fusion-edge").iterdir()
     assert file.name.startswith("tensorrt_rtx-")
     assert fake.trt.kernels is not None
-    fake.trt.kernels._content = b"kernels of a prompt"
+    fake.trt.kernels.content = b"kernels of a prompt"
     fake.backend.close()
     assert file.read_bytes() == b"kernels of a prompt"
     again = open_backend(bundle, fake.trt)
-    assert fake.trt.kernels._content == b"kernels of a prompt"
+    assert fake.trt.kernels.content == b"kernels of a prompt"
     again.close()
     file.write_bytes(b"damaged")
     open_backend(bundle, fake.trt).close()
-    assert fake.trt.kernels._was_given == b"damaged"
+    assert fake.trt.kernels.was_given == b"damaged"
     assert file.read_bytes() == b"kernels"
 
 
@@ -90,6 +93,36 @@ def test_kernels_that_cannot_be_kept(
     fake = open_on_fake(bundle, *RTX, "--parts=1")
     fake.backend.close()
     assert capsys.readouterr().err.count("Compiled kernels cannot be kept in") == 1
+
+
+# Lifetimes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [RTX, FULL], ids=lambda library: library[0])
+def test_what_an_object_needs_outlives_it(bundle: Bundle, library: tuple[str, str]) -> None:
+    """Contexts their cache and configurations, those their engines: until the backend is closed, and while it is."""
+    fake = open_on_fake(bundle, *library, "--parts=2")
+    start(Subject(fake.backend, bundle.manifest, 0.02))
+    gc.collect()
+    assert fake.trt.released_early == []
+    fake.backend.close()
+    assert fake.trt.released_early == []
+
+
+def test_the_stand_in_notices_a_configuration_that_is_dropped(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt, "--parts=1") == 0
+    configure = KernelCache.configure
+
+    def forget(self: KernelCache, *arguments: Any) -> Any:
+        configuration = configure(self, *arguments)
+        self._configurations.clear()
+        return configuration
+
+    monkeypatch.setattr(KernelCache, "configure", forget)
+    with pytest.raises(Misuse, match="configuration has been released"):
+        open_backend(bundle, trt)
+    assert "IRuntimeConfig before IExecutionContext" in trt.released_early
 
 
 # What TensorRT may get wrong -------------------------------------------------------------------------------------

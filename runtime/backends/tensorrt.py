@@ -49,7 +49,8 @@ class TensorRTBackend:
         check_device_memory(bundle.manifest, engines, cuda)
         self._config, self.max_context = bundle.manifest.model, engines.max_context
         messages = Messages(library)
-        self._runtime = library.module.Runtime(messages.logger())
+        self._logger = messages.logger()  # outlives what logs
+        self._runtime = library.module.Runtime(self._logger)
         self._cuda, self._stream = cuda, cuda.stream()
         self._memory = DeviceMemory(cuda)
         self._graphs: dict[str, EngineGraph] = {}
@@ -255,6 +256,10 @@ class TensorRTBackend:
         self._keep_kernels()
         if self._recorded is not None:
             self._cuda.destroy_graph(self._recorded)
+        for graph in self._graphs.values():
+            graph.free_contexts()
+        if self._kernels is not None:
+            self._kernels.close()
         for graph in self._graphs.values():
             graph.close()
         self._memory.close()

@@ -116,6 +116,10 @@ class EngineGraph:
         for context in self._contexts[profile]:
             self._check(context.execute_async_v3(stream), "run")
 
+    def free_contexts(self) -> None:
+        """Free the execution contexts, before what they were made with."""
+        self._contexts.clear()
+
     def close(self) -> None:
-        """Free contexts and engines."""
-        self._contexts, self._loaded = [], []
+        """Free the engines, of which nothing may be left."""
+        self._loaded.clear()

@@ -21,6 +21,8 @@ class KernelCache:
         self._trt = trt
         self._path = cache_folder() / f"{name}.kernels"
         self._cache: Any = None
+        self._configurations: list[Any] = []
+        """Of contexts, which they must outlive; nothing in TensorRT's bindings keeps them."""
         self._kept = b""
 
     def configure(self, engine: Any, is_fixed: bool) -> Any:
@@ -40,7 +42,13 @@ class KernelCache:
             if self._kept:
                 self._cache.deserialize(self._kept)
         config.set_runtime_cache(self._cache)
+        self._configurations.append(config)
         return config
+
+    def close(self) -> None:
+        """Free the cache, then the configurations that it is from: after all contexts, before their engines."""
+        self._cache = None
+        self._configurations.clear()
 
     def _read(self) -> bytes:
         try:

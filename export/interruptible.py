@@ -1,0 +1,42 @@
+"""Long work in C++ that Ctrl-C ends: Python runs signal handlers in the main thread alone, between its own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from threading import Thread
+from typing import Any, TypeVar
+
+GRACE_SECONDS = 0.5
+Result = TypeVar("Result")
+
+_abandoned: list[Future[Any]] = []
+
+
+def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
+    """What ``work()`` returns or raises, in a thread of its own; this one waits, and its signal handlers run.
+
+    An exception that ends the wait, such as Ctrl-C's, calls ``cancel`` and gives the work :data:`GRACE_SECONDS` to end.
+    Work that has not ended by then goes on (:func:`is_abandoned`): nothing can stop a thread.
+    """
+    outcome: Future[Result] = Future()
+    try:
+        Thread(target=_settle, args=(outcome, work), daemon=True).start()
+        return outcome.result()
+    except BaseException:
+        cancel()
+        _abandoned.append(outcome)
+        wait([outcome], GRACE_SECONDS)
+        raise
+
+
+def is_abandoned() -> bool:
+    """Whether some work still goes on though no one waits for it."""
+    return not all(outcome.done() for outcome in _abandoned)
+
+
+def _settle(outcome: Future[Result], work: Callable[[], Result]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
