@@ -320,6 +320,7 @@ class FakeCuda(ModuleType):
         if len(left) == len(self.graphs):
             raise Misuse("A graph is destroyed twice.")
         self.graphs = left
+        graph.clear()  # which would keep the contexts of its work
         return (Error.cudaSuccess,)
 
 
