@@ -12,13 +12,12 @@ from collections.abc import Callable
 from enum import Enum, IntEnum
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import fake_tensorrt_plugin
 from fake_cuda import FakeCuda
 from fake_tensorrt_runtime import (
     MAGIC,
-    CompiledKernels,
     DynamicShapesKernelSpecializationStrategy,
     ExecutionContextAllocationStrategy,
     ILogger,
@@ -109,7 +108,7 @@ class FakeTensorRT(ModuleType):
         self.loaded = 0
         """Engines that were given to deserialize."""
         self.runs = 0
-        self.kernels: CompiledKernels | None = None
+        self.kernels: SimpleNamespace | None = None
         """What TensorRT-RTX compiled."""
         self.released_early: list[str] = []
         """Objects that were released before others which need them."""

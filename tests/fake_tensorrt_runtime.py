@@ -7,10 +7,10 @@ import mmap
 import pickle
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,19 +136,11 @@ class ICudaEngine:
         return context
 
 
-@dataclass
-class CompiledKernels:
-    """What is in a cache."""
-
-    content: bytes = b"kernels"
-    was_given: bytes = b""
-
-
 class IRuntimeCache:
     """Of kernels that were compiled."""
 
     def __init__(self) -> None:
-        self._kernels = CompiledKernels()
+        self._kernels = SimpleNamespace(content=b"kernels", was_given=b"")
 
     def deserialize(self, blob: bytes) -> bool:
         self._kernels.was_given = bytes(blob)
@@ -158,7 +150,8 @@ class IRuntimeCache:
         return True
 
     def serialize(self) -> bytes:
-        return self._kernels.content
+        content: bytes = self._kernels.content
+        return content
 
 
 class IRuntimeConfig:
