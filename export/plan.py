@@ -141,7 +141,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
     packed = _packed_forms(checkpoint, parameters, options.rules)
     if options.target == "tensorrt":
-        packed = {name: in_blocks(form) for name, form in packed.items()}
+        packed = {name: in_blocks(form, parameters[f"{name}.weight"].shape[1]) for name, form in packed.items()}
     formats = assign(names, options.rules, defaults) | {name: form.format for name, form in packed.items()}
     _check_formats(formats, parameters, options)
     if options.target == "tensorrt":

@@ -48,11 +48,12 @@ def check_bundle(bundle: Bundle) -> None:
             )
 
 
-def in_blocks(form: Form) -> Form:
+def in_blocks(form: Form, inputs: int) -> Form:
     """A weight of a quantized checkpoint with its larger groups in blocks that TensorRT reads: their scales repeat."""
-    if form.format.kind != "int4" or form.format.group_size <= BLOCK_SIZES[-1]:
+    fitting = [size for size in BLOCK_SIZES if inputs % size == 0]
+    if form.format.kind != "int4" or form.format.group_size <= BLOCK_SIZES[-1] or not fitting:
         return form
-    return dataclasses.replace(form, format=WeightFormat("int4", BLOCK_SIZES[-1]))
+    return dataclasses.replace(form, format=WeightFormat("int4", fitting[-1]))
 
 
 def _unreadable(name: str, form: WeightFormat, shape: tuple[int, ...], packed: Form | None) -> str | None:

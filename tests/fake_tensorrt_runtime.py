@@ -56,7 +56,12 @@ def is_dynamic(value: onnx.ValueInfoProto) -> bool:
 def must_outlive(module: FakeTensorRT, factory: object, product: object) -> None:
     """Have the module note it if ``factory`` is released first."""
     names, left = f"{type(factory).__name__} before {type(product).__name__}", weakref.ref(product)
-    weakref.finalize(factory, lambda: left() is not None and module.released_early.append(names))
+
+    def note() -> None:
+        if left() is not None:
+            module.released_early.append(names)
+
+    weakref.finalize(factory, note)
 
 
 class Runtime:

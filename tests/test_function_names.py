@@ -21,7 +21,7 @@ from opset24 import needs_opset_24
 from tensorrt_parser import inlined
 
 from fusion_edge.benchmarks.demo.samples import write_samples
-from fusion_edge.export import cli, engine_builder, lower_tensorrt
+from fusion_edge.export import cli, engine_builder
 from fusion_edge.export.engine_parts import fix_dimension, split
 from fusion_edge.export.older_operators import SINCE, replace_operators
 from fusion_edge.kernels import onnx_functions
@@ -220,7 +220,7 @@ def test_the_parser_misreads_old_names(exported: Callable[[str], Bundle]) -> Non
 def old_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("old") / "b"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lower_tensorrt.onnx_functions, "with_own_names", lambda function: function)
+        patch.setattr(onnx_functions, "with_own_names", lambda function: function)
         assert cli.main([str(checkpoint), "-o", str(folder), "--fp16", "--target=tensorrt"]) == 0
     assert confused(graph_of(open_bundle(folder), LLM)) >= {("AddRows", "positions")}
     return open_bundle(folder)

@@ -26,14 +26,15 @@ from fusion_edge.export.tensorrt_formats import BLOCK_SIZES, check_formats
 from fusion_edge.export.weights import CheckpointWeights, read_parameter
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle import Bundle, open_bundle
+from fusion_edge.runtime.config import FusionConfig
 from fusion_edge.runtime.errors import UsageError
 
 Refuse = Callable[..., str]
 PRESETS = ("tensorrt", "jetson-orin-nano", "jetson-orin", "jetson-thor", "rtx")
 
 
-def wide(**language: int) -> Any:
-    sizes = {"hidden_size": 128, "mlp_width": 512, "heads": 8, "kv_heads": 8} | language
+def wide(**language: int) -> FusionConfig:
+    sizes: dict[str, Any] = {"hidden_size": 128, "mlp_width": 512, "heads": 8, "kv_heads": 8} | language
     return dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, **sizes))
 
 
@@ -109,7 +110,7 @@ def test_remedies(form: str, shape: tuple[int, int], reason: str) -> None:
 # Quantized checkpoints -------------------------------------------------------------------------------------------
 
 
-def quantized(folder: Path, variant: str, model: Any) -> Path:
+def quantized(folder: Path, variant: str, model: FusionConfig) -> Path:
     """Its decoder layers in the layout of a variant, all of them random."""
     fixture, pack = read_fixture(variant), packer(variant)
     language = model.language
@@ -131,19 +132,20 @@ def test_groups_of_32_of_a_checkpoint(tmp_path: Path, refused: Refuse) -> None:
     assert block_sizes(tmp_path / "b") == {128}
 
 
-@pytest.mark.parametrize("width", [256, 512])
-def test_rows_with_one_scale_are_stored_in_blocks_of_128(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("width", "block"), [(256, 128), (512, 128), (320, 64)])
+def test_rows_with_one_scale_are_stored_in_blocks(tmp_path: Path, width: int, block: int) -> None:
     """Elsewhere they are in blocks of 256; the weights are the same bit for bit."""
     model = wide(hidden_size=256, mlp_width=width, heads=16, kv_heads=16)
     checkpoint = quantized(tmp_path / "checkpoint", "gptq-v1-channel", model)
-    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--target=tensorrt"]) == 0
-    assert block_sizes(tmp_path / "b") == {128}
+    eight_bits = "--rule=alignment.*=int8:channel"
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--target=tensorrt", eight_bits]) == 0
+    assert block_sizes(tmp_path / "b") == {128, block}
     bundle = open_bundle(tmp_path / "b")
     stored = BundleWeights(bundle)
     with Checkpoint(checkpoint) as source:
         original = CheckpointWeights(source, read_parameters(source, read_config(source)))
         for name in ("attention.qkv", "attention.out", "mlp.down"):
-            assert bundle.manifest.weights[f"llm.layers.1.{name}"] == "int4:128"
+            assert bundle.manifest.weights[f"llm.layers.1.{name}"] == f"int4:{block if name == 'mlp.down' else 128}"
             expected = read_parameter(original, f"llm.layers.1.{name}.weight")
             np.testing.assert_array_equal(read_parameter(stored, f"llm.layers.1.{name}.weight"), expected)
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "cpu")]) == 0
