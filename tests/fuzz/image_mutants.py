@@ -20,7 +20,7 @@ from fuzz.mutations import mutate_bytes
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n0 0 9 9 rectfill\nshowpage\n%%EOF\n"
 PPM_TEXT = b"P3\n# a comment\n3 2\n255\n" + b"255 0 0  0 255 0  0 0 255\n" * 2
-DTYPES = "b1 u1 i1 u2 i2 u4 i4 u8 i8 f2 f4 f8 c8 O S3 U3 M8[s] V4".split()
+DTYPES = ["b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8", "O", "S3", "U3", "M8[s]", "V4"]
 SIZES = (0, 1, 2, 3, 4, 9, 384, 600)
 DEPTHS = (1, 2, 3, 4, 16)
 

@@ -23,6 +23,7 @@ SECONDS = 2.0
 """Longer is a hang."""
 GROWTH = 64 << 20
 """More bytes of resident memory is too much."""
+HERE = Path(__file__).parent
 OUTPUT = "output"
 """Folder that a run may write in: its results, nothing else."""
 
@@ -152,7 +153,7 @@ def _run(call: Callable[[], int | None]) -> tuple[int, str, str, str]:
     except SystemExit as stop:  # argparse
         return (stop.code if isinstance(stop.code, int) else 1), "", "", ""
     except BaseException as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/fuzz/" not in frame.filename]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != HERE]
         last = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].name}" if frames else ""
         return 1, "exception", traceback.format_exc(), f"{type(error).__name__} {last}: {_general(str(error))}"
 

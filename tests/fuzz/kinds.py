@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fuzz.checkpoint_mutants import Checkpoints
 from fuzz.image_mutants import Images
 from fuzz.judge import Kind
+from fuzz.tokenizer_mutants import Tokenizers
 
 
 def kinds() -> dict[str, Kind]:
     """New ones, not prepared yet."""
-    return {"image": Images()}
+    return {"checkpoint": Checkpoints(), "tokenizer": Tokenizers(), "image": Images()}

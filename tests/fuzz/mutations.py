@@ -20,9 +20,9 @@ NUMBERS: tuple[float, ...] = (
     0.5, 1.5, 1e-45, 1e-300, 1e38, 1e39, 1e308, math.nan, math.inf, -math.inf,
 )  # fmt: skip
 TEXTS = (
-    "", " ", "x", "0", "1", "-1", "1e9", "nan", "null", "true", "../secret", "/etc/hostname", "a\0b", "\ud800", "\ufeff",
-    "<|end|>", "<image>", "<latent_image>", "<vision_start>", "</s>", "é", "e\u0301", "\u200b", "\u202eabc", "😀", "x" * 300,
-    "float16", "bfloat16", "int8", "{}", "[]", "%s", "'", '"', "\\", "\n", "model.safetensors",
+    "", " ", "x", "0", "1", "-1", "1e9", "nan", "null", "true", "../secret", "/etc/hostname", "a\0b", "\ud800",
+    "<|end|>", "<image>", "<latent_image>", "<vision_start>", "</s>", "é", "e\u0301", "\u200b", "\u202eabc", "😀",
+    "\ufeff", "x" * 300, "float16", "bfloat16", "int8", "{}", "[]", "%s", "'", '"', "\\", "\n", "model.safetensors",
 )  # fmt: skip
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234567\n"
 
@@ -181,6 +181,21 @@ def mutate_bytes(draw: Random, content: bytes) -> tuple[bytes, str]:
         data[at:at] = data[at : at + length] * draw.choice([1, 2, 20])
         return bytes(data), f"{length} bytes again at {at}"
     return draw.choice([b"", LFS_POINTER, b"\0" * min(size, 4096), b"<html></html>"]), "another content"
+
+
+def tried(change: Callable[..., str], draw: Random, *arguments: Any) -> str:
+    """What a change did; nothing if an earlier one has left nothing that it could change."""
+    try:
+        return change(draw, *arguments)
+    except (OSError, ValueError, RecursionError):
+        return "nothing"
+
+
+def read(path: Path) -> bytes:
+    """The content of a file; raises ``OSError`` for what is none, such as a link to a device that never ends."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_bytes()
 
 
 def replace(path: Path, content: bytes) -> None:
