@@ -81,9 +81,12 @@ class Campaign:
 
     def _try_unchanged(self) -> None:
         """What mutants are made of must be taken, or every refusal would be for another reason."""
-        for name, verdict in self._children.run(Batch(name, [None, None]) for name in self.kinds):
+        # The first of two loads code, which takes memory and time once.
+        second = dict(self._children.run(Batch(name, [None, None]) for name in self.kinds))
+        for name, verdict in second.items():
             if verdict.failure or not verdict.accepted:
-                raise RuntimeError(f"The unchanged input of {name} is refused: {verdict.failure} {verdict.detail}")
+                told = f"{verdict.failure} {verdict.detail} {verdict.written}"
+                raise RuntimeError(f"The unchanged input of {name} is not taken: {told}")
             self.tallies[name].unchanged_seconds = verdict.seconds
 
     def _try_again(self, suspects: list[tuple[str, Verdict]]) -> None:

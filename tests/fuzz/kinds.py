@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fuzz.bundle_mutants import Bundles
 from fuzz.checkpoint_mutants import Checkpoints
+from fuzz.history_mutants import Histories
 from fuzz.image_mutants import Images
 from fuzz.judge import Kind
 from fuzz.tokenizer_mutants import Tokenizers
@@ -10,4 +12,10 @@ from fuzz.tokenizer_mutants import Tokenizers
 
 def kinds() -> dict[str, Kind]:
     """New ones, not prepared yet."""
-    return {"checkpoint": Checkpoints(), "tokenizer": Tokenizers(), "image": Images()}
+    return {
+        "checkpoint": Checkpoints(),
+        "tokenizer": Tokenizers(),
+        "bundle": Bundles(),
+        "image": Images(),
+        "history": Histories(),
+    }
