@@ -23,7 +23,12 @@ from fuzz.judge import GROWTH, SECONDS, Mutant
 from fuzz.mutations import NUMBERS, Json, mutate_bytes, mutate_json, near, read, replace, to_json_bytes, tried
 from fuzz.tokenizer_mutants import edit_tokenizer_json
 
-BASES = {"int4": ["--int4"], "int8": ["--int8", "--kv-cache", "int8"], "fp32": ["--fp32"], "nf4": ["--nf4", "--group-size", "32"]}
+BASES = {
+    "int4": ["--int4"],
+    "int8": ["--int8", "--kv-cache", "int8"],
+    "fp32": ["--fp32"],
+    "nf4": ["--nf4", "--group-size", "32"],
+}
 """Options of ``fusion-export`` by the name of what mutants are made of."""
 PATHS = ("../secret", "/etc/hostname", "", ".", "bundle.json", "sub/llm.data", "a\0b", "x" * 300, "LLM.DATA", "\ud800")
 
@@ -103,8 +108,24 @@ def _manifest(draw: Random, path: Path) -> str:
             place[key] = draw.choice([near(draw, held), near(draw, held), draw.choice(NUMBERS)])
         change = f" {section}.{key} = {repr(place[key])[:60]}{_with_graphs(tree)}"
     elif what == 4:
-        key = draw.choice(["max_context", "image_side", "query_lengths", "cache", "activations", "target", "accuracy_level"])
-        values: list[Json] = ["int8", "float16", "float32", "float64", "cpu", "cuda", "tensorrt", 0, 1, 512, 2**31, [4], [9]]
+        key = draw.choice(
+            ["max_context", "image_side", "query_lengths", "cache", "activations", "target", "accuracy_level"]
+        )
+        values: list[Json] = [
+            "int8",
+            "float16",
+            "float32",
+            "float64",
+            "cpu",
+            "cuda",
+            "tensorrt",
+            0,
+            1,
+            512,
+            2**31,
+            [4],
+            [9],
+        ]
         tree[key] = draw.choice(values)
         change = f" {key} = {tree[key]}{_with_graphs(tree)}"
     elif what == 5:

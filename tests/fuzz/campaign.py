@@ -98,12 +98,13 @@ class Campaign:
                 self.dismissed.append((name, again.seed, first[name, again.seed].failure))
 
     def _batches(self, count: int | None, deadline: float | None) -> Iterator[Batch]:
-        """Kinds in turn, each as often as its share of the mutants or of the time asks for."""
-        total = sum(kind.share for kind in self.kinds.values())
+        """Kinds in turn, each as often as its share of the mutants asks for."""
+        shares = {name: kind.share or 1 for name, kind in self.kinds.items()}
+        total = sum(shares.values())
         given = Counter[str]()
-        left = {n: None if count is None else round(count * k.share / total) for n, k in self.kinds.items()}
+        left = {n: None if count is None else round(count * share / total) for n, share in shares.items()}
         while (deadline is None or time.monotonic() < deadline) and any(left[name] != 0 for name in left):
-            name = min((n for n in left if left[n] != 0), key=lambda n: given[n] / self.kinds[n].share)
+            name = min((n for n in left if left[n] != 0), key=lambda n: given[n] / shares[n])
             rest = left[name]
             size = self.kinds[name].batch if rest is None else min(self.kinds[name].batch, rest)
             if deadline is not None:  # a batch takes what is left at the most

@@ -170,10 +170,14 @@ def _header(draw: Random, path: Path) -> str:
     if what == 0:
         entry["dtype"] = draw.choice(DTYPES)
     elif what == 1 and isinstance(entry["shape"], list):
-        entry["shape"] = draw.choice([entry["shape"][::-1], [], [0], [2**62, 4], [-1], [1, *entry["shape"]], [1.0], None])
+        entry["shape"] = draw.choice(
+            [entry["shape"][::-1], [], [0], [2**62, 4], [-1], [1, *entry["shape"]], [1.0], None]
+        )
     elif what == 2:
         other = header[draw.choice(names)]
-        entry["data_offsets"] = draw.choice([[0, 0], [-1, 4], [0, 2**63], [4, 0], other.get("data_offsets"), [0], "0,4"])
+        entry["data_offsets"] = draw.choice(
+            [[0, 0], [-1, 4], [0, 2**63], [4, 0], other.get("data_offsets"), [0], "0,4"]
+        )
     elif what == 3:
         new = draw.choice(["", f"module.{name}", f"{name}_scale", "model.layers.0.self_attn.rotary_emb.inv_freq", "\0"])
         header[new] = header.pop(name)
@@ -212,7 +216,9 @@ def _tensors(draw: Random, path: Path) -> str:
         return "nothing"
     name = draw.choice(sorted(placed))
     start, stop = (max(0, min(offset, len(tensors))) for offset in placed[name])
-    pattern = draw.choice([b"\xff", b"\0", b"\x7f", b"\0\x7c", b"\xff\x7b", b"\0\xfc", b"\x01\0", b"\x80\x7f", b"\0\0\x80\x7f"])
+    pattern = draw.choice(
+        [b"\xff", b"\0", b"\x7f", b"\0\x7c", b"\xff\x7b", b"\0\xfc", b"\x01\0", b"\x80\x7f", b"\0\0\x80\x7f"]
+    )
     count = draw.choice([1, 2, 16, max(stop - start, 0)])
     filled = (pattern * (count // len(pattern) + 1))[: max(0, min(stop - start, max(count, len(pattern))))]
     changed = tensors[:start] + filled + tensors[start + len(filled) :]
@@ -239,5 +245,3 @@ def _write_packed(folder: Path) -> None:
     for name in PACKED:
         fixture = read_fixture(name)
         write_quantized(folder / name, fixture.config, fixture.tensors, packer(name))
-
-

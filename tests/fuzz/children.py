@@ -69,9 +69,7 @@ class Children:
         with selectors.DefaultSelector() as selector:
             try:
                 while True:
-                    while len(running) < self._jobs and (
-                        batch := waiting.popleft() if waiting else next(source, None)
-                    ):
+                    while len(running) < self._jobs and (batch := waiting.popleft() if waiting else next(source, None)):
                         child = self._fork(batch)
                         running[child.pipe] = child
                         selector.register(child.pipe, selectors.EVENT_READ)

@@ -38,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=float, metavar="M", help="how long (default: until --count, or one minute)")
     add("--count", type=int, metavar="N", help="how many mutants, of all kinds together")
-    add("--kind", type=_kinds, metavar="KIND[,KIND...]", help=f"which of {', '.join(kinds())} (default: all quick ones)")
+    add(
+        "--kind", type=_kinds, metavar="KIND[,KIND...]", help=f"which of {', '.join(kinds())} (default: all quick ones)"
+    )
     add("--seed", type=int, metavar="N", help="of the campaign (default: the date in UTC, such as 20260131)")
     add("--jobs", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the result there")
@@ -116,6 +118,9 @@ def _replay(arguments: argparse.Namespace, scratch: Path) -> int:
     name, _, seed = arguments.replay.partition(":")
     if name not in kinds() or not seed.isdecimal():
         sys.stderr.write(f"error: {arguments.replay} is no KIND:SEED.\n")
+        return 2
+    if arguments.keep is not None and arguments.keep.exists():
+        sys.stderr.write(f"error: {arguments.keep} exists; name a new folder.\n")
         return 2
     prepared = _prepared([name], scratch)
     children = Children(prepared, 1, scratch, keep=arguments.keep)

@@ -105,7 +105,9 @@ def text(draw: Random) -> str:
     if what <= 3:
         return mutate_text(draw, f"What is {draw.choice(CONTROL)} in the picture?")
     if what == 4:
-        unit = draw.choice(["a", " ", "\n", "é", "😀", "\u200b", "\u0301", "<image>", "<|end|>", "<", "▁", "ab c", "\ufdfa"])
+        unit = draw.choice(
+            ["a", " ", "\n", "é", "😀", "\u200b", "\u0301", "<image>", "<|end|>", "<", "▁", "ab c", "\ufdfa"]
+        )
         return unit * (draw.choice(LENGTHS) // len(unit))
     if what == 5:
         low, high = draw.choice(RANGES)
@@ -119,7 +121,9 @@ def _history(draw: Random) -> Any:
     if what == 0:
         return value(draw)
     if what == 1:
-        return [draw.choice([Turn(value(draw), "x"), Turn("x", value(draw)), ("a", "b"), {"question": "a", "answer": "b"}])]
+        return [
+            draw.choice([Turn(value(draw), "x"), Turn("x", value(draw)), ("a", "b"), {"question": "a", "answer": "b"}])
+        ]
     if what == 2:
         return (Turn("What?", "This."),) * draw.choice([1, 100, 1000, 20_000])
     return [Turn(text(draw), text(draw)) for _ in range(draw.choice([0, 0, 1, 1, 2, 5]))]

@@ -152,7 +152,9 @@ def _png(draw: Random, content: bytes) -> tuple[bytes, str]:
     elif name == b"IHDR" and len(data) == 13:
         head = list(struct.unpack(">IIBBBBB", data))
         field = draw.randrange(7)
-        head[field] = draw.choice([0, 1, 2, 3, 4, 6, 8, 16, 100, 255] if field > 1 else [0, 1, 57, 4000, 9000, 2**31 - 1])
+        head[field] = draw.choice(
+            [0, 1, 2, 3, 4, 6, 8, 16, 100, 255] if field > 1 else [0, 1, 57, 4000, 9000, 2**31 - 1]
+        )
         chunks[index] = name, struct.pack(">IIBBBBB", *head)
         change = f"field {field} = {head[field]}"
     elif name == b"IDAT" and what == 3:
@@ -162,9 +164,7 @@ def _png(draw: Random, content: bytes) -> tuple[bytes, str]:
     else:
         data, change = mutate_bytes(draw, data)
         chunks[index] = name, data
-    written = b"".join(
-        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
-    )
+    written = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
     return content[:8] + written, f"chunk {name.decode('latin-1')} {change}"
 
 
@@ -244,12 +244,18 @@ def _array(draw: Random) -> tuple[Any, str]:
     if dtype.kind in "uif" and array.size:
         numbers: list[Any] = [0, 1, 255, 65535] if dtype.kind != "f" else [0, 0.5, 1, 255, np.nan, np.inf, -1]
         with np.errstate(all="ignore"):
-            array = np.array([draw.choice(numbers) for _ in range(7)]).astype(dtype)[np.arange(array.size) % 7].reshape(shape)
+            array = (
+                np.array([draw.choice(numbers) for _ in range(7)])
+                .astype(dtype)[np.arange(array.size) % 7]
+                .reshape(shape)
+            )
     if what == 1 and array.ndim >= 2:
         array = array[::-1, ::2]
     if what == 2:
         array = np.broadcast_to(array, (draw.choice([1, 2, 3]), *array.shape))
     if what == 3 and array.ndim in (2, 3) and array.size:
-        mode = draw.choice(["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "I;16", "I;16B"])
+        mode = draw.choice(
+            ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "I;16", "I;16B"]
+        )
         return Image.new(mode, (array.shape[1], array.shape[0])), f"Pillow image of mode {mode}"
     return array, f"array {dtype} {list(array.shape)}"

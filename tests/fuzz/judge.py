@@ -176,7 +176,7 @@ def _told(code: int, written: str) -> tuple[str, str]:
 def _general(text: str) -> str:
     """A message without what differs from one mutant to the next."""
     first = (text.strip().splitlines() or [""])[0]
-    return re.sub(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+|/\S+", "_", first)[:120]
+    return re.sub(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+|/\S+|tmp\w+", "_", first)[:120]
 
 
 def _left(output: Path, temporary: Path, allowed: frozenset[str]) -> list[str]:

@@ -25,7 +25,14 @@ SETTINGS = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "additional_special_tokens", "bos_token", "cls_token", "eos_token",
     "extra_special_tokens", "legacy", "mask_token", "model_max_length", "pad_token", "sep_token", "tokenizer_class", "unk_token",
 )  # fmt: skip
-CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", None)
+CLASSES = (
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "GPT2Tokenizer",
+    None,
+)
 HUGE = (2**32, 2**31, 2_000_000_000, 2**64, -1, 10**9)
 
 
@@ -224,5 +231,3 @@ def split_message(content: bytes) -> list[bytes]:
     except (IndexError, KeyError):
         return []
     return fields
-
-
