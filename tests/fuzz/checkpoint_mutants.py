@@ -21,12 +21,14 @@ LLAMA = GOLDEN / "FUSION-X-tiny-LLaMA"
 PACKED = ("gptq-v1-sym", "gptq-v2-asym-desc-act", "ct-asym-group", "ct-actorder", "bnb-nf4-nested")
 DTYPES = ("F16", "BF16", "F32", "F64", "U8", "I8", "I32", "I64", "BOOL", "F8_E4M3", "f16", "", 16, None)
 PRECISIONS = ("--int4", "--int8", "--fp16", "--fp32", "--nf4")
+ONES = [1.0] * 8
+FOURS = [4.0] * 8
 ROTARY: tuple[dict[str, Any], ...] = (
     {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+    {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": ONES, "long_factor": FOURS}},
     {"rope_parameters": None},
-    {"rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}},
-    {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "attention_factor": 2.0}},
+    {"rope_scaling": {"type": "su", "short_factor": ONES, "long_factor": FOURS}},
+    {"rope_scaling": {"type": "longrope", "short_factor": ONES, "long_factor": FOURS, "attention_factor": 2.0}},
     {"rope_scaling": {"rope_type": "longrope", "short_factor": [0.0] * 8, "long_factor": [1.0] * 8}},
     {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1}},

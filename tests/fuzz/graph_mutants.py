@@ -11,13 +11,16 @@ from fuzz.mutations import mutate_bytes
 from fuzz.tokenizer_mutants import split_message
 
 OPERATORS = (
-    "Add", "Cast", "Concat", "Expand", "Gather", "If", "Identity", "Loop", "MatMul", "MatMulNBits", "GroupQueryAttention",
-    "MultiHeadAttention", "NonZero", "Pad", "Range", "Reshape", "Resize", "Scan", "ScatterND", "Slice", "Tile", "Unknown", "",
+    "Add", "Cast", "Concat", "Expand", "Gather", "If", "Identity", "Loop", "MatMul", "MatMulNBits",
+    "GroupQueryAttention",
+    "MultiHeadAttention", "NonZero", "Pad", "Range", "Reshape", "Resize", "Scan", "ScatterND", "Slice", "Tile",
+    "Unknown", "",
     "SkipLayerNormalization", "DequantizeLinear", "MatMulBnb4", "RotaryEmbedding",
 )  # fmt: skip
 INTEGERS = (0, 1, -1, 2, 3, 7, 16, 17, 64, 128, 255, 4096, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63))
 LOCATIONS = (
-    "../secret", "/etc/hostname", "/dev/zero", "/proc/self/mem", "", ".", "llm.data", "bundle.json", "missing", "x" * 300,
+    "../secret", "/etc/hostname", "/dev/zero", "/proc/self/mem", "", ".", "llm.data", "bundle.json", "missing", "x" *
+    300,
     "*/_ORT_MEM_ADDR_/*", "sub/../llm.data", "\\\\server\\x", "file:///etc/hostname",
 )  # fmt: skip
 

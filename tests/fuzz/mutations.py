@@ -166,7 +166,7 @@ def mutate_bytes(draw: Random, content: bytes) -> tuple[bytes, str]:
     if what == 4:
         number = draw.choice([0, 1, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63, 2**64 - 1])
         width = draw.choice([1, 2, 4, 8])
-        data[at : at + width] = (number & (256**width - 1)).to_bytes(width, draw.choice(["little", "big"]))  # type: ignore[arg-type]
+        data[at : at + width] = (number & (256**width - 1)).to_bytes(width, draw.choice(["little", "big"]))
         return bytes(data), f"{number:#x} in {width} bytes at {at}"
     if what == 5:
         data[at : at + length] = draw.choice([b"\0", b"\xff", b"\x80"]) * length

@@ -21,7 +21,7 @@ class Planted:
 
     share = 0
     batch = 20
-    seconds = 0.5
+    seconds = 1.0
     growth = GROWTH
 
     def prepare(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ def _tells_too_much(_: Path) -> None:
 
 
 def _allocates(_: Path) -> None:
-    bytearray(GROWTH + (8 << 20)).find(b"x")
+    b"x" * (GROWTH + (8 << 20))
 
 
 def _warns(_: Path) -> None:

@@ -22,8 +22,10 @@ from fuzz.mutations import NUMBERS, TEXTS, Json, mutate_bytes, mutate_json, read
 
 TOKENS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 SETTINGS = (
-    "add_bos_token", "add_eos_token", "add_prefix_space", "additional_special_tokens", "bos_token", "cls_token", "eos_token",
-    "extra_special_tokens", "legacy", "mask_token", "model_max_length", "pad_token", "sep_token", "tokenizer_class", "unk_token",
+    "add_bos_token", "add_eos_token", "add_prefix_space", "additional_special_tokens", "bos_token", "cls_token",
+    "eos_token",
+    "extra_special_tokens", "legacy", "mask_token", "model_max_length", "pad_token", "sep_token", "tokenizer_class",
+    "unk_token",
 )  # fmt: skip
 CLASSES = (
     "LlamaTokenizer",
@@ -161,8 +163,10 @@ _PARTS: tuple[Any, ...] = (
     {"type": "Split", "pattern": {"String": ""}, "behavior": "MergedWithNext", "invert": True},
     {"type": "Metaspace", "replacement": "", "prepend_scheme": "always", "split": True},
     {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}], "pair": [], "special_tokens": {}},
-    {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 50, "pair": [], "special_tokens": {}},
+    {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}], "pair": [],
+     "special_tokens": {}},
+    {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 50, "pair": [],
+     "special_tokens": {}},
     {"type": "BertProcessing", "sep": ["[SEP]", 2**31], "cls": ["[CLS]", 2**31]},
     {"type": "Strip", "content": " ", "start": 2**31, "stop": 2**40},
     {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True},
@@ -170,8 +174,10 @@ _PARTS: tuple[Any, ...] = (
     {"type": "WordPiece", "prefix": "", "cleanup": True},
     {"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 3},
     {"direction": "Left", "max_length": 2**40, "strategy": "OnlySecond", "stride": 2**40},
-    {"strategy": {"Fixed": 2**33}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"},
-    {"strategy": {"Fixed": 4096}, "direction": "Right", "pad_to_multiple_of": 0, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"},
+    {"strategy": {"Fixed": 2**33}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+     "pad_token": "x"},
+    {"strategy": {"Fixed": 4096}, "direction": "Right", "pad_to_multiple_of": 0, "pad_id": 0, "pad_type_id": 0,
+     "pad_token": "x"},
 )  # fmt: skip
 
 
