@@ -18,6 +18,8 @@ SEEDS = 10**7
 """Mutants that one campaign seed can have of a kind."""
 MEASURED = frozenset({"hang", "memory"})
 """Failures that other work on the machine may cause: they count if they come again."""
+PATIENCE = 5.0
+"""How many times its seconds such a one has, by the clock, when it is tried again: others may need the processors."""
 SHOWN = 5  # seeds of a failure
 
 
@@ -82,7 +84,7 @@ class Campaign:
     def _try_unchanged(self) -> None:
         """What mutants are made of must be taken, or every refusal would be for another reason."""
         # The first of two loads code, which takes memory and time once.
-        second = dict(self._children.run(Batch(name, [None, None]) for name in self.kinds))
+        second = dict(self._children.run(Batch(name, [None, None], PATIENCE) for name in self.kinds))
         for name, verdict in second.items():
             if verdict.failure or not verdict.accepted:
                 told = f"{verdict.failure} {verdict.detail} {verdict.written}"
@@ -91,7 +93,7 @@ class Campaign:
 
     def _try_again(self, suspects: list[tuple[str, Verdict]]) -> None:
         first = {(name, verdict.seed): verdict for name, verdict in suspects}
-        for name, again in self._children.run(Batch(name, [verdict.seed]) for name, verdict in suspects):
+        for name, again in self._children.run(Batch(name, [verdict.seed], PATIENCE) for name, verdict in suspects):
             if again.failure:
                 self._note(name, again)
             else:

@@ -25,8 +25,10 @@ from fuzz.judge import Captured, Judge, Kind, Verdict
 
 LARGEST = 2 << 30
 """A child with more resident bytes is killed: it would take the machine with it."""
-GRACE = 3.0
+GRACE = 20.0
 """Seconds beyond a kind's own after which a child is killed that did not end itself."""
+START = 10.0
+"""How many times a kind's seconds the first run of a process may take, which loads code."""
 PATIENCE = 0.1
 """Seconds between two looks at the children."""
 
@@ -37,6 +39,8 @@ class Batch:
 
     kind: str
     seeds: list[int | None]
+    patience: float = 1
+    """See :meth:`Judge.judge`."""
 
 
 @dataclasses.dataclass
@@ -128,7 +132,7 @@ class Children:
             detail = f"{how}\n{trace}{_read(child.folder / 'stderr')[-2000:]}"
             yield child.batch.kind, Verdict(rest[0] or 0, changes, failure, detail, place)
             if rest[1:]:
-                waiting.append(Batch(child.batch.kind, rest[1:]))
+                waiting.append(dataclasses.replace(child.batch, seeds=rest[1:]))
         if self._keep is not None and (child.folder / "mutant").is_dir():
             shutil.copytree(child.folder / "mutant", self._keep, symlinks=True)
         shutil.rmtree(child.folder, ignore_errors=True)
@@ -137,7 +141,7 @@ class Children:
         """Kill a child that is too large, or does not end itself."""
         if _resident(child.pid) > LARGEST:
             child.killed = "memory"
-        elif time.monotonic() - child.since > self._kinds[child.batch.kind].seconds + GRACE:
+        elif time.monotonic() - child.since > self._kinds[child.batch.kind].seconds * child.batch.patience + GRACE:
             child.killed = "hang"
         if child.killed:
             os.kill(child.pid, signal.SIGKILL)
@@ -158,10 +162,10 @@ def _work(kind: Kind, batch: Batch, folder: Path, pipe: int, keep: bool) -> NoRe
         faulthandler.enable(trace)
         judge = Judge(kind, batch.kind, folder, Captured(errors), trace)
         if None not in batch.seeds:
-            judge.judge(None)  # what a process does once only, such as loading code, is not the mutants'
+            judge.judge(None, START)  # what a process does once only, such as loading code, is not the mutants'
         for seed in batch.seeds:
             _tell(pipe, {"began": seed})
-            _tell(pipe, dataclasses.asdict(judge.judge(seed, keep)))
+            _tell(pipe, dataclasses.asdict(judge.judge(seed, batch.patience, keep)))
         code = 0
     except BaseException:
         import traceback

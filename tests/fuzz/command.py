@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fuzz.campaign import Campaign
+from fuzz.campaign import PATIENCE, Campaign
 from fuzz.children import Batch, Children
 from fuzz.judge import Kind
 from fuzz.kinds import kinds
@@ -124,7 +124,7 @@ def _replay(arguments: argparse.Namespace, scratch: Path) -> int:
         return 2
     prepared = _prepared([name], scratch)
     children = Children(prepared, 1, scratch, keep=arguments.keep)
-    [(_, verdict)] = children.run([Batch(name, [int(seed)])])
+    [(_, verdict)] = children.run([Batch(name, [int(seed)], PATIENCE)])
     told = {key: value for key, value in asdict(verdict).items() if key not in ("changes", "detail")}
     sys.stdout.write("".join(f"changed: {change}\n" for change in verdict.changes))
     sys.stdout.write(f"{json.dumps(told)}\n{verdict.detail}\n{verdict.written}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import struct
 import zlib
@@ -14,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
 
+from fusion_edge.runtime import cli
 from fusion_edge.runtime.images import cut_crops, load_image
-from fuzz.judge import GROWTH, SECONDS, Mutant
+from fuzz.judge import SECONDS, Mutant
 from fuzz.mutations import mutate_bytes
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n0 0 9 9 rectfill\nshowpage\n%%EOF\n"
@@ -31,7 +33,8 @@ class Images:
     share = 25
     batch = 500
     seconds = SECONDS
-    growth = GROWTH
+    growth = 150 << 20
+    """What decoding a picture may take is more, and documented."""
 
     def prepare(self, folder: Path) -> None:
         self.files = _files()
@@ -55,7 +58,12 @@ class Images:
 
 def _of_file(path: Path, content: bytes, changes: tuple[str, ...]) -> Mutant:
     path.write_bytes(content)
-    return Mutant(changes, lambda: _see(str(path), "rgb"))
+
+    def command(_: argparse.Namespace) -> int:
+        _see(str(path), "rgb")
+        return 0
+
+    return Mutant(changes, lambda: cli.run(command, argparse.Namespace()))  # as fusion-run does
 
 
 def _see(image: Any, color: Any) -> None:

@@ -109,8 +109,12 @@ class Judge:
         self.temporary.mkdir()
         tempfile.tempdir = str(self.temporary)
 
-    def judge(self, seed: int | None, keep: bool = False) -> Verdict:
-        """Run the mutant of a seed, or the unchanged input for None."""
+    def judge(self, seed: int | None, patience: float = 1, keep: bool = False) -> Verdict:
+        """Run the mutant of a seed, or the unchanged input for None.
+
+        This process ends after ``patience`` times the seconds that a mutant has, by the clock; until then the time
+        counts in which it did not wait for a processor.
+        """
         folder = self.folder / "mutant"
         (folder / OUTPUT).mkdir(parents=True)
         draw = None if seed is None else Random(f"{self.name}:{seed}")
@@ -118,15 +122,18 @@ class Judge:
         (self.folder / "changes").write_text("\n".join(mutant.changes), encoding="utf-8", errors="replace")
         self.errors.take()
         base = _reset_peak()
-        started = time.perf_counter()
-        faulthandler.dump_traceback_later(self.kind.seconds, exit=True, file=self.trace)
+        started = _busy_seconds()
+        faulthandler.dump_traceback_later(self.kind.seconds * patience, exit=True, file=self.trace)
         code, failure, detail, place = _run(mutant.run)
         faulthandler.cancel_dump_traceback_later()
-        seconds, growth = time.perf_counter() - started, _peak() - base
+        seconds, growth = _busy_seconds() - started, _peak() - base
         written = self.errors.take()
         if not failure:
             failure, detail = _told(code, written)
             place = _general(detail)
+        if not failure and seconds > self.kind.seconds:
+            failure, detail = "hang", f"{seconds:.1f} s"
+            place = re.sub(r"[\d=].*", "", " ".join(mutant.changes))
         if not failure and growth > self.kind.growth:
             failure, detail = "memory", f"{growth >> 20} MB more than before"
             place = re.sub(r"[\d=].*", "", " ".join(mutant.changes))
@@ -182,6 +189,13 @@ def _general(text: str) -> str:
 def _left(output: Path, temporary: Path, allowed: frozenset[str]) -> list[str]:
     found = [path.name for path in output.iterdir() if path.name not in allowed]
     return found + [f"a temporary file {path.name}" for path in temporary.iterdir()]
+
+
+def _busy_seconds() -> float:
+    """A clock that stands still while this thread could run, but others have the processors."""
+    with open("/proc/thread-self/schedstat", encoding="ascii") as file:
+        waited = int(file.read().split()[1])
+    return time.perf_counter() - waited / 1e9
 
 
 def _reset_peak() -> int:
