@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fuzz.bundle_mutants import Bundles
 from fuzz.checkpoint_mutants import Checkpoints
-from fuzz.external import External
+from fuzz.external import Kernels, SystemCalls
 from fuzz.history_mutants import Histories
 from fuzz.image_mutants import Images
 from fuzz.judge import Kind
@@ -20,6 +20,8 @@ def kinds() -> dict[str, Kind]:
         "bundle": Bundles(),
         "image": Images(),
         "history": Histories(),
-        "kernels": External("fuzz.kernels", calls=100, seconds=120),
+        "kernels": Kernels(),
+        "kill": SystemCalls(are_kills=True),
+        "write-fault": SystemCalls(are_kills=False),
         "planted": Planted(),
     }
