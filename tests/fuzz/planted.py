@@ -21,7 +21,7 @@ class Planted:
 
     share = 0
     batch = 20
-    seconds = 1.0
+    seconds = 0.4
     growth = GROWTH
 
     def prepare(self, folder: Path) -> None:
