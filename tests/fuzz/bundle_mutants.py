@@ -38,7 +38,7 @@ MOST_LAYERS = 1000
 class Bundles:
     """See :class:`fuzz.judge.Kind`."""
 
-    share = 22
+    share = 18
     batch = 100
     seconds = SECONDS
     growth = GROWTH

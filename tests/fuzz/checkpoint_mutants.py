@@ -52,7 +52,7 @@ ROTARY: tuple[dict[str, Any], ...] = (
 class Checkpoints:
     """See :class:`fuzz.judge.Kind`."""
 
-    share = 22
+    share = 18
     batch = 150
     seconds = SECONDS
     growth = GROWTH

@@ -27,7 +27,7 @@ OPTIONS = ("--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", 
 class Histories:
     """See :class:`fuzz.judge.Kind`."""
 
-    share = 15
+    share = 22
     batch = 500
     seconds = SECONDS
     growth = GROWTH

@@ -30,7 +30,7 @@ DEPTHS = (1, 2, 3, 4, 16)
 class Images:
     """See :class:`fuzz.judge.Kind`."""
 
-    share = 25
+    share = 30
     batch = 500
     seconds = SECONDS
     growth = 150 << 20

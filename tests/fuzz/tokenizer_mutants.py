@@ -41,7 +41,7 @@ HUGE = (2**32, 2**31, 2_000_000_000, 2**64, -1, 10**9)
 class Tokenizers:
     """See :class:`fuzz.judge.Kind`."""
 
-    share = 16
+    share = 12
     batch = 150
     seconds = SECONDS
     growth = GROWTH
