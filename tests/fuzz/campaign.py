@@ -1,0 +1,183 @@
+"""Which mutants run, and what came of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fuzz.children import Batch, Children
+from fuzz.judge import Kind, Verdict
+
+PACKAGES = ("fusion-edge", "numpy", "onnx", "onnxruntime", "pillow", "tokenizers")
+SEEDS = 10**7
+"""Mutants that one campaign seed can have of a kind."""
+MEASURED = frozenset({"hang", "memory"})
+"""Failures that other work on the machine may cause: they count if they come again."""
+PATIENCE = 5.0
+"""How many times its seconds such a one has, by the clock, when it is tried again: others may need the processors."""
+SHOWN = 5  # seeds of a failure
+
+
+@dataclasses.dataclass
+class Tally:
+    """Of one kind."""
+
+    mutants: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+    """Of all its mutants' runs together, in whatever number of processes."""
+    unchanged_seconds: float = 0.0
+    """Of the input that mutants are made of."""
+    slowest: float = 0.0
+    growth: int = 0
+    """The most bytes that one took."""
+
+
+@dataclasses.dataclass
+class Failure:
+    """All failures of one kind, sort and place."""
+
+    kind: str
+    failure: str
+    place: str
+    seeds: list[int]
+    example: Verdict
+
+
+class Campaign:
+    """Mutants of several kinds until a number or a time is reached; ``failures`` and ``tallies`` grow meanwhile."""
+
+    def __init__(self, kinds: Mapping[str, Kind], children: Children, seed: int) -> None:
+        """``kinds`` are prepared; mutant ``i`` of each has the seed ``seed * SEEDS + i``."""
+        self.kinds = kinds
+        self.seed = seed
+        self.tallies = {name: Tally() for name in kinds}
+        self.failures: dict[tuple[str, str, str], Failure] = {}
+        self.dismissed: list[tuple[str, int, str]] = []
+        """Kind, seed and failure of what did not come again."""
+        self._children = children
+
+    def run(self, count: int | None, seconds: float | None) -> Iterator[None]:
+        """Judge ``count`` mutants, or as many as ``seconds`` allow; yields after each."""
+        self._try_unchanged()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        suspects: list[tuple[str, Verdict]] = []
+        for name, verdict in self._children.run(self._batches(count, deadline)):
+            tally = self.tallies[name]
+            tally.mutants += 1
+            tally.accepted += verdict.accepted
+            tally.seconds += verdict.seconds
+            tally.slowest = max(tally.slowest, verdict.seconds)
+            tally.growth = max(tally.growth, verdict.growth)
+            if verdict.failure in MEASURED:
+                suspects.append((name, verdict))
+            elif verdict.failure:
+                self._note(name, verdict)
+            yield
+        self._try_again(suspects)
+
+    def _try_unchanged(self) -> None:
+        """What mutants are made of must be taken, or every refusal would be for another reason."""
+        # The first of two loads code, which takes memory and time once.
+        second = dict(self._children.run(Batch(name, [None, None], PATIENCE) for name in self.kinds))
+        for name, verdict in second.items():
+            if verdict.failure or not verdict.accepted:
+                told = f"{verdict.failure} {verdict.detail} {verdict.written}"
+                raise RuntimeError(f"The unchanged input of {name} is not taken: {told}")
+            self.tallies[name].unchanged_seconds = verdict.seconds
+
+    def _try_again(self, suspects: list[tuple[str, Verdict]]) -> None:
+        first = {(name, verdict.seed): verdict for name, verdict in suspects}
+        for name, again in self._children.run(Batch(name, [verdict.seed], PATIENCE) for name, verdict in suspects):
+            if again.failure:
+                self._note(name, again)
+            else:
+                self.dismissed.append((name, again.seed, first[name, again.seed].failure))
+
+    def _batches(self, count: int | None, deadline: float | None) -> Iterator[Batch]:
+        """Kinds in turn, each as often as its share of the mutants asks for."""
+        shares = {name: kind.share or 1 for name, kind in self.kinds.items()}
+        total = sum(shares.values())
+        given = Counter[str]()
+        left = {n: None if count is None else round(count * share / total) for n, share in shares.items()}
+        while (deadline is None or time.monotonic() < deadline) and any(left[name] != 0 for name in left):
+            name = min((n for n in left if left[n] != 0), key=lambda n: given[n] / shares[n])
+            rest = left[name]
+            size = self.kinds[name].batch if rest is None else min(self.kinds[name].batch, rest)
+            if deadline is not None:  # a batch takes what is left at the most
+                size = max(1, min(size, int((deadline - time.monotonic()) / (self._pace(name) or 0.02))))
+            start = self.seed * SEEDS + given[name]
+            given[name] += size
+            left[name] = None if rest is None else rest - size
+            yield Batch(name, list(range(start, start + size)))
+
+    def _pace(self, name: str) -> float:
+        tally = self.tallies[name]
+        return tally.seconds / tally.mutants if tally.mutants else tally.unchanged_seconds
+
+    def _note(self, name: str, verdict: Verdict) -> None:
+        key = name, verdict.failure, verdict.place
+        failure = self.failures.setdefault(key, Failure(*key, [], verdict))
+        failure.seeds.append(verdict.seed)
+
+    @property
+    def mutants(self) -> int:
+        """Judged so far."""
+        return sum(tally.mutants for tally in self.tallies.values())
+
+    def result(self, seconds: float) -> dict[str, Any]:
+        """All of it as JSON."""
+        return {
+            "seed": self.seed,
+            "seconds": round(seconds, 1),
+            "mutants": self.mutants,
+            "mutants_per_second": round(self.mutants / seconds, 1) if seconds else None,
+            "failures": sum(len(failure.seeds) for failure in self.failures.values()),
+            "kinds": {name: _rounded(dataclasses.asdict(tally)) for name, tally in self.tallies.items()},
+            "failed": [
+                {
+                    "failure": failure.failure,
+                    "place": failure.place,
+                    "replay": [f"{failure.kind}:{seed}" for seed in failure.seeds[:SHOWN]],
+                    "times": len(failure.seeds),
+                    "changes": failure.example.changes,
+                    "detail": failure.example.detail[-3000:],
+                }
+                for failure in self.failures.values()
+            ],
+            "not_again": [f"{name}:{seed} {failure}" for name, seed, failure in self.dismissed],
+            "processor": _processor(),
+            "python": platform.python_version(),
+            "versions": {package: found for package in PACKAGES if (found := _version(package))},
+        }
+
+    def summary(self) -> str:
+        """What failed, for people; empty if nothing did."""
+        lines = []
+        for failure in sorted(self.failures.values(), key=lambda f: -len(f.seeds)):
+            seeds = " ".join(f"{failure.kind}:{seed}" for seed in failure.seeds[:SHOWN])
+            lines.append(f"{failure.failure} ({len(failure.seeds)} times): {failure.place}\n    --replay {seeds}\n")
+            lines.append(f"    {'; '.join(failure.example.changes)[:300]}\n")
+        return "".join(lines)
+
+
+def _rounded(tally: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in tally.items()}
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(names)} cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,82 @@
+"""Kinds that other helpers of the tests carry out: calls of the kernels, and faults in system calls of an export."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from checkpoints import TINY, write_checkpoint
+
+from fusion_edge.export import cli
+from fuzz.judge import GROWTH, Mutant
+
+
+@dataclass
+class Kernels:
+    """Calls of our kernels on memory between guard pages, ``calls`` a mutant. See :class:`fuzz.judge.Kind`."""
+
+    calls: int = 100
+    share: int = 0
+    batch: int = 1
+    seconds: float = 120.0
+    growth: int = GROWTH
+
+    def prepare(self, folder: Path) -> None:
+        self._module = importlib.import_module("fuzz.kernels")
+
+    def mutant(self, draw: Random | None, folder: Path) -> Mutant:
+        first = 0 if draw is None else draw.randrange(2**40)
+
+        def run() -> None:
+            failures = self._module.run(first, self.calls)
+            assert not failures, "\n".join(failures)
+
+        return Mutant((f"calls {first} to {first + self.calls - 1}",), run)
+
+
+@dataclass
+class SystemCalls:
+    """An export that replaces a bundle, with a fault at one of its system calls. See :class:`fuzz.judge.Kind`."""
+
+    are_kills: bool
+    """Kills and signals; else failing and short writes."""
+    share: int = 0
+    batch: int = 20
+    seconds: float = 60.0
+    growth: int = GROWTH
+
+    def prepare(self, folder: Path) -> None:
+        self._faults = importlib.import_module("faults")
+        checkpoint = write_checkpoint(folder / "checkpoint", TINY)
+        with contextlib.redirect_stdout(None):
+            if cli.main([str(checkpoint), "-o", str(folder / "old"), f"--{self._faults.OLD}"]):
+                raise RuntimeError("The bundle that exports replace could not be written.")
+        self._place = checkpoint, folder / "old"
+        (folder / "work").mkdir()
+        self._calls = [self._faults.trace(self._at(folder / "work", mounted)) for mounted in (False, True)]
+
+    def _at(self, work: Path, is_mounted: bool) -> Any:
+        return self._faults.Place(*self._place, work, is_mounted)
+
+    def mutant(self, draw: Random | None, folder: Path) -> Mutant:
+        if draw is None:
+            place = self._at(folder, False)
+            return Mutant((), lambda: int(not self._faults.trace(place)))
+        faults = self._faults
+        kills, writes = ["SIGKILL", draw.choice(faults.SIGNALS)], [*faults.ERRORS, faults.SHORT]
+        fault, mounted = draw.choice(kills if self.are_kills else writes), draw.randrange(2)
+        calls = self._calls[mounted]
+        name = draw.choice(sorted(set(calls)))  # by name first: most calls are writes
+        number = draw.choice([index for index, one in enumerate(calls) if one == name])
+        place = self._at(folder, bool(mounted))
+
+        def run() -> None:
+            wrong = faults.inject(fault, number, place)
+            assert not wrong, wrong
+
+        where = "a mount point" if mounted else "a folder"
+        return Mutant((f"{fault} at call {number}, {name}, of an export to {where}",), run)

@@ -1,0 +1,106 @@
+"""Faults of every sort, planted: what the campaign must find if it is to be believed when it finds nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+
+from fusion_edge.runtime import FusionError, UsageError
+from fuzz.judge import GROWTH, OUTPUT, Mutant
+
+
+class Planted:
+    """See :class:`fuzz.judge.Kind`."""
+
+    share = 0
+    batch = 20
+    seconds = 0.4
+    growth = GROWTH
+
+    def prepare(self, folder: Path) -> None:
+        pass
+
+    def mutant(self, draw: Random | None, folder: Path) -> Mutant:
+        name = "answers" if draw is None else draw.choice([*FAULTS, *RIGHT])
+        run = RIGHT[name] if name in RIGHT else FAULTS[name][1]
+        return Mutant((name,), lambda: run(folder / OUTPUT), frozenset({"bundle"}))
+
+
+Run = Callable[[Path], int | None]
+
+
+def _raises(_: Path) -> None:
+    raise ValueError("a planted fault")
+
+
+def _refuses(_: Path) -> None:
+    raise UsageError("The question is empty; ask something about the image.")
+
+
+def _tells_too_much(_: Path) -> None:
+    raise FusionError("The first line.\nThe second line.")
+
+
+def _allocates(_: Path) -> None:
+    b"x" * (GROWTH + (8 << 20))
+
+
+def _warns(_: Path) -> None:
+    warnings.warn("Corrupt EXIF data", UserWarning, stacklevel=1)
+
+
+def _writes_from_c(_: Path) -> None:
+    os.write(2, b"TIFFReadDirectory: Warning\n")
+
+
+def _leaves(output: Path) -> None:
+    (output / ".bundle.partial").mkdir()
+
+
+def _leaves_half_a_bundle(output: Path) -> int:
+    (output / "bundle").mkdir()
+    return _told(1)
+
+
+def _leaves_a_temporary_file(_: Path) -> None:
+    tempfile.mkstemp()
+
+
+def _told(code: int) -> int:
+    sys.stderr.write("error: The bundle is damaged; export it again.\n")
+    return code
+
+
+def _loops(_: Path) -> None:
+    while True:
+        pass
+
+
+FAULTS: Mapping[str, tuple[str, Run]] = {
+    "raises": ("exception", _raises),
+    "sleeps": ("hang", lambda _: time.sleep(60)),
+    "loops": ("hang", _loops),
+    "allocates": ("memory", _allocates),
+    "warns": ("stderr", _warns),
+    "writes from C": ("stderr", _writes_from_c),
+    "tells too much": ("stderr", _tells_too_much),
+    "fails without a word": ("stderr", lambda _: 1),
+    "aborts": ("abort", lambda _: os.abort()),
+    "reads address 0": ("abort", lambda _: len(ctypes.string_at(0))),
+    "ends the process": ("abort", lambda _: os._exit(0)),
+    "exit code": ("exit code", lambda _: _told(3)),
+    "leaves a folder": ("files", _leaves),
+    "leaves half a bundle": ("files", _leaves_half_a_bundle),
+    "leaves a temporary file": ("files", _leaves_a_temporary_file),
+}
+"""Failure that is to be found, and the fault, by name."""
+
+RIGHT: Mapping[str, Run] = {"answers": lambda _: 0, "refuses": _refuses, "refuses as a command": lambda _: _told(1)}
+"""What is as it should be."""
