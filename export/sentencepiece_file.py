@@ -16,7 +16,8 @@ SPACE = "\u2581"  # SentencePiece's visible space
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _UNIGRAM, _BPE = 1, 2
 _MAX_FILE_BYTES = 8 << 20  # Llama's and Phi's have half a megabyte
-_MAX_PIECES = 1 << 18
+_MAX_PIECES = 1 << 16
+_MAX_OTHERS = 100  # of a model's fields that are no piece
 _MAX_PIECE_CHARACTERS = 128
 _MAX_SETTINGS_BYTES = 1 << 20
 
@@ -93,19 +94,25 @@ def read_pieces(model_file: Path) -> list[Piece]:
 def _parse(content: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
     """Pieces, and the fields of the trainer and of the normalizer."""
     pieces: list[Piece] = []
-    parts = {2: b"", 3: b""}  # a message that comes in parts is the message of the parts put together
+    others: list[tuple[int, Any]] = []
     for number, value in _fields(content):
         if number == 1:
             pieces.append(_piece(value))
-        elif number in parts:
-            parts[number] += value
-        if len(pieces) > _MAX_PIECES or sum(map(len, parts.values())) > _MAX_SETTINGS_BYTES:
+        else:
+            others.append((number, value))
+        if len(pieces) > _MAX_PIECES or len(others) > _MAX_OTHERS:
             raise ValueError("more than any model has")
-    return pieces, dict(_fields(parts[2])), dict(_fields(parts[3]))
+    # A message that comes in parts is the message of the parts put together.
+    trainer, normalizer = (b"".join(value for number, value in others if number == part) for part in (2, 3))
+    if max(len(trainer), len(normalizer)) > _MAX_SETTINGS_BYTES:
+        raise ValueError("more than any model has")
+    return pieces, dict(_fields(trainer)), dict(_fields(normalizer))
 
 
 def _piece(message: bytes) -> Piece:
     fields = dict(_fields(message))
+    if not fields[1]:
+        raise ValueError("a piece without text")
     [score] = struct.unpack("<f", fields.get(2, bytes(4)))
     return Piece(fields[1].decode("utf-8"), score, fields.get(3, _NORMAL))
 

@@ -202,9 +202,8 @@ def _from_sentencepiece(file: Path, config: TokenizerConfig, content: dict[str, 
 
 def _require_supported(config: TokenizerConfig) -> None:
     # An absent or null "legacy" means true, to versions before 5.
-    refused = {"legacy": config.flag("legacy", not config.is_version_5), "add_eos_token": config.flag("add_eos_token", False)}
-    for setting, is_set in refused.items():
-        if is_set:
+    for setting, default in (("legacy", not config.is_version_5), ("add_eos_token", False)):
+        if config.flag(setting, default):
             raise FusionError(
                 f"{config.file} does not have {setting}=false, the only value supported and that of the "
                 "released checkpoints: set it so if the model was trained with it."

@@ -67,9 +67,10 @@ class TokenizerConfig:
         tokens = [self._content(slot, self._data.get(slot, default)) for slot, default in _NAMED_TOKENS.items()]
         for group in _GROUPS:
             values = self._data.get(group) or []
-            if not isinstance(values, list | dict) or values is True:
+            if not isinstance(values, list | dict):
                 raise self._wrong(group, values, "a list of tokens")
-            tokens += [self._content(group, token) for token in (values.values() if isinstance(values, dict) else values)]
+            listed = values.values() if isinstance(values, dict) else values
+            tokens += [self._content(group, token) for token in listed]
         return {token for token in tokens if token is not None}
 
     def added_tokens(self) -> dict[int, AddedToken]:
@@ -85,11 +86,15 @@ class TokenizerConfig:
         older = self._folder / "added_tokens.json"
         if not older.exists():
             raise self._no_decoder()
+        # Flags are known of the tokens that special_tokens_map.json has as objects, and of no other.
         named = self.named_tokens()
-        entries = [
-            (index, {"content": content, "special": content in named, "normalized": content not in named})
-            for content, index in read_json_object(older).items()
-        ]
+        objects = [value for value in self._data.values() if isinstance(value, dict)]
+        flags = {token["content"]: token for token in objects if isinstance(token.get("content"), str)}
+        entries = []
+        for content, index in read_json_object(older).items():
+            special = content in named
+            token = {"normalized": not special, **flags.get(content, {}), "content": content, "special": special}
+            entries.append((index, token))
         return self._tokens(older, entries)
 
     def _tokens(self, file: Path, entries: list[tuple[Any, Any]]) -> dict[int, AddedToken]:
@@ -115,7 +120,7 @@ class TokenizerConfig:
     def _content(self, name: str, token: Any) -> str | None:
         """A special token is written as a string, as an object or as null."""
         content = token.get("content") if isinstance(token, dict) else token
-        if content is not None and not isinstance(content, str) or isinstance(token, dict) and content is None:
+        if not isinstance(content, str) and token is not None:
             raise self._wrong(name, token, "a token: a string, an object with its content, or null")
         return content
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from fusion_edge.runtime.errors import FusionError
 
@@ -47,7 +47,7 @@ def image_name(path: str) -> str:
 
 
 @contextmanager
-def open_image(path: str) -> Iterator[Image.Image]:
+def open_image(path: str) -> Iterator[ImageFile.ImageFile]:
     """The picture in a file, of one of ``FORMATS`` and not yet decoded; large JPEG files will be decoded reduced.
 
     Raises ``FusionError`` for an address, for what is no readable file, no picture of these formats or damaged, and
@@ -131,7 +131,7 @@ class _BoundedFile(io.BufferedReader):
         whole = size is None or size < 0
         data = super().read(WHOLE_BYTES + 1 if whole else size)
         if whole and len(data) > WHOLE_BYTES:
-            raise FusionError(f"{self._name} has more than {WHOLE_BYTES} bytes, the limit of its kind; save it smaller.")
+            raise FusionError(f"{self._name} has more than {WHOLE_BYTES} bytes, the limit of its kind; scale it down.")
         self._bytes -= 0 if whole else len(data)
         self._reads -= 1
         if min(self._bytes, self._reads) < 0:
@@ -144,10 +144,10 @@ class _BoundedFile(io.BufferedReader):
         self._reads += min(pixels, SLOW_PIXELS) + pixels // 64
 
 
-def _open(file: _BoundedFile, name: str) -> Image.Image:
+def _open(file: _BoundedFile, name: str) -> ImageFile.ImageFile:
     try:
         opened = Image.open(file, formats=FORMATS)
-        _check_cost(opened, name)
+        _check_cost(opened, file, name)
     except FusionError:
         raise
     except UnidentifiedImageError as error:
@@ -162,43 +162,45 @@ def _open(file: _BoundedFile, name: str) -> Image.Image:
     return opened
 
 
-def _check_cost(image: Image.Image, name: str) -> None:
+def _check_cost(image: ImageFile.ImageFile, file: _BoundedFile, name: str) -> None:
     """Refuse an opened image that takes more than ``MAX_BYTES`` to decode; have JPEG, where that helps, reduced."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         check_size(image.size, name, MAX_PIXELS)
-        _reduce(image, name)
+        _reduce(image, file, name)
     elif _decoders(image) & _SLOW_DECODERS:
         check_size(image.size, name, SLOW_PIXELS)
     else:
         # What is compressed as a whole is held beside the picture, read or mapped.
-        held = os.fstat(image.fp.fileno()).st_size if image.format in ("TIFF", "WEBP") else 0  # type: ignore[attr-defined]
-        check_size(image.size, name, int((MAX_BYTES - held * (_decoders(image) != {"raw"})) / _bytes_a_pixel(image)))
+        whole = image.format == "WEBP" or (image.format == "TIFF" and _decoders(image) != {"raw"})
+        held = os.fstat(file.fileno()).st_size if whole else 0
+        check_size(image.size, name, int((MAX_BYTES - held) / _bytes_a_pixel(image)))
 
 
-def _decoders(image: Image.Image) -> set[str]:
+def _decoders(image: ImageFile.ImageFile) -> set[str]:
     """Pillow's names of what will decode the pixels."""
-    return {tile[0] for tile in image.tile}  # type: ignore[attr-defined]
+    return {tile[0] for tile in image.tile}
 
 
-def _bytes_a_pixel(image: Image.Image) -> float:
+def _bytes_a_pixel(image: ImageFile.ImageFile) -> float:
     """What decoding and converting takes."""
     copy = 0 if image.mode == "RGB" and "ppm" not in _decoders(image) else 4
     if image.format == "WEBP":
         return 4 + max(copy, _WEBP_BUFFERS)
-    if image.format != "TIFF":
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return (1 if image.mode in ("1", "L", "P") else 4) + copy
     if _decoders(image) == {"raw"}:
         return 4 + copy
     # A strip or a tile is decoded whole, and a tile may be larger than the picture.
-    tags, pixels = image.tag_v2, max(1, image.width * image.height)  # type: ignore[attr-defined]
-    strip = min(tags.get(_ROWS_PER_STRIP, image.height), image.height) * image.width
-    return 4 + max(copy, 4 * max(strip, tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)) / pixels)
+    tags, pixels = image.tag_v2, max(1, image.width * image.height)
+    strip = image.width * min(int(tags.get(_ROWS_PER_STRIP, image.height)), image.height)
+    tile = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
+    return 4 + max(copy, 4 * max(strip, tile) / pixels)
 
 
-def _reduce(image: JpegImagePlugin.JpegImageFile, name: str) -> None:
+def _reduce(image: JpegImagePlugin.JpegImageFile, file: _BoundedFile, name: str) -> None:
     """Choose the largest scale at which decoding fits into ``MAX_BYTES``."""
     pixels = image.width * image.height
-    coefficients = pixels * _coefficient_bytes(image)
+    coefficients = pixels * _coefficient_bytes(image, file)
     copies = 1 if image.mode == "RGB" and orientation(image) == 1 else 2
     for scale in (1, 2, 4, 8):
         decoded = 4 * pixels / scale**2
@@ -211,15 +213,15 @@ def _reduce(image: JpegImagePlugin.JpegImageFile, name: str) -> None:
         image.draft(None, (image.width // scale, image.height // scale))
 
 
-def _coefficient_bytes(image: JpegImagePlugin.JpegImageFile) -> float:
+def _coefficient_bytes(image: JpegImagePlugin.JpegImageFile, file: _BoundedFile) -> float:
     """Bytes a pixel of the coefficients that libjpeg keeps of a file in several scans, progressive or not."""
     layers = [(across, down) for _, across, down, _ in image.layer]
     # The head of the first scan, behind which Pillow stopped: a marker, its length and the number of components.
     whole = bytes([0xFF, 0xDA, 0, 6 + 2 * len(layers), len(layers)])
-    behind = image.fp.tell()
-    image.fp.seek(behind - 8 - 2 * len(layers))
-    head = image.fp.read(len(whole))
-    image.fp.seek(behind)
+    behind = file.tell()
+    file.seek(behind - 8 - 2 * len(layers))
+    head = file.read(len(whole))
+    file.seek(behind)
     if "progressive" not in image.info and head == whole:
         return 0
     widest, tallest = max(across for across, _ in layers), max(down for _, down in layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,9 @@ def eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     outside of 0 to 1.
     """
     if values.dtype == np.uint8:
-        return values
+        return cast("npt.NDArray[np.uint8]", values)
     if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
+        return (values.astype(np.uint8) * 255).astype(np.uint8)
     floats = np.issubdtype(values.dtype, np.floating)
     if not floats and (values.dtype.kind, values.dtype.itemsize) != ("u", 2):
         raise ValueError(f"holds {values.dtype}, whose range is not known; expected {ACCEPTED_VALUES}.")

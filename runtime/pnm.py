@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import BinaryIO, cast
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fusion_edge.runtime.pixel_values import eight_bits
 
@@ -11,28 +13,28 @@ _BANDS = {"L": 1, "I": 1, "RGB": 3}
 _ROWS = 64  # read at a time, which bounds the memory for it
 
 
-def is_pnm_of_other_range(image: Image.Image) -> bool:
+def is_pnm_of_other_range(image: ImageFile.ImageFile) -> bool:
     """Whether an image that Pillow has opened is a PGM or PPM whose values it would scale in Python."""
-    tiles = getattr(image, "tile", ())
-    return image.format == "PPM" and image.mode in _BANDS and [tile[0] for tile in tiles] == ["ppm"]
+    return image.format == "PPM" and image.mode in _BANDS and [tile[0] for tile in image.tile] == ["ppm"]
 
 
-def read_pnm(image: Image.Image) -> Image.Image:
+def read_pnm(image: ImageFile.ImageFile) -> Image.Image:
     """The pixels as RGB, to the bit what Pillow's decoder and 16 bits scaled to 8 give.
 
     Raises ``ValueError`` for a file that is cut short.
     """
-    _, _, offset, (_, maximum) = image.tile[0]  # type: ignore[attr-defined]
+    _, _, offset, arguments = image.tile[0]
+    maximum, file = cast("tuple[str, int]", arguments)[1], cast("BinaryIO", image.fp)
     values = np.arange(256 if maximum < 256 else 65536)
     top = 65535 if image.mode == "I" else 255
-    table = np.minimum(np.rint(values / maximum * top), top).astype(np.uint16 if top > 255 else np.uint8)
-    table = eight_bits(table)
+    scaled = np.minimum(np.rint(values / maximum * top), top)
+    table = eight_bits(scaled.astype(np.uint16 if top > 255 else np.uint8))
     stored = np.dtype(">u1" if maximum < 256 else ">u2")
     pixels = np.empty((image.height, image.width * _BANDS[image.mode]), np.uint8)
-    image.fp.seek(offset)  # type: ignore[attr-defined]
+    file.seek(offset)
     for row in range(0, image.height, _ROWS):
         block = pixels[row : row + _ROWS]
-        data: bytes = image.fp.read(block.size * stored.itemsize)  # type: ignore[attr-defined]
+        data = file.read(block.size * stored.itemsize)
         if len(data) < block.size * stored.itemsize:
             raise ValueError("the file is cut short")
         block[:] = table[np.frombuffer(data, stored).reshape(block.shape)]

@@ -215,7 +215,8 @@ def _check_model(model: Mapping[str, Any], vocab_size: int) -> set[str]:
         raise ValueError(f"vocab has a token of more than {_MAX_TOKEN_CHARACTERS} characters")
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part in tokens for part in pair)):
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        if not is_pair or not tokens.issuperset(pair):
             raise ValueError(f"merges has {str(merge)[:60]!r}, which is no pair of tokens of vocab")
         if pair[0] + pair[1] not in tokens:
             raise ValueError(f"merges has {str(merge)[:60]!r}, whose union is no token of vocab")

@@ -76,7 +76,7 @@ def test_floats_outside_of_the_range(value: float, named: str, tmp_path: Path) -
             load_image(source)
 
 
-@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.int64, np.uint32, np.uint64, np.complex64, object, "U1"])
+@pytest.mark.parametrize("kind", ["i1", "i2", "i4", "i8", "u4", "u8", "c8", "O", "U1"])
 def test_types_whose_range_is_not_known(kind: Any) -> None:
     with pytest.raises(UsageError, match="whose range is not known; expected 8 bits"):
         load_image(np.zeros((4, 4, 3), kind))
@@ -116,7 +116,7 @@ def test_32_bit_integers_are_refused(scale: int, tmp_path: Path) -> None:
     image = Image.fromarray(GRAY.astype(np.int32) * scale)
     image.save(tmp_path / "image.tif")
     for source in (image, tmp_path / "image.tif"):
-        with pytest.raises(FusionError, match="holds int32, whose range is not known; expected 8 bits .* 16 bits"):
+        with pytest.raises(FusionError, match=r"holds int32, whose range is not known; expected 8 bits .* 16 bits"):
             load_image(source)
 
 
