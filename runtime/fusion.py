@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.text_stream import TextStream
 from fusion_edge.runtime.tokenizer import load_tokenizer
 
-ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 Color = Literal["rgb", "bgr"]
 Embed = Callable[[npt.NDArray[np.int64]], Floats]
 STAGES = ("preprocess", "vision", "alignment", "prefill", "decode")
@@ -149,7 +149,7 @@ class Fusion:
     ) -> Answer:
         """The whole answer to ``question`` about ``image``.
 
-        ``image`` is a path, a PIL image, or uint8 ``[height, width, 3]`` in ``color`` order; ``history`` the
+        ``image`` is a path, a PIL image, or pixels ``[height, width, 3]`` in ``color`` order; ``history`` the
         questions asked before about the same image with their answers; ``query_length`` one of the bundle's
         (default: its first). Raises :class:`UsageError` for a value that is out of range, :class:`FusionError`
         for an image that cannot be read or a conversation that does not fit the context.

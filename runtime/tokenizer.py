@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime.bundle import AGAIN, TOKENIZER, Bundle
+from fusion_edge.runtime.bundle import TOKENIZER, Bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.tokenizer_schema import MAX_TOKENS, check_text, check_tokenizer
 
@@ -20,7 +20,9 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
         data = parse_tokenizer(path.read_bytes())
         return build_tokenizer(data, bundle.manifest.model.language.vocab_size)
     except (OSError, ValueError) as error:
-        raise FusionError(f"{path} is no tokenizer that a bundle may hold ({error}). {AGAIN}") from error
+        raise FusionError(
+            f"{path} is no tokenizer that can be loaded ({error}); export the bundle again, or upgrade tokenizers."
+        ) from error
 
 
 def parse_tokenizer(content: bytes) -> dict[str, Any]:
@@ -48,4 +50,4 @@ def build_tokenizer(data: dict[str, Any], vocab_size: int = MAX_TOKENS) -> Token
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and its panics derive from BaseException
-        raise ValueError(f"tokenizers {tokenizers.__version__} says: {error}") from None
+        raise ValueError(f"tokenizers {tokenizers.__version__}: {error}") from None

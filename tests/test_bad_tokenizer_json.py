@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizer_files import LLAMA, PHI, write_phi
 
 from fusion_edge.export.tokenizer import tokenizer_json
+from fusion_edge.runtime import bundle, cli_run
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.regex_cost import check_regex
 from fusion_edge.runtime.tokenizer import build_tokenizer, parse_tokenizer
@@ -202,6 +204,32 @@ def test_export_refuses_them_by_name(tmp_path: Path, contents: dict[str, str]) -
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(FusionError, match=r"tokenizer.json is no tokenizer .* '3' has the id 2000000000"):
         tokenizer_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c["model"].update(continuing_subword_prefix="0"), "continuing_subword_prefix"),
+        (lambda c: c["model"]["vocab"].update(x=2_000_000_000), "has the id 2000000000"),
+        (lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "'Precompiled'"),
+        (lambda c: c.update(padding={"strategy": {"Fixed": 10**12}}), "padding"),
+    ],
+)
+def test_bundles_of_right_checksums(
+    tiny_bundle: Path, tmp_path: Path, refused: Callable[..., str], change: Change, named: str
+) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    manifest = json.loads((folder / bundle.MANIFEST).read_text(encoding="utf-8"))
+    [entry] = [entry for entry in manifest["files"] if entry["path"] == "tokenizer.json"]
+    path = folder / "tokenizer.json"
+    entry |= {"size": path.stat().st_size, "sha256": bundle.digest(path)}
+    (folder / bundle.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    message = refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
+    assert "tokenizer.json is no tokenizer that can be loaded" in message
+    assert named in message
 
 
 @pytest.mark.parametrize(
