@@ -63,7 +63,7 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``. Raises ``FusionError`` if the file is missing, no JSON or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FusionError(
             f"{path} is missing: pass a complete checkpoint folder, or download it again."

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from fusion_edge.runtime.errors import FusionError
@@ -24,6 +25,8 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    if not sys.warnoptions:  # of libraries, to developers: what matters to a user is said by an error of ours
+        warnings.simplefilter("ignore")
     try:
         code = command(arguments)
         sys.stdout.flush()

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusion-run", description="Ask a bundle questions about an image.")
     add = parser.add_argument
     add("bundle", type=Path, help="folder that fusion-export wrote")
-    add("--image", required=True, type=Path, metavar="FILE", help="the picture")
+    add("--image", required=True, metavar="FILE", help="the picture")
     add(
         "--ask",
         action="append",

@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 from PIL import Image
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
-from fusion_edge.runtime.bundle import TOKENIZER, Bundle, Manifest, open_bundle
+from fusion_edge.runtime.bundle import Manifest, open_bundle
 from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.devices import AUTO, Device, open_device
 from fusion_edge.runtime.embeddings import Embeddings
@@ -32,8 +31,9 @@ from fusion_edge.runtime.images import cut_crops, load_image, normalize
 from fusion_edge.runtime.prompts import TEMPLATES, Prompt, Turn, encode_prompt
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.text_stream import TextStream
+from fusion_edge.runtime.tokenizer import load_tokenizer
 
-ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 Color = Literal["rgb", "bgr"]
 Embed = Callable[[npt.NDArray[np.int64]], Floats]
 STAGES = ("preprocess", "vision", "alignment", "prefill", "decode")
@@ -149,7 +149,7 @@ class Fusion:
     ) -> Answer:
         """The whole answer to ``question`` about ``image``.
 
-        ``image`` is a path, a PIL image, or uint8 ``[height, width, 3]`` in ``color`` order; ``history`` the
+        ``image`` is a path, a PIL image, or pixels ``[height, width, 3]`` in ``color`` order; ``history`` the
         questions asked before about the same image with their answers; ``query_length`` one of the bundle's
         (default: its first). Raises :class:`UsageError` for a value that is out of range, :class:`FusionError`
         for an image that cannot be read or a conversation that does not fit the context.
@@ -383,14 +383,4 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
         raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
     bundle = open_bundle(os.fspath(folder))
     taken, backend = open_device(bundle, device, threads)
-    return Fusion(bundle.manifest, backend, _load_tokenizer(bundle), Embeddings(bundle), taken)
-
-
-def _load_tokenizer(bundle: Bundle) -> Tokenizer:
-    path = bundle.path(TOKENIZER)
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise FusionError(
-            f"{path} cannot be loaded by tokenizers {tokenizers.__version__} ({error}); install a newer one."
-        ) from error
+    return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), taken)

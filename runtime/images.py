@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
 from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.image_files import (
+    MAX_BYTES,
+    check_decoded,
+    check_size,
+    image_name,
+    open_image,
+    orientation,
+    undecodable,
+)
+from fusion_edge.runtime.pixel_values import eight_bits
+from fusion_edge.runtime.pnm import is_pnm_of_other_range, read_pnm
 
-MAX_PIXELS = 2 * 89_478_485  # where Pillow's own guard against decompression bombs refuses to go on
 CROPS_A_SIDE = 2  # the global crops are a 2 x 2 arrangement
+
+_ROWS = 64  # scaled at a time
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,27 +40,31 @@ _UPRIGHT = {
 
 
 def load_image(
-    image: str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8], color: Literal["rgb", "bgr"] = "rgb"
+    image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], color: Literal["rgb", "bgr"] = "rgb"
 ) -> Image.Image:
     """The picture as RGB: a file turned upright by its EXIF orientation, or pixels as they are handed over.
 
-    Arrays are uint8 ``[H, W, 3]``, ``[H, W, 1]`` or ``[H, W]``; ``color`` is the order of an array's three
-    channels and says nothing about files and Pillow images, which know their own. 16-bit grayscale is scaled
-    to 8 bits; every other mode is converted as the released code does it, by Pillow's ``convert("RGB")``.
+    Arrays are ``[H, W, 3]``, ``[H, W, 1]`` or ``[H, W]`` of uint8, uint16, booleans or floats from 0 to 1;
+    ``color`` is the order of an array's three channels and says nothing about files and Pillow images, which know
+    their own. 16-bit and float grayscale is scaled to 8 bits (``pixel_values.eight_bits``); every other mode is
+    converted as the released code does it, by Pillow's ``convert("RGB")``.
+
+    Files are of the formats ``image_files.FORMATS``. Where decoding would take more than ``image_files.MAX_BYTES``, a
+    JPEG file is decoded at a half, a quarter or an eighth of its size, and anything else is refused.
 
     Raises ``UsageError`` for an argument of the wrong kind and ``FusionError`` for a file that is missing,
-    no image, damaged, empty or larger than ``MAX_PIXELS``.
+    no image, damaged, empty or too large, and for pixels whose range is not known.
     """
     if color not in ("rgb", "bgr"):
         raise UsageError(f"color is {color!r}; expected 'rgb' or 'bgr'.")
     if isinstance(image, np.ndarray):
         return _from_array(image, color)
     if isinstance(image, Image.Image):
-        return _to_rgb(image, "The image")
+        return _from_pillow(image)
     path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
     if not isinstance(path, str):
         raise UsageError(
-            f"The image is of type {type(image).__name__}; expected a path, a Pillow image or a uint8 array."
+            f"The image is of type {type(image).__name__}; expected a path, a Pillow image or a NumPy array."
         )
     return _from_file(path)
 
@@ -76,83 +92,84 @@ def normalize(crops: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return pixels
 
 
-def _from_array(array: npt.NDArray[np.uint8], color: str) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise UsageError(f"The image array holds {array.dtype}; expected uint8 values from 0 to 255.")
+def _from_array(array: npt.NDArray[Any], color: str) -> Image.Image:
+    if np.ma.is_masked(array):
+        raise UsageError("The image array has masked values; fill them first (array.filled(0)).")
+    array = np.asarray(array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
         shape = list(array.shape)
         raise UsageError(f"The image array has shape {shape}; expected [H, W, 3], [H, W, 1] or [H, W].")
-    _check_size(array.shape[1], array.shape[0], "The image array")
+    check_size((array.shape[1], array.shape[0]), "The image array")
+    try:
+        array = eight_bits(array)
+    except ValueError as error:
+        raise UsageError(f"The image array {error}") from None
     if array.ndim == 3 and color == "bgr":
         array = array[:, :, ::-1]
     # Pillow may share the array's memory, and a camera overwrites its buffer: convert() always makes a copy.
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
+def _from_pillow(image: Image.Image) -> Image.Image:
+    name = "The image"
+    check_decoded(image, name)
+    check_size(image.size, name)
+    _decode(image, name)
+    # Left as it is turned: a caller who turned the pixels may still carry the EXIF tag.
+    return image.copy() if image.mode == "RGB" else _to_rgb(image, name)
+
+
 def _from_file(path: str) -> Image.Image:
-    try:
-        opened = Image.open(path)
-    except FileNotFoundError as error:
-        raise FusionError(f"The image {path!r} does not exist; check the path.") from error
-    except IsADirectoryError as error:
-        raise FusionError(f"The image {path!r} is a directory; give the path of one image file.") from error
-    except PermissionError as error:
-        raise FusionError(f"The image {path!r} cannot be read; check its permissions.") from error
-    except UnidentifiedImageError as error:
-        raise FusionError(
-            f"{path!r} is not an image that Pillow can read; convert it to PNG or JPEG."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise FusionError(f"The image {path!r} is too large: {error}; scale it down first.") from error
-    except Exception as error:  # Pillow's readers let many types escape on a damaged header
-        raise _undecodable(f"The image {path!r}", error) from error
-    with opened:
-        return _to_rgb(opened, f"The image {path!r}", upright=True)
+    name = image_name(path)
+    with open_image(path) as opened:
+        if is_pnm_of_other_range(opened):
+            try:
+                return read_pnm(opened)
+            except ValueError as error:
+                raise undecodable(name, error) from error
+        _decode(opened, name)
+        rgb = opened if opened.mode == "RGB" else _to_rgb(opened, name)
+        turn = _UPRIGHT.get(orientation(opened))
+        if turn is None:
+            return rgb
+        check_size(rgb.size, name, MAX_BYTES // 8)  # turning makes a copy
+        return rgb.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
-    _check_size(image.width, image.height, name)
+def _decode(image: Image.Image, name: str) -> None:
     try:
         image.load()
-        rgb = (_to_eight_bits(image) if _is_sixteen_bits(image) else image).convert("RGB")
+    except FusionError:
+        raise
     except Exception as error:  # Pillow's readers let many types escape on damaged data
-        raise _undecodable(name, error) from error
-    # Pixels handed over are left as they are: a caller who turned them may still carry the EXIF tag.
-    turn = _UPRIGHT.get(_orientation(image)) if upright else None
-    return rgb if turn is None else rgb.transpose(turn)
+        raise undecodable(name, error) from error
 
 
-def _orientation(image: Image.Image) -> int:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode[0] == "I":
+        try:
+            image = _gray(image)
+        except ValueError as error:
+            raise FusionError(f"{name} {error}") from None
+    elif "transparency" in image.info:  # which Pillow warns of, and which is dropped
+        image = image.copy()
+        del image.info["transparency"]
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # unreadable metadata says nothing about the pixels, which are fine
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _undecodable(name: str, error: Exception) -> FusionError:
-    reason = f"{type(error).__name__}: {error}"
-    return FusionError(f"{name} cannot be decoded ({reason}); check that it is whole, or save it again.")
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    """Refuse what cannot be resized, before a pixel of it is decoded."""
-    if width < 1 or height < 1:
-        raise FusionError(f"{name} is empty ({width} x {height} pixels).")
-    if width * height > MAX_PIXELS:
+        return image.convert("RGB")
+    except ValueError as error:
         raise FusionError(
-            f"{name} is too large: {width} x {height} = {width * height} pixels, "
-            f"the limit is {MAX_PIXELS}; scale it down first."
-        )
+            f"{name} is of Pillow's mode {image.mode}, which is not converted to RGB ({error}); convert it first."
+        ) from error
 
 
-def _is_sixteen_bits(image: Image.Image) -> bool:
+def _gray(image: Image.Image) -> Image.Image:
+    """8 bits from one channel of 16 or 32, row by row: a copy of all would take as much as the picture."""
     # Some versions of Pillow read 16-bit PNG and PGM files into 32-bit integers, mode "I".
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """65535 / 255 = 257: white stays white, where Pillow's own conversion would clip at 255."""
-    return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")
+    gray = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, _ROWS):
+        rows = np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))))
+        gray[top : top + _ROWS] = eight_bits(rows.astype(np.uint16) if sixteen_bits else rows)
+    return Image.fromarray(gray)

@@ -330,9 +330,10 @@ def test_an_unknown_target(broken: Path) -> None:
 def test_a_tokenizer_of_a_newer_library(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse, tmp_path: Path
 ) -> None:
-    def from_file(_: str) -> Tokenizer:
+    def from_str(_: str) -> Tokenizer:
         raise Exception("data did not match any variant of untagged enum ModelWrapper")
 
-    monkeypatch.setattr(Tokenizer, "from_file", from_file)
+    monkeypatch.setattr(Tokenizer, "from_str", from_str)
     message = refused(cli_run.main, tiny_bundle, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
-    assert "tokenizer.json cannot be loaded by tokenizers" in message
+    assert "tokenizer.json is no tokenizer that can be loaded (tokenizers " in message
+    assert "upgrade tokenizers" in message

@@ -16,7 +16,8 @@ from paths import GOLDEN
 from PIL import ExifTags, Image, ImageOps
 
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.images import MAX_PIXELS, cut_crops, load_image, normalize
+from fusion_edge.runtime.image_files import MAX_BYTES
+from fusion_edge.runtime.images import cut_crops, load_image, normalize
 
 CASES = ("phi_one_turn", "phi_two_turns", "phi_grid12", "llama_one_turn")
 
@@ -54,7 +55,7 @@ def test_normalize_is_the_formula_to_the_last_bit() -> None:
     assert (result.min(), result.max()) == (-1, 1)
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 def test_ordinary_modes_are_converted_as_pillow_does(mode: str, tmp_path: Path) -> None:
     source = Image.fromarray(random_pixels(7, 5, 4)).convert(mode)
@@ -135,7 +136,7 @@ def test_an_image_does_not_share_the_camera_buffer(shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4, 3), np.complex64), "complex64"),
         (np.zeros((4, 4, 3), np.int64), "int64"),
         (np.zeros((3, 4, 4), np.uint8), "[3, 4, 4]"),
         (np.zeros((4, 4, 4), np.uint8), "[4, 4, 4]"),
@@ -175,8 +176,8 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (text, "not an image"),
         (empty, "not an image"),
         ("", "does not exist"),
-        ("nul\0byte.png", "cannot be decoded"),
-        ("https://example.org/cat.png", "does not exist"),
+        ("nul\0byte.png", "no path that a file can have"),
+        ("https://example.org/cat.png", "addresses are not fetched"),
     ]
     for path, message in cases:
         with pytest.raises(FusionError, match=message) as caught:
@@ -229,12 +230,11 @@ def test_too_large_a_file_is_refused_before_decoding(tmp_path: Path) -> None:
     with pytest.raises(FusionError, match="too large") as caught:
         load_image(path)
     assert "3600000000" in str(caught.value)
-    assert str(MAX_PIXELS) in str(caught.value)
 
 
 def test_the_limit_holds_when_pillows_guard_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of_size(60_000, 60_000))
-    with pytest.raises(FusionError, match=f"60000 x 60000 = 3600000000 pixels, the limit is {MAX_PIXELS}"):
+    with pytest.raises(FusionError, match=f"60000 x 60000 = 3600000000 pixels, the limit .* is {MAX_BYTES // 4}"):
         load_image(path)

@@ -126,3 +126,17 @@ def test_pictures_that_cannot_be_read(folder: Path, refused: Callable[..., str])
     message = error(write(folder, lines()))
     assert "2 pictures" in message
     assert "03.png, 05.png" in message
+
+
+@pytest.mark.parametrize("hidden", ["._03.png", ".trashed.jpg", "._samples.jsonl", ".DS_Store"])
+def test_hidden_files_are_left_out(folder: Path, hidden: str) -> None:
+    (folder / hidden).write_bytes(b"no picture")
+    (folder / "Thumbs.db").write_bytes(b"no picture")
+    samples = read_samples(folder, 128, 16)
+    assert len(samples.calibrating) + len(samples.held_out) == COUNT
+
+
+@pytest.mark.parametrize("address", ["http://host/x.png", "data:image/png;base64,iVBO"])
+def test_addresses_are_not_fetched(folder: Path, address: str) -> None:
+    path = write(folder, [*lines(), {"image": address, "question": "?"}])
+    assert f"Line {COUNT + 1} of {path} has the address {address!r} as its image" in error(path)

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         add(option, type=cli.numbers, default=default, metavar="N[,N...]", help=text)
     names = ", ".join(NAMES)
     add("--backend", type=_devices, default=(AUTO,), metavar="NAME[,NAME...]", help=f"of {names} (default: the best)")
-    add("--image", type=Path, metavar="FILE", help="a picture of yours (default: noise of 1280 x 720)")
+    add("--image", metavar="FILE", help="a picture of yours (default: noise of 1280 x 720)")
     add("--ask", metavar="TEXT", help="a question of yours (default: a short one)")
     until = parser.add_mutually_exclusive_group()
     until.add_argument(
@@ -119,7 +119,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     machine = machine_facts(gpu)
     runs: list[Run] = []
     with TemporaryDirectory() as folder, ClockWatch(gpu) as watch:
-        picture = arguments.image or Path(folder) / "picture.jpg"
+        picture = Path(folder) / "picture.jpg" if arguments.image is None else Path(arguments.image)
         if arguments.image is None:
             make_up_picture(picture)
         wanted = _wanted(arguments, picture)

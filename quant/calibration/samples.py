@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.image_files import is_address
 from fusion_edge.runtime.images import load_image
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -56,7 +57,7 @@ def read_samples(data: Path, calibrating: int, held_out: int) -> Samples:
     :class:`FusionError` for those, for a file that holds anything else, and for fewer than :data:`FEWEST` samples.
     """
     if data.is_dir():
-        files = sorted(data.glob("*.jsonl"))
+        files = sorted(path for path in data.glob("*.jsonl") if not path.name.startswith("."))
         if len(files) > 1:
             raise UsageError(f"{data} holds {len(files)} JSONL files; name the one to calibrate with.")
         samples = _read_lines(files[0]) if files else _pictures(data)
@@ -75,7 +76,9 @@ def read_samples(data: Path, calibrating: int, held_out: int) -> Samples:
 
 
 def _pictures(folder: Path) -> list[Sample]:
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    # Hidden files are no pictures: a Mac writes ._NAME.png beside each NAME.png on other file systems.
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = sorted(path for path in paths if path.suffix.lower() in PICTURES)
     return [Sample(path, QUESTIONS[i % len(QUESTIONS)]) for i, path in enumerate(pictures)]
 
 
@@ -101,6 +104,11 @@ def _read_lines(file: Path) -> list[Sample]:
             raise FusionError(f"Line {number} of {file} has an empty question; {expected}.")
         if any("\ud800" <= character <= "\udfff" for text in value.values() for character in text):
             raise FusionError(f"Line {number} of {file} holds half a surrogate pair, which is no text; {expected}.")
+        if is_address(value["image"]):
+            raise FusionError(
+                f"Line {number} of {file} has the address {value['image'][:200]!r} as its image, and addresses are not "
+                "fetched; download it and give the file's path."
+            )
         samples.append(Sample(file.parent / value["image"], value["question"], value.get("answer")))
     return samples
 

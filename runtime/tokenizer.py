@@ -1,0 +1,53 @@
+"""A ``tokenizer.json`` as a tokenizer, after it has been checked: the ``tokenizers`` library aborts on some."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import tokenizers
+from tokenizers import Tokenizer
+
+from fusion_edge.runtime.bundle import TOKENIZER, Bundle
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.tokenizer_schema import MAX_TOKENS, check_text, check_tokenizer
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer. Raises :class:`FusionError` for a file that is no tokenizer that a bundle may hold."""
+    path = bundle.path(TOKENIZER)
+    try:
+        data = parse_tokenizer(path.read_bytes())
+        return build_tokenizer(data, bundle.manifest.model.language.vocab_size)
+    except (OSError, ValueError) as error:
+        raise FusionError(
+            f"{path} is no tokenizer that can be loaded ({error}); export the bundle again, or upgrade tokenizers."
+        ) from error
+
+
+def parse_tokenizer(content: bytes) -> dict[str, Any]:
+    """The JSON object in ``content``. Raises ``ValueError`` if it holds none, or one far too large."""
+    text = content.decode("utf-8-sig")
+    check_text(text)
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError("it holds no JSON object")
+    return data
+
+
+def build_tokenizer(data: dict[str, Any], vocab_size: int = MAX_TOKENS) -> Tokenizer:
+    """The tokenizer that ``data`` describes, ids below ``vocab_size``.
+
+    Raises ``ValueError`` with what is wrong: with the structure, or for the ``tokenizers`` library.
+    """
+    check_tokenizer(data, vocab_size)
+    try:
+        # Written anew: of two fields of one name the library might read the one that was not checked.
+        return Tokenizer.from_str(json.dumps(data))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and its panics derive from BaseException
+        raise ValueError(f"tokenizers {tokenizers.__version__}: {error}") from None
