@@ -17,7 +17,7 @@ UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 
 def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command; the exit code: 0, 1 for a failure, 2 for wrong usage, 128 and the number of a signal that ended it.
+    """Run a command; the exit code: 0, 1 for a failure, 2 for wrong usage, 128 + N if signal N ended it.
 
     A user's mistake is one line on standard error, never a traceback.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from types import TracebackType
 
 REFRESH_SECONDS = 0.2
@@ -21,6 +22,7 @@ class Progress:
         self.done = 0
         self._start = time.monotonic()
         self._shown = self._start  # nothing is shown for work shorter than one refresh
+        self._is_cancelled = False
         self._lock = threading.Lock()
         self._terminal = sys.stderr.isatty()
 
@@ -38,8 +40,14 @@ class Progress:
         with self._lock:
             self.total += count
 
+    def cancel(self) -> None:
+        """Have :meth:`advance` raise ``CancelledError`` from now on, in whatever thread does the work."""
+        self._is_cancelled = True
+
     def advance(self, count: int) -> None:
         """Count ``count`` more as done."""
+        if self._is_cancelled:
+            raise CancelledError
         with self._lock:
             self.done += count
             now = time.monotonic()
