@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from fusion_edge.runtime.errors import FusionError
@@ -26,8 +26,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EI
 def locked(folder: Path, busy: str, is_new: bool = False) -> Iterator[int]:
     """Hold ``folder``, made if absent, for this process alone; its descriptor.
 
-    Raises :class:`FusionError`: ``busy`` if it is held, or if it is there and must be new (``is_new``); with its name if
-    it is a link, no folder, or another user's.
+    Raises :class:`FusionError`: ``busy`` if it is held, or is there though it must be new (``is_new``); with its name
+    if it is a link, no folder, or another user's.
     """
     is_made = False
     try:
@@ -86,7 +86,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
     return True
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn(folder: Path) -> None:
     sys.stderr.write(f"warning: The file system of {folder} has no locks; let nothing else write there meanwhile.\n")
 

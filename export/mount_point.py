@@ -19,11 +19,12 @@ def _mounted() -> set[str]:
         lines = _MOUNTS.read_bytes().splitlines()
     except OSError:  # not Linux, or hidden in a container
         return set()
-    return {os.fsdecode(re.sub(rb"\\(\d{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4])) for line in lines}
+    paths = (line.split()[4] for line in lines)  # in which spaces and the like are octal numbers
+    return {os.fsdecode(re.sub(rb"\\(\d{3})", lambda found: bytes([int(found[1], 8)]), path)) for path in paths}
 
 
 def workplace(output: Path) -> Path:
-    """The folder of the hidden folders of commands that write ``output``: beside it, or in it if it is a mount point."""
+    """Where commands that write ``output`` have hidden folders: beside it, or in it if it is a mount point."""
     return output if is_mount_point(output) else output.parent
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fusion_edge.commands import signals
 from fusion_edge.export.files import flush_folder
 from fusion_edge.export.folder_lock import OPENED, Owns, delete, entries, is_at, locked, matches, remove
-from fusion_edge.export.mount_point import hidden_in, is_mount_point, workplace
+from fusion_edge.export.mount_point import hidden_in, workplace
 from fusion_edge.runtime.errors import FusionError
 
 _REPLACED = "replaced.json"  # in a partial folder: the manifest of what was in a mount point

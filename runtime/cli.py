@@ -9,9 +9,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from fusion_edge.commands import signals
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.output_file import check_output_file
 
 UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -56,6 +58,15 @@ def _fail(message: str, code: int = 1) -> int:
 
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def output_file(text: str) -> Path:
+    """argparse type of a file to write: refused before there is anything to write if it cannot be."""
+    try:
+        check_output_file(Path(text))
+    except FusionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def numbers(text: str) -> tuple[int, ...]:

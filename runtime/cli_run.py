@@ -115,7 +115,7 @@ def _say(conversation: Conversation, question: str, sampling: Sampling, query_le
 
 
 def _interactive(say: Callable[[str], None]) -> int:
-    """Questions from standard input, one a line, until its end; neither a refused question nor Ctrl-C in an answer is that."""
+    """Questions from standard input, one a line, until its end. A refused question or Ctrl-C ends but an answer."""
     if isinstance(sys.stdin, io.TextIOWrapper):  # as arguments are decoded: wrong bytes are told by the question
         sys.stdin.reconfigure(errors="surrogateescape")
     terminal = sys.stdin.isatty()
