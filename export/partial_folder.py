@@ -68,7 +68,7 @@ def partial_folder(output: Path, content: Content, check: Callable[[], None] = l
         with ExitStack() as stack:
             with signals.held():
                 descriptor = stack.enter_context(locked(folder, busy, is_new=True))
-                stack.callback(_discard, descriptor, folder, content)
+                stack.callback(_discard, descriptor, folder, output, content)
             _put_back(output, content, busy)
             check()
             yield folder
@@ -97,18 +97,23 @@ def _reason(error: OSError, output: Path, what: str) -> str:
     return f"Cannot write {output}: {error.strerror}."
 
 
-def _discard(descriptor: int, folder: Path, content: Content) -> None:
+def _discard(descriptor: int, folder: Path, output: Path, content: Content) -> None:
     """Remove the partial folder, if it has not become the output; nothing that went wrong before is hidden."""
     with suppress(OSError, FusionError):
-        if is_at(descriptor, folder):
+        if is_at(descriptor, folder) and not _is_moving(folder, output, content):
             remove(descriptor, folder, content.is_partial)
+
+
+def _is_moving(folder: Path, output: Path, content: Content) -> bool:
+    """Whether the files of a whole folder are on their way into a mount point, which has no others any more."""
+    is_whole = os.path.lexists(folder / content.manifest)
+    return folder.parent == output and is_whole and not os.path.lexists(output / content.manifest)
 
 
 def _end_the_killed(folder: Path, output: Path, content: Content, busy: str) -> None:
     """Remove the partial folder of a killed process, which may have begun to move its files into a mount point."""
     with signals.held(), locked(folder, busy) as descriptor:
-        is_whole = os.path.lexists(folder / content.manifest)
-        if folder.parent == output and is_whole and not os.path.lexists(output / content.manifest):
+        if _is_moving(folder, output, content):
             _move_in(folder, output, content)
         remove(descriptor, folder, content.is_partial)
 
