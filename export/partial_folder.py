@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_edge.commands import signals
-from fusion_edge.export.files import flush_folder
+from fusion_edge.export.files import flush_folder, write_file
 from fusion_edge.export.folder_lock import OPENED, Owns, delete, entries, is_at, locked, matches, remove
 from fusion_edge.export.mount_point import hidden_in, workplace
 from fusion_edge.runtime.errors import FusionError
 
-_REPLACED = "replaced.json"  # in a partial folder: the manifest of what was in a mount point
+_REPLACED = "replaced.json"
+# In a partial folder whose files are moving into a mount point: the manifest of what was there, or nothing.
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def partial_folder(output: Path, content: Content, check: Callable[[], None] = l
         with ExitStack() as stack:
             with signals.held():
                 descriptor = stack.enter_context(locked(folder, busy, is_new=True))
-                stack.callback(_discard, descriptor, folder, output, content)
+                stack.callback(_discard, descriptor, folder, content)
             _put_back(output, content, busy)
             check()
             yield folder
@@ -97,23 +98,22 @@ def _reason(error: OSError, output: Path, what: str) -> str:
     return f"Cannot write {output}: {error.strerror}."
 
 
-def _discard(descriptor: int, folder: Path, output: Path, content: Content) -> None:
+def _discard(descriptor: int, folder: Path, content: Content) -> None:
     """Remove the partial folder, if it has not become the output; nothing that went wrong before is hidden."""
-    with suppress(OSError, FusionError):
-        if is_at(descriptor, folder) and not _is_moving(folder, output, content):
+    with signals.held(), suppress(OSError, FusionError):
+        if is_at(descriptor, folder) and not _is_moving(folder, content):
             remove(descriptor, folder, content.is_partial)
 
 
-def _is_moving(folder: Path, output: Path, content: Content) -> bool:
-    """Whether the files of a whole folder are on their way into a mount point, which has no others any more."""
-    is_whole = os.path.lexists(folder / content.manifest)
-    return folder.parent == output and is_whole and not os.path.lexists(output / content.manifest)
+def _is_moving(folder: Path, content: Content) -> bool:
+    """Whether the files of a whole folder are on their way into a mount point, which has no bundle meanwhile."""
+    return os.path.lexists(folder / _REPLACED) and os.path.lexists(folder / content.manifest)
 
 
 def _end_the_killed(folder: Path, output: Path, content: Content, busy: str) -> None:
     """Remove the partial folder of a killed process, which may have begun to move its files into a mount point."""
     with signals.held(), locked(folder, busy) as descriptor:
-        if _is_moving(folder, output, content):
+        if _is_moving(folder, content):
             _move_in(folder, output, content)
         remove(descriptor, folder, content.is_partial)
 
@@ -176,6 +176,8 @@ def _move_in(folder: Path, output: Path, content: Content) -> None:
         inside = entries(place, lambda path: old(path) or written(path), output, hidden_in(output))
         if os.path.lexists(current):
             os.rename(current, replaced)
+        elif not os.path.lexists(replaced):
+            write_file(replaced, b"")
         delete(place, [path for path in inside if not written(path)])
     finally:
         os.close(place)
@@ -185,3 +187,4 @@ def _move_in(folder: Path, output: Path, content: Content) -> None:
     flush_folder(output)
     os.rename(new, current)
     flush_folder(output)
+    os.unlink(replaced)

@@ -74,7 +74,7 @@ class Calls:
     _descriptors: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def patched(self) -> mock._patch_dict:  # type: ignore[type-arg]
+    def patched(self) -> mock._patch_dict:
         """A context in which calls are counted."""
         return mock.patch.dict(os.__dict__, {name: self._counted(name, getattr(os, name)) for name in CALLS})
 
@@ -161,7 +161,8 @@ def _in_child(
 def _mounted(place: Place) -> Any:
     """A context in which the output is a mount point, if it is to be one."""
     ismount = os.path.ismount
-    return mock.patch("os.path.ismount", lambda folder: (place.is_mounted and folder == place.output) or ismount(folder))
+    mounted = {place.output} if place.is_mounted else set()
+    return mock.patch("os.path.ismount", lambda folder: folder in mounted or ismount(folder))
 
 
 def _judged(kind: str, code: int, said: str, place: Place) -> str:
