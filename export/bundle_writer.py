@@ -123,6 +123,9 @@ BUNDLE = Content(
         f"{engines.FOLDER}/*/{engines.ENGINES}",
         f"{engines.FOLDER}/*/*.engine",
         f"{engines.FOLDER}/*.timing",
+        # What a killed build left:
+        f"{engines.FOLDER}/*/.{engines.ENGINES}.*",
+        f"{engines.FOLDER}/.*.timing.*",
     ),
 )
 """A bundle's folder. Engines are of this bundle and no other: they go with it."""
