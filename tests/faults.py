@@ -243,7 +243,7 @@ def main() -> int:
             wrong = inject(kind, number, places[which])
             outcomes["wrong" if wrong else "right"] += 1
             if wrong:
-                print(f"{kind} at call {number} ({name}), mounted {places[which].is_mounted}: {wrong}")
+                print(f"{kind} at call {number} ({name}), mounted {places[which].is_mounted}: {wrong}", flush=True)
     print(f"{asked.kills} kills and signals, {asked.writes} faults of writes: {outcomes['wrong']} wrong")
     return 1 if outcomes["wrong"] else 0
 
