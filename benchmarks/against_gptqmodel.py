@@ -34,7 +34,8 @@ from fusion_edge.quant.calibration.states import State
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error
 from fusion_edge.runtime.bundle import TOKENIZER
-from fusion_edge.runtime.cli import numbers, positive, run
+from fusion_edge.runtime.cli import numbers, output_file, positive, run
+from fusion_edge.runtime.output_file import write_whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "GPTQModel": {},
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--every", type=positive, default=6, metavar="N", help="LLM layers: 0, N, 2 N, ... (default: %(default)s)")
     add("--samples", type=positive, default=16, help="calibrating (default: %(default)s)")
     add("--threads", type=positive, default=2, help="threads of torch (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
     return run(_main, parser.parse_args(arguments))
 
 
@@ -73,7 +74,7 @@ def _main(options: argparse.Namespace) -> int:
         }
     result = {"settings": SETTINGS, "medians": medians, "linears": linears}
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(medians, indent=1) + "\n")
     return 0
 

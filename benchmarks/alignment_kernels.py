@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from fusion_edge.kernels.ahead_of_time import CONTEXT
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.output_file import write_whole
 
 BYTES_OF_SETS = 512_000_000  # several times any L2 cache
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--latents", type=cli.positive, default=144, help="of a question (default: %(default)s)")
     add("--width", type=cli.positive, default=3072, help="hidden size (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp16", help="(default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result here, too")
     return cli.run(_main, parser.parse_args(arguments))
 
 
@@ -81,7 +81,7 @@ def _main(options: argparse.Namespace) -> int:
         sizes = {"questions": shape[0], "latents": shape[1], "width": shape[2], "dtype": options.dtype}
         kernels_json = [asdict(one) | {"bandwidth_share": one.bandwidth_share} for one in measured]
         result = facts | sizes | {"kernels": kernels_json}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -32,6 +32,7 @@ from fusion_edge.runtime.bundle import Manifest, open_bundle
 from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE, side
 from fusion_edge.runtime.devices import AUTO, NAMES, open_device
 from fusion_edge.runtime.grids import pooling_cells
+from fusion_edge.runtime.output_file import write_whole
 
 QUESTION_TOKENS = 24
 COPY_BYTES = 1 << 28
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--device", choices=(AUTO, *NAMES), default=AUTO, help="(default: %(default)s)")
     add("--eager", action="store_true", help="measure the eager interpreter in float16 on the same GPU, too")
     add("--steps", type=cli.positive, default=64, help="one-token steps (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result here, too")
     return cli.run(_main, parser.parse_args(arguments))
 
 
@@ -99,7 +100,7 @@ def _main(options: argparse.Namespace) -> int:
     }
     sys.stdout.write(_text(measured, result))
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

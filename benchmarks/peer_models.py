@@ -24,7 +24,7 @@ import numpy as np
 
 from fusion_edge.benchmarks.full_size_checkpoint import TOKENIZER_FILES
 from fusion_edge.export.checkpoint import read_config
-from fusion_edge.export.partial_folder import partial_folder
+from fusion_edge.export.partial_folder import Content, partial_folder
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.source import read_json_object
 from fusion_edge.runtime import cli
@@ -34,6 +34,8 @@ from fusion_edge.runtime.errors import FusionError, UsageError
 LLM_TENSOR = re.compile(r"(model\.(embed_tokens|layers\.\d+|norm)|lm_head)\.")
 PHI_3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
 FORMATS = ("Q4_0", "Q4_K_M")
+INDEX = "model.safetensors.index.json"
+CONTENT = Content("write", ("*.json", "*.safetensors", "*.model", "*.gguf"), INDEX)
 
 
 def write_hugging_face(source: Path, output: Path) -> None:
@@ -42,7 +44,7 @@ def write_hugging_face(source: Path, output: Path) -> None:
     Raises:
         FusionError: ``source`` is no FUSION-Phi checkpoint, or ``output`` cannot be written.
     """
-    with Checkpoint(source) as checkpoint, partial_folder(output, "write") as folder:
+    with Checkpoint(source) as checkpoint, partial_folder(output, CONTENT) as folder:
         _language(checkpoint)
         tensors = {name: info for name, info in checkpoint.tensors.items() if LLM_TENSOR.match(name)}
         for file in {info.file for info in tensors.values()}:
@@ -55,7 +57,7 @@ def write_hugging_face(source: Path, output: Path) -> None:
             "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
             "weight_map": {name: info.file.name for name, info in tensors.items()},
         }
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / INDEX, index)
 
 
 def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
@@ -69,7 +71,7 @@ def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
         language = _language(checkpoint)
         gguf, llama_cpp = _import("gguf", "gguf"), _import("llama_cpp", "llama-cpp-python")
         file_types = {name: _file_type(llama_cpp, name) for name in formats}
-        with partial_folder(output, "write") as folder:
+        with partial_folder(output, CONTENT) as folder:
             plain = folder / "BF16.gguf"
             write_bfloat16(gguf, checkpoint, language, plain)
             for name, file_type in file_types.items():

@@ -24,6 +24,7 @@ from typing import Any
 from fusion_edge.benchmarks.latency.machine import machine_facts
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.schema import from_json
 
 
@@ -212,7 +213,7 @@ def run(comparison: Comparison, arguments: argparse.Namespace) -> int:
     sys.stdout.write(render(turns, comparison.columns))
     if arguments.json is not None:
         text = json.dumps(report(contestants, workload, turns), indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_whole(arguments.json, text + "\n")
     return 0
 
 

@@ -32,8 +32,9 @@ from fusion_edge.benchmarks.perplexity import TextModel, perplexity
 from fusion_edge.benchmarks.smollm2_checkpoint import LINE_BREAK, TEMPLATE, read_gguf, write_checkpoint
 from fusion_edge.export import cli
 from fusion_edge.quant.formats import GROUP_SIZES
-from fusion_edge.runtime.cli import numbers, positive, run
+from fusion_edge.runtime.cli import numbers, output_file, positive, run
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.prompts import TEMPLATES, encode_prompt
 
 Integers = npt.NDArray[np.int64]
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--calibrating", type=positive, default=16, help="windows to calibrate with (default: %(default)s)")
     add("--evaluated", type=positive, default=20, help="windows to evaluate (default: %(default)s)")
     add("--threads", type=positive, default=2, help="of ONNX Runtime (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
     return run(_main, parser.parse_args(arguments))
 
 
@@ -109,7 +110,7 @@ def _main(options: argparse.Namespace) -> int:
         "quantized": rows,
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     sys.stdout.write(table(result))
     return 0
 

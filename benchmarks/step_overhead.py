@@ -21,6 +21,7 @@ from fusion_edge.runtime import cli
 from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.backends.onnxruntime_graph import Graph
 from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.sampling import Sampler, Sampling
 
 WARM_UP = 5  # steps
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--bundle", type=Path, required=True, help="folder that fusion-export wrote")
     add("--prompt", type=cli.positive, default=64, help="positions before the steps (default: %(default)s)")
     add("--steps", type=cli.positive, default=60, help="steps that are timed (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result here, too")
     return cli.run(_main, parser.parse_args(arguments))
 
 
@@ -52,7 +53,7 @@ def _main(options: argparse.Namespace) -> int:
             "prompt": options.prompt,
             "processor": machine_facts(None).processor,
         }
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -21,7 +21,7 @@ import torch
 
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.export.bundle_writer import write_bundle
-from fusion_edge.export.partial_folder import partial_folder
+from fusion_edge.export.partial_folder import Content, partial_folder
 from fusion_edge.export.plan import ExportOptions, plan_export
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.calibration.records import Records
@@ -33,6 +33,7 @@ from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 QUESTION_TOKENS = 20
+CONTENT = Content("export", ("*.xml", "*.bin", "*.json"), "local.xml")
 PROPERTIES = {"f32.json": "f32", "bf16.json": "bf16"}
 """What OpenVINO computes in where nothing is quantized: a file for the user to choose by."""
 
@@ -64,7 +65,7 @@ def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:
     if output.exists():
         raise FusionError(f"{output} exists; choose another output.")
     config, parameters = read_vision(checkpoint, torch.float32)
-    with partial_folder(output, "export") as folder, torch.inference_mode():
+    with partial_folder(output, CONTENT) as folder, torch.inference_mode():
         for name, module, inputs in (
             ("global", GlobalCrops(config, parameters), _inputs(config, 2)[:1]),
             ("local", LocalCrop(config, parameters), _inputs(config, 1)),

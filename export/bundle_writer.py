@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion_edge.export.data_writer import DataWriter
-from fusion_edge.export.partial_folder import partial_folder
+from fusion_edge.export.files import flush_file, flush_folder, write_file
+from fusion_edge.export.folder_lock import OPENED, Foreign, entries, locked
+from fusion_edge.export.mount_point import hidden_in, workplace
+from fusion_edge.export.partial_folder import Content, partial_folder
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.export.weights import CheckpointWeights
-from fusion_edge.runtime import bundle
+from fusion_edge.export.worker_pool import worker_pool
+from fusion_edge.runtime import bundle, engines
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
@@ -32,11 +38,10 @@ def write_bundle(
     export is writing the same output, or if a weight is not finite. Leaves nothing behind then.
     """
     output = resolve_output(output)
-    with partial_folder(output, "export") as folder:
-        check_output(output, force)
+    with partial_folder(output, BUNDLE, lambda: check_output(output, force)) as folder:
         _check_disk(plan, output)
         for name, content in plan.small_files.items():
-            (folder / name).write_bytes(content)
+            write_file(folder / name, content)
         elements = sum(parameter.size for parameter in plan.parameters.values())
         with Progress("Quantizing", elements, "M weights") as progress:
             weights = CheckpointWeights(plan.checkpoint, plan.parameters)
@@ -46,26 +51,19 @@ def write_bundle(
         names = [*plan.small_files, *(file.name for file in plan.data_files)]
         report = writer.report()
         if report.linears:
-            (folder / bundle.QUANTIZATION).write_bytes(report.to_bytes())
+            write_file(folder / bundle.QUANTIZATION, report.to_bytes())
             names.append(bundle.QUANTIZATION)
         sizes = {name: (folder / name).stat().st_size for name in names}
-        with Progress("Checksums", sum(sizes.values())) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with Progress("Checksums", sum(sizes.values())) as progress, worker_pool(os.cpu_count(), progress) as pool:
             digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
             entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
         manifest = plan.manifest(entries)
-        (folder / bundle.MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
-        for path in (*folder.iterdir(), folder):
-            _flush(path)
+        for name in names:
+            flush_file(folder / name)
+        flush_folder(folder)
+        write_whole(folder / bundle.MANIFEST, manifest.to_text())
+        flush_folder(folder)
     return manifest, report
-
-
-def _flush(path: Path) -> None:
-    """Have a file or folder on the disk before the rename: a power cut must not leave a torn file in a bundle."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # The folder -------------------------------------------------------------------------------------------------
@@ -81,19 +79,63 @@ def resolve_output(output: Path) -> Path:
 
 def check_output(output: Path, force: bool) -> None:
     """Raise :class:`FusionError` if something is there that may not be replaced."""
-    if not output.exists():
+    if not os.path.lexists(output):
         return
-    is_bundle = (output / bundle.MANIFEST).is_file()
     if not force:
         raise FusionError(f"{output} exists; choose another output or pass --force to replace it.")
-    if not is_bundle and not (output.is_dir() and not any(output.iterdir())):
-        raise FusionError(f"{output} exists and is no bundle, so --force does not replace it; choose another output.")
+    manifest = output / bundle.MANIFEST
+    try:
+        descriptor = os.open(output, OPENED)
+        try:
+            entries(descriptor, BUNDLE.owned(manifest), output, hidden_in(output))
+        finally:
+            os.close(descriptor)
+    except (NotADirectoryError, Foreign) as error:
+        if isinstance(error, Foreign) and _listed(manifest):
+            raise FusionError(
+                f"{error.path} is no file of the bundle in {output}, so --force does not replace that; move it "
+                "elsewhere or choose another output."
+            ) from None
+        raise FusionError(
+            f"{output} exists and is no bundle, so --force does not replace it; choose another output."
+        ) from None
+    for build in (output / engines.FOLDER).glob(".*.partial"):
+        with locked(build, f"A fusion-build of {output} is running; wait for it or choose another output."):
+            pass
+
+
+def _listed(manifest: Path) -> Collection[str]:
+    """The files that ``bundle.json`` lists, whatever its schema; none if it cannot be read."""
+    try:
+        return {entry["path"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return set()
+
+
+BUNDLE = Content(
+    "export",
+    (bundle.graph_file("*"), bundle.data_file("*"), bundle.TOKENIZER, bundle.QUANTIZATION),
+    bundle.MANIFEST,
+    _listed,
+    (
+        f"{engines.FOLDER}/",
+        f"{engines.FOLDER}/*/",
+        f"{engines.FOLDER}/*/{engines.ENGINES}",
+        f"{engines.FOLDER}/*/*.engine",
+        f"{engines.FOLDER}/*.timing",
+        # What a killed build left:
+        f"{engines.FOLDER}/*/.{engines.ENGINES}.*",
+        f"{engines.FOLDER}/.*.timing.*",
+    ),
+)
+"""A bundle's folder. Engines are of this bundle and no other: they go with it."""
 
 
 def _check_disk(plan: ExportPlan, output: Path) -> None:
-    needed, free = plan.bundle_bytes + DISK_MARGIN_BYTES, shutil.disk_usage(output.parent).free
+    place = workplace(output)
+    needed, free = plan.bundle_bytes + DISK_MARGIN_BYTES, shutil.disk_usage(place).free
     if free < needed:
         raise FusionError(
-            f"The disk of {output.parent} has {free / 1e9:.2f} GB free; the bundle needs {needed / 1e9:.2f} GB. "
+            f"The disk of {place} has {free / 1e9:.2f} GB free; the bundle needs {needed / 1e9:.2f} GB. "
             "Free some space or choose another output."
         )

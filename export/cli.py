@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         help="samples on which that need is measured (default: 4; time grows with them)",
     )
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--force", action="store_true", help="replace an existing bundle")
+    add("--force", action="store_true", help="replace an existing bundle, and the engines that were built of it")
     add("--dry-run", action="store_true", help="print sizes and memory, write nothing")
     add(
         "--fit",

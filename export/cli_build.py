@@ -17,13 +17,14 @@ from pathlib import Path
 from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder, why_no_plugins
 from fusion_edge.export.engine_profiles import limits
 from fusion_edge.export.interruptible import is_abandoned
-from fusion_edge.export.partial_folder import partial_folder
+from fusion_edge.export.partial_folder import Content, partial_folder
 from fusion_edge.export.tensorrt_formats import check_bundle
 from fusion_edge.runtime import cli, engines
 from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, producer, verify
 from fusion_edge.runtime.cuda import open_cuda
 from fusion_edge.runtime.engines import Engines, Machine
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
+from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.tensorrt_library import LIBRARIES, Library, find_library, first_library
 
@@ -31,6 +32,7 @@ CURRENT = "current"
 OLDEST = (7, 5)
 """The oldest compute capability that TensorRT 10 and TensorRT-RTX build for."""
 DISK_MARGIN_BYTES = 64 << 20
+ENGINES = Content("build", ("*.engine",), engines.ENGINES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,7 +198,7 @@ def _write(
             f"The disk of {bundle.folder} has {cli.size(free)} free; the engines need about {cli.size(needed)}."
         )
     kept = folder.parent / f"{library.name}-{library.version}-cc{machine.compute_capability}.timing"
-    with partial_folder(folder, "build") as partial:
+    with partial_folder(folder, ENGINES) as partial:
         builder = EngineBuilder(
             bundle, library, machine, limits(bundle.manifest, max_context), options, uses_plugins=no_plugins is None
         )
@@ -219,11 +221,9 @@ def _write(
             operator=_operator(no_plugins),
             engines=written,
         )
-        (partial / engines.ENGINES).write_text(result.to_text(), encoding="utf-8")
+        write_whole(partial / engines.ENGINES, result.to_text())
     if builder.timing_cache:
-        partial = kept.with_suffix(".partial")
-        partial.write_bytes(builder.timing_cache)
-        partial.replace(kept)
+        write_whole(kept, builder.timing_cache)
     return result
 
 

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.export.files import reserve, write_all
 from fusion_edge.export.graph_builder import Part, PlannedTensor
 from fusion_edge.export.plan import DataFile
 from fusion_edge.export.weights import CheckpointWeights
+from fusion_edge.export.worker_pool import worker_pool
 from fusion_edge.quant.dequantize_linear import to_dequantize_linear
 from fusion_edge.quant.packing import Packed, check_range, dequantize, quantize
 from fusion_edge.runtime.progress import Progress
@@ -58,10 +59,10 @@ class DataWriter:
         """Write a data file. Raises :class:`FusionError` for a weight that is not finite or out of range of its
         format, :class:`OSError`.
         """
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         try:
             if file.size:
-                os.posix_fallocate(descriptor, 0, file.size)
+                reserve(descriptor, file.size)
             for tensor in file.tensors:
                 if tensor.content is not None:
                     _write_at(descriptor, tensor.content, tensor.offset)
@@ -70,7 +71,7 @@ class DataWriter:
             groups = _by_parameter(file, self._weights.parameters)
             blocks = [(name, start, stop) for name in groups for start, stop in self._blocks(name)]
             rounded = {name: _Rounded() for name in groups}
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with worker_pool(os.cpu_count(), self._progress) as pool:
                 parts = pool.map(lambda block: self._write_block(descriptor, groups[block[0]], *block), blocks)
                 for (name, _, _), part in zip(blocks, parts, strict=True):
                     total = rounded[name]
@@ -200,8 +201,5 @@ def _by_parameter(file: DataFile, known: Iterable[str]) -> dict[str, list[Planne
 
 
 def _write_at(descriptor: int, content: npt.NDArray[Any], offset: int) -> None:
-    """All bytes of an array; one system call may write fewer than asked."""
-    remaining = np.ascontiguousarray(content).data.cast("B")
-    while remaining:
-        count = os.pwrite(descriptor, remaining, offset)
-        remaining, offset = remaining[count:], offset + count
+    """All bytes of an array."""
+    write_all(descriptor, np.ascontiguousarray(content).data.cast("B"), offset)

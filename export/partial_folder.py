@@ -3,55 +3,188 @@
 from __future__ import annotations
 
 import errno
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from fusion_edge.export.folder_lock import locked
+from fusion_edge.commands import signals
+from fusion_edge.export.files import flush_folder, write_file
+from fusion_edge.export.folder_lock import OPENED, Owns, delete, entries, is_at, locked, matches, remove
+from fusion_edge.export.mount_point import hidden_in, workplace
 from fusion_edge.runtime.errors import FusionError
 
+_REPLACED = "replaced.json"
+# In a partial folder whose files are moving into a mount point: the manifest of what was there, or nothing.
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a command writes into a folder, and so may delete there."""
+
+    what: str
+    """Names the command in messages, such as "export"."""
+    files: tuple[str, ...]
+    """Patterns of names."""
+    manifest: str
+    """The file that is written last."""
+    listed: Callable[[Path], Collection[str]] | None = None
+    """The files that a manifest lists: no others were written with it. None: all that match were."""
+    additions: tuple[str, ...] = ()
+    """Patterns of what other commands put there later; folders' end with a slash."""
+
+    def is_partial(self, path: str) -> bool:
+        """Whether ``path`` may be in a folder that is being written."""
+        return matches(path, *self.files, self.manifest, f".{self.manifest}.*", _REPLACED)
+
+    def written_with(self, manifest: Path) -> Owns:
+        """Whether paths were written with this manifest, itself among them."""
+        listed = None if self.listed is None else self.listed(manifest)
+        return lambda path: (
+            path == self.manifest or (matches(path, *self.files) and (listed is None or path in listed))
+        )
+
+    def owned(self, manifest: Path) -> Owns:
+        """Whether paths were written with this manifest or added later."""
+        written = self.written_with(manifest)
+        return lambda path: written(path) or matches(path, *self.additions)
+
 
 @contextmanager
-def partial_folder(output: Path, what: str) -> Iterator[Path]:
-    """A temporary folder beside ``output``, renamed to it at the end and removed on any error.
+def partial_folder(output: Path, content: Content, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A temporary folder beside ``output``, renamed to it at the end and removed on any error or signal.
 
-    What a killed process left is removed by the next one; the lock tells it from one that is still running. ``what``
-    names that, such as "export". Raises :class:`FusionError` if another is writing, or the disk is full.
+    If ``output`` is a mount point the folder is in it, and its files are moved at the end, the manifest last. ``check``
+    raises if ``output`` may not be replaced. What a killed process left is put in order first.
+
+    Raises :class:`FusionError` if another process is writing ``output``, if it or what was left holds anything that
+    commands did not write, or if the disk is full.
     """
-    folder = output.parent / f".{output.name}.partial"
-    replaced = output.parent / f".{output.name}.replaced"
+    folder = workplace(output) / f".{output.name}.partial"
+    busy = f"Another {content.what} is writing {output}; wait for it or choose another output."
     try:
-        with _locked(folder, f"Another {what} is writing {output}; wait for it or choose another output."):
-            _put_back(replaced, output)  # a process was killed between the two renames below
-            for left in folder.iterdir():
-                left.unlink()
+        if os.path.lexists(folder):
+            _end_the_killed(folder, output, content, busy)
+        with ExitStack() as stack:
+            with signals.held():
+                descriptor = stack.enter_context(locked(folder, busy, is_new=True))
+                stack.callback(_discard, descriptor, folder, content)
+            _put_back(output, content, busy)
+            check()
             yield folder
-            try:
-                if output.exists():
-                    output.rename(replaced)
-                folder.rename(output)
-            finally:
-                _put_back(replaced, output)
+            with signals.held():
+                check()
+                if not is_at(descriptor, folder):
+                    raise FusionError(busy)
+                if folder.parent == output:
+                    _move_in(folder, output, content)
+                else:
+                    _rename(folder, output, content)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise FusionError(f"The disk of {output.parent} is full; free some space and {what} again.") from None
-        raise FusionError(f"Cannot write {output}: {error.strerror}.") from None
+        raise FusionError(_reason(error, output, content.what)) from None
 
 
-def _put_back(replaced: Path, output: Path) -> None:
-    """The replaced folder returns if nothing has taken its place, and goes if something has."""
-    if replaced.exists() and not output.exists():
-        replaced.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _reason(error: OSError, output: Path, what: str) -> str:
+    place = workplace(output)
+    if error.errno == errno.ENOSPC:
+        return f"The disk of {place} is full; free some space and {what} again."
+    if error.errno == errno.EDQUOT:
+        return f"Your quota on the disk of {place} is used up; free some space and {what} again."
+    if error.errno == errno.EFBIG:
+        return f"The file system of {place} takes no files as large as these (FAT32: 4 GB); choose an output elsewhere."
+    if error.errno in (errno.EBUSY, errno.EXDEV):
+        return f"Cannot write {output}, which is in use or a mount point; choose an output inside it."
+    return f"Cannot write {output}: {error.strerror}."
 
 
-@contextmanager
-def _locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold ``folder``, made if absent, which an error removes."""
-    with locked(folder, busy):
+def _discard(descriptor: int, folder: Path, content: Content) -> None:
+    """Remove the partial folder, if it has not become the output; nothing that went wrong before is hidden."""
+    with signals.held(), suppress(OSError, FusionError):
+        if is_at(descriptor, folder) and not _is_moving(folder, content):
+            remove(descriptor, folder, content.is_partial)
+
+
+def _is_moving(folder: Path, content: Content) -> bool:
+    """Whether the files of a whole folder are on their way into a mount point, which has no bundle meanwhile."""
+    return os.path.lexists(folder / _REPLACED) and os.path.lexists(folder / content.manifest)
+
+
+def _end_the_killed(folder: Path, output: Path, content: Content, busy: str) -> None:
+    """Remove the partial folder of a killed process, which may have begun to move its files into a mount point."""
+    with signals.held(), locked(folder, busy) as descriptor:
+        if _is_moving(folder, content):
+            _move_in(folder, output, content)
+        remove(descriptor, folder, content.is_partial)
+
+
+# A folder beside the output ---------------------------------------------------------------------------------------
+
+
+def _replaced(output: Path) -> Path:
+    return output.parent / f".{output.name}.replaced"
+
+
+def _put_back(output: Path, content: Content, busy: str) -> None:
+    """What a killed process was replacing returns if nothing has taken its place, and goes if something has."""
+    replaced = _replaced(output)
+    if not os.path.lexists(replaced):
+        return
+    owns = content.owned(replaced / content.manifest)
+    with signals.held(), locked(replaced, busy) as descriptor:
+        if entries(descriptor, owns, replaced) and not os.path.lexists(output):
+            os.rename(replaced, output)
+        else:
+            remove(descriptor, replaced, owns, content.manifest)
+
+
+def _rename(folder: Path, output: Path, content: Content) -> None:
+    """The finished folder takes the output's place."""
+    if not os.path.lexists(output):
+        os.rename(folder, output)
+        flush_folder(output.parent)
+        return
+    replaced, owns = _replaced(output), content.owned(output / content.manifest)
+    old = os.open(output, OPENED)
+    try:
+        entries(old, owns, output)
+        os.rename(output, replaced)
         try:
-            yield
+            os.rename(folder, output)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(replaced, output)
             raise
+        flush_folder(output.parent)
+        remove(old, replaced, owns, content.manifest)
+    finally:
+        os.close(old)
+
+
+# A folder in a mount point ----------------------------------------------------------------------------------------
+
+
+def _move_in(folder: Path, output: Path, content: Content) -> None:
+    """The finished folder's files take the place of those in the output, which has no manifest meanwhile.
+
+    After a kill it can be done again.
+    """
+    current, new, replaced = output / content.manifest, folder / content.manifest, folder / _REPLACED
+    old = content.owned(current if os.path.lexists(current) else replaced)
+    written = content.written_with(new)
+    place = os.open(output, OPENED)
+    try:
+        inside = entries(place, lambda path: old(path) or written(path), output, hidden_in(output))
+        if os.path.lexists(current):
+            os.rename(current, replaced)
+        elif not os.path.lexists(replaced):
+            write_file(replaced, b"")
+        delete(place, [path for path in inside if not written(path)])
+    finally:
+        os.close(place)
+    for name in os.listdir(folder):
+        if name not in (content.manifest, _REPLACED):
+            os.rename(folder / name, output / name)
+    flush_folder(output)
+    os.rename(new, current)
+    flush_folder(output)
+    os.unlink(replaced)

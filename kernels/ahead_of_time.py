@@ -25,6 +25,7 @@ from fusion_edge.kernels.kernel_folder import Compiled, Entry, write_index
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.output_file import write_whole
 
 JETPACK_6, JETPACK_7 = (8, 5), (9, 0)
 ARCHITECTURES = {
@@ -196,7 +197,7 @@ def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) 
     """Compile one kernel and write its PTX. Raises :class:`FusionError` if the assembler refuses it."""
     made = compiled(kernel, architecture, width, dtype)
     file, content = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx", made.ptx.encode("ascii")
-    (folder / file).write_bytes(content)
+    write_whole(folder / file, content)
     digest = hashlib.sha256(content).hexdigest()
     entry = Entry(kernel, architecture, width, dtype, file, digest, made.name, made.threads, made.shared_bytes)
     return Built(entry, *assembled(made.ptx, architecture))

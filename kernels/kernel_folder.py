@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.schema import from_json
 
 INDEX = "kernels.json"
@@ -83,7 +84,7 @@ class KernelFolder:
 def write_index(folder: Path, entries: list[Entry]) -> None:
     """Make a folder of PTX files one that :class:`KernelFolder` reads."""
     text = json.dumps(asdict(Index(tuple(entries))), indent=1) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+    write_whole(folder / INDEX, text)
 
 
 def _make(folder: Path) -> str:

@@ -9,14 +9,18 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from fusion_edge.commands import signals
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.output_file import check_output_file
 
 UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command; the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
+    """Run a command; the exit code: 0, 1 for a failure, 2 for wrong usage, 128 + N if signal N ended it.
 
     A user's mistake is one line on standard error, never a traceback.
     """
@@ -28,14 +32,14 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
     if not sys.warnoptions:  # of libraries, to developers: what matters to a user is said by an error of ours
         warnings.simplefilter("ignore")
     try:
-        code = command(arguments)
-        sys.stdout.flush()
-        return code
+        with signals.raising():
+            code = command(arguments)
+            sys.stdout.flush()
+            return code
     except FusionError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    except (KeyboardInterrupt, signals.Terminated) as ended:
+        return signals.tell(ended)
     except BrokenPipeError:
         # The reader went away (``| head``): nothing is left to say, also at interpreter exit.
         _discard_output()
@@ -50,12 +54,22 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
 
 
 def _fail(message: str, code: int = 1) -> int:
-    sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
+    with suppress(OSError):  # whoever read it may be gone
+        sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
     return code
 
 
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def output_file(text: str) -> Path:
+    """argparse type of a file to write: refused before there is anything to write if it cannot be."""
+    try:
+        check_output_file(Path(text))
+    except FusionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def numbers(text: str) -> tuple[int, ...]:

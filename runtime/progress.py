@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from types import TracebackType
 
 REFRESH_SECONDS = 0.2
@@ -21,6 +22,7 @@ class Progress:
         self.done = 0
         self._start = time.monotonic()
         self._shown = self._start  # nothing is shown for work shorter than one refresh
+        self._is_cancelled = False
         self._lock = threading.Lock()
         self._terminal = sys.stderr.isatty()
 
@@ -31,16 +33,21 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            self._show("")
 
     def extend(self, count: int) -> None:
         """Count ``count`` more as to be done."""
         with self._lock:
             self.total += count
 
+    def cancel(self) -> None:
+        """Have :meth:`advance` raise ``CancelledError`` from now on, in whatever thread does the work."""
+        self._is_cancelled = True
+
     def advance(self, count: int) -> None:
         """Count ``count`` more as done."""
+        if self._is_cancelled:
+            raise CancelledError
         with self._lock:
             self.done += count
             now = time.monotonic()
@@ -51,5 +58,11 @@ class Progress:
             left = elapsed * (self.total - self.done) / max(self.done, 1)
             share, rate = self.done / max(self.total, 1), self.done / 1e6 / elapsed
             speed = "" if self.unit is None else f" {rate:.0f} {self.unit}/s,"
-            sys.stderr.write(f"\r\x1b[K{self.label}: {share:4.0%},{speed} {left:.0f} s left")
+            self._show(f"{self.label}: {share:4.0%},{speed} {left:.0f} s left")
+
+    def _show(self, line: str) -> None:
+        try:
+            sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
+        except OSError:  # the terminal was closed; the work goes on
+            self._terminal = False

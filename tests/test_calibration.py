@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -263,23 +264,23 @@ def test_lost_weights_of_a_finished_block(
 def test_a_folder_that_was_half_cleared_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def leave_something() -> None:
         with work_folder(tmp_path / "b", "one") as folder:
-            (folder / "left").write_text("of one", encoding="utf-8")
+            (folder / "left.json").write_text("of one", encoding="utf-8")
             raise Killed
 
     with pytest.raises(Killed):
         leave_something()
 
-    def killed(path: Path, *, missing_ok: bool = False) -> None:
-        if not missing_ok:  # the first file behind the command's
+    def killed(path: str, *, dir_fd: int) -> None:
+        if path != "command.json":  # the first file behind the command's
             raise Killed
-        path.rename(tmp_path / "away")
+        os.rename(path, tmp_path / "away", src_dir_fd=dir_fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", killed)
+        patch.setattr(os, "unlink", killed)
         with pytest.raises(Killed), work_folder(tmp_path / "b", "two"):
             pass
     with work_folder(tmp_path / "b", "one") as folder:
-        assert not (folder / "left").exists()
+        assert not (folder / "left.json").exists()
 
 
 @pytest.mark.parametrize("points", ["nan", "inf", "much"])

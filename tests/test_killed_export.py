@@ -245,25 +245,24 @@ def test_the_other_export_ends_while_this_one_waits(
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
 from fusion_edge.export import cli
-owner, name, calls = {"os": os, "Path": Path}[sys.argv[1]], sys.argv[2], int(sys.argv[3])
-original = getattr(owner, name)
+name, calls = sys.argv[1], int(sys.argv[2])
+original = getattr(os, name)
 def counted(*arguments, **options):
     global calls
     calls -= 1
     if calls < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **options)
-setattr(owner, name, counted)
-sys.exit(cli.main(sys.argv[4:]))
+setattr(os, name, counted)
+sys.exit(cli.main(sys.argv[3:]))
 """
 MOMENTS = (  # after how many calls of which function
-    ("os", "pwrite", 0),  # nothing but small files
-    ("os", "pwrite", 40),
-    ("Path", "write_text", 0),  # everything but the manifest
-    ("Path", "rename", 0),  # before the first rename
-    ("Path", "rename", 1),  # replacing: between the two; new: never
+    ("pwrite", 0),  # nothing but small files
+    ("pwrite", 40),
+    ("replace", 0),  # everything but the manifest
+    ("rename", 0),  # before the first rename
+    ("rename", 1),  # replacing: between the two; new: never
 )
 
 
@@ -273,9 +272,9 @@ def killed_export(moment: Sequence[object], checkpoint: Path, output: Path, *opt
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed(moment: tuple[str, str, int], tiny_checkpoint: Path, output: Path) -> None:
+def test_killed(moment: tuple[str, int], tiny_checkpoint: Path, output: Path) -> None:
     code = killed_export(moment, tiny_checkpoint, output, "--int8")
-    completed = moment == ("Path", "rename", 1)
+    completed = moment == ("rename", 1)
     assert code == (0 if completed else -signal.SIGKILL)
     assert output.exists() == completed
     assert not completed or whole(output) == "int8"
@@ -284,13 +283,13 @@ def test_killed(moment: tuple[str, str, int], tiny_checkpoint: Path, output: Pat
     assert siblings(output) == ["bundle"]
 
 
-@pytest.mark.parametrize("moment", [*MOMENTS, ("Path", "rename", 2)])
+@pytest.mark.parametrize("moment", [*MOMENTS, ("rename", 2)])
 def test_killed_while_replacing(
-    moment: tuple[str, str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
+    moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
 ) -> None:
     shutil.copytree(tiny_bundle, output)
     code = killed_export(moment, tiny_checkpoint, output, "--int8", "--force")
-    completed = moment == ("Path", "rename", 2)
+    completed = moment == ("rename", 2)
     assert code == (0 if completed else -signal.SIGKILL)
     # Even an export that is refused puts things in order.
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)

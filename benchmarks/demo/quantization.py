@@ -20,8 +20,9 @@ from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.runtime import load
 from fusion_edge.runtime.bundle import QUANTIZATION
-from fusion_edge.runtime.cli import positive, run
+from fusion_edge.runtime.cli import output_file, positive, run
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--format", choices=FORMATS, action="append", help="weight format, repeatable (default: all)")
     add("--held-out", type=positive, default=500, help="samples to compare with the float model (default: %(default)s)")
     add("--questions", type=positive, default=1000, help="questions to ask (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the result here, too")
+    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
     return run(_main, parser.parse_args(arguments))
 
 
@@ -88,7 +89,7 @@ def _main(options: argparse.Namespace) -> int:
         "gptq_over_rtn": [_compared(name, reports[name, "rtn"], reports[name, "gptq"]) for name in formats],
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1) + "\n")
     sys.stdout.write(table(result))
     return 0
 

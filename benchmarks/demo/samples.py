@@ -15,6 +15,7 @@ from PIL import Image
 
 from fusion_edge.benchmarks.demo.pictures import examples
 from fusion_edge.runtime.cli import positive, run
+from fusion_edge.runtime.output_file import write_whole
 
 SPLIT, SEED = "train", 1  # never the questions of the evaluation
 
@@ -27,7 +28,7 @@ def write_samples(folder: Path, count: int) -> None:
         name = f"{number:05}.png"
         Image.fromarray(example.picture).save(folder / name)
         lines.append(json.dumps({"image": name, "question": example.question, "answer": example.answer}))
-    (folder / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,8 +24,9 @@ from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import Bundle, open_bundle, producer
 from fusion_edge.runtime.devices import AUTO, NAMES
 from fusion_edge.runtime.engines import bundle_digest
-from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.images import load_image
+from fusion_edge.runtime.output_file import check_output_file, write_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +110,7 @@ def _share(text: str) -> float:
 def _bench(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle)
     if arguments.html is not None:
-        _check_writable(arguments.html)
+        check_output_file(arguments.html)
     threads, cores = max(arguments.threads), len(os.sched_getaffinity(0))
     if threads > cores:
         raise UsageError(f"--threads {threads} is more than the {cores} cores that this process may use.")
@@ -140,7 +141,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     )
     sys.stdout.write(result.to_text() if arguments.json else table.csv(result) if arguments.csv else table.text(result))
     if arguments.html is not None:
-        arguments.html.write_text(report.html(result), encoding="utf-8")
+        write_whole(arguments.html, report.html(result))
     return 0
 
 
@@ -154,14 +155,6 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
         digest=bundle_digest(bundle),
         max_context=manifest.max_context,
     )
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a report's place before anything is measured."""
-    if not path.parent.is_dir():
-        raise FusionError(f"{path.parent} is not a folder; create it first, or write the report elsewhere.")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise FusionError(f"{path} cannot be written; name another file for the report.")
 
 
 def _wanted(arguments: argparse.Namespace, picture: Path) -> Wanted:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fusion_edge.export.bundle_writer import check_output, resolve_output, write_bundle
+from fusion_edge.export.mount_point import workplace
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.quant.calibration.estimate import calibration_disk
 from fusion_edge.quant.calibration.mixed import check_budget, mix
@@ -82,10 +83,11 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
 def _check_disk(plan: ExportPlan, options: CalibrationOptions, output: Path) -> None:
     """States, finished weights and the bundle must fit. What an earlier run left counts as free."""
     needed = calibration_disk(plan, options) + plan.bundle_bytes
-    free = shutil.disk_usage(output.parent).free + folder_bytes(output)
+    place = workplace(output)
+    free = shutil.disk_usage(place).free + folder_bytes(output)
     if free < needed:
         raise FusionError(
-            f"The disk of {output.parent} has {free / 1e9:.2f} GB free; calibrating needs {needed / 1e9:.2f} GB for as "
+            f"The disk of {place} has {free / 1e9:.2f} GB free; calibrating needs {needed / 1e9:.2f} GB for as "
             "long as it runs. Free some space, take fewer --samples, or choose another output."
         )
 

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.export.folder_lock import locked
+from fusion_edge.export.folder_lock import delete, entries, locked, matches, remove
+from fusion_edge.export.mount_point import workplace
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.quant.calibration.samples import Samples
 from fusion_edge.quant.calibration.states import replace_text
 
 _COMMAND = "command.json"
+_FILES = ("*.json", "*.json.part", "*.npy", "states-*")
 
 
 @contextmanager
@@ -23,34 +25,33 @@ def work_folder(output: Path, command: str) -> Iterator[Path]:
     """The folder for ``output``: with what an equal command left in it, else empty. Removed unless an error occurs.
 
     ``command`` is text that is equal for commands that do the same. Raises :class:`FusionError` while another
-    calibration uses the folder.
+    calibration uses the folder, or if it is not ours or holds what calibrations do not write.
     """
     folder = _folder_of(output)
-    with locked(folder, f"Another calibration for {output} is running; wait for it or choose another output."):
+    busy = f"Another calibration for {output} is running; wait for it or choose another output."
+    with locked(folder, busy) as descriptor:
         if not (folder / _COMMAND).exists() or (folder / _COMMAND).read_text(encoding="utf-8") != command:
-            _clear(folder)
+            # The command first, so that what a kill leaves is never taken for its work.
+            delete(descriptor, sorted(entries(descriptor, _owns, folder), key=lambda path: path != _COMMAND))
             replace_text(folder / _COMMAND, command)
         yield folder
-        _clear(folder)
-        folder.rmdir()
+        (folder / _COMMAND).unlink()
+        remove(descriptor, folder, _owns)
 
 
-def _clear(folder: Path) -> None:
-    """Delete everything; the command first, so that what a kill leaves is never taken for its work."""
-    (folder / _COMMAND).unlink(missing_ok=True)
-    for left in folder.iterdir():
-        left.unlink()
+def _owns(path: str) -> bool:
+    return matches(path, *_FILES)
 
 
 def folder_bytes(output: Path) -> int:
     """Bytes of what an earlier run left for ``output``."""
     folder = _folder_of(output)
-    return sum(file.stat().st_size for file in folder.iterdir()) if folder.exists() else 0
+    return sum(file.lstat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
 
 
 def _folder_of(output: Path) -> Path:
     output = Path(os.path.realpath(output))
-    return output.parent / f".{output.name}.calibration"
+    return workplace(output) / f".{output.name}.calibration"
 
 
 def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> str:

@@ -1,0 +1,252 @@
+"""Faults at the system calls of an export that replaces a bundle: kills, signals, failing and short writes.
+
+    python tests/faults.py --kills 200 --writes 200
+
+:func:`inject` makes one happen in a forked child and judges what is left; :func:`trace` tells which calls there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from checkpoints import TINY, write_checkpoint
+
+from fusion_edge.export import cli
+from fusion_edge.runtime import bundle
+from fusion_edge.runtime.errors import FusionError
+
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+ERRORS = ("ENOSPC", "EIO", "EDQUOT")
+SHORT = "short write"
+KINDS = (*SIGNALS, *ERRORS, SHORT)
+CALLS = (
+    "open", "mkdir", "posix_fallocate", "pwrite", "write", "fsync", "close", "rename", "replace", "unlink", "rmdir"
+)  # fmt: skip
+"""The functions of ``os`` through which an export changes its folders; those with files alone (``pwrite``) included."""
+OLD, NEW, NEXT = "int8", "int4", "fp16"
+"""Precisions of the bundle that is replaced, of the one that replaces it, and of the one that is written afterwards."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What faults are tried with."""
+
+    checkpoint: Path
+    replaced: Path
+    """A bundle of precision :data:`OLD`, which is copied."""
+    work: Path
+    """A folder for the copy; its content is deleted."""
+    is_mounted: bool = False
+    """The output behaves as a mount point."""
+
+    @property
+    def output(self) -> Path:
+        """Where the bundle is."""
+        return self.work / "place" / "bundle"
+
+    def reset(self) -> None:
+        """Put the old bundle in place, alone."""
+        shutil.rmtree(self.output.parent, ignore_errors=True)
+        shutil.copytree(self.replaced, self.output)
+
+
+@dataclass
+class Calls:
+    """Stands before the functions of :data:`CALLS`, and counts the calls that have to do with a folder."""
+
+    folder: Path
+    act: Callable[[int, str, Callable[..., Any], Sequence[Any], dict[str, Any]], Any]
+    names: list[str] = field(default_factory=list)
+    _descriptors: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def patched(self) -> mock._patch_dict:
+        """A context in which calls are counted."""
+        return mock.patch.dict(os.__dict__, {name: self._counted(name, getattr(os, name)) for name in CALLS})
+
+    def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not self._is_inside(arguments[0], options):
+                return original(*arguments, **options)
+            with self._lock:
+                number = len(self.names)
+                self.names.append(name)
+                if name == "close":
+                    self._descriptors.discard(arguments[0])
+            result = self.act(number, name, original, arguments, options)
+            if name == "open":
+                self._descriptors.add(result)
+            return result
+
+        return call
+
+    def _is_inside(self, place: Any, options: dict[str, Any]) -> bool:
+        if isinstance(place, int):
+            return place in self._descriptors
+        directory = options.get("dir_fd", options.get("src_dir_fd"))
+        return directory in self._descriptors if directory is not None else self.folder in Path(place).parents
+
+
+def trace(place: Place) -> list[str]:
+    """The calls of an export that nothing goes wrong in, in their order."""
+    place.reset()
+    calls = Calls(place.output.parent, lambda _number, _name, original, given, options: original(*given, **options))
+    code, said = _in_child(place, calls, ["--force", f"--{NEW}"], lambda: "\n".join(calls.names))
+    assert code == 0, said
+    return said.splitlines()
+
+
+def inject(kind: str, number: int, place: Place) -> str:
+    """Have one of :data:`KINDS` happen at an export's call of this number; what is wrong afterwards, or nothing."""
+
+    def act(at: int, name: str, original: Callable[..., Any], given: Sequence[Any], options: dict[str, Any]) -> Any:
+        if at != number:
+            return original(*given, **options)
+        if kind in SIGNALS:
+            os.kill(os.getpid(), getattr(signal, kind))
+        elif kind == SHORT and name in ("pwrite", "write"):
+            return original(given[0], memoryview(given[1])[: max(1, len(given[1]) // 2)], *given[2:])
+        elif kind in ERRORS:
+            if name == "close":  # which closes even if it fails
+                original(*given)
+            raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+        return original(*given, **options)
+
+    place.reset()
+    code, said = _in_child(place, Calls(place.output.parent, act), ["--force", f"--{NEW}"])
+    return _judged(kind, code, said, place) or _afterwards(place)
+
+
+def _in_child(
+    place: Place, calls: Calls, options: list[str], report: Callable[[], str] | None = None
+) -> tuple[int, str]:
+    """Exit code of an export in a forked child (negative: the signal that killed it), and what it said."""
+    said = place.work / "said"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            descriptor = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = open(os.devnull, "w"), open(2, "w", closefd=False)  # noqa: SIM115
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with calls.patched(), _mounted(place):
+                code = cli.main([str(place.checkpoint), "-o", str(place.output), *options])
+            if report is not None:
+                sys.stderr.write(report())
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), said.read_text(encoding="utf-8")
+
+
+def _mounted(place: Place) -> Any:
+    """A context in which the output is a mount point, if it is to be one."""
+    ismount = os.path.ismount
+    mounted = {place.output} if place.is_mounted else set()
+    return mock.patch("os.path.ismount", lambda folder: folder in mounted or ismount(folder))
+
+
+def _judged(kind: str, code: int, said: str, place: Place) -> str:
+    """What is wrong about how the export ended."""
+    expected = {0}
+    if kind in SIGNALS:
+        number = int(getattr(signal, kind))
+        expected.add(-number if kind == "SIGKILL" else 128 + number)
+    elif kind in ERRORS:
+        expected.add(1)
+    if code not in expected:
+        return f"exit code {code}: {said[-300:]}"
+    if said.count("\n") > 1 or "Traceback" in said:
+        return f"said {said[-500:]!r}"
+    if kind == "SIGKILL":
+        return ""
+    try:
+        precision = whole(place.output)
+    except FusionError as error:
+        # Files on their way into a mount point stay where they are: the next export moves the rest.
+        is_kept = place.is_mounted and kind in ERRORS and (place.output / ".bundle.partial").exists()
+        return "" if is_kept else f"no bundle after exit code {code}: {error}"
+    if code == 0 and precision != NEW:
+        return "success without the new bundle"
+    left = sorted(path.name for path in place.output.parent.iterdir())
+    return "" if kind in ERRORS or left == ["bundle"] else f"left {left}"
+
+
+def _afterwards(place: Place) -> str:
+    """What is wrong after the next exports: one that is refused, but puts things in order, and one that is not."""
+    nothing = Calls(place.output.parent, lambda _number, _name, original, given, options: original(*given, **options))
+    for options, code, precisions in (([], 1, (OLD, NEW)), (["--force", f"--{NEXT}"], 0, (NEXT,))):
+        ended, said = _in_child(place, nothing, options)
+        if ended != code:
+            return f"the next export with {options} ended with {ended}: {said[-300:]}"
+        try:
+            if whole(place.output) not in precisions:
+                return f"after an export with {options}: {whole(place.output)}"
+        except FusionError as error:
+            return f"after an export with {options}: {error}"
+        left = sorted(path.name for path in place.output.parent.iterdir())
+        if left != ["bundle"]:
+            return f"after an export with {options}: {left}"
+    return ""
+
+
+def whole(folder: Path) -> str:
+    """The precision of a bundle whose every file is right. Raises :class:`FusionError`."""
+    opened = bundle.open_bundle(folder)
+    bundle.verify(opened)
+    expected = {bundle.MANIFEST, *(entry.path for entry in opened.manifest.files)}
+    if (found := {path.name for path in folder.iterdir()}) != expected:
+        raise FusionError(f"{folder} holds {sorted(found ^ expected)}, too.")
+    return opened.manifest.precision
+
+
+def main() -> int:
+    """Random faults, as many as are asked for; 1 if anything was torn, lost or left."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="of them signals other than SIGKILL: half")
+    parser.add_argument("--writes", type=int, default=200, help="failing and short calls")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    draw = random.Random(asked.seed)
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        checkpoint = write_checkpoint(work / "FUSION-tiny", TINY)
+        if cli.main([str(checkpoint), "-o", str(work / "old"), f"--{OLD}", "--json"]) != 0:
+            return 1
+        places = [Place(checkpoint, work / "old", work, is_mounted) for is_mounted in (False, True)]
+        traces = [trace(place) for place in places]
+        kills = [draw.choice(("SIGKILL", draw.choice(SIGNALS[1:]))) for _ in range(asked.kills)]
+        for kind in (*kills, *(draw.choice((*ERRORS, SHORT)) for _ in range(asked.writes))):
+            which = draw.randrange(2)
+            name = draw.choice(sorted(set(traces[which])))  # not one in three at a pwrite, of which there are most
+            number = draw.choice([i for i, one in enumerate(traces[which]) if one == name])
+            wrong = inject(kind, number, places[which])
+            outcomes["wrong" if wrong else "right"] += 1
+            if wrong:
+                print(f"{kind} at call {number} ({name}), mounted {places[which].is_mounted}: {wrong}", flush=True)
+    print(f"{asked.kills} kills and signals, {asked.writes} faults of writes: {outcomes['wrong']} wrong")
+    return 1 if outcomes["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
