@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from fusion_edge.export.json_fields import Fields
+from fusion_edge.export.language_config import read_language, read_max_length
 from fusion_edge.export.packed.layout import Expected
 from fusion_edge.export.packed.parameters import with_packed_sources
 from fusion_edge.export.safetensors_file import Checkpoint
@@ -32,10 +32,9 @@ FIXED: Mapping[str, tuple[object, ...]] = {
     "image_aspect_ratio": ("static_hd",),
     "mm_use_im_start_end": (True,),
     "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
+    "tie_word_embeddings": (False, None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "partial_rotary_factor": (1.0, None),
     "mm_vision_select_layer": (-2,),
     "mm_vision_select_feature": ("patch",),
 }
@@ -56,13 +55,13 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
         )
     for name, allowed in FIXED.items():
         fields.one_of(name, allowed)
-    language = _language(fields, checkpoint)
+    language = read_language(fields, len(checkpoint.tensors))
     return FusionConfig(
         template=TEMPLATES[model_type],
         vision=_vision(fields, checkpoint),
         language=language,
         alignment=_alignment(fields, language),
-        max_length=fields.integer("tokenizer_model_max_length", minimum=64),
+        max_length=read_max_length(fields, language.layers),
         bos_token_id=fields.integer("bos_token_id", minimum=0),
         eos_token_ids=_eos(checkpoint.folder),
     )
@@ -101,75 +100,6 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
             "remove it, or export the checkpoint that it belongs to."
         )
     return table
-
-
-def _language(fields: Fields, checkpoint: Checkpoint) -> LanguageConfig:
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", default=heads)
-    head_dim = fields.data.get("head_dim") or hidden // heads
-    if type(head_dim) is not int or head_dim % 2 or not 8 <= head_dim <= 1024:
-        raise fields.wrong("head_dim", "an even integer from 8 to 1024")
-    if heads % kv_heads:
-        raise fields.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    if hidden % ALIGNMENT_HEADS:
-        raise fields.wrong("hidden_size", f"a multiple of {ALIGNMENT_HEADS}")
-    layers = fields.integer("num_hidden_layers")
-    if layers > len(checkpoint.tensors):
-        raise fields.wrong("num_hidden_layers", f"fewer, there are {len(checkpoint.tensors)} tensors in all")
-    frequencies, scale = _rotary(fields, head_dim)
-    return LanguageConfig(
-        hidden_size=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_width=fields.integer("intermediate_size"),
-        vocab_size=fields.integer("vocab_size"),
-        norm_eps=fields.number("rms_norm_eps"),
-        rotary_inverse_frequencies=tuple(frequencies),
-        rotary_scale=scale,
-    )
-
-
-def _rotary(fields: Fields, head_dim: int) -> tuple[list[float], float]:
-    """Inverse frequencies ``[head_dim/2]`` and the factor on cos and sin (FUSION.md section 5)."""
-    theta = fields.number("rope_theta")
-    if theta < 1:
-        raise fields.wrong("rope_theta", "a number of at least 1")
-    base = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    scaling = fields.data.get("rope_scaling")
-    if scaling is None:
-        return base, 1.0
-    if not isinstance(scaling, dict):
-        raise fields.wrong("rope_scaling", "an object or null")
-    rope = Fields(fields.path, scaling, "rope_scaling.")
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "longrope":
-        longest = fields.integer("max_position_embeddings")
-        original = fields.integer("original_max_position_embeddings", minimum=2)
-        if fields.integer("tokenizer_model_max_length") > original:
-            raise fields.wrong(
-                "tokenizer_model_max_length",
-                f"at most original_max_position_embeddings ({original}), where longrope's short factors end",
-            )
-        short = rope.numbers("short_factor", head_dim // 2)
-        stretch = longest / original
-        scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
-        return [f / s for f, s in zip(base, short, strict=True)], scale
-    if kind == "llama3":
-        return [_llama3(f, rope) for f in base], 1.0
-    raise fields.wrong("rope_scaling", "of type 'longrope' or 'llama3'")
-
-
-def _llama3(frequency: float, rope: Fields) -> float:
-    """Llama 3.1's scaling of one inverse frequency: slow ones divided, a smooth ramp between."""
-    factor, original = rope.number("factor"), rope.integer("original_max_position_embeddings")
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if high <= low:
-        raise rope.wrong("high_freq_factor", f"more than low_freq_factor ({low})")
-    turns = original * frequency / (2 * math.pi)
-    smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
 def _alignment(fields: Fields, language: LanguageConfig) -> AlignmentConfig:

@@ -40,7 +40,9 @@ class Fields:
         return value
 
     def integer(self, name: str, minimum: int = 1, default: int | None = None) -> int:
-        value = self.data.get(name, default)
+        """A field, or ``default`` where it is missing or null."""
+        value = self.data.get(name)
+        value = default if value is None else value
         if type(value) is not int or not minimum <= value <= LARGEST_INTEGER:
             raise self.wrong(name, f"an integer from {minimum} to {LARGEST_INTEGER}")
         return value

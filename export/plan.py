@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from fusion_edge.export.checkpoint import read_config, read_parameters
 from fusion_edge.export.graph_builder import GraphBuilder, PlannedTensor
 from fusion_edge.export.graphs import build_graphs
+from fusion_edge.export.language_config import MINIMUM_CONTEXT
 from fusion_edge.export.lower_onnxruntime import OPSET
 from fusion_edge.export.onnx_operations import Settings
 from fusion_edge.export.packed.layout import Form
@@ -29,7 +30,6 @@ from fusion_edge.runtime.graphs import GraphSpec
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
-MINIMUM_CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -235,9 +235,9 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
         )
     lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
     taken = (options.image_tokens or patches) + lengths[0] + MINIMUM_QUESTION
-    if context is not None and context < taken:
+    if (positions := context or config.max_length) < taken:
         raise UsageError(
-            f"A context of {context} positions has no room for a question beside image tokens and latents; "
+            f"A context of {positions} positions has no room for a question beside image tokens and latents; "
             f"choose {taken} or more, or fewer --image-tokens."
         )
     if options.asymmetric and options.precision != "int4":
