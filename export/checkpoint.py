@@ -14,7 +14,6 @@ from fusion_edge.export.packed.parameters import with_packed_sources
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL, Parameter, parameters
 from fusion_edge.runtime.config import (
-    ALIGNMENT_HEADS,
     IMAGE_SIZE,
     VISION_HEADS,
     AlignmentConfig,

@@ -1,7 +1,7 @@
 """Rotary frequencies from a ``config.json`` of any ``transformers`` release from 4.40 to 5.
 
 Releases differ in where they write what: ``rope_scaling`` or, from 5 on, ``rope_parameters``, which then holds
-``rope_theta`` and ``partial_rotary_factor`` too; the type as ``type`` or ``rope_type``, longrope as ``su`` at first; and
+``rope_theta`` and ``partial_rotary_factor`` too; the type as ``type`` or ``rope_type``, longrope at first as ``su``;
 ``original_max_position_embeddings`` inside or beside it. A null is a field left out. What is given twice must agree.
 """
 
@@ -89,7 +89,7 @@ def _place(name: str, places: Sequence[Fields]) -> Fields:
 
 
 def _longrope(base: list[float], places: Sequence[Fields]) -> tuple[list[float], float]:
-    """Frequencies divided by the short factors; the factor on cos and sin follows from the stretch, if none is given."""
+    """Frequencies divided by the short factors; the factor on cos and sin follows from the stretch if none is given."""
     fields = places[-1]
     original = _place("original_max_position_embeddings", places).integer("original_max_position_embeddings", minimum=2)
     if fields.integer("tokenizer_model_max_length") > original:

@@ -2,12 +2,12 @@
 
 Each command adds what one release says; the file in the repository was made by::
 
-    for release in 4.40.2 4.41.2 4.43.4 4.48.1 4.53.3 4.57.6 5.0.0 5.23.0; do  # each in an environment of its own, with torch
-        pip install transformers==$release && python make_rope_fixtures.py
+    for release in 4.40.2 4.41.2 4.43.4 4.48.1 4.53.3 4.57.6 5.0.0 5.23.0; do
+        pip install transformers==$release && python make_rope_fixtures.py  # in an environment of its own, with torch
     done
 
-A model's ``hub`` config is as its authors published it, but for its longrope factors, which are made up. A release reads
-it and writes it again. ``inverse_frequencies`` and ``scale`` come from the release's own rotary embedding, at position 1.
+A model's ``hub`` config is as its authors published it, but for its longrope factors, which are made up. A release
+reads it and writes it again; ``inverse_frequencies`` and ``scale`` come from the release's own rotary embedding.
 """
 
 from __future__ import annotations
