@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
+
+import numpy as np
 
 from fusion_edge.export.json_fields import Fields
 from fusion_edge.export.language_config import read_language, read_max_length
 from fusion_edge.export.packed.layout import Expected
 from fusion_edge.export.packed.parameters import with_packed_sources
 from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL, Parameter, parameters
+from fusion_edge.export.tensor_names import (
+    POSITION_IDS,
+    ROTARY_BUFFER,
+    UNUSED,
+    VISION_MODEL,
+    Parameter,
+    parameters,
+)
 from fusion_edge.runtime.config import (
     IMAGE_SIZE,
     VISION_HEADS,
@@ -39,6 +47,10 @@ FIXED: Mapping[str, tuple[object, ...]] = {
 }
 """Config fields whose other values no released model uses and no code here computes."""
 
+_SEES = re.compile("vision|visual|image|img|mm_")
+"""In the names of fields that a language model alone has none of."""
+_ADAPTED = re.compile(r"\.lora_|\.base_layer\.")
+
 
 def read_config(checkpoint: Checkpoint) -> FusionConfig:
     """The validated config of an opened checkpoint.
@@ -49,8 +61,13 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
     model_type = fields.data.get("model_type")
     if not isinstance(model_type, str) or model_type not in TEMPLATES:
         raise FusionError(
-            f"{checkpoint.folder} is not a FUSION checkpoint: its model_type is {model_type!r}; expected "
-            f"{' or '.join(map(repr, TEMPLATES))}. Pass the folder of a FUSION model."
+            f"{checkpoint.folder} is not a FUSION checkpoint: its model_type is {model_type!r}{_kind(fields)}; "
+            f"expected {' or '.join(map(repr, TEMPLATES))}. Pass the folder of a FUSION model."
+        )
+    if adapted := next((name for name in checkpoint.tensors if _ADAPTED.search(name)), None):
+        raise FusionError(
+            f"Tensor {adapted} of {checkpoint.folder} is part of a LoRA adapter: merge it into the model "
+            "(merge_and_unload of the `peft` library) and save that."
         )
     for name, allowed in FIXED.items():
         fields.one_of(name, allowed)
@@ -61,8 +78,8 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
         language=language,
         alignment=_alignment(fields, language),
         max_length=read_max_length(fields, language.layers),
-        bos_token_id=fields.integer("bos_token_id", minimum=0),
-        eos_token_ids=_eos(checkpoint.folder),
+        bos_token_id=_bos(fields, language.vocab_size),
+        eos_token_ids=_eos(fields, language.vocab_size),
     )
 
 
@@ -93,12 +110,47 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
                 f"Tensor {tensor} of {checkpoint.folder} has the type {found.dtype}; expected "
                 f"{' or '.join(needed.dtypes)}. Use the released bfloat16 checkpoint, or convert the tensor."
             )
+    linears = {source.tensor for parameter in table.values() for source in parameter.sources}
     for tensor in sorted(checkpoint.tensors.keys() - expected.keys() - set(UNUSED)):
+        if ROTARY_BUFFER.fullmatch(tensor):
+            continue
+        if tensor == POSITION_IDS:
+            _check_positions(checkpoint, config.vision.patches)
+            continue
+        if tensor.endswith(".bias") and f"{tensor.removesuffix('.bias')}.weight" in linears:
+            _check_zeros(checkpoint, tensor)
+            continue
         raise FusionError(
             f"Tensor {tensor} of {checkpoint.folder} is not part of a FUSION model and would be left out; "
             "remove it, or export the checkpoint that it belongs to."
         )
     return table
+
+
+def _check_positions(checkpoint: Checkpoint, patches: int) -> None:
+    """Raise :class:`FusionError` unless the buffer that older releases save with a tower numbers its patches."""
+    shape = checkpoint.tensors[POSITION_IDS].shape
+    if shape not in ((1, patches), (patches,)) or (checkpoint.read_stored(POSITION_IDS) != np.arange(patches)).any():
+        raise FusionError(
+            f"Tensor {POSITION_IDS} of {checkpoint.folder} is not 0 to {patches - 1} in order, and patches are not read "
+            "in another one: fetch or save the checkpoint again."
+        )
+
+
+def _check_zeros(checkpoint: Checkpoint, bias: str) -> None:
+    """Raise :class:`FusionError` unless a bias that a tool saved with a linear that has none changes nothing."""
+    if len(checkpoint.tensors[bias].shape) > 1 or checkpoint.read_stored(bias).any():
+        raise FusionError(
+            f"Tensor {bias} of {checkpoint.folder} holds a bias that is not 0, and this linear of a FUSION model has "
+            "none: it would be left out. Export the checkpoint that it was quantized or converted from."
+        )
+
+
+def _kind(fields: Fields) -> str:
+    """What sort of other model it is, as far as its config tells."""
+    if not isinstance(fields.data.get("model_type"), str):
+        return ""
+    return ", another vision-language model" if _SEES.search(" ".join(fields.data)) else ", a language model alone"
 
 
 def _alignment(fields: Fields, language: LanguageConfig) -> AlignmentConfig:
@@ -160,10 +212,19 @@ def _vision(fields: Fields, checkpoint: Checkpoint) -> VisionConfig:
     return VisionConfig(width=width, layers=len(layers), mlp_width=mlp_width, patch_size=patch)
 
 
-def _eos(folder: Path) -> tuple[int, ...]:
-    generation = Fields(folder / "generation_config.json")
+def _bos(fields: Fields, vocab_size: int) -> int:
+    token = fields.integer("bos_token_id", minimum=0)
+    if token >= vocab_size:
+        raise fields.wrong("bos_token_id", f"a token id below vocab_size, {vocab_size}")
+    return token
+
+
+def _eos(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of ``generation_config.json``; without that file, of ``config.json``. There may be none."""
+    path = fields.path.with_name("generation_config.json")
+    generation = Fields(path) if path.exists() else fields
     value = generation.data.get("eos_token_id")
-    ids = cast("list[object]", value if isinstance(value, list) else [value])
-    if not ids or not all(type(one) is int and one >= 0 for one in ids):
-        raise generation.wrong("eos_token_id", "a token id or a list of them")
+    ids = cast("list[object]", value if isinstance(value, list) else [] if value is None else [value])
+    if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
+        raise generation.wrong("eos_token_id", f"a token id or a list of them, each below vocab_size, {vocab_size}")
     return tuple(cast("list[int]", ids))

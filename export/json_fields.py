@@ -11,6 +11,7 @@ from fusion_edge.export.source import read_json_object
 from fusion_edge.runtime.errors import FusionError
 
 LARGEST_INTEGER = 2**31 - 1  # of a size in config.json; ONNX Runtime counts positions in int32
+LONGEST_VALUE = 500  # characters of a message
 
 
 class Fields:
@@ -23,6 +24,7 @@ class Fields:
 
     def wrong(self, name: str, expected: str) -> FusionError:
         value = repr(self.data[name]) if name in self.data else "missing"
+        value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
         return FusionError(f"{self.path}: {self.prefix}{name} is {value}; expected {expected}.")
 
     def inner(self, name: str) -> Fields:

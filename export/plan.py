@@ -15,8 +15,9 @@ from fusion_edge.export.language_config import MINIMUM_CONTEXT
 from fusion_edge.export.lower_onnxruntime import OPSET
 from fusion_edge.export.onnx_operations import Settings
 from fusion_edge.export.packed.layout import Form
-from fusion_edge.export.packed.parameters import packed_form
+from fusion_edge.export.packed.parameters import check_scales, packed_form
 from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.source import check_stored
 from fusion_edge.export.targets import ACTIVATIONS, with_preset
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.export.tensorrt_formats import check_formats
@@ -27,6 +28,7 @@ from fusion_edge.runtime import bundle
 from fusion_edge.runtime.config import MINIMUM_QUESTION, FusionConfig, side
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.graphs import GraphSpec
+from fusion_edge.runtime.prompts import TEMPLATES, end_token_ids
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
@@ -139,12 +141,16 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     vision = options.vision or _default_vision(options)
     defaults = preset(options.precision, options.group_size, vision, options.asymmetric, options.target)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
+    activations = ACTIVATIONS[options.target]
     packed = _packed_forms(checkpoint, parameters, options.rules)
+    for name in packed:
+        check_scales(parameters[f"{name}.weight"], checkpoint, activations)
     formats = assign(names, options.rules, defaults) | {name: form.format for name, form in packed.items()}
     _check_formats(formats, parameters, options)
     if options.target == "tensorrt":
         check_formats(formats, parameters, packed)
-    activations = ACTIVATIONS[options.target]
+    tokenizer = _tokenizer(checkpoint, config)
+    config = _with_end_tokens(checkpoint, config, tokenizer)
     settings = Settings(
         target=options.target,
         activations=activations,
@@ -153,7 +159,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         max_context=options.max_context or config.max_length,
     )
     builders = build_graphs(config, parameters, formats, packed, settings)
-    small_files = {bundle.TOKENIZER: _tokenizer(checkpoint, config)}
+    small_files = {bundle.TOKENIZER: tokenizer.encode()}
     data_files = []
     for builder in builders:
         name = builder.spec.name
@@ -201,8 +207,11 @@ def _packed_forms(
     }
 
 
-def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> bytes:
+def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> str:
     """``tokenizer.json``. Raises :class:`FusionError` if it has an id that the token table has no row for."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (checkpoint.folder / name).exists():
+            check_stored(checkpoint.folder / name)
     content = tokenizer_json(checkpoint.folder)
     vocabulary: dict[str, int] = Tokenizer.from_str(content).get_vocab()
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
@@ -211,7 +220,19 @@ def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> bytes:
             f"The tokenizer of {checkpoint.folder} gives {token!r} the id {largest}, but vocab_size is "
             f"{config.language.vocab_size}; take tokenizer and weights from the same checkpoint."
         )
-    return content.encode()
+    return content
+
+
+def _with_end_tokens(checkpoint: Checkpoint, config: FusionConfig, tokenizer: str) -> FusionConfig:
+    """``config`` whose end tokens have the template's own among them. Raises :class:`FusionError` if there is none."""
+    template = TEMPLATES[config.template]
+    ends = end_token_ids(Tokenizer.from_str(tokenizer), template, config.eos_token_ids)
+    if not ends:
+        raise FusionError(
+            f"The tokenizer of {checkpoint.folder} has no {template.answer_end}, which ends an answer, and no "
+            "eos_token_id is given; add one to generation_config.json, or take the tokenizer of the FUSION checkpoint."
+        )
+    return dataclasses.replace(config, eos_token_ids=ends)
 
 
 def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:

@@ -1,4 +1,4 @@
-"""Configs as releases of transformers write them: frequencies and scaling are theirs; what is not understood is said."""
+"""Configs as transformers writes them: frequencies and scaling are theirs, what is not understood is an error."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.export.json_fields import Fields
-from fusion_edge.export.packed.layout import Codes, Expected, Form, PackedTensor, Rows, power_of_two_in
+from fusion_edge.export.packed.layout import Codes, Expected, Form, PackedTensor, Rows, Scales, power_of_two_in
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.codebook import CODES
 from fusion_edge.quant.formats import WeightFormat
@@ -136,16 +136,26 @@ class BitsAndBytes:
             )
         return Form(WeightFormat(self.kind, self._group()), "float32", None)
 
-    def open(self, checkpoint: Checkpoint) -> Rows:
-        absmax = checkpoint.read_stored(f"{self.tensor}.absmax")
+    def scales(self, checkpoint: Checkpoint) -> Scales:
+        absmax = self._absmax(checkpoint)
         if self.state.nested_block is not None:
-            absmax = nested_absmax(
-                absmax,
-                checkpoint.read_stored(f"{self.tensor}.nested_absmax"),
-                checkpoint.read_stored(f"{self.tensor}.nested_quant_map"),
-                self.state.nested_block,
-                self.state.nested_offset,
-            )
+            absmax = np.abs(absmax)  # that of a block of zeros may be rounded to a little below 0
+        return Scales(f"{self.tensor}.absmax", absmax, may_be_zero=True)
+
+    def _absmax(self, checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
+        absmax: npt.NDArray[Any] = checkpoint.read_stored(f"{self.tensor}.absmax")
+        if self.state.nested_block is None:
+            return absmax
+        return nested_absmax(
+            absmax,
+            checkpoint.read_stored(f"{self.tensor}.nested_absmax"),
+            checkpoint.read_stored(f"{self.tensor}.nested_quant_map"),
+            self.state.nested_block,
+            self.state.nested_offset,
+        )
+
+    def open(self, checkpoint: Checkpoint) -> Rows:
+        absmax = self._absmax(checkpoint)
         group = self._group()
         scales = np.repeat(absmax, self.state.block // group)[: self.rows * self.inputs // group]
         packed = checkpoint.read_stored(self.tensor).reshape(self.rows, -1)
