@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import cast
@@ -95,9 +96,10 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
         expected |= {source.tensor: Expected(source.shape)} if source.packed is None else source.packed.tensors
     for tensor, needed in expected.items():
         if tensor not in checkpoint.tensors:
+            other = next((name for name in checkpoint.tensors if name.endswith(f".{tensor}")), None)
             raise FusionError(
-                f"Tensor {tensor} is missing from {checkpoint.folder}; expected shape {list(needed.shape)}. "
-                "Fetch or save the checkpoint again."
+                f"Tensor {tensor} is missing from {checkpoint.folder}{f', but there is {other}' if other else ''}; "
+                f"expected shape {list(needed.shape)}. Fetch or save the checkpoint again."
             )
         found = checkpoint.tensors[tensor]
         if found.shape != needed.shape:
@@ -132,8 +134,8 @@ def _check_positions(checkpoint: Checkpoint, patches: int) -> None:
     shape = checkpoint.tensors[POSITION_IDS].shape
     if shape not in ((1, patches), (patches,)) or (checkpoint.read_stored(POSITION_IDS) != np.arange(patches)).any():
         raise FusionError(
-            f"Tensor {POSITION_IDS} of {checkpoint.folder} is not 0 to {patches - 1} in order, and patches are not read "
-            "in another one: fetch or save the checkpoint again."
+            f"Tensor {POSITION_IDS} of {checkpoint.folder} is not 0 to {patches - 1} in order, the only one that is "
+            "supported: fetch or save the checkpoint again."
         )
 
 
@@ -222,7 +224,7 @@ def _bos(fields: Fields, vocab_size: int) -> int:
 def _eos(fields: Fields, vocab_size: int) -> tuple[int, ...]:
     """The end tokens of ``generation_config.json``; without that file, of ``config.json``. There may be none."""
     path = fields.path.with_name("generation_config.json")
-    generation = Fields(path) if path.exists() else fields
+    generation = Fields(path) if os.path.lexists(path) else fields
     value = generation.data.get("eos_token_id")
     ids = cast("list[object]", value if isinstance(value, list) else [] if value is None else [value])
     if not all(type(one) is int and 0 <= one < vocab_size for one in ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -100,7 +101,7 @@ class ExportPlan:
         return bundle.Manifest(
             schema_version=bundle.SCHEMA_VERSION,
             producer=bundle.producer(),
-            source=self.checkpoint.folder.resolve().name,
+            source=os.fsencode(self.checkpoint.folder.resolve().name).decode("utf-8", "replace"),
             target=self.options.target,
             precision=self.options.precision,
             max_context=settings.max_context,
@@ -257,8 +258,9 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
     lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
     taken = (options.image_tokens or patches) + lengths[0] + MINIMUM_QUESTION
     if (positions := context or config.max_length) < taken:
+        limit = "" if context else " (tokenizer_model_max_length or sliding_window of config.json)"
         raise UsageError(
-            f"A context of {positions} positions has no room for a question beside image tokens and latents; "
+            f"A context of {positions} positions{limit} has no room for a question beside image tokens and latents; "
             f"choose {taken} or more, or fewer --image-tokens."
         )
     if options.asymmetric and options.precision != "int4":

@@ -24,7 +24,7 @@ _WEIGHT_SUFFIXES = {
     ".pth": "one pickle file",
     ".json": "one JSON file",
 }
-LARGEST_JSON = 2 << 20  # bytes; of thousands of tensors' names. Parsed, it takes up to thirty times as much memory
+LARGEST_JSON = 1_500_000  # bytes: ten thousand names of tensors. Parsed, they take up to forty times as much memory
 _LFS = b"version https://git-lfs"
 _WEB_PAGE = "a web page, perhaps one that tells why the download failed: download the file again"
 _PICKLE = "a pickle, which can run code when loaded: save the model with safe_serialization=True"
