@@ -30,16 +30,10 @@ _UNDERSTOOD = {
     "window_size",
     # Which layers have a window: the context is limited to it anyway.
     "max_window_layers",
-    # of training, or of how the same is computed
-    "attention_dropout",
-    "attn_pdrop",
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_attn_implementation_internal",
-    "output_attentions",
     "ignore_keys_at_rope_validation",
 }
+_HARMLESS = re.compile("dropout|pdrop|implementation|flash|sdpa|output_")
+"""Of such names: of training, or of how the same is computed."""
 
 
 def read_language(fields: Fields, tensors: int) -> LanguageConfig:
@@ -49,7 +43,7 @@ def read_language(fields: Fields, tensors: int) -> LanguageConfig:
     configuration that is not understood.
     """
     for name, value in fields.data.items():
-        if value and name not in _UNDERSTOOD and _ATTENTION.search(name):
+        if value and name not in _UNDERSTOOD and _ATTENTION.search(name) and not _HARMLESS.search(name):
             raise fields.wrong(name, "no such field, or null: nothing here computes it")
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", default=heads)

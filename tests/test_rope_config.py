@@ -125,6 +125,7 @@ def test_what_is_not_understood(values: dict[str, object], message: str) -> None
     "values",
     [
         {"attention_dropout": 0.1, "attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True},
+        {"use_flash_attn": True, "attn_pdrop": 0.1, "output_attentions": True, "max_window_layers": 1},
         {"attn_logit_softcapping": None, "use_qk_norm": False, "window_size": 3, "dtype": "bfloat16"},
     ],
 )
