@@ -29,7 +29,7 @@ from fusion_edge.runtime import bundle
 from fusion_edge.runtime.config import MINIMUM_QUESTION, FusionConfig, side
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.graphs import GraphSpec
-from fusion_edge.runtime.prompts import TEMPLATES, end_token_ids
+from fusion_edge.runtime.prompts import TEMPLATES
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
@@ -225,15 +225,20 @@ def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> str:
 
 
 def _with_end_tokens(checkpoint: Checkpoint, config: FusionConfig, tokenizer: str) -> FusionConfig:
-    """``config`` whose end tokens have the template's own among them. Raises :class:`FusionError` if there is none."""
-    template = TEMPLATES[config.template]
-    ends = end_token_ids(Tokenizer.from_str(tokenizer), template, config.eos_token_ids)
-    if not ends:
+    """``config`` with the token behind its end tokens that ends an answer in the template, unless it is among them.
+
+    Raises :class:`FusionError` if there is no end token at all.
+    """
+    name = TEMPLATES[config.template].answer_end
+    end: int | None = Tokenizer.from_str(tokenizer).token_to_id(name)
+    if end is None and not config.eos_token_ids:
         raise FusionError(
-            f"The tokenizer of {checkpoint.folder} has no {template.answer_end}, which ends an answer, and no "
-            "eos_token_id is given; add one to generation_config.json, or take the tokenizer of the FUSION checkpoint."
+            f"The tokenizer of {checkpoint.folder} has no {name}, which ends an answer, and no eos_token_id is given; "
+            "add one to generation_config.json, or take the tokenizer of the FUSION checkpoint."
         )
-    return dataclasses.replace(config, eos_token_ids=ends)
+    if end is None or end in config.eos_token_ids:
+        return config
+    return dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
 
 
 def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:

@@ -69,6 +69,11 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
             f"{source} is {kind}, but a checkpoint is a folder with config.json, tokenizer files and "
             "safetensors: pass the checkpoint's folder."
         )
+    if re.match(r"https?://", source):
+        raise FusionError(
+            f"{source} is an address: pass the hub id in it, of the form org/name, or the folder of a checkpoint that "
+            "you have downloaded."
+        )
     if path is None or not _HUB_ID.fullmatch(source) or path.suffix.lower() in _WEIGHT_SUFFIXES:
         raise FusionError(
             f"There is no folder '{source}': pass an existing checkpoint folder, or a hub id of the form "

@@ -150,12 +150,6 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, history: Sequence[Tu
     )
 
 
-def end_token_ids(tokenizer: Tokenizer, template: Template, listed: Sequence[int]) -> tuple[int, ...]:
-    """``listed``, and behind them the template's own end of an answer if the tokenizer has it and they lack it."""
-    end: int | None = tokenizer.token_to_id(template.answer_end)
-    return tuple(listed) if end is None or end in listed else (*listed, end)
-
-
 def _questions(history: Sequence[Turn], question: str) -> list[str]:
     if not isinstance(history, Sequence) or not all(isinstance(turn, Turn) for turn in history):
         raise UsageError(f"The history is {repr(history)[:80]}; expected a list of Turn(question, answer).")

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 from paths import DEMO_CHECKPOINT, GOLDEN
-from tokenizers import Tokenizer, models
 
 from fusion_edge.export import cli
 from fusion_edge.export.plan import ExportOptions, plan_export
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.runtime import load
-from fusion_edge.runtime.prompts import TEMPLATES, end_token_ids
 
 END = 1204  # <|end|>
 
@@ -61,15 +59,12 @@ def test_lists_that_have_it_stay_as_they_are(folder: str, end: int) -> None:
     assert end_tokens(GOLDEN / folder) == tuple(stored)
 
 
-def test_a_tokenizer_without_it() -> None:
-    tokenizer = Tokenizer(models.BPE())
-    assert end_token_ids(tokenizer, TEMPLATES["phi_3"], [7]) == (7,)
-
-
-def test_no_end_at_all(checkpoint: Path, refused: Callable[..., str]) -> None:
-    (checkpoint / "generation_config.json").write_text("{}", encoding="utf-8")
+def test_a_tokenizer_without_it(checkpoint: Path, refused: Callable[..., str]) -> None:
     config = checkpoint / "tokenizer_config.json"
     config.write_text(config.read_text(encoding="utf-8").replace("<|end|>", "<|over|>"), encoding="utf-8")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
+    assert end_tokens(checkpoint) == (7,)
+    (checkpoint / "generation_config.json").write_text("{}", encoding="utf-8")
     message = refused(cli.main, checkpoint, "--dry-run")
     assert "has no <|end|>, which ends an answer, and no eos_token_id is given" in message
 

@@ -29,6 +29,7 @@ from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
 
 LARGEST_BLOCK = 4096  # that bitsandbytes writes
+LARGEST_STATE = 10_000  # bytes; it writes some hundreds
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class QuantState:
             )
 
         state: Any = None
-        if checkpoint.tensors[name].dtype != "U8":
-            raise damaged("it does not consist of bytes")
+        info = checkpoint.tensors[name]
+        if info.dtype != "U8" or info.nbytes > LARGEST_STATE:
+            raise damaged(f"it does not consist of at most {LARGEST_STATE} bytes")
         try:
             state = json.loads(checkpoint.read_stored(name).tobytes())
         except (ValueError, RecursionError):
