@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from fusion_edge.export.json_fields import Fields
+from fusion_edge.export.language_config import read_language, read_max_length
 from fusion_edge.export.packed.layout import Expected
 from fusion_edge.export.packed.parameters import with_packed_sources
 from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL, Parameter, parameters
+from fusion_edge.export.tensor_names import (
+    POSITION_IDS,
+    ROTARY_BUFFER,
+    UNUSED,
+    VISION_MODEL,
+    Parameter,
+    parameters,
+)
 from fusion_edge.runtime.config import (
-    ALIGNMENT_HEADS,
     IMAGE_SIZE,
     VISION_HEADS,
     AlignmentConfig,
@@ -32,14 +40,17 @@ FIXED: Mapping[str, tuple[object, ...]] = {
     "image_aspect_ratio": ("static_hd",),
     "mm_use_im_start_end": (True,),
     "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
+    "tie_word_embeddings": (False, None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "partial_rotary_factor": (1.0, None),
     "mm_vision_select_layer": (-2,),
     "mm_vision_select_feature": ("patch",),
 }
 """Config fields whose other values no released model uses and no code here computes."""
+
+_SEES = re.compile("vision|visual|image|img|mm_")
+"""In the names of fields that a language model alone has none of."""
+_ADAPTED = re.compile(r"\.lora_|\.base_layer\.")
 
 
 def read_config(checkpoint: Checkpoint) -> FusionConfig:
@@ -51,20 +62,25 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
     model_type = fields.data.get("model_type")
     if not isinstance(model_type, str) or model_type not in TEMPLATES:
         raise FusionError(
-            f"{checkpoint.folder} is not a FUSION checkpoint: its model_type is {model_type!r}; expected "
-            f"{' or '.join(map(repr, TEMPLATES))}. Pass the folder of a FUSION model."
+            f"{checkpoint.folder} is not a FUSION checkpoint: its model_type is {model_type!r}{_kind(fields)}; "
+            f"expected {' or '.join(map(repr, TEMPLATES))}. Pass the folder of a FUSION model."
+        )
+    if adapted := next((name for name in checkpoint.tensors if _ADAPTED.search(name)), None):
+        raise FusionError(
+            f"Tensor {adapted} of {checkpoint.folder} is part of a LoRA adapter: merge it into the model "
+            "(merge_and_unload of the `peft` library) and save that."
         )
     for name, allowed in FIXED.items():
         fields.one_of(name, allowed)
-    language = _language(fields, checkpoint)
+    language = read_language(fields, len(checkpoint.tensors))
     return FusionConfig(
         template=TEMPLATES[model_type],
         vision=_vision(fields, checkpoint),
         language=language,
         alignment=_alignment(fields, language),
-        max_length=fields.integer("tokenizer_model_max_length", minimum=64),
-        bos_token_id=fields.integer("bos_token_id", minimum=0),
-        eos_token_ids=_eos(checkpoint.folder),
+        max_length=read_max_length(fields, language.layers),
+        bos_token_id=_bos(fields, language.vocab_size),
+        eos_token_ids=_eos(fields, language.vocab_size),
     )
 
 
@@ -80,9 +96,10 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
         expected |= {source.tensor: Expected(source.shape)} if source.packed is None else source.packed.tensors
     for tensor, needed in expected.items():
         if tensor not in checkpoint.tensors:
+            other = next((name for name in checkpoint.tensors if name.endswith(f".{tensor}")), None)
             raise FusionError(
-                f"Tensor {tensor} is missing from {checkpoint.folder}; expected shape {list(needed.shape)}. "
-                "Fetch or save the checkpoint again."
+                f"Tensor {tensor} is missing from {checkpoint.folder}{f', but there is {other}' if other else ''}; "
+                f"expected shape {list(needed.shape)}. Fetch or save the checkpoint again."
             )
         found = checkpoint.tensors[tensor]
         if found.shape != needed.shape:
@@ -95,7 +112,16 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
                 f"Tensor {tensor} of {checkpoint.folder} has the type {found.dtype}; expected "
                 f"{' or '.join(needed.dtypes)}. Use the released bfloat16 checkpoint, or convert the tensor."
             )
+    linears = {source.tensor for parameter in table.values() for source in parameter.sources}
     for tensor in sorted(checkpoint.tensors.keys() - expected.keys() - set(UNUSED)):
+        if ROTARY_BUFFER.fullmatch(tensor):
+            continue
+        if tensor == POSITION_IDS:
+            _check_positions(checkpoint, config.vision.patches)
+            continue
+        if tensor.endswith(".bias") and f"{tensor.removesuffix('.bias')}.weight" in linears:
+            _check_zeros(checkpoint, tensor)
+            continue
         raise FusionError(
             f"Tensor {tensor} of {checkpoint.folder} is not part of a FUSION model and would be left out; "
             "remove it, or export the checkpoint that it belongs to."
@@ -103,73 +129,30 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
     return table
 
 
-def _language(fields: Fields, checkpoint: Checkpoint) -> LanguageConfig:
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", default=heads)
-    head_dim = fields.data.get("head_dim") or hidden // heads
-    if type(head_dim) is not int or head_dim % 2 or not 8 <= head_dim <= 1024:
-        raise fields.wrong("head_dim", "an even integer from 8 to 1024")
-    if heads % kv_heads:
-        raise fields.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    if hidden % ALIGNMENT_HEADS:
-        raise fields.wrong("hidden_size", f"a multiple of {ALIGNMENT_HEADS}")
-    layers = fields.integer("num_hidden_layers")
-    if layers > len(checkpoint.tensors):
-        raise fields.wrong("num_hidden_layers", f"fewer, there are {len(checkpoint.tensors)} tensors in all")
-    frequencies, scale = _rotary(fields, head_dim)
-    return LanguageConfig(
-        hidden_size=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_width=fields.integer("intermediate_size"),
-        vocab_size=fields.integer("vocab_size"),
-        norm_eps=fields.number("rms_norm_eps"),
-        rotary_inverse_frequencies=tuple(frequencies),
-        rotary_scale=scale,
-    )
+def _check_positions(checkpoint: Checkpoint, patches: int) -> None:
+    """Raise :class:`FusionError` unless the buffer that older releases save with a tower numbers its patches."""
+    shape = checkpoint.tensors[POSITION_IDS].shape
+    if shape not in ((1, patches), (patches,)) or (checkpoint.read_stored(POSITION_IDS) != np.arange(patches)).any():
+        raise FusionError(
+            f"Tensor {POSITION_IDS} of {checkpoint.folder} is not 0 to {patches - 1} in order, the only one that is "
+            "supported: fetch or save the checkpoint again."
+        )
 
 
-def _rotary(fields: Fields, head_dim: int) -> tuple[list[float], float]:
-    """Inverse frequencies ``[head_dim/2]`` and the factor on cos and sin (FUSION.md section 5)."""
-    theta = fields.number("rope_theta")
-    if theta < 1:
-        raise fields.wrong("rope_theta", "a number of at least 1")
-    base = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    scaling = fields.data.get("rope_scaling")
-    if scaling is None:
-        return base, 1.0
-    if not isinstance(scaling, dict):
-        raise fields.wrong("rope_scaling", "an object or null")
-    rope = Fields(fields.path, scaling, "rope_scaling.")
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "longrope":
-        longest = fields.integer("max_position_embeddings")
-        original = fields.integer("original_max_position_embeddings", minimum=2)
-        if fields.integer("tokenizer_model_max_length") > original:
-            raise fields.wrong(
-                "tokenizer_model_max_length",
-                f"at most original_max_position_embeddings ({original}), where longrope's short factors end",
-            )
-        short = rope.numbers("short_factor", head_dim // 2)
-        stretch = longest / original
-        scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
-        return [f / s for f, s in zip(base, short, strict=True)], scale
-    if kind == "llama3":
-        return [_llama3(f, rope) for f in base], 1.0
-    raise fields.wrong("rope_scaling", "of type 'longrope' or 'llama3'")
+def _check_zeros(checkpoint: Checkpoint, bias: str) -> None:
+    """Raise :class:`FusionError` unless a bias that a tool saved with a linear that has none changes nothing."""
+    if len(checkpoint.tensors[bias].shape) > 1 or checkpoint.read_stored(bias).any():
+        raise FusionError(
+            f"Tensor {bias} of {checkpoint.folder} holds a bias that is not 0, and this linear of a FUSION model has "
+            "none: it would be left out. Export the checkpoint that it was quantized or converted from."
+        )
 
 
-def _llama3(frequency: float, rope: Fields) -> float:
-    """Llama 3.1's scaling of one inverse frequency: slow ones divided, a smooth ramp between."""
-    factor, original = rope.number("factor"), rope.integer("original_max_position_embeddings")
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if high <= low:
-        raise rope.wrong("high_freq_factor", f"more than low_freq_factor ({low})")
-    turns = original * frequency / (2 * math.pi)
-    smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-    return (1 - smooth) * frequency / factor + smooth * frequency
+def _kind(fields: Fields) -> str:
+    """What sort of other model it is, as far as its config tells."""
+    if not isinstance(fields.data.get("model_type"), str):
+        return ""
+    return ", another vision-language model" if _SEES.search(" ".join(fields.data)) else ", a language model alone"
 
 
 def _alignment(fields: Fields, language: LanguageConfig) -> AlignmentConfig:
@@ -231,10 +214,19 @@ def _vision(fields: Fields, checkpoint: Checkpoint) -> VisionConfig:
     return VisionConfig(width=width, layers=len(layers), mlp_width=mlp_width, patch_size=patch)
 
 
-def _eos(folder: Path) -> tuple[int, ...]:
-    generation = Fields(folder / "generation_config.json")
+def _bos(fields: Fields, vocab_size: int) -> int:
+    token = fields.integer("bos_token_id", minimum=0)
+    if token >= vocab_size:
+        raise fields.wrong("bos_token_id", f"a token id below vocab_size, {vocab_size}")
+    return token
+
+
+def _eos(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of ``generation_config.json``; without that file, of ``config.json``. There may be none."""
+    path = fields.path.with_name("generation_config.json")
+    generation = Fields(path) if os.path.lexists(path) else fields
     value = generation.data.get("eos_token_id")
-    ids = cast("list[object]", value if isinstance(value, list) else [value])
-    if not ids or not all(type(one) is int and one >= 0 for one in ids):
-        raise generation.wrong("eos_token_id", "a token id or a list of them")
+    ids = cast("list[object]", value if isinstance(value, list) else [] if value is None else [value])
+    if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
+        raise generation.wrong("eos_token_id", f"a token id or a list of them, each below vocab_size, {vocab_size}")
     return tuple(cast("list[int]", ids))

@@ -11,6 +11,7 @@ from fusion_edge.export.source import read_json_object
 from fusion_edge.runtime.errors import FusionError
 
 LARGEST_INTEGER = 2**31 - 1  # of a size in config.json; ONNX Runtime counts positions in int32
+LONGEST_VALUE = 500  # characters of a message
 
 
 class Fields:
@@ -23,6 +24,7 @@ class Fields:
 
     def wrong(self, name: str, expected: str) -> FusionError:
         value = repr(self.data[name]) if name in self.data else "missing"
+        value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
         return FusionError(f"{self.path}: {self.prefix}{name} is {value}; expected {expected}.")
 
     def inner(self, name: str) -> Fields:
@@ -40,7 +42,9 @@ class Fields:
         return value
 
     def integer(self, name: str, minimum: int = 1, default: int | None = None) -> int:
-        value = self.data.get(name, default)
+        """A field, or ``default`` where it is missing or null."""
+        value = self.data.get(name)
+        value = default if value is None else value
         if type(value) is not int or not minimum <= value <= LARGEST_INTEGER:
             raise self.wrong(name, f"an integer from {minimum} to {LARGEST_INTEGER}")
         return value

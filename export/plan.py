@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,11 +12,13 @@ from tokenizers import Tokenizer
 from fusion_edge.export.checkpoint import read_config, read_parameters
 from fusion_edge.export.graph_builder import GraphBuilder, PlannedTensor
 from fusion_edge.export.graphs import build_graphs
+from fusion_edge.export.language_config import MINIMUM_CONTEXT
 from fusion_edge.export.lower_onnxruntime import OPSET
 from fusion_edge.export.onnx_operations import Settings
 from fusion_edge.export.packed.layout import Form
-from fusion_edge.export.packed.parameters import packed_form
+from fusion_edge.export.packed.parameters import check_scales, packed_form
 from fusion_edge.export.safetensors_file import Checkpoint
+from fusion_edge.export.source import check_stored
 from fusion_edge.export.targets import ACTIVATIONS, with_preset
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.export.tensorrt_formats import check_formats, in_blocks
@@ -26,10 +29,10 @@ from fusion_edge.runtime import bundle
 from fusion_edge.runtime.config import MINIMUM_QUESTION, FusionConfig, side
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.graphs import GraphSpec
+from fusion_edge.runtime.prompts import TEMPLATES
 from fusion_edge.runtime.quantization_report import QuantizationReport
 
 KV_CACHES = ("float", "int8")
-MINIMUM_CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class ExportPlan:
         return bundle.Manifest(
             schema_version=bundle.SCHEMA_VERSION,
             producer=bundle.producer(),
-            source=self.checkpoint.folder.resolve().name,
+            source=os.fsencode(self.checkpoint.folder.resolve().name).decode("utf-8", "replace"),
             target=self.options.target,
             precision=self.options.precision,
             max_context=settings.max_context,
@@ -139,14 +142,18 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     vision = options.vision or _default_vision(options)
     defaults = preset(options.precision, options.group_size, vision, options.asymmetric, options.target)
     names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
+    activations = ACTIVATIONS[options.target]
     packed = _packed_forms(checkpoint, parameters, options.rules)
+    for name in packed:
+        check_scales(parameters[f"{name}.weight"], checkpoint, activations)
     if options.target == "tensorrt":
         packed = {name: in_blocks(form, parameters[f"{name}.weight"].shape[1]) for name, form in packed.items()}
     formats = assign(names, options.rules, defaults) | {name: form.format for name, form in packed.items()}
     _check_formats(formats, parameters, options)
     if options.target == "tensorrt":
         check_formats(formats, parameters, packed)
-    activations = ACTIVATIONS[options.target]
+    tokenizer = _tokenizer(checkpoint, config)
+    config = _with_end_tokens(checkpoint, config, tokenizer)
     settings = Settings(
         target=options.target,
         activations=activations,
@@ -155,7 +162,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         max_context=options.max_context or config.max_length,
     )
     builders = build_graphs(config, parameters, formats, packed, settings)
-    small_files = {bundle.TOKENIZER: _tokenizer(checkpoint, config)}
+    small_files = {bundle.TOKENIZER: tokenizer.encode()}
     data_files = []
     for builder in builders:
         name = builder.spec.name
@@ -203,8 +210,11 @@ def _packed_forms(
     }
 
 
-def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> bytes:
+def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> str:
     """``tokenizer.json``. Raises :class:`FusionError` if it has an id that the token table has no row for."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (checkpoint.folder / name).exists():
+            check_stored(checkpoint.folder / name)
     content = tokenizer_json(checkpoint.folder)
     vocabulary: dict[str, int] = Tokenizer.from_str(content).get_vocab()
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
@@ -213,7 +223,24 @@ def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> bytes:
             f"The tokenizer of {checkpoint.folder} gives {token!r} the id {largest}, but vocab_size is "
             f"{config.language.vocab_size}; take tokenizer and weights from the same checkpoint."
         )
-    return content.encode()
+    return content
+
+
+def _with_end_tokens(checkpoint: Checkpoint, config: FusionConfig, tokenizer: str) -> FusionConfig:
+    """``config`` with the token behind its end tokens that ends an answer in the template, unless it is among them.
+
+    Raises :class:`FusionError` if there is no end token at all.
+    """
+    name = TEMPLATES[config.template].answer_end
+    end: int | None = Tokenizer.from_str(tokenizer).token_to_id(name)
+    if end is None and not config.eos_token_ids:
+        raise FusionError(
+            f"The tokenizer of {checkpoint.folder} has no {name}, which ends an answer, and no eos_token_id is given; "
+            "add one to generation_config.json, or take the tokenizer of the FUSION checkpoint."
+        )
+    if end is None or end in config.eos_token_ids:
+        return config
+    return dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
 
 
 def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
@@ -237,9 +264,10 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
         )
     lengths = tuple(dict.fromkeys(options.query_lengths)) or _default_lengths(offered)
     taken = (options.image_tokens or patches) + lengths[0] + MINIMUM_QUESTION
-    if context is not None and context < taken:
+    if (positions := context or config.max_length) < taken:
+        limit = "" if context else " (tokenizer_model_max_length or sliding_window of config.json)"
         raise UsageError(
-            f"A context of {context} positions has no room for a question beside image tokens and latents; "
+            f"A context of {positions} positions{limit} has no room for a question beside image tokens and latents; "
             f"choose {taken} or more, or fewer --image-tokens."
         )
     if options.asymmetric and options.precision != "int4":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,12 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.source import read_json_object
+from fusion_edge.export.source import LARGEST_JSON, disguise, open_regular
+from fusion_edge.export.weight_files import INDEX_FILE, weight_files
+from fusion_edge.export.wrapped_names import without_wrappers
 from fusion_edge.runtime.errors import FusionError
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's own reference reader
 _CHUNK = 1 << 19  # elements widened at a time: the buffer stays in the processor's cache
 FLOATS = ("BF16", "F16", "F32")
 _ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I32": 4, "I64": 8}
@@ -61,20 +59,25 @@ class Checkpoint:
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
+    """By name, without wrappers (:func:`fusion_edge.export.wrapped_names.without_wrappers`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._descriptors: dict[Path, int] = {}
         with ExitStack() as opened:
             tensors: dict[str, TensorInfo] = {}
-            for file, expected in _shards(folder).items():
+            for file, expected in weight_files(folder).items():
                 descriptor = _open(file)
                 opened.callback(os.close, descriptor)
                 found = read_header(file, descriptor)
                 _check_against_index(file, found, expected)
                 self._descriptors[file] = descriptor
+                for name in sorted(tensors.keys() & found.keys()):
+                    raise FusionError(
+                        f"{name} is in both {tensors[name].file} and {file}: remove the one that does not belong there."
+                    )
                 tensors.update(found)
-            self.tensors = MappingProxyType(tensors)
+            self.tensors = MappingProxyType(without_wrappers(tensors))
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Checkpoint:
@@ -159,19 +162,21 @@ def read_header(file: Path, descriptor: int) -> dict[str, TensorInfo]:
     """Read and validate the header of one safetensors file.
 
     Raises:
-        FusionError: The file is truncated, its header is no such header, a tensor appears twice, has an
-            unsupported type, a size that its shape contradicts, or bytes that overlap, leave a gap or lie
-            outside of the file.
+        FusionError: The file is truncated or of another kind, its header is no such header, a tensor appears
+            twice, has an unsupported type, a size that its shape contradicts, or bytes that overlap, leave a gap
+            or lie outside of the file.
     """
     file_size = os.fstat(descriptor).st_size
     length = int.from_bytes(_read_bytes(file, descriptor, 8, 0), "little")
+    if not 0 < length <= min(file_size - 8, LARGEST_JSON) and (what := disguise(_read_bytes(file, descriptor, 64, 0))):
+        raise FusionError(f"{file} is {what}.")
     if not 0 < length <= file_size - 8:
         raise FusionError(
             f"{file} is truncated or no safetensors file: its first 8 bytes announce a header of {length} "
             f"bytes, but the file has {file_size}; download it again."
         )
-    if length > _HEADER_LIMIT:
-        raise _corrupt(file, f"its {length} bytes are over the format's limit of {_HEADER_LIMIT}")
+    if length > LARGEST_JSON:
+        raise _corrupt(file, f"its {length} bytes are over the limit of {LARGEST_JSON}")
     header = _parse_header(file, _read_bytes(file, descriptor, length, 8))
     header.pop("__metadata__", None)
     tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
@@ -181,7 +186,7 @@ def read_header(file: Path, descriptor: int) -> dict[str, TensorInfo]:
 
 def _open(file: Path) -> int:
     try:
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        return open_regular(file)
     except FileNotFoundError:
         raise FusionError(
             f"The shard {file.name} is missing from {file.parent}: download the checkpoint again, completely."
@@ -193,7 +198,7 @@ def _open(file: Path) -> int:
 def _read_bytes(file: Path, descriptor: int, count: int, offset: int) -> bytes:
     try:
         return os.pread(descriptor, count, offset)
-    except OSError as error:  # also a folder in the place of the file
+    except OSError as error:
         raise _unreadable(file, error) from error
 
 
@@ -219,65 +224,16 @@ def _read_into(descriptor: int, target: npt.NDArray[Any], info: TensorInfo, offs
         position += count
 
 
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """Each safetensors file with the tensors that the index places in it (None: there is no index).
-
-    As the ``transformers`` library does, a single file goes before an index.
-    """
-    if (folder / _SINGLE_FILE).exists():
-        return {folder / _SINGLE_FILE: None}
-    index = folder / _INDEX_FILE
-    if not index.exists():
-        raise _no_weights(folder)
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FusionError(f"{index} has no weight_map that names each tensor's shard: download it again.")
-    placed: dict[str, set[str]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            raise FusionError(
-                f"{index} places {name} in {shard!r}, expected the name of a .safetensors file in the same "
-                "folder: download the checkpoint again, from a source that you trust."
-            )
-        placed.setdefault(shard, set()).add(name)
-    return {folder / shard: placed[shard] for shard in sorted(placed)}
-
-
-def _no_weights(folder: Path) -> FusionError:
-    for pattern in ("pytorch_model*.bin", "*.pth", "*.pt", "*.bin"):
-        pickles = sorted(folder.glob(pattern))
-        if pickles:
-            return FusionError(
-                f"{folder} has only pickle weights ({pickles[0].name}), which can run code when loaded and "
-                f"are not read: if you trust them, convert them there with `{_conversion(pattern)}`."
-            )
-    return FusionError(
-        f"{folder} has no weights, expected {_SINGLE_FILE} or {_INDEX_FILE} with its shards (pickle weights "
-        "are neither downloaded nor read): pass a complete checkpoint folder."
-    )
-
-
-def _conversion(pattern: str) -> str:
-    """A shell command that rewrites the state dictionaries in the current folder as one safetensors file."""
-    # Clones, because save_file refuses tensors that share memory (tied embeddings).
-    return (
-        'python -c "import glob, torch; from safetensors.torch import save_file; '
-        f"save_file({{name: tensor.contiguous().clone() for file in sorted(glob.glob('{pattern}')) "
-        "for name, tensor in torch.load(file, map_location='cpu', weights_only=True).items()}, "
-        f"'{_SINGLE_FILE}')\""
-    )
-
-
 def _check_against_index(file: Path, found: dict[str, TensorInfo], expected: set[str] | None) -> None:
     if expected is None:
         return
     for name in sorted(expected - found.keys()):
         raise FusionError(
-            f"{file} lacks {name}, which {_INDEX_FILE} places there: download both files again."
+            f"{file} lacks {name}, which {INDEX_FILE} places there: download both files again."
         )
     for name in sorted(found.keys() - expected):
         raise FusionError(
-            f"{file} holds {name}, which {_INDEX_FILE} does not place there: download both files again."
+            f"{file} holds {name}, which {INDEX_FILE} does not place there: download both files again."
         )
 
 

@@ -1,10 +1,11 @@
-"""Where a checkpoint comes from: a local folder or the Hugging Face hub."""
+"""Where a checkpoint comes from, a local folder or the Hugging Face hub, and how its files are opened."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,29 @@ _WEIGHT_SUFFIXES = {
     ".pth": "one pickle file",
     ".json": "one JSON file",
 }
+LARGEST_JSON = 1_500_000  # bytes: ten thousand names of tensors. Parsed, they take up to forty times as much memory
+_LFS = b"version https://git-lfs"
+_WEB_PAGE = "a web page, perhaps one that tells why the download failed: download the file again"
+_PICKLE = "a pickle, which can run code when loaded: save the model with safe_serialization=True"
+_DISGUISES = {
+    _LFS: "a Git LFS pointer, not the file that it stands for: fetch that with `git lfs pull`",
+    b"<!doctype": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+    b"PK\x03\x04": "a zip archive, perhaps of torch.save: save the model with safe_serialization=True",
+    b"\x80\x02\x8a": _PICKLE,
+    b"\x80\x02}": _PICKLE,
+    b"\x80\x04\x95": _PICKLE,
+    b"GGUF": "a GGUF file, which holds no FUSION checkpoint: pass the one that it was made from",
+}
+"""What a file turns out to be, with the remedy, by how it begins (letters small)."""
 
 
 def resolve_checkpoint(source: str, revision: str | None) -> Path:
     """The local folder of a checkpoint.
 
     Args:
-        source: An existing folder, used as it is, or a hub id ``org/name``. The hub is asked through
+        source: An existing folder, used as it is (of a repository in the hub's cache: its snapshot), or a hub id
+            ``org/name``. The hub is asked through
             ``huggingface_hub``: its cache, login and ``HF_HUB_OFFLINE`` apply; only JSON, safetensors and
             SentencePiece files of the top level are fetched, never a pickle.
         revision: Branch, tag or commit on the hub; None is the default branch.
@@ -45,12 +62,17 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
                 f"--revision {revision} was given with the local folder {source}, which has no revisions: "
                 "leave --revision out, or pass a hub id such as org/name."
             )
-        return path
+        return _snapshot(path)
     if path and path.exists():
         kind = _WEIGHT_SUFFIXES.get(path.suffix.lower(), "a file")
         raise FusionError(
             f"{source} is {kind}, but a checkpoint is a folder with config.json, tokenizer files and "
             "safetensors: pass the checkpoint's folder."
+        )
+    if re.match(r"https?://", source):
+        raise FusionError(
+            f"{source} is an address: pass the hub id in it, of the form org/name, or the folder of a checkpoint that "
+            "you have downloaded."
         )
     if path is None or not _HUB_ID.fullmatch(source) or path.suffix.lower() in _WEIGHT_SUFFIXES:
         raise FusionError(
@@ -60,15 +82,68 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
     return _download(source, revision)
 
 
+def _snapshot(folder: Path) -> Path:
+    """``folder``, or the snapshot of a repository in the hub's cache that ``main`` is, or the only one."""
+    root = folder.parent if folder.name == "snapshots" else folder
+    if (folder / "config.json").exists() or not (root / "snapshots").is_dir():
+        return folder
+    snapshots = sorted(path for path in (root / "snapshots").iterdir() if path.is_dir())
+    main = root / "refs" / "main"
+    name = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    chosen = [path for path in snapshots if path.name == name] or snapshots
+    if len(chosen) == 1:
+        return chosen[0]
+    raise FusionError(
+        f"{root} is a repository of the hub's cache with {len(snapshots)} snapshots, none of which is refs/main: pass "
+        "the folder in snapshots/ that you want, or download the repository again."
+    )
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a file with.
+
+    Raises :class:`FusionError` for a folder, pipe or device in its place, and ``OSError``.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FusionError(f"{path} cannot be read: it is a folder, pipe or device; put the checkpoint's file there.")
+    return descriptor
+
+
+def check_stored(path: Path) -> None:
+    """Raise :class:`FusionError` for a Git LFS pointer in place of a file, and as :func:`open_regular` does."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        start = file.read(len(_LFS))
+    if start == _LFS:
+        raise FusionError(f"{path} is {_DISGUISES[_LFS]}.")
+
+
+def disguise(start: bytes) -> str | None:
+    """What a file that is not what its name says is instead, with the remedy, by its first bytes; None: unknown."""
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((what for sign, what in _DISGUISES.items() if start.startswith(sign.lower())), None)
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ``FusionError`` if the file is missing, no JSON or no object."""
+    """The JSON object in ``path``, with or without a byte order mark.
+
+    Raises ``FusionError`` if the file is missing, larger than :data:`LARGEST_JSON`, no JSON or no object.
+    """
+    raw = b""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        with os.fdopen(open_regular(path), "rb") as file:
+            raw = file.read(LARGEST_JSON + 1)
+        if len(raw) > LARGEST_JSON:
+            raise FusionError(f"{path} has more than {LARGEST_JSON} bytes, as no such file has: download it again.")
+        value = json.loads(raw)
     except FileNotFoundError:
         raise FusionError(
             f"{path} is missing: pass a complete checkpoint folder, or download it again."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
+        if what := disguise(raw):
+            raise FusionError(f"{path} is {what}.") from None
         raise FusionError(f"{path} is not readable JSON ({error}): download the file again.") from error
     if not isinstance(value, dict):
         raise FusionError(f"{path} holds no JSON object but a {type(value).__name__}: download it again.")

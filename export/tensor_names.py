@@ -10,6 +10,7 @@ row and one for the latents (FUSION.md section 5), without a special case anywhe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,11 @@ Kind = Literal["linear", "embedding", "float"]
 VISION_MODEL = "model.vision_tower.vision_tower.vision_model."
 UNUSED = (f"{VISION_MODEL}post_layernorm.weight", f"{VISION_MODEL}post_layernorm.bias")
 """Tensors of every released checkpoint that the model never reads (FUSION.md, "The four released models")."""
+POSITION_IDS = f"{VISION_MODEL}embeddings.position_ids"
+ROTARY_BUFFER = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?(inv_freq|long_inv_freq|cos_cached|sin_cached)"
+)
+"""Constants that some releases of ``transformers`` save beside the weights, and none reads."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 _TESTS = Path(__file__).parent
-GOLDEN = _TESTS / "data" / "golden"
+DATA = _TESTS / "data"
+GOLDEN = DATA / "golden"
 """Small checkpoints and outputs of the released code."""
 DEMO_CHECKPOINT = _TESTS.parent / "benchmarks" / "demo" / "checkpoint"
-QUANTIZED = _TESTS / "data" / "quantized"
+QUANTIZED = DATA / "quantized"
 """Linears in the layouts of quantized checkpoints, written by ``data/make_quantized_fixtures.py``."""

@@ -62,6 +62,13 @@ def test_a_path_that_does_not_exist(source: str, monkeypatch: pytest.MonkeyPatch
         resolve_checkpoint(source, None)
 
 
+@pytest.mark.parametrize("source", ["https://huggingface.co/org/name", "http://host/org/name/resolve/main/config.json"])
+def test_an_address(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_the_hub(monkeypatch)
+    with pytest.raises(FusionError, match="is an address: pass the hub id in it, of the form org/name"):
+        resolve_checkpoint(source, None)
+
+
 def forbid_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> str:
         raise AssertionError("the hub was asked")

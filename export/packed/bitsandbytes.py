@@ -22,13 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.export.json_fields import Fields
-from fusion_edge.export.packed.layout import Codes, Expected, Form, PackedTensor, Rows, power_of_two_in
+from fusion_edge.export.packed.layout import Codes, Expected, Form, PackedTensor, Rows, Scales, power_of_two_in
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.codebook import CODES
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
 
 LARGEST_BLOCK = 4096  # that bitsandbytes writes
+LARGEST_STATE = 10_000  # bytes; it writes some hundreds
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class QuantState:
             )
 
         state: Any = None
-        if checkpoint.tensors[name].dtype != "U8":
-            raise damaged("it does not consist of bytes")
+        info = checkpoint.tensors[name]
+        if info.dtype != "U8" or info.nbytes > LARGEST_STATE:
+            raise damaged(f"it does not consist of at most {LARGEST_STATE} bytes")
         try:
             state = json.loads(checkpoint.read_stored(name).tobytes())
         except (ValueError, RecursionError):
@@ -136,16 +138,26 @@ class BitsAndBytes:
             )
         return Form(WeightFormat(self.kind, self._group()), "float32", None)
 
-    def open(self, checkpoint: Checkpoint) -> Rows:
-        absmax = checkpoint.read_stored(f"{self.tensor}.absmax")
+    def scales(self, checkpoint: Checkpoint) -> Scales:
+        absmax = self._absmax(checkpoint)
         if self.state.nested_block is not None:
-            absmax = nested_absmax(
-                absmax,
-                checkpoint.read_stored(f"{self.tensor}.nested_absmax"),
-                checkpoint.read_stored(f"{self.tensor}.nested_quant_map"),
-                self.state.nested_block,
-                self.state.nested_offset,
-            )
+            absmax = np.abs(absmax)  # that of a block of zeros may be rounded to a little below 0
+        return Scales(f"{self.tensor}.absmax", absmax, may_be_zero=True)
+
+    def _absmax(self, checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
+        absmax: npt.NDArray[Any] = checkpoint.read_stored(f"{self.tensor}.absmax")
+        if self.state.nested_block is None:
+            return absmax
+        return nested_absmax(
+            absmax,
+            checkpoint.read_stored(f"{self.tensor}.nested_absmax"),
+            checkpoint.read_stored(f"{self.tensor}.nested_quant_map"),
+            self.state.nested_block,
+            self.state.nested_offset,
+        )
+
+    def open(self, checkpoint: Checkpoint) -> Rows:
+        absmax = self._absmax(checkpoint)
         group = self._group()
         scales = np.repeat(absmax, self.state.block // group)[: self.rows * self.inputs // group]
         packed = checkpoint.read_stored(self.tensor).reshape(self.rows, -1)

@@ -22,6 +22,7 @@ from fusion_edge.export.packed.layout import (
     Form,
     PackedTensor,
     Rows,
+    Scales,
     column_order,
     integer_rows,
     scale_dtype,
@@ -151,6 +152,10 @@ class CompressedTensor:
         sign = "" if self.is_symmetric else "u"
         size = stored_group_size(self.tensor, self.group, self.inputs)
         return Form(WeightFormat(f"{sign}int{self.bits}", size), dtype, self._columns(checkpoint))
+
+    def scales(self, checkpoint: Checkpoint) -> Scales:
+        name = f"{self.tensor}_scale"
+        return Scales(name, checkpoint.read_stored(name))
 
     def open(self, checkpoint: Checkpoint) -> Rows:
         size = stored_group_size(self.tensor, self.group, self.inputs)

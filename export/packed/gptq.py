@@ -5,7 +5,7 @@ For a weight ``[N,K]`` of b bits in groups of G columns:
 - ``qweight`` int32 ``[K*b/32, N]``: column by column, packed along K;
 - ``qzeros`` int32 ``[K/G, N*b/32]``: zero points, packed along N. Version 1 stores each less 1;
 - ``scales`` ``[K/G, N]``;
-- ``g_idx`` int32 ``[K]``: each column's group, out of order with ``desc_act``.
+- ``g_idx`` int32 ``[K]``: each column's group, out of order with ``desc_act``; without that, it may be left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fusion_edge.export.packed.layout import (
     Form,
     PackedTensor,
     Rows,
+    Scales,
     column_order,
     integer_rows,
     scale_dtype,
@@ -43,6 +44,8 @@ class GptqLayout:
     group_size: int
     """-1: a group is a row."""
     version: int
+    is_ordered: bool
+    """Without ``desc_act``: columns lie in the order of their groups."""
 
     @classmethod
     def read(cls, fields: Fields) -> GptqLayout:
@@ -58,7 +61,8 @@ class GptqLayout:
         dynamic = fields.data.get("dynamic") or {}
         if not isinstance(dynamic, dict) or not all(pattern.startswith("-:") for pattern in dynamic):
             raise fields.wrong("dynamic", "null, or patterns of weights that stay float, which start with '-:'")
-        return cls(bits, group_size, VERSIONS[version])
+        is_ordered = not fields.one_of("desc_act", (True, False, None))
+        return cls(bits, group_size, VERSIONS[version], is_ordered)
 
     def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PackedTensor | None:
         """What stands for the weight ``tensor`` of ``shape`` ``[N,K]``; None if it is not quantized."""
@@ -67,7 +71,8 @@ class GptqLayout:
             return None
         rows, inputs = shape
         group = inputs if self.group_size == -1 else self.group_size
-        return Gptq(module, rows, inputs, self.bits, group, self.version)
+        has_groups = f"{module}.g_idx" in checkpoint.tensors or not self.is_ordered
+        return Gptq(module, rows, inputs, self.bits, group, self.version, has_groups)
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,20 @@ class Gptq:
     bits: int
     group: int
     version: int
+    has_groups: bool
+    """Whether there is a ``g_idx``."""
 
     @property
     def tensors(self) -> Mapping[str, Expected]:
         groups = -(-self.inputs // self.group)
-        return {
+        expected = {
             f"{self.module}.qweight": Expected((words_of(self.inputs, self.bits), self.rows), ("I32",)),
             f"{self.module}.qzeros": Expected((groups, words_of(self.rows, self.bits)), ("I32",)),
             f"{self.module}.scales": Expected((groups, self.rows)),
-            f"{self.module}.g_idx": Expected((self.inputs,), ("I32",)),
         }
+        if self.has_groups:
+            expected[f"{self.module}.g_idx"] = Expected((self.inputs,), ("I32",))
+        return expected
 
     def form(self, checkpoint: Checkpoint) -> Form:
         columns = self._columns(checkpoint)
@@ -98,6 +107,10 @@ class Gptq:
         size = stored_group_size(f"{self.module}.qweight", self.group, self.inputs)
         dtype = scale_dtype(checkpoint, f"{self.module}.scales")
         return Form(WeightFormat(f"{sign}int{self.bits}", size), dtype, columns)
+
+    def scales(self, checkpoint: Checkpoint) -> Scales:
+        name = f"{self.module}.scales"
+        return Scales(name, checkpoint.read_stored(name))
 
     def open(self, checkpoint: Checkpoint) -> Rows:
         size = stored_group_size(f"{self.module}.qweight", self.group, self.inputs)
@@ -112,6 +125,8 @@ class Gptq:
         return integer_rows(unpack, scales, zeros, (self.group, self.inputs, size), columns)
 
     def _columns(self, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+        if not self.has_groups:
+            return None
         name = f"{self.module}.g_idx"
         return column_order(name, checkpoint.read_stored(name), self.group)
 

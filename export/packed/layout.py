@@ -50,6 +50,17 @@ class Codes:
     """``[n, groups]``; None with a codebook."""
 
 
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """All scales of a weight."""
+
+    tensor: str
+    """Name of the tensor that holds them."""
+    values: npt.NDArray[np.floating]
+    may_be_zero: bool = False
+    """Whether the layout writes 0 for a group of zeros."""
+
+
 Rows = Callable[[int, int], Codes]
 """Rows from a first to a last (exclusive); safe in several threads."""
 
@@ -64,6 +75,10 @@ class PackedTensor(Protocol):
 
     def form(self, checkpoint: Checkpoint) -> Form:
         """Reads small tensors alone. Raises :class:`FusionError` for values that the layout forbids."""
+        ...
+
+    def scales(self, checkpoint: Checkpoint) -> Scales:
+        """Reads the scales alone."""
         ...
 
     def open(self, checkpoint: Checkpoint) -> Rows:

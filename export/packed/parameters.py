@@ -22,6 +22,8 @@ from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, store
 from fusion_edge.runtime.errors import FusionError
 
+GPTQ_CONFIG = "quantize_config.json"
+_PACKED = (".qweight", ".weight_packed", ".weight.absmax")  # ends of tensors' names, one for each layout
 KEPT = 3  # weights in memory, packed as the checkpoint has them: those of one parameter, of neighbouring blocks of rows
 
 
@@ -42,15 +44,31 @@ LAYOUTS: Mapping[str, Callable[[Fields], Layout]] = {
 
 
 def read_layout(checkpoint: Checkpoint) -> Layout | None:
-    """How the checkpoint's ``quantization_config`` says that weights are stored; None without one.
+    """How the checkpoint's ``quantization_config`` says that weights are stored; None if they are floats.
 
-    Raises :class:`FusionError` naming a field of it that is not supported.
+    GPTQ's may be in ``quantize_config.json`` alone, where AutoGPTQ wrote it at first. Raises :class:`FusionError`
+    naming a field of it that is not supported, or a quantized weight if there is none.
     """
     config = Fields(checkpoint.folder / "config.json")
     if config.data.get("quantization_config") is None:
-        return None
+        return _read_unnamed_layout(checkpoint)
     fields = config.inner("quantization_config")
     return LAYOUTS[fields.one_of("quant_method", tuple(LAYOUTS))](fields)
+
+
+def _read_unnamed_layout(checkpoint: Checkpoint) -> Layout | None:
+    quantized = next((name for name in checkpoint.tensors if name.endswith(_PACKED)), None)
+    if quantized is None:
+        return None
+    path = checkpoint.folder / GPTQ_CONFIG
+    if quantized.endswith(".qweight") and path.exists():
+        fields = Fields(path)
+        fields.one_of("quant_method", ("gptq", None))
+        return GptqLayout.read(fields)
+    raise FusionError(
+        f"Tensor {quantized} of {checkpoint.folder} is quantized, and neither quantization_config in config.json nor "
+        f"{GPTQ_CONFIG} tells how: add what the tool that quantized it has saved there."
+    )
 
 
 def with_packed_sources(checkpoint: Checkpoint, table: Mapping[str, Parameter]) -> dict[str, Parameter]:
@@ -88,6 +106,25 @@ def packed_form(parameter: Parameter, checkpoint: Checkpoint) -> Form:
     return asymmetric[0] if asymmetric else forms[0]
 
 
+def check_scales(parameter: Parameter, checkpoint: Checkpoint, dtype: str) -> None:
+    """Raise :class:`FusionError` for a scale of a packed parameter that is no positive number in ``dtype``.
+
+    ``dtype`` is numpy's name of what the graphs compute with, which scales are cast to.
+    """
+    for source in parameter.sources:
+        assert source.packed is not None
+        scales = source.packed.scales(checkpoint)
+        with np.errstate(over="ignore"):
+            cast = scales.values.astype(dtype)
+        is_right = np.isfinite(cast) & ((cast >= 0) if scales.may_be_zero else (cast > 0))
+        if not is_right.all():
+            raise FusionError(
+                f"{scales.tensor} of {checkpoint.folder} holds the scale {scales.values[~is_right][0]:g}; expected "
+                f"positive numbers that {dtype} holds. Fetch or quantize the checkpoint again, or round this weight "
+                f"anew with --rule '{_linear(parameter)}=int4'."
+            )
+
+
 def _source_form(parameter: Parameter, source: Source, checkpoint: Checkpoint) -> Form:
     if source.packed is None:
         raise _different(parameter, "are quantized in part only")
@@ -110,7 +147,12 @@ def _different(parameter: Parameter, how: str) -> FusionError:
 
 
 def _remedy(parameter: Parameter) -> str:
-    return f"Have it quantized anew with --rule '{parameter.name.removesuffix('.weight')}=int4'."
+    return f"Have it quantized anew with --rule '{_linear(parameter)}=int4'."
+
+
+def _linear(parameter: Parameter) -> str:
+    """Its name in rules."""
+    return parameter.name.removesuffix(".weight")
 
 
 class PackedReader:
