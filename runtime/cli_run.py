@@ -139,7 +139,9 @@ def _interactive(say: Callable[[str], None]) -> int:
             continue
         try:
             if len(line) > LARGEST_INPUT:
-                raise UsageError(f"A question has more than {LARGEST_INPUT} characters, which no context holds.")
+                raise UsageError(
+                    f"A question has more than {LARGEST_INPUT} characters, which no context holds; ask a shorter one."
+                )
             say(line.strip())
         except FusionError as error:
             if not terminal:
@@ -164,7 +166,9 @@ def _read_history(path: Path) -> list[Turn]:
         with path.open("rb") as file:
             content = file.read(LARGEST_INPUT + 1)
         if len(content) > LARGEST_INPUT:
-            raise FusionError(f"The history in {path} has more than {LARGEST_INPUT} bytes, which no context holds.")
+            raise FusionError(
+                f"The history in {path} has more than {LARGEST_INPUT} bytes, which no context holds; drop turns."
+            )
         data = json.loads(content.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise FusionError(f"Cannot read the history in {path} ({error}); {expected}.") from None

@@ -286,7 +286,7 @@ def _path(folder: object) -> str:
         path.encode()
     except UnicodeEncodeError:
         raise FusionError(
-            f"The bundle's path {path!r} is not UTF-8, which ONNX Runtime cannot open; rename the folder."
+            f"The bundle's path {path} is not UTF-8, which ONNX Runtime cannot open; rename the folder."
         ) from None
     return path
 
