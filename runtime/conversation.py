@@ -9,6 +9,7 @@ from PIL import Image
 
 from fusion_edge.runtime.answers import Answer, AnswerStream
 from fusion_edge.runtime.prompts import Turn
+from fusion_edge.runtime.questions import Questions
 from fusion_edge.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ class Conversation:
     def ask(
         self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
     ) -> Iterator[str]:
-        """The answer piece by piece; it joins the history when it is complete. Errors as of :meth:`Fusion.answer`."""
-        yield from self._fusion.questions.run(lambda: self._begin(question, sampling, query_length))
+        """The answer piece by piece; it joins the history when it is complete.
+
+        The question is asked when the first piece is taken. Errors as of :meth:`Fusion.answer`.
+        """
+        return _Pieces(self._fusion.questions, lambda: self._begin(question, sampling, query_length))
 
     def answer(
         self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
@@ -44,7 +48,19 @@ class Conversation:
         request = self._fusion.request(
             self._image, question, self.history, sampling, query_length, self._control_tokens
         )
-        return AnswerStream(self._fusion, request, self._remember(question))
+        return AnswerStream(self._fusion, request, lambda answer: self.history.append(Turn(question, answer.text)))
 
-    def _remember(self, question: str) -> Callable[[Answer], None]:
-        return lambda answer: self.history.append(Turn(question, answer.text))
+
+class _Pieces(Iterator[str]):
+    """Pieces of an answer to a question that is asked when the first is taken, by whichever thread."""
+
+    def __init__(self, questions: Questions, begin: Callable[[], AnswerStream]) -> None:
+        self._questions, self._begin = questions, begin
+        self._stream: AnswerStream | None = None
+
+    def __next__(self) -> str:
+        return next(self._stream or self._questions.run(self._started))
+
+    def _started(self) -> AnswerStream:
+        self._stream = self._stream or self._begin()
+        return self._stream

@@ -168,10 +168,13 @@ def test_one_stream_in_two_threads(fusion: Fusion) -> None:
     expected = fusion.answer(picture(), "What?", sampling=Sampling(max_new_tokens=60))
     pieces = list(fusion.ask(picture(), "What?", sampling=Sampling(max_new_tokens=60)))
     stream = fusion.stream(picture(), "What?", sampling=Sampling(max_new_tokens=60))
-    taken = in_threads(3, lambda _: list(stream))
-    assert sorted(chain.from_iterable(taken)) == sorted(pieces)
+    conversation = fusion.conversation(picture())
+    for asked in (stream, conversation.ask("What?", sampling=Sampling(max_new_tokens=60))):
+        taken = in_threads(3, lambda _, asked=asked: list(asked))
+        assert sorted(chain.from_iterable(taken)) == sorted(pieces)
+        assert list(asked) == []
     assert stream.answer.token_ids == expected.token_ids
-    assert list(stream) == []
+    assert [turn.answer for turn in conversation.history] == [expected.text]
 
 
 def test_a_stream_that_nobody_advances_holds_nobody_up(fusion: Fusion) -> None:
