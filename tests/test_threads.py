@@ -225,6 +225,13 @@ def test_conversations_in_several_threads(fusion: Fusion) -> None:
         assert answer.text == turn.answer
 
 
+def test_a_conversation_asks_when_the_first_piece_is_taken(fusion: Fusion) -> None:
+    conversation = fusion.conversation(picture())
+    first, second = (conversation.ask(question, sampling=SHORT) for question in QUESTIONS[:2])
+    list(chain(first, second))
+    assert [turn.question for turn in conversation.history] == list(QUESTIONS[:2])
+
+
 # Closing ----------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ class ImageAlignment:
 
 class Backend(Protocol):
     """Shapes as in ``runtime/graphs.py``; arrays in and out are float32 whatever the graphs compute in.
+    One call at a time, by any thread.
 
     ``tests/backend_contract.py`` checks what is promised here.
     """
