@@ -167,8 +167,8 @@ class PromptEncoder:
         ``control_tokens`` it is as in the released code: such spellings are control tokens, and image markers are
         removed, as the user's text may not claim a place for an image.
 
-        Raises ``UsageError`` for what is no history, no valid text, or a question with nothing in it, and, in a time
-        that does not depend on how much too long it is, ``FusionError`` for a prompt that ``room`` does not hold.
+        Raises ``UsageError`` for what is no history, no valid text, or a question with nothing in it, ``FusionError``
+        for a prompt that ``room`` does not hold, before all of it is tokenized.
         """
         turns = check_history(history)
         template, encoder = self._template, self._encoder
@@ -243,8 +243,10 @@ def check_history(history: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def _without(text: str, *markers: str) -> str:
-    """``text`` with no marker left in it, not even one that a removal brought together."""
-    pattern = re.compile("|".join(map(re.escape, markers)))
-    while pattern.search(text):
-        text = pattern.sub("", text)
-    return text
+    """``text`` with no marker left in it, not even one that a removal brought together. Markers end with ``>``."""
+    kept = ""
+    for part in re.findall(r"[^>]*>|[^>]+", text):
+        kept += part
+        for marker in markers:
+            kept = kept.removesuffix(marker)
+    return kept

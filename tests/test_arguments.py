@@ -109,16 +109,16 @@ def test_query_length(fusion: Fusion, tiny_bundle: Path) -> None:
         refused(lambda wrong=wrong: fusion.query_length(wrong), "Query length ")
         refused(lambda wrong=wrong: fusion.answer(PICTURE, "What?", query_length=wrong), "Query length ")
         refused(lambda wrong=wrong: next(fusion.conversation(PICTURE).ask("?", query_length=wrong)), "Query length ")
-    assert type(fusion.query_length(np.int64(4))) is int  # type: ignore[arg-type]
+    assert type(fusion.query_length(np.int64(4))) is int
     expected = fusion.answer(PICTURE, "What?", query_length=4, sampling=SHORT)
-    numpys = fusion.answer(PICTURE, "What?", query_length=np.int16(4), sampling=SHORT)  # type: ignore[arg-type]
+    numpys = fusion.answer(PICTURE, "What?", query_length=np.int16(4), sampling=SHORT)
     assert (numpys.token_ids, numpys.prompt_tokens) == (expected.token_ids, expected.prompt_tokens)
 
 
 def test_threads(tiny_bundle: Path) -> None:
     for wrong in (*NO_INTEGERS, 0, -1, -(10**5000)):
         refused(lambda wrong=wrong: load(tiny_bundle, threads=wrong), "threads is ")
-    load(tiny_bundle, threads=np.int64(1)).close()  # type: ignore[arg-type]
+    load(tiny_bundle, threads=np.int64(1)).close()
 
 
 @pytest.mark.parametrize("device", [None, 3, b"cpu", ["cpu"], "CPU", "", Unprintable])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import released_prompts
 from hypothesis import assume, given, settings
@@ -68,9 +69,9 @@ def assert_equal(one: Prompt, other: Prompt) -> None:
     np.testing.assert_array_equal(one.instruct_indices, other.instruct_indices)
 
 
-def controls(name: str, ids: np.ndarray) -> list[int]:  # type: ignore[type-arg]
+def controls(name: str, ids: npt.NDArray[np.int64]) -> list[int]:
     added = tokenizer(name).get_added_tokens_decoder()
-    return [int(id) for id in ids if id < 0 or int(id) in added]
+    return [id for id in ids.tolist() if id < 0 or id in added]
 
 
 parts = ["What", " is", "\n", "  ", "\u2581", "\n\n", "<|", "|>", "end", "<", " a"]
@@ -124,7 +125,7 @@ def test_what_spells_control_tokens_is_text(name: str, conversation: tuple[list[
     # The text comes back.
     asked = "".join(turn.question.strip() for turn in [*history, Turn(question, "")]).strip()
     beginning = len(tokenizer(name).encode("").ids)
-    decoded = tokenizer(name).decode(prompt.instruct_ids[beginning:], skip_special_tokens=False)
+    decoded = tokenizer(name).decode(prompt.instruct_ids[beginning:].tolist(), skip_special_tokens=False)
     assert decoded == (asked if name.startswith("llama") else asked.replace("\u2581", " "))
 
 
@@ -173,6 +174,7 @@ LONG = {
     "unseen": ([], "\u200b" * 5_000_000),
     "spelled": ([], "<|end|>" * 1_500_000),
     "beginnings of spellings": ([], "<|" * 5_000_000),
+    "markers in markers": ([], "<im" * 2500 + "age>" * 2500 + "what " * 2000),
     "just too long": ([], "\u00e9 " * 4000),
 }
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -164,13 +165,17 @@ def test_streams_are_right_or_given_up(fusion: Fusion) -> None:
     assert "".join(fusion.ask(picture(), QUESTIONS[0], sampling=SHORT)).strip() == expected[0]
 
 
+def take_all(pieces: Iterator[str], number: int) -> list[str]:
+    return list(pieces)
+
+
 def test_one_stream_in_two_threads(fusion: Fusion) -> None:
     expected = fusion.answer(picture(), "What?", sampling=Sampling(max_new_tokens=60))
     pieces = list(fusion.ask(picture(), "What?", sampling=Sampling(max_new_tokens=60)))
     stream = fusion.stream(picture(), "What?", sampling=Sampling(max_new_tokens=60))
     conversation = fusion.conversation(picture())
     for asked in (stream, conversation.ask("What?", sampling=Sampling(max_new_tokens=60))):
-        taken = in_threads(3, lambda _, asked=asked: list(asked))
+        taken = in_threads(3, partial(take_all, asked))
         assert sorted(chain.from_iterable(taken)) == sorted(pieces)
         assert list(asked) == []
     assert stream.answer.token_ids == expected.token_ids
@@ -317,10 +322,10 @@ def test_ctrl_c_within_a_question(fusion: Fusion, method: str) -> None:
             backend(fusion).before = lambda name: None
             raise KeyboardInterrupt
 
-    for ask in (fusion.answer, fusion.conversation(picture(1)).answer):
+    for ask in (partial(fusion.answer, picture(1)), fusion.conversation(picture(1)).answer):
         backend(fusion).before = interrupt
         with pytest.raises(KeyboardInterrupt):
-            ask(*([picture(1)] if ask == fusion.answer else []), "Where?", sampling=SHORT)  # type: ignore[operator]
+            ask("Where?", sampling=SHORT)
         assert fusion.answer(picture(), "What?", sampling=SHORT).text == expected
         fusion.forget()
     backend(fusion).before = interrupt
