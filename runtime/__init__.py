@@ -4,8 +4,10 @@ from fusion_edge.commands import signals
 
 signals.leave_while_a_module_loads()  # before what takes long to load
 
+from fusion_edge.runtime.answers import Answer, AnswerStream  # noqa: E402
+from fusion_edge.runtime.conversation import Conversation  # noqa: E402
 from fusion_edge.runtime.errors import FusionError, UsageError  # noqa: E402
-from fusion_edge.runtime.fusion import Answer, AnswerStream, Conversation, Fusion, load  # noqa: E402
+from fusion_edge.runtime.fusion import Fusion, load  # noqa: E402
 from fusion_edge.runtime.prompts import Turn  # noqa: E402
 from fusion_edge.runtime.sampling import Sampling  # noqa: E402
 

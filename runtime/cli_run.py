@@ -12,11 +12,16 @@ from typing import Any
 
 from fusion_edge.commands import signals
 from fusion_edge.runtime import cli
+from fusion_edge.runtime.answers import Answer
+from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.fusion import Answer, Conversation, Fusion, load
+from fusion_edge.runtime.fusion import Fusion, load
 from fusion_edge.runtime.prompts import Turn
 from fusion_edge.runtime.sampling import Sampling
+
+LARGEST_INPUT = 2**21
+"""Bytes of a history's file, characters of a question: more than any context holds, and little memory."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=defaults.top_k, metavar="K", help="likeliest tokens (default: %(default)s, off)")
     add("--seed", type=int, metavar="N", help="for the same draws every time")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add(
+        "--control-tokens",
+        action="store_true",
+        help="let questions and history spell control tokens such as <|end|>; without it such spellings are text",
+    )
     add("--device", choices=(AUTO, *NAMES), default=AUTO, help="default: the best that is there for the bundle")
     add("--threads", type=cli.positive, metavar="N", help="default: every core that this process may use")
     add("--json", action="store_true", help="print one JSON object with every answer")
@@ -72,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
     history = [] if arguments.history is None else _read_history(arguments.history)
     with load(arguments.bundle, device=arguments.device, threads=arguments.threads) as fusion:
         _tell_device(fusion, arguments.verbose)
-        conversation = fusion.conversation(arguments.image)
+        conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)
 
         def ask(question: str) -> Answer:
@@ -123,12 +133,16 @@ def _interactive(say: Callable[[str], None]) -> int:
         if terminal:
             sys.stderr.write("> ")
             sys.stderr.flush()
-        line = sys.stdin.readline()
+        line = sys.stdin.readline(LARGEST_INPUT + 1)
         if not line:
             return 0
         if not line.strip():
             continue
         try:
+            if len(line) > LARGEST_INPUT:
+                raise UsageError(
+                    f"A question has more than {LARGEST_INPUT} characters, which no context holds; ask a shorter one."
+                )
             say(line.strip())
         except FusionError as error:
             if not terminal:
@@ -155,7 +169,13 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
 def _read_history(path: Path) -> list[Turn]:
     expected = 'expected a JSON list of {"question": TEXT, "answer": TEXT}'
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_INPUT + 1)
+        if len(content) > LARGEST_INPUT:
+            raise FusionError(
+                f"The history in {path} has more than {LARGEST_INPUT} bytes, which no context holds; drop turns."
+            )
+        data = json.loads(content.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise FusionError(f"Cannot read the history in {path} ({error}); {expected}.") from None
     if not isinstance(data, list):

@@ -38,8 +38,14 @@ class Embeddings:
             )
 
     def __call__(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """``[n]`` -> float32 ``[n, hidden_size]``. Raises ``IndexError`` for an id outside the vocabulary."""
-        rows = self._values[token_ids].astype(np.float32)
+        """``[n]`` -> float32 ``[n, hidden_size]``. Raises :class:`FusionError` for an id outside the vocabulary."""
+        try:
+            rows = self._values[token_ids].astype(np.float32)
+        except IndexError:
+            raise FusionError(
+                f"The tokenizer gives the token id {token_ids.max()}, the bundle's token table has {len(self._values)} "
+                "rows; export again from a checkpoint whose tokenizer and weights belong together."
+            ) from None
         if self._scales is None:
             return rows
         rows -= ZERO_POINT

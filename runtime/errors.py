@@ -11,6 +11,10 @@ class FusionError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """The message; bytes of a path that are no UTF-8 are escaped, so that it can be printed anywhere."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 class UsageError(FusionError):
     """A wrong command line or argument value (exit code 2)."""

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -20,42 +19,25 @@ import numpy.typing as npt
 from PIL import Image
 from tokenizers import Tokenizer
 
+from fusion_edge.runtime.answers import Answer, AnswerStream, Request
+from fusion_edge.runtime.arguments import flag, integer, is_integer, shown
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
 from fusion_edge.runtime.bundle import Manifest, open_bundle
 from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
+from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.devices import AUTO, Device, open_device
 from fusion_edge.runtime.embeddings import Embeddings
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.grids import pooling_cells, resize_grid
-from fusion_edge.runtime.images import cut_crops, load_image, normalize
-from fusion_edge.runtime.prompts import TEMPLATES, Prompt, Turn, encode_prompt
-from fusion_edge.runtime.sampling import Sampler, Sampling
-from fusion_edge.runtime.text_stream import TextStream
+from fusion_edge.runtime.images import load_image, normalize
+from fusion_edge.runtime.prompts import TEMPLATES, Prompt, PromptEncoder, Room, Turn
+from fusion_edge.runtime.questions import Questions
+from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.tokenizer import load_tokenizer
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 Color = Literal["rgb", "bgr"]
 Embed = Callable[[npt.NDArray[np.int64]], Floats]
-STAGES = ("preprocess", "vision", "alignment", "prefill", "decode")
-"""Cutting the crops; both runs of the vision encoder; the alignment decoder; the prompt; one-token steps."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer."""
-
-    text: str
-    """Without whitespace at its ends."""
-    token_ids: tuple[int, ...]
-    """Generated tokens, the end token not included."""
-    prompt_tokens: int
-    """Rows of the LLM's input: text, image tokens and latents."""
-    finish_reason: str
-    """``stop`` (end token or stop string) or ``length`` (token limit or full context)."""
-    timings_ms: dict[str, float]
-    """Milliseconds by stage, see ``STAGES``."""
-    tokens_per_second: float
-    """Rate of the one-token steps; 0 when the answer took none."""
 
 
 @dataclass(eq=False)
@@ -71,7 +53,11 @@ class SeenImage:
 
 
 class Fusion:
-    """A loaded model. One question at a time: not for use by several threads at once.
+    """A loaded model. Several threads may ask it: questions wait for each other, in the order in which they came.
+
+    A question that is asked while an :class:`AnswerStream` has pieces left gives that answer up. A process that is
+    forked after the load cannot use the model: all but :meth:`close`, which does nothing there, is a
+    :class:`FusionError`.
 
     The vision features, latents, keys and values of the latest image are kept and used again for as long as the
     same pixels are asked about, so a reused camera buffer is never mistaken for the frame it held before.
@@ -91,10 +77,14 @@ class Fusion:
         self.device = Device(backend.name) if device is None else device
         self.tokenizer = tokenizer
         self.embed = embed
-        self._template = TEMPLATES[self.config.template]
+        template = TEMPLATES[self.config.template]
+        self._prompts = PromptEncoder(tokenizer, template)
+        end_of_turn = tokenizer.token_to_id(template.answer_end)
+        self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
+        """Tokens that end an answer. The template's end of turn always does, whatever the checkpoint's settings say."""
         self._latest: SeenImage | None = None
-        self._generation = 0
-        self._closed = False
+        self.questions = Questions(backend)
+        """Whose turn it is to compute."""
 
     @property
     def config(self) -> FusionConfig:
@@ -115,12 +105,19 @@ class Fusion:
         self.close()
 
     def close(self) -> None:
-        """Free the backend's memory. Nothing can be asked afterwards; closing twice does no harm."""
-        if not self._closed:
-            self._closed = True
-            self._generation += 1
+        """Free the backend's memory. Nothing can be asked afterwards; closing twice does no harm.
+
+        A question that another thread waits for ends with a :class:`FusionError`. Returns when the memory is free.
+        """
+        self.questions.close()
+        if not self.questions.is_inherited:
             self._latest = None
-            self.backend.close()
+
+    def __del__(self) -> None:
+        """In a forked process nothing is freed: ONNX Runtime would wait for threads that only its parent has."""
+        questions = self.__dict__.get("questions")  # there is none if the load failed
+        if questions is not None and questions.is_inherited:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.__dict__))
 
     def ask(
         self,
@@ -131,11 +128,11 @@ class Fusion:
         sampling: Sampling | None = None,
         query_length: int | None = None,
         color: Color = "rgb",
+        control_tokens: bool = False,
     ) -> Iterator[str]:
         """The answer piece by piece, as it is generated. Parameters and errors as of :meth:`answer`."""
-        return self.stream(
-            image, question, history=history, sampling=sampling, query_length=query_length, color=color
-        )
+        request = self.request(image, question, history, sampling, query_length, control_tokens, color)
+        return self.questions.run(lambda: AnswerStream(self, request))
 
     def answer(
         self,
@@ -146,20 +143,19 @@ class Fusion:
         sampling: Sampling | None = None,
         query_length: int | None = None,
         color: Color = "rgb",
+        control_tokens: bool = False,
     ) -> Answer:
         """The whole answer to ``question`` about ``image``.
 
         ``image`` is a path, a PIL image, or pixels ``[height, width, 3]`` in ``color`` order; ``history`` the
         questions asked before about the same image with their answers; ``query_length`` one of the bundle's
-        (default: its first). Raises :class:`UsageError` for a value that is out of range, :class:`FusionError`
-        for an image that cannot be read or a conversation that does not fit the context.
+        (default: its first). Spellings of control tokens and image markers in questions and answers are text;
+        with ``control_tokens`` they are control tokens, and image markers are removed. Raises :class:`UsageError` for a
+        value that is out of range, :class:`FusionError` for an image that cannot be read or a conversation that does
+        not fit the context.
         """
-        stream = self.stream(
-            image, question, history=history, sampling=sampling, query_length=query_length, color=color
-        )
-        for _ in stream:
-            pass
-        return stream.answer
+        request = self.request(image, question, history, sampling, query_length, control_tokens, color)
+        return self.questions.run(lambda: AnswerStream(self, request).complete())
 
     def stream(
         self,
@@ -170,59 +166,65 @@ class Fusion:
         sampling: Sampling | None = None,
         query_length: int | None = None,
         color: Color = "rgb",
+        control_tokens: bool = False,
     ) -> AnswerStream:
         """An iterator over the pieces of text whose ``answer`` holds the whole once it is exhausted.
 
         Parameters and errors as of :meth:`answer`; a wrong parameter leaves the stream before as it is.
         """
-        if self._closed:
-            raise UsageError("This model has been closed; load the bundle again.")
+        request = self.request(image, question, history, sampling, query_length, control_tokens, color)
+        return self.questions.run(lambda: AnswerStream(self, request))
+
+    def request(
+        self,
+        image: ImageLike,
+        question: str,
+        history: Sequence[Turn],
+        sampling: Sampling | None,
+        query_length: int | None,
+        control_tokens: bool,
+        color: Color = "rgb",
+    ) -> Request:
+        """The parameters of :meth:`answer`, checked. Computes nothing of the model."""
+        self.questions.check_open()
         sampling = Sampling() if sampling is None else sampling
         if not isinstance(sampling, Sampling):
             raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
         length = self.query_length(query_length)
-        prompt = encode_prompt(self.tokenizer, self._template, history, question)
-        self._check_length(prompt, length)
-        picture = load_image(image, color)
-        self._generation += 1
-        return AnswerStream(self, picture, prompt, sampling, length)
+        room = Room(self.max_context, self.manifest.image_side**2, length)
+        markup = flag("control_tokens", control_tokens)
+        prompt = self._prompts.encode(history, question, control_tokens=markup, room=room)
+        return Request(load_image(image, color), prompt, sampling, length)
 
-    def conversation(self, image: ImageLike, color: Color = "rgb") -> Conversation:
-        """A conversation about one image."""
-        return Conversation(self, load_image(image, color))
+    def conversation(self, image: ImageLike, color: Color = "rgb", *, control_tokens: bool = False) -> Conversation:
+        """A conversation about one image. ``control_tokens`` as of :meth:`answer`, for all its questions."""
+        self.questions.check_open()
+        return Conversation(self, load_image(image, color), flag("control_tokens", control_tokens))
 
     def query_length(self, wanted: int | None = None) -> int:
         """The wanted query length, or the bundle's first. Raises :class:`UsageError` for one that is not offered."""
         offered = self.manifest.query_lengths
-        if wanted is not None and wanted not in offered:
+        if wanted is None:
+            return offered[0]
+        if not is_integer(wanted) or wanted not in offered:
             raise UsageError(
-                f"Query length {wanted} is not offered; choose from {', '.join(map(str, offered))} "
+                f"Query length {shown(wanted)} is not offered; choose from {', '.join(map(str, offered))} "
                 "(fusion-export --query-len decides which a bundle has)."
             )
-        return offered[0] if wanted is None else wanted
-
-    def _check_length(self, prompt: Prompt, query_length: int) -> None:
-        """Refuse a prompt that leaves no room for an answer, before any graph runs."""
-        image_tokens, capacity = self.manifest.image_side**2, self.max_context
-        length = prompt.layout(image_tokens, query_length).length
-        if length >= capacity:
-            raise FusionError(
-                f"The prompt takes {length} positions ({image_tokens} of them image tokens), the context holds "
-                f"{capacity} with the answer; ask a shorter question or drop history, or export with fewer "
-                "--image-tokens or a larger --max-context (of TensorRT's engines fusion-build decides)."
-            )
+        return int(wanted)
 
     # The stages, in the order in which they run ------------------------------------------------------------------
 
     def see(self, crops: npt.NDArray[np.uint8]) -> SeenImage:
         """The image's own features: the four global crops are encoded unless the latest image had them."""
-        if self._latest is None or not np.array_equal(self._latest.crops, crops):
+        seen = self._latest
+        if seen is None or not np.array_equal(seen.crops, crops):
             pixels = normalize(crops)
             nothing = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
-            self._latest = None  # its memory is free before the new image needs as much
+            seen = self._latest = None  # its memory is free before the new image needs as much
             features = self.backend.encode(pixels[:GLOBAL_CROPS], nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
-            self._latest = SeenImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
-        return self._latest
+            seen = self._latest = SeenImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
+        return seen
 
     def forget(self) -> None:
         """Have the next image seen anew, even if it is the latest one."""
@@ -262,113 +264,6 @@ class Fusion:
         return layout.length, capacity, logits
 
 
-class AnswerStream(Iterator[str]):
-    """Pieces of an answer. ``answer`` is complete after the last piece.
-
-    Asking the same :class:`Fusion` anything else ends it: the KV cache is one.
-    """
-
-    def __init__(
-        self, fusion: Fusion, image: Image.Image, prompt: Prompt, sampling: Sampling, query_length: int
-    ) -> None:
-        self._fusion = fusion
-        self._generation = fusion._generation
-        self._timings = dict.fromkeys(STAGES, 0.0)
-        self._answer: Answer | None = None
-        self._pieces = self._generate(image, prompt, sampling, query_length)
-
-    def __next__(self) -> str:
-        if self._answer is None and self._generation != self._fusion._generation:
-            raise FusionError(
-                "This answer was given up when another question was asked or the model closed; finish one before that."
-            )
-        return next(self._pieces)
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer. Raises :class:`UsageError` before the last piece has been taken."""
-        if self._answer is None:
-            raise UsageError("The answer is not complete; take every piece of the stream first.")
-        return self._answer
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._timings[stage] += 1000 * (time.perf_counter() - start)
-
-    def _generate(
-        self, picture: Image.Image, prompt: Prompt, sampling: Sampling, query_length: int
-    ) -> Iterator[str]:
-        fusion = self._fusion
-        with self._timed("preprocess"):
-            crops = cut_crops(picture)
-        with self._timed("vision"):
-            image = fusion.see(crops)
-            image_tokens = fusion.image_tokens(image, prompt.instruct_ids)
-        with self._timed("alignment"):
-            aligned = fusion.align(image, query_length)
-        with self._timed("prefill"):
-            positions, capacity, logits = fusion.prefill(
-                prompt, image_tokens, aligned, sampling.max_new_tokens
-            )
-            sampler = Sampler(sampling)
-            token = sampler(logits)
-        limit = capacity - positions
-        text = TextStream(fusion.tokenizer, sampling.stop)
-        tokens: list[int] = []
-        steps = 0
-        while token not in fusion.config.eos_token_ids and len(tokens) < limit:
-            tokens.append(token)
-            if piece := text.push(token):
-                yield piece
-            if text.stopped or len(tokens) == limit:
-                break
-            with self._timed("decode"):
-                token = sampler(fusion.backend.decode(fusion.embed(np.array([token]))[0]))
-            steps += 1
-        if rest := text.finish():
-            yield rest
-        finished = text.stopped or token in fusion.config.eos_token_ids
-        self._answer = Answer(
-            text=text.text.strip(),  # as the released code does before it prints or keeps a reply
-            token_ids=tuple(tokens),
-            prompt_tokens=positions,
-            finish_reason="stop" if finished else "length",
-            timings_ms=self._timings,
-            tokens_per_second=1000 * steps / self._timings["decode"] if steps else 0.0,
-        )
-
-
-class Conversation:
-    """Questions about one image, each with those before it as history."""
-
-    def __init__(self, fusion: Fusion, image: Image.Image) -> None:
-        self._fusion = fusion
-        self._image = image
-        self.history: list[Turn] = []
-
-    def ask(
-        self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
-    ) -> Iterator[str]:
-        """The answer piece by piece; it joins the history when it is complete."""
-        stream = self._fusion.stream(
-            self._image, question, history=self.history, sampling=sampling, query_length=query_length
-        )
-        yield from stream
-        self.history.append(Turn(question, stream.answer.text))
-
-    def answer(
-        self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
-    ) -> Answer:
-        """The whole answer; it joins the history."""
-        answer = self._fusion.answer(
-            self._image, question, history=self.history, sampling=sampling, query_length=query_length
-        )
-        self.history.append(Turn(question, answer.text))
-        return answer
-
-
 def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | None = None) -> Fusion:
     """Load a bundle on a device: ``cuda``, ``cpu``, or ``auto`` for the best that the machine has for this bundle.
 
@@ -377,10 +272,20 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
     argument that is none of these, :class:`FusionError` for a device that the machine lacks, and for a bundle that is
     damaged, of a newer schema, or does not load on the device.
     """
-    if threads is not None and not (isinstance(threads, int) and threads >= 1):
-        raise UsageError(f"threads is {threads!r}; expected an integer from 1, or None.")
-    if not isinstance(folder, str | os.PathLike):
-        raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
-    bundle = open_bundle(os.fspath(folder))
-    taken, backend = open_device(bundle, device, threads)
+    count = None if threads is None else integer("threads", threads, 1, "an integer from 1, or None")
+    bundle = open_bundle(_path(folder))
+    taken, backend = open_device(bundle, device, count)
     return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), taken)
+
+
+def _path(folder: object) -> str:
+    path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+    if not isinstance(path, str):
+        raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise FusionError(
+            f"The bundle's path {path} is not UTF-8, which ONNX Runtime cannot open; rename the folder."
+        ) from None
+    return path

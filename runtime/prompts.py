@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.text_encoder import TextEncoder, any_of, is_empty
 
 IMAGE_MARKER = "<image>"
 LATENT_MARKER = "<latent_image>"
@@ -114,79 +116,137 @@ class Prompt:
         )
 
 
-def render_prompt(template: Template, history: Sequence[Turn], question: str) -> str:
-    """The conversation's text up to where the answer to ``question`` begins, with its markers.
+@dataclass(frozen=True)
+class Room:
+    """Positions of a context, and how many of them an image and a question's latents take."""
 
-    Image markers within questions and answers are removed, and questions stripped: they are data, and may
-    not claim a place for an image. Special tokens within them stay, as in the released code. Raises
-    ``UsageError`` for a question or answer that is no valid text, or a question with nothing in it.
-    """
-    text = template.system
-    for number, asked in enumerate(_questions(history, question)):
-        text += f"{template.question_start}{VISION_START}{LATENT_MARKER}{VISION_END}"
-        if number == 0:
-            text += f"{VISION_START}{IMAGE_MARKER}{VISION_END}\n"
-        text += f"{asked}{template.question_end}{template.answer_start}"
-        if number < len(history):
-            answer = _valid_text(history[number].answer, "An answer in the history")
-            text += _without(answer, *MARKER_IDS) + template.answer_end
-    return text
+    capacity: int
+    image_tokens: int
+    query_length: int
 
+    def check(self, prompt: Prompt) -> None:
+        """Raise :class:`FusionError` if a prompt leaves no room for an answer."""
+        length = prompt.layout(self.image_tokens, self.query_length).length
+        if length >= self.capacity:
+            raise self._too_long(str(length))
 
-def encode_prompt(tokenizer: Tokenizer, template: Template, history: Sequence[Turn], question: str) -> Prompt:
-    """Tokenize a conversation as the released code does. Raises ``UsageError`` as ``render_prompt`` does."""
-    questions = _questions(history, question)
-    # Tokenized with its answer behind it, the end of an earlier prompt may split differently; what counts
-    # is its length when it was asked.
-    asked = [
-        _encode(tokenizer, render_prompt(template, history[:number], asked_then))
-        for number, asked_then in enumerate(questions)
-    ]
-    instruct = _without("".join(questions), *MARKER_IDS, VISION_START, VISION_END).strip()
-    return Prompt(
-        token_ids=np.array(asked[-1], np.int64),
-        instruct_ids=np.array(_encode(tokenizer, instruct), np.int64),
-        instruct_indices=np.array([len(ids) - 1 for ids in asked], np.int64),
-    )
+    def left(self, token_ids: Sequence[int]) -> int:
+        """Positions left behind a prompt's first ids. Raises :class:`FusionError` if there are none."""
+        least = len(token_ids) + self.image_tokens  # a marker stands for one position or more
+        if least > self.capacity:
+            raise self._too_long(f"at least {least - 1}")
+        return self.capacity - least
+
+    def check_text(self, text: str, encoder: TextEncoder, left: int) -> None:
+        """Raise :class:`FusionError` if a text is too long for the positions left, without tokenizing it."""
+        if len(text) > left and (least := len(text) // encoder.longest_token) > left:
+            raise self._too_long(f"at least {self.capacity - left - 1 + least}")
+
+    def _too_long(self, length: str) -> FusionError:
+        return FusionError(
+            f"The prompt takes {length} positions ({self.image_tokens} of them image tokens), the context holds "
+            f"{self.capacity} with the answer; ask a shorter question or drop history, or export with fewer "
+            "--image-tokens or a larger --max-context (of TensorRT's engines fusion-build decides)."
+        )
 
 
-def _questions(history: Sequence[Turn], question: str) -> list[str]:
+class PromptEncoder:
+    """Tokenizes conversations as the released code does. Safe to use by several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
+        self._encoder = TextEncoder(tokenizer)
+        self._template = template
+        self._ignored = any_of((*self._encoder.special_tokens, *MARKER_IDS, VISION_START, VISION_END))
+
+    def encode(
+        self, history: Sequence[Turn], question: str, *, control_tokens: bool = False, room: Room | None = None
+    ) -> Prompt:
+        """A conversation as token ids.
+
+        What is spelled like a control token or an image marker in questions and answers is text. With
+        ``control_tokens`` it is as in the released code: such spellings are control tokens, and image markers are
+        removed, as the user's text may not claim a place for an image.
+
+        Raises ``UsageError`` for what is no history, no valid text, or a question with nothing in it, ``FusionError``
+        for a prompt that ``room`` does not hold, before all of it is tokenized.
+        """
+        turns = check_history(history)
+        template, encoder = self._template, self._encoder
+        next_question = f"{template.question_start}{VISION_START}"  # in front of its latents
+        ids = [*encoder.beginning(), *encoder.plain(template.system + next_question)]
+        asked_at: list[int] = []
+        questions = ""
+        for number, turn in enumerate((*turns, Turn(question, ""))):
+            ids.append(MARKER_IDS[LATENT_MARKER])
+            start = VISION_END
+            if number == 0:
+                ids += [*encoder.plain(f"{VISION_END}{VISION_START}"), MARKER_IDS[IMAGE_MARKER]]
+                start = f"{VISION_END}\n"
+            asked = self._question(turn.question, control_tokens, room, ids)
+            questions += asked
+            piece = (start, asked, f"{template.question_end}{template.answer_start}")
+            # Tokenized with its answer behind it, the end of an earlier prompt may split differently; what counts
+            # is its length when it was asked.
+            as_asked = encoder.encode(piece, control_tokens)
+            asked_at.append(len(ids) + len(as_asked) - 1)
+            if number == len(turns):
+                ids += as_asked
+            else:
+                answer = self._answer(turn.answer, control_tokens, room, ids)
+                ids += encoder.encode((*piece, answer, f"{template.answer_end}{next_question}"), control_tokens)
+        if control_tokens:
+            questions = _without(questions, *MARKER_IDS, VISION_START, VISION_END)
+        instruct = [*encoder.beginning(), *encoder.encode(("", questions.strip()), control_tokens)]
+        prompt = Prompt(*(np.array(values, np.int64) for values in (ids, instruct, asked_at)))
+        if room is not None:
+            room.check(prompt)
+        return prompt
+
+    def _question(self, question: str, control_tokens: bool, room: Room | None, before: Sequence[int]) -> str:
+        text = self._valid_text(question, "The question", room, before).strip()
+        if control_tokens:
+            text = _without(text, *MARKER_IDS).strip()
+        if is_empty(text, self._ignored):
+            raise UsageError("The question is empty; ask something about the image.")
+        return text
+
+    def _answer(self, answer: str, control_tokens: bool, room: Room | None, before: Sequence[int]) -> str:
+        text = self._valid_text(answer, "An answer in the history", room, before)
+        return _without(text, *MARKER_IDS) if control_tokens else text
+
+    def _valid_text(self, text: str, name: str, room: Room | None, before: Sequence[int]) -> str:
+        if not isinstance(text, str):
+            raise UsageError(f"{name} is of type {type(text).__name__}; expected a string.")
+        if room is not None:  # whitespace beside a control token may take no tokens
+            room.check_text(text.strip(), self._encoder, room.left(before))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{name} is no valid Unicode text: character {error.start} is half of a surrogate pair."
+            ) from error
+        return text
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, template: Template, history: Sequence[Turn], question: str, *, control_tokens: bool = False
+) -> Prompt:
+    """As :meth:`PromptEncoder.encode`, once."""
+    return PromptEncoder(tokenizer, template).encode(history, question, control_tokens=control_tokens)
+
+
+def check_history(history: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns as they are now. Raises ``UsageError`` unless they are a sequence of :class:`Turn`."""
     if not isinstance(history, Sequence) or not all(isinstance(turn, Turn) for turn in history):
-        raise UsageError(f"The history is {repr(history)[:80]}; expected a list of Turn(question, answer).")
-    return [_clean_question(text) for text in (*(turn.question for turn in history), question)]
-
-
-def _clean_question(question: str) -> str:
-    text = _without(_valid_text(question, "The question"), *MARKER_IDS).strip()
-    if not _without(text, VISION_START, VISION_END).strip():
-        raise UsageError("The question is empty; ask something about the image.")
-    return text
-
-
-def _valid_text(text: str, name: str) -> str:
-    if not isinstance(text, str):
-        raise UsageError(f"{name} is of type {type(text).__name__}; expected a string.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{name} is no valid Unicode text: character {error.start} is half of a surrogate pair."
-        ) from error
-    return text
+        raise UsageError(f"The history is {shown(history)}; expected a list of Turn(question, answer).")
+    return tuple(history)
 
 
 def _without(text: str, *markers: str) -> str:
-    """``text`` with no marker left in it, not even one that a removal brought together."""
-    pattern = re.compile("|".join(map(re.escape, markers)))
-    while pattern.search(text):
-        text = pattern.sub("", text)
-    return text
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids piece by piece; what the tokenizer puts in front (BOS, or nothing) only at the very front."""
-    ids: list[int] = tokenizer.encode("").ids
-    for piece in re.split(f"({'|'.join(map(re.escape, MARKER_IDS))})", text):
-        marker = MARKER_IDS.get(piece)
-        ids += tokenizer.encode(piece, add_special_tokens=False).ids if marker is None else [marker]
-    return ids
+    """``text`` with no marker left in it, not even one that a removal brought together. Markers end with ``>``."""
+    kept = ""
+    for part in re.findall(r"[^>]*>|[^>]+", text):
+        kept += part
+        for marker in markers:
+            kept = kept.removesuffix(marker)
+    return kept

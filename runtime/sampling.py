@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.runtime.arguments import integer, real, shown
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 
@@ -29,17 +28,19 @@ class Sampling:
     """Texts that end the answer and are not part of it."""
 
     def __post_init__(self) -> None:
-        is_count = _is_integer(self.max_new_tokens, 1)
-        _check("max_new_tokens", self.max_new_tokens, is_count, "an integer from 1")
-        is_temperature = _is_real(self.temperature) and self.temperature >= 0
-        _check("temperature", self.temperature, is_temperature, "a finite number from 0 (greedy)")
-        is_top_p = _is_real(self.top_p) and 0 < self.top_p <= 1
-        _check("top_p", self.top_p, is_top_p, "a number above 0 and at most 1 (off)")
-        _check("top_k", self.top_k, _is_integer(self.top_k, 0), "an integer from 0 (off)")
-        is_seed = self.seed is None or _is_integer(self.seed, 0)
-        _check("seed", self.seed, is_seed, "an integer from 0, or None")
-        is_stop = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        _check("stop", self.stop, is_stop, "a tuple of strings, none of them empty")
+        numbers = {
+            "max_new_tokens": integer("max_new_tokens", self.max_new_tokens, 1, "an integer from 1"),
+            "temperature": real(
+                "temperature", self.temperature, lambda value: value >= 0, "a finite number from 0 (greedy)"
+            ),
+            "top_p": real("top_p", self.top_p, lambda value: 0 < value <= 1, "a number above 0 and at most 1 (off)"),
+            "top_k": integer("top_k", self.top_k, 0, "an integer from 0 (off)"),
+            "seed": None if self.seed is None else integer("seed", self.seed, 0, "an integer from 0, or None"),
+        }
+        for name, number in numbers.items():  # NumPy's become Python's
+            object.__setattr__(self, name, number)
+        if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
+            raise UsageError(f"stop is {shown(self.stop)}; expected a tuple of strings, none of them empty.")
 
 
 class Sampler:
@@ -101,16 +102,3 @@ def _likeliest_first(
 ) -> npt.NDArray[np.int64]:
     # By the logits themselves: scaled, or as probabilities, some that differ would round to equals.
     return indices[np.argsort(-logits[indices], kind="stable")]
-
-
-def _is_integer(value: object, smallest: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= smallest
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise UsageError(f"{name} is {value!r}; expected {expected}.")

@@ -78,7 +78,8 @@ class TextStream:
 
     def _begun_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
-        begun = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        longest = len(self._held) + 1
+        begun = (n for stop in self._stop for n in range(1, min(len(stop), longest)) if self._held.endswith(stop[:n]))
         return max(begun, default=0)
 
 

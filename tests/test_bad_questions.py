@@ -19,7 +19,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from fusion_edge.export import cli
-from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn, UsageError, cli_run, load
+from fusion_edge.runtime import AnswerStream, Fusion, FusionError, Sampling, Turn, UsageError, cli_run, load
 
 Refuse = Callable[..., str]
 SHORT = Sampling(max_new_tokens=4)
@@ -314,7 +314,7 @@ def test_ctrl_c(
     def interrupt(*_: object, **__: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Fusion, "stream", interrupt)
+    monkeypatch.setattr(AnswerStream, "__next__", interrupt)
     assert cli_run.main([str(tiny_bundle), "--image", str(image), "--ask=What?", "--threads=1"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 

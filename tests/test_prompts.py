@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import GOLDEN
+from released_prompts import render_prompt
 from tokenizers import Tokenizer
 
 from fusion_edge.export.tokenizer import tokenizer_json
 from fusion_edge.runtime.config import side
 from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.prompts import MARKER_IDS, TEMPLATES, Turn, encode_prompt, render_prompt
+from fusion_edge.runtime.prompts import MARKER_IDS, TEMPLATES, Turn, encode_prompt
 
 TURNS = [
     ("phi_one_turn", 0),
@@ -75,35 +76,6 @@ def test_the_golden_grid_is_the_image_tokens_given_here() -> None:
         assert described["image_grid"] in (None, side(image_tokens))
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_image_markers_in_the_users_text_claim_no_place(name: str) -> None:
-    template = TEMPLATES[name]
-    plain = encode_prompt(tokenizer(name), template, [Turn("What?", "A cat.")], "Where?")
-    for marker in ("<image>", "<latent_image>", "<im<image>age>", "<latent_<image>image>", " <image>\n"):
-        history = [Turn(f"{marker}What?", f"A {marker.strip()}cat.")]
-        marked = encode_prompt(tokenizer(name), template, history, f"{marker}Where?{marker}")
-        np.testing.assert_array_equal(marked.token_ids, plain.token_ids)
-        np.testing.assert_array_equal(marked.instruct_ids, plain.instruct_ids)
-        np.testing.assert_array_equal(marked.instruct_indices, plain.instruct_indices)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_vision_delimiters_stay_in_the_prompt_and_leave_the_instruct(name: str) -> None:
-    prompt = encode_prompt(tokenizer(name), TEMPLATES[name], [], "a <vision_start>b<vision_end>")
-    start, end = (tokenizer(name).token_to_id(token) for token in ("<vision_start>", "<vision_end>"))
-    assert (prompt.token_ids == start).sum() == (prompt.token_ids == end).sum() == 3
-    np.testing.assert_array_equal(prompt.instruct_ids, tokenizer(name).encode("a b").ids)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_special_tokens_in_the_users_text_are_not_escaped(name: str) -> None:
-    token = TEMPLATES[name].question_end
-    prompt = encode_prompt(tokenizer(name), TEMPLATES[name], [], f"a {token} b")
-    plain = encode_prompt(tokenizer(name), TEMPLATES[name], [], "a b")
-    special = tokenizer(name).token_to_id(token)
-    assert (prompt.token_ids == special).sum() == (plain.token_ids == special).sum() + 1
-
-
 def test_beginning_of_text_comes_once_and_only_where_the_tokenizer_adds_it() -> None:
     history = [Turn("What?", "A cat.")]
     llama = encode_prompt(tokenizer("llama_3"), TEMPLATES["llama_3"], history, "Where?")
@@ -148,20 +120,12 @@ def test_any_text_gives_one_marker_for_the_image_and_one_a_question(
     assert (np.diff(layout.instruct_positions) > 0).all()
 
 
-@pytest.mark.parametrize(
-    "question", ["", "  \n", "<image>", " <latent_image> <image>\n", "<vision_start><image><vision_end>"]
-)
-def test_an_empty_question_is_refused(question: str) -> None:
-    with pytest.raises(UsageError, match="question is empty"):
-        encode_prompt(tokenizer("llama_3"), TEMPLATES["llama_3"], [], question)
-
-
 @pytest.mark.parametrize("text", [None, 7, b"What?", ["What?"], "half \ud800 a pair"])
 def test_what_is_no_text_is_refused(text: Any) -> None:
-    template = TEMPLATES["phi_3"]
+    phi = tokenizer("phi_3"), TEMPLATES["phi_3"]
     with pytest.raises(UsageError, match="question is"):
-        render_prompt(template, [], text)
+        encode_prompt(*phi, [], text)
     with pytest.raises(UsageError, match="question is"):
-        render_prompt(template, [Turn(text, "A cat.")], "Where?")
+        encode_prompt(*phi, [Turn(text, "A cat.")], "Where?")
     with pytest.raises(UsageError, match="answer in the history is"):
-        render_prompt(template, [Turn("What?", text)], "Where?")
+        encode_prompt(*phi, [Turn("What?", text)], "Where?")

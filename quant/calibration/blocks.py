@@ -92,7 +92,8 @@ def prepare(
 ) -> Prepared:
     """Prompt and, if it is known, answer of a sample."""
     template = TEMPLATES[config.template]
-    prompt = encode_prompt(tokenizer, template, [], sample.question)
+    # As the released code reads its training data, whose questions may hold image markers.
+    prompt = encode_prompt(tokenizer, template, [], sample.question, control_tokens=True)
     layout = prompt.layout(image_side**2, query_length)
     answer: list[int] = []
     if sample.answer is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class ImageAlignment:
 
 class Backend(Protocol):
     """Shapes as in ``runtime/graphs.py``; arrays in and out are float32 whatever the graphs compute in.
+    One call at a time, by any thread.
 
     ``tests/backend_contract.py`` checks what is promised here.
     """
@@ -72,6 +73,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+        ...
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """A backend whose runs may take long, and can be ended early."""
+
+    def interrupt(self) -> None:
+        """Have a run that another thread waits for, and every later one, fail at once. :meth:`Backend.close` follows.
+
+        May be called at any time, also while another thread closes the backend.
+        """
         ...
 
 

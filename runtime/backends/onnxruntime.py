@@ -29,7 +29,9 @@ class OnnxRuntimeBackend:
         self._config = bundle.manifest.model
         self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads)
         self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)
-        self._llm = Decoder(Graph(bundle, graphs.LLM, device, threads), bundle.manifest)
+        llm = Graph(bundle, graphs.LLM, device, threads)
+        self._llm = Decoder(llm, bundle.manifest)
+        self._run_options = [*self._vision.run_options, *self._alignment.run_options, *llm.run_options]
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Tensor:
         inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}
@@ -64,6 +66,10 @@ class OnnxRuntimeBackend:
 
     def decode(self, embedding: Floats) -> Floats:
         return self._llm.step(embedding)
+
+    def interrupt(self) -> None:
+        for options in self._run_options:
+            options.terminate = True
 
     def close(self) -> None:
         del self._vision, self._alignment, self._llm

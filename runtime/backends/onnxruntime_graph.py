@@ -57,7 +57,9 @@ class Graph:
         self.name = name
         self.device = device
         self._session = _session(bundle, name, device, threads)
-        self._large_run = _options_of_a_large_run(device)
+        self._large_run, self._small_run = _options_of_a_large_run(device), ort.RunOptions()
+        self.run_options = self._large_run, self._small_run
+        """Of all runs: setting their ``terminate`` ends one at its next node."""
         spec = _spec(bundle.manifest, name)
         self.inputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in spec.inputs}
         self._outputs = {tensor.name: tensor for tensor in spec.outputs}
@@ -104,7 +106,7 @@ class Graph:
     def run_bound(self, binding: ort.IOBinding, large: bool) -> None:
         """Run; after a ``large`` run memory that it alone needed is given back."""
         with explained(self.name):
-            self._session.run_with_iobinding(binding, self._large_run if large else None)
+            self._session.run_with_iobinding(binding, self._large_run if large else self._small_run)
 
     def _allocate(self, name: str, shape: tuple[int, ...]) -> ort.OrtValue:
         dtype = np.dtype(self._outputs[name].dtype).type
