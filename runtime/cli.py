@@ -8,14 +8,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
+from fusion_edge.commands import signals
 from fusion_edge.runtime.errors import FusionError
 
 UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command; the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
+    """Run a command; the exit code: 0, 1 for a failure, 2 for wrong usage, 128 and the number of a signal that ended it.
 
     A user's mistake is one line on standard error, never a traceback.
     """
@@ -25,14 +27,14 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = command(arguments)
-        sys.stdout.flush()
-        return code
+        with signals.raising():
+            code = command(arguments)
+            sys.stdout.flush()
+            return code
     except FusionError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    except (KeyboardInterrupt, signals.Terminated) as ended:
+        return signals.tell(ended)
     except BrokenPipeError:
         # The reader went away (``| head``): nothing is left to say, also at interpreter exit.
         _discard_output()
@@ -47,7 +49,8 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
 
 
 def _fail(message: str, code: int = 1) -> int:
-    sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
+    with suppress(OSError):  # whoever read it may be gone
+        sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
     return code
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_edge.commands import signals
 from fusion_edge.runtime import cli
 from fusion_edge.runtime.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.errors import FusionError, UsageError
@@ -114,7 +115,7 @@ def _say(conversation: Conversation, question: str, sampling: Sampling, query_le
 
 
 def _interactive(say: Callable[[str], None]) -> int:
-    """Questions from standard input, one a line, until its end; a refused question does not end it."""
+    """Questions from standard input, one a line, until its end; a refused question or Ctrl-C in an answer does not end it."""
     if isinstance(sys.stdin, io.TextIOWrapper):  # as arguments are decoded: wrong bytes are told by the question
         sys.stdin.reconfigure(errors="surrogateescape")
     terminal = sys.stdin.isatty()
@@ -133,6 +134,11 @@ def _interactive(say: Callable[[str], None]) -> int:
             if not terminal:
                 raise
             sys.stderr.write(f"error: {error}\n")
+        except KeyboardInterrupt:  # ends the answer; at the prompt it would end the command
+            if not terminal:
+                raise
+            signals.rearm()
+            sys.stderr.write("\n")
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:

@@ -31,8 +31,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            self._show("")
 
     def extend(self, count: int) -> None:
         """Count ``count`` more as to be done."""
@@ -51,5 +50,11 @@ class Progress:
             left = elapsed * (self.total - self.done) / max(self.done, 1)
             share, rate = self.done / max(self.total, 1), self.done / 1e6 / elapsed
             speed = "" if self.unit is None else f" {rate:.0f} {self.unit}/s,"
-            sys.stderr.write(f"\r\x1b[K{self.label}: {share:4.0%},{speed} {left:.0f} s left")
+            self._show(f"{self.label}: {share:4.0%},{speed} {left:.0f} s left")
+
+    def _show(self, line: str) -> None:
+        try:
+            sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
+        except OSError:  # the terminal was closed; the work goes on
+            self._terminal = False

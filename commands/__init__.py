@@ -1,0 +1,1 @@
+"""Entry points of the commands, and the signals that end them. It imports nothing heavy."""
