@@ -16,6 +16,7 @@ from fusion_edge.runtime import bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import QuantizationReport
+from fusion_edge.runtime.resources import usable_processors
 
 if TYPE_CHECKING:
     from fusion_edge.quant.calibration.run import Calibrated  # needs torch; calibrated weights come with it
@@ -49,7 +50,10 @@ def write_bundle(
             (folder / bundle.QUANTIZATION).write_bytes(report.to_bytes())
             names.append(bundle.QUANTIZATION)
         sizes = {name: (folder / name).stat().st_size for name in names}
-        with Progress("Checksums", sum(sizes.values())) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (
+            Progress("Checksums", sum(sizes.values())) as progress,
+            ThreadPoolExecutor(usable_processors()) as pool,
+        ):
             digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
             entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
         manifest = plan.manifest(entries)

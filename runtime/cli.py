@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from fusion_edge.commands import signals
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.resources import not_enough_memory
 
 UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -40,7 +41,7 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
         _discard_output()
         return 0
     except MemoryError:
-        return _fail("There is not enough memory; close other programs, or export a smaller bundle.")
+        return _fail(f"{not_enough_memory('go on')}; close other programs, or export a smaller bundle.")
     except OSError as error:
         if error.filename is None:  # perhaps from standard output, whose rest would fail again at interpreter exit
             _discard_output()

@@ -30,6 +30,7 @@ from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images import cut_crops, load_image, normalize
 from fusion_edge.runtime.prompts import TEMPLATES, Prompt, Turn, encode_prompt
+from fusion_edge.runtime.resources import check_threads
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.text_stream import TextStream
 
@@ -373,12 +374,14 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
     """Load a bundle on a device: ``cuda``, ``cpu``, or ``auto`` for the best that the machine has for this bundle.
 
     ``Fusion.device`` tells which ``auto`` took, and why not the better ones; a device asked for by name is taken or
-    refused. ``threads`` of None takes every core that this process may use. Raises :class:`UsageError` for an
-    argument that is none of these, :class:`FusionError` for a device that the machine lacks, and for a bundle that is
-    damaged, of a newer schema, or does not load on the device.
+    refused. ``threads`` of None takes every processor that this process may use; more are refused. Raises
+    :class:`UsageError` for an argument that is none of these, :class:`FusionError` for a device that the machine lacks,
+    and for a bundle that is damaged, of a newer schema, or does not load on the device.
     """
     if threads is not None and not (isinstance(threads, int) and threads >= 1):
         raise UsageError(f"threads is {threads!r}; expected an integer from 1, or None.")
+    if threads is not None:
+        check_threads(threads)
     if not isinstance(folder, str | os.PathLike):
         raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
     bundle = open_bundle(os.fspath(folder))

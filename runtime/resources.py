@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-import resource
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from fusion_edge.commands.limits import address_space
 from fusion_edge.runtime.cuda import available_memory as available_to_all
 from fusion_edge.runtime.errors import UsageError
 
 ROOT = Path("/")
 MOUNT = Path("sys/fs/cgroup")
+OUT_OF_MEMORY = re.compile(
+    "bad_alloc|failed to allocate|cannot allocate memory|unable to allocate|out of memory|failed to map|pthread_create",
+    re.IGNORECASE,
+)
 
 
 def usable_processors(root: Path = ROOT) -> int:
@@ -40,25 +45,32 @@ def check_threads(threads: int, name: str = "threads") -> None:
 
 def available_memory(root: Path = ROOT) -> int:
     """Bytes that this process can still get, by what the kernel, its cgroups and its own limits (``ulimit``) say."""
-    counts = [available_to_all(_text(root / "proc/meminfo"))]
+    counts = [available_to_all(info)] if (info := _text(root / "proc/meminfo")) else []
     for folder in _cgroups("memory", root):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             words = _words(folder / limit) + _words(folder / usage)
             if len(words) == 2 and words[0].isdigit():  # "max" is no limit
                 counts.append(int(words[0]) - int(words[1]) + _page_cache(folder))
-    status = dict(line.split(":", 1) for line in _text(root / "proc/self/status").splitlines())
-    for kind, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        limit_bytes, _ = resource.getrlimit(kind)
-        if limit_bytes != resource.RLIM_INFINITY:
-            counts.append(limit_bytes - 1024 * int(status[field].split()[0]))
-    return max(0, min(counts))
+    if (left := address_space()) is not None:
+        counts.append(left)
+    return max(0, min(counts, default=0))
 
 
-def memory_ran_out(task: str, needed: int | None = None) -> str:
-    """The start of a sentence: memory ran out in a task such as ``loading FILE``; ``needed``: its bytes, if known."""
-    there = f"{_megabytes(available_memory())} are available"
-    amounts = there if needed is None else f"{_megabytes(needed)} are needed, {there}"
-    return f"Memory ran out while {task} ({amounts})"
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, by an error's type or what a library says; threads need memory for their stacks."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def not_enough_memory(task: str, needed: int | None = None, on_host: bool = True) -> str:
+    """The start of a sentence: there is not enough for a task such as ``load FILE``, and how much there is.
+
+    ``needed``: its bytes, if known; ``on_host``: whether it is this machine's memory, not a GPU's own.
+    """
+    amounts = [] if needed is None else [f"{_megabytes(needed)} are needed"]
+    if on_host:
+        amounts.append(f"{_megabytes(available_memory())} are available")
+    told = f" ({', '.join(amounts)})" if amounts else ""
+    return f"There is not enough memory to {task}{told}"
 
 
 def _megabytes(count: int) -> str:
