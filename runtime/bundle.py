@@ -59,21 +59,20 @@ class EmbeddingTable:
     def parts(self, rows: int, columns: int) -> tuple[TablePart, ...]:
         """Values, then scales if there are any. Raises ``ValueError`` for a kind or group size that there is not."""
         if self.kind in FLOATS and self.group_size == 0:
-            return (TablePart(EMBEDDINGS, FLOATS[self.kind], self.values_offset, (rows, columns)),)
+            return (TablePart(FLOATS[self.kind], self.values_offset, (rows, columns)),)
         if self.kind == "int8" and self.group_size > 0:
             groups = -(-columns // self.group_size)
             return (
-                TablePart(EMBEDDINGS, "uint8", self.values_offset, (rows, groups, self.group_size)),
-                TablePart(EMBEDDINGS, "float16", self.scales_offset, (rows, groups)),
+                TablePart("uint8", self.values_offset, (rows, groups, self.group_size)),
+                TablePart("float16", self.scales_offset, (rows, groups)),
             )
         raise ValueError(f"embedding is of the kind {self.kind[:40]!r} with groups of {self.group_size}")
 
 
 @dataclass(frozen=True)
 class TablePart:
-    """An array in a file; ``dtype`` is numpy's name of it, ``offset`` in bytes."""
+    """An array in ``embeddings.data``; ``dtype`` is numpy's name of it, ``offset`` in bytes."""
 
-    file: str
     dtype: str
     offset: int
     shape: tuple[int, ...]
@@ -191,6 +190,8 @@ def _read_manifest(folder: Path) -> Manifest:
     remedy = "Pass the folder that fusion-export wrote."
     if not os.path.isdir(folder):
         raise FusionError(f"{folder} is not a folder; expected a bundle. {remedy}")
+    if os.fsencode(folder) != str(folder).encode("utf-8", "replace"):
+        raise FusionError(f"{folder} is not a path in UTF-8, as the libraries that read bundles need; rename it.")
     try:
         data = read_json(path)
     except FileNotFoundError:
@@ -209,7 +210,7 @@ def _read_manifest(folder: Path) -> Manifest:
         manifest = from_json(Manifest, data)
         if manifest.schema_version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {manifest.schema_version}")
-        check_values(manifest)
+        check_values(manifest, EMBEDDINGS)
     except (ValueError, RecursionError) as error:
         raise FusionError(
             f"{path} does not follow bundle schema {SCHEMA_VERSION} ({error}); export the bundle again."

@@ -89,7 +89,7 @@ def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:
     path = bundle.path(QUANTIZATION)
     try:
         report = QuantizationReport.read(path)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FusionError(f"{path} is no quantization report ({error}); export the bundle again.") from None
     methods = Counter(linear.method for linear in report.linears)
     fitted = ", ".join(f"{count} by {method}" for method, count in methods.items())

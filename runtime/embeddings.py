@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.runtime.bundle import Bundle
+from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory
 
 ZERO_POINT = 128  # of int8 tables (quant/packing.py)
 
@@ -15,13 +16,20 @@ class Embeddings:
     """LLM input embeddings by token id."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Maps ``embeddings.data``; reads no row yet."""
+        """Maps ``embeddings.data``; reads no row yet. Raises :class:`FusionError` if memory has no room for that."""
         language = bundle.manifest.model.language
         self._columns = language.hidden_size
-        self._values, *scales = (
-            np.memmap(bundle.path(part.file), part.dtype, "r", part.offset, part.shape)
-            for part in bundle.manifest.embedding.parts(language.vocab_size, language.hidden_size)
-        )
+        path = bundle.path(EMBEDDINGS)
+        try:
+            self._values, *scales = (
+                np.memmap(path, part.dtype, "r", part.offset, part.shape)
+                for part in bundle.manifest.embedding.parts(language.vocab_size, language.hidden_size)
+            )
+        except (OSError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = not_enough_memory(f"map {path}", bundle.manifest.size)
+            raise FusionError(f"{told}; close other programs, or export a smaller bundle.") from None
         self._scales = scales[0] if scales else None
 
     def __call__(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

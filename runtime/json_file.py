@@ -18,12 +18,15 @@ def read_json(path: Path) -> Any:
     larger than :data:`LARGEST`, or has an object with two values of one name, of which readers take one or the other.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
-    with open(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is no regular file")
-        if os.fstat(descriptor).st_size > LARGEST:
+        if status.st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST} bytes")
-        content = file.read(LARGEST)
+        content = os.read(descriptor, LARGEST)
+    finally:
+        os.close(descriptor)
     return json.loads(content.decode("utf-8"), object_pairs_hook=_object)
 
 

@@ -17,7 +17,6 @@ from fusion_edge.runtime.config import (
     AlignmentConfig,
     FusionConfig,
     LanguageConfig,
-    side,
 )
 from fusion_edge.runtime.graphs import graph_specs
 from fusion_edge.runtime.prompts import TEMPLATES
@@ -31,8 +30,8 @@ CACHES = (*ACTIVATIONS, "int8")
 ACCURACY_LEVELS = range(5)
 
 
-def check_values(manifest: Manifest) -> None:
-    """Raise ``ValueError``, a part of a sentence that names the value and what it is to be."""
+def check_values(manifest: Manifest, table: str) -> None:
+    """Raise ``ValueError``, a part of a sentence that names the value; ``table``: the token table's file."""
     model = manifest.model
     _one_of("activations", manifest.activations, ACTIVATIONS)
     _one_of("cache", manifest.cache, CACHES)
@@ -46,7 +45,7 @@ def check_values(manifest: Manifest) -> None:
     if model.language.layers > len(manifest.weights):
         raise ValueError(f"model.language.layers is {model.language.layers}, more than there are weights")
     _check_files(manifest)
-    _check_table(manifest)
+    _check_table(manifest, table)
     specs = {spec.name: spec for spec in graph_specs(model, manifest.target, manifest.activations, manifest.cache)}
     for name in specs.keys() | manifest.graphs.keys():
         if name not in specs or manifest.graphs.get(name) != specs[name].to_json():
@@ -97,7 +96,8 @@ def _check_alignment(alignment: AlignmentConfig, decoder_layers: int) -> None:
         raise ValueError(f"model.alignment has an interaction layer after LLM layer {last}, and there is none")
     for length in alignment.query_lengths:
         _in_range("model.alignment.query_lengths", length, 1)
-        side(length)
+        if math.isqrt(length) ** 2 != length:
+            raise ValueError(f"model.alignment.query_lengths has {length}, not a square number")
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -114,16 +114,14 @@ def _check_files(manifest: Manifest) -> None:
             raise ValueError(f"files[{number}].sha256 is {entry.sha256[:80]!r}, not 64 hexadecimal digits")
 
 
-def _check_table(manifest: Manifest) -> None:
+def _check_table(manifest: Manifest, table: str) -> None:
     """The token table is inside of its file, if that is listed."""
     language = manifest.model.language
-    sizes = {entry.path: entry.size for entry in manifest.files}
+    size = next((entry.size for entry in manifest.files if entry.path == table), None)
     for part in manifest.embedding.parts(language.vocab_size, language.hidden_size):
         end = part.offset + math.prod(part.shape) * np.dtype(part.dtype).itemsize
-        if part.offset < 0 or end > sizes.get(part.file, end):
-            raise ValueError(
-                f"embedding is at bytes {part.offset} to {end} of {part.file}, which has {sizes.get(part.file)}"
-            )
+        if part.offset < 0 or (size is not None and end > size):
+            raise ValueError(f"embedding is at bytes {part.offset} to {end} of its file, which has {size}"[:200])
 
 
 def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:

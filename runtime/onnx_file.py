@@ -166,7 +166,7 @@ def _parts(message: bytes, kind: str, known: Mapping[int, str]) -> list[tuple[st
     try:
         return [(known[number], value) for number, value in fields(message)]
     except KeyError as error:
-        raise ValueError(f"it has a {kind} with field {error}") from None
+        raise ValueError(f"it has field {error} in its message {kind}") from None
 
 
 def _single(message: bytes, kind: str, known: Mapping[int, str]) -> dict[str, int | bytes]:
