@@ -39,7 +39,8 @@ def find_onnxruntime(extra: str = "cpu") -> ModuleType:
         oldest = ".".join(map(str, OLDEST))
         raise DeviceError(f"ONNX Runtime {version} is too old, {oldest} or newer is needed; {install_anew(extra)}.")
     onnxruntime.set_default_logger_severity(FATAL)
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module
 
 
 def install_anew(extra: str) -> str:

@@ -17,6 +17,11 @@ from fusion_edge.runtime import cli_info
 from fusion_edge.runtime.errors import DeviceError
 from fusion_edge.runtime.onnxruntime_library import OLDEST, find_onnxruntime
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PICTURE = DEMO_CHECKPOINT.parent / "picture.png"
 RUN = "import sys; from fusion_edge.commands.main import run; sys.exit(run())"
 
@@ -39,13 +44,22 @@ def answers(done: subprocess.CompletedProcess[bytes]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", [b"with spaces ", "Gr\u00fc\u00dfe \u4e2d\u6587".encode(), b"not\xffutf-8\xfe", b"a#b%20c?d&e", b"-", b"'\"$(x)", b"n\nl"]
+    "name", [b"with spaces ", "Gr\u00fc\u00dfe \u4e2d\u6587".encode(), b"a#b%20c?d&e", b"-", b"'\"$(x)", b"n\nl"]
 )
 def test_a_bundle_by_any_name(demo: Path, tmp_path: Path, name: bytes) -> None:
     folder = os.path.join(os.fsencode(tmp_path), name)
     shutil.copytree(os.fsencode(demo), folder)
     assert answers(ask(folder))
     assert cli_info.main([os.fsdecode(folder)]) == 0
+
+
+def test_a_path_that_is_not_utf_8(demo: Path, tmp_path: Path) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), b"not\xffutf-8\xfe")
+    shutil.copytree(os.fsencode(demo), folder)
+    done = ask(folder)
+    assert done.returncode == 1
+    assert b"is not a path in UTF-8" in done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_a_very_long_path(demo: Path, tmp_path: Path) -> None:
