@@ -14,7 +14,7 @@ from fusion_edge.runtime.errors import UsageError
 ROOT = Path("/")
 MOUNT = Path("sys/fs/cgroup")
 OUT_OF_MEMORY = re.compile(
-    "bad_alloc|failed to allocate|cannot allocate memory|unable to allocate|out of memory|failed to map|pthread_create",
+    "bad_alloc|allocate memory|(failed|unable) to allocate|out of memory|failed to map|pthread_create",
     re.IGNORECASE,
 )
 
@@ -38,8 +38,8 @@ def check_threads(threads: int, name: str = "threads") -> None:
     """Raise :class:`UsageError` for more threads than processors: they would only wait for each other."""
     if threads > (usable := usable_processors()):
         raise UsageError(
-            f"{name} is {threads}, and this process may use {usable} of the machine's processors (its affinity and "
-            f"CPU quota count); choose 1 to {usable}."
+            f"{name} {threads} is more than the {usable} processors that this process may use (affinity and CPU quota "
+            f"count); choose 1 to {usable}."
         )
 
 

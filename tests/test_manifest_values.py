@@ -212,6 +212,12 @@ def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
         read_json(copy / MANIFEST)
 
 
+def test_a_terminal_is_told_nothing_else(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(copy, ("source",), "x\x1b[2Jy\nz\ud800")
+    assert cli_info.main([str(copy)]) == 0
+    assert "x\\x1b[2Jy\\nz\\ud800\n" in capsys.readouterr().out
+
+
 # Links of the hub's cache -----------------------------------------------------------------------------------
 
 
