@@ -36,6 +36,7 @@ from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error
 from fusion_edge.runtime.bundle import TOKENIZER
 from fusion_edge.runtime.cli import numbers, output_file, positive, run
 from fusion_edge.runtime.output_file import write_whole
+from fusion_edge.runtime.resources import usable_processors
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "GPTQModel": {},
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--group-size", type=numbers, default=(64, 128), metavar="N[,N...]", help="default: 64 and 128")
     add("--every", type=positive, default=6, metavar="N", help="LLM layers: 0, N, 2 N, ... (default: %(default)s)")
     add("--samples", type=positive, default=16, help="calibrating (default: %(default)s)")
-    add("--threads", type=positive, default=2, help="threads of torch (default: %(default)s)")
+    add("--threads", type=positive, default=usable_processors(), help="threads of torch (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write the result here, too")
     return run(_main, parser.parse_args(arguments))
 

@@ -27,6 +27,7 @@ from fusion_edge.quant.calibration.run import Run
 from fusion_edge.quant.calibration.samples import Sample, Samples
 from fusion_edge.runtime.cli import positive, run
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.resources import usable_processors
 
 QUESTION = "What is in front of the camera, and how far away is it?"
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--held-out", type=positive, default=16, help="further ones (default: %(default)s)")
     add("--query-len", type=positive, default=144, help="latents (default: %(default)s)")
     add("--device", choices=DEVICES, default="cpu", help="where to calibrate (default: %(default)s)")
-    add("--threads", type=positive, default=2, help="threads of torch (default: %(default)s)")
+    add("--threads", type=positive, default=usable_processors(), help="threads of torch (default: %(default)s)")
     return run(_main, parser.parse_args(arguments))
 
 

@@ -36,6 +36,7 @@ from fusion_edge.runtime.cli import numbers, output_file, positive, run
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.prompts import TEMPLATES, encode_prompt
+from fusion_edge.runtime.resources import usable_processors
 
 Integers = npt.NDArray[np.int64]
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--window", type=positive, default=1024, help="tokens that are seen together (default: %(default)s)")
     add("--calibrating", type=positive, default=16, help="windows to calibrate with (default: %(default)s)")
     add("--evaluated", type=positive, default=20, help="windows to evaluate (default: %(default)s)")
-    add("--threads", type=positive, default=2, help="of ONNX Runtime (default: %(default)s)")
+    add("--threads", type=positive, default=usable_processors(), help="of ONNX Runtime (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write the result here, too")
     return run(_main, parser.parse_args(arguments))
 

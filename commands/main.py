@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
-from fusion_edge.commands import signals
+from fusion_edge.commands import limits, signals
 
 
 def export() -> int:
@@ -34,6 +35,9 @@ def bench() -> int:
 
 def _run(module: str) -> int:
     signals.leave_at_once()
+    if reason := limits.too_little():
+        sys.stderr.write(f"error: {reason}\n")
+        return 1
     command = import_module(module)
     try:
         code: int = command.main()

@@ -22,6 +22,7 @@ from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import QuantizationReport
+from fusion_edge.runtime.resources import usable_processors
 
 if TYPE_CHECKING:
     from fusion_edge.quant.calibration.run import Calibrated  # needs torch; calibrated weights come with it
@@ -54,7 +55,7 @@ def write_bundle(
             write_file(folder / bundle.QUANTIZATION, report.to_bytes())
             names.append(bundle.QUANTIZATION)
         sizes = {name: (folder / name).stat().st_size for name in names}
-        with Progress("Checksums", sum(sizes.values())) as progress, worker_pool(os.cpu_count(), progress) as pool:
+        with Progress("Checksums", sum(sizes.values())) as progress, worker_pool(usable_processors(), progress) as pool:
             digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
             entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
         manifest = plan.manifest(entries)

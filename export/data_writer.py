@@ -1,4 +1,4 @@
-"""Filling the data files of a bundle: weights stream through in blocks of rows, on every core."""
+"""Filling the data files of a bundle: weights stream through in blocks of rows, on every processor."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from fusion_edge.quant.dequantize_linear import to_dequantize_linear
 from fusion_edge.quant.packing import Packed, check_range, dequantize, quantize
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import TAKEN_OVER, LinearReport, QuantizationReport, sqnr
+from fusion_edge.runtime.resources import usable_processors
 
 if TYPE_CHECKING:
     from fusion_edge.quant.calibration.run import Calibrated  # needs torch, and so do calibrated weights
@@ -71,7 +72,7 @@ class DataWriter:
             groups = _by_parameter(file, self._weights.parameters)
             blocks = [(name, start, stop) for name in groups for start, stop in self._blocks(name)]
             rounded = {name: _Rounded() for name in groups}
-            with worker_pool(os.cpu_count(), self._progress) as pool:
+            with worker_pool(usable_processors(), self._progress) as pool:
                 parts = pool.map(lambda block: self._write_block(descriptor, groups[block[0]], *block), blocks)
                 for (name, _, _), part in zip(blocks, parts, strict=True):
                     total = rounded[name]

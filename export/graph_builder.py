@@ -15,8 +15,7 @@ from fusion_edge.kernels import onnx_functions
 from fusion_edge.kernels.cpu_functions import MICROSOFT
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.graphs import GraphSpec, TensorSpec
-
-PAGE = 4096  # offsets in data files are multiples of a page, so that runtimes can map them into memory
+from fusion_edge.runtime.onnx_file import PAGE
 
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,

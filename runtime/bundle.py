@@ -1,6 +1,6 @@
 """The bundle: a folder whose ``bundle.json`` lists everything in it. Its schema is defined here and nowhere else.
 
-Nothing is read that the manifest does not list, nothing outside the folder.
+Nothing is read that the manifest does not list, nothing outside the folder but what a hub's cache links to.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fusion_edge.runtime.config import IMAGE_SIZE, MINIMUM_QUESTION, FusionConfig
+from fusion_edge.runtime.config import MINIMUM_QUESTION, FusionConfig
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.graphs import graph_specs
-from fusion_edge.runtime.prompts import TEMPLATES
+from fusion_edge.runtime.json_file import read_json
+from fusion_edge.runtime.manifest_values import check_values
+from fusion_edge.runtime.onnx_file import check_graph
 from fusion_edge.runtime.schema import from_json
 
 SCHEMA_VERSION = 1
@@ -27,7 +28,11 @@ TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.data"
 QUANTIZATION = "quantization.json"
 CHUNK_BYTES = 1 << 20
+SNAPSHOTS, BLOBS = "snapshots", "blobs"
+"""Folders of a repository in the hub's cache (https://huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
 AGAIN = "Copy or export the bundle again."
+FLOATS = {"fp16": "float16", "fp32": "float32"}
+"""numpy's names of the token table's types that are not quantized."""
 ALWAYS_VERIFIED_BYTES = 64 << 20  # below this a file's checksum is checked whenever a bundle is opened
 
 
@@ -50,6 +55,27 @@ class EmbeddingTable:
     """Columns that share a scale; 0 for floats."""
     values_offset: int
     scales_offset: int
+
+    def parts(self, rows: int, columns: int) -> tuple[TablePart, ...]:
+        """Values, then scales if there are any. Raises ``ValueError`` for a kind or group size that there is not."""
+        if self.kind in FLOATS and self.group_size == 0:
+            return (TablePart(FLOATS[self.kind], self.values_offset, (rows, columns)),)
+        if self.kind == "int8" and self.group_size > 0:
+            groups = -(-columns // self.group_size)
+            return (
+                TablePart("uint8", self.values_offset, (rows, groups, self.group_size)),
+                TablePart("float16", self.scales_offset, (rows, groups)),
+            )
+        raise ValueError(f"embedding is of the kind {self.kind[:40]!r} with groups of {self.group_size}")
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """An array in ``embeddings.data``; ``dtype`` is numpy's name of it, ``offset`` in bytes."""
+
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +139,7 @@ class Bundle:
 
 
 def open_bundle(folder: str | Path) -> Bundle:
-    """Read and check a bundle: its manifest, the presence and size of every file, checksums of small ones.
+    """Read and check a bundle: its manifest, the presence and size of every file, checksums of small ones, its graphs.
 
     Raises :class:`FusionError` naming what is wrong and what to do.
     """
@@ -123,7 +149,9 @@ def open_bundle(folder: str | Path) -> Bundle:
         check_file(folder, entry, MANIFEST, AGAIN)
         if entry.size <= ALWAYS_VERIFIED_BYTES:
             check_digest(folder, entry, MANIFEST, AGAIN)
-    return Bundle(folder, manifest)
+    bundle = Bundle(folder, manifest)
+    _check_graphs(bundle)
+    return bundle
 
 
 def verify(bundle: Bundle, advance: Callable[[int], None] = lambda _: None) -> None:
@@ -162,59 +190,55 @@ def _read_manifest(folder: Path) -> Manifest:
     remedy = "Pass the folder that fusion-export wrote."
     if not os.path.isdir(folder):
         raise FusionError(f"{folder} is not a folder; expected a bundle. {remedy}")
+    if os.fsencode(folder) != str(folder).encode("utf-8", "replace"):
+        raise FusionError(f"{folder} is not a path in UTF-8, as the libraries that read bundles need; rename it.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
+        if snapshot := next((folder / SNAPSHOTS).glob(f"*/{MANIFEST}"), None):
+            remedy = f"It is a repository in the hub's cache: pass its snapshot {snapshot.parent}."
         raise FusionError(f"{folder} is not a bundle: it has no {MANIFEST}. {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise FusionError(f"{path} cannot be read ({error}); export the bundle again.") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise FusionError(
-            f"{folder} has bundle schema {version}, newer than {SCHEMA_VERSION}, which this fusion-edge reads; "
-            "upgrade fusion-edge (pip install --upgrade fusion-edge)."
+            f"{folder} has bundle schema {str(version)[:40]}, newer than {SCHEMA_VERSION}, which this fusion-edge "
+            "reads; upgrade fusion-edge (pip install --upgrade fusion-edge)."
         )
     try:
         manifest = from_json(Manifest, data)
-        _check_values(manifest)
-    except ValueError as error:
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {manifest.schema_version}")
+        check_values(manifest, EMBEDDINGS)
+    except (ValueError, RecursionError) as error:
         raise FusionError(
             f"{path} does not follow bundle schema {SCHEMA_VERSION} ({error}); export the bundle again."
         ) from None
     return manifest
 
 
-def _check_values(manifest: Manifest) -> None:
-    """Raise ``ValueError`` for values of the right types that contradict each other."""
-    model, vision = manifest.model, manifest.model.vision
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise ValueError(f"schema_version is {manifest.schema_version}")
-    if model.template not in TEMPLATES:
-        raise ValueError(f"model.template is {model.template!r}, not {' or '.join(TEMPLATES)}")
-    if not 1 <= vision.patch_size <= IMAGE_SIZE:
-        raise ValueError(f"model.vision.patch_size is {vision.patch_size}")
-    if not 1 <= manifest.image_side <= vision.grid:
-        raise ValueError(f"image_side is {manifest.image_side}, the vision grid's is {vision.grid}")
-    if not 1 <= manifest.max_context <= model.max_length:
-        raise ValueError(f"max_context is {manifest.max_context}, the model's max_length is {model.max_length}")
-    if not manifest.query_lengths or not set(manifest.query_lengths) <= set(model.alignment.query_lengths):
-        raise ValueError(f"query_lengths are {list(manifest.query_lengths)}, not among the model's")
-    if model.language.layers > len(manifest.weights):
-        raise ValueError(f"model.language.layers is {model.language.layers}, more than there are weights")
-    for spec in graph_specs(model, manifest.target, manifest.activations, manifest.cache):
-        if manifest.graphs.get(spec.name) != spec.to_json():
-            raise ValueError(f"graphs.{spec.name} is not what the model's sizes ask for")
+def _check_graphs(bundle: Bundle) -> None:
+    """Raise :class:`FusionError` for a graph that asks for more than fusion-export's do (``onnx_file.py``)."""
+    sizes = {entry.path: entry.size for entry in bundle.manifest.files}
+    for name in bundle.manifest.graphs:
+        graph, data = graph_file(name), data_file(name)
+        if graph not in sizes or data not in sizes:
+            continue  # which is an error where the graph is used
+        path = bundle.folder / graph
+        try:
+            check_graph(path, data, sizes[data])
+        except (OSError, ValueError) as error:
+            raise FusionError(
+                f"{path} is not a graph that fusion-export wrote: {error}; do not use it, export the bundle again."
+            ) from None
 
 
 def check_file(folder: Path, entry: FileEntry, listed_in: str, remedy: str) -> None:
-    """Raise :class:`FusionError` unless a listed file is inside ``folder`` and of its size."""
+    """Raise :class:`FusionError` unless a listed file is inside ``folder``, or its hub cache, and of its size."""
     relative = PurePosixPath(entry.path)
     path = folder / relative
-    try:
-        inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that no file can have
-        inside = False
-    if relative.is_absolute() or ".." in relative.parts or not inside:
+    if relative.is_absolute() or ".." in relative.parts or not _is_inside(path, folder):
         raise FusionError(
             f"{folder / listed_in} lists {entry.path!r}, which leads outside its folder; do not use it."
         )
@@ -222,6 +246,20 @@ def check_file(folder: Path, entry: FileEntry, listed_in: str, remedy: str) -> N
         raise FusionError(f"{path} is missing though {listed_in} lists it. {remedy}")
     if (size := path.stat().st_size) != entry.size:
         raise FusionError(f"{path} has {size} bytes; {listed_in} says {entry.size}. {remedy}")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path leads into a folder, or is a link of the hub's cache.
+
+    There ``snapshots/REVISION/NAME`` links to ``blobs/SHA`` of the same repository, whatever the size of the file. What
+    protects it there is what protects it in any folder: its size and checksum in the manifest.
+    """
+    try:
+        file, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that no file can have
+        return False
+    caches = (around.parent / BLOBS for around in root.parents if around.name == SNAPSHOTS)
+    return file.is_relative_to(root) or any(file.is_relative_to(cache) for cache in caches)
 
 
 def check_digest(

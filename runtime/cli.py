@@ -15,6 +15,7 @@ from pathlib import Path
 from fusion_edge.commands import signals
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.output_file import check_output_file
+from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory
 
 UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -44,9 +45,9 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
         # The reader went away (``| head``): nothing is left to say, also at interpreter exit.
         _discard_output()
         return 0
-    except MemoryError:
-        return _fail("There is not enough memory; close other programs, or export a smaller bundle.")
-    except OSError as error:
+    except (MemoryError, OSError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            return _fail(f"{not_enough_memory('go on')}; close other programs, or export a smaller bundle.")
         if error.filename is None:  # perhaps from standard output, whose rest would fail again at interpreter exit
             _discard_output()
         name = error.filename or "a file or standard output"

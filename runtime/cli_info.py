@@ -61,7 +61,12 @@ def _text(bundle: Bundle) -> str:
         *_engine_rows(bundle),
     ]
     width = max(len(name) for name, _ in rows)
-    return "".join(f"{name.ljust(width)}  {value}\n" for name, value in rows)
+    return "".join(f"{_shown(name.ljust(width))}  {_shown(value)}\n" for name, value in rows)
+
+
+def _shown(text: str) -> str:
+    """Text of a manifest without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -89,7 +94,7 @@ def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:
     path = bundle.path(QUANTIZATION)
     try:
         report = QuantizationReport.read(path)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FusionError(f"{path} is no quantization report ({error}); export the bundle again.") from None
     methods = Counter(linear.method for linear in report.linears)
     fitted = ", ".join(f"{count} by {method}" for method, count in methods.items())

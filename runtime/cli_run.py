@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="let questions and history spell control tokens such as <|end|>; without it such spellings are text",
     )
     add("--device", choices=(AUTO, *NAMES), default=AUTO, help="default: the best that is there for the bundle")
-    add("--threads", type=cli.positive, metavar="N", help="default: every core that this process may use")
+    add("--threads", type=cli.positive, metavar="N", help="default: every processor that this process may use")
     add("--json", action="store_true", help="print one JSON object with every answer")
     add("--verbose", action="store_true", help="say on standard error which device is taken, and why no better one")
     return parser

@@ -6,13 +6,13 @@ import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 
 from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.bundle import Bundle
 from fusion_edge.runtime.cuda import open_cuda
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
+from fusion_edge.runtime.onnxruntime_library import find_onnxruntime, install_anew, is_installed
 from fusion_edge.runtime.tensorrt_library import LIBRARIES, find_library
 
 AUTO = "auto"
@@ -120,35 +120,18 @@ def _no_nvidia_gpu() -> str | None:
 
 def _no_onnxruntime(extra: str) -> str | None:
     try:
-        from onnxruntime import InferenceSession  # noqa: F401 (where one of two wheels was removed, this is missing)
-    except ModuleNotFoundError:
-        return f"ONNX Runtime is not installed; pip install 'fusion-edge[{extra}]'."
-    except ImportError as error:
-        return f"ONNX Runtime cannot be imported ({error}); {_install_anew(extra)}."
+        find_onnxruntime(extra)
+    except DeviceError as error:
+        return str(error)
     return None
 
 
 def _no_cuda_provider() -> str | None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if "CUDAExecutionProvider" in find_onnxruntime("cuda").get_available_providers():
         return None
-    is_hidden = _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu")
+    is_hidden = is_installed("onnxruntime") and is_installed("onnxruntime-gpu")
     fault = "hides onnxruntime-gpu, whose files it replaced" if is_hidden else "has no CUDA provider"
-    return f"The onnxruntime that is installed {fault}; {_install_anew('cuda')}."
-
-
-def _install_anew(extra: str) -> str:
-    """Both wheels hold the module ``onnxruntime``: one over the other breaks it, and so does removing one of two."""
-    return f"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{extra}]'"
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return f"The onnxruntime that is installed {fault}; {install_anew('cuda')}."
 
 
 def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backend:

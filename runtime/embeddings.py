@@ -2,63 +2,46 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory
 
 ZERO_POINT = 128  # of int8 tables (quant/packing.py)
-FLOATS = {"fp16": "float16", "fp32": "float32"}
 
 
 class Embeddings:
     """LLM input embeddings by token id."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Maps ``embeddings.data``; reads no row yet. Raises :class:`FusionError` if the table is not in it."""
-        language, table = bundle.manifest.model.language, bundle.manifest.embedding
-        rows, columns = language.vocab_size, language.hidden_size
+        """Maps ``embeddings.data``; reads no row yet. Raises :class:`FusionError` if memory has no room for that."""
+        language = bundle.manifest.model.language
+        self._columns = language.hidden_size
         path = bundle.path(EMBEDDINGS)
-        self._columns = columns
-        self._scales: npt.NDArray[np.float16] | None = None
-        if table.group_size == 0 and table.kind in FLOATS:
-            self._values = _map(path, FLOATS[table.kind], table.values_offset, (rows, columns))
-        elif table.group_size > 0 and table.kind == "int8":
-            groups = -(-columns // table.group_size)
-            self._values = _map(path, "uint8", table.values_offset, (rows, groups, table.group_size))
-            self._scales = _map(path, "float16", table.scales_offset, (rows, groups))
-        else:
-            raise FusionError(
-                f"The bundle's embedding table is of the unknown kind {table.kind!r} with groups of "
-                f"{table.group_size}; export the bundle again."
+        try:
+            self._values, *scales = (
+                np.memmap(path, part.dtype, "r", part.offset, part.shape)
+                for part in bundle.manifest.embedding.parts(language.vocab_size, language.hidden_size)
             )
+        except (OSError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = not_enough_memory(f"map {path}", bundle.manifest.size)
+            raise FusionError(f"{told}; close other programs, or export a smaller bundle.") from None
+        self._scales = scales[0] if scales else None
 
     def __call__(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """``[n]`` -> float32 ``[n, hidden_size]``. Raises :class:`FusionError` for an id outside the vocabulary."""
-        try:
-            rows = self._values[token_ids].astype(np.float32)
-        except IndexError:
+        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < len(self._values):
             raise FusionError(
-                f"The tokenizer gives the token id {token_ids.max()}, the bundle's token table has {len(self._values)} "
-                "rows; export again from a checkpoint whose tokenizer and weights belong together."
-            ) from None
+                f"The tokenizer gives ids up to {token_ids.max()} and the token table has {len(self._values)} rows; "
+                "they do not belong together: export the bundle again."
+            )
+        rows: npt.NDArray[np.float32] = self._values[token_ids].astype(np.float32)
         if self._scales is None:
             return rows
         rows -= ZERO_POINT
         rows *= self._scales[token_ids].astype(np.float32)[..., None]
         return rows.reshape(len(rows), -1)[:, : self._columns]
-
-
-def _map(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    try:
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
-    except (OverflowError, ValueError) as error:
-        raise FusionError(
-            f"{path} does not hold {shape} values of {dtype} at byte {offset}; export the bundle again."
-        ) from error
-
-

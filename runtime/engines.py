@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, check_digest, check_file, digest
+from fusion_edge.runtime.engine_values import check_engines
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.graphs import sized
+from fusion_edge.runtime.json_file import read_json
 from fusion_edge.runtime.schema import from_json
 
 SCHEMA_VERSION = 1
@@ -116,9 +118,10 @@ def build_command(bundle: Bundle, machine: Machine) -> str:
 
 def read_engines(folder: Path) -> Engines:
     """The manifest in a folder of engines. Raises ``ValueError`` for what is not one, :class:`OSError`."""
-    manifest = from_json(Engines, json.loads((folder / ENGINES).read_text(encoding="utf-8")))
+    manifest = from_json(Engines, read_json(folder / ENGINES))
     if manifest.schema_version != SCHEMA_VERSION:
-        raise ValueError(f"schema_version is {manifest.schema_version}, not {SCHEMA_VERSION}")
+        raise ValueError(f"schema_version is {str(manifest.schema_version)[:40]}, not {SCHEMA_VERSION}")
+    check_engines(manifest)
     return manifest
 
 

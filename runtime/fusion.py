@@ -32,6 +32,7 @@ from fusion_edge.runtime.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images import load_image, normalize
 from fusion_edge.runtime.prompts import TEMPLATES, Prompt, PromptEncoder, Room, Turn
 from fusion_edge.runtime.questions import Questions
+from fusion_edge.runtime.resources import check_threads
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.tokenizer import load_tokenizer
 
@@ -268,11 +269,13 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
     """Load a bundle on a device: ``cuda``, ``cpu``, or ``auto`` for the best that the machine has for this bundle.
 
     ``Fusion.device`` tells which ``auto`` took, and why not the better ones; a device asked for by name is taken or
-    refused. ``threads`` of None takes every core that this process may use. Raises :class:`UsageError` for an
-    argument that is none of these, :class:`FusionError` for a device that the machine lacks, and for a bundle that is
-    damaged, of a newer schema, or does not load on the device.
+    refused. ``threads`` of None takes every processor that this process may use; more are refused. Raises
+    :class:`UsageError` for an argument that is none of these, :class:`FusionError` for a device that the machine lacks,
+    and for a bundle that is damaged, of a newer schema, or does not load on the device.
     """
     count = None if threads is None else integer("threads", threads, 1, "an integer from 1, or None")
+    if count is not None:
+        check_threads(count)
     bundle = open_bundle(_path(folder))
     taken, backend = open_device(bundle, device, count)
     return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), taken)

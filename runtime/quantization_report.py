@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime import cli
+from fusion_edge.runtime.json_file import read_json
 from fusion_edge.runtime.schema import from_json
 
 WORST = 12  # rows of the table
@@ -144,9 +145,11 @@ class QuantizationReport:
     @classmethod
     def read(cls, path: Path) -> QuantizationReport:
         """From ``quantization.json``, without seconds. Raises ``ValueError`` if it holds something else."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        for linear in data["linears"]:
-            linear["seconds"] = 0.0
+        data = read_json(path)
+        linears = data.get("linears") if isinstance(data, dict) else None
+        for linear in linears if isinstance(linears, list) else ():
+            if isinstance(linear, dict):
+                linear["seconds"] = 0.0
         return from_json(cls, data)
 
     def to_bytes(self) -> bytes:

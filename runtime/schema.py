@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -51,5 +52,5 @@ _NAMES = {int: "an integer", float: "a float", str: "a string", list: "a list", 
 
 def _typed(kind: type[T], data: object, name: str) -> T:
     if type(data) is not kind:  # not isinstance: true is an int to Python
-        raise ValueError(f"{name or 'it'} is {repr(data)[:40]}, not {_NAMES[kind]}")
+        raise ValueError(f"{name or 'it'} is {reprlib.repr(data)}, not {_NAMES[kind]}")
     return data

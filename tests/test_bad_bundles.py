@@ -102,7 +102,7 @@ def test_one_changed_bit(broken: Path, refuse: Refuse, name: str, position: int)
     assert f"{broken / name} has been altered: its SHA-256 is not the one in bundle.json" in refuse()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".onnx")])  # graphs are never large
 def test_a_large_file_is_verified_by_fusion_info(
     broken: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
@@ -206,14 +206,14 @@ def put(*path: str | int, value: object) -> Callable[[Json], None]:
         (put("files", value={}), "files is {}, not a list"),
         (put("model", "template", value="vicuna"), "model.template is 'vicuna', not phi_3 or llama_3"),
         (put("model", "vision", "patch_size", value=0), "model.vision.patch_size is 0"),
-        (put("model", "vision", "patch_size", value=64), "graphs.vision_encoder is not what"),
+        (put("model", "vision", "patch_size", value=64), "is not what the model's sizes ask for"),
         (put("model", "language", "vocab_size", value=1207), "graphs.llm is not what the model's sizes ask for"),
         (put("model", "language", "layers", value=10**12), "model.language.layers is 1000000000000"),
-        (put("activations", value="float16"), "graphs.vision_encoder is not what"),
+        (put("activations", value="float16"), "is not what the model's sizes ask for"),
         (put("graphs", "llm", value=...), "graphs.llm is not what"),
-        (put("image_side", value=5), "image_side is 5, the vision grid's is 4"),
+        (put("image_side", value=5), "image_side is 5, not 1 to 4, the vision grid's side"),
         (put("image_side", value=0), "image_side is 0"),
-        (put("max_context", value=513), "max_context is 513, the model's max_length is 512"),
+        (put("max_context", value=513), "max_context is 513, not 1 to 512, the model's max_length"),
         (put("query_lengths", value=[]), "query_lengths are [], not among the model's"),
         (put("query_lengths", value=[16, 36]), "query_lengths are [16, 36]"),
     ],
@@ -275,13 +275,11 @@ def test_any_json_in_place_of_any_value(tiny_bundle: Path, broken: Path, data: s
 @pytest.mark.parametrize(
     "change",
     [
-        put("model", "vision", "width", value=-5),
-        put("model", "vision", "layers", value=0),
-        put("model", "alignment", "start", value=10**30),
-        put("model", "eos_token_ids", value=[]),
-        put("model", "bos_token_id", value=-1),
-        put("model", "language", "rotary_inverse_frequencies", value=[]),
-        put("accuracy_level", value=-3),
+        put("model", "vision", "width", value=64),
+        put("model", "vision", "layers", value=3),
+        put("model", "bos_token_id", value=0),
+        put("model", "language", "norm_eps", value=1.0),
+        put("accuracy_level", value=4),
         put("weights", value={"llm": "x", "a": "", "b": ""}),
         put("image_side", value=3),
         put("max_context", value=90),

@@ -86,7 +86,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setitem(sys.modules, name.replace("-", "_"), module)
         monkeypatch.setattr(ctypes, "CDLL", driver)
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(providers))
-        monkeypatch.setattr(devices, "_is_installed", lambda name: name in wheels)
+        monkeypatch.setattr(devices, "is_installed", lambda name: name in wheels)
 
     return have
 

@@ -79,6 +79,16 @@ def alter(engines: Path) -> None:
     (engines / "llm.engine").write_bytes(content)
 
 
+def first_profile(manifest: Manifest) -> Manifest:
+    profile: Manifest = manifest["engines"]["llm"][0]["profiles"][0]
+    return profile
+
+
+def first_input(manifest: Manifest) -> Manifest:
+    tensor: Manifest = manifest["engines"]["llm"][0]["inputs"][0]
+    return tensor
+
+
 def first_file(manifest: Manifest) -> Manifest:
     file: Manifest = manifest["engines"]["llm"][0]["file"]
     return file
@@ -93,6 +103,16 @@ def first_file(manifest: Manifest) -> Manifest:
         (lambda engines: (engines / ENGINES).unlink(), "engines.json cannot be read ([Errno 2]"),
         (rewrite(lambda manifest: manifest.update(schema_version=2)), "(schema_version is 2, not 1)"),
         (rewrite(lambda manifest: manifest.pop("max_context")), "max_context"),
+        (rewrite(lambda manifest: manifest.update(max_context=0)), "(max_context is 0)"),
+        (rewrite(lambda manifest: manifest["engines"].update(llm=[])), "(engines.llm is empty)"),
+        (rewrite(lambda manifest: manifest["engines"]["llm"][0].update(profiles=[])), "[0].profiles is empty)"),
+        (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 2])), "positions from [1, 2])"),
+        (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 5, 2**62])), "positions from [1, 5, "),
+        (rewrite(lambda manifest: first_profile(manifest).pop("positions")), "are not of the same dimensions)"),
+        (rewrite(lambda manifest: first_input(manifest).update(dtype="object")), "has the tensor {"),
+        (rewrite(lambda manifest: first_input(manifest).update(shape=["nowhere"])), "has the tensor {"),
+        (rewrite(lambda manifest: first_input(manifest).pop("name")), "has the tensor {"),
+        (rewrite(lambda manifest: first_file(manifest).update(size=-1)), "file.size is -1)"),
         (rewrite(lambda manifest: manifest["engines"].pop("llm")), "engines.json does not fit the bundle in llm;"),
         (rewrite(lambda manifest: manifest["machine"].update(version="1.6")), "are for tensorrt_rtx 1.6 and compute"),
         (rewrite(lambda manifest: manifest["machine"].update(compute_capability="8.9")), "capability 8.9, not "),

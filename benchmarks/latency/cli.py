@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -24,9 +23,9 @@ from fusion_edge.runtime import cli
 from fusion_edge.runtime.bundle import Bundle, open_bundle, producer
 from fusion_edge.runtime.devices import AUTO, NAMES
 from fusion_edge.runtime.engines import bundle_digest
-from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.images import load_image
 from fusion_edge.runtime.output_file import check_output_file, write_whole
+from fusion_edge.runtime.resources import check_threads, usable_processors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every option of ``fusion-bench``."""
-    defaults, cores = Wanted(Path()), len(os.sched_getaffinity(0))
+    defaults, cores = Wanted(Path()), usable_processors()
     parser = argparse.ArgumentParser(
         prog="fusion-bench",
         description="Measure a bundle: every stage of a question, first token, tokens/s, memory, energy, beside what "
@@ -56,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         ("--context", defaults.context, "positions in the cache when steps are timed (default: the prompt's)"),
         ("--query-len", defaults.query_lengths, "latents of a question (default: the bundle's first)"),
         ("--image-tokens", defaults.image_tokens, "square numbers (default: the bundle's)"),
-        ("--threads", (cores,), f"of the CPU (default: {cores}, every core that this process may use)"),
+        ("--threads", (cores,), f"of the CPU (default: {cores}, every processor that this process may use)"),
     ):
         add(option, type=cli.numbers, default=default, metavar="N[,N...]", help=text)
     names = ", ".join(NAMES)
@@ -111,9 +110,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle)
     if arguments.html is not None:
         check_output_file(arguments.html)
-    threads, cores = max(arguments.threads), len(os.sched_getaffinity(0))
-    if threads > cores:
-        raise UsageError(f"--threads {threads} is more than the {cores} cores that this process may use.")
+    threads = max(arguments.threads)
+    check_threads(threads, "--threads")
     if arguments.image is not None:
         load_image(arguments.image)  # which refuses what is no picture
     gpu = None if arguments.backend == ("cpu",) or bundle.manifest.target == "cpu" else find_gpu()

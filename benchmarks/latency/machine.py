@@ -17,6 +17,7 @@ from pathlib import Path
 from fusion_edge.benchmarks.latency.nvidia import Gpu
 from fusion_edge.benchmarks.latency.result import Machine
 from fusion_edge.benchmarks.latency.system import ROOT, Sampler, byte_count, fields, number, text
+from fusion_edge.runtime.resources import usable_processors
 
 COMMAND_TIMEOUT = 5.0  # seconds
 DISTRIBUTIONS = (
@@ -47,7 +48,7 @@ def machine_facts(gpu: Gpu | None, root: Path = ROOT) -> Machine:
     """
     return Machine(
         processor=_processor(root),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_processors(root),
         memory=byte_count(fields(root / "proc/meminfo")["MemTotal"]),
         governor=_governor(root),
         load_average=float((root / "proc/loadavg").read_text(encoding="ascii").split()[0]),

@@ -20,6 +20,7 @@ from fusion_edge.quant.calibration.work_folder import describe, folder_bytes, wo
 from fusion_edge.runtime.bundle import Manifest
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.quantization_report import QuantizationReport
+from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory, usable_processors
 
 NAMED = 3  # worst weights in an error
 
@@ -37,6 +38,7 @@ def export_calibrated(
 
     Raises :class:`AccuracyError`, and :class:`FusionError` for samples, weights or an output that will not do.
     """
+    torch.set_num_threads(usable_processors())
     output = resolve_output(output)
     check_output(output, force)
     options, samples = checked(plan, options)
@@ -52,11 +54,12 @@ def export_calibrated(
                 plan, mixed = mix(plan, options, samples, folder)
             calibrated = calibrate(plan, samples, options.method, options.device, folder)
         except RuntimeError as error:
-            if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
+            told = not_enough_memory(f"calibrate on {options.device}", on_host=options.device == "cpu")
             raise FusionError(
-                f"There is not enough memory on {options.device} to calibrate ({str(error).splitlines()[0]}); close "
-                "other programs, see --dry-run for what it takes, or use another --device."
+                f"{told}: {str(error).splitlines()[0]}; close other programs, see --dry-run for what it takes, or use "
+                "another --device."
             ) from None
         calibrated = replace(calibrated, report=replace(calibrated.report, mixed_precision=mixed))
         _check(calibrated.report, options.largest_drop)

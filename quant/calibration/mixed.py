@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fusion_edge.export.graph_builder import PAGE
 from fusion_edge.export.plan import ExportPlan, plan_export
 from fusion_edge.quant.calibration.options import SENSITIVITY_SAMPLES, CalibrationOptions
 from fusion_edge.quant.calibration.samples import Samples
@@ -14,6 +13,7 @@ from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.mixed_precision import Candidate, choose, mean_bits, stored_bits
 from fusion_edge.quant.policy import Rule, eight_bits
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.onnx_file import PAGE
 from fusion_edge.runtime.quantization_report import MixedPrecision
 
 REPORT_BYTES, REPORT_BYTES_A_LINEAR = 4096, 300  # at most, of what quantization.json tells beyond the plan's estimate

@@ -20,7 +20,7 @@ class OnnxRuntimeBackend:
     """See :class:`fusion_edge.runtime.backends.base.Backend`."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
-        """Load all three graphs. ``threads`` of None takes every core that this process may use.
+        """Load all three graphs. ``threads`` of None takes every processor that this process may use.
 
         Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if a graph does not load.
         """
@@ -92,7 +92,7 @@ class Decoder:
         self._specs = graphs.cache_specs(manifest.model, manifest.cache)
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
-        with explained(graph.name):  # a GPU may have no room
+        with explained(graph.name, graph.device):  # a GPU may have no room
             self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
             self._step_inputs = {name: graph.tensor(name, data) for name, data in self._no_latents(manifest).items()}
         self._step: ort.IOBinding | None = None
@@ -131,7 +131,7 @@ class Decoder:
             first["positions"] = np.arange(length)[None]
         if "is_prefill" in self._graph.inputs:
             first["is_prefill"] = np.ones((), np.bool_)
-        with explained(self._graph.name):
+        with explained(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
             self._step = self._binding(self._step_inputs)
             binding = self._binding(self._step_inputs | tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.bundle import Bundle, Manifest, data_file, graph_file
+from fusion_edge.runtime.bundle import MANIFEST, Bundle, Manifest, data_file, graph_file
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.graphs import GraphSpec, TensorSpec, graph_specs
+from fusion_edge.runtime.onnxruntime_library import FATAL
+from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory, usable_processors
 
 PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -28,6 +29,15 @@ PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
     # enable_cuda_graph: refuses graphs with an If, and inputs on the host (total_length is one).
     "cuda": ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"}),
 }
+TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "int8": "tensor(int8)",
+    "bool": "tensor(bool)",
+}
+"""ONNX Runtime's names of types by numpy's."""
 DEVICES = {"Cpu": "cpu", "Cuda": "cuda"}
 """Names of devices by those of ONNX Runtime's memory."""
 
@@ -49,18 +59,19 @@ class Graph:
     """A loaded graph. Its inputs are tensors in the memory that it reads them from, so that no run copies them."""
 
     def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None) -> None:
-        """``threads`` of None takes every core that this process may use. On a CPU our own kernels take the place of
-        ONNX Runtime's where they can run the graph (``cpu_kernels.py``).
+        """``threads`` of None takes every processor that this process may use. On a CPU our own kernels take the place
+        of ONNX Runtime's where they can run the graph (``cpu_kernels.py``).
 
         Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if the graph does not load.
         """
         self.name = name
         self.device = device
-        self._session = _session(bundle, name, device, threads)
+        self._session = _session(bundle, name, device, threads or usable_processors())
         self._large_run, self._small_run = _options_of_a_large_run(device), ort.RunOptions()
         self.run_options = self._large_run, self._small_run
         """Of all runs: setting their ``terminate`` ends one at its next node."""
         spec = _spec(bundle.manifest, name)
+        _check_tensors(self._session, spec, bundle.folder / MANIFEST)
         self.inputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in spec.inputs}
         self._outputs = {tensor.name: tensor for tensor in spec.outputs}
         memory = zip(self._session.get_inputs(), self._session.get_input_memory_infos(), strict=True)
@@ -96,7 +107,7 @@ class Graph:
 
     def run(self, inputs: Mapping[str, Input], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Outputs by name, in memory of their own. ``shapes`` are theirs."""
-        with explained(self.name):
+        with explained(self.name, self.device):
             tensors = {name: self.tensor(name, data) for name, data in inputs.items()}
             outputs = {name: self._allocate(name, shape) for name, shape in shapes.items()}
             binding = self.binding(tensors, outputs)
@@ -105,7 +116,7 @@ class Graph:
 
     def run_bound(self, binding: ort.IOBinding, large: bool) -> None:
         """Run; after a ``large`` run memory that it alone needed is given back."""
-        with explained(self.name):
+        with explained(self.name, self.device):
             self._session.run_with_iobinding(binding, self._large_run if large else self._small_run)
 
     def _allocate(self, name: str, shape: tuple[int, ...]) -> ort.OrtValue:
@@ -118,18 +129,33 @@ def _spec(manifest: Manifest, name: str) -> GraphSpec:
     return next(spec for spec in specs if spec.name == name)
 
 
+def _check_tensors(session: ort.InferenceSession, spec: GraphSpec, manifest: Path) -> None:
+    """Raise :class:`FusionError` unless a graph takes and gives what the manifest says."""
+    for expected, found in ((spec.inputs, session.get_inputs()), (spec.outputs, session.get_outputs())):
+        told = {tensor.name: (TYPES[tensor.dtype], list(tensor.shape)) for tensor in expected}
+        if told != {tensor.name: (tensor.type, tensor.shape) for tensor in found}:
+            raise FusionError(
+                f"{manifest} and {graph_file(spec.name)} do not belong together: its inputs or outputs are others; "
+                "export the bundle again."
+            )
+
+
 @contextmanager
-def explained(graph: str) -> Iterator[None]:
-    """ONNX Runtime's own errors as one of ours."""
+def explained(graph: str, device: str) -> Iterator[None]:
+    """ONNX Runtime's own errors, and memory that runs out, as one of ours."""
     try:
         yield
     except FusionError:
         raise
     except Exception as error:  # a dozen unrelated types
+        if is_out_of_memory(error):
+            told = not_enough_memory(f"run {graph}", _requested(error), device == "cpu")
+            raise FusionError(
+                f"{told}; ask with a smaller --query-len, close other programs, or export with fewer --image-tokens, a "
+                "smaller --max-context or --kv-cache int8."
+            ) from error
         raise FusionError(
-            f"ONNX Runtime failed while running {graph}: {_reason(error)} If memory ran out, ask with a smaller "
-            "--query-len, or export with fewer --image-tokens, a smaller --max-context or --kv-cache int8; "
-            "otherwise check the bundle with fusion-info."
+            f"ONNX Runtime failed while running {graph}: {_reason(error)} Check the bundle with fusion-info."
         ) from error
 
 
@@ -146,7 +172,20 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _session(bundle: Bundle, name: str, device: str, threads: int | None) -> ort.InferenceSession:
+def _needed_bytes(bundle: Bundle) -> int:
+    """What a load takes at the least: the files, and the whole KV cache."""
+    manifest = bundle.manifest
+    cache = manifest.model.language.cache_values * manifest.max_context * np.dtype(manifest.cache).itemsize
+    return manifest.size + cache
+
+
+def _requested(error: Exception) -> int | None:
+    """Bytes that ONNX Runtime asked for in vain, if it tells."""
+    found = re.search(r"buffer of size (\d+)", str(error))
+    return None if found is None else int(found[1])
+
+
+def _session(bundle: Bundle, name: str, device: str, threads: int) -> ort.InferenceSession:
     path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
     missing = _load_cuda_libraries() if device == "cuda" else []
     provider, settings = PROVIDERS[device]
@@ -158,6 +197,11 @@ def _session(bundle: Bundle, name: str, device: str, threads: int | None) -> ort
             options.register_custom_ops_library(str(cpu_kernels.library()))
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+        if is_out_of_memory(error):
+            told = not_enough_memory(f"load {path}", _needed_bytes(bundle), device == "cpu")
+            raise FusionError(
+                f"{told}; close other programs, take fewer --threads, or export a smaller bundle."
+            ) from error
         remedy = "Upgrade onnxruntime"
         if bundle.manifest.cache == "int8":
             remedy += ", or export with --kv-cache float: older releases know no int8 KV cache"
@@ -181,12 +225,12 @@ def _load_cuda_libraries() -> list[str]:
     return re.findall(r"^Failed to load ([^:\s]+)", printed.getvalue(), re.MULTILINE)
 
 
-def _session_options(manifest: Manifest, threads: int | None) -> ort.SessionOptions:
+def _session_options(manifest: Manifest, threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     # ONNX Runtime's own default counts what it takes for physical cores and finds one on virtual machines.
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))  # Linux, as every target is
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = FATAL
     if manifest.target == "tensorrt":
         # Its products with INT4 weights are fused; they shall compute in float, as TensorRT does.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(manifest.accuracy_level))
@@ -209,6 +253,7 @@ def _options_of_a_large_run(device: str) -> ort.RunOptions:
     (measured: 0.3 GB of the LLM's after a prompt of 900 at 3B, at no cost in time). Freeing a GPU's would stall it.
     """
     options = ort.RunOptions()
+    options.log_severity_level = FATAL
     if device == "cpu":
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options

@@ -1,0 +1,54 @@
+"""The wire format of protocol buffers, read strictly: https://protobuf.dev/programming-guides/encoding/."""
+
+from __future__ import annotations
+
+VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5  # wire types; groups (3 and 4) are of a time long ago
+
+
+def fields(message: bytes) -> list[tuple[int, int | bytes]]:
+    """Field numbers and values of one message, in order: ``int`` for varints (unsigned), ``bytes`` for all others.
+
+    Raises ``ValueError`` for a message that is cut short, has a group, or a number of more than 64 bits.
+    """
+    found: list[tuple[int, int | bytes]] = []
+    position, end = 0, len(message)
+    while position < end:
+        tag = message[position]  # most numbers are of one byte: a call for each would take twice as long
+        position += 1
+        if tag >= 0x80:
+            tag, position = _varint(message, position - 1)
+        wire_type = tag & 7
+        if wire_type in (FIXED_32, FIXED_64):
+            length = 4 if wire_type == FIXED_32 else 8
+        elif wire_type in (VARINT, BYTES):
+            if position == end:
+                raise ValueError("cut short")
+            length = message[position]
+            position += 1
+            if length >= 0x80:
+                length, position = _varint(message, position - 1)
+            if wire_type == VARINT:
+                found.append((tag >> 3, length))
+                continue
+        else:
+            raise ValueError(f"wire type {wire_type}")
+        stop = position + length
+        if stop > end:
+            raise ValueError("cut short")
+        found.append((tag >> 3, message[position:stop]))
+        position = stop
+    return found
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """A number and where it ends."""
+    value = shift = 0
+    for index in range(position, min(position + 10, len(message))):
+        byte = message[index]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if value >> 64:
+                break
+            return value, index + 1
+        shift += 7
+    raise ValueError("no number of 64 bits")
