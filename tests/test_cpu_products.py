@@ -171,7 +171,7 @@ def test_close_to_those_of_onnxruntime() -> None:
         ({"block_size": 0}, "block_size of 16, 32"),
         ({"block_size": 48}, "block_size of 16, 32"),
         ({"block_size": 512}, "block_size of 16, 32"),
-        ({"N": -1}, "positive N and K"),
+        ({"N": -1}, "N is not an integer from 1 to"),
     ],
 )
 def test_attributes_that_are_refused(changed: dict[str, int], named: str) -> None:

@@ -1,7 +1,9 @@
 // The operators of this library, as ONNX Runtime calls them. Each has the name of one of its own, or of a function of
 // the bundle's graphs (kernels/cpu_functions.py, export/int8_cache.py), and takes its place.
 
+#include <limits>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "activations.h"
@@ -15,6 +17,7 @@ namespace {
 // MatMulNBits: x, values, scales, zero points, group indices, bias -> product. GeluMatMulNBits: of the GELU of x.
 template <ElementType SCALES, Activation ACTIVATION = Activation::NONE>
 struct MatMulNBits {
+    using Scale = std::conditional_t<SCALES == FLOAT16, uint16_t, float>;
     Weights weights{};
 
     static constexpr const char* NAME = ACTIVATION == Activation::GELU ? "GeluMatMulNBits" : "MatMulNBits";
@@ -27,15 +30,13 @@ struct MatMulNBits {
     static ElementType output_type(size_t) { return FLOAT; }
 
     explicit MatMulNBits(const Attributes& attributes) {
-        const int64_t outputs = attributes.integer("N", 0), inputs = attributes.integer("K", 0);
+        weights.outputs = attributes.count("N");
+        weights.inputs = attributes.count("K");
         const int64_t bits = attributes.integer("bits", 4), block_size = attributes.integer("block_size", 0);
-        expect(outputs > 0 && inputs > 0, NAME, "expected positive N and K.");
         expect(bits == 4 || bits == 8, NAME, "expected weights of 4 or 8 bits.");
         expect(
             16 <= block_size && block_size <= 256 && (block_size & (block_size - 1)) == 0,
             NAME, "expected a block_size of 16, 32, 64, 128 or 256.");
-        weights.outputs = outputs;
-        weights.inputs = inputs;
         weights.bits = int(bits);
         weights.block_size = block_size;
         weights.half_scales = SCALES == FLOAT16;
@@ -46,7 +47,7 @@ struct MatMulNBits {
         expect(!shape.empty() && size_t(shape.back()) == weights.inputs, NAME, "K is not the input's width.");
         Weights own = weights;
         own.values = context.input<uint8_t>(1);
-        own.scales = context.input<void>(2);
+        own.scales = context.input<Scale>(2);
         own.zero_points = context.input<uint8_t>(3);
         own.bias = context.input<float>(5);
         expect(!context.has_input(4), NAME, "group indices are not supported.");
@@ -72,24 +73,38 @@ constexpr ElementType integer_input_type(size_t index) {
     return types[index % INTEGER_INPUTS];
 }
 
-Weights integer_weights(const Context& context, size_t index, int64_t inputs, const char* node, GivenRounding& given) {
+// So many products of a weight and an input less its zero point, each 128 * 255 at the most, fit a sum of 32 bits.
+constexpr int64_t MOST_INTEGER_PRODUCTS = std::numeric_limits<int32_t>::max() / (128 * 255);
+
+// Scales whose inverse and whose 256 times are finite, as Rounder computes with both.
+constexpr float SMALLEST_SCALE = std::numeric_limits<float>::min();
+constexpr float LARGEST_SCALE = std::numeric_limits<float>::max() / 256;
+
+Weights integer_weights(Context& context, size_t index, int64_t inputs, const char* node, GivenRounding& given) {
     const std::vector<int64_t> values = context.shape(index);
     expect(
         values.size() == 2 && inputs == values[1] && inputs > 0, node,
         "expected x [..., inputs] and values [outputs, inputs].");
+    if (inputs > MOST_INTEGER_PRODUCTS)
+        expect(
+            false, std::string(node) + ": " + std::to_string(inputs) + " inputs; expected up to " +
+                       std::to_string(MOST_INTEGER_PRODUCTS) + ", whose sum fits 32 bits.");
     const size_t outputs = values[0];
     expect(context.count(index + 1) == outputs, node, "expected a scale for each output.");
     expect(
         context.count(index + 2) == 1 && context.count(index + 3) == 1, node, "expected one scale and zero point of x.");
     expect(context.count(index + 4) == outputs, node, "expected a bias for each output.");
     given = {*context.input<float>(index + 2), *context.input<uint8_t>(index + 3)};
+    expect(
+        given.scale >= SMALLEST_SCALE && given.scale <= LARGEST_SCALE, node,
+        "expected a scale of x above 0, which is neither tiny nor huge.");
     Weights weights{};
     weights.outputs = outputs;
     weights.inputs = inputs;
     weights.bits = 8;
     weights.block_size = (weights.inputs + 3) / 4 * 4;
     weights.values = context.input<uint8_t>(index);
-    weights.scales = context.input<void>(index + 1);
+    weights.scales = context.input<uint16_t>(index + 1);
     weights.half_scales = true;
     weights.bias = context.input<float>(index + 4);
     weights.given = &given;
@@ -253,7 +268,7 @@ EXPORTED onnxruntime::Status* RegisterCustomOps(
     const std::lock_guard<std::mutex> lock(mutex);
     if (!api) api = base->get_api(API_VERSION);
     if (!api) return base->get_api(1)->create_status(FAIL, "ONNX Runtime 1.23 or newer is needed.");
-    return guarded([&] {
+    return guarded("fusion-edge's kernels", [&] {
         if (domains.empty()) domains = {domain("com.microsoft", contributed()), domain("fusion_edge", functions())};
         for (CustomOpDomain* domain : domains) check(api->add_custom_op_domain(options, domain));
     });
