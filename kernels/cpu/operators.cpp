@@ -45,19 +45,20 @@ struct MatMulNBits {
     void compute(Context& context) const {
         std::vector<int64_t> shape = context.shape(0);
         expect(!shape.empty() && size_t(shape.back()) == weights.inputs, NAME, "K is not the input's width.");
+        expect(!context.has_input(4), NAME, "group indices are not supported.");
+        // Whether an input is left out is not asked of its data: a tensor of no value need not have any.
+        const auto has = [&](size_t index, size_t count) { return context.count(index) == count; };
+        expect(has(1, weights.outputs * weights.row_bytes()), NAME, "the weight's values are not N * K.");
+        expect(has(2, weights.outputs * weights.blocks()), NAME, "expected a scale for each block.");
+        expect(
+            !context.has_input(3) || has(3, weights.outputs * weights.zero_point_bytes()),
+            NAME, "expected a zero point for each block.");
+        expect(!context.has_input(5) || has(5, weights.outputs), NAME, "expected N values of the bias.");
         Weights own = weights;
         own.values = context.input<uint8_t>(1);
         own.scales = context.input<Scale>(2);
         own.zero_points = context.input<uint8_t>(3);
         own.bias = context.input<float>(5);
-        expect(!context.has_input(4), NAME, "group indices are not supported.");
-        const auto has = [&](size_t index, size_t count) { return context.count(index) == count; };
-        expect(has(1, own.outputs * own.row_bytes()), NAME, "the weight's values are not N * K.");
-        expect(has(2, own.outputs * own.blocks()), NAME, "expected a scale for each block.");
-        expect(
-            !own.zero_points || has(3, own.outputs * own.zero_point_bytes()),
-            NAME, "expected a zero point for each block.");
-        expect(!own.bias || has(5, own.outputs), NAME, "expected N values of the bias.");
         const size_t rows = context.count(0) / weights.inputs;
         shape.back() = weights.outputs;
         float* result = context.output<float>(0, shape);

@@ -131,11 +131,12 @@ def product(random: Random) -> Case:
     def check(outputs_: list[Array]) -> str | None:
         weight = dequantize(packed, form, inputs).astype(np.float64)
         usable = np.isfinite(activated).all(1)
-        own = rounded(np.where(usable[:, None], activated, 0), form.block_size)
+        used = np.where(usable[:, None], activated, 0)
+        own = rounded(used, form.block_size)
         expected = own @ weight.T + (0 if bias is None else bias)
         expected[~usable] = np.nan
         tolerance = SUMS * (np.abs(own) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))).max(1) + NOTHING
-        margins = tolerance[:, None] + (gelu_ties(np.where(usable[:, None], activated, 0), form, weight) if of_gelu else 0)
+        margins = tolerance[:, None] + (gelu_ties(used, form, weight) if of_gelu else 0)
         margins[np.abs(expected).max(1) > 1e37] = np.inf  # sums may overflow
         return differs(outputs_[0].reshape(rows, -1), expected, margins)
 
@@ -178,7 +179,7 @@ def integer_product_case(random: Random) -> Case:
 
 
 def calibrated(tensors: Mapping[str, Array], x: Array, margin: Array | float) -> tuple[Array, Array]:
-    """A product, and what it may be off if its inputs' quotients are off by ``margin``. NaN rounds as the lowest does."""
+    """A product, and what it may be off if its inputs' quotients are off by ``margin``. NaN rounds as -inf does."""
     x = np.where(np.isnan(x), -np.inf, x)
     expected, most = integer_product(tensors, x)
     weight = np.abs(tensors["values"].astype(np.float64) * tensors["scales"].astype(np.float64)[:, None])
@@ -218,9 +219,9 @@ def activation(random: Random) -> Case:
             size = np.abs(expected) + np.abs(wide) / 4
             if up is not None:
                 expected, size = expected * up, size * np.abs(up)
-        tolerance = np.where(np.abs(expected) < 1e37, SUMS * size + 1e-6, np.inf)
+        tolerance = np.where((np.abs(expected) < 1e37) & np.isfinite(size), SUMS * size + 1e-6, np.inf)
         # The product of -inf and a power that is 0 may be NaN.
-        return differs(outputs[0], expected, np.where(np.isfinite(size), tolerance, np.inf), or_nan=not np.isfinite(x).all())
+        return differs(outputs[0], expected, tolerance, or_nan=not np.isfinite(x).all())
 
     domain = DOMAIN if name == "SwiGlu" else cpu_functions.MICROSOFT
     attributes = {"alpha": alpha} if name == "QuickGelu" else {}
