@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fuzz import kernels
 from fuzz.guarded_memory import GuardedMemory, address
-from fuzz.kernel_cases import draw
+from fuzz.kernel_calls import draw
 from own_kernels import needs_cpu_kernels
 
 READS = """

@@ -45,7 +45,8 @@ def calibrated(tensors: Mapping[str, Array], own_kernels: bool = True) -> onnxru
 
 def product(changed: Mapping[str, Any], **tensors: Array) -> onnxruntime.InferenceSession:
     """Of 4 outputs and 64 inputs in blocks of 32, but for some attributes and tensors."""
-    values = {"values": np.ones((4, 2, 16), np.uint8), "scales": np.ones((4, 2), np.float32)} | tensors
+    values: dict[str, Array] = {"values": np.ones((4, 2, 16), np.uint8), "scales": np.ones((4, 2), np.float32)}
+    values |= tensors
     names = ["x", "values", "scales", *("zero_points" for _ in range("zero_points" in tensors))]
     attributes = {"K": 64, "N": 4, "bits": 4, "block_size": 32, "accuracy_level": 4, **changed}
     return session_of(helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **attributes), None, values)
@@ -103,7 +104,7 @@ def test_sizes_of_products_that_are_refused(name: str, value: int) -> None:
 
 def test_sizes_whose_product_would_be_zero_in_64_bits() -> None:
     """So an empty weight would be of the right size."""
-    nothing = {"values": np.zeros((0, 2, 16), np.uint8), "scales": np.zeros((0, 2), np.float32)}
+    nothing: dict[str, Array] = {"values": np.zeros((0, 2, 16), np.uint8), "scales": np.zeros((0, 2), np.float32)}
     with pytest.raises(Exception, match="K is not an integer"):
         product({"N": 2**31 - 1, "K": 2**33}, **nothing)
     with pytest.raises(Exception, match="the weight's values are not N"):

@@ -27,7 +27,7 @@ ENTRIES = 300
 
 _POINTER = POINTER(c_void_p)
 _Body = CFUNCTYPE(None, c_void_p, c_size_t)
-_FUNCTIONS = {
+_FUNCTIONS: dict[int, tuple[Any, ...]] = {
     # entry of the table: name of the method, type of the result, types of the arguments
     0: ("create_status", c_void_p, c_int, c_char_p),
     26: ("create_domain", c_void_p, c_char_p, _POINTER),

@@ -49,7 +49,9 @@ class GuardedMemory:
         if pages and _libc.mprotect(first, pages, READ | WRITE):
             raise OSError(ctypes.get_errno(), "mprotect")
         place = first + pages - size - off if at_end else first + off
-        return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(place))
+        memory = memoryview((ctypes.c_char * size).from_address(place))
+        placed: Array = np.ndarray(shape, dtype, memory)
+        return placed
 
     def copy(self, array: Array, at_end: bool, off: int = 0) -> Array:
         """Of ``array``, as :meth:`array` places it."""

@@ -19,7 +19,8 @@ import numpy as np
 from fusion_edge.runtime.backends import cpu_kernels
 from fuzz.fake_onnxruntime import Call, FakeOnnxRuntime, Refused
 from fuzz.guarded_memory import GuardedMemory
-from fuzz.kernel_cases import Case, draw
+from fuzz.kernel_calls import draw
+from fuzz.kernel_cases import Case
 
 
 def run(seed: int, count: int) -> list[str]:
