@@ -19,7 +19,7 @@ EXTREME = (0, -1, 2**31, 2**32, 2**62, -(2**62), 2**63 - 1, -(2**63))  # of an a
 
 def draw(random: Random) -> Case:
     """A call of any operator. A third of them is spoilt."""
-    case = KINDS[random.integers(len(KINDS))](random)
+    case = KINDS[int(random.integers(len(KINDS)))](random)
     return spoil(case, random) if random.random() < 1 / 3 else case
 
 
@@ -28,7 +28,7 @@ def spoil(case: Case, random: Random) -> Case:
     ways: list[Callable[[Case, Random], Case | None]]
     ways = [_wrong_attribute, _other_type, _another_size, _nothing, _unknown_input, _missing_input]
     for way in random.permutation(len(ways)):
-        if spoilt := ways[way](case, random):
+        if spoilt := ways[int(way)](case, random):
             return replace(spoilt, check=None)
     return case
 
