@@ -134,6 +134,12 @@ def test_attributes_of_another_type_or_not_finite(attributes: dict[str, Any], sa
         session(multi_head_model(2, **attributes), cpu_kernels.library())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_zero_points_of_another_type_are_refused(dtype: type) -> None:
+    with pytest.raises(Exception, match="MatMulNBits"):
+        product({}, zero_points=np.zeros(4, dtype))
+
+
 def test_an_alpha_that_is_not_finite() -> None:
     with pytest.raises(Exception, match="QuickGelu: alpha is not a finite number"):
         session_of(helper.make_node("QuickGelu", ["x"], ["y"], domain="com.microsoft", alpha=float("nan")))

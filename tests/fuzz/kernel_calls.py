@@ -69,7 +69,7 @@ def _another_size(case: Case, random: Random) -> Case | None:
         return _with_input(case, place, np.repeat(array, 2))
     axis = random.integers(array.ndim)
     change = int(random.choice([-1, 1, 5]))
-    sizes = [size + change if i == axis else size for i, size in enumerate(array.shape)]
+    sizes = [max(0, size + change) if i == axis else size for i, size in enumerate(array.shape)]
     return _with_input(case, place, np.resize(array, sizes)) if np.prod(sizes) != array.size else None
 
 

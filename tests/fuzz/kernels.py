@@ -1,5 +1,7 @@
 """Random calls of our CPU kernels on memory between pages that nobody may touch.
 
+    PYTHONPATH=tests .venv/bin/python -m fuzz.kernels FIRST COUNT
+
 Each call has a number, which draws it: ``run(number, 1)`` is the same call again. Calls run in processes of their own,
 so one that stops its process is reported as others are.
 """
@@ -92,3 +94,10 @@ def _failure(runtime: FakeOnnxRuntime, case: Case, random: np.random.Generator) 
             return f"{case.operator} was not refused"
         wrong = case.check(outputs)
         return f"{case.operator}: {wrong}" if wrong else None
+
+
+if __name__ == "__main__":
+    first, count = map(int, sys.argv[1:])
+    failures = run(first, count)
+    print("\n".join([*failures, f"{count} calls, {len(failures)} failures"]))
+    sys.exit(bool(failures))
