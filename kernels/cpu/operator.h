@@ -74,7 +74,7 @@ class Attributes {
     // An integer from 1 to LARGEST_COUNT.
     int64_t count(const char* name) const {
         const int64_t value = integer(name, 0);
-        refuse(value < 1 || value > LARGEST_COUNT, name, "an integer from 1 to 2147483647");
+        refuse(value < 1 || value > LARGEST_COUNT, name, "an integer from 1 to " + std::to_string(LARGEST_COUNT));
         return value;
     }
     // Finite.
@@ -111,7 +111,7 @@ class Attributes {
         size_t size = 0;
         return found(api->kernel_info_get_string(info_, name, nullptr, &size));
     }
-    void refuse(bool is_wrong, const char* name, const char* expected) const {
+    void refuse(bool is_wrong, const char* name, const std::string& expected) const {
         expect(!is_wrong, std::string(node_) + ": " + name + " is not " + expected + ".");
     }
 
@@ -194,7 +194,8 @@ class Context {
         Value* value = nullptr;
         check(api->kernel_context_get_output(context_, index, shape.data(), shape.size(), &value));
         void* data = this->data(value);
-        if (!is_aligned<T>(data)) refuse("expected memory of output " + std::to_string(index) + " at a multiple of its type's size");
+        if (!is_aligned<T>(data))
+            refuse("expected output " + std::to_string(index) + " at a multiple of " + std::to_string(alignof(T)) + " bytes");
         return static_cast<T*>(data);
     }
 
