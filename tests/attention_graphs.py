@@ -108,17 +108,21 @@ def cached_model(sizes: Causal) -> bytes:
     return _model(function.name, {name: types[name] for name in function.input}, outputs, attributes, function)
 
 
-def cached_feeds(sizes: Causal, past: int, capacity: int, length: int) -> dict[str, Array]:
+def cached_feeds(
+    sizes: Causal, past: int, capacity: int, length: int, random: np.random.Generator | None = None
+) -> dict[str, Array]:
     """Random inputs of the function; no past is a prefill."""
-    feeds = causal_feeds(sizes, past, capacity, length)
+    feeds = causal_feeds(sizes, past, capacity, length, random)
     for part in ("key", "value"):
         feeds[f"past.{part}"], feeds[f"past.{part}_scale"] = feeds.pop(f"past_{part}"), feeds.pop(f"{part}_scale")
     return feeds | {"is_prefill": np.array(past == 0)}
 
 
-def causal_feeds(sizes: Causal, past: int, capacity: int, length: int) -> dict[str, Array]:
+def causal_feeds(
+    sizes: Causal, past: int, capacity: int, length: int, random: np.random.Generator | None = None
+) -> dict[str, Array]:
     """Random inputs of ``length`` positions behind ``past``, and caches for ``capacity``."""
-    random = np.random.default_rng(length)
+    random = random or np.random.default_rng(length)
     total, heads = past + length, sizes.heads + 2 * sizes.kv_heads
     angles = np.arange(total + 3)[:, None] * 1e4 ** -np.linspace(0, 1, sizes.rotary // 2)
     feeds: dict[str, Array] = {

@@ -20,6 +20,16 @@ import pytest
 from checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
+from fusion_edge.runtime.backends import cpu_kernels
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", type=Path, metavar="FILE", help="another build of the CPU kernels to test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--kernels")) is not None:
+        cpu_kernels.library = lambda: path.absolute()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from one_node import gelu, session_of
 from onnx import helper
 from own_kernels import needs_cpu_kernels
+from product_references import integer_product, integer_tensors, one_step
 
 from fusion_edge.kernels import cpu_functions
 
@@ -37,39 +38,12 @@ def integer_session(
     return session_of(node, function, tensors, own_kernels)
 
 
-def integer_tensors(generator: np.random.Generator, inputs: int, outputs: int, scale: float, zero_point: int) -> Any:
-    return {
-        "values": generator.integers(-127, 128, (outputs, inputs), np.int8),
-        "scales": generator.uniform(1e-3, 1e-2, outputs).astype(np.float16),
-        "x_scale": np.float32(scale),
-        "x_zero_point": np.uint8(zero_point),
-        "bias": generator.normal(size=outputs).astype(np.float32),
-    }
-
-
 def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, outputs: int, zero_point: int) -> Any:
     parts = {
         "up": integer_tensors(generator, inputs, hidden, 0.02, 128),
         "down": integer_tensors(generator, hidden, outputs, 0.02, zero_point),
     }
     return {f"{part}_{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def integer_product(tensors: Mapping[str, Array], x: Array) -> tuple[Array, float]:
-    """In float64 but for the rounding of x, and the most that a result could be."""
-    scale, zero_point = np.float32(tensors["x_scale"]), float(tensors["x_zero_point"])
-    with np.errstate(over="ignore"):
-        quotients = x.astype(np.float32) / scale
-    steps = np.clip(np.rint(quotients).astype(np.float64) + zero_point, 0, 255) - zero_point
-    weight = tensors["values"].astype(np.float64) * tensors["scales"].astype(np.float64)[:, None]
-    most = 256 * scale * np.abs(weight).sum(1).max() + np.abs(tensors["bias"]).max()
-    return steps * np.float64(scale) @ weight.T + tensors["bias"], float(most)
-
-
-def one_step(tensors: Mapping[str, Array]) -> float:
-    """What a result may be off if an input is rounded to the integer beside."""
-    weight = tensors["values"].astype(np.float64) * tensors["scales"].astype(np.float64)[:, None]
-    return 1.01 * float(np.abs(weight).max() * tensors["x_scale"])
 
 
 @given(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from one_node import gelu, session_of
 from onnx import helper
 from own_kernels import needs_cpu_kernels, streams
+from product_references import rounded
 
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
@@ -58,16 +59,6 @@ def session(
     operator, domain = (function.name, function.domain) if function else ("MatMulNBits", "com.microsoft")
     node = helper.make_node(operator, names, ["y"], domain=domain, accuracy_level=4, **sizes)
     return session_of(node, function, tensors, own_kernels)
-
-
-def rounded(x: Array, block_size: int) -> Array:
-    """Rows as products at accuracy level 4 take them: int8, one scale a block."""
-    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block_size))).reshape(len(x), -1, block_size)
-    largest = np.abs(padded).max(-1, keepdims=True)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
-    values = np.rint(padded * inverse).astype(np.float64) * (largest / np.float32(127))
-    result: Array = values.reshape(len(x), -1)[:, : x.shape[1]]
-    return result
 
 
 @needs_cpu_kernels
@@ -171,7 +162,7 @@ def test_close_to_those_of_onnxruntime() -> None:
         ({"block_size": 0}, "block_size of 16, 32"),
         ({"block_size": 48}, "block_size of 16, 32"),
         ({"block_size": 512}, "block_size of 16, 32"),
-        ({"N": -1}, "positive N and K"),
+        ({"N": -1}, "N is not an integer from 1 to"),
     ],
 )
 def test_attributes_that_are_refused(changed: dict[str, int], named: str) -> None:

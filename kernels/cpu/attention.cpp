@@ -115,9 +115,10 @@ void fill_cache(
     for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
         __m512 largest = _mm512_setzero_ps();
         for (size_t row = 0; row < count; ++row)
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(load(rows + row * width + i, mask)));
+            largest = larger_magnitude(largest, load(rows + row * width + i, mask));
         const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(scaling.factor));
-        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(fitting, _mm512_set1_ps(scaling.smallest)));
+        // In this order NaN stays NaN.
+        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(_mm512_set1_ps(scaling.smallest), fitting));
     });
     for (size_t row = 0; row < count; ++row) write_row(rows + row * width, width, scales, cache + row * width);
     if (past != cache) std::copy(past + count * width, past + all.capacity * width, cache + count * width);

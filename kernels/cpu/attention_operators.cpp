@@ -26,10 +26,16 @@ void expect_integer(const Attributes& attributes, const char* node, const char* 
     expect(value == expected, std::string(node) + ": " + name + " " + std::to_string(value) + " is not supported.");
 }
 
-void expect_width(int64_t width) {
-    expect(
-        width > 0 && size_t(width) <= LARGEST_HEAD,
-        "attention: heads of " + std::to_string(width) + " channels; expected up to " + std::to_string(LARGEST_HEAD) + ".");
+void expect_width(int64_t width, const char* node) {
+    if (width < 1 || size_t(width) > LARGEST_HEAD)
+        expect(
+            false, std::string(node) + ": heads of " + std::to_string(width) + " channels; expected from 1 to " +
+                       std::to_string(LARGEST_HEAD) + ".");
+}
+
+// Refuses an input that ONNX Runtime's operator of the same name may have.
+void expect_none(const Context& context, size_t index, const char* node, const char* name) {
+    if (context.has_input(index)) expect(false, std::string(node) + ": " + name + " is not supported.");
 }
 
 // MultiHeadAttention: query, key, value, bias, key padding mask, attention bias, past key, past value -> attended.
@@ -43,25 +49,22 @@ struct MultiHeadAttention {
     static ElementType output_type(size_t) { return FLOAT; }
 
     explicit MultiHeadAttention(const Attributes& attributes)
-        : heads(attributes.integer("num_heads", 0)),
+        : heads(attributes.count("num_heads")),
           scale(attributes.number("scale", 0)),
           masked(attributes.number("mask_filter_value", -10000)) {
-        expect(heads > 0, "MultiHeadAttention: expected num_heads of at least 1.");
         expect_integer(attributes, NAME, "unidirectional", 0);
     }
 
     void compute(Context& context) const {
         constexpr const char* NAMES[] = {"", "", "", "bias", "", "attention_bias", "past_key", "past_value"};
-        for (size_t i : {3, 5, 6, 7})
-            expect(!context.has_input(i), std::string("MultiHeadAttention: ") + NAMES[i] + " is not supported.");
+        for (size_t i : {3, 5, 6, 7}) expect_none(context, i, NAME, NAMES[i]);
         const Shape q = context.shape(0), k = context.shape(1), v = context.shape(2);
         expect(
             q.size() == 3 && k.size() == 3 && k == v && q[0] == k[0] && q[2] == k[2] && q[2] % heads == 0,
-            "MultiHeadAttention: expected query [batch, queries, heads * width], key and value [batch, keys, "
-            "heads * width].");
-        expect_width(q[2] / heads);
+            NAME, "expected query [batch, queries, heads * width], key and value [batch, keys, heads * width].");
+        expect_width(q[2] / heads, NAME);
         if (context.has_input(4))
-            expect(context.shape(4) == Shape{k[0], k[1]}, "MultiHeadAttention: expected key_padding_mask [batch, keys].");
+            expect(context.shape(4) == Shape{k[0], k[1]}, NAME, "expected key_padding_mask [batch, keys].");
         MultiHead attention{};
         attention.q = context.input<float>(0);
         attention.k = context.input<float>(1);
@@ -78,7 +81,7 @@ struct MultiHeadAttention {
         attention.masked = masked;
         attention.result = context.output<float>(0, q);
         if (q[0] == 0 || q[1] == 0) return;
-        expect(k[1] > 0, "MultiHeadAttention: expected a key.");
+        expect(k[1] > 0, NAME, "expected a key.");
         attend(attention, factors, context.parallel());
     }
 };
@@ -96,12 +99,9 @@ struct PackedAttention {
     static ElementType output_type(size_t) { return FLOAT; }
 
     explicit PackedAttention(const Attributes& attributes)
-        : heads(attributes.integer("num_heads", 0)),
-          patches(attributes.integer("patches", 0)),
-          masked(attributes.number("mask_filter_value", -10000)) {
-        expect(heads > 0, NAME, "expected num_heads of at least 1.");
-        expect(!OF_PATCHES || patches > 0, "PatchAttention: expected patches of at least 1.");
-    }
+        : heads(attributes.count("num_heads")),
+          patches(OF_PATCHES ? attributes.count("patches") : 0),
+          masked(attributes.number("mask_filter_value", -10000)) {}
 
     void compute(Context& context) const {
         const Shape qkv = context.shape(0);
@@ -111,7 +111,7 @@ struct PackedAttention {
         expect(context.shape(1) == Shape{qkv[0], qkv[1]}, NAME, "expected key_mask [batch, rows].");
         expect(patches <= qkv[1], NAME, "expected at least as many rows as patches.");
         const int64_t row_width = qkv[2] / 3;
-        expect_width(row_width / heads);
+        expect_width(row_width / heads, NAME);
         MultiHead attention{};
         attention.q = context.input<float>(0);
         attention.k = attention.q + row_width;
@@ -138,12 +138,10 @@ struct CausalAttributes {
     float scale;
 
     CausalAttributes(const Attributes& attributes, const char* name)
-        : heads(attributes.integer("num_heads", 0)),
-          kv_heads(attributes.integer("kv_num_heads", 0)),
+        : heads(attributes.count("num_heads")),
+          kv_heads(attributes.count("kv_num_heads")),
           scale(attributes.number("scale", 0)) {
-        expect(
-            kv_heads > 0 && heads > 0 && heads % kv_heads == 0,
-            std::string(name) + ": expected num_heads to be a multiple of kv_num_heads.");
+        expect(heads % kv_heads == 0, name, "expected num_heads to be a multiple of kv_num_heads.");
     }
 };
 
@@ -164,14 +162,14 @@ Causal<T> causal(
         node, "expected query [1, length, (num_heads + 2 * kv_num_heads) * width].");
     const int64_t width = qkv[2] / (heads + 2 * kv_heads), length = qkv[1];
     expect(length > 0, node, "expected a position.");
-    expect_width(width);
+    expect_width(width, node);
     expect(
         past.size() == 4 && past == context.shape(at.past_value) && past[0] == 1 && past[1] == kv_heads &&
             past[3] == width,
         node, "expected past_key and past_value [1, kv_num_heads, positions, width].");
-    const int64_t total = *context.input<int32_t>(at.total_length), before = total - length;
+    const int64_t total = context.scalar<int32_t>(at.total_length, "the total length"), before = total - length;
     expect(
-        *context.input<int32_t>(at.last_position) == total - 1 && before >= 0 && before <= past[2],
+        context.scalar<int32_t>(at.last_position, "the last position") == total - 1 && before >= 0 && before <= past[2],
         node, "the last position, the total length and the past's length do not agree.");
     if (is_first && (before != 0 || length > past[2]))
         expect(
@@ -233,8 +231,8 @@ struct GroupQueryAttention {
         expect_integer(attributes, NAME, "rotary_interleaved", 0);
         expect_integer(attributes, NAME, "smooth_softmax", 0);
         expect_integer(attributes, NAME, "qk_output", 0);
-        expect(attributes.integer("do_rotary", 0) == 1, "GroupQueryAttention: do_rotary 0 is not supported.");
-        expect(attributes.number("softcap", 0) == 0, "GroupQueryAttention: softcap is not supported.");
+        expect(attributes.integer("do_rotary", 0) == 1, NAME, "expected do_rotary 1.");
+        expect(attributes.number("softcap", 0) == 0, NAME, "softcap is not supported.");
         for (const char* name : {"k_quant_type", "v_quant_type"}) {
             const std::string expected = IS_INT8 ? "PER_CHANNEL" : "NONE", type = attributes.text(name, "NONE");
             expect(type == expected, std::string(NAME) + ": " + name + " " + type + "; expected " + expected + ".");
@@ -245,10 +243,9 @@ struct GroupQueryAttention {
     void compute(Context& context) const {
         constexpr const char* NAMES[] = {"", "key", "value", "", "", "", "", "", "",
                                          "position_ids", "attention_bias", "head_sink", "", ""};
-        for (size_t i : {1, 2, 9, 10, 11})
-            expect(!context.has_input(i), std::string("GroupQueryAttention: ") + NAMES[i] + " is not supported.");
+        for (size_t i : {1, 2, 9, 10, 11}) expect_none(context, i, NAME, NAMES[i]);
         for (size_t i : {3, 4, 5, 6, 7, 8})
-            expect(context.has_input(i), "GroupQueryAttention: expected a past, lengths and rotary tables.");
+            expect(context.has_input(i), NAME, "expected a past, lengths and rotary tables.");
         constexpr Places AT{3, 4, 5, 6, 7, 8, 12, 13};
         attend(causal<T>(context, own, NAME, AT, false, IS_INT8), factors, context.parallel());
     }
@@ -274,12 +271,12 @@ struct CachedAttention {
           smallest_scale(attributes.number("smallest_scale", 0)) {
         expect(
             scale_factor > 0 && smallest_scale > 0,
-            "CachedAttention: expected scale_factor and smallest_scale, both above 0.");
+            NAME, "expected scale_factor and smallest_scale, both above 0.");
     }
 
     void compute(Context& context) const {
         constexpr Places AT{1, 2, 5, 6, 7, 8, 3, 4};
-        const bool is_prefill = *context.input<bool>(9);
+        const bool is_prefill = context.scalar<uint8_t>(9, "is_prefill");  // a bool of other memory may be any byte
         const Causal<int8_t> attention = causal<int8_t>(context, own, NAME, AT, is_prefill, true);
         const Shape shape{1, int64_t(attention.kv_heads), 1, int64_t(attention.width)};
         float* const key_scales = context.output<float>(3, shape);

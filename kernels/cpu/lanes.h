@@ -61,6 +61,16 @@ inline __m512 load(const int8_t* values, __mmask16 mask) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, values)));
 }
 
+// The larger of each two magnitudes; `largest` is one already. As integers, whose order is that of the magnitudes, and NaN
+// comes last: the instruction for floats would lose it.
+inline __m512 larger_magnitude(__m512 largest, __m512 x) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(largest), _mm512_castps_si512(_mm512_abs_ps(x))));
+}
+
+inline float largest_magnitude(__m512 magnitudes) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(magnitudes)))));
+}
+
 // Sixteen registers of sixteen words each: word i of register j becomes word j of register i. Pairs of neighbours change
 // places, then pairs of pairs, of fours and of eights.
 [[gnu::always_inline]] inline void transpose(__m512i* rows) {

@@ -1,7 +1,9 @@
 // The operators of this library, as ONNX Runtime calls them. Each has the name of one of its own, or of a function of
 // the bundle's graphs (kernels/cpu_functions.py, export/int8_cache.py), and takes its place.
 
+#include <limits>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "activations.h"
@@ -15,6 +17,7 @@ namespace {
 // MatMulNBits: x, values, scales, zero points, group indices, bias -> product. GeluMatMulNBits: of the GELU of x.
 template <ElementType SCALES, Activation ACTIVATION = Activation::NONE>
 struct MatMulNBits {
+    using Scale = std::conditional_t<SCALES == FLOAT16, uint16_t, float>;
     Weights weights{};
 
     static constexpr const char* NAME = ACTIVATION == Activation::GELU ? "GeluMatMulNBits" : "MatMulNBits";
@@ -27,15 +30,13 @@ struct MatMulNBits {
     static ElementType output_type(size_t) { return FLOAT; }
 
     explicit MatMulNBits(const Attributes& attributes) {
-        const int64_t outputs = attributes.integer("N", 0), inputs = attributes.integer("K", 0);
+        weights.outputs = attributes.count("N");
+        weights.inputs = attributes.count("K");
         const int64_t bits = attributes.integer("bits", 4), block_size = attributes.integer("block_size", 0);
-        expect(outputs > 0 && inputs > 0, NAME, "expected positive N and K.");
         expect(bits == 4 || bits == 8, NAME, "expected weights of 4 or 8 bits.");
         expect(
             16 <= block_size && block_size <= 256 && (block_size & (block_size - 1)) == 0,
             NAME, "expected a block_size of 16, 32, 64, 128 or 256.");
-        weights.outputs = outputs;
-        weights.inputs = inputs;
         weights.bits = int(bits);
         weights.block_size = block_size;
         weights.half_scales = SCALES == FLOAT16;
@@ -44,19 +45,20 @@ struct MatMulNBits {
     void compute(Context& context) const {
         std::vector<int64_t> shape = context.shape(0);
         expect(!shape.empty() && size_t(shape.back()) == weights.inputs, NAME, "K is not the input's width.");
+        expect(!context.has_input(4), NAME, "group indices are not supported.");
+        // Whether an input is left out is not asked of its data: a tensor of no value need not have any.
+        const auto has = [&](size_t index, size_t count) { return context.count(index) == count; };
+        expect(has(1, weights.outputs * weights.row_bytes()), NAME, "the weight's values are not N * K.");
+        expect(has(2, weights.outputs * weights.blocks()), NAME, "expected a scale for each block.");
+        expect(
+            !context.has_input(3) || has(3, weights.outputs * weights.zero_point_bytes()),
+            NAME, "expected a zero point for each block.");
+        expect(!context.has_input(5) || has(5, weights.outputs), NAME, "expected N values of the bias.");
         Weights own = weights;
         own.values = context.input<uint8_t>(1);
-        own.scales = context.input<void>(2);
+        own.scales = context.input<Scale>(2);
         own.zero_points = context.input<uint8_t>(3);
         own.bias = context.input<float>(5);
-        expect(!context.has_input(4), NAME, "group indices are not supported.");
-        const auto has = [&](size_t index, size_t count) { return context.count(index) == count; };
-        expect(has(1, own.outputs * own.row_bytes()), NAME, "the weight's values are not N * K.");
-        expect(has(2, own.outputs * own.blocks()), NAME, "expected a scale for each block.");
-        expect(
-            !own.zero_points || has(3, own.outputs * own.zero_point_bytes()),
-            NAME, "expected a zero point for each block.");
-        expect(!own.bias || has(5, own.outputs), NAME, "expected N values of the bias.");
         const size_t rows = context.count(0) / weights.inputs;
         shape.back() = weights.outputs;
         float* result = context.output<float>(0, shape);
@@ -72,24 +74,38 @@ constexpr ElementType integer_input_type(size_t index) {
     return types[index % INTEGER_INPUTS];
 }
 
-Weights integer_weights(const Context& context, size_t index, int64_t inputs, const char* node, GivenRounding& given) {
+// So many products of a weight and an input less its zero point, each 128 * 255 at the most, fit a sum of 32 bits.
+constexpr int64_t MOST_INTEGER_PRODUCTS = std::numeric_limits<int32_t>::max() / (128 * 255);
+
+// Scales whose inverse and whose 256 times are finite, as Rounder computes with both.
+constexpr float SMALLEST_SCALE = std::numeric_limits<float>::min();
+constexpr float LARGEST_SCALE = std::numeric_limits<float>::max() / 256;
+
+Weights integer_weights(Context& context, size_t index, int64_t inputs, const char* node, GivenRounding& given) {
     const std::vector<int64_t> values = context.shape(index);
     expect(
         values.size() == 2 && inputs == values[1] && inputs > 0, node,
         "expected x [..., inputs] and values [outputs, inputs].");
+    if (inputs > MOST_INTEGER_PRODUCTS)
+        expect(
+            false, std::string(node) + ": " + std::to_string(inputs) + " inputs; expected up to " +
+                       std::to_string(MOST_INTEGER_PRODUCTS) + ", whose sum fits 32 bits.");
     const size_t outputs = values[0];
     expect(context.count(index + 1) == outputs, node, "expected a scale for each output.");
     expect(
         context.count(index + 2) == 1 && context.count(index + 3) == 1, node, "expected one scale and zero point of x.");
     expect(context.count(index + 4) == outputs, node, "expected a bias for each output.");
     given = {*context.input<float>(index + 2), *context.input<uint8_t>(index + 3)};
+    expect(
+        given.scale >= SMALLEST_SCALE && given.scale <= LARGEST_SCALE, node,
+        "expected a scale of x above 0, which is neither tiny nor huge.");
     Weights weights{};
     weights.outputs = outputs;
     weights.inputs = inputs;
     weights.bits = 8;
     weights.block_size = (weights.inputs + 3) / 4 * 4;
     weights.values = context.input<uint8_t>(index);
-    weights.scales = context.input<void>(index + 1);
+    weights.scales = context.input<uint16_t>(index + 1);
     weights.half_scales = true;
     weights.bias = context.input<float>(index + 4);
     weights.given = &given;
@@ -253,7 +269,7 @@ EXPORTED onnxruntime::Status* RegisterCustomOps(
     const std::lock_guard<std::mutex> lock(mutex);
     if (!api) api = base->get_api(API_VERSION);
     if (!api) return base->get_api(1)->create_status(FAIL, "ONNX Runtime 1.23 or newer is needed.");
-    return guarded([&] {
+    return guarded("fusion-edge's kernels", [&] {
         if (domains.empty()) domains = {domain("com.microsoft", contributed()), domain("fusion_edge", functions())};
         for (CustomOpDomain* domain : domains) check(api->add_custom_op_domain(options, domain));
     });

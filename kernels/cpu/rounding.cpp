@@ -1,6 +1,8 @@
 #include "rounding.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "activation_lanes.h"
 #include "lanes.h"
@@ -30,13 +32,19 @@ const float* activate(const float* x, size_t count, Activation activation, float
     return buffer;
 }
 
-// By a scale that their largest gives.
+// By a scale that their largest gives; NaN if one of them is not finite, which so are all products of the row.
 void round_block(const float* x, size_t count, const Weights& weights, const Block& block) {
     const __m128i halves = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     __m512 largest = _mm512_setzero_ps();
     for (size_t i = 0; i < count; i += LANES)
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(count - i), x + i)));
-    float extent = _mm512_reduce_max_ps(largest);
+        largest = larger_magnitude(largest, _mm512_maskz_loadu_ps(first(count - i), x + i));
+    float extent = largest_magnitude(largest);
+    if (!std::isfinite(extent)) {
+        std::fill_n(block.values, weights.block_size, 0);
+        *block.scale = std::numeric_limits<float>::quiet_NaN();
+        *block.sum = 0;
+        return;
+    }
     if (extent < SMALLEST_EXTENT) extent = 0;
     const __m512 inverse = _mm512_set1_ps(extent > 0 ? 127 / extent : 0);
     __m512i total = _mm512_setzero_si512();
@@ -49,7 +57,7 @@ void round_block(const float* x, size_t count, const Weights& weights, const Blo
         _mm_storeu_si128(reinterpret_cast<__m128i*>(block.values + i), bytes);
     }
     *block.scale = extent / 127;
-    *block.sum = _mm512_reduce_add_epi32(total) << (weights.zero_points ? 0 : weights.bits - 1);
+    *block.sum = _mm512_reduce_add_epi32(total) * (weights.zero_points ? 1 : 1 << (weights.bits - 1));
 }
 
 // By the scale and zero point that were given.
