@@ -1,3 +1,3 @@
-from fusion_edge.commands import signals
+from fusion_edge.runtime import signals
 
 signals.leave_while_a_module_loads()

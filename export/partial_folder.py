@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion_edge.commands import signals
 from fusion_edge.export.files import flush_folder, write_file
 from fusion_edge.export.folder_lock import OPENED, Owns, delete, entries, is_at, locked, matches, remove
 from fusion_edge.export.mount_point import hidden_in, workplace
+from fusion_edge.runtime import signals
 from fusion_edge.runtime.errors import FusionError
 
 _REPLACED = "replaced.json"

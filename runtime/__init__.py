@@ -1,14 +1,39 @@
-"""Running a FUSION bundle: ``load``, ``Fusion`` and the types that they use."""
+"""Running a FUSION bundle: ``load``, ``Fusion`` and the types that they use, each imported when it is asked for."""
 
-from fusion_edge.commands import signals
+from __future__ import annotations
 
-signals.leave_while_a_module_loads()  # before what takes long to load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from fusion_edge.runtime.answers import Answer, AnswerStream  # noqa: E402
-from fusion_edge.runtime.conversation import Conversation  # noqa: E402
-from fusion_edge.runtime.errors import FusionError, UsageError  # noqa: E402
-from fusion_edge.runtime.fusion import Fusion, load  # noqa: E402
-from fusion_edge.runtime.prompts import Turn  # noqa: E402
-from fusion_edge.runtime.sampling import Sampling  # noqa: E402
+from fusion_edge.runtime import signals
+
+if TYPE_CHECKING:
+    from fusion_edge.runtime.answers import Answer, AnswerStream
+    from fusion_edge.runtime.conversation import Conversation
+    from fusion_edge.runtime.errors import FusionError, UsageError
+    from fusion_edge.runtime.fusion import Fusion, load
+    from fusion_edge.runtime.prompts import Turn
+    from fusion_edge.runtime.sampling import Sampling
 
 __all__ = ["Answer", "AnswerStream", "Conversation", "Fusion", "FusionError", "Sampling", "Turn", "UsageError", "load"]
+
+_MODULES = {
+    "Answer": "answers",
+    "AnswerStream": "answers",
+    "Conversation": "conversation",
+    "Fusion": "fusion",
+    "FusionError": "errors",
+    "Sampling": "sampling",
+    "Turn": "prompts",
+    "UsageError": "errors",
+    "load": "fusion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+signals.leave_while_a_module_loads()

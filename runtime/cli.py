@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fusion_edge.commands import signals
+from fusion_edge.runtime import signals
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.output_file import check_output_file
 from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.commands import signals
-from fusion_edge.runtime import cli
+from fusion_edge.runtime import cli, signals
 from fusion_edge.runtime.answers import Answer
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.devices import AUTO, CANDIDATES, NAMES

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusion_edge.commands.limits import address_space
 from fusion_edge.runtime.cuda import available_memory as available_to_all
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.memory_limits import address_space
 
 ROOT = Path("/")
 MOUNT = Path("sys/fs/cgroup")

@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 PICTURE = DEMO_CHECKPOINT.parent / "picture.png"
-RUN = "import sys; from fusion_edge.commands.main import run; sys.exit(run())"
+RUN = "import sys; from fusion_edge.runtime.entry import run; sys.exit(run())"
 
 
 @pytest.fixture(scope="module")

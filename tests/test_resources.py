@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from paths import DEMO_CHECKPOINT
 
-from fusion_edge.commands import limits
 from fusion_edge.export import cli as export_cli
-from fusion_edge.runtime import UsageError, cli_run, load
+from fusion_edge.runtime import UsageError, cli_run, load, memory_limits
 from fusion_edge.runtime.resources import (
     available_memory,
     check_threads,
@@ -87,9 +86,9 @@ def test_memory(machine: Path, cgroup: str, files: dict[str, str], available: in
 def test_the_limits_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 50 if kind == resource.RLIMIT_AS else -1, -1))
-    assert (1 << 50) - (limits.address_space() or 0) == pytest.approx(pages * limits.PAGE_BYTES, rel=0.2)
+    assert (1 << 50) - (memory_limits.address_space() or 0) == pytest.approx(pages * memory_limits.PAGE_BYTES, rel=0.2)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (-1, -1))
-    assert limits.address_space() is None
+    assert memory_limits.address_space() is None
 
 
 def test_this_machine() -> None:
@@ -146,9 +145,9 @@ def test_every_limit_answers_or_says_so(
     bundle = tmp_path / "bundle"
     assert export_cli.main([str(DEMO_CHECKPOINT), "-o", str(bundle)]) == 0
     picture = DEMO_CHECKPOINT.parent / "picture.png"
-    command = f"{sys.executable} -c 'import sys; from fusion_edge.commands.main import run; sys.exit(run())'"
+    command = f"{sys.executable} -c 'import sys; from fusion_edge.runtime.entry import run; sys.exit(run())'"
     command += f" {bundle} --image {picture} --ask 'How many shapes are there?' --threads 1"
-    least = limits.LIBRARY_BYTES + limits.PROCESSOR_BYTES * len(os.sched_getaffinity(0))
+    least = memory_limits.LIBRARY_BYTES + memory_limits.PROCESSOR_BYTES * len(os.sched_getaffinity(0))
     codes = []
     for megabytes in (30, 100, 200, 300, least // 2**20 + 15, least // 2**20 + 60, 2000):
         script = f"ulimit {kind} {megabytes << 10}; exec {command}"

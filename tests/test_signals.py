@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from fusion_edge.commands import signals
 from fusion_edge.export import cli as export_cli
 from fusion_edge.export.data_writer import DataWriter
 from fusion_edge.quant.calibration.work_folder import work_folder
-from fusion_edge.runtime import bundle, cli, cli_run
+from fusion_edge.runtime import bundle, cli, cli_run, signals
 from fusion_edge.runtime.progress import Progress
 
 ENDS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
@@ -97,7 +96,7 @@ def test_while_modules_load(number: signal.Signals, code: int, said: str, how: s
     """NumPy, the first of what takes long, is replaced by a module that waits."""
     (tmp_path / "numpy.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     start = {
-        "command": ["-c", "from fusion_edge.commands.main import run; run()"],
+        "command": ["-c", "from fusion_edge.runtime.entry import run; run()"],
         "module": ["-m", "fusion_edge.runtime.cli_run"],
     }
     process = subprocess.Popen(

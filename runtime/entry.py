@@ -1,41 +1,30 @@
-"""What ``fusion-*`` start: signals are taken first, for imports take as long as a user takes to press Ctrl-C."""
+"""Entry points of the commands: signals are taken first, for imports take as long as a user takes to press Ctrl-C.
+
+Nothing here imports a library.
+"""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 
-from fusion_edge.commands import limits, signals
-
-
-def export() -> int:
-    """``fusion-export``; the exit code."""
-    return _run("fusion_edge.export.cli")
+from fusion_edge.runtime import memory_limits, signals
 
 
 def run() -> int:
     """``fusion-run``; the exit code."""
-    return _run("fusion_edge.runtime.cli_run")
+    return start("fusion_edge.runtime.cli_run")
 
 
 def info() -> int:
     """``fusion-info``; the exit code."""
-    return _run("fusion_edge.runtime.cli_info")
+    return start("fusion_edge.runtime.cli_info")
 
 
-def build() -> int:
-    """``fusion-build``; the exit code."""
-    return _run("fusion_edge.export.cli_build")
-
-
-def bench() -> int:
-    """``fusion-bench``; the exit code."""
-    return _run("fusion_edge.benchmarks.latency.cli")
-
-
-def _run(module: str) -> int:
+def start(module: str) -> int:
+    """Import a command's module and call its ``main``; the exit code."""
     signals.leave_at_once()
-    if reason := limits.too_little():
+    if reason := memory_limits.too_little():
         sys.stderr.write(f"error: {reason}\n")
         return 1
     command = import_module(module)

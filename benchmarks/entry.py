@@ -1,0 +1,10 @@
+"""Entry point of the command: see ``runtime/entry.py``."""
+
+from __future__ import annotations
+
+from fusion_edge.runtime.entry import start
+
+
+def bench() -> int:
+    """``fusion-bench``; the exit code."""
+    return start("fusion_edge.benchmarks.latency.cli")

@@ -1,0 +1,15 @@
+"""Entry points of the commands: see ``runtime/entry.py``."""
+
+from __future__ import annotations
+
+from fusion_edge.runtime.entry import start
+
+
+def export() -> int:
+    """``fusion-export``; the exit code."""
+    return start("fusion_edge.export.cli")
+
+
+def build() -> int:
+    """``fusion-build``; the exit code."""
+    return start("fusion_edge.export.cli_build")
