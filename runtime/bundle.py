@@ -188,10 +188,10 @@ def data_file(name: str) -> str:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     remedy = "Pass the folder that fusion-export wrote."
+    if os.fsencode(folder) != str(folder).encode("utf-8", "replace"):
+        raise FusionError(f"The bundle's path {folder} is not UTF-8; ONNX Runtime opens no other: rename the folder.")
     if not os.path.isdir(folder):
         raise FusionError(f"{folder} is not a folder; expected a bundle. {remedy}")
-    if os.fsencode(folder) != str(folder).encode("utf-8", "replace"):
-        raise FusionError(f"{folder} is not a path in UTF-8, as the libraries that read bundles need; rename it.")
     try:
         data = read_json(path)
     except FileNotFoundError:

@@ -38,8 +38,8 @@ def check_threads(threads: int, name: str = "threads") -> None:
     """Raise :class:`UsageError` for more threads than processors: they would only wait for each other."""
     if threads > (usable := usable_processors()):
         raise UsageError(
-            f"{name} {threads} is more than the {usable} processors that this process may use (affinity and CPU quota "
-            f"count); choose 1 to {usable}."
+            f"{name} is {threads}; choose at most {usable}, the processors that this process may use (affinity and CPU "
+            "quota count)."
         )
 
 

@@ -141,7 +141,7 @@ def test_paths_that_are_no_text(tmp_path: Path, tiny_bundle: Path, capsys: pytes
     copy.symlink_to(tiny_bundle)
     missing = Path(os.fsdecode(os.fsencode(tmp_path) + b"/missing\xff"))
     for path in (copy, missing):
-        with pytest.raises(FusionError, match="is not UTF-8, which ONNX Runtime cannot open; rename the folder"):
+        with pytest.raises(FusionError, match="is not UTF-8; ONNX Runtime opens no other: rename the folder"):
             load(path)
         assert cli_run.main([str(path), "--image", "x.png", "--ask", "What?"]) == 1
         assert capsys.readouterr().err.startswith("error: The bundle's path ")
@@ -222,5 +222,5 @@ def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
 def test_a_token_outside_the_table(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     rows = bundle.manifest.model.language.vocab_size
-    with pytest.raises(FusionError, match=f"gives the token id {rows}, the bundle's token table has {rows} rows"):
+    with pytest.raises(FusionError, match=f"gives ids up to {rows} and the token table has {rows} rows"):
         Embeddings(bundle)(np.array([0, rows]))

@@ -69,8 +69,8 @@ def png(width: int, height: int) -> bytes:
 def test_images_that_cannot_be_read(refuse: Refuse, image: Path, tmp_path: Path) -> None:
     content = image.read_bytes()
     files = {
-        "empty.png": (b"", "is not an image that Pillow can read"),
-        "text.png": (b"no image", "is not an image that Pillow can read"),
+        "empty.png": (b"", "is not an image of an accepted format"),
+        "text.png": (b"no image", "is not an image of an accepted format"),
         "truncated.png": (content[:-30], "cannot be decoded"),
         "header.png": (content[:20], "cannot be decoded"),
         "huge.png": (png(60_000, 60_000), "is too large"),
@@ -112,11 +112,11 @@ def test_turned_and_tiny_pictures(fusion: Fusion, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        np.zeros((4, 4, 3), np.float32),
+        np.full((4, 4, 3), 128, np.float32),
         np.zeros((4, 4, 4), np.uint8),
         np.zeros((1, 3, 4, 4), np.uint8),
         np.zeros(3, np.uint8),
-        np.zeros((4, 4, 3), bool),
+        np.zeros((4, 4, 3), np.int32),
         3,
         None,
         b"image.png",

@@ -445,7 +445,8 @@ import numpy as np
 from fusion_edge.runtime import FusionError, Sampling, load
 
 picture, short = np.zeros((5, 7, 3), np.uint8), Sampling(max_new_tokens=6)
-fusion = load(sys.argv[1], threads=2)
+os.sched_setaffinity(0, range(os.cpu_count()))
+fusion = load(sys.argv[1])
 expected = fusion.answer(picture, "What?", sampling=short).text
 conversation, stream = fusion.conversation(picture), fusion.stream(picture, "What?", sampling=short)
 next(stream)
