@@ -209,7 +209,7 @@ def test_compare(
     ("options", "code", "message"),
     [
         (["--query-len", "9"], 2, "Query length 9 is not offered; choose from 16, 4"),
-        (["--threads", "4096"], 2, "--threads 4096 is more than the"),
+        (["--threads", "4096"], 2, "--threads is 4096; choose at most"),
         (["--html", "/"], 1, "/ is no file, so it is not replaced; name another file."),
         (["--prompt-tokens", "5"], 2, "--prompt-tokens 5 is too short"),
         (["--context", "100000"], 2, "A context of 100000 and 3 new tokens do not fit"),
