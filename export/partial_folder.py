@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fusion_edge.export.files import flush_folder, write_file
 from fusion_edge.export.folder_lock import OPENED, Owns, delete, entries, is_at, locked, matches, remove
-from fusion_edge.export.mount_point import hidden_in, workplace
+from fusion_edge.export.mount_point import hidden_folder, hidden_in, workplace
 from fusion_edge.runtime import signals
 from fusion_edge.runtime.errors import FusionError
 
@@ -61,7 +61,7 @@ def partial_folder(output: Path, content: Content, check: Callable[[], None] = l
     Raises :class:`FusionError` if another process is writing ``output``, if it or what was left holds anything that
     commands did not write, or if the disk is full.
     """
-    folder = workplace(output) / f".{output.name}.partial"
+    folder = hidden_folder(output, "partial")
     busy = f"Another {content.what} is writing {output}; wait for it or choose another output."
     try:
         if os.path.lexists(folder):
@@ -121,13 +121,9 @@ def _end_the_killed(folder: Path, output: Path, content: Content, busy: str) -> 
 # A folder beside the output ---------------------------------------------------------------------------------------
 
 
-def _replaced(output: Path) -> Path:
-    return output.parent / f".{output.name}.replaced"
-
-
 def _put_back(output: Path, content: Content, busy: str) -> None:
     """What a killed process was replacing returns if nothing has taken its place, and goes if something has."""
-    replaced = _replaced(output)
+    replaced = hidden_folder(output, "replaced")
     if not os.path.lexists(replaced):
         return
     owns = content.owned(replaced / content.manifest)
@@ -144,7 +140,7 @@ def _rename(folder: Path, output: Path, content: Content) -> None:
         os.rename(folder, output)
         flush_folder(output.parent)
         return
-    replaced, owns = _replaced(output), content.owned(output / content.manifest)
+    replaced, owns = hidden_folder(output, "replaced"), content.owned(output / content.manifest)
     old = os.open(output, OPENED)
     try:
         entries(old, owns, output)

@@ -24,6 +24,7 @@ from fusion_edge.runtime.output_file import check_output_file, write_whole
 
 Refuse = Callable[..., str]
 HIDDEN = (".bundle.partial", ".bundle.replaced")
+ALL_HIDDEN = (*HIDDEN, ".bundle.calibration")
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def tree(folder: Path) -> list[str]:
 # Hidden folders ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", ALL_HIDDEN)
 @pytest.mark.parametrize("make", ["link", "dangling link", "link to a file", "file", "hard link", "pipe"])
 def test_something_in_place_of_a_hidden_folder(
     tiny_checkpoint: Path, output: Path, tmp_path: Path, name: str, make: str, refused: Refuse
@@ -69,6 +70,39 @@ def test_something_in_place_of_a_hidden_folder(
     assert (victim / "llm.data").read_text() == "precious"
     assert os.path.lexists(hidden)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ALL_HIDDEN)
+def test_a_link_to_the_output_itself(
+    tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse
+) -> None:
+    replaceable.with_name(name).symlink_to("bundle")
+    for options in ([], ["--force"]):
+        message = refused(cli.main, tiny_checkpoint, "-o", replaceable, *options)
+        assert f"{replaceable.with_name(name)} is a link" in message
+    assert whole(replaceable) == "int4"
+
+
+def test_a_link_that_comes_while_the_bundle_is_written(
+    tiny_checkpoint: Path, replaceable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
+) -> None:
+    """In the partial folder's place: neither is its target published nor anything deleted in it."""
+    partial, victim, digest = replaceable.with_name(".bundle.partial"), tmp_path / "victim", bundle.digest
+    shutil.copytree(replaceable, victim)
+    before = {path.name: path.read_bytes() for path in victim.iterdir()}
+
+    def late(*arguments: Any) -> str:
+        if not partial.is_symlink():
+            partial.rename(tmp_path / "away")
+            partial.symlink_to(victim)
+        return digest(*arguments)
+
+    monkeypatch.setattr(bundle, "digest", late)
+    refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
+    assert whole(replaceable) == "int4"
+    assert partial.is_symlink()
+    for name, content in before.items():
+        assert (victim / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("name", HIDDEN)

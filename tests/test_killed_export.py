@@ -260,7 +260,7 @@ sys.exit(cli.main(sys.argv[3:]))
 MOMENTS = (  # after how many calls of which function
     ("pwrite", 0),  # nothing but small files
     ("pwrite", 40),
-    ("replace", 0),  # everything but the manifest
+    ("fsync", 0),  # everything, perhaps not on the disk
     ("rename", 0),  # before the first rename
     ("rename", 1),  # replacing: between the two; new: never
 )
