@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion_edge.export.files import flush_folder, write_file
+from fusion_edge.export.files import exchange, flush_folder, write_file
 from fusion_edge.export.folder_lock import OPENED, Owns, delete, entries, is_at, locked, matches, remove
 from fusion_edge.export.mount_point import hidden_folder, hidden_in, workplace
 from fusion_edge.runtime import signals
@@ -35,8 +35,8 @@ class Content:
     """Patterns of what other commands put there later; folders' end with a slash."""
 
     def is_partial(self, path: str) -> bool:
-        """Whether ``path`` may be in a folder that is being written."""
-        return matches(path, *self.files, self.manifest, f".{self.manifest}.*", _REPLACED)
+        """Whether ``path`` may be in a partial folder: of what is being written, or of what was exchanged for it."""
+        return matches(path, *self.files, self.manifest, f".{self.manifest}.*", _REPLACED, *self.additions)
 
     def written_with(self, manifest: Path) -> Owns:
         """Whether paths were written with this manifest, itself among them."""
@@ -144,12 +144,15 @@ def _rename(folder: Path, output: Path, content: Content) -> None:
     old = os.open(output, OPENED)
     try:
         entries(old, owns, output)
-        os.rename(output, replaced)
-        try:
-            os.rename(folder, output)
-        except BaseException:
-            os.rename(replaced, output)
-            raise
+        if exchange(folder, output):  # so there is a bundle at any time
+            replaced = folder
+        else:
+            os.rename(output, replaced)
+            try:
+                os.rename(folder, output)
+            except BaseException:
+                os.rename(replaced, output)
+                raise
         flush_folder(output.parent)
         remove(old, replaced, owns, content.manifest)
     finally:

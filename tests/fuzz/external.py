@@ -56,25 +56,24 @@ class SystemCalls:
                 raise RuntimeError("The bundle that exports replace could not be written.")
         self._place = checkpoint, folder / "old"
         (folder / "work").mkdir()
-        self._calls = [faults.trace(self._at(folder / "work", mounted)) for mounted in (False, True)]
+        self._calls = {where: faults.trace(self._at(folder / "work", where)) for where in faults.PLACES}
 
-    def _at(self, work: Path, is_mounted: bool) -> faults.Place:
-        return faults.Place(*self._place, work, is_mounted)
+    def _at(self, work: Path, where: str) -> faults.Place:
+        return faults.Place(*self._place, work, *faults.PLACES[where])
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         if draw is None:
-            place = self._at(folder, False)
+            place = self._at(folder, "a folder")
             return Mutant((), lambda: int(not faults.trace(place)))
         kills, writes = ["SIGKILL", draw.choice(faults.SIGNALS)], [*faults.ERRORS, faults.SHORT]
-        fault, mounted = draw.choice(kills if self.are_kills else writes), draw.randrange(2)
-        calls = self._calls[mounted]
+        fault, where = draw.choice(kills if self.are_kills else writes), draw.choice([*faults.PLACES])
+        calls = self._calls[where]
         name = draw.choice(sorted(set(calls)))  # by name first: most calls are writes
         number = draw.choice([index for index, one in enumerate(calls) if one == name])
-        place = self._at(folder, bool(mounted))
+        place = self._at(folder, where)
 
         def run() -> None:
             wrong = faults.inject(fault, number, place)
             assert not wrong, wrong
 
-        where = "a mount point" if mounted else "a folder"
         return Mutant((f"{fault} at call {number}, {name}, of an export to {where}",), run)
