@@ -116,6 +116,7 @@ def _listed(manifest: Path) -> Collection[str]:
         return set()
 
 
+_BUILT = f"{engines.FOLDER}/*-cc*-*"  # see engines_folder
 BUNDLE = Content(
     "export",
     (bundle.graph_file("*"), bundle.data_file("*"), bundle.TOKENIZER, bundle.QUANTIZATION),
@@ -123,12 +124,12 @@ BUNDLE = Content(
     _listed,
     (
         f"{engines.FOLDER}/",
-        f"{engines.FOLDER}/*/",
-        f"{engines.FOLDER}/*/{engines.ENGINES}",
-        f"{engines.FOLDER}/*/*.engine",
+        f"{_BUILT}/",
+        f"{_BUILT}/{engines.ENGINES}",
+        f"{_BUILT}/*.engine",
         f"{engines.FOLDER}/*.timing",
         # What a killed build left:
-        f"{engines.FOLDER}/*/.{engines.ENGINES}.*",
+        f"{_BUILT}/.{engines.ENGINES}.*",
         f"{engines.FOLDER}/.*.timing.*",
     ),
 )

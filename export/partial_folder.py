@@ -136,30 +136,41 @@ def _put_back(output: Path, content: Content, busy: str) -> None:
 
 def _rename(folder: Path, output: Path, content: Content) -> None:
     """The finished folder takes the output's place."""
-    if not os.path.lexists(output):
+    replaced, owns = hidden_folder(output, "replaced"), content.owned(output / content.manifest)
+    if not os.path.lexists(output) or not os.listdir(output):
         os.rename(folder, output)
         flush_folder(output.parent)
         return
-    replaced, owns = hidden_folder(output, "replaced"), content.owned(output / content.manifest)
     old = os.open(output, OPENED)
     try:
         entries(old, owns, output)
-        if exchange(folder, output):  # so there is a bundle at any time
-            replaced = folder
-        else:
-            os.rename(output, replaced)
-            try:
-                os.rename(folder, output)
-            except BaseException:
-                os.rename(replaced, output)
+        try:
+            replaced = _exchange(folder, output, replaced)
+        except OSError as error:
+            if error.errno != errno.EXDEV or not os.path.lexists(output / content.manifest):
                 raise
+            _move_in(folder, output, content)  # folders of an image's layers cannot be renamed, their files can be
+            return
         flush_folder(output.parent)
         remove(old, replaced, owns, content.manifest)
     finally:
         os.close(old)
 
 
-# A folder in a mount point ----------------------------------------------------------------------------------------
+def _exchange(folder: Path, output: Path, replaced: Path) -> Path:
+    """Where the output's old content is after it has given way to the folder's."""
+    if exchange(folder, output):  # so there is a bundle at any time
+        return folder
+    os.rename(output, replaced)
+    try:
+        os.rename(folder, output)
+    except BaseException:
+        os.rename(replaced, output)
+        raise
+    return replaced
+
+
+# A folder whose files move into the output ---------------------------------------------------------------------------
 
 
 def _move_in(folder: Path, output: Path, content: Content) -> None:

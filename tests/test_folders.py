@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -188,7 +190,9 @@ def test_patterns_match_folder_by_folder() -> None:
 # What --force replaces ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "extra.data", ".a", "sub/llm.data", "engines/README", "engines/a/x"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "extra.data", ".a", "sub/llm.data", "engines/README", "engines/a/x", "engines/a/b.engine"]
+)
 def test_files_that_no_bundle_wrote_stay(tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse) -> None:
     path = replaceable / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +258,47 @@ def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, 
         assert "fusion-build" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
     assert whole(replaceable) == "int8"
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "EXDEV"])
+def test_a_bundle_in_a_layer_of_an_image(
+    tiny_checkpoint: Path, replaceable: Path, number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder can be neither exchanged nor renamed; what kernels say to the former differs."""
+    rename = os.rename
+
+    def guarded(source: Any, target: Any, **options: Any) -> None:
+        if Path(source) == replaceable:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target, **options)
+
+    def exchange(*_: Path) -> bool:
+        if number == "EXDEV":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return False
+
+    monkeypatch.setattr(os, "rename", guarded)
+    monkeypatch.setattr("fusion_edge.export.partial_folder.exchange", exchange)
+    assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
+    assert whole(replaceable) == "int8"
+    assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "ENOSYS", "EOPNOTSUPP", None])
+def test_folders_that_cannot_be_exchanged(
+    tiny_checkpoint: Path, replaceable: Path, number: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is refused, or the C library lacks it."""
+
+    def renameat2(*_: object) -> int:
+        ctypes.set_errno(getattr(errno, str(number)))
+        return -1
+
+    library = SimpleNamespace() if number is None else SimpleNamespace(renameat2=renameat2)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+    assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
+    assert whole(replaceable) == "int8"
+    assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
 
 
 def test_a_linked_bundle_file_is_replaced_alone(tiny_checkpoint: Path, replaceable: Path, tmp_path: Path) -> None:
