@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 
 from fusion_edge.export.data_writer import DataWriter
 from fusion_edge.export.files import flush_file, flush_folder, write_file
-from fusion_edge.export.folder_lock import OPENED, Foreign, entries, locked
-from fusion_edge.export.mount_point import hidden_in, workplace
+from fusion_edge.export.folder_lock import OPENED, Foreign, entries, locked, refuse_other
+from fusion_edge.export.mount_point import PURPOSES, hidden_folder, hidden_in, workplace
 from fusion_edge.export.partial_folder import Content, partial_folder
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.export.weights import CheckpointWeights
 from fusion_edge.export.worker_pool import worker_pool
 from fusion_edge.runtime import bundle, engines
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.quantization_report import QuantizationReport
 from fusion_edge.runtime.resources import usable_processors
@@ -59,10 +58,9 @@ def write_bundle(
             digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
             entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
         manifest = plan.manifest(entries)
-        for name in names:
+        write_file(folder / bundle.MANIFEST, manifest.to_text().encode())
+        for name in (*names, bundle.MANIFEST):
             flush_file(folder / name)
-        flush_folder(folder)
-        write_whole(folder / bundle.MANIFEST, manifest.to_text())
         flush_folder(folder)
     return manifest, report
 
@@ -71,10 +69,15 @@ def write_bundle(
 
 
 def resolve_output(output: Path) -> Path:
-    """Where the bundle will be: a link to a bundle stays a link. Raises :class:`FusionError` without its folder."""
+    """Where the bundle will be: a link to a bundle stays a link.
+
+    Raises :class:`FusionError` without its folder, or if a link or a file has the name of a hidden folder for it.
+    """
     output = Path(os.path.realpath(output))
     if not output.parent.is_dir():
         raise FusionError(f"{output.parent} is not a folder; create it first or choose another output.")
+    for purpose in PURPOSES:
+        refuse_other(hidden_folder(output, purpose))
     return output
 
 
@@ -113,6 +116,7 @@ def _listed(manifest: Path) -> Collection[str]:
         return set()
 
 
+_BUILT = f"{engines.FOLDER}/*-cc*-*"  # see engines_folder
 BUNDLE = Content(
     "export",
     (bundle.graph_file("*"), bundle.data_file("*"), bundle.TOKENIZER, bundle.QUANTIZATION),
@@ -120,12 +124,12 @@ BUNDLE = Content(
     _listed,
     (
         f"{engines.FOLDER}/",
-        f"{engines.FOLDER}/*/",
-        f"{engines.FOLDER}/*/{engines.ENGINES}",
-        f"{engines.FOLDER}/*/*.engine",
+        f"{_BUILT}/",
+        f"{_BUILT}/{engines.ENGINES}",
+        f"{_BUILT}/*.engine",
         f"{engines.FOLDER}/*.timing",
         # What a killed build left:
-        f"{engines.FOLDER}/*/.{engines.ENGINES}.*",
+        f"{_BUILT}/.{engines.ENGINES}.*",
         f"{engines.FOLDER}/.*.timing.*",
     ),
 )

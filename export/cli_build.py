@@ -16,7 +16,6 @@ from pathlib import Path
 
 from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder, why_no_plugins
 from fusion_edge.export.engine_profiles import limits
-from fusion_edge.export.interruptible import is_abandoned
 from fusion_edge.export.partial_folder import Content, partial_folder
 from fusion_edge.export.tensorrt_formats import check_bundle
 from fusion_edge.runtime import cli, engines
@@ -24,6 +23,7 @@ from fusion_edge.runtime.bundle import Bundle, Manifest, open_bundle, producer, 
 from fusion_edge.runtime.cuda import open_cuda
 from fusion_edge.runtime.engines import Engines, Machine
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
+from fusion_edge.runtime.interruptible import is_abandoned
 from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.tensorrt_library import LIBRARIES, Library, find_library, first_library

@@ -15,7 +15,6 @@ from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engine_parts import fix_dimension, split, tensor_dtype, tensor_shape
 from fusion_edge.export.engine_profiles import Limits, Ranges, profiles, shapes
-from fusion_edge.export.interruptible import interruptible
 from fusion_edge.export.older_operators import missing_operators, replace_operators
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.ahead_of_time import KERNELS
@@ -25,6 +24,7 @@ from fusion_edge.runtime.bundle import MANIFEST, Bundle, FileEntry, digest, grap
 from fusion_edge.runtime.engines import Engine, Machine
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.graphs import LLM
+from fusion_edge.runtime.interruptible import interruptible
 from fusion_edge.runtime.progress import Progress
 from fusion_edge.runtime.tensorrt_library import Library, Messages
 

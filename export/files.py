@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from pathlib import Path
@@ -55,3 +56,23 @@ def flush_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (*_UNSUPPORTED, errno.EBADF, errno.EACCES, errno.EPERM):
             raise
+
+
+_HERE = -100  # AT_FDCWD: paths are not relative to an opened folder
+_EXCHANGE = 2  # RENAME_EXCHANGE
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Have two folders take each other's place at once; False if the file system or the C library cannot.
+
+    Raises :class:`OSError`.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(other))

@@ -19,6 +19,7 @@ Owns = Callable[[str], bool]
 
 OPENED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """How folders are opened, links never."""
+_REMEDY = "delete it or choose another output."
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 
 
@@ -55,21 +56,23 @@ def locked(folder: Path, busy: str, is_new: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+def refuse_other(folder: Path) -> None:
+    """Raise :class:`FusionError` if there is something in a hidden folder's place that is none, such as a link."""
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        kind = "a link" if folder.is_symlink() else "no folder"
+        raise FusionError(f"{folder} is {kind}; expected nothing or a folder of fusion-edge there: {_REMEDY}")
+
+
 def _open(folder: Path, busy: str) -> int:
-    remedy = "delete it or choose another output."
+    refuse_other(folder)
     try:
         descriptor = os.open(folder, OPENED)
-    except FileNotFoundError:  # who held it has renamed or removed it a moment ago
+    except (FileNotFoundError, NotADirectoryError):  # who held it has renamed or removed it a moment ago
         raise FusionError(busy) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-            raise
-        kind = "a link" if folder.is_symlink() else "no folder"
-        raise FusionError(f"{folder} is {kind}; expected nothing or a folder of fusion-edge there: {remedy}") from None
     # Where a file system has one owner for all it holds, that is the owner of the folder above, too.
     if os.fstat(descriptor).st_uid not in (os.geteuid(), os.stat(folder.parent).st_uid):
         os.close(descriptor)
-        raise FusionError(f"{folder} belongs to another user; expected nothing or a folder of yours: {remedy}")
+        raise FusionError(f"{folder} belongs to another user; expected nothing or a folder of yours: {_REMEDY}")
     return descriptor
 
 

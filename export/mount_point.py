@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+PURPOSES = ("partial", "replaced", "calibration")
+"""Of hidden folders: what is being written, what is being replaced, what a calibration keeps."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -28,7 +30,12 @@ def workplace(output: Path) -> Path:
     return output if is_mount_point(output) else output.parent
 
 
+def hidden_folder(output: Path, purpose: str) -> Path:
+    """The hidden folder of one of :data:`PURPOSES` for ``output``."""
+    return workplace(output) / f".{output.name}.{purpose}"
+
+
 def hidden_in(output: Path) -> tuple[str, ...]:
     """Names in a mount point that are no part of what is written there; none if it is another folder."""
-    hidden = (f".{output.name}.partial", f".{output.name}.calibration", "lost+found")  # the last is a file system's own
-    return hidden if is_mount_point(output) else ()
+    hidden = (hidden_folder(output, "partial").name, hidden_folder(output, "calibration").name)
+    return (*hidden, "lost+found") if is_mount_point(output) else ()  # the last is a file system's own

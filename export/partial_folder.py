@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion_edge.export.files import flush_folder, write_file
+from fusion_edge.export.files import exchange, flush_folder, write_file
 from fusion_edge.export.folder_lock import OPENED, Owns, delete, entries, is_at, locked, matches, remove
-from fusion_edge.export.mount_point import hidden_in, workplace
+from fusion_edge.export.mount_point import hidden_folder, hidden_in, workplace
 from fusion_edge.runtime import signals
 from fusion_edge.runtime.errors import FusionError
 
@@ -35,8 +35,8 @@ class Content:
     """Patterns of what other commands put there later; folders' end with a slash."""
 
     def is_partial(self, path: str) -> bool:
-        """Whether ``path`` may be in a folder that is being written."""
-        return matches(path, *self.files, self.manifest, f".{self.manifest}.*", _REPLACED)
+        """Whether ``path`` may be in a partial folder: of what is being written, or of what was exchanged for it."""
+        return matches(path, *self.files, self.manifest, f".{self.manifest}.*", _REPLACED, *self.additions)
 
     def written_with(self, manifest: Path) -> Owns:
         """Whether paths were written with this manifest, itself among them."""
@@ -61,7 +61,7 @@ def partial_folder(output: Path, content: Content, check: Callable[[], None] = l
     Raises :class:`FusionError` if another process is writing ``output``, if it or what was left holds anything that
     commands did not write, or if the disk is full.
     """
-    folder = workplace(output) / f".{output.name}.partial"
+    folder = hidden_folder(output, "partial")
     busy = f"Another {content.what} is writing {output}; wait for it or choose another output."
     try:
         if os.path.lexists(folder):
@@ -121,13 +121,9 @@ def _end_the_killed(folder: Path, output: Path, content: Content, busy: str) -> 
 # A folder beside the output ---------------------------------------------------------------------------------------
 
 
-def _replaced(output: Path) -> Path:
-    return output.parent / f".{output.name}.replaced"
-
-
 def _put_back(output: Path, content: Content, busy: str) -> None:
     """What a killed process was replacing returns if nothing has taken its place, and goes if something has."""
-    replaced = _replaced(output)
+    replaced = hidden_folder(output, "replaced")
     if not os.path.lexists(replaced):
         return
     owns = content.owned(replaced / content.manifest)
@@ -140,27 +136,41 @@ def _put_back(output: Path, content: Content, busy: str) -> None:
 
 def _rename(folder: Path, output: Path, content: Content) -> None:
     """The finished folder takes the output's place."""
-    if not os.path.lexists(output):
+    replaced, owns = hidden_folder(output, "replaced"), content.owned(output / content.manifest)
+    if not os.path.lexists(output) or not os.listdir(output):
         os.rename(folder, output)
         flush_folder(output.parent)
         return
-    replaced, owns = _replaced(output), content.owned(output / content.manifest)
     old = os.open(output, OPENED)
     try:
         entries(old, owns, output)
-        os.rename(output, replaced)
         try:
-            os.rename(folder, output)
-        except BaseException:
-            os.rename(replaced, output)
-            raise
+            replaced = _exchange(folder, output, replaced)
+        except OSError as error:
+            if error.errno != errno.EXDEV or not os.path.lexists(output / content.manifest):
+                raise
+            _move_in(folder, output, content)  # folders of an image's layers cannot be renamed, their files can be
+            return
         flush_folder(output.parent)
         remove(old, replaced, owns, content.manifest)
     finally:
         os.close(old)
 
 
-# A folder in a mount point ----------------------------------------------------------------------------------------
+def _exchange(folder: Path, output: Path, replaced: Path) -> Path:
+    """Where the output's old content is after it has given way to the folder's."""
+    if exchange(folder, output):  # so there is a bundle at any time
+        return folder
+    os.rename(output, replaced)
+    try:
+        os.rename(folder, output)
+    except BaseException:
+        os.rename(replaced, output)
+        raise
+    return replaced
+
+
+# A folder whose files move into the output ---------------------------------------------------------------------------
 
 
 def _move_in(folder: Path, output: Path, content: Content) -> None:

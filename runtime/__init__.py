@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from fusion_edge.runtime.first_signals import leave_while_a_module_loads
 
-from fusion_edge.runtime import signals
-
+TYPE_CHECKING = False  # as type checkers read it; the module typing takes long to import
 if TYPE_CHECKING:
     from fusion_edge.runtime.answers import Answer, AnswerStream
     from fusion_edge.runtime.conversation import Conversation
@@ -30,10 +28,12 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-signals.leave_while_a_module_loads()
+leave_while_a_module_loads()

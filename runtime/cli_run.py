@@ -16,6 +16,7 @@ from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.interruptible import interruptible
 from fusion_edge.runtime.prompts import Turn
 from fusion_edge.runtime.sampling import Sampling
 
@@ -92,12 +93,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
         if arguments.ask is None:
             return _interactive(say)
-        if arguments.json:
-            answers = [_answer_json(ask(question)) for question in arguments.ask]
-            sys.stdout.write(json.dumps({"answers": answers}) + "\n")
-        else:
-            for question in arguments.ask:
-                say(question)
+
+        def answer() -> None:
+            if arguments.json:
+                answers = [_answer_json(ask(question)) for question in arguments.ask]
+                sys.stdout.write(json.dumps({"answers": answers}) + "\n")
+            else:
+                for question in arguments.ask:
+                    say(question)
+
+        interruptible(answer, fusion.close)  # a prompt is one long call of the runtime
     return 0
 
 

@@ -5,10 +5,7 @@ Nothing here imports a library.
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-
-from fusion_edge.runtime import memory_limits, signals
+from fusion_edge.runtime.first_signals import leave_at_once
 
 
 def run() -> int:
@@ -23,7 +20,12 @@ def info() -> int:
 
 def start(module: str) -> int:
     """Import a command's module and call its ``main``; the exit code."""
-    signals.leave_at_once()
+    leave_at_once()
+    import sys
+    from importlib import import_module
+
+    from fusion_edge.runtime import memory_limits
+
     if reason := memory_limits.too_little():
         sys.stderr.write(f"error: {reason}\n")
         return 1

@@ -5,7 +5,6 @@ Only commands take signals. In a program that uses fusion-edge as a library they
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -13,8 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-"""What a command says, by the signal that ends it: Ctrl-C, ``kill`` or ``docker stop``, a closed terminal."""
+from fusion_edge.runtime.first_signals import DEFAULTS, WORDS, leave
 
 
 class Terminated(SystemExit):
@@ -30,19 +28,6 @@ class _Held:
 
     depth = 0
     waiting: signal.Signals | None = None
-
-
-def leave_at_once() -> None:
-    """End the process on a signal without any cleaning up: for the time before there is work, while modules load."""
-    _take(_leave)
-
-
-def leave_while_a_module_loads() -> None:
-    """:func:`leave_at_once` if Python is about to run one of our modules (``python -m``); packages call it first."""
-    if getattr(sys, "argv", [])[:1] == ["-m"]:  # so Python has it until it has found the module
-        module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
-        if module.startswith("fusion_edge."):
-            leave_at_once()
 
 
 @contextmanager
@@ -90,12 +75,6 @@ def tell(ended: KeyboardInterrupt | Terminated) -> int:
     return 128 + number
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
-    with suppress(OSError):
-        os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())
-    os._exit(128 + number)
-
-
 def _raise(number: int, _frame: FrameType | None) -> None:
     if _Held.depth:
         _Held.waiting = signal.Signals(number)
@@ -117,4 +96,4 @@ def _take(handler: Callable[[int, FrameType | None], None]) -> None:
             signal.signal(number, handler)
 
 
-_OURS = (signal.SIG_DFL, signal.default_int_handler, _leave, _raise, _ignore)
+_OURS = (*DEFAULTS, leave, _raise, _ignore)

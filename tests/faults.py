@@ -17,7 +17,8 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class Place:
     """A folder for the copy; its content is deleted."""
     is_mounted: bool = False
     """The output behaves as a mount point."""
+    has_exchange: bool = True
+    """Two folders can take each other's place at once."""
 
     @property
     def output(self) -> Path:
@@ -62,6 +65,10 @@ class Place:
         """Put the old bundle in place, alone."""
         shutil.rmtree(self.output.parent, ignore_errors=True)
         shutil.copytree(self.replaced, self.output)
+
+
+PLACES = {"a folder": (False, True), "a folder without exchange": (False, False), "a mount point": (True, False)}
+"""The last two fields of :class:`Place`, by what they stand for."""
 
 
 @dataclass
@@ -147,7 +154,7 @@ def _in_child(
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            with calls.patched(), _mounted(place):
+            with calls.patched(), _simulated(place):
                 code = cli.main([str(place.checkpoint), "-o", str(place.output), *options])
             if report is not None:
                 sys.stderr.write(report())
@@ -158,11 +165,16 @@ def _in_child(
     return os.waitstatus_to_exitcode(status), said.read_text(encoding="utf-8")
 
 
-def _mounted(place: Place) -> Any:
-    """A context in which the output is a mount point, if it is to be one."""
+@contextmanager
+def _simulated(place: Place) -> Iterator[None]:
+    """While it lasts, the output is a mount point if it is to be one, and folders are exchanged if they can be."""
     ismount = os.path.ismount
     mounted = {place.output} if place.is_mounted else set()
-    return mock.patch("os.path.ismount", lambda folder: folder in mounted or ismount(folder))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("os.path.ismount", lambda folder: folder in mounted or ismount(folder)))
+        if not place.has_exchange:
+            stack.enter_context(mock.patch("fusion_edge.export.partial_folder.exchange", return_value=False))
+        yield
 
 
 def _judged(kind: str, code: int, said: str, place: Place) -> str:
@@ -177,7 +189,7 @@ def _judged(kind: str, code: int, said: str, place: Place) -> str:
         return f"exit code {code}: {said[-300:]}"
     if said.count("\n") > 1 or "Traceback" in said:
         return f"said {said[-500:]!r}"
-    if kind == "SIGKILL":
+    if kind == "SIGKILL" and (place.is_mounted or not place.has_exchange):
         return ""
     try:
         precision = whole(place.output)
@@ -188,7 +200,7 @@ def _judged(kind: str, code: int, said: str, place: Place) -> str:
     if code == 0 and precision != NEW:
         return "success without the new bundle"
     left = sorted(path.name for path in place.output.parent.iterdir())
-    return "" if kind in ERRORS or left == ["bundle"] else f"left {left}"
+    return "" if kind in ("SIGKILL", *ERRORS) or left == ["bundle"] else f"left {left}"
 
 
 def _afterwards(place: Place) -> str:
@@ -233,17 +245,17 @@ def main() -> int:
         checkpoint = write_checkpoint(work / "FUSION-tiny", TINY)
         if cli.main([str(checkpoint), "-o", str(work / "old"), f"--{OLD}", "--json"]) != 0:
             return 1
-        places = [Place(checkpoint, work / "old", work, is_mounted) for is_mounted in (False, True)]
+        places = [Place(checkpoint, work / "old", work, *which) for which in PLACES.values()]
         traces = [trace(place) for place in places]
         kills = [draw.choice(("SIGKILL", draw.choice(SIGNALS[1:]))) for _ in range(asked.kills)]
         for kind in (*kills, *(draw.choice((*ERRORS, SHORT)) for _ in range(asked.writes))):
-            which = draw.randrange(2)
+            which = draw.randrange(len(places))
             name = draw.choice(sorted(set(traces[which])))  # not one in three at a pwrite, of which there are most
             number = draw.choice([i for i, one in enumerate(traces[which]) if one == name])
             wrong = inject(kind, number, places[which])
             outcomes["wrong" if wrong else "right"] += 1
             if wrong:
-                print(f"{kind} at call {number} ({name}), mounted {places[which].is_mounted}: {wrong}", flush=True)
+                print(f"{kind} at call {number} ({name}), {[*PLACES][which]}: {wrong}", flush=True)
     print(f"{asked.kills} kills and signals, {asked.writes} faults of writes: {outcomes['wrong']} wrong")
     return 1 if outcomes["wrong"] else 0
 

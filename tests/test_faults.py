@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from faults import ERRORS, OLD, SHORT, SIGNALS, Place, inject, trace
+from faults import ERRORS, OLD, PLACES, SHORT, SIGNALS, Place, inject, trace
 
 from fusion_edge.export import cli
 
@@ -26,18 +26,19 @@ def tried(kind: str, name: str, calls: list[int]) -> list[int]:
     return [calls[len(calls) // 2]]
 
 
-@pytest.mark.parametrize("is_mounted", [False, True])
+@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("kinds", [("SIGKILL",), SIGNALS[1:2], ("ENOSPC", SHORT)], ids=["kills", "SIGTERM", "writes"])
 def test_faults_of_an_export(
-    kinds: tuple[str, ...], is_mounted: bool, tiny_checkpoint: Path, replaced: Path, tmp_path: Path
+    kinds: tuple[str, ...], where: str, tiny_checkpoint: Path, replaced: Path, tmp_path: Path
 ) -> None:
     """The old or the new bundle is whole, and the next export leaves nothing behind."""
-    place = Place(tiny_checkpoint, replaced, tmp_path, is_mounted)
+    place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES[where])
     names = trace(place)
+    differing = ["rename"] if where == "a folder without exchange" else dict.fromkeys(names)
     wrong = [
         f"{kind} at call {number} ({name}): {verdict}"
         for kind in kinds
-        for name in dict.fromkeys(names)
+        for name in differing
         for number in tried(kind, name, [i for i, one in enumerate(names) if one == name])
         if (verdict := inject(kind, number, place))
     ]
@@ -54,7 +55,7 @@ def test_a_fault_is_seen(
     tiny_checkpoint: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What faults are looked for with finds one: here the old bundle is not put back."""
-    place = Place(tiny_checkpoint, replaced, tmp_path)
+    place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES["a folder without exchange"])
     names = trace(place)
     second = names.index("rename", names.index("rename") + 1)
     monkeypatch.setattr("fusion_edge.export.partial_folder._put_back", lambda *_: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -24,6 +26,7 @@ from fusion_edge.runtime.output_file import check_output_file, write_whole
 
 Refuse = Callable[..., str]
 HIDDEN = (".bundle.partial", ".bundle.replaced")
+ALL_HIDDEN = (*HIDDEN, ".bundle.calibration")
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def tree(folder: Path) -> list[str]:
 # Hidden folders ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", ALL_HIDDEN)
 @pytest.mark.parametrize("make", ["link", "dangling link", "link to a file", "file", "hard link", "pipe"])
 def test_something_in_place_of_a_hidden_folder(
     tiny_checkpoint: Path, output: Path, tmp_path: Path, name: str, make: str, refused: Refuse
@@ -69,6 +72,39 @@ def test_something_in_place_of_a_hidden_folder(
     assert (victim / "llm.data").read_text() == "precious"
     assert os.path.lexists(hidden)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ALL_HIDDEN)
+def test_a_link_to_the_output_itself(
+    tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse
+) -> None:
+    replaceable.with_name(name).symlink_to("bundle")
+    for options in ([], ["--force"]):
+        message = refused(cli.main, tiny_checkpoint, "-o", replaceable, *options)
+        assert f"{replaceable.with_name(name)} is a link" in message
+    assert whole(replaceable) == "int4"
+
+
+def test_a_link_that_comes_while_the_bundle_is_written(
+    tiny_checkpoint: Path, replaceable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
+) -> None:
+    """In the partial folder's place: neither is its target published nor anything deleted in it."""
+    partial, victim, digest = replaceable.with_name(".bundle.partial"), tmp_path / "victim", bundle.digest
+    shutil.copytree(replaceable, victim)
+    before = {path.name: path.read_bytes() for path in victim.iterdir()}
+
+    def late(*arguments: Any) -> str:
+        if not partial.is_symlink():
+            partial.rename(tmp_path / "away")
+            partial.symlink_to(victim)
+        return digest(*arguments)
+
+    monkeypatch.setattr(bundle, "digest", late)
+    refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
+    assert whole(replaceable) == "int4"
+    assert partial.is_symlink()
+    for name, content in before.items():
+        assert (victim / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -154,7 +190,9 @@ def test_patterns_match_folder_by_folder() -> None:
 # What --force replaces ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "extra.data", ".a", "sub/llm.data", "engines/README", "engines/a/x"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "extra.data", ".a", "sub/llm.data", "engines/README", "engines/a/x", "engines/a/b.engine"]
+)
 def test_files_that_no_bundle_wrote_stay(tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse) -> None:
     path = replaceable / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,6 +258,47 @@ def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, 
         assert "fusion-build" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
     assert whole(replaceable) == "int8"
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "EXDEV"])
+def test_a_bundle_in_a_layer_of_an_image(
+    tiny_checkpoint: Path, replaceable: Path, number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder can be neither exchanged nor renamed; what kernels say to the former differs."""
+    rename = os.rename
+
+    def guarded(source: Any, target: Any, **options: Any) -> None:
+        if Path(source) == replaceable:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target, **options)
+
+    def exchange(*_: Path) -> bool:
+        if number == "EXDEV":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return False
+
+    monkeypatch.setattr(os, "rename", guarded)
+    monkeypatch.setattr("fusion_edge.export.partial_folder.exchange", exchange)
+    assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
+    assert whole(replaceable) == "int8"
+    assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "ENOSYS", "EOPNOTSUPP", None])
+def test_folders_that_cannot_be_exchanged(
+    tiny_checkpoint: Path, replaceable: Path, number: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is refused, or the C library lacks it."""
+
+    def renameat2(*_: object) -> int:
+        ctypes.set_errno(getattr(errno, str(number)))
+        return -1
+
+    library = SimpleNamespace() if number is None else SimpleNamespace(renameat2=renameat2)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+    assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
+    assert whole(replaceable) == "int8"
+    assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
 
 
 def test_a_linked_bundle_file_is_replaced_alone(tiny_checkpoint: Path, replaceable: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from on_fake_tensorrt import installed
 from paths import DEMO_CHECKPOINT
 from uninterruptible_wait import UninterruptibleWait
 
-from fusion_edge.export import cli, cli_build, interruptible
+from fusion_edge.export import cli, cli_build
+from fusion_edge.runtime import interruptible
 from fusion_edge.runtime.engines import FOLDER
 
 

@@ -245,7 +245,7 @@ def test_the_other_export_ends_while_this_one_waits(
 
 KILLED = """
 import os, signal, sys
-from fusion_edge.export import cli
+from fusion_edge.export import cli, partial_folder
 name, calls = sys.argv[1], int(sys.argv[2])
 original = getattr(os, name)
 def counted(*arguments, **options):
@@ -255,12 +255,14 @@ def counted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **options)
 setattr(os, name, counted)
+if name == "rename":  # as where folders cannot be exchanged
+    partial_folder.exchange = lambda *_: False
 sys.exit(cli.main(sys.argv[3:]))
 """
 MOMENTS = (  # after how many calls of which function
     ("pwrite", 0),  # nothing but small files
     ("pwrite", 40),
-    ("replace", 0),  # everything but the manifest
+    ("fsync", 0),  # everything, perhaps not on the disk
     ("rename", 0),  # before the first rename
     ("rename", 1),  # replacing: between the two; new: never
 )
@@ -296,3 +298,19 @@ def test_killed_while_replacing(
     assert whole(output) == ("int8" if completed else "int4")
     assert siblings(output) == ["bundle"]
     assert cli_info.main([str(output)]) == 0
+
+
+@pytest.mark.parametrize("moment", [("unlink", 0), ("unlink", 5), ("rmdir", 0)])
+def test_killed_while_the_replaced_bundle_is_removed(
+    moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
+) -> None:
+    """It and the new one have taken each other's place: there is a bundle at any time."""
+    shutil.copytree(tiny_bundle, output)
+    engine = output / "engines/tensorrt-10.9-cc8.7-0123456789abcdef/llm.engine"
+    engine.parent.mkdir(parents=True)
+    engine.touch()
+    assert killed_export(moment, tiny_checkpoint, output, "--int8", "--force") == -signal.SIGKILL
+    assert whole(output) == "int8"
+    assert siblings(output) == [".bundle.partial", "bundle"]
+    assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert siblings(output) == ["bundle"]

@@ -11,16 +11,21 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from paths import DEMO_CHECKPOINT
+from uninterruptible_wait import UninterruptibleWait
 
 from fusion_edge.export import cli as export_cli
 from fusion_edge.export.data_writer import DataWriter
 from fusion_edge.quant.calibration.work_folder import work_folder
 from fusion_edge.runtime import bundle, cli, cli_run, signals
+from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.progress import Progress
 
+DEMO_PICTURE = DEMO_CHECKPOINT.with_name("picture.png")
 ENDS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
 ends = pytest.mark.parametrize(("number", "code", "said"), ENDS)
 
@@ -177,7 +182,7 @@ def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(
         def isatty(self) -> bool:
             return True
 
-        def readline(self) -> str:
+        def readline(self, _size: int) -> str:
             line = next(self.lines, None)
             if line is None:
                 send(signal.SIGINT)
@@ -188,6 +193,35 @@ def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(
     assert cli.run(lambda _: cli_run._interactive(say), None) == 130  # type: ignore[arg-type]
     assert asked == ["one", "two", "three"]
     assert capsys.readouterr().err == "> \n> \n> > interrupted\n"
+
+
+@ends
+def test_a_question_is_ended_inside_of_the_runtime(
+    number: signal.Signals,
+    code: int,
+    said: str,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The prompt is one call of ONNX Runtime, in which Python handles no signals."""
+    wait, sent = UninterruptibleWait(polls=False), []
+
+    def prefill(*_: Any) -> NoReturn:
+        wait.until_refused(None)
+        raise FusionError("terminated by request")
+
+    def send_in_the_middle() -> None:
+        assert wait.began.wait(60)
+        sent.append(time.monotonic())
+        send(number)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "prefill", prefill)
+    monkeypatch.setattr(OnnxRuntimeBackend, "interrupt", lambda _: wait.end())
+    threading.Thread(target=send_in_the_middle).start()
+    assert cli_run.main([str(tiny_bundle), "--image", str(DEMO_PICTURE), "--ask", "What is it?"]) == code
+    assert time.monotonic() - sent[0] < 1
+    assert capsys.readouterr() == ("", f"{said}\n")
 
 
 def test_a_terminal_that_is_closed_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:

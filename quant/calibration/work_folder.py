@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.export.folder_lock import delete, entries, locked, matches, remove
-from fusion_edge.export.mount_point import workplace
+from fusion_edge.export.mount_point import hidden_folder
 from fusion_edge.export.plan import ExportPlan
 from fusion_edge.quant.calibration.samples import Samples
 from fusion_edge.quant.calibration.states import replace_text
@@ -50,8 +50,7 @@ def folder_bytes(output: Path) -> int:
 
 
 def _folder_of(output: Path) -> Path:
-    output = Path(os.path.realpath(output))
-    return workplace(output) / f".{output.name}.calibration"
+    return hidden_folder(Path(os.path.realpath(output)), "calibration")
 
 
 def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> str:

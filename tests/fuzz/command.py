@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -23,13 +24,11 @@ MEMORY_FOLDER = Path("/dev/shm")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code, 1 if anything failed."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(words)
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None))
     try:
-        return _replay(arguments, scratch) if arguments.replay else _campaign(arguments, scratch)
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"error: This kind needs {error.name}, which is not beside it in tests/.\n")
-        return 2
+        return _replay(arguments, scratch) if arguments.replay else _campaign(arguments, scratch, words)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -69,7 +68,7 @@ def _prepared(names: Sequence[str], scratch: Path) -> dict[str, Kind]:
     return chosen
 
 
-def _campaign(arguments: argparse.Namespace, scratch: Path) -> int:
+def _campaign(arguments: argparse.Namespace, scratch: Path, words: Sequence[str]) -> int:
     names = arguments.kind or [name for name, kind in kinds().items() if kind.share]
     seed = int(datetime.now(timezone.utc).strftime("%Y%m%d")) if arguments.seed is None else arguments.seed
     minutes = 1.0 if arguments.minutes is None and arguments.count is None else arguments.minutes
@@ -85,7 +84,7 @@ def _campaign(arguments: argparse.Namespace, scratch: Path) -> int:
     seconds = time.monotonic() - started
     if sys.stderr.isatty():
         sys.stderr.write("\n")
-    result = campaign.result(seconds)
+    result = {"command": shlex.join(["python", "-m", "tests.fuzz", *words])} | campaign.result(seconds)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, tally in campaign.tallies.items():
