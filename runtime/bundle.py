@@ -188,10 +188,16 @@ def data_file(name: str) -> str:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     remedy = "Pass the folder that fusion-export wrote."
+    try:
+        is_utf8 = os.fsencode(folder) == str(folder).encode()
+    except UnicodeEncodeError:
+        is_utf8 = False
+    if not is_utf8:
+        raise FusionError(
+            f"The bundle's path {folder} is not UTF-8, which ONNX Runtime cannot open; rename the folder."
+        )
     if not os.path.isdir(folder):
         raise FusionError(f"{folder} is not a folder; expected a bundle. {remedy}")
-    if os.fsencode(folder) != str(folder).encode("utf-8", "replace"):
-        raise FusionError(f"{folder} is not a path in UTF-8, as the libraries that read bundles need; rename it.")
     try:
         data = read_json(path)
     except FileNotFoundError:

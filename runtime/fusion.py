@@ -27,7 +27,7 @@ from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.devices import AUTO, Device, open_device
 from fusion_edge.runtime.embeddings import Embeddings
-from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images import load_image, normalize
 from fusion_edge.runtime.prompts import TEMPLATES, Prompt, PromptEncoder, Room, Turn
@@ -285,10 +285,4 @@ def _path(folder: object) -> str:
     path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
     if not isinstance(path, str):
         raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise FusionError(
-            f"The bundle's path {path} is not UTF-8, which ONNX Runtime cannot open; rename the folder."
-        ) from None
     return path

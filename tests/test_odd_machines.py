@@ -58,7 +58,7 @@ def test_a_path_that_is_not_utf_8(demo: Path, tmp_path: Path) -> None:
     shutil.copytree(os.fsencode(demo), folder)
     done = ask(folder)
     assert done.returncode == 1
-    assert b"is not a path in UTF-8" in done.stderr
+    assert b"is not UTF-8" in done.stderr
     assert done.stderr.count(b"\n") == 1
 
 

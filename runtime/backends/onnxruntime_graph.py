@@ -164,14 +164,6 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".: ") + "."
 
 
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _needed_bytes(bundle: Bundle) -> int:
     """What a load takes at the least: the files, and the whole KV cache."""
     manifest = bundle.manifest
@@ -190,8 +182,6 @@ def _session(bundle: Bundle, name: str, device: str, threads: int) -> ort.Infere
     missing = _load_cuda_libraries() if device == "cuda" else []
     provider, settings = PROVIDERS[device]
     options = _session_options(bundle.manifest, threads)
-    if not _is_utf8(path):
-        raise FusionError(f"{path} is no path in UTF-8, and ONNX Runtime opens no other; rename the folder.")
     try:
         if device == "cpu" and cpu_kernels.run(bundle.manifest, name):
             options.register_custom_ops_library(str(cpu_kernels.library()))

@@ -27,9 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None))
     try:
         return _replay(arguments, scratch) if arguments.replay else _campaign(arguments, scratch)
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"error: This kind needs {error.name}, which is not beside it in tests/.\n")
-        return 2
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

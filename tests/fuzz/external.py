@@ -1,17 +1,17 @@
-"""Kinds that other helpers of the tests carry out: calls of the kernels, and faults in system calls of an export."""
+"""Kinds that other modules of the tests carry out: calls of the kernels, and faults in system calls of an export."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
+import faults
 from checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
+from fuzz import kernels
 from fuzz.judge import GROWTH, Mutant
 
 
@@ -26,13 +26,13 @@ class Kernels:
     growth: int = GROWTH
 
     def prepare(self, folder: Path) -> None:
-        self._module = importlib.import_module("fuzz.kernels")
+        pass
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         first = 0 if draw is None else draw.randrange(2**40)
 
         def run() -> None:
-            failures = self._module.run(first, self.calls)
+            failures = kernels.run(first, self.calls)
             assert not failures, "\n".join(failures)
 
         return Mutant((f"calls {first} to {first + self.calls - 1}",), run)
@@ -50,23 +50,21 @@ class SystemCalls:
     growth: int = GROWTH
 
     def prepare(self, folder: Path) -> None:
-        self._faults = importlib.import_module("faults")
         checkpoint = write_checkpoint(folder / "checkpoint", TINY)
         with contextlib.redirect_stdout(None):
-            if cli.main([str(checkpoint), "-o", str(folder / "old"), f"--{self._faults.OLD}"]):
+            if cli.main([str(checkpoint), "-o", str(folder / "old"), f"--{faults.OLD}"]):
                 raise RuntimeError("The bundle that exports replace could not be written.")
         self._place = checkpoint, folder / "old"
         (folder / "work").mkdir()
-        self._calls = [self._faults.trace(self._at(folder / "work", mounted)) for mounted in (False, True)]
+        self._calls = [faults.trace(self._at(folder / "work", mounted)) for mounted in (False, True)]
 
-    def _at(self, work: Path, is_mounted: bool) -> Any:
-        return self._faults.Place(*self._place, work, is_mounted)
+    def _at(self, work: Path, is_mounted: bool) -> faults.Place:
+        return faults.Place(*self._place, work, is_mounted)
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         if draw is None:
             place = self._at(folder, False)
-            return Mutant((), lambda: int(not self._faults.trace(place)))
-        faults = self._faults
+            return Mutant((), lambda: int(not faults.trace(place)))
         kills, writes = ["SIGKILL", draw.choice(faults.SIGNALS)], [*faults.ERRORS, faults.SHORT]
         fault, mounted = draw.choice(kills if self.are_kills else writes), draw.randrange(2)
         calls = self._calls[mounted]
