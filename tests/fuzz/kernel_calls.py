@@ -7,13 +7,30 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fuzz.attention_cases import cached, causal, multi_head, packed_attention
 from fuzz.fake_onnxruntime import Attribute
-from fuzz.kernel_cases import KINDS, NOT_FINITE, Case
+from fuzz.kernel_cases import (
+    NOT_FINITE,
+    Array,
+    Case,
+    Random,
+    activation,
+    integer_mlp,
+    integer_product_case,
+    product,
+)
 
-Array = npt.NDArray[Any]
-Random = np.random.Generator
+KINDS: tuple[Callable[[Random], Case], ...] = (
+    product,
+    integer_product_case,
+    integer_mlp,
+    activation,
+    multi_head,
+    packed_attention,
+    causal,
+    cached,
+)
 EXTREME = (0, -1, 2**31, 2**32, 2**62, -(2**62), 2**63 - 1, -(2**63))  # of an attribute
 
 

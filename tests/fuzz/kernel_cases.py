@@ -1,26 +1,16 @@
-"""Calls of our CPU kernels, drawn at random, and what each must answer."""
+"""Calls of our CPU kernels of products and activations, drawn at random, and what each must answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from attention_graphs import (
-    BLOCKED,
-    Causal,
-    cached_feeds,
-    causal_feeds,
-    causal_reference,
-    multi_head_reference,
-    rotated,
-)
 from one_node import gelu
 from product_references import integer_product, integer_tensors, rounded
 
-from fusion_edge.export import int8_cache
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.kernels.onnx_functions import DOMAIN
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
@@ -31,7 +21,6 @@ Array = npt.NDArray[Any]
 Random = np.random.Generator
 Check = Callable[[list[Array]], str | None]
 SUMS = 4e-6  # of the size of what is added: float32 has 24 bits, and a sum some tens of terms in each lane
-ATTENTION = 6e-6  # the same of values a few units large
 NOTHING = 1e-25  # inputs smaller than 1e-30 count as 0
 WIDTHS = (1, 3, 8, 15, 16, 17, 64, 72, 80, 96, 128, 255, 256)
 ROWS = (1, 1, 1, 2, 3, 7, 8, 9, 15, 16, 17, 30)
@@ -220,219 +209,3 @@ def activation(random: Random) -> Case:
     inputs = {"QuickGelu": (x,), "FastGelu": (x, None), "SwiGlu": (x, up)}[name]
     fixed = (1,) if up is not None else ()
     return Case((domain, name, ""), attributes, inputs, check, fixed=fixed, unknown=(1,) if name == "FastGelu" else ())
-
-
-def attention_tolerance(q: Array, k: Array, v: Array, scale: float, bfloat16: bool) -> float:
-    """Of results; all in float64, heads last but one dimension. Of bfloat16 each factor is off by 2^-9 of itself."""
-    with np.errstate(all="ignore"):
-        largest = np.abs(v[np.isfinite(v)]).max(initial=1)
-        score = float(np.linalg.norm(q, axis=-1).max(initial=0) * np.linalg.norm(k, axis=-1).max(initial=0) * scale)
-        error = score * (2.0**-7 if bfloat16 else 2.0**-20)
-        tolerance = largest * (np.expm1(2 * error) + (2.0**-7 if bfloat16 else ATTENTION))
-    return float(tolerance) if np.isfinite(tolerance) else np.inf
-
-
-def multi_head(random: Random) -> Case:
-    batch, heads, width = int(random.integers(1, 3)), int(random.integers(1, 4)), int(random.choice(WIDTHS))
-    queries, keys = (int(random.choice([1, 2, 7, 16, 33, 65, 300])) for _ in range(2))
-    bfloat16, has_mask = bool(random.random() < 0.3), random.random() < 0.7
-    is_hostile = random.random() < 0.2
-    feeds = {name: random.normal(size=(batch, rows, heads * width)).astype(np.float32) for name, rows in
-             (("q", queries), ("k", keys), ("v", keys))}  # fmt: skip
-    if is_hostile:
-        name = "qkv"[random.integers(3)]
-        feeds[name] = hostile(feeds[name], random)
-    mask = key_mask(random, batch, keys) if has_mask else np.ones((batch, keys), np.int32)
-    scale = float(np.float32(random.uniform(0.05, 0.5))) if random.random() < 0.5 else 0.0
-
-    def check(outputs: list[Array]) -> str | None:
-        own = {name: feeds[name].astype(np.float64) for name in "qkv"} | {"mask": mask}
-        own["q"] = own["q"] * (scale * width**0.5 if scale else 1)
-        with np.errstate(all="ignore"):
-            expected = multi_head_reference(own, heads)
-        q, k, v = (own[name].reshape(batch, -1, heads, width) for name in "qkv")
-        return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), is_hostile)
-
-    attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": BLOCKED, "scale": scale}
-    inputs = (feeds["q"], feeds["k"], feeds["v"], None, mask if has_mask else None, None, None, None)
-    operator = (cpu_functions.MICROSOFT, "MultiHeadAttention", "")
-    fixed = (2, 4) if has_mask else (2,)
-    return Case(operator, attributes, inputs, check, ("num_heads",), fixed, unknown=(3, 5, 6, 7), bfloat16=bfloat16)
-
-
-def key_mask(random: Random, batch: int, keys: int) -> Array:
-    """Of which some key is there."""
-    mask = (random.random((batch, keys)) < 0.7).astype(np.int32)
-    mask[:, random.integers(keys)] = 1
-    return mask
-
-
-def packed_attention(random: Random) -> Case:
-    batch, heads, width = int(random.integers(1, 3)), int(random.integers(1, 4)), int(random.choice(WIDTHS))
-    rows, bfloat16 = int(random.choice([1, 2, 7, 16, 33, 65])), bool(random.random() < 0.3)
-    patches = int(random.integers(1, rows + 1)) if random.random() < 0.5 else None
-    qkv, is_hostile = random.normal(size=(batch, rows, 3 * heads * width)).astype(np.float32), random.random() < 0.2
-    if is_hostile:
-        qkv = hostile(qkv, random)
-    mask = key_mask(random, batch, rows)
-
-    def check(outputs: list[Array]) -> str | None:
-        q, k, v = np.split(qkv.astype(np.float64), 3, axis=2)
-        with np.errstate(all="ignore"):
-            expected = multi_head_reference({"q": q, "k": k, "v": v, "mask": mask}, heads)
-            if patches is not None:
-                expected[:, patches:] = v.mean(1, keepdims=True)
-        q, k, v = (part.reshape(batch, rows, heads, width) for part in (q, k, v))
-        return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), is_hostile)
-
-    attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": BLOCKED}
-    if patches is not None:
-        attributes["patches"] = patches
-    operator = (DOMAIN, "PackedAttention" if patches is None else "PatchAttention", "")
-    counts = ("num_heads",) if patches is None else ("num_heads", "patches")
-    return Case(operator, attributes, (qkv, mask), check, counts, fixed=(1,), bfloat16=bfloat16)
-
-
-def causal_sizes(random: Random, int8: bool) -> tuple[Causal, int, int, int]:
-    """Sizes, positions before, capacity of the cache, and length."""
-    kv_heads, width = int(random.integers(1, 4)), int(random.choice(WIDTHS))
-    rotary = 2 * int(random.integers(0, width // 2 + 1))
-    sizes = Causal(kv_heads * int(random.integers(1, 5)), kv_heads, width, rotary, int8)
-    past, length = int(random.choice([0, 1, 5, 17, 100])), int(random.choice([1, 1, 1, 2, 7, 33, 65]))
-    return sizes, past, past + int(random.choice([0, length, length, length + 9])), length
-
-
-def causal_inputs(sizes: Causal, feeds: Mapping[str, Array]) -> tuple[Array | None, ...]:
-    """In the order of GroupQueryAttention's."""
-    names = ["qkv", "", "", "past_key", "past_value", "last_position", "total_length", "cos", "sin", "", "", ""]
-    names += ["key_scale", "value_scale"] if sizes.int8 else ["", ""]
-    return tuple(feeds.get(name) for name in names)
-
-
-def causal_tolerance(sizes: Causal, feeds: Mapping[str, Array], values: Array, bfloat16: bool) -> float:
-    heads = feeds["qkv"][0].astype(np.float64).reshape(feeds["qkv"].shape[1], -1, sizes.width)
-    past = feeds["past_key"].astype(np.float64) * (feeds["key_scale"] if sizes.int8 else 1)
-    keys = np.concatenate([heads[:, sizes.heads :].reshape(-1, sizes.width), past.reshape(-1, sizes.width)])
-    return attention_tolerance(heads[:, : sizes.heads], keys, values, sizes.width**-0.5, bfloat16)
-
-
-def differing_cache(
-    sizes: Causal, feeds: Mapping[str, Array], part: str, present: Array, scale: Array | float, in_place: bool
-) -> str | None:
-    """What a cache is otherwise than the past's and behind it the new keys or values, rounded by ``scale``."""
-    length, total = feeds["qkv"].shape[1], int(feeds["total_length"])
-    rows = feeds["qkv"][0].astype(np.float64).reshape(length, -1, sizes.width)
-    first = sizes.heads + (0 if part == "key" else sizes.kv_heads)
-    new = rows[:, first : first + sizes.kv_heads]
-    if part == "key":
-        new = rotated(new, sizes.rotary, dict(feeds), total - length)
-    new = new.swapaxes(0, 1) / scale
-    past, before = feeds[f"past_{part}"][0], total - length
-    expected = np.zeros(present.shape[1:])
-    expected[:, : past.shape[1]] = past if in_place else 0
-    expected[:, :before] = past[:, :before]
-    expected[:, before:total] = np.clip(np.rint(new), -128, 127) if sizes.int8 else new
-    tolerance = np.zeros(expected.shape)
-    tolerance[:, before:total] = 1 if sizes.int8 else 1e-5
-    return differs(present[0], expected, tolerance)
-
-
-def causal(random: Random) -> Case:
-    sizes, past, capacity, length = causal_sizes(random, int8=random.random() < 0.5)
-    feeds, bfloat16 = causal_feeds(sizes, past, capacity, length, random), bool(random.random() < 0.3)
-    is_in_place, is_hostile = capacity >= past + length and random.random() < 0.5, random.random() < 0.1
-    if is_hostile:
-        feeds["qkv"] = hostile(feeds["qkv"], random)
-
-    def check(outputs: list[Array]) -> str | None:
-        if is_hostile:
-            return None
-        for part, present in zip(("key", "value"), outputs[1:], strict=True):
-            scale = feeds[f"{part}_scale"][0] if sizes.int8 else 1.0
-            if wrong := differing_cache(sizes, feeds, part, present, scale, is_in_place):
-                return f"{part}: {wrong}"
-        expected = causal_reference(sizes, feeds, (outputs[1], outputs[2]))
-        values = outputs[2].astype(np.float64) * (feeds["value_scale"] if sizes.int8 else 1)
-        return differs(outputs[0], expected, causal_tolerance(sizes, feeds, values, bfloat16 and length > 1))
-
-    attributes: dict[str, Attribute] = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads, "do_rotary": 1}
-    attributes["scale"] = float(np.float32(sizes.width**-0.5))
-    if sizes.int8:
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    return Case(
-        (cpu_functions.MICROSOFT, "GroupQueryAttention", "int8" if sizes.int8 else "float32"),
-        attributes,
-        causal_inputs(sizes, feeds),
-        check,
-        counts=("num_heads", "kv_num_heads"),
-        fixed=(4, 5, 6, 8, *((12, 13) if sizes.int8 else ())),
-        unknown=(1, 2, 9, 10, 11),
-        in_place={1: 3, 2: 4} if is_in_place else {},
-        bfloat16=bfloat16,
-    )  # fmt: skip
-
-
-def cached(random: Random) -> Case:
-    sizes, past, capacity, length = causal_sizes(random, int8=True)
-    is_prefill = random.random() < 0.5
-    past, capacity = (0, max(capacity, length)) if is_prefill else (past, capacity)
-    feeds, bfloat16 = cached_feeds(sizes, past, capacity, length, random), bool(random.random() < 0.3)
-    feeds["is_prefill"] = np.array(is_prefill)
-    is_in_place, is_hostile = capacity >= past + length and random.random() < 0.5, random.random() < 0.1
-    if is_hostile:
-        feeds["qkv"] = hostile(feeds["qkv"], random)
-    own = feeds | {f"past_{part}": feeds[f"past.{part}"] for part in int8_cache.PARTS}
-
-    def check(outputs: list[Array]) -> str | None:
-        if is_hostile:
-            return None
-        present = dict(zip(int8_cache.STATES, outputs[1:], strict=True))
-        for part in int8_cache.PARTS:
-            scale = present[f"{part}_scale"]
-            if not is_prefill and not np.array_equal(scale, feeds[f"past.{part}_scale"]):
-                return f"the scale of the {part} changed"
-            keeps_rest = is_in_place or is_prefill
-            if wrong := differing_cache(sizes, own, part, present[part], scale[0], keeps_rest):
-                return f"{part}: {wrong}"
-        read = own | {f"{part}_scale": present[f"{part}_scale"] for part in int8_cache.PARTS}
-        if is_prefill:
-            expected, values = prefill_reference(sizes, read)
-        else:
-            expected = causal_reference(sizes, read, (present["key"], present["value"]))
-            values = present["value"].astype(np.float64) * present["value_scale"]
-        return differs(outputs[0], expected, causal_tolerance(sizes, read, values, bfloat16 and length > 1))
-
-    names = ("qkv", *(f"past.{state}" for state in int8_cache.STATES), *int8_cache.SHARED, "is_prefill")
-    attributes: dict[str, Attribute] = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
-    attributes |= {"scale": float(np.float32(sizes.width**-0.5))} | int8_cache.SCALING
-    return Case(
-        (DOMAIN, "CachedAttention", ""),
-        attributes,
-        tuple(feeds[name] for name in names),
-        check,
-        counts=("num_heads", "kv_num_heads"),
-        fixed=(2, 3, 4, 5, 6, 8, 9),
-        in_place={place: place for place in range(1, 5)} if is_in_place else {},
-        bfloat16=bfloat16,
-    )  # fmt: skip
-
-
-def prefill_reference(sizes: Causal, feeds: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Attention to keys and values before they are rounded, and the values."""
-    length = feeds["qkv"].shape[1]
-    rows = feeds["qkv"].astype(np.float64).reshape(length, -1, sizes.width)
-    keys, values = rows[:, sizes.heads : -sizes.kv_heads], rows[:, -sizes.kv_heads :]
-    present = rotated(keys, sizes.rotary, dict(feeds), 0).swapaxes(0, 1)[None], values.swapaxes(0, 1)[None]
-    return causal_reference(replace(sizes, int8=False), dict(feeds), present), present[1]
-
-
-KINDS: tuple[Callable[[Random], Case], ...] = (
-    product,
-    integer_product_case,
-    integer_mlp,
-    activation,
-    multi_head,
-    packed_attention,
-    causal,
-    cached,
-)
