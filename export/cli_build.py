@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fusion_edge.export.engine_builder import BuildOptions, EngineBuilder, why_no_plugins
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = cli.run(_build, parser().parse_args(argv))
     if is_abandoned():
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError):  # the terminal may be gone
+                stream.flush()
         os._exit(code)  # the interpreter cannot end in an orderly way around a thread that is inside TensorRT
     return code
 

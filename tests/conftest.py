@@ -55,6 +55,14 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_checkpoint`` exported with ``--fp16 --target tensorrt``, without engines. Read it only."""
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
+    return folder
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """``refused(main, *arguments, code=1)`` runs a command that must fail with this exit code and one line on

@@ -18,7 +18,7 @@ from fake_cuda import FakeCuda
 from fake_tensorrt import FULL, JETPACK_6, RTX, BuilderFlag, FakeTensorRT, MemoryPoolType, PreviewFeature
 from on_fake_tensorrt import installed
 
-from fusion_edge.export import cli, cli_build, engine_builder
+from fusion_edge.export import cli_build, engine_builder
 from fusion_edge.export.folder_lock import locked
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.ahead_of_time import KERNELS
@@ -32,17 +32,10 @@ ON_RTX = ("--library=tensorrt-rtx", "--parts=1")
 ON_FULL = ("--library=tensorrt", "--parts=1")
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
-    return folder
-
-
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
+def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Path:
     """One to build in."""
-    return Path(shutil.copytree(exported, tmp_path / "tiny"))
+    return Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "tiny"))
 
 
 def fake(library: tuple[str, str] = RTX, **machine: Any) -> FakeTensorRT:

@@ -356,7 +356,7 @@ def test_a_path_that_is_not_utf_8(tiny_checkpoint: Path, tmp_path: Path, capsys:
     manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text(encoding="utf-8"))
     assert manifest["source"] == "caf\N{REPLACEMENT CHARACTER}"
     (checkpoint / "config.json").write_bytes(b"")
-    command = [sys.executable, "-m", "fusion_edge.export.cli", checkpoint, "--dry-run"]
+    command = [sys.executable, "-m", "fusion_edge.export.cli", str(checkpoint), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")

@@ -14,7 +14,6 @@ from fake_tensorrt import FULL, RTX, FakeTensorRT
 from on_fake_tensorrt import build, open_backend
 from opset24 import needs_opset_24
 
-from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.bundle import MANIFEST, Bundle, open_bundle
 from fusion_edge.runtime.cuda import Cuda
@@ -26,9 +25,8 @@ Manifest = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def built(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
+def built(tiny_tensorrt_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path_factory.mktemp("bundle") / "tiny"))
     assert build(open_bundle(folder), FakeTensorRT(*RTX, FakeCuda()), "--parts=1") == 0
     return folder
 

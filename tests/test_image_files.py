@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +103,7 @@ def test_a_turned_jpeg_counts_its_copy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "size"), [({}, (4500, 4000)), ({"progressive": True}, (2250, 2000))])
 def test_coefficients_of_a_progressive_jpeg_count(
-    tmp_path: Path, options: dict[str, bool], size: tuple[int, int]
+    tmp_path: Path, options: dict[str, Any], size: tuple[int, int]
 ) -> None:
     photo(4500, 4000).save(tmp_path / "image.jpg", subsampling=0, **options)
     assert load_image(tmp_path / "image.jpg").size == size
@@ -213,7 +214,7 @@ def test_decoding_takes_at_most_150_megabytes(name: str, tmp_path: Path) -> None
     }
     photo(8, 8).save(tmp_path / "small.tif")
     kinds[name](tmp_path / name)
-    command = [sys.executable, "-c", PEAK, tmp_path / "small.tif", tmp_path / name]
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "small.tif"), str(tmp_path / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 150
 

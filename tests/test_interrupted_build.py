@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import signal
@@ -21,7 +23,7 @@ from paths import DEMO_CHECKPOINT
 from uninterruptible_wait import UninterruptibleWait
 
 from fusion_edge.export import cli, cli_build
-from fusion_edge.runtime import interruptible
+from fusion_edge.runtime import interruptible, signals
 from fusion_edge.runtime.engines import FOLDER
 
 
@@ -29,16 +31,9 @@ class Stopped(BaseException):
     """What a handler of signals raises."""
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
-    return folder
-
-
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "tiny"))
+def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "tiny"))
 
 
 @pytest.fixture(params=[True, False], ids=["polls", "silent"])
@@ -70,23 +65,34 @@ def build(trt: FakeTensorRT, bundle: Path) -> int:
         return cli_build.main([str(bundle), "--library=tensorrt-rtx", "--parts=1"])
 
 
-def test_ctrl_c(
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def flush(self) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(("number", "word"), signals.WORDS.items(), ids=str)
+def test_signals(
     trt: FakeTensorRT,
     bundle: Path,
+    number: signal.Signals,
+    word: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """A build that does not look up is left alone, and the process ends around it."""
+    """A build that does not look up is left alone, and the process ends around it, terminal or not."""
     exits: list[int] = []
     monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(sys, "stdout", Gone())
     assert trt.wait is not None
-    signaller = Signaller(trt.wait, signal.SIGINT)
-    assert build(trt, bundle) == 130
+    signaller = Signaller(trt.wait, number)
+    assert build(trt, bundle) == 128 + number
     assert time.monotonic() - signaller.sent < 1
-    assert capsys.readouterr().err.endswith("operators.\ninterrupted\n")
+    assert capsys.readouterr().err.endswith(f"operators.\n{word}\n")
     assert list((bundle / FOLDER).iterdir()) == []
-    assert exits == ([130] if "silent" in request.node.name else [])
+    assert exits == ([128 + number] if "silent" in request.node.name else [])
     assert interruptible.is_abandoned() == bool(exits)
 
 

@@ -33,8 +33,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(bundle: bytes | Path, *before: str, **more: object) -> subprocess.CompletedProcess[bytes]:
-    command = [*before, sys.executable, "-c", RUN, os.fsencode(bundle), "--image", str(PICTURE), "--threads=1"]
+def ask(bundle: Path, *before: str, **more: object) -> subprocess.CompletedProcess[bytes]:
+    command = [*before, sys.executable, "-c", RUN, str(bundle), "--image", str(PICTURE), "--threads=1"]
     command += ["--ask", "How many shapes are there?"]
     return subprocess.run(command, capture_output=True, timeout=60, check=False, **more)  # type: ignore[call-overload,no-any-return]
 
@@ -47,16 +47,13 @@ def answers(done: subprocess.CompletedProcess[bytes]) -> bool:
     "name", [b"with spaces ", "Gr\u00fc\u00dfe \u4e2d\u6587".encode(), b"a#b%20c?d&e", b"-", b"'\"$(x)", b"n\nl"]
 )
 def test_a_bundle_by_any_name(demo: Path, tmp_path: Path, name: bytes) -> None:
-    folder = os.path.join(os.fsencode(tmp_path), name)
-    shutil.copytree(os.fsencode(demo), folder)
+    folder = shutil.copytree(demo, tmp_path / os.fsdecode(name))
     assert answers(ask(folder))
-    assert cli_info.main([os.fsdecode(folder)]) == 0
+    assert cli_info.main([str(folder)]) == 0
 
 
 def test_a_path_that_is_not_utf_8(demo: Path, tmp_path: Path) -> None:
-    folder = os.path.join(os.fsencode(tmp_path), b"not\xffutf-8\xfe")
-    shutil.copytree(os.fsencode(demo), folder)
-    done = ask(folder)
+    done = ask(shutil.copytree(demo, tmp_path / os.fsdecode(b"not\xffutf-8\xfe")))
     assert done.returncode == 1
     assert b"is not UTF-8" in done.stderr
     assert done.stderr.count(b"\n") == 1

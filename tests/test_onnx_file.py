@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -45,7 +46,8 @@ def put(folder: Path, content: bytes) -> None:
 
 
 def weight(model: ModelProto) -> TensorProto:
-    return next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    found: TensorProto = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    return found
 
 
 def place(key: str, value: str) -> Change:
@@ -55,7 +57,7 @@ def place(key: str, value: str) -> Change:
     return change
 
 
-def node(operator: str, domain: str = "", **attributes: object) -> Change:
+def node(operator: str, domain: str = "", **attributes: Any) -> Change:
     return lambda model: model.graph.node.append(
         helper.make_node(operator, ["embeddings"], ["y"], domain=domain, **attributes)
     )

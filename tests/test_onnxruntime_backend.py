@@ -127,6 +127,24 @@ def test_a_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytes
     assert not np.array_equal(subject.backend.decode(rows[1]), before)
 
 
+def test_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any, ONNX Runtime takes longer for a run. Long runs have some, by which they can be ended."""
+    options: list[object] = []
+    run = ort.InferenceSession.run_with_iobinding
+
+    def watched(session: ort.InferenceSession, binding: Any, run_options: Any = None) -> None:
+        options.append(run_options)
+        run(session, binding, run_options)
+
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", watched)
+    rows = start(subject, CAPACITY)
+    assert options
+    assert all(isinstance(one, ort.RunOptions) for one in options)
+    options.clear()
+    subject.backend.decode(rows[0])
+    assert options == [None]
+
+
 def test_a_step_writes_its_own_place_of_the_cache(subject: Subject) -> None:
     """The memory of the next position changes, and no other."""
     rows = start(subject, CAPACITY)

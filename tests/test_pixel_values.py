@@ -103,7 +103,7 @@ def test_other_libraries_arrays() -> None:
 
 
 def test_gray_pillow_images_of_more_bits(tmp_path: Path) -> None:
-    images = {"float": (GRAY / 255).astype(np.float32), "sixteen": GRAY.astype(np.uint16) * 257}
+    images: dict[str, Any] = {"float": (GRAY / 255).astype(np.float32), "sixteen": GRAY.astype(np.uint16) * 257}
     for name, values in images.items():
         image = Image.fromarray(values)
         image.save(tmp_path / f"{name}.tif")

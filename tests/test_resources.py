@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import DEMO_CHECKPOINT
@@ -124,9 +125,9 @@ def test_an_export_takes_the_processors_that_it_may_use(tmp_path: Path, monkeypa
     pools: list[int | None] = []
     begin = ThreadPoolExecutor.__init__
 
-    def init(self: ThreadPoolExecutor, max_workers: int | None = None, *arguments: object) -> None:
+    def init(self: ThreadPoolExecutor, max_workers: int | None = None, *arguments: Any) -> None:
         pools.append(max_workers)
-        begin(self, max_workers, *arguments)  # type: ignore[arg-type]
+        begin(self, max_workers, *arguments)
 
     monkeypatch.setattr(ThreadPoolExecutor, "__init__", init)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)

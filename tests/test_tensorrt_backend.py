@@ -109,6 +109,28 @@ def test_what_an_object_needs_outlives_it(bundle: Bundle, library: tuple[str, st
     assert fake.trt.released_early == []
 
 
+@pytest.mark.parametrize("contexts", [1, 2, 4])
+@pytest.mark.parametrize("library", [RTX, FULL], ids=lambda library: library[0])
+def test_what_an_object_needs_outlives_it_if_a_load_fails(
+    bundle: Bundle, library: tuple[str, str], contexts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many contexts are made, and then memory has run out."""
+    trt = FakeTensorRT(*library, FakeCuda())
+    assert build(bundle, trt, "--force", "--parts=2") == 0
+    made: list[int] = []
+
+    def out_of_memory(context: IExecutionContext, *_: int) -> bool:
+        made.append(id(context))
+        return len(made) < contexts
+
+    monkeypatch.setattr(IExecutionContext, "set_optimization_profile_async", out_of_memory)
+    with pytest.raises(FusionError, match="failed to prepare"):
+        open_backend(bundle, trt)
+    assert len(made) == contexts
+    assert trt.released_early == []
+    trt.cuda.check_all_freed()
+
+
 def test_the_stand_in_notices_a_configuration_that_is_dropped(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt, "--parts=1") == 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -435,80 +433,3 @@ def test_an_interrupted_wait_lets_nobody_in() -> None:
         thread.join(20)
     lock.run(lambda: work(1))
     assert inside == []
-
-
-# Forks ------------------------------------------------------------------------------------------------------
-
-FORK = """
-import gc, os, signal, sys, threading
-import numpy as np
-from fusion_edge.runtime import FusionError, Sampling, load
-
-picture, short = np.zeros((5, 7, 3), np.uint8), Sampling(max_new_tokens=6)
-os.sched_setaffinity(0, range(os.cpu_count()))
-fusion = load(sys.argv[1])
-expected = fusion.answer(picture, "What?", sampling=short).text
-conversation, stream = fusion.conversation(picture), fusion.stream(picture, "What?", sampling=short)
-next(stream)
-stop = threading.Event()
-if sys.argv[2] == "busy":
-    def ask_on():
-        while not stop.is_set():
-            fusion.answer(picture, "What?", sampling=short)
-    other = threading.Thread(target=ask_on)
-    other.start()
-
-def leave():
-    with fusion:
-        pass
-
-def drop():
-    global fusion, conversation, stream
-    fusion = conversation = stream = None
-    gc.collect()
-
-for code in sys.argv[3:]:
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        told = "nothing"
-        try:
-            exec(code)
-        except FusionError as error:
-            told = f"{type(error).__name__}: {error}"
-        print(told, flush=True)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status == 0, (code, status)
-stop.set()
-if sys.argv[2] == "busy":
-    other.join()
-assert fusion.answer(picture, "What?", sampling=short).text == expected
-fusion.close()
-print("parent done", flush=True)
-os._exit(0)
-"""
-IN_CHILD = {  # and how the error begins
-    "fusion.close(); fusion.close()": "nothing",
-    "leave()": "nothing",
-    "drop()": "nothing",
-    'fusion.answer(picture, "What?")': "FusionError",
-    'next(fusion.ask(picture, "What?"))': "FusionError",
-    "next(stream)": "FusionError",
-    'conversation.answer("What?")': "FusionError",
-    'next(conversation.ask("What?"))': "FusionError",
-    "fusion.conversation(picture)": "FusionError",
-}
-
-
-@pytest.mark.parametrize("parent", ["idle", "busy"])
-def test_a_fork(tiny_bundle: Path, parent: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_bundle), parent, *IN_CHILD]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    *children, last = done.stdout.splitlines() or [""]
-    assert last == "parent done", done.stderr
-    for told, expected in zip(children, IN_CHILD.values(), strict=True):
-        assert told.partition(":")[0] == expected
-        if expected != "nothing":
-            assert told.startswith("FusionError: This model was loaded by process ")
-            assert told.endswith(", of which this one is a fork; load the bundle here, after the fork.")

@@ -117,7 +117,7 @@ void fill_cache(
         for (size_t row = 0; row < count; ++row)
             largest = larger_magnitude(largest, load(rows + row * width + i, mask));
         const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(scaling.factor));
-        // In this order NaN stays NaN.
+        // The instruction gives its second operand if either is NaN.
         _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(_mm512_set1_ps(scaling.smallest), fitting));
     });
     for (size_t row = 0; row < count; ++row) write_row(rows + row * width, width, scales, cache + row * width);

@@ -23,19 +23,19 @@ using Shape = std::vector<int64_t>;
 // Refuses what other values of an attribute ask for.
 void expect_integer(const Attributes& attributes, const char* node, const char* name, int64_t expected) {
     const int64_t value = attributes.integer(name, expected);
-    expect(value == expected, std::string(node) + ": " + name + " " + std::to_string(value) + " is not supported.");
+    if (value != expected) refuse(node, std::string(name) + " " + std::to_string(value) + " is not supported.");
 }
 
 void expect_width(int64_t width, const char* node) {
     if (width < 1 || size_t(width) > LARGEST_HEAD)
-        expect(
-            false, std::string(node) + ": heads of " + std::to_string(width) + " channels; expected from 1 to " +
-                       std::to_string(LARGEST_HEAD) + ".");
+        refuse(
+            node, "heads of " + std::to_string(width) + " channels; expected from 1 to " +
+                      std::to_string(LARGEST_HEAD) + ".");
 }
 
 // Refuses an input that ONNX Runtime's operator of the same name may have.
 void expect_none(const Context& context, size_t index, const char* node, const char* name) {
-    if (context.has_input(index)) expect(false, std::string(node) + ": " + name + " is not supported.");
+    if (context.has_input(index)) refuse(node, std::string(name) + " is not supported.");
 }
 
 // MultiHeadAttention: query, key, value, bias, key padding mask, attention bias, past key, past value -> attended.
@@ -172,9 +172,9 @@ Causal<T> causal(
         context.scalar<int32_t>(at.last_position, "the last position") == total - 1 && before >= 0 && before <= past[2],
         node, "the last position, the total length and the past's length do not agree.");
     if (is_first && (before != 0 || length > past[2]))
-        expect(
-            false, std::string(node) + ": a prefill of " + std::to_string(length) + " positions that end at " +
-                       std::to_string(total) + "; expected to begin at 0, in a cache of " + std::to_string(past[2]) + ".");
+        refuse(
+            node, "a prefill of " + std::to_string(length) + " positions that end at " + std::to_string(total) +
+                      "; expected to begin at 0, in a cache of " + std::to_string(past[2]) + ".");
     expect(
         cos.size() == 2 && cos == context.shape(at.sin) && cos[0] >= total && 2 * cos[1] <= width,
         node, "expected cos and sin [positions, rotary channels / 2].");
@@ -235,7 +235,7 @@ struct GroupQueryAttention {
         expect(attributes.number("softcap", 0) == 0, NAME, "softcap is not supported.");
         for (const char* name : {"k_quant_type", "v_quant_type"}) {
             const std::string expected = IS_INT8 ? "PER_CHANNEL" : "NONE", type = attributes.text(name, "NONE");
-            expect(type == expected, std::string(NAME) + ": " + name + " " + type + "; expected " + expected + ".");
+            if (type != expected) refuse(NAME, std::string(name) + " " + type + "; expected " + expected + ".");
         }
         if (IS_INT8) expect_integer(attributes, NAME, "kv_cache_bit_width", 8);
     }

@@ -32,13 +32,13 @@ inline void check(Status* status) {
     if (status) throw Failed{status};
 }
 
-inline void expect(bool condition, const std::string& message) {
-    if (!condition) throw Failed{api->create_status(INVALID_ARGUMENT, message.c_str())};
+[[noreturn]] inline void refuse(const char* node, const std::string& reason) {
+    throw Failed{api->create_status(INVALID_ARGUMENT, (node + (": " + reason)).c_str())};
 }
 
-// The same for what every step checks: the message is put together if it is needed.
-inline void expect(bool condition, const char* node, const char* message) {
-    if (!condition) expect(false, std::string(node) + ": " + message);
+// Every step checks: the message is put together only if it is needed.
+inline void expect(bool condition, const char* node, const char* reason) {
+    if (!condition) refuse(node, reason);
 }
 
 // Runs a body of a node; whatever it throws is given to ONNX Runtime.
@@ -68,13 +68,13 @@ class Attributes {
         int64_t value = 0;
         if (has(name, value)) return value;
         float number = 0;
-        refuse(has(name, number) || has_text(name), name, "an integer");
+        expect(!has(name, number) && !has_text(name), name, "an integer");
         return otherwise;
     }
     // An integer from 1 to LARGEST_COUNT.
     int64_t count(const char* name) const {
         const int64_t value = integer(name, 0);
-        refuse(value < 1 || value > LARGEST_COUNT, name, "an integer from 1 to " + std::to_string(LARGEST_COUNT));
+        expect(value >= 1 && value <= LARGEST_COUNT, name, "an integer from 1 to " + std::to_string(LARGEST_COUNT));
         return value;
     }
     // Finite.
@@ -82,14 +82,14 @@ class Attributes {
         float value = 0;
         const bool is_number = has(name, value);
         int64_t integer = 0;
-        refuse(is_number ? !std::isfinite(value) : has(name, integer) || has_text(name), name, "a finite number");
+        expect(is_number ? std::isfinite(value) : !has(name, integer) && !has_text(name), name, "a finite number");
         return is_number ? value : otherwise;
     }
     std::string text(const char* name, const char* otherwise) const {
         if (!has_text(name)) {
             int64_t integer = 0;
             float number = 0;
-            refuse(has(name, integer) || has(name, number), name, "a string");
+            expect(!has(name, integer) && !has(name, number), name, "a string");
             return otherwise;
         }
         size_t size = 0;
@@ -111,8 +111,8 @@ class Attributes {
         size_t size = 0;
         return found(api->kernel_info_get_string(info_, name, nullptr, &size));
     }
-    void refuse(bool is_wrong, const char* name, const std::string& expected) const {
-        expect(!is_wrong, std::string(node_) + ": " + name + " is not " + expected + ".");
+    void expect(bool is_right, const char* name, const std::string& expected) const {
+        if (!is_right) refuse(node_, std::string(name) + " is not " + expected + ".");
     }
 
     const char* node_;
@@ -145,14 +145,14 @@ class Context {
         check(api->kernel_context_get_input_count(context, &inputs_));
     }
 
-    // Data of an input, or null if the node has none there.
+    // Data of an input, or null if the node has none there. Valid as long as this.
     template <typename T>
     const T* input(size_t index) {
         const Value* value = this->value(index);
         if (!value) return nullptr;
         const void* data = this->data(value);
         if (is_aligned<T>(data)) return static_cast<const T*>(data);
-        // External data may stand anywhere in its file. It is read from a copy, which lives as long as this.
+        // External data may stand anywhere in its file: it is read from a copy.
         const size_t bytes = count(index) * sizeof(T);
         copies_.push_back(std::make_unique<std::byte[]>(bytes));
         std::memcpy(copies_.back().get(), data, bytes);
@@ -162,7 +162,7 @@ class Context {
     // The one value of an input; `name` in messages.
     template <typename T>
     T scalar(size_t index, const char* name) {
-        if (count(index) != 1) refuse(std::string("expected one value of ") + name);
+        if (count(index) != 1) refuse(node_, std::string("expected one value of ") + name + ".");
         return *input<T>(index);
     }
 
@@ -170,7 +170,7 @@ class Context {
 
     std::vector<int64_t> shape(size_t index) const {
         const Value* value = this->value(index);
-        if (!value) refuse("expected input " + std::to_string(index));
+        if (!value) refuse(node_, "expected input " + std::to_string(index) + ".");
         TensorInfo* info = nullptr;
         check(api->get_tensor_info(value, &info));
         size_t rank = 0;
@@ -195,7 +195,9 @@ class Context {
         check(api->kernel_context_get_output(context_, index, shape.data(), shape.size(), &value));
         void* data = this->data(value);
         if (!is_aligned<T>(data))
-            refuse("expected output " + std::to_string(index) + " at a multiple of " + std::to_string(alignof(T)) + " bytes");
+            refuse(
+                node_,
+                "expected output " + std::to_string(index) + " at a multiple of " + std::to_string(alignof(T)) + " bytes.");
         return static_cast<T*>(data);
     }
 
@@ -213,10 +215,6 @@ class Context {
     template <typename T>
     static bool is_aligned(const void* data) {
         return reinterpret_cast<uintptr_t>(data) % alignof(T) == 0;
-    }
-
-    [[noreturn]] void refuse(const std::string& expected) const {
-        throw Failed{api->create_status(INVALID_ARGUMENT, (node_ + (": " + expected) + ".").c_str())};
     }
 
     const Value* value(size_t index) const {

@@ -74,10 +74,10 @@ constexpr ElementType integer_input_type(size_t index) {
     return types[index % INTEGER_INPUTS];
 }
 
-// So many products of a weight and an input less its zero point, each 128 * 255 at the most, fit a sum of 32 bits.
+// A sum of 32 bits holds as many products of a weight and an input less its zero point, each 128 * 255 at the most.
 constexpr int64_t MOST_INTEGER_PRODUCTS = std::numeric_limits<int32_t>::max() / (128 * 255);
 
-// Scales whose inverse and whose 256 times are finite, as Rounder computes with both.
+// Rounder computes with a scale's inverse and with 256 times the scale: both are finite from here to there.
 constexpr float SMALLEST_SCALE = std::numeric_limits<float>::min();
 constexpr float LARGEST_SCALE = std::numeric_limits<float>::max() / 256;
 
@@ -87,9 +87,9 @@ Weights integer_weights(Context& context, size_t index, int64_t inputs, const ch
         values.size() == 2 && inputs == values[1] && inputs > 0, node,
         "expected x [..., inputs] and values [outputs, inputs].");
     if (inputs > MOST_INTEGER_PRODUCTS)
-        expect(
-            false, std::string(node) + ": " + std::to_string(inputs) + " inputs; expected up to " +
-                       std::to_string(MOST_INTEGER_PRODUCTS) + ", whose sum fits 32 bits.");
+        refuse(
+            node, std::to_string(inputs) + " inputs; expected up to " + std::to_string(MOST_INTEGER_PRODUCTS) +
+                      ", whose sum fits 32 bits.");
     const size_t outputs = values[0];
     expect(context.count(index + 1) == outputs, node, "expected a scale for each output.");
     expect(
@@ -190,7 +190,7 @@ struct SwiGlu {
     explicit SwiGlu(const Attributes&) {}
 
     void compute(Context& context) const {
-        expect(context.shape(0) == context.shape(1), "SwiGlu: expected gate and up of the same shape.");
+        expect(context.shape(0) == context.shape(1), NAME, "expected gate and up of the same shape.");
         const float* up = context.input<float>(1);
         compute_values(context, [up](const float* gate, size_t count, float* result, const Parallel& parallel) {
             swiglu(gate, up, count, result, parallel);
@@ -208,7 +208,7 @@ struct FastGelu {
     explicit FastGelu(const Attributes&) {}
 
     void compute(Context& context) const {
-        expect(!context.has_input(1), "FastGelu: a bias is not supported.");
+        expect(!context.has_input(1), NAME, "a bias is not supported.");
         compute_values(context, gelu);
     }
 };

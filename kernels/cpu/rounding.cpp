@@ -32,7 +32,7 @@ const float* activate(const float* x, size_t count, Activation activation, float
     return buffer;
 }
 
-// By a scale that their largest gives; NaN if one of them is not finite, which so are all products of the row.
+// By a scale that their largest gives. It is NaN if one of them is not finite, so that all products of the row are.
 void round_block(const float* x, size_t count, const Weights& weights, const Block& block) {
     const __m128i halves = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     __m512 largest = _mm512_setzero_ps();

@@ -81,9 +81,9 @@ class Interruptible(Protocol):
     """A backend whose runs may take long, and can be ended early."""
 
     def interrupt(self) -> None:
-        """Have a run that another thread waits for, and every later one, fail at once. :meth:`Backend.close` follows.
+        """Have a run that another thread waits for, and every later one, fail at once; a step may end first.
 
-        May be called at any time, also while another thread closes the backend.
+        May be called at any time, also while another thread closes the backend. :meth:`Backend.close` follows.
         """
         ...
 

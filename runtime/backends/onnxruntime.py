@@ -31,7 +31,7 @@ class OnnxRuntimeBackend:
         self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)
         llm = Graph(bundle, graphs.LLM, device, threads)
         self._llm = Decoder(llm, bundle.manifest)
-        self._run_options = [*self._vision.run_options, *self._alignment.run_options, *llm.run_options]
+        self._large_runs = [graph.large_run for graph in (self._vision, self._alignment, llm)]
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Tensor:
         inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}
@@ -68,7 +68,7 @@ class OnnxRuntimeBackend:
         return self._llm.step(embedding)
 
     def interrupt(self) -> None:
-        for options in self._run_options:
+        for options in self._large_runs:
             options.terminate = True
 
     def close(self) -> None:

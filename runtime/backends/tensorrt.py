@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +69,8 @@ class TensorRTBackend:
             self._check_steps(engines)
             self._is_loaded = True
             self._keep_kernels()
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # contexts, which must go before what they were made with
             self.close()  # another device may run the bundle, and a Jetson's memory is the machine's
             raise
 

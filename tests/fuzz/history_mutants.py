@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from fusion_edge.runtime import Fusion, Sampling, Turn, cli_run, load
-from fusion_edge.runtime.prompts import TEMPLATES, encode_prompt
+from fusion_edge.runtime.prompts import TEMPLATES, PromptEncoder, Room, Template
 from fuzz.bundle_mutants import Bundles
 from fuzz.judge import GROWTH, SECONDS, Mutant
 from fuzz.mutations import NUMBERS, TEXTS, mutate_json, mutate_text, replace, to_json_bytes, value
@@ -91,8 +91,9 @@ class Histories:
         return Mutant(changes, lambda: cli_run.main(arguments))
 
 
-def _encode(fusion: Fusion, template: Any, history: Any, question: Any) -> None:
-    encode_prompt(fusion.tokenizer, template, history, question).layout(16, 4)
+def _encode(fusion: Fusion, template: Template, history: Any, question: Any) -> None:
+    room = Room(fusion.max_context, image_tokens=16, query_length=4)
+    PromptEncoder(fusion.tokenizer, template).encode(history, question, room=room).layout(16, 4)
 
 
 def text(draw: Random) -> str:
