@@ -58,6 +58,11 @@ def tokenizer_json(folder: Path) -> str:
         config = TokenizerConfig(folder, content)
         if config.is_version_5 and _is_sentencepiece(content):
             tokenizer = _from_sentencepiece(model_file if model_file.exists() else json_file, config, content)
+        elif is_llama and content["model"].get("byte_fallback"):
+            raise FusionError(
+                f"{model_file} is missing, and {json_file.name} cuts some texts into other tokens than the slow "
+                "LlamaTokenizer that FUSION-Phi was trained with: add the tokenizer.model of the checkpoint."
+            )
         else:
             tokenizer = _from_json(json_file, config, content)
     elif is_llama or (config.is_version_5 and config.class_name == "TokenizersBackend"):
