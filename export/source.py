@@ -109,7 +109,7 @@ def open_regular(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FusionError(f"{path} cannot be read: it is a folder, pipe or device; put the checkpoint's file there.")
+        raise FusionError(f"{path} cannot be read: it is a folder, pipe or device; put the file itself there.")
     return descriptor
 
 
