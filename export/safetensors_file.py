@@ -42,9 +42,11 @@ _STORED = {
     "F64": "<f8",
 }
 """numpy's names of types: quantized checkpoints have some, and buffers that the model does not read."""
-_ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4} | dict.fromkeys(_FLOAT8, 1) | {
-    name: np.dtype(stored).itemsize for name, stored in _STORED.items()
-}
+_ITEM_SIZES = (
+    {"BF16": 2, "F16": 2, "F32": 4}
+    | dict.fromkeys(_FLOAT8, 1)
+    | {name: np.dtype(stored).itemsize for name, stored in _STORED.items()}
+)
 
 
 @dataclass(frozen=True)
