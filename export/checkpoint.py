@@ -48,6 +48,9 @@ FIXED: Mapping[str, tuple[object, ...]] = {
 }
 """Config fields whose other values no released model uses and no code here computes."""
 
+_TOWERS: Mapping[str, int] = {"so400m": 26, "giant-opt": 39}
+"""Layers that run, by what the name of a released model's vision tower has in it: all but the last of SigLIP's."""
+
 _SEES = re.compile("vision|visual|image|img|mm_")
 """In the names of fields that a language model alone has none of."""
 _ADAPTED = re.compile(r"\.lora_|\.base_layer\.")
@@ -175,7 +178,7 @@ def _alignment(fields: Fields, language: LanguageConfig) -> AlignmentConfig:
 def _query_lengths(fields: Fields) -> tuple[int, ...]:
     text = str(fields.data.get("query_len", ""))
     expected = "a comma list of square numbers such as '4,16,36,64,144'"
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    if not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
         raise fields.wrong("query_len", expected)
     try:
         lengths = tuple(sorted({side(int(part)) ** 2 for part in text.split(",")}))
@@ -211,22 +214,36 @@ def _vision(fields: Fields, checkpoint: Checkpoint) -> VisionConfig:
             f"{patch}; expected a width divisible by {VISION_HEADS}, two layers or more, patches of at most "
             f"{IMAGE_SIZE}."
         )
+    tower = str(fields.data.get("mm_vision_tower"))
+    for name, expected in _TOWERS.items():
+        if name in tower and len(layers) != expected:
+            raise FusionError(
+                f"The vision tower of {checkpoint.folder} has {len(layers)} layers, and of {tower} a FUSION model runs "
+                f"the first {expected}: save the checkpoint with those, as the released code does."
+            )
     return VisionConfig(width=width, layers=len(layers), mlp_width=mlp_width, patch_size=patch)
 
 
 def _bos(fields: Fields, vocab_size: int) -> int:
-    token = fields.integer("bos_token_id", minimum=0)
+    """The start token of ``config.json``; where that has none, of ``generation_config.json``."""
+    source = _generation(fields) if fields.data.get("bos_token_id") is None else fields
+    token = source.integer("bos_token_id", minimum=0)
     if token >= vocab_size:
-        raise fields.wrong("bos_token_id", f"a token id below vocab_size, {vocab_size}")
+        raise source.wrong("bos_token_id", f"a token id below vocab_size, {vocab_size}")
     return token
 
 
 def _eos(fields: Fields, vocab_size: int) -> tuple[int, ...]:
     """The end tokens of ``generation_config.json``; without that file, of ``config.json``. There may be none."""
-    path = fields.path.with_name("generation_config.json")
-    generation = Fields(path) if os.path.lexists(path) else fields
+    generation = _generation(fields)
     value = generation.data.get("eos_token_id")
     ids = cast("list[object]", value if isinstance(value, list) else [] if value is None else [value])
     if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
         raise generation.wrong("eos_token_id", f"a token id or a list of them, each below vocab_size, {vocab_size}")
-    return tuple(cast("list[int]", ids))
+    return tuple(dict.fromkeys(cast("list[int]", ids)))
+
+
+def _generation(fields: Fields) -> Fields:
+    """``generation_config.json``; without that file, ``config.json``."""
+    path = fields.path.with_name("generation_config.json")
+    return Fields(path) if os.path.lexists(path) else fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -11,6 +10,7 @@ from fusion_edge.export.source import read_json_object
 from fusion_edge.runtime.errors import FusionError
 
 LARGEST_INTEGER = 2**31 - 1  # of a size in config.json; ONNX Runtime counts positions in int32
+SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, 2.0**127  # about those of float32
 LONGEST_VALUE = 500  # characters of a message
 
 
@@ -52,7 +52,7 @@ class Fields:
     def number(self, name: str) -> float:
         value = self.data.get(name)
         if not _is_positive(value):
-            raise self.wrong(name, "a positive number")
+            raise self.wrong(name, "a positive number that float32 holds")
         return float(value)
 
     def numbers(self, name: str, length: int) -> list[float]:
@@ -63,5 +63,6 @@ class Fields:
 
 
 def _is_positive(value: object) -> TypeGuard[float]:
-    # Compared, not asked by math.isfinite: that overflows on an integer of 400 digits.
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max  # type: ignore[operator]
+    # Graphs compute with float32, where a smaller one is 0 and a larger one infinite. Compared, not asked by
+    # math.isfinite: that overflows on an integer of 400 digits.
+    return type(value) in (int, float) and SMALLEST_NUMBER <= value <= LARGEST_NUMBER  # type: ignore[operator]

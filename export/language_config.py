@@ -47,7 +47,7 @@ def read_language(fields: Fields, tensors: int) -> LanguageConfig:
             raise fields.wrong(name, "no such field, or null: nothing here computes it")
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", default=heads)
-    head_dim = fields.data.get("head_dim") or hidden // heads
+    head_dim = hidden // heads if fields.data.get("head_dim") is None else fields.data["head_dim"]
     if type(head_dim) is not int or head_dim % 2 or not 8 <= head_dim <= 1024:
         raise fields.wrong("head_dim", "an even integer from 8 to 1024")
     if heads % kv_heads:

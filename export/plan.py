@@ -18,7 +18,6 @@ from fusion_edge.export.onnx_operations import Settings
 from fusion_edge.export.packed.layout import Form
 from fusion_edge.export.packed.parameters import check_scales, packed_form
 from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.source import check_stored
 from fusion_edge.export.targets import ACTIVATIONS, with_preset
 from fusion_edge.export.tensor_names import Parameter
 from fusion_edge.export.tensorrt_formats import check_formats, in_blocks
@@ -212,9 +211,6 @@ def _packed_forms(
 
 def _tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> str:
     """``tokenizer.json``. Raises :class:`FusionError` if it has an id that the token table has no row for."""
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (checkpoint.folder / name).exists():
-            check_stored(checkpoint.folder / name)
     content = tokenizer_json(checkpoint.folder)
     vocabulary: dict[str, int] = Tokenizer.from_str(content).get_vocab()
     token, largest = max(vocabulary.items(), key=lambda item: item[1])

@@ -36,7 +36,7 @@ def read_rope(fields: Fields, head_dim: int) -> tuple[list[float], float]:
     ``fields`` is the whole ``config.json``. Raises :class:`FusionError` naming a field that has a wrong value, that
     contradicts another, or that is not understood.
     """
-    ropes = [_inside(fields, name) for name in _PLACES if fields.data.get(name)]
+    ropes = [_inside(fields, name) for name in _PLACES if fields.data.get(name) is not None]
     places = [*ropes, fields]
     kind = _kind(ropes)
     for rope in ropes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,15 +21,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.source import LARGEST_JSON, disguise, open_regular
+from fusion_edge.export.source import LARGEST_JSON, LONGEST_NAME, disguise, open_regular, unique_fields
 from fusion_edge.export.weight_files import INDEX_FILE, weight_files
 from fusion_edge.export.wrapped_names import without_wrappers
 from fusion_edge.runtime.errors import FusionError
 
 _CHUNK = 1 << 19  # elements widened at a time: the buffer stays in the processor's cache
 FLOATS = ("BF16", "F16", "F32")
-_ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I32": 4, "I64": 8}
-_INTEGERS = {"U8": "u1", "I32": "<i4", "I64": "<i8"}  # of quantized checkpoints
+_FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # never read
+_STORED = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+}
+"""numpy's names of types: quantized checkpoints have some, and buffers that the model does not read."""
+_ITEM_SIZES = (
+    {"BF16": 2, "F16": 2, "F32": 4}
+    | dict.fromkeys(_FLOAT8, 1)
+    | {name: np.dtype(stored).itemsize for name, stored in _STORED.items()}
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """One of :data:`FLOATS`, or ``U8``, ``I32`` or ``I64``."""
+    """As safetensors names it: one of :data:`FLOATS`, another that numpy has, or a float of 8 bits."""
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -126,13 +142,21 @@ class Checkpoint:
         return self._read(info, start * row, stop * row).reshape(stop - start, *info.shape[1:])
 
     def read_stored(self, name: str) -> npt.NDArray[Any]:
-        """The whole tensor in the type that it is stored in, but bfloat16 as float32. Raises as :meth:`read_rows`."""
+        """The whole tensor in the type that it is stored in, but bfloat16 as float32.
+
+        Raises as :meth:`read_rows`, and :class:`FusionError` for floats of 8 bits.
+        """
         info = self.tensors[name]
         if info.dtype == "F16":
             return self.read(name).astype(np.float16)
         if info.dtype in FLOATS:
             return self.read(name)
-        values = np.empty(math.prod(info.shape), _INTEGERS[info.dtype])
+        if info.dtype in _FLOAT8:
+            raise FusionError(
+                f"Tensor {name} of {self.folder} has the type {info.dtype}, which is not supported: export the "
+                "released bfloat16 checkpoint, or convert the tensor."
+            )
+        values = np.empty(math.prod(info.shape), _STORED[info.dtype])
         _read_into(self._descriptors[info.file], values, info, 0)
         return values.reshape(info.shape)
 
@@ -242,16 +266,8 @@ def _corrupt(file: Path, what: str) -> FusionError:
 
 
 def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # json keeps the last of two equal keys silently.
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise _corrupt(file, f"{twice} is in it twice")
-        return values
-
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_fields)
     except (ValueError, RecursionError) as error:
         raise _corrupt(file, f"it is no JSON ({error})") from error
     if not isinstance(header, dict):
@@ -261,6 +277,8 @@ def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
 
 def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     """Validate one entry of a header, but for its place among the others."""
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise _corrupt(file, f"{name[:LONGEST_NAME]!r} is no name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(file, f"the entry of {name} should have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_edge.export.source import disguise, read_file
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.protobuf import fields as fields_of
 
 SPACE = "\u2581"  # SentencePiece's visible space
 
@@ -50,16 +51,13 @@ def merge_rules(pieces: list[Piece]) -> list[tuple[str, str]]:
 def read_pieces(model_file: Path) -> list[Piece]:
     """The vocabulary, by id, of a model that ``tokenizer.py`` can reproduce."""
     damaged = f"{model_file} is truncated or no SentencePiece model: download it again."
+    content = read_file(model_file, _MAX_FILE_BYTES)
     try:
-        if model_file.stat().st_size > _MAX_FILE_BYTES:
-            raise FusionError(f"{model_file} has more than {_MAX_FILE_BYTES} bytes, which no SentencePiece model has.")
-        content = model_file.read_bytes()
-        if content.startswith(b"version https://git-lfs"):
-            raise FusionError(f"{model_file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
         pieces, trainer, normalizer = _parse(content)
     # A field of another kind than expected shows as one of the last three.
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise FusionError(damaged) from error
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        what = disguise(content[:64])
+        raise FusionError(f"{model_file} is {what}." if what else damaged) from error
     if not pieces or not trainer or not normalizer:
         raise FusionError(damaged)
 
@@ -94,8 +92,10 @@ def read_pieces(model_file: Path) -> list[Piece]:
 def _parse(content: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
     """Pieces, and the fields of the trainer and of the normalizer."""
     pieces: list[Piece] = []
+    number: int
+    value: Any  # of a field of another kind than expected, the operations below raise
     others: list[tuple[int, Any]] = []
-    for number, value in _fields(content):
+    for number, value in fields_of(content):
         if number == 1:
             pieces.append(_piece(value))
         else:
@@ -106,48 +106,12 @@ def _parse(content: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]
     trainer, normalizer = (b"".join(value for number, value in others if number == part) for part in (2, 3))
     if max(len(trainer), len(normalizer)) > _MAX_SETTINGS_BYTES:
         raise ValueError("more than any model has")
-    return pieces, dict(_fields(trainer)), dict(_fields(normalizer))
+    return pieces, dict(fields_of(trainer)), dict(fields_of(normalizer))
 
 
 def _piece(message: bytes) -> Piece:
-    fields = dict(_fields(message))
+    fields: dict[int, Any] = dict(fields_of(message))
     if not fields[1]:
         raise ValueError("a piece without text")
     [score] = struct.unpack("<f", fields.get(2, bytes(4)))
     return Piece(fields[1].decode("utf-8"), score, fields.get(3, _NORMAL))
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of one message: ``int`` for varints, ``bytes`` for the others.
-
-    Raises ``ValueError`` if the message is cut short or has a wire type that the format does not use.
-    """
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            if position == len(message) or shift > 63:
-                raise ValueError("no varint")
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while position < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if number == 0:
-            raise ValueError("field 0")  # which the format does not have: a file of zeros would be full of them
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        if wire_type not in (1, 2, 5):
-            raise ValueError(f"wire type {wire_type}")
-        length = {1: 8, 5: 4}.get(wire_type) or varint()
-        if position + length > len(message):
-            raise ValueError("cut short")
-        yield number, message[position : position + length]
-        position += length

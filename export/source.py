@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _WEIGHT_SUFFIXES = {
     ".json": "one JSON file",
 }
 LARGEST_JSON = 1_500_000  # bytes: ten thousand names of tensors. Parsed, they take up to forty times as much memory
+LONGEST_NAME = 500  # characters, of a tensor; the longest known has 130
 _LFS = b"version https://git-lfs"
 _WEB_PAGE = "a web page, perhaps one that tells why the download failed: download the file again"
 _PICKLE = "a pickle, which can run code when loaded: save the model with safe_serialization=True"
@@ -107,16 +109,27 @@ def open_regular(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FusionError(f"{path} cannot be read: it is a folder, pipe or device; put the checkpoint's file there.")
+        raise FusionError(f"{path} cannot be read: it is a folder, pipe or device; put the file itself there.")
     return descriptor
 
 
-def check_stored(path: Path) -> None:
-    """Raise :class:`FusionError` for a Git LFS pointer in place of a file, and as :func:`open_regular` does."""
-    with os.fdopen(open_regular(path), "rb") as file:
-        start = file.read(len(_LFS))
-    if start == _LFS:
+def read_file(path: Path, largest: int) -> bytes:
+    """The content of a file of at most ``largest`` bytes.
+
+    Raises :class:`FusionError` for a file that is missing, unreadable, larger, or a Git LFS pointer in place of one.
+    """
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            content = file.read(largest + 1)
+    except FileNotFoundError:
+        raise FusionError(f"{path} is missing: pass a complete checkpoint folder, or download it again.") from None
+    except OSError as error:
+        raise FusionError(f"{path} cannot be read ({error.strerror}): check its permissions and the disk.") from error
+    if len(content) > largest:
+        raise FusionError(f"{path} has more than {largest} bytes, as no such file has: download it again.")
+    if content.startswith(_LFS):
         raise FusionError(f"{path} is {_DISGUISES[_LFS]}.")
+    return content
 
 
 def disguise(start: bytes) -> str | None:
@@ -128,26 +141,31 @@ def disguise(start: bytes) -> str | None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, with or without a byte order mark.
 
-    Raises ``FusionError`` if the file is missing, larger than :data:`LARGEST_JSON`, no JSON or no object.
+    Raises ``FusionError`` as :func:`read_file` does, for more than :data:`LARGEST_JSON` bytes, and for what is no JSON,
+    no object, or has a field twice.
     """
-    raw = b""
+    raw = read_file(path, LARGEST_JSON)
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            raw = file.read(LARGEST_JSON + 1)
-        if len(raw) > LARGEST_JSON:
-            raise FusionError(f"{path} has more than {LARGEST_JSON} bytes, as no such file has: download it again.")
-        value = json.loads(raw)
-    except FileNotFoundError:
-        raise FusionError(
-            f"{path} is missing: pass a complete checkpoint folder, or download it again."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(raw, object_pairs_hook=unique_fields)
+    except (ValueError, RecursionError) as error:
         if what := disguise(raw):
             raise FusionError(f"{path} is {what}.") from None
         raise FusionError(f"{path} is not readable JSON ({error}): download the file again.") from error
     if not isinstance(value, dict):
         raise FusionError(f"{path} holds no JSON object but a {type(value).__name__}: download it again.")
     return value
+
+
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``object_pairs_hook``: ``json`` alone keeps the last of two equal fields silently.
+
+    Raises ``ValueError`` for two equal ones.
+    """
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice[:LONGEST_NAME]!r} is in it twice")
+    return values
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -21,10 +21,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from fusion_edge.export.sentencepiece_file import SPACE, merge_rules, read_pieces
+from fusion_edge.export.source import disguise, read_file
 from fusion_edge.export.tokenizer_config import TokenizerConfig
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.tokenizer import build_tokenizer, parse_tokenizer
 
+LARGEST_TOKENIZER = 64 << 20  # bytes of tokenizer.json; Llama's, the largest known, has 17 million
 REQUIRED_TOKENS = ("<vision_start>", "<vision_end>")
 
 # Where Llama's and Phi's vocabulary begins. All its runs of spaces have the lowest score, and not that of their place.
@@ -56,6 +58,11 @@ def tokenizer_json(folder: Path) -> str:
         config = TokenizerConfig(folder, content)
         if config.is_version_5 and _is_sentencepiece(content):
             tokenizer = _from_sentencepiece(model_file if model_file.exists() else json_file, config, content)
+        elif is_llama and content["model"].get("byte_fallback"):
+            raise FusionError(
+                f"{model_file} is missing, and {json_file.name} cuts some texts into other tokens than the slow "
+                "LlamaTokenizer that FUSION-Phi was trained with: add the tokenizer.model of the checkpoint."
+            )
         else:
             tokenizer = _from_json(json_file, config, content)
     elif is_llama or (config.is_version_5 and config.class_name == "TokenizersBackend"):
@@ -79,14 +86,14 @@ def tokenizer_json(folder: Path) -> str:
 
 
 def _read_json(json_file: Path) -> dict[str, Any]:
+    content = read_file(json_file, LARGEST_TOKENIZER)
     try:
-        content = json_file.read_bytes()
-        if content.startswith(b"version https://git-lfs"):
-            raise FusionError(f"{json_file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
         # A training run may save its truncation and padding; the released code switches them off.
         data = parse_tokenizer(content) | {"truncation": None, "padding": None}
         build_tokenizer(data)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        if what := disguise(content[:64]):
+            raise FusionError(f"{json_file} is {what}.") from None
         raise FusionError(
             f"{json_file} is no tokenizer that the `tokenizers` library can load ({error}): download it "
             "again, or update that library."

@@ -6,6 +6,7 @@ Added tokens with their ids and flags are, by version, the ``added_tokens_decode
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class TokenizerConfig:
         self._data = read_json_object(self.file)
         self._json = json
         self._folder = folder
-        if self._data.get("added_tokens_decoder") is None and (folder / "special_tokens_map.json").exists():
+        if self._data.get("added_tokens_decoder") is None and os.path.lexists(folder / "special_tokens_map.json"):
             self._data |= read_json_object(folder / "special_tokens_map.json")  # read by versions before 4.34 alone
 
     @property

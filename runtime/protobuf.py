@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5  # wire types; groups (3 and 4) are of a time long ago
 
 
-def fields(message: bytes) -> list[tuple[int, int | bytes]]:
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Field numbers and values of one message, in order: ``int`` for varints (unsigned), ``bytes`` for all others.
 
-    Raises ``ValueError`` for a message that is cut short, has a group, or a number of more than 64 bits.
+    Raises ``ValueError`` for a message that is cut short, has a group, a field 0, or a number of more than 64 bits.
     """
-    found: list[tuple[int, int | bytes]] = []
     position, end = 0, len(message)
     while position < end:
         tag = message[position]  # most numbers are of one byte: a call for each would take twice as long
@@ -18,6 +19,8 @@ def fields(message: bytes) -> list[tuple[int, int | bytes]]:
         if tag >= 0x80:
             tag, position = _varint(message, position - 1)
         wire_type = tag & 7
+        if tag < 8:
+            raise ValueError("field 0")  # which the format does not have: a file of zeros would be full of them
         if wire_type in (FIXED_32, FIXED_64):
             length = 4 if wire_type == FIXED_32 else 8
         elif wire_type in (VARINT, BYTES):
@@ -28,16 +31,15 @@ def fields(message: bytes) -> list[tuple[int, int | bytes]]:
             if length >= 0x80:
                 length, position = _varint(message, position - 1)
             if wire_type == VARINT:
-                found.append((tag >> 3, length))
+                yield tag >> 3, length
                 continue
         else:
             raise ValueError(f"wire type {wire_type}")
         stop = position + length
         if stop > end:
             raise ValueError("cut short")
-        found.append((tag >> 3, message[position:stop]))
+        yield tag >> 3, message[position:stop]
         position = stop
-    return found
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:

@@ -13,11 +13,11 @@ _PIECE = re.compile(
 )
 
 
-def check_regex(pattern: str) -> None:
+def check_regex(pattern: str, degree: int = _MAX_DEGREE) -> None:
     """Raise ``ValueError`` for a pattern that is not of the plain syntax, or that may backtrack without end.
 
-    A repetition of a group is refused, as are more than two repetitions one after another: matching takes a time of at
-    most that power of the text's length.
+    A repetition of a group is refused, as are more than ``degree`` repetitions one after another: matching takes a time
+    of at most that power of the text's length.
     """
     if len(pattern) > _MAX_CHARACTERS:
         raise ValueError(f"a regular expression has {len(pattern)} characters, more than {_MAX_CHARACTERS}")
@@ -40,5 +40,5 @@ def check_regex(pattern: str) -> None:
         elif kind == "endless":
             degrees[-1][1] += 1
         position, before = piece.end(), str(kind)
-    if max(map(max, degrees)) > _MAX_DEGREE:
-        raise ValueError(f"a regular expression repeats more than {_MAX_DEGREE} times in a row")
+    if max(map(max, degrees)) > degree:
+        raise ValueError(f"a regular expression repeats more than {degree} times in a row")

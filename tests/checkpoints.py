@@ -68,6 +68,7 @@ def _config_json(config: FusionConfig) -> dict[str, Any]:
     language, alignment = config.language, config.alignment
     return data | {
         "mm_hidden_size": config.vision.width,
+        "mm_vision_tower": "siglip-tiny",
         "hidden_size": language.hidden_size,
         "num_hidden_layers": language.layers,
         "num_attention_heads": language.heads,

@@ -26,6 +26,7 @@ def small(name: str) -> Layout:
     vision = dataclasses.replace(layout.vision, width=32, layers=3, mlp_width=48)
     return dataclasses.replace(
         layout,
+        tower="siglip-small",
         vision=vision,
         hidden_size=64,
         layers=5,

@@ -211,8 +211,8 @@ TENSOR = entry("F32", [2], 0, 8)
         ({"a": TENSOR | {"data_offsets": [0, 8, 9]}}, bytes(8), "of a are no sizes"),
         ({"a": TENSOR | {"data_offsets": [8, 0]}}, bytes(8), "a takes -8 bytes"),
         ({"a": TENSOR | {"shape": [3]}}, bytes(8), "a takes 8 bytes, but F32 of shape [3] needs 12"),
-        ({"a": TENSOR | {"dtype": "F64", "shape": [1]}}, bytes(8), "a in "),
-        ({"a": TENSOR | {"dtype": "F64", "shape": [1]}}, bytes(8), "has the type F64, supported are BF16"),
+        ({"a": TENSOR | {"dtype": "F4", "shape": [1]}}, bytes(8), "a in "),
+        ({"a": TENSOR | {"dtype": "F4", "shape": [1]}}, bytes(8), "has the type F4, supported are BF16"),
         ({"a": TENSOR | {"dtype": ["F32"]}}, bytes(8), "has the type ['F32'], supported are BF16"),
         ({"a": TENSOR, "b": entry("F32", [2], 4, 12)}, bytes(12), "b overlaps the tensor before it"),
         ({"a": TENSOR, "b": entry("F32", [2], 0, 8)}, bytes(8), "b overlaps the tensor before it"),
@@ -220,7 +220,7 @@ TENSOR = entry("F32", [2], 0, 8)
         ({"a": entry("F32", [2], 4, 12)}, bytes(12), "a leaves a gap before it"),
         ({"a": TENSOR}, bytes(9), "1 bytes at the end of the file belong to no tensor"),
         ({"a": TENSOR}, bytes(7), "is truncated: the tensor a ends at byte"),
-        (f'{{"a": {json.dumps(TENSOR)}, "a": {json.dumps(TENSOR)}}}', bytes(8), "a is in it twice"),
+        (f'{{"a": {json.dumps(TENSOR)}, "a": {json.dumps(TENSOR)}}}', bytes(8), "'a' is in it twice"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, header: dict[str, Any] | str, data: bytes, message: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fusion_edge.quant.calibration.samples import FEWEST, QUESTIONS, read_samples
+from fusion_edge.quant.calibration.samples import FEWEST, LARGEST_FILE, QUESTIONS, read_samples
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 COUNT = 20
@@ -140,3 +141,27 @@ def test_hidden_files_are_left_out(folder: Path, hidden: str) -> None:
 def test_addresses_are_not_fetched(folder: Path, address: str) -> None:
     path = write(folder, [*lines(), {"image": address, "question": "?"}])
     assert f"Line {COUNT + 1} of {path} has the address {address!r} as its image" in error(path)
+
+
+def test_a_field_given_twice(folder: Path) -> None:
+    path = write(folder, lines())
+    path.write_text(path.read_text(encoding="utf-8") + '{"image": "00.png", "image": "01.png", "question": "?"}\n')
+    assert f"Line {COUNT + 1} of {path} is no sample" in error(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_no_regular_file_of_samples(folder: Path, kind: str) -> None:
+    path = folder / "samples.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    assert f"{path} cannot be read: it is a folder, pipe or device" in error(folder)
+
+
+def test_a_file_of_samples_that_is_too_large(folder: Path) -> None:
+    path = write(folder, lines())
+    os.truncate(path, LARGEST_FILE + 1)
+    assert f"{path} has more than {LARGEST_FILE} bytes" in error(path)

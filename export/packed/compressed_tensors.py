@@ -32,6 +32,10 @@ from fusion_edge.export.packed.words import pack_words, unpack_words, words_of
 from fusion_edge.export.safetensors_file import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.regex_cost import check_regex
+
+_BY_GROUP = ("group", "dynamic", True)  # values of actorder, by release
+_REPETITIONS = 3  # in a row, in a pattern of names, which have up to a hundred characters
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Scheme:
     group_size: int | None
     """None: a group is a row."""
     is_symmetric: bool
+    is_reordered: bool
+    """Whether columns are in the order of their groups only by ``weight_g_idx``."""
 
     @classmethod
     def read(cls, fields: Fields) -> Scheme:
@@ -56,14 +62,16 @@ class Scheme:
             raise fields.wrong("targets", "a list of names")
         for target in targets:
             if target.startswith("re:") and not _is_pattern(target[3:]):
-                raise fields.wrong("targets", "regular expressions behind 're:'")
+                raise fields.wrong("targets", f"plain regular expressions behind 're:', of up to {_REPETITIONS} '.*'")
         weights = fields.inner("weights")
         weights.one_of("type", ("int",))
         weights.one_of("dynamic", (False, None))
         strategy = weights.one_of("strategy", ("group", "channel"))
         group_size = weights.integer("group_size") if strategy == "group" else None
         bits = weights.one_of("num_bits", (4, 8))
-        return cls(tuple(targets), bits, group_size, weights.one_of("symmetric", (True, False)))
+        is_symmetric = weights.one_of("symmetric", (True, False))
+        order = weights.one_of("actorder", (*_BY_GROUP, "weight", "static", False, None))
+        return cls(tuple(targets), bits, group_size, is_symmetric, order in _BY_GROUP)
 
     def rank(self, module: str) -> int:
         """How closely a target matches a module: 2 by its name, 1 as a linear, 0 not at all."""
@@ -73,9 +81,11 @@ class Scheme:
 
 
 def _is_pattern(text: str) -> bool:
+    """Whether it is a regular expression that the name of a module matches, or does not, in a short time."""
     try:
+        check_regex(text, _REPETITIONS)
         re.compile(text)
-    except (re.error, RecursionError, OverflowError):
+    except (ValueError, re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -108,7 +118,7 @@ class CompressedTensorsLayout:
                 f"{tensor}_packed of {checkpoint.folder} is quantized, but no target of config.json's "
                 f"quantization_config.config_groups matches {module}; take both from the same checkpoint."
             )
-        is_ordered = f"{tensor}_g_idx" not in checkpoint.tensors
+        is_ordered = f"{tensor}_g_idx" not in checkpoint.tensors and not scheme.is_reordered
         group = scheme.group_size or inputs
         return CompressedTensor(tensor, rows, inputs, scheme.bits, group, scheme.is_symmetric, is_ordered)
 

@@ -54,8 +54,10 @@ class GptqLayout:
         group_size = fields.data.get("group_size")
         if type(group_size) is not int or not (group_size == -1 or group_size >= 1):
             raise fields.wrong("group_size", "-1 or a positive integer")
-        name = "checkpoint_format" if fields.data.get("checkpoint_format") is not None else "format"
-        version = fields.one_of(name, (*VERSIONS, None)) or "gptq"
+        versions = {fields.one_of(name, (*VERSIONS, None)) for name in ("checkpoint_format", "format")} - {None}
+        if len(versions) > 1:
+            raise fields.wrong("format", f"what checkpoint_format says, {fields.data['checkpoint_format']!r}")
+        version = versions.pop() if versions else "gptq"
         fields.one_of("is_marlin_format", (False, None))
         fields.one_of("pack_dtype", ("int32", None))
         dynamic = fields.data.get("dynamic") or {}

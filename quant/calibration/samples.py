@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from fusion_edge.export.source import open_regular, unique_fields
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.image_files import is_address
 from fusion_edge.runtime.images import load_image
+from fusion_edge.runtime.prompts import MARKER_IDS
+from fusion_edge.runtime.text_encoder import any_of, is_empty
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 QUESTIONS = (
@@ -23,6 +27,7 @@ QUESTIONS = (
 FEWEST = 8
 """Fewer samples than this say too little about any linear's inputs."""
 
+LARGEST_FILE = 32 << 20  # bytes of a JSONL file: a hundred thousand samples
 MOST_NAMED = 10  # unreadable pictures in an error
 
 
@@ -86,21 +91,25 @@ def _read_lines(file: Path) -> list[Sample]:
     expected = 'expected {"image": PATH, "question": TEXT} and optionally "answer"'
     samples = []
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        with os.fdopen(open_regular(file), "rb") as opened:
+            content = opened.read(LARGEST_FILE + 1)
+        lines = content.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FusionError(f"{file} cannot be read ({error}); expected lines of JSON in UTF-8.") from None
+    if len(content) > LARGEST_FILE:
+        raise FusionError(f"{file} has more than {LARGEST_FILE} bytes; keep some hundreds of samples in it.")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=unique_fields)
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict) or not {"image", "question"} <= set(value) <= {"image", "question", "answer"}:
             raise FusionError(f"Line {number} of {file} is no sample; {expected}.")
         if not all(isinstance(text, str) for text in value.values()):
             raise FusionError(f"Line {number} of {file} holds something that is no text; {expected}.")
-        if not value["question"].strip():
+        if is_empty(value["question"], any_of(MARKER_IDS)):
             raise FusionError(f"Line {number} of {file} has an empty question; {expected}.")
         if any("\ud800" <= character <= "\udfff" for text in value.values() for character in text):
             raise FusionError(f"Line {number} of {file} holds half a surrogate pair, which is no text; {expected}.")
