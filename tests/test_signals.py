@@ -177,7 +177,7 @@ def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(
         def isatty(self) -> bool:
             return True
 
-        def readline(self) -> str:
+        def readline(self, size: int = -1) -> str:
             line = next(self.lines, None)
             if line is None:
                 send(signal.SIGINT)
