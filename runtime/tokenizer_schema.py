@@ -35,8 +35,9 @@ def check_tokenizer(data: Mapping[str, Any], vocab_size: int = MAX_TOKENS) -> No
     ``data`` is the JSON of a ``tokenizer.json``; every id has to be below ``vocab_size``.
     """
     _fields("the tokenizer", data, _TOKENIZER)
-    if "model" not in data:
-        raise ValueError("the tokenizer lacks its model")
+    for field in ("model", "decoder"):
+        if data.get(field) is None:
+            raise ValueError(f"the tokenizer lacks its {field}")
     _check_model(data["model"], vocab_size)
     _check_added_tokens(data.get("added_tokens") or [], vocab_size)
     for name, types in (("normalizer", _NORMALIZERS), ("pre_tokenizer", _PRE_TOKENIZERS), ("decoder", _DECODERS)):
@@ -169,7 +170,7 @@ _DECODERS: dict[str, dict[str, Check]] = {
     "Replace": _REPLACE,
     "ByteFallback": {},
     "Fuse": {},
-    "Strip": {"content": _is_character, "start": _is_small, "stop": _is_small},
+    "Strip": {"content": _is_character, "start": _is_small, "stop": _one_of(0)},
 }
 _POST_PROCESSORS: dict[str, dict[str, Check]] = {
     "Sequence": {"processors": _is_list},

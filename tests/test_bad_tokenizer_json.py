@@ -18,6 +18,7 @@ from tokenizer_files import LLAMA, PHI, write_phi
 from fusion_edge.export.tokenizer import tokenizer_json
 from fusion_edge.runtime import bundle, cli_run
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.prompts import TEMPLATES, PromptEncoder
 from fusion_edge.runtime.regex_cost import check_regex
 from fusion_edge.runtime.tokenizer import build_tokenizer, parse_tokenizer
 from fusion_edge.runtime.tokenizer_schema import check_tokenizer
@@ -95,6 +96,9 @@ CHANGES: list[Change] = [
     lambda c: c.update(pre_tokenizer=SPLIT | {"behavior": "Other"}),
     lambda c: c.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
     lambda c: c.update(decoder={"type": "Strip", "content": " ", "start": 10**12, "stop": 0}),
+    lambda c: c.update(decoder={"type": "Strip", "content": " ", "start": 0, "stop": 3}),
+    lambda c: c.update(decoder=None),
+    lambda c: c.pop("decoder"),
     lambda c: c.update(padding={"strategy": {"Fixed": 10**12}}),
     lambda c: c.update(truncation={"max_length": 0}),
     lambda c: template(c).update(special_tokens={}),
@@ -253,3 +257,19 @@ def test_two_values_of_one_name(contents: dict[str, str]) -> None:
     content = contents["phi"].replace('"type":"BPE"', '"type":"BPE","dropout":0.5', 1).encode()
     with pytest.raises(ValueError, match="'dropout' is there twice"):
         parse_tokenizer(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["model"].update(unk_token="nowhere", byte_fallback=False),
+        lambda c: c.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+    ],
+)
+def test_a_tokenizer_that_fails_on_a_text(contents: dict[str, str], change: Change) -> None:
+    """The second in a panic, for the empty matches of Phi's normalizer."""
+    content = json.loads(contents["phi"])
+    change(content)
+    encoder = PromptEncoder(build_tokenizer(content), TEMPLATES["phi_3"])
+    with pytest.raises(FusionError, match=r"The bundle's tokenizer fails on this text \(tokenizers .*; export"):
+        encoder.encode([], "\U0001f916 <|end|> x")
