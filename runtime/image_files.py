@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from fusion_edge.runtime.errors import FusionError
 
@@ -153,7 +153,7 @@ class _BoundedFile(io.BufferedReader):
 @functools.cache
 def _quiet_libtiff() -> None:
     """Have libtiff, which Pillow's module of C is linked to, print nothing: what matters becomes an error of ours."""
-    library = ctypes.CDLL(Image.core.__file__)
+    library = ctypes.CDLL(_imaging.__file__)
     for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         if hasattr(library, setter):  # not where Pillow holds a libtiff whose names are its own
             getattr(library, setter)(None)
