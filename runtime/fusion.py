@@ -292,10 +292,4 @@ def _path(folder: object) -> str:
         raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
     if not path:  # an unset variable of a script, and to pathlib the present folder
         raise UsageError("The bundle's path is empty; expected the path of a folder.")
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise FusionError(
-            f"The bundle's path {path} is not UTF-8, which ONNX Runtime cannot open; rename the folder."
-        ) from None
     return path

@@ -140,11 +140,11 @@ def test_paths_that_are_no_text(tmp_path: Path, tiny_bundle: Path, capsys: pytes
     copy = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
     copy.symlink_to(tiny_bundle)
     missing = Path(os.fsdecode(os.fsencode(tmp_path) + b"/missing\xff"))
-    for path in (copy, missing):
-        with pytest.raises(FusionError, match="is not UTF-8, which ONNX Runtime cannot open; rename the folder"):
+    for path, reason in ((copy, "is not a path in UTF-8"), (missing, "is not a folder")):
+        with pytest.raises(FusionError, match=reason):
             load(path)
         assert cli_run.main([str(path), "--image", "x.png", "--ask", "What?"]) == 1
-        assert capsys.readouterr().err.startswith("error: The bundle's path ")
+        assert reason in capsys.readouterr().err
     for text in ("nul\0", "x" * 5000, ""):
         with pytest.raises(FusionError):
             load(text)
