@@ -81,6 +81,11 @@ class Fusion:
         template = TEMPLATES[self.config.template]
         self._prompts = PromptEncoder(tokenizer, template)
         end_of_turn = tokenizer.token_to_id(template.answer_end)
+        if end_of_turn is None:
+            raise FusionError(
+                f"The bundle's tokenizer has no {template.answer_end}, which ends an answer in the template "
+                f"{self.config.template}; they do not belong together: export the bundle again."
+            )
         self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
         """Tokens that end an answer. The template's end of turn always does, whatever the checkpoint's settings say."""
         self._latest: SeenImage | None = None
@@ -285,4 +290,6 @@ def _path(folder: object) -> str:
     path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
     if not isinstance(path, str):
         raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
+    if not path:  # an unset variable of a script, and to pathlib the present folder
+        raise UsageError("The bundle's path is empty; expected the path of a folder.")
     return path

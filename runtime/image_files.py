@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import io
+import logging
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from fusion_edge.runtime.errors import FusionError
 
@@ -33,6 +36,9 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+# Pillow logs what a file has wrong, and Python prints that where a program has no logging of its own.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323  # tags of TIFF
 
 
@@ -144,6 +150,15 @@ class _BoundedFile(io.BufferedReader):
         self._reads += min(pixels, SLOW_PIXELS) + pixels // 64
 
 
+@functools.cache
+def _quiet_libtiff() -> None:
+    """Have libtiff, which Pillow's module of C is linked to, print nothing: what matters becomes an error of ours."""
+    library = ctypes.CDLL(_imaging.__file__)
+    for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(library, setter):  # not where Pillow holds a libtiff whose names are its own
+            getattr(library, setter)(None)
+
+
 def _open(file: _BoundedFile, name: str) -> ImageFile.ImageFile:
     try:
         opened = Image.open(file, formats=FORMATS)
@@ -158,6 +173,8 @@ def _open(file: _BoundedFile, name: str) -> ImageFile.ImageFile:
         raise FusionError(f"{name} is too large: {error}; scale it down first.") from error
     except Exception as error:  # Pillow's readers let many types escape on a damaged header
         raise undecodable(name, error) from error
+    if opened.format == "TIFF":
+        _quiet_libtiff()
     file.allow(opened.width * opened.height)
     return opened
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ def read_json(path: Path) -> Any:
         content = os.read(descriptor, LARGEST)
     finally:
         os.close(descriptor)
-    return json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+    return json.loads(content.decode("utf-8"), object_pairs_hook=object_of_pairs)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of ``json.loads``. Raises ``ValueError`` for two values of one name."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)[:40]!r} is there twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name[:40]!r} is there twice")
     return found

@@ -19,6 +19,7 @@ from fusion_edge.runtime.config import (
     LanguageConfig,
 )
 from fusion_edge.runtime.graphs import graph_specs
+from fusion_edge.runtime.onnx_file import PAGE
 from fusion_edge.runtime.prompts import TEMPLATES
 
 if TYPE_CHECKING:
@@ -115,13 +116,15 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _check_table(manifest: Manifest, table: str) -> None:
-    """The token table is inside of its file, if that is listed."""
+    """The token table is inside of its file, if that is listed: each part on a page, behind the one before."""
     language = manifest.model.language
     size = next((entry.size for entry in manifest.files if entry.path == table), None)
+    free = 0
     for part in manifest.embedding.parts(language.vocab_size, language.hidden_size):
         end = part.offset + math.prod(part.shape) * np.dtype(part.dtype).itemsize
-        if part.offset < 0 or (size is not None and end > size):
+        if part.offset < free or part.offset % PAGE or (size is not None and end > size):
             raise ValueError(f"embedding is at bytes {part.offset} to {end} of its file, which has {size}"[:200])
+        free = end
 
 
 def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import re
 import sys
@@ -39,8 +41,19 @@ def find_onnxruntime(extra: str = "cpu") -> ModuleType:
         oldest = ".".join(map(str, OLDEST))
         raise DeviceError(f"ONNX Runtime {version} is too old, {oldest} or newer is needed; {install_anew(extra)}.")
     onnxruntime.set_default_logger_severity(FATAL)
+    _let_forks_end()
     module: ModuleType = onnxruntime
     return module
+
+
+@functools.cache
+def _let_forks_end() -> None:
+    """Have processes that are forked from now on end without C++'s destructors of static objects, which come last.
+
+    ONNX Runtime's would wait for a thread that only the parent has, and never return.
+    """
+    libc = ctypes.CDLL(None)
+    os.register_at_fork(after_in_child=lambda: libc.on_exit(libc._exit, None))
 
 
 def install_anew(extra: str) -> str:

@@ -9,6 +9,8 @@ from functools import cached_property
 
 from tokenizers import AddedToken, Tokenizer
 
+from fusion_edge.runtime.tokenizer_errors import tokenizer_errors
+
 _ANCHOR = "0"  # no normalizer changes a digit or joins it with what follows
 _SPACES = "".join(map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029)))
 _SPACES += "\u202f\u205f\u3000"  # what the tokenizers library takes for whitespace; Python knows four more
@@ -21,7 +23,7 @@ class TextEncoder:
 
     Control tokens are those that the tokenizer cuts out of a text before it tokenizes the rest (its added tokens).
     A piece of a prompt is the template's text and the user's in turns, the template's first. Safe to use by several
-    threads.
+    threads. Raises :class:`FusionError` for a text on which the ``tokenizers`` library fails.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -43,6 +45,7 @@ class TextEncoder:
     def _spellings(self) -> re.Pattern[str]:
         return any_of(self._ids)
 
+    @tokenizer_errors()
     def beginning(self) -> list[int]:
         """What the tokenizer puts in front of a text: BOS, or nothing."""
         return list(self.tokenizer.encode("").ids)
@@ -56,6 +59,7 @@ class TextEncoder:
             return ids
         return self._as_text(piece)
 
+    @tokenizer_errors()
     def plain(self, text: str) -> list[int]:
         """Token ids as the tokenizer gives them, without BOS."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -84,6 +88,7 @@ class TextEncoder:
                 left, text = self._ids[control], following
         yield left, text
 
+    @tokenizer_errors()
     def _between(self, left: int | None, text: str, right: int | None) -> list[int]:
         """Ids of the text between two control tokens (None: an end of the piece), none of them a control token's."""
         if left is not None and self._added[left].rstrip:

@@ -9,6 +9,7 @@ from typing import Protocol
 from tokenizers import Tokenizer, decoders
 
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.tokenizer_errors import tokenizer_errors
 
 
 class TextStream:
@@ -125,6 +126,7 @@ class _ByteFallback:
         is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
         return "" if is_byte else self.finish()
 
+    @tokenizer_errors()
     def finish(self) -> str:
         # The decoder strips a space off the very first token alone: later ones stand behind some other token.
         anchor = [self._ANCHOR] if self._begun else []

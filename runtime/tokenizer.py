@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from typing import Any
 
@@ -10,15 +11,17 @@ from tokenizers import Tokenizer
 
 from fusion_edge.runtime.bundle import TOKENIZER, Bundle
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.tokenizer_schema import MAX_TOKENS, check_text, check_tokenizer
+from fusion_edge.runtime.json_file import object_of_pairs
+from fusion_edge.runtime.tokenizer_schema import check_text, check_tokenizer
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
     """The bundle's tokenizer. Raises :class:`FusionError` for a file that is no tokenizer that a bundle may hold."""
     path = bundle.path(TOKENIZER)
     try:
-        data = parse_tokenizer(path.read_bytes())
-        return build_tokenizer(data, bundle.manifest.model.language.vocab_size)
+        content = path.read_bytes()
+        check_tokenizer(parse_tokenizer(content), bundle.manifest.model.language.vocab_size)
+        return _build(content.removeprefix(codecs.BOM_UTF8))
     except (OSError, ValueError) as error:
         raise FusionError(
             f"{path} is no tokenizer that can be loaded ({error}); export the bundle again, or upgrade tokenizers."
@@ -26,11 +29,15 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 def parse_tokenizer(content: bytes) -> dict[str, Any]:
-    """The JSON object in ``content``. Raises ``ValueError`` if it holds none, or one far too large."""
+    """The JSON object in ``content``.
+
+    Raises ``ValueError`` if it holds none, or one far too large, or an object with two values of one name: the library
+    might read the one that is not checked.
+    """
     text = content.decode("utf-8-sig")
     check_text(text)
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=object_of_pairs)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(data, dict):
@@ -38,15 +45,18 @@ def parse_tokenizer(content: bytes) -> dict[str, Any]:
     return data
 
 
-def build_tokenizer(data: dict[str, Any], vocab_size: int = MAX_TOKENS) -> Tokenizer:
-    """The tokenizer that ``data`` describes, ids below ``vocab_size``.
+def build_tokenizer(data: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that ``data`` describes.
 
     Raises ``ValueError`` with what is wrong: with the structure, or for the ``tokenizers`` library.
     """
-    check_tokenizer(data, vocab_size)
+    check_tokenizer(data)
+    return _build(json.dumps(data).encode())
+
+
+def _build(content: bytes) -> Tokenizer:
     try:
-        # Written anew: of two fields of one name the library might read the one that was not checked.
-        return Tokenizer.from_str(json.dumps(data))
+        return Tokenizer.from_buffer(content)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and its panics derive from BaseException

@@ -5,7 +5,8 @@ An allowlist, because the ``tokenizers`` library aborts the process, or takes gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from fusion_edge.runtime.regex_cost import check_regex
@@ -28,19 +29,20 @@ def check_text(text: str) -> None:
             raise ValueError(f"it has more than {most} of {character!r}")
 
 
-def check_tokenizer(data: Mapping[str, Any], vocab_size: int) -> None:
+def check_tokenizer(data: Mapping[str, Any], vocab_size: int = MAX_TOKENS) -> None:
     """Raise ``ValueError`` with a sentence's part unless ``data`` is a tokenizer that the library can build and run.
 
     ``data`` is the JSON of a ``tokenizer.json``; every id has to be below ``vocab_size``.
     """
     _fields("the tokenizer", data, _TOKENIZER)
-    if "model" not in data:
-        raise ValueError("the tokenizer lacks its model")
-    vocabulary = _check_model(data["model"], vocab_size)
+    for field in ("model", "decoder"):
+        if data.get(field) is None:
+            raise ValueError(f"the tokenizer lacks its {field}")
+    _check_model(data["model"], vocab_size)
     _check_added_tokens(data.get("added_tokens") or [], vocab_size)
     for name, types in (("normalizer", _NORMALIZERS), ("pre_tokenizer", _PRE_TOKENIZERS), ("decoder", _DECODERS)):
         _check_component(name, data.get(name), types)
-    known = vocabulary | {token["content"] for token in data.get("added_tokens") or []}
+    known = data["model"]["vocab"].keys() | {token["content"] for token in data.get("added_tokens") or []}
     _check_component("post_processor", data.get("post_processor"), _POST_PROCESSORS)
     _check_templates(data.get("post_processor"), known, vocab_size)
 
@@ -168,7 +170,7 @@ _DECODERS: dict[str, dict[str, Check]] = {
     "Replace": _REPLACE,
     "ByteFallback": {},
     "Fuse": {},
-    "Strip": {"content": _is_character, "start": _is_small, "stop": _is_small},
+    "Strip": {"content": _is_character, "start": _is_small, "stop": _one_of(0)},
 }
 _POST_PROCESSORS: dict[str, dict[str, Check]] = {
     "Sequence": {"processors": _is_list},
@@ -198,29 +200,37 @@ def _check_component(name: str, value: Any, types: Mapping[str, Mapping[str, Che
             _check_component(name, part, types, inner=True)
 
 
-def _check_model(model: Mapping[str, Any], vocab_size: int) -> set[str]:
-    """The vocabulary's tokens."""
+def _check_model(model: Mapping[str, Any], vocab_size: int) -> None:
     _fields("model", model, _MODEL)
     if {"vocab", "merges"} - model.keys():
         raise ValueError("model lacks its vocab or its merges")
-    vocab, merges = model["vocab"], model["merges"]
-    ids = list(vocab.values())
-    if not all(type(index) is int and 0 <= index < vocab_size for index in ids):
-        token = next(token for token, index in vocab.items() if type(index) is not int or not 0 <= index < vocab_size)
-        raise ValueError(f"the token {token[:40]!r} has the id {_short(vocab[token])}, expected 0 to {vocab_size - 1}")
-    if len(set(ids)) != len(ids):
+    vocab = model["vocab"]
+    for token, index in vocab.items():
+        if type(index) is not int or not 0 <= index < vocab_size:
+            raise ValueError(f"the token {token[:40]!r} has the id {_short(index)}, expected 0 to {vocab_size - 1}")
+    if len(set(vocab.values())) != len(vocab):
         raise ValueError("two tokens of vocab have the same id")
-    tokens = set(vocab)
-    if max(map(len, tokens), default=0) > _MAX_TOKEN_CHARACTERS:
+    if max(map(len, vocab), default=0) > _MAX_TOKEN_CHARACTERS:
         raise ValueError(f"vocab has a token of more than {_MAX_TOKEN_CHARACTERS} characters")
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
-        if not is_pair or not tokens.issuperset(pair):
-            raise ValueError(f"merges has {str(merge)[:60]!r}, which is no pair of tokens of vocab")
-        if pair[0] + pair[1] not in tokens:
-            raise ValueError(f"merges has {str(merge)[:60]!r}, whose union is no token of vocab")
-    return tokens
+    if _longest_union(model["merges"]) > _longest(vocab):
+        raise ValueError("merges has a pair whose union is longer than every token of vocab")
+
+
+def _longest_union(merges: list[Any]) -> int:
+    """UTF-8 bytes of the longest that a merge makes: more than the longest token has are the end of the library.
+
+    That each is a pair of tokens whose union is one, the library checks.
+    """
+    kinds = set(map(type, merges))
+    if kinds <= {str}:  # such as "a b"
+        return _longest(merges) - 1
+    if kinds == {list} and set(map(len, merges)) == {2} and set(map(type, chain.from_iterable(merges))) == {str}:
+        return _longest(map("".join, merges))
+    raise ValueError("merges is no list of pairs of tokens")
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(len, map(str.encode, texts)), default=0)
 
 
 def _check_added_tokens(added: list[Any], vocab_size: int) -> None:

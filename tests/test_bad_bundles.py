@@ -319,6 +319,19 @@ def test_what_is_no_path(folder: Any) -> None:
         load(folder)
 
 
+def test_an_empty_path(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the present folder, which may be some bundle."""
+    monkeypatch.chdir(tiny_bundle)
+    with pytest.raises(UsageError, match="The bundle's path is empty"):
+        load("")
+
+
+def test_a_template_of_another_tokenizer(broken: Path) -> None:
+    edit(broken, lambda manifest: manifest["model"].update(template="llama_3"))
+    with pytest.raises(FusionError, match=r"has no <\|eot_id\|>, which ends an answer in the template llama_3"):
+        load(broken)
+
+
 def test_an_unknown_target(broken: Path) -> None:
     edit(broken, lambda manifest: manifest.update(target="tpu"))
     with pytest.raises(FusionError, match=r"cpu: The bundle was exported for tpu; .* --target cpu makes one for it"):

@@ -45,10 +45,10 @@ for code in sys.argv[3:]:
             exec(code)
         except FusionError as error:
             told = f"{type(error).__name__}: {error}"
-        print(told, flush=True)
-        os._exit(0)
+        print(told)
+        sys.exit(3)  # as any process ends, destructors of libraries included
     _, status = os.waitpid(child, 0)
-    assert status == 0, (code, status)
+    assert os.waitstatus_to_exitcode(status) == 3, (code, status)
 stop.set()
 if sys.argv[2] == "busy":
     other.join()

@@ -268,3 +268,28 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "socket"))
         assert "is a socket" in error(tmp_path / "socket")
+
+
+@pytest.mark.parametrize("change", ["data", "samples"])
+def test_nothing_is_printed_of_a_damaged_tiff(change: str, tmp_path: Path) -> None:
+    """Neither by libtiff, nor by a logger without handlers."""
+    photo(40, 40).save(tmp_path / "image.tiff", compression="tiff_adobe_deflate")
+    content = bytearray((tmp_path / "image.tiff").read_bytes())
+    if change == "data":
+        with Image.open(tmp_path / "image.tiff") as opened:
+            [offset] = opened.tag_v2[273]  # type: ignore[attr-defined]
+        content[offset + 10 : offset + 60] = bytes(50)
+    else:
+        entry = content.index(struct.pack("<HHI", 277, 3, 1))
+        content[entry + 8 : entry + 10] = struct.pack("<H", 99)
+    (tmp_path / "image.tiff").write_bytes(content)
+    script = (
+        "import sys\nfrom fusion_edge.runtime.errors import FusionError\n"
+        "from fusion_edge.runtime.images import load_image\n"
+        "try:\n    load_image(sys.argv[1])\nexcept FusionError as error:\n    print(error)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "image.tiff"], capture_output=True, text=True, check=True
+    )
+    assert ended.stderr == ""
+    assert "image.tiff" in ended.stdout
