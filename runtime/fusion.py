@@ -27,7 +27,7 @@ from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.devices import AUTO, Device, open_device
 from fusion_edge.runtime.embeddings import Embeddings
-from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images import load_image, normalize
 from fusion_edge.runtime.prompts import TEMPLATES, Prompt, PromptEncoder, Room, Turn
