@@ -222,5 +222,5 @@ def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
 def test_a_token_outside_the_table(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     rows = bundle.manifest.model.language.vocab_size
-    with pytest.raises(FusionError, match=f"gives the token id {rows}, the bundle's token table has {rows} rows"):
+    with pytest.raises(FusionError, match=f"gives ids up to {rows} and the token table has {rows} rows"):
         Embeddings(bundle)(np.array([0, rows]))
