@@ -341,10 +341,10 @@ def test_an_unknown_target(broken: Path) -> None:
 def test_a_tokenizer_of_a_newer_library(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse, tmp_path: Path
 ) -> None:
-    def from_str(_: str) -> Tokenizer:
+    def from_buffer(_: bytes) -> Tokenizer:
         raise Exception("data did not match any variant of untagged enum ModelWrapper")
 
-    monkeypatch.setattr(Tokenizer, "from_str", from_str)
+    monkeypatch.setattr(Tokenizer, "from_buffer", from_buffer)
     message = refused(cli_run.main, tiny_bundle, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
     assert "tokenizer.json is no tokenizer that can be loaded (tokenizers " in message
     assert "upgrade tokenizers" in message
