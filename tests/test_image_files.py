@@ -277,7 +277,7 @@ def test_nothing_is_printed_of_a_damaged_tiff(change: str, tmp_path: Path) -> No
     content = bytearray((tmp_path / "image.tiff").read_bytes())
     if change == "data":
         with Image.open(tmp_path / "image.tiff") as opened:
-            [offset] = opened.tag_v2[273]  # type: ignore[attr-defined]
+            [offset] = opened.tag_v2[273]
         content[offset + 10 : offset + 60] = bytes(50)
     else:
         entry = content.index(struct.pack("<HHI", 277, 3, 1))

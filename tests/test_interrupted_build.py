@@ -23,7 +23,7 @@ from paths import DEMO_CHECKPOINT
 from uninterruptible_wait import UninterruptibleWait
 
 from fusion_edge.export import cli, cli_build
-from fusion_edge.runtime import interruptible, signals
+from fusion_edge.runtime import first_signals, interruptible
 from fusion_edge.runtime.engines import FOLDER
 
 
@@ -72,7 +72,7 @@ class Gone(io.StringIO):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.parametrize(("number", "word"), signals.WORDS.items(), ids=str)
+@pytest.mark.parametrize(("number", "word"), first_signals.WORDS.items(), ids=str)
 def test_signals(
     trt: FakeTensorRT,
     bundle: Path,
