@@ -14,7 +14,7 @@ from pathlib import Path
 from fusion_edge.runtime.protobuf import fields
 
 PAGE = 4096  # offsets in data files are multiples of a page, so that runtimes can map them into memory
-LARGEST_FILE = 1 << 20  # five times the largest graph of an 8B model
+LARGEST_FILE = 1 << 20  # over twice the largest graph of an 8B model (TensorRT, calibrated vision: 0.38 MB)
 DEEPEST = 4  # branches inside of branches
 FUNCTIONS = "fusion_edge"
 """Domain of the functions that a graph defines itself."""
