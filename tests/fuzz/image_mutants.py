@@ -204,8 +204,8 @@ def _jpeg(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 def _tiff(draw: Random, content: bytes) -> tuple[bytes, str]:
     """A tag's number, type, count or value changed."""
-    (directory,) = struct.unpack("<I", content[4:8])
-    if directory + 2 > len(content):
+    directory = int.from_bytes(content[4:8], "little")
+    if len(content) < 8 or directory + 2 > len(content):
         return mutate_bytes(draw, content)
     (count,) = struct.unpack("<H", content[directory : directory + 2])
     at = directory + 2 + 12 * draw.randrange(max(count, 1))
