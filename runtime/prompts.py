@@ -15,6 +15,7 @@ from fusion_edge.runtime.arguments import shown
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.text_encoder import TextEncoder, any_of, is_empty
 
+MOST_WHITESPACE = 1000  # characters around an answer in the history, which beside a control token may take no tokens
 IMAGE_MARKER = "<image>"
 LATENT_MARKER = "<latent_image>"
 VISION_START = "<vision_start>"
@@ -212,6 +213,8 @@ class PromptEncoder:
 
     def _answer(self, answer: str, control_tokens: bool, room: Room | None, before: Sequence[int]) -> str:
         text = self._valid_text(answer, "An answer in the history", room, before)
+        if (blanks := len(text) - len(text.strip())) > MOST_WHITESPACE:
+            raise UsageError(f"An answer in the history begins or ends with {blanks} blank characters; strip it.")
         return _without(text, *MARKER_IDS) if control_tokens else text
 
     def _valid_text(self, text: str, name: str, room: Room | None, before: Sequence[int]) -> str:

@@ -194,6 +194,18 @@ def test_what_is_far_too_long_is_refused_at_once(name: str, control_tokens: bool
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", ["phi", "llama"])
+@pytest.mark.parametrize("blanks", [" ", "\n", "\u2003"])
+def test_blanks_around_an_answer_are_bounded(name: str, blanks: str) -> None:
+    """Beside a control token they may take no tokens, however many they are."""
+    started = time.perf_counter()
+    for answer in (blanks * 1_000_000, blanks * 1_000_000 + "b", "b" + blanks * 1_000_000):
+        with pytest.raises(UsageError, match="An answer in the history begins or ends with 1000000 blank characters"):
+            encode(name, [Turn("a?", answer)], "What?")
+    assert time.perf_counter() - started < 1
+    assert len(encode(name, [Turn("a?", blanks * 500 + "b" + blanks * 500)], "What?").token_ids)
+
+
 @settings(deadline=None)
 @given(names, conversations(texts), st.integers(1, 400))
 def test_no_prompt_that_fits_is_refused(name: str, conversation: tuple[list[Turn], str], capacity: int) -> None:
