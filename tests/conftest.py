@@ -13,6 +13,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 # Read when Triton's kernels are defined: they run on the CPU, one program after the other.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def tiny_tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
     return folder
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A place for a bundle in an empty folder."""
+    (tmp_path / "output").mkdir()
+    return tmp_path / "output/bundle"
+
+
+@pytest.fixture
+def replaceable(tiny_bundle: Path, output: Path) -> Path:
+    """A bundle in that place."""
+    shutil.copytree(tiny_bundle, output)
+    return output
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
-"""Folders that commands work in and replace: what is deleted, what is refused, file systems that lack something."""
+"""Folders that commands work in and replace: what is deleted, and what is refused."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 from faults import whole
 
-from fusion_edge.export import cli, mount_point
+from fusion_edge.export import cli
 from fusion_edge.export.folder_lock import Foreign, locked, matches
 from fusion_edge.export.partial_folder import Content, partial_folder
 from fusion_edge.quant.calibration.work_folder import work_folder
@@ -27,20 +26,6 @@ from fusion_edge.runtime.output_file import check_output_file, write_whole
 Refuse = Callable[..., str]
 HIDDEN = (".bundle.partial", ".bundle.replaced")
 ALL_HIDDEN = (*HIDDEN, ".bundle.calibration")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A place for a bundle in an empty folder."""
-    (tmp_path / "output").mkdir()
-    return tmp_path / "output/bundle"
-
-
-@pytest.fixture
-def replaceable(tiny_bundle: Path, output: Path) -> Path:
-    """A bundle in that place."""
-    shutil.copytree(tiny_bundle, output)
-    return output
 
 
 def tree(folder: Path) -> list[str]:
@@ -308,121 +293,6 @@ def test_a_linked_bundle_file_is_replaced_alone(tiny_checkpoint: Path, replaceab
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
     assert (tmp_path / "blob").is_file()
     assert not (replaceable / "llm.data").is_symlink()
-
-
-# File systems ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mounted(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An output that is a mount point, with the folder of lost files that file systems have."""
-    (output / "lost+found").mkdir(parents=True)
-    ismount, rename = os.path.ismount, os.rename
-
-    def guarded(source: Any, target: Any, **options: Any) -> None:
-        if output in (Path(source), Path(target)):
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        rename(source, target, **options)
-
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == output or ismount(path))
-    monkeypatch.setattr(os, "rename", guarded)
-    return output
-
-
-def test_a_mount_point(tiny_checkpoint: Path, mounted: Path, refused: Refuse) -> None:
-    for precision in ("int8", "int4"):
-        assert cli.main([str(tiny_checkpoint), "-o", str(mounted), f"--{precision}", "--force"]) == 0
-        (mounted / "lost+found").rmdir()
-        assert whole(mounted) == precision
-        (mounted / "lost+found").mkdir()
-    assert [path.name for path in mounted.parent.iterdir()] == ["bundle"]
-    (mounted / "notes.txt").write_text("dear")
-    assert "notes.txt" in refused(cli.main, tiny_checkpoint, "-o", mounted, "--int8", "--force")
-    assert bundle.open_bundle(mounted).manifest.precision == "int4"
-
-
-def test_what_a_calibration_keeps_is_in_the_mount_point(mounted: Path) -> None:
-    with work_folder(mounted, "command") as folder:
-        assert folder == mounted / ".bundle.calibration"
-
-
-def test_mounts_of_the_same_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mounts").write_text(f"36 35 98:0 /mnt1 {tmp_path}/a\\040b rw - ext3 /dev/root rw\n", encoding="utf-8")
-    monkeypatch.setattr(mount_point, "_MOUNTS", tmp_path / "mounts")
-    assert mount_point.is_mount_point(tmp_path / "a b")
-    assert not mount_point.is_mount_point(tmp_path / "a")
-    monkeypatch.setattr(mount_point, "_MOUNTS", tmp_path / "none")
-    assert not mount_point.is_mount_point(tmp_path)
-
-
-@pytest.mark.parametrize("call", ["rename", "mkdir"])
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [("EDQUOT", "quota"), ("EFBIG", "FAT32"), ("EBUSY", "mount point"), ("EROFS", "Read-only file system")],
-)
-def test_what_file_systems_refuse(
-    tiny_checkpoint: Path,
-    output: Path,
-    call: str,
-    number: str,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    refused: Refuse,
-) -> None:
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-
-    monkeypatch.setattr(os, call, fail)
-    assert said in refused(cli.main, tiny_checkpoint, "-o", output)
-    assert not list(output.parent.iterdir())
-
-
-@pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EBADF", "EINVAL"])
-def test_no_locks(
-    tiny_checkpoint: Path,
-    output: Path,
-    number: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def flock(*_: object) -> NoReturn:
-        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    output.with_name(".bundle.partial").mkdir()
-    assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
-    warning = f"warning: The file system of {output.parent} has no locks; let nothing else write there meanwhile.\n"
-    assert capsys.readouterr().err == warning
-    assert whole(output) == "int4"
-
-
-@pytest.mark.parametrize("number", ["EINVAL", "EBADF", "EOPNOTSUPP", "EACCES"])
-def test_folders_that_cannot_be_flushed(
-    tiny_checkpoint: Path, replaceable: Path, number: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync = os.fsync
-
-    def refuse_folders(descriptor: int) -> None:
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refuse_folders)
-    assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
-    assert whole(replaceable) == "int8"
-
-
-@pytest.mark.parametrize("number", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
-def test_no_space_is_reserved(
-    tiny_checkpoint: Path, tiny_bundle: Path, output: Path, number: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> NoReturn:
-        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-
-    monkeypatch.setattr(os, "posix_fallocate", fail)
-    assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
-    for path in tiny_bundle.iterdir():
-        assert (output / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_dry_run_writes_nothing(tiny_checkpoint: Path, output: Path) -> None:

@@ -34,13 +34,6 @@ def whole(folder: Path) -> str:
     return opened.manifest.precision
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A place for a bundle in an empty folder."""
-    (tmp_path / "output").mkdir()
-    return tmp_path / "output/bundle"
-
-
 def siblings(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir())
 
