@@ -99,9 +99,7 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         layers = [f"llm.layers.{i}" for i in range(0, plan.config.language.layers, every)]
         for block in blocks(plan.config)[:-1]:
             observing = Observing(plan.config, weights, lambda ids: table[ids], "cpu", watched)
-            states = [
-                kept(block.run(observing, sample, state)) for sample, state in zip(prepared, states, strict=True)
-            ]
+            states = [kept(block.run(observing, sample, state)) for sample, state in zip(prepared, states, strict=True)]
             for name, index in observing.moments_of.items():
                 if block.name in layers:
                     yield name, weights(f"{name}.weight"), observing.moments[index]

@@ -128,9 +128,7 @@ def fusion_config(language: LanguageConfig) -> FusionConfig:
         template=TEMPLATE,
         vision=VisionConfig(width=32, layers=2, mlp_width=32, patch_size=192),
         language=language,
-        alignment=AlignmentConfig(
-            layers=1, start=language.layers - 1, stride=1, window_size=3, query_lengths=(1,)
-        ),
+        alignment=AlignmentConfig(layers=1, start=language.layers - 1, stride=1, window_size=3, query_lengths=(1,)),
         max_length=MAX_LENGTH,
         bos_token_id=1,
         eos_token_ids=(2,),

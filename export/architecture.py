@@ -100,9 +100,7 @@ def vision_features(ops: Operations[T], config: FusionConfig, states: Sequence[T
     return ops.concat([x, *(ops.scale(total, 1 / half) for total in sums)], axis=-1)
 
 
-def _vision_layer(
-    ops: Operations[T], config: FusionConfig, x: T, mask: T, name: str, text_is_uniform: bool
-) -> T:
+def _vision_layer(ops: Operations[T], config: FusionConfig, x: T, mask: T, name: str, text_is_uniform: bool) -> T:
     """One pre-LN layer. In the first half text rows attend to every row alike, masked ones too (section 2)."""
     normed = ops.layer_norm(x, f"{name}.attention_norm", VISION_NORM_EPS)
     qkv = ops.linear(normed, f"{name}.attention.qkv", bias=True)
@@ -127,9 +125,7 @@ def alignment_decoder(
     return latents, ops.concat([k for k, _ in pairs], axis=0), ops.concat([v for _, v in pairs], axis=0)
 
 
-def pool_image(
-    ops: Operations[T], config: FusionConfig, features: T, latent_cells: T, context_cells: T
-) -> tuple[T, T]:
+def pool_image(ops: Operations[T], config: FusionConfig, features: T, latent_cells: T, context_cells: T) -> tuple[T, T]:
     """Adaptive max pools of the global map (section 3): latents ``[B,q,D]``, windows ``[B,q,9,D]``."""
     image = ops.global_map(features, config.vision.grid)
     latents = ops.windows(ops.pool(image, latent_cells), 1)

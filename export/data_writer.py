@@ -114,9 +114,7 @@ class DataWriter:
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
-    def _write_block(
-        self, descriptor: int, tensors: list[PlannedTensor], name: str, start: int, stop: int
-    ) -> _Rounded:
+    def _write_block(self, descriptor: int, tensors: list[PlannedTensor], name: str, start: int, stop: int) -> _Rounded:
         """Write some rows of a parameter: its values, and scales if it has them."""
         started = time.monotonic()
         contents, rounded = self._contents(tensors[0], name, start, stop)
@@ -163,9 +161,7 @@ class _Columns:
         self._unwritten: dict[str, tuple[npt.NDArray[Any], int]] = {}
         """By name, the content so far and how many of its columns are missing."""
 
-    def write(
-        self, descriptor: int, tensor: PlannedTensor, start: int, stop: int, columns: npt.NDArray[Any]
-    ) -> None:
+    def write(self, descriptor: int, tensor: PlannedTensor, start: int, stop: int, columns: npt.NDArray[Any]) -> None:
         """Take columns ``start`` to ``stop``; after the last ones, write the tensor."""
         rows, count = tensor.shape
         packed = 2 if tensor.dtype == "int4" else 1

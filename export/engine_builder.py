@@ -89,9 +89,7 @@ class EngineBuilder:
         Raises :class:`FusionError` with what TensorRT says if it cannot build one.
         """
         ranges = profiles(self._bundle.manifest, self._limits)
-        return {
-            name: tuple(self._engines(name, ranges[name], folder)) for name in self._bundle.manifest.graphs
-        }
+        return {name: tuple(self._engines(name, ranges[name], folder)) for name in self._bundle.manifest.graphs}
 
     def _engines(self, name: str, ranges: list[Ranges], folder: Path) -> Iterator[Engine]:
         model = onnx.load(self._bundle.path(graph_file(name)), load_external_data=False)
@@ -140,9 +138,7 @@ class EngineBuilder:
         with file.open("wb") as output:
             output.write(memoryview(plan))
 
-    def _plan(
-        self, model: ModelProto, ranges: list[Ranges], monitor: Any, decompose_attention: bool
-    ) -> Any:
+    def _plan(self, model: ModelProto, ranges: list[Ranges], monitor: Any, decompose_attention: bool) -> Any:
         """The serialized engine (``IHostMemory``), or None if TensorRT gave up."""
         trt = self._library.module
         builder = trt.Builder(self._logger)
@@ -188,9 +184,7 @@ class EngineBuilder:
 
 
 def _tensors(values: Iterable[ValueInfoProto]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(
-        {"name": value.name, "dtype": tensor_dtype(value), "shape": tensor_shape(value)} for value in values
-    )
+    return tuple({"name": value.name, "dtype": tensor_dtype(value), "shape": tensor_shape(value)} for value in values)
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:

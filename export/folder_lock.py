@@ -134,9 +134,7 @@ class Foreign(FusionError):
         self.path = path
 
 
-def _walk(
-    descriptor: int, above: str, owns: Owns, folder: Path, found: list[str], ignored: tuple[str, ...]
-) -> None:
+def _walk(descriptor: int, above: str, owns: Owns, folder: Path, found: list[str], ignored: tuple[str, ...]) -> None:
     with os.scandir(descriptor) as listing:
         inside = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in listing)
     for name, is_folder in inside:

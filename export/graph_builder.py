@@ -60,7 +60,6 @@ class PlannedTensor:
         count = int(np.prod(self.shape, dtype=np.int64))
         return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
 
-
     @property
     def is_for_dequantize_linear(self) -> bool:
         """Whether these are integers in the layout of ``quant/dequantize_linear.py``."""

@@ -35,9 +35,7 @@ def build_graphs(
     specs = graphs.graph_specs(config, settings.target, settings.activations, settings.cache)
     lowering = LOWERINGS[settings.target]
     builders = [GraphBuilder(spec, lowering.opset) for spec in specs]
-    vision, alignment, llm = (
-        lowering(config, builder, parameters, formats, packed, settings) for builder in builders
-    )
+    vision, alignment, llm = (lowering(config, builder, parameters, formats, packed, settings) for builder in builders)
     _vision_encoder(vision, config)
     _alignment_decoder(alignment, config)
     _llm(llm, config)

@@ -63,9 +63,7 @@ class OnnxRuntimeOperations(OnnxOperations):
             return self._quantized(x, name, form, weight, offset)
         dtype = np.float16 if form.kind == "fp16" else np.float32
         values = self.builder.plan(weight.name, "values", form, np.dtype(dtype).name, weight.shape)
-        product = self._node(
-            "FusedMatMul", [x, self._cast(values, np.dtype(dtype).name)], name, MICROSOFT, transB=1
-        )
+        product = self._node("FusedMatMul", [x, self._cast(values, np.dtype(dtype).name)], name, MICROSOFT, transB=1)
         return product if offset is None else product + offset
 
     def _scale_dtype(self, name: str) -> str:
@@ -182,13 +180,9 @@ class OnnxRuntimeOperations(OnnxOperations):
         function = cpu_functions.patch_attention_function(OPSET)
         return self._function(function, [qkv, key_mask], patches=patches, **attributes)
 
-    def attention(
-        self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue
-    ) -> OnnxValue:
+    def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
         inputs: list[OnnxValue | str] = [q, k, v, "", key_mask]
-        return self._node(
-            "MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=BLOCKED
-        )
+        return self._node("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=BLOCKED)
 
     def causal_attention(self, qkv: OnnxValue, layer: int) -> OnnxValue:
         language = self.config.language
@@ -213,4 +207,3 @@ class OnnxRuntimeOperations(OnnxOperations):
         attributes["do_rotary"] = 1
         self.builder.node("GroupQueryAttention", inputs, name, MICROSOFT, outputs, **attributes)
         return self.input(name)
-

@@ -64,9 +64,7 @@ class TensorRTOperations(OnnxOperations):
         """``[K,N]`` in blocks along K, the form that TensorRT has products for (weight-only INT4)."""
         rows, columns = weight.shape
         values = self.builder.plan(weight.name, "values", form, "int4", (columns, rows), by_column=True)
-        scales = self.builder.plan(
-            weight.name, "scales", form, "float16", (form.blocks(columns), rows), by_column=True
-        )
+        scales = self.builder.plan(weight.name, "scales", form, "float16", (form.blocks(columns), rows), by_column=True)
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
         return self._node("DequantizeLinear", inputs, weight.name, axis=0, block_size=form.block_size)
 
@@ -101,9 +99,7 @@ class TensorRTOperations(OnnxOperations):
         """``then()`` always: kernels of empty tensors are not launched, and a branch would end every fusion."""
         return then()
 
-    def put_rows(
-        self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue
-    ) -> OnnxValue:
+    def put_rows(self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue) -> OnnxValue:
         return self._function(onnx_functions.add_rows_function(OPSET), [x, positions, rows, update])
 
     # Attention ----------------------------------------------------------------------------------------------
@@ -116,9 +112,7 @@ class TensorRTOperations(OnnxOperations):
         text = self._node("Greater", [text_mask, self.builder.constant(0, "int32")])
         return self._node("Unsqueeze", [self.concat([ones, text], axis=1), self.builder.constant([1, 2])])
 
-    def attention(
-        self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue
-    ) -> OnnxValue:
+    def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
         width = self.config.vision.width
         parts = [self._heads(x, heads, width // heads) for x in (q, k, v)]
         one = self.input(self.builder.constant([1]))
@@ -143,9 +137,7 @@ class TensorRTOperations(OnnxOperations):
         q, k, v = (self._heads(self.input(part), count, dim) for part, count in zip(parts, heads, strict=True))
         tables = [self._rotary_table("cos", np.cos), self._rotary_table("sin", np.sin)]
         q, k = (self._node("RotaryEmbedding", [x, *tables, "positions"], name) for x in (q, k))
-        keys, values = (
-            self._extended(f"{layer}.{part}", new) for part, new in (("key", k), ("value", v))
-        )
+        keys, values = (self._extended(f"{layer}.{part}", new) for part, new in (("key", k), ("value", v)))
         attended = self._node("Attention", [q, keys, values, self._causal_mask()], name, scale=dim**-0.5)
         return self._joined(attended, language.heads * dim)
 

@@ -187,9 +187,7 @@ class OnnxOperations(Operations[OnnxValue]):
     def take_rows(self, x: OnnxValue, positions: OnnxValue) -> OnnxValue:
         return self._node("Gather", [self._rows(x), positions], axis=0)
 
-    def put_rows(
-        self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue
-    ) -> OnnxValue:
+    def put_rows(self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue) -> OnnxValue:
         indices = self._node("Unsqueeze", [positions, self.builder.constant([-1])])
         replaced = self._node("ScatterND", [self._rows(x), indices, rows + update])
         return self._node("Unsqueeze", [replaced, self.builder.constant([0])])
@@ -215,9 +213,7 @@ class OnnxOperations(Operations[OnnxValue]):
 
     def context_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int) -> OnnxValue:
         dim = self.config.language.hidden_size // heads
-        function = onnx_functions.context_attention_function(
-            heads, dim, self.settings.activations, self.builder.opset
-        )
+        function = onnx_functions.context_attention_function(heads, dim, self.settings.activations, self.builder.opset)
         return self._function(function, [q, k, v])
 
     def _function(

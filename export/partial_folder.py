@@ -41,9 +41,7 @@ class Content:
     def written_with(self, manifest: Path) -> Owns:
         """Whether paths were written with this manifest, itself among them."""
         listed = None if self.listed is None else self.listed(manifest)
-        return lambda path: (
-            path == self.manifest or (matches(path, *self.files) and (listed is None or path in listed))
-        )
+        return lambda path: path == self.manifest or (matches(path, *self.files) and (listed is None or path in listed))
 
     def owned(self, manifest: Path) -> Owns:
         """Whether paths were written with this manifest or added later."""

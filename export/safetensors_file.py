@@ -241,8 +241,7 @@ def _read_into(descriptor: int, target: npt.NDArray[Any], info: TensorInfo, offs
             raise _unreadable(info.file, error) from error
         if count == 0:
             raise FusionError(
-                f"{info.file} ends inside the tensor {info.name}, it has shrunk since it was opened: "
-                "download it again."
+                f"{info.file} ends inside the tensor {info.name}, it has shrunk since it was opened: download it again."
             )
         remaining = remaining[count:]
         position += count
@@ -252,13 +251,9 @@ def _check_against_index(file: Path, found: dict[str, TensorInfo], expected: set
     if expected is None:
         return
     for name in sorted(expected - found.keys()):
-        raise FusionError(
-            f"{file} lacks {name}, which {INDEX_FILE} places there: download both files again."
-        )
+        raise FusionError(f"{file} lacks {name}, which {INDEX_FILE} places there: download both files again.")
     for name in sorted(found.keys() - expected):
-        raise FusionError(
-            f"{file} holds {name}, which {INDEX_FILE} does not place there: download both files again."
-        )
+        raise FusionError(f"{file} holds {name}, which {INDEX_FILE} does not place there: download both files again.")
 
 
 def _corrupt(file: Path, what: str) -> FusionError:
@@ -319,4 +314,3 @@ def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], data_start: int
             )
     if end != file_size:
         raise _corrupt(file, f"{file_size - end} bytes at the end of the file belong to no tensor")
-

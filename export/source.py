@@ -78,8 +78,7 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
         )
     if path is None or not _HUB_ID.fullmatch(source) or path.suffix.lower() in _WEIGHT_SUFFIXES:
         raise FusionError(
-            f"There is no folder '{source}': pass an existing checkpoint folder, or a hub id of the form "
-            "org/name."
+            f"There is no folder '{source}': pass an existing checkpoint folder, or a hub id of the form org/name."
         )
     return _download(source, revision)
 

@@ -188,7 +188,5 @@ def _query_key_value(config: FusionConfig, name: str, tensor: str) -> Iterator[P
     if config.template == "phi_3":
         sources: tuple[Source, ...] = (Source(f"{tensor}qkv_proj.weight", (sum(rows), hidden)),)
     else:
-        sources = tuple(
-            Source(f"{tensor}{part}_proj.weight", (n, hidden)) for part, n in zip("qkv", rows, strict=True)
-        )
+        sources = tuple(Source(f"{tensor}{part}_proj.weight", (n, hidden)) for part, n in zip("qkv", rows, strict=True))
     yield Parameter(f"{name}.weight", "linear", (sum(rows), hidden), sources)

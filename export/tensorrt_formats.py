@@ -31,8 +31,7 @@ def check_formats(
         reason = _unreadable(name, form, parameters[f"{name}.weight"].shape, packed.get(name))
         if reason is not None:
             raise UsageError(
-                f"{name} cannot be {form} for TensorRT: {reason}, or use another format "
-                f"(--rule '{name}=int8:channel')."
+                f"{name} cannot be {form} for TensorRT: {reason}, or use another format (--rule '{name}=int8:channel')."
             )
 
 

@@ -152,9 +152,7 @@ def _formats(plugin: Plugin, trtp: ModuleType) -> Callable[..., Any]:
     return _declared(combinations, dict.fromkeys((*plugin.inputs, "outputs"), inspect.Parameter.empty))
 
 
-def _implementation(
-    plugin: Plugin, trtp: ModuleType, architecture: str, compile: Compile
-) -> Callable[..., Any]:
+def _implementation(plugin: Plugin, trtp: ModuleType, architecture: str, compile: Compile) -> Callable[..., Any]:
     def implement(*arguments: Any) -> Any:
         *inputs, _, _ = arguments  # outputs and tactic: nothing depends on them
         width = _constant_size(plugin, inputs, 0, -1)

@@ -46,9 +46,7 @@ class InputRange:
         return best_grid(self._counts, self._reach, self.least, self.largest, symmetric)[0]
 
 
-def best_grid(
-    counts: Tensor, reach: float, least: float, largest: float, symmetric: bool
-) -> tuple[InputGrid, float]:
+def best_grid(counts: Tensor, reach: float, least: float, largest: float, symmetric: bool) -> tuple[InputGrid, float]:
     """The grid with the least squared error over a histogram, and that error; ``symmetric``: of signed integers
     around 0 alone.
 

@@ -89,7 +89,7 @@ def read_rules(path: Path, group_size: int | None) -> list[Rule]:
 
     Raises :class:`FusionError` if the file cannot be read or holds anything else.
     """
-    expected = "expected a table [rules] of lines \"PATTERN\" = \"FORMAT\""
+    expected = 'expected a table [rules] of lines "PATTERN" = "FORMAT"'
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

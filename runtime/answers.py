@@ -106,8 +106,7 @@ class AnswerStream(Iterator[str]):
     def _check_going_on(self) -> None:
         if not self._fusion.questions.may_go_on(self._number):
             raise FusionError(
-                "This answer was given up when another question was asked or the model closed; "
-                "finish one before that."
+                "This answer was given up when another question was asked or the model closed; finish one before that."
             )
 
     @contextmanager

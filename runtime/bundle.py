@@ -239,9 +239,7 @@ def check_file(folder: Path, entry: FileEntry, listed_in: str, remedy: str) -> N
     relative = PurePosixPath(entry.path)
     path = folder / relative
     if relative.is_absolute() or ".." in relative.parts or not _is_inside(path, folder):
-        raise FusionError(
-            f"{folder / listed_in} lists {entry.path!r}, which leads outside its folder; do not use it."
-        )
+        raise FusionError(f"{folder / listed_in} lists {entry.path!r}, which leads outside its folder; do not use it.")
     if not os.path.isfile(path):
         raise FusionError(f"{path} is missing though {listed_in} lists it. {remedy}")
     if (size := path.stat().st_size) != entry.size:

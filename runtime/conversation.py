@@ -28,18 +28,14 @@ class Conversation:
         self._control_tokens = control_tokens
         self.history: list[Turn] = []
 
-    def ask(
-        self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
-    ) -> Iterator[str]:
+    def ask(self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None) -> Iterator[str]:
         """The answer piece by piece; it joins the history when it is complete.
 
         The question is asked when the first piece is taken. Errors as of :meth:`Fusion.answer`.
         """
         return _Pieces(self._fusion.questions, lambda: self._begin(question, sampling, query_length))
 
-    def answer(
-        self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None
-    ) -> Answer:
+    def answer(self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None) -> Answer:
         """The whole answer; it joins the history. Errors as of :meth:`Fusion.answer`."""
         return self._fusion.questions.run(lambda: self._begin(question, sampling, query_length).complete())
 

@@ -56,7 +56,6 @@ class Engine:
     profiles: tuple[Mapping[str, tuple[int, ...]], ...]
     """Least, typical and largest size by symbolic dimension; an LLM's first is for prompts, its second for steps."""
 
-
     @property
     def tensors(self) -> tuple[Mapping[str, Any], ...]:
         """Inputs and outputs."""

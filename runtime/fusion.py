@@ -1,8 +1,8 @@
 """Asking questions about images: the graphs of a bundle stitched together.
 
-    with load("bundle") as fusion:
-        for piece in fusion.ask("frame.jpg", "Is the path clear?"):
-            print(piece, end="", flush=True)
+with load("bundle") as fusion:
+    for piece in fusion.ask("frame.jpg", "Is the path clear?"):
+        print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -264,9 +264,7 @@ class Fusion:
         rows[layout.image_start : layout.image_start + len(image_tokens)] = image_tokens
         rows[layout.latent_positions] = aligned.latents
         capacity = min(self.max_context, layout.length + new_tokens)
-        logits = self.backend.prefill(
-            rows, aligned, layout.latent_positions, layout.instruct_positions, capacity
-        )
+        logits = self.backend.prefill(rows, aligned, layout.latent_positions, layout.instruct_positions, capacity)
         return layout.length, capacity, logits
 
 

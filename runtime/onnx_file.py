@@ -199,5 +199,3 @@ def _decimal(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise ValueError(f"it tells of a weight's place {text[:40]!r}, not a number of bytes")
     return int(text)
-
-

@@ -97,8 +97,6 @@ def distribution(
     return candidates, probabilities
 
 
-def _likeliest_first(
-    logits: npt.NDArray[np.float32], indices: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _likeliest_first(logits: npt.NDArray[np.float32], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     # By the logits themselves: scaled, or as probabilities, some that differ would round to equals.
     return indices[np.argsort(-logits[indices], kind="stable")]

@@ -210,9 +210,7 @@ class FakeCuda(ModuleType):
             work()
         return (Error.cudaSuccess,)
 
-    def cudaMemcpyAsync(
-        self, dst: int, src: int, count: int, kind: CopyKind, stream: int
-    ) -> tuple[Error]:
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: CopyKind, stream: int) -> tuple[Error]:
         on_device = {
             CopyKind.cudaMemcpyHostToDevice: (True, False),
             CopyKind.cudaMemcpyDeviceToHost: (False, True),

@@ -26,9 +26,7 @@ EXACT, HALF, INT8_CACHE = 1e-4, 0.02, 0.1
 
 TENSORRT_INT4 = "--int4 --group-size 64 --target tensorrt"
 
-WIDE = dataclasses.replace(
-    TINY, language=dataclasses.replace(TINY.language, hidden_size=64, heads=4, kv_heads=4)
-)
+WIDE = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, hidden_size=64, heads=4, kv_heads=4))
 """Inputs that are whole blocks of 64."""
 
 Export = Callable[[str], Bundle]

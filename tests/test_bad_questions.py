@@ -356,9 +356,7 @@ def test_streams_that_are_closed(tiny_bundle: Path, image: Path) -> None:
 def test_a_real_ctrl_c(tiny_bundle: Path, image: Path) -> None:
     code = "import sys; from fusion_edge.runtime import cli_run; sys.exit(cli_run.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(tiny_bundle), "--image", str(image), "--threads=1"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

@@ -148,7 +148,8 @@ def test_engines_that_are_up_to_date_are_kept(bundle: Path, capsys: pytest.Captu
         assert len(engines_of(bundle)) == 1
     (folder,) = engines_of(bundle)
     assert {path.name for path in folder.iterdir()} == {
-        *(f"{name}.engine" for name in ("vision_encoder", "alignment_decoder", "llm")), ENGINES
+        *(f"{name}.engine" for name in ("vision_encoder", "alignment_decoder", "llm")),
+        ENGINES,
     }
 
 

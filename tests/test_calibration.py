@@ -89,9 +89,7 @@ def test_graphs_compute_with_the_calibrated_weights(
     assert_computes_its_weights(output, data / "00000.png")
 
 
-def test_outputs_are_closer_than_by_rounding(
-    checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path
-) -> None:
+def test_outputs_are_closer_than_by_rounding(checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path) -> None:
     assert cli.main(arguments(checkpoint, data, tmp_path / "b", "--method", "rtn")) == 0
 
     def errors(folder: Path) -> dict[str, float]:
@@ -110,12 +108,16 @@ class Killed(BaseException):
     """Stands for a kill: nothing may catch it."""
 
 
-@pytest.mark.parametrize(
-    ("owner", "stage"), [(fitting.Fitting, "_fit"), (Records, "save"), (run.Run, "_propagate")]
-)
+@pytest.mark.parametrize(("owner", "stage"), [(fitting.Fitting, "_fit"), (Records, "save"), (run.Run, "_propagate")])
 @pytest.mark.parametrize("number", [0, 3, 6])
 def test_a_killed_run_goes_on(
-    checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, owner: type, stage: str, number: int,
+    checkpoint: Path,
+    data: Path,
+    calibrated: Path,
+    tmp_path: Path,
+    owner: type,
+    stage: str,
+    number: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, calls = tmp_path / "bundle", 0

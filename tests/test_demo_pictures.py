@@ -29,9 +29,7 @@ def test_same_seed_gives_the_same_examples() -> None:
 def test_splits_and_seeds_give_different_pictures() -> None:
     streams = [("train", 0), ("held_out", 0), ("train", 1), ("held_out", 1)]
     rendered = {
-        picture.tobytes()
-        for split, seed in streams
-        for _, picture in itertools.islice(pictures.scenes(split, seed), 5)
+        picture.tobytes() for split, seed in streams for _, picture in itertools.islice(pictures.scenes(split, seed), 5)
     }
     assert len(rendered) == 5 * len(streams)
 

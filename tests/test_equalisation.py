@@ -183,9 +183,7 @@ def fit(
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 @pytest.mark.parametrize("weight_scales", [torch.ones(64), 1 / outliers(64)])
-def test_outlier_channels(
-    weight_scales: Tensor, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outlier_channels(weight_scales: Tensor, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without weights that make good for the outliers, as a trained model has them."""
     weight = rows(2, 96, weight_scales)
     others = rows(1, 100_000, outliers(64))

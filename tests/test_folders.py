@@ -60,9 +60,7 @@ def test_something_in_place_of_a_hidden_folder(
 
 
 @pytest.mark.parametrize("name", ALL_HIDDEN)
-def test_a_link_to_the_output_itself(
-    tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse
-) -> None:
+def test_a_link_to_the_output_itself(tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse) -> None:
     replaceable.with_name(name).symlink_to("bundle")
     for options in ([], ["--force"]):
         message = refused(cli.main, tiny_checkpoint, "-o", replaceable, *options)

@@ -137,9 +137,7 @@ def test_soak(result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest
     assert sum(soaked.measured[0].answer_seconds.values) > 0.5
 
 
-def test_energy_is_of_steps(
-    result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_energy_is_of_steps(result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     tokens: list[int] = []
     prefill = OnnxRuntimeBackend.prefill
 

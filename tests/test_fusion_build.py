@@ -186,9 +186,7 @@ def test_int4_engines_are_smaller(built: Built, wide: Path) -> None:
     assert quarter.file.size < 0.6 * half.file.size
 
 
-def test_steps_do_without_the_interaction_layers(
-    built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_do_without_the_interaction_layers(built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine for steps alone has none of their weights: TensorRT sees that nothing goes through them."""
     folder, both = built(wide, "fp16", "8.9", "--parts=1")
 

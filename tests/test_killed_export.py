@@ -197,9 +197,7 @@ def test_interrupted(
 
 
 @pytest.mark.parametrize("options", [[], ["--force"]])
-def test_another_export_is_writing(
-    tiny_checkpoint: Path, output: Path, options: list[str], refused: Refuse
-) -> None:
+def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options: list[str], refused: Refuse) -> None:
     partial = output.with_name(".bundle.partial")
     partial.mkdir()
     (partial / "llm.data").write_bytes(b"half")

@@ -140,7 +140,9 @@ def test_bits_are_kept_to(checkpoint: Path, data: Path, tmp_path: Path, capsys: 
     mixed = report.mixed_precision
     assert mixed is not None
     assert {name for name, form in weights.items() if form == "int8:32"} == {
-        *mixed.raised, "llm.lm_head", "llm.embed_tokens",
+        *mixed.raised,
+        "llm.lm_head",
+        "llm.embed_tokens",
     }
     assert len(mixed.sensitivities) > len(mixed.raised) > 0
     with Checkpoint(checkpoint) as opened:
@@ -228,9 +230,7 @@ def test_a_budget_needs_samples(checkpoint: Path, tmp_path: Path, refused: Refus
     assert "--calibrate" in message
 
 
-def test_dry_run_tells_what_may_be_asked_for(
-    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_tells_what_may_be_asked_for(checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(checkpoint), "--group-size", "32", "--calibrate", str(data), "--dry-run"]
     assert cli.main(command) == 0
     text = capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_a_machine_to_read_only(demo: Path) -> None:
     """Everything read-only, without a folder for temporary files, without ``/sys``."""
     script = (
         "for m in $(awk '{print $2}' /proc/self/mounts); do mount -o remount,bind,ro $m; done 2> /dev/null; "
-        "mount -t tmpfs -o ro none /sys && touch /tmp/x 2> /dev/null && exit 9; exec \"$@\""
+        'mount -t tmpfs -o ro none /sys && touch /tmp/x 2> /dev/null && exit 9; exec "$@"'
     )
     unshare = ["unshare", "-rm", "--propagation=private", "sh", "-c"]
     if subprocess.run([*unshare, "mount -t tmpfs none /sys"], capture_output=True, check=False).returncode:
@@ -109,9 +109,7 @@ def test_an_older_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> 
 def test_a_newer_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     module = ModuleType("onnxruntime")
     told: list[int] = []
-    module.__dict__.update(
-        InferenceSession=object, __version__=version, set_default_logger_severity=told.append
-    )
+    module.__dict__.update(InferenceSession=object, __version__=version, set_default_logger_severity=told.append)
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     assert find_onnxruntime() is module
     assert told == [4]

@@ -59,7 +59,7 @@ def test_heavy_packages_are_not_imported_at_all() -> None:
 
 def test_python_310_is_still_promised() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert "requires-python = \">=3.10\"" in text
+    assert 'requires-python = ">=3.10"' in text
 
 
 def test_the_readme_names_commands_that_exist() -> None:

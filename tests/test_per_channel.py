@@ -26,9 +26,7 @@ LINEAR = "llm.layers.1.mlp.down"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint, but with 200 inputs to the LLM's ``mlp.down``: a whole block and a partial one."""
-    config = replace(
-        TINY, vision=replace(TINY.vision, patch_size=24), language=replace(TINY.language, mlp_width=200)
-    )
+    config = replace(TINY, vision=replace(TINY.vision, patch_size=24), language=replace(TINY.language, mlp_width=200))
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-tiny", config)
 
 

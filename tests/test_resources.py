@@ -139,9 +139,7 @@ def test_an_export_takes_the_processors_that_it_may_use(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["-v", "-d"])
-def test_every_limit_answers_or_says_so(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, tmp_path: Path
-) -> None:
+def test_every_limit_answers_or_says_so(tmp_path_factory: pytest.TempPathFactory, kind: str, tmp_path: Path) -> None:
     """From what Python alone needs to what is enough; never an abort of a library, a traceback or another reason."""
     bundle = tmp_path / "bundle"
     assert export_cli.main([str(DEMO_CHECKPOINT), "-o", str(bundle)]) == 0

@@ -55,9 +55,7 @@ def test_histories_that_are_refused(
 ) -> None:
     (tmp_path / "history.json").write_text(content)
     started = time.monotonic()
-    assert message in refused(
-        cli_run.main, *options, "--ask=What?", "--history", tmp_path / "history.json", code=code
-    )
+    assert message in refused(cli_run.main, *options, "--ask=What?", "--history", tmp_path / "history.json", code=code)
     assert time.monotonic() - started < 5
 
 

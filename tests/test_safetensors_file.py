@@ -141,9 +141,7 @@ def test_threads_read_at_once(large: Path) -> None:
 
         def read_all(offset: int) -> None:
             for row in range(offset, 700, 4):
-                if not np.array_equal(
-                    checkpoint.read_rows("tensor", row, row + 1).view(np.uint32)[0], expected[row]
-                ):
+                if not np.array_equal(checkpoint.read_rows("tensor", row, row + 1).view(np.uint32)[0], expected[row]):
                     wrong.append(row)
 
         threads = [threading.Thread(target=read_all, args=(offset,)) for offset in range(4)]

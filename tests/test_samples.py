@@ -88,9 +88,20 @@ def test_two_files(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["text", 3, None, [], {}, {"image": "00.png"}, {"question": "?"}, {"image": "00.png", "question": "?", "extra": ""},
-     {"image": 3, "question": "?"}, {"image": "00.png", "question": None}, {"image": "00.png", "question": " "},
-     {"image": "00.png", "question": "?", "answer": "\ud800"}],
+    [
+        "text",
+        3,
+        None,
+        [],
+        {},
+        {"image": "00.png"},
+        {"question": "?"},
+        {"image": "00.png", "question": "?", "extra": ""},
+        {"image": 3, "question": "?"},
+        {"image": "00.png", "question": None},
+        {"image": "00.png", "question": " "},
+        {"image": "00.png", "question": "?", "answer": "\ud800"},
+    ],
     ids=str,
 )
 def test_a_line_that_is_no_sample(folder: Path, line: object) -> None:

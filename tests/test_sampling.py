@@ -54,9 +54,7 @@ def test_logits_that_are_no_numbers(temperature: float, bad: list[float]) -> Non
         Sampler(Sampling(temperature=temperature))(np.array(bad, np.float32))
 
 
-def reference(
-    logits: np.ndarray[Any, Any], temperature: float, top_k: int
-) -> tuple[list[int], list[float]]:
+def reference(logits: np.ndarray[Any, Any], temperature: float, top_k: int) -> tuple[list[int], list[float]]:
     """Temperature and top-k with plain loops: ids and probabilities, likeliest first."""
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))[: top_k or None]
     weights = [math.exp((float(logits[i]) - float(logits.max())) / temperature) for i in order]

@@ -58,9 +58,7 @@ def block_sizes(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize("target", PRESETS)
 @pytest.mark.parametrize("options", ["--int4 --group-size 32", "--fp16 --rule llm.layers.*=int4:32"])
-def test_blocks_of_32_are_refused(
-    checkpoint: Path, tmp_path: Path, refused: Refuse, target: str, options: str
-) -> None:
+def test_blocks_of_32_are_refused(checkpoint: Path, tmp_path: Path, refused: Refuse, target: str, options: str) -> None:
     arguments = [checkpoint, "-o", tmp_path / "b", "--target", target, *options.split()]
     message = refused(cli.main, *arguments, code=2)
     assert "cannot be int4:32 for TensorRT: it has 4-bit products for groups of 64 and 128 alone; use --g" in message

@@ -114,9 +114,7 @@ def expected_with_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     st.lists(st.tuples(st.integers(0, 200), st.integers(1, 8)), max_size=4),
     st.lists(st.text(alphabet="aeT hn�", min_size=1, max_size=3), max_size=2),
 )
-def test_stop_strings(
-    named_ids: tuple[str, list[int]], spans: list[tuple[int, int]], others: list[str]
-) -> None:
+def test_stop_strings(named_ids: tuple[str, list[int]], spans: list[tuple[int, int]], others: list[str]) -> None:
     name, ids = named_ids
     text = tokenizer(name).decode(ids, skip_special_tokens=True)
     stop = [text[start : start + length] for start, length in spans if text[start : start + length]] + others

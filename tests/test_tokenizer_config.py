@@ -181,9 +181,7 @@ def test_truncated_models(tmp_path_factory: pytest.TempPathFactory, length: int)
 
 @given(position=st.integers(0, len(SMALL_MODEL) - 1), byte=st.integers(0, 255))
 @settings(max_examples=200, deadline=None)
-def test_damaged_models_give_no_traceback(
-    tmp_path_factory: pytest.TempPathFactory, position: int, byte: int
-) -> None:
+def test_damaged_models_give_no_traceback(tmp_path_factory: pytest.TempPathFactory, position: int, byte: int) -> None:
     damaged = bytearray(SMALL_MODEL)
     damaged[position] = byte
     folder = write_phi(tmp_path_factory.getbasetemp() / "damaged", bytes(damaged))

@@ -54,9 +54,7 @@ def message(fields: dict[int, Any]) -> bytes:
 def sentencepiece_model(
     pieces: Sequence[Piece], trainer: dict[int, Any] = BPE_TRAINER, normalizer: dict[int, Any] = IDENTITY
 ) -> bytes:
-    body = b"".join(
-        message({1: message({1: text.encode(), 2: score, 3: kind})}) for text, score, kind in pieces
-    )
+    body = b"".join(message({1: message({1: text.encode(), 2: score, 3: kind})}) for text, score, kind in pieces)
     return body + message({2: message(trainer), 3: message(normalizer)})
 
 

@@ -1,7 +1,7 @@
 """Measure the demo model on held-out questions: a checkpoint through the eager interpreter, or a bundle.
 
-    python -m fusion_edge.benchmarks.demo.evaluate --checkpoint FOLDER --questions 1000
-    python -m fusion_edge.benchmarks.demo.evaluate --bundle FOLDER --questions 1000
+python -m fusion_edge.benchmarks.demo.evaluate --checkpoint FOLDER --questions 1000
+python -m fusion_edge.benchmarks.demo.evaluate --bundle FOLDER --questions 1000
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Score:
         return sum(self.right.values()) / sum(self.asked.values())
 
     def __str__(self) -> str:
-        kinds = [
-            f"{kind} {self.right.get(kind, 0) / self.asked[kind]:.1%}" for kind in KINDS if kind in self.asked
-        ]
+        kinds = [f"{kind} {self.right.get(kind, 0) / self.asked[kind]:.1%}" for kind in KINDS if kind in self.asked]
         total = f"{sum(self.right.values())} of {sum(self.asked.values())} answers exact"
         return f"{total}: {self.accuracy:.1%} ({', '.join(kinds)})"
 
@@ -90,9 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--bundle", type=Path, help="folder of an exported bundle")
     parser.add_argument("--questions", type=positive, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--query-length", type=positive, help="latents (default: the fewest offered)")
-    parser.add_argument(
-        "--without-alignment", action="store_true", help="switch a checkpoint's interaction layers off"
-    )
+    parser.add_argument("--without-alignment", action="store_true", help="switch a checkpoint's interaction layers off")
     return run(_main, parser.parse_args(arguments))
 
 

@@ -52,9 +52,7 @@ CONFIG = FusionConfig(
 def initial_tensors(seed: int) -> dict[str, Tensor]:
     """Random float32 tensors of :data:`CONFIG` under the released names, unused ones included."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        source.tensor: source.shape for parameter in parameters(CONFIG).values() for source in parameter.sources
-    }
+    shapes = {source.tensor: source.shape for parameter in parameters(CONFIG).values() for source in parameter.sources}
     shapes |= dict.fromkeys(UNUSED, (CONFIG.vision.width,))
     tensors = {name: _initial(name, shape, generator) for name, shape in sorted(shapes.items())}
     tensors[PATCH_POSITIONS] = grid_positions(CONFIG.vision.grid, CONFIG.vision.width)

@@ -1,6 +1,6 @@
 """Write samples of the demo's task for ``fusion-export --calibrate``: pictures, and a JSONL file of questions.
 
-    python -m fusion_edge.benchmarks.demo.samples --output FOLDER --count 144
+python -m fusion_edge.benchmarks.demo.samples --output FOLDER --count 144
 """
 
 from __future__ import annotations

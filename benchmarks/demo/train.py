@@ -147,9 +147,7 @@ def _groups(names: list[str], leaves: dict[str, Tensor]) -> Iterator[tuple[float
             yield VISION_RATE if in_tower else 1.0, 0.02 if is_matrix else 0.0, group
 
 
-def accuracy(
-    leaves: dict[str, Tensor], batches: Batches, phase: Phase, align: bool = True
-) -> dict[str, float]:
+def accuracy(leaves: dict[str, Tensor], batches: Batches, phase: Phase, align: bool = True) -> dict[str, float]:
     """Share of exact answers on a gallery at the least query length, by kind and ``all``.
 
     The pictures are given as in a phase of the training, with image tokens if it has any.

@@ -139,9 +139,7 @@ def _pooled(ops: TrainingOperations, batch: Batch) -> tuple[Tensor, Tensor]:
     if features is None:
         features = crop_features(ops, batch.patches[:, :GLOBAL_CROPS])
     size, cells = 2 * CONFIG.vision.grid, side(batch.query_length)
-    tables = (
-        torch.from_numpy(pooling_cells(size, n)) for n in (cells, cells * CONFIG.alignment.window_size)
-    )
+    tables = (torch.from_numpy(pooling_cells(size, n)) for n in (cells, cells * CONFIG.alignment.window_size))
     return architecture.pool_image(ops, CONFIG, features.flatten(0, 1), *tables)
 
 

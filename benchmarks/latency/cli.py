@@ -124,9 +124,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         wanted = _wanted(arguments, picture)
         for device, count in dict.fromkeys(product(arguments.backend, arguments.threads)):
             runs += bench(bundle, device, count, wanted, gpu)
-    rates = {
-        device: device_rates(device, threads, runs) for device in dict.fromkeys(run.case.device for run in runs)
-    }
+    rates = {device: device_rates(device, threads, runs) for device in dict.fromkeys(run.case.device for run in runs)}
     result = Result(
         schema_version=SCHEMA_VERSION,
         producer=producer(),

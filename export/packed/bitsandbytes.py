@@ -163,9 +163,7 @@ class BitsAndBytes:
         packed = checkpoint.read_stored(self.tensor).reshape(self.rows, -1)
         return partial(self._read, packed, scales.reshape(self.rows, -1))
 
-    def _read(
-        self, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], start: int, stop: int
-    ) -> Codes:
+    def _read(self, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], start: int, stop: int) -> Codes:
         return Codes(unpack_nibbles(packed[start:stop]), scales[start:stop], None)
 
     def _group(self) -> int:

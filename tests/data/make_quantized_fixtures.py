@@ -123,9 +123,7 @@ def _compress(state: dict[str, Tensor], scheme: Any) -> tuple[dict[str, Tensor],
 
         compressor = PackedQuantizationCompressor()
         scale, groups = state["weight_scale"], state["weight_g_idx"]
-        packed = compressor.compress_weight(
-            state["weight"], scale, scheme.weights, state["weight_zero_point"], groups
-        )
+        packed = compressor.compress_weight(state["weight"], scale, scheme.weights, state["weight_zero_point"], groups)
         packed |= {"weight_scale": scale, "weight_g_idx": groups}
         return packed, compressor.decompress_weight(packed, scheme.weights)
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor as Compressor
