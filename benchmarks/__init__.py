@@ -1,3 +1,3 @@
-from fusion_edge.runtime.first_signals import leave_while_a_module_loads
+from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
 
 leave_while_a_module_loads()

@@ -19,12 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusion_edge.kernels import recursive_alignment as kernels
-from fusion_edge.kernels.ahead_of_time import CONTEXT
-from fusion_edge.runtime import cli
-from fusion_edge.runtime.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
+from fusion_edge.kernels.triton import recursive_alignment as kernels
+from fusion_edge.kernels.triton.ahead_of_time import CONTEXT
+from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.output_file import write_whole
+from fusion_edge.runtime.system.output_file import write_whole
 
 BYTES_OF_SETS = 512_000_000  # several times any L2 cache
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

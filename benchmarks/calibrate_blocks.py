@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fusion_edge.export.plan import ExportOptions, plan_export
-from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.quant.calibration import states
-from fusion_edge.quant.calibration.blocks import blocks
-from fusion_edge.quant.calibration.estimate import estimate_calibration
-from fusion_edge.quant.calibration.options import DEVICES, CalibrationOptions
-from fusion_edge.quant.calibration.run import Run
-from fusion_edge.quant.calibration.samples import Sample, Samples
-from fusion_edge.runtime.cli import positive, run
+from fusion_edge.export.calibration import activation_cache as states
+from fusion_edge.export.calibration.blocks import blocks
+from fusion_edge.export.calibration.estimate import estimate_calibration
+from fusion_edge.export.calibration.options import DEVICES, CalibrationOptions
+from fusion_edge.export.calibration.run import Run
+from fusion_edge.export.calibration.samples import Sample, Samples
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.runtime.cli.common import positive, run
 from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.resources import usable_processors
+from fusion_edge.runtime.system.resources import usable_processors
 
 QUESTION = "What is in front of the camera, and how far away is it?"
 

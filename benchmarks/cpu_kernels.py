@@ -27,8 +27,8 @@ from onnx import FunctionProto, TensorProto, helper, numpy_helper
 
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.runtime import cli
 from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
 
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)

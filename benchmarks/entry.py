@@ -1,8 +1,8 @@
-"""Entry point of the command: see ``runtime/entry.py``."""
+"""Entry point of the command: see ``runtime/cli/entry.py``."""
 
 from __future__ import annotations
 
-from fusion_edge.runtime.entry import start
+from fusion_edge.runtime.cli.entry import start
 
 
 def bench() -> int:

@@ -21,12 +21,12 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.source import read_json_object
-from fusion_edge.export.tensor_names import UNUSED, parameters
-from fusion_edge.runtime import cli
-from fusion_edge.runtime.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
+from fusion_edge.export.checkpoint.source import read_json_object
+from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, parameters
+from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.progress import Progress
+from fusion_edge.runtime.system.progress import Progress
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden"
 SHARD_BYTES = 2_000_000_000

@@ -24,15 +24,15 @@ import torch
 
 from fusion_edge.benchmarks.latency.limits import cache_bytes, weight_bytes
 from fusion_edge.benchmarks.latency.statistics import timed
-from fusion_edge.export.bundle_weights import BundleWeights
-from fusion_edge.export.eager_backend import EagerBackend
-from fusion_edge.runtime import cli
+from fusion_edge.export.reference.bundle_weights import BundleWeights
+from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime.backends.base import Backend
-from fusion_edge.runtime.bundle import Manifest, open_bundle
-from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
+from fusion_edge.runtime.bundle.manifest import Manifest, open_bundle
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.devices import AUTO, NAMES, open_device
-from fusion_edge.runtime.grids import pooling_cells
-from fusion_edge.runtime.output_file import write_whole
+from fusion_edge.runtime.images.grids import pooling_cells
+from fusion_edge.runtime.system.output_file import write_whole
 
 QUESTION_TOKENS = 24
 COPY_BYTES = 1 << 28

@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_edge.benchmarks.gpu import QUESTION_TOKENS, step_bytes
-from fusion_edge.export import architecture
-from fusion_edge.export.eager import EagerOperations
-from fusion_edge.export.memory import estimate
-from fusion_edge.export.plan import ExportOptions, ExportPlan, plan_export
-from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.targets import PRESETS
-from fusion_edge.runtime import cli
-from fusion_edge.runtime.config import GLOBAL_CROPS, IMAGE_SIZE, side
-from fusion_edge.runtime.grids import pooling_cells
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.model import architecture
+from fusion_edge.export.model.eager import EagerOperations
+from fusion_edge.export.planning.memory import estimate
+from fusion_edge.export.planning.plan import ExportOptions, ExportPlan, plan_export
+from fusion_edge.export.planning.targets import PRESETS
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
+from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.images.grids import pooling_cells
 
 TERA = 1e12
 

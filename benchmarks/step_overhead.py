@@ -17,12 +17,12 @@ from unittest import mock
 import numpy as np
 
 from fusion_edge.benchmarks.latency.machine import machine_facts
-from fusion_edge.runtime import cli
 from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.backends.onnxruntime_graph import Graph
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.fusion import Fusion, load
-from fusion_edge.runtime.output_file import write_whole
 from fusion_edge.runtime.sampling import Sampler, Sampling
+from fusion_edge.runtime.system.output_file import write_whole
 
 WARM_UP = 5  # steps
 

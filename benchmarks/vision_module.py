@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_edge.export import architecture
-from fusion_edge.export.eager import EagerOperations
-from fusion_edge.export.plan import ExportOptions, plan_export
-from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.weights import CheckpointWeights, read_parameter
-from fusion_edge.runtime.config import FusionConfig
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
+from fusion_edge.export.model import architecture
+from fusion_edge.export.model.eager import EagerOperations
+from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.runtime.bundle.config import FusionConfig
 
 
 class _WithoutText(EagerOperations):

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusion_edge.export.bundle_writer import write_bundle
+from fusion_edge.export.bundle.writer import write_bundle
+from fusion_edge.export.calibration.options import DEVICES, METHODS, CalibrationOptions
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.source import resolve_checkpoint
 from fusion_edge.export.dry_run import check_fit, dry_run
-from fusion_edge.export.memory import estimate
-from fusion_edge.export.plan import KV_CACHES, ExportOptions, ExportPlan, plan_export
-from fusion_edge.export.safetensors_file import Checkpoint
-from fusion_edge.export.source import resolve_checkpoint
-from fusion_edge.export.targets import ACTIVATIONS, PRESETS
-from fusion_edge.quant.calibration.options import DEVICES, METHODS, CalibrationOptions
+from fusion_edge.export.planning.memory import estimate
+from fusion_edge.export.planning.plan import KV_CACHES, ExportOptions, ExportPlan, plan_export
+from fusion_edge.export.planning.targets import ACTIVATIONS, PRESETS
 from fusion_edge.quant.formats import group_sizes
 from fusion_edge.quant.policy import VISION, Rule, read_rules
-from fusion_edge.runtime import cli
-from fusion_edge.runtime.bundle import Manifest
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.quantization_report import QuantizationReport
 
 CALIBRATION_OPTIONS = {
     "samples": "--samples",
@@ -219,7 +219,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _export_calibrated(
     plan: ExportPlan, calibration: CalibrationOptions, arguments: argparse.Namespace
 ) -> tuple[Manifest, QuantizationReport]:
-    from fusion_edge.quant.calibration.export import export_calibrated
+    from fusion_edge.export.calibration.export import export_calibrated
 
     return export_calibrated(plan, calibration, arguments.output, arguments.force)
 

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fusion_edge.export.memory import Estimate, estimate
-from fusion_edge.export.plan import ExportPlan
-from fusion_edge.quant.calibration.options import CalibrationOptions
-from fusion_edge.runtime import cli
+from fusion_edge.export.calibration.options import CalibrationOptions
+from fusion_edge.export.planning.memory import Estimate, estimate
+from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
 
 if TYPE_CHECKING:
-    from fusion_edge.quant.calibration.estimate import CalibrationEstimate  # needs torch
+    from fusion_edge.export.calibration.estimate import CalibrationEstimate  # needs torch
 
 
 def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int | None, as_json: bool) -> int:
@@ -49,8 +49,8 @@ def check_fit(sizes: Estimate, fit: int) -> None:
 
 
 def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
-    from fusion_edge.quant.calibration.estimate import estimate_calibration
-    from fusion_edge.quant.calibration.export import checked
+    from fusion_edge.export.calibration.estimate import estimate_calibration
+    from fusion_edge.export.calibration.export import checked
 
     options, _ = checked(plan, calibration)
     return estimate_calibration(plan, options)
@@ -58,7 +58,7 @@ def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEst
 
 def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
     """The least and the most that --budget and --bits may be, where there are weights for them to share out."""
-    from fusion_edge.quant.calibration.mixed import ranges
+    from fusion_edge.export.calibration.mixed import ranges
 
     return ranges(plan)
 

@@ -1,8 +1,8 @@
-"""Entry points of the commands: see ``runtime/entry.py``."""
+"""Entry points of the commands: see ``runtime/cli/entry.py``."""
 
 from __future__ import annotations
 
-from fusion_edge.runtime.entry import start
+from fusion_edge.runtime.cli.entry import start
 
 
 def export() -> int:
@@ -12,4 +12,4 @@ def export() -> int:
 
 def build() -> int:
     """``fusion-build``; the exit code."""
-    return start("fusion_edge.export.cli_build")
+    return start("fusion_edge.export.engines.cli")

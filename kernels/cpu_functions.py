@@ -1,7 +1,7 @@
 """The operators ``fusion_edge::...`` that our CPU kernels take whole and ONNX Runtime has not: ONNX functions.
 
 Without our kernels (``kernels/cpu/``) ONNX Runtime inlines a function and runs what it is made of. ``CachedAttention``
-is in ``export/int8_cache.py``.
+is in ``export/lowering/int8_cache.py``.
 """
 
 from __future__ import annotations

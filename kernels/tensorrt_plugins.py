@@ -1,4 +1,4 @@
-"""The operators of kernels/onnx_functions.py as TensorRT plugins, each a kernel of kernels/recursive_alignment.py.
+"""The operators of ``onnx_functions.py`` as TensorRT plugins, each a kernel of ``triton/recursive_alignment.py``.
 
 "Ahead of time": the engine holds the kernel's PTX, and neither Python nor a library is needed where it runs. TensorRT
 has it since 10.9, in its module ``tensorrt.plugin``. What is relied on here, from "Writing custom operators with
@@ -16,7 +16,7 @@ python/packaging/bindings_wheel/tensorrt/plugin), where a decorator checks more 
   PTX, KernelLaunchParams and SymIntExprs. The last are expressions of sizes that are evaluated at run time, all of them
   SymInt32; so a kernel's other numbers are constants.
 - The kernel is called with pointers to the inputs, these integers, and pointers to the outputs, and nothing else
-  (:func:`fusion_edge.kernels.ahead_of_time.without_scratch`; pytorch/TensorRT, py/torch_tensorrt/kernels/_triton.py,
+  (``without_scratch`` in ``triton/ahead_of_time.py``; pytorch/TensorRT, py/torch_tensorrt/kernels/_triton.py,
   says that other launches fail). That an output in an input's memory is passed as well is not said anywhere; it is
   assumed, as there is no exception to be found.
 - The ONNX parser takes a node's plugin from the attributes ``plugin_namespace`` and ``aot`` (NVIDIA/TensorRT,
@@ -41,10 +41,10 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from fusion_edge.kernels.ahead_of_time import ARCHITECTURES, CONTEXT, KERNELS, compiled
-from fusion_edge.kernels.kernel_folder import Compile
 from fusion_edge.kernels.onnx_functions import ADD_LAYER_NORM, ADD_ROWS, CONTEXT_ATTENTION, DOMAIN
-from fusion_edge.runtime.config import ALIGNMENT_HEADS
+from fusion_edge.kernels.triton.ahead_of_time import ARCHITECTURES, CONTEXT, KERNELS, compiled
+from fusion_edge.kernels.triton.kernel_folder import Compile
+from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS
 from fusion_edge.runtime.errors import FusionError
 
 MINIMUM_VERSION = (10, 9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusion_edge.runtime.first_signals import leave_while_a_module_loads
+from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
 
 TYPE_CHECKING = False  # as type checkers read it; the module typing takes long to import
 if TYPE_CHECKING:
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import FusionError, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
-    from fusion_edge.runtime.prompts import Turn
+    from fusion_edge.runtime.prompts.prompt import Turn
     from fusion_edge.runtime.sampling import Sampling
 
 __all__ = ["Answer", "AnswerStream", "Conversation", "Fusion", "FusionError", "Sampling", "Turn", "UsageError", "load"]
@@ -22,7 +22,7 @@ _MODULES = {
     "Fusion": "fusion",
     "FusionError": "errors",
     "Sampling": "sampling",
-    "Turn": "prompts",
+    "Turn": "prompts.prompt",
     "UsageError": "errors",
     "load": "fusion",
 }

@@ -13,8 +13,8 @@ from PIL import Image
 
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.images import cut_crops
-from fusion_edge.runtime.prompts import Prompt
+from fusion_edge.runtime.images.preprocessing import cut_crops
+from fusion_edge.runtime.prompts.prompt import Prompt
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.text_stream import TextStream
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from fusion_edge.runtime.answers import Answer, AnswerStream
-from fusion_edge.runtime.prompts import Turn
+from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.questions import Questions
 from fusion_edge.runtime.sampling import Sampling
 

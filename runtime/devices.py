@@ -9,11 +9,11 @@ from functools import partial
 
 from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Backend
-from fusion_edge.runtime.bundle import Bundle
-from fusion_edge.runtime.cuda import open_cuda
+from fusion_edge.runtime.backends.cuda import open_cuda
+from fusion_edge.runtime.backends.onnxruntime_library import find_onnxruntime, install_anew, is_installed
+from fusion_edge.runtime.backends.tensorrt_library import LIBRARIES, find_library
+from fusion_edge.runtime.bundle.manifest import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
-from fusion_edge.runtime.onnxruntime_library import find_onnxruntime, install_anew, is_installed
-from fusion_edge.runtime.tensorrt_library import LIBRARIES, find_library
 
 AUTO = "auto"
 

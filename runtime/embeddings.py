@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.runtime.bundle import EMBEDDINGS, Bundle
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, Bundle
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory
+from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_memory
 
 ZERO_POINT = 128  # of int8 tables (quant/packing.py)
 

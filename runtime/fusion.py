@@ -22,19 +22,19 @@ from tokenizers import Tokenizer
 from fusion_edge.runtime.answers import Answer, AnswerStream, Request
 from fusion_edge.runtime.arguments import flag, integer, is_integer, shown
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
-from fusion_edge.runtime.bundle import Manifest, open_bundle
-from fusion_edge.runtime.config import GLOBAL_CROPS, FusionConfig, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
+from fusion_edge.runtime.bundle.manifest import Manifest, open_bundle
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.devices import AUTO, Device, open_device
 from fusion_edge.runtime.embeddings import Embeddings
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.grids import pooling_cells, resize_grid
-from fusion_edge.runtime.images import load_image, normalize
-from fusion_edge.runtime.prompts import TEMPLATES, Prompt, PromptEncoder, Room, Turn
+from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
+from fusion_edge.runtime.images.preprocessing import load_image, normalize
+from fusion_edge.runtime.prompts.prompt import TEMPLATES, Prompt, PromptEncoder, Room, Turn
+from fusion_edge.runtime.prompts.tokenizer import load_tokenizer
 from fusion_edge.runtime.questions import Questions
-from fusion_edge.runtime.resources import check_threads
 from fusion_edge.runtime.sampling import Sampling
-from fusion_edge.runtime.tokenizer import load_tokenizer
+from fusion_edge.runtime.system.resources import check_threads
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 Color = Literal["rgb", "bgr"]

@@ -9,7 +9,7 @@ from typing import Protocol
 from tokenizers import Tokenizer, decoders
 
 from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.tokenizer_errors import tokenizer_errors
+from fusion_edge.runtime.prompts.tokenizer_errors import tokenizer_errors
 
 
 class TextStream:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import TINY, write_checkpoint
+from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
 from fusion_edge.runtime.backends import cpu_kernels

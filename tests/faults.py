@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from checkpoints import TINY, write_checkpoint
+from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
-from fusion_edge.runtime import bundle
+from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.errors import FusionError
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
@@ -173,7 +173,7 @@ def _simulated(place: Place) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch("os.path.ismount", lambda folder: folder in mounted or ismount(folder)))
         if not place.has_exchange:
-            stack.enter_context(mock.patch("fusion_edge.export.partial_folder.exchange", return_value=False))
+            stack.enter_context(mock.patch("fusion_edge.export.bundle.partial_folder.exchange", return_value=False))
         yield
 
 

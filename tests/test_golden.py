@@ -13,21 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from paths import GOLDEN
+from support.paths import GOLDEN
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo.fidelity import first_logits
-from fusion_edge.export import architecture
 from fusion_edge.export import cli as export_cli
-from fusion_edge.export.architecture import Alignment
-from fusion_edge.export.bundle_weights import BundleWeights
-from fusion_edge.export.eager_backend import EagerBackend, open_checkpoint
+from fusion_edge.export.model import architecture
+from fusion_edge.export.model.architecture import Alignment
+from fusion_edge.export.reference.bundle_weights import BundleWeights
+from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
-from fusion_edge.runtime import cli_run as run_cli
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
 from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.bundle import open_bundle
-from fusion_edge.runtime.images import cut_crops, load_image
+from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.cli import run as run_cli
+from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 
 PHI, LLAMA = CHECKPOINTS = ("FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA")
 NEW_TOKENS = 24

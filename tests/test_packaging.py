@@ -25,7 +25,7 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     shipped = set(zipfile.ZipFile(wheel).namelist())
-    folders = ("commands", "export", "quant", "runtime", "kernels", "benchmarks")
+    folders = ("export", "quant", "runtime", "kernels", "benchmarks")
     for module in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         assert f"fusion_edge/{module.relative_to(ROOT).as_posix()}" in shipped
 
@@ -40,7 +40,7 @@ def test_the_runtime_needs_little(tmp_path: Path) -> None:
         for path in (*installed.glob(package), *installed.glob(f"{package.lower()}*.libs")):
             (site / path.name).symlink_to(path)
     (site / "fusion_edge").mkdir()
-    for package in ("commands", "runtime"):
+    for package in "runtime":
         (site / "fusion_edge" / package).symlink_to(ROOT / package)
     program = (
         "import sys, time; start = time.perf_counter(); import fusion_edge.runtime as runtime; "

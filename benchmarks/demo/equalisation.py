@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_edge.export.eager_backend import EagerBackend, open_checkpoint
-from fusion_edge.quant.calibration.blocks import BlockOperations, blocks, prepare
-from fusion_edge.quant.calibration.samples import Sample, read_samples
-from fusion_edge.quant.calibration.states import State
-from fusion_edge.quant.equalisation import EXPONENTS, ChannelRanges, factors, producer
+from fusion_edge.export.calibration.activation_cache import State
+from fusion_edge.export.calibration.blocks import BlockOperations, blocks, prepare
+from fusion_edge.export.calibration.samples import Sample, read_samples
+from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.input_range import round_to_grid
-from fusion_edge.runtime import Fusion, cli
-from fusion_edge.runtime.cli import positive, run
-from fusion_edge.runtime.quantization_report import sqnr
+from fusion_edge.quant.smoothquant import EXPONENTS, ChannelRanges, factors, producer
+from fusion_edge.runtime import Fusion
+from fusion_edge.runtime.bundle.quantization_report import sqnr
+from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.common import positive, run
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo.pictures import KINDS, Example, Pixels, examples
-from fusion_edge.export.architecture import Alignment
-from fusion_edge.export.eager_backend import EagerBackend, open_checkpoint
+from fusion_edge.export.model.architecture import Alignment
+from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.runtime import Fusion, Sampling, load
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.cli import positive, run
+from fusion_edge.runtime.cli.common import positive, run
 from fusion_edge.runtime.errors import UsageError
 
 SEED = 0

@@ -20,14 +20,14 @@ import numpy.typing as npt
 
 from fusion_edge.benchmarks.demo.evaluate import held_out
 from fusion_edge.benchmarks.demo.pictures import Example
-from fusion_edge.export.bundle_weights import BundleWeights
-from fusion_edge.export.eager_backend import EagerBackend
+from fusion_edge.export.reference.bundle_weights import BundleWeights
+from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime import load
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.bundle import open_bundle
-from fusion_edge.runtime.cli import positive, run
+from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.cli.common import positive, run
 from fusion_edge.runtime.fusion import Fusion, ImageLike
-from fusion_edge.runtime.prompts import Turn
+from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
 
 

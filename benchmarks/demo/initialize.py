@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo import tokenizer
-from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL, parameters
-from fusion_edge.runtime.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
+from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL, parameters
+from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 
 VOCABULARY = tokenizer.PIECES + len(tokenizer.ADDED)
 ROPE_THETA = 10000.0

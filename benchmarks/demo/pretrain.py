@@ -19,7 +19,7 @@ from fusion_edge.benchmarks.demo import pictures
 from fusion_edge.benchmarks.demo.initialize import CONFIG, grid_positions
 from fusion_edge.benchmarks.demo.training_data import Gallery, centered
 from fusion_edge.benchmarks.demo.training_model import TrainingOperations, crop_features
-from fusion_edge.runtime.config import GLOBAL_CROPS
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS
 
 PICTURES_A_STEP = 12
 LEARNING_RATE = 2e-3

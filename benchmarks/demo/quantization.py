@@ -19,11 +19,11 @@ from fusion_edge.benchmarks.demo.evaluate import answerer, evaluate, held_out
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.runtime import load
-from fusion_edge.runtime.bundle import QUANTIZATION
-from fusion_edge.runtime.cli import output_file, positive, run
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION
+from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.cli.common import output_file, positive, run
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.output_file import write_whole
-from fusion_edge.runtime.quantization_report import QuantizationReport
+from fusion_edge.runtime.system.output_file import write_whole
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 CALIBRATING = 128

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from fusion_edge.benchmarks.demo.pictures import examples
-from fusion_edge.runtime.cli import positive, run
-from fusion_edge.runtime.output_file import write_whole
+from fusion_edge.runtime.cli.common import positive, run
+from fusion_edge.runtime.system.output_file import write_whole
 
 SPLIT, SEED = "train", 1  # never the questions of the evaluation
 

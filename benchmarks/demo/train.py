@@ -29,7 +29,7 @@ from fusion_edge.benchmarks.demo.training_model import (
     with_full_kernel,
     with_small_kernel,
 )
-from fusion_edge.export.tensor_names import UNUSED, VISION_MODEL
+from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL
 from fusion_edge.runtime.errors import FusionError
 
 PICTURES_A_STEP, QUESTIONS_A_PICTURE = 8, 8

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.demo.initialize import CONFIG, PATCH_KERNEL
 from fusion_edge.benchmarks.demo.training_data import IGNORED, KERNEL, REDUCTION, Batch, centered
-from fusion_edge.export import architecture
-from fusion_edge.export.eager import EagerOperations
-from fusion_edge.export.tensor_names import parameters
-from fusion_edge.runtime.config import GLOBAL_CROPS, side
-from fusion_edge.runtime.grids import pooling_cells
+from fusion_edge.export.checkpoint.tensor_mapping import parameters
+from fusion_edge.export.model import architecture
+from fusion_edge.export.model.eager import EagerOperations
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, side
+from fusion_edge.runtime.images.grids import pooling_cells
 
 MAPPING_WEIGHT = 0.1
 FEATURES_AT_ONCE = 50  # pictures
@@ -50,7 +50,7 @@ class TrainingOperations(EagerOperations):
         self._rows: Tensor | None = None
 
     def _parameter(self, name: str) -> Tensor:
-        """A parameter assembled from its sources (``export/tensor_names.py``), once a step."""
+        """A parameter assembled from its sources (``export/checkpoint/tensor_mapping.py``), once a step."""
         if name not in self._ready:
             parts = []
             for source in self._table[name].sources:

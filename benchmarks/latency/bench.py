@@ -21,9 +21,9 @@ from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, mea
 from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.benchmarks.latency.system import ROOT
 from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle import Bundle, Manifest
-from fusion_edge.runtime.progress import Progress
+from fusion_edge.runtime.bundle.manifest import Bundle, Manifest
 from fusion_edge.runtime.sampling import Sampler, Sampling
+from fusion_edge.runtime.system.progress import Progress
 
 ENERGY_SECONDS = energy.SHORTEST_WINDOW + 2
 

@@ -8,7 +8,7 @@ from fusion_edge.benchmarks.latency import charts, views
 from fusion_edge.benchmarks.latency.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.result import Limit, Limits, Measured, Memory, Rates, Result, Summary
 from fusion_edge.benchmarks.latency.statistics import percentile
-from fusion_edge.runtime import cli
+from fusion_edge.runtime.cli import common as cli
 
 STAGE_KINDS = {
     "image decode": "pink",

@@ -19,13 +19,13 @@ from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
 from fusion_edge.benchmarks.latency.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, Result, read_result
 from fusion_edge.benchmarks.latency.stages import make_up_picture
-from fusion_edge.runtime import cli
-from fusion_edge.runtime.bundle import Bundle, open_bundle, producer
+from fusion_edge.runtime.bundle.engines import bundle_digest
+from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle, producer
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.devices import AUTO, NAMES
-from fusion_edge.runtime.engines import bundle_digest
-from fusion_edge.runtime.images import load_image
-from fusion_edge.runtime.output_file import check_output_file, write_whole
-from fusion_edge.runtime.resources import check_threads, usable_processors
+from fusion_edge.runtime.images.preprocessing import load_image
+from fusion_edge.runtime.system.output_file import check_output_file, write_whole
+from fusion_edge.runtime.system.resources import check_threads, usable_processors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

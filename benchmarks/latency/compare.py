@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from fusion_edge.benchmarks.latency import views
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result, Summary
-from fusion_edge.runtime import cli
+from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference shown", "too few repeats"

@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 from fusion_edge.benchmarks.latency.result import Case, Limit, Limits, Rates
-from fusion_edge.export.tensor_names import parameters
+from fusion_edge.export.checkpoint.tensor_mapping import parameters
+from fusion_edge.quant.bit_allocation import stored_bits
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.quant.mixed_precision import stored_bits
 from fusion_edge.quant.policy import EMBEDDING
-from fusion_edge.runtime.bundle import Manifest
+from fusion_edge.runtime.bundle.manifest import Manifest
 
 HEAD = "llm.lm_head"
 OF_QUESTION = "question_in"  # the linear of an interaction layer that has one row a question

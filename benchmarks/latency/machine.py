@@ -17,7 +17,7 @@ from pathlib import Path
 from fusion_edge.benchmarks.latency.nvidia import Gpu
 from fusion_edge.benchmarks.latency.result import Machine
 from fusion_edge.benchmarks.latency.system import ROOT, Sampler, byte_count, fields, number, text
-from fusion_edge.runtime.resources import usable_processors
+from fusion_edge.runtime.system.resources import usable_processors
 
 COMMAND_TIMEOUT = 5.0  # seconds
 DISTRIBUTIONS = (

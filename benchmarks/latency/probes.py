@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fusion_edge.benchmarks.latency.result import Rates
 from fusion_edge.benchmarks.latency.statistics import repeat, timed
 from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.cuda import Cuda, open_cuda
+from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
 from fusion_edge.runtime.errors import DeviceError
 
 SECONDS = 0.8  # of each probe, at the most

@@ -10,7 +10,7 @@ from fusion_edge.benchmarks.latency.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result
 from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR
 from fusion_edge.benchmarks.latency.style import CSS
-from fusion_edge.runtime import cli
+from fusion_edge.runtime.cli import common as cli
 
 _SERIES_KINDS = ("blue", "orange", "green", "pink", "sky", "red", "yellow")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.schema import from_json
 
 SCHEMA_VERSION = 3
 

@@ -17,8 +17,8 @@ from fusion_edge.benchmarks.latency.statistics import is_known, summarize
 from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
-from fusion_edge.runtime.images import cut_crops, load_image
-from fusion_edge.runtime.prompts import TEMPLATES, Prompt, encode_prompt
+from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
+from fusion_edge.runtime.prompts.prompt import TEMPLATES, Prompt, encode_prompt
 from fusion_edge.runtime.sampling import Sampler, Sampling
 
 STAGES = (

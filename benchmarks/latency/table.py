@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from fusion_edge.benchmarks.latency import views
 from fusion_edge.benchmarks.latency.result import Case, Limit, Measured, Memory, Rates, Result
 from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR, MINIMUM_COUNT
-from fusion_edge.runtime import cli
+from fusion_edge.runtime.cli import common as cli
 
 _NONE = "-"
 _NAME_WIDTH, _CELL_WIDTH = 22, 16

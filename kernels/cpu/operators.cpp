@@ -1,5 +1,5 @@
 // The operators of this library, as ONNX Runtime calls them. Each has the name of one of its own, or of a function of
-// the bundle's graphs (kernels/cpu_functions.py, export/int8_cache.py), and takes its place.
+// the bundle's graphs (kernels/cpu_functions.py, export/lowering/int8_cache.py), and takes its place.
 
 #include <limits>
 #include <mutex>

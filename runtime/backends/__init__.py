@@ -1,0 +1,1 @@
+"""What runs the three graphs: ONNX Runtime and TensorRT."""

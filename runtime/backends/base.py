@@ -27,10 +27,10 @@ class ImageAlignment:
 
 
 class Backend(Protocol):
-    """Shapes as in ``runtime/graphs.py``; arrays in and out are float32 whatever the graphs compute in.
+    """Shapes as in ``runtime/bundle/graphs.py``; arrays in and out are float32 whatever the graphs compute in.
     One call at a time, by any thread.
 
-    ``tests/backend_contract.py`` checks what is promised here.
+    ``tests/support/backend_contract.py`` checks what is promised here.
     """
 
     name: str

@@ -9,8 +9,8 @@ import ctypes
 import importlib.util
 from pathlib import Path
 
-from fusion_edge.runtime.bundle import Manifest
-from fusion_edge.runtime.graphs import VISION_ENCODER
+from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
+from fusion_edge.runtime.bundle.manifest import Manifest
 
 MODULE = "fusion_edge.kernels.cpu_operators"
 ACCURACY_LEVEL = 4

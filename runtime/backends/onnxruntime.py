@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from fusion_edge.runtime import graphs
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
 from fusion_edge.runtime.backends.onnxruntime_graph import Graph, Input, Tensor, explained
-from fusion_edge.runtime.bundle import Bundle, Manifest
+from fusion_edge.runtime.bundle import graphs
+from fusion_edge.runtime.bundle.manifest import Bundle, Manifest
 from fusion_edge.runtime.errors import FusionError
 
 

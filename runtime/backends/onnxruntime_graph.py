@@ -15,11 +15,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.bundle import MANIFEST, Bundle, Manifest, data_file, graph_file
+from fusion_edge.runtime.backends.onnxruntime_library import FATAL
+from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec, graph_specs
+from fusion_edge.runtime.bundle.manifest import MANIFEST, Bundle, Manifest, data_file, graph_file
 from fusion_edge.runtime.errors import DeviceError, FusionError
-from fusion_edge.runtime.graphs import GraphSpec, TensorSpec, graph_specs
-from fusion_edge.runtime.onnxruntime_library import FATAL
-from fusion_edge.runtime.resources import is_out_of_memory, not_enough_memory, usable_processors
+from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_memory, usable_processors
 
 PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),

@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
+from fusion_edge.runtime.backends.cuda import Cuda
+from fusion_edge.runtime.backends.device_memory import check_device_memory
 from fusion_edge.runtime.backends.tensorrt_graph import EngineGraph
 from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
+from fusion_edge.runtime.backends.tensorrt_library import Library, Messages
 from fusion_edge.runtime.backends.tensorrt_memory import DeviceMemory, DeviceTensor
-from fusion_edge.runtime.bundle import Bundle
-from fusion_edge.runtime.cuda import Cuda
-from fusion_edge.runtime.device_memory import check_device_memory
-from fusion_edge.runtime.engines import Engine, Engines, Machine, open_engines
+from fusion_edge.runtime.bundle.engines import Engine, Engines, Machine, open_engines
+from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
+from fusion_edge.runtime.bundle.manifest import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
-from fusion_edge.runtime.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
-from fusion_edge.runtime.tensorrt_library import Library, Messages
 
 PROMPT, STEP = 0, 1
 """The LLM's profiles."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
-from fusion_edge.runtime.engines import Engine
+from fusion_edge.runtime.backends.tensorrt_library import Library, Messages
+from fusion_edge.runtime.bundle.engines import Engine
+from fusion_edge.runtime.bundle.graphs import sized
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.graphs import sized
-from fusion_edge.runtime.tensorrt_library import Library, Messages
 
 LIMITS = {
     "text": "tokens of all questions",

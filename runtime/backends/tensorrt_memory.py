@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.runtime.cuda import Cuda
+from fusion_edge.runtime.backends.cuda import Cuda
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of the memory that it works in
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from attention_graphs import (
+from support.attention_graphs import (
     BLOCKED,
     Causal,
     cached_feeds,
@@ -16,7 +16,7 @@ from attention_graphs import (
     rotated,
 )
 
-from fusion_edge.export import int8_cache
+from fusion_edge.export.lowering import int8_cache
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.kernels.onnx_functions import DOMAIN
 from fuzz.fake_onnxruntime import Attribute

@@ -9,14 +9,15 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from checkpoints import TINY, write_checkpoint
 from PIL import Image
+from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
-from fusion_edge.runtime import cli_info, cli_run
-from fusion_edge.runtime.bundle import MANIFEST, QUANTIZATION, TOKENIZER, Manifest
-from fusion_edge.runtime.graphs import graph_specs
-from fusion_edge.runtime.schema import from_json
+from fusion_edge.runtime.bundle.graphs import graph_specs
+from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, TOKENIZER, Manifest
+from fusion_edge.runtime.bundle.schema import from_json
+from fusion_edge.runtime.cli import info as cli_info
+from fusion_edge.runtime.cli import run as cli_run
 from fuzz.checkpoint_mutants import change_file, link
 from fuzz.graph_mutants import mutate_graph
 from fuzz.judge import GROWTH, SECONDS, Mutant

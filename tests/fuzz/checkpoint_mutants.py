@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from checkpoints import TINY, write_checkpoint
-from paths import GOLDEN
+from support.checkpoints import TINY, write_checkpoint
+from support.paths import GOLDEN
 
 from fusion_edge.export import cli
 from fuzz.judge import GROWTH, OUTPUT, SECONDS, Mutant
@@ -242,7 +242,7 @@ def _in_a_child(work: Any) -> None:
 
 
 def _write_packed(folder: Path) -> None:
-    from packed_checkpoints import packer, read_fixture, write_quantized
+    from support.packed_checkpoints import packer, read_fixture, write_quantized
 
     for name in PACKED:
         fixture = read_fixture(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import faults
-from checkpoints import TINY, write_checkpoint
+from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
 from fuzz import kernels

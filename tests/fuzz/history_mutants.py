@@ -7,8 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fusion_edge.runtime import Fusion, Sampling, Turn, cli_run, load
-from fusion_edge.runtime.prompts import TEMPLATES, PromptEncoder, Room, Template
+from fusion_edge.runtime import Fusion, Sampling, Turn, load
+from fusion_edge.runtime.cli import run as cli_run
+from fusion_edge.runtime.prompts.prompt import TEMPLATES, PromptEncoder, Room, Template
 from fuzz.bundle_mutants import Bundles
 from fuzz.judge import GROWTH, SECONDS, Mutant
 from fuzz.mutations import NUMBERS, TEXTS, mutate_json, mutate_text, replace, to_json_bytes, value

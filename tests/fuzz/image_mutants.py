@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
 
-from fusion_edge.runtime import cli
-from fusion_edge.runtime.images import cut_crops, load_image
+from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fuzz.judge import SECONDS, Mutant
 from fuzz.mutations import mutate_bytes
 

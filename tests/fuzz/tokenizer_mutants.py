@@ -9,13 +9,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from checkpoints import TINY, write_checkpoint
-from tokenizer_files import varint
+from support.checkpoints import TINY, write_checkpoint
+from support.tokenizer_files import varint
 from tokenizers import Tokenizer
 
 from fusion_edge.export import cli
-from fusion_edge.export.tokenizer import tokenizer_json
-from fusion_edge.runtime.prompts import TEMPLATES, encode_prompt
+from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
+from fusion_edge.runtime.prompts.prompt import TEMPLATES, encode_prompt
 from fuzz.checkpoint_mutants import LLAMA, change_file, exported, link
 from fuzz.judge import GROWTH, SECONDS, Mutant
 from fuzz.mutations import NUMBERS, TEXTS, Json, mutate_bytes, mutate_json, read, replace, to_json_bytes, tried, value

@@ -1,0 +1,113 @@
+"""Perplexity of a text through a bundle's own LLM graph.
+
+The graph gives logits of the last position alone. Here the node that takes that row is made to pass every row on, so
+that one run over a window gives all of its logits; every other node, and every weight, is the bundle's. The accuracy
+level of the products may be set, so one bundle shows what rounding activations costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from fusion_edge.runtime.bundle import graphs
+from fusion_edge.runtime.bundle.manifest import data_file, graph_file, open_bundle
+from fusion_edge.runtime.embeddings import Embeddings
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+ROWS_AT_ONCE = 128  # of logits, in float64
+
+
+class TextModel:
+    """The LLM of a bundle, on text without a picture. Closed by deleting it."""
+
+    def __init__(self, folder: Path, threads: int, accuracy_level: int) -> None:
+        """``accuracy_level``: of every quantized product, in place of the bundle's."""
+        bundle = open_bundle(folder)
+        manifest = bundle.manifest
+        self._embeddings = Embeddings(bundle)
+        self._cache = graphs.cache_specs(manifest.model, manifest.cache)
+        alignment, hidden = manifest.model.alignment, manifest.model.language.hidden_size
+        context = np.zeros((alignment.layers, 0, alignment.window_size**2, hidden), np.float32)
+        self._no_picture = {
+            "latent_positions": np.zeros((0, 0), np.int64),
+            "question_positions": np.zeros(0, np.int64),
+            "keys": context,
+            "values": context,
+        }
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        weights = bundle.path(data_file(graphs.LLM))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
+        model = onnx.load(bundle.path(graph_file(graphs.LLM)), load_external_data=False)
+        give_all_rows(model)
+        set_accuracy_level(model, accuracy_level)
+        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def logits(self, tokens: Integers) -> Floats:
+        """Logits ``[L,V]`` of a window ``[L]`` that starts at position 0."""
+        length = len(tokens)
+        inputs = {
+            **self._no_picture,
+            "embeddings": self._embeddings(tokens)[None],
+            "last_position": np.array([length - 1], np.int32),
+            "total_length": np.array(length, np.int32),
+        }
+        for spec in self._cache:
+            shape = [length if isinstance(size, str) else size for size in spec.shape]
+            inputs[f"past.{spec.name}"] = np.zeros(shape, spec.dtype)
+        rows: Floats = self._session.run(["logits"], inputs)[0][0]
+        return rows
+
+
+def give_all_rows(model: onnx.ModelProto) -> None:
+    """Let the LLM's graph give logits ``[1,L,V]`` of every position."""
+    graph = model.graph
+    norm = next(node for node in graph.node if node.output[0].startswith("llm.norm."))
+    last_row = next(node for node in graph.node if norm.input[0] in node.output)
+    assert last_row.op_type == "Gather", last_row.op_type
+    del last_row.input[1:], last_row.attribute[:]
+    last_row.op_type = "Identity"
+    logits = next(output for output in graph.output if output.name == "logits")
+    size = logits.type.tensor_type.shape.dim[-1].dim_value
+    logits.CopyFrom(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, "positions", size]))
+
+
+def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:
+    """Let every quantized product compute in float (0) or with inputs rounded to int8 (4)."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+
+
+def negative_log_likelihood(logits: Floats, tokens: Integers) -> float:
+    """``-log p`` (nats) of the tokens ``[L]`` behind the first, summed, from a window's logits ``[L,V]``."""
+    total = 0.0
+    for start in range(0, len(tokens) - 1, ROWS_AT_ONCE):
+        following = tokens[1 + start : 1 + start + ROWS_AT_ONCE]
+        rows = logits[start : start + len(following)].astype(np.float64)
+        largest = rows.max(1)
+        log_sum = largest + np.log(np.exp(rows - largest[:, None]).sum(1))
+        total += float((log_sum - rows[np.arange(len(following)), following]).sum())
+    return total
+
+
+def perplexity(model: TextModel, prompt: Integers, windows: Iterable[Integers]) -> float:
+    """Of every token of each window, given the prompt and what comes before it in the window."""
+    total, count = 0.0, 0
+    for window in windows:
+        tokens = np.concatenate([prompt, window])
+        behind = len(prompt) - 1  # the row whose logits are those of the window's first token
+        total += negative_log_likelihood(model.logits(tokens)[behind:], tokens[behind:])
+        count += len(window)
+    return math.exp(total / count)

@@ -1,0 +1,1 @@
+"""FUSION's LLM and vision encoder side by side with other runtimes."""

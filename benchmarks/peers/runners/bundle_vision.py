@@ -1,0 +1,53 @@
+"""Runner: the vision encoder of a bundle, on ONNX Runtime."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_edge.benchmarks.peers.runners import vision
+from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, Measured, answer
+from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.base import Floats
+from fusion_edge.runtime.backends.onnxruntime_graph import Graph
+from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
+from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.errors import FusionError
+
+
+class BundleEncoder:
+    """The bundle in ``folder``; its other graphs are not loaded."""
+
+    def __init__(self, folder: Path, work: vision.Workload) -> None:
+        bundle = open_bundle(folder)
+        model, weights = bundle.manifest.model, bundle.manifest.weights
+        formats = sorted({form for name, form in weights.items() if name.startswith("vision.layers.")})
+        kernels = cpu_kernels.run(bundle.manifest, VISION_ENCODER)
+        self.settings: Mapping[str, Any] = {"formats": formats, "own kernels": kernels, "threads": work.threads}
+        self.hidden_size = model.language.hidden_size
+        self._patches = model.vision.patches
+        self._graph = Graph(bundle, VISION_ENCODER, "cpu", work.threads)
+
+    def encode_global(self, pixels: Floats) -> Floats:
+        return self.encode_local(pixels, np.zeros((len(pixels), 0, self.hidden_size), np.float32))
+
+    def encode_local(self, pixels: Floats, text: Floats) -> Floats:
+        inputs = {"pixel_values": pixels, "text_embeds": text, "text_mask": np.ones(text.shape[:2], np.bool_)}
+        shape = (len(pixels), self._patches, self.hidden_size)
+        return np.asarray(self._graph.run(inputs, {"features": shape})["features"])
+
+
+def measure(folder: Path, work: vision.Workload) -> Measured:
+    """Raises :class:`CannotRunError` for a folder that is no bundle for this machine."""
+    try:
+        return vision.measure(BundleEncoder, folder, work)
+    except FusionError as error:
+        raise CannotRunError(str(error)) from None
+
+
+if __name__ == "__main__":
+    sys.exit(answer(measure, vision.Workload, ("fusion-edge", "onnxruntime")))

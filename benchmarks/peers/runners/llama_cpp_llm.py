@@ -1,0 +1,84 @@
+"""Runner: a GGUF file in llama.cpp, by the C functions that llama-cpp-python passes on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.benchmarks.peers.runners import llm
+from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, answer, peer
+
+ERROR = 4  # ggml_log_level
+
+
+def _log_errors(level: int, text: bytes, _: object) -> None:
+    if level == ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_log_errors)
+
+
+class LlamaCppLlm:
+    """The model in ``file``."""
+
+    def __init__(self, file: Path, work: llm.Workload) -> None:
+        self._llama: Any = peer("llama_cpp", "llama-cpp-python")
+        llama = self._llama
+        if not file.is_file():
+            raise CannotRunError(f"{file} is not a file; expected a GGUF file such as peer_models.py writes.")
+        llama.llama_log_set(_LOG, None)
+        context = {
+            "n_ctx": work.capacity,
+            "n_batch": max(work.prompt, llm.WARM_UP),  # the most tokens that one call takes
+            "n_ubatch": 512,
+            "n_threads": work.threads,
+            "n_threads_batch": work.threads,
+            # Its default ("auto") turns flash attention on, which is slower here.
+            "flash_attn_type": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            "type_k": llama.GGML_TYPE_F16,
+            "type_v": llama.GGML_TYPE_F16,
+        }
+        # Weights are repacked as they are loaded: the pages of a mapped file would only count twice.
+        loading = {"load_mode": llama.LLAMA_LOAD_MODE_NONE}
+        self.settings = {**context, **loading}
+        model = llama.llama_model_load_from_file(
+            str(file).encode(), _filled(llama.llama_model_default_params(), loading)
+        )
+        parameters = _filled(llama.llama_context_default_params(), context)
+        self._context = model and llama.llama_init_from_model(model, parameters)
+        if not self._context:
+            raise CannotRunError(f"llama.cpp cannot load {file}; what it said is above.")
+        self._sampler = llama.llama_sampler_init_greedy()
+        self._token = 0
+
+    def prefill(self, ids: list[int]) -> None:
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+        self._run(ids)
+
+    def step(self) -> None:
+        self._run([self._token])
+
+    def _run(self, ids: list[int]) -> None:
+        tokens = (self._llama.llama_token * len(ids))(*ids)
+        if self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(ids))):
+            raise CannotRunError("llama.cpp could not run the model; what it said is above.")
+        self._token = self._llama.llama_sampler_sample(self._sampler, self._context, -1)
+
+
+def _filled(structure: Any, fields: Mapping[str, Any]) -> Any:
+    """A structure of C with some of its fields set; ctypes would take any other name without a word."""
+    known = {name for name, *_ in structure._fields_}
+    for name, value in fields.items():
+        if name not in known:
+            raise CannotRunError(f"This llama-cpp-python has no field {name}; install 0.3.36.")
+        setattr(structure, name, value)
+    return structure
+
+
+if __name__ == "__main__":
+    sys.exit(answer(functools.partial(llm.measure, LlamaCppLlm), llm.Workload, ("llama-cpp-python",)))

@@ -1,0 +1,1 @@
+"""Writes a bundle: data files, the manifest, a folder that appears whole or not at all."""

@@ -1,0 +1,147 @@
+"""Writing a planned bundle: weights stream through in blocks of rows, the folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusion_edge.export.bundle.data_writer import DataWriter
+from fusion_edge.export.bundle.files import flush_file, flush_folder, write_file
+from fusion_edge.export.bundle.folder_lock import OPENED, Foreign, entries, locked, refuse_other
+from fusion_edge.export.bundle.mount_point import PURPOSES, hidden_folder, hidden_in, workplace
+from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.worker_pool import worker_pool
+from fusion_edge.export.checkpoint.weights import CheckpointWeights
+from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.runtime.bundle import engines
+from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.system.progress import Progress
+from fusion_edge.runtime.system.resources import usable_processors
+
+if TYPE_CHECKING:
+    from fusion_edge.export.calibration.run import Calibrated  # needs torch; calibrated weights come with it
+
+DISK_MARGIN_BYTES = 16 << 20
+
+
+def write_bundle(
+    plan: ExportPlan, output: Path, force: bool, calibrated: Calibrated | None = None
+) -> tuple[bundle.Manifest, QuantizationReport]:
+    """Write the bundle and rename it into place. Weights that are not calibrated are rounded to nearest.
+
+    Raises :class:`FusionError` if the output exists and ``force`` is off, if the disk is too small, if another
+    export is writing the same output, or if a weight is not finite. Leaves nothing behind then.
+    """
+    output = resolve_output(output)
+    with partial_folder(output, BUNDLE, lambda: check_output(output, force)) as folder:
+        _check_disk(plan, output)
+        for name, content in plan.small_files.items():
+            write_file(folder / name, content)
+        elements = sum(parameter.size for parameter in plan.parameters.values())
+        with Progress("Quantizing", elements, "M weights") as progress:
+            weights = CheckpointWeights(plan.checkpoint, plan.parameters)
+            writer = DataWriter(weights, plan.packed, calibrated, progress)
+            for file in plan.data_files:
+                writer.write(folder / file.name, file)
+        names = [*plan.small_files, *(file.name for file in plan.data_files)]
+        report = writer.report()
+        if report.linears:
+            write_file(folder / bundle.QUANTIZATION, report.to_bytes())
+            names.append(bundle.QUANTIZATION)
+        sizes = {name: (folder / name).stat().st_size for name in names}
+        with Progress("Checksums", sum(sizes.values())) as progress, worker_pool(usable_processors(), progress) as pool:
+            digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
+            entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
+        manifest = plan.manifest(entries)
+        write_file(folder / bundle.MANIFEST, manifest.to_text().encode())
+        for name in (*names, bundle.MANIFEST):
+            flush_file(folder / name)
+        flush_folder(folder)
+    return manifest, report
+
+
+# The folder -------------------------------------------------------------------------------------------------
+
+
+def resolve_output(output: Path) -> Path:
+    """Where the bundle will be: a link to a bundle stays a link.
+
+    Raises :class:`FusionError` without its folder, or if a link or a file has the name of a hidden folder for it.
+    """
+    output = Path(os.path.realpath(output))
+    if not output.parent.is_dir():
+        raise FusionError(f"{output.parent} is not a folder; create it first or choose another output.")
+    for purpose in PURPOSES:
+        refuse_other(hidden_folder(output, purpose))
+    return output
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Raise :class:`FusionError` if something is there that may not be replaced."""
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise FusionError(f"{output} exists; choose another output or pass --force to replace it.")
+    manifest = output / bundle.MANIFEST
+    try:
+        descriptor = os.open(output, OPENED)
+        try:
+            entries(descriptor, BUNDLE.owned(manifest), output, hidden_in(output))
+        finally:
+            os.close(descriptor)
+    except (NotADirectoryError, Foreign) as error:
+        if isinstance(error, Foreign) and _listed(manifest):
+            raise FusionError(
+                f"{error.path} is no file of the bundle in {output}, so --force does not replace that; move it "
+                "elsewhere or choose another output."
+            ) from None
+        raise FusionError(
+            f"{output} exists and is no bundle, so --force does not replace it; choose another output."
+        ) from None
+    for build in (output / engines.FOLDER).glob(".*.partial"):
+        with locked(build, f"A fusion-build of {output} is running; wait for it or choose another output."):
+            pass
+
+
+def _listed(manifest: Path) -> Collection[str]:
+    """The files that ``bundle.json`` lists, whatever its schema; none if it cannot be read."""
+    try:
+        return {entry["path"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return set()
+
+
+_BUILT = f"{engines.FOLDER}/*-cc*-*"  # see engines_folder
+BUNDLE = Content(
+    "export",
+    (bundle.graph_file("*"), bundle.data_file("*"), bundle.TOKENIZER, bundle.QUANTIZATION),
+    bundle.MANIFEST,
+    _listed,
+    (
+        f"{engines.FOLDER}/",
+        f"{_BUILT}/",
+        f"{_BUILT}/{engines.ENGINES}",
+        f"{_BUILT}/*.engine",
+        f"{engines.FOLDER}/*.timing",
+        # What a killed build left:
+        f"{_BUILT}/.{engines.ENGINES}.*",
+        f"{engines.FOLDER}/.*.timing.*",
+    ),
+)
+"""A bundle's folder. Engines are of this bundle and no other: they go with it."""
+
+
+def _check_disk(plan: ExportPlan, output: Path) -> None:
+    place = workplace(output)
+    needed, free = plan.bundle_bytes + DISK_MARGIN_BYTES, shutil.disk_usage(place).free
+    if free < needed:
+        raise FusionError(
+            f"The disk of {place} has {free / 1e9:.2f} GB free; the bundle needs {needed / 1e9:.2f} GB. "
+            "Free some space or choose another output."
+        )

@@ -1,0 +1,1 @@
+"""Fits quantized weights to samples, block by block. Needs torch."""

@@ -1,0 +1,249 @@
+"""Reading a released checkpoint: its config validated, its tensors checked against the table of names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+
+from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.language_config import read_language, read_max_length
+from fusion_edge.export.checkpoint.prequantized.layout import Expected
+from fusion_edge.export.checkpoint.prequantized.parameters import with_packed_sources
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.tensor_mapping import (
+    POSITION_IDS,
+    ROTARY_BUFFER,
+    UNUSED,
+    VISION_MODEL,
+    Parameter,
+    parameters,
+)
+from fusion_edge.runtime.bundle.config import (
+    IMAGE_SIZE,
+    VISION_HEADS,
+    AlignmentConfig,
+    FusionConfig,
+    LanguageConfig,
+    VisionConfig,
+    side,
+)
+from fusion_edge.runtime.errors import FusionError
+
+TEMPLATES = {"fusion_phi": "phi_3", "fusion_llama": "llama_3"}
+
+FIXED: Mapping[str, tuple[object, ...]] = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "image_aspect_ratio": ("static_hd",),
+    "mm_use_im_start_end": (True,),
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "mm_vision_select_layer": (-2,),
+    "mm_vision_select_feature": ("patch",),
+}
+"""Config fields whose other values no released model uses and no code here computes."""
+
+_TOWERS: Mapping[str, int] = {"so400m": 26, "giant-opt": 39}
+"""Layers that run, by what the name of a released model's vision tower has in it: all but the last of SigLIP's."""
+
+_SEES = re.compile("vision|visual|image|img|mm_")
+"""In the names of fields that a language model alone has none of."""
+_ADAPTED = re.compile(r"\.lora_|\.base_layer\.")
+
+
+def read_config(checkpoint: Checkpoint) -> FusionConfig:
+    """The validated config of an opened checkpoint.
+
+    Raises :class:`FusionError` naming the field, its value and what was expected.
+    """
+    fields = Fields(checkpoint.folder / "config.json")
+    model_type = fields.data.get("model_type")
+    if not isinstance(model_type, str) or model_type not in TEMPLATES:
+        raise FusionError(
+            f"{checkpoint.folder} is not a FUSION checkpoint: its model_type is {model_type!r}{_kind(fields)}; "
+            f"expected {' or '.join(map(repr, TEMPLATES))}. Pass the folder of a FUSION model."
+        )
+    if adapted := next((name for name in checkpoint.tensors if _ADAPTED.search(name)), None):
+        raise FusionError(
+            f"Tensor {adapted} of {checkpoint.folder} is part of a LoRA adapter: merge it into the model "
+            "(merge_and_unload of the `peft` library) and save that."
+        )
+    for name, allowed in FIXED.items():
+        fields.one_of(name, allowed)
+    language = read_language(fields, len(checkpoint.tensors))
+    return FusionConfig(
+        template=TEMPLATES[model_type],
+        vision=_vision(fields, checkpoint),
+        language=language,
+        alignment=_alignment(fields, language),
+        max_length=read_max_length(fields, language.layers),
+        bos_token_id=_bos(fields, language.vocab_size),
+        eos_token_ids=_eos(fields, language.vocab_size),
+    )
+
+
+def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, Parameter]:
+    """The parameters of ``config``, each checked to be in the checkpoint with its shape.
+
+    Raises :class:`FusionError` for a missing, wrongly shaped or typed, or unused tensor, naming it, and for a
+    quantization that is not supported.
+    """
+    table = with_packed_sources(checkpoint, parameters(config))
+    expected: dict[str, Expected] = {}
+    for source in (source for parameter in table.values() for source in parameter.sources):
+        expected |= {source.tensor: Expected(source.shape)} if source.packed is None else source.packed.tensors
+    for tensor, needed in expected.items():
+        if tensor not in checkpoint.tensors:
+            other = next((name for name in checkpoint.tensors if name.endswith(f".{tensor}")), None)
+            raise FusionError(
+                f"Tensor {tensor} is missing from {checkpoint.folder}{f', but there is {other}' if other else ''}; "
+                f"expected shape {list(needed.shape)}. Fetch or save the checkpoint again."
+            )
+        found = checkpoint.tensors[tensor]
+        if found.shape != needed.shape:
+            raise FusionError(
+                f"Tensor {tensor} of {checkpoint.folder} has shape {list(found.shape)}; config.json asks for "
+                f"{list(needed.shape)}. Config and weights do not belong together."
+            )
+        if found.dtype not in needed.dtypes:
+            raise FusionError(
+                f"Tensor {tensor} of {checkpoint.folder} has the type {found.dtype}; expected "
+                f"{' or '.join(needed.dtypes)}. Use the released bfloat16 checkpoint, or convert the tensor."
+            )
+    linears = {source.tensor for parameter in table.values() for source in parameter.sources}
+    for tensor in sorted(checkpoint.tensors.keys() - expected.keys() - set(UNUSED)):
+        if ROTARY_BUFFER.fullmatch(tensor):
+            continue
+        if tensor == POSITION_IDS:
+            _check_positions(checkpoint, config.vision.patches)
+            continue
+        if tensor.endswith(".bias") and f"{tensor.removesuffix('.bias')}.weight" in linears:
+            _check_zeros(checkpoint, tensor)
+            continue
+        raise FusionError(
+            f"Tensor {tensor} of {checkpoint.folder} is not part of a FUSION model and would be left out; "
+            "remove it, or export the checkpoint that it belongs to."
+        )
+    return table
+
+
+def _check_positions(checkpoint: Checkpoint, patches: int) -> None:
+    """Raise :class:`FusionError` unless the buffer that older releases save with a tower numbers its patches."""
+    shape = checkpoint.tensors[POSITION_IDS].shape
+    if shape not in ((1, patches), (patches,)) or (checkpoint.read_stored(POSITION_IDS) != np.arange(patches)).any():
+        raise FusionError(
+            f"Tensor {POSITION_IDS} of {checkpoint.folder} is not 0 to {patches - 1} in order, the only one that is "
+            "supported: fetch or save the checkpoint again."
+        )
+
+
+def _check_zeros(checkpoint: Checkpoint, bias: str) -> None:
+    """Raise :class:`FusionError` unless a bias that a tool saved with a linear that has none changes nothing."""
+    if len(checkpoint.tensors[bias].shape) > 1 or checkpoint.read_stored(bias).any():
+        raise FusionError(
+            f"Tensor {bias} of {checkpoint.folder} holds a bias that is not 0, and this linear of a FUSION model has "
+            "none: it would be left out. Export the checkpoint that it was quantized or converted from."
+        )
+
+
+def _kind(fields: Fields) -> str:
+    """What sort of other model it is, as far as its config tells."""
+    if not isinstance(fields.data.get("model_type"), str):
+        return ""
+    return ", another vision-language model" if _SEES.search(" ".join(fields.data)) else ", a language model alone"
+
+
+def _alignment(fields: Fields, language: LanguageConfig) -> AlignmentConfig:
+    alignment = AlignmentConfig(
+        layers=fields.integer("num_of_vision_sampler_layers"),
+        start=fields.integer("start_of_vision_sampler_layers", minimum=0),
+        stride=fields.integer("stride_of_vision_sampler_layers"),
+        window_size=fields.integer("window_size"),
+        query_lengths=_query_lengths(fields),
+    )
+    last = alignment.start + (alignment.layers - 1) * alignment.stride
+    if last >= language.layers:
+        raise fields.wrong(
+            "num_of_vision_sampler_layers",
+            f"layers that fit: the last would follow LLM layer {last}, but there are {language.layers}",
+        )
+    return alignment
+
+
+def _query_lengths(fields: Fields) -> tuple[int, ...]:
+    text = str(fields.data.get("query_len", ""))
+    expected = "a comma list of square numbers such as '4,16,36,64,144'"
+    if not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
+        raise fields.wrong("query_len", expected)
+    try:
+        lengths = tuple(sorted({side(int(part)) ** 2 for part in text.split(",")}))
+    except ValueError:
+        raise fields.wrong("query_len", expected) from None
+    longest = fields.integer("tokenizer_model_max_length")
+    if lengths[-1] > longest:
+        raise fields.wrong("query_len", f"square numbers of at most tokenizer_model_max_length, {longest}")
+    return lengths
+
+
+def _vision(fields: Fields, checkpoint: Checkpoint) -> VisionConfig:
+    """Sizes of the vision tower, read off its tensors."""
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        info = checkpoint.tensors.get(f"{VISION_MODEL}{name}")
+        if info is None or len(info.shape) != rank:
+            raise FusionError(
+                f"Tensor {VISION_MODEL}{name} of rank {rank} is missing from {checkpoint.folder}: the vision "
+                "tower cannot be read. Expected a checkpoint that contains its SigLIP tower."
+            )
+        return info.shape
+
+    width, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
+    (mlp_width,) = shape("encoder.layers.0.mlp.fc1.bias", 1)  # the weight itself may be packed
+    pattern = re.compile(re.escape(VISION_MODEL) + r"encoder\.layers\.(\d+)\.")
+    layers = {int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))}
+    if fields.data.get("mm_hidden_size") != width:
+        raise fields.wrong("mm_hidden_size", f"{width}, the width of the vision tower's tensors")
+    if not width or width % VISION_HEADS or not mlp_width or len(layers) < 2 or not 1 <= patch <= IMAGE_SIZE:
+        raise FusionError(
+            f"The vision tower of {checkpoint.folder} has width {width}, {len(layers)} layers and patches of "
+            f"{patch}; expected a width divisible by {VISION_HEADS}, two layers or more, patches of at most "
+            f"{IMAGE_SIZE}."
+        )
+    tower = str(fields.data.get("mm_vision_tower"))
+    for name, expected in _TOWERS.items():
+        if name in tower and len(layers) != expected:
+            raise FusionError(
+                f"The vision tower of {checkpoint.folder} has {len(layers)} layers, and of {tower} a FUSION model runs "
+                f"the first {expected}: save the checkpoint with those, as the released code does."
+            )
+    return VisionConfig(width=width, layers=len(layers), mlp_width=mlp_width, patch_size=patch)
+
+
+def _bos(fields: Fields, vocab_size: int) -> int:
+    """The start token of ``config.json``; where that has none, of ``generation_config.json``."""
+    source = _generation(fields) if fields.data.get("bos_token_id") is None else fields
+    token = source.integer("bos_token_id", minimum=0)
+    if token >= vocab_size:
+        raise source.wrong("bos_token_id", f"a token id below vocab_size, {vocab_size}")
+    return token
+
+
+def _eos(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of ``generation_config.json``; without that file, of ``config.json``. There may be none."""
+    generation = _generation(fields)
+    value = generation.data.get("eos_token_id")
+    ids = cast("list[object]", value if isinstance(value, list) else [] if value is None else [value])
+    if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
+        raise generation.wrong("eos_token_id", f"a token id or a list of them, each below vocab_size, {vocab_size}")
+    return tuple(dict.fromkeys(cast("list[int]", ids)))
+
+
+def _generation(fields: Fields) -> Fields:
+    """``generation_config.json``; without that file, ``config.json``."""
+    path = fields.path.with_name("generation_config.json")
+    return Fields(path) if os.path.lexists(path) else fields

@@ -1,0 +1,1 @@
+"""The operations as ONNX graphs, for ONNX Runtime and for TensorRT."""

@@ -1,0 +1,189 @@
+"""Building ONNX graphs whose weights are only planned: each has a place in the data file, none is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fusion_edge.kernels import onnx_functions
+from fusion_edge.kernels.cpu_functions import MICROSOFT
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
+from fusion_edge.runtime.bundle.onnx_file import PAGE
+
+ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
+    "uint8": TensorProto.UINT8,
+    "bool": TensorProto.BOOL,
+}
+
+Part = Literal["values", "scales", "zero_points", "columns", "input_scale", "input_zero_point"]
+"""``columns``: which column of the weight each stored one is, if not all are in place. The last two are scalars of a
+linear that rounds its inputs."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """An initializer in the data file: one part of a parameter in some format."""
+
+    name: str
+    parameter: str
+    part: Part
+    format: WeightFormat
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    content: npt.NDArray[Any] | None = None
+    """The values themselves where they are known already (rotary tables, orders of columns)."""
+    by_column: bool = False
+    """Whether rows of the parameter are columns of the tensor."""
+
+    @property
+    def storage(self) -> str:
+        """numpy dtype name of the bytes in the data file: numpy has no 4-bit numbers."""
+        return "uint8" if self.dtype == "int4" else self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the data file."""
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
+
+    @property
+    def is_for_dequantize_linear(self) -> bool:
+        """Whether these are integers in the layout of ``quant/dequantize_linear.py``."""
+        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.rounds_inputs)
+
+
+class GraphBuilder:
+    """One graph in the making. Values are names; nodes are appended in topological order."""
+
+    def __init__(self, spec: GraphSpec, opset: int) -> None:
+        self.spec = spec
+        self.opset = opset
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+        self.planned: dict[str, PlannedTensor] = {}
+        self.functions: dict[str, FunctionProto] = {}
+        self.described: list[TensorSpec] = []
+        """Values whose shape does not follow from their node's inputs alone."""
+        self.data_bytes = 0
+        self._used: dict[str, int] = {}
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        scope: str = "",
+        domain: str = "",
+        outputs: int | Sequence[str] = 1,
+        **attributes: Any,
+    ) -> list[str]:
+        """Append a node named after ``scope`` (the path in the model); the names of its outputs."""
+        name = self._unique(f"{scope}.{operator}" if scope else operator)
+        if isinstance(outputs, int):
+            outputs = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(operator, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return list(outputs)
+
+    @contextmanager
+    def branch(self) -> Iterator[list[NodeProto]]:
+        """Nodes appended inside become the yielded list, the body of a :func:`subgraph`."""
+        outer, self.nodes = self.nodes, []
+        try:
+            yield self.nodes
+        finally:
+            self.nodes = outer
+
+    def constant(self, values: npt.ArrayLike, dtype: str = "int64") -> str:
+        """A small array stored in the graph itself, equal short ones once."""
+        array = np.asarray(values, dtype=dtype)
+        name = f"constant.{dtype}.{'x'.join(map(str, array.shape))}.{array.tobytes().hex()}"
+        if len(name) > 120:
+            name = self._unique(f"constant.{dtype}.{'x'.join(map(str, array.shape))}")
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def plan(
+        self,
+        parameter: str,
+        part: Part,
+        form: WeightFormat,
+        dtype: str,
+        shape: tuple[int, ...],
+        content: npt.NDArray[Any] | None = None,
+        by_column: bool = False,
+    ) -> str:
+        """Give a part of a parameter its place in the data file; the initializer's name."""
+        name = parameter if part == "values" else f"{parameter}.{part}"
+        self._place(PlannedTensor(name, parameter, part, form, dtype, shape, self.data_bytes, content, by_column))
+        return name
+
+    def table(self, name: str, values: npt.NDArray[Any], dtype: str) -> str:
+        """A computed array too large for the graph itself, placed in the data file."""
+        content = values.astype(dtype)
+        form = WeightFormat("fp32" if dtype == "float32" else "fp16")
+        self._place(PlannedTensor(name, name, "values", form, dtype, content.shape, self.data_bytes, content))
+        return name
+
+    def _place(self, tensor: PlannedTensor) -> None:
+        if tensor.name not in self.planned:
+            self.planned[tensor.name] = tensor
+            self.data_bytes += -(-tensor.nbytes // PAGE) * PAGE
+
+    def model(self, data_file: str, producer_version: str) -> ModelProto:
+        """The finished model, its planned tensors pointing into ``data_file``."""
+        graph = GraphProto(name=self.spec.name)
+        graph.node.extend(self.nodes)
+        graph.input.extend(_value_infos(self.spec.inputs))
+        graph.output.extend(_value_infos(self.spec.outputs))
+        graph.value_info.extend(_value_infos(self.described))
+        graph.initializer.extend(self.constants.values())
+        graph.initializer.extend(_external(tensor, data_file) for tensor in self.planned.values())
+        imports = [helper.make_opsetid("", self.opset)]
+        if any(node.domain == MICROSOFT for node in self.nodes):
+            imports.append(helper.make_opsetid(MICROSOFT, 1))
+        if self.functions:
+            imports.append(helper.make_opsetid(onnx_functions.DOMAIN, 1))
+        return helper.make_model(
+            graph,
+            opset_imports=imports,
+            functions=list(self.functions.values()),
+            producer_name="fusion-edge",
+            producer_version=producer_version,
+            ir_version=helper.find_min_ir_version_for(imports, ignore_unknown=True),
+        )
+
+    def _unique(self, name: str) -> str:
+        count = self._used.get(name, 0)
+        self._used[name] = count + 1
+        return f"{name}.{count}" if count else name
+
+
+def subgraph(name: str, nodes: Sequence[NodeProto], outputs: Iterable[str]) -> GraphProto:
+    """A branch of an ``If``; it sees the values of the graph around it."""
+    return helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(output) for output in outputs])
+
+
+def _value_infos(specs: Iterable[TensorSpec]) -> list[Any]:
+    return [helper.make_tensor_value_info(s.name, ONNX_TYPES[s.dtype], list(s.shape)) for s in specs]
+
+
+def _external(tensor: PlannedTensor, data_file: str) -> TensorProto:
+    proto = TensorProto(name=tensor.name, data_type=ONNX_TYPES[tensor.dtype], dims=tensor.shape)
+    proto.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", data_file), ("offset", tensor.offset), ("length", tensor.nbytes)):
+        proto.external_data.add(key=key, value=str(value))
+    return proto

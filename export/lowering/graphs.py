@@ -1,0 +1,64 @@
+"""The three graphs of a bundle: which architecture function runs over which inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fusion_edge.export.checkpoint.prequantized.layout import Form
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.graph_builder import GraphBuilder
+from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue, Settings
+from fusion_edge.export.lowering.onnxruntime import OnnxRuntimeOperations
+from fusion_edge.export.lowering.tensorrt import TensorRTOperations
+from fusion_edge.export.model import architecture
+from fusion_edge.export.model.architecture import Alignment
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle import graphs
+from fusion_edge.runtime.bundle.config import FusionConfig
+
+LOWERINGS: dict[str, type[OnnxOperations]] = {
+    "cpu": OnnxRuntimeOperations,
+    "cuda": OnnxRuntimeOperations,
+    "tensorrt": TensorRTOperations,
+}
+"""By target."""
+
+
+def build_graphs(
+    config: FusionConfig,
+    parameters: Mapping[str, Parameter],
+    formats: Mapping[str, WeightFormat],
+    packed: Mapping[str, Form],
+    settings: Settings,
+) -> list[GraphBuilder]:
+    """Vision encoder, alignment decoder and LLM, their weights planned (names without ``.weight`` in ``formats``)."""
+    specs = graphs.graph_specs(config, settings.target, settings.activations, settings.cache)
+    lowering = LOWERINGS[settings.target]
+    builders = [GraphBuilder(spec, lowering.opset) for spec in specs]
+    vision, alignment, llm = (lowering(config, builder, parameters, formats, packed, settings) for builder in builders)
+    _vision_encoder(vision, config)
+    _alignment_decoder(alignment, config)
+    _llm(llm, config)
+    return builders
+
+
+def _inputs(ops: OnnxOperations, *names: str) -> list[OnnxValue]:
+    return [ops.input(name) for name in names]
+
+
+def _vision_encoder(ops: OnnxOperations, config: FusionConfig) -> None:
+    pixels, text, mask = _inputs(ops, "pixel_values", "text_embeds", "text_mask")
+    ops.output(architecture.vision_encoder(ops, config, pixels, text, mask), "features")
+
+
+def _alignment_decoder(ops: OnnxOperations, config: FusionConfig) -> None:
+    features, latent_cells, context_cells = _inputs(ops, "features", "latent_cells", "context_cells")
+    outputs = architecture.alignment_decoder(ops, config, features, latent_cells, context_cells)
+    for value, name in zip(outputs, ("latents", "keys", "values"), strict=True):
+        ops.output(value, name)
+
+
+def _llm(ops: OnnxOperations, config: FusionConfig) -> None:
+    (embeddings,) = _inputs(ops, "embeddings")
+    alignment = Alignment(*_inputs(ops, "latent_positions", "question_positions", "keys", "values"))
+    ops.output(architecture.llm(ops, config, embeddings, alignment), "logits")

@@ -1,0 +1,209 @@
+"""The ONNX Runtime interpreter: FUSION written down as graphs of ONNX opset 21 and Microsoft's contributed operators.
+
+Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
+LLM, MultiHeadAttention for the vision tower. Where our own CPU kernels do more in one go, these are inside of functions
+(``kernels/cpu_functions.py``). Values are the names of ONNX values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from onnx import FunctionProto, NodeProto, helper
+
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering import int8_cache
+from fusion_edge.export.lowering.graph_builder import subgraph
+from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
+from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.cpu_functions import MICROSOFT
+from fusion_edge.quant.formats import WeightFormat
+
+OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
+BNB4_TYPES = ("fp4", "nf4")  # MatMulBnb4's attribute quant_type is the index
+BLOCKED = -1e9  # added to the score of a masked key: its weight becomes exactly 0
+
+
+class OnnxRuntimeOperations(OnnxOperations):
+    """Operations (``export/model/operations.py``) for ONNX Runtime."""
+
+    opset = OPSET
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._has_any: dict[str, OnnxValue] = {}
+
+    # Weights ------------------------------------------------------------------------------------------------
+
+    def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
+        return self._linear(x, name, bias)
+
+    def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
+        up, down = f"{name}.up", f"{name}.down"
+        if self.formats[up].rounds_inputs and self.formats[down].rounds_inputs:
+            function = cpu_functions.integer_mlp_function(OPSET)
+            return self._function(function, [x, *self._integer_inputs(up), *self._integer_inputs(down)], name)
+        return self._linear(self.linear(x, up, bias=True), down, bias=True, of_gelu=True)
+
+    def _linear(self, x: OnnxValue, name: str, bias: bool, of_gelu: bool = False) -> OnnxValue:
+        """``of_gelu``: of GELU(x), in one operator where a function can be."""
+        form, weight = self.formats[name], self.parameters[f"{name}.weight"]
+        if form.rounds_inputs:
+            function = cpu_functions.integer_product_function(OPSET, of_gelu)
+            return self._function(function, [x, *self._integer_inputs(name, bias)], name)
+        offset = self.parameter(f"{name}.bias") if bias else None
+        if form.is_quantized and self._takes_stored_scales(name, form):
+            function = cpu_functions.product_function(OPSET, of_gelu)
+            return self._quantized(x, name, form, weight, offset, function)
+        if of_gelu:
+            x = self._node("FastGelu", [x], domain=MICROSOFT)
+        if form.is_quantized:
+            return self._quantized(x, name, form, weight, offset)
+        dtype = np.float16 if form.kind == "fp16" else np.float32
+        values = self.builder.plan(weight.name, "values", form, np.dtype(dtype).name, weight.shape)
+        product = self._node("FusedMatMul", [x, self._cast(values, np.dtype(dtype).name)], name, MICROSOFT, transB=1)
+        return product if offset is None else product + offset
+
+    def _scale_dtype(self, name: str) -> str:
+        stored = self.packed.get(name)
+        return self.formats[name].scale_dtype if stored is None else stored.scale_dtype
+
+    def _takes_stored_scales(self, name: str, form: WeightFormat) -> bool:
+        """Whether a function takes a linear's scales as they are stored, which ONNX Runtime's operator does not."""
+        return not form.has_codebook and (self._scale_dtype(name), self.settings.activations) == ("float16", "float32")
+
+    def _quantized(
+        self,
+        x: OnnxValue,
+        name: str,
+        form: WeightFormat,
+        weight: Parameter,
+        bias: OnnxValue | None,
+        function: FunctionProto | None = None,
+    ) -> OnnxValue:
+        """``function``: in the place of ``MatMulNBits``, which takes scales of its activations' type alone."""
+        rows, columns = weight.shape
+        shape = form.packed_shape(rows, columns)
+        stored = self.packed.get(name)
+        if stored is not None and stored.columns is not None:
+            x = self._in_order(x, weight, form, stored.columns)
+        scale_dtype = self._scale_dtype(name)
+        values = self.builder.plan(weight.name, "values", form, "uint8", shape)
+        scales = self.builder.plan(weight.name, "scales", form, scale_dtype, shape[:2])
+        inputs: list[OnnxValue | str] = [x, values, scales]
+        if form.has_codebook:
+            inputs[2] = self._cast(scales, scale_dtype)
+            sizes = {"K": columns, "N": rows, "block_size": form.group_size}
+            quant_type = BNB4_TYPES.index(form.kind)
+            product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
+            return product if bias is None else product + bias
+        if not form.is_symmetric:
+            groups = (rows, -(-shape[1] * form.bits // 8))
+            inputs.append(self.builder.plan(weight.name, "zero_points", form, "uint8", groups))
+        elif bias is not None:
+            inputs.append("")
+        if bias is not None:
+            inputs += ["", bias]  # no group indices
+        attributes = {
+            "K": columns,
+            "N": rows,
+            "bits": form.bits,
+            "block_size": form.block_size,
+            "accuracy_level": self.settings.accuracy_level,
+        }
+        if function is not None:
+            return self._function(function, inputs, name, **attributes)
+        inputs[2] = self._cast(scales, scale_dtype)
+        return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
+
+    def _integer_inputs(self, name: str, bias: bool = True) -> list[OnnxValue | str]:
+        """What ``cpu_functions.INTEGER_INPUTS`` names, of a linear whose inputs and weights are rounded to 8 bits."""
+        form, weight = self.formats[name], self.parameters[f"{name}.weight"]
+        rows, plan = weight.shape[0], self.builder.plan
+        return [
+            plan(weight.name, "values", form, "int8", weight.shape),
+            plan(weight.name, "scales", form, "float16", (rows,)),
+            plan(weight.name, "input_scale", form, "float32", ()),
+            plan(weight.name, "input_zero_point", form, "uint8", ()),
+            self.parameter(f"{name}.bias").name if bias else self.builder.constant(np.zeros(rows), "float32"),
+        ]
+
+    # Norms and activation functions -------------------------------------------------------------------------
+
+    def rms_norm(self, x: OnnxValue, name: str, eps: float) -> OnnxValue:
+        weight = self.parameter(f"{name}.weight")
+        added = next((node for node in reversed(self.builder.nodes) if x.name in node.output), None)
+        if added is not None and added.op_type == "Add":
+            return self._skip_rms_norm(added, weight, name, eps)
+        inputs = [x, weight]
+        return self._node("SimplifiedLayerNormalization", inputs, name, axis=-1, epsilon=eps, stash_type=1)
+
+    def _skip_rms_norm(self, added: NodeProto, weight: OnnxValue, name: str, eps: float) -> OnnxValue:
+        """The residual sum and its norm as one node, in the place of the sum: one pass over the rows less."""
+        added.op_type, added.domain = "SkipSimplifiedLayerNormalization", MICROSOFT
+        added.input.append(weight.name)
+        added.output[:] = [name, "", "", added.output[0]]
+        added.attribute.append(helper.make_attribute("epsilon", eps))
+        return self.input(name)
+
+    def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
+        return self._function(cpu_functions.swiglu_function(OPSET), [gate, up])
+
+    def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
+        if positions.name not in self._has_any:
+            zero = self.builder.constant(0)
+            self._has_any[positions.name] = self._node("Greater", [self._node("Size", [positions]), zero])
+        with self.builder.branch() as body:
+            computed = then()
+        with self.builder.branch() as rest:
+            kept = self._node("Identity", [otherwise])
+        branches = {
+            "then_branch": subgraph("any", body, [computed.name]),
+            "else_branch": subgraph("none", rest, [kept.name]),
+        }
+        return self._node("If", [self._has_any[positions.name]], **branches)
+
+    # Attention ----------------------------------------------------------------------------------------------
+
+    def key_mask(self, patches: OnnxValue, text_mask: OnnxValue) -> OnnxValue:
+        pads = self.builder.constant([0, self.config.vision.patches, 0, 0])
+        return self._node("Pad", [text_mask, pads, self.builder.constant(1, "int32")])
+
+    def self_attention(self, qkv: OnnxValue, heads: int, key_mask: OnnxValue, patches: int | None) -> OnnxValue:
+        if self.settings.activations != "float32":
+            return super().self_attention(qkv, heads, key_mask, patches)
+        attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
+        if patches is None:
+            return self._function(cpu_functions.packed_attention_function(OPSET), [qkv, key_mask], **attributes)
+        function = cpu_functions.patch_attention_function(OPSET)
+        return self._function(function, [qkv, key_mask], patches=patches, **attributes)
+
+    def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
+        inputs: list[OnnxValue | str] = [q, k, v, "", key_mask]
+        return self._node("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=BLOCKED)
+
+    def causal_attention(self, qkv: OnnxValue, layer: int) -> OnnxValue:
+        language = self.config.language
+        cos, sin = (self._rotary_table(name, table) for name, table in (("cos", np.cos), ("sin", np.sin)))
+        attributes = {
+            "num_heads": language.heads,
+            "kv_num_heads": language.kv_heads,
+            "scale": language.head_dim**-0.5,
+        }
+        name = f"llm.layers.{layer}.attention"
+        states = int8_cache.STATES if self.settings.cache == "int8" else int8_cache.PARTS
+        past, present = ([f"{time}.{layer}.{state}" for state in states] for time in ("past", "present"))
+        shared, outputs = ["last_position", "total_length", cos, sin], [name, *present]
+        if self.settings.cache == "int8":
+            function = int8_cache.attention_function(language.kv_heads, language.head_dim, OPSET)
+            attributes |= int8_cache.SCALING
+            self.builder.functions[function.name] = function
+            inputs = [qkv.name, *past, *shared, "is_prefill"]
+            self.builder.node(function.name, inputs, name, function.domain, outputs, **attributes)
+            return self.input(name)
+        inputs = [qkv.name, "", "", *past, *shared]
+        attributes["do_rotary"] = 1
+        self.builder.node("GroupQueryAttention", inputs, name, MICROSOFT, outputs, **attributes)
+        return self.input(name)

@@ -1,0 +1,160 @@
+"""The TensorRT interpreter: FUSION written down as graphs of ONNX opset 24's standard operators.
+
+What TensorRT 10.15 and TensorRT-RTX read as native layers: RMSNormalization, RotaryEmbedding, Attention, and
+TensorScatter for a KV cache that is updated in place. Weights of 4 and 8 bits are constants behind DequantizeLinear,
+which is fused with the product that reads them. The recursive alignment's own operators are model-local functions,
+which a plugin may replace (``kernels/tensorrt_plugins.py``). ONNX Runtime computes the same graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import FunctionProto
+
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
+from fusion_edge.kernels import onnx_functions
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle.graphs import TensorSpec
+
+OPSET = 24  # the first with TensorScatter
+
+
+class TensorRTOperations(OnnxOperations):
+    """Operations (``model/operations.py``) for TensorRT. No Reshape of a value that may be empty guesses a size."""
+
+    opset = OPSET
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._mask: OnnxValue | None = None
+
+    def _function(
+        self, function: FunctionProto, inputs: Sequence[OnnxValue | str], scope: str = "", **attributes: Any
+    ) -> OnnxValue:
+        return super()._function(onnx_functions.with_own_names(function), inputs, scope, **attributes)
+
+    # Weights ------------------------------------------------------------------------------------------------
+
+    def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
+        form, weight = self.formats[name], self.parameters[f"{name}.weight"]
+        if form.bits == 4:
+            stored = self.packed.get(name)
+            if stored is not None and stored.columns is not None:
+                x = self._in_order(x, weight, form, stored.columns)
+            values = self._int4(weight, form)
+        elif form.is_quantized:
+            x = self._rounded(x, name, form) if form.rounds_inputs else x
+            values = self._transposed(self._int8(weight, form))
+        else:
+            dtype = "float16" if form.kind == "fp16" else "float32"
+            stored_values = self.builder.plan(weight.name, "values", form, dtype, weight.shape)
+            values = self._transposed(self.input(self._cast(stored_values, dtype)))
+        product = self._node("MatMul", [x, values], name)
+        return product + self.parameter(f"{name}.bias") if bias else product
+
+    def _transposed(self, weight: OnnxValue) -> OnnxValue:
+        """``[N,K]`` -> ``[K,N]``: TensorRT takes it into the product."""
+        return self._node("Transpose", [weight], f"{weight.name}.by_column", perm=[1, 0])
+
+    def _int4(self, weight: Parameter, form: WeightFormat) -> OnnxValue:
+        """``[K,N]`` in blocks along K, the form that TensorRT has products for (weight-only INT4)."""
+        rows, columns = weight.shape
+        values = self.builder.plan(weight.name, "values", form, "int4", (columns, rows), by_column=True)
+        scales = self.builder.plan(weight.name, "scales", form, "float16", (form.blocks(columns), rows), by_column=True)
+        inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
+        return self._node("DequantizeLinear", inputs, weight.name, axis=0, block_size=form.block_size)
+
+    def _int8(self, weight: Parameter, form: WeightFormat) -> OnnxValue:
+        """``[N,K]`` with a scale for each row."""
+        values = self.builder.plan(weight.name, "values", form, "int8", weight.shape)
+        scales = self.builder.plan(weight.name, "scales", form, "float16", weight.shape[:1])
+        inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
+        return self._node("DequantizeLinear", inputs, weight.name, axis=0)
+
+    def _rounded(self, x: OnnxValue, name: str, form: WeightFormat) -> OnnxValue:
+        """Inputs on a grid of signed bytes around 0: TensorRT knows no other zero point."""
+        scale = self.builder.plan(f"{name}.weight", "input_scale", form, "float16", ())
+        grid: list[OnnxValue | str] = [self._cast(scale, "float16"), self.builder.constant(0, "int8")]
+        rounded = self._node("QuantizeLinear", [x, *grid], f"{name}.input")
+        return self._node("DequantizeLinear", [rounded, *grid], f"{name}.input")
+
+    # Norms and activation functions -------------------------------------------------------------------------
+
+    def rms_norm(self, x: OnnxValue, name: str, eps: float) -> OnnxValue:
+        weight = self.parameter(f"{name}.weight")
+        return self._node("RMSNormalization", [x, weight], name, axis=-1, epsilon=eps, stash_type=1)
+
+    def add_layer_norm(self, x: OnnxValue, residual: OnnxValue, name: str, eps: float) -> OnnxValue:
+        inputs = [x, residual, self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")]
+        return self._function(onnx_functions.add_layer_norm_function(eps, OPSET), inputs, name)
+
+    def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
+        return gate * self._node("Sigmoid", [gate]) * up
+
+    def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
+        """``then()`` always: kernels of empty tensors are not launched, and a branch would end every fusion."""
+        return then()
+
+    def put_rows(self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue) -> OnnxValue:
+        return self._function(onnx_functions.add_rows_function(OPSET), [x, positions, rows, update])
+
+    # Attention ----------------------------------------------------------------------------------------------
+
+    def key_mask(self, patches: OnnxValue, text_mask: OnnxValue) -> OnnxValue:
+        """``[N,1,1,P+T]`` bool."""
+        crops = self._node("Shape", [text_mask], start=0, end=1)
+        shape = self.concat([crops, self.input(self.builder.constant([self.config.vision.patches]))], axis=0)
+        ones = self._node("Expand", [self.builder.constant([[True]], "bool"), shape])
+        text = self._node("Greater", [text_mask, self.builder.constant(0, "int32")])
+        return self._node("Unsqueeze", [self.concat([ones, text], axis=1), self.builder.constant([1, 2])])
+
+    def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
+        width = self.config.vision.width
+        parts = [self._heads(x, heads, width // heads) for x in (q, k, v)]
+        one = self.input(self.builder.constant([1]))
+        rows = self.concat([one, one, self._node("Shape", [q], start=1, end=2), one], axis=0)
+        mask = self._node("Expand", [key_mask, rows])  # ONNX Runtime does not broadcast it over the queries
+        attended = self._node("Attention", [*parts, mask], scale=(width // heads) ** -0.5)
+        return self._joined(attended, width)
+
+    def _heads(self, x: OnnxValue, heads: int, dim: int) -> OnnxValue:
+        """``[B,L,heads*dim]`` -> ``[B,heads,L,dim]``."""
+        return self._node("Transpose", [self._reshape(x, 0, 0, heads, dim)], perm=[0, 2, 1, 3])
+
+    def _joined(self, x: OnnxValue, width: int) -> OnnxValue:
+        """``[B,heads,L,dim]`` -> ``[B,L,width]``."""
+        return self._reshape(self._node("Transpose", [x], perm=[0, 2, 1, 3]), 0, 0, width)
+
+    def causal_attention(self, qkv: OnnxValue, layer: int) -> OnnxValue:
+        language, name = self.config.language, f"llm.layers.{layer}.attention"
+        heads, dim = (language.heads, language.kv_heads, language.kv_heads), language.head_dim
+        sizes = self.builder.constant([count * dim for count in heads])
+        parts = self.builder.node("Split", [qkv.name, sizes], outputs=3, axis=-1)
+        q, k, v = (self._heads(self.input(part), count, dim) for part, count in zip(parts, heads, strict=True))
+        tables = [self._rotary_table("cos", np.cos), self._rotary_table("sin", np.sin)]
+        q, k = (self._node("RotaryEmbedding", [x, *tables, "positions"], name) for x in (q, k))
+        keys, values = (self._extended(f"{layer}.{part}", new) for part, new in (("key", k), ("value", v)))
+        attended = self._node("Attention", [q, keys, values, self._causal_mask()], name, scale=dim**-0.5)
+        return self._joined(attended, language.heads * dim)
+
+    def _extended(self, name: str, new: OnnxValue) -> OnnxValue:
+        """The cache ``past.{name}`` with the new positions' rows written at ``write_index``."""
+        present = f"present.{name}"
+        inputs = [f"past.{name}", new.name, "write_index"]
+        self.builder.node("TensorScatter", inputs, present, outputs=[present], axis=2)
+        return self.input(present)
+
+    def _causal_mask(self) -> OnnxValue:
+        """``[1,1,L,capacity]`` bool: whether a position may see a slot of the cache, made once for all layers."""
+        if self._mask is None:
+            size = self._node("Shape", ["past.0.key"], start=2, end=3)
+            stop = self._node("Squeeze", [size, self.builder.constant([0])])
+            slots = self._node("Range", [self.builder.constant(0), stop, self.builder.constant(1)])
+            rows = self._node("Unsqueeze", ["positions", self.builder.constant([1, 3])])
+            self._mask = self._node("LessOrEqual", [slots, rows], "llm.causal_mask")
+            self.builder.described.append(TensorSpec(self._mask.name, "bool", (1, 1, "positions", "capacity")))
+        return self._mask

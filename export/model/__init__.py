@@ -1,0 +1,1 @@
+"""What FUSION computes, written once over a small set of operations, and their eager interpreter."""

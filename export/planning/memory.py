@@ -1,0 +1,113 @@
+"""How much memory a bundle takes where it runs, told before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.runtime.backends import device_memory
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, VISION_HEADS
+
+RUNTIME_BYTES = 130_000_000
+"""Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
+PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8}
+"""Of stored integers."""
+FLOAT_BYTES = 4
+ARENA_GROWTH = 2
+"""ONNX Runtime's arenas grow by doubling (a 3B bundle, int8 cache of 1,100 positions, took 4.60 GB; this says 4.81)."""
+SCALE_COPIES = 3
+"""What ONNX Runtime's MatMulNBits keeps of each scale on a CPU: itself, a packed copy, the sum of its block (measured).
+
+Our own kernels keep none; this counts what a CPU without them takes.
+"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes."""
+
+    graphs: Mapping[str, int]
+    """Size in the bundle, by graph, and of the embedding table."""
+    bundle: int
+    weights: int
+    """All weights of the three graphs as they stay in memory, and the pages of the embedding table."""
+    key_value_cache: int
+    """Full context; filled as the conversation grows."""
+    alignment_cache: int
+    """One image's features, latents, keys and values at the default query length."""
+    activations: int
+    """Intermediate arrays: of the graph that needs most, where they share memory; on CUDA of all."""
+    runtime: int
+    """The Python process with its libraries, and of TensorRT a CUDA context."""
+
+    @property
+    def peak(self) -> int:
+        """Everything at once."""
+        return self.runtime + self.weights + self.key_value_cache + self.alignment_cache + self.activations
+
+
+def estimate(plan: ExportPlan) -> Estimate:
+    """Sizes and memory of a planned bundle; formulas in the functions below."""
+    graphs = {file.name.removesuffix(".data"): file.size for file in plan.data_files}
+    for name, content in plan.small_files.items():
+        if name.endswith(".onnx"):
+            graphs[name.removesuffix(".onnx")] += len(content)
+    return Estimate(
+        graphs=graphs,
+        bundle=plan.bundle_bytes,
+        weights=_weights(plan),
+        key_value_cache=_key_value_cache(plan),
+        alignment_cache=_alignment_cache(plan),
+        activations=_activations(plan),
+        runtime=RUNTIME_BYTES + (device_memory.RUNTIME_BYTES if plan.options.target == "tensorrt" else 0),
+    )
+
+
+def _item(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def _weights(plan: ExportPlan) -> int:
+    """Quantized values as they are stored; floats in the activations' type; scales as the kernels keep them."""
+    wide = _item(plan.settings.activations)
+    scale = wide * (SCALE_COPIES if plan.options.target == "cpu" else 1)
+    total = 0
+    for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
+        count = int(np.prod(tensor.shape, dtype=np.int64))
+        is_copied = tensor.part == "scales" and not tensor.format.has_codebook
+        bits = PACKED_BITS.get(tensor.dtype, 8 * wide)
+        total += count * scale if is_copied else count * bits // 8
+    return total
+
+
+def _key_value_cache(plan: ExportPlan) -> int:
+    return plan.config.language.cache_values * plan.settings.max_context * _item(plan.settings.cache)
+
+
+def _alignment_cache(plan: ExportPlan) -> int:
+    config, q = plan.config, plan.options.query_lengths[0]
+    rows = config.alignment.layers * 2 * q * config.alignment.window_size**2 + q
+    features = GLOBAL_CROPS * config.vision.patches
+    crop = 3 * IMAGE_SIZE**2
+    pixels = (GLOBAL_CROPS + 1) * crop + crop * FLOAT_BYTES  # all crops as bytes, the local one as floats
+    return (rows + features) * config.language.hidden_size * _item(plan.settings.activations) + pixels
+
+
+def _activations(plan: ExportPlan) -> int:
+    """The three sessions' arenas: of four crops, of keys and values, of a full prompt."""
+    config = plan.config
+    if plan.options.target == "tensorrt":
+        return device_memory.activation_bytes(config, plan.settings.max_context)
+    vision, language, patches = config.vision, config.language, GLOBAL_CROPS * config.vision.patches
+    tower = patches * (6 * vision.width + 2 * vision.mlp_width + VISION_HEADS * vision.patches)
+    windows = plan.options.query_lengths[0] * config.alignment.window_size**2
+    pairs = windows * language.hidden_size * (2 * config.alignment.layers + 4)
+    layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
+    # MatMulBnb4 computes with the dequantized weight.
+    sizes = [plan.parameters[f"{name}.weight"].size for name, form in plan.formats.items() if form.has_codebook]
+    needs = (tower, pairs, layer + max(sizes, default=0))
+    together = max(needs) if plan.options.target == "cpu" else sum(needs)
+    return ARENA_GROWTH * together * _item(plan.settings.activations)

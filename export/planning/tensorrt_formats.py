@@ -1,0 +1,86 @@
+"""Which formats of weights TensorRT has products for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from fusion_edge.export.checkpoint.prequantized.layout import Form
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.quant.formats import PER_CHANNEL, STORED_GROUP_SIZES, WeightFormat
+from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.runtime.bundle.manifest import Bundle
+from fusion_edge.runtime.errors import FusionError, UsageError
+
+BLOCK_SIZES = (64, 128)
+"""Of INT4 weights (NVIDIA's documentation of TensorRT, "Quantization Schemes")."""
+
+
+def check_formats(
+    formats: Mapping[str, WeightFormat], parameters: Mapping[str, Parameter], packed: Mapping[str, Form]
+) -> None:
+    """Raise :class:`UsageError` for a linear in a format that TensorRT does not read, with one that it does.
+
+    It reads symmetric integers: INT4 in whole blocks of :data:`BLOCK_SIZES` along the inputs, two outputs to a byte,
+    with float16 scales; INT8 with one scale a channel.
+    """
+    for name, form in formats.items():
+        if name == EMBEDDING:
+            continue
+        reason = _unreadable(name, form, parameters[f"{name}.weight"].shape, packed.get(name))
+        if reason is not None:
+            raise UsageError(
+                f"{name} cannot be {form} for TensorRT: {reason}, or use another format (--rule '{name}=int8:channel')."
+            )
+
+
+def check_bundle(bundle: Bundle) -> None:
+    """Raise :class:`FusionError` for a bundle whose INT4 blocks TensorRT does not read: older versions exported it."""
+    for name, text in bundle.manifest.weights.items():
+        form = WeightFormat.parse(text, sizes=STORED_GROUP_SIZES)
+        if form.kind == "int4" and form.block_size not in BLOCK_SIZES:
+            raise FusionError(
+                f"{bundle.folder} has {name} in {form}; TensorRT has 4-bit products for groups of 64 and 128 alone: "
+                f"export it again, fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt --group-size 128 "
+                "(or 64)."
+            )
+
+
+def in_blocks(form: Form, inputs: int) -> Form:
+    """A weight of a quantized checkpoint with its larger groups in blocks that TensorRT reads: their scales repeat."""
+    fitting = [size for size in BLOCK_SIZES if inputs % size == 0]
+    if form.format.kind != "int4" or form.format.group_size <= BLOCK_SIZES[-1] or not fitting:
+        return form
+    return dataclasses.replace(form, format=WeightFormat("int4", fitting[-1]))
+
+
+def _unreadable(name: str, form: WeightFormat, shape: tuple[int, ...], packed: Form | None) -> str | None:
+    if form.has_codebook:
+        return "it has no products with a codebook; use --int4"
+    if not form.is_symmetric:
+        return "it knows no zero points; leave --asym out"
+    if packed is not None and packed.scale_dtype != "float16":
+        return f"its scales are {packed.scale_dtype}, not float16; quantize it anew"
+    if form.kind == "int8" and form.group_size != PER_CHANNEL:
+        return "its 8-bit weights have one scale a channel; write int8:channel"
+    return _unreadable_int4(name, form, shape, packed is not None) if form.kind == "int4" else None
+
+
+def _unreadable_int4(name: str, form: WeightFormat, shape: tuple[int, ...], is_packed: bool) -> str | None:
+    outputs, inputs = shape
+    if outputs % 2:
+        return f"its {outputs} outputs are odd, and two share a byte; give it 8 bits"
+    fitting = [size for size in BLOCK_SIZES if inputs % size == 0]
+    if not fitting:
+        return f"its {inputs} inputs are not whole groups of 64 or 128; give it 8 bits"
+    if form.block_size in fitting:
+        return None
+    if is_packed:
+        everywhere = re.sub(r"\.\d+\.", ".*.", name)
+        remedy = f"quantize it anew (--rule '{everywhere}=int4:{fitting[-1]}')"
+    else:
+        remedy = f"use --group-size {' or '.join(map(str, fitting))}, in a rule int4:{fitting[-1]}"
+    if form.block_size in BLOCK_SIZES:
+        return f"its {inputs} inputs are not whole groups of {form.block_size}; {remedy}"
+    return f"it has 4-bit products for groups of 64 and 128 alone; {remedy}"

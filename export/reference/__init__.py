@@ -1,0 +1,1 @@
+"""The reference that backends and bundles are compared with."""

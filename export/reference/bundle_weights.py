@@ -1,0 +1,120 @@
+"""The weights of a bundle, dequantized: what its graphs compute with.
+
+The eager interpreter on these tells graph errors from quantization errors: bundle and eager interpreter must agree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter, parameters
+from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
+from fusion_edge.export.planning.plan import embedding_file
+from fusion_edge.quant.dequantize_linear import from_dequantize_linear
+from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, InputGrid, WeightFormat
+from fusion_edge.quant.packing import Packed, dequantize
+from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, Bundle, data_file, graph_file
+
+
+class BundleWeights:
+    """See :class:`fusion_edge.export.checkpoint.weights.Weights`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Reads the graphs' structure; weights are read when they are asked for."""
+        self.parameters: Mapping[str, Parameter] = parameters(bundle.manifest.model)
+        self._bundle = bundle
+        self._tensors: dict[tuple[str, Part], tuple[str, PlannedTensor]] = {}
+        for graph in bundle.manifest.graphs:
+            self._read_graph(graph)
+        table = embedding_file(self.parameters[f"{EMBEDDING}.weight"], self._format(EMBEDDING))
+        self._add(EMBEDDINGS, *table.tensors)
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows of a parameter, float32 ``[stop-start, ...]``."""
+        values = self._read(name, "values", start, stop)
+        tensor = self._tensors[name, "values"][1]
+        form = tensor.format
+        if not form.is_quantized:
+            return values.astype(np.float32)
+        if tensor.is_for_dequantize_linear:
+            packed = from_dequantize_linear(values.view(np.uint8), self._read(name, "scales", start, stop), form)
+            return self._in_place(name, dequantize(packed, form, self.parameters[name].shape[1]))
+        inputs = self.parameters[name].shape[1]
+        shape = form.packed_shape(stop - start, inputs)
+        scales = self._read(name, "scales", start, stop).reshape(shape[:2])
+        zero_points = None if form.is_symmetric else self._read(name, "zero_points", start, stop)
+        packed = Packed(values.view(np.uint8).reshape(shape), scales, zero_points)
+        return self._in_place(name, dequantize(packed, form, inputs))
+
+    def _in_place(self, name: str, stored: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Columns as they are numbered, of rows whose columns may be stored in another order."""
+        if (name, "columns") not in self._tensors:
+            return stored
+        in_place = np.empty_like(stored)
+        in_place[:, self._read(name, "columns", 0, stored.shape[1])] = stored
+        return in_place
+
+    def input_grid(self, linear: str) -> InputGrid | None:
+        """See :meth:`Weights.input_grid`."""
+        name = f"{linear}.weight"
+        if (name, "input_scale") not in self._tensors:
+            return None
+        scale = float(self._read(name, "input_scale", 0, 1)[0])
+        if (name, "input_zero_point") not in self._tensors:
+            return InputGrid(scale, SYMMETRIC_ZERO_POINT)
+        return InputGrid(scale, int(self._read(name, "input_zero_point", 0, 1)[0]))
+
+    def _format(self, name: str) -> WeightFormat:
+        return WeightFormat.parse(self._bundle.manifest.weights[name], sizes=STORED_GROUP_SIZES)
+
+    def _read_graph(self, graph: str) -> None:
+        """Note where every initializer of the graph's data file lies."""
+        model = onnx.load(self._bundle.path(graph_file(graph)), load_external_data=False)
+        is_standard = self._bundle.manifest.target == "tensorrt"
+        for initializer in model.graph.initializer:
+            place = {entry.key: entry.value for entry in initializer.external_data}
+            last = initializer.name.rpartition(".")[2]
+            part = cast(Part, last) if last in get_args(Part) else "values"
+            parameter = initializer.name.removesuffix(f".{part}")
+            if not place or parameter not in self.parameters:
+                continue
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).name
+            linear = parameter.removesuffix(".weight")
+            stored = linear in self._bundle.manifest.weights
+            form = self._format(linear) if stored else WeightFormat("fp32")
+            shape, offset = tuple(initializer.dims), int(place["offset"])
+            name = initializer.name
+            by_column = is_standard and form.bits == 4 and len(shape) == 2
+            tensor = PlannedTensor(name, parameter, part, form, dtype, shape, offset, by_column=by_column)
+            self._add(data_file(graph), tensor)
+
+    def _add(self, file: str, *tensors: PlannedTensor) -> None:
+        for tensor in tensors:
+            self._tensors[tensor.parameter, tensor.part] = file, tensor
+
+    def _read(self, name: str, part: Part, start: int, stop: int) -> npt.NDArray[Any]:
+        file, tensor = self._tensors[name, part]
+        path = self._bundle.path(file)
+        if tensor.by_column:
+            whole = np.frombuffer(_bytes(path, tensor.offset, tensor.nbytes), tensor.storage)
+            packed = 2 if tensor.dtype == "int4" else 1
+            return whole.reshape(tensor.shape[0], -1)[:, start // packed : stop // packed]
+        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape else tensor.nbytes
+        content = _bytes(path, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        return np.frombuffer(content, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+
+
+def _bytes(path: Path, offset: int, count: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, count, offset)
+    finally:
+        os.close(descriptor)

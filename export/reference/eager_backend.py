@@ -1,0 +1,130 @@
+"""The eager interpreter as a backend of the runtime: the reference that every other backend is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.weights import CheckpointWeights, Weights, read_parameter
+from fusion_edge.export.model import architecture
+from fusion_edge.export.model.architecture import Alignment
+from fusion_edge.export.model.eager import EagerOperations, KeyValueCache
+from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.runtime import Fusion
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
+from fusion_edge.runtime.bundle.config import FusionConfig
+from fusion_edge.runtime.bundle.manifest import TOKENIZER
+
+
+class EagerBackend:
+    """See :class:`fusion_edge.runtime.backends.base.Backend`. Computes in float32 on the CPU unless told otherwise."""
+
+    name = "eager"
+
+    def __init__(
+        self,
+        config: FusionConfig,
+        weights: Weights,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config = config
+        self.max_context = config.max_length
+        self._device, self._dtype = device, dtype
+        self._weights = weights
+        self.parameter = lru_cache(maxsize=None)(self._parameter)
+        self._input_grid = lru_cache(maxsize=None)(weights.input_grid)
+        self._cache = KeyValueCache()
+        self._length = self._capacity = 0
+
+    def _parameter(self, name: str) -> Tensor:
+        return self._tensor(np.array(read_parameter(self._weights, name)))
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        """On the device, numbers with a point in the type that is computed in."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+    def _floats(self, tensor: Tensor) -> Floats:
+        floats: Floats = tensor.float().cpu().numpy()
+        return floats
+
+    def embed(self, token_ids: Integers) -> Floats:
+        """LLM input embeddings ``[n,D]``: stands in for the bundle's table."""
+        return self._floats(self.parameter(f"{EMBEDDING}.weight")[self._tensor(token_ids)])
+
+    def operations(self) -> EagerOperations:
+        """The interpreter over these weights and the current KV cache."""
+        return EagerOperations(self.config, self.parameter, self._cache, self._input_grid)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
+        inputs = (self._tensor(array) for array in (pixels, text_embeds, text_mask))
+        return self._floats(architecture.vision_encoder(self.operations(), self.config, *inputs))
+
+    @torch.inference_mode()
+    def align(self, features: Floats, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
+        inputs = (self._tensor(array) for array in (features, latent_cells, context_cells))
+        latents, keys, values = architecture.alignment_decoder(self.operations(), self.config, *inputs)
+        return ImageAlignment(self._floats(latents[0]), keys, values)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
+    ) -> Floats:
+        check_capacity(len(embeddings), capacity)
+        self._length, self._capacity = len(embeddings), capacity
+        self._cache = KeyValueCache()
+        positions = self._tensor(latent_positions), self._tensor(question_positions)
+        alignment = Alignment(*positions, image.keys, image.values)
+        return self._logits(self.hidden(embeddings, alignment))
+
+    def hidden(self, embeddings: Floats, alignment: Alignment[Tensor] | None) -> Tensor:
+        """Hidden states ``[1,L,D]`` before the final norm, appended to the KV cache."""
+        return architecture.decoder(self.operations(), self.config, self._tensor(embeddings)[None], alignment)
+
+    @torch.inference_mode()
+    def decode(self, embedding: Floats) -> Floats:
+        check_capacity(self._length + 1, self._capacity)
+        self._length += 1
+        return self._logits(self.hidden(embedding[None], None))
+
+    def _logits(self, hidden: Tensor) -> Floats:
+        operations = self.operations()
+        last = operations.last_row(hidden)
+        return self._floats(architecture.logits(operations, self.config, last)[0])
+
+    def close(self) -> None:
+        self.parameter.cache_clear()
+
+
+@contextmanager
+def open_checkpoint(
+    folder: Path, backend: type[EagerBackend] = EagerBackend, image_tokens: int | None = None
+) -> Iterator[Fusion]:
+    """A checkpoint, asked through the runtime like a bundle, all its query lengths offered.
+
+    ``image_tokens`` as of ``fusion-export``. Raises :class:`FusionError` for a checkpoint that cannot be read.
+    """
+    with Checkpoint(folder) as checkpoint:
+        plan = plan_export(checkpoint, ExportOptions(precision="fp32", image_tokens=image_tokens))
+        eager = backend(plan.config, CheckpointWeights(checkpoint, plan.parameters))
+        tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
+        with Fusion(plan.manifest(()), eager, tokenizer, eager.embed) as fusion:
+            yield fusion

@@ -1,0 +1,52 @@
+"""FUSION vision-language models on robots and desktops: export, quantize, run and measure.
+
+The public names are those of :mod:`fusion_edge.runtime`. Each is imported when it is first used, so that
+``import fusion_edge`` loads no library.
+"""
+
+from __future__ import annotations
+
+from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
+
+TYPE_CHECKING = False  # as type checkers read it; the module typing takes long to import
+if TYPE_CHECKING:
+    from fusion_edge.runtime import (
+        Answer,
+        AnswerStream,
+        Conversation,
+        Fusion,
+        FusionError,
+        Sampling,
+        Turn,
+        UsageError,
+        load,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "Conversation",
+    "Fusion",
+    "FusionError",
+    "Sampling",
+    "Turn",
+    "UsageError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fusion_edge import runtime
+
+    return getattr(runtime, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+leave_while_a_module_loads()

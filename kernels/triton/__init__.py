@@ -1,0 +1,1 @@
+"""The recursive alignment's kernels in Triton, and their ahead-of-time compilation."""

@@ -1,0 +1,227 @@
+"""Compile the recursive alignment's kernels to PTX for every GPU that engines are built for; no GPU is needed.
+
+    python -m fusion_edge.kernels.triton.ahead_of_time --output FOLDER
+
+An engine carries the PTX, so the robot needs neither Triton nor Python for it; built with ``fusion-build --kernels
+FOLDER``, it is built without Triton, too. Registers, shared memory and spills are
+those that NVIDIA's own assembler (the one in Triton's wheel) reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.kernels.triton.kernel_folder import Compiled, Entry, write_index
+from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
+from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.system.output_file import write_whole
+
+JETPACK_6, JETPACK_7 = (8, 5), (9, 0)
+ARCHITECTURES = {
+    "80": JETPACK_6,
+    "86": JETPACK_6,
+    "87": JETPACK_6,
+    "89": JETPACK_6,
+    "90": JETPACK_6,
+    "110": JETPACK_7,
+    "120": JETPACK_7,
+}
+"""PTX ISA by compute capability: 8.5 is what JetPack 6.2's driver (CUDA 12.6) reads, 9.0 what JetPack 7's (CUDA 13)
+does; 11.0 (Thor) is not known to an earlier one, 12.0 from 8.7 on.
+"""
+CONTEXT = 9  # rows of a window of 3 x 3, that of every released model
+WIDTHS = (3072, 4096)  # 3B, 8B
+THREADS_OF_A_WARP = 32
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel for one GPU, and what it takes of that."""
+
+    entry: Entry
+    registers: int
+    """Of a thread."""
+    spilled_bytes: int
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write")
+    add(
+        "--architecture",
+        action="append",
+        choices=ARCHITECTURES,
+        help="compute capability without its dot, repeatable (default: all)",
+    )
+    add("--width", type=cli.positive, action="append", help="hidden size, repeatable (default: 3072 and 4096)")
+    add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the values (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON")
+    return cli.run(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise FusionError("Triton is not installed; pip install 'fusion-edge[kernels]'.") from None
+    widths = options.width or WIDTHS
+    for width in widths:
+        if width % ALIGNMENT_HEADS:
+            heads = ALIGNMENT_HEADS
+            raise UsageError(f"--width {width} cannot be cut into {heads} heads; use a multiple of {heads}.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    built = [
+        build(options.output, kernel, architecture, width, options.dtype)
+        for architecture in options.architecture or ARCHITECTURES
+        for width in widths
+        for kernel in KERNELS
+    ]
+    write_index(options.output, [one.entry for one in built])
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(one) for one in built], indent=1) + "\n")
+        return 0
+    header = ("kernel", "sm", "width", "registers", "shared", "spilled")
+    rows = [
+        (
+            one.entry.kernel,
+            one.entry.architecture,
+            *map(str, (one.entry.width, one.registers, one.entry.shared_bytes, one.spilled_bytes)),
+        )
+        for one in built
+    ]
+    sys.stdout.write(cli.table([header, *rows]))
+    return 0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel of recursive_alignment.py is called with: inputs, 32-bit integers, its output, constants."""
+
+    inputs: tuple[str, ...]
+    integers: tuple[str, ...]
+    constants: Callable[[int], dict[str, float]]
+    """Of a hidden size."""
+
+    def types(self, dtype: str) -> dict[str, str]:
+        """Triton's type of each parameter, in their order."""
+        values = dict.fromkeys(self.inputs, f"*{dtype}") | dict.fromkeys(self.integers, "i32") | {"output": f"*{dtype}"}
+        return {name: "*i64" if name == "positions" else kind for name, kind in values.items()}
+
+
+def _attention_constants(width: int) -> dict[str, float]:
+    from triton import next_power_of_2
+
+    dim = width // ALIGNMENT_HEADS
+    return {"CONTEXT": CONTEXT, "DIM": dim, "WINDOW": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
+
+
+def _norm_constants(width: int) -> dict[str, float]:
+    return {"EPS": ALIGNMENT_NORM_EPS, **_row_constants(width)}
+
+
+def _row_constants(width: int) -> dict[str, float]:
+    from triton import next_power_of_2
+
+    return {"WIDTH": width, "COLUMNS": next_power_of_2(width)}
+
+
+KERNELS = {
+    "context_attention": Kernel(("q", "k", "v"), ("rows", "latents"), _attention_constants),
+    "add_layer_norm": Kernel(("x", "residual", "weight", "bias"), ("rows",), _norm_constants),
+    "add_rows": Kernel(("x", "positions", "latents", "update"), ("rows", "length"), _row_constants),
+}
+
+
+def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
+    """A kernel of :data:`KERNELS` for one of :data:`ARCHITECTURES`; dtype is fp16, bf16 or fp32.
+
+    Raises :class:`FusionError` if it needs memory that only Triton's own launcher gives it.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusion_edge.kernels.triton import recursive_alignment
+
+    types, values = KERNELS[kernel].types(dtype), KERNELS[kernel].constants(width)
+    function: Any = getattr(recursive_alignment, f"{kernel}_kernel")
+    signature = types | dict.fromkeys(values, "constexpr")
+    # Tensors start at multiples of 16 bytes, so that a thread may load 16 bytes at once.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
+    constants = {(function.arg_names.index(name),): value for name, value in values.items()}
+    source = ASTSource(function, signature, constants, aligned)
+    major, minor = ARCHITECTURES[architecture]
+    target = GPUTarget("cuda", int(architecture), THREADS_OF_A_WARP)
+    options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": True}
+    built = triton.compile(source, target=target, options=options)
+    ptx = without_scratch(without_debug_information(built.asm["ptx"]), len(types))
+    return Compiled(built.metadata.name, ptx, built.metadata.num_warps * THREADS_OF_A_WARP, built.metadata.shared)
+
+
+def without_debug_information(ptx: str) -> str:
+    """The PTX without line numbers and the paths of source files, which no engine needs to carry."""
+    code = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}", "", ptx, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^\s*\.(file|loc)\b.*\n", "", code, flags=re.MULTILINE)
+
+
+def without_scratch(ptx: str, parameters: int) -> str:
+    """The PTX with its entry point's first ``parameters`` parameters alone.
+
+    Triton appends two pointers, to scratch memory and to that of its profiler. Whoever launches the PTX by itself
+    would have to pass them, and TensorRT passes none but a kernel's own. Raises :class:`FusionError` if they are read.
+    """
+    entry = re.search(r"\.entry\s+\w+\s*\(([^)]*)\)", ptx)
+    assert entry is not None
+    declared = entry[1].split(",")
+    for scratch in declared[parameters:]:
+        name = scratch.split()[-1]
+        if re.search(rf"\b{name}\b", ptx[entry.end() :]):
+            raise FusionError(f"A kernel reads Triton's scratch memory ({name}), which nothing but Triton gives it.")
+    return ptx[: entry.start(1)] + ",".join(declared[:parameters]).rstrip() + "\n" + ptx[entry.end(1) :]
+
+
+def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) -> Built:
+    """Compile one kernel and write its PTX. Raises :class:`FusionError` if the assembler refuses it."""
+    made = compiled(kernel, architecture, width, dtype)
+    file, content = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx", made.ptx.encode("ascii")
+    write_whole(folder / file, content)
+    digest = hashlib.sha256(content).hexdigest()
+    entry = Entry(kernel, architecture, width, dtype, file, digest, made.name, made.threads, made.shared_bytes)
+    return Built(entry, *assembled(made.ptx, architecture))
+
+
+def assembled(ptx: str, architecture: str) -> tuple[int, int]:
+    """Registers of a thread and bytes that it spills, as NVIDIA's assembler says."""
+    from triton import backends
+
+    tools = Path(backends.__path__[0]) / "nvidia" / "bin"
+    tool = tools / ("ptxas-blackwell" if int(architecture) >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx, encoding="ascii")
+        target = re.search(r"\.target (sm_\w+)", ptx)
+        assert target is not None
+        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    if done.returncode or registers is None:
+        raise FusionError(f"{tool.name} refuses a kernel for sm_{architecture}: {said.strip()[:500]}")
+    return int(registers[1]), sum(map(int, spills))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands fusion-run and fusion-info, and what all commands share."""

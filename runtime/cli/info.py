@@ -1,0 +1,106 @@
+"""``fusion-info``: what a bundle is, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusion_edge.runtime.bundle.engines import all_engines
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.system.progress import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="fusion-info", description="Print what a bundle is and verify the checksum of every file."
+    )
+    parser.add_argument("bundle", type=Path, help="folder that fusion-export wrote")
+    parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
+    return cli.run(_info, parser.parse_args(argv))
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    bundle = open_bundle(arguments.bundle)
+    with Progress("Verifying", bundle.manifest.size) as progress:
+        verify(bundle, progress.advance)
+    if arguments.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(bundle.manifest)) + "\n")
+    else:
+        sys.stdout.write(_text(bundle))
+    return 0
+
+
+def _text(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    model, language, vision = manifest.model, manifest.model.language, manifest.model.vision
+    rows = [
+        ("Bundle", str(bundle.folder)),
+        ("Made by", manifest.producer),
+        ("From", manifest.source),
+        ("Target", manifest.target),
+        ("Precision", manifest.precision),
+        ("LLM", f"{language.layers} layers, width {language.hidden_size}, vocabulary {language.vocab_size}"),
+        ("Vision", f"{vision.layers} layers, width {vision.width}, {vision.patches} patches a crop"),
+        ("Alignment", f"{model.alignment.layers} interaction layers"),
+        ("Image tokens", str(manifest.image_side**2)),
+        ("Query lengths", ", ".join(map(str, manifest.query_lengths))),
+        ("Context", f"{manifest.max_context} positions, {manifest.cache} KV cache"),
+        *_weight_rows(manifest),
+        *_quantization_rows(bundle),
+        *((entry.path, cli.size(entry.size)) for entry in manifest.files),
+        ("All checksums", "correct"),
+        *_engine_rows(bundle),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "".join(f"{_shown(name.ljust(width))}  {_shown(value)}\n" for name, value in rows)
+
+
+def _shown(text: str) -> str:
+    """Text of a manifest without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """How many weights of each graph have each format."""
+    counts = Counter((name.split(".")[0], form) for name, form in manifest.weights.items())
+    return [(f"{part} weights", f"{count} in {form}") for (part, form), count in sorted(counts.items())]
+
+
+def _engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """The engines that were built of it."""
+    return [
+        (
+            "Engines",
+            f"{engines.machine}, {engines.max_context} positions, {cli.size(engines.size)}"
+            f"{'' if is_current else '; of the bundle as it was before: build them again'}",
+        )
+        for engines, is_current in all_engines(bundle)
+    ]
+
+
+def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """How the weights were fitted and what that costs, where the bundle tells. Raises :class:`FusionError`."""
+    if all(entry.path != QUANTIZATION for entry in bundle.manifest.files):
+        return []
+    path = bundle.path(QUANTIZATION)
+    try:
+        report = QuantizationReport.read(path)
+    except (ValueError, RecursionError) as error:
+        raise FusionError(f"{path} is no quantization report ({error}); export the bundle again.") from None
+    methods = Counter(linear.method for linear in report.linears)
+    fitted = ", ".join(f"{count} by {method}" for method, count in methods.items())
+    rows = [("Quantized", f"{fitted}; {report.calibration_samples} calibration samples")]
+    return rows + report.rows()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""``fusion-run``: questions about an image, answered by a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.runtime.answers import Answer
+from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.conversation import Conversation
+from fusion_edge.runtime.devices import AUTO, CANDIDATES, NAMES
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.prompts.prompt import Turn
+from fusion_edge.runtime.sampling import Sampling
+from fusion_edge.runtime.system import signals
+from fusion_edge.runtime.system.interruptible import interruptible
+
+LARGEST_INPUT = 2**21
+"""Bytes of a history's file, characters of a question: more than any context holds, and little memory."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    return cli.run(_run, parser().parse_args(argv))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option of ``fusion-run``."""
+    defaults = Sampling()
+    parser = argparse.ArgumentParser(prog="fusion-run", description="Ask a bundle questions about an image.")
+    add = parser.add_argument
+    add("bundle", type=Path, help="folder that fusion-export wrote")
+    add("--image", required=True, metavar="FILE", help="the picture")
+    add(
+        "--ask",
+        action="append",
+        metavar="TEXT",
+        help="a question; repeat it to continue the conversation; without it questions are read from standard input",
+    )
+    add("--history", type=Path, metavar="FILE", help='earlier turns: a JSON list of {"question", "answer"}')
+    add("--query-len", type=cli.positive, metavar="N", help="query length, one of the bundle's (default: its first)")
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
+    add(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="T",
+        help="0 takes the likeliest token (default: %(default)s)",
+    )
+    add("--top-p", type=float, default=defaults.top_p, metavar="P", help="nucleus (default: %(default)s, off)")
+    add("--top-k", type=int, default=defaults.top_k, metavar="K", help="likeliest tokens (default: %(default)s, off)")
+    add("--seed", type=int, metavar="N", help="for the same draws every time")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add(
+        "--control-tokens",
+        action="store_true",
+        help="let questions and history spell control tokens such as <|end|>; without it such spellings are text",
+    )
+    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="default: the best that is there for the bundle")
+    add("--threads", type=cli.positive, metavar="N", help="default: every processor that this process may use")
+    add("--json", action="store_true", help="print one JSON object with every answer")
+    add("--verbose", action="store_true", help="say on standard error which device is taken, and why no better one")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+    )
+    if arguments.json and arguments.ask is None:
+        raise UsageError("--json prints the answers to --ask; add --ask TEXT, or leave --json out.")
+    history = [] if arguments.history is None else _read_history(arguments.history)
+    with load(arguments.bundle, device=arguments.device, threads=arguments.threads) as fusion:
+        _tell_device(fusion, arguments.verbose)
+        conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
+        conversation.history.extend(history)
+
+        def ask(question: str) -> Answer:
+            return conversation.answer(question, sampling=sampling, query_length=arguments.query_len)
+
+        def say(question: str) -> None:
+            _say(conversation, question, sampling, arguments.query_len)
+
+        if arguments.ask is None:
+            return _interactive(say)
+
+        def answer() -> None:
+            if arguments.json:
+                answers = [_answer_json(ask(question)) for question in arguments.ask]
+                sys.stdout.write(json.dumps({"answers": answers}) + "\n")
+            else:
+                for question in arguments.ask:
+                    say(question)
+
+        interruptible(answer, fusion.close)  # a prompt is one long call of the runtime
+    return 0
+
+
+def _tell_device(fusion: Fusion, verbose: bool) -> None:
+    """On standard error: all about the choice of the device, or at the least that a GPU's bundle runs on the CPU."""
+    device, target = fusion.device, fusion.manifest.target
+    reasons = {name: f"not on {name}: {reason}" for name, reason in device.not_taken.items()}
+    exported_for = [candidate.name for candidate in CANDIDATES if candidate.target == target]
+    if verbose:
+        sys.stderr.write("".join(f"{reason}\n" for reason in reasons.values()))
+        sys.stderr.write(f"running on {device.name}\n")
+        sys.stderr.write(f"note: {device.remark}\n" if device.remark else "")
+    elif device.name == "cpu" and (told := [reasons[name] for name in exported_for if name in reasons]):
+        sys.stderr.write(f"warning: running on {device.name}, {' '.join(told)}\n")
+
+
+def _say(conversation: Conversation, question: str, sampling: Sampling, query_length: int | None) -> None:
+    """Print an answer while it is generated."""
+    for piece in conversation.ask(question, sampling=sampling, query_length=query_length):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _interactive(say: Callable[[str], None]) -> int:
+    """Questions from standard input, one a line, until its end. A refused question or Ctrl-C ends but an answer."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # as arguments are decoded: wrong bytes are told by the question
+        sys.stdin.reconfigure(errors="surrogateescape")
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline(LARGEST_INPUT + 1)
+        if not line:
+            return 0
+        if not line.strip():
+            continue
+        try:
+            if len(line) > LARGEST_INPUT:
+                raise UsageError(
+                    f"A question has more than {LARGEST_INPUT} characters, which no context holds; ask a shorter one."
+                )
+            say(line.strip())
+        except FusionError as error:
+            if not terminal:
+                raise
+            sys.stderr.write(f"error: {error}\n")
+        except KeyboardInterrupt:  # ends the answer; at the prompt it would end the command
+            if not terminal:
+                raise
+            signals.rearm()
+            sys.stderr.write("\n")
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "prompt_tokens": answer.prompt_tokens,
+        "finish_reason": answer.finish_reason,
+        "timings_ms": {stage: round(ms, 3) for stage, ms in answer.timings_ms.items()},
+        "tokens_per_second": round(answer.tokens_per_second, 3),
+    }
+
+
+def _read_history(path: Path) -> list[Turn]:
+    expected = 'expected a JSON list of {"question": TEXT, "answer": TEXT}'
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_INPUT + 1)
+        if len(content) > LARGEST_INPUT:
+            raise FusionError(
+                f"The history in {path} has more than {LARGEST_INPUT} bytes, which no context holds; drop turns."
+            )
+        data = json.loads(content.decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FusionError(f"Cannot read the history in {path} ({error}); {expected}.") from None
+    if not isinstance(data, list):
+        raise UsageError(f"{path} holds a JSON {type(data).__name__}; {expected}.")
+    for entry in data:
+        if not (
+            isinstance(entry, dict)
+            and entry.keys() == {"question", "answer"}
+            and all(isinstance(text, str) for text in entry.values())
+        ):
+            raise UsageError(f"{path} holds the entry {json.dumps(entry)[:80]}; {expected}.")
+    return [Turn(**entry) for entry in data]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

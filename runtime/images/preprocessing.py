@@ -1,0 +1,175 @@
+"""From a picture to the five normalised crops of FUSION.md section 1."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.images.image_files import (
+    MAX_BYTES,
+    check_decoded,
+    check_size,
+    image_name,
+    open_image,
+    orientation,
+    undecodable,
+)
+from fusion_edge.runtime.images.pixel_values import eight_bits
+from fusion_edge.runtime.images.pnm import is_pnm_of_other_range, read_pnm
+
+CROPS_A_SIDE = 2  # the global crops are a 2 x 2 arrangement
+
+_ROWS = 64  # scaled at a time
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each value of EXIF's orientation."""
+
+
+def load_image(
+    image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], color: Literal["rgb", "bgr"] = "rgb"
+) -> Image.Image:
+    """The picture as RGB: a file turned upright by its EXIF orientation, or pixels as they are handed over.
+
+    Arrays are ``[H, W, 3]``, ``[H, W, 1]`` or ``[H, W]`` of uint8, uint16, booleans or floats from 0 to 1;
+    ``color`` is the order of an array's three channels and says nothing about files and Pillow images, which know
+    their own. 16-bit and float grayscale is scaled to 8 bits (``pixel_values.eight_bits``); every other mode is
+    converted as the released code does it, by Pillow's ``convert("RGB")``.
+
+    Files are of the formats ``image_files.FORMATS``. Where decoding would take more than ``image_files.MAX_BYTES``, a
+    JPEG file is decoded at a half, a quarter or an eighth of its size, and anything else is refused.
+
+    Raises ``UsageError`` for an argument of the wrong kind and ``FusionError`` for a file that is missing,
+    no image, damaged, empty or too large, and for pixels whose range is not known.
+    """
+    if color not in ("rgb", "bgr"):
+        raise UsageError(f"color is {color!r}; expected 'rgb' or 'bgr'.")
+    if isinstance(image, np.ndarray):
+        return _from_array(image, color)
+    if isinstance(image, Image.Image):
+        return _from_pillow(image)
+    path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        raise UsageError(
+            f"The image is of type {type(image).__name__}; expected a path, a Pillow image or a NumPy array."
+        )
+    return _from_file(path)
+
+
+def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The crops of an RGB image, uint8 ``[5, 384, 384, 3]``: four global ones row by row, then the local one.
+
+    FUSION.md section 1; the aspect ratio is not kept.
+    """
+    side = CROPS_A_SIDE * IMAGE_SIZE
+    crops = np.empty((GLOBAL_CROPS + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    whole = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    tiles = whole.reshape(CROPS_A_SIDE, IMAGE_SIZE, CROPS_A_SIDE, IMAGE_SIZE, 3).swapaxes(1, 2)
+    crops[:GLOBAL_CROPS] = tiles.reshape(GLOBAL_CROPS, IMAGE_SIZE, IMAGE_SIZE, 3)
+    crops[GLOBAL_CROPS] = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    return crops
+
+
+def normalize(crops: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 crops ``[N, H, W, 3]`` to contiguous float32 ``[N, 3, H, W]``, -1 to 1 (FUSION.md section 1)."""
+    # (x/255 - 0.5)/0.5 in float32 is x/127.5 - 1 to the last bit: multiplying by 2 is exact.
+    pixels: npt.NDArray[np.float32]
+    pixels = np.divide(crops.transpose(0, 3, 1, 2), np.float32(127.5), dtype=np.float32, order="C")
+    pixels -= np.float32(1)
+    return pixels
+
+
+def _from_array(array: npt.NDArray[Any], color: str) -> Image.Image:
+    if np.ma.is_masked(array):
+        raise UsageError("The image array has masked values; fill them first (array.filled(0)).")
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        shape = list(array.shape)
+        raise UsageError(f"The image array has shape {shape}; expected [H, W, 3], [H, W, 1] or [H, W].")
+    check_size((array.shape[1], array.shape[0]), "The image array")
+    try:
+        array = eight_bits(array)
+    except ValueError as error:
+        raise UsageError(f"The image array {error}") from None
+    if array.ndim == 3 and color == "bgr":
+        array = array[:, :, ::-1]
+    # Pillow may share the array's memory, and a camera overwrites its buffer: convert() always makes a copy.
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def _from_pillow(image: Image.Image) -> Image.Image:
+    name = "The image"
+    check_decoded(image, name)
+    check_size(image.size, name)
+    _decode(image, name)
+    # Left as it is turned: a caller who turned the pixels may still carry the EXIF tag.
+    return image.copy() if image.mode == "RGB" else _to_rgb(image, name)
+
+
+def _from_file(path: str) -> Image.Image:
+    name = image_name(path)
+    with open_image(path) as opened:
+        if is_pnm_of_other_range(opened):
+            try:
+                return read_pnm(opened)
+            except ValueError as error:
+                raise undecodable(name, error) from error
+        _decode(opened, name)
+        rgb = opened if opened.mode == "RGB" else _to_rgb(opened, name)
+        turn = _UPRIGHT.get(orientation(opened))
+        if turn is None:
+            return rgb
+        check_size(rgb.size, name, MAX_BYTES // 8)  # turning makes a copy
+        return rgb.transpose(turn)
+
+
+def _decode(image: Image.Image, name: str) -> None:
+    try:
+        image.load()
+    except FusionError:
+        raise
+    except Exception as error:  # Pillow's readers let many types escape on damaged data
+        raise undecodable(name, error) from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode[0] == "I":
+        try:
+            image = _gray(image)
+        except ValueError as error:
+            raise FusionError(f"{name} {error}") from None
+    elif "transparency" in image.info:  # which Pillow warns of, and which is dropped
+        image = image.copy()
+        del image.info["transparency"]
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise FusionError(
+            f"{name} is of Pillow's mode {image.mode}, which is not converted to RGB ({error}); convert it first."
+        ) from error
+
+
+def _gray(image: Image.Image) -> Image.Image:
+    """8 bits from one channel of 16 or 32, row by row: a copy of all would take as much as the picture."""
+    # Some versions of Pillow read 16-bit PNG and PGM files into 32-bit integers, mode "I".
+    sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")
+    gray = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, _ROWS):
+        rows = np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))))
+        gray[top : top + _ROWS] = eight_bits(rows.astype(np.uint16) if sixteen_bits else rows)
+    return Image.fromarray(gray)

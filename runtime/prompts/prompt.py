@@ -1,0 +1,257 @@
+"""Conversation templates, and a conversation as token ids and positions (FUSION.md sections 2 and 4)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.prompts.text_encoder import TextEncoder, any_of, is_empty
+
+MOST_WHITESPACE = 1000  # characters around an answer in the history, which beside a control token may take no tokens
+IMAGE_MARKER = "<image>"
+LATENT_MARKER = "<latent_image>"
+VISION_START = "<vision_start>"
+VISION_END = "<vision_end>"
+MARKER_IDS: Mapping[str, int] = MappingProxyType({IMAGE_MARKER: -200, LATENT_MARKER: -300})
+"""What stands for a marker among token ids."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text around a conversation's questions and answers."""
+
+    system: str
+    question_start: str
+    question_end: str
+    answer_start: str
+    answer_end: str
+
+
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {
+        "phi_3": Template(
+            system="<|system|>\nYou are a helpful AI assistant.<|end|>",
+            question_start="\n<|user|>\n",
+            question_end="<|end|>",
+            answer_start="\n<|assistant|>\n",
+            answer_end="<|end|>",
+        ),
+        "llama_3": Template(
+            system="<|start_header_id|>system<|end_header_id|>\n\n"
+            "You are a helpful, highly intelligent language and vision assistant. "
+            "You are able to understand the visual content that the user provides, and assist the user with a "
+            "variety of tasks using natural language. Whenever an image is present in the conversation, very "
+            "carefully examine it and consider its content when formulating your response.<|eot_id|>",
+            question_start="<|start_header_id|>user<|end_header_id|>\n\n",
+            question_end="<|eot_id|>",
+            answer_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
+            answer_end="<|eot_id|>",
+        ),
+    }
+)
+"""By the name in ``FusionConfig.template``."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question that has been answered."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where everything goes in the LLM's input. All arrays are int64."""
+
+    length: int
+    """Rows of the input."""
+    text_ids: npt.NDArray[np.int64]
+    """``[T]`` token ids."""
+    text_positions: npt.NDArray[np.int64]
+    """``[T]``: the row of each text token."""
+    image_start: int
+    """First of the image tokens' consecutive rows."""
+    latent_positions: npt.NDArray[np.int64]
+    """``[Q, q]``: the rows of the latents in front of each question."""
+    instruct_positions: npt.NDArray[np.int64]
+    """``[Q]``: the last row of the prompt as it stood when each question was asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A conversation of Q questions as token ids. All arrays are int64 ``[n]``."""
+
+    token_ids: npt.NDArray[np.int64]
+    """Text tokens, with ``MARKER_IDS`` where image tokens and latents go: Q + 1 markers."""
+    instruct_ids: npt.NDArray[np.int64]
+    """The questions alone, for the text-guided vision encoder (FUSION.md section 2)."""
+    instruct_indices: npt.NDArray[np.int64]
+    """``[Q]``: index in ``token_ids`` of the last token of the prompt as it stood at each question."""
+
+    def layout(self, image_tokens: int, query_length: int) -> Layout:
+        """Positions once every marker is as wide as what it stands for.
+
+        The first marker becomes ``image_tokens`` rows whichever it is, every later one ``query_length`` rows
+        (FUSION.md section 4: the released weights were trained so).
+        """
+        is_marker = self.token_ids < 0
+        image_marker, *latent_markers = np.flatnonzero(is_marker)
+        widths = np.where(is_marker, query_length, 1)
+        widths[image_marker] = image_tokens
+        ends = np.cumsum(widths)
+        starts = ends - widths
+        return Layout(
+            length=int(ends[-1]),
+            text_ids=self.token_ids[~is_marker],
+            text_positions=starts[~is_marker],
+            image_start=int(starts[image_marker]),
+            latent_positions=starts[latent_markers][:, None] + np.arange(query_length),
+            instruct_positions=starts[self.instruct_indices],
+        )
+
+
+@dataclass(frozen=True)
+class Room:
+    """Positions of a context, and how many of them an image and a question's latents take."""
+
+    capacity: int
+    image_tokens: int
+    query_length: int
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise :class:`FusionError` if a prompt leaves no room for an answer."""
+        length = prompt.layout(self.image_tokens, self.query_length).length
+        if length >= self.capacity:
+            raise self._too_long(str(length))
+
+    def left(self, token_ids: Sequence[int]) -> int:
+        """Positions left behind a prompt's first ids. Raises :class:`FusionError` if there are none."""
+        least = len(token_ids) + self.image_tokens  # a marker stands for one position or more
+        if least > self.capacity:
+            raise self._too_long(f"at least {least - 1}")
+        return self.capacity - least
+
+    def check_text(self, text: str, encoder: TextEncoder, left: int) -> None:
+        """Raise :class:`FusionError` if a text is too long for the positions left, without tokenizing it."""
+        if len(text) > left and (least := len(text) // encoder.longest_token) > left:
+            raise self._too_long(f"at least {self.capacity - left - 1 + least}")
+
+    def _too_long(self, length: str) -> FusionError:
+        return FusionError(
+            f"The prompt takes {length} positions ({self.image_tokens} of them image tokens), the context holds "
+            f"{self.capacity} with the answer; ask a shorter question or drop history, or export with fewer "
+            "--image-tokens or a larger --max-context (of TensorRT's engines fusion-build decides)."
+        )
+
+
+class PromptEncoder:
+    """Tokenizes conversations as the released code does. Safe to use by several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
+        self._encoder = TextEncoder(tokenizer)
+        self._template = template
+        self._ignored = any_of((*self._encoder.special_tokens, *MARKER_IDS, VISION_START, VISION_END))
+
+    def encode(
+        self, history: Sequence[Turn], question: str, *, control_tokens: bool = False, room: Room | None = None
+    ) -> Prompt:
+        """A conversation as token ids.
+
+        What is spelled like a control token or an image marker in questions and answers is text. With
+        ``control_tokens`` it is as in the released code: such spellings are control tokens, and image markers are
+        removed, as the user's text may not claim a place for an image.
+
+        Raises ``UsageError`` for what is no history, no valid text, or a question with nothing in it, ``FusionError``
+        for a prompt that ``room`` does not hold, before all of it is tokenized.
+        """
+        turns = check_history(history)
+        template, encoder = self._template, self._encoder
+        next_question = f"{template.question_start}{VISION_START}"  # in front of its latents
+        ids = [*encoder.beginning(), *encoder.plain(template.system + next_question)]
+        asked_at: list[int] = []
+        questions = ""
+        for number, turn in enumerate((*turns, Turn(question, ""))):
+            ids.append(MARKER_IDS[LATENT_MARKER])
+            start = VISION_END
+            if number == 0:
+                ids += [*encoder.plain(f"{VISION_END}{VISION_START}"), MARKER_IDS[IMAGE_MARKER]]
+                start = f"{VISION_END}\n"
+            asked = self._question(turn.question, control_tokens, room, ids)
+            questions += asked
+            piece = (start, asked, f"{template.question_end}{template.answer_start}")
+            # Tokenized with its answer behind it, the end of an earlier prompt may split differently; what counts
+            # is its length when it was asked.
+            as_asked = encoder.encode(piece, control_tokens)
+            asked_at.append(len(ids) + len(as_asked) - 1)
+            if number == len(turns):
+                ids += as_asked
+            else:
+                answer = self._answer(turn.answer, control_tokens, room, ids)
+                ids += encoder.encode((*piece, answer, f"{template.answer_end}{next_question}"), control_tokens)
+        if control_tokens:
+            questions = _without(questions, *MARKER_IDS, VISION_START, VISION_END)
+        instruct = [*encoder.beginning(), *encoder.encode(("", questions.strip()), control_tokens)]
+        prompt = Prompt(*(np.array(values, np.int64) for values in (ids, instruct, asked_at)))
+        if room is not None:
+            room.check(prompt)
+        return prompt
+
+    def _question(self, question: str, control_tokens: bool, room: Room | None, before: Sequence[int]) -> str:
+        text = self._valid_text(question, "The question", room, before).strip()
+        if control_tokens:
+            text = _without(text, *MARKER_IDS).strip()
+        if is_empty(text, self._ignored):
+            raise UsageError("The question is empty; ask something about the image.")
+        return text
+
+    def _answer(self, answer: str, control_tokens: bool, room: Room | None, before: Sequence[int]) -> str:
+        text = self._valid_text(answer, "An answer in the history", room, before)
+        if (blanks := len(text) - len(text.strip())) > MOST_WHITESPACE:
+            raise UsageError(f"An answer in the history begins or ends with {blanks} blank characters; strip it.")
+        return _without(text, *MARKER_IDS) if control_tokens else text
+
+    def _valid_text(self, text: str, name: str, room: Room | None, before: Sequence[int]) -> str:
+        if not isinstance(text, str):
+            raise UsageError(f"{name} is of type {type(text).__name__}; expected a string.")
+        if room is not None:  # whitespace beside a control token may take no tokens
+            room.check_text(text.strip(), self._encoder, room.left(before))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{name} is no valid Unicode text: character {error.start} is half of a surrogate pair."
+            ) from error
+        return text
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, template: Template, history: Sequence[Turn], question: str, *, control_tokens: bool = False
+) -> Prompt:
+    """As :meth:`PromptEncoder.encode`, once."""
+    return PromptEncoder(tokenizer, template).encode(history, question, control_tokens=control_tokens)
+
+
+def check_history(history: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns as they are now. Raises ``UsageError`` unless they are a sequence of :class:`Turn`."""
+    if not isinstance(history, Sequence) or not all(isinstance(turn, Turn) for turn in history):
+        raise UsageError(f"The history is {shown(history)}; expected a list of Turn(question, answer).")
+    return tuple(history)
+
+
+def _without(text: str, *markers: str) -> str:
+    """``text`` with no marker left in it, not even one that a removal brought together. Markers end with ``>``."""
+    kept = ""
+    for part in re.findall(r"[^>]*>|[^>]+", text):
+        kept += part
+        for marker in markers:
+            kept = kept.removesuffix(marker)
+    return kept

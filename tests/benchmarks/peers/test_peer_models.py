@@ -1,0 +1,87 @@
+"""The LLM of a checkpoint for other engines; what only llama.cpp's packages can write needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from support.paths import GOLDEN
+
+from fusion_edge.benchmarks.peers.language_models import main, write_bfloat16
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+
+PHI = GOLDEN / "FUSION-tiny-Phi"
+
+
+def test_a_hugging_face_folder_is_the_llm_alone(tmp_path: Path) -> None:
+    output = tmp_path / "phi"
+    assert main(["hugging-face", str(PHI), "-o", str(output)]) == 0
+    config = json.loads((output / "config.json").read_text())
+    source = json.loads((PHI / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("phi3", ["Phi3ForCausalLM"])
+    assert config["rope_scaling"] == source["rope_scaling"]
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    names = index["weight_map"]
+    layers = config["num_hidden_layers"]
+    assert len(names) == 6 * layers + 3
+    assert not [name for name in names if "vision" in name or "projector" in name]
+    assert {"lm_head.weight", "model.norm.weight", f"model.layers.{layers - 1}.mlp.gate_up_proj.weight"} <= names.keys()
+    assert all((output / shard).is_symlink() for shard in names.values())
+    with Checkpoint(PHI) as checkpoint:
+        assert index["metadata"]["total_size"] == sum(checkpoint.tensors[name].nbytes for name in names)
+
+
+@pytest.mark.parametrize("command", ["hugging-face", "gguf"])
+def test_other_checkpoints_are_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source, message in ((GOLDEN / "FUSION-X-tiny-LLaMA", "is a Llama; expected a FUSION-Phi"), (tmp_path, "error")):
+        assert main([command, str(source), "-o", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **names: object) -> None:
+    module = ModuleType(name)
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("missing", ["gguf", "llama_cpp"])
+def test_packages_that_are_missing_are_named(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("gguf", "llama_cpp"):
+        fake_module(monkeypatch, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["gguf", str(PHI), "-o", str(tmp_path / "out")]) == 1
+    package = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}[missing]
+    assert f"pip install {package}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("gguf", "llama_cpp"):
+        fake_module(monkeypatch, name)
+    assert main(["gguf", str(PHI), "-o", str(tmp_path / "out"), "--format", "Q3_X"]) == 2
+    assert "has no format Q3_X" in capsys.readouterr().err
+
+
+def test_a_gguf_file_holds_the_weights(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "BF16.gguf"
+    with Checkpoint(PHI) as checkpoint:
+        write_bfloat16(gguf, checkpoint, read_config(checkpoint).language, path)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        for ours, theirs in (
+            ("lm_head.weight", "output.weight"),
+            ("model.layers.1.self_attn.qkv_proj.weight", "blk.1.attn_qkv.weight"),
+            ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+        ):
+            values = gguf.quants.dequantize(tensors[theirs].data, tensors[theirs].tensor_type)
+            np.testing.assert_array_equal(values, checkpoint.read(ours))

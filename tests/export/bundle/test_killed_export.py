@@ -1,0 +1,308 @@
+"""Where a bundle is written: it is whole or absent, whatever is in its place, fails, or kills the export."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+
+from fusion_edge.export import cli
+from fusion_edge.export.bundle.data_writer import DataWriter
+from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.cli import info as cli_info
+
+Refuse = Callable[..., str]
+PRECISIONS = ("int8", "int4")  # of the bundle that is replaced, and of the one that replaces it
+
+
+def whole(folder: Path) -> str:
+    """The precision of a bundle whose every file is right."""
+    opened = bundle.open_bundle(folder)
+    assert {path.name for path in folder.iterdir()} == {
+        bundle.MANIFEST, *(entry.path for entry in opened.manifest.files)
+    }  # fmt: skip
+    bundle.verify(opened)
+    return opened.manifest.precision
+
+
+def siblings(output: Path) -> list[str]:
+    return sorted(path.name for path in output.parent.iterdir())
+
+
+# What is in the place already -------------------------------------------------------------------------------
+
+
+def test_force_replaces_a_bundle(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
+    assert cli.main([str(tiny_checkpoint), "-o", str(output), "--int8"]) == 0
+    assert f"{output} exists; choose another output or pass --force" in refused(
+        cli.main, tiny_checkpoint, "-o", output, "--int4"
+    )
+    assert whole(output) == "int8"
+    assert cli.main([str(tiny_checkpoint), "-o", str(output), "--int4", "--force"]) == 0
+    assert whole(output) == "int4"
+    assert siblings(output) == ["bundle"]
+
+
+def test_force_replaces_the_bundle_behind_a_link(tiny_checkpoint: Path, output: Path) -> None:
+    output.symlink_to("elsewhere")
+    for _ in range(2):
+        assert cli.main([str(tiny_checkpoint), "-o", str(output), "--force"]) == 0
+        assert output.is_symlink()
+        assert whole(output.with_name("elsewhere")) == "int4"
+    assert siblings(output) == ["bundle", "elsewhere"]
+
+
+def test_force_replaces_an_empty_folder(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
+    output.mkdir()
+    assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert cli.main([str(tiny_checkpoint), "-o", str(output), "--force"]) == 0
+    assert whole(output) == "int4"
+
+
+@pytest.mark.parametrize("make", ["file", "folder", "manifest in a subfolder"])
+def test_force_replaces_nothing_else(tiny_checkpoint: Path, output: Path, make: str, refused: Refuse) -> None:
+    files = {"file": output, "folder": output / "thesis.txt", "manifest in a subfolder": output / "old/bundle.json"}
+    files[make].parent.mkdir(parents=True, exist_ok=True)
+    files[make].write_text("dear", encoding="utf-8")
+    for options in ([], ["--force"]):
+        message = refused(cli.main, tiny_checkpoint, "-o", output, *options)
+        assert f"{output} exists" in message
+        assert ("is no bundle, so --force does not replace it" in message) == bool(options)
+        assert files[make].read_text(encoding="utf-8") == "dear"
+    assert siblings(output) == ["bundle"]
+
+
+def test_no_output_is_named(tiny_checkpoint: Path, refused: Refuse) -> None:
+    assert "No output given; add -o BUNDLE" in refused(cli.main, tiny_checkpoint, code=2)
+
+
+@pytest.mark.parametrize("place", ["/", ".", "..", ""])
+def test_folders_that_are_in_use(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse, place: str
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert "exists; choose another output" in refused(cli.main, tiny_checkpoint, "-o", place)
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_place_in_no_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Refuse) -> None:
+    (tmp_path / "file").touch()
+    for parent in ("missing", "missing/below", "file"):
+        message = refused(cli.main, tiny_checkpoint, "-o", tmp_path / parent / "bundle")
+        assert f"{tmp_path / parent} is not a folder; create it first" in message
+    assert "File name too long" in refused(cli.main, tiny_checkpoint, "-o", tmp_path / ("x" * 255))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_write_protected(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
+    output.parent.chmod(0o555)
+    assert f"Cannot write {output}: Permission denied" in refused(cli.main, tiny_checkpoint, "-o", output)
+    output.parent.chmod(0o755)
+    assert not siblings(output)
+
+
+def test_a_file_system_that_is_read_only(tiny_checkpoint: Path, refused: Refuse) -> None:
+    message = refused(cli.main, tiny_checkpoint, "-o", "/proc/bundle")  # no user may make a folder here
+    assert message.startswith("error: Cannot write /proc/bundle: ")
+
+
+# The disk ---------------------------------------------------------------------------------------------------
+
+
+def test_too_small_a_disk_is_told_before_writing(
+    tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
+) -> None:
+    def never(*_: object) -> NoReturn:
+        raise AssertionError("written to a disk that is too small")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(Path, "write_bytes", never)
+    message = refused(cli.main, tiny_checkpoint, "-o", output)
+    assert f"The disk of {output.parent} has 0.00 GB free; the bundle needs 0.02 GB" in message
+    assert not siblings(output)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "mkdir"])
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_disk_that_becomes_full(
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    output: Path,
+    call: str,
+    replacing: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refuse,
+) -> None:
+    if replacing:
+        shutil.copytree(tiny_bundle, output)
+
+    def full(path: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(path, int) or output.parent in Path(path).parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(path, *arguments, **options)
+
+    original = getattr(os, call)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        message = refused(cli.main, tiny_checkpoint, "-o", output, "--int8", "--force")
+    assert message == f"error: The disk of {output.parent} is full; free some space and export again.\n"
+    assert siblings(output) == ["bundle"] * replacing
+    assert not replacing or whole(output) == "int4"
+
+
+def test_an_error_of_the_disk(
+    tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
+) -> None:
+    def broken(*_: object) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    assert "bundle: Input/output error." in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert not siblings(output)
+
+
+def test_writes_that_take_less_than_asked(
+    tiny_checkpoint: Path, tiny_bundle: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:70_000], offset))
+    assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
+    for path in tiny_bundle.iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_interrupted(
+    tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DataWriter, "write", interrupt)
+    assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not siblings(output)
+
+
+# Two at once ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]])
+def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options: list[str], refused: Refuse) -> None:
+    partial = output.with_name(".bundle.partial")
+    partial.mkdir()
+    (partial / "llm.data").write_bytes(b"half")
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the other one holds it
+    message = refused(cli.main, tiny_checkpoint, "-o", output, *options)
+    assert f"Another export is writing {output}; wait for it" in message
+    assert (partial / "llm.data").read_bytes() == b"half"
+    os.close(descriptor)
+    assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
+    assert whole(output) == "int4"
+    assert siblings(output) == ["bundle"]
+
+
+@pytest.mark.parametrize("outcome", ["finished", "failed", "failed and a third began"])
+def test_the_other_export_ends_while_this_one_waits(
+    tiny_checkpoint: Path, output: Path, outcome: str, monkeypatch: pytest.MonkeyPatch, refused: Refuse
+) -> None:
+    partial = output.with_name(".bundle.partial")
+
+    def flock(_descriptor: int, _operation: int) -> None:  # succeeds, on a folder that is no longer there
+        if outcome == "finished":
+            partial.rename(output)
+        else:
+            partial.rename(output.with_name("removed"))
+        if outcome == "failed and a third began":
+            partial.mkdir()
+            (partial / "llm.data").touch()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert "Another export is writing" in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert (partial / "llm.data").exists() == (outcome == "failed and a third began")
+
+
+# Killed -----------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from fusion_edge.export import cli, partial_folder
+name, calls = sys.argv[1], int(sys.argv[2])
+original = getattr(os, name)
+def counted(*arguments, **options):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+setattr(os, name, counted)
+if name == "rename":  # as where folders cannot be exchanged
+    partial_folder.exchange = lambda *_: False
+sys.exit(cli.main(sys.argv[3:]))
+"""
+MOMENTS = (  # after how many calls of which function
+    ("pwrite", 0),  # nothing but small files
+    ("pwrite", 40),
+    ("fsync", 0),  # everything, perhaps not on the disk
+    ("rename", 0),  # before the first rename
+    ("rename", 1),  # replacing: between the two; new: never
+)
+
+
+def killed_export(moment: Sequence[object], checkpoint: Path, output: Path, *options: str) -> int:
+    command = [sys.executable, "-c", KILLED, *map(str, moment), str(checkpoint), "-o", str(output), *options]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(moment: tuple[str, int], tiny_checkpoint: Path, output: Path) -> None:
+    code = killed_export(moment, tiny_checkpoint, output, "--int8")
+    completed = moment == ("rename", 1)
+    assert code == (0 if completed else -signal.SIGKILL)
+    assert output.exists() == completed
+    assert not completed or whole(output) == "int8"
+    assert cli.main([str(tiny_checkpoint), "-o", str(output), "--int4", "--force"]) == 0
+    assert whole(output) == "int4"
+    assert siblings(output) == ["bundle"]
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, ("rename", 2)])
+def test_killed_while_replacing(
+    moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
+) -> None:
+    shutil.copytree(tiny_bundle, output)
+    code = killed_export(moment, tiny_checkpoint, output, "--int8", "--force")
+    completed = moment == ("rename", 2)
+    assert code == (0 if completed else -signal.SIGKILL)
+    # Even an export that is refused puts things in order.
+    assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert whole(output) == ("int8" if completed else "int4")
+    assert siblings(output) == ["bundle"]
+    assert cli_info.main([str(output)]) == 0
+
+
+@pytest.mark.parametrize("moment", [("unlink", 0), ("unlink", 5), ("rmdir", 0)])
+def test_killed_while_the_replaced_bundle_is_removed(
+    moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
+) -> None:
+    """It and the new one have taken each other's place: there is a bundle at any time."""
+    shutil.copytree(tiny_bundle, output)
+    engine = output / "engines/tensorrt-10.9-cc8.7-0123456789abcdef/llm.engine"
+    engine.parent.mkdir(parents=True)
+    engine.touch()
+    assert killed_export(moment, tiny_checkpoint, output, "--int8", "--force") == -signal.SIGKILL
+    assert whole(output) == "int8"
+    assert siblings(output) == [".bundle.partial", "bundle"]
+    assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert siblings(output) == ["bundle"]

@@ -1,0 +1,67 @@
+"""What a dry run says that a calibration takes: more where there is more to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.checkpoints import TINY, write_checkpoint
+from support.packed_checkpoints import SMALL, packer, read_fixture, write_quantized
+
+from fusion_edge.export.calibration import estimate
+from fusion_edge.export.calibration.estimate import CalibrationEstimate, estimate_calibration
+from fusion_edge.export.calibration.options import CalibrationOptions
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.planning.plan import ExportOptions, plan_export
+
+OPTIONS = CalibrationOptions(Path("samples"))
+
+
+@pytest.fixture(autouse=True)
+def _rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_rate", lambda device: 1e9)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = replace(SMALL, vision=replace(TINY.vision, patch_size=24))
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-small", config)
+
+
+def told(
+    checkpoint: Path, calibration: CalibrationOptions = OPTIONS, precision: str = "int4", vision: str = "fp16"
+) -> CalibrationEstimate:
+    with Checkpoint(checkpoint) as opened:
+        return estimate_calibration(plan_export(opened, ExportOptions(precision, vision=vision)), calibration)
+
+
+def test_what_stays_float_is_neither_observed_nor_kept(checkpoint: Path) -> None:
+    less, more = (told(checkpoint, vision=vision) for vision in ("fp16", "int8-weights"))
+    assert less.memory < more.memory
+    assert less.disk < more.disk
+    assert less.seconds < more.seconds
+
+
+def test_what_a_checkpoint_has_quantized_is_neither(tmp_path: Path) -> None:
+    fixture = read_fixture("gptq-v1-sym")
+    packed = write_quantized(tmp_path / "packed", fixture.config, fixture.tensors, packer("gptq-v1-sym"))
+    less, more = (told(folder) for folder in (packed, write_checkpoint(tmp_path / "float", SMALL)))
+    assert less.disk < more.disk
+    assert less.seconds < more.seconds
+
+
+def test_codebooks_are_not_solved(checkpoint: Path) -> None:
+    assert told(checkpoint, precision="nf4").seconds < told(checkpoint).seconds
+
+
+def test_sensitivity_takes_memory_and_time_by_its_samples(checkpoint: Path) -> None:
+    without = told(checkpoint)
+    few, many, all_there_are = (
+        told(checkpoint, replace(OPTIONS, bits=6.0, samples=3000, sensitivity_samples=count))
+        for count in (1000, 3000, 4000)
+    )
+    assert without.memory < few.memory < many.memory
+    assert without.seconds < few.seconds < many.seconds
+    assert many == all_there_are
+    assert told(checkpoint, replace(OPTIONS, samples=3000)).memory == without.memory

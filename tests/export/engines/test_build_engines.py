@@ -1,0 +1,367 @@
+"""``fusion-build`` and the engines that it leaves, on a stand-in for TensorRT (``fake_tensorrt.py``)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import fake_tensorrt_plugin
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, BuilderFlag, FakeTensorRT, MemoryPoolType, PreviewFeature
+from fakes.on_fake_tensorrt import installed
+
+from fusion_edge.export.bundle.folder_lock import locked
+from fusion_edge.export.engines import builder as engine_builder
+from fusion_edge.export.engines import cli as cli_build
+from fusion_edge.kernels import tensorrt_plugins
+from fusion_edge.kernels.onnx_functions import DOMAIN
+from fusion_edge.kernels.triton.ahead_of_time import KERNELS
+from fusion_edge.kernels.triton.kernel_folder import Entry, write_index
+from fusion_edge.runtime.bundle.engines import ENGINES, FOLDER, read_engines
+from fusion_edge.runtime.bundle.manifest import digest
+
+Refuse = Callable[..., str]
+ON_RTX = ("--library=tensorrt-rtx", "--parts=1")
+ON_FULL = ("--library=tensorrt", "--parts=1")
+
+
+@pytest.fixture
+def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Path:
+    """One to build in."""
+    return Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "tiny"))
+
+
+def fake(library: tuple[str, str] = RTX, **machine: Any) -> FakeTensorRT:
+    return FakeTensorRT(*library, FakeCuda(**machine))
+
+
+def build(trt: FakeTensorRT, bundle: Path, *options: str) -> int:
+    library = f"--library={trt.__name__.replace('_', '-')}"
+    with installed(trt):
+        return cli_build.main([str(bundle), library, "--parts=1", *options])
+
+
+def engines_of(bundle: Path) -> list[Path]:
+    """Folders of engines, hidden ones among them."""
+    return sorted(path for path in (bundle / FOLDER).iterdir() if path.is_dir()) if (bundle / FOLDER).exists() else []
+
+
+# What is built ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "operator", "told"),
+    [
+        (FULL, "plugin", ""),
+        (
+            ("tensorrt", "10.13.0"),
+            "plugin",
+            "tensorrt 10.13.0 does not know Attention, RMSNormalization, RotaryEmbedding, TensorScatter: older "
+            "operators, and slower.\n",
+        ),
+        (
+            JETPACK_6,
+            "function",
+            "TensorRT 10.3 has no ahead-of-time plugins (10.9 has): the recursive alignment runs as standard "
+            "operators.\ntensorrt 10.3.0 does not know Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
+            "older operators, and slower.\n",
+        ),
+        (RTX, "function", "TensorRT-RTX has no plugins: the recursive alignment runs as standard operators.\n"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else None,
+)
+def test_what_computes_the_alignment(
+    bundle: Path,
+    library: tuple[str, str],
+    operator: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    registered = []
+    register = tensorrt_plugins.register
+
+    def watched(module: ModuleType, architecture: str, *source: Any) -> None:
+        registered.append((module, architecture))
+        register(module, architecture, *source)
+
+    monkeypatch.setattr(tensorrt_plugins, "register", watched)
+    trt = fake(library)
+    assert build(trt, bundle) == 0
+    assert capsys.readouterr().err == told
+    assert registered == ([(fake_tensorrt_plugin, "86")] if operator == "plugin" else [])
+    (folder,) = engines_of(bundle)
+    assert read_engines(folder).operator == operator
+    for config in trt.built:
+        nodes = [node for node in config.model.graph.node if node.op_type in ("AddRows", "ContextAttention")]
+        names = {function.name for function in config.model.functions if function.domain == DOMAIN}
+        if operator == "plugin":
+            assert config.features == {PreviewFeature.ALIASED_PLUGIN_IO_10_03}
+            assert all({"plugin_namespace", "aot"} <= {one.name for one in node.attribute} for node in nodes)
+            assert not names & {node.op_type for node in nodes}
+        else:
+            assert not config.features
+            assert {node.op_type for node in nodes} <= names
+    assert any(node.op_type == "AddRows" for config in trt.built for node in config.model.graph.node)
+
+
+def test_what_tensorrt_is_asked_for(bundle: Path) -> None:
+    trt = fake()
+    assert build(trt, bundle, "--device=12.0", "--workspace=512MB", "--max-context=256") == 0
+    assert [config.pools for config in trt.built] == [{MemoryPoolType.WORKSPACE: 512_000_000}] * 3
+    assert [capability.name for config in trt.built for capability in config.capabilities.values()] == ["SM120"] * 3
+    assert [config.flags_set for config in trt.built] == [{BuilderFlag.REQUIRE_USER_ALLOCATION}] * 3
+    (folder,) = engines_of(bundle)
+    assert "-cc12.0-" in folder.name
+    built = read_engines(folder)
+    assert (built.max_context, built.workspace, built.parts) == (256, 512_000_000, 1)
+    prompts, steps = built.engines["llm"][0].profiles
+    assert prompts["positions"][2] == 256
+    assert (steps["positions"], steps["latents"], steps["questions"]) == ((1, 1, 1), (0, 0, 0), (0, 0, 0))
+
+
+def test_engines_that_are_up_to_date_are_kept(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trt = fake()
+    for options, engines, said in [
+        ([], 3, "built in"),
+        ([], 0, "up to date"),
+        (["--force"], 3, "built in"),
+        (["--max-context=256"], 3, "built in"),
+        (["--max-context=256"], 0, "up to date"),
+        (["--max-context=256", "--parts=2"], 4, "built in"),
+        (["--max-context=256", "--parts=2", "--workspace=1GB"], 4, "built in"),
+        (["--max-context=256", "--parts=2", "--workspace=1GB"], 0, "up to date"),
+        ([], 3, "built in"),
+    ]:
+        trt.built.clear()
+        capsys.readouterr()
+        assert build(trt, bundle, *options) == 0
+        assert len(trt.built) == engines
+        assert said in capsys.readouterr().out
+        assert len(engines_of(bundle)) == 1
+    (folder,) = engines_of(bundle)
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"{name}.engine" for name in ("vision_encoder", "alignment_decoder", "llm")),
+        ENGINES,
+    }
+
+
+def kernel_folder(folder: Path, *kernels: str) -> Path:
+    """Of PTX that no one runs, for the tiny bundle's width and compute capability 8.6."""
+    folder.mkdir()
+    entries = []
+    for kernel in kernels:
+        path = folder / f"{kernel}.ptx"
+        path.write_text(f".entry {kernel}()")
+        entries.append(Entry(kernel, "86", 32, "fp16", path.name, digest(path), kernel, 128, 0))
+    write_index(folder, entries)
+    return folder
+
+
+def test_kernels_that_come_later(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines without plugins are not up to date where plugins are asked for."""
+    monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None)  # neither torch nor Triton
+    with_kernels = f"--kernels={kernel_folder(tmp_path / 'kernels', *KERNELS)}"
+    for options, operator, engines in [
+        ([], "function", 3),
+        ([with_kernels], "plugin", 3),
+        ([with_kernels], "plugin", 0),
+        ([], "function", 3),
+    ]:
+        trt = fake(FULL)
+        assert build(trt, bundle, *options) == 0
+        (folder,) = engines_of(bundle)
+        assert (read_engines(folder).operator, len(trt.built)) == (operator, engines)
+
+
+def test_kernels_that_are_missing(bundle: Path, tmp_path: Path, refused: Refuse) -> None:
+    """It is said before anything is built."""
+    folder, trt = kernel_folder(tmp_path / "kernels", "add_rows"), fake(FULL)
+    with installed(trt):
+        message = refused(cli_build.main, bundle, *ON_FULL, "--kernels", folder)
+    assert f"{folder} has no context_attention for sm_86, width 32 and fp16; make it with:" in message
+    assert not trt.built
+
+
+def test_kernels_for_which_there_are_no_plugins(bundle: Path, refused: Refuse) -> None:
+    for trt, reason in (
+        (fake(RTX), "TensorRT-RTX has no plugins"),
+        (fake(FULL, compute_capability="7.5"), "There are no kernels for sm_75"),
+    ):
+        assert build(trt, bundle) == 0
+        (folder,) = engines_of(bundle)
+        assert read_engines(folder).operator == "function"
+        library = trt.__name__.replace("_", "-")
+        with installed(trt):
+            message = refused(cli_build.main, bundle, f"--library={library}", "--parts=1", "--kernels=none", code=2)
+        assert message.startswith(f"error: --kernels cannot be used: {reason}")
+        shutil.rmtree(folder)
+
+
+def test_the_timing_cache_is_kept(bundle: Path) -> None:
+    """It outlives the engines, is of one version and one kind of GPU, and the next build begins with it."""
+    kept = bundle / FOLDER / "tensorrt-10.16.0-cc8.6.timing"
+    for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
+        assert build(fake(FULL), bundle, "--force") == 0
+        assert kept.read_bytes() == content
+    for unusable in (b"damaged", b"another GPU's of this compute capability"):
+        kept.write_bytes(unusable)
+        assert build(fake(FULL), bundle, "--force") == 0
+        assert kept.read_bytes() == b"vision_encoder alignment_decoder llm.0 "
+    assert build(fake(FULL, compute_capability="8.7"), bundle) == 0
+    assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
+    assert build(fake(RTX), bundle) == 0
+    assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
+
+
+def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own reason is told, not that there is no fused attention."""
+    trt = fake()
+    trt.has_fused_attention, trt.build_error = False, "Out of memory."
+    assert build(trt, bundle) == 1
+    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. Where" in capsys.readouterr().err
+
+
+def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trt = fake()
+    trt.has_fused_attention = False
+    assert build(trt, bundle) == 0
+    told = capsys.readouterr().err.splitlines()[1:]
+    remark = "tensorrt_rtx has no fused attention for these heads; its parts run one by one."
+    assert told == [f"vision_encoder: {remark}", f"llm: {remark}"]
+
+
+# What fails while it is built ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", ["parse_error", "build_error"])
+def test_tensorrt_gives_up(bundle: Path, failure: str, refused: Refuse) -> None:
+    trt = fake(FULL)
+    assert build(trt, bundle) == 0
+    before = {path: path.read_bytes() for path in (bundle / FOLDER).rglob("*") if path.is_file()}
+    setattr(trt, failure, "Internal Error:\n  out of memory.")
+    with installed(trt):
+        message = refused(cli_build.main, bundle, *ON_FULL, "--max-context=256")
+    assert "tensorrt 10.16.0 cannot build vision_encoder for compute capability 8.6: Internal Error:" in message
+    assert message.endswith("Where memory ran out, build with more --parts, a smaller --max-context or --workspace.\n")
+    assert {path: path.read_bytes() for path in (bundle / FOLDER).rglob("*") if path.is_file()} == before
+
+
+def test_ctrl_c(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trt = fake()
+    trt.on_step = lambda: os.kill(os.getpid(), signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
+    assert build(trt, bundle) == 130
+    assert capsys.readouterr().err.endswith("operators.\ninterrupted\n")
+    assert not engines_of(bundle)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_too_small_a_disk(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    trt = fake()
+    with installed(trt):
+        message = refused(cli_build.main, bundle, *ON_RTX)
+    assert message.startswith(f"error: The disk of {bundle} has 1.00 MB free; the engines need about ")
+    assert not trt.built
+
+
+def test_a_disk_that_becomes_full(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(engine_builder, "digest", fail)
+    assert build(fake(FULL), bundle) == 1
+    message = f"The disk of {bundle / FOLDER} is full; free some space and build again."
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not engines_of(bundle)
+
+
+def test_two_builds_at_once(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trt = fake(FULL)
+    assert build(trt, bundle) == 0
+    (folder,) = engines_of(bundle)
+    with locked(folder.parent / f".{folder.name}.partial", ""):
+        assert build(trt, bundle, "--force") == 1
+    assert f"Another build is writing {folder}; wait for it" in capsys.readouterr().err
+
+
+# What is not begun -----------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_for_another_target(tiny_bundle: Path, refused: Refuse) -> None:
+    message = refused(cli_build.main, tiny_bundle)
+    assert message == (
+        f"error: {tiny_bundle} was exported for cpu; fusion-export FUSION-tiny -o FOLDER --target tensorrt makes one "
+        "to build from.\n"
+    )
+
+
+def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
+    """What to install is said, of the one that is asked for, or of both."""
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    full = "on a Jetson it comes with JetPack"
+    rtx = "pip install 'fusion-edge[tensorrt-rtx]'"
+    assert f"tensorrt is not installed; {full}" in refused(cli_build.main, bundle, "--library=tensorrt")
+    assert f"tensorrt-rtx is not installed; {rtx}" in refused(cli_build.main, bundle, "--library=tensorrt-rtx")
+    message = refused(cli_build.main, bundle)
+    assert message.startswith(f"error: There is no TensorRT here: tensorrt is not installed; {full}")
+    assert f" tensorrt-rtx is not installed; {rtx}" in message
+
+
+def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
+    def fail(name: str) -> object:
+        raise ImportError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr("fusion_edge.runtime.backends.tensorrt_library.importlib.import_module", fail)
+    for options in ([], ["--library=tensorrt"]):
+        message = refused(cli_build.main, bundle, *options)
+        assert "tensorrt is not installed or does not load (libnvinfer.so.10: cannot open shared object fi" in message
+
+
+@pytest.mark.parametrize(
+    ("library", "machine", "options", "code", "reason"),
+    [
+        (RTX, {}, ["--device=7.0"], 1, "Compute capability 7.0 is too old: tensorrt_rtx needs 7.5 or later; run a "),
+        (FULL, {"compute_capability": "5.3"}, [], 1, "Compute capability 5.3 is too old: tensorrt needs 7.5 or later"),
+        (RTX, {}, ["--device=8.8"], 1, "tensorrt_rtx 1.7.1.116 does not build for compute capability 8.8; it does "),
+        (RTX, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise pass --device 8.6 or"),
+        (FULL, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise build on the target."),
+        (FULL, {}, ["--device=8.6"], 2, "--device is for tensorrt-rtx: tensorrt builds for the GPU that it runs on."),
+        (RTX, {}, ["--max-context=47"], 2, "--max-context 47 is out of range for this bundle; choose 48 (image tokens"),
+        (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (what it was exported with)."),
+    ],
+)
+def test_what_is_refused(
+    bundle: Path,
+    refused: Refuse,
+    library: tuple[str, str],
+    machine: dict[str, Any],
+    options: list[str],
+    code: int,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trt = fake(library, **machine)
+    assert build(trt, bundle, *options) == code
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    assert reason in message
+    assert not engines_of(bundle)
+    assert not trt.built
+
+
+@pytest.mark.parametrize("options", [["--device=ampere"], ["--parts=0"], ["--library=onnx"], ["--workspace=some"]])
+def test_wrong_options(bundle: Path, options: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli_build.main([str(bundle), *options])
+    assert stopped.value.code == 2

@@ -1,0 +1,216 @@
+"""``fusion-build`` with the real TensorRT-RTX, which builds engines for GPUs that the machine does not have.
+
+It does not load them there, so what they take and give is read from its parser's networks, and from the engines' bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import pytest
+from support.checkpoints import TINY, write_checkpoint
+from support.paths import DEMO_CHECKPOINT, GOLDEN
+
+from fusion_edge.export import cli
+from fusion_edge.export.engines import builder as engine_builder
+from fusion_edge.export.engines import cli as cli_build
+from fusion_edge.export.engines.partition import fix_dimension
+from fusion_edge.export.engines.profiles import Limits, Ranges, limits, profiles
+from fusion_edge.runtime.backends.tensorrt_library import Library
+from fusion_edge.runtime.bundle.engines import Engine, Engines, Machine, engines_folder, read_engines
+from fusion_edge.runtime.bundle.graphs import LLM, VISION_ENCODER
+from fusion_edge.runtime.bundle.manifest import MANIFEST, Bundle, Manifest, open_bundle
+
+CHECKPOINTS = {
+    "demo": DEMO_CHECKPOINT,
+    "phi": GOLDEN / "FUSION-tiny-Phi",
+    "llama": GOLDEN / "FUSION-X-tiny-LLaMA",
+}
+PRECISIONS = {"fp16": "--fp16", "int4": "--int4 --group-size 64 --rule llm.layers.*.mlp.down=int8:channel"}
+Built = Callable[..., tuple[Path, Engines]]
+
+
+@pytest.fixture(scope="module")
+def trt() -> ModuleType:
+    module: ModuleType = pytest.importorskip("tensorrt_rtx")
+    return module
+
+
+@pytest.fixture(scope="module")
+def built(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """``built(checkpoint, precision, compute capability, *options)``: the bundle and its engines, made once."""
+    bundles: dict[tuple[Path, str], Path] = {}
+    engines: dict[tuple[Any, ...], Engines] = {}
+
+    def build(checkpoint: Path, precision: str, capability: str, *options: str) -> tuple[Path, Engines]:
+        exported, key = (checkpoint, precision), (checkpoint, precision, capability, options)
+        if exported not in bundles:
+            bundles[exported] = tmp_path_factory.mktemp("bundle") / "b"
+            command = [str(checkpoint), "-o", str(bundles[exported]), "--target=tensorrt"]
+            assert cli.main([*command, *PRECISIONS[precision].split()]) == 0
+        folder = bundles[exported]
+        if key not in engines:
+            command = [str(folder), "--library=tensorrt-rtx", f"--device={capability}", *options]
+            assert cli_build.main(command) == 0
+            machine = Machine("tensorrt_rtx", trt.__version__, capability)
+            engines[key] = read_engines(engines_folder(open_bundle(folder), machine))
+        return folder, engines[key]
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "precision", "capability"),
+    [
+        *itertools.product(["demo"], PRECISIONS, ["8.6", "8.9", "12.0"]),
+        ("phi", "int4", "8.9"),
+        ("llama", "fp16", "12.0"),
+    ],
+)
+def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: str, capability: str) -> None:
+    folder, engines = built(CHECKPOINTS[checkpoint], precision, capability, "--parts=1")
+    bundle = open_bundle(folder)
+    assert engines.engines.keys() == bundle.manifest.graphs.keys()
+    assert engines.machine.compute_capability == capability
+    assert engines.operator == "function"
+    check_engines(trt, bundle, engines.engines, engines_folder(bundle, engines.machine))
+
+
+@pytest.mark.parametrize(("checkpoint", "precision"), [("phi", "fp16"), ("llama", "int4")])
+def test_graphs_behind_the_tower(trt: ModuleType, tmp_path: Path, checkpoint: str, precision: str) -> None:
+    """The other formats of the golden checkpoints, whose towers of 27 and 40 layers take most of a minute to build."""
+    command = [str(CHECKPOINTS[checkpoint]), "-o", str(tmp_path / "b"), "--target=tensorrt"]
+    assert cli.main([*command, *PRECISIONS[precision].split()]) == 0
+    bundle = open_bundle(tmp_path / "b")
+    graphs = {name: graph for name, graph in bundle.manifest.graphs.items() if name != VISION_ENCODER}
+    part = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, graphs=graphs))
+    machine = Machine("tensorrt_rtx", trt.__version__, "8.6")
+    built_for = limits(bundle.manifest, bundle.manifest.max_context)
+    options = engine_builder.BuildOptions(parts=1)
+    builder = engine_builder.EngineBuilder(part, Library(trt), machine, built_for, options, uses_plugins=False)
+    check_engines(trt, bundle, builder.build(tmp_path), tmp_path)
+
+
+def check_engines(trt: ModuleType, bundle: Bundle, engines: Mapping[str, tuple[Engine, ...]], folder: Path) -> None:
+    for name, (engine,) in engines.items():
+        assert_describes(engine, network(trt, bundle, name))
+        assert_holds_names(folder / engine.file.path, engine)
+        assert len(engine.profiles) == (2 if name == LLM else 1)
+
+
+def network(trt: ModuleType, bundle: Bundle, name: str) -> Mapping[str, list[dict[str, Any]]]:
+    """Inputs and outputs as TensorRT's parser sees them, for the whole context; sizes that vary are -1."""
+    model = onnx.load(bundle.folder / f"{name}.onnx", load_external_data=False)
+    fix_dimension(model, "capacity", bundle.manifest.max_context)
+    logger = trt.Logger(trt.Logger.ERROR)
+    parsed = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(parsed, logger).parse(model.SerializeToString(), str(bundle.folder / MANIFEST))
+
+    def describe(tensor: Any) -> dict[str, Any]:
+        return {"name": tensor.name, "dtype": trt.nptype(tensor.dtype).__name__, "shape": list(tensor.shape)}
+
+    return {
+        "inputs": [describe(parsed.get_input(i)) for i in range(parsed.num_inputs)],
+        "outputs": [describe(parsed.get_output(i)) for i in range(parsed.num_outputs)],
+    }
+
+
+def assert_describes(engine: Engine, parsed: Mapping[str, list[dict[str, Any]]]) -> None:
+    """The manifest's tensors are those of the network, and each profile has a range for what varies in the inputs."""
+    for side, described in (("inputs", engine.inputs), ("outputs", engine.outputs)):
+        assert [tensor["name"] for tensor in described] == [tensor["name"] for tensor in parsed[side]]
+        for tensor, seen in zip(described, parsed[side], strict=True):
+            assert tensor["dtype"] == seen["dtype"]
+            assert [-1 if isinstance(size, str) else size for size in tensor["shape"]] == seen["shape"]
+    tensors = (*engine.inputs, *engine.outputs)
+    varying = {size for tensor in tensors for size in tensor["shape"] if isinstance(size, str)}
+    for profile in engine.profiles:
+        assert profile.keys() == varying
+        assert all(least <= typical <= largest for least, typical, largest in profile.values())
+
+
+def assert_holds_names(path: Path, engine: Engine) -> None:
+    """What was built has these inputs and outputs: it can be asked only where it loads."""
+    content = path.read_bytes()
+    for tensor in (*engine.inputs, *engine.outputs):
+        assert tensor["name"].encode() in content
+
+
+def test_parts_are_a_chain(built: Built) -> None:
+    """Together they take and give what the whole does; what goes on is given once and taken as it was given."""
+    folder, engines = built(DEMO_CHECKPOINT, "fp16", "8.6", "--parts=3")
+    _, whole = built(DEMO_CHECKPOINT, "fp16", "8.9", "--parts=1")
+    parts, (one,) = engines.engines[LLM], whole.engines[LLM]
+    assert [part.file.path for part in parts] == [f"llm-{number}-of-3.engine" for number in (1, 2, 3)]
+    given: dict[str, Any] = {}
+    taken: dict[str, Any] = {}
+    for part in parts:
+        for tensor in part.inputs:
+            if tensor["name"] in given:
+                assert tensor == given[tensor["name"]]
+            else:
+                taken[tensor["name"]] = tensor
+        assert not given.keys() & {tensor["name"] for tensor in part.outputs}
+        given |= {tensor["name"]: tensor for tensor in part.outputs}
+        assert part.profiles == one.profiles
+        assert_holds_names(engines_folder(open_bundle(folder), engines.machine) / part.file.path, part)
+    assert taken == {tensor["name"]: tensor for tensor in one.inputs}
+    assert given.items() >= {tensor["name"]: tensor for tensor in one.outputs}.items()
+    assert len(given) > len(one.outputs)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose engines are weights, not kernels."""
+    language = dataclasses.replace(
+        TINY.language,
+        hidden_size=512,
+        heads=8,
+        kv_heads=8,
+        head_dim=64,
+        mlp_width=1024,
+        rotary_inverse_frequencies=tuple(10000 ** (-i / 32) for i in range(32)),
+    )
+    config = dataclasses.replace(TINY, language=language)
+    return write_checkpoint(tmp_path_factory.mktemp("wide") / "FUSION-wide", config)
+
+
+def test_int4_engines_are_smaller(built: Built, wide: Path) -> None:
+    sizes = {precision: built(wide, precision, "8.9", "--parts=1")[1].engines for precision in PRECISIONS}
+    (half,), (quarter,) = (sizes[precision][LLM] for precision in ("fp16", "int4"))
+    assert quarter.file.size < 0.6 * half.file.size
+
+
+def test_steps_do_without_the_interaction_layers(built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine for steps alone has none of their weights: TensorRT sees that nothing goes through them."""
+    folder, both = built(wide, "fp16", "8.9", "--parts=1")
+
+    def steps_alone(manifest: Manifest, built_for: Limits) -> dict[str, list[Ranges]]:
+        ranges = profiles(manifest, built_for)
+        return ranges | {LLM: ranges[LLM][1:]}
+
+    monkeypatch.setattr(engine_builder, "profiles", steps_alone)
+    _, steps = built(wide, "fp16", "12.0", "--parts=1")
+    weights = {
+        tensor.name: next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
+        for tensor in onnx.load(folder / "llm.onnx", load_external_data=False).graph.initializer
+        if tensor.external_data and tensor.name.startswith("alignment.")
+    }
+    saved = both.engines[LLM][0].file.size - steps.engines[LLM][0].file.size
+    assert saved > 0.9 * sum(weights.values()) > 1e6
+
+
+def test_json(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, engines = built(DEMO_CHECKPOINT, "int4", "8.6", "--parts=1")
+    capsys.readouterr()
+    assert cli_build.main([str(folder), "--library=tensorrt-rtx", "--device=8.6", "--parts=1", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["state"] == "up to date"
+    assert printed["engines"] == json.loads(engines.to_text())["engines"]

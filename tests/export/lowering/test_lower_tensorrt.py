@@ -1,0 +1,310 @@
+"""Graphs for TensorRT, computed by ONNX Runtime on the CPU: against the eager interpreter and the released outputs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import numpy_helper
+from support.opset24 import needs_opset_24
+from support.paths import DEMO_CHECKPOINT, GOLDEN
+from test_golden import LLAMA, NEW_TOKENS, PHI, Case, each_case
+
+from fusion_edge.benchmarks.demo.samples import write_samples
+from fusion_edge.export import cli
+from fusion_edge.export.calibration import export as calibration_export
+from fusion_edge.export.calibration.samples import FEWEST
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.planning.tensorrt_formats import check_formats
+from fusion_edge.export.reference.bundle_weights import BundleWeights
+from fusion_edge.export.reference.eager_backend import EagerBackend
+from fusion_edge.kernels import onnx_functions
+from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
+from fusion_edge.runtime import Fusion, Sampling, Turn, load
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.bundle.config import IMAGE_SIZE
+from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.cli import run as cli_run
+from fusion_edge.runtime.errors import UsageError
+
+HALF = 0.03
+"""Largest difference as a share of the standard deviation. float16 rounds to 2^-11 = 0.0005 of a value; errors of some
+tens of products and sums in turn add up to about the square root of their number times that, and the largest of
+thousands of them is four deviations: 0.0005 * sqrt(50) * 4 = 0.014, doubled."""
+CHECKPOINTS = {"demo": DEMO_CHECKPOINT, PHI: GOLDEN / PHI, LLAMA: GOLDEN / LLAMA}
+PICTURE = GOLDEN / "phi_one_turn.png"
+INT4 = {
+    "demo": ["--int4"],
+    PHI: ["--int4", "--group-size=64"],
+    LLAMA: ["--int4", "--group-size=64", "--rule=llm.layers.*.mlp.down=int8:channel"],  # 112 inputs
+}
+Export = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """``exported(checkpoint, *options)``: the bundle for TensorRT, exported once."""
+    bundles: dict[tuple[str, ...], Path] = {}
+
+    def export(checkpoint: str, *options: str) -> Path:
+        key = (checkpoint, *options)
+        if key not in bundles:
+            folder = tmp_path_factory.mktemp("bundle") / "b"
+            assert cli.main([str(CHECKPOINTS[checkpoint]), "-o", str(folder), "--target=tensorrt", *options]) == 0
+            bundles[key] = folder
+        return bundles[key]
+
+    return export
+
+
+class Compared:
+    """Gives what one backend gives, and checks it against another one on the same inputs."""
+
+    name = "compared"
+
+    def __init__(self, backend: Backend, reference: EagerBackend) -> None:
+        self.backend, self.reference, self.max_context = backend, reference, backend.max_context
+        self.compared: list[str] = []
+
+    def encode(self, *inputs: Any) -> npt.ArrayLike:
+        return self._same("encode", self.backend.encode(*inputs), self.reference.encode(*inputs))
+
+    def align(self, features: Any, *cells: Integers) -> ImageAlignment:
+        aligned = self.backend.align(features, *cells)
+        self._expected = self.reference.align(np.asarray(features), *cells)
+        self._same("align", aligned.latents, self._expected.latents)
+        return aligned
+
+    def prefill(self, rows: Floats, image: ImageAlignment, *rest: Any) -> Floats:
+        return self._same(
+            "prefill", self.backend.prefill(rows, image, *rest), self.reference.prefill(rows, self._expected, *rest)
+        )
+
+    def decode(self, row: Floats) -> Floats:
+        return self._same("decode", self.backend.decode(row), self.reference.decode(row))
+
+    def close(self) -> None:
+        pass
+
+    def _same(self, name: str, actual: npt.ArrayLike, expected: npt.NDArray[Any]) -> Floats:
+        self.compared.append(name)
+        assert_close(actual, expected)
+        return np.asarray(actual)
+
+
+def assert_close(actual: npt.ArrayLike, expected: npt.NDArray[Any]) -> None:
+    actual = np.asarray(actual)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= HALF * expected.std()
+
+
+@needs_opset_24
+@pytest.mark.parametrize(
+    ("checkpoint", "options"),
+    [("demo", ["--fp16"]), *INT4.items()],  # the others in float16: see the released outputs below
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_computes_what_the_eager_interpreter_does(exported: Export, checkpoint: str, options: list[str]) -> None:
+    """Every array of two questions about an image with the shortest query length, and of one with the longest."""
+    folder = exported(checkpoint, *options)
+    with load(folder, device="cpu", threads=1) as fusion:
+        reference = EagerBackend(fusion.config, BundleWeights(open_bundle(folder)))
+        compared = Compared(fusion.backend, reference)
+        watched = Fusion(fusion.manifest, compared, fusion.tokenizer, reference.embed)
+        lengths, history = fusion.manifest.query_lengths, list[Turn]()
+        for question, length in (("What is it?", min(lengths)), ("How many?", min(lengths)), ("Why?", max(lengths))):
+            sampling = Sampling(max_new_tokens=4)
+            answer = watched.answer(PICTURE, question, history=history, query_length=length, sampling=sampling)
+            history = [Turn(question, answer.text)] if length == min(lengths) else []
+        assert compared.compared.count("prefill") == 3
+        assert compared.compared.count("decode") >= 3
+
+
+def calibrated(checkpoint: Path, output: Path, target: str) -> None:
+    """A bundle whose formats are the same for each target."""
+    samples = output.parent / "samples"
+    if not samples.exists():
+        write_samples(samples, FEWEST)
+    options = ["--int8", "--group-size=channel", f"--target={target}", f"--calibrate={samples}"]
+    assert cli.main([str(checkpoint), "-o", str(output), *options]) == 0
+
+
+@pytest.fixture(scope="module")
+def integer_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated") / "b"
+    calibrated(tiny_checkpoint, folder, "tensorrt")
+    return folder
+
+
+@needs_opset_24
+def test_inputs_that_are_integers(integer_bundle: Path) -> None:
+    """Signed ones around 0, in the vision encoder; some round to a neighbour in float16."""
+    bundle = open_bundle(integer_bundle)
+    weights = BundleWeights(bundle)
+    linears = [name for name, form in bundle.manifest.weights.items() if form == "w8a8"]
+    assert linears
+    assert {grid and grid.zero_point for grid in map(weights.input_grid, linears)} == {SYMMETRIC_ZERO_POINT}
+    pixels = np.random.default_rng(0).normal(0, 0.5, (1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+    text = np.random.default_rng(1).normal(0, 0.5, (1, 5, bundle.manifest.model.language.hidden_size))
+    inputs = pixels, text.astype(np.float32), np.ones((1, 5), np.bool_)
+    expected = EagerBackend(bundle.manifest.model, weights).encode(*inputs)
+    with load(integer_bundle, device="cpu", threads=1) as fusion:
+        actual = np.asarray(fusion.backend.encode(*inputs))
+    assert np.square(actual - expected).mean() <= (0.05 * expected.std()) ** 2
+
+
+def test_calibration_for_another_target_starts_anew(
+    integer_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all formats are the same: a CPU's integers have zero points."""
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration_export, "write_bundle", killed)
+        with pytest.raises(Killed):
+            calibrated(tiny_checkpoint, tmp_path / "b", "cpu")
+    calibrated(tiny_checkpoint, tmp_path / "b", "tensorrt")
+    for file in integer_bundle.glob("*.data"):
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@needs_opset_24
+@each_case
+def test_released_answers(
+    case: Case, exported: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the commands, in float16: the logits behind the released code's prompts, and its tokens."""
+    seen: list[Floats] = []
+    watch(monkeypatch, seen)
+    tokens = [] if case.image_tokens is None else [f"--image-tokens={case.image_tokens}"]
+    bundle = exported(case.facts["checkpoint"], "--fp16", *tokens)
+    for number, question, history in case.turns():
+        past = tmp_path / "history.json"
+        past.write_text(json.dumps([vars(turn) for turn in history]), encoding="utf-8")
+        capsys.readouterr()
+        seen.clear()
+        options = ["--history", str(past), "--json", "--query-len", str(case.facts["query_len"]), "--device=cpu"]
+        command = [str(bundle), "--image", str(case.image), "--ask", question, *options]
+        assert cli_run.main([*command, "--max-new-tokens", str(NEW_TOKENS)]) == 0
+        (answer,) = json.loads(capsys.readouterr().out)["answers"]
+        assert_close(seen[0], case.arrays[f"t{number}_last_logits"])
+        assert_same_until_a_tie(answer["token_ids"], case.arrays[f"t{number}_output_ids"].tolist(), seen)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, seen: list[Floats]) -> None:
+    """Keep the logits that every token is taken from."""
+    for name in ("prefill", "decode"):
+        method = getattr(OnnxRuntimeBackend, name)
+
+        def watched(self: OnnxRuntimeBackend, *inputs: Any, method: Callable[..., Floats] = method) -> Floats:
+            seen.append(method(self, *inputs).copy())
+            return seen[-1]
+
+        monkeypatch.setattr(OnnxRuntimeBackend, name, watched)
+
+
+def assert_same_until_a_tie(actual: list[int], expected: list[int], logits: list[Floats]) -> None:
+    """Where tokens part, each of the two is the likelier one within the tolerance: the model's weights are random."""
+    for row, (token, other) in zip(logits, zip(actual, expected, strict=True), strict=False):
+        if token != other:
+            assert row[token] - row[other] <= HALF * row.std()
+            return
+
+
+# The graphs themselves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["--fp16"], INT4[PHI]], ids=["fp16", "int4"])
+def test_operators_are_standard(exported: Export, options: list[str]) -> None:
+    """But for three functions, which the model defines; nothing branches, and nothing is of Microsoft's."""
+    folder = exported(PHI, *options)
+    own = set()
+    for name in ("vision_encoder", "alignment_decoder", "llm"):
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        onnx.checker.check_model(str(folder / f"{name}.onnx"))
+        assert {entry.version for entry in model.opset_import if not entry.domain} == {24}
+        functions = {function.name for function in model.functions}
+        nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+        for node in nodes:
+            assert node.domain == "" or (node.domain == onnx_functions.DOMAIN and node.op_type in functions)
+            assert node.op_type not in ("If", "Loop", "Scan")
+        own |= {node.op_type for node in nodes if node.domain}
+        by_operator = Counter(node.op_type for node in model.graph.node)
+        assert by_operator["MatMul"] - by_operator["DequantizeLinear"] == (
+            by_operator["MatMul"] if "--fp16" in options else 0
+        )
+    assert own == {onnx_functions.CONTEXT_ATTENTION, onnx_functions.ADD_LAYER_NORM, onnx_functions.ADD_ROWS}
+
+
+def test_the_cache_is_scattered_into(exported: Export) -> None:
+    """What comes in as past goes out as present, layer by layer; one mask serves all layers."""
+    folder = exported(PHI, "--fp16")
+    graph = onnx.load(folder / "llm.onnx", load_external_data=False).graph
+    scatters = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
+    layers = open_bundle(folder).manifest.model.language.layers
+    assert scatters == {
+        f"present.{layer}.{part}": f"past.{layer}.{part}" for layer in range(layers) for part in ("key", "value")
+    }
+    assert len({node.input[3] for node in graph.node if node.op_type == "Attention"}) == 1
+
+
+def test_int4_scales_are_positive(exported: Export) -> None:
+    """TensorRT asks for that."""
+    folder = exported(PHI, *INT4[PHI])
+    for name in ("vision_encoder", "alignment_decoder", "llm"):
+        model = onnx.load(folder / f"{name}.onnx")
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        products = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+        assert products
+        for node in products:
+            assert len(node.input) == 2
+            assert (numpy_helper.to_array(tensors[node.input[1]]) > 0).all()
+
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "reason"),
+    [
+        (LLAMA, "--int4 --group-size 64", "llm.layers.0.mlp.down cannot be int4:64 for TensorRT: its 112 inputs are "),
+        (PHI, "--int4", "cannot be int4:128 for TensorRT: its 64 inputs are not whole groups of 128"),
+        (PHI, "--int4 --asym --group-size 32", "TensorRT: it knows no zero points; leave --asym out,"),
+        (PHI, "--fp16 --rule llm.*=nf4:32", "TensorRT: it has no products with a codebook; use --int4,"),
+        (PHI, "--fp16 --rule llm.*=fp4:32", "TensorRT: it has no products with a codebook; use --int4,"),
+        (PHI, "--fp16 --rule llm.*=int8:32", "cannot be int8:32 for TensorRT: its 8-bit weights have one scale a"),
+        (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it knows no zero"),
+        (PHI, "--fp16 --kv-cache int8", "--kv-cache int8"),
+        (PHI, "--fp16 --accuracy-level 4", "--accuracy-level is for ONNX Runtime"),
+        (PHI, "--int8 --group-size 32", "8-bit weights have one scale a channel: leave --group-size out"),
+    ],
+)
+def test_formats_that_tensorrt_does_not_read(
+    checkpoint: str, options: str, reason: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    arguments = [CHECKPOINTS[checkpoint], "-o", tmp_path / "b", "--target", "tensorrt", *options.split()]
+    message = refused(cli.main, *arguments, code=2)
+    assert reason in message
+    assert not (tmp_path / "b").exists()
+
+
+def test_odd_outputs() -> None:
+    """Two outputs share a byte."""
+    form = WeightFormat("int4", 64)
+    parameters = {"llm.lm_head.weight": Parameter("llm.lm_head.weight", "linear", (33, 64), ())}
+    with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:64 for TensorRT: its 33 outputs are odd, and "):
+        check_formats({"llm.lm_head": form}, parameters, {})

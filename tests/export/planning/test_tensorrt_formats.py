@@ -1,0 +1,183 @@
+"""INT4 blocks of 64 and 128, the only ones that TensorRT has products for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
+from fakes.on_fake_tensorrt import build, installed
+from onnx import helper
+from support.checkpoints import TINY, write_checkpoint
+from support.packed_checkpoints import packer, read_fixture, write_quantized
+
+from fusion_edge.export import cli
+from fusion_edge.export.checkpoint.config import read_config, read_parameters
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
+from fusion_edge.export.engines import cli as cli_build
+from fusion_edge.export.planning import plan
+from fusion_edge.export.planning.tensorrt_formats import BLOCK_SIZES, check_formats
+from fusion_edge.export.reference.bundle_weights import BundleWeights
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle.config import FusionConfig
+from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.errors import UsageError
+
+Refuse = Callable[..., str]
+PRESETS = ("tensorrt", "jetson-orin-nano", "jetson-orin", "jetson-thor", "rtx")
+
+
+def wide(**language: int) -> FusionConfig:
+    sizes: dict[str, Any] = {"hidden_size": 128, "mlp_width": 512, "heads": 8, "kv_heads": 8} | language
+    return dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, **sizes))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("wide") / "FUSION-wide", wide())
+
+
+def block_sizes(folder: Path) -> set[int]:
+    """Of all 4-bit weights, as the graphs have them."""
+    sizes: set[int] = set()
+    for path in folder.glob("*.onnx"):
+        for node in onnx.load(path, load_external_data=False).graph.node:
+            attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+            sizes |= {attributes["block_size"]} if "block_size" in attributes else set()
+    return sizes
+
+
+# Export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", PRESETS)
+@pytest.mark.parametrize("options", ["--int4 --group-size 32", "--fp16 --rule llm.layers.*=int4:32"])
+def test_blocks_of_32_are_refused(checkpoint: Path, tmp_path: Path, refused: Refuse, target: str, options: str) -> None:
+    arguments = [checkpoint, "-o", tmp_path / "b", "--target", target, *options.split()]
+    message = refused(cli.main, *arguments, code=2)
+    assert "cannot be int4:32 for TensorRT: it has 4-bit products for groups of 64 and 128 alone; use --g" in message
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ("--int4", {128}),
+        ("--int4 --group-size 64", {64}),
+        ("--int4 --group-size channel", {128}),
+        ("--int4 --rule llm.layers.0.*=int4:64", {64, 128}),
+        ("--int8", set()),
+    ],
+)
+def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, blocks: set[int]) -> None:
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--target=tensorrt", *options.split()]) == 0
+    assert block_sizes(tmp_path / "b") == blocks
+
+
+@pytest.mark.parametrize(
+    ("form", "shape", "reason"),
+    [
+        ("int4:32", (64, 128), "groups of 64 and 128 alone; use --group-size 64 or 128, in a rule int4:128, or use"),
+        ("int4:32", (64, 192), "groups of 64 and 128 alone; use --group-size 64, in a rule int4:64, or use another"),
+        ("int4:128", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64, in a rule int4:64"),
+        ("int4:channel", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64"),
+        ("int4:32", (64, 96), "its 96 inputs are not whole groups of 64 or 128; give it 8 bits, or use another format"),
+        ("int4:64", (63, 64), "its 63 outputs are odd, and two share a byte; give it 8 bits"),
+    ],
+)
+def test_remedies(form: str, shape: tuple[int, int], reason: str) -> None:
+    """What is proposed is accepted."""
+    name = "llm.layers.0.mlp.up"
+    parameters = {f"{name}.weight": Parameter(f"{name}.weight", "linear", shape, ())}
+    with pytest.raises(UsageError) as refused:
+        check_formats({name: WeightFormat.parse(form)}, parameters, {})
+    assert f"{name} cannot be {form} for TensorRT: " in str(refused.value)
+    assert reason in str(refused.value)
+    for size in BLOCK_SIZES:
+        if f"int4:{size}" in reason:
+            check_formats({name: WeightFormat("int4", size)}, parameters, {})
+    check_formats({name: WeightFormat.parse("int8:channel")}, parameters, {})
+
+
+# Quantized checkpoints -------------------------------------------------------------------------------------------
+
+
+def quantized(folder: Path, variant: str, model: FusionConfig) -> Path:
+    """Its decoder layers in the layout of a variant, all of them random."""
+    fixture, pack = read_fixture(variant), packer(variant)
+    language = model.language
+    down = pack("model.layers.0.mlp.down_proj", language.hidden_size, language.mlp_width)
+    return write_quantized(folder, fixture.config, down, pack, model=model)
+
+
+def test_groups_of_32_of_a_checkpoint(tmp_path: Path, refused: Refuse) -> None:
+    """The remedy is a rule, which serves all layers."""
+    checkpoint = quantized(tmp_path / "checkpoint", "gptq-v1-sym", wide())
+    command = [checkpoint, "-o", tmp_path / "b", "--target", "tensorrt"]
+    message = refused(cli.main, *command, code=2)
+    assert "llm.layers.0.attention.qkv cannot be int4:32 for TensorRT: it has 4-bit products for groups of 64 and " in (
+        message
+    )
+    assert "; quantize it anew (--rule 'llm.layers.*.attention.qkv=int4:128'), or" in message
+    rules = [f"--rule=llm.layers.*.{name}=int4:128" for name in ("attention.*", "mlp.*")]
+    assert cli.main([*map(str, command), *rules]) == 0
+    assert block_sizes(tmp_path / "b") == {128}
+
+
+@pytest.mark.parametrize(("width", "block"), [(256, 128), (512, 128), (320, 64)])
+def test_rows_with_one_scale_are_stored_in_blocks(tmp_path: Path, width: int, block: int) -> None:
+    """Elsewhere they are in blocks of 256; the weights are the same bit for bit."""
+    model = wide(hidden_size=256, mlp_width=width, heads=16, kv_heads=16)
+    checkpoint = quantized(tmp_path / "checkpoint", "gptq-v1-channel", model)
+    eight_bits = "--rule=alignment.*=int8:channel"
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--target=tensorrt", eight_bits]) == 0
+    assert block_sizes(tmp_path / "b") == {128, block}
+    bundle = open_bundle(tmp_path / "b")
+    stored = BundleWeights(bundle)
+    with Checkpoint(checkpoint) as source:
+        original = CheckpointWeights(source, read_parameters(source, read_config(source)))
+        for name in ("attention.qkv", "attention.out", "mlp.down"):
+            assert bundle.manifest.weights[f"llm.layers.1.{name}"] == f"int4:{block if name == 'mlp.down' else 128}"
+            expected = read_parameter(original, f"llm.layers.1.{name}.weight")
+            np.testing.assert_array_equal(read_parameter(stored, f"llm.layers.1.{name}.weight"), expected)
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "cpu")]) == 0
+    assert open_bundle(tmp_path / "cpu").manifest.weights["llm.layers.1.attention.out"] == "int4:256"
+
+
+# Bundles of before -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def old_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    def accept(*_: Mapping[str, Any]) -> None:
+        pass
+
+    folder = tmp_path_factory.mktemp("old") / "b"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "check_formats", accept)
+        assert cli.main([str(checkpoint), "-o", str(folder), "--int4", "--group-size=32", "--target=tensorrt"]) == 0
+    return open_bundle(folder)
+
+
+@pytest.mark.parametrize("library", [FULL, JETPACK_6], ids=lambda library: library[1])
+def test_tensorrt_does_not_build_blocks_of_32(old_bundle: Bundle, library: tuple[str, str], refused: Refuse) -> None:
+    trt = FakeTensorRT(*library, FakeCuda())
+    with installed(trt):
+        message = refused(cli_build.main, old_bundle.folder, "--library=tensorrt")
+    assert f"{old_bundle.folder} has " in message
+    assert " in int4:32; TensorRT has 4-bit products for groups of 64 and 128 alone: export it again, " in message
+    assert message.endswith("fusion-export FUSION-wide -o FOLDER --target tensorrt --group-size 128 (or 64).\n")
+    assert not trt.built
+
+
+def test_tensorrt_rtx_builds_them(old_bundle: Bundle) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(old_bundle, trt) == 0

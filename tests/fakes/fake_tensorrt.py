@@ -1,0 +1,309 @@
+"""A stand-in for the modules ``tensorrt`` and ``tensorrt_rtx``: an "engine" is the ONNX model, run by ONNX Runtime.
+
+It has what export/engines/builder.py uses and, in ``fake_tensorrt_runtime.py``, what runtime/backends/tensorrt_graph.py
+does, and refuses what TensorRT refuses.
+``test_fake_tensorrt.py`` compares it with the real module.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from enum import Enum, IntEnum
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+from fakes import fake_tensorrt_plugin
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt_runtime import (
+    MAGIC,
+    DynamicShapesKernelSpecializationStrategy,
+    ExecutionContextAllocationStrategy,
+    ILogger,
+    Runtime,
+    Shape,
+    is_dynamic,
+)
+from onnx import ModelProto, helper
+from support.uninterruptible_wait import UninterruptibleWait
+
+RTX, FULL, JETPACK_6 = ("tensorrt_rtx", "1.7.1.116"), ("tensorrt", "10.16.0"), ("tensorrt", "10.3.0")
+NO_KERNEL = "Attention operation was not supported by a dedicated kernel."
+
+
+class NetworkDefinitionCreationFlag(IntEnum):
+    STRONGLY_TYPED = 1
+
+
+class MemoryPoolType(Enum):
+    WORKSPACE = 0
+
+
+class BuilderFlag(Enum):
+    REQUIRE_USER_ALLOCATION = 0
+
+
+class PreviewFeature(Enum):
+    ALIASED_PLUGIN_IO_10_03 = 0
+
+
+class LayerType(Enum):
+    ATTENTION_INPUT = 0
+    MATRIX_MULTIPLY = 1
+
+
+class ComputeCapability(Enum):
+    SM75 = 75
+    SM86 = 86
+    SM89 = 89
+    SM120 = 120
+
+
+class IProgressMonitor:
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        raise NotImplementedError
+
+    def phase_finish(self, phase_name: str) -> None:
+        raise NotImplementedError
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        raise NotImplementedError
+
+
+class IHostMemory(bytes):
+    """Has the buffer interface."""
+
+
+class FakeTensorRT(ModuleType):
+    """The module; what it does wrong is set on it."""
+
+    NetworkDefinitionCreationFlag = NetworkDefinitionCreationFlag
+    MemoryPoolType = MemoryPoolType
+    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+    BuilderFlag = BuilderFlag
+    PreviewFeature = PreviewFeature
+    LayerType = LayerType
+    ILogger = ILogger
+    IProgressMonitor = IProgressMonitor
+
+    def __init__(self, name: str, version: str, cuda: FakeCuda) -> None:
+        super().__init__(name)
+        self.__version__ = version
+        self.cuda = cuda
+        self.has_fused_attention = True
+        self.parse_error: str | None = None
+        self.build_error: str | None = None
+        self.load_error: str | None = None
+        self.context_error: str | None = None
+        self.run_error: str | None = None
+        self.refuses_capture = False
+        self.forgets_caches = False
+        """Whether caches that go out are lost."""
+        self.on_step: Callable[[], None] = lambda: None
+        """Called in every step of a build."""
+        self.built: list[IBuilderConfig] = []
+        """Of every engine that was built, its configuration."""
+        self.loaded = 0
+        """Engines that were given to deserialize."""
+        self.runs = 0
+        self.kernels: SimpleNamespace | None = None
+        """What TensorRT-RTX compiled."""
+        self.released_early: list[str] = []
+        """Objects that were released before others which need them."""
+        self.wait: UninterruptibleWait | None = None
+        """What a build waits in, if in anything."""
+        self.Builder = partial(Builder, self)
+        self.OnnxParser = partial(OnnxParser, self)
+        self.Runtime = partial(Runtime, self)
+        self.IAttentionInputLayer = IAttentionInputLayer
+        if name == "tensorrt_rtx":
+            self.ComputeCapability = ComputeCapability
+
+
+# Building --------------------------------------------------------------------------------------------------------
+
+
+class IOptimizationProfile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[Shape, Shape, Shape]] = {}
+
+    def set_shape(self, input: str, min: Shape, opt: Shape, max: Shape) -> None:
+        if not all(a <= b <= c for a, b, c in zip(min, opt, max, strict=True)):
+            raise ValueError(f"{input}: {min}, {opt} and {max} are not in order.")
+        self.shapes[input] = (tuple(min), tuple(opt), tuple(max))
+
+
+class ITimingCache:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def serialize(self) -> IHostMemory:
+        return IHostMemory(self.content)
+
+
+class IBuilderConfig:
+    progress_monitor: IProgressMonitor
+    num_compute_capabilities: int = 0
+
+    def __init__(self) -> None:
+        self.model = ModelProto()
+        """What was built with it."""
+        self.pools: dict[MemoryPoolType, int] = {}
+        self.capabilities: dict[int, ComputeCapability] = {}
+        self.features: set[PreviewFeature] = set()
+        self.flags_set: set[BuilderFlag] = set()
+        self.profiles: list[IOptimizationProfile] = []
+        self._cache: ITimingCache | None = None
+
+    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
+        self.pools[pool] = pool_size
+
+    def set_compute_capability(self, compute_capability: ComputeCapability, index: int) -> bool:
+        assert 0 <= index < self.num_compute_capabilities
+        self.capabilities[index] = compute_capability
+        return True
+
+    def set_preview_feature(self, feature: PreviewFeature, enable: bool) -> None:
+        (self.features.add if enable else self.features.discard)(feature)
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        self.flags_set.add(flag)
+
+    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
+        is_damaged = serialized_timing_cache.startswith(b"damaged")
+        return None if is_damaged else ITimingCache(bytes(serialized_timing_cache))
+
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        if not ignore_mismatch and cache.content.startswith(b"another GPU's"):
+            return False
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self) -> ITimingCache | None:
+        return self._cache
+
+
+class IAttention:
+    decomposable = False
+
+
+class ILayer:
+    type: LayerType
+
+    def __init__(self, type: LayerType) -> None:
+        self.type = type
+        self._attention = IAttention()
+
+
+class IAttentionInputLayer(ILayer):
+    @property
+    def attention(self) -> IAttention:
+        return self._attention
+
+
+class INetworkDefinition:
+    def __init__(self) -> None:
+        self.model, self.folder = ModelProto(), Path()
+        self.layers: list[ILayer] = []
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def get_layer(self, index: int) -> ILayer:
+        return self.layers[index]
+
+
+class OnnxParser:
+    def __init__(self, module: FakeTensorRT, network: INetworkDefinition, logger: ILogger) -> None:
+        self._module, self._network = module, network
+        self._errors: list[str] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> str:
+        return self._errors[index]
+
+    def parse(self, model: bytes, path: str) -> bool:
+        parsed, folder = ModelProto.FromString(model), Path(path).parent
+        if self._module.parse_error is not None:
+            self._errors.append(self._module.parse_error)
+        functions = {function.name for function in parsed.functions}
+        for node in (node for node in parsed.graph.node if node.domain and node.op_type not in functions):
+            attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+            plugin = f"{attributes.get('plugin_namespace', b'').decode()}::{node.op_type}"
+            if not attributes.get("aot") or plugin not in fake_tensorrt_plugin.QDP_REGISTRY:
+                self._errors.append(f"There is no plugin for {node.op_type}.")
+        for node in parsed.graph.node if self._module.__name__ == "tensorrt" else ():
+            sizes = {helper.get_attribute_value(one) for one in node.attribute if one.name == "block_size"}
+            if node.op_type == "DequantizeLinear" and sizes - {64, 128}:
+                self._errors.append(f"{node.name} has blocks of {sizes}, not of 64 or 128.")
+        for tensor in parsed.graph.initializer:
+            data = {entry.key: entry.value for entry in tensor.external_data}
+            if data and (folder / data["location"]).stat().st_size < int(data["offset"]) + int(data["length"]):
+                self._errors.append(f"{tensor.name} is not in {data['location']}.")
+        self._network.model, self._network.folder = parsed, folder
+        kinds = {"Attention": LayerType.ATTENTION_INPUT}
+        self._network.layers = [
+            ILayer(kinds.get(node.op_type, LayerType.MATRIX_MULTIPLY)) for node in parsed.graph.node
+        ]
+        return not self._errors
+
+
+class Builder:
+    def __init__(self, module: FakeTensorRT, logger: ILogger) -> None:
+        self._module, self._logger = module, logger
+
+    def create_network(self, flags: int) -> INetworkDefinition:
+        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return INetworkDefinition()
+
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
+
+    def create_optimization_profile(self) -> IOptimizationProfile:
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
+        module, error = self._module, self._module.build_error
+        if not module.has_fused_attention and any(
+            layer.type == LayerType.ATTENTION_INPUT and not layer._attention.decomposable for layer in network.layers
+        ):
+            error = NO_KERNEL
+        dynamic = {value.name for value in network.model.graph.input if is_dynamic(value)}
+        if error is None and any(profile.shapes.keys() != dynamic for profile in config.profiles):
+            error = "A profile misses an input."
+        if error is not None:
+            self._logger.log(ILogger.Severity.INTERNAL_ERROR, error)
+            return None
+        if not self._advance(config.progress_monitor):
+            return None
+        if module.__name__ == "tensorrt":
+            cache = config.get_timing_cache()
+            assert cache is not None
+            cache.content += f"{network.model.graph.name} ".encode()
+        config.model = network.model
+        module.built.append(config)
+        profiles = [profile.shapes for profile in config.profiles]
+        made_by, model = (module.__name__, module.__version__), network.model.SerializeToString()
+        return IHostMemory(MAGIC + pickle.dumps((made_by, str(network.folder), model, profiles)))
+
+    def _advance(self, monitor: IProgressMonitor) -> bool:
+        """Whether the build goes on."""
+        if self._module.wait is not None:
+            return self._module.wait.until_refused(monitor)
+        monitor.phase_start("Building", None, 2)
+        for step in range(2):
+            self._module.on_step()
+            if not monitor.step_complete("Building", step):
+                return False
+        monitor.phase_finish("Building")
+        return True

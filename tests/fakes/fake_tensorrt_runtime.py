@@ -1,0 +1,295 @@
+"""The part of the stand-in for TensorRT (``fake_tensorrt.py``) that runs engines, with ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import pickle
+import weakref
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from fakes.fake_cuda import Misuse
+from onnx import ModelProto, helper
+from support import tensorrt_parser
+
+if TYPE_CHECKING:
+    from fakes.fake_tensorrt import FakeTensorRT
+
+MAGIC = b"fake engine\n"
+SCRATCH_BYTES = 4096
+Shape = tuple[int, ...]
+
+
+class ExecutionContextAllocationStrategy(Enum):
+    STATIC = 0
+    USER_MANAGED = 2
+
+
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY = 0
+    EAGER = 1
+
+
+class ILogger:
+    class Severity(Enum):
+        INTERNAL_ERROR = 0
+        ERROR = 1
+        WARNING = 2
+
+    def log(self, severity: Severity, msg: str) -> None:
+        raise NotImplementedError
+
+
+def is_dynamic(value: onnx.ValueInfoProto) -> bool:
+    return any(dimension.dim_param for dimension in value.type.tensor_type.shape.dim)
+
+
+def must_outlive(module: FakeTensorRT, factory: object, product: object) -> None:
+    """Have the module note it if ``factory`` is released first."""
+    names, left = f"{type(factory).__name__} before {type(product).__name__}", weakref.ref(product)
+
+    def note() -> None:
+        if left() is not None:
+            module.released_early.append(names)
+
+    weakref.finalize(factory, note)
+
+
+class Runtime:
+    def __init__(self, module: FakeTensorRT, logger: ILogger) -> None:
+        self._module, self._logger = module, logger
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes | mmap.mmap) -> ICudaEngine | None:
+        module = self._module
+        module.loaded += 1
+        content = bytes(serialized_engine)
+        if not content.startswith(MAGIC):
+            raise Misuse("TensorRT is given what is no engine.")
+        made_by, folder, model, profiles = pickle.loads(content[len(MAGIC) :])
+        if made_by != (module.__name__, module.__version__):
+            raise Misuse(f"TensorRT is given an engine of {made_by}.")
+        if module.load_error is not None:
+            self._logger.log(ILogger.Severity.ERROR, module.load_error)
+            return None
+        return ICudaEngine(module, self._logger, ModelProto.FromString(model), Path(folder), profiles)
+
+
+class ICudaEngine:
+    device_memory_size_v2 = SCRATCH_BYTES
+
+    def __init__(
+        self,
+        module: FakeTensorRT,
+        logger: ILogger,
+        model: ModelProto,
+        folder: Path,
+        profiles: list[dict[str, tuple[Shape, Shape, Shape]]],
+    ) -> None:
+        self.module, self.logger, self.profiles = module, logger, profiles
+        self.inputs = {value.name: value for value in model.graph.input}
+        self.outputs = {value.name: value for value in model.graph.output}
+        scatters = [node for node in model.graph.node if node.op_type in ("TensorScatter", "PlainTensorScatter")]
+        self.in_place = {node.output[0]: node.input[0] for node in scatters}
+        version = tuple(map(int, module.__version__.split(".")[:2]))
+        has_scopes = module.__name__ == "tensorrt_rtx" or version >= tensorrt_parser.MENDED
+        self.session = _session(model, folder, has_scopes)
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.inputs) + len(self.outputs)
+
+    def get_tensor_name(self, index: int) -> str:
+        names: list[str] = [*self.inputs, *self.outputs]
+        return names[index]
+
+    def create_runtime_config(self) -> IRuntimeConfig:
+        assert self.module.__name__ == "tensorrt_rtx"
+        config = IRuntimeConfig(self.module)
+        must_outlive(self.module, self, config)
+        return config
+
+    def create_execution_context(
+        self, runtime_config: ExecutionContextAllocationStrategy | IRuntimeConfig
+    ) -> IExecutionContext | None:
+        strategy = runtime_config
+        is_eager = False
+        if isinstance(runtime_config, IRuntimeConfig):
+            strategy = runtime_config.get_execution_context_allocation_strategy()
+            cache = runtime_config.get_runtime_cache()
+            assert cache is not None
+            self.module.kernels = cache._kernels
+            how = runtime_config.dynamic_shapes_kernel_specialization_strategy
+            is_eager = how == DynamicShapesKernelSpecializationStrategy.EAGER
+        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.module.context_error is not None:
+            self.logger.log(ILogger.Severity.ERROR, self.module.context_error)
+            return None
+        context = IExecutionContext(self, is_eager or self.module.__name__ == "tensorrt")
+        if isinstance(runtime_config, IRuntimeConfig):
+            context._config = weakref.ref(runtime_config)
+            for needed in (runtime_config, cache):
+                must_outlive(self.module, needed, context)
+        return context
+
+
+class IRuntimeCache:
+    """Of kernels that were compiled."""
+
+    def __init__(self) -> None:
+        self._kernels = SimpleNamespace(content=b"kernels", was_given=b"")
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._kernels.was_given = bytes(blob)
+        if not blob.startswith(b"kernels"):
+            return False
+        self._kernels.content = bytes(blob)
+        return True
+
+    def serialize(self) -> bytes:
+        content: bytes = self._kernels.content
+        return content
+
+
+class IRuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def __init__(self, module: FakeTensorRT) -> None:
+        self._module = module
+        self._strategy = ExecutionContextAllocationStrategy.STATIC
+        self._cache: Callable[[], IRuntimeCache | None] = lambda: None
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self._strategy = strategy
+
+    def get_execution_context_allocation_strategy(self) -> ExecutionContextAllocationStrategy:
+        return self._strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        cache = IRuntimeCache()
+        must_outlive(self._module, self, cache)
+        return cache
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        self._cache = weakref.ref(cache)
+        return True
+
+    def get_runtime_cache(self) -> IRuntimeCache | None:
+        return self._cache()
+
+
+def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.InferenceSession:
+    """What computes an engine; plugins' nodes have their functions back, from the bundle's own graph.
+
+    ``has_scopes``: the parser knows a function's parameters from tensors of the graph.
+    """
+    whole = onnx.load(folder / f"{model.graph.name.split('.')[0]}.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.domain:
+            kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    kept_functions = {function.name for function in model.functions}
+    model.functions.extend(function for function in whole.functions if function.name not in kept_functions)
+    model = model if has_scopes else tensorrt_parser.inlined(model)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # weights as the graph has them
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine, has_best_kernels: bool) -> None:
+        self._engine, self._cuda = engine, engine.module.cuda
+        self._has_best_kernels = has_best_kernels
+        """When it has run once, for the shapes of that run."""
+        self._profile: int | None = None
+        self._scratch: tuple[int, int] | None = None
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, Shape] = {
+            name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+            for name, value in engine.inputs.items()
+            if not is_dynamic(value)
+        }
+        self._ran_with: dict[str, Shape] | None = None
+        self._config: Callable[[], IRuntimeConfig | None] | None = None
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2
+        self._cuda.view(memory, size)
+        self._scratch = memory, size
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert profile_index < len(self._engine.profiles)
+        self._profile = profile_index
+        return True
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in (*self._engine.inputs, *self._engine.outputs):
+            return self._error(f"There is no tensor {name}.")
+        self._addresses[name] = memory
+        return True
+
+    def set_input_shape(self, name: str, shape: Shape) -> bool:
+        assert self._profile is not None
+        least, _, largest = self._engine.profiles[self._profile][name]
+        if len(shape) != len(least) or not all(a <= b <= c for a, b, c in zip(least, shape, largest, strict=True)):
+            return self._error(f"{name} of {shape} is not from {least} to {largest}.")
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        engine, module = self._engine, self._engine.module
+        if self._config is not None and self._config() is None:
+            raise Misuse("A context runs whose configuration has been released.")
+        missing = ({*engine.inputs, *engine.outputs} - self._addresses.keys()) | (engine.inputs.keys() - self._shapes)
+        if missing or self._scratch is None:
+            return self._error(f"No address, shape or scratch memory: {sorted(missing)}.")
+        if module.run_error is not None:
+            return self._error(module.run_error)
+        if self._cuda.is_capturing(stream_handle):
+            if module.refuses_capture or self._ran_with != self._shapes:
+                self._cuda.streams[stream_handle].is_invalid = True
+                return self._error("This cannot be captured.")
+            if not self._has_best_kernels:
+                raise Misuse("Kernels that were to be replaced by better ones are captured.")
+        self._check_overlaps()
+        self._ran_with = dict(self._shapes)
+        work = partial(self._compute, dict(self._addresses), dict(self._shapes))
+        self._cuda.enqueue(stream_handle, work)
+        return True
+
+    def _error(self, message: str) -> bool:
+        self._engine.logger.log(ILogger.Severity.ERROR, message)
+        return False
+
+    def _check_overlaps(self) -> None:
+        """A cache goes out where it came in; nothing else is written where something is read."""
+        for name in self._engine.outputs:
+            shared = {other for other, at in self._addresses.items() if at == self._addresses[name]} - {name}
+            expected = {self._engine.in_place[name]} if name in self._engine.in_place else set()
+            if shared != expected:
+                raise Misuse(f"{name} shares its memory with {shared}, not with {expected}.")
+
+    def _compute(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
+        engine = self._engine
+        assert self._scratch is not None
+        self._cuda.view(*self._scratch)[...] = 0xEE  # whatever else is kept there is lost
+        inputs = {name: self._array(addresses[name], engine.inputs[name], shapes[name]) for name in engine.inputs}
+        for name, result in zip(engine.outputs, engine.session.run([*engine.outputs], inputs), strict=True):
+            if name not in engine.in_place or not engine.module.forgets_caches:
+                self._array(addresses[name], engine.outputs[name], result.shape)[...] = result
+        engine.module.runs += 1
+
+    def _array(self, address: int, value: onnx.ValueInfoProto, shape: Shape) -> npt.NDArray[Any]:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        return self._cuda.view(address, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)

@@ -1,0 +1,58 @@
+"""The TensorRT backend and ``fusion-build`` on the stand-ins of ``fake_tensorrt.py`` and ``fake_cuda.py``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+from fakes import fake_tensorrt_plugin
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt import FakeTensorRT
+
+from fusion_edge.export.engines import cli as cli_build
+from fusion_edge.runtime.backends.cuda import Cuda
+from fusion_edge.runtime.backends.tensorrt import TensorRTBackend
+from fusion_edge.runtime.backends.tensorrt_library import Library
+from fusion_edge.runtime.bundle.manifest import Bundle
+
+
+@dataclass
+class OnFake:
+    """A backend and what it runs on."""
+
+    backend: TensorRTBackend
+    trt: FakeTensorRT
+    cuda: FakeCuda
+
+
+@contextmanager
+def installed(trt: FakeTensorRT) -> Iterator[None]:
+    """The module is found under its name, and no other TensorRT; so is its CUDA."""
+    fake_tensorrt_plugin.QDP_REGISTRY.clear()
+    modules = {"cuda.bindings.runtime": trt.cuda, "tensorrt.plugin": fake_tensorrt_plugin, trt.__name__: trt}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tensorrt", "tensorrt_rtx", *modules):
+            patch.setitem(sys.modules, name, modules.get(name))  # None: it cannot be imported
+        yield
+    fake_tensorrt_plugin.QDP_REGISTRY.clear()
+
+
+def build(bundle: Bundle, trt: FakeTensorRT, *options: str) -> int:
+    """The exit code of ``fusion-build`` with this TensorRT."""
+    with installed(trt):
+        return cli_build.main([str(bundle.folder), "--library", trt.__name__.replace("_", "-"), *options])
+
+
+def open_backend(bundle: Bundle, trt: FakeTensorRT) -> TensorRTBackend:
+    """The backend on the engines that were built."""
+    return TensorRTBackend(bundle, Library(trt), Cuda(trt.cuda))
+
+
+def open_on_fake(bundle: Bundle, name: str, version: str, *options: str) -> OnFake:
+    """The backend on engines that ``fusion-build`` made for it with these options."""
+    trt = FakeTensorRT(name, version, FakeCuda())
+    assert build(bundle, trt, *options) == 0
+    return OnFake(open_backend(bundle, trt), trt, trt.cuda)

@@ -1,0 +1,101 @@
+"""The stand-ins for TensorRT and CUDA have names and parameters of the real modules, where those are installed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from enum import Enum
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+from fakes import fake_cuda, fake_tensorrt, fake_tensorrt_runtime
+from fakes.fake_cuda import FakeCuda
+
+CLASSES = [
+    one
+    for module in (fake_tensorrt, fake_tensorrt_runtime)
+    for one in vars(module).values()
+    if isinstance(one, type) and one.__module__ == module.__name__ and not issubclass(one, ModuleType)
+]
+CUDA_ENUMS = {
+    "cudaError_t": fake_cuda.Error,
+    "cudaMemcpyKind": fake_cuda.CopyKind,
+    "cudaStreamCaptureMode": fake_cuda.CaptureMode,
+    "cudaDeviceAttr": fake_cuda.Attribute,
+}
+
+
+@pytest.fixture(scope="module")
+def tensorrt_rtx() -> ModuleType:
+    module: ModuleType = pytest.importorskip("tensorrt_rtx")
+    return module
+
+
+@pytest.fixture(scope="module")
+def cuda() -> ModuleType:
+    module: ModuleType = pytest.importorskip("cuda.bindings.runtime")
+    return module
+
+
+def parameters(function: FunctionType) -> list[str]:
+    """Of one of the stand-ins' methods, without the stand-in itself."""
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "module")]
+
+
+def documented(function: Any) -> Iterator[list[str]]:
+    """Parameters of every overload of a function of TensorRT, which the first lines of its documentation list."""
+    for arguments in re.findall(rf"^(?:\d+\. )?{function.__name__}\((self: .*)\) -> ", function.__doc__, re.MULTILINE):
+        yield re.findall(r"(?:^|, )(\w+): ", arguments)[1:]
+
+
+@pytest.mark.parametrize("stand_in", CLASSES, ids=lambda one: one.__qualname__)
+def test_tensorrt(tensorrt_rtx: ModuleType, stand_in: type) -> None:
+    real = getattr(tensorrt_rtx, stand_in.__name__)
+    if issubclass(stand_in, Enum):
+        assert set(stand_in.__members__) <= set(dir(real))
+        return
+    if stand_in is fake_tensorrt_runtime.ILogger:
+        assert set(stand_in.Severity.__members__) <= set(dir(real.Severity))
+    members = vars(stand_in) | stand_in.__annotations__
+    public = [name for name in members if not name.startswith("_")]
+    for name in public:
+        assert hasattr(real, name)
+    constructor = ["__init__"] if stand_in.__name__ in ("Builder", "OnnxParser", "Runtime") else []
+    for name in (*constructor, *(name for name in public if isinstance(members[name], FunctionType))):
+        wanted = parameters(members[name])
+        assert any(wanted == names[: len(wanted)] for names in documented(getattr(real, name)))
+
+
+def test_the_module_has_what_is_stood_in_for(tensorrt_rtx: ModuleType) -> None:
+    stand_in = fake_tensorrt.FakeTensorRT(*fake_tensorrt.RTX, FakeCuda())
+    for name in (*vars(fake_tensorrt.FakeTensorRT), *vars(stand_in)):
+        if name[0].isupper():
+            assert hasattr(tensorrt_rtx, name)
+
+
+def test_cuda(cuda: ModuleType) -> None:
+    functions = [name for name in vars(FakeCuda) if re.match("cuda[A-Z]", name)]
+    assert len(functions) == 23
+    for name in functions:
+        wanted = parameters(vars(FakeCuda)[name])
+        assert list(inspect.signature(getattr(cuda, name)).parameters) == wanted
+
+
+@pytest.mark.parametrize("name", CUDA_ENUMS)
+def test_enumerations_of_cuda(cuda: ModuleType, name: str) -> None:
+    real = getattr(cuda, name)
+    for member in CUDA_ENUMS[name]:
+        assert getattr(real, member.name).value == member.value
+
+
+def test_results_of_cuda(cuda: ModuleType) -> None:
+    """What needs no GPU: an error, then results."""
+    for module in (cuda, FakeCuda()):
+        error, text = module.cudaGetErrorString(module.cudaError_t.cudaErrorMemoryAllocation)
+        assert error == module.cudaError_t.cudaSuccess
+        assert isinstance(text, bytes)
+        error, *count = module.cudaGetDeviceCount()
+        assert isinstance(error, module.cudaError_t)
+        assert len(count) == 1

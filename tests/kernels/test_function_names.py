@@ -1,0 +1,248 @@
+"""Names inside functions, which TensorRT's ONNX parser up to 10.7 confuses with those of the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import pytest
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
+from fakes.on_fake_tensorrt import build, open_backend
+from onnx import FunctionProto, GraphProto, ModelProto, helper
+from support.checkpoints import TINY, write_checkpoint
+from support.opset24 import needs_opset_24
+from support.tensorrt_parser import inlined
+
+from fusion_edge.benchmarks.demo.samples import write_samples
+from fusion_edge.export import cli
+from fusion_edge.export.calibration.samples import FEWEST
+from fusion_edge.export.engines import builder as engine_builder
+from fusion_edge.export.engines.decompositions import SINCE, replace_operators
+from fusion_edge.export.engines.partition import fix_dimension, split
+from fusion_edge.kernels import onnx_functions
+from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
+from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+
+Arrays = dict[str, npt.NDArray[Any]]
+GRAPHS = (VISION_ENCODER, ALIGNMENT_DECODER, LLM)
+CAPACITY, LENGTH = 32, 16
+GROUPED = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, kv_heads=1))
+"""Heads that share keys: its attention is another function."""
+OPTIONS = {
+    "fp16": "--fp16 --target tensorrt",
+    "int8": "--int8 --target tensorrt",
+    "calibrated": "--int8 --target tensorrt --calibrate SAMPLES",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("grouped") / "FUSION-grouped", GROUPED)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """``exported("--fp16 --target tensorrt")``: the bundle, exported once; SAMPLES is a folder of them."""
+    bundles: dict[str, Bundle] = {}
+
+    def export(options: str) -> Bundle:
+        if options not in bundles:
+            folder = tmp_path_factory.mktemp("bundle")
+            if "SAMPLES" in options:
+                write_samples(folder / "samples", FEWEST)
+            arguments = options.replace("SAMPLES", str(folder / "samples")).split()
+            assert cli.main([str(checkpoint), "-o", str(folder / "b"), *arguments]) == 0
+            bundles[options] = open_bundle(folder / "b")
+        return bundles[options]
+
+    return export
+
+
+def graph_of(bundle: Bundle, name: str) -> ModelProto:
+    return onnx.load(bundle.folder / f"{name}.onnx", load_external_data=False)
+
+
+def older(bundle: Bundle, name: str) -> ModelProto:
+    """A graph as JetPack 6.2's TensorRT gets it."""
+    language = bundle.manifest.model.language
+    model = graph_of(bundle, name)
+    fix_dimension(model, "capacity", CAPACITY)
+    replace_operators(model, list(SINCE), language.heads // language.kv_heads if name == LLM else 1)
+    return model
+
+
+def old_names(model: ModelProto) -> ModelProto:
+    """Functions with the names that they had before those were their own."""
+    for function in model.functions:
+        nodes = [names for node in function.node for names in (node.input, node.output)]
+        for names in (function.input, function.output, *nodes):
+            names[:] = [name.rpartition("::")[2] for name in names]
+    return model
+
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+
+def tensors(graph: GraphProto) -> set[str]:
+    """Names of all tensors, also of branches."""
+    names = {value.name for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info)}
+    for node in graph.node:
+        names |= {*node.input, *node.output}
+        for branch in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+            names |= tensors(branch)
+    return names - {""}
+
+
+def inner_names(function: FunctionProto) -> set[str]:
+    return {*function.input, *function.output} | tensors(GraphProto(node=function.node))
+
+
+def confused(model: ModelProto) -> set[tuple[str, str]]:
+    """Functions' names, of parameters and inside, that a tensor of the graph or of another function has."""
+    names = {function.name: inner_names(function) for function in model.functions}
+    return {
+        (function, name)
+        for function, inside in names.items()
+        for name in inside
+        if name in tensors(model.graph) or any(name in names[other] for other in names.keys() - {function})
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_names_inside_are_no_other_tensors(exported: Callable[[str], Bundle], options: str, parts: int) -> None:
+    bundle = exported(OPTIONS[options])
+    for name in GRAPHS:
+        for model in (graph_of(bundle, name), older(bundle, name)):
+            for part in split(model, parts) if name == LLM else [model]:
+                assert confused(part) == set()
+                assert not any(":" in tensor for tensor in tensors(part.graph))
+
+
+def test_names_that_are_their_own_stay() -> None:
+    function = onnx_functions.with_own_names(onnx_functions.add_rows_function(21))
+    once = function.SerializeToString()
+    assert list(function.input) == ["AddRows::x", "AddRows::positions", "AddRows::latents", "AddRows::update"]
+    assert onnx_functions.with_own_names(function).SerializeToString() == once
+
+
+def test_an_input_that_is_left_out_stays_so() -> None:
+    clip = helper.make_node("Clip", ["x", "", "most"], ["output"])
+    function = helper.make_function("d", "AtMost", ["x", "most"], ["output"], [clip], [helper.make_opsetid("", 21)])
+    onnx_functions.with_own_names(function)
+    assert list(function.node[0].input) == ["AtMost::x", "", "AtMost::most"]
+
+
+# What the parser makes of them -----------------------------------------------------------------------------------
+
+
+def inputs_of(bundle: Bundle, name: str) -> Arrays:
+    """For each graph, random ones; the LLM's are a prompt all of whose rows are latents, the last first."""
+    generator, hidden = np.random.default_rng(0), bundle.manifest.model.language.hidden_size
+    sizes = {"crops": 2, "text": 3, "side": 2, "latent_rows": 3, "context_side": 6, "context_rows": 2}
+    sizes |= {"positions": LENGTH, "questions": 1, "latents": LENGTH, "capacity": CAPACITY}
+    places = {
+        "positions": np.arange(LENGTH)[None],
+        "latent_positions": np.arange(LENGTH)[None, ::-1].copy(),
+        "question_positions": np.array([LENGTH - 1]),
+        "write_index": np.array([0]),
+        "text_mask": np.ones((2, 3), np.int32),
+        "latent_cells": generator.integers(0, 4, (2, 3)),
+        "context_cells": generator.integers(0, 4, (6, 2)),
+    }
+    shapes = {
+        value.name: [d.dim_value or sizes[d.dim_param] for d in value.type.tensor_type.shape.dim]
+        for value in graph_of(bundle, name).graph.input
+    }
+    assert hidden in shapes[next(iter(shapes.keys() & {"embeddings", "text_embeds", "features"}))]
+    random = {other: generator.normal(0, 0.5, shape).astype(np.float16) for other, shape in shapes.items()}
+    return {key: places.get(key, random[key]) for key in shapes}
+
+
+def computed(bundle: Bundle, models: list[ModelProto], given: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    """What parts give, run in turn."""
+    values = dict(given)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+    for model in models:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        names = [one.name for one in session.get_outputs()]
+        feeds = {one.name: values[one.name] for one in session.get_inputs()}
+        values |= dict(zip(names, session.run(names, feeds), strict=True))
+    return {name: value for name, value in values.items() if name not in given}
+
+
+def forms(bundle: Bundle, name: str) -> Iterator[list[ModelProto]]:
+    """As it is, in older operators, and both in parts."""
+    for make in (graph_of, older):
+        for parts in (1, 3) if name == LLM else (1,):
+            model = make(bundle, name)
+            yield split(model, parts) if parts > 1 else [model]
+
+
+@needs_opset_24
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_parser_reads_what_is_meant(exported: Callable[[str], Bundle], name: str) -> None:
+    bundle = exported(OPTIONS["fp16"])
+    given = inputs_of(bundle, name)
+    for models in forms(bundle, name):
+        expected = computed(bundle, models, given)
+        read = [inlined(model) for model in models]
+        assert not any(node.domain for model in read for node in model.graph.node)
+        actual = computed(bundle, read, given)
+        assert actual.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_allclose(actual[key], array, atol=2e-3 * array.std(dtype=np.float64), rtol=0)
+
+
+@needs_opset_24
+def test_the_parser_misreads_old_names(exported: Callable[[str], Bundle]) -> None:
+    """Latents are put where the prompt's rows are."""
+    bundle = exported(OPTIONS["fp16"])
+    given = inputs_of(bundle, LLM)
+    for models in forms(bundle, LLM):
+        expected = computed(bundle, models, given)["logits"]
+        actual = computed(bundle, [inlined(old_names(model)) for model in models], given)["logits"]
+        assert np.abs(actual - expected).max() > 0.1 * expected.std()
+
+
+# Bundles of before -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def old_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("old") / "b"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_functions, "with_own_names", lambda function: function)
+        assert cli.main([str(checkpoint), "-o", str(folder), "--fp16", "--target=tensorrt"]) == 0
+    assert confused(graph_of(open_bundle(folder), LLM)) >= {("AddRows", "positions")}
+    return open_bundle(folder)
+
+
+@needs_opset_24
+@pytest.mark.parametrize("library", [JETPACK_6, FULL, RTX], ids=lambda library: library[1])
+@pytest.mark.parametrize("parts", ["1", "3"])
+def test_engines_of_older_bundles(old_bundle: Bundle, library: tuple[str, str], parts: str) -> None:
+    trt = FakeTensorRT(*library, FakeCuda())
+    assert build(old_bundle, trt, "--force", f"--parts={parts}") == 0
+    assert any(node.domain for config in trt.built for node in config.model.graph.node)
+    for config in trt.built:
+        assert confused(config.model) == set()
+    open_backend(old_bundle, trt).close()
+
+
+@needs_opset_24
+def test_the_stand_in_misreads_old_names(old_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_builder, "with_own_names", lambda function: function)
+    trt = FakeTensorRT(*JETPACK_6, FakeCuda())
+    assert build(old_bundle, trt, "--force", "--parts=1") == 0
+    with pytest.raises(Exception, match="ScatterND"):
+        open_backend(old_bundle, trt)

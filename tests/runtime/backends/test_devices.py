@@ -1,0 +1,321 @@
+"""Which device is taken for a bundle, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from support.opset24 import needs_opset_24
+
+from fusion_edge.export import cli as export_cli
+from fusion_edge.runtime import FusionError, devices, load
+from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.tensorrt_library import INSTALL, LIBRARIES
+from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.cli import run as cli_run
+from fusion_edge.runtime.errors import DeviceError
+
+NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
+NO_PROVIDER = (
+    "The onnxruntime that is installed has no CUDA provider; "
+    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'."
+)
+NO_TENSORRT = {name: f"{name} is not installed; {remedy}." for name, remedy in INSTALL.items()}
+Refuse = Callable[..., str]
+
+
+def other_target(target: str, wanted: str) -> str:
+    return (
+        f"The bundle was exported for {target}; fusion-export FUSION-tiny -o FOLDER --target {wanted} makes one for it."
+    )
+
+
+NOT_FOR_TENSORRT = dict.fromkeys(LIBRARIES, other_target("cuda", "tensorrt"))
+"""Of a bundle for CUDA."""
+
+
+@pytest.fixture(scope="module")
+def tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle") / "tensorrt"
+    options = ["--fp16", "--target", "tensorrt", "--query-len", "4"]
+    assert export_cli.main([str(tiny_checkpoint), "-o", str(folder), *options]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cuda_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle") / "cuda"
+    options = ["--fp16", "--target", "cuda", "--query-len", "4"]  # of INT4 ONNX Runtime 1.23 makes NaN on a CPU
+    assert export_cli.main([str(tiny_checkpoint), "-o", str(folder), *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``machine(gpus=..., providers=..., wheels=..., libraries=...)``: what is found, without a driver by default."""
+
+    def have(
+        gpus: int | None = None,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        wheels: tuple[str, ...] = ("onnxruntime",),
+        libraries: tuple[str, ...] = (),
+    ) -> None:
+        cdll = ctypes.CDLL
+
+        def driver(name: str) -> Any:
+            if "libcuda" not in name:
+                return cdll(name)
+            if gpus is None:
+                raise OSError("libcuda.so.1: cannot open shared object file")
+
+            def count(pointer: Any) -> int:
+                pointer._obj.value = gpus
+                return 0
+
+            return SimpleNamespace(cuInit=lambda _: 0, cuDeviceGetCount=count)
+
+        for name in LIBRARIES:
+            module = ModuleType(name.replace("-", "_")) if name in libraries else None
+            monkeypatch.setitem(sys.modules, name.replace("-", "_"), module)
+        monkeypatch.setattr(ctypes, "CDLL", driver)
+        monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(providers))
+        monkeypatch.setattr(devices, "is_installed", lambda name: name in wheels)
+
+    return have
+
+
+@pytest.fixture
+def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What opens the device ``cuda``, without one: the same backend on the CPU."""
+
+    def open_backend(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+        return OnnxRuntimeBackend(bundle, "cpu", threads)
+
+    replace_cuda(monkeypatch, open_backend)
+
+
+def replace_cuda(monkeypatch: pytest.MonkeyPatch, open_backend: Any) -> None:
+    replaced = [
+        dataclasses.replace(one, open=open_backend) if one.name == "cuda" else one for one in devices.CANDIDATES
+    ]
+    monkeypatch.setattr(devices, "CANDIDATES", replaced)
+
+
+WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUExecutionProvider")}
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({}, NO_DRIVER),
+        ({"gpus": 0}, "The NVIDIA driver finds no GPU that works; see what nvidia-smi says."),
+        ({"gpus": 1}, NO_PROVIDER),
+        (
+            {"gpus": 1, "wheels": ("onnxruntime", "onnxruntime-gpu")},
+            "The onnxruntime that is installed hides onnxruntime-gpu, whose files it replaced; "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'.",
+        ),
+    ],
+)
+def test_what_the_machine_lacks(
+    cuda_bundle: Path, machine: Callable[..., None], found: dict[str, Any], reason: str
+) -> None:
+    machine(**found)
+    with load(cuda_bundle, threads=1) as fusion:
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", NOT_FOR_TENSORRT | {"cuda": reason})
+    with pytest.raises(FusionError) as refusal:
+        load(cuda_bundle, device="cuda")
+    assert str(refusal.value) == f"Cannot run {cuda_bundle} on cuda: {reason}"
+
+
+def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., None]) -> None:
+    """Whatever else is missing: nothing is to be installed for it."""
+    reasons = {name: other_target("cpu", name.removesuffix("-rtx")) for name in (*LIBRARIES, "cuda")}
+    for found in (WHOLE, {}):
+        machine(**found)
+        with load(tiny_bundle, threads=1) as fusion:
+            assert (fusion.device.name, fusion.device.not_taken) == ("cpu", reasons)
+    with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda makes one"):
+        load(tiny_bundle, device="cuda")
+
+
+@pytest.mark.usefixtures("cuda_backend")
+def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None]) -> None:
+    machine(**WHOLE)
+    for device in ("auto", "cuda"):
+        with load(cuda_bundle, device=device, threads=1) as fusion:
+            not_taken = NOT_FOR_TENSORRT if device == "auto" else {}
+            assert (fusion.device.name, fusion.device.not_taken) == ("cuda", not_taken)
+    with load(cuda_bundle, device="cpu", threads=1) as fusion:
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", {})  # nothing else was wanted
+
+
+def test_a_device_that_does_not_start_after_all(
+    cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+        raise DeviceError("It needs libcudnn.so.9; install it.")
+
+    machine(**WHOLE)
+    replace_cuda(monkeypatch, fail)
+    with load(cuda_bundle, threads=1) as fusion:
+        reasons = NOT_FOR_TENSORRT | {"cuda": "It needs libcudnn.so.9; install it."}
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", reasons)
+    with pytest.raises(FusionError, match=r"on cuda: It needs libcudnn.so.9; install it."):
+        load(cuda_bundle, device="cuda")
+
+
+def test_a_damaged_bundle_is_no_reason_for_another_device(
+    cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+        raise FusionError("It cannot be loaded.")
+
+    machine(**WHOLE)
+    replace_cuda(monkeypatch, fail)
+    with pytest.raises(FusionError, match=r"^It cannot be loaded.$"):
+        load(cuda_bundle)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "ONNX Runtime is not installed; pip install 'fusion-edge[{}]'."),
+        (
+            ModuleType("onnxruntime"),  # all that is left when one of two wheels was removed
+            "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
+            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{}]'.",
+        ),
+    ],
+)
+def test_without_onnxruntime(
+    cuda_bundle: Path,
+    machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType | None,
+    reason: str,
+) -> None:
+    machine(gpus=1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    with pytest.raises(FusionError) as refusal:
+        load(cuda_bundle)
+    told = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
+    told += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
+    assert str(refusal.value) == f"No device here can run {cuda_bundle}. {told}"
+
+
+# fusion-run -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``told(bundle, *options)``: standard error of a question, but for notes about the kernels of this very CPU."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+
+    def run(bundle: Path, *options: str) -> str:
+        capsys.readouterr()
+        arguments = [str(bundle), "--image", str(tmp_path / "image.png"), "--ask=What?", "--threads=1"]
+        assert cli_run.main([*arguments, "--max-new-tokens=1", *options]) == 0
+        output = capsys.readouterr()
+        assert output.out.count("\n") == 1
+        return "".join(line for line in output.err.splitlines(keepends=True) if not line.startswith("note: "))
+
+    return run
+
+
+def lines(not_taken: Mapping[str, str], taken: str) -> str:
+    """What ``--verbose`` prints."""
+    return "".join(f"not on {name}: {reason}\n" for name, reason in not_taken.items()) + f"running on {taken}\n"
+
+
+def test_a_gpu_bundle_on_the_cpu_is_told(
+    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+) -> None:
+    machine()
+    assert told(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
+    assert told(cuda_bundle, "--device=cpu") == ""
+    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
+
+
+@needs_opset_24
+@pytest.mark.parametrize("installed", [(), ("tensorrt-rtx",)])
+def test_a_tensorrt_bundle_on_the_cpu_is_told(
+    tensorrt_bundle: Path, machine: Callable[..., None], told: Callable[..., str], installed: tuple[str, ...]
+) -> None:
+    """Of both libraries that would run it."""
+    machine(libraries=installed)
+    reasons = NO_TENSORRT | dict.fromkeys(installed, NO_DRIVER)
+    line = " ".join(f"not on {name}: {reason}" for name, reason in reasons.items())
+    assert told(tensorrt_bundle) == f"warning: running on cpu, {line}\n"
+    assert told(tensorrt_bundle, "--verbose") == lines(reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu")
+
+
+def test_a_cpu_bundle_on_the_cpu_is_not(
+    tiny_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+) -> None:
+    machine()
+    assert told(tiny_bundle) == ""
+    assert told(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
+
+
+@pytest.mark.usefixtures("cuda_backend")
+def test_a_gpu_bundle_on_the_gpu_is_not(
+    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+) -> None:
+    machine(**WHOLE)
+    assert told(cuda_bundle) == ""
+    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT, "cuda")
+
+
+def test_a_device_asked_for_is_an_error(cuda_bundle: Path, machine: Callable[..., None], refused: Refuse) -> None:
+    machine()
+    message = refused(cli_run.main, cuda_bundle, "--image=x.png", "--ask=What?", "--device=cuda")
+    assert message == f"error: Cannot run {cuda_bundle} on cuda: {NO_DRIVER}\n"
+
+
+def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
+    """On this machine, whatever it has."""
+    bundle = open_bundle(cuda_bundle)
+    for candidate in devices.CANDIDATES:
+        reason = candidate.reason(bundle)
+        assert reason is None or (reason.endswith(".") and ";" in reason)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ((None, True), "They are not installed: pip needs x86-64 and GCC's C++ compiler to install them."),
+        ((Path("library.so"), False), "They are written for x86-64 processors with AVX-512 VNNI."),
+        ((Path("library.so"), True), None),
+    ],
+)
+def test_why_the_kernels_are_not_ours(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[Path | None, bool], reason: str | None
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "library", lambda: found[0])
+    monkeypatch.setattr(cpu_kernels, "is_supported", lambda: found[1])
+    manifest = open_bundle(tiny_bundle).manifest
+    assert cpu_kernels.why_not(manifest) == reason
+    level = "They multiply at accuracy level 4, and the bundle asks for 0."
+    assert cpu_kernels.why_not(dataclasses.replace(manifest, accuracy_level=0)) == level
+    assert "exported for cuda" in str(cpu_kernels.why_not(dataclasses.replace(manifest, target="cuda")))
+
+
+def test_the_note_about_the_kernels(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ours, ONNX Runtime's are taken and that is said."""
+    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    question = ["--image", str(tmp_path / "image.png"), "--ask=What?", "--max-new-tokens=1", "--verbose"]
+    assert cli_run.main([str(tiny_bundle), *question, "--threads=1"]) == 0
+    note = "note: Products and attention are ONNX Runtime's own instead of faster ones. They are not installed"
+    assert note in capsys.readouterr().err

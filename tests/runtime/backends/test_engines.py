@@ -1,0 +1,225 @@
+"""Engines that are not taken: TensorRT never sees them, and the command that builds them again is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt import FULL, RTX, FakeTensorRT
+from fakes.on_fake_tensorrt import build, open_backend
+from support.opset24 import needs_opset_24
+
+from fusion_edge.runtime import FusionError
+from fusion_edge.runtime.backends.cuda import Cuda
+from fusion_edge.runtime.backends.device_memory import RUNTIME_BYTES, check_device_memory, needed_bytes
+from fusion_edge.runtime.bundle.engines import ENGINES, FOLDER, Machine, engines_folder, open_engines, read_engines
+from fusion_edge.runtime.bundle.manifest import MANIFEST, Bundle, open_bundle
+from fusion_edge.runtime.errors import DeviceError
+
+Manifest = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def built(tiny_tensorrt_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path_factory.mktemp("bundle") / "tiny"))
+    assert build(open_bundle(folder), FakeTensorRT(*RTX, FakeCuda()), "--parts=1") == 0
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    """A bundle with engines, to be damaged."""
+    return Path(shutil.copytree(built, tmp_path / "tiny"))
+
+
+def engines_in(folder: Path) -> Path:
+    (engines,) = (path for path in (folder / FOLDER).iterdir() if path.is_dir())
+    return engines
+
+
+def refused(folder: Path, library: tuple[str, str] = RTX, **machine: Any) -> str:
+    """Why the backend does not start; TensorRT is given nothing, and nothing of the device is kept."""
+    trt = FakeTensorRT(*library, FakeCuda(**machine))
+    with pytest.raises(FusionError) as refusal:
+        open_backend(open_bundle(folder), trt)
+    assert trt.loaded == 0
+    trt.cuda.check_all_freed()
+    return str(refusal.value)
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+def rewrite(change: Callable[[Manifest], object]) -> Callable[[Path], None]:
+    """Damage to ``engines.json``."""
+
+    def damage(engines: Path) -> None:
+        manifest = json.loads((engines / ENGINES).read_text(encoding="utf-8"))
+        change(manifest)
+        (engines / ENGINES).write_text(json.dumps(manifest), encoding="utf-8")
+
+    return damage
+
+
+def cut(engines: Path) -> None:
+    content = (engines / "llm.engine").read_bytes()
+    (engines / "llm.engine").write_bytes(content[:-1])
+
+
+def alter(engines: Path) -> None:
+    content = bytearray((engines / "llm.engine").read_bytes())
+    content[len(content) // 2] ^= 1
+    (engines / "llm.engine").write_bytes(content)
+
+
+def first_profile(manifest: Manifest) -> Manifest:
+    profile: Manifest = manifest["engines"]["llm"][0]["profiles"][0]
+    return profile
+
+
+def first_input(manifest: Manifest) -> Manifest:
+    tensor: Manifest = manifest["engines"]["llm"][0]["inputs"][0]
+    return tensor
+
+
+def first_file(manifest: Manifest) -> Manifest:
+    file: Manifest = manifest["engines"]["llm"][0]["file"]
+    return file
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda engines: (engines / ENGINES).write_text("{", encoding="utf-8"), "engines.json cannot be read (Expect"),
+        (lambda engines: (engines / ENGINES).write_bytes(b"\xff"), "engines.json cannot be read ('utf-8' codec"),
+        (lambda engines: (engines / ENGINES).write_text("[" * 99999, encoding="utf-8"), "engines.json cannot be read"),
+        (lambda engines: (engines / ENGINES).unlink(), "engines.json cannot be read ([Errno 2]"),
+        (rewrite(lambda manifest: manifest.update(schema_version=2)), "(schema_version is 2, not 1)"),
+        (rewrite(lambda manifest: manifest.pop("max_context")), "max_context"),
+        (rewrite(lambda manifest: manifest.update(max_context=0)), "(max_context is 0)"),
+        (rewrite(lambda manifest: manifest["engines"].update(llm=[])), "(engines.llm is empty)"),
+        (rewrite(lambda manifest: manifest["engines"]["llm"][0].update(profiles=[])), "[0].profiles is empty)"),
+        (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 2])), "positions from [1, 2])"),
+        (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 5, 2**62])), "positions from [1, 5, "),
+        (rewrite(lambda manifest: first_profile(manifest).pop("positions")), "are not of the same dimensions)"),
+        (rewrite(lambda manifest: first_input(manifest).update(dtype="object")), "has the tensor {"),
+        (rewrite(lambda manifest: first_input(manifest).update(shape=["nowhere"])), "has the tensor {"),
+        (rewrite(lambda manifest: first_input(manifest).pop("name")), "has the tensor {"),
+        (rewrite(lambda manifest: first_file(manifest).update(size=-1)), "file.size is -1)"),
+        (rewrite(lambda manifest: manifest["engines"].pop("llm")), "engines.json does not fit the bundle in llm;"),
+        (rewrite(lambda manifest: manifest["machine"].update(version="1.6")), "are for tensorrt_rtx 1.6 and compute"),
+        (rewrite(lambda manifest: manifest["machine"].update(compute_capability="8.9")), "capability 8.9, not "),
+        (rewrite(lambda manifest: manifest.update(bundle="0" * 64)), "are of another bundle; build those of this one:"),
+        (rewrite(lambda manifest: first_file(manifest).update(path="../../llm.onnx")), "leads outside its folder"),
+        (cut, "llm.engine has "),
+        (alter, "llm.engine has been altered: its SHA-256 is not the one in engines.json. Build the engines again: "),
+        (lambda engines: (engines / "llm.engine").unlink(), "llm.engine is missing though engines.json lists it."),
+    ],
+)
+def test_damage(folder: Path, damage: Callable[[Path], object], reason: str) -> None:
+    damage(engines_in(folder))
+    message = refused(folder)
+    assert reason in message
+    if "outside" not in reason:
+        assert message.rstrip(".").endswith(f"fusion-build {folder} --library tensorrt-rtx")
+
+
+@pytest.mark.parametrize("damage", [cut, alter, rewrite(lambda manifest: manifest.update(schema_version=2))])
+def test_fusion_build_mends_it(folder: Path, damage: Callable[[Path], object]) -> None:
+    bundle, machine = open_bundle(folder), Machine(*RTX, "8.6")
+    damage(engines_in(folder))
+    with pytest.raises(FusionError):
+        open_engines(bundle, machine)
+    assert build(bundle, FakeTensorRT(*RTX, FakeCuda()), "--parts=1") == 0
+    open_engines(bundle, machine)
+
+
+# Engines of something else ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "capability", "wanted"),
+    [
+        (("tensorrt_rtx", "1.8.0"), "8.6", "tensorrt_rtx 1.8.0 and compute capability 8.6"),
+        (RTX, "8.9", "tensorrt_rtx 1.7.1.116 and compute capability 8.9"),
+        (FULL, "8.6", "tensorrt 10.16.0 and compute capability 8.6"),
+    ],
+)
+def test_engines_of_another_machine(folder: Path, library: tuple[str, str], capability: str, wanted: str) -> None:
+    name = library[0].replace("_", "-")
+    assert refused(folder, library, compute_capability=capability) == (
+        f"{folder} has no engines for {wanted} (only for tensorrt_rtx 1.7.1.116 and compute capability 8.6); build "
+        f"them: fusion-build {folder} --library {name}"
+    )
+
+
+def test_engines_of_the_bundle_as_it_was(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"source": "FUSION-other"}), encoding="utf-8")
+    only = "(only for tensorrt_rtx 1.7.1.116 and compute capability 8.6, of the bundle as it was before)"
+    assert f"{only}; build them: fusion-build " in refused(folder)
+
+
+def test_no_engines(folder: Path) -> None:
+    shutil.rmtree(folder / FOLDER)
+    message = f"{folder} has no engines for tensorrt_rtx 1.7.1.116 and compute capability 8.6; build them: fusion-build"
+    assert refused(folder).startswith(message)
+
+
+@needs_opset_24
+def test_engines_with_other_tensors(folder: Path) -> None:
+    """The manifest is not of its engine, though its checksum is right."""
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    rewrite(lambda manifest: manifest["engines"]["alignment_decoder"][0]["inputs"].pop())(engines_in(folder))
+    with pytest.raises(FusionError, match=r"alignment_decoder.engine has other inputs and outputs than its manifest"):
+        open_backend(open_bundle(folder), trt)
+    trt.cuda.check_all_freed()
+
+
+# Memory of the device --------------------------------------------------------------------------------------------
+
+
+def built_engines(folder: Path) -> tuple[Bundle, Any]:
+    bundle = open_bundle(folder)
+    return bundle, read_engines(engines_folder(bundle, Machine(*RTX, "8.6")))
+
+
+@needs_opset_24
+def test_just_enough_memory(folder: Path) -> None:
+    bundle, engines = built_engines(folder)
+    free = needed_bytes(bundle.manifest.model, engines, engines.max_context)
+    check_device_memory(bundle.manifest, engines, Cuda(FakeCuda(free=free)))
+    trt = FakeTensorRT(*RTX, FakeCuda(free=free))
+    backend = open_backend(bundle, trt)
+    assert trt.cuda.used + engines.size <= free - RUNTIME_BYTES
+    backend.close()
+    trt.cuda.check_all_freed()
+
+
+@pytest.mark.parametrize("missing", [1, 10_000, 300_000])
+def test_what_would_fit_does(folder: Path, missing: int) -> None:
+    """As said: rebuilt with that context, the engines are taken."""
+    bundle, engines = built_engines(folder)
+    free = needed_bytes(bundle.manifest.model, engines, engines.max_context) - missing
+    with pytest.raises(DeviceError, match=r"Close other programs, or it fits with \d+ positions") as refusal:
+        check_device_memory(bundle.manifest, engines, Cuda(FakeCuda(free=free)))
+    option, positions = str(refusal.value).rstrip(".").split()[-2:]
+    assert 0 < int(positions) < engines.max_context
+    assert build(bundle, FakeTensorRT(*RTX, FakeCuda()), "--parts=1", option, positions) == 0
+    _, rebuilt = built_engines(folder)
+    assert rebuilt.max_context == int(positions)
+    check_device_memory(bundle.manifest, rebuilt, Cuda(FakeCuda(free=free)))
+
+
+def test_nothing_would_fit(folder: Path) -> None:
+    message = refused(folder, free=1_000_000)
+    assert message.startswith("The engines need about 0.35 GB on the device (0.00 GB of weights, 0.00 GB of KV cache ")
+    assert message.endswith(
+        "0.00 of 0.00 GB are free. Close other programs, or not with any --max-context: export with --int4, fewer "
+        "--image-tokens or a smaller --query-len."
+    )

@@ -1,0 +1,427 @@
+"""The TensorRT backend on stand-ins for TensorRT and CUDA: what it does to memory and streams, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes.fake_cuda import Error, FakeCuda, Misuse
+from fakes.fake_tensorrt import FULL, RTX, FakeTensorRT
+from fakes.fake_tensorrt_runtime import IExecutionContext
+from fakes.on_fake_tensorrt import OnFake, build, installed, open_backend, open_on_fake
+from PIL import Image
+from support.backend_contract import CAPACITY, Subject
+from support.opset24 import needs_opset_24
+from support.paths import DEMO_CHECKPOINT
+
+from fusion_edge.benchmarks.demo.pictures import examples
+from fusion_edge.export import cli
+from fusion_edge.runtime import FusionError, devices
+from fusion_edge.runtime.backends.base import Floats
+from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
+from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
+from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.cli import run as cli_run
+from fusion_edge.runtime.errors import DeviceError
+
+pytestmark = needs_opset_24  # which the stand-in for TensorRT computes with
+STEP = ["cudaGraphLaunch", "cudaStreamSynchronize"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
+    return open_bundle(folder)
+
+
+@pytest.fixture
+def on_fake(bundle: Bundle) -> Iterator[OnFake]:
+    """An open backend, after which nothing is left."""
+    fake = open_on_fake(bundle, *RTX, "--parts=1")
+    yield fake
+    fake.backend.close()
+    fake.cuda.check_all_freed()
+    assert fake.trt.released_early == []
+
+
+@pytest.fixture
+def subject(on_fake: OnFake, bundle: Bundle) -> Subject:
+    return Subject(on_fake.backend, bundle.manifest, 0.02)
+
+
+def start(subject: Subject) -> Floats:
+    """A sequence of the rows that it returns."""
+    image = subject.image()
+    rows, latents, questions = subject.prompt(image, 1)
+    subject.backend.prefill(rows, image, latents, questions, CAPACITY)
+    return rows
+
+
+# Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_kernels_are_kept(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fake = open_on_fake(bundle, *RTX, "--parts=1")
+    (file,) = (tmp_path / "fusion-edge").iterdir()
+    assert file.name.startswith("tensorrt_rtx-")
+    assert fake.trt.kernels is not None
+    fake.trt.kernels.content = b"kernels of a prompt"
+    fake.backend.close()
+    assert file.read_bytes() == b"kernels of a prompt"
+    again = open_backend(bundle, fake.trt)
+    assert fake.trt.kernels.content == b"kernels of a prompt"
+    again.close()
+    file.write_bytes(b"damaged")
+    open_backend(bundle, fake.trt).close()
+    assert fake.trt.kernels.was_given == b"damaged"
+    assert file.read_bytes() == b"kernels"
+
+
+def test_kernels_that_cannot_be_kept(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fusion-edge").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fake = open_on_fake(bundle, *RTX, "--parts=1")
+    fake.backend.close()
+    assert capsys.readouterr().err.count("Compiled kernels cannot be kept in") == 1
+
+
+# Lifetimes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [RTX, FULL], ids=lambda library: library[0])
+def test_what_an_object_needs_outlives_it(bundle: Bundle, library: tuple[str, str]) -> None:
+    """Contexts their cache and configurations, those their engines: until the backend is closed, and while it is."""
+    fake = open_on_fake(bundle, *library, "--parts=2")
+    start(Subject(fake.backend, bundle.manifest, 0.02))
+    gc.collect()
+    assert fake.trt.released_early == []
+    fake.backend.close()
+    assert fake.trt.released_early == []
+
+
+@pytest.mark.parametrize("contexts", [1, 2, 4])
+@pytest.mark.parametrize("library", [RTX, FULL], ids=lambda library: library[0])
+def test_what_an_object_needs_outlives_it_if_a_load_fails(
+    bundle: Bundle, library: tuple[str, str], contexts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many contexts are made, and then memory has run out."""
+    trt = FakeTensorRT(*library, FakeCuda())
+    assert build(bundle, trt, "--force", "--parts=2") == 0
+    made: list[int] = []
+
+    def out_of_memory(context: IExecutionContext, *_: int) -> bool:
+        made.append(id(context))
+        return len(made) < contexts
+
+    monkeypatch.setattr(IExecutionContext, "set_optimization_profile_async", out_of_memory)
+    with pytest.raises(FusionError, match="failed to prepare"):
+        open_backend(bundle, trt)
+    assert len(made) == contexts
+    assert trt.released_early == []
+    trt.cuda.check_all_freed()
+
+
+def test_the_stand_in_notices_a_configuration_that_is_dropped(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt, "--parts=1") == 0
+    configure = KernelCache.configure
+
+    def forget(self: KernelCache, *arguments: Any) -> Any:
+        configuration = configure(self, *arguments)
+        self._configurations.clear()
+        return configuration
+
+    monkeypatch.setattr(KernelCache, "configure", forget)
+    with pytest.raises(Misuse, match="configuration has been released"):
+        open_backend(bundle, trt)
+    assert "IRuntimeConfig before IExecutionContext" in trt.released_early
+
+
+# What TensorRT may get wrong -------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_not_updated_in_place_is_noticed(bundle: Bundle) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt, "--parts=2") == 0
+    trt.forgets_caches = True
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx .* computes steps that contradict its prompts"):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
+
+
+# Memory and streams ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", ["1", "3"])
+def test_a_step_is_one_launch(bundle: Bundle, parts: str) -> None:
+    fake = open_on_fake(bundle, *RTX, "--parts", parts)
+    subject = Subject(fake.backend, bundle.manifest, 0.02)
+    rows = start(subject)
+    runs = fake.trt.runs
+    for count in range(1, 4):
+        fake.cuda.calls.clear()
+        fake.backend.decode(rows[count])
+        assert fake.cuda.calls == STEP
+        assert fake.trt.runs == runs + count * int(parts)
+    fake.backend.close()
+    fake.cuda.check_all_freed()
+
+
+def test_memory_is_allocated_once(on_fake: OnFake, subject: Subject) -> None:
+    """After the first image; the second one while the first is kept has memory of its own."""
+    rows = start(subject)
+    used, count = on_fake.cuda.used, len(on_fake.cuda.allocations)
+    for crops, words in ((1, 0), (4, 7)):
+        subject.encode(crops, words)
+        start(subject)
+        subject.backend.decode(rows[0])
+    assert (on_fake.cuda.used, len(on_fake.cuda.allocations)) == (used, count)
+
+
+def test_memory_of_a_dropped_image_serves_the_next(on_fake: OnFake, subject: Subject) -> None:
+    first, second = subject.image(), subject.image()
+    pointers = {(image.keys.pointer, image.values.pointer) for image in (first, second)}
+    assert len({pointer for pair in pointers for pointer in pair}) == 4
+    count = len(on_fake.cuda.allocations)
+    del first
+    gc.collect()
+    third = subject.image()
+    assert (third.keys.pointer, third.values.pointer) in pointers - {(second.keys.pointer, second.values.pointer)}
+    assert len(on_fake.cuda.allocations) == count
+
+
+def test_an_image_after_the_backend_was_closed(bundle: Bundle) -> None:
+    """Its memory is not given back twice."""
+    fake = open_on_fake(bundle, *RTX)
+    image = Subject(fake.backend, bundle.manifest, 0.02).image()
+    fake.backend.close()
+    del image
+    gc.collect()
+    fake.cuda.check_all_freed()
+
+
+@pytest.mark.parametrize("failure", ["TensorRT", "CUDA"])
+def test_steps_without_a_recording(
+    bundle: Bundle, subject: Subject, capsys: pytest.CaptureFixture[str], failure: str
+) -> None:
+    """Where a step cannot be recorded, it is told once, and steps give the same."""
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt) == 0
+    if failure == "TensorRT":
+        trt.refuses_capture, reason = True, "tensorrt_rtx failed to run llm: This cannot be captured."
+    else:
+        trt.cuda.failures["cudaGraphInstantiate"] = Error.cudaErrorInvalidValue
+        reason = "CUDA's cudaGraphInstantiate failed: cudaErrorInvalidValue of the fake."
+    capsys.readouterr()
+    backend = open_backend(bundle, trt)
+    assert capsys.readouterr().err == f"Steps run without a CUDA graph: {reason}\n"
+    rows = start(subject)
+    start(Subject(backend, bundle.manifest, 0.02))
+    for row in rows[:2]:
+        assert np.array_equal(backend.decode(row), subject.backend.decode(row))
+    backend.close()
+    trt.cuda.check_all_freed()
+
+
+def test_a_part_of_a_step_is_not_recorded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT may refuse without CUDA noticing."""
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt, "--parts=1") == 0
+    begin, end = trt.cuda.cudaStreamBeginCapture, trt.cuda.cudaStreamEndCapture
+
+    def refuse_from_here(*arguments: object) -> object:
+        trt.run_error = "out of resources"
+        return begin(*arguments)  # type: ignore[arg-type]
+
+    def refuse_no_longer(*arguments: object) -> object:
+        trt.run_error = None
+        return end(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trt.cuda, "cudaStreamBeginCapture", refuse_from_here)
+    monkeypatch.setattr(trt.cuda, "cudaStreamEndCapture", refuse_no_longer)
+    backend = open_backend(bundle, trt)
+    rows, runs = start(Subject(backend, bundle.manifest, 0.02)), trt.runs
+    backend.decode(rows[0])
+    assert trt.runs == runs + 1
+    backend.close()
+    trt.cuda.check_all_freed()
+
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_named(subject: Subject, bundle: Bundle) -> None:
+    """The sequence before goes on."""
+    rows, context = start(subject), bundle.manifest.max_context
+    image = subject.image()
+    long = np.zeros((context + 1, subject.width), np.float32)
+    latents, questions = np.arange(4)[None], np.array([5])
+    many = np.tile(latents, (16, 1)), np.arange(16)
+
+    def prefill(length: int, places: tuple[object, object], capacity: int) -> None:
+        subject.backend.prefill(long[:length], image, *places, capacity)  # type: ignore[arg-type]
+
+    refusals: dict[str, Callable[[], object]] = {
+        "There are 497 tokens of all questions; the engines take 0 to 496: ask shorter": lambda: subject.backend.encode(
+            np.zeros((1, 3, 384, 384), np.float32),
+            np.zeros((1, 497, subject.width), np.float32),
+            np.ones((1, 497), np.bool_),
+        ),
+        "There are 16 questions of the conversation; the engines take 1 to 15": lambda: prefill(64, many, CAPACITY),
+        "sequence of 513 positions does not fit the engines' context of 512; build with a larger --max-context.": (
+            lambda: prefill(64, (latents, questions), context + 1)
+        ),
+        "There are 3 latents a question; the engines take 4 to 16": (
+            lambda: prefill(64, (latents[:, :3], questions), CAPACITY)
+        ),
+        "The sequence has 513 positions, more than the 512": (
+            lambda: prefill(context + 1, (latents, questions), context)
+        ),
+    }
+    for message, refused in refusals.items():
+        with pytest.raises(FusionError, match=message):
+            refused()
+    assert np.isfinite(subject.backend.decode(rows[0])).all()
+
+
+def test_tensorrt_fails_to_run(on_fake: OnFake, subject: Subject) -> None:
+    on_fake.trt.run_error = "Cuda Runtime (an illegal instruction was encountered)"
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to run vision_encoder: Cuda Runtime \(.*\)\.$"):
+        subject.encode(1, 0)
+    on_fake.trt.run_error = None
+    start(subject)
+
+
+def test_tensorrt_fails_to_load(bundle: Bundle) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt) == 0
+    trt.load_error = "Cannot allocate\n  memory."
+    with pytest.raises(
+        FusionError,
+        match=r"cannot load .*vision_encoder\.engine: Cannot allocate memory\. If memory ran out, close other programs",
+    ):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
+
+
+def test_a_context_that_is_refused(bundle: Bundle) -> None:
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt) == 0
+    trt.context_error = "Requested amount of GPU memory could not be allocated."
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to prepare vision_encoder: Requested amount of GPU"):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
+
+
+def test_an_address_that_is_refused(on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, image = start(subject), subject.image()
+    monkeypatch.setattr(IExecutionContext, "set_tensor_address", lambda *_: False)
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it does not say why\.$"):
+        subject.backend.prefill(rows, image, np.arange(4)[None], np.array([5]), CAPACITY)
+
+
+def test_memory_that_runs_out_while_it_starts(bundle: Bundle) -> None:
+    """Another program took it: nothing is kept."""
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt) == 0
+    trt.cuda.failures["cudaMalloc"] = Error.cudaErrorMemoryAllocation
+    with pytest.raises(DeviceError, match=r"^CUDA's cudaMalloc failed: cudaErrorMemoryAllocation of the fake\.$"):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
+
+
+def test_no_gpu() -> None:
+    with pytest.raises(DeviceError, match=r"^CUDA finds no GPU; see what nvidia-smi says\.$"):
+        Cuda(FakeCuda(gpus=0))
+
+
+def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(DeviceError, match=r"^cuda-bindings is not installed; pip install 'cuda-bindings==13"):
+        open_cuda()
+
+
+# Through the commands --------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_through_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo model's answers are right, and those of ONNX Runtime; what the device is called is said.
+
+    The engines' context is smaller than the bundle's: an answer may be as long as it allows.
+    """
+    monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
+    assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--fp16", "--target", "tensorrt"]) == 0
+    first = list(itertools.islice(examples("held_out", 0, questions_per_picture=5), 2))
+    Image.fromarray(first[0].picture).save(tmp_path / "image.png")
+    asked = [f"--ask={example.question}" for example in first]
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    bundle = open_bundle(tmp_path / "b")
+    assert build(bundle, trt, "--max-context=256") == 0
+    capsys.readouterr()
+    with installed(trt):
+        answers = {}
+        for device in ("auto", "cpu"):
+            options = [f"--device={device}", "--query-len=4", "--threads=1", "--json", "--verbose"]
+            assert cli_run.main([str(bundle.folder), "--image", str(tmp_path / "image.png"), *asked, *options]) == 0
+            printed = capsys.readouterr()
+            answers[device] = [(one["text"], one["token_ids"]) for one in json.loads(printed.out)["answers"]]
+            assert f"running on {'tensorrt-rtx' if device == 'auto' else device}\n" in printed.err
+    assert answers["auto"] == answers["cpu"]
+    assert [text for text, _ in answers["auto"]] == [example.answer for example in first]
+    assert trt.runs > 0
+    trt.cuda.check_all_freed()
+
+
+# The stand-in itself ---------------------------------------------------------------------------------------------
+
+
+def test_the_stand_in_notices_misuse() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(fake)
+    stream, device, host = cuda.stream(), cuda.allocate(256), cuda.allocate_pinned(256)
+    misuses: list[tuple[str, Callable[[], object]]] = [
+        ("257 bytes at", lambda: cuda.to_device(device, host, 257, stream)),
+        ("8 bytes at", lambda: cuda.to_host(host, device + 250, 8, stream)),
+        ("is not of the host", lambda: cuda.to_device(device, device, 8, stream)),
+        ("There is no memory", lambda: cuda.to_device(1, host, 8, stream)),
+        ("Left: memory", fake.check_all_freed),
+    ]
+    for message, misuse in misuses:
+        with pytest.raises(Misuse, match=message):
+            misuse()
+    cuda.begin_capture(stream)
+    cuda.to_device(device, host, 8, stream)
+    for forbidden in (lambda: cuda.wait(stream), lambda: cuda.allocate(1), lambda: cuda.destroy_stream(stream)):
+        with pytest.raises(Misuse):
+            forbidden()
+    graph = cuda.end_capture(stream)
+    fake.view(host, 8, on_device=False)[...] = 7
+    cuda.launch(graph, stream)
+    assert not fake.view(device, 8).any()  # nothing is done before it is waited for
+    cuda.wait(stream)
+    assert (fake.view(device, 8) == 7).all()
+    cuda.to_host(host, device, 8, stream)
+    cuda.destroy_graph(graph)
+    with pytest.raises(Misuse, match="after it was destroyed"):
+        cuda.launch(graph, stream)
+    cuda.free(device)
+    with pytest.raises(Misuse, match="after it was freed"):
+        fake.view(device, 8)
+    with pytest.raises(Misuse, match="freed again"):
+        cuda.free(device)
+    cuda.free_pinned(host)
+    cuda.destroy_stream(stream)
+    fake.check_all_freed()

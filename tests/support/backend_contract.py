@@ -1,0 +1,178 @@
+"""What every backend promises (``runtime/backends/base.py``), as tests of a fixture ``subject``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fusion_edge.runtime import FusionError
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.images.grids import pooling_cells
+
+LENGTH, CAPACITY = 60, 64  # of the prompts here
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend, the manifest of what it runs, and how exactly it computes."""
+
+    backend: Backend
+    manifest: Manifest
+    tolerance: float
+    """Largest difference, in standard deviations, between results of different kernels that should be equal."""
+
+    @property
+    def width(self) -> int:
+        return self.manifest.model.language.hidden_size
+
+    def encode(self, crops: int, words: int) -> npt.ArrayLike:
+        """Features of random crops under random words; the first crops and words are the same whatever their number."""
+        pixels = _random(1, GLOBAL_CROPS, 3, IMAGE_SIZE, IMAGE_SIZE)[:crops]
+        text = _random(2, GLOBAL_CROPS, 8, self.width)[:crops, :words]
+        return self.backend.encode(pixels, text, np.ones((crops, words), np.bool_))
+
+    def align(self, features: object, length: int) -> ImageAlignment:
+        """The alignment for a query length."""
+        config = self.manifest.model
+        size, cells = 2 * config.vision.grid, side(length)
+        window = config.alignment.window_size
+        return self.backend.align(features, pooling_cells(size, cells), pooling_cells(size, cells * window))
+
+    def image(self) -> ImageAlignment:
+        """The alignment for the shortest query length."""
+        return self.align(self.encode(GLOBAL_CROPS, 0), min(self.manifest.query_lengths))
+
+    def prompt(self, image: ImageAlignment, questions: int) -> tuple[Floats, Integers, Integers]:
+        """Rows, the latents' positions for each question, and the questions' positions."""
+        rows, count = _random(3, LENGTH, self.width), len(image.latents)
+        latent_positions = 4 + 24 * np.arange(questions)[:, None] + np.arange(count)
+        rows[latent_positions] = image.latents
+        return rows, latent_positions, latent_positions[:, -1] + 5
+
+    def assert_close(self, actual: npt.ArrayLike, expected: npt.ArrayLike) -> None:
+        actual, expected = np.asarray(actual), np.asarray(expected)
+        assert actual.shape == expected.shape
+        assert np.abs(actual - expected).max() <= self.tolerance * expected.std()
+
+
+def _random(seed: int, *shape: int) -> Floats:
+    return np.random.default_rng(seed).normal(0, 0.5, shape).astype(np.float32)
+
+
+def assert_floats(array: npt.NDArray[Any], *shape: int) -> None:
+    assert array.dtype == np.float32
+    assert array.shape == shape
+    assert np.isfinite(array).all()
+    assert array.std() > 0
+
+
+class BackendContract:
+    """Inherit from this in a file that has the fixture ``subject``."""
+
+    @pytest.mark.parametrize("crops", [1, GLOBAL_CROPS])
+    @pytest.mark.parametrize("words", [0, 1, 7])
+    def test_features(self, subject: Subject, crops: int, words: int) -> None:
+        patches = subject.manifest.model.vision.patches
+        assert_floats(np.asarray(subject.encode(crops, words)), crops, patches, subject.width)
+
+    def test_every_crop_is_encoded_alone(self, subject: Subject) -> None:
+        together = np.asarray(subject.encode(GLOBAL_CROPS, 3))
+        subject.assert_close(np.asarray(subject.encode(1, 3))[0], together[0])
+        assert not np.array_equal(together[0], together[1])
+
+    def test_words_change_features(self, subject: Subject) -> None:
+        assert not np.array_equal(np.asarray(subject.encode(1, 0)), np.asarray(subject.encode(1, 7)))
+
+    def test_features_last(self, subject: Subject) -> None:
+        """The next image does not write over those of the image before."""
+        first = subject.encode(GLOBAL_CROPS, 0)
+        before = np.array(first)
+        subject.encode(GLOBAL_CROPS, 7)
+        assert np.array_equal(np.asarray(first), before)
+
+    def test_latents_of_every_length(self, subject: Subject) -> None:
+        features = subject.encode(GLOBAL_CROPS, 0)
+        for length in subject.manifest.query_lengths:
+            assert_floats(subject.align(features, length).latents, length, subject.width)
+
+    def test_alignment_takes_features_from_the_host(self, subject: Subject) -> None:
+        length = min(subject.manifest.query_lengths)
+        features = subject.encode(GLOBAL_CROPS, 0)
+        latents = subject.align(features, length).latents
+        assert np.array_equal(subject.align(np.asarray(features), length).latents, latents)
+
+    def test_alignments_last(self, subject: Subject) -> None:
+        """An image's alignment serves again after another image was aligned."""
+        image = subject.image()
+        prompt = subject.prompt(image, 1)
+        first = _prefill(subject, image, prompt)
+        subject.align(np.asarray(subject.encode(GLOBAL_CROPS, 7)), len(image.latents))
+        assert np.array_equal(_prefill(subject, image, prompt), first)
+
+    @pytest.mark.parametrize("questions", [1, 2])
+    def test_logits(self, subject: Subject, questions: int) -> None:
+        image = subject.image()
+        vocabulary = subject.manifest.model.language.vocab_size
+        assert_floats(_prefill(subject, image, subject.prompt(image, questions)), vocabulary)
+        assert_floats(subject.backend.decode(_random(4, subject.width)), vocabulary)
+
+    def test_every_question_has_its_latents(self, subject: Subject) -> None:
+        """In whatever order they are told; a question is not another one's."""
+        image = subject.image()
+        rows, latents, questions = subject.prompt(image, 2)
+        expected = _prefill(subject, image, (rows, latents, questions))
+        swapped = latents[::-1].copy(), questions[::-1].copy()
+        subject.assert_close(_prefill(subject, image, (rows, *swapped)), expected)
+        assert not np.array_equal(_prefill(subject, image, (rows, latents, swapped[1])), expected)
+
+    def test_steps_are_a_longer_prompt(self, subject: Subject) -> None:
+        image = subject.image()
+        rows, latents, questions = subject.prompt(image, 2)
+        _prefill(subject, image, (rows[:-3], latents, questions))
+        for count in (2, 1, 0):
+            stepped = subject.backend.decode(rows[LENGTH - 1 - count]).copy()
+        subject.assert_close(stepped, _prefill(subject, image, (rows, latents, questions)))
+
+    def test_every_sequence_starts_anew(self, subject: Subject) -> None:
+        image = subject.image()
+        prompt = subject.prompt(image, 1)
+        after = _random(5, 3, subject.width)
+        runs = []
+        for _ in range(2):
+            first = _prefill(subject, image, prompt)
+            runs.append([first, *(subject.backend.decode(row).copy() for row in after)])
+            _prefill(subject, image, subject.prompt(image, 2), capacity=subject.backend.max_context)
+        assert np.array_equal(runs[0], runs[1])
+        assert not np.array_equal(runs[0][0], runs[0][1])
+
+    def test_a_sequence_ends_at_its_capacity(self, subject: Subject) -> None:
+        image = subject.image()
+        prompt = subject.prompt(image, 1)
+        _prefill(subject, image, prompt)
+        row = _random(6, subject.width)
+        for _ in range(CAPACITY - LENGTH):
+            subject.backend.decode(row)
+        with pytest.raises(FusionError, match=f"{CAPACITY + 1} positions, more than the {CAPACITY}"):
+            subject.backend.decode(row)
+
+    def test_a_prompt_fits_its_capacity(self, subject: Subject) -> None:
+        image = subject.image()
+        prompt = subject.prompt(image, 1)
+        full = _prefill(subject, image, prompt, capacity=LENGTH)
+        subject.assert_close(full, _prefill(subject, image, prompt))
+        with pytest.raises(FusionError, match=f"{LENGTH} positions, more than the {LENGTH - 1}"):
+            _prefill(subject, image, prompt, capacity=LENGTH - 1)
+
+
+def _prefill(
+    subject: Subject, image: ImageAlignment, prompt: tuple[Floats, Integers, Integers], capacity: int = CAPACITY
+) -> Floats:
+    rows, latents, questions = prompt
+    logits: Floats = subject.backend.prefill(rows, image, latents, questions, capacity).copy()
+    return logits

@@ -1,0 +1,22 @@
+"""A bundle on ONNX Runtime against the eager interpreter on the weights that the bundle holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fusion_edge.benchmarks.demo.fidelity import first_logits
+from fusion_edge.export.reference.bundle_weights import BundleWeights
+from fusion_edge.export.reference.eager_backend import EagerBackend
+from fusion_edge.runtime import Fusion, load
+from fusion_edge.runtime.bundle.manifest import open_bundle
+
+
+def assert_computes_its_weights(bundle: Path, picture: Path, question: str = "How many?") -> None:
+    """The first logits of both agree to a thousandth of their standard deviation."""
+    with load(bundle) as fusion:
+        eager = EagerBackend(fusion.config, BundleWeights(open_bundle(bundle)))
+        expected = first_logits(Fusion(fusion.manifest, eager, fusion.tokenizer, eager.embed), picture, question)
+        actual = first_logits(fusion, picture, question)
+    assert np.abs(actual - expected).max() <= 1e-3 * expected.std()
