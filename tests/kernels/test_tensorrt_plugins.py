@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ from fakes import fake_tensorrt_plugin as fake
 from fakes.fake_tensorrt_plugin import DataType
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 from support import tensorrt_layers
+from support.paths import TESTS
 from support.tensorrt_layers import FLOATS, SHAPES, WIDTH, types
 
 from fusion_edge.kernels import onnx_functions, tensorrt_plugins
@@ -164,8 +164,8 @@ def test_kernel_declares_its_parameters_in_this_order(plugin: Plugin) -> None:
 def built() -> dict[str, tuple[str, str, int, int]]:
     """What tests/support/tensorrt_layers.py prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(tensorrt_layers.__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "support.tensorrt_layers"]
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {key: tuple(row) for key, row in json.loads(done.stdout).items()}
 

@@ -237,7 +237,8 @@ def test_the_other_export_ends_while_this_one_waits(
 
 KILLED = """
 import os, signal, sys
-from fusion_edge.export import cli, partial_folder
+from fusion_edge.export import cli
+from fusion_edge.export.bundle import partial_folder
 name, calls = sys.argv[1], int(sys.argv[2])
 original = getattr(os, name)
 def counted(*arguments, **options):
