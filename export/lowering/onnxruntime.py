@@ -42,7 +42,7 @@ class OnnxRuntimeOperations(OnnxOperations):
 
     def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
         up, down = f"{name}.up", f"{name}.down"
-        if self.formats[up].rounds_inputs and self.formats[down].rounds_inputs:
+        if self.formats[up].quantizes_activations and self.formats[down].quantizes_activations:
             function = cpu_functions.integer_mlp_function(OPSET)
             return self._function(function, [x, *self._integer_inputs(up), *self._integer_inputs(down)], name)
         return self._linear(self.linear(x, up, bias=True), down, bias=True, of_gelu=True)
@@ -50,7 +50,7 @@ class OnnxRuntimeOperations(OnnxOperations):
     def _linear(self, x: OnnxValue, name: str, bias: bool, of_gelu: bool = False) -> OnnxValue:
         """``of_gelu``: of GELU(x), in one operator where a function can be."""
         form, weight = self.formats[name], self.parameters[f"{name}.weight"]
-        if form.rounds_inputs:
+        if form.quantizes_activations:
             function = cpu_functions.integer_product_function(OPSET, of_gelu)
             return self._function(function, [x, *self._integer_inputs(name, bias)], name)
         offset = self.parameter(f"{name}.bias") if bias else None

@@ -47,7 +47,7 @@ class TensorRTOperations(OnnxOperations):
                 x = self._in_order(x, weight, form, stored.columns)
             values = self._int4(weight, form)
         elif form.is_quantized:
-            x = self._rounded(x, name, form) if form.rounds_inputs else x
+            x = self._rounded(x, name, form) if form.quantizes_activations else x
             values = self._transposed(self._int8(weight, form))
         else:
             dtype = "float16" if form.kind == "fp16" else "float32"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from support.gemm_references import integer_product, integer_tensors, rounded
 from support.one_node import gelu
-from support.product_references import integer_product, integer_tensors, rounded
 
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.kernels.onnx_functions import DOMAIN

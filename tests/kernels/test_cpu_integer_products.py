@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from support.gemm_references import integer_product, integer_tensors, one_step
 from support.one_node import gelu, session_of
 from support.own_kernels import needs_cpu_kernels
-from support.product_references import integer_product, integer_tensors, one_step
 
 from fusion_edge.kernels import cpu_functions
 

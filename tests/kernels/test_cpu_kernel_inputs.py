@@ -22,9 +22,9 @@ from support.attention_graphs import (
     packed_model,
     session,
 )
+from support.gemm_references import integer_tensors
 from support.one_node import session_of
 from support.own_kernels import needs_cpu_kernels
-from support.product_references import integer_tensors
 
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.runtime.backends import cpu_kernels

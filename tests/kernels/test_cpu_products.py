@@ -16,9 +16,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from support.gemm_references import rounded
 from support.one_node import gelu, session_of
 from support.own_kernels import needs_cpu_kernels, streams
-from support.product_references import rounded
 
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
