@@ -2,7 +2,7 @@
 
 Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
 LLM, MultiHeadAttention for the vision tower. Where our own CPU kernels do more in one go, these are inside of functions
-(``kernels/cpu_functions.py``). Values are the names of ONNX values.
+(``kernels/onnx_functions/``). Values are the names of ONNX values.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ import numpy as np
 from onnx import FunctionProto, NodeProto, helper
 
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
-from fusion_edge.export.lowering import int8_cache
-from fusion_edge.export.lowering.graph_builder import subgraph
 from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
-from fusion_edge.kernels import cpu_functions
-from fusion_edge.kernels.cpu_functions import MICROSOFT
+from fusion_edge.kernels.onnx_functions import int8_cache
+from fusion_edge.kernels.onnx_functions.activations import swiglu_function
+from fusion_edge.kernels.onnx_functions.attention import packed_attention_function, patch_attention_function
+from fusion_edge.kernels.onnx_functions.builder import subgraph
+from fusion_edge.kernels.onnx_functions.linear import (
+    integer_matmul_function,
+    integer_mlp_function,
+    matmul_nbits_function,
+)
+from fusion_edge.kernels.operators import MICROSOFT
 from fusion_edge.quant.formats import WeightFormat
 
 OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
@@ -43,7 +49,7 @@ class OnnxRuntimeOperations(OnnxOperations):
     def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
         up, down = f"{name}.up", f"{name}.down"
         if self.formats[up].rounds_inputs and self.formats[down].rounds_inputs:
-            function = cpu_functions.integer_mlp_function(OPSET)
+            function = integer_mlp_function(OPSET)
             return self._function(function, [x, *self._integer_inputs(up), *self._integer_inputs(down)], name)
         return self._linear(self.linear(x, up, bias=True), down, bias=True, of_gelu=True)
 
@@ -51,11 +57,11 @@ class OnnxRuntimeOperations(OnnxOperations):
         """``of_gelu``: of GELU(x), in one operator where a function can be."""
         form, weight = self.formats[name], self.parameters[f"{name}.weight"]
         if form.rounds_inputs:
-            function = cpu_functions.integer_product_function(OPSET, of_gelu)
+            function = integer_matmul_function(OPSET, of_gelu)
             return self._function(function, [x, *self._integer_inputs(name, bias)], name)
         offset = self.parameter(f"{name}.bias") if bias else None
         if form.is_quantized and self._takes_stored_scales(name, form):
-            function = cpu_functions.product_function(OPSET, of_gelu)
+            function = matmul_nbits_function(OPSET, of_gelu)
             return self._quantized(x, name, form, weight, offset, function)
         if of_gelu:
             x = self._node("FastGelu", [x], domain=MICROSOFT)
@@ -119,7 +125,7 @@ class OnnxRuntimeOperations(OnnxOperations):
         return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
 
     def _integer_inputs(self, name: str, bias: bool = True) -> list[OnnxValue | str]:
-        """What ``cpu_functions.INTEGER_INPUTS`` names, of a linear whose inputs and weights are rounded to 8 bits."""
+        """Return the inputs that ``INTEGER_LINEAR_INPUTS`` names, of a linear with 8-bit weights and activations."""
         form, weight = self.formats[name], self.parameters[f"{name}.weight"]
         rows, plan = weight.shape[0], self.builder.plan
         return [
@@ -149,7 +155,7 @@ class OnnxRuntimeOperations(OnnxOperations):
         return self.input(name)
 
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
-        return self._function(cpu_functions.swiglu_function(OPSET), [gate, up])
+        return self._function(swiglu_function(OPSET), [gate, up])
 
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
         if positions.name not in self._has_any:
@@ -176,8 +182,8 @@ class OnnxRuntimeOperations(OnnxOperations):
             return super().self_attention(qkv, heads, key_mask, patches)
         attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
         if patches is None:
-            return self._function(cpu_functions.packed_attention_function(OPSET), [qkv, key_mask], **attributes)
-        function = cpu_functions.patch_attention_function(OPSET)
+            return self._function(packed_attention_function(OPSET), [qkv, key_mask], **attributes)
+        function = patch_attention_function(OPSET)
         return self._function(function, [qkv, key_mask], patches=patches, **attributes)
 
     def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
@@ -193,7 +199,7 @@ class OnnxRuntimeOperations(OnnxOperations):
             "scale": language.head_dim**-0.5,
         }
         name = f"llm.layers.{layer}.attention"
-        states = int8_cache.STATES if self.settings.cache == "int8" else int8_cache.PARTS
+        states = int8_cache.CACHE_TENSORS if self.settings.cache == "int8" else int8_cache.PARTS
         past, present = ([f"{time}.{layer}.{state}" for state in states] for time in ("past", "present"))
         shared, outputs = ["last_position", "total_length", cos, sin], [name, *present]
         if self.settings.cache == "int8":
