@@ -22,6 +22,7 @@ from fusion_edge.export import cli
 from fusion_edge.export.calibration import export as calibration_export
 from fusion_edge.export.calibration.samples import FEWEST
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.tensorrt_formats import check_formats
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
@@ -305,7 +306,6 @@ def test_formats_that_tensorrt_does_not_read(
 
 def test_odd_outputs() -> None:
     """Two outputs share a byte."""
-    form = WeightFormat("int4", 64)
-    parameters = {"llm.lm_head.weight": Parameter("llm.lm_head.weight", "linear", (33, 64), ())}
+    weight = Parameter("llm.lm_head.weight", "linear", (33, 64), ())
     with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:64 for TensorRT: its 33 outputs are odd, and "):
-        check_formats({"llm.lm_head": form}, parameters, {})
+        check_formats({"llm.lm_head": Linear(weight, WeightFormat("int4", 64))})

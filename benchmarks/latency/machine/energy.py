@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fusion_edge.benchmarks.latency.nvidia import Gpu
+from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
+from fusion_edge.benchmarks.latency.machine.procfs import ROOT, Sampler, number, text
 from fusion_edge.benchmarks.latency.result import Energy
-from fusion_edge.benchmarks.latency.system import ROOT, Sampler, number, text
 
 SHORTEST_WINDOW = 5.0
 """Seconds. NVML's counter moves ten times a second, so a shorter window is not known to 2 %."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fusion_edge.benchmarks.latency import case_report, charts, views
-from fusion_edge.benchmarks.latency.charts import Markup, element, join
+from fusion_edge.benchmarks.latency.report import charts, labels
+from fusion_edge.benchmarks.latency.report.case import case_details, legend, time_format, track
+from fusion_edge.benchmarks.latency.report.charts import Markup, element, join
+from fusion_edge.benchmarks.latency.report.style import CSS
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result
 from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR
-from fusion_edge.benchmarks.latency.style import CSS
 from fusion_edge.runtime.cli import common as cli
 
 _SERIES_KINDS = ("blue", "orange", "green", "pink", "sky", "red", "yellow")
@@ -26,21 +27,21 @@ class _Column:
 
 
 _COLUMNS = (
-    _Column("First token", lambda measured: measured.first_token.median, views.duration),
-    _Column("Further question", lambda measured: measured.further_first_token.median, views.duration),
-    _Column("Tokens a second", lambda measured: measured.tokens_per_second, views.three_digits),
+    _Column("First token", lambda measured: measured.first_token.median, labels.duration),
+    _Column("Further question", lambda measured: measured.further_first_token.median, labels.duration),
+    _Column("Tokens a second", lambda measured: measured.tokens_per_second, labels.three_digits),
     _Column("Peak memory", lambda measured: float(measured.memory.peak), cli.size),
 )
 
 
-def html(result: Result) -> str:
+def html_report(result: Result) -> str:
     """The whole file."""
     cases = [measured.case for measured in result.measured]
     title = f"Latency of {result.bundle.source}"
     body = [element("h1", title), _subtitle(result), *_warnings(result)]
     if len(cases) == 1:
-        case = element("p", views.case_name(cases[0]), class_="muted")
-        details = case_report.details(result.measured[0], result)
+        case = element("p", labels.case_name(cases[0]), class_="muted")
+        details = case_details(result.measured[0], result)
         body += [element("h2", "Measured"), case, details]
     else:
         body += [element("h2", "Cases side by side"), _comparison(result), _over_context(result)]
@@ -75,7 +76,7 @@ def _warnings(result: Result) -> list[Markup]:
             f"The machine was too noisy{which}: some medians are not known to {LARGEST_ERROR:.0%}. Small differences "
             "mean nothing."
         )
-    texts += views.remarks(result)
+    texts += labels.remarks(result)
     if result.machine.throttled:
         texts.append(f"Clocks were held down: {result.machine.throttled}.")
     return [element("p", text, class_="warning") for text in texts]
@@ -83,19 +84,19 @@ def _warnings(result: Result) -> list[Markup]:
 
 def _comparison(result: Result) -> Markup:
     cases = [measured.case for measured in result.measured]
-    options = views.differing_options(cases)
+    options = labels.differing_options(cases)
     most = [max(map(column.value, result.measured)) for column in _COLUMNS]
     rows = []
     for i, measured in enumerate(result.measured):
-        link = element("a", views.case_name(measured.case, options), href=f"#{_id(i)}")
+        link = element("a", labels.case_name(measured.case, options), href=f"#{_id(i)}")
         cells = [element("th", link, *_badge(measured))]
         for column, largest in zip(_COLUMNS, most, strict=True):
             value = column.value(measured)
-            cells.append(element("td", column.text(value), case_report.track(value / largest), data_name=column.name))
+            cells.append(element("td", column.text(value), track(value / largest), data_name=column.name))
         rows.append(element("tr", *cells))
     header = element("tr", element("th", "Case"), *(element("th", column.name) for column in _COLUMNS))
     table = element("table", element("thead", header), element("tbody", *rows), class_="cases")
-    common = views.case_name(cases[0], views.common_options(cases))
+    common = labels.case_name(cases[0], labels.common_options(cases))
     note = [element("p", f"All with {common}.", class_="note muted")] if common else []
     return element("div", table, *note, class_="card")
 
@@ -112,20 +113,20 @@ def _over_context(result: Result) -> Markup:
     groups = {case: sorted(group, key=lambda one: one.case.context) for case, group in groups.items() if len(group) > 1}
     if not groups:
         return Markup()
-    options = views.differing_options(list(groups))
-    series = [_series(views.case_name(case, options), group) for case, group in groups.items()]
+    options = labels.differing_options(list(groups))
+    series = [_series(labels.case_name(case, options), group) for case, group in groups.items()]
     kinds = [_SERIES_KINDS[i % len(_SERIES_KINDS)] for i in range(len(series))]
     points = [point for one in series for point in one.points]
     x = charts.Axis(0, 1.05 * max(point[0] for point in points), lambda value: f"{value:,.0f}", "context, positions")
     largest = max(point[3] for point in points)
-    y = charts.Axis(0, 1.1 * largest, case_report.time_format(largest))
+    y = charts.Axis(0, 1.1 * largest, time_format(largest))
     note = "Median of a step with its 95% interval; dashed: what the memory's bandwidth allows."
     named = [(one.name, kind) for one, kind in zip(series, kinds, strict=True) if one.name]
     return element(
         "figure",
         element("h3", "A step over context"),
         charts.lines(x, y, series, kinds, note),
-        case_report.legend(named),
+        legend(named),
         element("figcaption", note),
         class_="card",
         style="margin-top:14px",
@@ -135,7 +136,7 @@ def _over_context(result: Result) -> Markup:
 def _series(name: str, group: Sequence[Measured]) -> charts.Series:
     points = []
     for measured in group:
-        step = measured.stages[views.STEP]
+        step = measured.stages[labels.STEP]
         low, high = step.interval or (step.median, step.median)
         points.append((float(measured.case.context), low, step.median, high))
     steps = ((float(one.case.context), one.limits.step.seconds) for one in group)
@@ -144,21 +145,21 @@ def _series(name: str, group: Sequence[Measured]) -> charts.Series:
 
 
 def _folded(result: Result) -> list[Markup]:
-    options = views.differing_options([measured.case for measured in result.measured])
+    options = labels.differing_options([measured.case for measured in result.measured])
     parts = []
     for i, measured in enumerate(result.measured):
         figures = (
-            f" {views.duration(measured.first_token.median)} to the first token, "
-            f"{views.three_digits(measured.tokens_per_second)} tokens/s "
+            f" {labels.duration(measured.first_token.median)} to the first token, "
+            f"{labels.three_digits(measured.tokens_per_second)} tokens/s "
         )
         summary = element(
             "summary",
-            views.case_name(measured.case, options),
+            labels.case_name(measured.case, options),
             element("span", figures, class_="figures"),
             *_badge(measured),
         )
         # A link to what is folded unfolds it, as long as its target is inside.
-        target = element("div", case_report.details(measured, result), id=_id(i))
+        target = element("div", case_details(measured, result), id=_id(i))
         parts.append(element("details", summary, target))
     return parts
 
@@ -191,14 +192,14 @@ def _facts(result: Result) -> Markup:
     }
     for device, rates in result.rates.items():
         for name, rate, unit in (("bandwidth", rates.bandwidth, "B/s"), ("products", rates.multiplications, "MAC/s")):
-            where[f"Probed {name}, {device}"] = None if rate is None else views.rate(rate, unit)
+            where[f"Probed {name}, {device}"] = None if rate is None else labels.rate(rate, unit)
     lists: dict[str, Mapping[str, str | None]] = {"Bundle": what, "Machine": where, "Versions": machine.versions}
     cards = (element("div", element("h3", name), _list(facts), class_="card") for name, facts in lists.items())
     return element("div", *cards, class_="charts")
 
 
 def _clock(rates: Sequence[float]) -> str:
-    least, median, largest = (views.rate(rate, "Hz") for rate in rates)
+    least, median, largest = (labels.rate(rate, "Hz") for rate in rates)
     return f"{median} ({least} to {largest})"
 
 

@@ -12,7 +12,7 @@ from fakes.fake_tensorrt import RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import build, installed
 from support.opset24 import needs_opset_24
 
-from fusion_edge.benchmarks.latency import cli, limits, probes
+from fusion_edge.benchmarks.latency import cli, peaks, roofline
 from fusion_edge.benchmarks.latency.result import read_result
 from fusion_edge.export import cli as export
 from fusion_edge.runtime import devices
@@ -40,8 +40,8 @@ def test_a_result(
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
     nvml = Nvml({"nvmlDeviceGetClockInfo(1)": 1980, "nvmlDeviceGetCurrentClocksThrottleReasons": 0x04})
     monkeypatch.setattr(cli, "find_gpu", lambda: found(nvml))
-    monkeypatch.setattr(probes, "COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(probes, "WARM_UP", 0.0)
+    monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(peaks, "WARM_UP", 0.0)
     capsys.readouterr()
     with installed(trt):
         assert cli.main([str(bundle.folder), "--seconds", "1", "--new-tokens", "3", "--threads", "1", "--json"]) == 0
@@ -53,7 +53,7 @@ def test_a_result(
     assert rates.bandwidth == pytest.approx(2 * cuda.copy_rate * 1e3)
     assert rates.multiplications is None
     assert list(rates.not_measured) == ["multiplications"]
-    needed = limits.weight_bytes(bundle.manifest) + limits.cache_bytes(bundle.manifest, 128)
+    needed = roofline.weight_bytes(bundle.manifest) + roofline.cache_bytes(bundle.manifest, 128)
     assert measured.limits.step.needed == needed
     assert measured.limits.step.seconds == pytest.approx(needed / 2e9)
     assert measured.limits.prefill.needed > 0

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import latency_samples as samples
 
-from fusion_edge.benchmarks.latency import views
 from fusion_edge.benchmarks.latency.compare import (
     FASTER,
     SAME,
@@ -25,6 +24,7 @@ from fusion_edge.benchmarks.latency.compare import (
     text,
     to_json,
 )
+from fusion_edge.benchmarks.latency.report import labels
 from fusion_edge.benchmarks.latency.result import Result
 from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.runtime.errors import FusionError
@@ -42,7 +42,7 @@ def with_first_tokens(*values: float) -> Result:
 
 
 def first_token(before: Result, after: Result) -> Comparison:
-    (comparison,) = [one for one in compare(before, after) if one.measure == views.FIRST_TOKEN]
+    (comparison,) = [one for one in compare(before, after) if one.measure == labels.FIRST_TOKEN]
     return comparison
 
 
@@ -60,7 +60,7 @@ def test_equal_results_show_no_difference() -> None:
 
 def test_slower_by_a_fifth() -> None:
     comparisons = compare(of_one_case(), of_one_case(seed=1, speed=1 / 1.2))
-    assert [one.measure for one in comparisons] == list(views.measures(of_one_case().measured[0]))
+    assert [one.measure for one in comparisons] == list(labels.measures(of_one_case().measured[0]))
     for one in comparisons:
         assert one.verdict == SLOWER
         assert one.interval is not None
@@ -134,13 +134,13 @@ def test_what_differs_is_named() -> None:
     after = replace(after, machine=replace(after.machine, gpu="NVIDIA Orin", versions={"python": "3.12.1"}))
     lines = differences(before, after)
     assert "processor differs: AMD EPYC 9R14 before, Cortex-A78 after" in lines
-    names = (views.bundle_name(result.bundle) for result in (before, after))
+    names = (labels.bundle_name(result.bundle) for result in (before, after))
     assert "bundle differs: {} before, {} after".format(*names) in lines
     assert "GPU differs: none before, NVIDIA Orin after" in lines
     assert "python differs: 3.11.9 before, 3.12.1 after" in lines
     assert "numpy differs: 2.2.1 before, none after" in lines
-    assert f"only before: {views.case_name(CASE)}" in lines
-    assert f"only after: {views.case_name(samples.case(context=7))}" in lines
+    assert f"only before: {labels.case_name(CASE)}" in lines
+    assert f"only after: {labels.case_name(samples.case(context=7))}" in lines
     remarked = samples.result([replace(samples.measured(CASE), remark="No kernels.")])
     assert differences(before, remarked) == ["remark differs: none before, cpu: No kernels. after"]
     busy = replace(before, machine=replace(before.machine, load_average=1.2))
@@ -156,16 +156,16 @@ def test_only_equal_cases_and_stages_are_paired() -> None:
     assert [comparison.measure for comparison in comparisons] == [
         "prefill",
         "step",
-        views.FIRST_TOKEN,
-        views.FURTHER_QUESTION,
-        views.ANSWER,
+        labels.FIRST_TOKEN,
+        labels.FURTHER_QUESTION,
+        labels.ANSWER,
     ]
 
 
 def test_table_and_json() -> None:
     comparisons = compare(of_one_case(), of_one_case(seed=1, speed=0.5))
     lines = text(comparisons).splitlines()
-    assert lines[0] == views.case_name(CASE)
+    assert lines[0] == labels.case_name(CASE)
     (prefill,) = [line.split() for line in lines if line.startswith("prefill")]
     assert (prefill[0], prefill[-1], round(float(prefill[5]), 1)) == ("prefill", SLOWER, 2.0)
     two = compare(samples.matrix(), samples.matrix())

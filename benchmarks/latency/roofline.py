@@ -66,5 +66,5 @@ def _rows(name: str, case: Case) -> int:
 
 def _shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of every linear of a bundle, the token table left out."""
-    shapes = {name.removesuffix(".weight"): p.shape for name, p in parameters(manifest.model).items()}
+    shapes = {p.linear: p.shape for p in parameters(manifest.model).values() if p.kind != "float"}
     return {name: (shapes[name][0], math.prod(shapes[name][1:])) for name in manifest.weights if name != EMBEDDING}

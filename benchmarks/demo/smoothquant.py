@@ -1,6 +1,6 @@
 """What equalising inputs does for the demo model's vision linears, on pictures that it was not fitted to.
 
-    python -m fusion_edge.benchmarks.demo.equalisation --samples FOLDER
+    python -m fusion_edge.benchmarks.demo.smoothquant --samples FOLDER
 
 SQNR of each linear's outputs with its inputs rounded to 8 bits and its weights exact, by exponent.
 """

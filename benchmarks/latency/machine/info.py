@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from fusion_edge.benchmarks.latency.nvidia import Gpu
+from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
+from fusion_edge.benchmarks.latency.machine.procfs import ROOT, Sampler, byte_count, fields, number, text
 from fusion_edge.benchmarks.latency.result import Machine
-from fusion_edge.benchmarks.latency.system import ROOT, Sampler, byte_count, fields, number, text
 from fusion_edge.runtime.system.resources import usable_processors
 
 COMMAND_TIMEOUT = 5.0  # seconds

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion_edge.benchmarks.peers import side_by_side
-from fusion_edge.benchmarks.peers.side_by_side import Answer, Column, Comparison, Contestant, Runner, Turn
+from fusion_edge.benchmarks.peers import harness
+from fusion_edge.benchmarks.peers.harness import Answer, Column, Comparison, Contestant, Runner, Turn
 from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
 
@@ -62,8 +62,8 @@ def turn(seconds: float, rate: float) -> Turn:
 def command(arguments: Sequence[str]) -> int:
     """The comparison of fakes as a command."""
     parser = argparse.ArgumentParser()
-    side_by_side.add_options(parser, COMPARISON)
-    return cli.run(lambda parsed: side_by_side.run(COMPARISON, parsed), parser.parse_args(arguments))
+    harness.add_options(parser, COMPARISON)
+    return cli.run(lambda parsed: harness.run(COMPARISON, parsed), parser.parse_args(arguments))
 
 
 def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,18 +73,18 @@ def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         order.append(contestant.label)
         return turn(1.0, 1.0)
 
-    monkeypatch.setattr(side_by_side, "run_alone", run_alone)
-    turns = side_by_side.compare([Contestant(label, FAKE, Path(label)) for label in "ABC"], Work(), rounds=2)
+    monkeypatch.setattr(harness, "run_alone", run_alone)
+    turns = harness.compare([Contestant(label, FAKE, Path(label)) for label in "ABC"], Work(), rounds=2)
     assert order == list("ABCABC")
     assert {label: len(one) for label, one in turns.items()} == {"A": 2, "B": 2, "C": 2}
 
 
 def test_medians_are_taken_figure_by_figure() -> None:
-    assert side_by_side.medians([turn(1.0, 9.0), turn(3.0, 7.0), turn(2.0, 8.0)]) == {"seconds": 2.0, "rate": 8.0}
+    assert harness.medians([turn(1.0, 9.0), turn(3.0, 7.0), turn(2.0, 8.0)]) == {"seconds": 2.0, "rate": 8.0}
 
 
 def test_ratios_say_how_many_times_better_the_first_is() -> None:
-    table = side_by_side.render({"ours": [turn(2.0, 8.0)], "peer": [turn(5.0, 4.0)]}, COMPARISON.columns).splitlines()
+    table = harness.render({"ours": [turn(2.0, 8.0)], "peer": [turn(5.0, 4.0)]}, COMPARISON.columns).splitlines()
     assert table[0].split() == ["time", "rate"]
     assert table[1].count("(1.00x)") == 2
     assert "5.0 s  (2.50x)" in table[2]
@@ -122,7 +122,7 @@ def test_report_holds_every_turn_and_no_folder(tmp_path: Path, capsys: pytest.Ca
 def test_a_runner_that_fails_ends_the_comparison(tmp_path: Path, body: str, message: str) -> None:
     contestant = Contestant("peer", FAKE, tmp_path, interpreter(tmp_path, body))
     with pytest.raises(FusionError, match=message):
-        side_by_side.run_alone(contestant, Work())
+        harness.run_alone(contestant, Work())
 
 
 def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +144,6 @@ def test_what_cannot_be_compared_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 def test_options_come_from_the_workload() -> None:
     parser = argparse.ArgumentParser()
-    side_by_side.add_options(parser, COMPARISON)
+    harness.add_options(parser, COMPARISON)
     for field in dataclasses.fields(Work):
         assert getattr(parser.parse_args([]), field.name) == field.default

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 
-from fusion_edge.benchmarks.latency import views
+from fusion_edge.benchmarks.latency.report import labels
 from fusion_edge.benchmarks.latency.result import Case, Limit, Measured, Memory, Rates, Result
 from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR, MINIMUM_COUNT
 from fusion_edge.runtime.cli import common as cli
@@ -41,10 +41,10 @@ def text(result: Result, width: int = 100) -> str:
     if len(cases) == 1:
         blocks += [cli.table(list(_quantiles(result.measured[0]))), cli.table(list(_figures(result.measured)))]
     else:
-        side_by_side = max((width - _NAME_WIDTH) // _CELL_WIDTH, 1)
-        options = views.differing_options(cases)
-        for i in range(0, len(cases), side_by_side):
-            some = result.measured[i : i + side_by_side]
+        harness = max((width - _NAME_WIDTH) // _CELL_WIDTH, 1)
+        options = labels.differing_options(cases)
+        for i in range(0, len(cases), harness):
+            some = result.measured[i : i + harness]
             blocks.append(cli.table([*_options(some, options), *_medians(some), *_figures(some)]))
     return "\n".join([*blocks, *_notes(result)])
 
@@ -52,12 +52,12 @@ def text(result: Result, width: int = 100) -> str:
 def _header(result: Result) -> str:
     machine = result.machine
     lines = [
-        f"{views.bundle_name(result.bundle)}: {cli.size(result.bundle.size)}",
+        f"{labels.bundle_name(result.bundle)}: {cli.size(result.bundle.size)}",
         f"{machine.processor}, {machine.cores} cores, load {machine.load_average:.2f} at the start",
     ]
     lines += [f"probed on {device}: {_rates(rates)}" for device, rates in result.rates.items()]
     common = [measured.case for measured in result.measured]
-    lines.append(views.case_name(common[0], views.common_options(common)))
+    lines.append(labels.case_name(common[0], labels.common_options(common)))
     if machine.throttled:
         lines.append(f"clocks were held down: {machine.throttled}")
     return "\n".join(lines) + "\n"
@@ -65,27 +65,27 @@ def _header(result: Result) -> str:
 
 def _rates(rates: Rates) -> str:
     known = ((rates.bandwidth, "B/s", "of memory"), (rates.multiplications, "MAC/s", "in products"))
-    parts = [f"{views.rate(rate, unit)} {what}" for rate, unit, what in known if rate is not None]
+    parts = [f"{labels.rate(rate, unit)} {what}" for rate, unit, what in known if rate is not None]
     return ", ".join([*parts, *(f"no {name} ({reason})" for name, reason in rates.not_measured.items())])
 
 
 def _quantiles(measured: Measured) -> Iterator[list[str]]:
     yield ["", "median", "", "min", "p90", "p99", "max", "times"]
-    for name, one in views.measures(measured).items():
-        times = [views.duration(value) for value in (one.least, one.p90, one.p99, one.largest)]
-        yield [name, views.duration(one.median), views.error(one), *times, f"{one.count:,}"]
+    for name, one in labels.measures(measured).items():
+        times = [labels.duration(value) for value in (one.least, one.p90, one.p99, one.largest)]
+        yield [name, labels.duration(one.median), labels.error(one), *times, f"{one.count:,}"]
 
 
 def _options(some: Sequence[Measured], options: Sequence[str]) -> Iterator[list[str]]:
     for option in options:
-        yield [option.replace("_", " "), *(views.option_value(measured.case, option) for measured in some)]
+        yield [option.replace("_", " "), *(labels.option_value(measured.case, option) for measured in some)]
 
 
 def _medians(some: Sequence[Measured]) -> Iterator[list[str]]:
-    summaries = [views.measures(measured) for measured in some]
+    summaries = [labels.measures(measured) for measured in some]
     for name in dict.fromkeys(name for one in summaries for name in one):
         found = [one.get(name) for one in summaries]
-        yield [name, *(f"{views.duration(one.median)} {views.error(one):>6}" if one else _NONE for one in found)]
+        yield [name, *(f"{labels.duration(one.median)} {labels.error(one):>6}" if one else _NONE for one in found)]
 
 
 def _figures(some: Sequence[Measured]) -> Iterator[list[str]]:
@@ -96,8 +96,8 @@ def _figures(some: Sequence[Measured]) -> Iterator[list[str]]:
 
 
 def _notes(result: Result) -> list[str]:
-    notes = [f"{remark}\n" for remark in views.remarks(result)]
-    if any(one.interval is None for measured in result.measured for one in views.measures(measured).values()):
+    notes = [f"{remark}\n" for remark in labels.remarks(result)]
+    if any(one.interval is None for measured in result.measured for one in labels.measures(measured).values()):
         notes.append(f"±?: fewer than {MINIMUM_COUNT} rounds, so how well the median is known is not.\n")
     if any(measured.is_noisy for measured in result.measured):
         notes.append(
@@ -110,7 +110,7 @@ def _notes(result: Result) -> list[str]:
 def _limit(limit: Limit) -> str | None:
     if limit.seconds is None or limit.share is None:
         return None
-    return f"{views.duration(limit.seconds)} ({limit.share:.0%})"
+    return f"{labels.duration(limit.seconds)} ({limit.share:.0%})"
 
 
 def _peak(memory: Memory | None) -> str | None:
@@ -122,18 +122,18 @@ def _steady(memory: Memory | None) -> str | None:
 
 
 _FIGURES: dict[str, Callable[[Measured], str | None]] = {
-    "tokens/s": lambda measured: views.three_digits(measured.tokens_per_second),
+    "tokens/s": lambda measured: labels.three_digits(measured.tokens_per_second),
     "jitter (p99 of a step)": lambda measured: f"+{measured.jitter:.1%}",
     "step limit, reached": lambda measured: _limit(measured.limits.step),
     "prefill limit, reached": lambda measured: _limit(measured.limits.prefill),
-    "load": lambda measured: views.duration(measured.load_seconds),
+    "load": lambda measured: labels.duration(measured.load_seconds),
     "memory, loaded": lambda measured: cli.size(measured.memory.loaded),
     "memory, steady": lambda measured: _steady(measured.memory),
     "memory, peak": lambda measured: _peak(measured.memory),
     "GPU memory, steady": lambda measured: _steady(measured.device_memory),
     "GPU memory, peak": lambda measured: _peak(measured.device_memory),
     "energy a token": lambda measured: (
-        f"{views.three_digits(measured.energy.joules_a_token)} J" if measured.energy else None
+        f"{labels.three_digits(measured.energy.joules_a_token)} J" if measured.energy else None
     ),
     "machine": lambda measured: "too noisy" if measured.is_noisy else "quiet enough",
 }
@@ -148,7 +148,7 @@ def csv(result: Result) -> str:
     writer.writerow(columns)
     for measured in result.measured:
         of_the_case = [value(measured) for value in _CASE_COLUMNS.values()]
-        for name, summary in views.measures(measured).items():
+        for name, summary in labels.measures(measured).items():
             figures = [getattr(summary, column) for column in _SUMMARY_COLUMNS]
             interval = summary.interval or (None, None)
             writer.writerow([*asdict(measured.case).values(), name, *figures, *interval, *of_the_case])

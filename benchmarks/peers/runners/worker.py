@@ -5,7 +5,7 @@ A runner is a module that measures one kind of model. It ends with
     if __name__ == "__main__":
         sys.exit(answer(measure, Workload, ("onnxruntime-genai",)))
 
-and is run as ``python -m MODULE MODEL WORKLOAD`` by ``side_by_side.py``, which reads the last line of its standard
+and is run as ``python -m MODULE MODEL WORKLOAD`` by ``harness.py``, which reads the last line of its standard
 output. Peers live in environments of their own: this module imports nothing but the standard library, so that what
 fusion-edge depends on need not be installed there and does not count in the peer's memory.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_edge.benchmarks import jetson_limits
+from fusion_edge.benchmarks import jetson_roofline
 from fusion_edge.benchmarks.full_size_checkpoint import GOLDEN, LAYOUTS, write_checkpoint
 
 
@@ -19,7 +19,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_limits_of_the_3b_layout(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert jetson_limits.main([str(checkpoint), "--json"]) == 0
+    assert jetson_roofline.main([str(checkpoint), "--json"]) == 0
     nano, orin, thor = json.loads(capsys.readouterr().out)
     layers, width, mlp, rows = 32, 3072, 8192, 256 + 144 + 48
     weights = layers * (4 * width**2 + 3 * width * mlp)
@@ -41,9 +41,9 @@ def test_limits_of_the_3b_layout(checkpoint: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_smaller_context_reads_less(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert jetson_limits.main([str(checkpoint), "--max-context", "1100"]) == 0
+    assert jetson_roofline.main([str(checkpoint), "--max-context", "1100"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(jetson_limits.DEVICES)
+    assert len(lines) == 1 + len(jetson_roofline.DEVICES)
     assert all(line.split("GB", 1)[0] for line in lines[1:])
     assert " 1100 " in lines[1]
     assert "2.40 GB" in lines[1]

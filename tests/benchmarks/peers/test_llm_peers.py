@@ -12,10 +12,10 @@ from types import ModuleType
 import pytest
 
 from fusion_edge.benchmarks.peers import __main__ as peers
-from fusion_edge.benchmarks.peers import language as language_peers
-from fusion_edge.benchmarks.peers.runners import alone, llm
-from fusion_edge.benchmarks.peers.runners.alone import CannotRunError
+from fusion_edge.benchmarks.peers import llm as llm_peers
+from fusion_edge.benchmarks.peers.runners import llm, worker
 from fusion_edge.benchmarks.peers.runners.llm import Workload
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError
 
 
 class FakeLlm:
@@ -57,7 +57,7 @@ def test_workloads_that_do_not_fit_are_refused(option: str, capsys: pytest.Captu
 def test_an_answer_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = json.dumps({"prompt": 2, "context": 4, "steps": 2})
     measure = functools.partial(llm.measure, FakeLlm)
-    assert alone.answer(measure, Workload, ("numpy", "no-such-package"), [str(tmp_path), fields]) == 0
+    assert worker.answer(measure, Workload, ("numpy", "no-such-package"), [str(tmp_path), fields]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["figures"]["prefill_seconds"] > 0
     assert report["settings"] == {"threads": 3}
@@ -66,10 +66,10 @@ def test_an_answer_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_runner_says_in_one_line_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure = functools.partial(llm.measure, FakeLlm)
-    assert alone.answer(measure, Workload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
+    assert worker.answer(measure, Workload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(CannotRunError, match="pip install a-peer"):
-        alone.peer("no_such_module", "a-peer")
+        worker.peer("no_such_module", "a-peer")
 
 
 RUNNERS = {
@@ -82,7 +82,7 @@ RUNNERS = {
 @pytest.mark.parametrize("name", RUNNERS)
 def test_runners_refuse_what_is_not_theirs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, kind, package, message = RUNNERS[name]
-    assert language_peers.COMPARISON.runners[name].module.endswith(f".{module}")
+    assert llm_peers.COMPARISON.runners[name].module.endswith(f".{module}")
     load = getattr(importlib.import_module(f"fusion_edge.benchmarks.peers.runners.{module}"), kind)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(CannotRunError, match="cannot be imported"):

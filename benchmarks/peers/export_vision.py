@@ -1,6 +1,6 @@
 """Models for ``python -m fusion_edge.benchmarks.peers.__main__ vision``: OpenVINO's, and a bundle in integers.
 
-    python -m fusion_edge.benchmarks.peers.vision_models openvino-int8 --checkpoint FOLDER --output FOLDER
+    python -m fusion_edge.benchmarks.peers.export_vision openvino-int8 --checkpoint FOLDER --output FOLDER
 
 ``openvino`` (float32) and ``openvino-int8`` need torch, openvino and nncf in this environment beside what fusion-edge
 needs. Ranges of inputs are made up or those of noise: models for speed only.
@@ -124,7 +124,7 @@ MAKERS: Mapping[str, Callable[[Path, Path], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fusion_edge.benchmarks.peers.vision_models",
+        prog="python -m fusion_edge.benchmarks.peers.export_vision",
         description="Make a model for the comparison of vision encoders.",
     )
     parser.add_argument("kind", choices=MAKERS, help="what is made")

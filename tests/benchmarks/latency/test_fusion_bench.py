@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 
-from fusion_edge.benchmarks.latency import bench, cli, energy, probes, stages
-from fusion_edge.benchmarks.latency.probes import MemoryReader
+from fusion_edge.benchmarks.latency import bench, cli, peaks, stages
+from fusion_edge.benchmarks.latency.machine import energy
+from fusion_edge.benchmarks.latency.peaks import MemoryReader
 from fusion_edge.benchmarks.latency.result import Energy, Rates, Result, read_result
 from fusion_edge.benchmarks.latency.stages import STAGES, Times
 from fusion_edge.runtime.backends.base import Backend
@@ -29,8 +30,8 @@ SHORT = ("--seconds", "1")
 def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The machine is not probed anew for every test (tests/benchmarks/latency/test_latency_probes.py)."""
     monkeypatch.setattr(bench, "probe", lambda device, threads: Rates(None, 150e9, {}))
-    monkeypatch.setattr(probes, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(probes, "QUIET", 0)
+    monkeypatch.setattr(peaks, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(peaks, "QUIET", 0)
     return iter([None])
 
 
@@ -107,7 +108,7 @@ def test_each_case_has_its_own_memory(
         return stages.measure(*arguments)
 
     monkeypatch.setattr(bench, "measure", measured)
-    monkeypatch.setattr(probes, "READ_BYTES", 400 << 20)
+    monkeypatch.setattr(peaks, "READ_BYTES", 400 << 20)
     result, _ = result_of("--context", "100,150,200", *SHORT)
     first, second, third = (one.memory for one in result.measured)
     assert first.steady < first.loaded + (200 << 20)  # what the bandwidth is read from does not count

@@ -2,7 +2,7 @@
 
 They take turns (A B C, A B C, ...), so that a disturbance hits all of them; a fresh process counts memory from zero and
 lets every contestant have its own Python environment. The other half, inside that process, is
-``runners/alone.py``. A :class:`Comparison` is all that a new kind of comparison has to write
+``runners/worker.py``. A :class:`Comparison` is all that a new kind of comparison has to write
 besides its runners.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.benchmarks.latency.machine import machine_facts
+from fusion_edge.benchmarks.latency.machine.info import machine_facts
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError, UsageError
@@ -33,7 +33,7 @@ class Runner:
     """What measures one kind of model."""
 
     module: str
-    """Run with ``python -m``; it calls :func:`fusion_edge.benchmarks.peers.runners.alone.answer`."""
+    """Run with ``python -m``; it calls :func:`fusion_edge.benchmarks.peers.runners.worker.answer`."""
     model: str
     """What its models are, for the command's help."""
 

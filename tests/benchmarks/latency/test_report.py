@@ -16,9 +16,10 @@ from PIL import Image
 from support import latency_samples as samples
 from support.paths import ROOT
 
-from fusion_edge.benchmarks.latency import report, table, views
 from fusion_edge.benchmarks.latency import result as result_module
-from fusion_edge.benchmarks.latency.charts import Axis, Markup, element
+from fusion_edge.benchmarks.latency.report import labels, table
+from fusion_edge.benchmarks.latency.report.charts import Axis, Markup, element
+from fusion_edge.benchmarks.latency.report.page import html_report
 from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, Case, Result, read_result
 from fusion_edge.benchmarks.latency.statistics import summarize
 
@@ -76,7 +77,7 @@ def result(request: pytest.FixtureRequest) -> Result:
 
 
 def test_report_is_one_file_that_asks_for_nothing(result: Result) -> None:
-    text = report.html(result)
+    text = html_report(result)
     page = Page(text)
     assert "http:" not in text
     assert "https:" not in text
@@ -89,14 +90,14 @@ def test_report_is_one_file_that_asks_for_nothing(result: Result) -> None:
 
 
 def test_report_has_every_case_and_fact(result: Result) -> None:
-    page = Page(report.html(result))
+    page = Page(html_report(result))
     cases = [measured.case for measured in result.measured]
-    options = views.differing_options(cases)
+    options = labels.differing_options(cases)
     for measured in result.measured:
-        assert views.case_name(measured.case, options) in page.text
-        for name, summary in views.measures(measured).items():
+        assert labels.case_name(measured.case, options) in page.text
+        for name, summary in labels.measures(measured).items():
             assert name in page.texts
-            assert views.duration(summary.p99) in page.texts
+            assert labels.duration(summary.p99) in page.texts
     assert page.count("details") == (len(cases) if len(cases) > 1 else 0)
     machine, bundle = result.machine, result.bundle
     facts = (machine.processor, machine.system, machine.gpu, machine.power_mode, bundle.digest, bundle.source)
@@ -107,7 +108,7 @@ def test_report_has_every_case_and_fact(result: Result) -> None:
 
 
 def test_charts_of_a_case() -> None:
-    page = Page(report.html(samples.result()))
+    page = Page(html_report(samples.result()))
     (measured,) = samples.result().measured
     kinds = [attrs.get("class") for name, attrs in page.elements if name == "rect"]
     assert [kind for kind in kinds if kind == "segment orange"] == ["segment orange"] * 2  # prefill, in both questions
@@ -116,23 +117,23 @@ def test_charts_of_a_case() -> None:
     assert [text for text in page.texts if text in titles] == titles
     step = measured.limits.step
     assert step.seconds is not None
-    assert f"limit {views.duration(step.seconds)}" in page.texts
+    assert f"limit {labels.duration(step.seconds)}" in page.texts
     assert f"{step.share:.0%}" in page.texts
     assert "A step over context" not in page.texts
-    assert "A step over context" in Page(report.html(samples.matrix())).texts
+    assert "A step over context" in Page(html_report(samples.matrix())).texts
 
 
 def test_steps_that_are_left_out_of_a_plot_are_told() -> None:
     one = samples.measured(samples.case())
     values = (*one.stages["step"].values, 1.5)
     slow = replace(one, stages={**one.stages, "step": summarize(values)})
-    text = Page(report.html(samples.result([slow]))).text
+    text = Page(html_report(samples.result([slow]))).text
     assert "Above the plot: 1 of 401 steps; the slowest took 1.50 s." in text
 
 
 def test_a_limit_that_was_not_measured_says_why() -> None:
     result = samples.on_gpu()
-    page = Page(report.html(result))
+    page = Page(html_report(result))
     assert "not measured" in page.texts
     assert "Memory of the GPU" in page.texts
     assert "Prefill needs 3.33 TMAC (multiply-adds). An engine would be needed." in page.texts
@@ -145,13 +146,13 @@ def test_a_limit_that_was_not_measured_says_why() -> None:
 
 def test_a_remark_is_told() -> None:
     result = samples.result([replace(samples.measured(samples.case()), remark="Kernels are missing.")])
-    assert "cpu: Kernels are missing." in Page(report.html(result)).texts
+    assert "cpu: Kernels are missing." in Page(html_report(result)).texts
     assert "cpu: Kernels are missing.\n" in table.text(result)
 
 
 def test_names_are_escaped() -> None:
     result = samples.result([samples.measured(samples.case(device=HOSTILE))] * 2, source=HOSTILE, processor=HOSTILE)
-    page = Page(report.html(replace(result, command=HOSTILE)))
+    page = Page(html_report(replace(result, command=HOSTILE)))
     assert page.count("script") == 0
     assert page.texts.count(HOSTILE) >= 3
     assert element("p", HOSTILE, Markup("<b>"), title='"') == (
@@ -177,24 +178,24 @@ def test_axis_has_round_ticks() -> None:
     ],
 )
 def test_durations_have_three_digits(seconds: float, text: str) -> None:
-    assert views.duration(seconds) == text
+    assert labels.duration(seconds) == text
 
 
 def test_few_values_have_no_error() -> None:
-    assert views.error(summarize([1.0] * 6)) == "±?"
-    assert views.error(summarize([1.0] * 12, rounds=6)) == "±?"
-    assert views.error(summarize([0.98, 1.0, 1.0, 1.0, 1.0, 1.0, 1.02])) == "±2.0%"
+    assert labels.error(summarize([1.0] * 6)) == "±?"
+    assert labels.error(summarize([1.0] * 12, rounds=6)) == "±?"
+    assert labels.error(summarize([0.98, 1.0, 1.0, 1.0, 1.0, 1.0, 1.02])) == "±2.0%"
     assert "±?: fewer than 7 rounds" in table.text(samples.of_few_stages())
     assert "±?" not in table.text(samples.result())
 
 
 def test_cases_are_named_by_every_option() -> None:
     case = samples.case()
-    assert views.case_name(case) == (
+    assert labels.case_name(case) == (
         "cpu, threads 2, query length 144, image tokens 576, prompt 900, new tokens 128, context 1,000"
     )
-    assert views.common_options([case]) == [field.name for field in fields(Case)]
-    assert views.differing_options([case, samples.case(context=7)]) == ["context"]
+    assert labels.common_options([case]) == [field.name for field in fields(Case)]
+    assert labels.differing_options([case, samples.case(context=7)]) == ["context"]
 
 
 @pytest.mark.parametrize("width", [40, 100, 300])
@@ -203,26 +204,26 @@ def test_table_fits_the_terminal(result: Result, width: int) -> None:
     tables = text.split("\n\n", 1)[1].split("±?:")[0].split("machine too noisy")[0]
     assert max(map(len, tables.splitlines())) <= (width if len(result.measured) > 1 else 100)
     for measured in result.measured:
-        for name, one in views.measures(measured).items():
+        for name, one in labels.measures(measured).items():
             if len(result.measured) == 1:
-                times = [views.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
-                row = f"{name} {times[0]} {views.error(one)} {' '.join(times[1:])} {one.count:,}"
+                times = [labels.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
+                row = f"{name} {times[0]} {labels.error(one)} {' '.join(times[1:])} {one.count:,}"
                 assert row in [" ".join(line.split()) for line in tables.splitlines()]
             else:
-                assert f"{views.duration(one.median)} {views.error(one):>6}" in text
+                assert f"{labels.duration(one.median)} {labels.error(one):>6}" in text
         step = measured.limits.step
         assert step.seconds is not None
-        assert f"{views.duration(step.seconds)} ({step.share:.0%})" in text
+        assert f"{labels.duration(step.seconds)} ({step.share:.0%})" in text
     assert text.count("  too noisy") == sum(measured.is_noisy for measured in result.measured)
     assert ("machine too noisy:" in text) == any(measured.is_noisy for measured in result.measured)
 
 
 def test_csv_has_a_row_for_each_case_and_stage(result: Result) -> None:
     rows = list(csv.DictReader(io.StringIO(table.csv(result))))
-    wanted = [(one, name) for one in result.measured for name in views.measures(one)]
+    wanted = [(one, name) for one in result.measured for name in labels.measures(one)]
     assert len(rows) == len(wanted)
     for row, (measured, name) in zip(rows, wanted, strict=True):
-        summary = views.measures(measured)[name]
+        summary = labels.measures(measured)[name]
         assert (row["stage"], row["context"]) == (name, str(measured.case.context))
         assert float(row["median"]) == summary.median
         assert row["interval_high"] == ("" if summary.interval is None else str(summary.interval[1]))
@@ -234,7 +235,7 @@ def test_csv_has_a_row_for_each_case_and_stage(result: Result) -> None:
 def test_sample_survives_its_file(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(result.to_text(), encoding="utf-8")
-    assert report.html(read_result(path)) == report.html(result)
+    assert html_report(read_result(path)) == html_report(result)
 
 
 def test_the_schema_is_of_its_version() -> None:
@@ -277,7 +278,7 @@ def browse(page: Path, text: str, width: int, *options: str) -> str:
 def test_screenshot(width: int, is_dark: bool, tmp_path: Path) -> None:
     picture = tmp_path / "report.png"
     scheme = f"--blink-settings=preferredColorScheme={0 if is_dark else 1}"
-    browse(tmp_path / "report.html", report.html(samples.result()), width, scheme, f"--screenshot={picture}")
+    browse(tmp_path / "report.html", html_report(samples.result()), width, scheme, f"--screenshot={picture}")
     with Image.open(picture) as image:
         framed = image.convert("RGB").crop((0, 0, width, image.height))
         colours = {colour: count for count, colour in framed.getcolors(1 << 20) or ()}
@@ -290,6 +291,6 @@ def test_screenshot(width: int, is_dark: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RESULTS)
 def test_page_is_no_wider_than_the_screen(name: str, width: int, tmp_path: Path) -> None:
     measure = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script>"
-    text = report.html(RESULTS[name]).replace("<details>", "<details open>").replace("</body>", f"{measure}</body>")
+    text = html_report(RESULTS[name]).replace("<details>", "<details open>").replace("</body>", f"{measure}</body>")
     text = text.replace("default-src 'none'".replace("'", "&#x27;"), "script-src &#x27;unsafe-inline&#x27;")
     assert f"<title>{width}</title>" in browse(tmp_path / "report.html", text, width, "--dump-dom")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion_edge.benchmarks.latency import limits
+from fusion_edge.benchmarks.latency import roofline
 from fusion_edge.benchmarks.latency.result import Case, Limit, Limits, Rates, Summary
 from fusion_edge.benchmarks.latency.stages import STAGES, for_case, make_up_picture, measure, question
 from fusion_edge.benchmarks.latency.statistics import MINIMUM_COUNT, is_known, repeat, summarize
@@ -172,15 +172,15 @@ def test_limits(fusion: Fusion) -> None:
     model = manifest.model
     width, mlp, layers = model.language.hidden_size, model.language.mlp_width, model.language.layers
     decoder, head = layers * (4 * width * width + 3 * width * mlp), width * model.language.vocab_size
-    assert limits.weight_bytes(manifest) == 4 * (decoder + head)
+    assert roofline.weight_bytes(manifest) == 4 * (decoder + head)
     wanted = case(fusion, prompt_tokens=100, context=150)
     interaction = model.alignment.layers * width * width
     attention = layers * width * 100 * 101
     expected = 100 * decoder + head + interaction * (1 + 5 * wanted.query_length) + attention
-    assert limits.prefill_multiplications(manifest, wanted) == expected
-    found = limits.limits(manifest, wanted, 150, Rates(1e9, 1e10, {}), step=0.5, prefill=2.0)
+    assert roofline.prefill_multiplications(manifest, wanted) == expected
+    found = roofline.limits(manifest, wanted, 150, Rates(1e9, 1e10, {}), step=0.5, prefill=2.0)
     assert found.step.needed == 4 * (decoder + head) + 2 * layers * width * 4 * 150
     assert found.step.share == pytest.approx(found.step.needed / 1e9 / 0.5)
     assert found.prefill == Limit(expected, expected / 1e10, expected / 1e10 / 2)
-    unknown = limits.limits(manifest, wanted, 150, Rates(None, None, {}), step=0.5, prefill=2.0)
+    unknown = roofline.limits(manifest, wanted, 150, Rates(None, None, {}), step=0.5, prefill=2.0)
     assert unknown == Limits(Limit(found.step.needed, None, None), Limit(expected, None, None))

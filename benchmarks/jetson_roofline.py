@@ -1,7 +1,7 @@
 """What a bundle takes of a Jetson, and what it cannot be faster than there: computed, never measured.
 
     python -m fusion_edge.benchmarks.full_size_checkpoint --layout 3b --sparse --output fusion-3b
-    python -m fusion_edge.benchmarks.jetson_limits fusion-3b
+    python -m fusion_edge.benchmarks.jetson_roofline fusion-3b
 
 A step must read the LLM's weights and the whole KV cache, so the memory's bandwidth limits it. The first token of an
 answer needs the products and the attention of vision, alignment and prefill; the rate of float16 products limits that.

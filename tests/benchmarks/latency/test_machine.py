@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from fakes.fake_nvidia import FakeCuda, FakeNvml, gpu
 
-from fusion_edge.benchmarks.latency import machine, memory, nvidia
-from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
-from fusion_edge.benchmarks.latency.memory import MemoryRecorder, device_memory
+from fusion_edge.benchmarks.latency.machine import info, memory, nvidia
+from fusion_edge.benchmarks.latency.machine.info import ClockWatch, machine_facts
+from fusion_edge.benchmarks.latency.machine.memory import MemoryRecorder, device_memory
 
 X86 = "processor\t: 0\nmodel name\t: AMD Ryzen 9\n\nprocessor\t: 1\nmodel name\t: AMD Ryzen 9\n"
 ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n"
@@ -95,7 +95,7 @@ def test_a_processor_without_a_name(tmp_path: Path, cpuinfo: str, name: str) -> 
 
 @pytest.mark.parametrize("script", ["import time; time.sleep(60)", "raise SystemExit('NVPM ERROR')"])
 def test_a_tool_that_hangs_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    monkeypatch.setattr(machine, "COMMAND_TIMEOUT", 0.3)
+    monkeypatch.setattr(info, "COMMAND_TIMEOUT", 0.3)
     command(tmp_path, "nvpmodel", script, monkeypatch)
     started = time.perf_counter()
     assert machine_facts(None, tree(tmp_path, {"proc/cpuinfo": X86})).power_mode is None

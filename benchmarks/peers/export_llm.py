@@ -1,7 +1,7 @@
 """The LLM of a FUSION-Phi checkpoint as models that other engines read, for ``peers.py llm``.
 
-    python -m fusion_edge.benchmarks.peers.language_models hugging-face fusion-3b -o phi-3b
-    python -m fusion_edge.benchmarks.peers.language_models gguf fusion-3b -o phi-3b-gguf --format Q4_0 --format Q4_K_M
+    python -m fusion_edge.benchmarks.peers.export_llm hugging-face fusion-3b -o phi-3b
+    python -m fusion_edge.benchmarks.peers.export_llm gguf fusion-3b -o phi-3b-gguf --format Q4_0 --format Q4_K_M
 
 The first is a Phi-3 folder that onnxruntime-genai's builder and optimum-intel read; its weights stay where they are.
 The second needs the packages gguf and llama-cpp-python, whose quantizer does the work, and for a while the LLM's size
@@ -160,7 +160,7 @@ def _write_json(path: Path, data: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fusion_edge.benchmarks.peers.language_models",
+        prog="python -m fusion_edge.benchmarks.peers.export_llm",
         description="Write the LLM of a FUSION-Phi checkpoint as a model of another engine.",
     )
     commands = parser.add_subparsers(dest="command", required=True)

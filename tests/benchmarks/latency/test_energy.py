@@ -10,9 +10,9 @@ from fakes.fake_nvidia import gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion_edge.benchmarks.latency import energy
-from fusion_edge.benchmarks.latency.energy import Counter, EnergyMeter, Sensor, sources
-from fusion_edge.benchmarks.latency.nvidia import Gpu
+from fusion_edge.benchmarks.latency.machine import energy
+from fusion_edge.benchmarks.latency.machine.energy import Counter, EnergyMeter, Sensor, sources
+from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
 
 Rails = dict[str, tuple[int, int]]
 """Millivolts and milliamperes by label."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from fusion_edge.benchmarks.latency.nvidia import Gpu
-from fusion_edge.benchmarks.latency.system import ROOT, Sampler, byte_count, fields
+from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
+from fusion_edge.benchmarks.latency.machine.procfs import ROOT, Sampler, byte_count, fields
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusion_edge.benchmarks.peers.harness import Column, Comparison, Runner
 from fusion_edge.benchmarks.peers.runners.llm import Workload
-from fusion_edge.benchmarks.peers.side_by_side import Column, Comparison, Runner
 from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import UsageError
 

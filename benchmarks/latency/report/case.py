@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from fusion_edge.benchmarks.latency import charts, views
-from fusion_edge.benchmarks.latency.charts import Markup, element, join
+from fusion_edge.benchmarks.latency.report import charts, labels
+from fusion_edge.benchmarks.latency.report.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.result import Limit, Limits, Measured, Memory, Rates, Result, Summary
 from fusion_edge.benchmarks.latency.statistics import percentile
 from fusion_edge.runtime.cli import common as cli
@@ -16,9 +16,9 @@ STAGE_KINDS = {
     "vision of the image": "sky",
     "alignment": "green",
     "vision of the question": "blue",
-    views.PREFILL: "orange",
+    labels.PREFILL: "orange",
     "sampling": "red",
-    views.OTHER: "grey",
+    labels.OTHER: "grey",
 }
 """Colours of the stages to a first token."""
 _LARGEST_STEP = 2.5  # times the median: slower steps are counted below the plot, they would flatten the rest
@@ -29,21 +29,21 @@ def headline(measured: Measured, bundle_size: int) -> Markup:
     """The four figures that are quoted."""
     step, memory, on_gpu = measured.limits.step, measured.memory, measured.device_memory
     device = f", {cli.size(on_gpu.peak)} on the GPU" if on_gpu is not None else ""
-    energy = f", {views.three_digits(measured.energy.joules_a_token)} J a token" if measured.energy else ""
+    energy = f", {labels.three_digits(measured.energy.joules_a_token)} J a token" if measured.energy else ""
     cards = [
         (
             "First token",
-            views.duration(measured.first_token.median),
-            f"of a new image, {views.error(measured.first_token)}",
+            labels.duration(measured.first_token.median),
+            f"of a new image, {labels.error(measured.first_token)}",
         ),
         (
             "Further question",
-            views.duration(measured.further_first_token.median),
-            f"on the same image, {views.error(measured.further_first_token)}",
+            labels.duration(measured.further_first_token.median),
+            f"on the same image, {labels.error(measured.further_first_token)}",
         ),
         (
             "Tokens a second",
-            views.three_digits(measured.tokens_per_second),
+            labels.three_digits(measured.tokens_per_second),
             (f"{step.share:.0%} of the bandwidth limit" if step.share is not None else "one-token steps") + energy,
         ),
         (
@@ -65,10 +65,10 @@ def _card(name: str, value: str, note: str) -> Markup:
     )
 
 
-def details(measured: Measured, result: Result) -> Markup:
+def case_details(measured: Measured, result: Result) -> Markup:
     """All charts and tables of a case of the result."""
     bundle_size, rates = result.bundle.size, result.rates[measured.case.device]
-    step = measured.stages[views.STEP]
+    step = measured.stages[labels.STEP]
     figures = [
         _step_over_time(step, measured.limits.step),
         _distribution(step),
@@ -87,8 +87,8 @@ def details(measured: Measured, result: Result) -> Markup:
 
 def _to_first_token(measured: Measured) -> Markup:
     rows = [
-        ("First question about an image", views.first_question(measured), measured.first_token),
-        ("Further question about it", views.further_question(measured), measured.further_first_token),
+        ("First question about an image", labels.first_question(measured), measured.first_token),
+        ("Further question about it", labels.further_question(measured), measured.further_first_token),
     ]
     largest = max(sum(seconds for _, seconds in stages) for _, stages, _ in rows)
     limit = measured.limits.prefill.seconds
@@ -96,24 +96,24 @@ def _to_first_token(measured: Measured) -> Markup:
     for title, stages, total in rows:
         segments = [
             charts.Segment(
-                name, seconds, views.duration(seconds), STAGE_KINDS[name], limit if name == views.PREFILL else None
+                name, seconds, labels.duration(seconds), STAGE_KINDS[name], limit if name == labels.PREFILL else None
             )
             for name, seconds in stages
         ]
-        parts.append(element("div", element("span", title), element("b", views.duration(total.median)), class_="row"))
+        parts.append(element("div", element("span", title), element("b", labels.duration(total.median)), class_="row"))
         label = ", ".join(f"{segment.name} {segment.text}" for segment in segments)
         parts.append(charts.bar(segments, largest, f"{title}: {label}"))
     medians = dict(rows[0][1] + rows[1][1])
     names = [(_stage(name, medians[name]), kind) for name, kind in STAGE_KINDS.items() if name in medians]
     if limit is not None:
-        names.append((f"limit of prefill {views.duration(limit)}", "line"))
+        names.append((f"limit of prefill {labels.duration(limit)}", "line"))
     parts.append(legend(names))
     return element("div", *parts, class_="card")
 
 
 def _stage(name: str, seconds: float) -> str:
     # What is left over takes another time in each question.
-    return name if name == views.OTHER else f"{name} {views.duration(seconds)}"
+    return name if name == labels.OTHER else f"{name} {labels.duration(seconds)}"
 
 
 def legend(names: Iterable[tuple[str, str]]) -> Markup:
@@ -129,13 +129,13 @@ def _step_over_time(step: Summary, limit: Limit) -> Markup:
     top = min(step.largest, _LARGEST_STEP * step.median)
     y = charts.Axis(0, 1.1 * max(top, limit.seconds or 0), time_format(top))
     x = charts.Axis(0, max(step.count - 1, 1), lambda value: f"{value:,.0f}", "steps, in the order measured")
-    marks = [charts.Mark(step.median, f"median {views.duration(step.median)}", "median")]
+    marks = [charts.Mark(step.median, f"median {labels.duration(step.median)}", "median")]
     note = ""
     if limit.seconds is not None:
-        text = f"limit {views.duration(limit.seconds)}"
+        text = f"limit {labels.duration(limit.seconds)}"
         marks.append(charts.Mark(limit.seconds, text, "limit", is_below=True))
         note = f"The limit is what the memory's bandwidth allows; {limit.share:.0%} of it is reached."
-    beyond, slowest = sum(value > y.largest for value in step.values), views.duration(step.largest)
+    beyond, slowest = sum(value > y.largest for value in step.values), labels.duration(step.largest)
     if beyond:
         note += f" Above the plot: {beyond} of {step.count:,} steps; the slowest took {slowest}."
     points = _buckets([(float(i), value) for i, value in enumerate(step.values)])
@@ -147,12 +147,12 @@ def _distribution(step: Summary) -> Markup:
     largest = min(step.largest, step.p99 + 2 * margin) + margin / 10
     axis = charts.Axis(step.least - margin / 10, largest, time_format(largest, step.least), "a step takes")
     marks = [
-        charts.Mark(step.median, f"median {views.duration(step.median)}", "median"),
-        charts.Mark(step.p90, f"p90 {views.duration(step.p90)}", "quantile"),
-        charts.Mark(step.p99, f"p99 {views.duration(step.p99)}", "quantile"),
+        charts.Mark(step.median, f"median {labels.duration(step.median)}", "median"),
+        charts.Mark(step.p90, f"p90 {labels.duration(step.p90)}", "quantile"),
+        charts.Mark(step.p99, f"p99 {labels.duration(step.p99)}", "quantile"),
     ]
     beyond = sum(value > axis.largest for value in step.values)
-    note = f"{step.count:,} steps from {views.duration(step.least)} to {views.duration(step.largest)}"
+    note = f"{step.count:,} steps from {labels.duration(step.least)} to {labels.duration(step.largest)}"
     note += f". Right of the plot: {beyond}." if beyond else "."
     return _figure("Distribution of a step", charts.histogram(step.values, axis, marks, note), note)
 
@@ -161,7 +161,7 @@ def _memory(measured: Measured, bundle_size: int) -> Iterator[Markup]:
     """Of the process, and of the GPU if there is one."""
     memory = measured.memory
     note = (
-        f"Loaded {cli.size(memory.loaded)} in {views.duration(measured.load_seconds)}, with up to "
+        f"Loaded {cli.size(memory.loaded)} in {labels.duration(measured.load_seconds)}, with up to "
         f"{cli.size(memory.load_peak)} meanwhile; {cli.size(memory.steady)} at the end."
     )
     yield _memory_over_time("Memory of the process", memory, bundle_size, note)
@@ -173,7 +173,7 @@ def _memory(measured: Measured, bundle_size: int) -> Iterator[Markup]:
 
 def _memory_over_time(title: str, memory: Memory, bundle_size: int, note: str) -> Markup:
     points = _buckets([(pair[0], pair[1]) for pair in memory.over_time])
-    y = charts.Axis(0, 1.15 * max(memory.peak, bundle_size), lambda value: views.rate(value, "B"))
+    y = charts.Axis(0, 1.15 * max(memory.peak, bundle_size), lambda value: labels.rate(value, "B"))
     longest = max([1e-3, *(point[0] for point in points)])
     x = charts.Axis(0, longest, time_format(longest), "since the case began")
     marks = [
@@ -193,9 +193,9 @@ def _rates(measured: Measured, rates: Rates) -> Markup:
         parts.append(
             element(
                 "p",
-                f"Energy: {views.three_digits(energy.joules_a_token)} J a token, "
-                f"{views.three_digits(energy.joules / energy.seconds)} W ({energy.source}, over "
-                f"{views.duration(energy.seconds)}).",
+                f"Energy: {labels.three_digits(energy.joules_a_token)} J a token, "
+                f"{labels.three_digits(energy.joules / energy.seconds)} W ({energy.source}, over "
+                f"{labels.duration(energy.seconds)}).",
                 class_="note",
             )
         )
@@ -203,7 +203,7 @@ def _rates(measured: Measured, rates: Rates) -> Markup:
 
 
 def _limits(limits: Limits, rates: Rates) -> list[Markup]:
-    products = f"{views.rate(limits.prefill.needed, 'MAC')} (multiply-adds)"
+    products = f"{labels.rate(limits.prefill.needed, 'MAC')} (multiply-adds)"
     reasons = rates.not_measured
     step = f"A step must read {cli.size(limits.step.needed)}" + _at(limits.step, "B/s", reasons.get("bandwidth"))
     prefill = f"Prefill needs {products}" + _at(limits.prefill, "MAC/s", reasons.get("multiplications"))
@@ -216,7 +216,7 @@ def _limits(limits: Limits, rates: Rates) -> list[Markup]:
 def _at(limit: Limit, unit: str, reason: str | None) -> str:
     if limit.seconds is None:
         return f". {reason}"
-    return f": {views.duration(limit.seconds)} at the probed {views.rate(limit.needed / limit.seconds, unit)}."
+    return f": {labels.duration(limit.seconds)} at the probed {labels.rate(limit.needed / limit.seconds, unit)}."
 
 
 def _meter(name: str, share: float | None, note: str) -> Markup:
@@ -238,9 +238,9 @@ def track(share: float) -> Markup:
 def _stages(measured: Measured) -> Markup:
     names = ("median", "error", "min", "p90", "p99", "max", "times")
     rows = []
-    for name, one in views.measures(measured).items():
-        times = [views.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
-        cells = [times[0], views.error(one), *times[1:], f"{one.count:,}"]
+    for name, one in labels.measures(measured).items():
+        times = [labels.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
+        cells = [times[0], labels.error(one), *times[1:], f"{one.count:,}"]
         named = zip(names, cells, strict=True)
         rows.append(element("tr", element("th", name), *(element("td", cell, data_name=head) for head, cell in named)))
     header = element("tr", element("th", "Stage"), *(element("th", name) for name in names))
