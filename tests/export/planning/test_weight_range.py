@@ -43,7 +43,7 @@ def test_up_to_the_limit_nothing_overflows(form: WeightFormat, signs: list[int])
 
 @pytest.mark.parametrize("form", [*EVEN, WeightFormat("fp16")], ids=str)
 def test_beyond_the_limit_it_is_refused(form: WeightFormat) -> None:
-    with pytest.raises(FusionError, match=f"w holds values up to .*; {form} reaches"):
+    with pytest.raises(FusionError, match=f"w holds values up to .*; the range of {form} ends at"):
         check_range("w", np.array([[0, -1.001 * form.max_value]], np.float32), form)
 
 
