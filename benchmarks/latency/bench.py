@@ -21,7 +21,8 @@ from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, mea
 from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.benchmarks.latency.system import ROOT
 from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle.manifest import Bundle, Manifest
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.system.progress import Progress
 

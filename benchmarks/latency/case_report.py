@@ -8,7 +8,7 @@ from fusion_edge.benchmarks.latency import charts, views
 from fusion_edge.benchmarks.latency.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.result import Limit, Limits, Measured, Memory, Rates, Result, Summary
 from fusion_edge.benchmarks.latency.statistics import percentile
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.formatting import format_bytes
 
 STAGE_KINDS = {
     "image decode": "pink",
@@ -28,7 +28,7 @@ _POINTS = 200  # of a curve; more cannot be seen
 def headline(measured: Measured, bundle_size: int) -> Markup:
     """The four figures that are quoted."""
     step, memory, on_gpu = measured.limits.step, measured.memory, measured.device_memory
-    device = f", {cli.size(on_gpu.peak)} on the GPU" if on_gpu is not None else ""
+    device = f", {format_bytes(on_gpu.peak)} on the GPU" if on_gpu is not None else ""
     energy = f", {views.three_digits(measured.energy.joules_a_token)} J a token" if measured.energy else ""
     cards = [
         (
@@ -48,7 +48,7 @@ def headline(measured: Measured, bundle_size: int) -> Markup:
         ),
         (
             "Peak memory",
-            cli.size(memory.peak),
+            format_bytes(memory.peak),
             f"{memory.loaded / bundle_size:.2f} × the bundle once loaded{device}",
         ),
     ]
@@ -161,13 +161,13 @@ def _memory(measured: Measured, bundle_size: int) -> Iterator[Markup]:
     """Of the process, and of the GPU if there is one."""
     memory = measured.memory
     note = (
-        f"Loaded {cli.size(memory.loaded)} in {views.duration(measured.load_seconds)}, with up to "
-        f"{cli.size(memory.load_peak)} meanwhile; {cli.size(memory.steady)} at the end."
+        f"Loaded {format_bytes(memory.loaded)} in {views.duration(measured.load_seconds)}, with up to "
+        f"{format_bytes(memory.load_peak)} meanwhile; {format_bytes(memory.steady)} at the end."
     )
     yield _memory_over_time("Memory of the process", memory, bundle_size, note)
     if measured.device_memory is not None:
         device = measured.device_memory
-        note = f"Loaded {cli.size(device.loaded)}; {cli.size(device.steady)} at the end."
+        note = f"Loaded {format_bytes(device.loaded)}; {format_bytes(device.steady)} at the end."
         yield _memory_over_time("Memory of the GPU", device, bundle_size, note)
 
 
@@ -177,8 +177,8 @@ def _memory_over_time(title: str, memory: Memory, bundle_size: int, note: str) -
     longest = max([1e-3, *(point[0] for point in points)])
     x = charts.Axis(0, longest, time_format(longest), "since the case began")
     marks = [
-        charts.Mark(memory.peak, f"peak {cli.size(memory.peak)}", "quantile"),
-        charts.Mark(bundle_size, f"the bundle's size {cli.size(bundle_size)}", "limit", is_below=True),
+        charts.Mark(memory.peak, f"peak {format_bytes(memory.peak)}", "quantile"),
+        charts.Mark(bundle_size, f"the bundle's size {format_bytes(bundle_size)}", "limit", is_below=True),
     ]
     return _figure(title, charts.band(x, y, points, marks, note), note)
 
@@ -205,7 +205,7 @@ def _rates(measured: Measured, rates: Rates) -> Markup:
 def _limits(limits: Limits, rates: Rates) -> list[Markup]:
     products = f"{views.rate(limits.prefill.needed, 'MAC')} (multiply-adds)"
     reasons = rates.not_measured
-    step = f"A step must read {cli.size(limits.step.needed)}" + _at(limits.step, "B/s", reasons.get("bandwidth"))
+    step = f"A step must read {format_bytes(limits.step.needed)}" + _at(limits.step, "B/s", reasons.get("bandwidth"))
     prefill = f"Prefill needs {products}" + _at(limits.prefill, "MAC/s", reasons.get("multiplications"))
     return [
         _meter("Decode, of the memory's bandwidth", limits.step.share, step),

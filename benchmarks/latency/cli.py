@@ -19,10 +19,12 @@ from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
 from fusion_edge.benchmarks.latency.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, Result, read_result
 from fusion_edge.benchmarks.latency.stages import make_up_picture
+from fusion_edge.runtime.backends.devices import AUTO, NAMES
 from fusion_edge.runtime.bundle.engines import bundle_digest
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle, producer
-from fusion_edge.runtime.cli import common as cli
-from fusion_edge.runtime.devices import AUTO, NAMES
+from fusion_edge.runtime.bundle.manifest import producer
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import integer_list, positive_integer
 from fusion_edge.runtime.images.preprocessing import load_image
 from fusion_edge.runtime.system.output_file import check_output_file, write_whole
 from fusion_edge.runtime.system.resources import check_threads, usable_processors
@@ -32,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["compare"]:
-        return cli.run(_compare, compare_parser().parse_args(given[1:]))
+        return run_command(_compare, compare_parser().parse_args(given[1:]))
     arguments = parser().parse_args(given)
     arguments.command = shlex.join(["fusion-bench", *given])
-    return cli.run(_bench, arguments)
+    return run_command(_bench, arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         ("--image-tokens", defaults.image_tokens, "square numbers (default: the bundle's)"),
         ("--threads", (cores,), f"of the CPU (default: {cores}, every processor that this process may use)"),
     ):
-        add(option, type=cli.numbers, default=default, metavar="N[,N...]", help=text)
+        add(option, type=integer_list, default=default, metavar="N[,N...]", help=text)
     names = ", ".join(NAMES)
     add("--backend", type=_devices, default=(AUTO,), metavar="NAME[,NAME...]", help=f"of {names} (default: the best)")
     add("--image", metavar="FILE", help="a picture of yours (default: noise of 1280 x 720)")
@@ -65,13 +67,13 @@ def parser() -> argparse.ArgumentParser:
     until = parser.add_mutually_exclusive_group()
     until.add_argument(
         "--seconds",
-        type=cli.positive,
+        type=positive_integer,
         default=round(defaults.seconds),
         metavar="N",
         help="for a case at the most, if medians are not known to 3 %% sooner (default: %(default)s)",
     )
     soak = "soak: so many seconds for a case, whatever is known"
-    until.add_argument("--duration", type=cli.positive, metavar="N", help=soak)
+    until.add_argument("--duration", type=positive_integer, metavar="N", help=soak)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the result as one JSON object")
     output.add_argument("--csv", action="store_true", help="print a line for each case and stage")

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 
 from fusion_edge.benchmarks.latency import views
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result, Summary
-from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.formatting import format_bytes, format_table
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference shown", "too few repeats"
 BUSY = 0.5  # of the cores, by the load average: other programs then take turns with what is measured
@@ -118,7 +118,7 @@ def differences(before: Result, after: Result) -> list[str]:
         ("digest of the bundle", before.bundle.digest[:12], after.bundle.digest[:12]),
         ("processor", before.machine.processor, after.machine.processor),
         ("cores", before.machine.cores, after.machine.cores),
-        ("memory", cli.size(before.machine.memory), cli.size(after.machine.memory)),
+        ("memory", format_bytes(before.machine.memory), format_bytes(after.machine.memory)),
         ("governor", before.machine.governor, after.machine.governor),
         ("GPU", before.machine.gpu, after.machine.gpu),
         ("power mode", before.machine.power_mode, after.machine.power_mode),
@@ -158,7 +158,7 @@ def text(comparisons: Sequence[Comparison]) -> str:
         rows = [["", "before", "after", "ratio", "95% interval", "verdict"]]
         rows += [_row(comparison) for comparison in comparisons if comparison.case == case]
         title = f"{views.case_name(case, options)}\n" if options else ""
-        blocks.append(title + cli.table(rows))
+        blocks.append(title + format_table(rows))
     return "\n".join(blocks)
 
 

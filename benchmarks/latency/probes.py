@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from fusion_edge.benchmarks.latency.result import Rates
 from fusion_edge.benchmarks.latency.statistics import repeat, timed
-from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.errors import DeviceError
 
 SECONDS = 0.8  # of each probe, at the most
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 def probe(device: str, threads: int) -> Rates:
-    """Of a device of :data:`fusion_edge.runtime.devices.NAMES`; of a CPU with so many threads.
+    """Of a device of :data:`fusion_edge.runtime.backends.devices.NAMES`; of a CPU with so many threads.
 
     A probe of a GPU that cannot be had gives None and the reason. The bandwidth of a CPU is read elsewhere, beside the
     steps (:class:`MemoryReader`).

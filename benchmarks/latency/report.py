@@ -10,7 +10,7 @@ from fusion_edge.benchmarks.latency.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result
 from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR
 from fusion_edge.benchmarks.latency.style import CSS
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.formatting import format_bytes
 
 _SERIES_KINDS = ("blue", "orange", "green", "pink", "sky", "red", "yellow")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -29,7 +29,7 @@ _COLUMNS = (
     _Column("First token", lambda measured: measured.first_token.median, views.duration),
     _Column("Further question", lambda measured: measured.further_first_token.median, views.duration),
     _Column("Tokens a second", lambda measured: measured.tokens_per_second, views.three_digits),
-    _Column("Peak memory", lambda measured: float(measured.memory.peak), cli.size),
+    _Column("Peak memory", lambda measured: float(measured.memory.peak), format_bytes),
 )
 
 
@@ -62,7 +62,7 @@ def html(result: Result) -> str:
 def _subtitle(result: Result) -> Markup:
     bundle, machine = result.bundle, result.machine
     where = machine.gpu or machine.processor
-    text = f"{bundle.precision} for {bundle.target}, {cli.size(bundle.size)}, on {where}, {result.created}"
+    text = f"{bundle.precision} for {bundle.target}, {format_bytes(bundle.size)}, on {where}, {result.created}"
     return element("p", text, class_="muted")
 
 
@@ -173,14 +173,14 @@ def _facts(result: Result) -> Markup:
         "Checkpoint": bundle.source,
         "Target": bundle.target,
         "Precision": bundle.precision,
-        "Size": cli.size(bundle.size),
+        "Size": format_bytes(bundle.size),
         "Longest context": f"{bundle.max_context:,} positions",
         "Digest": bundle.digest,
     }
     where = {
         "Processor": machine.processor,
         "Cores": str(machine.cores),
-        "Memory": cli.size(machine.memory),
+        "Memory": format_bytes(machine.memory),
         "GPU": machine.gpu,
         "Governor": machine.governor,
         "Power mode": machine.power_mode,

@@ -172,7 +172,7 @@ class Measured:
 
     case: Case
     remark: str | None
-    """Why the device is slower than it may be, such as kernels that are missing (runtime/devices.py)."""
+    """Why the device is slower than it may be, such as kernels that are missing (runtime/backends/devices.py)."""
     load_seconds: float
     """Of one load, from the disk or from what the system's memory still had of the files."""
     stages: Mapping[str, Summary]

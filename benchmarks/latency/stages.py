@@ -18,7 +18,8 @@ from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, Prompt, encode_prompt
+from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.sampling import Sampler, Sampling
 
 STAGES = (
@@ -139,14 +140,14 @@ def measure(
 
 def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_steps: Callable[[], None] | None) -> None:
     sampler = Sampler(Sampling(max_new_tokens=case.new_tokens))
-    fusion.forget()
+    fusion.clear_image_cache()
     started = time.perf_counter()
     with times.of("image decode"):
         picture = load_image(asked.picture)
     with times.of("preprocess"):
         crops = cut_crops(picture)
     with times.of("vision of the image"):
-        image = fusion.see(crops)
+        image = fusion.encode_image(crops)
     with times.of("alignment"):
         aligned = fusion.align(image, case.query_length)
     _answer_start(fusion, case, asked.prompt, sampler, times, crops)
@@ -172,7 +173,7 @@ def _answer_start(
     fusion: Fusion, case: Case, prompt: Prompt, sampler: Sampler, times: Times, crops: npt.NDArray[np.uint8]
 ) -> int:
     """A question about an image that has been seen, up to its first token."""
-    image = fusion.see(crops)
+    image = fusion.encode_image(crops)
     aligned: ImageAlignment = fusion.align(image, case.query_length)
     with times.of("vision of the question"):
         tokens = fusion.image_tokens(image, prompt.instruct_ids)
@@ -184,7 +185,7 @@ def _answer_start(
 
 def prefill(fusion: Fusion, case: Case, asked: Question, new_tokens: int) -> None:
     """A prompt about the picture, as long as the context, with room for so many steps."""
-    image = fusion.see(cut_crops(load_image(asked.picture)))
+    image = fusion.encode_image(cut_crops(load_image(asked.picture)))
     aligned = fusion.align(image, case.query_length)
     tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
     fusion.prefill(asked.long_prompt, tokens, aligned, new_tokens)

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from fusion_edge.benchmarks.latency import views
 from fusion_edge.benchmarks.latency.result import Case, Limit, Measured, Memory, Rates, Result
 from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR, MINIMUM_COUNT
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.formatting import format_bytes, format_table
 
 _NONE = "-"
 _NAME_WIDTH, _CELL_WIDTH = 22, 16
@@ -39,20 +39,20 @@ def text(result: Result, width: int = 100) -> str:
     cases = [measured.case for measured in result.measured]
     blocks = [_header(result)]
     if len(cases) == 1:
-        blocks += [cli.table(list(_quantiles(result.measured[0]))), cli.table(list(_figures(result.measured)))]
+        blocks += [format_table(list(_quantiles(result.measured[0]))), format_table(list(_figures(result.measured)))]
     else:
         side_by_side = max((width - _NAME_WIDTH) // _CELL_WIDTH, 1)
         options = views.differing_options(cases)
         for i in range(0, len(cases), side_by_side):
             some = result.measured[i : i + side_by_side]
-            blocks.append(cli.table([*_options(some, options), *_medians(some), *_figures(some)]))
+            blocks.append(format_table([*_options(some, options), *_medians(some), *_figures(some)]))
     return "\n".join([*blocks, *_notes(result)])
 
 
 def _header(result: Result) -> str:
     machine = result.machine
     lines = [
-        f"{views.bundle_name(result.bundle)}: {cli.size(result.bundle.size)}",
+        f"{views.bundle_name(result.bundle)}: {format_bytes(result.bundle.size)}",
         f"{machine.processor}, {machine.cores} cores, load {machine.load_average:.2f} at the start",
     ]
     lines += [f"probed on {device}: {_rates(rates)}" for device, rates in result.rates.items()]
@@ -114,11 +114,11 @@ def _limit(limit: Limit) -> str | None:
 
 
 def _peak(memory: Memory | None) -> str | None:
-    return None if memory is None else cli.size(memory.peak)
+    return None if memory is None else format_bytes(memory.peak)
 
 
 def _steady(memory: Memory | None) -> str | None:
-    return None if memory is None else cli.size(memory.steady)
+    return None if memory is None else format_bytes(memory.steady)
 
 
 _FIGURES: dict[str, Callable[[Measured], str | None]] = {
@@ -127,7 +127,7 @@ _FIGURES: dict[str, Callable[[Measured], str | None]] = {
     "step limit, reached": lambda measured: _limit(measured.limits.step),
     "prefill limit, reached": lambda measured: _limit(measured.limits.prefill),
     "load": lambda measured: views.duration(measured.load_seconds),
-    "memory, loaded": lambda measured: cli.size(measured.memory.loaded),
+    "memory, loaded": lambda measured: format_bytes(measured.memory.loaded),
     "memory, steady": lambda measured: _steady(measured.memory),
     "memory, peak": lambda measured: _peak(measured.memory),
     "GPU memory, steady": lambda measured: _steady(measured.device_memory),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fusion_edge.benchmarks.peers import language as language_peers
 from fusion_edge.benchmarks.peers import vision as vision_peers
 from fusion_edge.benchmarks.peers.side_by_side import add_options, run
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 
 COMPARISONS = {"llm": language_peers.COMPARISON, "vision": vision_peers.COMPARISON}
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparsers.add_parser(name, help=comparison.description, description=comparison.description), comparison
         )
     arguments = parser.parse_args(argv)
-    return cli.run(lambda arguments: run(COMPARISONS[arguments.comparison], arguments), arguments)
+    return run_command(lambda arguments: run(COMPARISONS[arguments.comparison], arguments), arguments)
 
 
 if __name__ == "__main__":

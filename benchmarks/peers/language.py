@@ -6,8 +6,8 @@ from typing import Any
 
 from fusion_edge.benchmarks.peers.runners.llm import Workload
 from fusion_edge.benchmarks.peers.side_by_side import Column, Comparison, Runner
-from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.formatting import format_bytes
 
 RUNNERS = "fusion_edge.benchmarks.peers.runners"
 
@@ -35,8 +35,8 @@ COMPARISON = Comparison(
     columns=(
         Column("prefill", "prefill_seconds", lambda seconds: f"{seconds:.2f} s"),
         Column("decode", "decode_tokens_per_second", lambda rate: f"{rate:.2f} tokens/s", is_more_better=True),
-        Column("memory", "memory", cli.size),
-        Column("peak", "peak_memory", cli.size),
+        Column("memory", "memory", format_bytes),
+        Column("peak", "peak_memory", format_bytes),
         Column("load", "load_seconds", lambda seconds: f"{seconds:.1f} s"),
     ),
 )

@@ -23,8 +23,9 @@ from typing import Any
 
 from fusion_edge.benchmarks.latency.machine import machine_facts
 from fusion_edge.runtime.bundle.schema import from_json
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.system.output_file import write_whole
 
 
@@ -156,7 +157,7 @@ def render(turns: Mapping[str, Sequence[Turn]], columns: Sequence[Column]) -> st
             )
         )
         rows.append([label, *cells])
-    return cli.table(rows)
+    return format_table(rows)
 
 
 def report(contestants: Sequence[Contestant], workload: Any, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
@@ -195,10 +196,10 @@ def add_options(parser: argparse.ArgumentParser, comparison: Comparison) -> None
         metavar="RUNNER=PATH",
         help="interpreter of the environment that a runner needs (default: this one); repeatable",
     )
-    add("--rounds", type=cli.positive, default=3, metavar="N", help="default: %(default)s")
+    add("--rounds", type=positive_integer, default=3, metavar="N", help="default: %(default)s")
     for field in dataclasses.fields(comparison.workload()):
         option = f"--{field.name.replace('_', '-')}"
-        add(option, type=cli.positive, default=field.default, metavar="N", help="default: %(default)s")
+        add(option, type=positive_integer, default=field.default, metavar="N", help="default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write every single figure, too")
 
 

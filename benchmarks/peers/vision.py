@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fusion_edge.benchmarks.peers.runners.vision import Workload
 from fusion_edge.benchmarks.peers.side_by_side import Column, Comparison, Runner
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.formatting import format_bytes
 
 RUNNERS = "fusion_edge.benchmarks.peers.runners"
 
@@ -25,8 +25,8 @@ COMPARISON = Comparison(
         Column("global crops", "global_seconds", _seconds),
         Column("local crop", "local_seconds", _seconds),
         Column("both", "image_seconds", _seconds),
-        Column("memory", "memory", cli.size),
-        Column("peak", "peak_memory", cli.size),
+        Column("memory", "memory", format_bytes),
+        Column("peak", "peak_memory", format_bytes),
         Column("load", "load_seconds", lambda seconds: f"{seconds:.1f} s"),
     ),
 )

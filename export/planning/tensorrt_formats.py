@@ -10,7 +10,7 @@ from fusion_edge.export.checkpoint.prequantized.layout import Form
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.quant.formats import PER_CHANNEL, STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.policy import EMBEDDING
-from fusion_edge.runtime.bundle.manifest import Bundle
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 BLOCK_SIZES = (64, 128)

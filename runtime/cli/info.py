@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion_edge.runtime.bundle.engines import all_engines
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.system.progress import Progress
 
 
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="folder that fusion-export wrote")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
-    return cli.run(_info, parser.parse_args(argv))
+    return run_command(_info, parser.parse_args(argv))
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -56,7 +58,7 @@ def _text(bundle: Bundle) -> str:
         ("Context", f"{manifest.max_context} positions, {manifest.cache} KV cache"),
         *_weight_rows(manifest),
         *_quantization_rows(bundle),
-        *((entry.path, cli.size(entry.size)) for entry in manifest.files),
+        *((entry.path, format_bytes(entry.size)) for entry in manifest.files),
         ("All checksums", "correct"),
         *_engine_rows(bundle),
     ]
@@ -80,7 +82,7 @@ def _engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
     return [
         (
             "Engines",
-            f"{engines.machine}, {engines.max_context} positions, {cli.size(engines.size)}"
+            f"{engines.machine}, {engines.max_context} positions, {format_bytes(engines.size)}"
             f"{'' if is_current else '; of the bundle as it was before: build them again'}",
         )
         for engines, is_current in all_engines(bundle)

@@ -19,7 +19,7 @@ from fusion_edge.benchmarks.latency.probes import MemoryReader
 from fusion_edge.benchmarks.latency.result import Energy, Rates, Result, read_result
 from fusion_edge.benchmarks.latency.stages import STAGES, Times
 from fusion_edge.runtime.backends.base import Backend
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 FEW = ("--new-tokens", "3", "--threads", "1", "--backend", "cpu")
 SHORT = ("--seconds", "1")
@@ -231,7 +231,7 @@ def test_wrong_options(
     def decode(self: Backend, embedding: object) -> None:
         raise AssertionError("Something was run before everything was checked.")
 
-    monkeypatch.setattr("fusion_edge.runtime.backends.onnxruntime.OnnxRuntimeBackend.decode", decode)
+    monkeypatch.setattr("fusion_edge.runtime.backends.onnxruntime.backend.OnnxRuntimeBackend.decode", decode)
     assert message in refused(cli.main, tiny_bundle, *FEW, *options, code=code)
 
 

@@ -15,8 +15,8 @@ from support.opset24 import needs_opset_24
 from fusion_edge.benchmarks.latency import cli, limits, probes
 from fusion_edge.benchmarks.latency.result import read_result
 from fusion_edge.export import cli as export
-from fusion_edge.runtime import devices
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.backends import devices
+from fusion_edge.runtime.bundle.reader import open_bundle
 
 pytestmark = needs_opset_24  # which the stand-in for TensorRT computes with
 

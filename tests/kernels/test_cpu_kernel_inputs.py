@@ -27,7 +27,7 @@ from support.own_kernels import needs_cpu_kernels
 from support.product_references import integer_tensors
 
 from fusion_edge.kernels import cpu_functions
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
 SIZES = Causal(2, 2, 16, 16)

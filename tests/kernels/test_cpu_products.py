@@ -23,7 +23,7 @@ from support.product_references import rounded
 from fusion_edge.kernels import cpu_functions
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize, quantize
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
 

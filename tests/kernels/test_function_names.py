@@ -28,7 +28,7 @@ from fusion_edge.export.engines.decompositions import SINCE, replace_operators
 from fusion_edge.export.engines.partition import fix_dimension, split
 from fusion_edge.kernels import onnx_functions
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 Arrays = dict[str, npt.NDArray[Any]]
 GRAPHS = (VISION_ENCODER, ALIGNMENT_DECODER, LLM)

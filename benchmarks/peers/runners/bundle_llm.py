@@ -11,13 +11,13 @@ import numpy as np
 
 from fusion_edge.benchmarks.peers.runners import llm
 from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, Measured, answer
-from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime import Decoder
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph, Input
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input
+from fusion_edge.runtime.backends.onnxruntime.llm import LlmSession
 from fusion_edge.runtime.bundle.graphs import LLM
-from fusion_edge.runtime.bundle.manifest import open_bundle
-from fusion_edge.runtime.embeddings import Embeddings
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 
 class BundleLlm:
@@ -33,11 +33,11 @@ class BundleLlm:
             )
         self.settings: Mapping[str, Any] = {
             "precision": bundle.manifest.precision,
-            "own kernels": cpu_kernels.run(bundle.manifest, LLM),
+            "own kernels": cpu_kernels.can_run(bundle.manifest, LLM),
             "threads": work.threads,
         }
         self._capacity = work.capacity
-        self._decoder = Decoder(Graph(bundle, LLM, "cpu", work.threads), bundle.manifest)
+        self._decoder = LlmSession(Graph(bundle, LLM, "cpu", work.threads), bundle.manifest)
         self._embed = Embeddings(bundle)
         shape = (model.alignment.layers, 0, model.alignment.window_size**2, model.language.hidden_size)
         self._no_pairs = np.zeros(shape, np.float32)
@@ -55,7 +55,7 @@ class BundleLlm:
         self._token = int(logits.argmax())
 
     def step(self) -> None:
-        self._token = int(self._decoder.step(self._embed(np.array([self._token]))[0]).argmax())
+        self._token = int(self._decoder.decode(self._embed(np.array([self._token]))[0]).argmax())
 
 
 def measure(folder: Path, work: llm.Workload) -> Measured:

@@ -11,11 +11,11 @@ import numpy as np
 
 from fusion_edge.benchmarks.peers.runners import vision
 from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, Measured, answer
-from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import FusionError
 
 
@@ -26,7 +26,7 @@ class BundleEncoder:
         bundle = open_bundle(folder)
         model, weights = bundle.manifest.model, bundle.manifest.weights
         formats = sorted({form for name, form in weights.items() if name.startswith("vision.layers.")})
-        kernels = cpu_kernels.run(bundle.manifest, VISION_ENCODER)
+        kernels = cpu_kernels.can_run(bundle.manifest, VISION_ENCODER)
         self.settings: Mapping[str, Any] = {"formats": formats, "own kernels": kernels, "threads": work.threads}
         self.hidden_size = model.language.hidden_size
         self._patches = model.vision.patches

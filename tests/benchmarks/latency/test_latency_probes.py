@@ -13,8 +13,8 @@ from fakes.fake_cuda import Error, FakeCuda
 
 from fusion_edge.benchmarks.latency import probes
 from fusion_edge.benchmarks.latency.result import Rates
-from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.cuda import Cuda
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.errors import DeviceError
 
 CPU_PROVIDER = "CPUExecutionProvider"

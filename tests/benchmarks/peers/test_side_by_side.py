@@ -14,7 +14,7 @@ import pytest
 
 from fusion_edge.benchmarks.peers import side_by_side
 from fusion_edge.benchmarks.peers.side_by_side import Answer, Column, Comparison, Contestant, Runner, Turn
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
 FAKE = Runner("fake.runner", "a fake model")
@@ -63,7 +63,7 @@ def command(arguments: Sequence[str]) -> int:
     """The comparison of fakes as a command."""
     parser = argparse.ArgumentParser()
     side_by_side.add_options(parser, COMPARISON)
-    return cli.run(lambda parsed: side_by_side.run(COMPARISON, parsed), parser.parse_args(arguments))
+    return run_command(lambda parsed: side_by_side.run(COMPARISON, parsed), parser.parse_args(arguments))
 
 
 def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fusion_edge.runtime import FusionError, Sampling, load
+from fusion_edge.runtime.bundle.files import digest
 from fusion_edge.runtime.bundle.graphs import graph_specs
 from fusion_edge.runtime.bundle.json_file import LARGEST, read_json
-from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, Manifest, digest, open_bundle
+from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, Manifest
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.cli import info as cli_info
 
