@@ -75,12 +75,12 @@ def _read_manifest(folder: Path) -> Manifest:
             remedy = f"It is a repository in the hub cache: pass its snapshot {snapshot.parent}."
         raise FusionError(f"{folder} is not a bundle: it has no {MANIFEST}. {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise FusionError(f"Cannot read {path} ({error}); export the bundle again.") from None
+        raise FusionError(f"{path} cannot be read ({error}); export the bundle again.") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise FusionError(
             f"{folder} has bundle schema {str(version)[:40]}, newer than {SCHEMA_VERSION}, which this fusion-edge "
-            "reads; install a newer fusion-edge."
+            "reads; upgrade fusion-edge."
         )
     try:
         manifest = from_json(Manifest, data)

@@ -15,7 +15,7 @@ from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import FusionError, printable
 from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.system.progress import Progress
 
@@ -63,12 +63,7 @@ def _text(bundle: Bundle) -> str:
         *_engine_rows(bundle),
     ]
     width = max(len(name) for name, _ in rows)
-    return "".join(f"{_shown(name.ljust(width))}  {_shown(value)}\n" for name, value in rows)
-
-
-def _shown(text: str) -> str:
-    """Text of a manifest without what a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(f"{printable(name.ljust(width))}  {printable(value)}\n" for name, value in rows)
 
 
 def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:

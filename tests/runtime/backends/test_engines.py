@@ -117,7 +117,7 @@ def first_file(manifest: Manifest) -> Manifest:
         (rewrite(lambda manifest: manifest["engines"]["llm"][0].update(profiles=[])), "[0].profiles is empty)"),
         (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 2])), "positions from [1, 2])"),
         (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 5, 2**62])), "positions from [1, 5, "),
-        (rewrite(lambda manifest: first_profile(manifest).pop("positions")), "are not of the same dimensions)"),
+        (rewrite(lambda manifest: first_profile(manifest).pop("positions")), "have different dimensions)"),
         (rewrite(lambda manifest: first_input(manifest).update(dtype="object")), "has the tensor {"),
         (rewrite(lambda manifest: first_input(manifest).update(shape=["nowhere"])), "has the tensor {"),
         (rewrite(lambda manifest: first_input(manifest).pop("name")), "has the tensor {"),

@@ -210,11 +210,11 @@ def put(*path: str | int, value: object) -> Callable[[Json], None]:
         (put("files", value={}), "files is {}, not a list"),
         (put("model", "template", value="vicuna"), "model.template is 'vicuna', not phi_3 or llama_3"),
         (put("model", "vision", "patch_size", value=0), "model.vision.patch_size is 0"),
-        (put("model", "vision", "patch_size", value=64), "is not what the model's sizes ask for"),
-        (put("model", "language", "vocab_size", value=1207), "graphs.llm is not what the model's sizes ask for"),
+        (put("model", "vision", "patch_size", value=64), "does not match the model's sizes"),
+        (put("model", "language", "vocab_size", value=1207), "graphs.llm does not match the model's sizes"),
         (put("model", "language", "layers", value=10**12), "model.language.layers is 1000000000000"),
-        (put("activations", value="float16"), "is not what the model's sizes ask for"),
-        (put("graphs", "llm", value=...), "graphs.llm is not what"),
+        (put("activations", value="float16"), "does not match the model's sizes"),
+        (put("graphs", "llm", value=...), "graphs.llm does not match"),
         (put("image_side", value=5), "image_side is 5, not 1 to 4, the vision grid's side"),
         (put("image_side", value=0), "image_side is 0"),
         (put("max_context", value=513), "max_context is 513, not 1 to 512, the model's max_length"),
@@ -336,10 +336,31 @@ def test_a_template_of_another_tokenizer(broken: Path) -> None:
         load(broken)
 
 
-def test_an_unknown_target(broken: Path) -> None:
-    edit(broken, lambda manifest: manifest.update(target="tpu"))
-    with pytest.raises(FusionError, match=r"cpu: The bundle was exported for tpu; .* --target cpu makes one for it"):
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("target", "tpu", "(target is 'tpu', not cpu or cuda or tensorrt)"),
+        ("target", "\x85", r"(target is '\x85', not cpu or cuda or tensorrt)"),
+        ("precision", "int3", "(precision is 'int3', not int4 or int8 or nf4 or fp16 or fp32)"),
+        ("precision", "\x1b[2J\n", r"(precision is '\x1b[2J\n', not int4"),
+    ],
+)
+def test_an_unknown_name(broken: Path, name: str, value: str, expected: str) -> None:
+    edit(broken, lambda manifest: manifest.update({name: value}))
+    with pytest.raises(FusionError) as refusal:
         load(broken)
+    assert expected in str(refusal.value)
+    assert str(refusal.value).isprintable()
+
+
+def test_control_characters_are_escaped(tiny_tensorrt_bundle: Path, tmp_path: Path) -> None:
+    """A checkpoint's folder may have any name; the message stays one printable line."""
+    shutil.copytree(tiny_tensorrt_bundle, tmp_path / "bundle")
+    edit(tmp_path / "bundle", lambda manifest: manifest.update(source="a\x85b\x1b[2J"))
+    with pytest.raises(FusionError) as refusal:
+        load(tmp_path / "bundle", device="cuda")
+    assert r"fusion-export a\x85b\x1b[2J -o FOLDER" in str(refusal.value)
+    assert str(refusal.value).isprintable()
 
 
 def test_a_tokenizer_of_a_newer_library(
