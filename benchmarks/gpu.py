@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusion_edge.benchmarks.latency.limits import cache_bytes, weight_bytes
+from fusion_edge.benchmarks.latency.roofline import cache_bytes, weight_bytes
 from fusion_edge.benchmarks.latency.statistics import timed
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend

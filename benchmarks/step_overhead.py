@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from fusion_edge.benchmarks.latency.machine import machine_facts
+from fusion_edge.benchmarks.latency.machine.info import machine_facts
 from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph
 from fusion_edge.runtime.cli.command import run_command

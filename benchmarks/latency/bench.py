@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from fusion_edge.benchmarks.latency import energy
-from fusion_edge.benchmarks.latency.limits import limits
-from fusion_edge.benchmarks.latency.memory import MemoryRecorder, Timeline, device_memory, resident
-from fusion_edge.benchmarks.latency.nvidia import Gpu
-from fusion_edge.benchmarks.latency.probes import MemoryReader, probe
+from fusion_edge.benchmarks.latency.machine import energy
+from fusion_edge.benchmarks.latency.machine.memory import MemoryRecorder, Timeline, device_memory, resident
+from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
+from fusion_edge.benchmarks.latency.machine.procfs import ROOT
+from fusion_edge.benchmarks.latency.peaks import MemoryReader, probe
 from fusion_edge.benchmarks.latency.result import Case, Energy, Measured, Memory, Rates
+from fusion_edge.benchmarks.latency.roofline import limits
 from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, measure, prefill, question, run_steps
 from fusion_edge.benchmarks.latency.statistics import summarize
-from fusion_edge.benchmarks.latency.system import ROOT
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import Bundle

@@ -13,10 +13,12 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fusion_edge.benchmarks.latency import compare, report, table
+from fusion_edge.benchmarks.latency import compare
 from fusion_edge.benchmarks.latency.bench import Run, Wanted, bench, device_rates, measured
-from fusion_edge.benchmarks.latency.machine import ClockWatch, machine_facts
-from fusion_edge.benchmarks.latency.nvidia import find_gpu
+from fusion_edge.benchmarks.latency.machine.info import ClockWatch, machine_facts
+from fusion_edge.benchmarks.latency.machine.nvidia import find_gpu
+from fusion_edge.benchmarks.latency.report import table
+from fusion_edge.benchmarks.latency.report.page import html_report
 from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, BundleFacts, Result, read_result
 from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.runtime.backends.devices import AUTO, NAMES
@@ -139,7 +141,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     )
     sys.stdout.write(result.to_text() if arguments.json else table.csv(result) if arguments.csv else table.text(result))
     if arguments.html is not None:
-        write_whole(arguments.html, report.html(result))
+        write_whole(arguments.html, html_report(result))
     return 0
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from fusion_edge.benchmarks.latency import views
+from fusion_edge.benchmarks.latency.report import labels
 from fusion_edge.benchmarks.latency.result import Case, Measured, Result, Summary
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.formatting import format_bytes, format_table
@@ -38,7 +38,7 @@ class Comparison:
     @property
     def name(self) -> str:
         """The measure and its case."""
-        return f"{self.measure} ({views.case_name(self.case)})"
+        return f"{self.measure} ({labels.case_name(self.case)})"
 
     @property
     def verdict(self) -> str:
@@ -56,12 +56,12 @@ def compare(before: Result, after: Result) -> list[Comparison]:
     """
     old, new = _by_case(before), _by_case(after)
     if not old.keys() & new.keys():
-        cases = [views.case_name(next(iter(one))) if one else "no case" for one in (old, new)]
+        cases = [labels.case_name(next(iter(one))) if one else "no case" for one in (old, new)]
         raise FusionError("The results have no case in common; expected equal options, got {} and {}.".format(*cases))
     comparisons = []
     for case in (case for case in old if case in new):
-        measures = views.measures(new[case])
-        for name, summary in views.measures(old[case]).items():
+        measures = labels.measures(new[case])
+        for name, summary in labels.measures(old[case]).items():
             if name in measures:
                 comparisons.append(_comparison(case, name, summary, measures[name]))
     return comparisons
@@ -71,7 +71,7 @@ def _by_case(result: Result) -> dict[Case, Measured]:
     cases: dict[Case, Measured] = {}
     for measured in result.measured:
         if measured.case in cases:
-            name = views.case_name(measured.case)
+            name = labels.case_name(measured.case)
             raise FusionError(f"A result has the same case twice: {name}; expected every case once, measure it again.")
         cases[measured.case] = measured
     return cases
@@ -79,7 +79,7 @@ def _by_case(result: Result) -> dict[Case, Measured]:
 
 def _comparison(case: Case, name: str, before: Summary, after: Summary) -> Comparison:
     if min(before.least, after.least) <= 0:
-        where = f"{name!r} of {views.case_name(case)}"
+        where = f"{name!r} of {labels.case_name(case)}"
         raise FusionError(f"{where} has a time of 0; expected times above 0, measure it again.")
     return Comparison(
         case=case,
@@ -114,7 +114,7 @@ def fail_above(comparisons: Sequence[Comparison], share: float) -> list[Comparis
 def differences(before: Result, after: Result) -> list[str]:
     """Why the results may not be comparable: a line for each thing that differs, and for cases that only one has."""
     pairs = [
-        ("bundle", views.bundle_name(before.bundle), views.bundle_name(after.bundle)),
+        ("bundle", labels.bundle_name(before.bundle), labels.bundle_name(after.bundle)),
         ("digest of the bundle", before.bundle.digest[:12], after.bundle.digest[:12]),
         ("processor", before.machine.processor, after.machine.processor),
         ("cores", before.machine.cores, after.machine.cores),
@@ -124,7 +124,7 @@ def differences(before: Result, after: Result) -> list[str]:
         ("power mode", before.machine.power_mode, after.machine.power_mode),
         ("throttled", before.machine.throttled, after.machine.throttled),
         ("system", before.machine.system, after.machine.system),
-        ("remark", " ".join(views.remarks(before)), " ".join(views.remarks(after))),
+        ("remark", " ".join(labels.remarks(before)), " ".join(labels.remarks(after))),
     ]
     old, new = before.machine.versions, after.machine.versions
     pairs += [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
@@ -132,7 +132,7 @@ def differences(before: Result, after: Result) -> list[str]:
     for which, result, other in (("before", before, after), ("after", after, before)):
         cases = {measured.case for measured in other.measured}
         lines += [
-            f"only {which}: {views.case_name(measured.case)}"
+            f"only {which}: {labels.case_name(measured.case)}"
             for measured in result.measured
             if measured.case not in cases
         ]
@@ -142,7 +142,7 @@ def differences(before: Result, after: Result) -> list[str]:
             lines.append(f"other programs may have run {which}: {load} at the start")
         if any(measured.is_noisy for measured in result.measured):
             lines.append(f"the machine was too noisy {which}: intervals are wide")
-        timed = [one for measured in result.measured for one in views.measures(measured).values()]
+        timed = [one for measured in result.measured for one in labels.measures(measured).values()]
         if few := sum(one.interval is None for one in timed):
             lines.append(f"{few} medians have too few repeats {which} to be judged: measure for more --seconds")
     return lines
@@ -151,20 +151,20 @@ def differences(before: Result, after: Result) -> list[str]:
 def text(comparisons: Sequence[Comparison]) -> str:
     """A table for each case."""
     cases = list(dict.fromkeys(comparison.case for comparison in comparisons))
-    options = views.differing_options(cases)
-    header = views.case_name(cases[0], views.common_options(cases)) + "\n"
+    options = labels.differing_options(cases)
+    header = labels.case_name(cases[0], labels.common_options(cases)) + "\n"
     blocks = [header] if header.strip() else []
     for case in cases:
         rows = [["", "before", "after", "ratio", "95% interval", "verdict"]]
         rows += [_row(comparison) for comparison in comparisons if comparison.case == case]
-        title = f"{views.case_name(case, options)}\n" if options else ""
+        title = f"{labels.case_name(case, options)}\n" if options else ""
         blocks.append(title + format_table(rows))
     return "\n".join(blocks)
 
 
 def _row(comparison: Comparison) -> list[str]:
     interval = "{:.3f} to {:.3f}".format(*comparison.interval) if comparison.interval else "-"
-    times = [views.duration(comparison.before), views.duration(comparison.after)]
+    times = [labels.duration(comparison.before), labels.duration(comparison.after)]
     return [comparison.measure, *times, f"{comparison.ratio:.3f}", interval, comparison.verdict]
 
 

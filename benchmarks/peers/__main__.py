@@ -11,12 +11,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fusion_edge.benchmarks.peers import language as language_peers
+from fusion_edge.benchmarks.peers import llm as llm_peers
 from fusion_edge.benchmarks.peers import vision as vision_peers
-from fusion_edge.benchmarks.peers.side_by_side import add_options, run
+from fusion_edge.benchmarks.peers.harness import add_options, run
 from fusion_edge.runtime.cli.command import run_command
 
-COMPARISONS = {"llm": language_peers.COMPARISON, "vision": vision_peers.COMPARISON}
+COMPARISONS = {"llm": llm_peers.COMPARISON, "vision": vision_peers.COMPARISON}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fusion_edge.benchmarks.peers.harness import Column, Comparison, Runner
 from fusion_edge.benchmarks.peers.runners.vision import Workload
-from fusion_edge.benchmarks.peers.side_by_side import Column, Comparison, Runner
 from fusion_edge.runtime.formatting import format_bytes
 
 RUNNERS = "fusion_edge.benchmarks.peers.runners"

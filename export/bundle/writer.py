@@ -48,7 +48,7 @@ def write_bundle(
         elements = sum(parameter.size for parameter in plan.parameters.values())
         with Progress("Quantizing", elements, "M weights") as progress:
             weights = CheckpointWeights(plan.checkpoint, plan.parameters)
-            writer = DataWriter(weights, plan.packed, calibrated, progress)
+            writer = DataWriter(weights, plan.linear_by_weight, calibrated, progress)
             for file in plan.data_files:
                 writer.write(folder / file.name, file)
         names = [*plan.small_files, *(file.name for file in plan.data_files)]

@@ -72,7 +72,7 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
     Raises :class:`FusionError` for a device that is not there and for data that will not do, :class:`UsageError` for a
     bundle without quantized weights.
     """
-    if not plan.rounded:
+    if not plan.quantized_formats:
         chosen = f"--{plan.options.precision}{' and these rules' if plan.options.rules else ''}"
         raise UsageError(f"--calibrate is for weights to quantize; with {chosen} there are none: leave it out.")
     check_budget(plan, options)

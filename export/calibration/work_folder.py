@@ -65,7 +65,7 @@ def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> st
         "questions": [(str(sample.picture), sample.question, sample.answer) for sample in asked],
         "target": plan.options.target,  # decides how inputs are rounded
         "formats": {name: str(form) for name, form in plan.formats.items()},
-        "packed": sorted(plan.packed),
+        "prequantized": sorted(name for name, linear in plan.linears.items() if linear.prequantized),
         "query_lengths": plan.options.query_lengths,
         "image_tokens": plan.options.image_tokens,
         "tokenizer": hashlib.sha256(plan.small_files["tokenizer.json"]).hexdigest(),

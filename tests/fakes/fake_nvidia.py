@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion_edge.benchmarks.latency.nvidia import Gpu, describe
+from fusion_edge.benchmarks.latency.machine.nvidia import Gpu, describe
 
 NOT_SUPPORTED = 3
 ADDRESS = b"00000000:41:00.0"

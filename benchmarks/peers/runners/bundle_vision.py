@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, Measured, answer
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measured, answer
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph

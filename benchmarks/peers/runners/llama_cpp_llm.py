@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, answer, peer
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, answer, peer
 
 ERROR = 4  # ggml_log_level
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, Measured, peak, resident
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measured, peak, resident
 
 FIRST_TOKEN, TOKENS = 1000, 1000  # the prompt repeats these ids, which every vocabulary of an LLM has
 WARM_UP = 8  # tokens

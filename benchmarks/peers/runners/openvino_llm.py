@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.alone import answer, peer
+from fusion_edge.benchmarks.peers.runners.worker import answer, peer
 
 MODEL = "openvino_model.xml"
 

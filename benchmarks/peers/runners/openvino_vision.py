@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, answer, peer
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, answer, peer
 
 
 class OpenVinoEncoder:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.alone import CannotRunError, Measured, answer
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measured, answer
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.errors import FusionError

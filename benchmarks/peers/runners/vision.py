@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion_edge.benchmarks.peers.runners.alone import Measured, peak, peer, resident
+from fusion_edge.benchmarks.peers.runners.worker import Measured, peak, peer, resident
 
 IMAGE_SIZE = 384  # pixels a side of a crop, as in runtime/bundle/config.py, which peers' environments cannot import
 

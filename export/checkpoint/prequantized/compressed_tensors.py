@@ -19,10 +19,10 @@ import numpy.typing as npt
 from fusion_edge.export.checkpoint.json_fields import Fields
 from fusion_edge.export.checkpoint.prequantized.layout import (
     Expected,
-    Form,
-    PackedTensor,
+    PrequantizedTensor,
     Rows,
     Scales,
+    StoredLayout,
     column_order,
     integer_rows,
     scale_dtype,
@@ -107,7 +107,7 @@ class CompressedTensorsLayout:
         groups = fields.inner("config_groups")
         return cls(tuple(Scheme.read(groups.inner(name)) for name in groups.data))
 
-    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PackedTensor | None:
+    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PrequantizedTensor | None:
         """What stands for the weight ``tensor`` of ``shape`` ``[N,K]``; None if it is not quantized."""
         if f"{tensor}_packed" not in checkpoint.tensors:
             return None
@@ -125,7 +125,7 @@ class CompressedTensorsLayout:
 
 @dataclass(frozen=True)
 class CompressedTensor:
-    """One weight; see :class:`fusion_edge.export.checkpoint.prequantized.layout.PackedTensor`."""
+    """One weight; see :class:`fusion_edge.export.checkpoint.prequantized.layout.PrequantizedTensor`."""
 
     tensor: str
     rows: int
@@ -151,7 +151,7 @@ class CompressedTensor:
             expected[f"{self.tensor}_g_idx"] = Expected((self.inputs,), ("I32",))
         return expected
 
-    def form(self, checkpoint: Checkpoint) -> Form:
+    def stored_layout(self, checkpoint: Checkpoint) -> StoredLayout:
         shape = checkpoint.read_stored(f"{self.tensor}_shape").tolist()
         if shape != [self.rows, self.inputs]:
             raise FusionError(
@@ -161,7 +161,7 @@ class CompressedTensor:
         dtype = scale_dtype(checkpoint, f"{self.tensor}_scale")
         sign = "" if self.is_symmetric else "u"
         size = stored_group_size(self.tensor, self.group, self.inputs)
-        return Form(WeightFormat(f"{sign}int{self.bits}", size), dtype, self._columns(checkpoint))
+        return StoredLayout(WeightFormat(f"{sign}int{self.bits}", size), dtype, self._columns(checkpoint))
 
     def scales(self, checkpoint: Checkpoint) -> Scales:
         name = f"{self.tensor}_scale"

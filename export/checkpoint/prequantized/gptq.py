@@ -19,10 +19,10 @@ import numpy.typing as npt
 from fusion_edge.export.checkpoint.json_fields import Fields
 from fusion_edge.export.checkpoint.prequantized.layout import (
     Expected,
-    Form,
-    PackedTensor,
+    PrequantizedTensor,
     Rows,
     Scales,
+    StoredLayout,
     column_order,
     integer_rows,
     scale_dtype,
@@ -66,7 +66,7 @@ class GptqLayout:
         is_ordered = not fields.one_of("desc_act", (True, False, None))
         return cls(bits, group_size, VERSIONS[version], is_ordered)
 
-    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PackedTensor | None:
+    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PrequantizedTensor | None:
         """What stands for the weight ``tensor`` of ``shape`` ``[N,K]``; None if it is not quantized."""
         module = tensor.removesuffix(".weight")
         if f"{module}.qweight" not in checkpoint.tensors:
@@ -79,7 +79,7 @@ class GptqLayout:
 
 @dataclass(frozen=True)
 class Gptq:
-    """One weight; see :class:`fusion_edge.export.checkpoint.prequantized.layout.PackedTensor`."""
+    """One weight; see :class:`fusion_edge.export.checkpoint.prequantized.layout.PrequantizedTensor`."""
 
     module: str
     rows: int
@@ -102,13 +102,13 @@ class Gptq:
             expected[f"{self.module}.g_idx"] = Expected((self.inputs,), ("I32",))
         return expected
 
-    def form(self, checkpoint: Checkpoint) -> Form:
+    def stored_layout(self, checkpoint: Checkpoint) -> StoredLayout:
         columns = self._columns(checkpoint)
         zeros = unpack_zeros(checkpoint.read_stored(f"{self.module}.qzeros"), self.bits, self.rows, self.version)
         sign = "" if (zeros == 1 << (self.bits - 1)).all() else "u"
         size = stored_group_size(f"{self.module}.qweight", self.group, self.inputs)
         dtype = scale_dtype(checkpoint, f"{self.module}.scales")
-        return Form(WeightFormat(f"{sign}int{self.bits}", size), dtype, columns)
+        return StoredLayout(WeightFormat(f"{sign}int{self.bits}", size), dtype, columns)
 
     def scales(self, checkpoint: Checkpoint) -> Scales:
         name = f"{self.module}.scales"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.paths import GOLDEN
 
-from fusion_edge.benchmarks.peers.language_models import main, write_bfloat16
+from fusion_edge.benchmarks.peers.export_llm import main, write_bfloat16
 from fusion_edge.export.checkpoint.config import read_config
 from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
 

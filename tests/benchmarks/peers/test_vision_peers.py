@@ -13,8 +13,8 @@ import torch
 from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.benchmarks.peers import __main__ as peers
-from fusion_edge.benchmarks.peers import vision_models as vision_peer_models
-from fusion_edge.benchmarks.peers.runners import alone, bundle_vision, openvino_vision, torch_vision, vision
+from fusion_edge.benchmarks.peers import export_vision as vision_peer_models
+from fusion_edge.benchmarks.peers.runners import bundle_vision, openvino_vision, torch_vision, vision, worker
 from fusion_edge.benchmarks.peers.runners.bundle_vision import BundleEncoder
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.export.bundle.writer import write_bundle
@@ -77,7 +77,7 @@ def test_what_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured.settings == {"formats": ["fp32"], "own kernels": False, "threads": 1}
 
 
-def test_bundle_and_torch_side_by_side(
+def test_bundle_and_torch_harness(
     checkpoint: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "report.json"
@@ -91,7 +91,7 @@ def test_bundle_and_torch_side_by_side(
 
 def test_folders_of_something_else_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for measure in (bundle_vision.measure, torch_vision.measure):
-        assert alone.answer(measure, vision.Workload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
+        assert worker.answer(measure, vision.Workload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
         assert "nowhere" in capsys.readouterr().err
 
 
@@ -106,7 +106,7 @@ def test_models_that_are_not_openvinos_are_named(
 
     monkeypatch.setattr(openvino_vision, "peer", lambda module, package: Peer)
     (tmp_path / "f32.json").write_text("{}")
-    with pytest.raises(alone.CannotRunError, match=message):
+    with pytest.raises(worker.CannotRunError, match=message):
         openvino_vision.OpenVinoEncoder(tmp_path / name, WORK)
 
 

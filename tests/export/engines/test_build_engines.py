@@ -22,7 +22,7 @@ from fusion_edge.export.bundle.folder_lock import locked
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.kernels import tensorrt_plugins
-from fusion_edge.kernels.onnx_functions import DOMAIN
+from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import Entry, write_index
 from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST

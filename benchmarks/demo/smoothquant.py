@@ -1,0 +1,97 @@
+"""What equalising inputs does for the demo model's vision linears, on pictures that it was not fitted to.
+
+    python -m fusion_edge.benchmarks.demo.smoothquant --samples FOLDER
+
+SQNR of each linear's outputs with its inputs rounded to 8 bits and its weights exact, by exponent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusion_edge.export.calibration.activation_cache import State
+from fusion_edge.export.calibration.blocks import BlockOperations, blocks, prepare
+from fusion_edge.export.calibration.samples import Sample, read_samples
+from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.input_range import round_to_grid
+from fusion_edge.quant.smoothquant import EXPONENTS, ChannelRanges, factors, producer
+from fusion_edge.runtime import Fusion
+from fusion_edge.runtime.bundle.quantization_report import sqnr
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
+from fusion_edge.runtime.formatting import format_table
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
+class Watching(BlockOperations):
+    """Keeps the inputs of every linear of the vision encoder's layers."""
+
+    inputs: dict[str, list[Tensor]]
+
+    def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
+        self.inputs.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
+        return super().linear(x, name, bias)
+
+
+def watch(fusion: Fusion, backend: EagerBackend, samples: Iterable[Sample]) -> dict[str, Tensor]:
+    """Inputs ``[n,K]`` of the linears that can be equalised, of all samples together."""
+    ops = Watching(fusion.config, backend.parameter, lambda ids: torch.from_numpy(backend.embed(ids.numpy())), "cpu")
+    ops.inputs = {}
+    layers = [block for block in blocks(fusion.config) if block.name.startswith(("vision.embed", "vision.layers"))]
+    for sample in samples:
+        length, side = fusion.manifest.query_lengths[0], fusion.manifest.image_side
+        prepared = prepare(sample, fusion.tokenizer, fusion.config, length, side, "cpu")
+        state: State = {}
+        for block in layers:
+            state = block.run(ops, prepared, state)
+    formats = dict.fromkeys(ops.inputs, WeightFormat("w8a8"))
+    return {name: torch.cat(parts) for name, parts in ops.inputs.items() if producer(name, formats) is not None}
+
+
+def qualities(weight: Tensor, samples: Tensor, others: Tensor) -> list[float]:
+    """SQNR of the outputs ``others @ weight.T``, grids chosen for ``samples``: as they are, then by exponent."""
+    ranges = ChannelRanges(weight.shape[1], weight.device)
+    ranges.add(samples)
+    found = []
+    for exponent in (None, *EXPONENTS):
+        by = torch.ones_like(weight[0]) if exponent is None else factors(ranges.extents, weight, exponent)
+        grid, _ = ranges.grid(by, (weight * by).square().sum(0))
+        noise, signal = (others - round_to_grid(others / by, grid) * by) @ weight.T, others @ weight.T
+        found.append(sqnr(*(float(part.double().square().sum()) for part in (noise, signal))))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--samples", type=Path, required=True, help="folder of fusion_edge.benchmarks.demo.samples")
+    parser.add_argument("--calibrating", type=positive_integer, default=128, help="samples (default: %(default)s)")
+    parser.add_argument("--held-out", type=positive_integer, default=100, help="further ones (default: %(default)s)")
+    return run_command(_main, parser.parse_args(arguments))
+
+
+@torch.inference_mode()
+def _main(options: argparse.Namespace) -> int:
+    samples = read_samples(options.samples, options.calibrating, options.held_out)
+    rows: list[tuple[str, ...]] = [("linear", "as they are", *map(str, EXPONENTS))]
+    with open_checkpoint(CHECKPOINT) as fusion:
+        backend = fusion.backend
+        assert isinstance(backend, EagerBackend)
+        seen, others = (watch(fusion, backend, part) for part in (samples.calibrating, samples.held_out))
+        for name, inputs in seen.items():
+            found = qualities(backend.parameter(f"{name}.weight"), inputs, others[name])
+            rows.append((name, *(f"{value:.1f} dB" for value in found)))
+    sys.stdout.write(format_table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The LLM of a FUSION-Phi checkpoint as models that other engines read, for ``peers.py llm``.
+
+    python -m fusion_edge.benchmarks.peers.export_llm hugging-face fusion-3b -o phi-3b
+    python -m fusion_edge.benchmarks.peers.export_llm gguf fusion-3b -o phi-3b-gguf --format Q4_0 --format Q4_K_M
+
+The first is a Phi-3 folder that onnxruntime-genai's builder and optimum-intel read; its weights stay where they are.
+The second needs the packages gguf and llama-cpp-python, whose quantizer does the work, and for a while the LLM's size
+in bfloat16 on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_edge.benchmarks.full_size_checkpoint import TOKENIZER_FILES
+from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.source import read_json_object
+from fusion_edge.runtime.bundle.config import LanguageConfig
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.errors import FusionError, UsageError
+
+LLM_TENSOR = re.compile(r"(model\.(embed_tokens|layers\.\d+|norm)|lm_head)\.")
+PHI_3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+FORMATS = ("Q4_0", "Q4_K_M")
+INDEX = "model.safetensors.index.json"
+CONTENT = Content("write", ("*.json", "*.safetensors", "*.model", "*.gguf"), INDEX)
+
+
+def write_hugging_face(source: Path, output: Path) -> None:
+    """A Phi-3 folder whose weights are links to the checkpoint's files, of which its index names the LLM's tensors.
+
+    Raises:
+        FusionError: ``source`` is no FUSION-Phi checkpoint, or ``output`` cannot be written.
+    """
+    with Checkpoint(source) as checkpoint, partial_folder(output, CONTENT) as folder:
+        _language(checkpoint)
+        tensors = {name: info for name, info in checkpoint.tensors.items() if LLM_TENSOR.match(name)}
+        for file in {info.file for info in tensors.values()}:
+            (folder / file.name).symlink_to(file.resolve())
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                (folder / name).symlink_to((source / name).resolve())
+        _write_json(folder / "config.json", read_json_object(source / "config.json") | PHI_3)
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
+            "weight_map": {name: info.file.name for name, info in tensors.items()},
+        }
+        _write_json(folder / INDEX, index)
+
+
+def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
+    """A folder with ``FORMAT.gguf`` for each of llama.cpp's formats.
+
+    Raises:
+        FusionError: As :func:`write_hugging_face`, or gguf or llama-cpp-python is not installed or fails.
+        UsageError: llama.cpp has no such format.
+    """
+    with Checkpoint(source) as checkpoint:
+        language = _language(checkpoint)
+        gguf, llama_cpp = _import("gguf", "gguf"), _import("llama_cpp", "llama-cpp-python")
+        file_types = {name: _file_type(llama_cpp, name) for name in formats}
+        with partial_folder(output, CONTENT) as folder:
+            plain = folder / "BF16.gguf"
+            write_bfloat16(gguf, checkpoint, language, plain)
+            for name, file_type in file_types.items():
+                _quantize(llama_cpp, plain, folder / f"{name}.gguf", file_type)
+            plain.unlink()
+
+
+def _language(checkpoint: Checkpoint) -> LanguageConfig:
+    config = read_config(checkpoint)
+    if config.template != "phi_3":
+        raise FusionError(f"The LLM of {checkpoint.folder} is a Llama; expected a FUSION-Phi checkpoint.")
+    return config.language
+
+
+def write_bfloat16(gguf: Any, checkpoint: Checkpoint, language: LanguageConfig, path: Path) -> None:
+    """llama.cpp's ``phi3`` without a tokenizer; matrices in bfloat16, the rest in float32, tensor by tensor."""
+    config = read_json_object(checkpoint.folder / "config.json")
+    writer: Any = gguf.GGUFWriter(path, "phi3")
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(language.vocab_size)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(language.hidden_size)
+    writer.add_feed_forward_length(language.mlp_width)
+    writer.add_block_count(language.layers)
+    writer.add_head_count(language.heads)
+    writer.add_head_count_kv(language.kv_heads)
+    writer.add_layer_norm_rms_eps(language.norm_eps)
+    writer.add_rope_dimension_count(language.head_dim)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    extra = {}
+    if config.get("rope_scaling") is not None:  # longrope: read_config knows no other for Phi
+        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(language.rotary_scale)
+        for kind in ("long", "short"):
+            factors = np.array(config["rope_scaling"][f"{kind}_factor"], np.float32)
+            extra[f"rope_factors_{kind}.weight"] = factors
+            writer.add_tensor_info(f"rope_factors_{kind}.weight", factors.shape, factors.dtype, factors.nbytes)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, language.layers)
+    tensors = [info for name, info in checkpoint.tensors.items() if LLM_TENSOR.match(name)]
+    bfloat16 = gguf.GGMLQuantizationType.BF16
+    for info in tensors:
+        count = int(np.prod(info.shape))
+        is_matrix = len(info.shape) == 2
+        kind, item_size = (bfloat16, 2) if is_matrix else (gguf.GGMLQuantizationType.F32, 4)
+        name = names.get_name(info.name, try_suffixes=(".weight",))
+        writer.add_tensor_info(name, info.shape, np.dtype(np.float32), count * item_size, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for factors in extra.values():
+        writer.write_tensor_data(factors)
+    for info in tensors:
+        values = checkpoint.read(info.name)
+        writer.write_tensor_data(gguf.quants.quantize(values, bfloat16) if values.ndim == 2 else values)
+    writer.close()
+
+
+def _file_type(llama_cpp: Any, name: str) -> int:
+    """llama.cpp's number of a format."""
+    number = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}", None)
+    if number is None:
+        raise UsageError(f"llama.cpp has no format {name}; expected one such as {' or '.join(FORMATS)}.")
+    return int(number)
+
+
+def _quantize(llama_cpp: Any, source: Path, output: Path, file_type: int) -> None:
+    """By llama.cpp's recipe for the format: some tensors get more bits than its name says."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(parameters)):
+        raise FusionError(f"llama.cpp could not write {output.name}; what it said is above.")
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise FusionError(f"{package} is not installed in this environment: pip install {package}.") from None
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusion_edge.benchmarks.peers.export_llm",
+        description="Write the LLM of a FUSION-Phi checkpoint as a model of another engine.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("hugging-face", "a Phi-3 folder of links"), ("gguf", "llama.cpp's files")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("checkpoint", type=Path, help="folder of a FUSION-Phi checkpoint")
+        command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+        if name == "gguf":
+            text = f"of llama.cpp, repeatable (default: {', '.join(FORMATS)})"
+            command.add_argument("--format", action="append", help=text)
+    return run_command(_main, parser.parse_args(argv))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if arguments.command == "hugging-face":
+        write_hugging_face(arguments.checkpoint, arguments.output)
+    else:
+        write_gguf(arguments.checkpoint, arguments.output, arguments.format or FORMATS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Models for ``python -m fusion_edge.benchmarks.peers.__main__ vision``: OpenVINO's, and a bundle in integers.
+
+    python -m fusion_edge.benchmarks.peers.export_vision openvino-int8 --checkpoint FOLDER --output FOLDER
+
+``openvino`` (float32) and ``openvino-int8`` need torch, openvino and nncf in this environment beside what fusion-edge
+needs. Ranges of inputs are made up or those of noise: models for speed only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
+from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.writer import write_bundle
+from fusion_edge.export.calibration.run import Calibrated
+from fusion_edge.export.calibration.weight_store import Records
+from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.quant.formats import InputGrid
+from fusion_edge.runtime.bundle.config import IMAGE_SIZE, FusionConfig
+from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.errors import FusionError
+
+QUESTION_TOKENS = 20
+CONTENT = Content("export", ("*.xml", "*.bin", "*.json"), "local.xml")
+PROPERTIES = {"f32.json": "f32", "bf16.json": "bf16"}
+"""What OpenVINO computes in where nothing is quantized: a file for the user to choose by."""
+
+
+class MadeUp(Records):
+    """No calibrated weights, and one range for every input."""
+
+    def __contains__(self, name: str) -> bool:
+        return False
+
+    def input_grid(self, name: str) -> InputGrid:
+        return InputGrid(0.03, 128)
+
+
+def bundle_int8(checkpoint: Path, output: Path) -> None:
+    """A bundle whose vision encoder is in integers throughout, as a calibrated one is by default."""
+    with Checkpoint(checkpoint) as opened:
+        plan = plan_export(opened, ExportOptions(vision="int8", is_calibrated=True))
+        made_up = Calibrated(MadeUp(output.parent, plan.formats), QuantizationReport((), 0, None))
+        write_bundle(plan, output, False, made_up)
+
+
+def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:
+    """``global.xml``, ``local.xml`` and the files of properties.
+
+    torch.export and not a trace: a trace runs the model, and turns sizes into constants.
+    """
+    peer = _import("openvino")
+    if output.exists():
+        raise FusionError(f"{output} exists; choose another output.")
+    config, parameters = read_vision(checkpoint, torch.float32)
+    with partial_folder(output, CONTENT) as folder, torch.inference_mode():
+        for name, module, inputs in (
+            ("global", GlobalCrops(config, parameters), _inputs(config, 2)[:1]),
+            ("local", LocalCrop(config, parameters), _inputs(config, 1)),
+        ):
+            model = _converted(peer, module, inputs)
+            if is_int8:
+                model = _quantized(model, inputs)
+            peer.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
+        for file, precision in PROPERTIES.items():
+            (folder / file).write_text(json.dumps({"INFERENCE_PRECISION_HINT": precision}) + "\n", encoding="utf-8")
+
+
+def _inputs(config: FusionConfig, crops: int) -> tuple[torch.Tensor, ...]:
+    """Pixels, text and mask: noise. Two crops at least where their number is to stay open."""
+    torch.manual_seed(0)
+    text = torch.randn(1, QUESTION_TOKENS, config.language.hidden_size) * 0.02
+    return torch.rand(crops, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1, text, torch.ones(text.shape[:2], dtype=torch.bool)
+
+
+def _converted(peer: Any, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """Without text the number of crops stays open, with text that of tokens."""
+    count = torch.export.Dim("count", min=2, max=1024)
+    sizes = {"pixels": {0: count}} if len(inputs) == 1 else {"pixels": None, "text": {1: count}, "mask": {1: count}}
+    model = peer.convert_model(torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False))
+    for port, tensor, (name, size) in zip(model.inputs, inputs, sizes.items(), strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_partial_shape(
+            peer.PartialShape([-1 if axis in (size or {}) else length for axis, length in enumerate(tensor.shape)])
+        )
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _quantized(model: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """Weights and activations by NNCF's scheme for transformers, ranges from one run: more would not be faster."""
+    nncf = _import("nncf")
+    arrays = [tensor.numpy() for tensor in inputs]
+    data = nncf.Dataset([arrays if len(arrays) > 1 else arrays[0]])
+    return nncf.quantize(model, data, subset_size=1, model_type=nncf.ModelType.TRANSFORMER)
+
+
+def _import(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise FusionError(f"{package} cannot be imported ({error}): pip install openvino nncf.") from None
+
+
+MAKERS: Mapping[str, Callable[[Path, Path], None]] = {
+    "bundle-int8": bundle_int8,
+    "openvino": functools.partial(openvino, is_int8=False),
+    "openvino-int8": functools.partial(openvino, is_int8=True),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusion_edge.benchmarks.peers.export_vision",
+        description="Make a model for the comparison of vision encoders.",
+    )
+    parser.add_argument("kind", choices=MAKERS, help="what is made")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a FUSION checkpoint")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
+    return run_command(_main, parser.parse_args(argv))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    MAKERS[arguments.kind](arguments.checkpoint, arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""``fusion-bench`` from the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import mmap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import ROOT
+
+from fusion_edge.benchmarks.latency import bench, cli, peaks, stages
+from fusion_edge.benchmarks.latency.machine import energy
+from fusion_edge.benchmarks.latency.peaks import MemoryReader
+from fusion_edge.benchmarks.latency.result import Energy, Rates, Result, read_result
+from fusion_edge.benchmarks.latency.stages import STAGES, Times
+from fusion_edge.runtime.backends.base import Backend
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+
+FEW = ("--new-tokens", "3", "--threads", "1", "--backend", "cpu")
+SHORT = ("--seconds", "1")
+
+
+@pytest.fixture(autouse=True)
+def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine is not probed anew for every test (tests/benchmarks/latency/test_latency_probes.py)."""
+    monkeypatch.setattr(bench, "probe", lambda device, threads: Rates(None, 150e9, {}))
+    monkeypatch.setattr(peaks, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(peaks, "QUIET", 0)
+    return iter([None])
+
+
+@pytest.fixture
+def result_of(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Result, Path]]:
+    """What ``fusion-bench --json`` prints, read back, and its file."""
+
+    def run(*options: str) -> tuple[Result, Path]:
+        capsys.readouterr()
+        assert cli.main([str(tiny_bundle), *FEW, *(options or SHORT), "--json"]) == 0
+        file = tmp_path / f"result-{len(list(tmp_path.iterdir()))}.json"
+        file.write_text(capsys.readouterr().out)
+        return read_result(file), file
+
+    return run
+
+
+def test_a_result(
+    result_of: Callable[..., tuple[Result, Path]], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter([50e9, 20e9, 10e9])
+    monkeypatch.setattr(MemoryReader, "look", lambda self: self.rates.extend([next(seen, 20e9)]))
+    result, _ = result_of()
+    (measured,) = result.measured
+    assert tuple(measured.stages) == STAGES
+    assert result.command == f"fusion-bench {tiny_bundle} {' '.join(FEW)} {' '.join(SHORT)} --json"
+    files = [file for file in tiny_bundle.iterdir() if file.name != "bundle.json"]
+    assert result.bundle.size == sum(file.stat().st_size for file in files)
+    assert (measured.case.device, measured.case.threads, measured.case.new_tokens) == ("cpu", 1, 3)
+    assert measured.further_first_token.median > 0
+    assert 0 < measured.first_token.median < measured.answer_seconds.median
+    assert measured.tokens_per_second == pytest.approx(
+        1 / (measured.stages["step"].median + measured.stages["sampling"].median)
+    )
+    assert result.rates == {"cpu": Rates(20e9, 150e9, {})}
+    assert measured.limits.step.seconds == measured.limits.step.needed / 20e9  # seen beside the steps
+    assert measured.limits.prefill.seconds == measured.limits.prefill.needed / 150e9
+    assert measured.limits.prefill.share is not None
+    assert 0 < measured.memory.loaded <= measured.memory.load_peak
+    assert measured.memory.steady <= measured.memory.peak
+    assert measured.memory.over_time
+    assert measured.device_memory is None
+
+
+def test_a_matrix(result_of: Callable[..., tuple[Result, Path]]) -> None:
+    result, _ = result_of(
+        *("--query-len", "4,16", "--context", "100,150", "--backend", "cpu,cpu", "--image-tokens", "9", *SHORT)
+    )
+    cases = [(measured.case.query_length, measured.case.context) for measured in result.measured]
+    assert cases == [(4, 100), (4, 150), (16, 100), (16, 150)]
+    assert {measured.case.image_tokens for measured in result.measured} == {9}
+
+
+def test_each_case_has_its_own_memory(
+    result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a case took is no other's peak or history; what it kept is in the next one's."""
+    taken, kept = 256 << 20, 96 << 20  # other memory of the process changes by some tens of megabytes
+    blocks: list[mmap.mmap] = []
+    cases = iter([(taken, 0), (0, kept), (0, 0)])
+
+    def measured(*arguments: Any) -> Times:
+        for size, is_kept in zip(next(cases), (False, True), strict=True):
+            if size:
+                block = mmap.mmap(-1, size)
+                block.write(b"\1" * size)
+                time.sleep(0.15)
+                if is_kept:
+                    blocks.append(block)
+                else:
+                    block.close()
+        return stages.measure(*arguments)
+
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(peaks, "READ_BYTES", 400 << 20)
+    result, _ = result_of("--context", "100,150,200", *SHORT)
+    first, second, third = (one.memory for one in result.measured)
+    assert first.steady < first.loaded + (200 << 20)  # what the bandwidth is read from does not count
+    assert first.peak - first.steady > 0.8 * taken
+    assert second.peak < first.peak - 0.5 * taken
+    assert third.steady >= second.steady > first.steady + 0.5 * kept
+    assert {memory.loaded for memory in (first, second, third)} == {first.loaded}
+    for memory in (first, second, third):
+        assert memory.over_time[0][0] < 0.1
+        assert max(size for _, size in memory.over_time) <= memory.peak
+    blocks[0].close()
+
+
+def test_a_picture_and_a_question_of_yours(
+    result_of: Callable[..., tuple[Result, Path]], tmp_path: Path, tiny_bundle: Path
+) -> None:
+    picture = ROOT / "benchmarks" / "demo" / "picture.png"
+    short, _ = result_of("--image", str(picture), "--ask", "Red?", *SHORT)
+    long, _ = result_of("--image", str(picture), "--ask", "Is there anything red to be seen on the left?", *SHORT)
+    assert short.measured[0].case.prompt_tokens < long.measured[0].case.prompt_tokens
+
+
+def test_soak(result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusion_edge.benchmarks.latency.stages.Times.all_known", True)
+    quick, _ = result_of("--seconds", "60")
+    soaked, _ = result_of("--duration", "1")
+    assert quick.measured[0].first_token.count == 3
+    assert sum(soaked.measured[0].answer_seconds.values) > 0.5
+
+
+def test_energy_is_of_steps(result_of: Callable[..., tuple[Result, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: list[int] = []
+    prefill = OnnxRuntimeBackend.prefill
+
+    def no_prefill(self: Backend, *_: object) -> None:
+        raise AssertionError("A prefill is in the window.")
+
+    class Meter:
+        def __init__(self, gpu: object) -> None: ...
+
+        def __enter__(self) -> Meter:
+            monkeypatch.setattr(OnnxRuntimeBackend, "prefill", no_prefill)
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            monkeypatch.setattr(OnnxRuntimeBackend, "prefill", prefill)
+
+        def energy(self, count: int) -> Energy:
+            tokens.append(count)
+            return Energy("a meter", 6.0, 30.0, 30.0 / count)
+
+    monkeypatch.setattr(energy, "sources", lambda gpu, root: ["a meter"])
+    monkeypatch.setattr(energy, "EnergyMeter", Meter)
+    result, _ = result_of()
+    assert result.measured[0].energy is None  # the context ends before five seconds of steps are over
+    assert tokens == []
+    monkeypatch.setattr(bench, "ENERGY_SECONDS", 0.02)
+    monkeypatch.setattr(energy, "SHORTEST_WINDOW", 0.01)
+    result, _ = result_of()
+    (measured,) = result.measured
+    assert measured.energy == Energy("a meter", 6.0, 30.0, 30.0 / tokens[0])
+    assert 0.01 <= tokens[0] * measured.stages["step"].median <= 0.03
+
+
+def test_tables_and_a_report(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.html"
+    assert cli.main([str(tiny_bundle), *FEW, *SHORT, "--html", str(report)]) == 0
+    assert "further question" in capsys.readouterr().out
+    assert "<title>" in report.read_text()
+    assert cli.main([str(tiny_bundle), *FEW, *SHORT, "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {row["stage"] for row in rows} >= set(STAGES)
+
+
+def test_compare(
+    result_of: Callable[..., tuple[Result, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, before = result_of("--seconds", "2")
+    data = json.loads(before.read_text())
+    for summary in (*data["measured"][0]["stages"].values(), data["measured"][0]["first_token"]):
+        for key in ("least", "median", "p90", "p99", "largest"):
+            summary[key] *= 3
+        summary["values"] = [3 * value for value in summary["values"]]
+        if summary["interval"] is not None:  # too few rounds on a busy machine
+            summary["interval"] = [3 * value for value in summary["interval"]]
+    after = tmp_path / "after.json"
+    after.write_text(json.dumps(data))
+    assert cli.main(["compare", str(before), str(before), "--fail-above", "5%"]) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(before), str(after)]) == 0
+    assert "slower" in capsys.readouterr().out
+    assert cli.main(["compare", str(before), str(after), "--fail-above", "5%"]) == 1
+    assert cli.main(["compare", str(after), str(before), "--fail-above", "5"]) == 0
+    assert cli.main(["compare", str(before), str(after), "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--query-len", "9"], 2, "Query length 9 is not offered; choose from 16, 4"),
+        (["--threads", "4096"], 2, "--threads is 4096; choose at most"),
+        (["--html", "/"], 1, "/ is no file, so it is not replaced; name another file."),
+        (["--prompt-tokens", "5"], 2, "--prompt-tokens 5 is too short"),
+        (["--context", "100000"], 2, "A context of 100000 and 3 new tokens do not fit"),
+        (["--image-tokens", "7"], 2, "7 image tokens are no square"),
+        (["--image", "nowhere.jpg"], 1, "nowhere.jpg"),
+        (["--image", __file__], 1, "test_fusion_bench.py"),
+        (["--ask", ""], 2, "The question is empty"),
+        (["--ask", " "], 2, "The question is empty"),
+        (["--html", "nowhere/report.html"], 1, "nowhere is not a folder"),
+    ],
+)
+def test_wrong_options(
+    tiny_bundle: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    code: int,
+    message: str,
+) -> None:
+    def decode(self: Backend, embedding: object) -> None:
+        raise AssertionError("Something was run before everything was checked.")
+
+    monkeypatch.setattr("fusion_edge.runtime.backends.onnxruntime.backend.OnnxRuntimeBackend.decode", decode)
+    assert message in refused(cli.main, tiny_bundle, *FEW, *options, code=code)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--backend", "tpu"],
+        ["--backend", "auto,cpu"],
+        ["--threads", "0"],
+        ["--json", "--csv"],
+        ["--seconds", "x"],
+        ["--seconds", "1", "--duration", "1"],
+    ],
+)
+def test_wrong_usage(tiny_bundle: Path, options: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(tiny_bundle), *options])
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 1}', '{"schema_version": 2}'])
+def test_no_result(tmp_path: Path, refused: Callable[..., str], content: str | None) -> None:
+    file = tmp_path / "file.json"
+    if content is not None:
+        file.write_text(content)
+    assert "expected what fusion-bench --json wrote" in refused(cli.main, "compare", file, file)
