@@ -28,7 +28,7 @@ from fusion_edge.export.calibration.activation_cache import State
 from fusion_edge.export.calibration.blocks import blocks, kept, prepare
 from fusion_edge.export.calibration.observer import Observing
 from fusion_edge.export.calibration.samples import read_samples
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.plan import ExportOptions, plan_export
 from fusion_edge.quant.formats import WeightFormat

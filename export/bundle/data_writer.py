@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.bundle.files import reserve, write_all
+from fusion_edge.export.bundle.durable_files import reserve, write_all
 from fusion_edge.export.bundle.worker_pool import worker_pool
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor

@@ -14,8 +14,8 @@ import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engines.decompositions import missing_operators, replace_operators
+from fusion_edge.export.engines.optimization_profiles import Limits, Ranges, profiles, shapes
 from fusion_edge.export.engines.partition import fix_dimension, split, tensor_dtype, tensor_shape
-from fusion_edge.export.engines.profiles import Limits, Ranges, profiles, shapes
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS

@@ -14,7 +14,7 @@ from fusion_edge.export.checkpoint.config import read_config, read_parameters
 from fusion_edge.export.checkpoint.language_config import MINIMUM_CONTEXT
 from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
 from fusion_edge.export.checkpoint.prequantized.parameters import check_scales, stored_layout
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.export.lowering.graph_builder import GraphBuilder, PlannedTensor

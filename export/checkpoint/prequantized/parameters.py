@@ -16,7 +16,7 @@ from fusion_edge.export.checkpoint.prequantized.bitsandbytes import BitsAndBytes
 from fusion_edge.export.checkpoint.prequantized.compressed_tensors import CompressedTensorsLayout
 from fusion_edge.export.checkpoint.prequantized.gptq import GptqLayout
 from fusion_edge.export.checkpoint.prequantized.layout import Codes, PrequantizedTensor, Rows, StoredLayout
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, store
