@@ -25,7 +25,11 @@ import numpy.typing as npt
 import onnxruntime
 from onnx import FunctionProto, TensorProto, helper, numpy_helper
 
-from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.onnx_functions.linear import (
+    integer_matmul_function,
+    integer_mlp_function,
+    matmul_nbits_function,
+)
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.cli import common as cli
@@ -108,7 +112,7 @@ def product(form: WeightFormat, outputs: int, inputs: int, rows: int, layers: in
             "values": np.frombuffer(random.bytes(math.prod(shape)), np.uint8).reshape(shape),
             "scales": np.full(shape[:2], 0.01, np.float16),
         }
-        function = cpu_functions.product_function(OPSET)
+        function = matmul_nbits_function(OPSET)
         model = session(function.name, {"x": FLOAT}, {"y": FLOAT}, sizes, library, weights, function)
         runs.append(bound(model, values({"x": x}), (rows, outputs)))
     return lambda: [run() for run in runs]
@@ -117,7 +121,7 @@ def product(form: WeightFormat, outputs: int, inputs: int, rows: int, layers: in
 def calibrated(widths: tuple[int, ...], library: Path | None) -> Run:
     """A product or an MLP of the vision encoder whose inputs are rounded, too, by scales that were settled before."""
     random = np.random.default_rng(0)
-    made = cpu_functions.integer_product_function if len(widths) == 2 else cpu_functions.integer_mlp_function
+    made = integer_matmul_function if len(widths) == 2 else integer_mlp_function
     function = made(OPSET)
     weights: dict[str, npt.NDArray[Any]] = {}
     for inputs, outputs in pairwise(widths):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.source import read_json_object
+from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 from fusion_edge.runtime.cli import common as cli

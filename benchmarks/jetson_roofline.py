@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion_edge.benchmarks.gpu import QUESTION_TOKENS, step_bytes
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.export.planning.memory import estimate

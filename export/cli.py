@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.calibration.options import DEVICES, METHODS, CalibrationOptions
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
-from fusion_edge.export.checkpoint.source import resolve_checkpoint
+from fusion_edge.export.checkpoint.hub import resolve_checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.dry_run import check_fit, dry_run
 from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.plan import KV_CACHES, ExportOptions, ExportPlan, plan_export

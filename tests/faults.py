@@ -173,7 +173,7 @@ def _simulated(place: Place) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch("os.path.ismount", lambda folder: folder in mounted or ismount(folder)))
         if not place.has_exchange:
-            stack.enter_context(mock.patch("fusion_edge.export.bundle.partial_folder.exchange", return_value=False))
+            stack.enter_context(mock.patch("fusion_edge.export.bundle.atomic_folder.exchange", return_value=False))
         yield
 
 

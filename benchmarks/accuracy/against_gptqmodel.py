@@ -28,7 +28,7 @@ from fusion_edge.export.calibration.activation_cache import State
 from fusion_edge.export.calibration.blocks import blocks, kept, prepare
 from fusion_edge.export.calibration.observer import Observing
 from fusion_edge.export.calibration.samples import read_samples
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.plan import ExportOptions, plan_export
 from fusion_edge.quant.formats import WeightFormat
@@ -95,7 +95,7 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         found = read_samples(work / "samples.jsonl", samples, 1).calibrating
         prepared = [prepare(sample, tokenizer, plan.config, 1, 1, "cpu") for sample in found]
         states: list[State] = [{} for _ in prepared]
-        watched = {name: form for name, form in plan.rounded.items() if name.startswith("llm.")}
+        watched = {name: form for name, form in plan.quantized_formats.items() if name.startswith("llm.")}
         layers = [f"llm.layers.{i}" for i in range(0, plan.config.language.layers, every)]
         for block in blocks(plan.config)[:-1]:
             observing = Observing(plan.config, weights, lambda ids: table[ids], "cpu", watched)

@@ -74,5 +74,5 @@ def _tokens(name: str, case: Case) -> int:
 
 def _shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
     """Return outputs and inputs of every linear of a bundle, without the embedding table."""
-    shapes = {name.removesuffix(".weight"): p.shape for name, p in parameters(manifest.model).items()}
+    shapes = {p.linear: p.shape for p in parameters(manifest.model).values() if p.kind != "float"}
     return {name: (shapes[name][0], math.prod(shapes[name][1:])) for name in manifest.weights if name != EMBEDDING}

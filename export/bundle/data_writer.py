@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.bundle.files import reserve, write_all
+from fusion_edge.export.bundle.durable_files import reserve, write_all
 from fusion_edge.export.bundle.worker_pool import worker_pool
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import DataFile
 from fusion_edge.quant.dequantize_linear import to_dequantize_linear
 from fusion_edge.quant.packing import Packed, check_range, dequantize, quantize
@@ -46,15 +47,19 @@ class DataWriter:
     """
 
     def __init__(
-        self, weights: CheckpointWeights, packed: Container[str], calibrated: Calibrated | None, progress: Progress
+        self,
+        weights: CheckpointWeights,
+        linears: Mapping[str, Linear],
+        calibrated: Calibrated | None,
+        progress: Progress,
     ) -> None:
-        """``packed``: linears that stay as a quantized checkpoint has them."""
+        """``linears`` by the names of their weights."""
         self._weights = weights
-        self._packed = packed
+        self._linears = linears
         self._calibrated = calibrated
         self._progress = progress
         self._columns = _Columns()
-        self._linears: list[LinearReport] = list(calibrated.report.linears) if calibrated else []
+        self._reports: list[LinearReport] = list(calibrated.report.linears) if calibrated else []
 
     def write(self, path: Path, file: DataFile) -> None:
         """Write a data file. Raises :class:`FusionError` for a weight that is not finite or out of range of its
@@ -87,24 +92,26 @@ class DataWriter:
     def report(self) -> QuantizationReport:
         """On everything written so far."""
         before = self._calibrated.report if self._calibrated else QuantizationReport((), 0, None)
-        return replace(before, linears=tuple(self._linears))
+        return replace(before, linears=tuple(self._reports))
 
     def _scalar(self, tensor: PlannedTensor) -> npt.NDArray[Any]:
         """A scale or zero point of inputs."""
         assert self._calibrated is not None  # or the plan would have no format that rounds inputs
-        grid = self._calibrated.records.input_grid(tensor.parameter.removesuffix(".weight"))
+        grid = self._calibrated.records.input_grid(self._linears[tensor.parameter].name)
         return np.array(grid.scale if tensor.part == "input_scale" else grid.zero_point, tensor.dtype)
 
     def _note(self, name: str, values: PlannedTensor, total: _Rounded) -> None:
-        linear = name.removesuffix(".weight")
-        if linear in self._packed:
-            self._linears.append(LinearReport(linear, str(values.format), TAKEN_OVER, None, None, None, total.seconds))
-        elif values.format.is_quantized and not self._is_calibrated(linear):
+        linear, form = self._linears.get(name), str(values.format)
+        if linear is None:
+            return
+        if linear.prequantized:
+            self._reports.append(LinearReport(linear.name, form, TAKEN_OVER, None, None, None, total.seconds))
+        elif linear.format.is_quantized and not self._is_calibrated(linear):
             quality = sqnr(total.noise, total.signal)
-            self._linears.append(LinearReport(linear, str(values.format), "rtn", quality, None, None, total.seconds))
+            self._reports.append(LinearReport(linear.name, form, "rtn", quality, None, None, total.seconds))
 
-    def _is_calibrated(self, linear: str) -> bool:
-        return self._calibrated is not None and linear in self._calibrated.records
+    def _is_calibrated(self, linear: Linear) -> bool:
+        return self._calibrated is not None and linear.name in self._calibrated.records
 
     def _blocks(self, name: str) -> Iterator[tuple[int, int]]:
         """Ranges of a parameter's rows."""
@@ -133,11 +140,11 @@ class DataWriter:
         self, values: PlannedTensor, name: str, start: int, stop: int
     ) -> tuple[dict[Part, npt.NDArray[Any]], _Rounded]:
         """Arrays by part, and what rounding did."""
-        linear, form = name.removesuffix(".weight"), values.format
-        if self._calibrated is not None and self._is_calibrated(linear):
-            return _parts(self._calibrated.records.rows(linear, start, stop), values), _Rounded()
-        if linear in self._packed:
-            return _parts(self._weights.packed_rows(name, start, stop, form), values), _Rounded()
+        linear, form = self._linears.get(name), values.format
+        if self._calibrated is not None and linear is not None and self._is_calibrated(linear):
+            return _parts(self._calibrated.records.rows(linear.name, start, stop), values), _Rounded()
+        if linear is not None and linear.prequantized:
+            return _parts(self._weights.prequantized_rows(name, start, stop, form), values), _Rounded()
         folded = self._calibrated.records.parameter(name) if self._calibrated is not None else None
         rows = self._weights.rows(name, start, stop) if folded is None else folded[start:stop]
         check_range(name, rows, form)

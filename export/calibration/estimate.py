@@ -10,7 +10,7 @@ import torch
 from fusion_edge.export.calibration.blocks import Block, blocks
 from fusion_edge.export.calibration.mixed import candidates
 from fusion_edge.export.calibration.options import SENSITIVITY_SAMPLES, CalibrationOptions
-from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.quant.gptq import SCALE_SHARES
 from fusion_edge.quant.smoothquant import EXPONENTS, producer
@@ -58,25 +58,25 @@ def calibration_disk(plan: ExportPlan, options: CalibrationOptions) -> int:
     return 2 * (options.samples + 2 * options.held_out) * states + records
 
 
-def _linears(plan: ExportPlan, block: Block) -> list[Parameter]:
-    return [p for p in plan.parameters.values() if p.kind == "linear" and p.name.startswith(block.prefixes)]
+def _linears(plan: ExportPlan, block: Block) -> list[Linear]:
+    found = [linear for linear in plan.linears.values() if not linear.is_table]
+    return [linear for linear in found if linear.weight.name.startswith(block.prefixes)]
 
 
-def _rounded(plan: ExportPlan, block: Block) -> list[Parameter]:
+def _quantized(plan: ExportPlan, block: Block) -> list[Linear]:
     """Linears that calibration quantizes."""
-    formats = plan.rounded
-    return [p for p in _linears(plan, block) if p.name.removesuffix(".weight") in formats]
+    return [linear for linear in _linears(plan, block) if linear.is_quantized_here]
 
 
-def _observed(plan: ExportPlan, block: Block) -> list[Parameter]:
+def _observed(plan: ExportPlan, block: Block) -> list[Linear]:
     """Linears whose inputs' moments are kept; ``up`` of the LLM shares those of ``gate``."""
-    return [p for p in _rounded(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up.weight"))]
+    return [p for p in _quantized(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up"))]
 
 
 def _memory(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
     """Weights, moments and what factorizing the largest needs; or both sets of weights while samples pass."""
     weights = FLOAT * sum(p.size for p in _linears(plan, block))
-    squares = [p.shape[1] for p in _observed(plan, block)]
+    squares = [p.inputs for p in _observed(plan, block)]
     fitting = weights + DOUBLE * (sum(n * n for n in squares) + SQUARES_AT_ONCE * max(squares, default=0) ** 2)
     return max(fitting, 2 * weights + _trial_bytes(plan, block, options))
 
@@ -89,10 +89,10 @@ def _trial_bytes(plan: ExportPlan, block: Block, options: CalibrationOptions) ->
     return _trial_samples(options) * (_state_bytes(plan, block) + FLOAT * trials)
 
 
-def _tried(plan: ExportPlan, block: Block) -> list[Parameter]:
+def _tried(plan: ExportPlan, block: Block) -> list[Linear]:
     """Linears whose sensitivity may be measured."""
     names = candidates(plan)
-    return [p for p in _linears(plan, block) if p.name.removesuffix(".weight") in names]
+    return [linear for linear in _linears(plan, block) if linear.name in names]
 
 
 def _trial_samples(options: CalibrationOptions) -> int:
@@ -110,7 +110,7 @@ def _state_bytes(plan: ExportPlan, block: Block) -> int:
 
 
 def _linears_bytes(plan: ExportPlan, block: Block) -> int:
-    return sum(p.size * plan.formats[p.name.removesuffix(".weight")].bits // 8 for p in _rounded(plan, block))
+    return sum(p.size * p.format.bits // 8 for p in _quantized(plan, block))
 
 
 def _vision_rows(plan: ExportPlan) -> int:
@@ -144,15 +144,15 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
     total = 0.0
     for p in _linears(plan, block):
         total += 2 * passes * _rows(plan, p.name) * p.size
-    for p in _rounded(plan, block):
-        is_solved = _is_solved(plan, p, options)
-        scales = SCALE_SHARES[plan.formats[p.name.removesuffix(".weight")].bits][2] if is_solved else 1
+    for p in _quantized(plan, block):
+        is_solved = _is_solved(p, options)
+        scales = SCALE_SHARES[p.format.bits][2] if is_solved else 1
         products = ROUNDING_OPERATIONS + (REFINING_OPERATIONS if is_solved else 0)
-        total += _fits(plan, p) * p.size * (products * p.shape[1] + CANDIDATE_OPERATIONS * scales)
+        total += _fits(plan, p) * p.size * (products * p.inputs + CANDIDATE_OPERATIONS * scales)
     for p in _observed(plan, block):
-        rows, inputs, fits = _rows(plan, p.name), p.shape[1], _fits(plan, p)
+        rows, inputs, fits = _rows(plan, p.name), p.inputs, _fits(plan, p)
         total += 2 * options.samples * rows * inputs**2
-        if _is_solved(plan, p, options):
+        if _is_solved(p, options):
             total += fits * 2 * 4 * inputs**3 / 3  # float64 takes twice as long
         if fits > 1:
             total += (options.samples * rows * COUNT_OPERATIONS + fits * GRID_OPERATIONS) * inputs
@@ -168,14 +168,14 @@ def _trials(plan: ExportPlan, options: CalibrationOptions) -> float:
     return total * _trial_samples(options)
 
 
-def _is_solved(plan: ExportPlan, weight: Parameter, options: CalibrationOptions) -> bool:
+def _is_solved(linear: Linear, options: CalibrationOptions) -> bool:
     """Whether GPTQ fits a linear; codebooks are rounded to nearest."""
-    return options.method == "gptq" and not plan.formats[weight.name.removesuffix(".weight")].has_codebook
+    return options.method == "gptq" and not linear.format.has_codebook
 
 
-def _fits(plan: ExportPlan, weight: Parameter) -> int:
+def _fits(plan: ExportPlan, linear: Linear) -> int:
     """How many times a linear is quantized: once, or with each equalisation of its inputs."""
-    return 1 if producer(weight.name.removesuffix(".weight"), plan.rounded) is None else 1 + len(EXPONENTS)
+    return 1 if producer(linear.name, plan.quantized_formats) is None else 1 + len(EXPONENTS)
 
 
 def _rate(device: str) -> float:

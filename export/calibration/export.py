@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fusion_edge.export.bundle.mount_point import workplace
+from fusion_edge.export.bundle.hidden_folders import hidden_parent
 from fusion_edge.export.bundle.writer import check_output, resolve_output, write_bundle
 from fusion_edge.export.calibration.estimate import calibration_disk
 from fusion_edge.export.calibration.mixed import check_budget, mix
@@ -72,7 +72,7 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
     Raises :class:`FusionError` for a device that is not there and for data that will not do, :class:`UsageError` for a
     bundle without quantized weights.
     """
-    if not plan.rounded:
+    if not plan.quantized_formats:
         chosen = f"--{plan.options.precision}{' and these rules' if plan.options.rules else ''}"
         raise UsageError(f"--calibrate is for weights to quantize; with {chosen} there are none: leave it out.")
     check_budget(plan, options)
@@ -86,7 +86,7 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
 def _check_disk(plan: ExportPlan, options: CalibrationOptions, output: Path) -> None:
     """States, finished weights and the bundle must fit. What an earlier run left counts as free."""
     needed = calibration_disk(plan, options) + plan.bundle_bytes
-    place = workplace(output)
+    place = hidden_parent(output)
     free = shutil.disk_usage(place).free + folder_bytes(output)
     if free < needed:
         raise FusionError(

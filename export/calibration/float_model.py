@@ -47,9 +47,9 @@ class FloatModel:
 
     def parameter(self, name: str) -> Tensor:
         """A parameter, float32. Raises :class:`FusionError` for values that its format in the bundle does not reach."""
-        values, linear = read_parameter(self.weights, name), name.removesuffix(".weight")
-        if linear in self.plan.formats and linear not in self.plan.packed:
-            check_range(name, values, self.plan.formats[linear])
+        values, linear = read_parameter(self.weights, name), self.plan.linear_by_weight.get(name)
+        if linear is not None and not linear.prequantized:
+            check_range(name, values, linear.format)
         return torch.from_numpy(np.array(values)).to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:

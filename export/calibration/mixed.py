@@ -22,11 +22,10 @@ REPORT_BYTES, REPORT_BYTES_A_LINEAR = 4096, 300  # at most, of what quantization
 def candidates(plan: ExportPlan) -> dict[str, tuple[int, int]]:
     """Shapes ``[outputs, inputs]`` of the 4-bit linears that no rule of the user names."""
     found = {}
-    for name, form in plan.rounded.items():
-        parameter = plan.parameters[f"{name}.weight"]
+    for name, linear in plan.linears.items():
         asked = any(rule.matches(name) for rule in plan.options.rules)
-        if parameter.kind == "linear" and form.bits == 4 and not asked:
-            found[name] = parameter.shape[0], parameter.shape[1]
+        if linear.is_quantized_here and linear.format.bits == 4 and not linear.is_table and not asked:
+            found[name] = linear.outputs, linear.inputs
     return found
 
 
@@ -62,7 +61,7 @@ def mix(
     page = PAGE if options.budget is not None else 1
     offers = [Candidate(s, _extra_bytes(shapes[s.name], s.name, plan, page)) for s in sensitivities]
     raised = choose(offers, _spare_bytes(plan, options))
-    rules = tuple(Rule(name, _raised(plan.formats[name], plan)) for name in raised)
+    rules = tuple(Rule(name, _raised(plan.linears[name].format, plan)) for name in raised)
     mixed = plan_export(plan.checkpoint, replace(plan.options, rules=plan.options.rules + rules))
     bits = round(mean_bits(shapes, mixed.formats), 4)
     return mixed, MixedPrecision(bits, len(used), tuple(raised), tuple(sensitivities))
@@ -73,7 +72,7 @@ def ranges(plan: ExportPlan) -> dict[str, tuple[float, float]]:
     shapes = candidates(plan)
     if not shapes:
         return {}
-    most = mean_bits(shapes, {name: _raised(plan.formats[name], plan) for name in shapes})
+    most = mean_bits(shapes, {name: _raised(plan.linears[name].format, plan) for name in shapes})
     extra = sum(_extra_bytes(shape, name, plan, PAGE) for name, shape in shapes.items())
     least = _least_bytes(plan)
     return {"--budget": (least, least + extra), "--bits": (_least_bits(plan), most)}
@@ -85,7 +84,7 @@ def _raised(form: WeightFormat, plan: ExportPlan) -> WeightFormat:
 
 def _extra_bytes(shape: tuple[int, int], name: str, plan: ExportPlan, page: int) -> int:
     """Rounded up to pages: tensors begin at one, so no more than this is added to the file."""
-    form = plan.formats[name]
+    form = plan.linears[name].format
     more = (stored_bits(shape, _raised(form, plan)) - stored_bits(shape, form)) // 8
     return -(-more // page) * page
 
@@ -95,7 +94,7 @@ def _least_bits(plan: ExportPlan) -> float:
 
 
 def _least_bytes(plan: ExportPlan) -> int:
-    return plan.bundle_bytes + REPORT_BYTES + REPORT_BYTES_A_LINEAR * len(plan.formats)
+    return plan.bundle_bytes + REPORT_BYTES + REPORT_BYTES_A_LINEAR * len(plan.linears)
 
 
 def _spare_bytes(plan: ExportPlan, options: CalibrationOptions) -> int:

@@ -107,12 +107,12 @@ class Run:
     def _quantize(
         self, block: Block, before: StateReader | None, weights: Callable[[str], Tensor], advance: Callable[[], None]
     ) -> None:
-        observing = Observing(self.config, weights, self._embed, self._device, self._plan.rounded)
+        observing = Observing(self.config, weights, self._embed, self._device, self._plan.quantized_formats)
         for number, prepared in enumerate(self._calibrating):
             block.run(observing, prepared, self._state(before, number))
             advance()
         symmetric = self._plan.options.target == "tensorrt"
-        fitting = Fitting(self._plan.rounded, self._method, weights, self._records, symmetric)
+        fitting = Fitting(self._plan.quantized_formats, self._method, weights, self._records, symmetric)
         self._records.finish(block.name, fitting.quantize(observing))
 
     def _propagate(
@@ -148,7 +148,7 @@ class Run:
 
     def _is_torn(self, block: Block) -> bool:
         """Whether a finished block misses the weights of a linear, or a parameter that was divided for it."""
-        formats = self._plan.rounded
+        formats = self._plan.quantized_formats
         linears = [linear.name for linear in self._records.finished(block.name) or ()]
         sources = [source for name in linears if (source := producer(name, formats)) is not None]
         divided = [name for source in sources for name in float_parameters(source, formats)]
@@ -169,27 +169,27 @@ class Run:
         return {name: value.to(self._device) for name, value in before[number].items()}
 
     def _input_grid(self, name: str) -> InputGrid | None:
-        return self._records.input_grid(name) if self._plan.formats[name].rounds_inputs else None
+        return self._records.input_grid(name) if self._plan.linears[name].format.rounds_inputs else None
 
     def _quantized_parameter(self, name: str) -> Tensor:
         folded = self._records.parameter(name)
         if folded is not None:
             return torch.from_numpy(folded).to(self._device)
-        linear = name.removesuffix(".weight")
-        if linear not in self._records:
+        linear = self._plan.linear_by_weight.get(name)
+        if linear is None or linear.name not in self._records:
             exact = self._float.parameter(name)
-            is_half = linear in self._plan.formats and self._plan.formats[linear].kind == "fp16"
+            is_half = linear is not None and linear.format.kind == "fp16"
             return exact.half().float() if is_half else exact
-        values = self._records.dequantized(linear, self._plan.parameters[name].shape[1])
+        values = self._records.dequantized(linear.name, linear.inputs)
         return torch.from_numpy(values).to(self._device)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Embeddings ``[T,D]`` as the bundle has them."""
-        if not self._plan.formats[EMBEDDING].is_quantized:
+        if not self._plan.linears[EMBEDDING].format.is_quantized:
             return self._float.embed(ids)
         return torch.stack([self._embedding(int(i)) for i in ids]).to(self._device)
 
     def _embedding_row(self, token: int) -> Tensor:
-        form = self._plan.formats[EMBEDDING]
+        form = self._plan.linears[EMBEDDING].format
         row = self._float.weights.rows(f"{EMBEDDING}.weight", token, token + 1)
         return torch.from_numpy(dequantize(quantize(row, form), form, row.shape[1])[0])

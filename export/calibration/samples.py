@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fusion_edge.export.checkpoint.source import open_regular, unique_fields
+from fusion_edge.export.checkpoint.input_files import open_regular, unique_fields
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.image_files import is_address
 from fusion_edge.runtime.images.preprocessing import load_image

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.export.bundle.folder_lock import delete, entries, locked, matches, remove
-from fusion_edge.export.bundle.mount_point import hidden_folder
+from fusion_edge.export.bundle.folder_content import delete_paths, matches, owned_paths, remove_folder
+from fusion_edge.export.bundle.folder_lock import locked_folder
+from fusion_edge.export.bundle.hidden_folders import hidden_folder
 from fusion_edge.export.calibration.activation_cache import replace_text
 from fusion_edge.export.calibration.samples import Samples
 from fusion_edge.export.planning.plan import ExportPlan
@@ -29,14 +30,14 @@ def work_folder(output: Path, command: str) -> Iterator[Path]:
     """
     folder = _folder_of(output)
     busy = f"Another calibration for {output} is running; wait for it or choose another output."
-    with locked(folder, busy) as descriptor:
+    with locked_folder(folder, busy) as descriptor:
         if not (folder / _COMMAND).exists() or (folder / _COMMAND).read_text(encoding="utf-8") != command:
             # The command first, so that what a kill leaves is never taken for its work.
-            delete(descriptor, sorted(entries(descriptor, _owns, folder), key=lambda path: path != _COMMAND))
+            delete_paths(descriptor, sorted(owned_paths(descriptor, _owns, folder), key=lambda path: path != _COMMAND))
             replace_text(folder / _COMMAND, command)
         yield folder
         (folder / _COMMAND).unlink()
-        remove(descriptor, folder, _owns)
+        remove_folder(descriptor, folder, _owns)
 
 
 def _owns(path: str) -> bool:
@@ -65,7 +66,7 @@ def describe(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> st
         "questions": [(str(sample.picture), sample.question, sample.answer) for sample in asked],
         "target": plan.options.target,  # decides how inputs are rounded
         "formats": {name: str(form) for name, form in plan.formats.items()},
-        "packed": sorted(plan.packed),
+        "prequantized": sorted(name for name, linear in plan.linears.items() if linear.prequantized),
         "query_lengths": plan.options.query_lengths,
         "image_tokens": plan.options.image_tokens,
         "tokenizer": hashlib.sha256(plan.small_files["tokenizer.json"]).hexdigest(),

@@ -12,8 +12,8 @@ import numpy as np
 from fusion_edge.export.checkpoint.json_fields import Fields
 from fusion_edge.export.checkpoint.language_config import read_language, read_max_length
 from fusion_edge.export.checkpoint.prequantized.layout import Expected
-from fusion_edge.export.checkpoint.prequantized.parameters import with_packed_sources
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.prequantized.parameters import with_prequantized_sources
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import (
     POSITION_IDS,
     ROTARY_BUFFER,
@@ -93,10 +93,12 @@ def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, P
     Raises :class:`FusionError` for a missing, wrongly shaped or typed, or unused tensor, naming it, and for a
     quantization that is not supported.
     """
-    table = with_packed_sources(checkpoint, parameters(config))
+    table = with_prequantized_sources(checkpoint, parameters(config))
     expected: dict[str, Expected] = {}
     for source in (source for parameter in table.values() for source in parameter.sources):
-        expected |= {source.tensor: Expected(source.shape)} if source.packed is None else source.packed.tensors
+        expected |= (
+            {source.tensor: Expected(source.shape)} if source.prequantized is None else source.prequantized.tensors
+        )
     for tensor, needed in expected.items():
         if tensor not in checkpoint.tensors:
             other = next((name for name in checkpoint.tensors if name.endswith(f".{tensor}")), None)

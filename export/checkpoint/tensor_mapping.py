@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fusion_edge.export.checkpoint.prequantized.layout import PackedTensor
+from fusion_edge.export.checkpoint.prequantized.layout import PrequantizedTensor
 from fusion_edge.runtime.bundle.config import FusionConfig
 
 Kind = Literal["linear", "embedding", "float"]
@@ -40,7 +40,7 @@ class Source:
     """The whole tensor's shape in the checkpoint."""
     column_range: tuple[int, int] | None = None
     row_range: tuple[int, int] | None = None
-    packed: PackedTensor | None = None
+    prequantized: PrequantizedTensor | None = None
     """How a quantized checkpoint stores it; None: as floats."""
 
     @property
@@ -65,9 +65,15 @@ class Parameter:
     sources: tuple[Source, ...]
 
     @property
-    def is_packed(self) -> bool:
-        """Whether the checkpoint has it quantized."""
-        return any(source.packed is not None for source in self.sources)
+    def linear(self) -> str:
+        """Name of the linear, or of the token table, whose weight this is. Only for kinds other than ``float``."""
+        assert self.kind != "float"
+        return self.name.removesuffix(".weight")
+
+    @property
+    def is_prequantized(self) -> bool:
+        """Whether the checkpoint stores it quantized."""
+        return any(source.prequantized is not None for source in self.sources)
 
     @property
     def size(self) -> int:

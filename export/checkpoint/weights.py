@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.prequantized.parameters import PackedReader
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.prequantized.parameters import PrequantizedReader
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
 from fusion_edge.quant.formats import InputGrid, WeightFormat
 from fusion_edge.quant.packing import Packed
@@ -44,7 +44,7 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint, parameters: Mapping[str, Parameter]) -> None:
         self.checkpoint = checkpoint
         self.parameters = parameters
-        self._packed = PackedReader(checkpoint)
+        self._prequantized = PrequantizedReader(checkpoint)
 
     def input_grid(self, linear: str) -> InputGrid | None:
         """None: a checkpoint's inputs are float."""
@@ -53,17 +53,19 @@ class CheckpointWeights:
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """See :meth:`Weights.rows`. Raises :class:`FusionError` for values that are not finite."""
         parts = [
-            self._float_rows(source, low, high) if source.packed is None else self._packed.values(source, low, high)
+            self._float_rows(source, low, high)
+            if source.prequantized is None
+            else self._prequantized.values(source, low, high)
             for source, low, high in self._sources(name, start, stop)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def packed_rows(self, name: str, start: int, stop: int, form: WeightFormat) -> Packed:
-        """Rows of a packed parameter as the checkpoint has them, in the form that the plan found for it.
+    def prequantized_rows(self, name: str, start: int, stop: int, form: WeightFormat) -> Packed:
+        """Rows of a prequantized parameter with the checkpoint's own integers, in the format of the plan.
 
         Raises :class:`FusionError` for scales that are not finite.
         """
-        return self._packed.packed(self._sources(name, start, stop), form)
+        return self._prequantized.packed(self._sources(name, start, stop), form)
 
     def _sources(self, name: str, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
         """The sources of some rows of a parameter, with the range of the rows that each gives to it."""

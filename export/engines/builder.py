@@ -14,10 +14,10 @@ import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engines.decompositions import missing_operators, replace_operators
+from fusion_edge.export.engines.optimization_profiles import Limits, Ranges, profiles, shapes
 from fusion_edge.export.engines.partition import fix_dimension, split, tensor_dtype, tensor_shape
-from fusion_edge.export.engines.profiles import Limits, Ranges, profiles, shapes
 from fusion_edge.kernels import tensorrt_plugins
-from fusion_edge.kernels.onnx_functions import with_own_names
+from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import KernelFolder
 from fusion_edge.runtime.backends.tensorrt_library import Library, Messages
@@ -99,7 +99,7 @@ class EngineBuilder:
             groups = language.heads // language.kv_heads if name == LLM else 1
             replace_operators(model, self.missing_operators, groups)
         for function in model.functions:
-            with_own_names(function)  # older bundles have not
+            qualify_names(function)  # older bundles have not
         parts = split(model, self._options.parts) if name == LLM else [model]
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"

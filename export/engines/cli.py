@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder, why_no_plugins
-from fusion_edge.export.engines.profiles import limits
+from fusion_edge.export.engines.optimization_profiles import limits
 from fusion_edge.export.planning.tensorrt_formats import check_bundle
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.tensorrt_library import LIBRARIES, Library, find_library, first_library
@@ -34,7 +35,7 @@ CURRENT = "current"
 OLDEST = (7, 5)
 """The oldest compute capability that TensorRT 10 and TensorRT-RTX build for."""
 DISK_MARGIN_BYTES = 64 << 20
-ENGINES = Content("build", ("*.engine",), engines.ENGINES)
+ENGINES = FolderContent("build", ("*.engine",), engines.ENGINES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,7 +203,7 @@ def _write(
             f"The disk of {bundle.folder} has {cli.size(free)} free; the engines need about {cli.size(needed)}."
         )
     kept = folder.parent / f"{library.name}-{library.version}-cc{machine.compute_capability}.timing"
-    with partial_folder(folder, ENGINES) as partial:
+    with atomic_folder(folder, ENGINES) as partial:
         builder = EngineBuilder(
             bundle, library, machine, limits(bundle.manifest, max_context), options, uses_plugins=no_plugins is None
         )

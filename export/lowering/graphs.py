@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fusion_edge.export.checkpoint.prequantized.layout import Form
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.graph_builder import GraphBuilder
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue, Settings
 from fusion_edge.export.lowering.onnxruntime import OnnxRuntimeOperations
 from fusion_edge.export.lowering.tensorrt import TensorRTOperations
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
-from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle import graphs
 from fusion_edge.runtime.bundle.config import FusionConfig
 
@@ -27,15 +26,14 @@ LOWERINGS: dict[str, type[OnnxOperations]] = {
 def build_graphs(
     config: FusionConfig,
     parameters: Mapping[str, Parameter],
-    formats: Mapping[str, WeightFormat],
-    packed: Mapping[str, Form],
+    linears: Mapping[str, Linear],
     settings: Settings,
 ) -> list[GraphBuilder]:
-    """Vision encoder, alignment decoder and LLM, their weights planned (names without ``.weight`` in ``formats``)."""
+    """Build vision encoder, alignment decoder and LLM. Their weights are planned, not read."""
     specs = graphs.graph_specs(config, settings.target, settings.activations, settings.cache)
     lowering = LOWERINGS[settings.target]
     builders = [GraphBuilder(spec, lowering.opset) for spec in specs]
-    vision, alignment, llm = (lowering(config, builder, parameters, formats, packed, settings) for builder in builders)
+    vision, alignment, llm = (lowering(config, builder, parameters, linears, settings) for builder in builders)
     _vision_encoder(vision, config)
     _alignment_decoder(alignment, config)
     _llm(llm, config)

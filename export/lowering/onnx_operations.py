@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from onnx import FunctionProto
 
-from fusion_edge.export.checkpoint.prequantized.layout import Form
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
-from fusion_edge.export.lowering.graph_builder import ONNX_TYPES, GraphBuilder
+from fusion_edge.export.lowering.graph_builder import ONNX_TYPES, GraphBuilder, Part
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.model.operations import Operations, self_attention_by_parts
-from fusion_edge.kernels import onnx_functions
+from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
 
@@ -57,15 +57,13 @@ class OnnxOperations(Operations[OnnxValue]):
         config: FusionConfig,
         builder: GraphBuilder,
         parameters: Mapping[str, Parameter],
-        formats: Mapping[str, WeightFormat],
-        packed: Mapping[str, Form],
+        linears: Mapping[str, Linear],
         settings: Settings,
     ) -> None:
         self.config = config
         self.builder = builder
         self.parameters = parameters
-        self.formats = formats
-        self.packed = packed
+        self.linears = linears
         self.settings = settings
 
     def input(self, name: str) -> OnnxValue:
@@ -107,10 +105,16 @@ class OnnxOperations(Operations[OnnxValue]):
         to = ONNX_TYPES[self.settings.activations]
         return self.builder.node("Cast", [stored], stored, to=to)[0]
 
-    def _in_order(self, x: OnnxValue, weight: Parameter, form: WeightFormat, columns: tuple[int, ...]) -> OnnxValue:
-        """Inputs in the order in which a quantized checkpoint groups the columns of their weight."""
-        order = np.array(columns, np.int32)
-        name = self.builder.plan(weight.name, "columns", form, "int32", order.shape, order)
+    def _plan(self, linear: Linear, part: Part, dtype: str, shape: tuple[int, ...], by_column: bool = False) -> str:
+        """Give a part of a linear its place in the data file. Returns the initializer's name."""
+        return self.builder.plan(linear.weight.name, part, linear.format, dtype, shape, by_column=by_column)
+
+    def _in_stored_order(self, x: OnnxValue, linear: Linear) -> OnnxValue:
+        """Gather inputs in the order of the stored columns, if a prequantized checkpoint reorders them."""
+        if linear.column_order is None:
+            return x
+        order = np.array(linear.column_order, np.int32)
+        name = self.builder.plan(linear.weight.name, "columns", linear.format, "int32", order.shape, order)
         return self._node("Gather", [x, name], name, axis=-1)
 
     # Norms and activation functions -------------------------------------------------------------------------
@@ -213,7 +217,7 @@ class OnnxOperations(Operations[OnnxValue]):
 
     def context_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int) -> OnnxValue:
         dim = self.config.language.hidden_size // heads
-        function = onnx_functions.context_attention_function(heads, dim, self.settings.activations, self.builder.opset)
+        function = alignment.context_attention_function(heads, dim, self.settings.activations, self.builder.opset)
         return self._function(function, [q, k, v])
 
     def _function(

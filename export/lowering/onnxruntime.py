@@ -2,7 +2,7 @@
 
 Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
 LLM, MultiHeadAttention for the vision tower. Where our own CPU kernels do more in one go, these are inside of functions
-(``kernels/cpu_functions.py``). Values are the names of ONNX values.
+(``kernels/onnx_functions/``). Values are the names of ONNX values.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto, NodeProto, helper
 
-from fusion_edge.export.checkpoint.tensor_mapping import Parameter
-from fusion_edge.export.lowering import int8_cache
-from fusion_edge.export.lowering.graph_builder import subgraph
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
-from fusion_edge.kernels import cpu_functions
-from fusion_edge.kernels.cpu_functions import MICROSOFT
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.kernels.onnx_functions import int8_cache
+from fusion_edge.kernels.onnx_functions.activations import swiglu_function
+from fusion_edge.kernels.onnx_functions.attention import packed_attention_function, patch_attention_function
+from fusion_edge.kernels.onnx_functions.builder import subgraph
+from fusion_edge.kernels.onnx_functions.linear import (
+    integer_matmul_function,
+    integer_mlp_function,
+    matmul_nbits_function,
+)
+from fusion_edge.kernels.operators import MICROSOFT
 
 OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
 BNB4_TYPES = ("fp4", "nf4")  # MatMulBnb4's attribute quant_type is the index
@@ -38,70 +43,58 @@ class OnnxRuntimeOperations(OnnxOperations):
     # Weights ------------------------------------------------------------------------------------------------
 
     def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
-        return self._linear(x, name, bias)
+        return self._linear(x, self.linears[name], bias)
 
     def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
-        up, down = f"{name}.up", f"{name}.down"
-        if self.formats[up].rounds_inputs and self.formats[down].rounds_inputs:
-            function = cpu_functions.integer_mlp_function(OPSET)
+        up, down = self.linears[f"{name}.up"], self.linears[f"{name}.down"]
+        if up.format.rounds_inputs and down.format.rounds_inputs:
+            function = integer_mlp_function(OPSET)
             return self._function(function, [x, *self._integer_inputs(up), *self._integer_inputs(down)], name)
-        return self._linear(self.linear(x, up, bias=True), down, bias=True, of_gelu=True)
+        return self._linear(self.linear(x, up.name, bias=True), down, bias=True, of_gelu=True)
 
-    def _linear(self, x: OnnxValue, name: str, bias: bool, of_gelu: bool = False) -> OnnxValue:
-        """``of_gelu``: of GELU(x), in one operator where a function can be."""
-        form, weight = self.formats[name], self.parameters[f"{name}.weight"]
+    def _linear(self, x: OnnxValue, linear: Linear, bias: bool, of_gelu: bool = False) -> OnnxValue:
+        """Apply a linear to ``x``, or to GELU(x) with ``of_gelu``: one function where a CPU kernel fuses both."""
+        form, name = linear.format, linear.name
         if form.rounds_inputs:
-            function = cpu_functions.integer_product_function(OPSET, of_gelu)
-            return self._function(function, [x, *self._integer_inputs(name, bias)], name)
+            function = integer_matmul_function(OPSET, of_gelu)
+            return self._function(function, [x, *self._integer_inputs(linear, bias)], name)
         offset = self.parameter(f"{name}.bias") if bias else None
-        if form.is_quantized and self._takes_stored_scales(name, form):
-            function = cpu_functions.product_function(OPSET, of_gelu)
-            return self._quantized(x, name, form, weight, offset, function)
+        if form.is_quantized and self._keeps_float16_scales(linear):
+            function = matmul_nbits_function(OPSET, of_gelu)
+            return self._quantized(x, linear, offset, function)
         if of_gelu:
             x = self._node("FastGelu", [x], domain=MICROSOFT)
         if form.is_quantized:
-            return self._quantized(x, name, form, weight, offset)
-        dtype = np.float16 if form.kind == "fp16" else np.float32
-        values = self.builder.plan(weight.name, "values", form, np.dtype(dtype).name, weight.shape)
-        product = self._node("FusedMatMul", [x, self._cast(values, np.dtype(dtype).name)], name, MICROSOFT, transB=1)
-        return product if offset is None else product + offset
+            return self._quantized(x, linear, offset)
+        dtype = "float16" if form.kind == "fp16" else "float32"
+        values = self._plan(linear, "values", dtype, linear.weight.shape)
+        result = self._node("FusedMatMul", [x, self._cast(values, dtype)], name, MICROSOFT, transB=1)
+        return result if offset is None else result + offset
 
-    def _scale_dtype(self, name: str) -> str:
-        stored = self.packed.get(name)
-        return self.formats[name].scale_dtype if stored is None else stored.scale_dtype
-
-    def _takes_stored_scales(self, name: str, form: WeightFormat) -> bool:
-        """Whether a function takes a linear's scales as they are stored, which ONNX Runtime's operator does not."""
-        return not form.has_codebook and (self._scale_dtype(name), self.settings.activations) == ("float16", "float32")
+    def _keeps_float16_scales(self, linear: Linear) -> bool:
+        """Whether scales stay float16 beside float32 activations: our function allows that, MatMulNBits does not."""
+        is_mixed = (linear.scale_dtype, self.settings.activations) == ("float16", "float32")
+        return is_mixed and not linear.format.has_codebook
 
     def _quantized(
-        self,
-        x: OnnxValue,
-        name: str,
-        form: WeightFormat,
-        weight: Parameter,
-        bias: OnnxValue | None,
-        function: FunctionProto | None = None,
+        self, x: OnnxValue, linear: Linear, bias: OnnxValue | None, function: FunctionProto | None = None
     ) -> OnnxValue:
-        """``function``: in the place of ``MatMulNBits``, which takes scales of its activations' type alone."""
-        rows, columns = weight.shape
+        """Multiply with quantized weights, by ``function`` if it is given, else by ONNX Runtime's operator."""
+        form, name, rows, columns = linear.format, linear.name, linear.outputs, linear.inputs
         shape = form.packed_shape(rows, columns)
-        stored = self.packed.get(name)
-        if stored is not None and stored.columns is not None:
-            x = self._in_order(x, weight, form, stored.columns)
-        scale_dtype = self._scale_dtype(name)
-        values = self.builder.plan(weight.name, "values", form, "uint8", shape)
-        scales = self.builder.plan(weight.name, "scales", form, scale_dtype, shape[:2])
+        x = self._in_stored_order(x, linear)
+        values = self._plan(linear, "values", "uint8", shape)
+        scales = self._plan(linear, "scales", linear.scale_dtype, shape[:2])
         inputs: list[OnnxValue | str] = [x, values, scales]
         if form.has_codebook:
-            inputs[2] = self._cast(scales, scale_dtype)
+            inputs[2] = self._cast(scales, linear.scale_dtype)
             sizes = {"K": columns, "N": rows, "block_size": form.group_size}
             quant_type = BNB4_TYPES.index(form.kind)
             product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
             return product if bias is None else product + bias
         if not form.is_symmetric:
             groups = (rows, -(-shape[1] * form.bits // 8))
-            inputs.append(self.builder.plan(weight.name, "zero_points", form, "uint8", groups))
+            inputs.append(self._plan(linear, "zero_points", "uint8", groups))
         elif bias is not None:
             inputs.append("")
         if bias is not None:
@@ -115,19 +108,18 @@ class OnnxRuntimeOperations(OnnxOperations):
         }
         if function is not None:
             return self._function(function, inputs, name, **attributes)
-        inputs[2] = self._cast(scales, scale_dtype)
+        inputs[2] = self._cast(scales, linear.scale_dtype)
         return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
 
-    def _integer_inputs(self, name: str, bias: bool = True) -> list[OnnxValue | str]:
-        """What ``cpu_functions.INTEGER_INPUTS`` names, of a linear whose inputs and weights are rounded to 8 bits."""
-        form, weight = self.formats[name], self.parameters[f"{name}.weight"]
-        rows, plan = weight.shape[0], self.builder.plan
+    def _integer_inputs(self, linear: Linear, bias: bool = True) -> list[OnnxValue | str]:
+        """Return the inputs ``operators.INTEGER_LINEAR_INPUTS`` of a linear with 8-bit weights and activations."""
+        rows = linear.outputs
         return [
-            plan(weight.name, "values", form, "int8", weight.shape),
-            plan(weight.name, "scales", form, "float16", (rows,)),
-            plan(weight.name, "input_scale", form, "float32", ()),
-            plan(weight.name, "input_zero_point", form, "uint8", ()),
-            self.parameter(f"{name}.bias").name if bias else self.builder.constant(np.zeros(rows), "float32"),
+            self._plan(linear, "values", "int8", linear.weight.shape),
+            self._plan(linear, "scales", "float16", (rows,)),
+            self._plan(linear, "input_scale", "float32", ()),
+            self._plan(linear, "input_zero_point", "uint8", ()),
+            self.parameter(f"{linear.name}.bias").name if bias else self.builder.constant(np.zeros(rows), "float32"),
         ]
 
     # Norms and activation functions -------------------------------------------------------------------------
@@ -149,7 +141,7 @@ class OnnxRuntimeOperations(OnnxOperations):
         return self.input(name)
 
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
-        return self._function(cpu_functions.swiglu_function(OPSET), [gate, up])
+        return self._function(swiglu_function(OPSET), [gate, up])
 
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
         if positions.name not in self._has_any:
@@ -176,8 +168,8 @@ class OnnxRuntimeOperations(OnnxOperations):
             return super().self_attention(qkv, heads, key_mask, patches)
         attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
         if patches is None:
-            return self._function(cpu_functions.packed_attention_function(OPSET), [qkv, key_mask], **attributes)
-        function = cpu_functions.patch_attention_function(OPSET)
+            return self._function(packed_attention_function(OPSET), [qkv, key_mask], **attributes)
+        function = patch_attention_function(OPSET)
         return self._function(function, [qkv, key_mask], patches=patches, **attributes)
 
     def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
@@ -193,7 +185,7 @@ class OnnxRuntimeOperations(OnnxOperations):
             "scale": language.head_dim**-0.5,
         }
         name = f"llm.layers.{layer}.attention"
-        states = int8_cache.STATES if self.settings.cache == "int8" else int8_cache.PARTS
+        states = int8_cache.CACHE_TENSORS if self.settings.cache == "int8" else int8_cache.PARTS
         past, present = ([f"{time}.{layer}.{state}" for state in states] for time in ("past", "present"))
         shared, outputs = ["last_position", "total_length", cos, sin], [name, *present]
         if self.settings.cache == "int8":

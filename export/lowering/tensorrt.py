@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto
 
-from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
-from fusion_edge.kernels import onnx_functions
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.kernels.onnx_functions import alignment
+from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import TensorSpec
 
 OPSET = 24  # the first with TensorScatter
@@ -35,23 +35,22 @@ class TensorRTOperations(OnnxOperations):
     def _function(
         self, function: FunctionProto, inputs: Sequence[OnnxValue | str], scope: str = "", **attributes: Any
     ) -> OnnxValue:
-        return super()._function(onnx_functions.with_own_names(function), inputs, scope, **attributes)
+        return super()._function(qualify_names(function), inputs, scope, **attributes)
 
     # Weights ------------------------------------------------------------------------------------------------
 
     def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
-        form, weight = self.formats[name], self.parameters[f"{name}.weight"]
+        linear = self.linears[name]
+        form = linear.format
         if form.bits == 4:
-            stored = self.packed.get(name)
-            if stored is not None and stored.columns is not None:
-                x = self._in_order(x, weight, form, stored.columns)
-            values = self._int4(weight, form)
+            x = self._in_stored_order(x, linear)
+            values = self._int4(linear)
         elif form.is_quantized:
-            x = self._rounded(x, name, form) if form.rounds_inputs else x
-            values = self._transposed(self._int8(weight, form))
+            x = self._quantized_activations(x, linear) if form.rounds_inputs else x
+            values = self._transposed(self._int8(linear))
         else:
             dtype = "float16" if form.kind == "fp16" else "float32"
-            stored_values = self.builder.plan(weight.name, "values", form, dtype, weight.shape)
+            stored_values = self._plan(linear, "values", dtype, linear.weight.shape)
             values = self._transposed(self.input(self._cast(stored_values, dtype)))
         product = self._node("MatMul", [x, values], name)
         return product + self.parameter(f"{name}.bias") if bias else product
@@ -60,27 +59,27 @@ class TensorRTOperations(OnnxOperations):
         """``[N,K]`` -> ``[K,N]``: TensorRT takes it into the product."""
         return self._node("Transpose", [weight], f"{weight.name}.by_column", perm=[1, 0])
 
-    def _int4(self, weight: Parameter, form: WeightFormat) -> OnnxValue:
-        """``[K,N]`` in blocks along K, the form that TensorRT has products for (weight-only INT4)."""
-        rows, columns = weight.shape
-        values = self.builder.plan(weight.name, "values", form, "int4", (columns, rows), by_column=True)
-        scales = self.builder.plan(weight.name, "scales", form, "float16", (form.blocks(columns), rows), by_column=True)
+    def _int4(self, linear: Linear) -> OnnxValue:
+        """Dequantize ``[K,N]`` in blocks along K: the layout of TensorRT's weight-only INT4 GEMM."""
+        rows, columns, form = linear.outputs, linear.inputs, linear.format
+        values = self._plan(linear, "values", "int4", (columns, rows), by_column=True)
+        scales = self._plan(linear, "scales", "float16", (form.blocks(columns), rows), by_column=True)
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
-        return self._node("DequantizeLinear", inputs, weight.name, axis=0, block_size=form.block_size)
+        return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0, block_size=form.block_size)
 
-    def _int8(self, weight: Parameter, form: WeightFormat) -> OnnxValue:
-        """``[N,K]`` with a scale for each row."""
-        values = self.builder.plan(weight.name, "values", form, "int8", weight.shape)
-        scales = self.builder.plan(weight.name, "scales", form, "float16", weight.shape[:1])
+    def _int8(self, linear: Linear) -> OnnxValue:
+        """Dequantize ``[N,K]`` with one scale per row."""
+        values = self._plan(linear, "values", "int8", linear.weight.shape)
+        scales = self._plan(linear, "scales", "float16", (linear.outputs,))
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
-        return self._node("DequantizeLinear", inputs, weight.name, axis=0)
+        return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0)
 
-    def _rounded(self, x: OnnxValue, name: str, form: WeightFormat) -> OnnxValue:
-        """Inputs on a grid of signed bytes around 0: TensorRT knows no other zero point."""
-        scale = self.builder.plan(f"{name}.weight", "input_scale", form, "float16", ())
-        grid: list[OnnxValue | str] = [self._cast(scale, "float16"), self.builder.constant(0, "int8")]
-        rounded = self._node("QuantizeLinear", [x, *grid], f"{name}.input")
-        return self._node("DequantizeLinear", [rounded, *grid], f"{name}.input")
+    def _quantized_activations(self, x: OnnxValue, linear: Linear) -> OnnxValue:
+        """Quantize and dequantize inputs, int8 with zero point 0: TensorRT supports no other."""
+        scale = self._plan(linear, "input_scale", "float16", ())
+        parameters: list[OnnxValue | str] = [self._cast(scale, "float16"), self.builder.constant(0, "int8")]
+        quantized = self._node("QuantizeLinear", [x, *parameters], f"{linear.name}.input")
+        return self._node("DequantizeLinear", [quantized, *parameters], f"{linear.name}.input")
 
     # Norms and activation functions -------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ class TensorRTOperations(OnnxOperations):
 
     def add_layer_norm(self, x: OnnxValue, residual: OnnxValue, name: str, eps: float) -> OnnxValue:
         inputs = [x, residual, self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")]
-        return self._function(onnx_functions.add_layer_norm_function(eps, OPSET), inputs, name)
+        return self._function(alignment.add_layer_norm_function(eps, OPSET), inputs, name)
 
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
         return gate * self._node("Sigmoid", [gate]) * up
@@ -100,7 +99,7 @@ class TensorRTOperations(OnnxOperations):
         return then()
 
     def put_rows(self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue) -> OnnxValue:
-        return self._function(onnx_functions.add_rows_function(OPSET), [x, positions, rows, update])
+        return self._function(alignment.add_rows_function(OPSET), [x, positions, rows, update])
 
     # Attention ----------------------------------------------------------------------------------------------
 

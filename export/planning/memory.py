@@ -107,7 +107,7 @@ def _activations(plan: ExportPlan) -> int:
     pairs = windows * language.hidden_size * (2 * config.alignment.layers + 4)
     layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
     # MatMulBnb4 computes with the dequantized weight.
-    sizes = [plan.parameters[f"{name}.weight"].size for name, form in plan.formats.items() if form.has_codebook]
+    sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
     needs = (tower, pairs, layer + max(sizes, default=0))
     together = max(needs) if plan.options.target == "cpu" else sum(needs)
     return ARENA_GROWTH * together * _item(plan.settings.activations)

@@ -6,18 +6,20 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
 from fusion_edge.export.checkpoint.config import read_config, read_parameters
 from fusion_edge.export.checkpoint.language_config import MINIMUM_CONTEXT
-from fusion_edge.export.checkpoint.prequantized.layout import Form
-from fusion_edge.export.checkpoint.prequantized.parameters import check_scales, packed_form
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
+from fusion_edge.export.checkpoint.prequantized.parameters import check_scales, stored_layout
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.export.lowering.graph_builder import GraphBuilder, PlannedTensor
 from fusion_edge.export.lowering.graphs import build_graphs
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.onnx_operations import Settings
 from fusion_edge.export.lowering.onnxruntime import OPSET
 from fusion_edge.export.planning.targets import ACTIVATIONS, with_preset
@@ -75,19 +77,29 @@ class ExportPlan:
     config: FusionConfig
     options: ExportOptions
     parameters: Mapping[str, Parameter]
-    formats: Mapping[str, WeightFormat]
-    packed: Mapping[str, Form]
-    """Linears that stay as a quantized checkpoint has them."""
+    """Every array of the model by name, weights and float parameters alike."""
+    linears: Mapping[str, Linear]
+    """Every linear and the token table by name, in the order of ``parameters``."""
     settings: Settings
     small_files: Mapping[str, bytes]
     """Content of every file but the manifest and the weights."""
     data_files: tuple[DataFile, ...]
     specs: tuple[GraphSpec, ...] = field(repr=False)
 
+    @cached_property
+    def linear_by_weight(self) -> dict[str, Linear]:
+        """The linears by the names of their weights in ``parameters``."""
+        return {linear.weight.name: linear for linear in self.linears.values()}
+
     @property
-    def rounded(self) -> dict[str, WeightFormat]:
-        """Formats of the weights that are to be quantized."""
-        return {n: form for n, form in self.formats.items() if form.is_quantized and n not in self.packed}
+    def formats(self) -> dict[str, WeightFormat]:
+        """Format of every linear."""
+        return {name: linear.format for name, linear in self.linears.items()}
+
+    @property
+    def quantized_formats(self) -> dict[str, WeightFormat]:
+        """Formats of the linears that the export quantizes."""
+        return {name: linear.format for name, linear in self.linears.items() if linear.is_quantized_here}
 
     @property
     def source_bytes(self) -> int:
@@ -121,10 +133,10 @@ class ExportPlan:
         """Bytes of the finished bundle, the manifest included."""
         sizes = {name: len(content) for name, content in self.small_files.items()}
         sizes |= {file.name: file.size for file in self.data_files}
-        rounded = {name: str(form) for name, form in self.rounded.items()}
-        taken_over = {name: str(form.format) for name, form in self.packed.items()}
-        if rounded or taken_over:
-            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(rounded, taken_over).to_bytes())
+        quantized = {name: str(form) for name, form in self.quantized_formats.items()}
+        taken_over = {name: str(linear.format) for name, linear in self.linears.items() if linear.prequantized}
+        if quantized or taken_over:
+            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized, taken_over).to_bytes())
         entries = tuple(bundle.FileEntry(name, size, "0" * 64) for name, size in sizes.items())
         return sum(sizes.values()) + len(self.manifest(entries).to_text())
 
@@ -140,17 +152,18 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     options = _checked(with_preset(options, config), config)
     vision = options.vision or _default_vision(options)
     defaults = preset(options.precision, options.group_size, vision, options.asymmetric, options.target)
-    names = [name.removesuffix(".weight") for name, p in parameters.items() if p.kind != "float"]
     activations = ACTIVATIONS[options.target]
-    packed = _packed_forms(checkpoint, parameters, options.rules)
-    for name in packed:
-        check_scales(parameters[f"{name}.weight"], checkpoint, activations)
+    weights = {p.linear: p for p in parameters.values() if p.kind != "float"}
+    prequantized = _prequantized(checkpoint, weights, options.rules)
+    for name in prequantized:
+        check_scales(weights[name], checkpoint, activations)
     if options.target == "tensorrt":
-        packed = {name: in_blocks(form, parameters[f"{name}.weight"].shape[1]) for name, form in packed.items()}
-    formats = assign(names, options.rules, defaults) | {name: form.format for name, form in packed.items()}
-    _check_formats(formats, parameters, options)
+        prequantized = {name: in_blocks(layout, weights[name].shape[1]) for name, layout in prequantized.items()}
+    formats = assign(weights, options.rules, defaults) | {name: s.format for name, s in prequantized.items()}
+    linears = {name: Linear(weights[name], form, prequantized.get(name)) for name, form in formats.items()}
+    _check_formats(linears, options)
     if options.target == "tensorrt":
-        check_formats(formats, parameters, packed)
+        check_formats(linears)
     tokenizer = _tokenizer(checkpoint, config)
     config = _with_end_tokens(checkpoint, config, tokenizer)
     settings = Settings(
@@ -160,7 +173,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         cache=activations if options.kv_cache == "float" else "int8",
         max_context=options.max_context or config.max_length,
     )
-    builders = build_graphs(config, parameters, formats, packed, settings)
+    builders = build_graphs(config, parameters, linears, settings)
     small_files = {bundle.TOKENIZER: tokenizer.encode()}
     data_files = []
     for builder in builders:
@@ -168,14 +181,13 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         model = builder.model(bundle.data_file(name), bundle.producer())
         small_files[bundle.graph_file(name)] = model.SerializeToString(deterministic=True)
         data_files.append(DataFile(bundle.data_file(name), tuple(builder.planned.values()), builder.data_bytes))
-    data_files.append(embedding_file(parameters[f"{EMBEDDING}.weight"], formats[EMBEDDING]))
+    data_files.append(embedding_file(linears[EMBEDDING]))
     return ExportPlan(
         checkpoint=checkpoint,
         config=config,
         options=options,
         parameters=parameters,
-        formats=formats,
-        packed=packed,
+        linears=linears,
         settings=settings,
         small_files=small_files,
         data_files=tuple(data_files),
@@ -194,18 +206,17 @@ def _default_vision(options: ExportOptions) -> str:
     return "int8" if options.is_calibrated and options.target != "cuda" else "int8-weights"
 
 
-def _packed_forms(
-    checkpoint: Checkpoint, parameters: Mapping[str, Parameter], overrides: Sequence[Rule]
-) -> dict[str, Form]:
-    """Forms of the linears that a quantized checkpoint brings along, but for those that the user has quantized anew.
+def _prequantized(
+    checkpoint: Checkpoint, weights: Mapping[str, Parameter], overrides: Sequence[Rule]
+) -> dict[str, StoredLayout]:
+    """Return the stored layouts of prequantized linears. A rule that matches a linear quantizes it anew.
 
-    Raises as :func:`packed_form`.
+    Raises as :func:`stored_layout`.
     """
-    packed = {name.removesuffix(".weight"): p for name, p in parameters.items() if p.is_packed}
     return {
-        name: packed_form(parameter, checkpoint)
-        for name, parameter in packed.items()
-        if not any(rule.matches(name) for rule in overrides)
+        name: stored_layout(weight, checkpoint)
+        for name, weight in weights.items()
+        if weight.is_prequantized and not any(rule.matches(name) for rule in overrides)
     }
 
 
@@ -281,18 +292,16 @@ def _checked(options: ExportOptions, config: FusionConfig) -> ExportOptions:
     return dataclasses.replace(options, query_lengths=lengths, image_tokens=options.image_tokens or patches)
 
 
-def _check_formats(
-    formats: Mapping[str, WeightFormat], parameters: Mapping[str, Parameter], options: ExportOptions
-) -> None:
-    """Raise :class:`UsageError` for formats that need what the export or the weight has not."""
-    for name, form in formats.items():
-        inputs = parameters[f"{name}.weight"].shape[1]
-        if form.has_codebook and inputs % form.group_size:
+def _check_formats(linears: Mapping[str, Linear], options: ExportOptions) -> None:
+    """Raise :class:`UsageError` for a format that the weight's shape, the samples or the target do not allow."""
+    for name, linear in linears.items():
+        form = linear.format
+        if form.has_codebook and linear.inputs % form.group_size:
             raise UsageError(
-                f"{name} cannot be {form}: its {inputs} inputs are not whole blocks of {form.group_size}; use a "
+                f"{name} cannot be {form}: its {linear.inputs} inputs are not whole blocks of {form.group_size}; use a "
                 f"smaller --group-size, or another format (--rule '{name}=int4')."
             )
-    rounding = [name for name, form in formats.items() if form.rounds_inputs]
+    rounding = [name for name, linear in linears.items() if linear.format.rounds_inputs]
     if rounding and not options.is_calibrated:
         raise UsageError(
             f"{rounding[0]} is to be w8a8, and the range of its inputs is not known: add --calibrate DATA, or use "
@@ -314,15 +323,15 @@ def _list(numbers: tuple[int, ...] | list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def embedding_file(parameter: Parameter, form: WeightFormat) -> DataFile:
-    """The token table in the embedding file: values, then scales."""
+def embedding_file(table: Linear) -> DataFile:
+    """Lay out the token table in the embedding file: values, then scales."""
     builder = GraphBuilder(GraphSpec("embeddings", (), ()), OPSET)
-    rows, columns = parameter.shape
-    shape = form.packed_shape(rows, columns)
+    form = table.format
+    shape = form.packed_shape(table.outputs, table.inputs)
     dtype = {"int8": "uint8", "fp16": "float16", "fp32": "float32"}[form.kind]
-    builder.plan(parameter.name, "values", form, dtype, shape)
+    builder.plan(table.weight.name, "values", form, dtype, shape)
     if form.is_quantized:
-        builder.plan(parameter.name, "scales", form, form.scale_dtype, shape[:2])
+        builder.plan(table.weight.name, "scales", form, form.scale_dtype, shape[:2])
     return DataFile(bundle.EMBEDDINGS, tuple(builder.planned.values()), builder.data_bytes)
 
 

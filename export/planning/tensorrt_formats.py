@@ -6,10 +6,9 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from fusion_edge.export.checkpoint.prequantized.layout import Form
-from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.quant.formats import PER_CHANNEL, STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle.manifest import Bundle
 from fusion_edge.runtime.errors import FusionError, UsageError
 
@@ -17,21 +16,18 @@ BLOCK_SIZES = (64, 128)
 """Of INT4 weights (NVIDIA's documentation of TensorRT, "Quantization Schemes")."""
 
 
-def check_formats(
-    formats: Mapping[str, WeightFormat], parameters: Mapping[str, Parameter], packed: Mapping[str, Form]
-) -> None:
+def check_formats(linears: Mapping[str, Linear]) -> None:
     """Raise :class:`UsageError` for a linear in a format that TensorRT does not read, with one that it does.
 
     It reads symmetric integers: INT4 in whole blocks of :data:`BLOCK_SIZES` along the inputs, two outputs to a byte,
     with float16 scales; INT8 with one scale a channel.
     """
-    for name, form in formats.items():
-        if name == EMBEDDING:
-            continue
-        reason = _unreadable(name, form, parameters[f"{name}.weight"].shape, packed.get(name))
+    for name, linear in linears.items():
+        reason = None if linear.is_table else _unreadable(linear)
         if reason is not None:
             raise UsageError(
-                f"{name} cannot be {form} for TensorRT: {reason}, or use another format (--rule '{name}=int8:channel')."
+                f"{name} cannot be {linear.format} for TensorRT: {reason}, or use another format "
+                f"(--rule '{name}=int8:channel')."
             )
 
 
@@ -47,28 +43,29 @@ def check_bundle(bundle: Bundle) -> None:
             )
 
 
-def in_blocks(form: Form, inputs: int) -> Form:
-    """A weight of a quantized checkpoint with its larger groups in blocks that TensorRT reads: their scales repeat."""
+def in_blocks(layout: StoredLayout, inputs: int) -> StoredLayout:
+    """Split larger groups of a prequantized weight into blocks that TensorRT reads; each repeats its group's scale."""
     fitting = [size for size in BLOCK_SIZES if inputs % size == 0]
-    if form.format.kind != "int4" or form.format.group_size <= BLOCK_SIZES[-1] or not fitting:
-        return form
-    return dataclasses.replace(form, format=WeightFormat("int4", fitting[-1]))
+    if layout.format.kind != "int4" or layout.format.group_size <= BLOCK_SIZES[-1] or not fitting:
+        return layout
+    return dataclasses.replace(layout, format=WeightFormat("int4", fitting[-1]))
 
 
-def _unreadable(name: str, form: WeightFormat, shape: tuple[int, ...], packed: Form | None) -> str | None:
+def _unreadable(linear: Linear) -> str | None:
+    form = linear.format
     if form.has_codebook:
         return "it has no products with a codebook; use --int4"
     if not form.is_symmetric:
         return "it knows no zero points; leave --asym out"
-    if packed is not None and packed.scale_dtype != "float16":
-        return f"its scales are {packed.scale_dtype}, not float16; quantize it anew"
+    if linear.prequantized and linear.scale_dtype != "float16":
+        return f"its scales are {linear.scale_dtype}, not float16; quantize it anew"
     if form.kind == "int8" and form.group_size != PER_CHANNEL:
         return "its 8-bit weights have one scale a channel; write int8:channel"
-    return _unreadable_int4(name, form, shape, packed is not None) if form.kind == "int4" else None
+    return _unreadable_int4(linear) if form.kind == "int4" else None
 
 
-def _unreadable_int4(name: str, form: WeightFormat, shape: tuple[int, ...], is_packed: bool) -> str | None:
-    outputs, inputs = shape
+def _unreadable_int4(linear: Linear) -> str | None:
+    form, outputs, inputs = linear.format, linear.outputs, linear.inputs
     if outputs % 2:
         return f"its {outputs} outputs are odd, and two share a byte; give it 8 bits"
     fitting = [size for size in BLOCK_SIZES if inputs % size == 0]
@@ -76,8 +73,8 @@ def _unreadable_int4(name: str, form: WeightFormat, shape: tuple[int, ...], is_p
         return f"its {inputs} inputs are not whole groups of 64 or 128; give it 8 bits"
     if form.block_size in fitting:
         return None
-    if is_packed:
-        everywhere = re.sub(r"\.\d+\.", ".*.", name)
+    if linear.prequantized:
+        everywhere = re.sub(r"\.\d+\.", ".*.", linear.name)
         remedy = f"quantize it anew (--rule '{everywhere}=int4:{fitting[-1]}')"
     else:
         remedy = f"use --group-size {' or '.join(map(str, fitting))}, in a rule int4:{fitting[-1]}"

@@ -16,6 +16,7 @@ import onnx
 
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, parameters
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import embedding_file
 from fusion_edge.quant.dequantize_linear import from_dequantize_linear
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, InputGrid, WeightFormat
@@ -34,7 +35,7 @@ class BundleWeights:
         self._tensors: dict[tuple[str, Part], tuple[str, PlannedTensor]] = {}
         for graph in bundle.manifest.graphs:
             self._read_graph(graph)
-        table = embedding_file(self.parameters[f"{EMBEDDING}.weight"], self._format(EMBEDDING))
+        table = embedding_file(Linear(self.parameters[f"{EMBEDDING}.weight"], self._format(EMBEDDING)))
         self._add(EMBEDDINGS, *table.tensors)
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -87,9 +88,8 @@ class BundleWeights:
             if not place or parameter not in self.parameters:
                 continue
             dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).name
-            linear = parameter.removesuffix(".weight")
-            stored = linear in self._bundle.manifest.weights
-            form = self._format(linear) if stored else WeightFormat("fp32")
+            array = self.parameters[parameter]
+            form = WeightFormat("fp32") if array.kind == "float" else self._format(array.linear)
             shape, offset = tuple(initializer.dims), int(place["offset"])
             name = initializer.name
             by_column = is_standard and form.bits == 4 and len(shape) == 2

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, Weights, read_parameter
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment

@@ -20,12 +20,17 @@ from fusion_edge.runtime.system.progress import Progress
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
+    return cli.run(_info, parser().parse_args(argv))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line parser of ``fusion-info``."""
     parser = argparse.ArgumentParser(
         prog="fusion-info", description="Print what a bundle is and verify the checksum of every file."
     )
     parser.add_argument("bundle", type=Path, help="folder that fusion-export wrote")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
-    return cli.run(_info, parser.parse_args(argv))
+    return parser
 
 
 def _info(arguments: argparse.Namespace) -> int:

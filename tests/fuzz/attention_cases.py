@@ -16,9 +16,8 @@ from support.attention_graphs import (
     rotated,
 )
 
-from fusion_edge.export.lowering import int8_cache
-from fusion_edge.kernels import cpu_functions
-from fusion_edge.kernels.onnx_functions import DOMAIN
+from fusion_edge.kernels.onnx_functions import int8_cache
+from fusion_edge.kernels.operators import DOMAIN, MICROSOFT
 from fuzz.fake_onnxruntime import Attribute
 from fuzz.kernel_cases import Array, Case, Random, differs, hostile
 
@@ -59,7 +58,7 @@ def multi_head(random: Random) -> Case:
 
     attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": BLOCKED, "scale": scale}
     inputs = (feeds["q"], feeds["k"], feeds["v"], None, mask if has_mask else None, None, None, None)
-    operator = (cpu_functions.MICROSOFT, "MultiHeadAttention", "")
+    operator = (MICROSOFT, "MultiHeadAttention", "")
     fixed = (2, 4) if has_mask else (2,)
     return Case(operator, attributes, inputs, check, ("num_heads",), fixed, unknown=(3, 5, 6, 7), bfloat16=bfloat16)
 
@@ -164,7 +163,7 @@ def causal(random: Random) -> Case:
     if sizes.int8:
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     return Case(
-        (cpu_functions.MICROSOFT, "GroupQueryAttention", "int8" if sizes.int8 else "float32"),
+        (MICROSOFT, "GroupQueryAttention", "int8" if sizes.int8 else "float32"),
         attributes,
         causal_inputs(sizes, feeds),
         check,
@@ -190,7 +189,7 @@ def cached(random: Random) -> Case:
     def check(outputs: list[Array]) -> str | None:
         if is_hostile:
             return None
-        present = dict(zip(int8_cache.STATES, outputs[1:], strict=True))
+        present = dict(zip(int8_cache.CACHE_TENSORS, outputs[1:], strict=True))
         for part in int8_cache.PARTS:
             scale = present[f"{part}_scale"]
             if not is_prefill and not np.array_equal(scale, feeds[f"past.{part}_scale"]):
@@ -206,7 +205,7 @@ def cached(random: Random) -> Case:
             values = present["value"].astype(np.float64) * present["value_scale"]
         return differs(outputs[0], expected, causal_tolerance(sizes, read, values, bfloat16 and length > 1))
 
-    names = ("qkv", *(f"past.{state}" for state in int8_cache.STATES), *int8_cache.SHARED, "is_prefill")
+    names = ("qkv", *(f"past.{state}" for state in int8_cache.CACHE_TENSORS), *int8_cache.SHARED, "is_prefill")
     attributes: dict[str, Attribute] = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
     attributes |= {"scale": float(np.float32(sizes.width**-0.5))} | int8_cache.SCALING
     return Case(

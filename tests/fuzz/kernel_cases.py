@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from support.linear_references import integer_product, integer_tensors, rounded
 from support.one_node import gelu
-from support.product_references import integer_product, integer_tensors, rounded
 
-from fusion_edge.kernels import cpu_functions
-from fusion_edge.kernels.onnx_functions import DOMAIN
+from fusion_edge.kernels.operators import DOMAIN, INTEGER_LINEAR_INPUTS, MICROSOFT
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
 from fuzz.fake_onnxruntime import Attribute
@@ -122,7 +121,7 @@ def product(random: Random) -> Case:
 
     names = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size, "accuracy_level": 4}
     return Case(
-        (DOMAIN if has_half_scales else cpu_functions.MICROSOFT, "GeluMatMulNBits" if of_gelu else "MatMulNBits", ""),
+        (DOMAIN if has_half_scales else MICROSOFT, "GeluMatMulNBits" if of_gelu else "MatMulNBits", ""),
         names,
         (given, packed.values, scales, packed.zero_points, None, bias),
         check,
@@ -154,7 +153,7 @@ def integer_product_case(random: Random) -> Case:
         return differs(outputs_[0].reshape(rows, -1), expected, tolerance)
 
     name = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
-    inputs_ = (split_rows(x, random), *(np.asarray(tensors[name]) for name in cpu_functions.INTEGER_INPUTS))
+    inputs_ = (split_rows(x, random), *(np.asarray(tensors[name]) for name in INTEGER_LINEAR_INPUTS))
     return Case((DOMAIN, name, ""), {}, inputs_, check, fixed=(1, 2, 3, 4, 5))
 
 
@@ -180,7 +179,7 @@ def integer_mlp(random: Random) -> Case:
         margin = (np.broadcast_to(1.2 * tolerance, between.shape) + 1e-5) / np.float64(second["x_scale"]) + 1e-3
         return differs(outputs_[0].reshape(rows, -1), *calibrated(second, gelu(between), margin))
 
-    tensors = (np.asarray(part[name]) for part in (first, second) for name in cpu_functions.INTEGER_INPUTS)
+    tensors = (np.asarray(part[name]) for part in (first, second) for name in INTEGER_LINEAR_INPUTS)
     inputs_ = (split_rows(x, random), *tensors)
     return Case((DOMAIN, "IntegerMlp", ""), {}, inputs_, check, fixed=tuple(range(1, 11)))
 
@@ -203,7 +202,7 @@ def activation(random: Random) -> Case:
         # The product of -inf and a power that is 0 may be NaN.
         return differs(outputs[0], expected, tolerance, or_nan=not np.isfinite(x).all())
 
-    domain = DOMAIN if name == "SwiGlu" else cpu_functions.MICROSOFT
+    domain = DOMAIN if name == "SwiGlu" else MICROSOFT
     attributes = {"alpha": alpha} if name == "QuickGelu" else {}
     inputs = {"QuickGelu": (x,), "FastGelu": (x, None), "SwiGlu": (x, up)}[name]
     fixed = (1,) if up is not None else ()

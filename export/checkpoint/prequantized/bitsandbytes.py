@@ -25,13 +25,13 @@ from fusion_edge.export.checkpoint.json_fields import Fields
 from fusion_edge.export.checkpoint.prequantized.layout import (
     Codes,
     Expected,
-    Form,
-    PackedTensor,
+    PrequantizedTensor,
     Rows,
     Scales,
+    StoredLayout,
     power_of_two_in,
 )
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.quant.codebook import CODES
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
@@ -54,7 +54,7 @@ class BitsAndBytesLayout:
         fields.one_of("bnb_4bit_quant_storage", ("uint8", None))
         return cls(fields.one_of("bnb_4bit_quant_type", tuple(CODES)))
 
-    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PackedTensor | None:
+    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PrequantizedTensor | None:
         """What stands for the weight ``tensor`` of ``shape`` ``[N,K]``; None if it is not quantized."""
         if tensor not in checkpoint.tensors or checkpoint.tensors[tensor].dtype != "U8":
             return None
@@ -112,7 +112,7 @@ class QuantState:
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """One weight; see :class:`fusion_edge.export.checkpoint.prequantized.layout.PackedTensor`."""
+    """One weight; see :class:`fusion_edge.export.checkpoint.prequantized.layout.PrequantizedTensor`."""
 
     tensor: str
     rows: int
@@ -137,14 +137,14 @@ class BitsAndBytes:
             expected[f"{self.tensor}.nested_quant_map"] = Expected((256,), ("F32",))
         return expected
 
-    def form(self, checkpoint: Checkpoint) -> Form:
+    def stored_layout(self, checkpoint: Checkpoint) -> StoredLayout:
         found = checkpoint.read_stored(f"{self.tensor}.quant_map")
         if not np.array_equal(found, CODES[self.kind]):
             raise FusionError(
                 f"Tensor {self.tensor}.quant_map of {checkpoint.folder} is not that of {self.kind}; the checkpoint is "
                 "damaged, or of a release of bitsandbytes that this fusion-edge does not know."
             )
-        return Form(WeightFormat(self.kind, self._group()), "float32", None)
+        return StoredLayout(WeightFormat(self.kind, self._group()), "float32", None)
 
     def scales(self, checkpoint: Checkpoint) -> Scales:
         absmax = self._absmax(checkpoint)

@@ -1,7 +1,7 @@
 """What the layouts of quantized checkpoints have in common.
 
-A layout stores a linear's weight ``[N,K]`` as several tensors. It tells which, in which :class:`Form` a bundle keeps
-the weight, and gives out its rows as :class:`Codes`: the checkpoint's own integers, scales and zero points.
+A layout stores a linear's weight ``[N,K]`` as several tensors. It names them, gives the :class:`StoredLayout` in which
+a bundle keeps the weight, and reads rows as :class:`Codes`: the checkpoint's own integers, scales and zero points.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.safetensors_file import FLOATS, Checkpoint
+from fusion_edge.export.checkpoint.safetensors_header import FLOAT_DTYPES
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.packing import by_block
 from fusion_edge.runtime.errors import FusionError
@@ -24,11 +25,11 @@ class Expected:
     """A tensor that must be in the checkpoint."""
 
     shape: tuple[int, ...]
-    dtypes: tuple[str, ...] = FLOATS
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
-class Form:
+class StoredLayout:
     """How a bundle stores a weight that it takes over from a quantized checkpoint."""
 
     format: WeightFormat
@@ -40,7 +41,7 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Rows of a weight, columns in the order of :attr:`Form.columns`, groups of :attr:`Form.format`."""
+    """Rows of a weight, columns in the order of :attr:`StoredLayout.columns`, groups of :attr:`StoredLayout.format`."""
 
     values: npt.NDArray[np.uint8]
     """``[n,K]``."""
@@ -65,7 +66,7 @@ Rows = Callable[[int, int], Codes]
 """Rows from a first to a last (exclusive); safe in several threads."""
 
 
-class PackedTensor(Protocol):
+class PrequantizedTensor(Protocol):
     """A quantized weight of a checkpoint. Its tensors are there with their shapes once they have been checked."""
 
     @property
@@ -73,7 +74,7 @@ class PackedTensor(Protocol):
         """What stands for the weight, by name."""
         ...
 
-    def form(self, checkpoint: Checkpoint) -> Form:
+    def stored_layout(self, checkpoint: Checkpoint) -> StoredLayout:
         """Reads small tensors alone. Raises :class:`FusionError` for values that the layout forbids."""
         ...
 
@@ -109,7 +110,7 @@ def integer_rows(
 
 
 def scale_dtype(checkpoint: Checkpoint, scales: str) -> str:
-    """:attr:`Form.scale_dtype` for the tensor ``scales``."""
+    """:attr:`StoredLayout.scale_dtype` for the tensor ``scales``."""
     return "float16" if checkpoint.tensors[scales].dtype == "F16" else "float32"
 
 

@@ -15,8 +15,8 @@ from fusion_edge.export.checkpoint.json_fields import Fields
 from fusion_edge.export.checkpoint.prequantized.bitsandbytes import BitsAndBytesLayout
 from fusion_edge.export.checkpoint.prequantized.compressed_tensors import CompressedTensorsLayout
 from fusion_edge.export.checkpoint.prequantized.gptq import GptqLayout
-from fusion_edge.export.checkpoint.prequantized.layout import Codes, Form, PackedTensor, Rows
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.prequantized.layout import Codes, PrequantizedTensor, Rows, StoredLayout
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, store
@@ -30,7 +30,7 @@ KEPT = 3  # weights in memory, packed as the checkpoint has them: those of one p
 class Layout(Protocol):
     """How a checkpoint stores quantized weights."""
 
-    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PackedTensor | None:
+    def find(self, tensor: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> PrequantizedTensor | None:
         """What stands for the weight ``tensor`` of ``shape`` ``[N,K]``; None if it is not quantized."""
         ...
 
@@ -71,8 +71,8 @@ def _read_unnamed_layout(checkpoint: Checkpoint) -> Layout | None:
     )
 
 
-def with_packed_sources(checkpoint: Checkpoint, table: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """``table`` with :attr:`Source.packed` where the checkpoint has a linear's weight quantized.
+def with_prequantized_sources(checkpoint: Checkpoint, table: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """``table`` with :attr:`Source.prequantized` where the checkpoint has a linear's weight quantized.
 
     Raises as :func:`read_layout`.
     """
@@ -83,7 +83,7 @@ def with_packed_sources(checkpoint: Checkpoint, table: Mapping[str, Parameter]) 
     def found(source: Source) -> Source:
         if len(source.shape) != 2:
             return source
-        return dataclasses.replace(source, packed=layout.find(source.tensor, source.shape, checkpoint))
+        return dataclasses.replace(source, prequantized=layout.find(source.tensor, source.shape, checkpoint))
 
     return {
         name: dataclasses.replace(p, sources=tuple(map(found, p.sources))) if p.kind == "linear" else p
@@ -91,29 +91,29 @@ def with_packed_sources(checkpoint: Checkpoint, table: Mapping[str, Parameter]) 
     }
 
 
-def packed_form(parameter: Parameter, checkpoint: Checkpoint) -> Form:
-    """The one form in which a bundle keeps a packed parameter.
+def stored_layout(parameter: Parameter, checkpoint: Checkpoint) -> StoredLayout:
+    """Return the one layout in which a bundle stores a prequantized parameter.
 
-    Raises :class:`FusionError` if its sources have not all the same, or it is a part of one that cannot be taken out.
+    Raises :class:`FusionError` if its sources differ in layout, or if its columns cut through a source's groups.
     """
-    forms = [_source_form(parameter, source, checkpoint) for source in parameter.sources]
+    layouts = [_source_layout(parameter, source, checkpoint) for source in parameter.sources]
     # Zero points that happen to be all in the middle can be stored as such.
-    kinds = {form.format.kind.removeprefix("u") for form in forms}
-    alike = {(form.format.group_size, form.scale_dtype, form.columns) for form in forms}
+    kinds = {layout.format.kind.removeprefix("u") for layout in layouts}
+    alike = {(layout.format.group_size, layout.scale_dtype, layout.columns) for layout in layouts}
     if len(kinds) > 1 or len(alike) > 1:
         raise _different(parameter, "differ in bits, groups, type of scales, or order of columns")
-    asymmetric = [form for form in forms if not form.format.is_symmetric]
-    return asymmetric[0] if asymmetric else forms[0]
+    asymmetric = [layout for layout in layouts if not layout.format.is_symmetric]
+    return asymmetric[0] if asymmetric else layouts[0]
 
 
 def check_scales(parameter: Parameter, checkpoint: Checkpoint, dtype: str) -> None:
-    """Raise :class:`FusionError` for a scale of a packed parameter that is no positive number in ``dtype``.
+    """Raise :class:`FusionError` for a scale of a prequantized parameter that is no positive number in ``dtype``.
 
     ``dtype`` is numpy's name of what the graphs compute with, which scales are cast to.
     """
     for source in parameter.sources:
-        assert source.packed is not None
-        scales = source.packed.scales(checkpoint)
+        assert source.prequantized is not None
+        scales = source.prequantized.scales(checkpoint)
         with np.errstate(over="ignore"):
             cast = scales.values.astype(dtype)
         is_right = np.isfinite(cast) & ((cast >= 0) if scales.may_be_zero else (cast > 0))
@@ -121,14 +121,14 @@ def check_scales(parameter: Parameter, checkpoint: Checkpoint, dtype: str) -> No
             raise FusionError(
                 f"{scales.tensor} of {checkpoint.folder} holds the scale {scales.values[~is_right][0]:g}; expected "
                 f"positive numbers that {dtype} holds. Fetch or quantize the checkpoint again, or round this weight "
-                f"anew with --rule '{_linear(parameter)}=int4'."
+                f"anew with --rule '{parameter.linear}=int4'."
             )
 
 
-def _source_form(parameter: Parameter, source: Source, checkpoint: Checkpoint) -> Form:
-    if source.packed is None:
+def _source_layout(parameter: Parameter, source: Source, checkpoint: Checkpoint) -> StoredLayout:
+    if source.prequantized is None:
         raise _different(parameter, "are quantized in part only")
-    form = source.packed.form(checkpoint)
+    form = source.prequantized.stored_layout(checkpoint)
     if source.column_range is None:
         return form
     if form.columns is not None or any(column % form.format.group_size for column in source.column_range):
@@ -147,20 +147,15 @@ def _different(parameter: Parameter, how: str) -> FusionError:
 
 
 def _remedy(parameter: Parameter) -> str:
-    return f"Have it quantized anew with --rule '{_linear(parameter)}=int4'."
+    return f"Have it quantized anew with --rule '{parameter.linear}=int4'."
 
 
-def _linear(parameter: Parameter) -> str:
-    """Its name in rules."""
-    return parameter.name.removesuffix(".weight")
-
-
-class PackedReader:
+class PrequantizedReader:
     """Reads packed sources, the last few kept: their rows may be columns of the file. Safe in several threads."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._opened: OrderedDict[str, tuple[Form, Rows]] = OrderedDict()
+        self._opened: OrderedDict[str, tuple[StoredLayout, Rows]] = OrderedDict()
         self._lock = Lock()
 
     def packed(self, sources: Iterable[tuple[Source, int, int]], form: WeightFormat) -> Packed:
@@ -184,12 +179,12 @@ class PackedReader:
             values[:, form.columns] = values.copy()
         return values if source.column_range is None else values[:, slice(*source.column_range)]
 
-    def _codes(self, source: Source, start: int, stop: int) -> tuple[Form, Codes]:
-        assert source.packed is not None
+    def _codes(self, source: Source, start: int, stop: int) -> tuple[StoredLayout, Codes]:
+        assert source.prequantized is not None
         with self._lock:
             opened = self._opened.pop(source.tensor, None)
             if opened is None:
-                opened = source.packed.form(self._checkpoint), source.packed.open(self._checkpoint)
+                opened = source.prequantized.stored_layout(self._checkpoint), source.prequantized.open(self._checkpoint)
             self._opened[source.tensor] = opened
             if len(self._opened) > KEPT:
                 self._opened.popitem(last=False)

@@ -13,7 +13,7 @@ from support.paths import GOLDEN
 
 from fusion_edge.benchmarks.peers.export_llm import main, write_bfloat16
 from fusion_edge.export.checkpoint.config import read_config
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 
 PHI = GOLDEN / "FUSION-tiny-Phi"
 

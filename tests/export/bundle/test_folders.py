@@ -16,8 +16,9 @@ import pytest
 from faults import whole
 
 from fusion_edge.export import cli
-from fusion_edge.export.bundle.folder_lock import Foreign, locked, matches
-from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.folder_content import FolderContent, ForeignPathError, matches
+from fusion_edge.export.bundle.folder_lock import locked_folder
 from fusion_edge.export.calibration.work_folder import work_folder
 from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.errors import FusionError
@@ -52,7 +53,7 @@ def test_something_in_place_of_a_hidden_folder(
     else:
         hidden.symlink_to({"link": victim, "dangling link": victim / "no", "link to a file": victim / "llm.data"}[make])
     message = refused(cli.main, tiny_checkpoint, "-o", output, "--force")
-    kind = "no folder" if make in ("file", "hard link", "pipe") else "a link"
+    kind = "not a folder" if make in ("file", "hard link", "pipe") else "a link"
     assert f"{hidden} is {kind}; expected nothing" in message
     assert (victim / "llm.data").read_text() == "precious"
     assert os.path.lexists(hidden)
@@ -134,7 +135,7 @@ def test_a_folder_taken_away_meanwhile(output: Path) -> None:
     partial = output.with_name(".bundle.partial")
 
     def write() -> None:
-        with partial_folder(output, Content("write", ("*.txt",), "a.json")) as folder:
+        with atomic_folder(output, FolderContent("write", ("*.txt",), "a.json")) as folder:
             folder.rename(output.with_name("away"))
             partial.mkdir()
             (partial / "theirs.txt").touch()
@@ -237,7 +238,7 @@ def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, 
     (building / ".engines.json.0a1b2c3d").touch()
     (engines / "engines.json").touch()
     (engines.parent / "tensorrt-10.9-cc8.7.timing").touch()
-    with locked(building, ""):
+    with locked_folder(building, ""):
         assert "fusion-build" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
     assert whole(replaceable) == "int8"
@@ -261,7 +262,7 @@ def test_a_bundle_in_a_layer_of_an_image(
         return False
 
     monkeypatch.setattr(os, "rename", guarded)
-    monkeypatch.setattr("fusion_edge.export.bundle.partial_folder.exchange", exchange)
+    monkeypatch.setattr("fusion_edge.export.bundle.atomic_folder.exchange", exchange)
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
     assert whole(replaceable) == "int8"
     assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
@@ -299,7 +300,7 @@ def test_a_dry_run_writes_nothing(tiny_checkpoint: Path, output: Path) -> None:
 
 
 def test_what_was_found_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "x") in str(Foreign(tmp_path / "x"))
+    assert str(tmp_path / "x") in str(ForeignPathError(tmp_path / "x"))
 
 
 # Files -------------------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_the_other_export_ends_while_this_one_waits(
 KILLED = """
 import os, signal, sys
 from fusion_edge.export import cli
-from fusion_edge.export.bundle import partial_folder
+from fusion_edge.export.bundle import atomic_folder
 name, calls = sys.argv[1], int(sys.argv[2])
 original = getattr(os, name)
 def counted(*arguments, **options):
@@ -249,7 +249,7 @@ def counted(*arguments, **options):
     return original(*arguments, **options)
 setattr(os, name, counted)
 if name == "rename":  # as where folders cannot be exchanged
-    partial_folder.exchange = lambda *_: False
+    atomic_folder.exchange = lambda *_: False
 sys.exit(cli.main(sys.argv[3:]))
 """
 MOMENTS = (  # after how many calls of which function

@@ -19,7 +19,7 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.config import read_config, read_parameters
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.plan import ExportOptions, plan_export

@@ -18,11 +18,11 @@ from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, BuilderFlag, FakeTensorRT, MemoryPoolType, PreviewFeature
 from fakes.on_fake_tensorrt import installed
 
-from fusion_edge.export.bundle.folder_lock import locked
+from fusion_edge.export.bundle.folder_lock import locked_folder
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.kernels import tensorrt_plugins
-from fusion_edge.kernels.onnx_functions import DOMAIN
+from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import Entry, write_index
 from fusion_edge.runtime.bundle.engines import ENGINES, FOLDER, read_engines
@@ -289,7 +289,7 @@ def test_two_builds_at_once(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     trt = fake(FULL)
     assert build(trt, bundle) == 0
     (folder,) = engines_of(bundle)
-    with locked(folder.parent / f".{folder.name}.partial", ""):
+    with locked_folder(folder.parent / f".{folder.name}.partial", ""):
         assert build(trt, bundle, "--force") == 1
     assert f"Another build is writing {folder}; wait for it" in capsys.readouterr().err
 

@@ -21,8 +21,8 @@ from support.paths import DEMO_CHECKPOINT, GOLDEN
 from fusion_edge.export import cli
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
+from fusion_edge.export.engines.optimization_profiles import Limits, Ranges, limits, profiles
 from fusion_edge.export.engines.partition import fix_dimension
-from fusion_edge.export.engines.profiles import Limits, Ranges, limits, profiles
 from fusion_edge.runtime.backends.tensorrt_library import Library
 from fusion_edge.runtime.bundle.engines import Engine, Engines, Machine, engines_folder, read_engines
 from fusion_edge.runtime.bundle.graphs import LLM, VISION_ENCODER

@@ -22,10 +22,12 @@ from fusion_edge.export import cli
 from fusion_edge.export.calibration import export as calibration_export
 from fusion_edge.export.calibration.samples import FEWEST
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.tensorrt_formats import check_formats
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
-from fusion_edge.kernels import onnx_functions
+from fusion_edge.kernels.onnx_functions import alignment
+from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
@@ -240,14 +242,14 @@ def test_operators_are_standard(exported: Export, options: list[str]) -> None:
         functions = {function.name for function in model.functions}
         nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
         for node in nodes:
-            assert node.domain == "" or (node.domain == onnx_functions.DOMAIN and node.op_type in functions)
+            assert node.domain == "" or (node.domain == DOMAIN and node.op_type in functions)
             assert node.op_type not in ("If", "Loop", "Scan")
         own |= {node.op_type for node in nodes if node.domain}
         by_operator = Counter(node.op_type for node in model.graph.node)
         assert by_operator["MatMul"] - by_operator["DequantizeLinear"] == (
             by_operator["MatMul"] if "--fp16" in options else 0
         )
-    assert own == {onnx_functions.CONTEXT_ATTENTION, onnx_functions.ADD_LAYER_NORM, onnx_functions.ADD_ROWS}
+    assert own == {alignment.CONTEXT_ATTENTION, alignment.ADD_LAYER_NORM, alignment.ADD_ROWS}
 
 
 def test_the_cache_is_scattered_into(exported: Export) -> None:
@@ -304,7 +306,6 @@ def test_formats_that_tensorrt_does_not_read(
 
 def test_odd_outputs() -> None:
     """Two outputs share a byte."""
-    form = WeightFormat("int4", 64)
-    parameters = {"llm.lm_head.weight": Parameter("llm.lm_head.weight", "linear", (33, 64), ())}
+    weight = Parameter("llm.lm_head.weight", "linear", (33, 64), ())
     with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:64 for TensorRT: its 33 outputs are odd, and "):
-        check_formats({"llm.lm_head": form}, parameters, {})
+        check_formats({"llm.lm_head": Linear(weight, WeightFormat("int4", 64))})

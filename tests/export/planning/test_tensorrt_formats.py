@@ -19,10 +19,11 @@ from support.packed_checkpoints import packer, read_fixture, write_quantized
 
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.config import read_config, read_parameters
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.engines import cli as cli_build
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning import plan
 from fusion_edge.export.planning.tensorrt_formats import BLOCK_SIZES, check_formats
 from fusion_edge.export.reference.bundle_weights import BundleWeights
@@ -96,15 +97,15 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
 def test_remedies(form: str, shape: tuple[int, int], reason: str) -> None:
     """What is proposed is accepted."""
     name = "llm.layers.0.mlp.up"
-    parameters = {f"{name}.weight": Parameter(f"{name}.weight", "linear", shape, ())}
+    weight = Parameter(f"{name}.weight", "linear", shape, ())
     with pytest.raises(UsageError) as refused:
-        check_formats({name: WeightFormat.parse(form)}, parameters, {})
+        check_formats({name: Linear(weight, WeightFormat.parse(form))})
     assert f"{name} cannot be {form} for TensorRT: " in str(refused.value)
     assert reason in str(refused.value)
     for size in BLOCK_SIZES:
         if f"int4:{size}" in reason:
-            check_formats({name: WeightFormat("int4", size)}, parameters, {})
-    check_formats({name: WeightFormat.parse("int8:channel")}, parameters, {})
+            check_formats({name: Linear(weight, WeightFormat("int4", size))})
+    check_formats({name: Linear(weight, WeightFormat.parse("int8:channel"))})
 
 
 # Quantized checkpoints -------------------------------------------------------------------------------------------

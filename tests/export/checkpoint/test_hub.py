@@ -12,7 +12,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from fusion_edge.export.checkpoint.source import read_json_object, resolve_checkpoint
+from fusion_edge.export.checkpoint.hub import resolve_checkpoint
+from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -31,24 +32,24 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--revision main was given with the local folder"):
+    with pytest.raises(UsageError, match="--revision main does not apply to the local folder"):
         resolve_checkpoint(str(tmp_path), "main")
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("model.safetensors", "one safetensors file"),
+        ("model.safetensors", "a safetensors file"),
         ("model.GGUF", "a GGUF file"),
-        ("pytorch_model.bin", "one pickle file"),
+        ("pytorch_model.bin", "a pickle file"),
         ("model.onnx", "an ONNX graph"),
-        ("config.json", "one JSON file"),
+        ("config.json", "a JSON file"),
         ("README", "a file"),
     ],
 )
 def test_a_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FusionError, match=f"{name} is {kind}.*pass the checkpoint's folder"):
+    with pytest.raises(FusionError, match=f"{name} is {kind}.*Pass the checkpoint's folder"):
         resolve_checkpoint(str(tmp_path / name), None)
 
 
@@ -65,7 +66,7 @@ def test_a_path_that_does_not_exist(source: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("source", ["https://huggingface.co/org/name", "http://host/org/name/resolve/main/config.json"])
 def test_an_address(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_the_hub(monkeypatch)
-    with pytest.raises(FusionError, match="is an address: pass the hub id in it, of the form org/name"):
+    with pytest.raises(FusionError, match="is a URL: pass its hub id, org/name"):
         resolve_checkpoint(source, None)
 
 
@@ -145,7 +146,7 @@ def resolve_offline(cache: Path, source: str, revision: str | None) -> str:
     """What a fresh, offline process prints: the hub client reads its environment once, when imported."""
     program = (
         "import sys\n"
-        "from fusion_edge.export.checkpoint.source import resolve_checkpoint\n"
+        "from fusion_edge.export.checkpoint.hub import resolve_checkpoint\n"
         "from fusion_edge.runtime.errors import FusionError\n"
         "try:\n"
         f"    print(resolve_checkpoint({source!r}, {revision!r}))\n"
@@ -182,7 +183,7 @@ def test_the_cache_is_enough_offline(cache: Path, revision: str | None) -> None:
 def test_offline_and_not_cached(cache: Path, source: str, revision: str | None) -> None:
     at = f" at revision {revision}" if revision else ""
     assert resolve_offline(cache, source, revision) == (
-        f"FusionError: {source}{at} is not complete in the local cache and HF_HUB_OFFLINE forbids downloading: "
+        f"FusionError: {source}{at} is not complete in the local cache, and HF_HUB_OFFLINE forbids downloading: "
         "unset it, or pass a local folder."
     )
 
@@ -200,10 +201,10 @@ def test_json_object(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "is missing"),
-        (b"{", "is not readable JSON"),
-        (b"\xff{}", "is not readable JSON"),
-        (b"[" * 100_000, "is not readable JSON"),
-        (b"[]", "holds no JSON object but a list"),
+        (b"{", "is not valid JSON"),
+        (b"\xff{}", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[]", "holds a JSON list; expected an object"),
     ],
 )
 def test_json_that_is_none(tmp_path: Path, content: bytes | None, message: str) -> None:

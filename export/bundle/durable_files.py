@@ -1,4 +1,4 @@
-"""Writing files so that they are on the disk, on file systems that lack some of what others have."""
+"""Write files and folders durably, also on file systems that lack a system call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file. Raises :class:`OSError`, also if something is there."""
+    """Write a new file. Raises :class:`OSError`, also if the path exists."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
     try:
         write_all(descriptor, memoryview(content), 0)
@@ -20,14 +20,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_all(descriptor: int, content: memoryview, offset: int) -> None:
-    """Write all bytes; one system call may write fewer than asked."""
+    """Write all bytes at ``offset``. A single ``pwrite`` may write fewer."""
     while content:
         count = os.pwrite(descriptor, content, offset)
         content, offset = content[count:], offset + count
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give a file its size, and the disk's blocks for it where the file system can."""
+    """Set a file's size in bytes, and allocate its blocks if the file system can."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -37,7 +37,7 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Have a file on the disk: a power cut must not leave a torn one."""
+    """Flush a file to the disk (fsync), so that a power cut leaves no torn file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -46,7 +46,7 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the file system can: network and FUSE file systems may not."""
+    """Flush a folder's entries to the disk. Does nothing where the file system cannot, as some network ones."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -58,19 +58,19 @@ def flush_folder(folder: Path) -> None:
             raise
 
 
-_HERE = -100  # AT_FDCWD: paths are not relative to an opened folder
-_EXCHANGE = 2  # RENAME_EXCHANGE
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Have two folders take each other's place at once; False if the file system or the C library cannot.
+    """Swap two folders atomically. Return False if the file system or the C library cannot.
 
     Raises :class:`OSError`.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in _UNSUPPORTED:

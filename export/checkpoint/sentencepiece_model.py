@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.export.checkpoint.source import disguise, read_file
+from fusion_edge.export.checkpoint.input_files import disguise, read_file
 from fusion_edge.runtime.bundle.protobuf import fields as fields_of
 from fusion_edge.runtime.errors import FusionError
 

@@ -12,20 +12,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from support.linear_references import integer_product, integer_tensors, one_step
 from support.one_node import gelu, session_of
 from support.own_kernels import needs_cpu_kernels
-from support.product_references import integer_product, integer_tensors, one_step
 
-from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.onnx_functions.linear import integer_matmul_function, integer_mlp_function
+from fusion_edge.kernels.operators import INTEGER_LINEAR_INPUTS
 
 Array = npt.NDArray[Any]
 pytestmark = needs_cpu_kernels
 INTEGER_FUNCTIONS = {
     function.name: function
     for function in (
-        cpu_functions.integer_product_function(21),
-        cpu_functions.integer_product_function(21, of_gelu=True),
-        cpu_functions.integer_mlp_function(21),
+        integer_matmul_function(21),
+        integer_matmul_function(21, gelu=True),
+        integer_mlp_function(21),
     )
 }
 
@@ -89,7 +90,7 @@ def test_an_mlp_of_calibrated_inputs(
     generator = np.random.default_rng(seed)
     tensors = mlp_tensors(generator, inputs, hidden, outputs, zero_point)
     x = generator.normal(size=(rows, inputs)).astype(np.float32)
-    up, down = ({name: tensors[f"{part}_{name}"] for name in cpu_functions.INTEGER_INPUTS} for part in ("up", "down"))
+    up, down = ({name: tensors[f"{part}_{name}"] for name in INTEGER_LINEAR_INPUTS} for part in ("up", "down"))
     expected, most = integer_product(down, gelu(integer_product(up, x)[0]))
     (actual,) = integer_session(tensors, "IntegerMlp").run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * most + 2 * one_step(down)

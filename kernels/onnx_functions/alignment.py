@@ -1,8 +1,7 @@
-"""The operators ``fusion_edge::...`` of the recursive alignment (FUSION.md section 5), as ONNX functions and in numpy.
+"""ONNX functions of the recursive alignment (FUSION.md section 5), each with a numpy reference.
 
-They are what an interaction layer does between its products, which stay ordinary (quantized) linears. A function is
-made of standard operators, so every runtime can inline it; kernels/tensorrt_plugins.py has a kernel in the place of
-each. No Reshape infers a size, so empty tensors (no questions, no latents: one-token steps) are valid.
+They cover an interaction layer between its matmuls, which stay ordinary (quantized) linear layers. No Reshape infers a
+size, so empty tensors (no questions or no latents, as in decode steps) are valid.
 """
 
 from __future__ import annotations
@@ -11,19 +10,21 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from onnx import FunctionProto, NodeProto, helper, numpy_helper
+from onnx import FunctionProto, NodeProto, helper
 
-DOMAIN = "fusion_edge"
+from fusion_edge.kernels.onnx_functions.builder import constant
+from fusion_edge.kernels.operators import DOMAIN
+
 CONTEXT_ATTENTION, ADD_LAYER_NORM, ADD_ROWS = "ContextAttention", "AddLayerNorm", "AddRows"
 
 Values = npt.NDArray[np.float64]
 
 
 def context_attention_function(heads: int, head_dim: int, dtype: str, opset: int) -> FunctionProto:
-    """Every latent attends to its own nine context rows, for one model's sizes and numpy ``dtype``.
+    """Return the attention of each latent to its own nine context rows, for one model's sizes and numpy ``dtype``.
 
-    q ``[R,q,D]``, k and v ``[1,q,9,D]`` -> output ``[R,q,D]``, D = heads * head_dim. Products of so few rows are
-    written as multiply and sum: a batched MatMul would be R * q * heads tiny ones.
+    q ``[R,q,D]``, k and v ``[1,q,9,D]`` -> output ``[R,q,D]``, D = heads * head_dim. Scores are Mul and ReduceSum: a
+    batched MatMul would be R * q * heads tiny matmuls.
     """
     one_query = np.array([0, 0, 1, heads, head_dim], dtype=np.int64)
     split = np.array([0, 0, 0, heads, head_dim], dtype=np.int64)
@@ -49,7 +50,7 @@ def context_attention_function(heads: int, head_dim: int, dtype: str, opset: int
 
 
 def context_attention_reference(q: Values, k: Values, v: Values, heads: int) -> Values:
-    """The same in numpy, head by head: ``[R,q,D]``, ``[1,q,9,D]``, ``[1,q,9,D]`` -> ``[R,q,D]``."""
+    """Compute the same in numpy: q ``[R,q,D]``, k and v ``[1,q,9,D]`` -> ``[R,q,D]``."""
     dim = q.shape[-1] // heads
     output = np.empty_like(q)
     for head in range(heads):
@@ -62,7 +63,7 @@ def context_attention_reference(q: Values, k: Values, v: Values, heads: int) -> 
 
 
 def add_layer_norm_function(epsilon: float, opset: int) -> FunctionProto:
-    """LayerNorm of a sum: x and residual ``[R,q,D]``, weight and bias ``[D]`` -> output ``[R,q,D]``."""
+    """Return LayerNorm(x + residual): x and residual ``[R,q,D]``, weight and bias ``[D]`` -> output ``[R,q,D]``."""
     nodes = [
         helper.make_node("Add", ["x", "residual"], ["sum"]),
         helper.make_node("LayerNormalization", ["sum", "weight", "bias"], ["output"], axis=-1, epsilon=epsilon),
@@ -71,19 +72,19 @@ def add_layer_norm_function(epsilon: float, opset: int) -> FunctionProto:
 
 
 def add_layer_norm_reference(x: Values, residual: Values, weight: Values, bias: Values, epsilon: float) -> Values:
-    """The same in numpy."""
+    """Compute the same in numpy."""
     total = x + residual
-    centred = total - total.mean(axis=-1, keepdims=True)
-    variance = (centred**2).mean(axis=-1, keepdims=True)
-    normed: Values = centred / np.sqrt(variance + epsilon) * weight + bias
+    centered = total - total.mean(axis=-1, keepdims=True)
+    variance = (centered**2).mean(axis=-1, keepdims=True)
+    normed: Values = centered / np.sqrt(variance + epsilon) * weight + bias
     return normed
 
 
 def add_rows_function(opset: int) -> FunctionProto:
-    """The latents' way back into the sequence: their rows of x become latents + update.
+    """Return the scatter of the latents into the sequence: rows ``positions`` of x become latents + update.
 
-    x ``[1,L,D]``, positions ``[R,q]`` int64 (different, in 0 ... L - 1), latents and update ``[R,q,D]``
-    -> output ``[1,L,D]``.
+    x ``[1,L,D]``, positions ``[R,q]`` int64 (distinct, from 0 to L - 1), latents and update ``[R,q,D]`` -> output
+    ``[1,L,D]``.
     """
     nodes = [
         constant("batch_axis", np.array([0], dtype=np.int64)),
@@ -98,28 +99,10 @@ def add_rows_function(opset: int) -> FunctionProto:
 
 
 def add_rows_reference(x: Values, positions: npt.NDArray[np.int64], latents: Values, update: Values) -> Values:
-    """The same in numpy."""
+    """Compute the same in numpy."""
     output: Values = x.copy()
     output[0, positions] = latents + update
     return output
-
-
-def constant(name: str, values: npt.NDArray[np.generic]) -> NodeProto:
-    """A node that gives an array."""
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values, name))
-
-
-def with_own_names(function: FunctionProto) -> FunctionProto:
-    """The function, its parameters and inner tensors renamed as ``AddRows::positions``; what is so named stays.
-
-    No tensor of a graph has a colon in its name. TensorRT's ONNX parser up to 10.7 has no scope for parameters: one
-    that is named like any tensor around the call is taken for that tensor, whatever the call passes.
-    """
-    prefix = f"{function.name}::"
-    nodes = [names for node in function.node for names in (node.input, node.output)]
-    for names in (function.input, function.output, *nodes):
-        names[:] = [name if not name or name.startswith(prefix) else prefix + name for name in names]
-    return function
 
 
 def _function(name: str, inputs: list[str], nodes: list[NodeProto], opset: int) -> FunctionProto:

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from support.linear_references import rounded
 from support.one_node import gelu, session_of
 from support.own_kernels import needs_cpu_kernels, streams
-from support.product_references import rounded
 
-from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.onnx_functions.linear import matmul_nbits_function
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize, quantize
 from fusion_edge.runtime.backends import cpu_kernels
@@ -55,7 +55,7 @@ def session(
         names.pop()
     rows = len(packed.values)
     sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, **changed}
-    function = cpu_functions.product_function(21, of_gelu) if half_scales else None
+    function = matmul_nbits_function(21, of_gelu) if half_scales else None
     operator, domain = (function.name, function.domain) if function else ("MatMulNBits", "com.microsoft")
     node = helper.make_node(operator, names, ["y"], domain=domain, accuracy_level=4, **sizes)
     return session_of(node, function, tensors, own_kernels)
