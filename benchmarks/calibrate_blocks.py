@@ -21,7 +21,7 @@ from fusion_edge.export.calibration import activation_cache as states
 from fusion_edge.export.calibration.blocks import blocks
 from fusion_edge.export.calibration.estimate import estimate_calibration
 from fusion_edge.export.calibration.options import DEVICES, CalibrationOptions
-from fusion_edge.export.calibration.run import Run
+from fusion_edge.export.calibration.run import CalibrationRun
 from fusion_edge.export.calibration.samples import Sample, Samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.plan import ExportOptions, plan_export
@@ -61,7 +61,7 @@ def _main(options: argparse.Namespace) -> int:
         calibrating, held_out = ((Sample(picture, QUESTION),) * n for n in (options.samples, options.held_out))
         calibration = CalibrationOptions(picture, options.samples, options.held_out, "gptq", options.device)
         estimate = estimate_calibration(plan, calibration)
-        work = Run(plan, Samples(calibrating, held_out), "gptq", options.device, options.work)
+        work = CalibrationRun(plan, Samples(calibrating, held_out), "gptq", options.device, options.work)
         first = names.index(options.first)
         tokens = _write_states(work, options, first)
         seconds = []
@@ -86,7 +86,7 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_states(work: Run, options: argparse.Namespace, block: int) -> int:
+def _write_states(work: CalibrationRun, options: argparse.Namespace, block: int) -> int:
     """Random states in front of a block; the tokens of a sample."""
     generator = torch.Generator().manual_seed(0)
     alignment, hidden = work.config.alignment, work.config.language.hidden_size

@@ -58,7 +58,7 @@ def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEst
 
 def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
     """The least and the most that --budget and --bits may be, where there are weights for them to share out."""
-    from fusion_edge.export.calibration.mixed import ranges
+    from fusion_edge.export.calibration.bit_budget import ranges
 
     return ranges(plan)
 

@@ -62,7 +62,7 @@ class PlannedTensor:
     @property
     def is_for_dequantize_linear(self) -> bool:
         """Whether these are integers in the layout of ``quant/dequantize_linear.py``."""
-        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.rounds_inputs)
+        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.quantizes_activations)
 
 
 class GraphBuilder:

@@ -301,7 +301,7 @@ def _check_formats(linears: Mapping[str, Linear], options: ExportOptions) -> Non
                 f"{name} cannot be {form}: its {linear.inputs} inputs are not whole blocks of {form.group_size}; use a "
                 f"smaller --group-size, or another format (--rule '{name}=int4')."
             )
-    rounding = [name for name, linear in linears.items() if linear.format.rounds_inputs]
+    rounding = [name for name, linear in linears.items() if linear.format.quantizes_activations]
     if rounding and not options.is_calibrated:
         raise UsageError(
             f"{rounding[0]} is to be w8a8, and the range of its inputs is not known: add --calibrate DATA, or use "

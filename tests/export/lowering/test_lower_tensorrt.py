@@ -153,7 +153,9 @@ def test_inputs_that_are_integers(integer_bundle: Path) -> None:
     weights = BundleWeights(bundle)
     linears = [name for name, form in bundle.manifest.weights.items() if form == "w8a8"]
     assert linears
-    assert {grid and grid.zero_point for grid in map(weights.input_grid, linears)} == {SYMMETRIC_ZERO_POINT}
+    assert {grid and grid.zero_point for grid in map(weights.activation_quantization, linears)} == {
+        SYMMETRIC_ZERO_POINT
+    }
     pixels = np.random.default_rng(0).normal(0, 0.5, (1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     text = np.random.default_rng(1).normal(0, 0.5, (1, 5, bundle.manifest.model.language.hidden_size))
     inputs = pixels, text.astype(np.float32), np.ones((1, 5), np.bool_)

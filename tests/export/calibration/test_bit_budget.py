@@ -19,15 +19,15 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration import sensitivity
-from fusion_edge.export.calibration.mixed import candidates, ranges
+from fusion_edge.export.calibration.bit_budget import candidates, ranges
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.plan import ExportOptions, plan_export
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
-from fusion_edge.quant.bit_allocation import Candidate, choose, mean_bits, stored_bits
+from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.gptq import nearest
+from fusion_edge.quant.gptq import round_to_nearest
 from fusion_edge.quant.packing import quantize
 from fusion_edge.quant.policy import Rule
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION, open_bundle
@@ -58,14 +58,14 @@ def arguments(checkpoint: Path, data: Path, output: Path, *more: str) -> list[st
 # The choice ----------------------------------------------------------------------------------------------------
 
 
-def offers(sizes: list[tuple[int, float]]) -> list[Candidate]:
-    return [Candidate(Sensitivity(f"linear{i}", kl, 20.0), size) for i, (size, kl) in enumerate(sizes)]
+def offers(sizes: list[tuple[int, float]]) -> list[Promotion]:
+    return [Promotion(Sensitivity(f"linear{i}", kl, 20.0), size) for i, (size, kl) in enumerate(sizes)]
 
 
 @given(SIZES, st.integers(0, 5000))
 def test_a_choice_keeps_to_what_there_is_and_leaves_no_room(sizes: list[tuple[int, float]], spare: int) -> None:
     size = {c.sensitivity.name: c.extra_bytes for c in offers(sizes)}
-    chosen = choose(offers(sizes), spare)
+    chosen = allocate(offers(sizes), spare)
     left = spare - sum(size[name] for name in chosen)
     assert left >= 0
     assert all(size[name] > left for name in size.keys() - set(chosen))
@@ -74,13 +74,13 @@ def test_a_choice_keeps_to_what_there_is_and_leaves_no_room(sizes: list[tuple[in
 @given(SIZES.filter(bool))
 def test_what_buys_most_for_its_bytes_is_first(sizes: list[tuple[int, float]]) -> None:
     worth = {c.sensitivity.name: c.sensitivity.kl_divergence / c.extra_bytes for c in offers(sizes)}
-    chosen = choose(offers(sizes), sum(size for size, _ in sizes))
+    chosen = allocate(offers(sizes), sum(size for size, _ in sizes))
     assert [worth[name] for name in chosen] == sorted(worth.values(), reverse=True)
 
 
 def test_outputs_decide_where_logits_do_not() -> None:
-    found = [Candidate(Sensitivity(name, 0.0, quality), 10) for name, quality in (("good", 30.0), ("bad", 9.0))]
-    assert choose(found, 10) == ["bad"]
+    found = [Promotion(Sensitivity(name, 0.0, quality), 10) for name, quality in (("good", 30.0), ("bad", 9.0))]
+    assert allocate(found, 10) == ["bad"]
 
 
 @given(st.integers(1, 5), st.integers(1, 200), st.sampled_from(["int4:32", "uint4:64", "int8:128"]))
@@ -108,7 +108,7 @@ def test_sensitivity_is_that_of_a_model_with_one_rounded_linear(checkpoint: Path
         exact = torch.from_numpy(first_logits(fusion, picture, question))
         with torch.inference_mode():
             weight = backend.parameter(f"{name}.weight")
-            weight.copy_(nearest(weight, WeightFormat("int4", 32)).values)
+            weight.copy_(round_to_nearest(weight, WeightFormat("int4", 32)).values)
         rounded = torch.from_numpy(first_logits(fusion, picture, question))
     p, q = (torch.log_softmax(logits.double(), -1) for logits in (exact, rounded))
     expected = float((p.exp() * (p - q)).sum())

@@ -9,9 +9,9 @@ from fusion_edge.export.calibration.options import SENSITIVITY_SAMPLES, Calibrat
 from fusion_edge.export.calibration.samples import Samples
 from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
-from fusion_edge.quant.bit_allocation import Candidate, choose, mean_bits, stored_bits
+from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.policy import Rule, eight_bits
+from fusion_edge.quant.policy import Rule, int8_format
 from fusion_edge.runtime.bundle.onnx_file import PAGE
 from fusion_edge.runtime.bundle.quantization_report import MixedPrecision
 from fusion_edge.runtime.errors import UsageError
@@ -59,8 +59,8 @@ def mix(
     used = samples.calibrating[: options.sensitivity_samples or SENSITIVITY_SAMPLES]
     sensitivities = measure_sensitivity(plan, list(shapes), used, options.device, folder)
     page = PAGE if options.budget is not None else 1
-    offers = [Candidate(s, _extra_bytes(shapes[s.name], s.name, plan, page)) for s in sensitivities]
-    raised = choose(offers, _spare_bytes(plan, options))
+    offers = [Promotion(s, _extra_bytes(shapes[s.name], s.name, plan, page)) for s in sensitivities]
+    raised = allocate(offers, _spare_bytes(plan, options))
     rules = tuple(Rule(name, _raised(plan.linears[name].format, plan)) for name in raised)
     mixed = plan_export(plan.checkpoint, replace(plan.options, rules=plan.options.rules + rules))
     bits = round(mean_bits(shapes, mixed.formats), 4)
@@ -79,7 +79,7 @@ def ranges(plan: ExportPlan) -> dict[str, tuple[float, float]]:
 
 
 def _raised(form: WeightFormat, plan: ExportPlan) -> WeightFormat:
-    return eight_bits(form.group_size, plan.options.target)
+    return int8_format(form.group_size, plan.options.target)
 
 
 def _extra_bytes(shape: tuple[int, int], name: str, plan: ExportPlan, page: int) -> int:
