@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from fusion_edge.benchmarks.latency.machine.info import machine_facts
+from fusion_edge.benchmarks.latency.machine.info import machine_info
 from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph
 from fusion_edge.runtime.cli.command import run_command
@@ -52,7 +52,7 @@ def _main(options: argparse.Namespace) -> int:
             "python_share": share,
             "steps": options.steps,
             "prompt": options.prompt,
-            "processor": machine_facts(None).processor,
+            "processor": machine_info(None).processor,
         }
         write_whole(options.json, json.dumps(result, indent=2) + "\n")
     return 0
