@@ -12,8 +12,8 @@ from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.policy import Rule, int8_format
-from fusion_edge.runtime.bundle.onnx_file import PAGE
-from fusion_edge.runtime.bundle.quantization_report import MixedPrecision
+from fusion_edge.runtime.bundle.graph_validation import PAGE
+from fusion_edge.runtime.bundle.quantization_report import BitAllocation
 from fusion_edge.runtime.errors import UsageError
 
 REPORT_BYTES, REPORT_BYTES_A_LINEAR = 4096, 300  # at most, of what quantization.json tells beyond the plan's estimate
@@ -52,7 +52,7 @@ def check_budget(plan: ExportPlan, options: CalibrationOptions) -> None:
 
 def mix(
     plan: ExportPlan, options: CalibrationOptions, samples: Samples, folder: Path
-) -> tuple[ExportPlan, MixedPrecision]:
+) -> tuple[ExportPlan, BitAllocation]:
     """The plan that keeps to the budget, and what decided it. Raises as :func:`check_budget`."""
     check_budget(plan, options)
     shapes = candidates(plan)
@@ -64,7 +64,7 @@ def mix(
     rules = tuple(Rule(name, _raised(plan.linears[name].format, plan)) for name in raised)
     mixed = plan_export(plan.checkpoint, replace(plan.options, rules=plan.options.rules + rules))
     bits = round(mean_bits(shapes, mixed.formats), 4)
-    return mixed, MixedPrecision(bits, len(used), tuple(raised), tuple(sensitivities))
+    return mixed, BitAllocation(bits, len(used), tuple(raised), tuple(sensitivities))
 
 
 def ranges(plan: ExportPlan) -> dict[str, tuple[float, float]]:

@@ -22,7 +22,8 @@ from fusion_edge.quant.dequantize_linear import from_dequantize_linear
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, ActivationQuantization, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.quant.policy import EMBEDDING
-from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, Bundle, data_file, graph_file
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, data_file, graph_file
+from fusion_edge.runtime.bundle.reader import Bundle
 
 
 class BundleWeights:

@@ -32,7 +32,7 @@ from fusion_edge.export.checkpoint.prequantized.layout import (
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.regex_cost import check_regex
+from fusion_edge.runtime.tokenization.regex_cost import check_regex
 
 _BY_GROUP = ("group", "dynamic", True)  # values of actorder, by release
 _REPETITIONS = 3  # in a row, in a pattern of names, which have up to a hundred characters

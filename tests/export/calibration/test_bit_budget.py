@@ -30,8 +30,9 @@ from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import round_to_nearest
 from fusion_edge.quant.packing import quantize
 from fusion_edge.quant.policy import Rule
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, open_bundle
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport, Sensitivity
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 Refused = Callable[..., str]

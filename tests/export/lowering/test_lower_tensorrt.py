@@ -31,9 +31,9 @@ from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import UsageError
 

@@ -9,10 +9,10 @@ from typing import Protocol
 from tokenizers import Tokenizer, decoders
 
 from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.prompts.tokenizer_errors import tokenizer_errors
+from fusion_edge.runtime.tokenization.errors import tokenizer_errors
 
 
-class TextStream:
+class Detokenizer:
     """The text of a growing answer, in pieces that never change once given out.
 
     The pieces joined are ``tokenizer.decode(ids, skip_special_tokens=True)`` of everything pushed, cut in
@@ -26,7 +26,7 @@ class TextStream:
             raise UsageError("A stop string is empty; give at least one character or leave it out.")
         self._tokenizer = tokenizer
         self._skipped = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._decoder: _Decoder = (
+        self._decoder: _TokenDecoder = (
             _ByteLevel() if isinstance(tokenizer.decoder, decoders.ByteLevel) else _ByteFallback(tokenizer)
         )
         self._stop = tuple(stop)
@@ -84,7 +84,7 @@ class TextStream:
         return max(begun, default=0)
 
 
-class _Decoder(Protocol):
+class _TokenDecoder(Protocol):
     def push(self, token: str) -> str: ...
 
     def finish(self) -> str: ...

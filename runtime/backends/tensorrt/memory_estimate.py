@@ -9,7 +9,7 @@ import numpy as np
 
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
-from fusion_edge.runtime.bundle.engines import Engine, Engines
+from fusion_edge.runtime.bundle.engine_manifest import Engine, Engines
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.errors import DeviceError
 
@@ -56,7 +56,7 @@ def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> Non
     free, total = cuda.memory()
     if needed <= free:
         return
-    smaller = range(context - 64, manifest.least_context - 1, -64)
+    smaller = range(context - 64, manifest.minimum_context - 1, -64)
     fits = next((positions for positions in smaller if needed_bytes(config, engines, positions) <= free), None)
     if fits is not None:
         remedy = f"it fits with {fits} positions: fusion-build --max-context {fits}"

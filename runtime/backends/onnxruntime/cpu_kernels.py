@@ -23,7 +23,7 @@ def library() -> Path | None:
     return LIBRARY if LIBRARY.is_file() else None
 
 
-def why_not(manifest: Manifest) -> str | None:
+def unsupported_reason(manifest: Manifest) -> str | None:
     """Why these kernels cannot run a bundle here, a sentence; None if they can."""
     if manifest.target != "cpu":
         return f"They compute in float32, and the bundle was exported for {manifest.target}."
@@ -41,11 +41,11 @@ def why_not(manifest: Manifest) -> str | None:
     return None
 
 
-def run(manifest: Manifest, graph: str) -> bool:
+def can_run(manifest: Manifest, graph: str) -> bool:
     """Whether they run a graph of a bundle here: not one whose weights are all floats, which is to be exact."""
     is_vision = graph == VISION_ENCODER
     forms = {form for name, form in manifest.weights.items() if name.startswith("vision.") == is_vision}
-    return why_not(manifest) is None and not forms <= FLOATS
+    return unsupported_reason(manifest) is None and not forms <= FLOATS
 
 
 def is_supported() -> bool:

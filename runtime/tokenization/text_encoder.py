@@ -9,7 +9,7 @@ from functools import cached_property
 
 from tokenizers import AddedToken, Tokenizer
 
-from fusion_edge.runtime.prompts.tokenizer_errors import tokenizer_errors
+from fusion_edge.runtime.tokenization.errors import tokenizer_errors
 
 _ANCHOR = "0"  # no normalizer changes a digit or joins it with what follows
 _SPACES = "".join(map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029)))

@@ -10,9 +10,10 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.bundle.json_file import object_of_pairs
-from fusion_edge.runtime.bundle.manifest import TOKENIZER, Bundle
+from fusion_edge.runtime.bundle.manifest import TOKENIZER
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.tokenizer_schema import check_text, check_tokenizer
+from fusion_edge.runtime.tokenization.schema import check_text, check_tokenizer
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:

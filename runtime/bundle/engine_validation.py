@@ -1,19 +1,19 @@
-"""Values of ``engines.json`` that are of the right types and yet cannot be."""
+"""Checks of the values in ``engines.json``: ranges and consistency. :mod:`.schema` has checked their types."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fusion_edge.runtime.bundle.engines import Engine, Engines
+from fusion_edge.runtime.bundle.engine_manifest import Engine, Engines
 
-LARGEST = 2**31 - 1  # of a size
+LARGEST = 2**31 - 1
+"""Upper bound of a size."""
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "bool")
 
 
 def check_engines(engines: Engines) -> None:
-    """Raise ``ValueError``, a part of a sentence that names the value."""
+    """Raise ``ValueError`` that names the first invalid value, as a part of a sentence."""
     if not 1 <= engines.max_context <= LARGEST:
         raise ValueError(f"max_context is {engines.max_context}"[:80])
     for graph, parts in engines.engines.items():
@@ -31,7 +31,7 @@ def _check_engine(engine: Engine, name: str) -> None:
     dimensions = engine.profiles[0].keys()
     for profile in engine.profiles:
         if profile.keys() != dimensions:
-            raise ValueError(f"{name}.profiles are not of the same dimensions")
+            raise ValueError(f"{name}.profiles have different dimensions")
         for dimension, sizes in profile.items():
             if len(sizes) != 3 or not 0 <= sizes[0] <= sizes[1] <= sizes[2] <= LARGEST:
                 raise ValueError(f"{name}.profiles have {dimension} from {list(sizes)[:4]}"[:200])
@@ -41,7 +41,7 @@ def _check_engine(engine: Engine, name: str) -> None:
 
 
 def _is_tensor(tensor: Mapping[str, Any], dimensions: Collection[str]) -> bool:
-    """Whether it has a name, a type and a shape whose symbolic dimensions a profile sizes."""
+    """Return whether a tensor has a name, a dtype, and a shape whose symbolic dimensions are in the profiles."""
     return (
         tensor.keys() == {"name", "dtype", "shape"}
         and isinstance(tensor["name"], str)

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime_library import FATAL
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.library import FATAL
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec, graph_specs
-from fusion_edge.runtime.bundle.manifest import MANIFEST, Bundle, Manifest, data_file, graph_file
+from fusion_edge.runtime.bundle.manifest import MANIFEST, Manifest, data_file, graph_file
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_memory, usable_processors
 
@@ -106,7 +107,7 @@ class Graph:
 
     def run(self, inputs: Mapping[str, Input], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Outputs by name, in memory of their own. ``shapes`` are theirs."""
-        with explained(self.name, self.device):
+        with translate_errors(self.name, self.device):
             tensors = {name: self.tensor(name, data) for name, data in inputs.items()}
             outputs = {name: self._allocate(name, shape) for name, shape in shapes.items()}
             binding = self.binding(tensors, outputs)
@@ -118,7 +119,7 @@ class Graph:
 
         Other runs go without options, which cost ONNX Runtime 40 us (1.31): a tenth of a small model's step.
         """
-        with explained(self.name, self.device):
+        with translate_errors(self.name, self.device):
             self._session.run_with_iobinding(binding, self.large_run if large else None)
 
     def _allocate(self, name: str, shape: tuple[int, ...]) -> ort.OrtValue:
@@ -143,7 +144,7 @@ def _check_tensors(session: ort.InferenceSession, spec: GraphSpec, manifest: Pat
 
 
 @contextmanager
-def explained(graph: str, device: str) -> Iterator[None]:
+def translate_errors(graph: str, device: str) -> Iterator[None]:
     """ONNX Runtime's own errors, and memory that runs out, as one of ours."""
     try:
         yield
@@ -185,7 +186,7 @@ def _session(bundle: Bundle, name: str, device: str, threads: int) -> ort.Infere
     provider, settings = PROVIDERS[device]
     options = _session_options(bundle.manifest, threads)
     try:
-        if device == "cpu" and cpu_kernels.run(bundle.manifest, name):
+        if device == "cpu" and cpu_kernels.can_run(bundle.manifest, name):
             options.register_custom_ops_library(str(cpu_kernels.library()))
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types here

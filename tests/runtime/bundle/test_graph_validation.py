@@ -17,9 +17,10 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError
-from fusion_edge.runtime.bundle.manifest import MANIFEST, open_bundle
-from fusion_edge.runtime.bundle.onnx_file import LARGEST_FILE, PAGE, check_graph
+from fusion_edge.runtime.bundle.graph_validation import LARGEST_FILE, PAGE, check_graph
+from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.bundle.protobuf import fields
+from fusion_edge.runtime.bundle.reader import open_bundle
 
 Change = Callable[[ModelProto], object]
 

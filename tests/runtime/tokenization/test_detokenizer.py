@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.text_stream import TextStream
+from fusion_edge.runtime.tokenization.detokenizer import Detokenizer
 
 TOKENIZERS = ("phi", "llama")
 
@@ -26,8 +26,8 @@ def tokenizer(name: str) -> Tokenizer:
     return Tokenizer.from_str(tokenizer_json(GOLDEN / "FUSION-tiny-Phi"))
 
 
-def stream(name: str, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
-    text_stream = TextStream(tokenizer(name), stop)
+def stream(name: str, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], Detokenizer]:
+    text_stream = Detokenizer(tokenizer(name), stop)
     pieces = [text_stream.push(token_id) for token_id in ids]
     pieces.append(text_stream.finish())
     assert text_stream.text == "".join(pieces)
@@ -91,7 +91,7 @@ def test_an_emoji_arrives_whole(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_incomplete_bytes_become_replacement_characters_at_the_end(name: str) -> None:
     ids = tokenizer(name).encode("ok 🤖", add_special_tokens=False).ids[:-1]
-    text_stream = TextStream(tokenizer(name))
+    text_stream = Detokenizer(tokenizer(name))
     assert "".join(text_stream.push(token_id) for token_id in ids) == "ok "
     rest = text_stream.finish()
     assert rest
@@ -125,7 +125,7 @@ def test_stop_strings(named_ids: tuple[str, list[int]], spans: list[tuple[int, i
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(name: str) -> None:
     ids = tokenizer(name).encode("the software is the sofa", add_special_tokens=False).ids
-    text_stream = TextStream(tokenizer(name), ["the sofa", "software of"])
+    text_stream = Detokenizer(tokenizer(name), ["the sofa", "software of"])
     pieces = [text_stream.push(token_id) for token_id in ids]
     # the | software | is | the | s | of | a: what is missing could still begin one of the two.
     assert pieces == ["", "the ", "software i", "s ", "", "", ""]
@@ -136,7 +136,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(name: str)
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(UsageError, match="stop string is empty"):
-        TextStream(tokenizer("llama"), ["ok", ""])
+        Detokenizer(tokenizer("llama"), ["ok", ""])
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -144,7 +144,7 @@ def test_the_work_for_a_token_does_not_grow(name: str) -> None:
     ids = tokenizer(name).encode("What color is the license? " * 20, add_special_tokens=False).ids
 
     def seconds(repeats: int) -> float:
-        text_stream = TextStream(tokenizer(name), ["\n###"])
+        text_stream = Detokenizer(tokenizer(name), ["\n###"])
         for token_id in ids * repeats:
             text_stream.push(token_id)
         best = float("inf")

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fusion_edge.runtime import FusionError, Sampling, load
+from fusion_edge.runtime.bundle.files import digest
 from fusion_edge.runtime.bundle.graphs import graph_specs
 from fusion_edge.runtime.bundle.json_file import LARGEST, read_json
-from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, Manifest, digest, open_bundle
+from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, Manifest
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.cli import info as cli_info
 
@@ -91,7 +93,7 @@ def write(folder: Path, manifest: Json) -> None:
         (("embedding", "group_size"), [0, -1, HUGE], "embedding is"),
         (("embedding", "kind"), ["int4", "fp16", "fp32"], "embedding is of the kind"),
         (("graphs", "mine"), [{}], "graphs"),
-        (("files", 1, "path"), ["tokenizer.json"], "files[1].path is 'tokenizer.json', which is there twice"),
+        (("files", 1, "path"), ["tokenizer.json"], "files[1].path is 'tokenizer.json', which is listed twice"),
         (("files", 0, "path"), ["./tokenizer.json", "a//b", "a/", ""], "not a plain path"),
         (("files", 0, "size"), [-1, 2**63], "files[0].size is"),
         (("files", 0, "sha256"), ["", "0" * 63, "G" * 64], "not 64 hexadecimal digits"),
@@ -247,7 +249,7 @@ def test_a_snapshot_of_the_hub_cache(tiny_bundle: Path, tmp_path: Path, inside: 
 def test_the_root_of_the_hub_cache(tiny_bundle: Path, tmp_path: Path, refused: Refuse) -> None:
     root = tmp_path / "models--me--bundle"
     snapshot = in_hub_cache(tiny_bundle, root)
-    assert f"It is a repository in the hub's cache: pass its snapshot {snapshot}." in refused(cli_info.main, root)
+    assert f"It is a repository in the hub cache: pass its snapshot {snapshot}." in refused(cli_info.main, root)
 
 
 def test_a_blob_that_was_altered(tiny_bundle: Path, tmp_path: Path, refused: Refuse) -> None:

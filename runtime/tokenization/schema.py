@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
-from fusion_edge.runtime.prompts.regex_cost import check_regex
+from fusion_edge.runtime.tokenization.regex_cost import check_regex
 
 MAX_TOKENS = 1 << 20
 _MAX_CHARACTERS = 32 << 20  # of the file; Llama's, the largest known, has 17 million

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, Bundle
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_memory
 

@@ -13,14 +13,15 @@ import numpy.typing as npt
 
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
 from fusion_edge.runtime.backends.cuda import Cuda
-from fusion_edge.runtime.backends.device_memory import check_device_memory
-from fusion_edge.runtime.backends.tensorrt_graph import EngineGraph
-from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
-from fusion_edge.runtime.backends.tensorrt_library import Library, Messages
-from fusion_edge.runtime.backends.tensorrt_memory import DeviceMemory, DeviceTensor
-from fusion_edge.runtime.bundle.engines import Engine, Engines, Machine, open_engines
+from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
+from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
+from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
+from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor
+from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
+from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
+from fusion_edge.runtime.bundle.engines import open_engines
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
-from fusion_edge.runtime.bundle.manifest import Bundle
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
 
 PROMPT, STEP = 0, 1
@@ -46,7 +47,7 @@ class TensorRTBackend:
         Raises :class:`FusionError` if there are none that fit it, or the device has too little memory for them.
         """
         self.name = library.name.replace("_", "-")
-        folder, engines = open_engines(bundle, Machine(library.name, library.version, cuda.compute_capability()))
+        folder, engines = open_engines(bundle, EnginePlatform(library.name, library.version, cuda.compute_capability()))
         check_device_memory(bundle.manifest, engines, cuda)
         self._config, self.max_context = bundle.manifest.model, engines.max_context
         messages = Messages(library)

@@ -22,7 +22,8 @@ from tokenizers import AddedToken, Tokenizer
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime import Fusion, FusionError, Turn, UsageError, load
 from fusion_edge.runtime.cli import run as cli_run
-from fusion_edge.runtime.prompts.prompt import MARKER_IDS, TEMPLATES, Prompt, PromptEncoder, Room, encode_prompt
+from fusion_edge.runtime.prompts.prompt import MARKER_IDS, ContextBudget, Prompt, PromptEncoder, encode_prompt
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 DEMO = DEMO_CHECKPOINT
 NAMES = ("phi", "llama", "demo", "phi with words", "llama that strips")
@@ -166,7 +167,7 @@ def test_a_question_with_nothing_to_see_is_refused(name: str, control_tokens: bo
         encode(name, [], question, control_tokens)
 
 
-ROOM = Room(512, 16, 4)
+ROOM = ContextBudget(512, 16, 4)
 LONG = {
     "turns": ([Turn("a?", "b")] * 200_000, "What?"),
     "question": ([], "why " * 2_500_000),
@@ -189,7 +190,7 @@ def test_what_is_far_too_long_is_refused_at_once(name: str, control_tokens: bool
     tracemalloc.start()
     started = time.perf_counter()
     with pytest.raises(FusionError, match=r"^The prompt takes (at least )?\d+ positions \(16 of them image tokens\)"):
-        encoder.encode(history, question, control_tokens=control_tokens, room=ROOM)
+        encoder.encode(history, question, control_tokens=control_tokens, budget=ROOM)
     assert time.perf_counter() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 32e6
     tracemalloc.stop()
@@ -211,11 +212,11 @@ def test_blanks_around_an_answer_are_bounded(name: str, blanks: str) -> None:
 @given(names, conversations(texts), st.integers(1, 400))
 def test_no_prompt_that_fits_is_refused(name: str, conversation: tuple[list[Turn], str], capacity: int) -> None:
     history, question = conversation
-    room = Room(capacity, 9, 4)
+    room = ContextBudget(capacity, 9, 4)
     template = TEMPLATES["llama_3" if name.startswith("llama") else "phi_3"]
     prompt = encode(name, history, question)
     try:
-        PromptEncoder(tokenizer(name), template).encode(history, question, room=room)
+        PromptEncoder(tokenizer(name), template).encode(history, question, budget=room)
         fits = True
     except FusionError:
         fits = False

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
-from fusion_edge.runtime.backends.tensorrt_library import Library, Messages
-from fusion_edge.runtime.bundle.engines import Engine
+from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
+from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
+from fusion_edge.runtime.bundle.engine_manifest import Engine
 from fusion_edge.runtime.bundle.graphs import sized
 from fusion_edge.runtime.errors import FusionError
 

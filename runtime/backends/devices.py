@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.cuda import open_cuda
-from fusion_edge.runtime.backends.onnxruntime_library import find_onnxruntime, install_anew, is_installed
-from fusion_edge.runtime.backends.tensorrt_library import LIBRARIES, find_library
-from fusion_edge.runtime.bundle.manifest import Bundle
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.library import find_onnxruntime, install_anew, is_installed
+from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, find_library
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
 
 AUTO = "auto"
@@ -31,7 +31,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class DeviceCandidate:
     """A device that fusion-edge knows."""
 
     name: str
@@ -80,7 +80,7 @@ def _cpu(bundle: Bundle) -> str | None:
 
 
 def _without_own_kernels(bundle: Bundle) -> str | None:
-    reason = cpu_kernels.why_not(bundle.manifest)
+    reason = cpu_kernels.unsupported_reason(bundle.manifest)
     return reason and f"Products and attention are ONNX Runtime's own instead of faster ones. {reason}"
 
 
@@ -135,20 +135,20 @@ def _no_cuda_provider() -> str | None:
 
 
 def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backend:
-    from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend  # imports onnxruntime: 0.1 s
+    from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # imports onnxruntime: 0.1 s
 
     return OnnxRuntimeBackend(bundle, device, threads)
 
 
 def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend:
-    from fusion_edge.runtime.backends.tensorrt import TensorRTBackend
+    from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
 
     return TensorRTBackend(bundle, find_library(library), open_cuda())
 
 
 CANDIDATES = (
-    *(Candidate(name, "tensorrt", partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
-    Candidate("cuda", "cuda", _cuda, partial(_open_onnxruntime, "cuda")),
-    Candidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _without_own_kernels),
+    *(DeviceCandidate(name, "tensorrt", partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
+    DeviceCandidate("cuda", "cuda", _cuda, partial(_open_onnxruntime, "cuda")),
+    DeviceCandidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _without_own_kernels),
 )
 NAMES = tuple(candidate.name for candidate in CANDIDATES)

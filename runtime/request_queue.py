@@ -8,12 +8,12 @@ from typing import TypeVar
 
 from fusion_edge.runtime.backends.base import Backend, Interruptible
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.fair_lock import FairLock
+from fusion_edge.runtime.system.fair_lock import FairLock
 
 T = TypeVar("T")
 
 
-class Questions:
+class RequestQueue:
     """Lets one thread at a time compute, in the order in which they came, until the model is closed.
 
     There is one KV cache, so a new question gives up the one before it: every question has a number, and only the

@@ -1,4 +1,4 @@
-"""ONNX Runtime: any CPU, and NVIDIA GPUs through its CUDA provider."""
+"""The LLM on ONNX Runtime, with its KV cache."""
 
 from __future__ import annotations
 
@@ -9,73 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph, Input, Tensor, explained
+from fusion_edge.runtime.backends.base import Floats, check_capacity
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input, translate_errors
 from fusion_edge.runtime.bundle import graphs
-from fusion_edge.runtime.bundle.manifest import Bundle, Manifest
+from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.errors import FusionError
 
 
-class OnnxRuntimeBackend:
-    """See :class:`fusion_edge.runtime.backends.base.Backend`."""
-
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
-        """Load all three graphs. ``threads`` of None takes every processor that this process may use.
-
-        Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if a graph does not load.
-        """
-        self.name = f"onnxruntime-{device}"
-        self.max_context = bundle.manifest.max_context
-        self._config = bundle.manifest.model
-        self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads)
-        self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)
-        llm = Graph(bundle, graphs.LLM, device, threads)
-        self._llm = Decoder(llm, bundle.manifest)
-        self._large_runs = [graph.large_run for graph in (self._vision, self._alignment, llm)]
-
-    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Tensor:
-        inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}
-        shape = (len(pixels), self._config.vision.patches, self._config.language.hidden_size)
-        return self._vision.run(inputs, {"features": shape})["features"]
-
-    def align(self, features: Input, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
-        inputs = {"features": features, "latent_cells": latent_cells, "context_cells": context_cells}
-        alignment, width = self._config.alignment, self._config.language.hidden_size
-        latents = len(latent_cells) ** 2
-        context = (alignment.layers, latents, alignment.window_size**2, width)
-        shapes = {"latents": (1, latents, width), "keys": context, "values": context}
-        outputs = self._alignment.run(inputs, shapes)
-        return ImageAlignment(np.asarray(outputs["latents"])[0], outputs["keys"], outputs["values"])
-
-    def prefill(
-        self,
-        embeddings: Floats,
-        image: ImageAlignment,
-        latent_positions: Integers,
-        question_positions: Integers,
-        capacity: int,
-    ) -> Floats:
-        inputs = {
-            "embeddings": embeddings[None],
-            "latent_positions": latent_positions,
-            "question_positions": question_positions,
-            "keys": image.keys,
-            "values": image.values,
-        }
-        return self._llm.prefill(inputs, len(embeddings), capacity)
-
-    def decode(self, embedding: Floats) -> Floats:
-        return self._llm.step(embedding)
-
-    def interrupt(self) -> None:
-        for options in self._large_runs:
-            options.terminate = True
-
-    def close(self) -> None:
-        del self._vision, self._alignment, self._llm
-
-
-class Decoder:
+class LlmSession:
     """The LLM with its KV cache: allocated once, bound as input *and* output, so updated in place.
 
     A sequence uses the start of the cache's memory, as much as it may grow to: the prefill of an int8 cache copies all
@@ -92,10 +33,10 @@ class Decoder:
         self._specs = graphs.cache_specs(manifest.model, manifest.cache)
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
-        with explained(graph.name, graph.device):  # a GPU may have no room
+        with translate_errors(graph.name, graph.device):  # a GPU may have no room
             self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
-            self._step_inputs = {name: graph.tensor(name, data) for name, data in self._no_latents(manifest).items()}
-        self._step: ort.IOBinding | None = None
+            self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._no_latents(manifest).items()}
+        self._decode: ort.IOBinding | None = None
 
     def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
         return self._graph.tensor(f"past.{spec.name}", np.zeros(math.prod(_shape(spec, self._context)), spec.dtype))
@@ -131,19 +72,19 @@ class Decoder:
             first["positions"] = np.arange(length)[None]
         if "is_prefill" in self._graph.inputs:
             first["is_prefill"] = np.ones((), np.bool_)
-        with explained(self._graph.name, self._graph.device):
+        with translate_errors(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
-            self._step = self._binding(self._step_inputs)
-            binding = self._binding(self._step_inputs | tensors)
+            self._decode = self._binding(self._decode_inputs)
+            binding = self._binding(self._decode_inputs | tensors)
         self._graph.run_bound(binding, large=True)
         logits: Floats = self._logits[0]
         return logits
 
-    def step(self, embedding: Floats) -> Floats:
+    def decode(self, embedding: Floats) -> Floats:
         """Append one token's embedding ``[D]``: logits ``[V]``."""
         self._grow(self._length, 1, self._capacity)
         self._write("embeddings", embedding)
-        self._graph.run_bound(self._step, large=False)
+        self._graph.run_bound(self._decode, large=False)
         logits: Floats = self._logits[0]
         return logits
 
@@ -153,11 +94,11 @@ class Decoder:
         check_capacity(length, capacity)
         self._length, self._capacity = length, capacity
         places = {"total_length": length, "last_position": length - 1, "positions": start, "write_index": start}
-        for name in places.keys() & self._step_inputs.keys():
+        for name in places.keys() & self._decode_inputs.keys():
             self._write(name, places[name])
 
     def _write(self, name: str, data: npt.ArrayLike) -> None:
-        self._graph.write(name, self._step_inputs[name], data)
+        self._graph.write(name, self._decode_inputs[name], data)
 
     def _binding(self, inputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
         binding = self._graph.binding(inputs, self._outputs)

@@ -1,4 +1,4 @@
-"""Values of ``bundle.json`` that are of the right types and yet cannot be: out of range, or in contradiction."""
+"""Checks of the values in ``bundle.json``: ranges and consistency. :mod:`.schema` has checked their types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,22 +17,24 @@ from fusion_edge.runtime.bundle.config import (
     FusionConfig,
     LanguageConfig,
 )
+from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.graphs import graph_specs
-from fusion_edge.runtime.bundle.onnx_file import PAGE
-from fusion_edge.runtime.prompts.prompt import TEMPLATES
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, PRECISIONS, SCHEMA_VERSION, TARGETS, Manifest
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 
-if TYPE_CHECKING:
-    from fusion_edge.runtime.bundle.manifest import Manifest
-
-LARGEST = 2**31 - 1  # of a size: ONNX Runtime counts positions in int32
+LARGEST = 2**31 - 1
+"""Upper bound of a size: ONNX Runtime counts positions in int32."""
 ACTIVATIONS = ("float32", "float16")
 CACHES = (*ACTIVATIONS, "int8")
 ACCURACY_LEVELS = range(5)
 
 
-def check_values(manifest: Manifest, table: str) -> None:
-    """Raise ``ValueError``, a part of a sentence that names the value; ``table``: the token table's file."""
+def check_values(manifest: Manifest) -> None:
+    """Raise ``ValueError`` that names the first invalid value, as a part of a sentence."""
     model = manifest.model
+    _one_of("schema_version", manifest.schema_version, (SCHEMA_VERSION,))
+    _one_of("target", manifest.target, TARGETS)
+    _one_of("precision", manifest.precision, PRECISIONS)
     _one_of("activations", manifest.activations, ACTIVATIONS)
     _one_of("cache", manifest.cache, CACHES)
     _one_of("accuracy_level", manifest.accuracy_level, ACCURACY_LEVELS)
@@ -46,11 +47,11 @@ def check_values(manifest: Manifest, table: str) -> None:
     if model.language.layers > len(manifest.weights):
         raise ValueError(f"model.language.layers is {model.language.layers}, more than there are weights")
     _check_files(manifest)
-    _check_table(manifest, table)
+    _check_table(manifest)
     specs = {spec.name: spec for spec in graph_specs(model, manifest.target, manifest.activations, manifest.cache)}
     for name in specs.keys() | manifest.graphs.keys():
         if name not in specs or manifest.graphs.get(name) != specs[name].to_json():
-            raise ValueError(f"graphs.{name} is not what the model's sizes ask for"[:120])
+            raise ValueError(f"graphs.{name} does not match the model's sizes"[:120])
 
 
 def _check_model(model: FusionConfig) -> None:
@@ -64,7 +65,7 @@ def _check_model(model: FusionConfig) -> None:
     _check_language(model.language)
     _check_alignment(model.alignment, model.language.layers)
     if not model.eos_token_ids:
-        raise ValueError("model.eos_token_ids is empty: no answer would end")
+        raise ValueError("model.eos_token_ids is empty, so no answer would end")
     last = model.language.vocab_size - 1
     for name, ids in (("bos_token_id", (model.bos_token_id,)), ("eos_token_ids", model.eos_token_ids)):
         for token in ids:
@@ -94,7 +95,7 @@ def _check_alignment(alignment: AlignmentConfig, decoder_layers: int) -> None:
         _in_range(f"model.alignment.{name}", getattr(alignment, name), least)
     last = alignment.start + (alignment.layers - 1) * alignment.stride
     if last >= decoder_layers:
-        raise ValueError(f"model.alignment has an interaction layer after LLM layer {last}, and there is none")
+        raise ValueError(f"model.alignment has an interaction layer after LLM layer {last}, which does not exist")
     for length in alignment.query_lengths:
         _in_range("model.alignment.query_lengths", length, 1)
         if math.isqrt(length) ** 2 != length:
@@ -102,11 +103,11 @@ def _check_alignment(alignment: AlignmentConfig, decoder_layers: int) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    """Of their paths, which a checksum does not protect, only the form: where they lead is looked at on the disk."""
+    """Check sizes, checksums and the form of paths. Opening the bundle checks where the paths lead."""
     seen: set[str] = set()
     for number, entry in enumerate(manifest.files):
         if entry.path in seen:
-            raise ValueError(f"files[{number}].path is {entry.path[:80]!r}, which is there twice")
+            raise ValueError(f"files[{number}].path is {entry.path[:80]!r}, which is listed twice")
         seen.add(entry.path)
         if str(PurePosixPath(entry.path)) != entry.path:
             raise ValueError(f"files[{number}].path is {entry.path[:80]!r}, not a plain path")
@@ -115,15 +116,15 @@ def _check_files(manifest: Manifest) -> None:
             raise ValueError(f"files[{number}].sha256 is {entry.sha256[:80]!r}, not 64 hexadecimal digits")
 
 
-def _check_table(manifest: Manifest, table: str) -> None:
-    """The token table is inside of its file, if that is listed: each part on a page, behind the one before."""
+def _check_table(manifest: Manifest) -> None:
+    """Check that each part of the token table starts on a page, after the part before it, and ends in the file."""
     language = manifest.model.language
-    size = next((entry.size for entry in manifest.files if entry.path == table), None)
+    size = next((entry.size for entry in manifest.files if entry.path == EMBEDDINGS), None)
     free = 0
     for part in manifest.embedding.parts(language.vocab_size, language.hidden_size):
         end = part.offset + math.prod(part.shape) * np.dtype(part.dtype).itemsize
         if part.offset < free or part.offset % PAGE or (size is not None and end > size):
-            raise ValueError(f"embedding is at bytes {part.offset} to {end} of its file, which has {size}"[:200])
+            raise ValueError(f"embedding is at bytes {part.offset} to {end} of a file of {size} bytes"[:200])
         free = end
 
 
