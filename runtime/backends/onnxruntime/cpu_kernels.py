@@ -11,7 +11,7 @@ from pathlib import Path
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
 from fusion_edge.runtime.bundle.manifest import Manifest
 
-LIBRARY = Path(__file__).parents[2] / "kernels/cpu_operators.so"
+LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
 """What the kernels compute: linear products in integers, as ``MatMulNBits`` defines levels; attention in bfloat16."""
 FLOATS = frozenset({"fp32", "fp16"})
