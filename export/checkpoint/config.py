@@ -13,7 +13,7 @@ from fusion_edge.export.checkpoint.json_fields import Fields
 from fusion_edge.export.checkpoint.language_config import read_language, read_max_length
 from fusion_edge.export.checkpoint.prequantized.layout import Expected
 from fusion_edge.export.checkpoint.prequantized.parameters import with_prequantized_sources
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import (
     POSITION_IDS,
     ROTARY_BUFFER,

@@ -14,7 +14,7 @@ from fusion_edge.benchmarks import full_size_checkpoint
 from fusion_edge.benchmarks.full_size_checkpoint import GOLDEN, LAYOUTS, Layout, write_checkpoint
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.config import read_config, read_parameters
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.config import VisionConfig
 from fusion_edge.runtime.errors import FusionError

@@ -18,7 +18,7 @@ from support.paths import QUANTIZED
 from torch import Tensor, from_numpy
 
 from fusion_edge.export.checkpoint.prequantized import compressed_tensors, gptq
-from fusion_edge.export.checkpoint.prequantized.words import pack_words
+from fusion_edge.export.checkpoint.prequantized.int32_packing import pack_int32
 from fusion_edge.runtime.bundle.config import FusionConfig
 
 Tensors = dict[str, Tensor]
@@ -126,7 +126,7 @@ def packer(name: str, seed: int = 0) -> Pack:
         shape, limit = (rows, -(-inputs // size)), 1 << weights["num_bits"]
         values = draw.integers(0, limit, (rows, inputs)).astype(np.uint8)
         arrays: dict[str, npt.NDArray[Any]] = {
-            ".weight_packed": pack_words(values, bits),
+            ".weight_packed": pack_int32(values, bits),
             ".weight_shape": np.array([rows, inputs]),
         }
         if not weights["symmetric"]:

@@ -31,7 +31,7 @@ from fusion_edge.export.checkpoint.prequantized.layout import (
     StoredLayout,
     power_of_two_in,
 )
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.quant.codebook import CODES
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.prequantized.int32_packing import int32_count, pack_int32, unpack_int32
 from fusion_edge.export.checkpoint.prequantized.layout import (
     Expected,
     PrequantizedTensor,
@@ -28,11 +29,10 @@ from fusion_edge.export.checkpoint.prequantized.layout import (
     scale_dtype,
     stored_group_size,
 )
-from fusion_edge.export.checkpoint.prequantized.words import pack_words, unpack_words, words_of
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.regex_cost import check_regex
+from fusion_edge.runtime.tokenization.regex_cost import check_regex
 
 _BY_GROUP = ("group", "dynamic", True)  # values of actorder, by release
 _REPETITIONS = 3  # in a row, in a pattern of names, which have up to a hundred characters
@@ -140,12 +140,12 @@ class CompressedTensor:
     def tensors(self) -> Mapping[str, Expected]:
         groups = -(-self.inputs // self.group)
         expected = {
-            f"{self.tensor}_packed": Expected((self.rows, words_of(self.inputs, self.bits)), ("I32",)),
+            f"{self.tensor}_packed": Expected((self.rows, int32_count(self.inputs, self.bits)), ("I32",)),
             f"{self.tensor}_scale": Expected((self.rows, groups)),
             f"{self.tensor}_shape": Expected((2,), ("I64", "I32")),
         }
         if not self.is_symmetric:
-            shape = words_of(self.rows, self.bits), groups
+            shape = int32_count(self.rows, self.bits), groups
             expected[f"{self.tensor}_zero_point"] = Expected(shape, ("I32",))
         if not self.is_ordered:
             expected[f"{self.tensor}_g_idx"] = Expected((self.inputs,), ("I32",))
@@ -178,7 +178,7 @@ class CompressedTensor:
         packed = checkpoint.read_stored(f"{self.tensor}_packed")
 
         def unpack(start: int, stop: int) -> npt.NDArray[np.uint8]:
-            return unpack_words(packed[start:stop], self.bits, self.inputs)
+            return unpack_int32(packed[start:stop], self.bits, self.inputs)
 
         return integer_rows(unpack, scales, zeros, (self.group, self.inputs, size), columns)
 
@@ -191,10 +191,10 @@ class CompressedTensor:
 
 def pack_zeros(zeros: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
     """Zero points ``[N, groups]``, 2^(b-1) added, -> ``weight_zero_point``."""
-    return np.ascontiguousarray(pack_words(zeros.T, bits).T)
+    return np.ascontiguousarray(pack_int32(zeros.T, bits).T)
 
 
 def unpack_zeros(packed: npt.NDArray[np.int32], bits: int, rows: int) -> npt.NDArray[np.uint8]:
     """Inverse of :func:`pack_zeros`: ``[N, groups]``."""
-    zeros: npt.NDArray[np.uint8] = unpack_words(packed.T, bits, rows).T
+    zeros: npt.NDArray[np.uint8] = unpack_int32(packed.T, bits, rows).T
     return zeros

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.prequantized.int32_packing import int32_count, pack_int32, unpack_int32
 from fusion_edge.export.checkpoint.prequantized.layout import (
     Expected,
     PrequantizedTensor,
@@ -28,8 +29,7 @@ from fusion_edge.export.checkpoint.prequantized.layout import (
     scale_dtype,
     stored_group_size,
 )
-from fusion_edge.export.checkpoint.prequantized.words import pack_words, unpack_words, words_of
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.quant.formats import WeightFormat
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -94,8 +94,8 @@ class Gptq:
     def tensors(self) -> Mapping[str, Expected]:
         groups = -(-self.inputs // self.group)
         expected = {
-            f"{self.module}.qweight": Expected((words_of(self.inputs, self.bits), self.rows), ("I32",)),
-            f"{self.module}.qzeros": Expected((groups, words_of(self.rows, self.bits)), ("I32",)),
+            f"{self.module}.qweight": Expected((int32_count(self.inputs, self.bits), self.rows), ("I32",)),
+            f"{self.module}.qzeros": Expected((groups, int32_count(self.rows, self.bits)), ("I32",)),
             f"{self.module}.scales": Expected((groups, self.rows)),
         }
         if self.has_groups:
@@ -135,24 +135,24 @@ class Gptq:
 
 def pack_weight(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
     """Integers ``[N,K]`` -> ``qweight``."""
-    return np.ascontiguousarray(pack_words(values, bits).T)
+    return np.ascontiguousarray(pack_int32(values, bits).T)
 
 
 def unpack_weight(qweight: npt.NDArray[np.int32], bits: int, inputs: int) -> npt.NDArray[np.uint8]:
     """Inverse of :func:`pack_weight`: ``[N,K]``."""
-    return unpack_words(qweight.T, bits, inputs)
+    return unpack_int32(qweight.T, bits, inputs)
 
 
 def pack_zeros(zeros: npt.NDArray[np.uint8], bits: int, version: int) -> npt.NDArray[np.int32]:
     """Zero points ``[N, groups]`` -> ``qzeros``."""
-    words = pack_words(zeros.T, bits)
+    words = pack_int32(zeros.T, bits)
     return words - _ones(bits) if version == 1 else words
 
 
 def unpack_zeros(qzeros: npt.NDArray[np.int32], bits: int, rows: int, version: int) -> npt.NDArray[np.uint8]:
     """Inverse of :func:`pack_zeros`: ``[N, groups]``."""
     words = qzeros + _ones(bits) if version == 1 else qzeros
-    zeros: npt.NDArray[np.uint8] = unpack_words(words, bits, rows).T
+    zeros: npt.NDArray[np.uint8] = unpack_int32(words, bits, rows).T
     return zeros
 
 
@@ -161,4 +161,4 @@ def _ones(bits: int) -> npt.NDArray[np.int32]:
 
     GPTQModel takes it off words, not off integers: where a zero point is 0, the next one is one less.
     """
-    return pack_words(np.ones((1, 32 // bits), np.uint8), bits)
+    return pack_int32(np.ones((1, 32 // bits), np.uint8), bits)

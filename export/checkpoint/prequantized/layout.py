@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.safetensors_file import FLOATS, Checkpoint
+from fusion_edge.export.checkpoint.safetensors_header import FLOAT_DTYPES
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.packing import by_block
 from fusion_edge.runtime.errors import FusionError
@@ -24,7 +25,7 @@ class Expected:
     """A tensor that must be in the checkpoint."""
 
     shape: tuple[int, ...]
-    dtypes: tuple[str, ...] = FLOATS
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
 
 
 @dataclass(frozen=True)

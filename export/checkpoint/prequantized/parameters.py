@@ -16,10 +16,10 @@ from fusion_edge.export.checkpoint.prequantized.bitsandbytes import BitsAndBytes
 from fusion_edge.export.checkpoint.prequantized.compressed_tensors import CompressedTensorsLayout
 from fusion_edge.export.checkpoint.prequantized.gptq import GptqLayout
 from fusion_edge.export.checkpoint.prequantized.layout import Codes, PrequantizedTensor, Rows, StoredLayout
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, store
+from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, pack_codes
 from fusion_edge.runtime.errors import FusionError
 
 GPTQ_CONFIG = "quantize_config.json"
@@ -219,4 +219,4 @@ def _pack(parts: Sequence[Codes], form: WeightFormat) -> Packed:
     values, scales = np.concatenate([p.values for p in parts]), np.concatenate([p.scales for p in parts])
     if form.has_codebook:
         return Packed(pack(values.reshape(*scales.shape, -1), form), scales)
-    return store(values, scales, np.concatenate([p.zero_points for p in parts if p.zero_points is not None]), form)
+    return pack_codes(values, scales, np.concatenate([p.zero_points for p in parts if p.zero_points is not None]), form)

@@ -12,7 +12,7 @@ from support.packed_checkpoints import SMALL, packer, read_fixture, write_quanti
 from fusion_edge.export.calibration import estimate
 from fusion_edge.export.calibration.estimate import CalibrationEstimate, estimate_calibration
 from fusion_edge.export.calibration.options import CalibrationOptions
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.plan import ExportOptions, plan_export
 
 OPTIONS = CalibrationOptions(Path("samples"))

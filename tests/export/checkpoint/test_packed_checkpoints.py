@@ -19,14 +19,15 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.config import read_config, read_parameters
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.plan import ExportOptions, plan_export
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, open_bundle
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 PICTURE = GOLDEN / "phi_one_turn.png"

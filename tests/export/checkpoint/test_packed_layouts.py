@@ -15,8 +15,8 @@ from support.packed_checkpoints import VARIANTS, read_fixture
 from support.paths import QUANTIZED
 
 from fusion_edge.export.checkpoint.prequantized import bitsandbytes, compressed_tensors, gptq
+from fusion_edge.export.checkpoint.prequantized.int32_packing import int32_count, pack_int32, unpack_int32
 from fusion_edge.export.checkpoint.prequantized.layout import column_order, stored_group_size
-from fusion_edge.export.checkpoint.prequantized.words import pack_words, unpack_words, words_of
 from fusion_edge.quant.codebook import CODES
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.packing import by_block, dequantize, pack, quantize, unpack
@@ -42,12 +42,12 @@ def words(data: st.DataObject) -> Words:
 @given(data=st.data())
 def test_words(bits: int, data: st.DataObject) -> None:
     values = integers(data, bits)
-    packed = pack_words(values, bits)
+    packed = pack_int32(values, bits)
     assert packed.dtype == np.int32
-    assert packed.shape == (len(values), words_of(values.shape[1], bits))
-    np.testing.assert_array_equal(unpack_words(packed, bits, values.shape[1]), values)
+    assert packed.shape == (len(values), int32_count(values.shape[1], bits))
+    np.testing.assert_array_equal(unpack_int32(packed, bits, values.shape[1]), values)
     stored = words(data)
-    np.testing.assert_array_equal(pack_words(unpack_words(stored, bits, stored.shape[1] * 32 // bits), bits), stored)
+    np.testing.assert_array_equal(pack_int32(unpack_int32(stored, bits, stored.shape[1] * 32 // bits), bits), stored)
 
 
 @each_width
@@ -55,7 +55,7 @@ def test_words(bits: int, data: st.DataObject) -> None:
 def test_gptq_weights(bits: int, data: st.DataObject) -> None:
     values = integers(data, bits)
     packed = gptq.pack_weight(values, bits)
-    assert packed.shape == (words_of(values.shape[1], bits), len(values))
+    assert packed.shape == (int32_count(values.shape[1], bits), len(values))
     np.testing.assert_array_equal(gptq.unpack_weight(packed, bits, values.shape[1]), values)
     stored = words(data)
     inputs = len(stored) * 32 // bits
@@ -80,7 +80,7 @@ def test_gptq_zero_points(bits: int, version: int, data: st.DataObject) -> None:
 def test_compressed_tensors_zero_points(bits: int, data: st.DataObject) -> None:
     zeros = integers(data, bits).T
     packed = compressed_tensors.pack_zeros(zeros, bits)
-    assert packed.shape == (words_of(len(zeros), bits), zeros.shape[1])
+    assert packed.shape == (int32_count(len(zeros), bits), zeros.shape[1])
     np.testing.assert_array_equal(compressed_tensors.unpack_zeros(packed, bits, len(zeros)), zeros)
     stored = words(data)
     rows = len(stored) * 32 // bits
@@ -123,8 +123,8 @@ def test_what_the_libraries_packed_is_packed_alike(variant: str) -> None:
         np.testing.assert_array_equal(gptq.pack_zeros(zeros, bits, version), tensors[".qzeros"])
     elif variant.startswith("ct"):
         bits = 8 if variant == "ct-channel" else 4
-        values = unpack_words(tensors[".weight_packed"], bits, 128)
-        np.testing.assert_array_equal(pack_words(values, bits), tensors[".weight_packed"])
+        values = unpack_int32(tensors[".weight_packed"], bits, 128)
+        np.testing.assert_array_equal(pack_int32(values, bits), tensors[".weight_packed"])
     else:
         stored = tensors[".weight"].reshape(64, 64)
         np.testing.assert_array_equal(bitsandbytes.pack_nibbles(bitsandbytes.unpack_nibbles(stored)), stored)

@@ -19,7 +19,7 @@ from support.packed_checkpoints import packer, read_fixture, write_quantized
 
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.config import read_config, read_parameters
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.engines import cli as cli_build
@@ -29,7 +29,7 @@ from fusion_edge.export.planning.tensorrt_formats import BLOCK_SIZES, check_form
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.errors import UsageError
 
 Refuse = Callable[..., str]
