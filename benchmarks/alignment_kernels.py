@@ -22,8 +22,10 @@ from torch import Tensor
 from fusion_edge.kernels.triton import recursive_alignment as kernels
 from fusion_edge.kernels.triton.ahead_of_time import CONTEXT
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.system.output_file import write_whole
 
 BYTES_OF_SETS = 512_000_000  # several times any L2 cache
@@ -54,12 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--questions", type=cli.positive, default=1, help="(default: %(default)s)")
-    add("--latents", type=cli.positive, default=144, help="of a question (default: %(default)s)")
-    add("--width", type=cli.positive, default=3072, help="hidden size (default: %(default)s)")
+    add("--questions", type=positive_integer, default=1, help="(default: %(default)s)")
+    add("--latents", type=positive_integer, default=144, help="of a question (default: %(default)s)")
+    add("--width", type=positive_integer, default=3072, help="hidden size (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp16", help="(default: %(default)s)")
-    add("--json", type=cli.output_file, metavar="FILE", help="write the result here, too")
-    return cli.run(_main, parser.parse_args(arguments))
+    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 @torch.inference_mode()
@@ -75,7 +77,7 @@ def _main(options: argparse.Namespace) -> int:
         faster = f"{one.unfused_microseconds / one.microseconds:.1f} x"
         copy = f"{one.copy_microseconds:.2f} us"
         rows.append((one.kernel, f"{one.largest_error:.1e}", *times, faster, copy, f"{one.bandwidth_share:.0%}"))
-    sys.stdout.write(cli.table(rows))
+    sys.stdout.write(format_table(rows))
     if options.json is not None:
         facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
         sizes = {"questions": shape[0], "latents": shape[1], "width": shape[2], "dtype": options.dtype}

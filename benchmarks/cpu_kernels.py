@@ -31,8 +31,8 @@ from fusion_edge.kernels.onnx_functions.linear import (
     matmul_nbits_function,
 )
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
@@ -205,7 +205,7 @@ def report(name: str, make: Callable[[Path | None], Run], library: Path, layers:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return cli.run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(_: argparse.Namespace) -> int:

@@ -16,10 +16,11 @@ from unittest import mock
 
 import numpy as np
 
-from fusion_edge.benchmarks.latency.machine.info import machine_facts
+from fusion_edge.benchmarks.latency.machine.info import machine_info
 from fusion_edge.runtime.backends.base import ImageAlignment
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.fusion import Fusion, load
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.system.output_file import write_whole
@@ -32,10 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--bundle", type=Path, required=True, help="folder that fusion-export wrote")
-    add("--prompt", type=cli.positive, default=64, help="positions before the steps (default: %(default)s)")
-    add("--steps", type=cli.positive, default=60, help="steps that are timed (default: %(default)s)")
-    add("--json", type=cli.output_file, metavar="FILE", help="write the result here, too")
-    return cli.run(_main, parser.parse_args(arguments))
+    add("--prompt", type=positive_integer, default=64, help="positions before the steps (default: %(default)s)")
+    add("--steps", type=positive_integer, default=60, help="steps that are timed (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def _main(options: argparse.Namespace) -> int:
             "python_share": share,
             "steps": options.steps,
             "prompt": options.prompt,
-            "processor": machine_facts(None).processor,
+            "processor": machine_info(None).processor,
         }
         write_whole(options.json, json.dumps(result, indent=2) + "\n")
     return 0

@@ -22,8 +22,10 @@ from fusion_edge.quant.formats import group_sizes
 from fusion_edge.quant.policy import VISION, Rule, read_rules
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import byte_count, integer_list, positive_integer
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.formatting import format_bytes
 
 CALIBRATION_OPTIONS = {
     "samples": "--samples",
@@ -41,7 +43,7 @@ CALIBRATION_OPTIONS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
     arguments = parser().parse_args(argv)
-    return cli.run(_export, arguments)
+    return run_command(_export, arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,20 +86,20 @@ def parser() -> argparse.ArgumentParser:
     add("--rules", type=Path, metavar="FILE", help="TOML file of rules, considered after every --rule")
     add(
         "--query-len",
-        type=cli.numbers,
+        type=integer_list,
         default=defaults.query_lengths,
         metavar="N[,N...]",
         help="query lengths to offer, the default first (default: all of the checkpoint's, 144 first)",
     )
     add(
         "--image-tokens",
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
         help="FUSION-L: resize the image's tokens to this square number, e.g. 256 (default: all)",
     )
     add(
         "--max-context",
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
         help="positions of the KV cache, prompt and answer (default: what the checkpoint was trained with)",
     )
@@ -133,8 +135,8 @@ def parser() -> argparse.ArgumentParser:
         help="the vision encoder in integers throughout (int8, needs --calibrate), with 8-bit weights alone, or in 16 "
         "bits (default: int8 with --calibrate for the cpu, else int8-weights)",
     )
-    add("--samples", type=cli.positive, metavar="N", help="samples to calibrate with (default: 128)")
-    add("--held-out", type=cli.positive, metavar="N", help="further samples, to compare with float (default: 16)")
+    add("--samples", type=positive_integer, metavar="N", help="samples to calibrate with (default: 128)")
+    add("--held-out", type=positive_integer, metavar="N", help="further samples, to compare with float (default: 16)")
     add("--method", choices=METHODS, help="how to fit: GPTQ, or round to nearest and only measure (default: gptq)")
     add("--device", choices=DEVICES, help="where to calibrate (default: cpu)")
     add(
@@ -147,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     mixed = parser.add_mutually_exclusive_group()
     mixed.add_argument(
         "--budget",
-        type=cli.byte_count,
+        type=byte_count,
         metavar="SIZE",
         help="give 8 bits to the 4-bit weights that need them most, as many as a bundle of this size holds, e.g. 2.9GB",
     )
@@ -156,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--sensitivity-samples",
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
         help="samples on which that need is measured (default: 4; time grows with them)",
     )
@@ -165,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print sizes and memory, write nothing")
     add(
         "--fit",
-        type=cli.byte_count,
+        type=byte_count,
         metavar="SIZE",
         help="refuse a bundle that does not run in this memory, e.g. 8GB (default: a device's own, if --target is one)",
     )
@@ -211,7 +213,7 @@ def _export(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(result | {"quantization": report.to_json(with_seconds=True)}) + "\n")
     else:
         sys.stdout.write(report.table() if report.linears else "")
-        sizes = f"{cli.size(written)} from {cli.size(plan.source_bytes)}"
+        sizes = f"{format_bytes(written)} from {format_bytes(plan.source_bytes)}"
         sys.stdout.write(f"{arguments.output}: {sizes}, {manifest.precision}, {manifest.target}\n")
     return 0
 

@@ -97,7 +97,7 @@ class DataWriter:
     def _scalar(self, tensor: PlannedTensor) -> npt.NDArray[Any]:
         """A scale or zero point of inputs."""
         assert self._calibrated is not None  # or the plan would have no format that rounds inputs
-        grid = self._calibrated.records.input_grid(self._linears[tensor.parameter].name)
+        grid = self._calibrated.records.activation_quantization(self._linears[tensor.parameter].name)
         return np.array(grid.scale if tensor.part == "input_scale" else grid.zero_point, tensor.dtype)
 
     def _note(self, name: str, values: PlannedTensor, total: _Rounded) -> None:

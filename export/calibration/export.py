@@ -10,8 +10,8 @@ import torch
 
 from fusion_edge.export.bundle.hidden_folders import hidden_parent
 from fusion_edge.export.bundle.writer import check_output, resolve_output, write_bundle
+from fusion_edge.export.calibration.bit_budget import check_budget, mix
 from fusion_edge.export.calibration.estimate import calibration_disk
-from fusion_edge.export.calibration.mixed import check_budget, mix
 from fusion_edge.export.calibration.options import CalibrationOptions
 from fusion_edge.export.calibration.run import calibrate
 from fusion_edge.export.calibration.samples import Samples, read_samples

@@ -15,7 +15,7 @@ from fusion_edge.export.checkpoint.prequantized.quantization_config import read_
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, store
+from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, pack_codes
 from fusion_edge.runtime.errors import FusionError
 
 _CACHED_WEIGHTS = 3  # neighboring blocks of rows are read from the tensors of one parameter, at most three
@@ -173,4 +173,4 @@ def _pack(parts: Sequence[QuantizedRows], form: WeightFormat) -> Packed:
     values, scales = np.concatenate([p.values for p in parts]), np.concatenate([p.scales for p in parts])
     if form.has_codebook:
         return Packed(pack(values.reshape(*scales.shape, -1), form), scales)
-    return store(values, scales, np.concatenate([p.zero_points for p in parts if p.zero_points is not None]), form)
+    return pack_codes(values, scales, np.concatenate([p.zero_points for p in parts if p.zero_points is not None]), form)

@@ -13,8 +13,8 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from fusion_edge.kernels.operators import DOMAIN, MICROSOFT
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
-from fusion_edge.runtime.bundle.onnx_file import PAGE
 
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -62,7 +62,7 @@ class PlannedTensor:
     @property
     def is_for_dequantize_linear(self) -> bool:
         """Whether these are integers in the layout of ``quant/dequantize_linear.py``."""
-        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.rounds_inputs)
+        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.quantizes_activations)
 
 
 class GraphBuilder:

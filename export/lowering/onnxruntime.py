@@ -47,7 +47,7 @@ class OnnxRuntimeOperations(OnnxOperations):
 
     def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
         up, down = self.linears[f"{name}.up"], self.linears[f"{name}.down"]
-        if up.format.rounds_inputs and down.format.rounds_inputs:
+        if up.format.quantizes_activations and down.format.quantizes_activations:
             function = integer_mlp_function(OPSET)
             return self._function(function, [x, *self._integer_inputs(up), *self._integer_inputs(down)], name)
         return self._linear(self.linear(x, up.name, bias=True), down, bias=True, of_gelu=True)
@@ -55,7 +55,7 @@ class OnnxRuntimeOperations(OnnxOperations):
     def _linear(self, x: OnnxValue, linear: Linear, bias: bool, of_gelu: bool = False) -> OnnxValue:
         """Apply a linear to ``x``, or to GELU(x) with ``of_gelu``: one function where a CPU kernel fuses both."""
         form, name = linear.format, linear.name
-        if form.rounds_inputs:
+        if form.quantizes_activations:
             function = integer_matmul_function(OPSET, of_gelu)
             return self._function(function, [x, *self._integer_inputs(linear, bias)], name)
         offset = self.parameter(f"{name}.bias") if bias else None

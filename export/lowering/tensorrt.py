@@ -46,7 +46,7 @@ class TensorRTOperations(OnnxOperations):
             x = self._in_stored_order(x, linear)
             values = self._int4(linear)
         elif form.is_quantized:
-            x = self._quantized_activations(x, linear) if form.rounds_inputs else x
+            x = self._quantized_activations(x, linear) if form.quantizes_activations else x
             values = self._transposed(self._int8(linear))
         else:
             dtype = "float16" if form.kind == "fp16" else "float32"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.backends import device_memory
+from fusion_edge.runtime.backends.tensorrt import memory_estimate
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, VISION_HEADS
 
 RUNTIME_BYTES = 130_000_000
@@ -62,7 +62,7 @@ def estimate(plan: ExportPlan) -> Estimate:
         key_value_cache=_key_value_cache(plan),
         alignment_cache=_alignment_cache(plan),
         activations=_activations(plan),
-        runtime=RUNTIME_BYTES + (device_memory.RUNTIME_BYTES if plan.options.target == "tensorrt" else 0),
+        runtime=RUNTIME_BYTES + (memory_estimate.RUNTIME_BYTES if plan.options.target == "tensorrt" else 0),
     )
 
 
@@ -100,7 +100,7 @@ def _activations(plan: ExportPlan) -> int:
     """The three sessions' arenas: of four crops, of keys and values, of a full prompt."""
     config = plan.config
     if plan.options.target == "tensorrt":
-        return device_memory.activation_bytes(config, plan.settings.max_context)
+        return memory_estimate.activation_bytes(config, plan.settings.max_context)
     vision, language, patches = config.vision, config.language, GLOBAL_CROPS * config.vision.patches
     tower = patches * (6 * vision.width + 2 * vision.mlp_width + VISION_HEADS * vision.patches)
     windows = plan.options.query_lengths[0] * config.alignment.window_size**2

@@ -29,10 +29,11 @@ from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
 from fusion_edge.quant.policy import EMBEDDING, Rule, assign, preset
 from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.bundle.config import MINIMUM_QUESTION, FusionConfig, side
+from fusion_edge.runtime.bundle.files import FileEntry
 from fusion_edge.runtime.bundle.graphs import GraphSpec
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.prompts.prompt import TEMPLATES
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 KV_CACHES = ("float", "int8")
 
@@ -107,7 +108,7 @@ class ExportPlan:
         """Bytes of the checkpoint that will be read."""
         return self.checkpoint.total_bytes
 
-    def manifest(self, files: tuple[bundle.FileEntry, ...]) -> bundle.Manifest:
+    def manifest(self, files: tuple[FileEntry, ...]) -> bundle.Manifest:
         """The manifest for the files written."""
         settings = self.settings
         return bundle.Manifest(
@@ -138,7 +139,7 @@ class ExportPlan:
         taken_over = {name: str(linear.format) for name, linear in self.linears.items() if linear.prequantized}
         if quantized or taken_over:
             sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized, taken_over).to_bytes())
-        entries = tuple(bundle.FileEntry(name, size, "0" * 64) for name, size in sizes.items())
+        entries = tuple(FileEntry(name, size, "0" * 64) for name, size in sizes.items())
         return sum(sizes.values()) + len(self.manifest(entries).to_text())
 
 
@@ -302,7 +303,7 @@ def _check_formats(linears: Mapping[str, Linear], options: ExportOptions) -> Non
                 f"{name} cannot be {form}: its {linear.inputs} inputs are not whole blocks of {form.group_size}; use a "
                 f"smaller --group-size, or another format (--rule '{name}=int4')."
             )
-    rounding = [name for name, linear in linears.items() if linear.format.rounds_inputs]
+    rounding = [name for name, linear in linears.items() if linear.format.quantizes_activations]
     if rounding and not options.is_calibrated:
         raise UsageError(
             f"{rounding[0]} is to be w8a8, and the range of its inputs is not known: add --calibrate DATA, or use "

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.quant.formats import PER_CHANNEL, STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.runtime.bundle.manifest import Bundle
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 BLOCK_SIZES = (64, 128)

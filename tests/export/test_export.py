@@ -18,7 +18,8 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.export.reference.bundle_weights import BundleWeights
-from fusion_edge.runtime.bundle.manifest import MANIFEST, open_bundle
+from fusion_edge.runtime.bundle.manifest import MANIFEST
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 CHECKPOINTS = ("FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fuzz.fake_onnxruntime import Call, FakeOnnxRuntime, Refused
 from fuzz.guarded_memory import GuardedMemory
 from fuzz.kernel_calls import draw

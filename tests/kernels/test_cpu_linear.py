@@ -23,7 +23,7 @@ from support.own_kernels import needs_cpu_kernels, streams
 from fusion_edge.kernels.onnx_functions.linear import matmul_nbits_function
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize, quantize
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
 

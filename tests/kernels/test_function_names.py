@@ -30,7 +30,7 @@ from fusion_edge.export.lowering import tensorrt
 from fusion_edge.kernels.onnx_functions.alignment import add_rows_function
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 Arrays = dict[str, npt.NDArray[Any]]
 GRAPHS = (VISION_ENCODER, ALIGNMENT_DECODER, LLM)

@@ -22,7 +22,7 @@ from fusion_edge.export.checkpoint.prequantized.int32_packing import int32_count
 from fusion_edge.export.checkpoint.prequantized.layout import ExpectedTensor, PrequantizedTensor, StoredLayout
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.regex_cost import check_regex
+from fusion_edge.runtime.tokenization.regex_cost import check_regex
 
 _BY_GROUP = ("group", "dynamic", True)  # values of actorder for reordered columns, by release
 _REPETITIONS = 3  # consecutive ones in a pattern, which matches names of up to 100 characters

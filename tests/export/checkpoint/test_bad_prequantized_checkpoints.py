@@ -209,7 +209,9 @@ def test_a_range_of_columns_inside_a_group(tmp_path: Path, refused: Refuse) -> N
     assert cli.main([str(folder), "--dry-run", *rules]) == 0
 
 
-@pytest.mark.parametrize(("other", "how"), [("gptq-v1-channel", "differ in bits, groups"), (None, "only partly quantized")])
+@pytest.mark.parametrize(
+    ("other", "how"), [("gptq-v1-channel", "differ in bits, groups"), (None, "only partly quantized")]
+)
 def test_matrices_of_one_product_that_differ(tmp_path: Path, refused: Refuse, other: str | None, how: str) -> None:
     model = dataclasses.replace(SMALL, template="llama_3")
     fixture = read_fixture("gptq-v1-sym")

@@ -27,7 +27,8 @@ from fusion_edge.export.planning.plan import ExportOptions, plan_export
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, open_bundle
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 PICTURE = GOLDEN / "phi_one_turn.png"

@@ -79,9 +79,7 @@ def test_gptq_out_of_order_needs_its_groups(copy: Callable[[str], Path], refused
 def test_a_bias_of_gptq(copy: Callable[[str], Path], refused: Callable[..., str]) -> None:
     checkpoint = copy("gptq")
     edit_tensors(checkpoint, lambda tensors: tensors.update({f"{DOWN}.bias": torch.full((64,), 0.5)}))
-    assert f"Tensor {DOWN}.bias of {checkpoint} is a bias that is not 0" in refused(
-        cli.main, checkpoint, "--dry-run"
-    )
+    assert f"Tensor {DOWN}.bias of {checkpoint} is a bias that is not 0" in refused(cli.main, checkpoint, "--dry-run")
 
 
 @pytest.mark.parametrize("method", [{}, {"quant_method": None}, {"quant_method": "gptq"}])
@@ -152,7 +150,10 @@ def test_a_scale_that_is_none(
     edit_tensors(checkpoint, spoil(layout, value))
     name = f"{DOWN}.weight.absmax" if layout == "nested" else SCALES[layout]
     message = refused(cli.main, checkpoint, "--dry-run")
-    assert f"{name} of {checkpoint} holds the scale {value:g}; expected positive numbers in the range of float32" in message
+    assert (
+        f"{name} of {checkpoint} holds the scale {value:g}; expected positive numbers in the range of float32"
+        in message
+    )
     assert "--rule 'llm.layers.0.mlp.down=int4'" in message
 
 

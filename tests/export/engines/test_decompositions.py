@@ -17,7 +17,7 @@ from support.paths import GOLDEN
 from fusion_edge.export import cli
 from fusion_edge.export.engines.decompositions import OPSET, SINCE, missing_operators, replace_operators
 from fusion_edge.export.engines.partition import fix_dimension
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 
 Array = npt.NDArray[Any]
 pytestmark = needs_opset_24

@@ -31,9 +31,9 @@ from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import UsageError
 
@@ -153,7 +153,9 @@ def test_inputs_that_are_integers(integer_bundle: Path) -> None:
     weights = BundleWeights(bundle)
     linears = [name for name, form in bundle.manifest.weights.items() if form == "w8a8"]
     assert linears
-    assert {grid and grid.zero_point for grid in map(weights.input_grid, linears)} == {SYMMETRIC_ZERO_POINT}
+    assert {grid and grid.zero_point for grid in map(weights.activation_quantization, linears)} == {
+        SYMMETRIC_ZERO_POINT
+    }
     pixels = np.random.default_rng(0).normal(0, 0.5, (1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     text = np.random.default_rng(1).normal(0, 0.5, (1, 5, bundle.manifest.model.language.hidden_size))
     inputs = pixels, text.astype(np.float32), np.ones((1, 5), np.bool_)

@@ -30,7 +30,7 @@ from fusion_edge.export.planning.tensorrt_formats import BLOCK_SIZES, check_form
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.errors import UsageError
 
 Refuse = Callable[..., str]
