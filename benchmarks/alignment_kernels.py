@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--questions", type=positive_integer, default=1, help="(default: %(default)s)")
+    add("--questions", type=positive_integer, default=1, help="number of questions (default: %(default)s)")
     add("--latents", type=positive_integer, default=144, help="latents per question (default: %(default)s)")
     add("--width", type=positive_integer, default=3072, help="hidden size (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp16", help="element type (default: %(default)s)")
