@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
@@ -10,7 +13,10 @@ from fusion_edge.benchmarks.latency.one_node_model import IR_VERSION, OPSETS, on
 
 
 def test_a_model_is_what_onnx_writes() -> None:
-    weights = {"w": np.arange(300, dtype=np.uint8).reshape(2, 3, 50), "s": np.ones((2, 3), np.float32)}
+    weights: dict[str, npt.NDArray[Any]] = {
+        "w": np.arange(300, dtype=np.uint8).reshape(2, 3, 50),
+        "s": np.ones((2, 3), np.float32),
+    }
     attributes = {"K": 300, "N": 2, "bits": 4, "block_size": 100}
     written = one_node_model("MatMulNBits", {"x": np.float32}, np.float32, weights, "com.microsoft", attributes)
 
