@@ -1,4 +1,4 @@
-"""MkDocs hook: write a page for every command from its parser, and turn links to files of the repository into text."""
+"""MkDocs hook: write a page for every command from its parser, and bring linked files into the site."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace links to files outside the documentation by their text and path: the site does not hold these files.
+    """Copy linked files outside the documentation's folder, such as results and examples, into ``files/`` of the site.
 
     Raises ``FileNotFoundError`` for a link to a missing file.
     """
-    folder = Path(config.docs_dir) / page.file.src_uri
-    files_known = {file.src_uri for file in files}
+    folder = (Path(config.docs_dir) / page.file.src_uri).parent
+    up = "../" * page.file.src_uri.count("/")
 
-    def text(match: re.Match[str]) -> str:
-        target = (folder.parent / match[2]).resolve()
+    def link(match: re.Match[str]) -> str:
+        target = (folder / match[2]).resolve()
         if target.is_relative_to(config.docs_dir):
-            inside = target.relative_to(config.docs_dir).as_posix()
-            if inside in files_known:
-                return match[0]
-        if not target.exists():
-            raise FileNotFoundError(f"{page.file.src_uri} links to {match[2]}, which does not exist.")
-        path = target.relative_to(ROOT).as_posix()
-        return f"`{path}`" if Path(match[1].strip("`")).name == target.name else f"{match[1]} (`{path}`)"
+            return match[0]
+        if not target.is_file():
+            raise FileNotFoundError(f"{page.file.src_uri} links to {match[2]}, which is no file.")
+        name = f"files/{target.relative_to(ROOT).as_posix()}"
+        if files.get_file_from_path(name) is None:
+            files.append(File.generated(config, name, abs_src_path=str(target)))
+        return f"[{match[1]}]({up}{name})"
 
-    return OUTSIDE.sub(text, markdown)
+    return OUTSIDE.sub(link, markdown)
 
 
 def command_page(parser: argparse.ArgumentParser, level: int) -> str:
