@@ -24,6 +24,8 @@ COMMANDS = {
     ),
 }
 """Module and function of every parser, by command."""
+TITLES = {"positional arguments": "Arguments", "options": "Options"}
+"""Headings of argparse's own groups."""
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)\)")
 """Link from a page to a file outside the documentation's folder."""
 
@@ -64,11 +66,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def command_page(parser: argparse.ArgumentParser, level: int) -> str:
     """Return a command as Markdown below a heading of a level: description, usage, arguments and options."""
     lines = [f"{'#' * level} {parser.prog}", "", str(parser.description), "", "```text", usage(parser), "```", ""]
-    for title, is_option in (("Arguments", False), ("Options", True)):
-        actions = [action for action in parser._actions if bool(action.option_strings) is is_option]
-        if actions:
+    for group in parser._action_groups:
+        title = TITLES.get(group.title or "", (group.title or "Options").capitalize())
+        if group._group_actions:
             lines += [f"{'#' * (level + 1)} {title} {{ #{anchor(parser.prog, title)} }}", ""]
-            lines += [line for action in actions for line in entry(parser, action)]
+            lines += [line for action in group._group_actions for line in entry(parser, action)]
     if parser.epilog:
         lines += [parser.epilog, ""]
     return "\n".join(lines)
