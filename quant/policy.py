@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
+from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -41,11 +41,6 @@ class Rule:
         return cls(pattern.strip(), WeightFormat.parse(form.strip(), group_size))
 
 
-def eight_bits(group_size: int | None, target: str) -> WeightFormat:
-    """8-bit weights of linears: TensorRT reads those of one scale a channel, whatever the others' groups."""
-    return WeightFormat.grouped("int8", PER_CHANNEL if target == "tensorrt" else group_size)
-
-
 def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
     """The rules behind ``--vision``. ``int8``: inputs are integers too, but for the patch embedding's, the pixels, and
     those of the projector's last linear. ``int8`` is the format of weights whose inputs are floats.
@@ -62,18 +57,19 @@ def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
 
 
 def preset(
-    precision: str, group_size: int | None, vision: str, asymmetric: bool = False, target: str = "cpu"
+    precision: str, group_size: int | None, vision: str, asymmetric: bool = False, int8: WeightFormat | None = None
 ) -> list[Rule]:
-    """The rules behind ``--fp32``, ``--fp16``, ``--int8``, ``--int4``, ``--nf4``; ``vision`` is for the latter three.
+    """Return the rules of ``--fp32``, ``--fp16``, ``--int8``, ``--int4``, ``--nf4``; ``vision`` is for the last three.
 
-    ``asymmetric``: INT4 weights have zero points.
+    ``asymmetric``: INT4 weights have zero points. ``int8``: format of 8-bit linears, if not of ``group_size``.
 
     4 bits are for the LLM and the alignment; what is read once an image, or is most sensitive, keeps 8 bits.
     """
     if precision in ("fp32", "fp16"):
         return [Rule("*", WeightFormat(precision))]
-    int8 = eight_bits(group_size, target)
-    table = Rule(EMBEDDING, WeightFormat.grouped("int8", group_size))
+    grouped = WeightFormat.grouped("int8", group_size)
+    int8 = int8 or grouped
+    table = Rule(EMBEDDING, grouped)
     if precision == "int8":
         return [table, *vision_preset(vision, int8), Rule("*", int8)]
     return [

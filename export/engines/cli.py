@@ -18,7 +18,7 @@ from pathlib import Path
 from fusion_edge.export.bundle.partial_folder import Content, partial_folder
 from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder, why_no_plugins
 from fusion_edge.export.engines.profiles import limits
-from fusion_edge.export.planning.tensorrt_formats import check_bundle
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_bundle
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.tensorrt_library import LIBRARIES, Library, find_library, first_library
 from fusion_edge.runtime.bundle import engines
@@ -106,7 +106,7 @@ def _device(text: str) -> str:
 
 def _build(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle)
-    if bundle.manifest.target != "tensorrt":
+    if bundle.manifest.target != TENSORRT.name:
         raise FusionError(
             f"{bundle.folder} was exported for {bundle.manifest.target}; "
             f"fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt makes one to build from."

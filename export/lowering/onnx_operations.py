@@ -51,6 +51,8 @@ class OnnxOperations(Operations[OnnxValue]):
     """Operations (``export/model/operations.py``) that append nodes to a :class:`GraphBuilder`. B = 1 throughout."""
 
     opset: int
+    stores_int4_by_column: bool = False
+    """Whether 4-bit weights lie as ``[K,N]`` in the data file, not as rows of packed blocks."""
 
     def __init__(
         self,

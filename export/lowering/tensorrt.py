@@ -26,6 +26,7 @@ class TensorRTOperations(OnnxOperations):
     """Operations (``model/operations.py``) for TensorRT. No Reshape of a value that may be empty guesses a size."""
 
     opset = OPSET
+    stores_int4_by_column = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
