@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue, Settings
 from fusion_edge.export.lowering.graph_builder import GraphBuilder
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue, Settings
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.runtime.bundle import graphs
@@ -28,6 +28,9 @@ def build_graphs(
     _vision_encoder(vision, config)
     _alignment_decoder(alignment, config)
     _llm(llm, config)
+    for builder in builders:
+        for rewrite in lowering.passes:
+            rewrite(builder)
     return builders
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto
 
+from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.kernels import onnx_functions
 from fusion_edge.runtime.bundle.graphs import TensorSpec
 

@@ -10,10 +10,10 @@ from functools import cached_property
 from fusion_edge.export.checkpoint.config import read_config, read_parameters
 from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.base import Settings
 from fusion_edge.export.lowering.graph_builder import GraphBuilder, PlannedTensor
 from fusion_edge.export.lowering.graphs import build_graphs
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import Settings
 from fusion_edge.export.lowering.onnxruntime import OPSET
 from fusion_edge.export.planning.formats import plan_linears
 from fusion_edge.export.planning.options import ExportOptions

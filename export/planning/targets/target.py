@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
+from fusion_edge.export.lowering.base import OnnxOperations
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations
 from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
 
