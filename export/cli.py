@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.calibration.options import CALIBRATION, CalibrationOptions
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
-from fusion_edge.export.checkpoint.source import resolve_checkpoint
+from fusion_edge.export.checkpoint.hub import resolve_checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.dry_run import check_fit, dry_run
 from fusion_edge.export.planning.arguments import add_options, flag_of, given
 from fusion_edge.export.planning.memory import estimate
@@ -21,8 +21,10 @@ from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.quant.policy import Rule, read_rules
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import byte_count
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.formatting import format_bytes
 
 OUTPUT = "output"
 """Group of options in ``--help``."""
@@ -31,7 +33,7 @@ OUTPUT = "output"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     arguments = parser().parse_args(argv)
-    return cli.run(_export, arguments)
+    return run_command(_export, arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     _add_rules(groups[PRECISION])
     groups[TARGET].add_argument(
         "--fit",
-        type=cli.byte_count,
+        type=byte_count,
         metavar="SIZE",
         help="refuse a bundle that does not run in this memory, e.g. 8GB (default: the memory of --target's device)",
     )
@@ -117,7 +119,7 @@ def _print(arguments: argparse.Namespace, plan: ExportPlan, manifest: Manifest, 
         sys.stdout.write(json.dumps(result | {"quantization": report.to_json(with_seconds=True)}) + "\n")
         return
     sys.stdout.write(report.table() if report.linears else "")
-    sizes = f"{cli.size(written)} from {cli.size(plan.source_bytes)}"
+    sizes = f"{format_bytes(written)} from {format_bytes(plan.source_bytes)}"
     sys.stdout.write(f"{arguments.output}: {sizes}, {manifest.precision}, {manifest.target}\n")
 
 

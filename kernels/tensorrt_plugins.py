@@ -41,7 +41,8 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from fusion_edge.kernels.onnx_functions import ADD_LAYER_NORM, ADD_ROWS, CONTEXT_ATTENTION, DOMAIN
+from fusion_edge.kernels.onnx_functions.alignment import ADD_LAYER_NORM, ADD_ROWS, CONTEXT_ATTENTION
+from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.triton.ahead_of_time import ARCHITECTURES, CONTEXT, KERNELS, compiled
 from fusion_edge.kernels.triton.kernel_folder import Compile
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS

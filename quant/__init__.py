@@ -1,0 +1,1 @@
+"""Mathematics of weight and activation quantization: formats, packing, GPTQ, SmoothQuant, bit allocation."""

@@ -1,4 +1,4 @@
-"""Which weights get 8 bits where 4 are too few and a budget has room for some: those that buy most for their bytes."""
+"""Allocation of 8 bits to the most sensitive 4-bit linears, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from fusion_edge.runtime.bundle.quantization_report import Sensitivity
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A linear with 4 bits that may get 8."""
+class Promotion:
+    """A 4-bit linear that may be promoted to 8 bits."""
 
     sensitivity: Sensitivity
     extra_bytes: int
-    """What 8 bits add to the bundle, at the most."""
+    """Upper bound of the bytes that 8 bits add to the bundle."""
 
 
-def choose(candidates: Sequence[Candidate], spare_bytes: int) -> list[str]:
-    """Names of the linears that get 8 bits, together within ``spare_bytes``.
+def allocate(promotions: Sequence[Promotion], spare_bytes: int) -> list[str]:
+    """Return the names of the linears to promote; together they cost at most ``spare_bytes``.
 
-    Greedy by KL divergence per byte, which of all divisible goods is the best choice there is; those that do not move
-    the logits follow by the error of their outputs.
+    Greedy, in order of KL divergence per extra byte: the optimum of the fractional knapsack problem. Linears without a
+    measurable KL divergence follow in order of the SQNR of their outputs.
     """
 
-    def worth(candidate: Candidate) -> tuple[float, float]:
-        sensitivity = candidate.sensitivity
-        return -sensitivity.kl_divergence / candidate.extra_bytes, sensitivity.output_sqnr
+    def priority(promotion: Promotion) -> tuple[float, float]:
+        sensitivity = promotion.sensitivity
+        return -sensitivity.kl_divergence / promotion.extra_bytes, sensitivity.output_sqnr
 
-    chosen = []
-    for candidate in sorted(candidates, key=worth):
-        if candidate.extra_bytes <= spare_bytes:
-            spare_bytes -= candidate.extra_bytes
-            chosen.append(candidate.sensitivity.name)
-    return chosen
+    promoted = []
+    for promotion in sorted(promotions, key=priority):
+        if promotion.extra_bytes <= spare_bytes:
+            spare_bytes -= promotion.extra_bytes
+            promoted.append(promotion.sensitivity.name)
+    return promoted
 
 
-def stored_bits(shape: tuple[int, int], form: WeightFormat) -> int:
-    """Bits of the values, scales and zero points of a linear ``[outputs, inputs]``."""
+def stored_bits(shape: tuple[int, int], fmt: WeightFormat) -> int:
+    """Return the bits of the values, scales and zero points of a linear ``[outputs, inputs]``."""
     rows, inputs = shape
-    overhead = 8 * np.dtype(form.scale_dtype).itemsize + (0 if form.is_symmetric else form.bits)
-    return rows * form.blocks(inputs) * (form.block(inputs) * form.bits + overhead)
+    overhead = 8 * np.dtype(fmt.scale_dtype).itemsize + (0 if fmt.is_symmetric else fmt.bits)
+    return rows * fmt.blocks(inputs) * (fmt.block(inputs) * fmt.bits + overhead)
 
 
 def mean_bits(shapes: Mapping[str, tuple[int, int]], formats: Mapping[str, WeightFormat]) -> float:
-    """Bits that a weight takes in the mean over the linears of ``shapes``, scales and zero points included."""
+    """Return the mean bits per weight of the linears in ``shapes``, scales and zero points included."""
     stored = sum(stored_bits(shape, formats[name]) for name, shape in shapes.items())
     return stored / sum(rows * inputs for rows, inputs in shapes.values())

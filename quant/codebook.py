@@ -1,7 +1,7 @@
-"""NF4 and FP4 as bitsandbytes rounds to them: 4-bit integers that stand for 16 unevenly spaced numbers.
+"""NF4 and FP4 codebooks, bit-compatible with bitsandbytes: a 4-bit code is an index into 16 values from -1 to 1.
 
-NF4 (Dettmers et al. 2023, arXiv:2305.14314): quantiles of a normal distribution. FP4: a sign, two bits of exponent, one
-of mantissa. Both from -1 to 1, times the largest absolute value of a block.
+NF4 (Dettmers et al. 2023, arXiv:2305.14314): quantiles of a normal distribution. FP4: one sign bit, two exponent bits,
+one mantissa bit. The scale of a block is its largest absolute value.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ CODES = {
     ),
     "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12),
 }
-"""float32 ``[16]`` by kind: what each integer stands for, bit for bit bitsandbytes' tables and MatMulBnb4's."""
+"""Value of each code, float32 ``[16]``, by kind. Bit-identical to the tables of bitsandbytes and MatMulBnb4."""
 
-SMALLEST = np.float32(1e-38)  # bitsandbytes divides by no less
+SMALLEST_ABSMAX = np.float32(1e-38)  # lower bound of the divisor, as in bitsandbytes
 
 
 def quantize(
     rows: npt.NDArray[np.float32], kind: str, block: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Round ``[n,K]``, K a multiple of ``block``: integers ``[n,K]``, largest absolute values ``[n,K/block]``.
+    """Round ``[n,K]``, K a multiple of ``block``, to codes ``[n,K]``; also return the absmax ``[n,K/block]``.
 
-    As bitsandbytes does on a CPU: to the nearest number, of two equally near ones to the lower.
+    Rounds to the nearest value, ties to the lower one, as bitsandbytes does on a CPU.
     """
     codes = CODES[kind]
     order = np.argsort(codes, kind="stable")
     midpoints = (codes[order[:-1]] + codes[order[1:]]) / np.float32(2)
     blocks = rows.reshape(len(rows), -1, block)
     absmax = np.abs(blocks).max(axis=2)
-    scaled = np.clip(blocks * (1 / np.maximum(absmax, SMALLEST))[:, :, None], -1, 1)
+    scaled = np.clip(blocks * (1 / np.maximum(absmax, SMALLEST_ABSMAX))[:, :, None], -1, 1)
     rank = np.zeros(scaled.shape, np.uint8)
-    for midpoint in midpoints:  # twenty times as fast as a search
+    for midpoint in midpoints:  # 20 times as fast as np.searchsorted
         rank += scaled > midpoint
     return order.astype(np.uint8)[rank].reshape(rows.shape), absmax

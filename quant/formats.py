@@ -1,4 +1,4 @@
-"""The forms in which a weight can be stored, and how they are written in rules (``int4:128``)."""
+"""Weight formats, how rules spell them (``int4:128``), and 8-bit quantization of activations."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from dataclasses import dataclass
 from fusion_edge.runtime.errors import UsageError
 
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "nf4": 4, "fp4": 4, "w8a8": 8}
+"""Bits of a stored value, by kind."""
 GROUPED = ("int8", "uint8", "int4", "uint4", "nf4", "fp4")
-"""Kinds whose scales are for groups of input channels. Those with a ``u`` have a zero point for each group, too."""
+"""Kinds with a scale per group of input channels. Those with a ``u`` also have a zero point per group."""
 CODEBOOKS = ("nf4", "fp4")
-"""Kinds whose integers stand for unevenly spaced numbers (``quant/codebook.py``)."""
+"""Kinds whose codes index a table of unevenly spaced values (``quant/codebook.py``)."""
 GROUP_SIZES = (32, 64, 128)
-"""What a user may ask for, beside :data:`PER_CHANNEL`."""
+"""Group sizes that a user can ask for, besides :data:`PER_CHANNEL`."""
 STORED_GROUP_SIZES = (16, *GROUP_SIZES, 256)
-"""What a bundle may hold: weights of quantized checkpoints keep their groups."""
+"""Group sizes that a bundle can hold: weights of prequantized checkpoints keep their groups."""
 PER_CHANNEL = 0
-"""The group size of one scale for each row, that is, for each output channel; written ``channel``."""
+"""Group size of one scale per output channel (per row); spelled ``channel``."""
 DEFAULT_GROUP_SIZE = 128
-CODEBOOK_GROUP_SIZE = 64  # by default: that of bitsandbytes
+CODEBOOK_GROUP_SIZE = 64  # default of bitsandbytes
 PER_CHANNEL_BLOCK_SIZE = 128
-"""What rows with one scale are stored in: kernels want blocks of a power of two, each with its scale."""
+"""Block size in which per-channel rows are stored: kernels expect blocks of a power of two, each with a scale."""
 LARGEST_FLOAT16 = 65504.0
 SYMMETRIC_ZERO_POINT = 128
-"""That of inputs whose integers, as signed bytes, stand for multiples of the scale: the only one TensorRT knows."""
+"""Zero point of symmetric uint8 activations. TensorRT supports no other."""
 
 
 def group_sizes(sizes: tuple[int, ...] = GROUP_SIZES) -> dict[str, int]:
-    """``sizes`` and :data:`PER_CHANNEL`, by how they are written."""
+    """Return ``sizes`` and :data:`PER_CHANNEL`, by spelling."""
     return {str(size): size for size in sizes} | {"channel": PER_CHANNEL}
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """``kind`` is a key of :data:`BITS`.
+    """How a weight is stored: a ``kind`` of :data:`BITS`, and the number of input channels that share a scale.
 
-    ``group_size`` is the number of input channels that share a scale: :data:`PER_CHANNEL` is all of a row. It is also
-    that of floats, and of ``w8a8``, where inputs are rounded to 8 bits too, with a scale and a zero point known from
-    calibration.
+    ``group_size`` is :data:`PER_CHANNEL` for one scale per row, and also for floats and ``w8a8``. ``w8a8`` quantizes
+    the linear's activations to 8 bits too, with a scale and a zero point from calibration.
     """
 
     kind: str
@@ -56,56 +56,56 @@ class WeightFormat:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether there are no zero points: the middle of the integers stands for 0, or a codebook tells."""
+        """Whether there are no zero points: the middle code, or the codebook's, means 0."""
         return self.kind not in ("uint4", "uint8")
 
     @property
     def has_codebook(self) -> bool:
-        """Whether integers stand for unevenly spaced numbers."""
+        """Whether codes index a table of unevenly spaced values."""
         return self.kind in CODEBOOKS
 
     @property
     def scale_dtype(self) -> str:
-        """numpy dtype name of the scales that weights are rounded with."""
+        """NumPy dtype name of the scales."""
         return "float32" if self.has_codebook else "float16"
 
     @property
-    def largest(self) -> float:
-        """The largest absolute value of a weight that float16, by itself or as a scale, reaches; else infinity."""
+    def max_value(self) -> float:
+        """Largest absolute weight that the format represents; infinity if float16 limits neither values nor scales."""
         if self.kind == "fp16":
             return LARGEST_FLOAT16
-        has_scales = self.is_quantized and self.scale_dtype == "float16"
-        return LARGEST_FLOAT16 * ((1 << (self.bits - 1)) - 1) if has_scales else math.inf
+        has_float16_scales = self.is_quantized and self.scale_dtype == "float16"
+        return LARGEST_FLOAT16 * ((1 << (self.bits - 1)) - 1) if has_float16_scales else math.inf
 
     @property
-    def rounds_inputs(self) -> bool:
-        """Whether inputs are integers, too."""
+    def quantizes_activations(self) -> bool:
+        """Whether the linear's activations are quantized, too."""
         return self.kind == "w8a8"
 
     def group(self, inputs: int) -> int:
-        """How many of ``inputs`` channels share a scale."""
+        """Return the number of channels, of ``inputs``, that share a scale."""
         return self.group_size or inputs
 
     def groups(self, inputs: int) -> int:
-        """Groups along ``inputs`` channels; the last may be partial."""
+        """Return the number of groups along ``inputs`` channels; the last may be partial."""
         return -(-inputs // self.group(inputs))
 
     @property
     def block_size(self) -> int:
-        """How many channels are stored with one scale: a group, or where groups are rows a part of it; 0 is the row."""
+        """Number of channels stored with one scale: a group, or part of a per-channel row; 0 is the row."""
         is_divided = self.kind in GROUPED and self.group_size == PER_CHANNEL
         return PER_CHANNEL_BLOCK_SIZE if is_divided else self.group_size
 
     def block(self, inputs: int) -> int:
-        """How many of ``inputs`` channels are stored with one scale."""
+        """Return the number of channels, of ``inputs``, that are stored with one scale."""
         return self.block_size or inputs
 
     def blocks(self, inputs: int) -> int:
-        """Blocks along ``inputs`` channels; the last may be partial."""
+        """Return the number of blocks along ``inputs`` channels; the last may be partial."""
         return -(-inputs // self.block(inputs))
 
     def packed_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """Shape of the stored values, uint8 if quantized: ``[rows, blocks, block size * bits / 8]``."""
+        """Return the shape of the stored values; ``[rows, blocks, block size * bits / 8]`` uint8 if quantized."""
         if not self.is_quantized:
             return rows, inputs
         return rows, self.blocks(inputs), self.block(inputs) * self.bits // 8
@@ -117,9 +117,9 @@ class WeightFormat:
 
     @classmethod
     def grouped(cls, kind: str, group_size: int | None) -> WeightFormat:
-        """A kind of :data:`GROUPED`; None is its default size.
+        """Return the format of a kind of :data:`GROUPED`; a ``group_size`` of None is the kind's default.
 
-        Raises :class:`UsageError` for codebooks with one scale per channel: ONNX Runtime has no product for them.
+        Raises :class:`UsageError` for a per-channel codebook: ONNX Runtime has no matmul for it.
         """
         if group_size is None:
             group_size = CODEBOOK_GROUP_SIZE if kind in CODEBOOKS else DEFAULT_GROUP_SIZE
@@ -132,26 +132,25 @@ class WeightFormat:
     def parse(
         cls, text: str, default_group_size: int | None = None, sizes: tuple[int, ...] = GROUP_SIZES
     ) -> WeightFormat:
-        """The name of a kind; the grouped ones may have one of ``sizes`` as their group size, such as ``:32``, or
-        ``:channel``.
+        """Parse a kind, optionally with a group size of ``sizes`` (``int4:32``) or ``channel`` (``int4:channel``).
 
         Raises :class:`UsageError` for anything else.
         """
         kind, _, size = text.partition(":")
-        written = group_sizes(sizes)
-        if kind not in BITS or (size and (kind not in GROUPED or size not in written)):
+        spellings = group_sizes(sizes)
+        if kind not in BITS or (size and (kind not in GROUPED or size not in spellings)):
             raise UsageError(
-                f"Unknown weight format {text!r}; expected fp32, fp16, w8a8, or one of {', '.join(GROUPED)}, perhaps "
-                "with a group size (int4:32, int4:channel)."
+                f"Unknown weight format {text!r}; expected fp32, fp16, w8a8, or one of {', '.join(GROUPED)}, "
+                "optionally with a group size (int4:32, int4:channel)."
             )
         if kind not in GROUPED:
             return cls(kind)
-        return cls.grouped(kind, written[size] if size else default_group_size)
+        return cls.grouped(kind, spellings[size] if size else default_group_size)
 
 
 @dataclass(frozen=True)
-class InputGrid:
-    """How a linear's inputs are rounded: an integer v from 0 to 255 stands for ``(v - zero_point) * scale``."""
+class ActivationQuantization:
+    """Quantization of a linear's activations to uint8: a code q means ``(q - zero_point) * scale``."""
 
     scale: float
     zero_point: int

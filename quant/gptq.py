@@ -1,16 +1,16 @@
-"""GPTQ (Frantar et al. 2023, arXiv:2210.17323): rounding weights so that a layer's *output* changes least.
+"""GPTQ (Frantar et al. 2023, arXiv:2210.17323): round weights so that the layer's *output* changes least.
 
-For a linear ``y = W x`` with second moments ``H = sum x x^T`` of its inputs, the error of quantized weights Q is
-``tr((W - Q) H (W - Q)^T)``. Columns are rounded one after the other, each one's error is made good by those that
-follow, most important column first. What is done beyond the paper:
+For a linear ``y = W x`` with Hessian ``H = sum x x^T`` over its inputs, the error of quantized weights Q is
+``tr((W - Q) H (W - Q)^T)``. Columns are rounded one at a time, most important first; each column's error is compensated
+in the columns that follow. Differences from the paper:
 
-- The scales of all groups are fixed before the first column is rounded ("static groups"), so columns may be rounded
-  in any order and are still stored in their own: nothing to permute at run time.
-- A group's scale is searched, not taken from its extremes: the one that makes the squared error least, each input
-  channel weighted by what an error there costs once all others make it good as far as they can, ``1 / [H^-1]_jj``.
-- What came out is refined by coordinate descent on the same error: scales for the integers chosen, then integers for
-  these scales, each the best while all others stay. It takes away another 6 % of the error (docs/benchmarks.md).
-- Damping starts small and grows only if the moments cannot be factorized with it.
+- The scales of all groups are fixed before the first column is rounded ("static groups"). Columns can then be rounded
+  in any order and still be stored in their own: no permutation at run time.
+- A group's scale is searched. It minimizes the squared error, each input channel weighted by the cost of an error there
+  after all other channels compensate, ``1 / [H^-1]_jj``.
+- Coordinate descent on the same error refines the result: scales for fixed codes, then codes for fixed scales. It
+  removes another 6 % of the error (docs/benchmarks.md).
+- Damping starts small and increases only if the Cholesky factorization fails.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import torch
 from torch import Tensor
 
 from fusion_edge.quant import packing
+from fusion_edge.quant.coordinate_descent import CoordinateDescent
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import SMALLEST_SCALE, Packed, dequantize, quantize
-from fusion_edge.quant.refinement import Refinement
 from fusion_edge.runtime.errors import FusionError
 
 COLUMNS_AT_ONCE = 128
-DAMPING = 0.01  # of the mean of H's diagonal; the paper's value
+DAMPING = 0.01  # relative to the mean of H's diagonal; the paper's value
 DAMPING_GROWTH, LARGEST_DAMPING = 10.0, 10.0
-SCALE_SHARES = {4: (0.5, 1.0, 21), 8: (0.9, 1.0, 11)}
-"""By bits: the shares, of the scale that fits a group's extremes, that are tried: least, largest, how many."""
+CLIP_RATIOS = {4: (0.5, 1.0, 21), 8: (0.9, 1.0, 11)}
+"""Clipping ratios of a scale search, by bits: least, largest, count. Ratio 1 covers the extremes of a group."""
 SOLVED_DIRECTLY = 256  # rows of a triangular matrix
-SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at once: they stay in a core's cache
+SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at once: fits a core's cache
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
-    """Rows of a linear."""
+class QuantizedRows:
+    """Rows of a quantized linear."""
 
     packed: Packed
     values: Tensor
-    """``[n,K]`` float32: what they stand for."""
+    """``[n,K]`` float32, dequantized."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Integers v of each group stand for ``(v - zero) * scale``."""
+class GroupScales:
+    """Scales and zero points of all groups: a code q means ``(q - zero) * scale``."""
 
     scales: Tensor
     """``[n, groups]`` float16."""
@@ -55,44 +55,46 @@ class Grid:
     """``[n, groups]`` float32 integers."""
 
 
-class Inputs:
-    """What GPTQ needs to know of a linear's inputs: their second moments, factorized once for all its rows."""
+class FactorizedHessian:
+    """Hessian of a linear's inputs, factorized once for all rows."""
 
-    def __init__(self, moments: Tensor) -> None:
-        """``moments`` ``[K,K]`` float64, any positive multiple. Raises :class:`FusionError` if they are not finite or
-        cannot be factorized whatever the damping.
+    def __init__(self, hessian: Tensor) -> None:
+        """``hessian`` ``[K,K]`` float64, up to a positive factor.
+
+        Raises :class:`FusionError` if it is not finite or no allowed damping makes it positive definite.
         """
-        if not torch.isfinite(moments).all():
-            raise FusionError("the second moments of its inputs are not finite")
-        self.moments = moments
-        self.importance = moments.diagonal()
-        self.dead = self.importance <= 0
-        """``[K]``: channels that never were anything but zero."""
-        self.order = torch.argsort(self.importance, descending=True, stable=True)
+        if not torch.isfinite(hessian).all():
+            raise FusionError("the Hessian of its inputs is not finite")
+        self.matrix = hessian
+        self.diagonal = hessian.diagonal()
+        self.dead = self.diagonal <= 0
+        """``[K]``: channels that are always zero."""
+        self.order = torch.argsort(self.diagonal, descending=True, stable=True)
         self.factor, self.damping = self._factorize()
-        self.cost = torch.empty_like(self.importance)
-        """``[K]``: of a squared error in a weight, the others adapting: 1 over the diagonal of the inverse moments."""
+        self.cost = torch.empty_like(self.diagonal)
+        """``[K]``: cost of a squared weight error after all other channels compensate, ``1 / [H^-1]_jj``."""
         self.cost[self.order] = 1 / self.factor.double().square().sum(0)
 
     @cached_property
     def damped(self) -> Tensor:
-        """``[K,K]`` float32: the moments as they were factorized, over the mean of their diagonal."""
-        mean = self.importance.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        damped = (self.moments / mean).float()
+        """``[K,K]`` float32: the damped Hessian, divided by the mean of its diagonal."""
+        mean = self.diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        damped = (self.matrix / mean).float()
         damped.diagonal().add_(self.damping + self.dead)
         return damped
 
     def _factorize(self) -> tuple[Tensor, float]:
-        """Upper triangular U, float32, with ``U^T U`` the inverse of the damped moments, in the order of rounding.
+        """Return U, upper triangular float32, with ``U^T U`` the inverse of the damped Hessian, and the damping.
 
-        With the order reversed, the lower Cholesky factor L of the moments gives U as L's inverse, reversed back.
+        Rows and columns are in rounding order. In reverse order, the lower Cholesky factor L of the Hessian gives U as
+        the inverse of L, reversed back.
         """
         backwards = self.order.flip(0)
         dead = self.dead[backwards]
-        mean = self.importance.mean().clamp_min(torch.finfo(torch.float64).tiny).item()
+        mean = self.diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny).item()
         damping = DAMPING
         while damping <= LARGEST_DAMPING:
-            damped = self.moments[backwards[:, None], backwards]
+            damped = self.matrix[backwards[:, None], backwards]
             damped.diagonal()[dead] = mean
             damped.diagonal().add_(damping * mean)
             lower, failed = torch.linalg.cholesky_ex(damped)
@@ -102,11 +104,11 @@ class Inputs:
                 if torch.isfinite(inverse).all():
                     return inverse.flip(0, 1).float(), damping
             damping *= DAMPING_GROWTH
-        raise FusionError("the second moments of its inputs form a matrix that is singular whatever the damping")
+        raise FusionError("the Hessian of its inputs is singular at every damping")
 
 
 def invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix: by halves, for a solver would take three times the operations."""
+    """Invert a lower triangular matrix by recursive halving; a triangular solve takes three times the operations."""
     if len(lower) <= SOLVED_DIRECTLY:
         unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
         solved: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
@@ -119,103 +121,107 @@ def invert_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
-def gptq(weights: Tensor, inputs: Inputs, form: WeightFormat) -> Quantized:
-    """Quantize rows ``[n,K]`` float32 for their inputs. Dead channels are stored as zero."""
+def gptq(weights: Tensor, hessian: FactorizedHessian, fmt: WeightFormat) -> QuantizedRows:
+    """Quantize rows ``[n,K]`` float32 for the inputs of a Hessian. Dead channels become zero."""
     weights = weights.clone()
-    weights[:, inputs.dead] = 0
-    grid = search_grid(weights, inputs.cost, form)
-    codes = round_in_order(weights, inputs, grid, form)
-    return store(*refine(weights, codes, grid, inputs, form), form)
+    weights[:, hessian.dead] = 0
+    scales = search_scales(weights, hessian.cost, fmt)
+    codes = round_columns(weights, hessian, scales, fmt)
+    return pack_rows(*refine(weights, codes, scales, hessian, fmt), fmt)
 
 
-def round_in_order(weights: Tensor, inputs: Inputs, grid: Grid, form: WeightFormat) -> Tensor:
-    """Codes ``[n,K]`` float32: every column rounded, most important first, its error made good by those that follow."""
-    order = inputs.order
+def round_columns(weights: Tensor, hessian: FactorizedHessian, groups: GroupScales, fmt: WeightFormat) -> Tensor:
+    """Return codes ``[n,K]`` float32: columns are rounded most important first, errors compensated in those after."""
+    order = hessian.order
     columns = weights[:, order].T.contiguous()
-    group = order // form.group(weights.shape[1])
-    scales, zeros = (part.float().T.contiguous()[group] for part in (grid.scales, grid.zeros))
+    group = order // fmt.group(weights.shape[1])
+    scales, zeros = (part.float().T.contiguous()[group] for part in (groups.scales, groups.zeros))
     codes = torch.empty_like(weights)
-    codes[:, order] = _round_columns(columns, inputs.factor, scales, zeros, (1 << form.bits) - 1).T
+    codes[:, order] = _round_in_order(columns, hessian.factor, scales, zeros, (1 << fmt.bits) - 1).T
     return codes
 
 
-def refine(weights: Tensor, codes: Tensor, grid: Grid, inputs: Inputs, form: WeightFormat) -> tuple[Tensor, Grid]:
-    """Codes ``[n,K]`` uint8 and a grid with a lower error."""
+def refine(
+    weights: Tensor, codes: Tensor, groups: GroupScales, hessian: FactorizedHessian, fmt: WeightFormat
+) -> tuple[Tensor, GroupScales]:
+    """Return codes ``[n,K]`` uint8 and scales with a lower error, by coordinate descent."""
     columns, codes, scales, zeros = (
         part.T.float().clone(memory_format=torch.contiguous_format)
-        for part in (weights, codes, grid.scales, grid.zeros)
+        for part in (weights, codes, groups.scales, groups.zeros)
     )
-    refinement = Refinement(columns, codes, scales, zeros, inputs.damped, form.group(weights.shape[1]))
-    refinement.descend((1 << form.bits) - 1)
-    refinement.fit_scales()
-    refinement.descend((1 << form.bits) - 1)
-    return refinement.codes.T.to(torch.uint8).contiguous(), Grid(refinement.scales.T.half().contiguous(), grid.zeros)
+    descent = CoordinateDescent(columns, codes, scales, zeros, hessian.damped, fmt.group(weights.shape[1]))
+    descent.update_codes((1 << fmt.bits) - 1)
+    descent.update_scales()
+    descent.update_codes((1 << fmt.bits) - 1)
+    return descent.codes.T.to(torch.uint8).contiguous(), GroupScales(descent.scales.T.half().contiguous(), groups.zeros)
 
 
-def nearest(weights: Tensor, form: WeightFormat) -> Quantized:
-    """Rows ``[n,K]`` with every weight rounded to the nearest value, scales from the extremes of their groups."""
-    if form.has_codebook:
-        packed = quantize(weights.cpu().numpy(), form)
-        return Quantized(packed, torch.from_numpy(dequantize(packed, form, weights.shape[1])).to(weights.device))
-    grid = _grid(*_extremes(_grouped(weights, form)), form)
-    scales, zeros = (_by_weight(part, form, weights.shape[1]) for part in (grid.scales, grid.zeros))
-    codes = ((weights / scales).round() + zeros).clamp(0, (1 << form.bits) - 1)
-    return store(codes.to(torch.uint8), grid, form)
+def round_to_nearest(weights: Tensor, fmt: WeightFormat) -> QuantizedRows:
+    """Round rows ``[n,K]`` to the nearest values, with scales that cover the extremes of each group."""
+    if fmt.has_codebook:
+        packed = quantize(weights.cpu().numpy(), fmt)
+        return QuantizedRows(packed, torch.from_numpy(dequantize(packed, fmt, weights.shape[1])).to(weights.device))
+    groups = _covering(*_extremes(_grouped(weights, fmt)), fmt)
+    scales, zeros = (_per_weight(part, fmt, weights.shape[1]) for part in (groups.scales, groups.zeros))
+    codes = ((weights / scales).round() + zeros).clamp(0, (1 << fmt.bits) - 1)
+    return pack_rows(codes.to(torch.uint8), groups, fmt)
 
 
-def store(codes: Tensor, grid: Grid, form: WeightFormat) -> Quantized:
-    """Codes ``[n,K]`` uint8 as they are stored."""
+def pack_rows(codes: Tensor, groups: GroupScales, fmt: WeightFormat) -> QuantizedRows:
+    """Pack codes ``[n,K]`` uint8, and dequantize them."""
     columns = codes.shape[1]
-    scales, zeros = (_by_weight(part, form, columns) for part in (grid.scales, grid.zeros))
+    scales, zeros = (_per_weight(part, fmt, columns) for part in (groups.scales, groups.zeros))
     values = (codes.float() - zeros) * scales
-    integers, scale, zero = (part.cpu().numpy() for part in (codes, grid.scales, grid.zeros.to(torch.uint8)))
-    return Quantized(packing.store(integers, scale, zero, form), values)
+    integers, scale, zero = (part.cpu().numpy() for part in (codes, groups.scales, groups.zeros.to(torch.uint8)))
+    return QuantizedRows(packing.pack_codes(integers, scale, zero, fmt), values)
 
 
-def search_grid(weights: Tensor, cost: Tensor, form: WeightFormat) -> Grid:
-    """Scales and zeros that make ``sum cost * error^2`` least, group by group.
+def search_scales(weights: Tensor, cost: Tensor, fmt: WeightFormat) -> GroupScales:
+    """Return the scales and zero points that minimize ``sum cost * error^2`` in each group.
 
     ``weights`` ``[n,K]`` float32; ``cost`` ``[K]``, not negative.
     """
     step = max(1, SEARCH_ELEMENTS // weights.shape[1])
-    weighting = _grouped((cost / cost.mean().clamp_min(1e-30)).float()[None], form)
-    parts = [_search(_grouped(rows, form), weighting, form) for rows in torch.split(weights, step)]
-    return Grid(torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
+    weighting = _grouped((cost / cost.mean().clamp_min(1e-30)).float()[None], fmt)
+    parts = [_search(_grouped(rows, fmt), weighting, fmt) for rows in torch.split(weights, step)]
+    return GroupScales(torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
 
 
-def _search(grouped: Tensor, cost: Tensor, form: WeightFormat) -> Grid:
-    least, largest = _extremes(grouped)
-    best, lowest = _grid(least, largest, form), torch.full_like(least, torch.inf)
-    smallest_share, largest_share, count = SCALE_SHARES[form.bits]
-    for share in torch.linspace(largest_share, smallest_share, count).tolist():
-        grid = _grid(least * share, largest * share, form)
-        scales, zeros = grid.scales.float()[..., None], grid.zeros[..., None]
-        codes = (grouped / scales).round_().add_(zeros).clamp_(0, (1 << form.bits) - 1)
+def _search(grouped: Tensor, cost: Tensor, fmt: WeightFormat) -> GroupScales:
+    minimum, maximum = _extremes(grouped)
+    best, lowest = _covering(minimum, maximum, fmt), torch.full_like(minimum, torch.inf)
+    smallest_ratio, largest_ratio, count = CLIP_RATIOS[fmt.bits]
+    for ratio in torch.linspace(largest_ratio, smallest_ratio, count).tolist():
+        groups = _covering(minimum * ratio, maximum * ratio, fmt)
+        scales, zeros = groups.scales.float()[..., None], groups.zeros[..., None]
+        codes = (grouped / scales).round_().add_(zeros).clamp_(0, (1 << fmt.bits) - 1)
         error = codes.sub_(zeros).mul_(scales).sub_(grouped).square_().mul_(cost).sum(2)
         better = error < lowest
-        best = Grid(torch.where(better, grid.scales, best.scales), torch.where(better, grid.zeros, best.zeros))
+        best = GroupScales(
+            torch.where(better, groups.scales, best.scales), torch.where(better, groups.zeros, best.zeros)
+        )
         lowest = torch.where(better, error, lowest)
     return best
 
 
 def _extremes(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """Least (0 at most) and largest (0 at least) weight of every group."""
+    """Return the least (at most 0) and the largest (at least 0) weight of every group."""
     return grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
 
 
-def _grid(least: Tensor, largest: Tensor, form: WeightFormat) -> Grid:
-    """The grid with the least scale for which both ends fit."""
-    half = 1 << (form.bits - 1)
-    if form.is_symmetric:
-        scales = torch.maximum(largest / (half - 1), least / -half).clamp_min(SMALLEST_SCALE).half()
-        return Grid(scales, torch.full_like(least, half))
-    scales = ((largest - least) / (2 * half - 1)).clamp_min(SMALLEST_SCALE).half()
-    return Grid(scales, (-least / scales.float()).round().clamp(0, 2 * half - 1))
+def _covering(minimum: Tensor, maximum: Tensor, fmt: WeightFormat) -> GroupScales:
+    """Return the smallest scales that cover both extremes."""
+    half = 1 << (fmt.bits - 1)
+    if fmt.is_symmetric:
+        scales = torch.maximum(maximum / (half - 1), minimum / -half).clamp_min(SMALLEST_SCALE).half()
+        return GroupScales(scales, torch.full_like(minimum, half))
+    scales = ((maximum - minimum) / (2 * half - 1)).clamp_min(SMALLEST_SCALE).half()
+    return GroupScales(scales, (-minimum / scales.float()).round().clamp(0, 2 * half - 1))
 
 
-def output_error(weights: Tensor, quantized: Tensor, moments: Tensor) -> tuple[float, float]:
-    """Squared error of the outputs and the outputs' own square: ``tr(E H E^T)``, ``tr(W H W^T)``."""
-    narrow = moments.float()
+def output_error(weights: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """Return the squared error of the outputs, and their squared norm: ``tr(E H E^T)``, ``tr(W H W^T)``."""
+    narrow = hessian.float()
 
     def energy(matrix: Tensor) -> float:
         return float(((matrix @ narrow) * matrix).sum(dtype=torch.float64))
@@ -223,20 +229,20 @@ def output_error(weights: Tensor, quantized: Tensor, moments: Tensor) -> tuple[f
     return energy(weights - quantized), energy(weights)
 
 
-def _grouped(rows: Tensor, form: WeightFormat) -> Tensor:
-    """``[n,K]`` -> ``[n, groups, group_size]``, zeros at the end of a partial group."""
-    size = form.group(rows.shape[1])
-    missing = form.groups(rows.shape[1]) * size - rows.shape[1]
+def _grouped(rows: Tensor, fmt: WeightFormat) -> Tensor:
+    """``[n,K]`` -> ``[n, groups, group_size]``; a partial group is padded with zeros."""
+    size = fmt.group(rows.shape[1])
+    missing = fmt.groups(rows.shape[1]) * size - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing)).reshape(len(rows), -1, size)
 
 
-def _by_weight(part: Tensor, form: WeightFormat, columns: int) -> Tensor:
+def _per_weight(part: Tensor, fmt: WeightFormat, columns: int) -> Tensor:
     """``[n, groups]`` -> float32 ``[n, columns]``."""
-    return part.float().repeat_interleave(form.group(columns), 1)[:, :columns]
+    return part.float().repeat_interleave(fmt.group(columns), 1)[:, :columns]
 
 
-def _round_columns(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, largest: int) -> Tensor:
-    """Codes ``[K,n]`` float32. All in the order of rounding, transposed; ``columns`` are consumed."""
+def _round_in_order(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, largest: int) -> Tensor:
+    """Return codes ``[K,n]`` float32. All arguments are transposed and in rounding order; overwrites ``columns``."""
     codes = torch.empty_like(columns)
     for start in range(0, len(columns), COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, len(columns))

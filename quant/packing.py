@@ -1,14 +1,14 @@
-"""Round-to-nearest group quantization and its byte layout, that of ONNX Runtime's MatMulNBits.
+"""Round-to-nearest group quantization, and packing in the byte layout of ONNX Runtime's MatMulNBits.
 
-A group is stored as one block, with its scale; rows with one scale are cut into blocks, and it is repeated.
+A group is stored as one block with its scale. A per-channel row is stored as several blocks that repeat the scale.
 
-A stored value v of b bits means ``(v - zero_point) * scale``; symmetric formats have no zero points, theirs is 2^(b-1).
-Two 4-bit values share a byte, the first in the low nibble. Scales are strictly positive (TensorRT asks for that) and
-rounded to float16 *before* the values are, so that the stored pair is the best that the stored scale allows.
+A code q of b bits means ``(q - zero_point) * scale``; symmetric formats store no zero points, theirs is 2^(b-1). Two
+4-bit codes share a byte, the first in the low nibble. Scales are strictly positive (TensorRT requires it) and are
+rounded to float16 *before* the codes are computed, so that the codes are the best ones for the stored scale.
 
-In formats with a codebook v means ``CODES[v] * scale``; MatMulBnb4 has the first value in the *high* nibble.
+With a codebook a code means ``CODES[q] * scale``; MatMulBnb4 stores the first code in the *high* nibble.
 
-``w8a8`` (QuantizeLinear, DequantizeLinear) is the same with one group a row, stored as signed bytes.
+``w8a8`` (QuantizeLinear, DequantizeLinear) has one group per row and stores signed bytes.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
 
 Number = TypeVar("Number", bound=np.generic)
-SMALLEST_SCALE = 2.0**-20  # a float16 subnormal of still four bits; smaller ones round too coarsely
+SMALLEST_SCALE = 2.0**-20  # a float16 subnormal with four significant bits; smaller ones are too coarse
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Rows of a weight as they are stored."""
+    """Packed rows of a weight."""
 
     values: npt.NDArray[np.uint8]
     """``[n, blocks, block size * bits / 8]``."""
     scales: npt.NDArray[np.floating]
-    """``[n, blocks]``; float32 where a quantized checkpoint has such, and of codebooks; else float16."""
+    """``[n, blocks]``; float32 for codebooks and where a prequantized checkpoint has them, else float16."""
     zero_points: npt.NDArray[np.uint8] | None = None
-    """``[n, blocks * bits / 8]``, rounded up: two of 4 bits to a byte; None if symmetric."""
+    """``[n, blocks * bits / 8]``, rounded up: two 4-bit zero points per byte. None if symmetric."""
 
 
-def check_range(parameter: str, values: npt.NDArray[np.float32], form: WeightFormat) -> None:
-    """Raise :class:`FusionError` for values of a parameter that its format does not reach."""
-    if np.isfinite(form.largest) and (extent := float(np.abs(values).max())) > form.largest:
+def check_range(parameter: str, values: npt.NDArray[np.float32], fmt: WeightFormat) -> None:
+    """Raise :class:`FusionError` for values of a parameter outside the range of its format."""
+    if np.isfinite(fmt.max_value) and (extent := float(np.abs(values).max())) > fmt.max_value:
         raise FusionError(
-            f"{parameter} holds values up to {extent:.3g}; {form} reaches {form.largest:.3g}. The checkpoint is "
-            "damaged: fetch or save it again; or it needs a wider format there, such as fp32."
+            f"{parameter} holds values up to {extent:.3g}; the range of {fmt} ends at {fmt.max_value:.3g}. If the "
+            "checkpoint is damaged, fetch or save it again; otherwise use a wider format for it, such as fp32."
         )
 
 
-def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
-    """Round ``[n,K]``, in the range of the format (:func:`check_range`).
+def quantize(rows: npt.NDArray[np.float32], fmt: WeightFormat) -> Packed:
+    """Round ``[n,K]`` to nearest and pack it. Values are within the range of the format (:func:`check_range`).
 
-    The scale is the smallest for which both ends of a group fit: max/(2^(b-1)-1) or -min/2^(b-1) if symmetric, else
-    (max-min)/(2^b-1) with 0 between them; but at least :data:`SMALLEST_SCALE`.
+    The scale is the smallest one that covers a group: the larger of max/(2^(b-1)-1) and -min/2^(b-1) if symmetric, else
+    (max-min)/(2^b-1) with 0 between them; at least :data:`SMALLEST_SCALE`.
     """
-    if form.has_codebook:
-        codes, absmax = codebook.quantize(rows, form.kind, form.group_size)
-        return Packed(pack(codes.reshape(*absmax.shape, -1), form), absmax)
+    if fmt.has_codebook:
+        codes, absmax = codebook.quantize(rows, fmt.kind, fmt.group_size)
+        return Packed(pack(codes.reshape(*absmax.shape, -1), fmt), absmax)
     count, inputs = rows.shape
-    groups, half = form.groups(inputs), 1 << (form.bits - 1)
-    if missing := groups * form.group(inputs) - inputs:
+    groups, half = fmt.groups(inputs), 1 << (fmt.bits - 1)
+    if missing := groups * fmt.group(inputs) - inputs:
         rows = np.pad(rows, ((0, 0), (0, missing)))
-    grouped = rows.reshape(count, groups, form.group(inputs))
+    grouped = rows.reshape(count, groups, fmt.group(inputs))
     least, largest = grouped.min(axis=2), grouped.max(axis=2)
-    if form.is_symmetric:
+    if fmt.is_symmetric:
         extent = np.maximum(largest / np.float32(half - 1), least / np.float32(-half))
     else:
         least, largest = np.minimum(least, 0), np.maximum(largest, 0)
@@ -72,32 +72,33 @@ def quantize(rows: npt.NDArray[np.float32], form: WeightFormat) -> Packed:
     inverse = 1 / scales.astype(np.float32)
     scaled = grouped * inverse[:, :, None]
     zeros = np.full(scales.shape, half, np.uint8)
-    if not form.is_symmetric:
+    if not fmt.is_symmetric:
         zeros = np.clip(np.rint(-least * inverse), 0, 2 * half - 1).astype(np.uint8)
-    middle = np.float32(half) if form.is_symmetric else zeros[:, :, None]
-    scaled += middle + np.float32(0.5)  # the cast below truncates: this rounds
+    middle = np.float32(half) if fmt.is_symmetric else zeros[:, :, None]
+    scaled += middle + np.float32(0.5)  # rounds: the cast below truncates
     np.clip(scaled, 0, 2 * half - 1, out=scaled)
-    return store(scaled.astype(np.uint8).reshape(count, -1)[:, :inputs], scales, zeros, form)
+    return pack_codes(scaled.astype(np.uint8).reshape(count, -1)[:, :inputs], scales, zeros, fmt)
 
 
-def store(
-    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.floating], zeros: npt.NDArray[np.uint8], form: WeightFormat
+def pack_codes(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.floating], zeros: npt.NDArray[np.uint8], fmt: WeightFormat
 ) -> Packed:
-    """Integers ``[n,K]`` as they are stored, with the scales and zero points ``[n, groups]`` of a format that is no
-    codebook. The rest of a partial block stands for zero.
+    """Pack codes ``[n,K]`` with their scales and zero points ``[n, groups]``, of a format without a codebook.
+
+    Partial blocks are padded with zeros.
     """
     count, inputs = codes.shape
-    group, block = form.group(inputs), form.block(inputs)
+    group, block = fmt.group(inputs), fmt.block(inputs)
     scales, zeros = by_block(scales, group, inputs, block), by_block(zeros, group, inputs, block)
-    if missing := form.blocks(inputs) * block - inputs:
+    if missing := fmt.blocks(inputs) * block - inputs:
         codes = np.concatenate([codes, np.repeat(zeros[:, -1:], missing, axis=1)], axis=1)
-    zero_points = None if form.is_symmetric else pack_zero_points(zeros, form)
-    return Packed(pack(np.ascontiguousarray(codes).reshape(count, -1, block), form), scales, zero_points)
+    zero_points = None if fmt.is_symmetric else pack_zero_points(zeros, fmt)
+    return Packed(pack(np.ascontiguousarray(codes).reshape(count, -1, block), fmt), scales, zero_points)
 
 
 def by_block(values: npt.NDArray[Number], group: int, inputs: int, block: int) -> npt.NDArray[Number]:
-    """``[n, groups]`` -> ``[n, blocks]``: what belongs to each block of ``block`` out of ``inputs`` channels, a part of
-    a group of ``group`` or all of it.
+    """``[n, groups]`` -> ``[n, blocks]``: repeat a value per group of ``group`` channels for each of its blocks of
+    ``block`` channels, along ``inputs`` channels.
     """
     if group == block:
         return values
@@ -105,57 +106,57 @@ def by_block(values: npt.NDArray[Number], group: int, inputs: int, block: int) -
     return repeated
 
 
-def dequantize(packed: Packed, form: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
-    """Inverse of :func:`quantize` up to rounding: float32 ``[n, inputs]``."""
-    codes = unpack(packed.values, form)
-    values = codebook.CODES[form.kind].take(codes) if form.has_codebook else codes.astype(np.float32)
+def dequantize(packed: Packed, fmt: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
+    """Return the values of packed rows, float32 ``[n, inputs]``."""
+    codes = unpack(packed.values, fmt)
+    values = codebook.CODES[fmt.kind].take(codes) if fmt.has_codebook else codes.astype(np.float32)
     if packed.zero_points is not None:
-        values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1], form)[:, :, None]
-    elif not form.has_codebook:
-        values -= np.float32(1 << (form.bits - 1))
+        values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1], fmt)[:, :, None]
+    elif not fmt.has_codebook:
+        values -= np.float32(1 << (fmt.bits - 1))
     values *= packed.scales.astype(np.float32)[:, :, None]
     rows: npt.NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
 
 
-def pack_zero_points(zero_points: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
-    """``[n, blocks]`` -> ``[n, blocks * bits / 8]``, rounded up; the first of two in the low nibble."""
-    if form.bits == 8:
+def pack_zero_points(zero_points: npt.NDArray[np.uint8], fmt: WeightFormat) -> npt.NDArray[np.uint8]:
+    """``[n, blocks]`` -> ``[n, blocks * bits / 8]``, rounded up; the first of two 4-bit values in the low nibble."""
+    if fmt.bits == 8:
         return zero_points
     even = np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2)))
     packed: npt.NDArray[np.uint8] = even[:, ::2] | np.left_shift(even[:, 1::2], np.uint8(4))
     return packed
 
 
-def unpack_zero_points(packed: npt.NDArray[np.uint8], blocks: int, form: WeightFormat) -> npt.NDArray[np.uint8]:
-    """Inverse of :func:`pack_zero_points`."""
-    if form.bits == 8:
+def unpack_zero_points(packed: npt.NDArray[np.uint8], blocks: int, fmt: WeightFormat) -> npt.NDArray[np.uint8]:
+    """Invert :func:`pack_zero_points`."""
+    if fmt.bits == 8:
         return packed
     pairs: npt.NDArray[np.uint8] = np.stack([packed & 15, packed >> 4], axis=-1)
     return pairs.reshape(len(packed), -1)[:, :blocks]
 
 
-def pack(values: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
-    """``[..., block size]`` -> ``[..., block size * bits / 8]``."""
-    if form.rounds_inputs:
+def pack(values: npt.NDArray[np.uint8], fmt: WeightFormat) -> npt.NDArray[np.uint8]:
+    """Pack codes: ``[..., block size]`` -> ``[..., block size * bits / 8]``."""
+    if fmt.quantizes_activations:
         signed: npt.NDArray[np.uint8] = values ^ np.uint8(128)
-        return signed  # the bytes of v - 128 as a signed number
-    if form.bits == 8:
+        return signed  # q - 128 as a signed byte
+    if fmt.bits == 8:
         return values
-    pairs: npt.NDArray[np.uint16] = values.view("<u2")  # first value in the low byte
-    # With a codebook the first value goes to the high nibble.
-    joined = (pairs << 4) | (pairs >> 8) if form.has_codebook else pairs | (pairs >> 4)
+    pairs: npt.NDArray[np.uint16] = values.view("<u2")  # first code in the low byte
+    # With a codebook the first code is in the high nibble.
+    joined = (pairs << 4) | (pairs >> 8) if fmt.has_codebook else pairs | (pairs >> 4)
     return joined.astype(np.uint8)  # the cast drops the high byte
 
 
-def unpack(packed: npt.NDArray[np.uint8], form: WeightFormat) -> npt.NDArray[np.uint8]:
-    """Inverse of :func:`pack`."""
-    if form.rounds_inputs:
+def unpack(packed: npt.NDArray[np.uint8], fmt: WeightFormat) -> npt.NDArray[np.uint8]:
+    """Invert :func:`pack`."""
+    if fmt.quantizes_activations:
         unsigned: npt.NDArray[np.uint8] = packed ^ np.uint8(128)
         return unsigned
-    if form.bits == 8:
+    if fmt.bits == 8:
         return packed
     wide = packed.astype("<u2")
-    spread = (wide >> 4) | (wide << 8) if form.has_codebook else wide | (wide << 4)
+    spread = (wide >> 4) | (wide << 8) if fmt.has_codebook else wide | (wide << 4)
     pairs: npt.NDArray[np.uint16] = (spread & 0x0F0F).astype(np.uint16)
     return pairs.view(np.uint8)

@@ -1,4 +1,4 @@
-"""Which weight gets which format: ordered rules, the first that matches wins."""
+"""Quantization policy: ordered rules that give each weight its format; the first match wins."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ EMBEDDING = "llm.embed_tokens"
 
 @dataclass(frozen=True)
 class Rule:
-    """A shell pattern over names such as ``llm.layers.0.mlp.down`` and the format for those that match."""
+    """A shell pattern over names such as ``llm.layers.0.mlp.down``, and the format of the weights that match."""
 
     pattern: str
     format: WeightFormat
 
     def matches(self, name: str) -> bool:
-        """Whether it is for the weight ``name``."""
+        """Return whether the rule applies to the weight ``name``."""
         return fnmatchcase(name, self.pattern)
 
     @classmethod
     def parse(cls, text: str, group_size: int | None) -> Rule:
-        """``PATTERN=FORMAT``. Raises :class:`UsageError`."""
-        pattern, equals, form = text.partition("=")
+        """Parse ``PATTERN=FORMAT``. Raises :class:`UsageError`."""
+        pattern, equals, fmt = text.partition("=")
         if not pattern or not equals:
             raise UsageError(f"Cannot read rule {text!r}; expected PATTERN=FORMAT, e.g. 'llm.lm_head=int8:64'.")
-        return cls(pattern.strip(), WeightFormat.parse(form.strip(), group_size))
+        return cls(pattern.strip(), WeightFormat.parse(fmt.strip(), group_size))
 
 
 def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
-    """The rules behind ``--vision``. ``int8``: inputs are integers too, but for the patch embedding's, the pixels, and
-    those of the projector's last linear. ``int8`` is the format of weights whose inputs are floats.
+    """Return the rules of ``--vision``. ``int8`` is the format of linears with float activations.
+
+    ``--vision int8`` quantizes activations too, except the pixels and the inputs of the projector's last linear.
     """
     if vision == "int8":
         return [
             Rule("vision.patch_embedding", WeightFormat("fp16")),
-            # Its inputs come out of a GELU, small values beside a few large ones: rounded with one scale they made nine
-            # tenths of the encoder's error (docs/benchmarks.md).
+            # Its inputs are outputs of a GELU: many small values and a few large ones. Quantized with one scale they
+            # caused nine tenths of the encoder's error (docs/benchmarks.md).
             Rule("vision.projector.down", int8),
             Rule("vision.*", WeightFormat("w8a8")),
         ]
@@ -59,11 +60,11 @@ def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
 def preset(
     precision: str, group_size: int | None, vision: str, asymmetric: bool = False, int8: WeightFormat | None = None
 ) -> list[Rule]:
-    """Return the rules of ``--fp32``, ``--fp16``, ``--int8``, ``--int4``, ``--nf4``; ``vision`` is for the last three.
+    """Return the rules of ``--fp32``, ``--fp16``, ``--int8``, ``--int4`` or ``--nf4``.
 
-    ``asymmetric``: INT4 weights have zero points. ``int8``: format of 8-bit linears, if not of ``group_size``.
-
-    4 bits are for the LLM and the alignment; what is read once an image, or is most sensitive, keeps 8 bits.
+    ``vision`` applies to the last three. ``asymmetric`` gives INT4 weights zero points. ``int8`` is the format of 8-bit
+    linears; None: in groups of ``group_size``. 4-bit precisions apply to the LLM and the alignment; weights that are
+    read once per image, or are most sensitive, keep 8 bits.
     """
     if precision in ("fp32", "fp16"):
         return [Rule("*", WeightFormat(precision))]
@@ -81,9 +82,9 @@ def preset(
 
 
 def read_rules(path: Path, group_size: int | None) -> list[Rule]:
-    """Rules of a TOML file, in order: ``[rules]`` with lines ``"llm.layers.*.mlp.down" = "int8:64"``.
+    """Read the rules of a TOML file, in order: a table ``[rules]`` of lines ``"llm.layers.*.mlp.down" = "int8:64"``.
 
-    Raises :class:`FusionError` if the file cannot be read or holds anything else.
+    Raises :class:`FusionError` if the file cannot be read or has other content.
     """
     expected = 'expected a table [rules] of lines "PATTERN" = "FORMAT"'
     try:
@@ -92,22 +93,21 @@ def read_rules(path: Path, group_size: int | None) -> list[Rule]:
         raise FusionError(f"Cannot read the rules in {path} ({error}); {expected}.") from None
     rules = data.get("rules")
     if set(data) != {"rules"} or not isinstance(rules, dict):
-        raise FusionError(f"{path} holds {', '.join(data) or 'nothing'}; {expected}.")
+        raise FusionError(f"{path} contains {', '.join(data) or 'nothing'}; {expected}.")
     if wrong := [key for key, value in rules.items() if not isinstance(value, str)]:
         raise FusionError(f"Rule {wrong[0]!r} in {path} has no format; {expected}; quote names with dots.")
-    return [Rule(pattern, WeightFormat.parse(form, group_size)) for pattern, form in rules.items()]
+    return [Rule(pattern, WeightFormat.parse(fmt, group_size)) for pattern, fmt in rules.items()]
 
 
-def _suits_a_table(form: WeightFormat) -> bool:
-    return form.bits != 4 and form.is_symmetric and not form.rounds_inputs
+def _suits_embedding(fmt: WeightFormat) -> bool:
+    return fmt.bits != 4 and fmt.is_symmetric and not fmt.quantizes_activations
 
 
 def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[Rule]) -> dict[str, WeightFormat]:
-    """The format of every name. ``defaults`` must match all.
+    """Return the format of every name. ``defaults`` must match all names.
 
-    The embedding table is looked up by row and gains nothing from 4 bits: wider patterns pass over it, and
-    asking for it by name is an error. Raises :class:`UsageError` for that and for an override that matches no
-    name.
+    The embedding table is looked up by row and gains nothing from 4 bits: rules with such a format skip it. Raises
+    :class:`UsageError` for a rule that matches only the embedding table with such a format, or matches nothing.
     """
     names = list(names)
     for rule in overrides:
@@ -117,11 +117,11 @@ def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[R
                 f"Rule {rule.pattern!r} matches no weight; names look like {names[0]!r} or {names[-1]!r} "
                 "(fusion-export --dry-run --json lists them all)."
             )
-        if matched == [EMBEDDING] and not _suits_a_table(rule.format):
+        if matched == [EMBEDDING] and not _suits_embedding(rule.format):
             raise UsageError(f"{EMBEDDING} cannot be {rule.format}: it is looked up by row; use int8 or fp16.")
     rules = [*overrides, *defaults]
 
     def matches(rule: Rule, name: str) -> bool:
-        return rule.matches(name) and (name != EMBEDDING or _suits_a_table(rule.format))
+        return rule.matches(name) and (name != EMBEDDING or _suits_embedding(rule.format))
 
     return {name: next(rule.format for rule in rules if matches(rule, name)) for name in names}

@@ -27,7 +27,8 @@ from unittest import mock
 from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.manifest import MANIFEST
+from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.errors import FusionError
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
@@ -173,7 +174,7 @@ def _simulated(place: Place) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch("os.path.ismount", lambda folder: folder in mounted or ismount(folder)))
         if not place.has_exchange:
-            stack.enter_context(mock.patch("fusion_edge.export.bundle.partial_folder.exchange", return_value=False))
+            stack.enter_context(mock.patch("fusion_edge.export.bundle.atomic_folder.exchange", return_value=False))
         yield
 
 
@@ -223,9 +224,9 @@ def _afterwards(place: Place) -> str:
 
 def whole(folder: Path) -> str:
     """The precision of a bundle whose every file is right. Raises :class:`FusionError`."""
-    opened = bundle.open_bundle(folder)
-    bundle.verify(opened)
-    expected = {bundle.MANIFEST, *(entry.path for entry in opened.manifest.files)}
+    opened = open_bundle(folder)
+    verify(opened)
+    expected = {MANIFEST, *(entry.path for entry in opened.manifest.files)}
     if (found := {path.name for path in folder.iterdir()}) != expected:
         raise FusionError(f"{folder} holds {sorted(found ^ expected)}, too.")
     return opened.manifest.precision

@@ -3,7 +3,7 @@
     pip install gptqmodel==7.7.0        # an environment of its own, with this package's [benchmarks] in it
     python -m fusion_edge.benchmarks.accuracy.against_gptqmodel --work FOLDER_OF_SMOLLM2 --json FILE
 
-Both get the same float weights and the same second moments H of their inputs in the float model, rows counted as
+Both get the same float weights and the same Hessian H of their inputs in the float model, rows counted as
 calibration counts them (export/calibration/observer.py); both are judged by ``tr(E H E^T) / tr(W H W^T)`` with that H.
 FOLDER_OF_SMOLLM2 is what ``benchmarks.smollm2`` was given as ``--work``.
 """
@@ -24,18 +24,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fusion_edge.export.calibration.activation_cache import State
+from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import blocks, kept, prepare
-from fusion_edge.export.calibration.observer import Observing
+from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import read_samples
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.gptq import Inputs, gptq, nearest, output_error
+from fusion_edge.quant.gptq import FactorizedHessian, gptq, output_error, round_to_nearest
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
-from fusion_edge.runtime.cli.common import numbers, output_file, positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import integer_list, output_file, positive_integer
 from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.resources import usable_processors
 
@@ -51,21 +52,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of benchmarks.smollm2")
-    add("--group-size", type=numbers, default=(64, 128), metavar="N[,N...]", help="default: 64 and 128")
-    add("--every", type=positive, default=6, metavar="N", help="LLM layers: 0, N, 2 N, ... (default: %(default)s)")
-    add("--samples", type=positive, default=16, help="calibrating (default: %(default)s)")
-    add("--threads", type=positive, default=usable_processors(), help="threads of torch (default: %(default)s)")
+    add("--group-size", type=integer_list, default=(64, 128), metavar="N[,N...]", help="default: 64 and 128")
+    add(
+        "--every",
+        type=positive_integer,
+        default=6,
+        metavar="N",
+        help="LLM layers: 0, N, 2 N, ... (default: %(default)s)",
+    )
+    add("--samples", type=positive_integer, default=16, help="calibrating (default: %(default)s)")
+    add("--threads", type=positive_integer, default=usable_processors(), help="threads of torch (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write the result here, too")
-    return run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 @torch.inference_mode()
 def _main(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     linears = []
-    for name, weights, moments in observed(options.work, options.samples, options.every):
+    for name, weights, hessian in observed(options.work, options.samples, options.every):
         for size in options.group_size:
-            errors = compare(weights, moments, size)
+            errors = compare(weights, hessian, size)
             linears.append({"name": name, "group_size": size, "errors": errors})
             sys.stderr.write(f"{name}:{size} {errors}\n")
     medians = {}
@@ -82,7 +89,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Names, weights ``[n,K]`` and second moments ``[K,K]`` float64 of the linears of some LLM layers, all in float."""
+    """Names, weights ``[n,K]`` and Hessian ``[K,K]`` float64 of the linears of some LLM layers, all in float."""
     with Checkpoint(work / "checkpoint") as checkpoint:
         plan = plan_export(checkpoint, ExportOptions(image_tokens=1, vision="fp16"))
         source = CheckpointWeights(checkpoint, plan.parameters)
@@ -95,40 +102,40 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
         found = read_samples(work / "samples.jsonl", samples, 1).calibrating
         prepared = [prepare(sample, tokenizer, plan.config, 1, 1, "cpu") for sample in found]
-        states: list[State] = [{} for _ in prepared]
+        states: list[Activations] = [{} for _ in prepared]
         watched = {name: form for name, form in plan.quantized_formats.items() if name.startswith("llm.")}
         layers = [f"llm.layers.{i}" for i in range(0, plan.config.language.layers, every)]
         for block in blocks(plan.config)[:-1]:
-            observing = Observing(plan.config, weights, lambda ids: table[ids], "cpu", watched)
+            observing = Observer(plan.config, weights, lambda ids: table[ids], "cpu", watched)
             states = [kept(block.run(observing, sample, state)) for sample, state in zip(prepared, states, strict=True)]
-            for name, index in observing.moments_of.items():
+            for name, index in observing.hessian_index.items():
                 if block.name in layers:
-                    yield name, weights(f"{name}.weight"), observing.moments[index]
+                    yield name, weights(f"{name}.weight"), observing.hessians[index]
             if block.name == layers[-1]:
                 return
 
 
-def compare(weights: Tensor, moments: Tensor, group_size: int) -> dict[str, float]:
+def compare(weights: Tensor, hessian: Tensor, group_size: int) -> dict[str, float]:
     """Relative squared error of the outputs by method."""
     form = WeightFormat("int4", group_size)
     quantized = {
-        "nearest": nearest(weights, form).values,
-        "ours": gptq(weights, Inputs(moments), form).values,
+        "nearest": round_to_nearest(weights, form).values,
+        "ours": gptq(weights, FactorizedHessian(hessian), form).values,
     }
-    quantized |= {name: _gptqmodel(weights, moments, group_size, **more) for name, more in SETTINGS.items()}
+    quantized |= {name: _gptqmodel(weights, hessian, group_size, **more) for name, more in SETTINGS.items()}
     errors = {}
     for name, values in quantized.items():
-        error, energy = output_error(weights, values, moments)
+        error, energy = output_error(weights, values, hessian)
         errors[name] = error / energy
     return errors
 
 
-def _gptqmodel(weights: Tensor, moments: Tensor, group_size: int, **settings: Any) -> Tensor:
-    """Rows as GPTQModel quantizes them; it is shown as many inputs as there are channels, with these moments."""
+def _gptqmodel(weights: Tensor, hessian: Tensor, group_size: int, **settings: Any) -> Tensor:
+    """Rows as GPTQModel quantizes them; it is shown as many inputs as there are channels, with this Hessian."""
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    values, vectors = torch.linalg.eigh(moments)
+    values, vectors = torch.linalg.eigh(hessian)
     inputs = (vectors * values.clamp_min(0).sqrt()).T.float()
     linear = torch.nn.Linear(weights.shape[1], weights.shape[0], bias=False)
     linear.weight = torch.nn.Parameter(weights.clone(), requires_grad=False)

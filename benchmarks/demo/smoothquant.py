@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_edge.export.calibration.activation_cache import State
+from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import BlockOperations, blocks, prepare
 from fusion_edge.export.calibration.samples import Sample, read_samples
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.input_range import round_to_grid
-from fusion_edge.quant.smoothquant import EXPONENTS, ChannelRanges, factors, producer
+from fusion_edge.quant.observer import fake_quantize
+from fusion_edge.quant.smoothquant import ALPHAS, ChannelHistograms, producer, smoothing_factors
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.bundle.quantization_report import sqnr
-from fusion_edge.runtime.cli import common as cli
-from fusion_edge.runtime.cli.common import positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
+from fusion_edge.runtime.formatting import format_table
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -48,7 +49,7 @@ def watch(fusion: Fusion, backend: EagerBackend, samples: Iterable[Sample]) -> d
     for sample in samples:
         length, side = fusion.manifest.query_lengths[0], fusion.manifest.image_side
         prepared = prepare(sample, fusion.tokenizer, fusion.config, length, side, "cpu")
-        state: State = {}
+        state: Activations = {}
         for block in layers:
             state = block.run(ops, prepared, state)
     formats = dict.fromkeys(ops.inputs, WeightFormat("w8a8"))
@@ -57,13 +58,13 @@ def watch(fusion: Fusion, backend: EagerBackend, samples: Iterable[Sample]) -> d
 
 def qualities(weight: Tensor, samples: Tensor, others: Tensor) -> list[float]:
     """SQNR of the outputs ``others @ weight.T``, grids chosen for ``samples``: as they are, then by exponent."""
-    ranges = ChannelRanges(weight.shape[1], weight.device)
-    ranges.add(samples)
+    ranges = ChannelHistograms(weight.shape[1], weight.device)
+    ranges.observe(samples)
     found = []
-    for exponent in (None, *EXPONENTS):
-        by = torch.ones_like(weight[0]) if exponent is None else factors(ranges.extents, weight, exponent)
-        grid, _ = ranges.grid(by, (weight * by).square().sum(0))
-        noise, signal = (others - round_to_grid(others / by, grid) * by) @ weight.T, others @ weight.T
+    for exponent in (None, *ALPHAS):
+        by = torch.ones_like(weight[0]) if exponent is None else smoothing_factors(ranges.absmax, weight, exponent)
+        grid, _ = ranges.quantization(by, (weight * by).square().sum(0))
+        noise, signal = (others - fake_quantize(others / by, grid) * by) @ weight.T, others @ weight.T
         found.append(sqnr(*(float(part.double().square().sum()) for part in (noise, signal))))
     return found
 
@@ -72,15 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--samples", type=Path, required=True, help="folder of fusion_edge.benchmarks.demo.samples")
-    parser.add_argument("--calibrating", type=positive, default=128, help="samples (default: %(default)s)")
-    parser.add_argument("--held-out", type=positive, default=100, help="further ones (default: %(default)s)")
-    return run(_main, parser.parse_args(arguments))
+    parser.add_argument("--calibrating", type=positive_integer, default=128, help="samples (default: %(default)s)")
+    parser.add_argument("--held-out", type=positive_integer, default=100, help="further ones (default: %(default)s)")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 @torch.inference_mode()
 def _main(options: argparse.Namespace) -> int:
     samples = read_samples(options.samples, options.calibrating, options.held_out)
-    rows: list[tuple[str, ...]] = [("linear", "as they are", *map(str, EXPONENTS))]
+    rows: list[tuple[str, ...]] = [("linear", "as they are", *map(str, ALPHAS))]
     with open_checkpoint(CHECKPOINT) as fusion:
         backend = fusion.backend
         assert isinstance(backend, EagerBackend)
@@ -88,7 +89,7 @@ def _main(options: argparse.Namespace) -> int:
         for name, inputs in seen.items():
             found = qualities(backend.parameter(f"{name}.weight"), inputs, others[name])
             rows.append((name, *(f"{value:.1f} dB" for value in found)))
-    sys.stdout.write(cli.table(rows))
+    sys.stdout.write(format_table(rows))
     return 0
 
 

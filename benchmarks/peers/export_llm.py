@@ -23,19 +23,20 @@ from typing import Any
 import numpy as np
 
 from fusion_edge.benchmarks.full_size_checkpoint import TOKENIZER_FILES
-from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.checkpoint.config import read_config
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
-from fusion_edge.export.checkpoint.source import read_json_object
+from fusion_edge.export.checkpoint.input_files import read_json_object
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.runtime.bundle.config import LanguageConfig
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 LLM_TENSOR = re.compile(r"(model\.(embed_tokens|layers\.\d+|norm)|lm_head)\.")
 PHI_3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
 FORMATS = ("Q4_0", "Q4_K_M")
 INDEX = "model.safetensors.index.json"
-CONTENT = Content("write", ("*.json", "*.safetensors", "*.model", "*.gguf"), INDEX)
+CONTENT = FolderContent("write", ("*.json", "*.safetensors", "*.model", "*.gguf"), INDEX)
 
 
 def write_hugging_face(source: Path, output: Path) -> None:
@@ -44,7 +45,7 @@ def write_hugging_face(source: Path, output: Path) -> None:
     Raises:
         FusionError: ``source`` is no FUSION-Phi checkpoint, or ``output`` cannot be written.
     """
-    with Checkpoint(source) as checkpoint, partial_folder(output, CONTENT) as folder:
+    with Checkpoint(source) as checkpoint, atomic_folder(output, CONTENT) as folder:
         _language(checkpoint)
         tensors = {name: info for name, info in checkpoint.tensors.items() if LLM_TENSOR.match(name)}
         for file in {info.file for info in tensors.values()}:
@@ -71,7 +72,7 @@ def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
         language = _language(checkpoint)
         gguf, llama_cpp = _import("gguf", "gguf"), _import("llama_cpp", "llama-cpp-python")
         file_types = {name: _file_type(llama_cpp, name) for name in formats}
-        with partial_folder(output, CONTENT) as folder:
+        with atomic_folder(output, CONTENT) as folder:
             plain = folder / "BF16.gguf"
             write_bfloat16(gguf, checkpoint, language, plain)
             for name, file_type in file_types.items():
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "gguf":
             text = f"of llama.cpp, repeatable (default: {', '.join(FORMATS)})"
             command.add_argument("--format", action="append", help=text)
-    return cli.run(_main, parser.parse_args(argv))
+    return run_command(_main, parser.parse_args(argv))
 
 
 def _main(arguments: argparse.Namespace) -> int:

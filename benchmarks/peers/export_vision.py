@@ -20,33 +20,34 @@ from typing import Any
 import torch
 
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
-from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.calibration.run import Calibrated
-from fusion_edge.export.calibration.weight_store import Records
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.calibration.weight_store import WeightStore
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
-from fusion_edge.quant.formats import InputGrid
+from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE, FusionConfig
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
 QUESTION_TOKENS = 20
-CONTENT = Content("export", ("*.xml", "*.bin", "*.json"), "local.xml")
+CONTENT = FolderContent("export", ("*.xml", "*.bin", "*.json"), "local.xml")
 PROPERTIES = {"f32.json": "f32", "bf16.json": "bf16"}
 """What OpenVINO computes in where nothing is quantized: a file for the user to choose by."""
 
 
-class MadeUp(Records):
+class MadeUp(WeightStore):
     """No calibrated weights, and one range for every input."""
 
     def __contains__(self, name: str) -> bool:
         return False
 
-    def input_grid(self, name: str) -> InputGrid:
-        return InputGrid(0.03, 128)
+    def activation_quantization(self, name: str) -> ActivationQuantization:
+        return ActivationQuantization(0.03, 128)
 
 
 def bundle_int8(checkpoint: Path, output: Path) -> None:
@@ -66,7 +67,7 @@ def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:
     if output.exists():
         raise FusionError(f"{output} exists; choose another output.")
     config, parameters = read_vision(checkpoint, torch.float32)
-    with partial_folder(output, CONTENT) as folder, torch.inference_mode():
+    with atomic_folder(output, CONTENT) as folder, torch.inference_mode():
         for name, module, inputs in (
             ("global", GlobalCrops(config, parameters), _inputs(config, 2)[:1]),
             ("local", LocalCrop(config, parameters), _inputs(config, 1)),
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=MAKERS, help="what is made")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a FUSION checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
-    return cli.run(_main, parser.parse_args(argv))
+    return run_command(_main, parser.parse_args(argv))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.bundle.files import reserve, write_all
+from fusion_edge.export.bundle.durable_files import reserve, write_all
 from fusion_edge.export.bundle.worker_pool import worker_pool
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
@@ -97,7 +97,7 @@ class DataWriter:
     def _scalar(self, tensor: PlannedTensor) -> npt.NDArray[Any]:
         """A scale or zero point of inputs."""
         assert self._calibrated is not None  # or the plan would have no format that rounds inputs
-        grid = self._calibrated.records.input_grid(self._linears[tensor.parameter].name)
+        grid = self._calibrated.records.activation_quantization(self._linears[tensor.parameter].name)
         return np.array(grid.scale if tensor.part == "input_scale" else grid.zero_point, tensor.dtype)
 
     def _note(self, name: str, values: PlannedTensor, total: _Rounded) -> None:

@@ -1,4 +1,4 @@
-"""Folders that commands work in: held by one process at a time, and emptied of nothing but what commands write."""
+"""Lock a folder, so that one process at a time writes it."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ import errno
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
 from fusion_edge.runtime.errors import FusionError
 
-Owns = Callable[[str], bool]
-"""Whether commands write what has this path, relative to a folder; folders' paths end with a slash."""
-
-OPENED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-"""How folders are opened, links never."""
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Flags to open folders with. Links are never followed."""
 _REMEDY = "delete it or choose another output."
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 
 
 @contextmanager
-def locked(folder: Path, busy: str, is_new: bool = False) -> Iterator[int]:
-    """Hold ``folder``, made if absent, for this process alone; its descriptor.
+def locked_folder(folder: Path, busy: str, is_new: bool = False) -> Iterator[int]:
+    """Lock ``folder`` for this process and yield its descriptor. A missing folder is created.
 
-    Raises :class:`FusionError`: ``busy`` if it is held, or is there though it must be new (``is_new``); with its name
-    if it is a link, no folder, or another user's.
+    Args:
+        folder: Folder to lock.
+        busy: Error message if another process holds the lock.
+        is_new: Whether an existing folder counts as locked.
+
+    Raises:
+        FusionError: The folder is locked, is a link, is not a folder, or belongs to another user.
+        OSError: The folder cannot be created or opened.
     """
-    is_made = False
+    is_created = False
     try:
         try:
             folder.mkdir()
-            is_made = True
+            is_created = True
         except FileExistsError:
             if is_new:
                 raise FusionError(busy) from None
@@ -46,7 +48,7 @@ def locked(folder: Path, busy: str, is_new: bool = False) -> Iterator[int]:
             os.close(descriptor)
             raise
     except OSError:
-        if is_made:
+        if is_created:
             with suppress(OSError):
                 folder.rmdir()
         raise
@@ -56,20 +58,20 @@ def locked(folder: Path, busy: str, is_new: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
-def refuse_other(folder: Path) -> None:
-    """Raise :class:`FusionError` if there is something in a hidden folder's place that is none, such as a link."""
+def check_hidden_folder(folder: Path) -> None:
+    """Raise :class:`FusionError` if a link or a file has the path of a hidden folder."""
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-        kind = "a link" if folder.is_symlink() else "no folder"
+        kind = "a link" if folder.is_symlink() else "not a folder"
         raise FusionError(f"{folder} is {kind}; expected nothing or a folder of fusion-edge there: {_REMEDY}")
 
 
 def _open(folder: Path, busy: str) -> int:
-    refuse_other(folder)
+    check_hidden_folder(folder)
     try:
-        descriptor = os.open(folder, OPENED)
-    except (FileNotFoundError, NotADirectoryError):  # who held it has renamed or removed it a moment ago
+        descriptor = os.open(folder, FOLDER_FLAGS)
+    except (FileNotFoundError, NotADirectoryError):  # its holder has just renamed or removed it
         raise FusionError(busy) from None
-    # Where a file system has one owner for all it holds, that is the owner of the folder above, too.
+    # Some file systems have one owner for everything: then the parent's owner is accepted too.
     if os.fstat(descriptor).st_uid not in (os.geteuid(), os.stat(folder.parent).st_uid):
         os.close(descriptor)
         raise FusionError(f"{folder} belongs to another user; expected nothing or a folder of yours: {_REMEDY}")
@@ -77,7 +79,7 @@ def _open(folder: Path, busy: str) -> int:
 
 
 def _lock(descriptor: int, folder: Path) -> bool:
-    """Whether nobody else holds the folder, as far as the file system can tell."""
+    """Lock an opened folder. Return False if another process holds it; warn if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,80 +93,11 @@ def _lock(descriptor: int, folder: Path) -> bool:
 
 @cache
 def _warn(folder: Path) -> None:
-    sys.stderr.write(f"warning: The file system of {folder} has no locks; let nothing else write there meanwhile.\n")
+    sys.stderr.write(f"warning: The file system of {folder} has no locks; run no other command on it meanwhile.\n")
 
 
 def is_at(descriptor: int, folder: Path) -> bool:
-    """Whether an opened folder still has the path that it was opened with."""
+    """Return whether an opened folder still has the path ``folder``."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(descriptor), os.stat(folder, follow_symlinks=False))
     return False
-
-
-# What is inside -------------------------------------------------------------------------------------------------
-
-
-def matches(path: str, *patterns: str) -> bool:
-    """Whether a relative path matches a pattern: ``*`` stands for anything but a slash."""
-    parts = path.split("/")
-    split = [pattern.split("/") for pattern in patterns]
-    return any(
-        len(parts) == len(one) and all(fnmatchcase(part, glob) for part, glob in zip(parts, one, strict=True))
-        for one in split
-    )
-
-
-def entries(descriptor: int, owns: Owns, folder: Path, ignored: tuple[str, ...] = ()) -> list[str]:
-    """All paths in an opened folder, relative to it and a folder's content before it; links are not followed.
-
-    Raises :class:`Foreign` for the first that commands do not write. ``ignored`` are names at the top.
-    """
-    found: list[str] = []
-    _walk(descriptor, "", owns, folder, found, ignored)
-    return found
-
-
-class Foreign(FusionError):
-    """Something in a folder that no command wrote there."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"{path} was not written by fusion-edge, and is not deleted: move it elsewhere or choose another output."
-        )
-        self.path = path
-
-
-def _walk(descriptor: int, above: str, owns: Owns, folder: Path, found: list[str], ignored: tuple[str, ...]) -> None:
-    with os.scandir(descriptor) as listing:
-        inside = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in listing)
-    for name, is_folder in inside:
-        path = f"{above}{name}{'/' if is_folder else ''}"
-        if not above and name in ignored:
-            continue
-        if not owns(path):
-            raise Foreign(folder / path)
-        if is_folder:
-            below = os.open(name, OPENED, dir_fd=descriptor)
-            try:
-                _walk(below, path, owns, folder, found, ())
-            finally:
-                os.close(below)
-        found.append(path)
-
-
-def delete(descriptor: int, paths: list[str]) -> None:
-    """Delete what :func:`entries` found, in an opened folder."""
-    for path in paths:
-        if path.endswith("/"):
-            os.rmdir(path.rstrip("/"), dir_fd=descriptor)
-        else:
-            os.unlink(path, dir_fd=descriptor)
-
-
-def remove(descriptor: int, folder: Path, owns: Owns, last: str = "") -> None:
-    """Delete an opened folder with what commands write there, the file named ``last`` at the end.
-
-    Raises :class:`Foreign`, and deletes nothing, if there is anything else.
-    """
-    delete(descriptor, sorted(entries(descriptor, owns, folder), key=lambda path: path == last))
-    os.rmdir(folder)

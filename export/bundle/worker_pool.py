@@ -1,4 +1,4 @@
-"""Threads that end at once when the work is given up."""
+"""Run tasks in threads that stop soon after an error or a signal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fusion_edge.runtime.system.progress import Progress
 
 @contextmanager
 def worker_pool(threads: int | None, progress: Progress) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose work tells ``progress`` of its steps.
+    """Yield a thread pool whose tasks advance ``progress``.
 
-    An error or a signal ends what runs at its next step and drops what has not begun.
+    After an error or a signal, running tasks stop when they next advance it, and waiting tasks are dropped.
     """
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -9,16 +9,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.data_writer import DataWriter
-from fusion_edge.export.bundle.files import flush_file, flush_folder, write_file
-from fusion_edge.export.bundle.folder_lock import OPENED, Foreign, entries, locked, refuse_other
-from fusion_edge.export.bundle.mount_point import PURPOSES, hidden_folder, hidden_in, workplace
-from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.durable_files import flush_file, flush_folder, write_file
+from fusion_edge.export.bundle.folder_content import FolderContent, ForeignPathError, owned_paths
+from fusion_edge.export.bundle.folder_lock import FOLDER_FLAGS, check_hidden_folder, locked_folder
+from fusion_edge.export.bundle.hidden_folders import PURPOSES, hidden_folder, hidden_names, hidden_parent
 from fusion_edge.export.bundle.worker_pool import worker_pool
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.bundle import engines
 from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST
+from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER
+from fusion_edge.runtime.bundle.files import FileEntry, digest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.progress import Progress
@@ -39,7 +42,7 @@ def write_bundle(
     export is writing the same output, or if a weight is not finite. Leaves nothing behind then.
     """
     output = resolve_output(output)
-    with partial_folder(output, BUNDLE, lambda: check_output(output, force)) as folder:
+    with atomic_folder(output, BUNDLE, lambda: check_output(output, force)) as folder:
         _check_disk(plan, output)
         for name, content in plan.small_files.items():
             write_file(folder / name, content)
@@ -56,8 +59,8 @@ def write_bundle(
             names.append(bundle.QUANTIZATION)
         sizes = {name: (folder / name).stat().st_size for name in names}
         with Progress("Checksums", sum(sizes.values())) as progress, worker_pool(usable_processors(), progress) as pool:
-            digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
-            entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
+            digests = pool.map(lambda name: digest(folder / name, progress.advance), names)
+            entries = tuple(FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
         manifest = plan.manifest(entries)
         write_file(folder / bundle.MANIFEST, manifest.to_text().encode())
         for name in (*names, bundle.MANIFEST):
@@ -78,7 +81,7 @@ def resolve_output(output: Path) -> Path:
     if not output.parent.is_dir():
         raise FusionError(f"{output.parent} is not a folder; create it first or choose another output.")
     for purpose in PURPOSES:
-        refuse_other(hidden_folder(output, purpose))
+        check_hidden_folder(hidden_folder(output, purpose))
     return output
 
 
@@ -90,13 +93,13 @@ def check_output(output: Path, force: bool) -> None:
         raise FusionError(f"{output} exists; choose another output or pass --force to replace it.")
     manifest = output / bundle.MANIFEST
     try:
-        descriptor = os.open(output, OPENED)
+        descriptor = os.open(output, FOLDER_FLAGS)
         try:
-            entries(descriptor, BUNDLE.owned(manifest), output, hidden_in(output))
+            owned_paths(descriptor, BUNDLE.owned(manifest), output, hidden_names(output))
         finally:
             os.close(descriptor)
-    except (NotADirectoryError, Foreign) as error:
-        if isinstance(error, Foreign) and _listed(manifest):
+    except (NotADirectoryError, ForeignPathError) as error:
+        if isinstance(error, ForeignPathError) and _listed(manifest):
             raise FusionError(
                 f"{error.path} is no file of the bundle in {output}, so --force does not replace that; move it "
                 "elsewhere or choose another output."
@@ -104,8 +107,8 @@ def check_output(output: Path, force: bool) -> None:
         raise FusionError(
             f"{output} exists and is no bundle, so --force does not replace it; choose another output."
         ) from None
-    for build in (output / engines.FOLDER).glob(".*.partial"):
-        with locked(build, f"A fusion-build of {output} is running; wait for it or choose another output."):
+    for build in (output / ENGINES_FOLDER).glob(".*.partial"):
+        with locked_folder(build, f"A fusion-build of {output} is running; wait for it or choose another output."):
             pass
 
 
@@ -117,28 +120,28 @@ def _listed(manifest: Path) -> Collection[str]:
         return set()
 
 
-_BUILT = f"{engines.FOLDER}/*-cc*-*"  # see engines_folder
-BUNDLE = Content(
+_BUILT = f"{ENGINES_FOLDER}/*-cc*-*"  # see engines_folder
+BUNDLE = FolderContent(
     "export",
     (bundle.graph_file("*"), bundle.data_file("*"), bundle.TOKENIZER, bundle.QUANTIZATION),
     bundle.MANIFEST,
     _listed,
     (
-        f"{engines.FOLDER}/",
+        f"{ENGINES_FOLDER}/",
         f"{_BUILT}/",
-        f"{_BUILT}/{engines.ENGINES}",
+        f"{_BUILT}/{ENGINES_MANIFEST}",
         f"{_BUILT}/*.engine",
-        f"{engines.FOLDER}/*.timing",
+        f"{ENGINES_FOLDER}/*.timing",
         # What a killed build left:
-        f"{_BUILT}/.{engines.ENGINES}.*",
-        f"{engines.FOLDER}/.*.timing.*",
+        f"{_BUILT}/.{ENGINES_MANIFEST}.*",
+        f"{ENGINES_FOLDER}/.*.timing.*",
     ),
 )
 """A bundle's folder. Engines are of this bundle and no other: they go with it."""
 
 
 def _check_disk(plan: ExportPlan, output: Path) -> None:
-    place = workplace(output)
+    place = hidden_parent(output)
     needed, free = plan.bundle_bytes + DISK_MARGIN_BYTES, shutil.disk_usage(place).free
     if free < needed:
         raise FusionError(

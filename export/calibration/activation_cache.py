@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+Activations = dict[str, Tensor]
 """Named float32 tensors."""
 
 _Index = list[dict[str, tuple[int, list[int]]]]
 # For every sample and name: offset in bytes, shape.
 
 
-class StateWriter:
+class ActivationWriter:
     """Appends one sample's state after the other."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb")  # noqa: SIM115  (closed by writing)
         self.index: _Index = []
 
-    def append(self, state: State) -> None:
+    def append(self, state: Activations) -> None:
         """The next sample's."""
         entry = {}
         for name, value in state.items():
@@ -44,9 +44,9 @@ class StateWriter:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[StateWriter]:
+def writing(path: Path) -> Iterator[ActivationWriter]:
     """States for ``path``, complete once its index is there: that is the last thing written."""
-    writer = StateWriter(path)
+    writer = ActivationWriter(path)
     try:
         yield writer
     finally:
@@ -54,14 +54,14 @@ def writing(path: Path) -> Iterator[StateWriter]:
     replace_text(_index_of(path), json.dumps(writer.index))
 
 
-class StateReader:
+class ActivationReader:
     """What was written to ``path``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._index: _Index = json.loads(_index_of(path).read_text(encoding="utf-8"))
 
-    def __getitem__(self, sample: int) -> State:
+    def __getitem__(self, sample: int) -> Activations:
         state = {}
         for name, (offset, shape) in self._index[sample].items():
             count = int(np.prod(shape, dtype=np.int64))

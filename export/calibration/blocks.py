@@ -15,16 +15,17 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fusion_edge.export.calibration.activation_cache import State
+from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.model.eager import EagerOperations
-from fusion_edge.quant.formats import InputGrid
+from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, normalize
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, encode_prompt
+from fusion_edge.runtime.prompts.prompt import encode_prompt
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 
 class BlockOperations(EagerOperations):
@@ -36,10 +37,10 @@ class BlockOperations(EagerOperations):
         get: Callable[[str], Tensor],
         embed: Callable[[Tensor], Tensor],
         device: str,
-        input_grid: Callable[[str], InputGrid | None] | None = None,
+        activation_quantization: Callable[[str], ActivationQuantization | None] | None = None,
     ) -> None:
         """``embed`` maps token ids ``[T]`` to embeddings ``[T,D]``."""
-        super().__init__(config, get, input_grid=input_grid)
+        super().__init__(config, get, activation_quantization=activation_quantization)
         self.embed = embed
         self.device = device
 
@@ -74,7 +75,7 @@ class Block:
     name: str
     prefixes: tuple[str, ...]
     """What the names of its parameters begin with."""
-    run: Callable[[BlockOperations, Prepared, State], State]
+    run: Callable[[BlockOperations, Prepared, Activations], Activations]
     """From the state before it to the state behind it, and what it adds to a graph's outputs (:data:`OUTPUTS`)."""
 
 
@@ -82,7 +83,7 @@ OUTPUTS = {"features": "vision_encoder", "keys": "alignment_decoder", "values": 
 """Names in what a block returns that are outputs of a graph; no block after it reads them."""
 
 
-def kept(state: State) -> State:
+def kept(state: Activations) -> Activations:
     """What the next block needs of a state."""
     return {name: value for name, value in state.items() if name not in OUTPUTS}
 
@@ -133,7 +134,7 @@ def blocks(config: FusionConfig) -> list[Block]:
     return [*found, Block("llm.lm_head", ("llm.lm_head",), _head)]
 
 
-def _embed(ops: BlockOperations, prepared: Prepared, _: State) -> State:
+def _embed(ops: BlockOperations, prepared: Prepared, _: Activations) -> Activations:
     """Patches of all crops; beside the local crop's, the question's rows."""
     pixels = torch.from_numpy(normalize(cut_crops(prepared.sample.load()))).to(ops.device)
     patches = architecture.embed_patches(ops, ops.config, pixels)
@@ -141,8 +142,8 @@ def _embed(ops: BlockOperations, prepared: Prepared, _: State) -> State:
     return {"global": patches[:GLOBAL_CROPS], "local": torch.cat([patches[GLOBAL_CROPS:], text], 1)}
 
 
-def _vision_layer(ops: BlockOperations, prepared: Prepared, state: State, i: int) -> State:
-    after: State = {}
+def _vision_layer(ops: BlockOperations, prepared: Prepared, state: Activations, i: int) -> Activations:
+    after: Activations = {}
     for part in ("global", "local"):
         states = [state[key] for key in sorted(state) if key.startswith(part)]
         text = prepared.instruct_ids != 0 if part == "local" else prepared.instruct_ids[:0]
@@ -152,7 +153,7 @@ def _vision_layer(ops: BlockOperations, prepared: Prepared, state: State, i: int
     return after
 
 
-def _project(ops: BlockOperations, prepared: Prepared, state: State) -> State:
+def _project(ops: BlockOperations, prepared: Prepared, state: Activations) -> Activations:
     """The LLM's input ``[1,L,D]`` and the interaction layers' windows ``[1,q,9,D]``."""
     config, patches = ops.config, ops.config.vision.patches
     features = []
@@ -170,7 +171,7 @@ def _project(ops: BlockOperations, prepared: Prepared, state: State) -> State:
     return {"x": x, "windows": windows, "features": torch.cat(features)}
 
 
-def _decoder(ops: BlockOperations, prepared: Prepared, state: State, i: int) -> State:
+def _decoder(ops: BlockOperations, prepared: Prepared, state: Activations, i: int) -> Activations:
     """A decoder layer, and the interaction layer behind it with its keys and values."""
     config, x, windows = ops.config, state["x"], state["windows"]
     x = architecture.decoder_layer(ops, config, x, i)
@@ -183,7 +184,7 @@ def _decoder(ops: BlockOperations, prepared: Prepared, state: State, i: int) -> 
     return {"x": x, "windows": windows, "keys": keys, "values": values}
 
 
-def _head(ops: BlockOperations, prepared: Prepared, state: State) -> State:
+def _head(ops: BlockOperations, prepared: Prepared, state: Activations) -> Activations:
     """Logits ``[n,V]`` of the rows that write the answer, or of the last row."""
     rows = state["x"][0, prepared.answer_start - 1 :]
     return {"logits": architecture.logits(ops, ops.config, rows if len(rows) == 1 else rows[:-1])}

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
+from fusion_edge.export.calibration.bit_budget import candidates
 from fusion_edge.export.calibration.blocks import Block, blocks
-from fusion_edge.export.calibration.mixed import candidates
 from fusion_edge.export.calibration.options import SENSITIVITY_SAMPLES, CalibrationOptions
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.quant.gptq import SCALE_SHARES
-from fusion_edge.quant.smoothquant import EXPONENTS, producer
+from fusion_edge.quant.gptq import CLIP_RATIOS
+from fusion_edge.quant.smoothquant import ALPHAS, producer
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION
 
 PROCESS_BYTES = 700_000_000  # Python, torch and one sample on its way through a block (measured)
 TEXT = 4 * MINIMUM_QUESTION  # positions of a sample's template, question and answer
 FLOAT, DOUBLE = 4, 8
-SQUARES_AT_ONCE = 4  # of float64, while a linear's moments are factorized (Inputs in quant/gptq.py)
+SQUARES_AT_ONCE = 4  # of float64, while a linear's hessian are factorized (FactorizedHessian in quant/gptq.py)
 REFINING_OPERATIONS = 10  # of a matrix product for every weight and input channel (measured)
 ROUNDING_OPERATIONS = 5  # likewise, and for the error that is reported
 CANDIDATE_OPERATIONS = 200  # of a matrix product, that take as long as trying one scale for one weight (measured)
@@ -69,12 +69,12 @@ def _quantized(plan: ExportPlan, block: Block) -> list[Linear]:
 
 
 def _observed(plan: ExportPlan, block: Block) -> list[Linear]:
-    """Linears whose inputs' moments are kept; ``up`` of the LLM shares those of ``gate``."""
+    """Linears whose inputs' hessian are kept; ``up`` of the LLM shares those of ``gate``."""
     return [p for p in _quantized(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up"))]
 
 
 def _memory(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
-    """Weights, moments and what factorizing the largest needs; or both sets of weights while samples pass."""
+    """Weights, hessian and what factorizing the largest needs; or both sets of weights while samples pass."""
     weights = FLOAT * sum(p.size for p in _linears(plan, block))
     squares = [p.inputs for p in _observed(plan, block)]
     fitting = weights + DOUBLE * (sum(n * n for n in squares) + SQUARES_AT_ONCE * max(squares, default=0) ** 2)
@@ -146,7 +146,7 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
         total += 2 * passes * _rows(plan, p.name) * p.size
     for p in _quantized(plan, block):
         is_solved = _is_solved(p, options)
-        scales = SCALE_SHARES[p.format.bits][2] if is_solved else 1
+        scales = CLIP_RATIOS[p.format.bits][2] if is_solved else 1
         products = ROUNDING_OPERATIONS + (REFINING_OPERATIONS if is_solved else 0)
         total += _fits(plan, p) * p.size * (products * p.inputs + CANDIDATE_OPERATIONS * scales)
     for p in _observed(plan, block):
@@ -175,7 +175,7 @@ def _is_solved(linear: Linear, options: CalibrationOptions) -> bool:
 
 def _fits(plan: ExportPlan, linear: Linear) -> int:
     """How many times a linear is quantized: once, or with each equalisation of its inputs."""
-    return 1 if producer(linear.name, plan.quantized_formats) is None else 1 + len(EXPONENTS)
+    return 1 if producer(linear.name, plan.quantized_formats) is None else 1 + len(ALPHAS)
 
 
 def _rate(device: str) -> float:

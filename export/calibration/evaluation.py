@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_edge.export.calibration.activation_cache import State, replace_text
+from fusion_edge.export.calibration.activation_cache import Activations, replace_text
 from fusion_edge.export.calibration.blocks import OUTPUTS, Prepared
 from fusion_edge.runtime.bundle.quantization_report import EndToEnd
 
@@ -43,7 +43,7 @@ class Evaluation:
         self._answers: list[AnswerComparison] = []
         self._latest: tuple[dict[str, list[float]], list[AnswerComparison]] = {}, []
 
-    def add(self, number: int, state: State, reference: State) -> None:
+    def add(self, number: int, state: Activations, reference: Activations) -> None:
         """Compare the outputs of graphs that a block added for held-out sample ``number``."""
         cosines, answers = self._latest
         for name, graph in OUTPUTS.items():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from fusion_edge.export.bundle.mount_point import workplace
+from fusion_edge.export.bundle.hidden_folders import hidden_parent
 from fusion_edge.export.bundle.writer import check_output, resolve_output, write_bundle
+from fusion_edge.export.calibration.bit_budget import check_budget, mix
 from fusion_edge.export.calibration.estimate import calibration_disk
-from fusion_edge.export.calibration.mixed import check_budget, mix
 from fusion_edge.export.calibration.options import CalibrationOptions
 from fusion_edge.export.calibration.run import calibrate
 from fusion_edge.export.calibration.samples import Samples, read_samples
@@ -86,7 +86,7 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
 def _check_disk(plan: ExportPlan, options: CalibrationOptions, output: Path) -> None:
     """States, finished weights and the bundle must fit. What an earlier run left counts as free."""
     needed = calibration_disk(plan, options) + plan.bundle_bytes
-    place = workplace(output)
+    place = hidden_parent(output)
     free = shutil.disk_usage(place).free + folder_bytes(output)
     if free < needed:
         raise FusionError(

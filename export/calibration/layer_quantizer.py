@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fusion_edge.export.calibration.observer import Observing
-from fusion_edge.export.calibration.weight_store import Records
-from fusion_edge.quant import smoothquant as equalisation
-from fusion_edge.quant.formats import InputGrid, WeightFormat
-from fusion_edge.quant.gptq import Inputs, Quantized, gptq, nearest, output_error
-from fusion_edge.quant.smoothquant import EXPONENTS, LARGEST_SHARE, ChannelRanges
+from fusion_edge.export.calibration.observer import Observer
+from fusion_edge.export.calibration.weight_store import WeightStore
+from fusion_edge.quant import smoothquant
+from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
+from fusion_edge.quant.gptq import FactorizedHessian, QuantizedRows, gptq, output_error, round_to_nearest
+from fusion_edge.quant.smoothquant import ALPHAS, LARGEST_ERROR_RATIO, ChannelHistograms
 from fusion_edge.runtime.bundle.quantization_report import LinearReport, sqnr
 from fusion_edge.runtime.errors import FusionError
 
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 2048  # of a linear, quantized together: bounds the memory that l
 class Fitted:
     """A linear's weights, quantized for its inputs."""
 
-    rows: list[Quantized]
+    rows: list[QuantizedRows]
     squares: npt.NDArray[np.float64]
     """``[4]``: of the weights' errors, the weights, what these errors change in the outputs, the outputs."""
 
@@ -41,12 +41,12 @@ class Equalised:
     factors: Tensor
     """``[K]``: what the inputs are divided by."""
     fitted: Fitted
-    grid: InputGrid
+    grid: ActivationQuantization
     error: float
     """Squared error of the outputs that rounding weights and inputs makes."""
 
 
-class Fitting:
+class LayerQuantizer:
     """Quantizes the linears of one block and saves them."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Fitting:
         formats: Mapping[str, WeightFormat],
         method: str,
         weights: Callable[[str], Tensor],
-        records: Records,
+        records: WeightStore,
         symmetric: bool = False,
     ) -> None:
         """``weights`` returns the float parameter of a name; ``symmetric``: inputs are rounded around 0."""
@@ -65,69 +65,77 @@ class Fitting:
         self._symmetric = symmetric
         self._divided: dict[str, Tensor] = {}
 
-    def quantize(self, observing: Observing) -> list[LinearReport]:
-        """Quantize and save every linear observed. Consumes the moments.
+    def quantize(self, observing: Observer) -> list[LinearReport]:
+        """Quantize and save every linear observed. Consumes the hessian.
 
         The last come first: a linear whose outputs are the inputs of an equalised one is itself quantized divided.
         """
         reports: list[LinearReport] = []
-        for index in reversed(range(len(observing.moments))):
-            moments = observing.moments[index]
-            names = [name for name, of in observing.moments_of.items() if of == index]
-            if names[0] in observing.channel_ranges:
-                reports.append(self._equalise(names[0], moments, observing.channel_ranges[names[0]]))
+        for index in reversed(range(len(observing.hessians))):
+            hessian = observing.hessians[index]
+            names = [name for name, of in observing.hessian_index.items() if of == index]
+            if names[0] in observing.channel_histograms:
+                reports.append(self._equalise(names[0], hessian, observing.channel_histograms[names[0]]))
             else:
-                reports += self._quantize(names, moments)
+                reports += self._quantize(names, hessian)
             for name in names:
                 if name in observing.ranges:
-                    self._records.save_input_grid(name, observing.ranges[name].grid(self._symmetric))
-            observing.moments[index] = moments.new_zeros(0)  # its memory is free before the next is factorized
+                    self._records.save_activation_quantization(
+                        name, observing.ranges[name].quantization(self._symmetric)
+                    )
+            observing.hessians[index] = hessian.new_zeros(0)  # its memory is free before the next is factorized
         return reports[::-1]
 
     def _parameter(self, name: str) -> Tensor:
         return self._divided[name] if name in self._divided else self._weights(name)
 
-    def _quantize(self, names: list[str], moments: Tensor) -> list[LinearReport]:
+    def _quantize(self, names: list[str], hessian: Tensor) -> list[LinearReport]:
         """Quantize and save the linears that share an input, last first."""
         reports, started = [], time.monotonic()
-        inputs = self._inputs(names, moments)
+        inputs = self._inputs(names, hessian)
         for name in reversed(names):
-            fitted = self._fit(name, self._parameter(f"{name}.weight"), inputs, moments)
+            fitted = self._fit(name, self._parameter(f"{name}.weight"), inputs, hessian)
             reports.append(self._save(name, fitted, None, started))
             started = time.monotonic()
         return reports
 
-    def _equalise(self, name: str, moments: Tensor, ranges: ChannelRanges) -> LinearReport:
+    def _equalise(self, name: str, hessian: Tensor, ranges: ChannelHistograms) -> LinearReport:
         """Quantize and save a linear with the equalisation that changes its outputs least, and divide its producer."""
         started = time.monotonic()
-        as_they_are = self._with_exponent(name, None, moments, ranges)
-        tried = (self._with_exponent(name, exponent, moments, ranges) for exponent in EXPONENTS)
+        as_they_are = self._with_exponent(name, None, hessian, ranges)
+        tried = (self._with_exponent(name, exponent, hessian, ranges) for exponent in ALPHAS)
         best = min(tried, key=lambda equalised: equalised.error, default=as_they_are)
-        if best.error > LARGEST_SHARE * as_they_are.error:
+        if best.error > LARGEST_ERROR_RATIO * as_they_are.error:
             best = as_they_are
-        source = equalisation.producer(name, self._formats)
+        source = smoothquant.producer(name, self._formats)
         assert source is not None  # or there would be no ranges of channels
-        for parameter in equalisation.parameters(source):
-            self._divided[parameter] = equalisation.divided(self._parameter(parameter), best.factors)
-        for parameter in equalisation.float_parameters(source, self._formats):
+        for parameter in smoothquant.producer_parameters(source):
+            self._divided[parameter] = smoothquant.divide_last_rows(self._parameter(parameter), best.factors)
+        for parameter in smoothquant.float_parameters(source, self._formats):
             self._records.save_parameter(parameter, self._divided[parameter].cpu().numpy())
-        self._records.save_input_grid(name, best.grid)
+        self._records.save_activation_quantization(name, best.grid)
         return self._save(name, best.fitted, best.exponent, started)
 
-    def _with_exponent(self, name: str, exponent: float | None, moments: Tensor, ranges: ChannelRanges) -> Equalised:
+    def _with_exponent(
+        self, name: str, exponent: float | None, hessian: Tensor, ranges: ChannelHistograms
+    ) -> Equalised:
         weight = self._parameter(f"{name}.weight")
-        by = torch.ones_like(weight[0]) if exponent is None else equalisation.factors(ranges.extents, weight, exponent)
-        weight, moments = weight * by, moments / by / by[:, None]
-        fitted = self._fit(name, weight, self._inputs([name], moments), moments)
-        grid, of_inputs = ranges.grid(by, weight.square().sum(0), self._symmetric)
+        by = (
+            torch.ones_like(weight[0])
+            if exponent is None
+            else smoothquant.smoothing_factors(ranges.absmax, weight, exponent)
+        )
+        weight, hessian = weight * by, hessian / by / by[:, None]
+        fitted = self._fit(name, weight, self._inputs([name], hessian), hessian)
+        grid, of_inputs = ranges.quantization(by, weight.square().sum(0), self._symmetric)
         return Equalised(exponent, by, fitted, grid, of_inputs + float(fitted.squares[2]))
 
-    def _inputs(self, names: list[str], moments: Tensor) -> Inputs | None:
+    def _inputs(self, names: list[str], hessian: Tensor) -> FactorizedHessian | None:
         """What GPTQ, if that is the method of one of them, needs to know of the inputs that linears share."""
         if all(self._method_of(name) != "gptq" for name in names):
             return None
         try:
-            return Inputs(moments)
+            return FactorizedHessian(hessian)
         except FusionError as error:
             raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
 
@@ -135,13 +143,15 @@ class Fitting:
         """GPTQ is for even grids."""
         return "rtn" if self._formats[name].has_codebook else self._method
 
-    def _fit(self, name: str, weight: Tensor, inputs: Inputs | None, moments: Tensor) -> Fitted:
+    def _fit(self, name: str, weight: Tensor, inputs: FactorizedHessian | None, hessian: Tensor) -> Fitted:
         form, parts, squares = self._formats[name], [], np.zeros(4)
         for rows in torch.split(weight, ROWS_AT_ONCE):
-            quantized = gptq(rows, inputs, form) if inputs and self._method_of(name) == "gptq" else nearest(rows, form)
+            quantized = (
+                gptq(rows, inputs, form) if inputs and self._method_of(name) == "gptq" else round_to_nearest(rows, form)
+            )
             difference = rows - quantized.values
             of_weights = [float(x.square().sum(dtype=torch.float64)) for x in (difference, rows)]
-            squares += [*of_weights, *output_error(rows, quantized.values, moments)]
+            squares += [*of_weights, *output_error(rows, quantized.values, hessian)]
             parts.append(quantized)
         return Fitted(parts, squares)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fusion_edge.export.calibration.blocks import BlockOperations
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.input_range import InputRange
-from fusion_edge.quant.smoothquant import ChannelRanges, producer
+from fusion_edge.quant.observer import HistogramObserver
+from fusion_edge.quant.smoothquant import ChannelHistograms, producer
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.errors import FusionError
 
@@ -24,7 +24,7 @@ ATTENTION_SHARE = 0.1
 """What the attention that a row gets counts for, beside the row's own 1. On average a row gets 1."""
 
 
-class Observing(BlockOperations):
+class Observer(BlockOperations):
     """Sums up ``x^T x``, in float64 from one sample to the next, so that their order and number do not matter."""
 
     def __init__(
@@ -39,47 +39,47 @@ class Observing(BlockOperations):
         super().__init__(config, get, embed, device)
         self._formats = formats
         self._latest: tuple[Tensor, int] | None = None
-        self.moments: list[Tensor] = []
+        self.hessians: list[Tensor] = []
         """``[K,K]`` float64 each."""
-        self.moments_of: dict[str, int] = {}
-        """Index in ``moments`` by linear; linears that share their input share it."""
-        self.ranges: dict[str, InputRange] = {}
+        self.hessian_index: dict[str, int] = {}
+        """Index in ``hessian`` by linear; linears that share their input share it."""
+        self.ranges: dict[str, HistogramObserver] = {}
         """Of the linears whose inputs will be rounded, but for these:"""
-        self.channel_ranges: dict[str, ChannelRanges] = {}
+        self.channel_histograms: dict[str, ChannelHistograms] = {}
         """Of the linears whose inputs can be equalised."""
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
         if name in self._formats:
             self._observe(x, name)
         if producer(name, self._formats) is not None:
-            self.channel_ranges.setdefault(name, ChannelRanges(x.shape[-1], x.device)).add(x)
-        elif name in self._formats and self._formats[name].rounds_inputs:
-            self.ranges.setdefault(name, InputRange()).add(x)
+            self.channel_histograms.setdefault(name, ChannelHistograms(x.shape[-1], x.device)).observe(x)
+        elif name in self._formats and self._formats[name].quantizes_activations:
+            self.ranges.setdefault(name, HistogramObserver()).observe(x)
         return super().linear(x, name, bias)
 
     def causal_attention(self, qkv: Tensor, layer: int) -> Tensor:
-        index = self.moments_of.get(f"llm.layers.{layer}.attention.qkv")
+        index = self.hessian_index.get(f"llm.layers.{layer}.attention.qkv")
         if index is not None:
             assert self._latest is not None
             rows = self._latest[0].flatten(0, -2).float()
             received = attention_received(*self.heads(qkv, layer)[:2]).flatten()
-            self.moments[index].add_((rows * received[:, None]).T @ rows, alpha=ATTENTION_SHARE)
+            self.hessians[index].add_((rows * received[:, None]).T @ rows, alpha=ATTENTION_SHARE)
         return super().causal_attention(qkv, layer)
 
     def _observe(self, x: Tensor, name: str) -> None:
         if self._latest is not None and self._latest[0] is x:
-            self.moments_of[name] = self._latest[1]
+            self.hessian_index[name] = self._latest[1]
             return
         rows = x.reshape(-1, x.shape[-1]).float()
         if not torch.isfinite(rows).all():
             raise FusionError(
                 f"An input of {name} is NaN or infinite; the checkpoint is damaged, or was not meant for float32."
             )
-        if name not in self.moments_of:
-            self.moments_of[name] = len(self.moments)
-            self.moments.append(torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=x.device))
-        self.moments[self.moments_of[name]].add_(rows.T @ rows)
-        self._latest = x, self.moments_of[name]
+        if name not in self.hessian_index:
+            self.hessian_index[name] = len(self.hessians)
+            self.hessians.append(torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=x.device))
+        self.hessians[self.hessian_index[name]].add_(rows.T @ rows)
+        self._latest = x, self.hessian_index[name]
 
 
 def attention_received(queries: Tensor, keys: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_edge.export.planning.arguments import option
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.options import byte_count, positive_integer
 
 METHODS = ("gptq", "rtn")
 DEVICES = ("cpu", "cuda")
@@ -39,7 +39,7 @@ class CalibrationOptions:
         "number of samples to calibrate with (default: {default})",
         group=CALIBRATION,
         default=128,
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
     )
     held_out: int = option(
@@ -47,7 +47,7 @@ class CalibrationOptions:
         "number of further samples, to compare with the float model (default: {default})",
         group=CALIBRATION,
         default=16,
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
     )
     method: str = option(
@@ -71,7 +71,7 @@ class CalibrationOptions:
         "--budget",
         "allocate 8 bits to the most sensitive 4-bit weights, up to a bundle of this size, e.g. 2.9GB",
         group=CALIBRATION,
-        type=cli.byte_count,
+        type=byte_count,
         metavar="SIZE",
         exclusive="bit allocation",
     )
@@ -87,7 +87,7 @@ class CalibrationOptions:
         "--sensitivity-samples",
         f"number of samples to measure sensitivity on; time grows with it (default: {SENSITIVITY_SAMPLES})",
         group=CALIBRATION,
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
     )
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from fusion_edge.export.calibration import activation_cache as states
-from fusion_edge.export.calibration.activation_cache import State, StateReader
+from fusion_edge.export.calibration.activation_cache import ActivationReader, Activations
 from fusion_edge.export.calibration.blocks import Block, BlockOperations, blocks, kept
 from fusion_edge.export.calibration.evaluation import Evaluation
 from fusion_edge.export.calibration.float_model import FloatModel
-from fusion_edge.export.calibration.layer_quantizer import Fitting
-from fusion_edge.export.calibration.observer import Observing
+from fusion_edge.export.calibration.layer_quantizer import LayerQuantizer
+from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import Samples
-from fusion_edge.export.calibration.weight_store import Records
+from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.quant.formats import InputGrid
+from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.quant.smoothquant import float_parameters, producer
@@ -39,7 +39,7 @@ from fusion_edge.runtime.system.progress import Progress
 class Calibrated:
     """The outcome of a calibration."""
 
-    records: Records
+    records: WeightStore
     report: QuantizationReport
 
 
@@ -48,10 +48,10 @@ def calibrate(plan: ExportPlan, samples: Samples, method: str, device: str, fold
 
     Raises :class:`FusionError` for activations that are not finite, naming the linear.
     """
-    return Run(plan, samples, method, device, folder).run()
+    return CalibrationRun(plan, samples, method, device, folder).run()
 
 
-class Run:
+class CalibrationRun:
     """A calibration, block by block."""
 
     def __init__(self, plan: ExportPlan, samples: Samples, method: str, device: str, folder: Path) -> None:
@@ -61,7 +61,7 @@ class Run:
         self._device = device
         self._folder = folder
         self._float = FloatModel(plan, device)
-        self._records = Records(folder, plan.formats)
+        self._records = WeightStore(folder, plan.formats)
         self._calibrating = list(self._float.prepare(samples.calibrating))
         self._held_out = list(self._float.prepare(samples.held_out))
         self._sequence = blocks(plan.config)
@@ -98,28 +98,32 @@ class Run:
     def run_block(self, i: int, advance: Callable[[], None]) -> None:
         """Quantize block ``i`` and run all samples through it; ``advance`` is called for each."""
         block, is_last = self._sequence[i], i + 1 == len(self._sequence)
-        before = StateReader(self.states(i)) if i else None
+        before = ActivationReader(self.states(i)) if i else None
         weights = lru_cache(maxsize=None)(self._float.parameter)
         if self._records.finished(block.name) is None:
             self._quantize(block, before, weights, advance)
         self._propagate(i, block, before, weights, is_last, advance)
 
     def _quantize(
-        self, block: Block, before: StateReader | None, weights: Callable[[str], Tensor], advance: Callable[[], None]
+        self,
+        block: Block,
+        before: ActivationReader | None,
+        weights: Callable[[str], Tensor],
+        advance: Callable[[], None],
     ) -> None:
-        observing = Observing(self.config, weights, self._embed, self._device, self._plan.quantized_formats)
+        observing = Observer(self.config, weights, self._embed, self._device, self._plan.quantized_formats)
         for number, prepared in enumerate(self._calibrating):
             block.run(observing, prepared, self._state(before, number))
             advance()
         symmetric = self._plan.options.target.symmetric_activations
-        fitting = Fitting(self._plan.quantized_formats, self._method, weights, self._records, symmetric)
+        fitting = LayerQuantizer(self._plan.quantized_formats, self._method, weights, self._records, symmetric)
         self._records.finish(block.name, fitting.quantize(observing))
 
     def _propagate(
         self,
         i: int,
         block: Block,
-        before: StateReader | None,
+        before: ActivationReader | None,
         weights: Callable[[str], Tensor],
         is_last: bool,
         advance: Callable[[], None],
@@ -127,7 +131,7 @@ class Run:
         """Run the quantized block on all samples, the float block on those held out, and note how they differ."""
         config, first = self.config, len(self._calibrating)
         quantized_weights = lru_cache(maxsize=None)(self._quantized_parameter)
-        grid = lru_cache(maxsize=None)(self._input_grid)
+        grid = lru_cache(maxsize=None)(self._activation_quantization)
         quantized = BlockOperations(config, quantized_weights, self._embed, self._device, grid)
         exact = BlockOperations(config, weights, self._float.embed, self._device)
         with states.writing(self.states(i + 1)) as after:
@@ -163,13 +167,17 @@ class Run:
     def _outputs(self, i: int) -> Path:
         return self._folder / f"outputs-{i}.json"
 
-    def _state(self, before: StateReader | None, number: int) -> State:
+    def _state(self, before: ActivationReader | None, number: int) -> Activations:
         if before is None:
             return {}
         return {name: value.to(self._device) for name, value in before[number].items()}
 
-    def _input_grid(self, name: str) -> InputGrid | None:
-        return self._records.input_grid(name) if self._plan.linears[name].format.rounds_inputs else None
+    def _activation_quantization(self, name: str) -> ActivationQuantization | None:
+        return (
+            self._records.activation_quantization(name)
+            if self._plan.linears[name].format.quantizes_activations
+            else None
+        )
 
     def _quantized_parameter(self, name: str) -> Tensor:
         folded = self._records.parameter(name)

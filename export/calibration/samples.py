@@ -9,12 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from fusion_edge.export.checkpoint.source import open_regular, unique_fields
+from fusion_edge.export.checkpoint.input_files import open_regular, unique_fields
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.image_files import is_address
 from fusion_edge.runtime.images.preprocessing import load_image
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS
-from fusion_edge.runtime.prompts.text_encoder import any_of, is_empty
+from fusion_edge.runtime.tokenization.text_encoder import any_of, is_empty
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 QUESTIONS = (

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_edge.export.calibration.activation_cache import State, replace_text
+from fusion_edge.export.calibration.activation_cache import Activations, replace_text
 from fusion_edge.export.calibration.blocks import Block, BlockOperations, Prepared, blocks, kept
 from fusion_edge.export.calibration.evaluation import compare_answers
 from fusion_edge.export.calibration.float_model import FloatModel
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.gptq import nearest
+from fusion_edge.quant.gptq import round_to_nearest
 from fusion_edge.runtime.bundle.quantization_report import Sensitivity, sqnr
 from fusion_edge.runtime.system.progress import Progress
 
@@ -34,13 +34,13 @@ def measure_sensitivity(
     return Measurement(plan, names, samples, device, folder).run()
 
 
-class RoundedAlone(BlockOperations):
+class OneLinearRounded(BlockOperations):
     """The float model but for one linear; notes the squares of its outputs and of what rounding changes in them."""
 
     def __init__(self, exact: BlockOperations, name: str, form: WeightFormat) -> None:
         super().__init__(exact.config, exact.get, exact.embed, exact.device)
         self._name = name
-        self._rounded = nearest(exact.get(f"{name}.weight"), form).values
+        self._rounded = round_to_nearest(exact.get(f"{name}.weight"), form).values
         self.noise, self.signal = 0.0, 0.0
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
@@ -76,7 +76,7 @@ class Measurement:
             def advance(block: Block) -> None:
                 progress.advance(self._model.elements(block))
 
-            states: list[State] = [{} for _ in self._prepared]
+            states: list[Activations] = [{} for _ in self._prepared]
             for block in self._sequence:
                 states = self._through(block, [self._model.operations()], [states], advance)[0]
             reference = [state["logits"] for state in states]
@@ -92,7 +92,7 @@ class Measurement:
         return [name for name in self._names if f"{name}.".startswith(block.prefixes)]
 
     def _kept_or_measured(
-        self, i: int, states: list[State], reference: list[Tensor], advance: Callable[[Block], None]
+        self, i: int, states: list[Activations], reference: list[Tensor], advance: Callable[[Block], None]
     ) -> list[Sensitivity]:
         path = self._folder / f"sensitivity-{i}.json"
         names = self._of(self._sequence[i])
@@ -106,11 +106,16 @@ class Measurement:
         return measured
 
     def _measure(
-        self, i: int, names: list[str], states: list[State], reference: list[Tensor], advance: Callable[[Block], None]
+        self,
+        i: int,
+        names: list[str],
+        states: list[Activations],
+        reference: list[Tensor],
+        advance: Callable[[Block], None],
     ) -> list[Sensitivity]:
         """Of the linears of block ``i``, from the samples' states before it to their logits."""
         exact = self._model.operations()
-        rounded = [RoundedAlone(exact, name, self._formats[name]) for name in names]
+        rounded = [OneLinearRounded(exact, name, self._formats[name]) for name in names]
         changed = self._through(self._sequence[i], rounded, [states] * len(names), advance)
         qualities = [sqnr(operations.noise, operations.signal) for operations in rounded]
         del exact, rounded  # their weights make room for those of the blocks that follow
@@ -129,12 +134,12 @@ class Measurement:
         self,
         block: Block,
         operations: Sequence[BlockOperations],
-        states: Sequence[list[State]],
+        states: Sequence[list[Activations]],
         advance: Callable[[Block], None],
-    ) -> list[list[State]]:
+    ) -> list[list[Activations]]:
         """Each list of states, one a sample, through a block by operations of its own."""
 
-        def run(ops: BlockOperations, prepared: Prepared, state: State) -> State:
+        def run(ops: BlockOperations, prepared: Prepared, state: Activations) -> Activations:
             after = block.run(ops, prepared, state)
             advance(block)
             return after if "logits" in after else kept(after)

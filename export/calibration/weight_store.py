@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.export.calibration.activation_cache import replace_text
-from fusion_edge.quant.formats import InputGrid, WeightFormat
-from fusion_edge.quant.gptq import Quantized
+from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
+from fusion_edge.quant.gptq import QuantizedRows
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.runtime.bundle.quantization_report import LinearReport
 
 
-class Records:
+class WeightStore:
     """A folder of calibrated linears."""
 
     def __init__(self, folder: Path, formats: Mapping[str, WeightFormat]) -> None:
@@ -28,7 +28,7 @@ class Records:
         self._formats = formats
         self._lock = Lock()  # headers are parsed as Python, which some releases of Python 3.11 can in one thread only
 
-    def save(self, name: str, rows: list[Quantized]) -> None:
+    def save(self, name: str, rows: list[QuantizedRows]) -> None:
         """Keep a linear's rows, in order."""
         for part in self._parts(name):
             _save(self._file(name, part), np.concatenate([getattr(some.packed, part) for some in rows]))
@@ -49,13 +49,13 @@ class Records:
             values: npt.NDArray[np.float32] = np.load(path)
         return values
 
-    def save_input_grid(self, name: str, grid: InputGrid) -> None:
+    def save_activation_quantization(self, name: str, grid: ActivationQuantization) -> None:
         """Keep the grid of a linear's inputs."""
         replace_text(self._grid_file(name), json.dumps(asdict(grid)))
 
-    def input_grid(self, name: str) -> InputGrid:
+    def activation_quantization(self, name: str) -> ActivationQuantization:
         """The grid of a linear's inputs."""
-        return InputGrid(**json.loads(self._grid_file(name).read_text(encoding="utf-8")))
+        return ActivationQuantization(**json.loads(self._grid_file(name).read_text(encoding="utf-8")))
 
     def finish(self, block: str, linears: list[LinearReport]) -> None:
         """The block's linears have all been saved."""

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.export.bundle.folder_lock import delete, entries, locked, matches, remove
-from fusion_edge.export.bundle.mount_point import hidden_folder
+from fusion_edge.export.bundle.folder_content import delete_paths, matches, owned_paths, remove_folder
+from fusion_edge.export.bundle.folder_lock import locked_folder
+from fusion_edge.export.bundle.hidden_folders import hidden_folder
 from fusion_edge.export.calibration.activation_cache import replace_text
 from fusion_edge.export.calibration.samples import Samples
 from fusion_edge.export.planning.plan import ExportPlan
@@ -29,14 +30,14 @@ def work_folder(output: Path, command: str) -> Iterator[Path]:
     """
     folder = _folder_of(output)
     busy = f"Another calibration for {output} is running; wait for it or choose another output."
-    with locked(folder, busy) as descriptor:
+    with locked_folder(folder, busy) as descriptor:
         if not (folder / _COMMAND).exists() or (folder / _COMMAND).read_text(encoding="utf-8") != command:
             # The command first, so that what a kill leaves is never taken for its work.
-            delete(descriptor, sorted(entries(descriptor, _owns, folder), key=lambda path: path != _COMMAND))
+            delete_paths(descriptor, sorted(owned_paths(descriptor, _owns, folder), key=lambda path: path != _COMMAND))
             replace_text(folder / _COMMAND, command)
         yield folder
         (folder / _COMMAND).unlink()
-        remove(descriptor, folder, _owns)
+        remove_folder(descriptor, folder, _owns)
 
 
 def _owns(path: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fusion_edge.export.checkpoint.source import read_json_object
+from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.runtime.errors import FusionError
 
 LARGEST_INTEGER = 2**31 - 1  # of a size in config.json; ONNX Runtime counts positions in int32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fusion_edge.export.checkpoint.source import read_json_object
+from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.runtime.errors import FusionError
 
 SINGLE_FILE = "model.safetensors"

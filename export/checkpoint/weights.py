@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.prequantized.parameters import PrequantizedReader
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.prequantized_weights import PrequantizedReader
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
-from fusion_edge.quant.formats import InputGrid, WeightFormat
+from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
 from fusion_edge.quant.packing import Packed
 from fusion_edge.runtime.errors import FusionError
 
@@ -28,7 +28,7 @@ class Weights(Protocol):
         """Rows ``start`` to ``stop`` of a parameter, float32 ``[stop-start, ...]``. Safe in several threads."""
         ...
 
-    def input_grid(self, linear: str) -> InputGrid | None:
+    def activation_quantization(self, linear: str) -> ActivationQuantization | None:
         """How the inputs of a linear (its name without ``.weight``) are rounded, None if they are not."""
         ...
 
@@ -46,7 +46,7 @@ class CheckpointWeights:
         self.parameters = parameters
         self._prequantized = PrequantizedReader(checkpoint)
 
-    def input_grid(self, linear: str) -> InputGrid | None:
+    def activation_quantization(self, linear: str) -> ActivationQuantization | None:
         """None: a checkpoint's inputs are float."""
         return None
 

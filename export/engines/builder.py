@@ -14,16 +14,18 @@ import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engines.decompositions import missing_operators, replace_operators
+from fusion_edge.export.engines.optimization_profiles import Limits, Ranges, profiles, shapes
 from fusion_edge.export.engines.partition import fix_dimension, split, tensor_dtype, tensor_shape
-from fusion_edge.export.engines.profiles import Limits, Ranges, profiles, shapes
 from fusion_edge.kernels import tensorrt_plugins
-from fusion_edge.kernels.onnx_functions import with_own_names
+from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import KernelFolder
-from fusion_edge.runtime.backends.tensorrt_library import Library, Messages
-from fusion_edge.runtime.bundle.engines import Engine, Machine
+from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
+from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform
+from fusion_edge.runtime.bundle.files import FileEntry, digest
 from fusion_edge.runtime.bundle.graphs import LLM
-from fusion_edge.runtime.bundle.manifest import MANIFEST, Bundle, FileEntry, digest, graph_file
+from fusion_edge.runtime.bundle.manifest import MANIFEST, graph_file
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.interruptible import interruptible
 from fusion_edge.runtime.system.progress import Progress
@@ -42,7 +44,7 @@ class BuildOptions:
     verbose: bool = False
 
 
-def why_no_plugins(library: Library, machine: Machine, options: BuildOptions) -> str | None:
+def why_no_plugins(library: Library, machine: EnginePlatform, options: BuildOptions) -> str | None:
     """Why the recursive alignment runs as standard operators, in one sentence; None if plugins compute it."""
     return tensorrt_plugins.supported(library.module, machine.architecture, options.kernels is not None)
 
@@ -54,7 +56,7 @@ class EngineBuilder:
         self,
         bundle: Bundle,
         library: Library,
-        machine: Machine,
+        machine: EnginePlatform,
         built_for: Limits,
         options: BuildOptions,
         uses_plugins: bool,
@@ -99,7 +101,7 @@ class EngineBuilder:
             groups = language.heads // language.kv_heads if name == LLM else 1
             replace_operators(model, self.missing_operators, groups)
         for function in model.functions:
-            with_own_names(function)  # older bundles have not
+            qualify_names(function)  # older bundles have not
         parts = split(model, self._options.parts) if name == LLM else [model]
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"

@@ -15,17 +15,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder, why_no_plugins
-from fusion_edge.export.engines.profiles import limits
+from fusion_edge.export.engines.optimization_profiles import limits
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_bundle
 from fusion_edge.runtime.backends.cuda import open_cuda
-from fusion_edge.runtime.backends.tensorrt_library import LIBRARIES, Library, find_library, first_library
-from fusion_edge.runtime.bundle import engines
-from fusion_edge.runtime.bundle.engines import Engines, Machine
-from fusion_edge.runtime.bundle.manifest import Bundle, Manifest, open_bundle, producer, verify
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, Library, find_library, first_library
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, SCHEMA_VERSION, EnginePlatform, Engines
+from fusion_edge.runtime.bundle.engines import bundle_digest, engines_folder, open_engines
+from fusion_edge.runtime.bundle.manifest import Manifest, producer
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import byte_count, positive_integer
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
+from fusion_edge.runtime.formatting import format_bytes, format_table
 from fusion_edge.runtime.system.interruptible import is_abandoned
 from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.progress import Progress
@@ -34,12 +38,12 @@ CURRENT = "current"
 OLDEST = (7, 5)
 """The oldest compute capability that TensorRT 10 and TensorRT-RTX build for."""
 DISK_MARGIN_BYTES = 64 << 20
-ENGINES = Content("build", ("*.engine",), engines.ENGINES)
+ENGINES = FolderContent("build", ("*.engine",), ENGINES_MANIFEST)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code. A process that was interrupted in the middle of a long step of TensorRT ends here."""
-    code = cli.run(_build, parser().parse_args(argv))
+    code = run_command(_build, parser().parse_args(argv))
     if is_abandoned():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):  # the terminal may be gone
@@ -67,19 +71,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-context",
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
         help="positions of the KV cache, prompt and answer: every step reads as many (default: the bundle's)",
     )
     add(
         "--workspace",
-        type=cli.byte_count,
+        type=byte_count,
         metavar="SIZE",
         help="scratch memory that kernels may be tried with, e.g. 512MB (default: TensorRT's)",
     )
     add(
         "--parts",
-        type=cli.positive,
+        type=positive_integer,
         default=BuildOptions.parts,
         metavar="N",
         help="cut the LLM into N engines: building takes about a N-th of the memory (default: %(default)s)",
@@ -128,7 +132,7 @@ def _build(arguments: argparse.Namespace) -> int:
         result, state = _write(bundle, library, machine, max_context, options, no_plugins), "built"
     else:
         result, state = built, "up to date"
-    folder = engines.engines_folder(bundle, machine)
+    folder = engines_folder(bundle, machine)
     if arguments.json:
         sys.stdout.write(json.dumps({"folder": str(folder), "state": state} | dataclasses.asdict(result)) + "\n")
     else:
@@ -140,7 +144,7 @@ def _max_context(manifest: Manifest, wanted: int | None) -> int:
     """Raises :class:`UsageError` for one that the bundle cannot have, or in which no question fits."""
     if wanted is None:
         return manifest.max_context
-    least = manifest.least_context
+    least = manifest.minimum_context
     if not least <= wanted <= manifest.max_context:
         raise UsageError(
             f"--max-context {wanted} is out of range for this bundle; choose {least} (image tokens, latents and a "
@@ -149,7 +153,7 @@ def _max_context(manifest: Manifest, wanted: int | None) -> int:
     return wanted
 
 
-def _machine(library: Library, device: str) -> Machine:
+def _machine(library: Library, device: str) -> EnginePlatform:
     """What to build for. Raises :class:`UsageError`, :class:`FusionError`."""
     if device == CURRENT:
         try:
@@ -164,15 +168,15 @@ def _machine(library: Library, device: str) -> Machine:
             f"Compute capability {device} is too old: {library.name} needs {'.'.join(map(str, OLDEST))} or later; run "
             "a bundle exported with --target cuda or cpu on this machine."
         )
-    return Machine(library.name, library.version, device)
+    return EnginePlatform(library.name, library.version, device)
 
 
 def _up_to_date(
-    bundle: Bundle, machine: Machine, max_context: int, options: BuildOptions, no_plugins: str | None
+    bundle: Bundle, machine: EnginePlatform, max_context: int, options: BuildOptions, no_plugins: str | None
 ) -> Engines | None:
     """The engines that there are, if they are whole and what is asked for."""
     try:
-        _, built = engines.open_engines(bundle, machine)
+        _, built = open_engines(bundle, machine)
     except FusionError:
         return None
     is_built = built.max_context, built.parts, built.workspace, built.operator
@@ -187,22 +191,22 @@ def _operator(no_plugins: str | None) -> str:
 def _write(
     bundle: Bundle,
     library: Library,
-    machine: Machine,
+    machine: EnginePlatform,
     max_context: int,
     options: BuildOptions,
     no_plugins: str | None,
 ) -> Engines:
     """Build into a temporary folder and rename it: engines exist whole or not at all."""
-    folder = engines.engines_folder(bundle, machine)
+    folder = engines_folder(bundle, machine)
     folder.parent.mkdir(exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     needed = bundle.manifest.size + DISK_MARGIN_BYTES
     if free < needed:
         raise FusionError(
-            f"The disk of {bundle.folder} has {cli.size(free)} free; the engines need about {cli.size(needed)}."
+            f"The disk of {bundle.folder} has {format_bytes(free)} free; the engines need about {format_bytes(needed)}."
         )
     kept = folder.parent / f"{library.name}-{library.version}-cc{machine.compute_capability}.timing"
-    with partial_folder(folder, ENGINES) as partial:
+    with atomic_folder(folder, ENGINES) as partial:
         builder = EngineBuilder(
             bundle, library, machine, limits(bundle.manifest, max_context), options, uses_plugins=no_plugins is None
         )
@@ -215,17 +219,17 @@ def _write(
             builder.timing_cache = kept.read_bytes()
         written = builder.build(partial)
         result = Engines(
-            schema_version=engines.SCHEMA_VERSION,
+            schema_version=SCHEMA_VERSION,
             producer=producer(),
             machine=machine,
-            bundle=engines.bundle_digest(bundle),
+            bundle=bundle_digest(bundle),
             max_context=max_context,
             workspace=options.workspace,
             parts=options.parts,
             operator=_operator(no_plugins),
             engines=written,
         )
-        write_whole(partial / engines.ENGINES, result.to_text())
+        write_whole(partial / ENGINES_MANIFEST, result.to_text())
     if builder.timing_cache:
         write_whole(kept, builder.timing_cache)
     return result
@@ -233,14 +237,14 @@ def _write(
 
 def _text(folder: Path, built: Engines, state: str, seconds: float) -> str:
     rows = [
-        (engine.file.path.removesuffix(".engine"), cli.size(engine.file.size))
+        (engine.file.path.removesuffix(".engine"), format_bytes(engine.file.size))
         for parts in built.engines.values()
         for engine in parts
     ]
-    text = cli.table([*rows, ("all", cli.size(built.size))])
+    text = format_table([*rows, ("all", format_bytes(built.size))])
     if state == "built":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        state = f"built in {seconds:.0f} s with at most {cli.size(peak)} of memory"
+        state = f"built in {seconds:.0f} s with at most {format_bytes(peak)} of memory"
     return f"{text}{folder}: for {built.machine}, {built.max_context} positions; {state}\n"
 
 

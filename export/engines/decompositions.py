@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fusion_edge.kernels.onnx_functions import DOMAIN, with_own_names
+from fusion_edge.kernels.onnx_functions.builder import qualify_names
+from fusion_edge.kernels.operators import DOMAIN
 
 SINCE = {
     "Attention": (10, 14),
@@ -64,7 +65,7 @@ def _constant(name: str, values: Any, dtype: str = "int64") -> NodeProto:
 def _function(name: str, inputs: list[str], nodes: list[NodeProto]) -> FunctionProto:
     """Under a name of its own: TensorRT's parser takes an operator that it knows by name, whatever its domain."""
     imports = [helper.make_opsetid("", OPSET)]
-    return with_own_names(helper.make_function(DOMAIN, f"Plain{name}", inputs, ["output"], nodes, imports))
+    return qualify_names(helper.make_function(DOMAIN, f"Plain{name}", inputs, ["output"], nodes, imports))
 
 
 def _rms_normalization(attributes: dict[str, Any], groups: int) -> FunctionProto:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from onnx import ModelProto, ValueInfoProto, helper, shape_inference
 
-from fusion_edge.kernels.onnx_functions import ADD_ROWS
+from fusion_edge.kernels.onnx_functions.alignment import ADD_ROWS
 
 CROSSING = 2  # values between two parts at the most: an LLM's hidden states and its mask
 RESIDUAL = ("Add", ADD_ROWS)  # what makes the hidden states after attention, MLP or an interaction layer

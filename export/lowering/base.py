@@ -14,7 +14,7 @@ from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.graph_builder import ONNX_TYPES, GraphBuilder, Part
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.model.operations import Operations, self_attention_by_parts
-from fusion_edge.kernels import onnx_functions
+from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
 
@@ -221,7 +221,7 @@ class OnnxOperations(Operations[OnnxValue]):
 
     def context_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int) -> OnnxValue:
         dim = self.config.language.hidden_size // heads
-        function = onnx_functions.context_attention_function(heads, dim, self.settings.activations, self.builder.opset)
+        function = alignment.context_attention_function(heads, dim, self.settings.activations, self.builder.opset)
         return self._function(function, [q, k, v])
 
     def _function(

@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fusion_edge.kernels import onnx_functions
-from fusion_edge.kernels.cpu_functions import MICROSOFT
+from fusion_edge.kernels.operators import DOMAIN, MICROSOFT
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
-from fusion_edge.runtime.bundle.onnx_file import PAGE
 
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -63,7 +62,7 @@ class PlannedTensor:
     @property
     def is_for_dequantize_linear(self) -> bool:
         """Whether these are integers in the layout of ``quant/dequantize_linear.py``."""
-        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.rounds_inputs)
+        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.quantizes_activations)
 
 
 class GraphBuilder:
@@ -165,7 +164,7 @@ class GraphBuilder:
         if any(node.domain == MICROSOFT for node in self.nodes):
             imports.append(helper.make_opsetid(MICROSOFT, 1))
         if self.functions:
-            imports.append(helper.make_opsetid(onnx_functions.DOMAIN, 1))
+            imports.append(helper.make_opsetid(DOMAIN, 1))
         return helper.make_model(
             graph,
             opset_imports=imports,
@@ -179,11 +178,6 @@ class GraphBuilder:
         count = self._used.get(name, 0)
         self._used[name] = count + 1
         return f"{name}.{count}" if count else name
-
-
-def subgraph(name: str, nodes: Sequence[NodeProto], outputs: Iterable[str]) -> GraphProto:
-    """A branch of an ``If``; it sees the values of the graph around it."""
-    return helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(output) for output in outputs])
 
 
 def _value_infos(specs: Iterable[TensorSpec]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
 LLM, MultiHeadAttention for the vision tower. Where our own CPU kernels do more in one go, these are inside of functions
-(``kernels/cpu_functions.py``). Values are the names of ONNX values.
+(``kernels/onnx_functions/``). Values are the names of ONNX values.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto
 
-from fusion_edge.export.lowering import int8_cache
 from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
-from fusion_edge.export.lowering.graph_builder import subgraph
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.residual_norm import NORM, fuse_residual_norms
-from fusion_edge.kernels import cpu_functions
-from fusion_edge.kernels.cpu_functions import MICROSOFT
+from fusion_edge.kernels.onnx_functions import int8_cache
+from fusion_edge.kernels.onnx_functions.activations import swiglu_function
+from fusion_edge.kernels.onnx_functions.attention import packed_attention_function, patch_attention_function
+from fusion_edge.kernels.onnx_functions.builder import subgraph
+from fusion_edge.kernels.onnx_functions.linear import (
+    integer_matmul_function,
+    integer_mlp_function,
+    matmul_nbits_function,
+)
+from fusion_edge.kernels.operators import MICROSOFT
 
 OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
 BNB4_TYPES = ("fp4", "nf4")  # MatMulBnb4's attribute quant_type is the index
@@ -43,20 +49,20 @@ class OnnxRuntimeOperations(OnnxOperations):
 
     def gelu_mlp(self, x: OnnxValue, name: str) -> OnnxValue:
         up, down = self.linears[f"{name}.up"], self.linears[f"{name}.down"]
-        if up.format.rounds_inputs and down.format.rounds_inputs:
-            function = cpu_functions.integer_mlp_function(OPSET)
+        if up.format.quantizes_activations and down.format.quantizes_activations:
+            function = integer_mlp_function(OPSET)
             return self._function(function, [x, *self._integer_inputs(up), *self._integer_inputs(down)], name)
         return self._linear(self.linear(x, up.name, bias=True), down, bias=True, of_gelu=True)
 
     def _linear(self, x: OnnxValue, linear: Linear, bias: bool, of_gelu: bool = False) -> OnnxValue:
         """Apply a linear to ``x``, or to GELU(x) with ``of_gelu``: one function where a CPU kernel fuses both."""
         form, name = linear.format, linear.name
-        if form.rounds_inputs:
-            function = cpu_functions.integer_product_function(OPSET, of_gelu)
+        if form.quantizes_activations:
+            function = integer_matmul_function(OPSET, of_gelu)
             return self._function(function, [x, *self._integer_inputs(linear, bias)], name)
         offset = self.parameter(f"{name}.bias") if bias else None
         if form.is_quantized and self._keeps_float16_scales(linear):
-            function = cpu_functions.product_function(OPSET, of_gelu)
+            function = matmul_nbits_function(OPSET, of_gelu)
             return self._quantized(x, linear, offset, function)
         if of_gelu:
             x = self._node("FastGelu", [x], domain=MICROSOFT)
@@ -108,7 +114,7 @@ class OnnxRuntimeOperations(OnnxOperations):
         return self._node("MatMulNBits", inputs, name, MICROSOFT, **attributes)
 
     def _integer_inputs(self, linear: Linear, bias: bool = True) -> list[OnnxValue | str]:
-        """Return the inputs ``cpu_functions.INTEGER_INPUTS`` of a linear with 8-bit weights and activations."""
+        """Return the inputs ``operators.INTEGER_LINEAR_INPUTS`` of a linear with 8-bit weights and activations."""
         rows = linear.outputs
         return [
             self._plan(linear, "values", "int8", linear.weight.shape),
@@ -125,7 +131,7 @@ class OnnxRuntimeOperations(OnnxOperations):
         return self._node(NORM, inputs, name, axis=-1, epsilon=eps, stash_type=1)
 
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
-        return self._function(cpu_functions.swiglu_function(OPSET), [gate, up])
+        return self._function(swiglu_function(OPSET), [gate, up])
 
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
         if positions.name not in self._has_any:
@@ -152,8 +158,8 @@ class OnnxRuntimeOperations(OnnxOperations):
             return super().self_attention(qkv, heads, key_mask, patches)
         attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
         if patches is None:
-            return self._function(cpu_functions.packed_attention_function(OPSET), [qkv, key_mask], **attributes)
-        function = cpu_functions.patch_attention_function(OPSET)
+            return self._function(packed_attention_function(OPSET), [qkv, key_mask], **attributes)
+        function = patch_attention_function(OPSET)
         return self._function(function, [qkv, key_mask], patches=patches, **attributes)
 
     def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
@@ -169,7 +175,7 @@ class OnnxRuntimeOperations(OnnxOperations):
             "scale": language.head_dim**-0.5,
         }
         name = f"llm.layers.{layer}.attention"
-        states = int8_cache.STATES if self.settings.cache == "int8" else int8_cache.PARTS
+        states = int8_cache.CACHE_TENSORS if self.settings.cache == "int8" else int8_cache.PARTS
         past, present = ([f"{time}.{layer}.{state}" for state in states] for time in ("past", "present"))
         shared, outputs = ["last_position", "total_length", cos, sin], [name, *present]
         if self.settings.cache == "int8":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from onnx import NodeProto, helper
 
 from fusion_edge.export.lowering.graph_builder import GraphBuilder
-from fusion_edge.kernels.cpu_functions import MICROSOFT
+from fusion_edge.kernels.operators import MICROSOFT
 
 NORM = "SimplifiedLayerNormalization"
 

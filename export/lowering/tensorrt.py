@@ -16,7 +16,8 @@ from onnx import FunctionProto
 
 from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.kernels import onnx_functions
+from fusion_edge.kernels.onnx_functions import alignment
+from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import TensorSpec
 
 OPSET = 24  # the first with TensorScatter
@@ -35,7 +36,7 @@ class TensorRTOperations(OnnxOperations):
     def _function(
         self, function: FunctionProto, inputs: Sequence[OnnxValue | str], scope: str = "", **attributes: Any
     ) -> OnnxValue:
-        return super()._function(onnx_functions.with_own_names(function), inputs, scope, **attributes)
+        return super()._function(qualify_names(function), inputs, scope, **attributes)
 
     # Weights ------------------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ class TensorRTOperations(OnnxOperations):
             x = self._in_stored_order(x, linear)
             values = self._int4(linear)
         elif form.is_quantized:
-            x = self._quantized_activations(x, linear) if form.rounds_inputs else x
+            x = self._quantized_activations(x, linear) if form.quantizes_activations else x
             values = self._transposed(self._int8(linear))
         else:
             dtype = "float16" if form.kind == "fp16" else "float32"
@@ -89,7 +90,7 @@ class TensorRTOperations(OnnxOperations):
 
     def add_layer_norm(self, x: OnnxValue, residual: OnnxValue, name: str, eps: float) -> OnnxValue:
         inputs = [x, residual, self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")]
-        return self._function(onnx_functions.add_layer_norm_function(eps, OPSET), inputs, name)
+        return self._function(alignment.add_layer_norm_function(eps, OPSET), inputs, name)
 
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
         return gate * self._node("Sigmoid", [gate]) * up
@@ -99,7 +100,7 @@ class TensorRTOperations(OnnxOperations):
         return then()
 
     def put_rows(self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue) -> OnnxValue:
-        return self._function(onnx_functions.add_rows_function(OPSET), [x, positions, rows, update])
+        return self._function(alignment.add_rows_function(OPSET), [x, positions, rows, update])
 
     # Attention ----------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusion_edge.export.model.operations import self_attention_by_parts
-from fusion_edge.quant.formats import InputGrid
-from fusion_edge.quant.input_range import round_to_grid
+from fusion_edge.quant.formats import ActivationQuantization
+from fusion_edge.quant.observer import fake_quantize
 from fusion_edge.runtime.bundle.config import FusionConfig
 
 
@@ -42,23 +42,23 @@ class EagerOperations:
         config: FusionConfig,
         get: Callable[[str], Tensor],
         cache: KeyValueCache | None = None,
-        input_grid: Callable[[str], InputGrid | None] | None = None,
+        activation_quantization: Callable[[str], ActivationQuantization | None] | None = None,
     ) -> None:
         """``get`` returns the parameter of a name; without a cache every call starts at position 0.
 
-        ``input_grid`` tells how the inputs of a linear are rounded, None if they are not.
+        ``activation_quantization`` tells how the inputs of a linear are rounded, None if they are not.
         """
         self.config = config
         self.get = get
         self.cache = cache
-        self.input_grid = input_grid
+        self.activation_quantization = activation_quantization
 
     def parameter(self, name: str) -> Tensor:
         return self.get(name)
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
-        grid = self.input_grid(name) if self.input_grid is not None else None
-        x = x if grid is None else round_to_grid(x, grid)
+        grid = self.activation_quantization(name) if self.activation_quantization is not None else None
+        x = x if grid is None else fake_quantize(x, grid)
         return F.linear(x, self.get(f"{name}.weight"), self.get(f"{name}.bias") if bias else None)
 
     def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:

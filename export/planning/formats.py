@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
-from fusion_edge.export.checkpoint.prequantized.parameters import check_scales, stored_layout
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.prequantized_weights import check_scales, stored_layout
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.resolved_options import ResolvedOptions
@@ -63,7 +63,7 @@ def _check_codebooks(linears: Mapping[str, Linear]) -> None:
 
 
 def _check_quantized_activations(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:
-    first = next((name for name, linear in linears.items() if linear.format.rounds_inputs), None)
+    first = next((name for name, linear in linears.items() if linear.format.quantizes_activations), None)
     if first is None:
         return
     if not options.requested.is_calibrated:

@@ -10,7 +10,7 @@ from fusion_edge.export.planning.presets import PRESETS
 from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.formats import group_sizes
 from fusion_edge.quant.policy import VISION, Rule
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.options import integer_list, positive_integer
 
 PRECISION, SHAPES, TARGET = "precision", "shapes", "target"
 """Groups of options in ``--help``."""
@@ -62,21 +62,21 @@ class ExportOptions:
         "query lengths to offer, the default first (default: all of the checkpoint, 144 first)",
         group=SHAPES,
         default=(),
-        type=cli.numbers,
+        type=integer_list,
         metavar="N[,N...]",
     )
     image_tokens: int | None = option(
         "--image-tokens",
         "FUSION-L: resize the grid of image tokens to this square number, e.g. 256 (default: all)",
         group=SHAPES,
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
     )
     max_context: int | None = option(
         "--max-context",
         "tokens that the KV cache holds, prompt and answer together (default: the checkpoint's context length)",
         group=SHAPES,
-        type=cli.positive,
+        type=positive_integer,
         metavar="N",
     )
     target: str = option(

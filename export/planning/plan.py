@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.parameters import match_parameters
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.base import Settings
 from fusion_edge.export.lowering.graph_builder import GraphBuilder, PlannedTensor
@@ -23,6 +24,7 @@ from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.bundle.config import FusionConfig
+from fusion_edge.runtime.bundle.files import FileEntry
 from fusion_edge.runtime.bundle.graphs import GraphSpec
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 
@@ -72,7 +74,7 @@ class ExportPlan:
         """Bytes of the checkpoint that will be read."""
         return self.checkpoint.total_bytes
 
-    def manifest(self, files: tuple[bundle.FileEntry, ...]) -> bundle.Manifest:
+    def manifest(self, files: tuple[FileEntry, ...]) -> bundle.Manifest:
         """The manifest for the files written."""
         options = self.options
         return bundle.Manifest(
@@ -103,7 +105,7 @@ class ExportPlan:
         taken_over = {name: str(linear.format) for name, linear in self.linears.items() if linear.prequantized}
         if quantized or taken_over:
             sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized, taken_over).to_bytes())
-        entries = tuple(bundle.FileEntry(name, size, "0" * 64) for name, size in sizes.items())
+        entries = tuple(FileEntry(name, size, "0" * 64) for name, size in sizes.items())
         return sum(sizes.values()) + len(self.manifest(entries).to_text())
 
 
@@ -114,7 +116,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     not fit it.
     """
     config = read_config(checkpoint)
-    parameters = read_parameters(checkpoint, config)
+    parameters = match_parameters(checkpoint, config)
     resolved = resolve_options(options, config)
     linears = plan_linears(checkpoint, parameters, resolved)
     tokenizer = read_tokenizer(checkpoint, config)

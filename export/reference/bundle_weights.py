@@ -20,10 +20,11 @@ from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import embedding_file
 from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.dequantize_linear import from_dequantize_linear
-from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, InputGrid, WeightFormat
+from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, ActivationQuantization, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.quant.policy import EMBEDDING
-from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, Bundle, data_file, graph_file
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, data_file, graph_file
+from fusion_edge.runtime.bundle.reader import Bundle
 
 
 class BundleWeights:
@@ -64,15 +65,15 @@ class BundleWeights:
         in_place[:, self._read(name, "columns", 0, stored.shape[1])] = stored
         return in_place
 
-    def input_grid(self, linear: str) -> InputGrid | None:
-        """See :meth:`Weights.input_grid`."""
+    def activation_quantization(self, linear: str) -> ActivationQuantization | None:
+        """See :meth:`Weights.activation_quantization`."""
         name = f"{linear}.weight"
         if (name, "input_scale") not in self._tensors:
             return None
         scale = float(self._read(name, "input_scale", 0, 1)[0])
         if (name, "input_zero_point") not in self._tensors:
-            return InputGrid(scale, SYMMETRIC_ZERO_POINT)
-        return InputGrid(scale, int(self._read(name, "input_zero_point", 0, 1)[0]))
+            return ActivationQuantization(scale, SYMMETRIC_ZERO_POINT)
+        return ActivationQuantization(scale, int(self._read(name, "input_zero_point", 0, 1)[0]))
 
     def _format(self, name: str) -> WeightFormat:
         return WeightFormat.parse(self._bundle.manifest.weights[name], sizes=STORED_GROUP_SIZES)

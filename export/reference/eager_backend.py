@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, Weights, read_parameter
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
@@ -45,7 +45,7 @@ class EagerBackend:
         self._device, self._dtype = device, dtype
         self._weights = weights
         self.parameter = lru_cache(maxsize=None)(self._parameter)
-        self._input_grid = lru_cache(maxsize=None)(weights.input_grid)
+        self._activation_quantization = lru_cache(maxsize=None)(weights.activation_quantization)
         self._cache = KeyValueCache()
         self._length = self._capacity = 0
 
@@ -67,7 +67,7 @@ class EagerBackend:
 
     def operations(self) -> EagerOperations:
         """The interpreter over these weights and the current KV cache."""
-        return EagerOperations(self.config, self.parameter, self._cache, self._input_grid)
+        return EagerOperations(self.config, self.parameter, self._cache, self._activation_quantization)
 
     @torch.inference_mode()
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:

@@ -10,7 +10,7 @@ from fusion_edge.runtime.system.first_signals import leave_at_once
 
 def run() -> int:
     """``fusion-run``; the exit code."""
-    return start("fusion_edge.runtime.cli.run")
+    return start("fusion_edge.runtime.run_command")
 
 
 def info() -> int:
@@ -35,8 +35,8 @@ def start(module: str) -> int:
     except SystemExit as ended:  # by argparse, after --help or a wrong option; what it wrote may not go out
         from argparse import Namespace
 
-        from fusion_edge.runtime.cli import common as cli
+        from fusion_edge.runtime.cli.command import run_command
 
         asked = ended.code if isinstance(ended.code, int) else 0
-        return cli.run(lambda _: asked, Namespace())
+        return run_command(lambda _: asked, Namespace())
     return code

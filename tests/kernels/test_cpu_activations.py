@@ -12,7 +12,7 @@ from onnx import helper
 from support.one_node import gelu, session_of
 from support.own_kernels import needs_cpu_kernels
 
-from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.onnx_functions.activations import swiglu_function
 
 Array = npt.NDArray[Any]
 
@@ -20,7 +20,7 @@ pytestmark = needs_cpu_kernels
 
 
 def session(operator: str, inputs: int = 1, own_kernels: bool = True, **attributes: Any) -> ort.InferenceSession:
-    function = cpu_functions.swiglu_function(21) if operator == "SwiGlu" else None
+    function = swiglu_function(21) if operator == "SwiGlu" else None
     domain = function.domain if function else "com.microsoft"
     node = helper.make_node(operator, ["x", "bias"][:inputs], ["y"], domain=domain, **attributes)
     return session_of(node, function, own_kernels=own_kernels)

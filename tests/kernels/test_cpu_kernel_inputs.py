@@ -22,12 +22,12 @@ from support.attention_graphs import (
     packed_model,
     session,
 )
+from support.linear_references import integer_tensors
 from support.one_node import session_of
 from support.own_kernels import needs_cpu_kernels
-from support.product_references import integer_tensors
 
-from fusion_edge.kernels import cpu_functions
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.kernels.onnx_functions.linear import integer_matmul_function
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
 SIZES = Causal(2, 2, 16, 16)
@@ -38,7 +38,7 @@ pytestmark = needs_cpu_kernels
 
 
 def calibrated(tensors: Mapping[str, Array], own_kernels: bool = True) -> onnxruntime.InferenceSession:
-    function = cpu_functions.integer_product_function(21)
+    function = integer_matmul_function(21)
     node = helper.make_node(function.name, list(function.input), ["y"], domain=function.domain)
     return session_of(node, function, tensors, own_kernels)
 
@@ -201,7 +201,7 @@ def test_a_prefill_that_is_not_finite_leaves_scales_that_are_not() -> None:
 
 @pytest.mark.parametrize("off", [0, 1, 2, 3])
 def test_external_data_at_any_offset(tmp_path: Path, off: int) -> None:
-    function = cpu_functions.integer_product_function(21)
+    function = integer_matmul_function(21)
     node = helper.make_node(function.name, list(function.input), ["y"], domain=function.domain)
     tensors, data = integer_tensors(np.random.default_rng(0), 64, 40, 0.02, 100), b""
     stored = []

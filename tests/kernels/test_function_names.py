@@ -26,9 +26,11 @@ from fusion_edge.export.calibration.samples import FEWEST
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines.decompositions import SINCE, replace_operators
 from fusion_edge.export.engines.partition import fix_dimension, split
-from fusion_edge.kernels import onnx_functions
+from fusion_edge.export.lowering import tensorrt
+from fusion_edge.kernels.onnx_functions.alignment import add_rows_function
+from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 Arrays = dict[str, npt.NDArray[Any]]
 GRAPHS = (VISION_ENCODER, ALIGNMENT_DECODER, LLM)
@@ -127,16 +129,16 @@ def test_names_inside_are_no_other_tensors(exported: Callable[[str], Bundle], op
 
 
 def test_names_that_are_their_own_stay() -> None:
-    function = onnx_functions.with_own_names(onnx_functions.add_rows_function(21))
+    function = qualify_names(add_rows_function(21))
     once = function.SerializeToString()
     assert list(function.input) == ["AddRows::x", "AddRows::positions", "AddRows::latents", "AddRows::update"]
-    assert onnx_functions.with_own_names(function).SerializeToString() == once
+    assert qualify_names(function).SerializeToString() == once
 
 
 def test_an_input_that_is_left_out_stays_so() -> None:
     clip = helper.make_node("Clip", ["x", "", "most"], ["output"])
     function = helper.make_function("d", "AtMost", ["x", "most"], ["output"], [clip], [helper.make_opsetid("", 21)])
-    onnx_functions.with_own_names(function)
+    qualify_names(function)
     assert list(function.node[0].input) == ["AtMost::x", "", "AtMost::most"]
 
 
@@ -221,7 +223,7 @@ def test_the_parser_misreads_old_names(exported: Callable[[str], Bundle]) -> Non
 def old_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("old") / "b"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_functions, "with_own_names", lambda function: function)
+        patch.setattr(tensorrt, "qualify_names", lambda function: function)
         assert cli.main([str(checkpoint), "-o", str(folder), "--fp16", "--target=tensorrt"]) == 0
     assert confused(graph_of(open_bundle(folder), LLM)) >= {("AddRows", "positions")}
     return open_bundle(folder)
@@ -241,7 +243,7 @@ def test_engines_of_older_bundles(old_bundle: Bundle, library: tuple[str, str], 
 
 @needs_opset_24
 def test_the_stand_in_misreads_old_names(old_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_builder, "with_own_names", lambda function: function)
+    monkeypatch.setattr(engine_builder, "qualify_names", lambda function: function)
     trt = FakeTensorRT(*JETPACK_6, FakeCuda())
     assert build(old_bundle, trt, "--force", "--parts=1") == 0
     with pytest.raises(Exception, match="ScatterND"):

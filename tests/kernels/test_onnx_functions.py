@@ -8,7 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import FunctionProto, helper
 
-from fusion_edge.kernels import onnx_functions as functions
+from fusion_edge.kernels.onnx_functions import alignment
+from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.runtime.bundle.config import ALIGNMENT_NORM_EPS
 
 IR_VERSIONS = {21: 10, 24: 12}
@@ -31,10 +32,10 @@ def run(function: FunctionProto, inputs: Inputs, opset: int) -> npt.NDArray[np.f
         values.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), shape))
     dtype = next(iter(inputs.values())).dtype
     output = helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(dtype), [None, None, None])
-    node = helper.make_node(function.name, list(inputs), ["y"], domain=functions.DOMAIN)
+    node = helper.make_node(function.name, list(inputs), ["y"], domain=DOMAIN)
     model = helper.make_model(
         helper.make_graph([node], "g", values, [output]),
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(functions.DOMAIN, 1)],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
         functions=[function],
         ir_version=IR_VERSIONS[opset],
     )
@@ -59,8 +60,8 @@ def test_context_attention(heads: int, dim: int, questions: int, latents: int, d
     width = heads * dim
     shapes = {"q": (questions, latents, width), "k": (1, latents, 9, width), "v": (1, latents, 9, width)}
     inputs: Inputs = {name: generator.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-    actual = run(functions.context_attention_function(heads, dim, dtype, opset), inputs, opset)
-    expected = functions.context_attention_reference(**exact(inputs), heads=heads)
+    actual = run(alignment.context_attention_function(heads, dim, dtype, opset), inputs, opset)
+    expected = alignment.context_attention_reference(**exact(inputs), heads=heads)
     # Scores are sums of head_dim products.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * (4 + np.sqrt(dim)))
 
@@ -78,8 +79,8 @@ def test_add_layer_norm(questions: int, latents: int, width: int, dtype: str, op
     if width == 2:  # Of two values that are near each other, rounding the sum would be magnified.
         inputs["x"] = np.tile(np.array([1, -1], dtype=dtype), (questions, latents, 1))
         inputs["residual"] = inputs["x"]
-    actual = run(functions.add_layer_norm_function(ALIGNMENT_NORM_EPS, opset), inputs, opset)
-    expected = functions.add_layer_norm_reference(**exact(inputs), epsilon=ALIGNMENT_NORM_EPS)
+    actual = run(alignment.add_layer_norm_function(ALIGNMENT_NORM_EPS, opset), inputs, opset)
+    expected = alignment.add_layer_norm_reference(**exact(inputs), epsilon=ALIGNMENT_NORM_EPS)
     # Mean and variance are float32 sums of a row, added up one by one by ONNX Runtime 1.23.
     tolerance, sums = TOLERANCE[dtype], 2.0**-24 * np.sqrt(width)
     np.testing.assert_allclose(actual, expected, rtol=tolerance + sums, atol=4 * tolerance + sums)
@@ -97,10 +98,10 @@ def test_add_rows(questions: int, latents: int, length: int, dtype: str, opset: 
         "latents": generator.normal(size=(*rows, 24)).astype(dtype),
         "update": generator.normal(size=(*rows, 24)).astype(dtype),
     }
-    actual = run(functions.add_rows_function(opset), inputs, opset)
+    actual = run(alignment.add_rows_function(opset), inputs, opset)
     positions = np.asarray(inputs["positions"], dtype=np.int64)
     x, _, old, update = exact(inputs).values()
-    expected = functions.add_rows_reference(x, positions, old, update)
+    expected = alignment.add_rows_reference(x, positions, old, update)
     others = [row for row in range(length) if row not in positions]
     np.testing.assert_array_equal(actual[0, others], expected[0, others])
     np.testing.assert_allclose(actual, expected, rtol=TOLERANCE[dtype] / 4, atol=0)

@@ -20,7 +20,8 @@ from support import tensorrt_layers
 from support.paths import TESTS
 from support.tensorrt_layers import FLOATS, SHAPES, WIDTH, types
 
-from fusion_edge.kernels import onnx_functions, tensorrt_plugins
+from fusion_edge.kernels import tensorrt_plugins
+from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, allow_in_place, register, supported, use_plugins
 from fusion_edge.kernels.triton import recursive_alignment
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS, without_scratch
@@ -34,9 +35,9 @@ SIZES = [(1, 1, 1), (1, 16, 40), (3, 36, 200), (4, 144, 900), (0, 16, 7), (2, 0,
 FUNCTIONS: dict[str, FunctionProto] = {
     function.name: function
     for function in (
-        onnx_functions.context_attention_function(ALIGNMENT_HEADS, WIDTH // ALIGNMENT_HEADS, "float32", OPSET),
-        onnx_functions.add_layer_norm_function(ALIGNMENT_NORM_EPS, OPSET),
-        onnx_functions.add_rows_function(OPSET),
+        alignment.context_attention_function(ALIGNMENT_HEADS, WIDTH // ALIGNMENT_HEADS, "float32", OPSET),
+        alignment.add_layer_norm_function(ALIGNMENT_NORM_EPS, OPSET),
+        alignment.add_rows_function(OPSET),
     )
 }
 every_plugin = pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.operator)

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from fusion_edge.quant.formats import CODEBOOKS, GROUPED, WeightFormat, group_sizes
 from fusion_edge.quant.gptq import (
-    SCALE_SHARES,
-    Grid,
-    Inputs,
+    CLIP_RATIOS,
+    FactorizedHessian,
+    GroupScales,
     gptq,
     invert_lower,
-    nearest,
     output_error,
+    pack_rows,
     refine,
-    round_in_order,
-    search_grid,
-    store,
+    round_columns,
+    round_to_nearest,
+    search_scales,
 )
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
@@ -34,7 +34,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Weights and the moments of correlated inputs of unequal size."""
+    """Weights and the hessian of correlated inputs of unequal size."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(rows, columns, generator=generator)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
@@ -43,12 +43,12 @@ def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     return weights, inputs.T.double() @ inputs.double()
 
 
-def reference(weights: Tensor, inputs: Inputs, form: WeightFormat) -> npt.NDArray[np.float64]:
+def reference(weights: Tensor, inputs: FactorizedHessian, form: WeightFormat) -> npt.NDArray[np.float64]:
     """The paper's equations 2 and 3, the inverse worked out anew for every column."""
     w: npt.NDArray[np.float64] = weights.double().numpy().copy()
     half = 1 << (form.bits - 1)
-    damped = inputs.moments.numpy() + inputs.damping * inputs.importance.mean().item() * np.eye(w.shape[1])
-    grid = search_grid(weights, inputs.cost, form)
+    damped = inputs.matrix.numpy() + inputs.damping * inputs.diagonal.mean().item() * np.eye(w.shape[1])
+    grid = search_scales(weights, inputs.cost, form)
     scales, zeros = grid.scales.double().numpy(), grid.zeros.double().numpy()
     order = inputs.order.tolist()
     for i, column in enumerate(order):
@@ -65,26 +65,26 @@ def reference(weights: Tensor, inputs: Inputs, form: WeightFormat) -> npt.NDArra
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("columns", [1, 33, 128, 150])
 def test_it_solves_the_formula(form: WeightFormat, columns: int) -> None:
-    weights, moments = problem(24, columns, seed=columns)
-    inputs = Inputs(moments)
-    grid = search_grid(weights, inputs.cost, form)
-    codes = round_in_order(weights, inputs, grid, form).to(torch.uint8)
-    ours, theirs = store(codes, grid, form).values, torch.from_numpy(reference(weights, inputs, form)).float()
+    weights, hessian = problem(24, columns, seed=columns)
+    inputs = FactorizedHessian(hessian)
+    grid = search_scales(weights, inputs.cost, form)
+    codes = round_columns(weights, inputs, grid, form).to(torch.uint8)
+    ours, theirs = pack_rows(codes, grid, form).values, torch.from_numpy(reference(weights, inputs, form)).float()
     # A value halfway between two may go either way in float32, and all behind it with it.
     same = ((ours - theirs).abs() < 1e-6 * weights.abs().max()).float().mean()
     assert same > 0.97
-    assert output_error(weights, ours, moments)[0] <= 1.02 * output_error(weights, theirs, moments)[0] + 1e-9
+    assert output_error(weights, ours, hessian)[0] <= 1.02 * output_error(weights, theirs, hessian)[0] + 1e-9
 
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
 def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
-    weights, moments = problem(*shape, seed)
-    inputs = Inputs(moments)
-    grid = search_grid(weights, inputs.cost, form)
-    codes = round_in_order(weights, inputs, grid, form)
-    after = store(*refine(weights, codes, grid, inputs, form), form)
-    before = store(codes.to(torch.uint8), grid, form)
+    weights, hessian = problem(*shape, seed)
+    inputs = FactorizedHessian(hessian)
+    grid = search_scales(weights, inputs.cost, form)
+    codes = round_columns(weights, inputs, grid, form)
+    after = pack_rows(*refine(weights, codes, grid, inputs, form), form)
+    before = pack_rows(codes.to(torch.uint8), grid, form)
     assert (after.packed.scales > 0).all()
     error, start = (output_error(weights, stored.values, inputs.damped.double())[0] for stored in (after, before))
     assert error <= start * (1 + 1e-4) + 1e-9
@@ -94,17 +94,17 @@ def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, form: 
 @given(st.tuples(st.integers(24, 40), st.integers(16, 300)), seeds, st.sampled_from(FORMATS))
 def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
     """Of many channels together: where there are few, GPTQ has little to make errors good with, and chance decides."""
-    weights, moments = problem(*shape, seed)
-    fitted = output_error(weights, gptq(weights, Inputs(moments), form).values, moments)[0]
-    rounded = output_error(weights, nearest(weights, form).values, moments)[0]
+    weights, hessian = problem(*shape, seed)
+    fitted = output_error(weights, gptq(weights, FactorizedHessian(hessian), form).values, hessian)[0]
+    rounded = output_error(weights, round_to_nearest(weights, form).values, hessian)[0]
     assert fitted < rounded
 
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
 def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
-    weights, moments = problem(*shape, seed)
-    stored = gptq(weights, Inputs(moments), form)
+    weights, hessian = problem(*shape, seed)
+    stored = gptq(weights, FactorizedHessian(hessian), form)
     assert (stored.packed.scales > 0).all()
     assert stored.packed.values.shape == form.packed_shape(*shape)
     np.testing.assert_array_equal(dequantize(stored.packed, form, shape[1]), stored.values.numpy())
@@ -114,7 +114,7 @@ def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, for
 @given(shapes, seeds, st.sampled_from(FORMATS))
 def test_rounding_is_that_of_the_exporter(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
     weights, _ = problem(*shape, seed)
-    stored, packed = nearest(weights, form), quantize(weights.numpy(), form)
+    stored, packed = round_to_nearest(weights, form), quantize(weights.numpy(), form)
     scales = packed.scales
     np.testing.assert_array_equal(stored.packed.scales, scales)
     # One multiplies by a scale's inverse, the other divides: values halfway may differ by one.
@@ -126,10 +126,10 @@ def test_rounding_is_that_of_the_exporter(shape: tuple[int, int], seed: int, for
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
 def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
-    weights, moments = problem(*shape, seed)
-    cost = Inputs(moments).cost
+    weights, hessian = problem(*shape, seed)
+    cost = FactorizedHessian(hessian).cost
 
-    def error(grid: Grid) -> float:
+    def error(grid: GroupScales) -> float:
         scales, zeros = (
             part.float().repeat_interleave(form.group(shape[1]), 1)[:, : shape[1]] for part in (grid.scales, grid.zeros)
         )
@@ -138,60 +138,60 @@ def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, form: W
 
     # Searching with no share but the first is fitting the extremes.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SCALE_SHARES, form.bits, (1.0, 1.0, 1))
-        fitting = search_grid(weights, cost, form)
-    assert error(search_grid(weights, cost, form)) <= error(fitting) * (1 + 1e-5)
+        patch.setitem(CLIP_RATIOS, form.bits, (1.0, 1.0, 1))
+        fitting = search_scales(weights, cost, form)
+    assert error(search_scales(weights, cost, form)) <= error(fitting) * (1 + 1e-5)
 
 
 def test_cost_of_an_error_that_others_make_good() -> None:
-    _, moments = problem(1, 40, seed=4)
-    inputs = Inputs(moments)
-    damped = moments.numpy() + inputs.damping * inputs.importance.mean().item() * np.eye(40)
+    _, hessian = problem(1, 40, seed=4)
+    inputs = FactorizedHessian(hessian)
+    damped = hessian.numpy() + inputs.damping * inputs.diagonal.mean().item() * np.eye(40)
     np.testing.assert_allclose(inputs.cost.numpy(), 1 / np.linalg.inv(damped).diagonal(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_dead_channels_are_zero_and_disturb_nothing(form: WeightFormat) -> None:
-    weights, moments = problem(8, 140, seed=1)
+    weights, hessian = problem(8, 140, seed=1)
     dead = torch.tensor([0, 31, 32, 139])
-    moments[dead] = moments[:, dead] = 0
-    fitted = gptq(weights, Inputs(moments), form).values
+    hessian[dead] = hessian[:, dead] = 0
+    fitted = gptq(weights, FactorizedHessian(hessian), form).values
     assert (fitted[:, dead] == 0).all()
     alive = torch.ones(140, dtype=torch.bool)
     alive[dead] = False
-    error, signal = output_error(weights[:, alive], fitted[:, alive], moments[alive][:, alive])
+    error, signal = output_error(weights[:, alive], fitted[:, alive], hessian[alive][:, alive])
     assert error < 0.02 * signal
 
 
 def test_nothing_ever_came_in() -> None:
-    fitted = gptq(torch.randn(4, 32), Inputs(torch.zeros(32, 32, dtype=torch.float64)), FORMATS[0])
+    fitted = gptq(torch.randn(4, 32), FactorizedHessian(torch.zeros(32, 32, dtype=torch.float64)), FORMATS[0])
     assert (fitted.values == 0).all()
 
 
 def test_fewer_samples_than_channels() -> None:
-    """Singular moments, as a layer that sees a few tokens has them."""
+    """Singular hessian, as a layer that sees a few tokens has them."""
     weights, _ = problem(8, 64, seed=2)
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).double()
-    moments = rows.T @ rows
-    fitted = gptq(weights, Inputs(moments), FORMATS[0]).values
-    rounded = nearest(weights, FORMATS[0]).values
-    assert output_error(weights, fitted, moments)[0] < output_error(weights, rounded, moments)[0]
+    hessian = rows.T @ rows
+    fitted = gptq(weights, FactorizedHessian(hessian), FORMATS[0]).values
+    rounded = round_to_nearest(weights, FORMATS[0]).values
+    assert output_error(weights, fitted, hessian)[0] < output_error(weights, rounded, hessian)[0]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_moments_that_are_not_finite(value: float) -> None:
-    moments = torch.eye(32, dtype=torch.float64)
-    moments[3, 3] = value
+    hessian = torch.eye(32, dtype=torch.float64)
+    hessian[3, 3] = value
     with pytest.raises(FusionError, match="not finite"):
-        Inputs(moments)
+        FactorizedHessian(hessian)
 
 
 def test_moments_of_nothing_real() -> None:
     """Not positive: no damping that is allowed helps."""
-    moments = torch.eye(32, dtype=torch.float64)
-    moments[0, 1] = moments[1, 0] = -1e6
+    hessian = torch.eye(32, dtype=torch.float64)
+    hessian[0, 1] = hessian[1, 0] = -1e6
     with pytest.raises(FusionError, match="singular"):
-        Inputs(moments)
+        FactorizedHessian(hessian)
 
 
 @pytest.mark.parametrize("size", [1, 5, 256, 257, 700])

@@ -25,17 +25,17 @@ from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration import layer_quantizer as fitting
 from fusion_edge.export.calibration import run
-from fusion_edge.export.calibration.layer_quantizer import Fitting
-from fusion_edge.export.calibration.observer import Observing
-from fusion_edge.export.calibration.weight_store import Records
+from fusion_edge.export.calibration.layer_quantizer import LayerQuantizer
+from fusion_edge.export.calibration.observer import Observer
+from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.checkpoint.tensor_mapping import VISION_MODEL, parameters
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
-from fusion_edge.quant import smoothquant as equalisation
+from fusion_edge.quant import smoothquant
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.gptq import nearest
-from fusion_edge.quant.input_range import round_to_grid
-from fusion_edge.quant.smoothquant import ChannelRanges, divided, factors, producer
+from fusion_edge.quant.gptq import round_to_nearest
+from fusion_edge.quant.observer import fake_quantize
+from fusion_edge.quant.smoothquant import ChannelHistograms, divide_last_rows, producer, smoothing_factors
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION
 
 LINEAR, NORM = "vision.layers.0.mlp.up", "vision.layers.0.mlp_norm"
@@ -75,12 +75,12 @@ def test_producer_and_linear_stay_the_same_function(layer: int, name: str) -> No
         return architecture.vision_layer(EagerOperations(TINY, weights.__getitem__), TINY, states, mask, layer)[0]
 
     expected, linear = outputs(), f"vision.layers.{layer}.{name}"
-    formats = dict.fromkeys((f"vision.layers.{layer}.{part}" for part in equalisation._PRODUCERS), WeightFormat("w8a8"))
+    formats = dict.fromkeys((f"vision.layers.{layer}.{part}" for part in smoothquant._PRODUCERS), WeightFormat("w8a8"))
     source = producer(linear, formats)
     assert source is not None
     by = torch.rand(TINY.vision.width, generator=generator, dtype=torch.float64) * 9 + 0.1
-    for parameter in equalisation.parameters(source):
-        weights[parameter] = divided(weights[parameter], by)
+    for parameter in smoothquant.producer_parameters(source):
+        weights[parameter] = divide_last_rows(weights[parameter], by)
     assert not torch.allclose(outputs(), expected)
     weights[f"{linear}.weight"] *= by
     torch.testing.assert_close(outputs(), expected, rtol=1e-10, atol=1e-10)
@@ -99,10 +99,10 @@ def test_only_rounded_inputs_have_a_producer() -> None:
 
 def test_factors() -> None:
     extents, weights = torch.tensor([1.0, 4, 16, 0, 5]), torch.tensor([[1.0, -4, 1, 1, 0], [0.5, 1, 1, 1, 0]])
-    found = factors(extents, weights, 0.5)
+    found = smoothing_factors(extents, weights, 0.5)
     expected = torch.tensor([1.0, 1, 4]) / 4 ** (1 / 3)
     torch.testing.assert_close(found, torch.cat([expected, torch.ones(2)]))
-    torch.testing.assert_close(factors(torch.zeros(5), weights, 0.5), torch.ones(5))
+    torch.testing.assert_close(smoothing_factors(torch.zeros(5), weights, 0.5), torch.ones(5))
 
 
 # Ranges of channels ------------------------------------------------------------------------------------------------
@@ -113,13 +113,13 @@ def test_factors() -> None:
 def test_batches_do_not_matter(seed: int, pieces: int) -> None:
     x = rows(seed, 300, torch.logspace(-8, 8, 16)) * torch.linspace(0.01, 3, 300)[:, None]
     x[:, 5] = 0
-    whole, parts = (ChannelRanges(16, x.device) for _ in range(2))
-    whole.add(x)
+    whole, parts = (ChannelHistograms(16, x.device) for _ in range(2))
+    whole.observe(x)
     for part in torch.split(x.flip(0), -(-300 // pieces)):
-        parts.add(part[None])
+        parts.observe(part[None])
     assert torch.equal(whole._counts, parts._counts)
-    assert torch.equal(whole._reach, parts._reach)
-    assert torch.equal(whole.extents, parts.extents)
+    assert torch.equal(whole._bound, parts._bound)
+    assert torch.equal(whole.absmax, parts.absmax)
     assert whole._counts.sum() == x.numel()
 
 
@@ -127,34 +127,34 @@ def test_batches_do_not_matter(seed: int, pieces: int) -> None:
 @pytest.mark.parametrize("exponent", [None, 0.5, 1.0])
 def test_the_error_told_is_that_of_the_outputs(scales: Tensor, exponent: float | None) -> None:
     x, weights = rows(0, 20_000, scales), rows(1, 96, torch.ones(64))
-    ranges = ChannelRanges(64, x.device)
-    ranges.add(x)
-    by = torch.ones(64) if exponent is None else factors(ranges.extents, weights, exponent)
-    grid, error = ranges.grid(by, (weights * by).square().sum(0))
-    rounded = round_to_grid(x / by, grid) * by
+    ranges = ChannelHistograms(64, x.device)
+    ranges.observe(x)
+    by = torch.ones(64) if exponent is None else smoothing_factors(ranges.absmax, weights, exponent)
+    grid, error = ranges.quantization(by, (weights * by).square().sum(0))
+    rounded = fake_quantize(x / by, grid) * by
     actual = float(((rounded - x) @ weights.T).double().square().sum())
     assert error == pytest.approx(actual, rel=0.05)
 
 
 def test_channels_that_are_always_zero() -> None:
-    ranges = ChannelRanges(4, torch.device("cpu"))
-    ranges.add(torch.zeros(3, 4))
-    grid, error = ranges.grid(torch.ones(4), torch.ones(4))
+    ranges = ChannelHistograms(4, torch.device("cpu"))
+    ranges.observe(torch.zeros(3, 4))
+    grid, error = ranges.quantization(torch.ones(4), torch.ones(4))
     assert error == 0
-    assert round_to_grid(torch.zeros(1), grid) == 0
+    assert fake_quantize(torch.zeros(1), grid) == 0
 
 
 def test_channels_that_are_almost_zero() -> None:
     """Subnormal numbers, as weight decay leaves them: their inverse is infinite in float32."""
     x = rows(0, 1000, torch.tensor([1.0, 1e-30, 1e-40, 1e-45]))
-    ranges = ChannelRanges(4, x.device)
+    ranges = ChannelHistograms(4, x.device)
     for part in (torch.zeros(8, 4), x, 2 * x):
-        ranges.add(part)
+        ranges.observe(part)
     assert ranges._counts.sum(1).tolist() == [2008] * 4
-    by = factors(ranges.extents, torch.ones(1, 4), 0.4)
+    by = smoothing_factors(ranges.absmax, torch.ones(1, 4), 0.4)
     assert torch.isfinite(by).all()
-    grid, error = ranges.grid(by, torch.ones(4))
-    actual = sum(float(((round_to_grid(y, grid) - y) ** 2).double().sum()) for y in (x / by, 2 * x / by))
+    grid, error = ranges.quantization(by, torch.ones(4))
+    actual = sum(float(((fake_quantize(y, grid) - y) ** 2).double().sum()) for y in (x / by, 2 * x / by))
     assert error == pytest.approx(actual, rel=0.05)
 
 
@@ -170,14 +170,14 @@ def fit(
     """
     samples = rows(0, 4000, scales)
     given = {f"{LINEAR}.weight": weight, f"{NORM}.weight": torch.ones(len(scales)), f"{NORM}.bias": scales * 0}
-    observing = Observing(None, given.__getitem__, None, "cpu", W8A8)  # type: ignore[arg-type]
+    observing = Observer(None, given.__getitem__, None, "cpu", W8A8)  # type: ignore[arg-type]
     observing.linear(samples, LINEAR)
     folder.mkdir()
-    records = Records(folder, W8A8)
-    (report,) = Fitting(W8A8, method, given.__getitem__, records).quantize(observing)
+    records = WeightStore(folder, W8A8)
+    (report,) = LayerQuantizer(W8A8, method, given.__getitem__, records).quantize(observing)
     by, x = records.parameter(f"{NORM}.weight"), samples if measured is None else measured
     assert by is not None
-    inputs = round_to_grid(x * torch.from_numpy(by), records.input_grid(LINEAR))
+    inputs = fake_quantize(x * torch.from_numpy(by), records.activation_quantization(LINEAR))
     outputs, expected = inputs @ torch.from_numpy(records.dequantized(LINEAR, len(scales))).T, x @ weight.T
     noise = (outputs - expected).double().square().sum()
     return report.equalisation, float(10 * torch.log10(expected.double().square().sum() / noise))
@@ -190,7 +190,7 @@ def test_outlier_channels(weight_scales: Tensor, method: str, tmp_path: Path, mo
     weight = rows(2, 96, weight_scales)
     others = rows(1, 100_000, outliers(64))
     exponent, equalised = fit(outliers(64), weight, tmp_path / "equalised", method, others)
-    monkeypatch.setattr(fitting, "EXPONENTS", ())
+    monkeypatch.setattr(fitting, "ALPHAS", ())
     nothing, as_they_are = fit(outliers(64), weight, tmp_path / "off", method, others)
     assert nothing is None
     assert exponent is not None
@@ -207,7 +207,7 @@ def test_never_worse_by_its_measure(method: str, seed: int, tmp_path_factory: py
     weight = rows(seed + 1, 48, columns)
     chosen = fit(scales, weight, folder / "a", method)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "EXPONENTS", ())
+        patch.setattr(fitting, "ALPHAS", ())
         off = fit(scales, weight, folder / "b", method)
     assert chosen[1] == off[1] if chosen[0] is None else chosen[1] > off[1] + 0.8
 
@@ -219,12 +219,12 @@ def test_what_chance_gains_is_no_gain(tmp_path: Path) -> None:
 
 
 def test_equal_channels_are_left_alone(tmp_path: Path) -> None:
-    observing = Observing(None, lambda _: torch.eye(32), None, "cpu", W8A8)  # type: ignore[arg-type]
+    observing = Observer(None, lambda _: torch.eye(32), None, "cpu", W8A8)  # type: ignore[arg-type]
     observing.linear(torch.cat([torch.eye(32), -torch.eye(32)]), LINEAR)
     norm = {f"{NORM}.weight": torch.full((32,), 3.0), f"{NORM}.bias": torch.ones(32)}
     given = {f"{LINEAR}.weight": torch.eye(32), **norm}
-    records = Records(tmp_path, W8A8)
-    (report,) = Fitting(W8A8, "rtn", given.__getitem__, records).quantize(observing)
+    records = WeightStore(tmp_path, W8A8)
+    (report,) = LayerQuantizer(W8A8, "rtn", given.__getitem__, records).quantize(observing)
     assert report.equalisation is None
     for part in ("weight", "bias"):
         np.testing.assert_array_equal(records.parameter(f"{NORM}.{part}"), given[f"{NORM}.{part}"].numpy())
@@ -274,7 +274,7 @@ def report(bundle: Path) -> dict[str, Any]:
 def test_it_is_reported_and_brings_the_bundle_closer(
     checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "EXPONENTS", ())
+    monkeypatch.setattr(fitting, "ALPHAS", ())
     assert cli.main(arguments(checkpoint, data, tmp_path / "b")) == 0
     facts, off = report(calibrated), report(tmp_path / "b")
     chosen = {linear["name"] for linear in facts["linears"] if linear["equalisation"] is not None}
@@ -295,12 +295,12 @@ def test_a_killed_run_goes_on(
 ) -> None:
     """Killed after so many divided parameters, five a layer, before the linear that they were divided for."""
     saved = 0
-    save = Records.save_parameter
+    save = WeightStore.save_parameter
 
     class Killed(BaseException):
         pass
 
-    def killed(self: Records, *more: Any) -> None:
+    def killed(self: WeightStore, *more: Any) -> None:
         nonlocal saved
         save(self, *more)
         saved += 1
@@ -308,7 +308,7 @@ def test_a_killed_run_goes_on(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Records, "save_parameter", killed)
+        patch.setattr(WeightStore, "save_parameter", killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, tmp_path / "b"))
     assert cli.main(arguments(checkpoint, data, tmp_path / "b")) == 0
@@ -319,9 +319,9 @@ def test_a_killed_run_goes_on(
 
 def test_one_thread_at_a_time_reads_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Python 3.11 needs it."""
-    records, reading, load_file = Records(tmp_path, W8A8), Lock(), np.load
+    records, reading, load_file = WeightStore(tmp_path, W8A8), Lock(), np.load
     records.save_parameter("norm.weight", np.ones(8, np.float32))
-    records.save(LINEAR, [nearest(torch.ones(4, 8), W8A8[LINEAR])])
+    records.save(LINEAR, [round_to_nearest(torch.ones(4, 8), W8A8[LINEAR])])
 
     def load_alone(*arguments: Any, **options: Any) -> Any:
         assert reading.acquire(blocking=False)
@@ -346,7 +346,7 @@ def test_lost_parameters_of_a_finished_block(
     class Killed(BaseException):
         pass
 
-    propagate = run.Run._propagate
+    propagate = run.CalibrationRun._propagate
 
     def killed(self: Any, i: int, *more: Any) -> None:
         if i == 1:
@@ -354,7 +354,7 @@ def test_lost_parameters_of_a_finished_block(
         propagate(self, i, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "_propagate", killed)
+        patch.setattr(run.CalibrationRun, "_propagate", killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, tmp_path / "b"))
     (tmp_path / ".b.calibration" / f"vision.layers.0.{lost}.npy").unlink()

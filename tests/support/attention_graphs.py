@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnxruntime
 from onnx import FunctionProto, TensorProto, helper
 
-from fusion_edge.export.lowering import int8_cache
-from fusion_edge.kernels import cpu_functions
+from fusion_edge.kernels.onnx_functions import int8_cache
+from fusion_edge.kernels.onnx_functions.attention import packed_attention_function, patch_attention_function
 
 Array = npt.NDArray[Any]
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
@@ -72,7 +72,7 @@ def multi_head_model(heads: int, **attributes: Any) -> bytes:
 
 def packed_model(heads: int, patches: int | None) -> bytes:
     """The functions of a vision layer."""
-    every, some = cpu_functions.packed_attention_function(21), cpu_functions.patch_attention_function(21)
+    every, some = packed_attention_function(21), patch_attention_function(21)
     function = every if patches is None else some
     fixed: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
     if patches is not None:

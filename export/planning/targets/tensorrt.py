@@ -11,9 +11,9 @@ from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.tensorrt import TensorRTOperations
 from fusion_edge.export.planning.targets.target import Target
 from fusion_edge.quant.formats import PER_CHANNEL, STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.runtime.backends import device_memory
+from fusion_edge.runtime.backends.tensorrt import memory_estimate
 from fusion_edge.runtime.bundle.config import FusionConfig
-from fusion_edge.runtime.bundle.manifest import Bundle
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 BLOCK_SIZES = (64, 128)
@@ -44,7 +44,7 @@ class TensorRTTarget(Target):
                 )
 
     def activation_bytes(self, config: FusionConfig, max_context: int, graph_elements: Sequence[int]) -> int:
-        return device_memory.activation_bytes(config, max_context)
+        return memory_estimate.activation_bytes(config, max_context)
 
 
 TENSORRT = TensorRTTarget(
@@ -54,7 +54,7 @@ TENSORRT = TensorRTTarget(
     accuracy_levels=(0,),
     symmetric_activations=True,
     int8_per_channel=True,
-    context_bytes=device_memory.RUNTIME_BYTES,
+    context_bytes=memory_estimate.RUNTIME_BYTES,
 )
 
 

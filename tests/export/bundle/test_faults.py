@@ -58,5 +58,5 @@ def test_a_fault_is_seen(
     place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES["a folder without exchange"])
     names = trace(place)
     second = names.index("rename", names.index("rename") + 1)
-    monkeypatch.setattr("fusion_edge.export.bundle.partial_folder._put_back", lambda *_: None)
+    monkeypatch.setattr("fusion_edge.export.bundle.atomic_folder._recover_replaced", lambda *_: None)
     assert "the next export" in inject("SIGKILL", second, place)

@@ -13,9 +13,9 @@ import pytest
 from faults import whole
 
 from fusion_edge.export import cli
-from fusion_edge.export.bundle import mount_point
+from fusion_edge.export.bundle import hidden_folders
 from fusion_edge.export.calibration.work_folder import work_folder
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 
 Refuse = Callable[..., str]
 
@@ -45,7 +45,7 @@ def test_a_mount_point(tiny_checkpoint: Path, mounted: Path, refused: Refuse) ->
     assert [path.name for path in mounted.parent.iterdir()] == ["bundle"]
     (mounted / "notes.txt").write_text("dear")
     assert "notes.txt" in refused(cli.main, tiny_checkpoint, "-o", mounted, "--int8", "--force")
-    assert bundle.open_bundle(mounted).manifest.precision == "int4"
+    assert open_bundle(mounted).manifest.precision == "int4"
 
 
 def test_what_a_calibration_keeps_is_in_the_mount_point(mounted: Path) -> None:
@@ -55,11 +55,11 @@ def test_what_a_calibration_keeps_is_in_the_mount_point(mounted: Path) -> None:
 
 def test_mounts_of_the_same_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mounts").write_text(f"36 35 98:0 /mnt1 {tmp_path}/a\\040b rw - ext3 /dev/root rw\n", encoding="utf-8")
-    monkeypatch.setattr(mount_point, "_MOUNTS", tmp_path / "mounts")
-    assert mount_point.is_mount_point(tmp_path / "a b")
-    assert not mount_point.is_mount_point(tmp_path / "a")
-    monkeypatch.setattr(mount_point, "_MOUNTS", tmp_path / "none")
-    assert not mount_point.is_mount_point(tmp_path)
+    monkeypatch.setattr(hidden_folders, "_MOUNTS", tmp_path / "mounts")
+    assert hidden_folders.is_mount_point(tmp_path / "a b")
+    assert not hidden_folders.is_mount_point(tmp_path / "a")
+    monkeypatch.setattr(hidden_folders, "_MOUNTS", tmp_path / "none")
+    assert not hidden_folders.is_mount_point(tmp_path)
 
 
 @pytest.mark.parametrize("call", ["rename", "mkdir"])
@@ -98,7 +98,7 @@ def test_no_locks(
     monkeypatch.setattr(fcntl, "flock", flock)
     output.with_name(".bundle.partial").mkdir()
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
-    warning = f"warning: The file system of {output.parent} has no locks; let nothing else write there meanwhile.\n"
+    warning = f"warning: The file system of {output.parent} has no locks; run no other command on it meanwhile.\n"
     assert capsys.readouterr().err == warning
     assert whole(output) == "int4"
 

@@ -16,10 +16,12 @@ import pytest
 from faults import whole
 
 from fusion_edge.export import cli
-from fusion_edge.export.bundle.folder_lock import Foreign, locked, matches
-from fusion_edge.export.bundle.partial_folder import Content, partial_folder
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.folder_content import FolderContent, ForeignPathError, matches
+from fusion_edge.export.bundle.folder_lock import locked_folder
 from fusion_edge.export.calibration.work_folder import work_folder
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.files import digest
+from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.output_file import check_output_file, write_whole
 
@@ -52,7 +54,7 @@ def test_something_in_place_of_a_hidden_folder(
     else:
         hidden.symlink_to({"link": victim, "dangling link": victim / "no", "link to a file": victim / "llm.data"}[make])
     message = refused(cli.main, tiny_checkpoint, "-o", output, "--force")
-    kind = "no folder" if make in ("file", "hard link", "pipe") else "a link"
+    kind = "not a folder" if make in ("file", "hard link", "pipe") else "a link"
     assert f"{hidden} is {kind}; expected nothing" in message
     assert (victim / "llm.data").read_text() == "precious"
     assert os.path.lexists(hidden)
@@ -72,7 +74,7 @@ def test_a_link_that_comes_while_the_bundle_is_written(
     tiny_checkpoint: Path, replaceable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     """In the partial folder's place: neither is its target published nor anything deleted in it."""
-    partial, victim, digest = replaceable.with_name(".bundle.partial"), tmp_path / "victim", bundle.digest
+    partial, victim = replaceable.with_name(".bundle.partial"), tmp_path / "victim"
     shutil.copytree(replaceable, victim)
     before = {path.name: path.read_bytes() for path in victim.iterdir()}
 
@@ -82,7 +84,7 @@ def test_a_link_that_comes_while_the_bundle_is_written(
             partial.symlink_to(victim)
         return digest(*arguments)
 
-    monkeypatch.setattr(bundle, "digest", late)
+    monkeypatch.setattr("fusion_edge.export.bundle.writer.digest", late)
     refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert whole(replaceable) == "int4"
     assert partial.is_symlink()
@@ -134,7 +136,7 @@ def test_a_folder_taken_away_meanwhile(output: Path) -> None:
     partial = output.with_name(".bundle.partial")
 
     def write() -> None:
-        with partial_folder(output, Content("write", ("*.txt",), "a.json")) as folder:
+        with atomic_folder(output, FolderContent("write", ("*.txt",), "a.json")) as folder:
             folder.rename(output.with_name("away"))
             partial.mkdir()
             (partial / "theirs.txt").touch()
@@ -190,13 +192,11 @@ def test_files_that_no_bundle_wrote_stay(tiny_checkpoint: Path, replaceable: Pat
 def test_a_file_that_comes_while_the_bundle_is_written(
     tiny_checkpoint: Path, replaceable: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
-    digest = bundle.digest
-
     def late(*arguments: Any) -> str:
         (replaceable / "notes.txt").write_text("dear")
         return digest(*arguments)
 
-    monkeypatch.setattr(bundle, "digest", late)
+    monkeypatch.setattr("fusion_edge.export.bundle.writer.digest", late)
     assert "notes.txt" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert (replaceable / "notes.txt").read_text() == "dear"
     assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
@@ -210,9 +210,9 @@ def test_a_manifest_that_lists_what_is_no_bundles(
     (replaceable / "sub").mkdir()
     (replaceable / "sub/llm.data").write_text("dear")
     (replaceable / "notes.txt").write_text("dear")
-    manifest = json.loads((replaceable / bundle.MANIFEST).read_text())
+    manifest = json.loads((replaceable / MANIFEST).read_text())
     manifest["files"].append({"path": listed})
-    (replaceable / bundle.MANIFEST).write_text(json.dumps(manifest))
+    (replaceable / MANIFEST).write_text(json.dumps(manifest))
     refused(cli.main, tiny_checkpoint, "-o", replaceable, "--force")
     for path in (tmp_path / "victim.data", replaceable / "notes.txt", replaceable / "sub/llm.data"):
         assert path.read_text() == "dear"
@@ -222,7 +222,7 @@ def test_a_manifest_that_lists_what_is_no_bundles(
 def test_a_folder_whose_manifest_tells_nothing(
     tiny_checkpoint: Path, replaceable: Path, text: str, refused: Refuse
 ) -> None:
-    (replaceable / bundle.MANIFEST).write_text(text)
+    (replaceable / MANIFEST).write_text(text)
     before = tree(replaceable)
     assert "is no bundle" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--force")
     assert tree(replaceable) == before
@@ -237,7 +237,7 @@ def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, 
     (building / ".engines.json.0a1b2c3d").touch()
     (engines / "engines.json").touch()
     (engines.parent / "tensorrt-10.9-cc8.7.timing").touch()
-    with locked(building, ""):
+    with locked_folder(building, ""):
         assert "fusion-build" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
     assert whole(replaceable) == "int8"
@@ -261,7 +261,7 @@ def test_a_bundle_in_a_layer_of_an_image(
         return False
 
     monkeypatch.setattr(os, "rename", guarded)
-    monkeypatch.setattr("fusion_edge.export.bundle.partial_folder.exchange", exchange)
+    monkeypatch.setattr("fusion_edge.export.bundle.atomic_folder.exchange", exchange)
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
     assert whole(replaceable) == "int8"
     assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
@@ -299,7 +299,7 @@ def test_a_dry_run_writes_nothing(tiny_checkpoint: Path, output: Path) -> None:
 
 
 def test_what_was_found_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "x") in str(Foreign(tmp_path / "x"))
+    assert str(tmp_path / "x") in str(ForeignPathError(tmp_path / "x"))
 
 
 # Files -------------------------------------------------------------------------------------------------------------

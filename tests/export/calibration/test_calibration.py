@@ -25,10 +25,12 @@ from fusion_edge.export import cli
 from fusion_edge.export.calibration import float_model, run
 from fusion_edge.export.calibration import layer_quantizer as fitting
 from fusion_edge.export.calibration.blocks import blocks
-from fusion_edge.export.calibration.weight_store import Records
+from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.calibration.work_folder import work_folder
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
-from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, digest, graph_file, open_bundle
+from fusion_edge.runtime.bundle.files import digest
+from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, graph_file
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 COUNT = 9
@@ -38,7 +40,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with patches of 24 pixels: moments have the side of a linear's inputs."""
+    """The tiny checkpoint with patches of 24 pixels: hessian have the side of a linear's inputs."""
     config = replace(TINY, vision=replace(TINY.vision, patch_size=24))
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-tiny", config)
 
@@ -109,7 +111,9 @@ class Killed(BaseException):
     """Stands for a kill: nothing may catch it."""
 
 
-@pytest.mark.parametrize(("owner", "stage"), [(fitting.Fitting, "_fit"), (Records, "save"), (run.Run, "_propagate")])
+@pytest.mark.parametrize(
+    ("owner", "stage"), [(fitting.LayerQuantizer, "_fit"), (WeightStore, "save"), (run.CalibrationRun, "_propagate")]
+)
 @pytest.mark.parametrize("number", [0, 3, 6])
 def test_a_killed_run_goes_on(
     checkpoint: Path,
@@ -137,13 +141,13 @@ def test_a_killed_run_goes_on(
             cli.main(arguments(checkpoint, data, output))
     assert not output.exists()
     observed: list[str] = []
-    quantize = run.Run._quantize
+    quantize = run.CalibrationRun._quantize
 
     def counted(self: Any, block: Any, *more: Any) -> None:
         observed.append(block.name)
         quantize(self, block, *more)
 
-    monkeypatch.setattr(run.Run, "_quantize", counted)
+    monkeypatch.setattr(run.CalibrationRun, "_quantize", counted)
     assert cli.main(arguments(checkpoint, data, output)) == 0
     assert content(output) == content(calibrated)
     if stage == "_propagate":
@@ -160,7 +164,7 @@ def test_another_command_starts_anew(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "_propagate", killed)
+        patch.setattr(run.CalibrationRun, "_propagate", killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, output, "--method", "rtn"))
     assert cli.main(arguments(checkpoint, data, output)) == 0
@@ -208,7 +212,7 @@ def test_nothing_to_fit(
 def test_output_is_checked_before_hours_of_work(
     checkpoint: Path, data: Path, calibrated: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.Run, "run", None)
+    monkeypatch.setattr(run.CalibrationRun, "run", None)
     assert "--force" in refused(cli.main, *arguments(checkpoint, data, calibrated))
 
 
@@ -231,7 +235,7 @@ def test_memory_that_does_not_suffice(
     def allocate(*_: Any) -> None:
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(run.Run, "run_block", allocate)
+    monkeypatch.setattr(run.CalibrationRun, "run_block", allocate)
     assert "not enough memory" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
 
 
@@ -257,7 +261,7 @@ def test_lost_weights_of_a_finished_block(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "_propagate", killed)
+        patch.setattr(run.CalibrationRun, "_propagate", killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, tmp_path / "b"))
     (tmp_path / ".b.calibration" / "vision.text_projector.up.scales.npy").unlink()

@@ -1,4 +1,4 @@
-"""What calibration sees: the whole model, block by block, and the moments of every linear's inputs."""
+"""What calibration sees: the whole model, block by block, and the hessian of every linear's inputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from support.paths import GOLDEN
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo.fidelity import first_logits
-from fusion_edge.export.calibration.activation_cache import State
+from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import blocks, prepare
-from fusion_edge.export.calibration.observer import ATTENTION_SHARE, Observing, attention_received
+from fusion_edge.export.calibration.observer import ATTENTION_SHARE, Observer, attention_received
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
@@ -36,7 +36,7 @@ def test_blocks_are_the_model(name: str) -> None:
             if facts.kind == "linear"
         }
         seen: list[str] = []
-        state: State = {}
+        state: Activations = {}
         for block in blocks(fusion.config):
             read: list[str] = []
 
@@ -47,12 +47,12 @@ def test_blocks_are_the_model(name: str) -> None:
             def embed(ids: Tensor) -> Tensor:
                 return torch.from_numpy(backend.embed(ids.numpy()))
 
-            operations = Observing(fusion.config, get, embed, "cpu", formats)
+            operations = Observer(fusion.config, get, embed, "cpu", formats)
             with torch.inference_mode():
                 state = block.run(operations, prepared, state)
             others = [parameter for parameter in read if not parameter.startswith(block.prefixes)]
             assert set(others) <= {"vision.position_embedding.weight", "llm.norm.weight"}
-            seen += operations.moments_of
+            seen += operations.hessian_index
     assert sorted(seen) == sorted(formats)
     actual = state["logits"].numpy()
     assert actual.shape == (1, len(expected))
@@ -64,10 +64,10 @@ def test_moments_do_not_depend_on_batches() -> None:
 
     def observe(batches: Iterator[Tensor]) -> Tensor:
         weights = torch.zeros(4, 32)
-        operations = Observing(None, lambda _: weights, None, "cpu", {"a": WeightFormat("int4", 32)})  # type: ignore[arg-type]
+        operations = Observer(None, lambda _: weights, None, "cpu", {"a": WeightFormat("int4", 32)})  # type: ignore[arg-type]
         for batch in batches:
             operations.linear(batch, "a")
-        return operations.moments[0]
+        return operations.hessians[0]
 
     expected = rows.reshape(-1, 32).double().T @ rows.reshape(-1, 32).double()
     for size in (1, 2, 3):
@@ -77,13 +77,13 @@ def test_moments_do_not_depend_on_batches() -> None:
 def test_linears_that_share_an_input_share_its_moments() -> None:
     x, weights = torch.randn(5, 32), torch.zeros(4, 32)
     formats = dict.fromkeys(("a", "b", "c"), WeightFormat("int4", 32))
-    operations = Observing(None, lambda _: weights, None, "cpu", formats)  # type: ignore[arg-type]
+    operations = Observer(None, lambda _: weights, None, "cpu", formats)  # type: ignore[arg-type]
     for _ in range(2):
         operations.linear(x, "a")
         operations.linear(x, "b")
         operations.linear(x * 2, "c")
-    assert operations.moments_of == {"a": 0, "b": 0, "c": 1}
-    torch.testing.assert_close(operations.moments[1], 4 * operations.moments[0])
+    assert operations.hessian_index == {"a": 0, "b": 0, "c": 1}
+    torch.testing.assert_close(operations.hessians[1], 4 * operations.hessians[0])
 
 
 def test_attention_that_rows_receive() -> None:
@@ -104,12 +104,12 @@ def test_rows_of_attention_count_by_what_they_receive() -> None:
         config, backend = fusion.config, fusion.backend
         assert isinstance(backend, EagerBackend)
         formats = {name: WeightFormat("int4", 32)}
-        operations = Observing(config, backend.parameter, None, "cpu", formats)  # type: ignore[arg-type]
+        operations = Observer(config, backend.parameter, None, "cpu", formats)  # type: ignore[arg-type]
         rows = torch.randn(1, 7, config.language.hidden_size, generator=generator)
         qkv = operations.linear(rows, name)
         operations.causal_attention(qkv, 0)
     received = attention_received(*operations.heads(qkv, 0)[:2])[0].double()
     x = rows[0].double()
     expected = x.T @ ((1 + ATTENTION_SHARE * received[:, None]) * x)
-    torch.testing.assert_close(operations.moments[0], expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(operations.hessians[0], expected, rtol=1e-5, atol=1e-4)
     assert received[0] > 1.5 * received[-1]  # so that what it counts for is seen

@@ -169,7 +169,7 @@ def test_no_regular_file_of_samples(folder: Path, kind: str) -> None:
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    assert f"{path} cannot be read: it is a folder, pipe or device" in error(folder)
+    assert f"{path} is a folder, pipe or device; expected a regular file" in error(folder)
 
 
 def test_a_file_of_samples_that_is_too_large(folder: Path) -> None:

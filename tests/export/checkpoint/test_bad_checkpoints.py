@@ -75,9 +75,9 @@ def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
         ("missing/folder/below", "There is no folder 'missing/folder/below'"),
         ("~nobody-of-this-name/model", "There is no folder '~nobody-of-this-name/model'"),
         ("x" * 300, ": File name too long; check the path"),
-        (__file__, "is a file, but a checkpoint is a folder"),
-        (GOLDEN / "FUSION-tiny-Phi/config.json", "is one JSON file, but a checkpoint is a folder"),
-        (GOLDEN / "FUSION-tiny-Phi/model-00001-of-00004.safetensors", "is one safetensors file"),
+        (__file__, "is a file; expected a folder"),
+        (GOLDEN / "FUSION-tiny-Phi/config.json", "is a JSON file; expected a folder"),
+        (GOLDEN / "FUSION-tiny-Phi/model-00001-of-00004.safetensors", "is a safetensors file"),
         (GOLDEN, "has no weights, expected model.safetensors"),
     ],
 )
@@ -86,7 +86,7 @@ def test_what_is_no_checkpoint_folder(refuse: Refuse, source: object, message: s
 
 
 def test_a_revision_of_a_folder(refuse: Refuse) -> None:
-    assert "which has no revisions" in refuse("--revision", "main", code=2)
+    assert "does not apply to the local folder" in refuse("--revision", "main", code=2)
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "llava", None, 3, ["fusion_phi"], {}, ...])
@@ -148,7 +148,7 @@ def test_a_corrupt_shard(checkpoint: Path, refuse: Refuse) -> None:
 
 def test_a_web_page_in_place_of_a_shard(checkpoint: Path, refuse: Refuse) -> None:
     (checkpoint / FIRST).write_text("<!DOCTYPE html><html>Not Found</html>", encoding="utf-8")
-    assert f"{FIRST} is a web page, perhaps one that tells why the download failed" in refuse()
+    assert f"{FIRST} is a web page, perhaps of a failed download" in refuse()
 
 
 # Tensors ----------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_an_unused_tensor(checkpoint: Path, refuse: Refuse) -> None:
 def test_a_wrongly_shaped_tensor(checkpoint: Path, refuse: Refuse) -> None:
     shape = {NORM: np.ones(33, np.float16)}
     edit_shard(checkpoint / SECOND, lambda tensors: tensors.update(shape))
-    assert f"Tensor {NORM} of {checkpoint} has shape [33]; config.json asks for [32]" in refuse()
+    assert f"Tensor {NORM} of {checkpoint} has shape [33]; config.json requires [32]" in refuse()
 
 
 def test_a_tensor_of_integers(checkpoint: Path, refuse: Refuse) -> None:

@@ -20,10 +20,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fusion_edge.export import cli
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
-from fusion_edge.export.checkpoint.source import LARGEST_JSON, resolve_checkpoint
+from fusion_edge.export.checkpoint.hub import resolve_checkpoint
+from fusion_edge.export.checkpoint.input_files import LARGEST_JSON
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import POSITION_IDS
-from fusion_edge.export.checkpoint.wrapped_names import without_wrappers
+from fusion_edge.export.checkpoint.wrapper_prefixes import strip_wrappers
 from fusion_edge.runtime.errors import FusionError
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -110,7 +111,7 @@ def test_no_regular_file(checkpoint: Path, refuse: Callable[..., str], name: str
         (checkpoint / name).symlink_to("/dev/zero")
     else:
         (checkpoint / name).mkdir()
-    assert f"{checkpoint / name} cannot be read: it is a folder, pipe or device" in refuse()
+    assert f"{checkpoint / name} is a folder, pipe or device; expected a regular file" in refuse()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
@@ -127,7 +128,7 @@ def test_encodings_of_json(checkpoint: Path, name: str, encoding: str) -> None:
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_json_that_is_too_large(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
     (checkpoint / name).write_bytes(b'{"a":' + b"[" * LARGEST_JSON)
-    assert f"has more than {LARGEST_JSON} bytes, as no such file has" in refuse()
+    assert f"is too large; expected at most {LARGEST_JSON} bytes" in refuse()
 
 
 @pytest.mark.parametrize("inner", [b"[],", b"{},", b"[[[[]]]],"])
@@ -138,8 +139,8 @@ def test_the_largest_json_takes_little_memory(tmp_path: Path, inner: bytes) -> N
     program = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from fusion_edge.export.checkpoint.safetensors_file import Checkpoint\n"
-        "from fusion_edge.export.checkpoint.source import read_json_object\n"
+        "from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint\n"
+        "from fusion_edge.export.checkpoint.input_files import read_json_object\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "read_json_object(Path('config.json'))\n"
         "try:\n    Checkpoint(Path('.'))\n"
@@ -155,7 +156,7 @@ def test_a_header_of_a_hundred_megabytes(checkpoint: Path, refuse: Callable[...,
         file.write(struct.pack("<Q", 99_000_000))
         file.truncate(100_000_000)  # sparse
     started = time.monotonic()
-    assert "bytes are over the limit" in refuse()
+    assert "bytes, the limit" in refuse()
     assert time.monotonic() - started < 2
 
 
@@ -243,7 +244,7 @@ def test_a_repository_of_the_cache(tmp_path: Path, main: str | None, snapshots: 
 @pytest.mark.parametrize(("main", "snapshots"), [(None, "ab"), ("../../b", "ab"), ("a", "")])
 def test_a_repository_without_a_main_snapshot(tmp_path: Path, main: str | None, snapshots: str) -> None:
     root = repository(tmp_path, main, *snapshots)
-    with pytest.raises(FusionError, match=rf"hub's cache with {len(snapshots)} snapshots, .* snapshots/ that you want"):
+    with pytest.raises(FusionError, match=rf"hub's cache with {len(snapshots)} snapshots, .* a folder of snapshots/"):
         resolve_checkpoint(str(root), None)
 
 
@@ -294,14 +295,14 @@ def test_a_wrapped_model(checkpoint: Path, prefix: str) -> None:
     ],
 )
 def test_names_of_wrappers(stored: str, read: str) -> None:
-    assert without_wrappers({stored: 1}) == {read: 1}
+    assert strip_wrappers({stored: 1}) == {read: 1}
 
 
 @pytest.mark.parametrize(
     "names", [("a._orig_mod.b", "a.b"), ("model.embed_tokens.weight", "module.model.embed_tokens.weight"), ()]
 )
 def test_names_that_stay(names: tuple[str, ...]) -> None:
-    assert without_wrappers(dict.fromkeys(names, 1)) == dict.fromkeys(names, 1)
+    assert strip_wrappers(dict.fromkeys(names, 1)) == dict.fromkeys(names, 1)
 
 
 def test_a_prefix_of_some(checkpoint: Path, refuse: Callable[..., str]) -> None:
@@ -335,7 +336,7 @@ def test_tensors_that_hold_nothing(checkpoint: Path, extra: Tensors) -> None:
         ({POSITION_IDS: np.arange(17)}, "is not 0 to 15 in order"),
         ({"model.layers.0.rotary_emb.other": np.ones(8, np.float32)}, "is not part of a FUSION model"),
         ({f"{QKV}.bias": np.full(96, 1e-7, np.float16)}, f"Tensor {QKV}.bias of"),
-        ({f"{QKV}.bias": np.full(96, np.nan, np.float16)}, "holds a bias that is not 0"),
+        ({f"{QKV}.bias": np.full(96, np.nan, np.float16)}, "is a bias that is not 0"),
         ({"model.layers.9.self_attn.qkv_proj.bias": np.zeros(96, np.float16)}, "is not part of a FUSION model"),
     ],
 )
@@ -360,4 +361,4 @@ def test_a_path_that_is_not_utf_8(tiny_checkpoint: Path, tmp_path: Path, capsys:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert r"caf\udce9/config.json is not readable JSON" in done.stderr
+    assert r"caf\udce9/config.json is not valid JSON" in done.stderr

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.packed_checkpoints import edit_config, packer, read_fixture, write_quantized
 from support.paths import GOLDEN
+from support.prequantized_checkpoints import edit_config, packer, read_fixture, write_quantized
 from torch import Tensor
 
 from fusion_edge.export import cli
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
-from fusion_edge.export.checkpoint.safetensors_file import Checkpoint
-from fusion_edge.export.checkpoint.source import LARGEST_JSON
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.input_files import LARGEST_JSON
+from fusion_edge.export.checkpoint.parameters import match_parameters
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import VISION_MODEL, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 from fusion_edge.runtime.errors import FusionError
@@ -50,7 +51,7 @@ def with_tensors(source: Path, folder: Path, edit: Callable[[Tensors], object]) 
 def read(folder: Path) -> FusionConfig:
     with Checkpoint(folder) as checkpoint:
         config = read_config(checkpoint)
-        read_parameters(checkpoint, config)
+        match_parameters(checkpoint, config)
         return config
 
 
@@ -80,7 +81,7 @@ def test_a_field_that_is_given_twice(tmp_path: Path) -> None:
     folder = copy(PHI, tmp_path / "model")
     text = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(text.rstrip()[:-1] + ', "rope_theta": 500000.0}', encoding="utf-8")
-    assert "'rope_theta' is in it twice" in error(folder)
+    assert "duplicate field 'rope_theta'" in error(folder)
 
 
 def test_a_start_token_of_generation_config_alone(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_bias_of_eight_bits(tmp_path: Path) -> None:
 def test_names_that_are_none(tmp_path: Path, name: str) -> None:
     folder = with_tensors(LLAMA, tmp_path / "model", lambda tensors: tensors.update({name: torch.zeros(1)}))
     message = error(folder)
-    assert "is no name of a tensor" in message
+    assert "is not a valid tensor name" in message
     assert len(message) < 1000
     assert message.isprintable()
 
@@ -219,7 +220,7 @@ def test_patterns_of_targets(compressed: Path, tmp_path: Path, target: str) -> N
 def test_patterns_that_take_for_ever(compressed: Path, tmp_path: Path, target: str) -> None:
     folder = shutil.copytree(compressed, tmp_path / "model")
     edit_config(folder, quantization_config=scheme(targets=[target]))
-    assert "expected plain regular expressions" in error(folder)
+    assert "expected fast regular expressions" in error(folder)
 
 
 @pytest.mark.parametrize("order", ["group", "dynamic", True])
@@ -233,7 +234,7 @@ def test_an_order_of_columns_that_is_not_there(compressed: Path, tmp_path: Path,
 def test_two_versions_of_gptq(tmp_path: Path) -> None:
     fixture = read_fixture("gptq-v2-asym-desc-act")
     folder = write_quantized(tmp_path / "model", fixture.config | {"checkpoint_format": "gptq"}, fixture.tensors)
-    assert "format is 'gptq_v2'; expected what checkpoint_format says, 'gptq'" in error(folder)
+    assert "format is 'gptq_v2'; expected the value of checkpoint_format, 'gptq'" in error(folder)
 
 
 # Tokenizers -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from support.paths import GOLDEN
 from support.tokenizer_files import LETTERS, LLAMA, NORMAL, PHI, RESERVED, Piece, load, sentencepiece_model, write_phi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fusion_edge.export.checkpoint.sentencepiece_file import read_pieces
+from fusion_edge.export.checkpoint.sentencepiece_model import read_pieces
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.errors import FusionError
 

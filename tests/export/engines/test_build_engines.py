@@ -18,15 +18,16 @@ from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, BuilderFlag, FakeTensorRT, MemoryPoolType, PreviewFeature
 from fakes.on_fake_tensorrt import installed
 
-from fusion_edge.export.bundle.folder_lock import locked
+from fusion_edge.export.bundle.folder_lock import locked_folder
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.kernels import tensorrt_plugins
-from fusion_edge.kernels.onnx_functions import DOMAIN
+from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import Entry, write_index
-from fusion_edge.runtime.bundle.engines import ENGINES, FOLDER, read_engines
-from fusion_edge.runtime.bundle.manifest import digest
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST
+from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER, read_engines
+from fusion_edge.runtime.bundle.files import digest
 
 Refuse = Callable[..., str]
 ON_RTX = ("--library=tensorrt-rtx", "--parts=1")
@@ -51,7 +52,11 @@ def build(trt: FakeTensorRT, bundle: Path, *options: str) -> int:
 
 def engines_of(bundle: Path) -> list[Path]:
     """Folders of engines, hidden ones among them."""
-    return sorted(path for path in (bundle / FOLDER).iterdir() if path.is_dir()) if (bundle / FOLDER).exists() else []
+    return (
+        sorted(path for path in (bundle / ENGINES_FOLDER).iterdir() if path.is_dir())
+        if (bundle / ENGINES_FOLDER).exists()
+        else []
+    )
 
 
 # What is built ---------------------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def test_engines_that_are_up_to_date_are_kept(bundle: Path, capsys: pytest.Captu
     (folder,) = engines_of(bundle)
     assert {path.name for path in folder.iterdir()} == {
         *(f"{name}.engine" for name in ("vision_encoder", "alignment_decoder", "llm")),
-        ENGINES,
+        ENGINES_MANIFEST,
     }
 
 
@@ -208,7 +213,7 @@ def test_kernels_for_which_there_are_no_plugins(bundle: Path, refused: Refuse) -
 
 def test_the_timing_cache_is_kept(bundle: Path) -> None:
     """It outlives the engines, is of one version and one kind of GPU, and the next build begins with it."""
-    kept = bundle / FOLDER / "tensorrt-10.16.0-cc8.6.timing"
+    kept = bundle / ENGINES_FOLDER / "tensorrt-10.16.0-cc8.6.timing"
     for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
         assert build(fake(FULL), bundle, "--force") == 0
         assert kept.read_bytes() == content
@@ -217,9 +222,9 @@ def test_the_timing_cache_is_kept(bundle: Path) -> None:
         assert build(fake(FULL), bundle, "--force") == 0
         assert kept.read_bytes() == b"vision_encoder alignment_decoder llm.0 "
     assert build(fake(FULL, compute_capability="8.7"), bundle) == 0
-    assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
+    assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
     assert build(fake(RTX), bundle) == 0
-    assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
+    assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
 
 
 def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,13 +251,13 @@ def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_tensorrt_gives_up(bundle: Path, failure: str, refused: Refuse) -> None:
     trt = fake(FULL)
     assert build(trt, bundle) == 0
-    before = {path: path.read_bytes() for path in (bundle / FOLDER).rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()}
     setattr(trt, failure, "Internal Error:\n  out of memory.")
     with installed(trt):
         message = refused(cli_build.main, bundle, *ON_FULL, "--max-context=256")
     assert "tensorrt 10.16.0 cannot build vision_encoder for compute capability 8.6: Internal Error:" in message
     assert message.endswith("Where memory ran out, build with more --parts, a smaller --max-context or --workspace.\n")
-    assert {path: path.read_bytes() for path in (bundle / FOLDER).rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()} == before
 
 
 def test_ctrl_c(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +285,7 @@ def test_a_disk_that_becomes_full(bundle: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(engine_builder, "digest", fail)
     assert build(fake(FULL), bundle) == 1
-    message = f"The disk of {bundle / FOLDER} is full; free some space and build again."
+    message = f"The disk of {bundle / ENGINES_FOLDER} is full; free some space and build again."
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not engines_of(bundle)
 
@@ -289,7 +294,7 @@ def test_two_builds_at_once(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     trt = fake(FULL)
     assert build(trt, bundle) == 0
     (folder,) = engines_of(bundle)
-    with locked(folder.parent / f".{folder.name}.partial", ""):
+    with locked_folder(folder.parent / f".{folder.name}.partial", ""):
         assert build(trt, bundle, "--force") == 1
     assert f"Another build is writing {folder}; wait for it" in capsys.readouterr().err
 
@@ -322,7 +327,7 @@ def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPa
     def fail(name: str) -> object:
         raise ImportError("libnvinfer.so.10: cannot open shared object file")
 
-    monkeypatch.setattr("fusion_edge.runtime.backends.tensorrt_library.importlib.import_module", fail)
+    monkeypatch.setattr("fusion_edge.runtime.backends.tensorrt.library.importlib.import_module", fail)
     for options in ([], ["--library=tensorrt"]):
         message = refused(cli_build.main, bundle, *options)
         assert "tensorrt is not installed or does not load (libnvinfer.so.10: cannot open shared object fi" in message

@@ -26,13 +26,14 @@ from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
-from fusion_edge.kernels import onnx_functions
+from fusion_edge.kernels.onnx_functions import alignment
+from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import UsageError
 
@@ -152,7 +153,9 @@ def test_inputs_that_are_integers(integer_bundle: Path) -> None:
     weights = BundleWeights(bundle)
     linears = [name for name, form in bundle.manifest.weights.items() if form == "w8a8"]
     assert linears
-    assert {grid and grid.zero_point for grid in map(weights.input_grid, linears)} == {SYMMETRIC_ZERO_POINT}
+    assert {grid and grid.zero_point for grid in map(weights.activation_quantization, linears)} == {
+        SYMMETRIC_ZERO_POINT
+    }
     pixels = np.random.default_rng(0).normal(0, 0.5, (1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     text = np.random.default_rng(1).normal(0, 0.5, (1, 5, bundle.manifest.model.language.hidden_size))
     inputs = pixels, text.astype(np.float32), np.ones((1, 5), np.bool_)
@@ -241,14 +244,14 @@ def test_operators_are_standard(exported: Export, options: list[str]) -> None:
         functions = {function.name for function in model.functions}
         nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
         for node in nodes:
-            assert node.domain == "" or (node.domain == onnx_functions.DOMAIN and node.op_type in functions)
+            assert node.domain == "" or (node.domain == DOMAIN and node.op_type in functions)
             assert node.op_type not in ("If", "Loop", "Scan")
         own |= {node.op_type for node in nodes if node.domain}
         by_operator = Counter(node.op_type for node in model.graph.node)
         assert by_operator["MatMul"] - by_operator["DequantizeLinear"] == (
             by_operator["MatMul"] if "--fp16" in options else 0
         )
-    assert own == {onnx_functions.CONTEXT_ATTENTION, onnx_functions.ADD_LAYER_NORM, onnx_functions.ADD_ROWS}
+    assert own == {alignment.CONTEXT_ATTENTION, alignment.ADD_LAYER_NORM, alignment.ADD_ROWS}
 
 
 def test_the_cache_is_scattered_into(exported: Export) -> None:

@@ -16,7 +16,7 @@ from support.checkpoints import TINY, write_checkpoint
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.quant.formats import CODEBOOKS, GROUPED, WeightFormat
-from fusion_edge.quant.gptq import Inputs, gptq, nearest
+from fusion_edge.quant.gptq import FactorizedHessian, gptq, round_to_nearest
 from fusion_edge.quant.packing import check_range, dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
@@ -29,13 +29,13 @@ EVEN = [WeightFormat(kind, 32) for kind in GROUPED if kind not in CODEBOOKS] + [
 @pytest.mark.parametrize("signs", [[1, 1], [-1, -1], [1, -1]])
 def test_up_to_the_limit_nothing_overflows(form: WeightFormat, signs: list[int]) -> None:
     rows = np.zeros((2, 64), np.float32)
-    rows[:, ::2], rows[:, 1::2] = signs[0] * form.largest, signs[1] * form.largest
+    rows[:, ::2], rows[:, 1::2] = signs[0] * form.max_value, signs[1] * form.max_value
     check_range("w", rows, form)
     weights = torch.from_numpy(rows)
-    inputs = Inputs(torch.eye(64, dtype=torch.float64))
+    inputs = FactorizedHessian(torch.eye(64, dtype=torch.float64))
     for values in (
         dequantize(quantize(rows, form), form, 64),
-        nearest(weights, form).values.numpy(),
+        round_to_nearest(weights, form).values.numpy(),
         gptq(weights, inputs, form).values.numpy(),
     ):
         np.testing.assert_allclose(values, rows, rtol=0.1)
@@ -43,8 +43,8 @@ def test_up_to_the_limit_nothing_overflows(form: WeightFormat, signs: list[int])
 
 @pytest.mark.parametrize("form", [*EVEN, WeightFormat("fp16")], ids=str)
 def test_beyond_the_limit_it_is_refused(form: WeightFormat) -> None:
-    with pytest.raises(FusionError, match=f"w holds values up to .*; {form} reaches"):
-        check_range("w", np.array([[0, -1.001 * form.largest]], np.float32), form)
+    with pytest.raises(FusionError, match=f"w holds values up to .*; the range of {form} ends at"):
+        check_range("w", np.array([[0, -1.001 * form.max_value]], np.float32), form)
 
 
 @pytest.mark.parametrize("form", [WeightFormat("fp32"), WeightFormat("nf4", 64)], ids=str)

@@ -15,11 +15,12 @@ from PIL import Image
 from support.opset24 import needs_opset_24
 
 from fusion_edge.export import cli as export_cli
-from fusion_edge.runtime import FusionError, devices, load
-from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.backends.tensorrt_library import INSTALL, LIBRARIES
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime import FusionError, load
+from fusion_edge.runtime.backends import devices
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.tensorrt.library import INSTALL, LIBRARIES
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 
@@ -303,10 +304,10 @@ def test_why_the_kernels_are_not_ours(
     monkeypatch.setattr(cpu_kernels, "library", lambda: found[0])
     monkeypatch.setattr(cpu_kernels, "is_supported", lambda: found[1])
     manifest = open_bundle(tiny_bundle).manifest
-    assert cpu_kernels.why_not(manifest) == reason
+    assert cpu_kernels.unsupported_reason(manifest) == reason
     level = "They multiply at accuracy level 4, and the bundle asks for 0."
-    assert cpu_kernels.why_not(dataclasses.replace(manifest, accuracy_level=0)) == level
-    assert "exported for cuda" in str(cpu_kernels.why_not(dataclasses.replace(manifest, target="cuda")))
+    assert cpu_kernels.unsupported_reason(dataclasses.replace(manifest, accuracy_level=0)) == level
+    assert "exported for cuda" in str(cpu_kernels.unsupported_reason(dataclasses.replace(manifest, target="cuda")))
 
 
 def test_the_note_about_the_kernels(

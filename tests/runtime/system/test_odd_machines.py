@@ -13,7 +13,7 @@ import pytest
 from support.paths import DEMO_CHECKPOINT, ROOT
 
 from fusion_edge.export import cli as export_cli
-from fusion_edge.runtime.backends.onnxruntime_library import OLDEST, find_onnxruntime
+from fusion_edge.runtime.backends.onnxruntime.library import OLDEST, find_onnxruntime
 from fusion_edge.runtime.cli import info as cli_info
 from fusion_edge.runtime.errors import DeviceError
 

@@ -1,0 +1,117 @@
+"""SentencePiece model files: protocol buffers, field numbers from ``sentencepiece_model.proto``."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.export.checkpoint.input_files import disguise, read_file
+from fusion_edge.runtime.bundle.protobuf import fields as fields_of
+from fusion_edge.runtime.errors import FusionError
+
+SPACE = "\u2581"  # SentencePiece's visible space
+
+# Enumerations of the SentencePiece model format.
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+_UNIGRAM, _BPE = 1, 2
+_MAX_FILE_BYTES = 8 << 20  # Llama's and Phi's have half a megabyte
+_MAX_PIECES = 1 << 16
+_MAX_OTHERS = 100  # of a model's fields that are no piece
+_MAX_PIECE_CHARACTERS = 128
+_MAX_SETTINGS_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    score: float
+    type: int
+
+
+def merge_rules(pieces: list[Piece]) -> list[tuple[str, str]]:
+    """Merge rules in order of rank.
+
+    SentencePiece joins the two neighbours whose union has the best score, wherever the union was cut; so
+    every cut of a piece into two pieces is a rule, ranked by the piece's score. Equal scores (the cuts of one
+    piece, and runs of spaces, which all have the same) are joined from the left: what has already grown at
+    the left grows on, so the longest left part goes first.
+    """
+    normal = {piece.text: piece.score for piece in pieces if piece.type == _NORMAL}
+    rules = [
+        (-score, -cut, -len(text), text)
+        for text, score in normal.items()
+        for cut in range(1, len(text))
+        if text[:cut] in normal and text[cut:] in normal
+    ]
+    return [(text[:-cut], text[-cut:]) for _, cut, _, text in sorted(rules)]
+
+
+def read_pieces(model_file: Path) -> list[Piece]:
+    """The vocabulary, by id, of a model that ``tokenizer.py`` can reproduce."""
+    damaged = f"{model_file} is truncated or no SentencePiece model: download it again."
+    content = read_file(model_file, _MAX_FILE_BYTES)
+    try:
+        pieces, trainer, normalizer = _parse(content)
+    # A field of another kind than expected shows as one of the last three.
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        what = disguise(content[:64])
+        raise FusionError(f"{model_file} is {what}." if what else damaged) from error
+    if not pieces or not trainer or not normalizer:
+        raise FusionError(damaged)
+
+    def refuse(what: str) -> FusionError:
+        return FusionError(
+            f"{model_file} {what}, which is not supported: use the tokenizer.model of a released FUSION-Phi "
+            "checkpoint (byte-level fallback BPE without normalization)."
+        )
+
+    model_type = trainer.get(3, _UNIGRAM)
+    if model_type != _BPE:
+        raise refuse("is a unigram model" if model_type == _UNIGRAM else f"has the model type {model_type}")
+    if not trainer.get(35, False):
+        raise refuse("has no byte fallback")
+    if trainer.get(24, False) or not normalizer.get(5, True) or normalizer.get(4, True) or normalizer.get(2):
+        raise refuse("normalizes its text or treats spaces in another way")
+    kinds = [piece.type for piece in pieces]
+    if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE} or kinds.count(_UNKNOWN) != 1:
+        raise refuse("has user-defined or unused pieces, or not exactly one unknown piece")
+    normal = [piece for piece in pieces if piece.type == _NORMAL]
+    scores = [piece.score for piece in normal if piece.text.strip(SPACE)]
+    scores += {piece.score for piece in normal if not piece.text.strip(SPACE)}  # see _merges
+    if len(set(scores)) != len(scores) or len({piece.text for piece in pieces}) != len(pieces):
+        raise refuse("has pieces of equal score or equal text")
+    if max(len(piece.text) for piece in pieces) > _MAX_PIECE_CHARACTERS:
+        raise refuse(f"has pieces of more than {_MAX_PIECE_CHARACTERS} characters")
+    if {f"<0x{byte:02X}>" for byte in range(256)} != {piece.text for piece in pieces if piece.type == _BYTE}:
+        raise refuse("lacks byte pieces")
+    return pieces
+
+
+def _parse(content: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
+    """Pieces, and the fields of the trainer and of the normalizer."""
+    pieces: list[Piece] = []
+    number: int
+    value: Any  # of a field of another kind than expected, the operations below raise
+    others: list[tuple[int, Any]] = []
+    for number, value in fields_of(content):
+        if number == 1:
+            pieces.append(_piece(value))
+        else:
+            others.append((number, value))
+        if len(pieces) > _MAX_PIECES or len(others) > _MAX_OTHERS:
+            raise ValueError("more than any model has")
+    # A message that comes in parts is the message of the parts put together.
+    trainer, normalizer = (b"".join(value for number, value in others if number == part) for part in (2, 3))
+    if max(len(trainer), len(normalizer)) > _MAX_SETTINGS_BYTES:
+        raise ValueError("more than any model has")
+    return pieces, dict(fields_of(trainer)), dict(fields_of(normalizer))
+
+
+def _piece(message: bytes) -> Piece:
+    fields: dict[int, Any] = dict(fields_of(message))
+    if not fields[1]:
+        raise ValueError("a piece without text")
+    [score] = struct.unpack("<f", fields.get(2, bytes(4)))
+    return Piece(fields[1].decode("utf-8"), score, fields.get(3, _NORMAL))

@@ -1,0 +1,225 @@
+"""Our kernels of products on a CPU against a plain form of what they compute."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from onnx import helper
+from support.linear_references import quantized
+from support.one_node import gelu, session_of
+from support.own_kernels import needs_cpu_kernels, streams
+
+from fusion_edge.kernels.onnx_functions.linear import matmul_nbits_function
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.packing import Packed, dequantize, quantize
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+
+Array = npt.NDArray[Any]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs x86-64 and GCC")
+def test_the_library_was_built() -> None:
+    """It is optional, so nothing else fails if it does not compile."""
+    assert cpu_kernels.library() is not None
+
+
+def session(
+    packed: Packed,
+    form: WeightFormat,
+    inputs: int,
+    bias: Array | None = None,
+    own_kernels: bool = True,
+    changed: Mapping[str, int] = MappingProxyType({}),
+    half_scales: bool = False,
+    of_gelu: bool = False,
+) -> ort.InferenceSession:
+    """A graph of one product, some of its attributes changed; of the function that takes scales as they are stored."""
+    scales = packed.scales.astype(np.float16 if half_scales else np.float32)
+    tensors: dict[str, Array] = {"values": packed.values, "scales": scales}
+    names = ["x", "values", "scales", "", "", ""]
+    for place, name, array in ((3, "zero_points", packed.zero_points), (5, "bias", bias)):
+        if array is not None:
+            tensors[name], names[place] = array, name
+    while not names[-1]:
+        names.pop()
+    rows = len(packed.values)
+    sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, **changed}
+    function = matmul_nbits_function(21, of_gelu) if half_scales else None
+    operator, domain = (function.name, function.domain) if function else ("MatMulNBits", "com.microsoft")
+    node = helper.make_node(operator, names, ["y"], domain=domain, accuracy_level=4, **sizes)
+    return session_of(node, function, tensors, own_kernels)
+
+
+@needs_cpu_kernels
+@given(
+    kind=st.sampled_from(["int4", "uint4", "int8", "uint8"]),
+    group_size=st.sampled_from([16, 32, 64, 128, 256]),
+    has_bias=st.booleans(),
+    half_scales=st.booleans(),
+    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 14, 29]),
+    inputs=st.integers(1, 700),
+    outputs=st.integers(1, 90),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example("int4", 128, False, True, 1, 3072, 70, 0)
+@example("uint4", 32, True, False, 1, 608, 65, 1)
+@example("uint8", 256, True, True, 12, 1024, 64, 2)
+@example("uint4", 32, True, True, 13, 96, 1600, 3)  # several panels for a thread
+@example("int8", 64, True, True, 12, 130, 1600, 3)
+@example("int8", 128, False, False, 1, 200, 1100, 4)
+@settings(max_examples=150, deadline=None)
+def test_products(
+    kind: str,
+    group_size: int,
+    has_bias: bool,
+    half_scales: bool,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    seed: int,
+) -> None:
+    form = WeightFormat(kind, group_size)
+    generator = np.random.default_rng(seed)
+    spread = np.exp(generator.uniform(-3, 3, (outputs, 1)))
+    packed = quantize((generator.normal(0.1, size=(outputs, inputs)) * spread).astype(np.float32), form)
+    bias = generator.normal(size=outputs).astype(np.float32) if has_bias else None
+    x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
+    weight = dequantize(packed, form, inputs).astype(np.float64)
+    expected = quantized(x, form.block_size) @ weight.T + (0 if bias is None else bias)
+    one = session(packed, form, inputs, bias, half_scales=half_scales)
+    size = np.abs(quantized(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
+    with streams(False):
+        (actual,) = one.run(None, {"x": x[None]})
+    assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
+    if rows == 1:
+        with streams(True):
+            (by_turns,) = one.run(None, {"x": x[None]})
+        assert np.array_equal(actual, by_turns)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("form", [("int8", 128), ("int4", 32), ("uint4", 256), ("uint8", 16)])
+def test_a_product_of_the_gelu(rows: int, form: Any) -> None:
+    form = WeightFormat(*form)
+    generator = np.random.default_rng(rows)
+    packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), form)
+    bias, x = generator.normal(size=70).astype(np.float32), generator.normal(size=(rows, 300)).astype(np.float32)
+    inputs = quantized(gelu(x.astype(np.float64)).astype(np.float32), form.block_size)
+    expected = inputs @ dequantize(packed, form, 300).astype(np.float64).T + bias
+    for own_kernels in (True, False):
+        one = session(packed, form, 300, bias, own_kernels, half_scales=True, of_gelu=True)
+        # A GELU whose last bit differs may round to another integer. ONNX Runtime's own product rounds otherwise.
+        tolerance = 5e-3 if own_kernels else 2e-2
+        assert np.abs(one.run(None, {"x": x[None]})[0][0] - expected).max() < tolerance * np.abs(expected).max()
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_rows_without_a_value_and_no_rows(kind: str) -> None:
+    form = WeightFormat(kind, 32)
+    packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), form)
+    one = session(packed, form, 64)
+    for nothing in (0, 1e-38):
+        for rows in (1, 3):
+            assert not one.run(None, {"x": np.full((1, rows, 64), nothing, np.float32)})[0].any()
+    assert one.run(None, {"x": np.zeros((2, 0, 64), np.float32)})[0].shape == (2, 0, 40)
+
+
+@needs_cpu_kernels
+def test_close_to_those_of_onnxruntime() -> None:
+    """Which round in the same way; the order of the sums differs."""
+    form = WeightFormat("int4", 128)
+    generator = np.random.default_rng(0)
+    packed = quantize(generator.normal(size=(200, 384)).astype(np.float32), form)
+    x = {"x": generator.normal(size=(1, 30, 384)).astype(np.float32)}
+    bias = generator.normal(size=200).astype(np.float32)
+    for half_scales in (False, True):
+        own, theirs = (
+            session(packed, form, 384, bias, kernels, half_scales=half_scales).run(None, x)[0]
+            for kernels in (True, False)
+        )
+        assert np.abs(own - theirs).max() < 1e-2 * np.abs(theirs).max()
+        assert not np.array_equal(own, theirs)  # so ours were used at all
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"bits": 2}, "weights of 4 or 8 bits"),
+        ({"block_size": 0}, "block_size of 16, 32"),
+        ({"block_size": 48}, "block_size of 16, 32"),
+        ({"block_size": 512}, "block_size of 16, 32"),
+        ({"N": -1}, "N is not an integer from 1 to"),
+    ],
+)
+def test_attributes_that_are_refused(changed: dict[str, int], named: str) -> None:
+    form = WeightFormat("int4", 32)
+    with pytest.raises(Exception, match=named):
+        session(quantize(np.ones((4, 64), np.float32), form), form, 64, changed=changed)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("values", "the weight's values are not N"),
+        ("scales", "a scale for each block"),
+        ("zero_points", "a zero point for each block"),
+        ("bias", "N values of the bias"),
+    ],
+)
+@pytest.mark.parametrize("operator", ["MatMulNBits", "fusion_edge.MatMulNBits", "GeluMatMulNBits"])
+def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> None:
+    """They would be read beyond their ends. The kernel says it that was to be used, not one in an inlined function."""
+    form = WeightFormat("uint4", 32)
+    whole = quantize(np.ones((4, 64), np.float32), form)
+    parts = {part: getattr(whole, part) for part in ("values", "scales", "zero_points")}
+    bias = np.zeros(4, np.float32)
+    if name == "bias":
+        bias = bias[:3]
+    else:
+        parts[name] = parts[name][:3]
+    half_scales, of_gelu = operator != "MatMulNBits", operator.startswith("Gelu")
+    one = session(Packed(**parts), form, 64, bias, changed={"N": 4}, half_scales=half_scales, of_gelu=of_gelu)
+    with pytest.raises(Exception, match=f"{operator.rpartition('.')[2]}: .*{named}"):
+        one.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
+
+
+@needs_cpu_kernels
+def test_two_sessions_in_two_threads() -> None:
+    """Memory that a thread keeps for its next product is no other session's."""
+    generator = np.random.default_rng(0)
+    form = WeightFormat("int4", 32)
+    works = []
+    for inputs, outputs, rows in ((640, 200, 40), (96, 1200, 3)):
+        weight = generator.normal(size=(outputs, inputs)).astype(np.float32)
+        one = session(quantize(weight, form), form, inputs)
+        x = {"x": generator.normal(size=(1, rows, inputs)).astype(np.float32)}
+        works.append((one, x, one.run(None, x)[0]))
+
+    def repeat(one: ort.InferenceSession, x: dict[str, Array], expected: Array) -> bool:
+        return all(np.array_equal(one.run(None, x)[0], expected) for _ in range(50))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(same.result() for same in [pool.submit(repeat, *work) for work in works])
+
+
+@needs_cpu_kernels
+def test_a_width_that_is_not_the_weights() -> None:
+    form = WeightFormat("int4", 32)
+    one = session(quantize(np.ones((4, 64), np.float32), form), form, 64)
+    with pytest.raises(Exception, match="K is not the input's width"):
+        one.run(None, {"x": np.zeros((1, 1, 32), np.float32)})

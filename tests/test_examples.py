@@ -1,0 +1,58 @@
+"""Every example runs on the demo model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusion_edge.export import cli
+
+ROOT = Path(__file__).parents[1]
+PICTURE = ROOT / "benchmarks/demo/picture.png"
+
+
+@pytest.fixture(scope="module")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model exported with ``--int4``."""
+    folder = tmp_path_factory.mktemp("examples") / "demo"
+    assert cli.main([str(ROOT / "benchmarks/demo/checkpoint"), "-o", str(folder), "--int4"]) == 0
+    return folder
+
+
+def run(example: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run an example as a user does."""
+    command = [sys.executable, str(ROOT / "examples" / example), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def test_every_example_is_tested() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'"{path.name}"' in text for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_ask_picture(demo_bundle: Path) -> None:
+    result = run("ask_picture.py", demo_bundle, PICTURE, "What color is the circle?", "How many shapes are there?")
+    assert len(result.stdout.splitlines()) == 2
+
+
+def test_camera_loop(demo_bundle: Path) -> None:
+    result = run("camera_loop.py", demo_bundle, "What color is the circle?", "--frames", 5, "--rate", 5)
+    answers = result.stdout.splitlines()
+    assert 1 <= len(answers) <= 5
+    assert all(answer.startswith("red (") for answer in answers)
+
+
+def test_folder_to_jsonl(demo_bundle: Path, tmp_path: Path) -> None:
+    shutil.copy(PICTURE, tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    (tmp_path / "notes.txt").write_text("ignored", encoding="utf-8")
+    result = run("folder_to_jsonl.py", demo_bundle, tmp_path, "What color is the circle?")
+    (line,) = map(json.loads, result.stdout.splitlines())
+    assert line["image"] == "a.png"
+    assert line["answer"]
+    assert "b.png" in result.stderr
