@@ -46,7 +46,7 @@ class BuildOptions:
 
 def why_no_plugins(library: Library, machine: EnginePlatform, options: BuildOptions) -> str | None:
     """Why the recursive alignment runs as standard operators, in one sentence; None if plugins compute it."""
-    return tensorrt_plugins.supported(library.module, machine.architecture, options.kernels is not None)
+    return tensorrt_plugins.unsupported_reason(library.module, machine.architecture, options.kernels is not None)
 
 
 class EngineBuilder:
@@ -181,7 +181,7 @@ class EngineBuilder:
             config.set_compute_capability(_compute_capability(trt, machine.compute_capability), 0)
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # a run that allocates cannot be recorded
         if self._uses_plugins:
-            tensorrt_plugins.allow_in_place(trt, config)
+            tensorrt_plugins.enable_aliasing(trt, config)
         return config
 
 
