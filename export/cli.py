@@ -235,7 +235,7 @@ def _calibration(arguments: argparse.Namespace) -> CalibrationOptions | None:
             raise UsageError(f"{option} only works with --calibrate DATA; add it.")
         return None
     if find_spec("torch") is None:
-        raise FusionError("--calibrate needs torch; install it with: pip install 'fusion-edge[calibrate]'.")
+        raise FusionError("--calibrate needs torch; run pip install '.[calibrate]' in a clone of fusion-edge.")
     return CalibrationOptions(arguments.calibrate, **given)
 
 

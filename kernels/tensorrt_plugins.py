@@ -96,7 +96,8 @@ def unsupported_reason(trt_module: ModuleType, architecture: str, has_kernels: b
         return f"There are no kernels for sm_{architecture}, only for {', '.join(ARCHITECTURES)}: {consequence}"
     missing = [] if has_kernels else [name for name in ("torch", "triton") if find_spec(name) is None]
     if missing:
-        return f"No --kernels, and {' and '.join(missing)} not installed (fusion-edge[kernels]): {consequence}"
+        remedy = "pip install '.[kernels]' in a clone of fusion-edge"
+        return f"No --kernels, and {' and '.join(missing)} not installed ({remedy}): {consequence}"
     return None
 
 

@@ -80,7 +80,7 @@ def _main(options: argparse.Namespace) -> int:
     try:
         import triton  # noqa: F401
     except ImportError:
-        raise FusionError("Triton is not installed; pip install 'fusion-edge[kernels]'.") from None
+        raise FusionError("Triton is not installed; run pip install '.[kernels]' in a clone of fusion-edge.") from None
     widths = options.width or HIDDEN_SIZES
     for width in widths:
         if width % ALIGNMENT_HEADS:
