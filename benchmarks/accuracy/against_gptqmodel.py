@@ -30,7 +30,8 @@ from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import read_samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import FactorizedHessian, gptq, output_error, round_to_nearest
 from fusion_edge.runtime.bundle.manifest import TOKENIZER

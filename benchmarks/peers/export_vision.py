@@ -26,7 +26,8 @@ from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.calibration.run import Calibrated
 from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE, FusionConfig
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport

@@ -11,7 +11,7 @@ from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.policy import Rule, int8_format
+from fusion_edge.quant.policy import Rule
 from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.quantization_report import BitAllocation
 from fusion_edge.runtime.errors import UsageError
@@ -23,7 +23,7 @@ def candidates(plan: ExportPlan) -> dict[str, tuple[int, int]]:
     """Shapes ``[outputs, inputs]`` of the 4-bit linears that no rule of the user names."""
     found = {}
     for name, linear in plan.linears.items():
-        asked = any(rule.matches(name) for rule in plan.options.rules)
+        asked = any(rule.matches(name) for rule in plan.options.requested.rules)
         if linear.is_quantized_here and linear.format.bits == 4 and not linear.is_table and not asked:
             found[name] = linear.outputs, linear.inputs
     return found
@@ -62,7 +62,7 @@ def mix(
     offers = [Promotion(s, _extra_bytes(shapes[s.name], s.name, plan, page)) for s in sensitivities]
     raised = allocate(offers, _spare_bytes(plan, options))
     rules = tuple(Rule(name, _raised(plan.linears[name].format, plan)) for name in raised)
-    mixed = plan_export(plan.checkpoint, replace(plan.options, rules=plan.options.rules + rules))
+    mixed = plan_export(plan.checkpoint, replace(plan.options.requested, rules=plan.options.requested.rules + rules))
     bits = round(mean_bits(shapes, mixed.formats), 4)
     return mixed, BitAllocation(bits, len(used), tuple(raised), tuple(sensitivities))
 
@@ -79,7 +79,7 @@ def ranges(plan: ExportPlan) -> dict[str, tuple[float, float]]:
 
 
 def _raised(form: WeightFormat, plan: ExportPlan) -> WeightFormat:
-    return int8_format(form.group_size, plan.options.target)
+    return plan.options.target.int8_format(form.group_size)
 
 
 def _extra_bytes(shape: tuple[int, int], name: str, plan: ExportPlan, page: int) -> int:

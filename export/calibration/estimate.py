@@ -118,7 +118,7 @@ def _vision_rows(plan: ExportPlan) -> int:
 
 
 def _positions(plan: ExportPlan) -> int:
-    return (plan.options.image_tokens or plan.config.vision.patches) + plan.options.query_lengths[0] + TEXT
+    return plan.options.image_tokens + plan.options.query_lengths[0] + TEXT
 
 
 def _rows(plan: ExportPlan, name: str) -> int:

@@ -17,7 +17,7 @@ from fusion_edge.export.calibration.run import calibrate
 from fusion_edge.export.calibration.samples import Samples, read_samples
 from fusion_edge.export.calibration.work_folder import describe, folder_bytes, work_folder
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_memory, usable_processors
@@ -33,7 +33,7 @@ class AccuracyError(FusionError):
 
 def export_calibrated(
     plan: ExportPlan, options: CalibrationOptions, output: Path, force: bool
-) -> tuple[Manifest, QuantizationReport]:
+) -> tuple[bundle.Manifest, QuantizationReport]:
     """Calibrate and write a bundle; what was calibrated is kept beside the output until the bundle is there.
 
     Raises :class:`AccuracyError`, and :class:`FusionError` for samples, weights or an output that will not do.
@@ -42,7 +42,7 @@ def export_calibrated(
     output = resolve_output(output)
     check_output(output, force)
     options, samples = checked(plan, options)
-    producer = plan.manifest(()).producer
+    producer = bundle.producer()
     asked = {key: value for key, value in asdict(options).items() if key not in ("data", "largest_drop")}
     settings = asked | {"torch": torch.__version__, "producer": producer}
     command = describe(plan, samples, settings)
@@ -73,7 +73,7 @@ def checked(plan: ExportPlan, options: CalibrationOptions) -> tuple[CalibrationO
     bundle without quantized weights.
     """
     if not plan.quantized_formats:
-        chosen = f"--{plan.options.precision}{' and these rules' if plan.options.rules else ''}"
+        chosen = f"--{plan.options.precision}{' and these rules' if plan.options.requested.rules else ''}"
         raise UsageError(f"--calibrate is for weights to quantize; with {chosen} there are none: leave it out.")
     check_budget(plan, options)
     if options.device == "cuda" and not torch.cuda.is_available():

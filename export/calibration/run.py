@@ -115,7 +115,7 @@ class CalibrationRun:
         for number, prepared in enumerate(self._calibrating):
             block.run(observing, prepared, self._state(before, number))
             advance()
-        symmetric = self._plan.options.target == "tensorrt"
+        symmetric = self._plan.options.target.symmetric_activations
         fitting = LayerQuantizer(self._plan.quantized_formats, self._method, weights, self._records, symmetric)
         self._records.finish(block.name, fitting.quantize(observing))
 

@@ -23,7 +23,8 @@ from fusion_edge.export.calibration.bit_budget import candidates, ranges
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat

@@ -13,7 +13,8 @@ from fusion_edge.export.calibration import estimate
 from fusion_edge.export.calibration.estimate import CalibrationEstimate, estimate_calibration
 from fusion_edge.export.calibration.options import CalibrationOptions
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 
 OPTIONS = CalibrationOptions(Path("samples"))
 
