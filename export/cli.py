@@ -219,7 +219,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _export_calibrated(
     plan: ExportPlan, calibration: CalibrationOptions, arguments: argparse.Namespace
 ) -> tuple[Manifest, QuantizationReport]:
-    from fusion_edge.export.calibration.export import export_calibrated
+    from fusion_edge.export.calibration.driver import export_calibrated
 
     return export_calibrated(plan, calibration, arguments.output, arguments.force)
 

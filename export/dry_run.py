@@ -49,18 +49,18 @@ def check_fit(sizes: Estimate, fit: int) -> None:
 
 
 def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
+    from fusion_edge.export.calibration.driver import check_samples
     from fusion_edge.export.calibration.estimate import estimate_calibration
-    from fusion_edge.export.calibration.export import checked
 
-    options, _ = checked(plan, calibration)
+    options, _ = check_samples(plan, calibration)
     return estimate_calibration(plan, options)
 
 
 def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
     """The least and the most that --budget and --bits may be, where there are weights for them to share out."""
-    from fusion_edge.export.calibration.bit_budget import ranges
+    from fusion_edge.export.calibration.bit_budget import budget_ranges
 
-    return ranges(plan)
+    return budget_ranges(plan)
 
 
 def _text(

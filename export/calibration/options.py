@@ -1,4 +1,4 @@
-"""What the user asks of a calibration."""
+"""Options of a calibration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SENSITIVITY_SAMPLES = 4
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Each field is an option of ``fusion-export`` and explained there."""
+    """Each field is an option of ``fusion-export``, documented there."""
 
     data: Path
     samples: int = 128
@@ -20,15 +20,15 @@ class CalibrationOptions:
     method: str = "gptq"
     device: str = "cpu"
     largest_drop: float | None = None
-    """``--max-accuracy-drop``, percentage points."""
+    """``--max-accuracy-drop``: percentage points."""
     budget: int | None = None
-    """``--budget``, bytes of the bundle."""
+    """``--budget``: bytes of the bundle."""
     bits: float | None = None
-    """``--bits``, mean of the weights that could have 4."""
+    """``--bits``: mean bits per weight of the linears that can have 4."""
     sensitivity_samples: int | None = None
     """None: :data:`SENSITIVITY_SAMPLES`."""
 
     @property
-    def is_mixed(self) -> bool:
-        """Whether some linears may get 8 bits instead of 4."""
+    def has_budget(self) -> bool:
+        """Whether 4-bit linears may be promoted to 8 bits."""
         return self.budget is not None or self.bits is not None

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.calibration import layer_quantizer as fitting
-from fusion_edge.export.calibration import run
+from fusion_edge.export.calibration import layer_quantizer, run
 from fusion_edge.export.calibration.layer_quantizer import LayerQuantizer
 from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.weight_store import WeightStore
@@ -190,7 +189,7 @@ def test_outlier_channels(weight_scales: Tensor, method: str, tmp_path: Path, mo
     weight = rows(2, 96, weight_scales)
     others = rows(1, 100_000, outliers(64))
     exponent, equalised = fit(outliers(64), weight, tmp_path / "equalised", method, others)
-    monkeypatch.setattr(fitting, "ALPHAS", ())
+    monkeypatch.setattr(layer_quantizer, "ALPHAS", ())
     nothing, as_they_are = fit(outliers(64), weight, tmp_path / "off", method, others)
     assert nothing is None
     assert exponent is not None
@@ -207,7 +206,7 @@ def test_never_worse_by_its_measure(method: str, seed: int, tmp_path_factory: py
     weight = rows(seed + 1, 48, columns)
     chosen = fit(scales, weight, folder / "a", method)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "ALPHAS", ())
+        patch.setattr(layer_quantizer, "ALPHAS", ())
         off = fit(scales, weight, folder / "b", method)
     assert chosen[1] == off[1] if chosen[0] is None else chosen[1] > off[1] + 0.8
 
@@ -274,7 +273,7 @@ def report(bundle: Path) -> dict[str, Any]:
 def test_it_is_reported_and_brings_the_bundle_closer(
     checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "ALPHAS", ())
+    monkeypatch.setattr(layer_quantizer, "ALPHAS", ())
     assert cli.main(arguments(checkpoint, data, tmp_path / "b")) == 0
     facts, off = report(calibrated), report(tmp_path / "b")
     chosen = {linear["name"] for linear in facts["linears"] if linear["equalisation"] is not None}

@@ -19,7 +19,7 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration import sensitivity
-from fusion_edge.export.calibration.bit_budget import candidates, ranges
+from fusion_edge.export.calibration.bit_budget import budget_ranges, candidates
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
@@ -123,7 +123,7 @@ def test_candidates_are_the_four_bit_linears_that_no_rule_names(checkpoint: Path
         rule = Rule("llm.layers.0.*", WeightFormat("int4", 32))
         plan = plan_export(opened, ExportOptions(group_size=32, rules=(rule,)))
         names = candidates(plan)
-        assert ranges(plan_export(opened, ExportOptions(precision="int8"))) == {}
+        assert budget_ranges(plan_export(opened, ExportOptions(precision="int8"))) == {}
     assert "llm.layers.1.mlp.down" in names
     assert "alignment.layers.0.context" in names
     assert not any(name.startswith(("llm.layers.0", "vision.", "llm.lm_head", "llm.embed")) for name in names)
@@ -160,7 +160,7 @@ def test_bits_are_kept_to(checkpoint: Path, data: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_a_budget_is_kept_to(checkpoint: Path, data: Path, tmp_path: Path, share: float) -> None:
     with Checkpoint(checkpoint) as opened:
-        least, most = ranges(plan_export(opened, ExportOptions(group_size=32, vision="fp16")))["--budget"]
+        least, most = budget_ranges(plan_export(opened, ExportOptions(group_size=32, vision="fp16")))["--budget"]
     budget = int(least + share * (most - least))
     output = tmp_path / "bundle"
     assert cli.main(arguments(checkpoint, data, output, "--budget", str(budget), "--method", "rtn")) == 0
@@ -180,7 +180,7 @@ def test_a_killed_measurement_goes_on(
     more = "--bits", "5.5"
     assert cli.main(arguments(checkpoint, data, tmp_path / "whole", *more)) == 0
     measured: list[str] = []
-    original = sensitivity.Measurement._measure
+    original = sensitivity.SensitivityMeasurement._measure
 
     def killed(self: Any, i: int, names: list[str], *inputs: Any) -> Any:
         if len(measured) == 1:
@@ -189,7 +189,7 @@ def test_a_killed_measurement_goes_on(
         return original(self, i, names, *inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity.Measurement, "_measure", killed)
+        patch.setattr(sensitivity.SensitivityMeasurement, "_measure", killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, tmp_path / "b", *more))
 
@@ -197,7 +197,7 @@ def test_a_killed_measurement_goes_on(
         assert names[0] not in measured
         return original(self, i, names, *inputs)
 
-    monkeypatch.setattr(sensitivity.Measurement, "_measure", once)
+    monkeypatch.setattr(sensitivity.SensitivityMeasurement, "_measure", once)
     assert cli.main(arguments(checkpoint, data, tmp_path / "b", *more)) == 0
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("b", "whole")]
     assert files[0] == files[1]
@@ -209,8 +209,8 @@ def test_a_killed_measurement_goes_on(
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--bits", "4"], "takes 4.500"),
-        (["--budget", "100kB"], "bytes, the smallest there is"),
+        (["--bits", "4"], "--bits is too small: the minimum is 4.500"),
+        (["--budget", "100kB"], "--budget is too small: the minimum is"),
         (["--int8", "--bits", "5"], "--int4"),
         (["--sensitivity-samples", "3"], "--budget or --bits"),
     ],

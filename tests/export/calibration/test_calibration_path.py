@@ -13,7 +13,7 @@ from torch import Tensor
 from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import blocks, prepare
-from fusion_edge.export.calibration.observer import ATTENTION_SHARE, Observer, attention_received
+from fusion_edge.export.calibration.observer import ATTENTION_WEIGHT, Observer, attention_received
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
@@ -110,6 +110,6 @@ def test_rows_of_attention_count_by_what_they_receive() -> None:
         operations.causal_attention(qkv, 0)
     received = attention_received(*operations.heads(qkv, 0)[:2])[0].double()
     x = rows[0].double()
-    expected = x.T @ ((1 + ATTENTION_SHARE * received[:, None]) * x)
+    expected = x.T @ ((1 + ATTENTION_WEIGHT * received[:, None]) * x)
     torch.testing.assert_close(operations.hessians[0], expected, rtol=1e-5, atol=1e-4)
     assert received[0] > 1.5 * received[-1]  # so that what it counts for is seen
