@@ -24,8 +24,10 @@ from fusion_edge.export.calibration.options import DEVICES, CalibrationOptions
 from fusion_edge.export.calibration.run import CalibrationRun
 from fusion_edge.export.calibration.samples import Sample, Samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
-from fusion_edge.runtime.cli.common import positive, run
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.system.resources import usable_processors
 
@@ -39,13 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--checkpoint", type=Path, required=True, help="folder of a FUSION checkpoint")
     add("--work", type=Path, required=True, help="empty folder for states and weights")
     add("--first", default="llm.layers.0", help="name of an LLM block (default: %(default)s)")
-    add("--blocks", type=positive, default=2, help="how many (default: %(default)s)")
-    add("--samples", type=positive, default=128, help="calibrating (default: %(default)s)")
-    add("--held-out", type=positive, default=16, help="further ones (default: %(default)s)")
-    add("--query-len", type=positive, default=144, help="latents (default: %(default)s)")
+    add("--blocks", type=positive_integer, default=2, help="how many (default: %(default)s)")
+    add("--samples", type=positive_integer, default=128, help="calibrating (default: %(default)s)")
+    add("--held-out", type=positive_integer, default=16, help="further ones (default: %(default)s)")
+    add("--query-len", type=positive_integer, default=144, help="latents (default: %(default)s)")
     add("--device", choices=DEVICES, default="cpu", help="where to calibrate (default: %(default)s)")
-    add("--threads", type=positive, default=usable_processors(), help="threads of torch (default: %(default)s)")
-    return run(_main, parser.parse_args(arguments))
+    add("--threads", type=positive_integer, default=usable_processors(), help="threads of torch (default: %(default)s)")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

@@ -24,8 +24,10 @@ import numpy.typing as npt
 from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.system.progress import Progress
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden"
@@ -198,8 +200,8 @@ def write_checkpoint(
     free = shutil.disk_usage(folder).free
     if free < total and not is_sparse:
         raise FusionError(
-            f"{folder} has {cli.size(free)} free, but the checkpoint takes {cli.size(total)}; pass a folder on a "
-            "larger disk or fewer --layers."
+            f"{folder} has {format_bytes(free)} free, but the checkpoint takes {format_bytes(total)}; pass a folder "
+            "on a larger disk or fewer --layers."
         )
     for name in TOKENIZER_FILES:
         if (like / name).is_file():
@@ -208,7 +210,7 @@ def write_checkpoint(
     shards = list(_shards(tensors, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     values = None if is_sparse else _RandomValues(seed)
-    with Progress(f"writing {cli.size(total)}", total) as progress:
+    with Progress(f"writing {format_bytes(total)}", total) as progress:
         for name, shard in zip(names, shards, strict=True):
             with (folder / name).open("wb") as file:
                 _write_shard(file, shard, values, progress.advance)
@@ -289,7 +291,7 @@ def _write_json(path: Path, value: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
-    return cli.run(_main, _parser().parse_args(argv))
+    return run_command(_main, _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -300,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--layout", required=True, choices=tuple(LAYOUTS), help="which released model")
     add("--output", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
-    add("--layers", type=cli.positive, metavar="N", help="LLM layers (default: the model's 32)")
+    add("--layers", type=positive_integer, metavar="N", help="LLM layers (default: the model's 32)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--sparse", action="store_true", help="zeros that take no room on the disk: for dry runs")
     add(

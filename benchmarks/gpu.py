@@ -27,10 +27,13 @@ from fusion_edge.benchmarks.latency.statistics import timed
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime.backends.base import Backend
+from fusion_edge.runtime.backends.devices import AUTO, NAMES, open_device
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
-from fusion_edge.runtime.bundle.manifest import Manifest, open_bundle
-from fusion_edge.runtime.cli import common as cli
-from fusion_edge.runtime.devices import AUTO, NAMES, open_device
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import output_file, positive_integer
+from fusion_edge.runtime.formatting import format_bytes, format_table
 from fusion_edge.runtime.images.grids import pooling_cells
 from fusion_edge.runtime.system.output_file import write_whole
 
@@ -66,9 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--bundle", type=Path, required=True, help="folder that fusion-export wrote")
     add("--device", choices=(AUTO, *NAMES), default=AUTO, help="(default: %(default)s)")
     add("--eager", action="store_true", help="measure the eager interpreter in float16 on the same GPU, too")
-    add("--steps", type=cli.positive, default=64, help="one-token steps (default: %(default)s)")
-    add("--json", type=cli.output_file, metavar="FILE", help="write the result here, too")
-    return cli.run(_main, parser.parse_args(arguments))
+    add("--steps", type=positive_integer, default=64, help="one-token steps (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -180,16 +183,16 @@ def _text(measured: list[Measured], result: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [header]
     for one in measured:
         times = (f"{1000 * seconds:.2f} ms" for seconds in (one.time_to_first_token, one.prefill, one.step))
-        rows.append((one.name, *times, f"{1 / one.step:.1f}", cli.size(one.memory)))
+        rows.append((one.name, *times, f"{1 / one.step:.1f}", format_bytes(one.memory)))
     if len(measured) > 1:
         ours, eager = measured
         faster = eager.prefill / ours.prefill, eager.step / ours.step
         rows.append(("times as fast", "", *(f"{times:.1f}" for times in faster), "", ""))
     limit = (
-        f"A step must read {cli.size(result['bytes_a_step_reads'])}; at {cli.size(result['bandwidth'])}/s (a copy's) "
-        f"{1000 * result['step_limit']:.2f} ms: {result['share_of_limit']:.0%} of the limit is reached.\n"
+        f"A step must read {format_bytes(result['bytes_a_step_reads'])}; at {format_bytes(result['bandwidth'])}/s "
+        f"(a copy's) {1000 * result['step_limit']:.2f} ms: {result['share_of_limit']:.0%} of the limit is reached.\n"
     )
-    return cli.table(rows) + limit
+    return format_table(rows) + limit
 
 
 if __name__ == "__main__":

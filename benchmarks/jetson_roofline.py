@@ -27,10 +27,13 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.export.planning.memory import estimate
-from fusion_edge.export.planning.plan import ExportOptions, ExportPlan, plan_export
-from fusion_edge.export.planning.targets import PRESETS
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import ExportPlan, plan_export
+from fusion_edge.export.planning.presets import PRESETS
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
+from fusion_edge.runtime.formatting import format_bytes, format_table
 from fusion_edge.runtime.images.grids import pooling_cells
 
 TERA = 1e12
@@ -84,9 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("checkpoint", type=Path, help="folder of a checkpoint; its weights are not read")
-    add("--max-context", type=cli.positive, metavar="N", help="positions of the KV cache (default: the preset's)")
+    add("--max-context", type=positive_integer, metavar="N", help="positions of the KV cache (default: the preset's)")
     add("--json", action="store_true", help="print JSON")
-    return cli.run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -98,21 +101,21 @@ def _main(options: argparse.Namespace) -> int:
     header = ("", "positions", "memory", "fits", "a step reads", "tokens/s <=", "first token >=", "further >=")
     rows: list[tuple[str, ...]] = [header]
     for one in all_limits:
-        memory = (cli.size(one.memory), "yes" if one.fits else "no", cli.size(one.step_bytes))
+        memory = (format_bytes(one.memory), "yes" if one.fits else "no", format_bytes(one.step_bytes))
         seconds = (f"{seconds:.2f} s" for seconds in (one.first_answer, one.further_answer))
         rows.append((one.device, str(one.max_context), *memory, f"{one.tokens_per_second:.0f}", *seconds))
-    sys.stdout.write(cli.table(rows))
+    sys.stdout.write(format_table(rows))
     return 0
 
 
 def limits(checkpoint: Checkpoint, device: Device, max_context: int | None = None) -> Limits:
     """Of a checkpoint, exported with the device's preset. Raises as :func:`plan_export`."""
-    plan = plan_export(checkpoint, ExportOptions(target="tensorrt", preset=device.preset, max_context=max_context))
-    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.settings.max_context)
+    plan = plan_export(checkpoint, ExportOptions(target=device.preset, max_context=max_context))
+    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.options.max_context)
     image, question = operations(plan)
     return Limits(
         device=device.name,
-        max_context=plan.settings.max_context,
+        max_context=plan.options.max_context,
         memory=memory,
         fits=memory <= PRESETS[device.preset].memory,
         step_bytes=read,
@@ -126,7 +129,7 @@ def limits(checkpoint: Checkpoint, device: Device, max_context: int | None = Non
 
 def operations(plan: ExportPlan) -> tuple[int, int]:
     """Multiplications and additions that an image takes, and a short question about it, at the default query length."""
-    config, image_tokens = plan.config, plan.options.image_tokens or plan.config.vision.patches
+    config, image_tokens = plan.config, plan.options.image_tokens
     latents, width = plan.options.query_lengths[0], config.language.hidden_size
     cells = [
         torch.from_numpy(pooling_cells(2 * config.vision.grid, count)).to("meta")

@@ -1,4 +1,4 @@
-"""``fusion-export --dry-run``: sizes, memory and, for a calibration, what it will take."""
+"""``fusion-export --dry-run``: size, memory and, with ``--calibrate``, the effort of calibration."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING
 from fusion_edge.export.calibration.options import CalibrationOptions
 from fusion_edge.export.planning.memory import Estimate, estimate
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.formatting import format_bytes, format_table
 
 if TYPE_CHECKING:
     from fusion_edge.export.calibration.estimate import CalibrationEstimate  # needs torch
 
 
 def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int | None, as_json: bool) -> int:
-    """Print it. Raises :class:`FusionError` if the bundle does not fit in ``fit`` bytes."""
+    """Print the estimates of a planned export. Returns the exit code.
+
+    Raises :class:`FusionError` if the bundle does not run in ``fit`` bytes of memory.
+    """
     sizes = estimate(plan)
     effort = None if calibration is None else _effort(plan, calibration)
     ranges = {} if calibration is None else _ranges(plan)
@@ -35,16 +38,16 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
     if fit is not None:
         check_fit(sizes, fit)
     if fit is not None and not as_json:
-        sys.stdout.write(f"It fits in {cli.size(fit)}, with {cli.size(fit - sizes.peak)} to spare.\n")
+        sys.stdout.write(f"It fits in {format_bytes(fit)}, with {format_bytes(fit - sizes.peak)} to spare.\n")
     return 0
 
 
 def check_fit(sizes: Estimate, fit: int) -> None:
-    """Raise :class:`FusionError` if a bundle does not run in ``fit`` bytes."""
+    """Raise :class:`FusionError` if a bundle does not run in ``fit`` bytes of memory."""
     if sizes.peak > fit:
         raise FusionError(
-            f"It does not fit: the peak is {cli.size(sizes.peak)}, {cli.size(sizes.peak - fit)} more than "
-            f"{cli.size(fit)}; try a smaller --max-context, a smaller --query-len, fewer --image-tokens or --int4."
+            f"It does not fit: the peak is {format_bytes(sizes.peak)}, {format_bytes(sizes.peak - fit)} more than "
+            f"{format_bytes(fit)}; try a smaller --max-context, a smaller --query-len, fewer --image-tokens or --int4."
         )
 
 
@@ -57,7 +60,7 @@ def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEst
 
 
 def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
-    """The least and the most that --budget and --bits may be, where there are weights for them to share out."""
+    """Return the smallest and largest useful values of --budget and --bits; empty without 4-bit weights."""
     from fusion_edge.export.calibration.bit_budget import budget_ranges
 
     return budget_ranges(plan)
@@ -69,24 +72,26 @@ def _text(
     effort: CalibrationEstimate | None,
     ranges: Mapping[str, tuple[float, float]],
 ) -> str:
-    rows = [("On disk", ""), *((f"  {name}", cli.size(count)) for name, count in sizes.graphs.items())]
+    rows = [("On disk", ""), *((f"  {name}", format_bytes(count)) for name, count in sizes.graphs.items())]
     rows += [
-        ("  bundle", cli.size(sizes.bundle)),
+        ("  bundle", format_bytes(sizes.bundle)),
         ("In memory", ""),
-        ("  weights", cli.size(sizes.weights)),
-        (f"  KV cache, {plan.settings.max_context} positions", cli.size(sizes.key_value_cache)),
-        (f"  alignment of one image, {plan.options.query_lengths[0]} latents", cli.size(sizes.alignment_cache)),
-        ("  activations", cli.size(sizes.activations)),
-        ("  peak", cli.size(sizes.peak)),
+        ("  weights", format_bytes(sizes.weights)),
+        (f"  KV cache, {plan.options.max_context} tokens", format_bytes(sizes.key_value_cache)),
+        (f"  alignment of one image, {plan.options.query_lengths[0]} latents", format_bytes(sizes.alignment_cache)),
+        ("  activations", format_bytes(sizes.activations)),
+        ("  peak", format_bytes(sizes.peak)),
     ]
     if effort is not None:
         rows += [
             ("Calibration", ""),
-            ("  memory", cli.size(effort.memory)),
-            ("  disk, for as long as it runs", cli.size(effort.disk)),
+            ("  memory", format_bytes(effort.memory)),
+            ("  disk, temporarily", format_bytes(effort.disk)),
             ("  time", f"{effort.seconds / 60:.0f} min"),
         ]
     for option, (least, most) in ranges.items():
-        written = f"{least:.3f} to {most:.3f}" if option == "--bits" else f"{cli.size(least)} to {cli.size(most)}"
+        written = (
+            f"{least:.3f} to {most:.3f}" if option == "--bits" else f"{format_bytes(least)} to {format_bytes(most)}"
+        )
         rows.append((f"  {option} can be", written))
-    return cli.table(rows)
+    return format_table(rows)

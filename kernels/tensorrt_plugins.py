@@ -97,7 +97,8 @@ def supported(trt_module: ModuleType, architecture: str, has_kernels: bool) -> s
         return f"There are no kernels for sm_{architecture} ({', '.join(ARCHITECTURES)} have them): {consequence}"
     missing = [] if has_kernels else [name for name in ("torch", "triton") if find_spec(name) is None]
     if missing:
-        return f"No --kernels, and {' and '.join(missing)} not installed (fusion-edge[kernels]): {consequence}"
+        remedy = "pip install '.[kernels]' in a clone of fusion-edge"
+        return f"No --kernels, and {' and '.join(missing)} not installed ({remedy}): {consequence}"
     return None
 
 

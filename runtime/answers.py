@@ -16,7 +16,7 @@ from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.prompts.prompt import Prompt
 from fusion_edge.runtime.sampling import Sampler, Sampling
-from fusion_edge.runtime.text_stream import TextStream
+from fusion_edge.runtime.tokenization.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from fusion_edge.runtime.fusion import Fusion
@@ -65,14 +65,14 @@ class AnswerStream(Iterator[str]):
     ) -> None:
         """For :class:`Fusion`, while nothing else is computed; ``when_complete`` is called so, too."""
         self._fusion = fusion
-        self._number = fusion.questions.begin()
+        self._number = fusion.queue.begin()
         self._when_complete = when_complete
         self._timings = dict.fromkeys(STAGES, 0.0)
         self._answer: Answer | None = None
         self._pieces = self._generate(request)
 
     def __next__(self) -> str:
-        if self._answer is None and (piece := self._fusion.questions.run(self._advance)) is not None:
+        if self._answer is None and (piece := self._fusion.queue.run(self._advance)) is not None:
             return piece
         raise StopIteration
 
@@ -104,7 +104,7 @@ class AnswerStream(Iterator[str]):
         return piece
 
     def _check_going_on(self) -> None:
-        if not self._fusion.questions.may_go_on(self._number):
+        if not self._fusion.queue.may_go_on(self._number):
             raise FusionError(
                 "This answer was given up when another question was asked or the model closed; finish one before that."
             )
@@ -122,7 +122,7 @@ class AnswerStream(Iterator[str]):
         with self._timed("preprocess"):
             crops = cut_crops(request.picture)
         with self._timed("vision"):
-            image = fusion.see(crops)
+            image = fusion.encode_image(crops)
             self._check_going_on()
             image_tokens = fusion.image_tokens(image, request.prompt.instruct_ids)
         with self._timed("alignment"):
@@ -137,7 +137,7 @@ class AnswerStream(Iterator[str]):
         with self._timed("prefill"):
             token = sampler(logits)
         limit = capacity - positions
-        text = TextStream(fusion.tokenizer, sampling.stop)
+        text = Detokenizer(fusion.tokenizer, sampling.stop)
         tokens: list[int] = []
         steps = 0
         while token not in fusion.end_ids and len(tokens) < limit:

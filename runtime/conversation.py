@@ -1,4 +1,4 @@
-"""Questions about one image, each with those before it as history."""
+"""RequestQueue about one image, each with those before it as history."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from fusion_edge.runtime.answers import Answer, AnswerStream
 from fusion_edge.runtime.prompts.prompt import Turn
-from fusion_edge.runtime.questions import Questions
+from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """Questions about one image, each with those before it as history.
+    """RequestQueue about one image, each with those before it as history.
 
     Several threads may ask: a question has all turns as its history that were complete when its own turn came.
     """
@@ -33,11 +33,11 @@ class Conversation:
 
         The question is asked when the first piece is taken. Errors as of :meth:`Fusion.answer`.
         """
-        return _Pieces(self._fusion.questions, lambda: self._begin(question, sampling, query_length))
+        return _Pieces(self._fusion.queue, lambda: self._begin(question, sampling, query_length))
 
     def answer(self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None) -> Answer:
         """The whole answer; it joins the history. Errors as of :meth:`Fusion.answer`."""
-        return self._fusion.questions.run(lambda: self._begin(question, sampling, query_length).complete())
+        return self._fusion.queue.run(lambda: self._begin(question, sampling, query_length).complete())
 
     def _begin(self, question: str, sampling: Sampling | None, query_length: int | None) -> AnswerStream:
         """The question, with the history as it is now, while no other one is computed."""
@@ -50,7 +50,7 @@ class Conversation:
 class _Pieces(Iterator[str]):
     """Pieces of an answer to a question that is asked when the first is taken, by whichever thread."""
 
-    def __init__(self, questions: Questions, begin: Callable[[], AnswerStream]) -> None:
+    def __init__(self, questions: RequestQueue, begin: Callable[[], AnswerStream]) -> None:
         self._questions, self._begin = questions, begin
         self._stream: AnswerStream | None = None
 

@@ -1,19 +1,20 @@
-"""The errors a user can cause. Everything else that escapes is a defect of fusion-edge."""
+"""Errors that a user can cause. Any other exception is a defect of fusion-edge."""
 
 from __future__ import annotations
 
 
 class FusionError(Exception):
-    """Something the user gave or the machine lacks; the message names it, what was expected and the remedy.
+    """An invalid input, or something that the machine lacks.
 
-    Command-line tools print it as one line and exit with :attr:`exit_code`.
+    The message names the thing, what was expected and the remedy. Commands print it as one line and exit with
+    :attr:`exit_code`.
     """
 
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message; bytes of a path that are no UTF-8 are escaped, so that it can be printed anywhere."""
-        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+        """Return the message as one printable line, with control characters and invalid UTF-8 escaped."""
+        return printable(" ".join(super().__str__().split("\n")))
 
 
 class UsageError(FusionError):
@@ -23,4 +24,11 @@ class UsageError(FusionError):
 
 
 class DeviceError(FusionError):
-    """A device that this machine cannot start, or not with what is installed; another one might run the bundle."""
+    """A device that cannot start on this machine. Another device may run the bundle."""
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control characters, line separators and lone surrogates escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -22,19 +22,21 @@ from tokenizers import Tokenizer
 from fusion_edge.runtime.answers import Answer, AnswerStream, Request
 from fusion_edge.runtime.arguments import flag, integer, is_integer, shown
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
+from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
-from fusion_edge.runtime.bundle.manifest import Manifest, open_bundle
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.conversation import Conversation
-from fusion_edge.runtime.devices import AUTO, Device, open_device
-from fusion_edge.runtime.embeddings import Embeddings
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import load_image, normalize
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, Prompt, PromptEncoder, Room, Turn
-from fusion_edge.runtime.prompts.tokenizer import load_tokenizer
-from fusion_edge.runtime.questions import Questions
+from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, Turn
+from fusion_edge.runtime.prompts.templates import TEMPLATES
+from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.system.resources import check_threads
+from fusion_edge.runtime.tokenization.embeddings import Embeddings
+from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 Color = Literal["rgb", "bgr"]
@@ -42,7 +44,7 @@ Embed = Callable[[npt.NDArray[np.int64]], Floats]
 
 
 @dataclass(eq=False)
-class SeenImage:
+class EncodedImage:
     """What is kept of the latest image: all that does not depend on a question."""
 
     crops: npt.NDArray[np.uint8]
@@ -88,8 +90,8 @@ class Fusion:
             )
         self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
         """Tokens that end an answer. The template's end of turn always does, whatever the checkpoint's settings say."""
-        self._latest: SeenImage | None = None
-        self.questions = Questions(backend)
+        self._latest: EncodedImage | None = None
+        self.queue = RequestQueue(backend)
         """Whose turn it is to compute."""
 
     @property
@@ -115,8 +117,8 @@ class Fusion:
 
         A question that another thread waits for ends with a :class:`FusionError`. Returns when the memory is free.
         """
-        self.questions.close()
-        if not self.questions.is_inherited:
+        self.queue.close()
+        if not self.queue.is_inherited:
             self._latest = None
 
     def __del__(self) -> None:
@@ -138,7 +140,7 @@ class Fusion:
     ) -> Iterator[str]:
         """The answer piece by piece, as it is generated. Parameters and errors as of :meth:`answer`."""
         request = self.request(image, question, history, sampling, query_length, control_tokens, color)
-        return self.questions.run(lambda: AnswerStream(self, request))
+        return self.queue.run(lambda: AnswerStream(self, request))
 
     def answer(
         self,
@@ -161,7 +163,7 @@ class Fusion:
         not fit the context.
         """
         request = self.request(image, question, history, sampling, query_length, control_tokens, color)
-        return self.questions.run(lambda: AnswerStream(self, request).complete())
+        return self.queue.run(lambda: AnswerStream(self, request).complete())
 
     def stream(
         self,
@@ -179,7 +181,7 @@ class Fusion:
         Parameters and errors as of :meth:`answer`; a wrong parameter leaves the stream before as it is.
         """
         request = self.request(image, question, history, sampling, query_length, control_tokens, color)
-        return self.questions.run(lambda: AnswerStream(self, request))
+        return self.queue.run(lambda: AnswerStream(self, request))
 
     def request(
         self,
@@ -192,19 +194,19 @@ class Fusion:
         color: Color = "rgb",
     ) -> Request:
         """The parameters of :meth:`answer`, checked. Computes nothing of the model."""
-        self.questions.check_open()
+        self.queue.check_open()
         sampling = Sampling() if sampling is None else sampling
         if not isinstance(sampling, Sampling):
             raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
         length = self.query_length(query_length)
-        room = Room(self.max_context, self.manifest.image_side**2, length)
+        budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
         markup = flag("control_tokens", control_tokens)
-        prompt = self._prompts.encode(history, question, control_tokens=markup, room=room)
+        prompt = self._prompts.encode(history, question, control_tokens=markup, budget=budget)
         return Request(load_image(image, color), prompt, sampling, length)
 
     def conversation(self, image: ImageLike, color: Color = "rgb", *, control_tokens: bool = False) -> Conversation:
         """A conversation about one image. ``control_tokens`` as of :meth:`answer`, for all its questions."""
-        self.questions.check_open()
+        self.queue.check_open()
         return Conversation(self, load_image(image, color), flag("control_tokens", control_tokens))
 
     def query_length(self, wanted: int | None = None) -> int:
@@ -221,7 +223,7 @@ class Fusion:
 
     # The stages, in the order in which they run ------------------------------------------------------------------
 
-    def see(self, crops: npt.NDArray[np.uint8]) -> SeenImage:
+    def encode_image(self, crops: npt.NDArray[np.uint8]) -> EncodedImage:
         """The image's own features: the four global crops are encoded unless the latest image had them."""
         seen = self._latest
         if seen is None or not np.array_equal(seen.crops, crops):
@@ -229,20 +231,20 @@ class Fusion:
             nothing = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
             seen = self._latest = None  # its memory is free before the new image needs as much
             features = self.backend.encode(pixels[:GLOBAL_CROPS], nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
-            seen = self._latest = SeenImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
+            seen = self._latest = EncodedImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
         return seen
 
-    def forget(self) -> None:
+    def clear_image_cache(self) -> None:
         """Have the next image seen anew, even if it is the latest one."""
         self._latest = None
 
-    def image_tokens(self, image: SeenImage, instruct_ids: npt.NDArray[np.int64]) -> Floats:
+    def image_tokens(self, image: EncodedImage, instruct_ids: npt.NDArray[np.int64]) -> Floats:
         """The local crop's features under the question's guidance: ``[P',D]``. Id 0 is masked (FUSION.md section 2)."""
         text = self.embed(instruct_ids)[None]
         features = self.backend.encode(image.local_pixels, text, (instruct_ids != 0)[None])
         return resize_grid(np.asarray(features)[0], self.manifest.image_side)
 
-    def align(self, image: SeenImage, length: int) -> ImageAlignment:
+    def align(self, image: EncodedImage, length: int) -> ImageAlignment:
         """Latents, keys and values for a query length, kept with the image."""
         if length not in image.alignments:
             size, cells = 2 * self.config.vision.grid, side(length)

@@ -21,7 +21,7 @@ import pytest
 from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,7 +27,8 @@ from unittest import mock
 from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.manifest import MANIFEST
+from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.errors import FusionError
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
@@ -223,9 +224,9 @@ def _afterwards(place: Place) -> str:
 
 def whole(folder: Path) -> str:
     """The precision of a bundle whose every file is right. Raises :class:`FusionError`."""
-    opened = bundle.open_bundle(folder)
-    bundle.verify(opened)
-    expected = {bundle.MANIFEST, *(entry.path for entry in opened.manifest.files)}
+    opened = open_bundle(folder)
+    verify(opened)
+    expected = {MANIFEST, *(entry.path for entry in opened.manifest.files)}
     if (found := {path.name for path in folder.iterdir()}) != expected:
         raise FusionError(f"{folder} holds {sorted(found ^ expected)}, too.")
     return opened.manifest.precision

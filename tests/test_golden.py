@@ -24,8 +24,8 @@ from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import run as run_cli
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 

@@ -30,11 +30,13 @@ from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import read_samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import FactorizedHessian, gptq, output_error, round_to_nearest
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
-from fusion_edge.runtime.cli.common import numbers, output_file, positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import integer_list, output_file, positive_integer
 from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.resources import usable_processors
 
@@ -50,12 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of benchmarks.smollm2")
-    add("--group-size", type=numbers, default=(64, 128), metavar="N[,N...]", help="default: 64 and 128")
-    add("--every", type=positive, default=6, metavar="N", help="LLM layers: 0, N, 2 N, ... (default: %(default)s)")
-    add("--samples", type=positive, default=16, help="calibrating (default: %(default)s)")
-    add("--threads", type=positive, default=usable_processors(), help="threads of torch (default: %(default)s)")
+    add("--group-size", type=integer_list, default=(64, 128), metavar="N[,N...]", help="default: 64 and 128")
+    add(
+        "--every",
+        type=positive_integer,
+        default=6,
+        metavar="N",
+        help="LLM layers: 0, N, 2 N, ... (default: %(default)s)",
+    )
+    add("--samples", type=positive_integer, default=16, help="calibrating (default: %(default)s)")
+    add("--threads", type=positive_integer, default=usable_processors(), help="threads of torch (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write the result here, too")
-    return run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 @torch.inference_mode()

@@ -17,8 +17,9 @@ import onnx
 import onnxruntime as ort
 
 from fusion_edge.runtime.bundle import graphs
-from fusion_edge.runtime.bundle.manifest import data_file, graph_file, open_bundle
-from fusion_edge.runtime.embeddings import Embeddings
+from fusion_edge.runtime.bundle.manifest import data_file, graph_file
+from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]

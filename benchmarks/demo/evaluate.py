@@ -21,7 +21,8 @@ from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.runtime import Fusion, Sampling, load
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.cli.common import positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import UsageError
 
 SEED = 0
@@ -86,10 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="folder of a FUSION checkpoint")
     source.add_argument("--bundle", type=Path, help="folder of an exported bundle")
-    parser.add_argument("--questions", type=positive, default=1000, help="how many (default: %(default)s)")
-    parser.add_argument("--query-length", type=positive, help="latents (default: the fewest offered)")
+    parser.add_argument("--questions", type=positive_integer, default=1000, help="how many (default: %(default)s)")
+    parser.add_argument("--query-length", type=positive_integer, help="latents (default: the fewest offered)")
     parser.add_argument("--without-alignment", action="store_true", help="switch a checkpoint's interaction layers off")
-    return run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

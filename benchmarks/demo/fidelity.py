@@ -24,8 +24,9 @@ from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime import load
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.bundle.manifest import open_bundle
-from fusion_edge.runtime.cli.common import positive, run
+from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.fusion import Fusion, ImageLike
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
@@ -83,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--bundle", type=Path, required=True, help="folder of an exported bundle of the demo model")
-    parser.add_argument("--questions", type=positive, default=200, help="how many (default: %(default)s)")
-    return run(_main, parser.parse_args(arguments))
+    parser.add_argument("--questions", type=positive_integer, default=200, help="how many (default: %(default)s)")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

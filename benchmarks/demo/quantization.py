@@ -21,7 +21,8 @@ from fusion_edge.export import cli
 from fusion_edge.runtime import load
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
-from fusion_edge.runtime.cli.common import output_file, positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.output_file import write_whole
 
@@ -59,10 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder for samples and bundles; what an earlier run left is used")
     add("--format", choices=FORMATS, action="append", help="weight format, repeatable (default: all)")
-    add("--held-out", type=positive, default=500, help="samples to compare with the float model (default: %(default)s)")
-    add("--questions", type=positive, default=1000, help="questions to ask (default: %(default)s)")
+    add(
+        "--held-out",
+        type=positive_integer,
+        default=500,
+        help="samples to compare with the float model (default: %(default)s)",
+    )
+    add("--questions", type=positive_integer, default=1000, help="questions to ask (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write the result here, too")
-    return run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

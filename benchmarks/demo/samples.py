@@ -14,7 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from fusion_edge.benchmarks.demo.pictures import examples
-from fusion_edge.runtime.cli.common import positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.system.output_file import write_whole
 
 SPLIT, SEED = "train", 1  # never the questions of the evaluation
@@ -35,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=positive, default=144, help="samples (default: %(default)s)")
-    return run(_main, parser.parse_args(arguments))
+    parser.add_argument("--count", type=positive_integer, default=144, help="samples (default: %(default)s)")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

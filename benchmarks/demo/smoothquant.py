@@ -24,8 +24,9 @@ from fusion_edge.quant.observer import fake_quantize
 from fusion_edge.quant.smoothquant import ALPHAS, ChannelHistograms, producer, smoothing_factors
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.bundle.quantization_report import sqnr
-from fusion_edge.runtime.cli import common as cli
-from fusion_edge.runtime.cli.common import positive, run
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
+from fusion_edge.runtime.formatting import format_table
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -72,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--samples", type=Path, required=True, help="folder of fusion_edge.benchmarks.demo.samples")
-    parser.add_argument("--calibrating", type=positive, default=128, help="samples (default: %(default)s)")
-    parser.add_argument("--held-out", type=positive, default=100, help="further ones (default: %(default)s)")
-    return run(_main, parser.parse_args(arguments))
+    parser.add_argument("--calibrating", type=positive_integer, default=128, help="samples (default: %(default)s)")
+    parser.add_argument("--held-out", type=positive_integer, default=100, help="further ones (default: %(default)s)")
+    return run_command(_main, parser.parse_args(arguments))
 
 
 @torch.inference_mode()
@@ -88,7 +89,7 @@ def _main(options: argparse.Namespace) -> int:
         for name, inputs in seen.items():
             found = qualities(backend.parameter(f"{name}.weight"), inputs, others[name])
             rows.append((name, *(f"{value:.1f} dB" for value in found)))
-    sys.stdout.write(cli.table(rows))
+    sys.stdout.write(format_table(rows))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Measuring a bundle on one device: load it, time every case, and hold the medians against the limits."""
+"""Run every case of a bundle on one device, and compare the medians with the rooflines."""
 
 from __future__ import annotations
 
@@ -12,59 +12,62 @@ from itertools import product
 from pathlib import Path
 
 from fusion_edge.benchmarks.latency.machine import energy
-from fusion_edge.benchmarks.latency.machine.memory import MemoryRecorder, Timeline, device_memory, resident
+from fusion_edge.benchmarks.latency.machine.energy import EnergyUse
+from fusion_edge.benchmarks.latency.machine.memory import MemoryRecorder, MemoryUse, Timeline, device_memory, resident
 from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
 from fusion_edge.benchmarks.latency.machine.procfs import ROOT
-from fusion_edge.benchmarks.latency.peaks import MemoryReader, probe
-from fusion_edge.benchmarks.latency.result import Case, Energy, Measured, Memory, Rates
-from fusion_edge.benchmarks.latency.roofline import limits
+from fusion_edge.benchmarks.latency.peaks import BandwidthReader, measure_peaks
+from fusion_edge.benchmarks.latency.result import DECODE_STEP, PREFILL, SAMPLING, Case, CaseResult, Peaks
+from fusion_edge.benchmarks.latency.roofline import roofline_use
 from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, measure, prefill, question, run_steps
 from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle.manifest import Bundle, Manifest
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.system.progress import Progress
 
-ENERGY_SECONDS = energy.SHORTEST_WINDOW + 2
+ENERGY_SECONDS = energy.MIN_WINDOW + 2
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to measure; tuples make a matrix. 0 positions and no lengths are the bundle's or the question's own."""
+class BenchConfig:
+    """What to measure. Tuples make a matrix of cases; 0 tokens and empty tuples mean the bundle's default."""
 
     picture: Path
-    """Its file."""
+    """Image file."""
     ask: str | None = None
+    """Question; None for a short default."""
     prompt_tokens: tuple[int, ...] = (0,)
     new_tokens: tuple[int, ...] = (32,)
     context: tuple[int, ...] = (0,)
     query_lengths: tuple[int, ...] = ()
     image_tokens: tuple[int, ...] = ()
     seconds: float = 60.0
-    """For a case at the most, if its medians are not known sooner."""
+    """Upper limit of a case, if its medians are not precise earlier."""
     duration: float | None = None
-    """Seconds that a case goes on whatever is known."""
+    """Fixed seconds of a case, for soak tests."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """What was seen of a case."""
+class CaseRun:
+    """Raw measurements of a case."""
 
     case: Case
     remark: str | None
-    positions: int
-    """Of the cache, that a step reads."""
+    cached_tokens: int
+    """Number of tokens of the KV cache that a decode step reads."""
     load_seconds: float
     times: Times
     bandwidth: float | None
-    """Bytes a second that a CPU read beside the steps."""
-    memory: Memory
-    device_memory: Memory | None
-    energy: Energy | None
+    """Bytes per second that the CPU read between decode steps."""
+    memory: MemoryUse
+    device_memory: MemoryUse | None
+    energy: EnergyUse | None
 
 
-def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | None) -> list[Run]:
-    """Every case on a device. Raises :class:`UsageError` for one that the bundle cannot have, before any is run."""
+def bench(bundle: Bundle, device: str, threads: int, config: BenchConfig, gpu: Gpu | None) -> list[CaseRun]:
+    """Run every case on a device. Raises :class:`UsageError` before the first run for a case the bundle cannot have."""
     before = None if gpu is None else device_memory(gpu)
     with MemoryRecorder(gpu) as loading:
         started = time.perf_counter()
@@ -75,35 +78,35 @@ def bench(bundle: Bundle, device: str, threads: int, wanted: Wanted, gpu: Gpu | 
         if fusion.device.name == "cpu":
             gpu = before = None
         cases = [
-            question(for_case(fusion, case), case, wanted.picture, wanted.ask)
-            for case in _cases(fusion, threads, wanted)
+            question(for_case(fusion, case), case, config.picture, config.ask)
+            for case in _cases(fusion, threads, config)
         ]
-        # TensorRT's attention reads the whole cache, whose mask hides what is not used.
+        # TensorRT's attention reads the whole allocated cache and masks the unused part.
         capacity = fusion.max_context if fusion.device.name.startswith("tensorrt") else None
         runs = []
-        kept = resident()
-        reader = stack.enter_context(MemoryReader(threads)) if fusion.device.name == "cpu" else None
-        apart = 0 if reader is None else resident() - kept
+        without_reader = resident()
+        reader = stack.enter_context(BandwidthReader(threads)) if fusion.device.name == "cpu" else None
+        reader_bytes = 0 if reader is None else resident() - without_reader
         for number, (asked, case) in enumerate(cases, 1):
-            label = f"Measuring on {case.device}, {number} of {len(cases)}"
+            label = f"Measuring on {case.device}, case {number} of {len(cases)}"
             of_case = for_case(fusion, case)
             if reader is not None:
                 reader.begin()
             with MemoryRecorder(gpu) as recorder:
-                times = _times(of_case, case, asked, wanted, label, reader)
-            memory = _memory(loading.process, recorder.process, apart=apart)
+                times = _times(of_case, case, asked, config, label, reader)
+            memory = _memory(loading.process, recorder.process, reader=reader_bytes)
             on_device = None if before is None else _memory(loading.device, recorder.device, before)
             spent = _energy(of_case, case, asked, times, gpu)
-            positions, remark = capacity or case.context, fusion.device.remark
+            cached_tokens, remark = capacity or case.context, fusion.device.remark
             bandwidth = statistics.median(reader.rates) if reader is not None else None
-            runs.append(Run(case, remark, positions, seconds, times, bandwidth, memory, on_device, spent))
+            runs.append(CaseRun(case, remark, cached_tokens, seconds, times, bandwidth, memory, on_device, spent))
     return runs
 
 
-def _cases(fusion: Fusion, threads: int, wanted: Wanted) -> Iterator[Case]:
-    lengths = [fusion.query_length(length) for length in wanted.query_lengths or (None,)]
-    images = wanted.image_tokens or (fusion.manifest.image_side**2,)
-    matrix = product(lengths, images, wanted.prompt_tokens, wanted.new_tokens, wanted.context)
+def _cases(fusion: Fusion, threads: int, config: BenchConfig) -> Iterator[Case]:
+    lengths = [fusion.query_length(length) for length in config.query_lengths or (None,)]
+    images = config.image_tokens or (fusion.manifest.image_side**2,)
+    matrix = product(lengths, images, config.prompt_tokens, config.new_tokens, config.context)
     for query_length, image_tokens, prompt_tokens, new_tokens, context in dict.fromkeys(matrix):
         yield Case(
             device=fusion.device.name,
@@ -116,10 +119,10 @@ def _cases(fusion: Fusion, threads: int, wanted: Wanted) -> Iterator[Case]:
         )
 
 
-def _memory(loading: Timeline, case: Timeline, before: int = 0, apart: int = 0) -> Memory:
-    """``before``: bytes that were in use without the bundle; ``apart``: beside the case. They do not count."""
-    others = before + apart
-    return Memory(
+def _memory(loading: Timeline, case: Timeline, before: int = 0, reader: int = 0) -> MemoryUse:
+    """Subtract the bytes in use ``before`` loading, and those of the bandwidth ``reader``."""
+    others = before + reader
+    return MemoryUse(
         loaded=int(loading.pairs[-1][1]) - before,
         load_peak=loading.largest - before,
         steady=int(case.pairs[-1][1]) - others,
@@ -129,28 +132,28 @@ def _memory(loading: Timeline, case: Timeline, before: int = 0, apart: int = 0) 
 
 
 def _times(
-    fusion: Fusion, case: Case, asked: Question, wanted: Wanted, label: str, reader: MemoryReader | None
+    fusion: Fusion, case: Case, asked: Question, config: BenchConfig, label: str, reader: BandwidthReader | None
 ) -> Times:
-    seconds = wanted.seconds if wanted.duration is None else wanted.duration
+    seconds = config.seconds if config.duration is None else config.duration
     started = told = time.perf_counter()
     with Progress(label, round(1000 * seconds), unit=None) as progress:
 
-        def after_round(times: Times) -> bool:
+        def is_done(times: Times) -> bool:
             nonlocal told
             now = time.perf_counter()
             progress.advance(round(1000 * (now - told)))
             told = now
             is_over = now - started >= seconds
-            return is_over or (wanted.duration is None and times.all_known)
+            return is_over or (config.duration is None and times.are_precise)
 
-        return measure(fusion, case, asked, after_round, None if reader is None else reader.look)
+        return measure(fusion, case, asked, is_done, None if reader is None else reader.sample)
 
 
-def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu | None) -> Energy | None:
-    """Of steps alone, as many as last for a window."""
-    seconds = times.summary("step").median + times.summary("sampling").median
+def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu | None) -> EnergyUse | None:
+    """Measure a window of decode steps."""
+    seconds = times.summary(DECODE_STEP).p50 + times.summary(SAMPLING).p50
     steps = min(math.ceil(ENERGY_SECONDS / seconds), fusion.max_context - case.context)
-    if not energy.sources(gpu, ROOT) or steps * seconds < energy.SHORTEST_WINDOW:
+    if not energy.sources(gpu, ROOT) or steps * seconds < energy.MIN_WINDOW:
         return None
     prefill(fusion, case, asked, steps)
     with energy.EnergyMeter(gpu) as meter:
@@ -158,35 +161,35 @@ def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu 
     return meter.energy(steps)
 
 
-def device_rates(device: str, threads: int, runs: Sequence[Run]) -> Rates:
-    """What a device reaches by its probe, and a CPU's memory by what its runs saw of it."""
-    rates = probe(device, threads)
-    seen = [run.bandwidth for run in runs if run.case.device == device and run.bandwidth is not None]
-    return replace(rates, bandwidth=statistics.median(seen)) if seen else rates
+def device_peaks(device: str, threads: int, runs: Sequence[CaseRun]) -> Peaks:
+    """Probe a device; a CPU's bandwidth is the median of those read during its runs.
 
-
-def measured(manifest: Manifest, run: Run, rates: Rates) -> Measured:
-    """Beside what the device reaches by its probe, which needs the memory that the bundle had, so it comes after.
-
-    A step's limit on a CPU is by the bandwidth that was seen beside the steps.
+    The probe needs as much memory as a bundle, so run it after the bundle is closed.
     """
+    peaks = measure_peaks(device, threads)
+    seen = [run.bandwidth for run in runs if run.case.device == device and run.bandwidth is not None]
+    return replace(peaks, bandwidth=statistics.median(seen)) if seen else peaks
+
+
+def case_result(manifest: Manifest, run: CaseRun, peaks: Peaks) -> CaseResult:
+    """Summarize a run against the rooflines; on a CPU the bandwidth is the one read during this run."""
     if run.bandwidth is not None:
-        rates = replace(rates, bandwidth=run.bandwidth)
+        peaks = replace(peaks, bandwidth=run.bandwidth)
     times = run.times
     stages = {name: times.summary(name) for name in times.stages}
-    step = stages["step"]
-    return Measured(
+    step, prefill_time = stages[DECODE_STEP], stages[PREFILL]
+    return CaseResult(
         case=run.case,
         remark=run.remark,
         load_seconds=run.load_seconds,
         stages=stages,
-        first_token=summarize(times.first_token),
-        further_first_token=summarize(times.further_first_token),
-        tokens_per_second=1 / (step.median + stages["sampling"].median),
-        answer_seconds=summarize(times.answer),
-        jitter=step.p99 / step.median - 1,
-        is_noisy=not times.all_known,
-        limits=limits(manifest, run.case, run.positions, rates, step.median, stages["prefill"].median),
+        ttft=summarize(times.ttft),
+        followup_ttft=summarize(times.followup_ttft),
+        decode_tokens_per_second=1 / (step.p50 + stages[SAMPLING].p50),
+        answer=summarize(times.answer),
+        jitter=step.p99 / step.p50 - 1,
+        is_noisy=not times.are_precise,
+        roofline=roofline_use(manifest, run.case, run.cached_tokens, peaks, step.p50, prefill_time.p50),
         memory=run.memory,
         device_memory=run.device_memory,
         energy=run.energy,

@@ -1,6 +1,6 @@
-"""What a device reaches at the most: bandwidth of its memory and rate of products, measured in a few seconds.
+"""Probes that measure a device's rooflines in a few seconds: memory bandwidth and compute throughput.
 
-The probes of GPUs have never run on one.
+The GPU probes have never run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,59 +18,60 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.benchmarks.latency.result import Rates
+from fusion_edge.benchmarks.latency.one_node_model import one_node_model
+from fusion_edge.benchmarks.latency.result import Peaks
 from fusion_edge.benchmarks.latency.statistics import repeat, timed
-from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.errors import DeviceError
 
-SECONDS = 0.8  # of each probe, at the most
+SECONDS = 0.8  # upper limit of a probe
 READ_BYTES = 256 << 20
-"""By all threads together: far more than the caches of a robot's or a desktop's processor."""
-QUIET = 0.1  # seconds after which threads of the runtime, which wait for work, leave the cores to others
-APART = 2.0  # seconds between two looks at the memory while a case is measured
-READINGS = 8  # of a look: as long together as a step of a large model, which the memory's moments average in, too
+"""Bytes that all threads read together: far more than the caches of a robot's or a desktop's processor."""
+QUIET = 0.1  # seconds until the runtime's spinning threads go to sleep
+SAMPLE_INTERVAL = 2.0  # seconds between two bandwidth samples while a case runs
+READS_PER_SAMPLE = 8  # about as long as a decode step of a large model, so both average over the same time
 ROW = 4096
-"""Numbers of a dot product: so few that the BLAS library starts no threads of its own."""
-ROWS, INPUTS, OUTPUTS = 256, 3072, 8192  # a piece of a prompt in the widest product of a 3B model
+"""Length of a dot product: too short for the BLAS library to start threads."""
+ROWS, INPUTS, OUTPUTS = 256, 3072, 8192  # part of a prompt in the widest GEMM of a 3B model
 BLOCK = 128
 
-WARM_UP = 0.3  # seconds in which an idle GPU's clocks rise
+WARM_UP = 0.3  # seconds for an idle GPU to raise its clocks
 COPY_BYTES = 256 << 20
 SIDE = 8192
-"""Of the square matrices that a GPU multiplies: starting a product takes no part in its time."""
+"""Side of the square matrices that a GPU multiplies: large enough to hide the launch overhead."""
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 
-def probe(device: str, threads: int) -> Rates:
-    """Of a device of :data:`fusion_edge.runtime.devices.NAMES`; of a CPU with so many threads.
+def measure_peaks(device: str, threads: int) -> Peaks:
+    """Measure the rooflines of a device; ``threads`` is the number of CPU threads.
 
-    A probe of a GPU that cannot be had gives None and the reason. The bandwidth of a CPU is read elsewhere, beside the
-    steps (:class:`MemoryReader`).
+    A GPU probe that cannot run gives None and the reason. The bandwidth of a CPU is not probed here but read between
+    decode steps (:class:`BandwidthReader`).
     """
     if device == "cpu":
-        return Rates(None, multiplications(threads), {})
-    rates: dict[str, float] = {}
+        return Peaks(None, cpu_compute(threads), {})
+    peaks: dict[str, float] = {}
     not_measured: dict[str, str] = {}
     probes: Mapping[str, Callable[[], float]] = {
         "bandwidth": gpu_bandwidth,
-        "multiplications": partial(gpu_multiplications, device),
+        "compute": partial(gpu_compute, device),
     }
     for name, measure in probes.items():
         try:
-            rates[name] = measure()
+            peaks[name] = measure()
         except DeviceError as error:
             not_measured[name] = str(error)
-    return Rates(rates.get("bandwidth"), rates.get("multiplications"), not_measured)
+    return Peaks(peaks.get("bandwidth"), peaks.get("compute"), not_measured)
 
 
-class MemoryReader:
-    """Reads ``size`` bytes with all threads, each its own part, each byte once.
+class BandwidthReader:
+    """Reads ``size`` bytes with all threads, each byte once.
 
-    Dot products of float32 vectors: of all that numpy computes it reads fastest, with two streams of loads.
+    Uses dot products of float32 vectors, numpy's fastest way to read: two streams of loads.
     """
 
     def __init__(self, threads: int) -> None:
@@ -79,9 +80,9 @@ class MemoryReader:
         self._parts = list(self._pool.map(lambda _: np.ones((2, rows, ROW), np.float32), range(threads)))
         self.size = sum(part.nbytes for part in self._parts)
         self.begin()
-        self.read()  # numpy's library takes memory of its own
+        self.read()  # the BLAS library allocates its memory at the first call
 
-    def __enter__(self) -> MemoryReader:
+    def __enter__(self) -> BandwidthReader:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -89,88 +90,90 @@ class MemoryReader:
         self._parts.clear()
 
     def begin(self) -> None:
-        """Forget what was seen."""
+        """Discard all samples."""
         self.rates: list[float] = []
-        """Bytes a second of every :meth:`look`."""
-        self._last_look = -math.inf
+        """Bytes per second of every :meth:`sample`."""
+        self._last_sample = -math.inf
 
     def read(self) -> None:
-        """All of it."""
+        """Read everything once."""
         list(self._pool.map(_read, self._parts))
 
-    def look(self) -> None:
-        """Time a reading between other work, if the last is not a moment ago.
+    def sample(self) -> None:
+        """Measure the bandwidth once, unless the last sample is younger than :data:`SAMPLE_INTERVAL`.
 
-        A machine that others share has a slow and a fast minute: a rate measured later says nothing about a step.
+        On a shared machine the bandwidth changes from minute to minute, so it is sampled between decode steps.
         """
-        if time.perf_counter() - self._last_look < APART:
+        if time.perf_counter() - self._last_sample < SAMPLE_INTERVAL:
             return
         time.sleep(QUIET)
         self.read()
-        self.rates.append(READINGS * self.size / timed(self._read_often))
-        self._last_look = time.perf_counter()
+        self.rates.append(READS_PER_SAMPLE * self.size / timed(self._read_often))
+        self._last_sample = time.perf_counter()
 
     def _read_often(self) -> None:
-        for _ in range(READINGS):
+        for _ in range(READS_PER_SAMPLE):
             self.read()
 
 
 def _read(part: Floats) -> Floats:
-    """``[2, N, ROW]`` -> ``[N, 1, 1]``. Does not hold Python's lock."""
+    """Multiply ``[2, N, ROW]`` pairwise to ``[N, 1, 1]`` without holding the GIL."""
     products: Floats = np.matmul(part[0, :, None, :], part[1, :, :, None])
     return products
 
 
-def multiplications(threads: int) -> float:
-    """Multiply-adds a second, each counted once, of the fastest product of a prompt that ONNX Runtime has on this CPU.
+def cpu_compute(threads: int) -> float:
+    """Return the multiply-adds per second of the fastest GEMM on this CPU, INT4 or INT8.
 
-    Whatever the precision of the bundle: a product that it does not use is a limit, too.
+    The bundle's precision does not matter: a faster GEMM that it does not use is still the roofline.
     """
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (OUTPUTS, INPUTS // BLOCK, BLOCK // 2), np.uint8)
     scales = np.full((OUTPUTS, INPUTS // BLOCK), 0.01, np.float32)
     weights = rng.integers(-127, 128, (INPUTS, OUTPUTS), np.int8)
     inputs = rng.integers(0, 256, (ROWS, INPUTS), np.uint8)
-    products = [
-        (int4_product(values, scales, threads), inputs.astype(np.float32)),
-        (int8_product(weights, threads), inputs),
+    gemms = [
+        (int4_gemm(values, scales, threads), inputs.astype(np.float32)),
+        (int8_gemm(weights, threads), inputs),
     ]
     if cpu_kernels.library() is not None and cpu_kernels.is_supported():
-        products.append((int4_product(values, scales, threads, cpu_kernels.library()), inputs.astype(np.float32)))
+        gemms.append((int4_gemm(values, scales, threads, cpu_kernels.library()), inputs.astype(np.float32)))
     medians = [
-        statistics.median(repeat(partial(timed, partial(session.run, None, {"x": x})), SECONDS))
-        for session, x in products
+        statistics.median(repeat(partial(timed, partial(session.run, None, {"x": x})), SECONDS)) for session, x in gemms
     ]
     return ROWS * INPUTS * OUTPUTS / min(medians)
 
 
-def int4_product(values: npt.NDArray[np.uint8], scales: Floats, threads: int, library: Path | None = None) -> Any:
-    """Session that multiplies ``x`` ``[M, K]`` float32, rounded to int8, with INT4 weights (MatMulNBits, level 4).
+def int4_gemm(values: npt.NDArray[np.uint8], scales: Floats, threads: int, library: Path | None = None) -> Any:
+    """Return a session of MatMulNBits at accuracy level 4: ``x`` ``[M, K]`` float32 with INT4 weights.
 
-    ``values`` ``[N, K / block, block / 2]``, ``scales`` ``[N, K / block]``; ``library``: of kernels to take.
+    ``values`` ``[N, K / block, block / 2]``, ``scales`` ``[N, K / block]``; ``library``: custom operators to use.
     """
     outputs, blocks, half = values.shape
     size = {"K": blocks * half * 2, "N": outputs, "bits": 4, "block_size": 2 * half}
-    options = {"domain": "com.microsoft", "accuracy_level": 4, **size}
+    attributes = {"accuracy_level": 4, **size}
     weights: dict[str, npt.NDArray[Any]] = {"w": values, "s": scales}
-    return _session("MatMulNBits", {"x": np.float32}, np.float32, weights, options, threads=threads, library=library)
+    inputs = {"x": np.float32}
+    return _session(
+        "MatMulNBits", inputs, np.float32, weights, "com.microsoft", attributes, threads=threads, library=library
+    )
 
 
-def int8_product(weights: npt.NDArray[np.int8], threads: int) -> Any:
-    """Session that multiplies ``x`` ``[M, K]`` uint8 with weights ``[K, N]`` (MatMulInteger)."""
+def int8_gemm(weights: npt.NDArray[np.int8], threads: int) -> Any:
+    """Return a session of MatMulInteger: ``x`` ``[M, K]`` uint8 with weights ``[K, N]``."""
     return _session("MatMulInteger", {"x": np.uint8}, np.int32, {"w": weights}, threads=threads)
 
 
 def gpu_bandwidth() -> float:
-    """Bytes a second that a copy within the GPU's memory reads and writes, timed by the GPU itself.
+    """Return the bytes per second that a copy within GPU memory reads and writes, timed with CUDA events.
 
-    Raises :class:`DeviceError` if CUDA's bindings or the memory are missing.
+    Raises :class:`DeviceError` if CUDA's bindings are missing or memory runs out.
     """
     return copy_bandwidth(open_cuda())
 
 
 def copy_bandwidth(cuda: Cuda) -> float:
-    """See :func:`gpu_bandwidth`."""
+    """Measure :func:`gpu_bandwidth`."""
     with ExitStack() as stack:
 
         def kept(thing: T, release: Callable[[T], None]) -> T:
@@ -191,26 +194,26 @@ def copy_bandwidth(cuda: Cuda) -> float:
         return 2 * COPY_BYTES / statistics.median(repeat(copy, SECONDS, WARM_UP))
 
 
-def gpu_multiplications(device: str) -> float:
-    """Multiply-adds a second, each counted once, of float16 matrices by ONNX Runtime.
+def gpu_compute(device: str) -> float:
+    """Return the multiply-adds per second of a float16 GEMM in ONNX Runtime.
 
-    Raises :class:`DeviceError` where another library runs the bundle, and if ONNX Runtime fails.
+    Raises :class:`DeviceError` for devices without ONNX Runtime, and if ONNX Runtime fails.
     """
     if device != "cuda":
-        raise DeviceError(f"The rate of products is measured with device cuda alone; {device} would need an engine.")
+        raise DeviceError(f"The compute throughput is measured on device cuda only; {device} would need an engine.")
     try:
-        return SIDE**3 / statistics.median(repeat(half_product(device, CUDA_PROVIDER, SIDE), SECONDS, WARM_UP))
+        return SIDE**3 / statistics.median(repeat(half_gemm(device, CUDA_PROVIDER, SIDE), SECONDS, WARM_UP))
     except DeviceError:
         raise
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DeviceError(f"ONNX Runtime failed to multiply on {device}: {reason}") from None
+        raise DeviceError(f"ONNX Runtime failed to run a GEMM on {device}: {reason}") from None
 
 
-def half_product(device: str, provider: str, side: int) -> Callable[[], float]:
-    """What multiplies two ``[side, side]`` float16 matrices on a device, and gives the seconds.
+def half_gemm(device: str, provider: str, side: int) -> Callable[[], float]:
+    """Return a function that multiplies two ``[side, side]`` float16 matrices on a device and returns the seconds.
 
-    Raises :class:`DeviceError` if the provider does not start: no other takes its place.
+    Raises :class:`DeviceError` if the provider does not start; there is no fallback.
     """
     import onnxruntime
 
@@ -236,27 +239,16 @@ def _session(
     inputs: Mapping[str, type[np.generic]],
     output: type[np.generic],
     weights: Mapping[str, npt.NDArray[Any]],
-    options: Mapping[str, Any] | None = None,
+    domain: str = "",
+    attributes: Mapping[str, int] | None = None,
     provider: str = "CPUExecutionProvider",
     threads: int = 1,
     library: Path | None = None,
 ) -> Any:
-    """Session of one operator on matrices: ``inputs`` and then ``weights`` to ``y``."""
+    """Return a session of one operator on matrices: ``inputs``, then ``weights``, to ``y``."""
     import onnxruntime
-    from onnx import helper, numpy_helper
 
-    def matrix(name: str, dtype: type[np.generic]) -> Any:
-        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [None, None])
-
-    graph = helper.make_graph(
-        [helper.make_node(operator, [*inputs, *weights], ["y"], **(options or {}))],
-        "product",
-        [matrix(name, dtype) for name, dtype in inputs.items()],
-        [matrix("y", output)],
-        [numpy_helper.from_array(values, name) for name, values in weights.items()],
-    )
-    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
+    model = one_node_model(operator, inputs, output, weights, domain, attributes)
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = threads
     session_options.log_severity_level = 3

@@ -12,19 +12,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fusion_edge.benchmarks.latency.result import Case, Summary
-from fusion_edge.benchmarks.latency.statistics import is_known, summarize
+from fusion_edge.benchmarks.latency.result import (
+    ALIGNMENT,
+    DECODE_STEP,
+    ENCODE_GLOBAL,
+    ENCODE_LOCAL,
+    IMAGE_DECODE,
+    PREFILL,
+    PREPROCESS,
+    SAMPLING,
+    STAGES,
+    Case,
+)
+from fusion_edge.benchmarks.latency.statistics import Summary, summarize
 from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, Prompt, encode_prompt
+from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.sampling import Sampler, Sampling
 
-STAGES = (
-    *("image decode", "preprocess", "vision of the image", "alignment", "vision of the question", "prefill"),
-    *("step", "sampling"),
-)
 PICTURE = (1280, 720)  # pixels of the made-up camera frame
 QUESTION = "What is in front of the robot, and is the path clear?"
 FILLER = " and"
@@ -36,8 +44,8 @@ class Times:
 
     def __init__(self) -> None:
         self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        self.first_token: list[float] = []
-        self.further_first_token: list[float] = []
+        self.ttft: list[float] = []
+        self.followup_ttft: list[float] = []
         self.answer: list[float] = []
 
     @contextmanager
@@ -49,13 +57,13 @@ class Times:
 
     def summary(self, stage: str) -> Summary:
         """Of a stage, which every round has equally often."""
-        return summarize(self.stages[stage], len(self.first_token))
+        return summarize(self.stages[stage], len(self.ttft))
 
     @property
-    def all_known(self) -> bool:
-        """Whether the medians that people quote are known (statistics.py)."""
-        firsts = map(summarize, (self.first_token, self.further_first_token))
-        return all(map(is_known, (*firsts, self.summary("step"))))
+    def are_precise(self) -> bool:
+        """Whether the medians of TTFT, follow-up TTFT and decode step are precise."""
+        summaries = summarize(self.ttft), summarize(self.followup_ttft), self.summary(DECODE_STEP)
+        return all(summary.is_precise for summary in summaries)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def measure(
     """
     _round(fusion, case, asked, Times(), None)
     times, enough = Times(), False
-    while len(times.first_token) < MINIMUM_ROUNDS or not enough:
+    while len(times.ttft) < MINIMUM_ROUNDS or not enough:
         _round(fusion, case, asked, times, beside_steps)
         enough = is_enough(times)
     return times
@@ -139,18 +147,18 @@ def measure(
 
 def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_steps: Callable[[], None] | None) -> None:
     sampler = Sampler(Sampling(max_new_tokens=case.new_tokens))
-    fusion.forget()
+    fusion.clear_image_cache()
     started = time.perf_counter()
-    with times.of("image decode"):
+    with times.of(IMAGE_DECODE):
         picture = load_image(asked.picture)
-    with times.of("preprocess"):
+    with times.of(PREPROCESS):
         crops = cut_crops(picture)
-    with times.of("vision of the image"):
-        image = fusion.see(crops)
-    with times.of("alignment"):
+    with times.of(ENCODE_GLOBAL):
+        image = fusion.encode_image(crops)
+    with times.of(ALIGNMENT):
         aligned = fusion.align(image, case.query_length)
     _answer_start(fusion, case, asked.prompt, sampler, times, crops)
-    times.first_token.append(time.perf_counter() - started)
+    times.ttft.append(time.perf_counter() - started)
     if case.context != case.prompt_tokens:
         tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
         fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
@@ -158,33 +166,33 @@ def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_ste
         beside_steps()
     started = time.perf_counter()
     run_steps(fusion, case.new_tokens, sampler, times)
-    times.answer.append(times.first_token[-1] + time.perf_counter() - started)
+    times.answer.append(times.ttft[-1] + time.perf_counter() - started)
     if beside_steps:
         beside_steps()
     started = time.perf_counter()
-    with times.of("preprocess"):  # which tells the runtime that it is the same image
+    with times.of(PREPROCESS):  # which tells the runtime that it is the same image
         crops = cut_crops(picture)
     _answer_start(fusion, case, asked.prompt, sampler, times, crops)
-    times.further_first_token.append(time.perf_counter() - started)
+    times.followup_ttft.append(time.perf_counter() - started)
 
 
 def _answer_start(
     fusion: Fusion, case: Case, prompt: Prompt, sampler: Sampler, times: Times, crops: npt.NDArray[np.uint8]
 ) -> int:
     """A question about an image that has been seen, up to its first token."""
-    image = fusion.see(crops)
+    image = fusion.encode_image(crops)
     aligned: ImageAlignment = fusion.align(image, case.query_length)
-    with times.of("vision of the question"):
+    with times.of(ENCODE_LOCAL):
         tokens = fusion.image_tokens(image, prompt.instruct_ids)
-    with times.of("prefill"):
+    with times.of(PREFILL):
         _, _, logits = fusion.prefill(prompt, tokens, aligned, case.new_tokens)
-    with times.of("sampling"):
+    with times.of(SAMPLING):
         return sampler(logits)
 
 
 def prefill(fusion: Fusion, case: Case, asked: Question, new_tokens: int) -> None:
     """A prompt about the picture, as long as the context, with room for so many steps."""
-    image = fusion.see(cut_crops(load_image(asked.picture)))
+    image = fusion.encode_image(cut_crops(load_image(asked.picture)))
     aligned = fusion.align(image, case.query_length)
     tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
     fusion.prefill(asked.long_prompt, tokens, aligned, new_tokens)
@@ -194,7 +202,7 @@ def run_steps(fusion: Fusion, count: int, sampler: Sampler, times: Times) -> Non
     """One-token steps behind what was prefilled last."""
     token = 0
     for _ in range(count):
-        with times.of("step"):
+        with times.of(DECODE_STEP):
             logits = fusion.backend.decode(fusion.embed(np.array([token]))[0])
-        with times.of("sampling"):
+        with times.of(SAMPLING):
             token = sampler(logits)

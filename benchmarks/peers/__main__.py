@@ -1,9 +1,9 @@
-"""fusion-edge side by side with other engines on one machine.
+"""Compare fusion-edge with other inference engines on one machine.
 
-    python -m fusion_edge.benchmarks.peers.__main__ llm --bundle ours=DIR --genai genai-b32=DIR
+    python -m fusion_edge.benchmarks.peers llm --bundle ours=DIR --genai genai-b32=DIR
 
-Each runner needs its peer, in this environment or in the one that ``--python RUNNER=PATH`` names, and there fusion-edge
-without what it depends on."""
+A runner needs its engine in this environment, or in the one of ``--python RUNNER=PATH`` together with fusion-edge
+(``pip install --no-deps``)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fusion_edge.benchmarks.peers import llm as llm_peers
-from fusion_edge.benchmarks.peers import vision as vision_peers
+from fusion_edge.benchmarks.peers import llm, vision
 from fusion_edge.benchmarks.peers.harness import add_options, run
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 
-COMPARISONS = {"llm": llm_peers.COMPARISON, "vision": vision_peers.COMPARISON}
+COMPARISONS = {"llm": llm.COMPARISON, "vision": vision.COMPARISON}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fusion_edge.benchmarks.peers.__main__",
-        description="Compare fusion-edge with other engines on this machine.",
+        prog="python -m fusion_edge.benchmarks.peers",
+        description="Compare fusion-edge with other inference engines on this machine.",
     )
     subparsers = parser.add_subparsers(dest="comparison", required=True)
     for name, comparison in COMPARISONS.items():
-        add_options(
-            subparsers.add_parser(name, help=comparison.description, description=comparison.description), comparison
-        )
+        text = comparison.description
+        add_options(subparsers.add_parser(name, help=text, description=text), comparison)
     arguments = parser.parse_args(argv)
-    return cli.run(lambda arguments: run(COMPARISONS[arguments.comparison], arguments), arguments)
+    return run_command(lambda arguments: run(COMPARISONS[arguments.comparison], arguments), arguments)
 
 
 if __name__ == "__main__":

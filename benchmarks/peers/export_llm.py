@@ -29,7 +29,7 @@ from fusion_edge.export.checkpoint.config import read_config
 from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.runtime.bundle.config import LanguageConfig
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 LLM_TENSOR = re.compile(r"(model\.(embed_tokens|layers\.\d+|norm)|lm_head)\.")
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "gguf":
             text = f"of llama.cpp, repeatable (default: {', '.join(FORMATS)})"
             command.add_argument("--format", action="append", help=text)
-    return cli.run(_main, parser.parse_args(argv))
+    return run_command(_main, parser.parse_args(argv))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -27,10 +27,11 @@ from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE, FusionConfig
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
 QUESTION_TOKENS = 20
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=MAKERS, help="what is made")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a FUSION checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
-    return cli.run(_main, parser.parse_args(argv))
+    return run_command(_main, parser.parse_args(argv))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,8 @@
-"""Contestants measured side by side on one machine: in turn, each in a fresh process; medians, ratios to the first.
+"""Measure several engines in turn on one machine, each run in a fresh process.
 
-They take turns (A B C, A B C, ...), so that a disturbance hits all of them; a fresh process counts memory from zero and
-lets every contestant have its own Python environment. The other half, inside that process, is
-``runners/worker.py``. A :class:`Comparison` is all that a new kind of comparison has to write
-besides its runners.
+Contestants take turns (A B C, A B C, ...), so a disturbance affects all of them. A fresh process starts with zero
+memory and may use its own Python environment. The code inside that process is ``runners/worker.py``. A new comparison
+is a :class:`PeerComparison` and its runners.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import dataclasses
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,64 +19,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.benchmarks.latency.machine.info import machine_facts
+from fusion_edge.benchmarks.latency.machine.info import machine_info
+from fusion_edge.benchmarks.latency.result_file import header
+from fusion_edge.benchmarks.latency.statistics import Summary, summarize
+from fusion_edge.benchmarks.peers.result import SCHEMA, ContestantResult, PeersResult
 from fusion_edge.runtime.bundle.schema import from_json
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.system.output_file import write_whole
 
 
 @dataclass(frozen=True)
 class Runner:
-    """What measures one kind of model."""
+    """Module that measures one kind of model."""
 
     module: str
-    """Run with ``python -m``; it calls :func:`fusion_edge.benchmarks.peers.runners.worker.answer`."""
+    """Run with ``python -m``; calls :func:`fusion_edge.benchmarks.peers.runners.worker.report`."""
     model: str
-    """What its models are, for the command's help."""
+    """Description of its models for ``--help``."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure in the table."""
+    """Figure in the printed table."""
 
     title: str
     field: str
-    """Of the runners' dataclass of figures."""
+    """Field of the runners' dataclass of figures."""
     text: Callable[[float], str]
-    is_more_better: bool = False
+    higher_is_better: bool = False
 
-    def ratio(self, first: float, other: float) -> float:
-        """How many times better the first is."""
-        return first / other if self.is_more_better else other / first
+    def speedup(self, first: float, other: float) -> float:
+        """Return how many times better the first value is."""
+        return first / other if self.higher_is_better else other / first
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A kind of comparison."""
+class PeerComparison:
+    """Kind of comparison."""
 
     description: str
     runners: Mapping[str, Runner]
-    """By name; each is an option ``--NAME LABEL=MODEL`` of the command."""
+    """By name; each is an option ``--NAME LABEL=MODEL``."""
     workload: Callable[..., Any]
-    """A frozen dataclass of integers with defaults, each an option of the command; raises :class:`UsageError`."""
+    """Frozen dataclass of integers with defaults, each an option; may raise :class:`UsageError`."""
     columns: Sequence[Column]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is compared."""
+    """Engine with a model."""
 
     label: str
     runner: Runner
     model: Path
     python: str = sys.executable
-    """Interpreter of the environment that has what the runner needs, and fusion-edge."""
+    """Interpreter of an environment with the engine and fusion-edge."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a runner's process says."""
+class WorkerReport:
+    """JSON line that a worker prints (``runners/worker.py``)."""
 
     figures: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -86,103 +88,97 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Round:
     """One run of one contestant."""
 
-    answer: Answer
+    report: WorkerReport
     load_average: float
-    """Of the last minute, just before."""
     disturbance: float
-    """Processor seconds that everything else on the machine took meanwhile, a hypervisor included."""
+    """See :class:`ContestantResult`."""
 
 
-def compare(contestants: Sequence[Contestant], workload: Any, rounds: int) -> dict[str, list[Turn]]:
-    """Turns by label; every round runs every contestant once. ``workload`` is a dataclass instance."""
-    turns: dict[str, list[Turn]] = {contestant.label: [] for contestant in contestants}
-    for number in range(rounds):
+def run_rounds(contestants: Sequence[Contestant], workload: Any, count: int) -> dict[str, list[Round]]:
+    """Run every contestant once per round; return its rounds by label. ``workload`` is a dataclass instance."""
+    rounds: dict[str, list[Round]] = {contestant.label: [] for contestant in contestants}
+    for number in range(1, count + 1):
         for contestant in contestants:
             if sys.stderr.isatty():
-                sys.stderr.write(f"round {number + 1} of {rounds}: {contestant.label}\n")
-            turns[contestant.label].append(run_alone(contestant, workload))
-    return turns
+                sys.stderr.write(f"round {number} of {count}: {contestant.label}\n")
+            rounds[contestant.label].append(run_worker(contestant, workload))
+    return rounds
 
 
-def run_alone(contestant: Contestant, workload: Any) -> Turn:
-    """One turn. Raises :class:`FusionError` if the runner fails, which has said why on standard error."""
+def run_worker(contestant: Contestant, workload: Any) -> Round:
+    """Run a contestant once. Raises :class:`FusionError` if its worker fails; the worker prints the reason."""
     request = json.dumps(dataclasses.asdict(workload))
     command = [contestant.python, "-m", contestant.runner.module, str(contestant.model), request]
-    load_average, others = os.getloadavg()[0], _other_seconds()
+    load_average, others = os.getloadavg()[0], _seconds_of_others()
     try:
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     except OSError as error:
         raise FusionError(f"Cannot run {contestant.python} for {contestant.label}: {error.strerror}.") from None
     if child.returncode:
         raise FusionError(
-            f"The run of {contestant.label} failed with exit code {child.returncode}; what it said is above. Its "
-            f"interpreter ({contestant.python}) needs the peer and, without dependencies, fusion-edge."
+            f"The run of {contestant.label} failed with exit code {child.returncode}; see its output above. "
+            f"{contestant.python} needs the engine, and fusion-edge without its dependencies."
         )
     try:
-        answer = from_json(Answer, json.loads(child.stdout.splitlines()[-1]))
+        report = from_json(WorkerReport, json.loads(child.stdout.splitlines()[-1]))
     except (IndexError, ValueError) as error:
-        raise FusionError(f"{contestant.runner.module} did not answer in its last line: {error}.") from None
-    return Turn(answer, load_average, round(_other_seconds() - others, 2))
+        raise FusionError(f"{contestant.runner.module} printed no JSON report in its last line: {error}.") from None
+    return Round(report, load_average, round(_seconds_of_others() - others, 2))
 
 
-def _other_seconds() -> float:
-    """Processor seconds since boot but for those of this process and its ended children (``man 5 proc``, ``stat``)."""
+def _seconds_of_others() -> float:
+    """Return the processor seconds since boot, without this process and its ended children (``/proc/stat``)."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     total = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     own = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return total - sum(usage.ru_utime + usage.ru_stime for usage in own)
 
 
-def medians(turns: Sequence[Turn]) -> dict[str, float]:
-    """Figure by figure."""
-    return {name: statistics.median(turn.answer.figures[name] for turn in turns) for name in turns[0].answer.figures}
+def figures(rounds: Sequence[Round]) -> dict[str, Summary]:
+    """Summarize each figure over the rounds."""
+    return {name: summarize([float(one.report.figures[name]) for one in rounds]) for name in rounds[0].report.figures}
 
 
-def render(turns: Mapping[str, Sequence[Turn]], columns: Sequence[Column]) -> str:
-    """A table of medians; in brackets how many times better the first contestant is."""
-    rows = [["", *(cell for column in columns for cell in (column.title, ""))]]
-    first = medians(next(iter(turns.values())))
-    for label, one in turns.items():
-        figures = medians(one)
-        cells = (
-            cell
-            for column in columns
-            for cell in (
-                column.text(figures[column.field]),
-                f"({column.ratio(first[column.field], figures[column.field]):.2f}x)",
+def peers_result(
+    contestants: Sequence[Contestant], workload: Any, rounds: Mapping[str, Sequence[Round]]
+) -> PeersResult:
+    """Return everything that was measured. Paths of models and environments are left out."""
+    return PeersResult(
+        **header(SCHEMA, machine_info(None)),
+        workload=dataclasses.asdict(workload),
+        contestants={
+            contestant.label: ContestantResult(
+                runner=contestant.runner.module.rpartition(".")[2],
+                model=contestant.model.name,
+                settings=rounds[contestant.label][0].report.settings,
+                versions=rounds[contestant.label][0].report.versions,
+                figures=figures(rounds[contestant.label]),
+                load_average=tuple(one.load_average for one in rounds[contestant.label]),
+                disturbance=tuple(one.disturbance for one in rounds[contestant.label]),
             )
-        )
-        rows.append([label, *cells])
-    return cli.table(rows)
-
-
-def report(contestants: Sequence[Contestant], workload: Any, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
-    """Everything that was measured, as JSON; of a contestant's model and environment no more than the name."""
-    machine = dataclasses.asdict(machine_facts(None))
-    return {
-        "machine": {name: machine[name] for name in ("processor", "cores", "memory", "governor", "system")},
-        "workload": dataclasses.asdict(workload),
-        "contestants": {
-            contestant.label: {
-                "runner": contestant.runner.module.rpartition(".")[2],
-                "model": contestant.model.name,
-                "settings": turns[contestant.label][0].answer.settings,
-                "versions": turns[contestant.label][0].answer.versions,
-                "turns": [
-                    {**turn.answer.figures, "load_average": turn.load_average, "disturbance": turn.disturbance}
-                    for turn in turns[contestant.label]
-                ],
-            }
             for contestant in contestants
         },
-    }
+    )
 
 
-def add_options(parser: argparse.ArgumentParser, comparison: Comparison) -> None:
-    """The options of a comparison."""
+def table(result: PeersResult, columns: Sequence[Column]) -> str:
+    """Return a table of medians, with the first contestant's speedup in parentheses."""
+    rows = [["", *(cell for column in columns for cell in (column.title, ""))]]
+    first = next(iter(result.contestants.values())).figures
+    for label, contestant in result.contestants.items():
+        cells: list[str] = []
+        for column in columns:
+            ours, theirs = first[column.field].p50, contestant.figures[column.field].p50
+            cells += [column.text(theirs), f"({column.speedup(ours, theirs):.2f}x)"]
+        rows.append([label, *cells])
+    return format_table(rows)
+
+
+def add_options(parser: argparse.ArgumentParser, comparison: PeerComparison) -> None:
+    """Add the options of a comparison to a parser."""
     add = parser.add_argument
     for name, runner in comparison.runners.items():
         text = f"{runner.model}; repeatable"
@@ -193,35 +189,32 @@ def add_options(parser: argparse.ArgumentParser, comparison: Comparison) -> None
         default=[],
         type=_pair,
         metavar="RUNNER=PATH",
-        help="interpreter of the environment that a runner needs (default: this one); repeatable",
+        help="Python interpreter for a runner (default: this one); repeatable",
     )
-    add("--rounds", type=cli.positive, default=3, metavar="N", help="default: %(default)s")
+    add("--rounds", type=positive_integer, default=3, metavar="N", help="default: %(default)s")
     for field in dataclasses.fields(comparison.workload()):
         option = f"--{field.name.replace('_', '-')}"
-        add(option, type=cli.positive, default=field.default, metavar="N", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="write every single figure, too")
+        add(option, type=positive_integer, default=field.default, metavar="N", help="default: %(default)s")
+    add("--json", type=output_file, metavar="FILE", help="write every measurement to a file")
 
 
-def run(comparison: Comparison, arguments: argparse.Namespace) -> int:
-    """Do what :func:`add_options` was told; the exit code."""
+def run(comparison: PeerComparison, arguments: argparse.Namespace) -> int:
+    """Run a comparison with the options of :func:`add_options`; return the exit code."""
     fields = dataclasses.fields(comparison.workload())
     workload = comparison.workload(**{field.name: getattr(arguments, field.name) for field in fields})
     contestants = _contestants(comparison, arguments)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise UsageError(f"--json {arguments.json}: there is no folder {arguments.json.parent}; make it first.")
-    turns = compare(contestants, workload, arguments.rounds)
-    sys.stdout.write(render(turns, comparison.columns))
+    result = peers_result(contestants, workload, run_rounds(contestants, workload, arguments.rounds))
+    sys.stdout.write(table(result, comparison.columns))
     if arguments.json is not None:
-        text = json.dumps(report(contestants, workload, turns), indent=1)
-        write_whole(arguments.json, text + "\n")
+        write_whole(arguments.json, result.to_json())
     return 0
 
 
-def _contestants(comparison: Comparison, arguments: argparse.Namespace) -> list[Contestant]:
+def _contestants(comparison: PeerComparison, arguments: argparse.Namespace) -> list[Contestant]:
     pythons = dict(arguments.python)
     unknown = pythons.keys() - comparison.runners.keys()
     if unknown:
-        raise UsageError(f"--python {min(unknown)}: there is no such runner; expected {', '.join(comparison.runners)}.")
+        raise UsageError(f"--python {min(unknown)}: unknown runner; choose from {', '.join(comparison.runners)}.")
     contestants = [
         Contestant(label, runner, Path(model), pythons.get(name, sys.executable))
         for name, runner in comparison.runners.items()
@@ -229,7 +222,7 @@ def _contestants(comparison: Comparison, arguments: argparse.Namespace) -> list[
     ]
     if not contestants or len({contestant.label for contestant in contestants}) < len(contestants):
         options = " or ".join(f"--{name}" for name in comparison.runners)
-        raise UsageError(f"There is nothing to compare; expected {options}, every label once.")
+        raise UsageError(f"Nothing to compare, or a label is not unique; pass {options} with one label each.")
     return contestants
 
 

@@ -18,8 +18,10 @@ from fusion_edge.export.bundle.weight_source import RoundToNearest, WeightSource
 from fusion_edge.export.bundle.worker_pool import worker_pool
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.bundle import engines
 from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST
+from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER
+from fusion_edge.runtime.bundle.files import FileEntry, digest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.progress import Progress
@@ -54,8 +56,8 @@ def write_bundle(
             names.append(bundle.QUANTIZATION)
         sizes = {name: (folder / name).stat().st_size for name in names}
         with Progress("Checksums", sum(sizes.values())) as progress, worker_pool(usable_processors(), progress) as pool:
-            digests = pool.map(lambda name: bundle.digest(folder / name, progress.advance), names)
-            entries = tuple(bundle.FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
+            digests = pool.map(lambda name: digest(folder / name, progress.advance), names)
+            entries = tuple(FileEntry(n, sizes[n], d) for n, d in zip(names, digests, strict=True))
         manifest = plan.manifest(entries)
         write_file(folder / bundle.MANIFEST, manifest.to_text().encode())
         for name in (*names, bundle.MANIFEST):
@@ -102,7 +104,7 @@ def check_output(output: Path, force: bool) -> None:
         raise FusionError(
             f"{output} exists and is no bundle, so --force does not replace it; choose another output."
         ) from None
-    for build in (output / engines.FOLDER).glob(".*.partial"):
+    for build in (output / ENGINES_FOLDER).glob(".*.partial"):
         with locked_folder(build, f"A fusion-build of {output} is running; wait for it or choose another output."):
             pass
 
@@ -115,21 +117,21 @@ def _listed(manifest: Path) -> Collection[str]:
         return set()
 
 
-_BUILT = f"{engines.FOLDER}/*-cc*-*"  # see engines_folder
+_BUILT = f"{ENGINES_FOLDER}/*-cc*-*"  # see engines_folder
 BUNDLE = FolderContent(
     "export",
     (bundle.graph_file("*"), bundle.data_file("*"), bundle.TOKENIZER, bundle.QUANTIZATION),
     bundle.MANIFEST,
     _listed,
     (
-        f"{engines.FOLDER}/",
+        f"{ENGINES_FOLDER}/",
         f"{_BUILT}/",
-        f"{_BUILT}/{engines.ENGINES}",
+        f"{_BUILT}/{ENGINES_MANIFEST}",
         f"{_BUILT}/*.engine",
-        f"{engines.FOLDER}/*.timing",
+        f"{ENGINES_FOLDER}/*.timing",
         # Left by a killed build:
-        f"{_BUILT}/.{engines.ENGINES}.*",
-        f"{engines.FOLDER}/.*.timing.*",
+        f"{_BUILT}/.{ENGINES_MANIFEST}.*",
+        f"{ENGINES_FOLDER}/.*.timing.*",
     ),
 )
 """Content of a bundle's folder. Engines belong to this bundle alone and are replaced with it."""

@@ -10,9 +10,9 @@ from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.policy import Rule, int8_format
-from fusion_edge.runtime.bundle.onnx_file import PAGE
-from fusion_edge.runtime.bundle.quantization_report import MixedPrecision
+from fusion_edge.quant.policy import Rule
+from fusion_edge.runtime.bundle.graph_validation import PAGE
+from fusion_edge.runtime.bundle.quantization_report import BitAllocation
 from fusion_edge.runtime.errors import UsageError
 
 REPORT_BYTES, REPORT_BYTES_PER_LINEAR = 4096, 300  # upper bound of what quantization.json adds to the plan's estimate
@@ -22,7 +22,7 @@ def candidates(plan: ExportPlan) -> dict[str, tuple[int, int]]:
     """Return the shapes ``[outputs, inputs]`` of the 4-bit linears that no rule of the user names."""
     found = {}
     for name, linear in plan.linears.items():
-        is_ruled = any(rule.matches(name) for rule in plan.options.rules)
+        is_ruled = any(rule.matches(name) for rule in plan.options.requested.rules)
         if linear.is_quantized_here and linear.format.bits == 4 and not linear.is_table and not is_ruled:
             found[name] = linear.outputs, linear.inputs
     return found
@@ -47,7 +47,7 @@ def check_budget(plan: ExportPlan, options: CalibrationOptions) -> None:
 
 def allocate_bits(
     plan: ExportPlan, options: CalibrationOptions, samples: Samples, folder: Path
-) -> tuple[tuple[Rule, ...], MixedPrecision]:
+) -> tuple[tuple[Rule, ...], BitAllocation]:
     """Return the rules that promote linears within the budget, and the report. Raises as :func:`check_budget`.
 
     Measures the sensitivity of every candidate, resuming from what ``folder`` holds.
@@ -62,7 +62,7 @@ def allocate_bits(
     formats = {name: _promoted(plan, name) for name in promoted}
     bits = round(mean_bits(shapes, plan.formats | formats), 4)
     rules = tuple(Rule(name, fmt) for name, fmt in formats.items())
-    return rules, MixedPrecision(bits, len(used), tuple(promoted), tuple(sensitivities))
+    return rules, BitAllocation(bits, len(used), tuple(promoted), tuple(sensitivities))
 
 
 def budget_ranges(plan: ExportPlan) -> dict[str, tuple[float, float]]:
@@ -77,7 +77,7 @@ def budget_ranges(plan: ExportPlan) -> dict[str, tuple[float, float]]:
 
 
 def _promoted(plan: ExportPlan, name: str) -> WeightFormat:
-    return int8_format(plan.linears[name].format.group_size, plan.options.target)
+    return plan.options.target.int8_format(plan.linears[name].format.group_size)
 
 
 def _extra_bytes(plan: ExportPlan, name: str, page: int) -> int:

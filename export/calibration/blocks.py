@@ -23,7 +23,8 @@ from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, normalize
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, encode_prompt
+from fusion_edge.runtime.prompts.prompt import encode_prompt
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 
 class BlockOperations(EagerOperations):

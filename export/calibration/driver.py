@@ -62,7 +62,7 @@ def _calibrate(
     allocation = None
     if options.has_budget:
         rules, allocation = allocate_bits(plan, options, samples, folder)
-        plan = plan_export(plan.checkpoint, replace(plan.options, rules=plan.options.rules + rules))
+        plan = plan_export(plan.checkpoint, replace(plan.options.requested, rules=plan.options.requested.rules + rules))
     weights = calibrate(plan, samples, options.method, options.device, folder)
     return plan, weights.with_report(replace(weights.report, mixed_precision=allocation))
 
@@ -89,7 +89,7 @@ def check_samples(plan: ExportPlan, options: CalibrationOptions) -> tuple[Calibr
     weights to quantize and a budget that is too small.
     """
     if not plan.quantized_formats:
-        chosen = f"--{plan.options.precision}{' and these rules' if plan.options.rules else ''}"
+        chosen = f"--{plan.options.precision}{' and these rules' if plan.options.requested.rules else ''}"
         raise UsageError(f"--calibrate quantizes weights; with {chosen} there are none to quantize: leave it out.")
     check_budget(plan, options)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -122,7 +122,7 @@ def _vision_rows(plan: ExportPlan) -> int:
 
 
 def _llm_rows(plan: ExportPlan) -> int:
-    return (plan.options.image_tokens or plan.config.vision.patches) + plan.options.query_lengths[0] + TEXT_TOKENS
+    return plan.options.image_tokens + plan.options.query_lengths[0] + TEXT_TOKENS
 
 
 def _rows(plan: ExportPlan, name: str) -> int:

@@ -33,15 +33,14 @@ class FloatModel:
         """Tokenize samples, with the bundle's query lengths in turn. Raises :class:`FusionError` for one too long."""
         plan = self.plan
         tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
-        manifest = plan.manifest(())
-        lengths = manifest.query_lengths
+        lengths, context = plan.options.query_lengths, plan.options.max_context
         for i, sample in enumerate(samples):
             length = lengths[i % len(lengths)]
-            prepared = prepare(sample, tokenizer, plan.config, length, manifest.image_side, self.device)
-            if len(prepared.tokens) > manifest.max_context:
+            prepared = prepare(sample, tokenizer, plan.config, length, plan.options.image_side, self.device)
+            if len(prepared.tokens) > context:
                 raise FusionError(
                     f"The sample {sample.question[:40]!r} about {sample.picture} has {len(prepared.tokens)} tokens, "
-                    f"the context has {manifest.max_context}. Shorten it, or raise --max-context."
+                    f"the context has {context}. Shorten it, or raise --max-context."
                 )
             yield prepared
 

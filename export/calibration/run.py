@@ -112,7 +112,7 @@ class CalibrationRun:
         for number, prepared in enumerate(self._calibrating):
             block.run(observer, prepared, self._activations(before, number))
             advance()
-        symmetric = self._plan.options.target == "tensorrt"
+        symmetric = self._plan.options.target.symmetric_activations
         quantizer = LayerQuantizer(formats, self._method, weights, self._store, symmetric)
         self._store.finish(block.name, quantizer.quantize(observer))
 

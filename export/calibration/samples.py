@@ -14,7 +14,7 @@ from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.image_files import is_address
 from fusion_edge.runtime.images.preprocessing import load_image
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS
-from fusion_edge.runtime.prompts.text_encoder import any_of, is_empty
+from fusion_edge.runtime.tokenization.text_encoder import any_of, is_empty
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 QUESTIONS = (

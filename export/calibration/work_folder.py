@@ -64,7 +64,7 @@ def command_text(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -
         "files": stamps,
         "held_out": len(samples.held_out),
         "questions": [(str(sample.picture), sample.question, sample.answer) for sample in asked],
-        "target": plan.options.target,  # decides how activations are quantized
+        "target": plan.options.target.name,  # decides how activations are quantized
         "formats": {name: str(form) for name, form in plan.formats.items()},
         "prequantized": sorted(name for name, linear in plan.linears.items() if linear.prequantized),
         "query_lengths": plan.options.query_lengths,

@@ -24,7 +24,7 @@ from fusion_edge.export.checkpoint.input_files import disguise, read_file
 from fusion_edge.export.checkpoint.sentencepiece_model import SPACE, merge_rules, read_pieces
 from fusion_edge.export.checkpoint.tokenizer_config import TokenizerConfig
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.tokenizer import build_tokenizer, parse_tokenizer
+from fusion_edge.runtime.tokenization.tokenizer import build_tokenizer, parse_tokenizer
 
 LARGEST_TOKENIZER = 64 << 20  # bytes of tokenizer.json; Llama's, the largest known, has 17 million
 REQUIRED_TOKENS = ("<vision_start>", "<vision_end>")

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 
 from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.tokenizer_schema import MAX_TOKENS
+from fusion_edge.runtime.tokenization.schema import MAX_TOKENS
 
 _NAMED_TOKENS = {  # the slots of LlamaTokenizer and their defaults
     "bos_token": "<s>",

@@ -13,8 +13,8 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from fusion_edge.kernels.operators import DOMAIN, MICROSOFT
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
-from fusion_edge.runtime.bundle.onnx_file import PAGE
 
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -141,6 +141,15 @@ class GraphBuilder:
         if tensor.name not in self.planned:
             self.planned[tensor.name] = tensor
             self.data_bytes += -(-tensor.nbytes // PAGE) * PAGE
+
+    def is_topological(self) -> bool:
+        """Whether every node of the graph itself reads what is there before it. Branches are not looked into."""
+        known = {"", *self.constants, *self.planned, *(tensor.name for tensor in self.spec.inputs)}
+        for node in self.nodes:
+            if not known.issuperset(node.input):
+                return False
+            known.update(node.output)
+        return True
 
     def model(self, data_file: str, producer_version: str) -> ModelProto:
         """The finished model, its planned tensors pointing into ``data_file``."""

@@ -18,11 +18,13 @@ from fusion_edge.export.checkpoint.tensor_mapping import Parameter, parameters
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import embedding_file
+from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.dequantize_linear import from_dequantize_linear
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, ActivationQuantization, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.quant.policy import EMBEDDING
-from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, Bundle, data_file, graph_file
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, data_file, graph_file
+from fusion_edge.runtime.bundle.reader import Bundle
 
 
 class BundleWeights:
@@ -79,7 +81,7 @@ class BundleWeights:
     def _read_graph(self, graph: str) -> None:
         """Record the position of every initializer in the graph's data file."""
         model = onnx.load(self._bundle.path(graph_file(graph)), load_external_data=False)
-        is_standard = self._bundle.manifest.target == "tensorrt"
+        lowering = TARGETS[self._bundle.manifest.target].lowering
         for initializer in model.graph.initializer:
             place = {entry.key: entry.value for entry in initializer.external_data}
             last = initializer.name.rpartition(".")[2]
@@ -92,7 +94,7 @@ class BundleWeights:
             fmt = WeightFormat("fp32") if array.kind == "float" else self._format(array.linear)
             shape, offset = tuple(initializer.dims), int(place["offset"])
             name = initializer.name
-            by_column = is_standard and fmt.bits == 4 and len(shape) == 2
+            by_column = lowering.stores_int4_by_column and fmt.bits == 4 and len(shape) == 2
             tensor = PlannedTensor(name, parameter, part, fmt, dtype, shape, offset, by_column=by_column)
             self._add(data_file(graph), tensor)
 

@@ -23,8 +23,10 @@ from typing import Any
 
 from fusion_edge.kernels.triton.kernel_folder import Compiled, Entry, write_index
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.system.output_file import write_whole
 
 JETPACK_6, JETPACK_7 = (8, 5), (9, 0)
@@ -66,17 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
         choices=ARCHITECTURES,
         help="compute capability without its dot, repeatable (default: all)",
     )
-    add("--width", type=cli.positive, action="append", help="hidden size, repeatable (default: 3072 and 4096)")
+    add("--width", type=positive_integer, action="append", help="hidden size, repeatable (default: 3072 and 4096)")
     add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the values (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
-    return cli.run(_main, parser.parse_args(arguments))
+    return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
     try:
         import triton  # noqa: F401
     except ImportError:
-        raise FusionError("Triton is not installed; pip install 'fusion-edge[kernels]'.") from None
+        raise FusionError("Triton is not installed; run pip install '.[kernels]' in a clone of fusion-edge.") from None
     widths = options.width or WIDTHS
     for width in widths:
         if width % ALIGNMENT_HEADS:
@@ -102,7 +104,7 @@ def _main(options: argparse.Namespace) -> int:
         )
         for one in built
     ]
-    sys.stdout.write(cli.table([header, *rows]))
+    sys.stdout.write(format_table([header, *rows]))
     return 0
 
 

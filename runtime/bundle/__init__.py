@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from fusion_edge.runtime.bundle.manifest import Bundle, Manifest, open_bundle
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 __all__ = ["Bundle", "Manifest", "open_bundle"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.bundle.schema import from_json
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.formatting import format_table
 
 WORST = 12  # rows of the table
 TAKEN_OVER = "checkpoint"  # the method of weights that were quantized before
@@ -49,7 +49,7 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class MixedPrecision:
+class BitAllocation:
     """Which linears got 8 bits, and why."""
 
     bits: float
@@ -121,7 +121,7 @@ class QuantizationReport:
     calibration_samples: int
     """0 without calibration."""
     end_to_end: EndToEnd | None
-    mixed_precision: MixedPrecision | None = None
+    mixed_precision: BitAllocation | None = None
 
     def to_json(self, with_seconds: bool = False) -> dict[str, Any]:
         """The object in ``quantization.json``, which is without seconds."""
@@ -180,7 +180,7 @@ class QuantizationReport:
         samples = [("Calibration samples", str(self.calibration_samples))] if self.calibration_samples else []
         facts = samples + self.rows()
         width = max((len(name) for name, _ in facts), default=0)
-        return cli.table(rows) + "".join(f"{name.ljust(width)}  {value}\n" for name, value in facts)
+        return format_table(rows) + "".join(f"{name.ljust(width)}  {value}\n" for name, value in facts)
 
 
 def sqnr(noise: float, signal: float) -> float:

@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion_edge.runtime.bundle.engines import all_engines
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Bundle, Manifest, open_bundle, verify
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
-from fusion_edge.runtime.cli import common as cli
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.errors import FusionError, printable
+from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.system.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
-    return cli.run(_info, parser().parse_args(argv))
+    return run_command(_info, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,17 +63,12 @@ def _text(bundle: Bundle) -> str:
         ("Context", f"{manifest.max_context} positions, {manifest.cache} KV cache"),
         *_weight_rows(manifest),
         *_quantization_rows(bundle),
-        *((entry.path, cli.size(entry.size)) for entry in manifest.files),
+        *((entry.path, format_bytes(entry.size)) for entry in manifest.files),
         ("All checksums", "correct"),
         *_engine_rows(bundle),
     ]
     width = max(len(name) for name, _ in rows)
-    return "".join(f"{_shown(name.ljust(width))}  {_shown(value)}\n" for name, value in rows)
-
-
-def _shown(text: str) -> str:
-    """Text of a manifest without what a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(f"{printable(name.ljust(width))}  {printable(value)}\n" for name, value in rows)
 
 
 def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -85,7 +82,7 @@ def _engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
     return [
         (
             "Engines",
-            f"{engines.machine}, {engines.max_context} positions, {cli.size(engines.size)}"
+            f"{engines.machine}, {engines.max_context} positions, {format_bytes(engines.size)}"
             f"{'' if is_current else '; of the bundle as it was before: build them again'}",
         )
         for engines, is_current in all_engines(bundle)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime.answers import Answer
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.conversation import Conversation
-from fusion_edge.runtime.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import Fusion, load
 from fusion_edge.runtime.prompts.prompt import Turn
@@ -27,7 +28,7 @@ LARGEST_INPUT = 2**21
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
-    return cli.run(_run, parser().parse_args(argv))
+    return run_command(_run, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         help="a question; repeat it to continue the conversation; without it questions are read from standard input",
     )
     add("--history", type=Path, metavar="FILE", help='earlier turns: a JSON list of {"question", "answer"}')
-    add("--query-len", type=cli.positive, metavar="N", help="query length, one of the bundle's (default: its first)")
+    add(
+        "--query-len", type=positive_integer, metavar="N", help="query length, one of the bundle's (default: its first)"
+    )
     add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
     add(
         "--temperature",
@@ -63,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         help="let questions and history spell control tokens such as <|end|>; without it such spellings are text",
     )
     add("--device", choices=(AUTO, *NAMES), default=AUTO, help="default: the best that is there for the bundle")
-    add("--threads", type=cli.positive, metavar="N", help="default: every processor that this process may use")
+    add("--threads", type=positive_integer, metavar="N", help="default: every processor that this process may use")
     add("--json", action="store_true", help="print one JSON object with every answer")
     add("--verbose", action="store_true", help="say on standard error which device is taken, and why no better one")
     return parser

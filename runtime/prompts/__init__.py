@@ -1,7 +1,8 @@
-"""From text to token ids: the tokenizer, the prompt's template and its image markers."""
+"""From a conversation to a prompt: templates, image markers and positions."""
 
 from __future__ import annotations
 
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, Turn, encode_prompt
+from fusion_edge.runtime.prompts.prompt import Turn, encode_prompt
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 __all__ = ["TEMPLATES", "Turn", "encode_prompt"]

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from fusion_edge.runtime.arguments import shown
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.prompts.text_encoder import TextEncoder, any_of, is_empty
+from fusion_edge.runtime.prompts.templates import Template
+from fusion_edge.runtime.tokenization.text_encoder import TextEncoder, any_of, is_empty
 
 MOST_WHITESPACE = 1000  # characters around an answer in the history, which beside a control token may take no tokens
 IMAGE_MARKER = "<image>"
@@ -25,42 +26,6 @@ MARKER_IDS: Mapping[str, int] = MappingProxyType({IMAGE_MARKER: -200, LATENT_MAR
 
 
 @dataclass(frozen=True)
-class Template:
-    """The text around a conversation's questions and answers."""
-
-    system: str
-    question_start: str
-    question_end: str
-    answer_start: str
-    answer_end: str
-
-
-TEMPLATES: Mapping[str, Template] = MappingProxyType(
-    {
-        "phi_3": Template(
-            system="<|system|>\nYou are a helpful AI assistant.<|end|>",
-            question_start="\n<|user|>\n",
-            question_end="<|end|>",
-            answer_start="\n<|assistant|>\n",
-            answer_end="<|end|>",
-        ),
-        "llama_3": Template(
-            system="<|start_header_id|>system<|end_header_id|>\n\n"
-            "You are a helpful, highly intelligent language and vision assistant. "
-            "You are able to understand the visual content that the user provides, and assist the user with a "
-            "variety of tasks using natural language. Whenever an image is present in the conversation, very "
-            "carefully examine it and consider its content when formulating your response.<|eot_id|>",
-            question_start="<|start_header_id|>user<|end_header_id|>\n\n",
-            question_end="<|eot_id|>",
-            answer_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
-            answer_end="<|eot_id|>",
-        ),
-    }
-)
-"""By the name in ``FusionConfig.template``."""
-
-
-@dataclass(frozen=True)
 class Turn:
     """A question that has been answered."""
 
@@ -69,7 +34,7 @@ class Turn:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PromptLayout:
     """Where everything goes in the LLM's input. All arrays are int64."""
 
     length: int
@@ -97,7 +62,7 @@ class Prompt:
     instruct_indices: npt.NDArray[np.int64]
     """``[Q]``: index in ``token_ids`` of the last token of the prompt as it stood at each question."""
 
-    def layout(self, image_tokens: int, query_length: int) -> Layout:
+    def layout(self, image_tokens: int, query_length: int) -> PromptLayout:
         """Positions once every marker is as wide as what it stands for.
 
         The first marker becomes ``image_tokens`` rows whichever it is, every later one ``query_length`` rows
@@ -109,7 +74,7 @@ class Prompt:
         widths[image_marker] = image_tokens
         ends = np.cumsum(widths)
         starts = ends - widths
-        return Layout(
+        return PromptLayout(
             length=int(ends[-1]),
             text_ids=self.token_ids[~is_marker],
             text_positions=starts[~is_marker],
@@ -120,7 +85,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Room:
+class ContextBudget:
     """Positions of a context, and how many of them an image and a question's latents take."""
 
     capacity: int
@@ -162,7 +127,12 @@ class PromptEncoder:
         self._ignored = any_of((*self._encoder.special_tokens, *MARKER_IDS, VISION_START, VISION_END))
 
     def encode(
-        self, history: Sequence[Turn], question: str, *, control_tokens: bool = False, room: Room | None = None
+        self,
+        history: Sequence[Turn],
+        question: str,
+        *,
+        control_tokens: bool = False,
+        budget: ContextBudget | None = None,
     ) -> Prompt:
         """A conversation as token ids.
 
@@ -171,7 +141,7 @@ class PromptEncoder:
         removed, as the user's text may not claim a place for an image.
 
         Raises ``UsageError`` for what is no history, no valid text, or a question with nothing in it, ``FusionError``
-        for a prompt that ``room`` does not hold, before all of it is tokenized.
+        for a prompt that ``budget`` does not hold, before all of it is tokenized.
         """
         turns = check_history(history)
         template, encoder = self._template, self._encoder
@@ -185,7 +155,7 @@ class PromptEncoder:
             if number == 0:
                 ids += [*encoder.plain(f"{VISION_END}{VISION_START}"), MARKER_IDS[IMAGE_MARKER]]
                 start = f"{VISION_END}\n"
-            asked = self._question(turn.question, control_tokens, room, ids)
+            asked = self._question(turn.question, control_tokens, budget, ids)
             questions += asked
             piece = (start, asked, f"{template.question_end}{template.answer_start}")
             # Tokenized with its answer behind it, the end of an earlier prompt may split differently; what counts
@@ -195,35 +165,37 @@ class PromptEncoder:
             if number == len(turns):
                 ids += as_asked
             else:
-                answer = self._answer(turn.answer, control_tokens, room, ids)
+                answer = self._answer(turn.answer, control_tokens, budget, ids)
                 ids += encoder.encode((*piece, answer, f"{template.answer_end}{next_question}"), control_tokens)
         if control_tokens:
             questions = _without(questions, *MARKER_IDS, VISION_START, VISION_END)
         instruct = [*encoder.beginning(), *encoder.encode(("", questions.strip()), control_tokens)]
         prompt = Prompt(*(np.array(values, np.int64) for values in (ids, instruct, asked_at)))
-        if room is not None:
-            room.check(prompt)
+        if budget is not None:
+            budget.check(prompt)
         return prompt
 
-    def _question(self, question: str, control_tokens: bool, room: Room | None, before: Sequence[int]) -> str:
-        text = self._valid_text(question, "The question", room, before).strip()
+    def _question(
+        self, question: str, control_tokens: bool, budget: ContextBudget | None, before: Sequence[int]
+    ) -> str:
+        text = self._valid_text(question, "The question", budget, before).strip()
         if control_tokens:
             text = _without(text, *MARKER_IDS).strip()
         if is_empty(text, self._ignored):
             raise UsageError("The question is empty; ask something about the image.")
         return text
 
-    def _answer(self, answer: str, control_tokens: bool, room: Room | None, before: Sequence[int]) -> str:
-        text = self._valid_text(answer, "An answer in the history", room, before)
+    def _answer(self, answer: str, control_tokens: bool, budget: ContextBudget | None, before: Sequence[int]) -> str:
+        text = self._valid_text(answer, "An answer in the history", budget, before)
         if (blanks := len(text) - len(text.strip())) > MOST_WHITESPACE:
             raise UsageError(f"An answer in the history begins or ends with {blanks} blank characters; strip it.")
         return _without(text, *MARKER_IDS) if control_tokens else text
 
-    def _valid_text(self, text: str, name: str, room: Room | None, before: Sequence[int]) -> str:
+    def _valid_text(self, text: str, name: str, budget: ContextBudget | None, before: Sequence[int]) -> str:
         if not isinstance(text, str):
             raise UsageError(f"{name} is of type {type(text).__name__}; expected a string.")
-        if room is not None:  # whitespace beside a control token may take no tokens
-            room.check_text(text.strip(), self._encoder, room.left(before))
+        if budget is not None:  # whitespace beside a control token may take no tokens
+            budget.check_text(text.strip(), self._encoder, budget.left(before))
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusion_edge.benchmarks import gpu
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 
 
 def test_it_measures_every_stage(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fusion_edge.runtime.bundle.engines import Engines
+from fusion_edge.runtime.bundle.engine_manifest import Engines
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 

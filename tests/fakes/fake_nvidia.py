@@ -1,4 +1,4 @@
-"""Stand-ins for libcuda and NVML, called as the libraries are: buffers to fill, numbers that say how it went."""
+"""Fakes of libcuda and NVML with the libraries' calling convention: buffers to fill, return codes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FakeCuda:
 
 @dataclass
 class FakeNvml:
-    """``answers``: by function; the others are not supported, as most are not on a Jetson."""
+    """``answers`` by function; other functions are not supported, as most of them on a Jetson."""
 
     answers: dict[str, int] = field(default_factory=dict)
 
@@ -85,7 +85,7 @@ class FakeNvml:
 
 
 def gpu(nvml: FakeNvml | None = None, is_integrated: bool = False, **answers: int) -> Gpu:
-    """What is found with the two libraries."""
+    """Return the GPU that the two fakes describe."""
     found = describe(FakeCuda(is_integrated=is_integrated), nvml or FakeNvml(answers))
     assert found is not None
     return found

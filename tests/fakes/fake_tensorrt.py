@@ -1,6 +1,6 @@
 """A stand-in for the modules ``tensorrt`` and ``tensorrt_rtx``: an "engine" is the ONNX model, run by ONNX Runtime.
 
-It has what export/engines/builder.py uses and, in ``fake_tensorrt_runtime.py``, what runtime/backends/tensorrt_graph.py
+It has what export/engines/builder.py uses and, in ``fake_tensorrt_runtime.py``, what runtime/backends/tensorrt/graph.py
 does, and refuses what TensorRT refuses.
 ``test_fake_tensorrt.py`` compares it with the real module.
 """

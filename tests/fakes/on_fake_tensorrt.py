@@ -14,9 +14,9 @@ from fakes.fake_tensorrt import FakeTensorRT
 
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.runtime.backends.cuda import Cuda
-from fusion_edge.runtime.backends.tensorrt import TensorRTBackend
-from fusion_edge.runtime.backends.tensorrt_library import Library
-from fusion_edge.runtime.bundle.manifest import Bundle
+from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
+from fusion_edge.runtime.backends.tensorrt.library import Library
+from fusion_edge.runtime.bundle.reader import Bundle
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import Any
 
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime.cli import run as cli_run
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, PromptEncoder, Room, Template
+from fusion_edge.runtime.prompts.prompt import ContextBudget, PromptEncoder
+from fusion_edge.runtime.prompts.templates import TEMPLATES, Template
 from fuzz.bundle_mutants import Bundles
 from fuzz.judge import GROWTH, SECONDS, Mutant
 from fuzz.mutations import NUMBERS, TEXTS, mutate_json, mutate_text, replace, to_json_bytes, value
@@ -93,8 +94,8 @@ class Histories:
 
 
 def _encode(fusion: Fusion, template: Template, history: Any, question: Any) -> None:
-    room = Room(fusion.max_context, image_tokens=16, query_length=4)
-    PromptEncoder(fusion.tokenizer, template).encode(history, question, room=room).layout(16, 4)
+    room = ContextBudget(fusion.max_context, image_tokens=16, query_length=4)
+    PromptEncoder(fusion.tokenizer, template).encode(history, question, budget=room).layout(16, 4)
 
 
 def text(draw: Random) -> str:

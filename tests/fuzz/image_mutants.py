@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
 
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fuzz.judge import SECONDS, Mutant
 from fuzz.mutations import mutate_bytes
@@ -63,7 +63,7 @@ def _of_file(path: Path, content: bytes, changes: tuple[str, ...]) -> Mutant:
         _see(str(path), "rgb")
         return 0
 
-    return Mutant(changes, lambda: cli.run(command, argparse.Namespace()))  # as fusion-run does
+    return Mutant(changes, lambda: run_command(command, argparse.Namespace()))  # as fusion-run does
 
 
 def _see(image: Any, color: Any) -> None:

@@ -24,7 +24,7 @@ from support.attention_graphs import (
 )
 from support.own_kernels import exact_attention, needs_cpu_kernels
 
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 WIDTHS = (8, 16, 64, 72, 80, 96, 128, 256)
 FLOAT32 = 3e-6  # of sums whose values are a few units large

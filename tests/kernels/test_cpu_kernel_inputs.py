@@ -27,7 +27,7 @@ from support.one_node import session_of
 from support.own_kernels import needs_cpu_kernels
 
 from fusion_edge.kernels.onnx_functions.linear import integer_matmul_function
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
 SIZES = Causal(2, 2, 16, 16)

@@ -247,7 +247,9 @@ def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None if name == "triton" else name)
     reason = supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=False)
     assert reason is not None
-    assert reason.startswith("No --kernels, and triton not installed (fusion-edge[kernels])")
+    assert reason.startswith(
+        "No --kernels, and triton not installed (pip install '.[kernels]' in a clone of fusion-edge)"
+    )
     assert supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=True) is None
 
 

@@ -17,12 +17,12 @@ from fakes.fake_backend import FakeBackend
 
 from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn, UsageError, load
 from fusion_edge.runtime.arguments import shown
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import run as cli_run
-from fusion_edge.runtime.embeddings import Embeddings
-from fusion_edge.runtime.prompts.prompt import TEMPLATES
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.sampling import Sampler
-from fusion_edge.runtime.text_stream import TextStream
+from fusion_edge.runtime.tokenization.detokenizer import Detokenizer
+from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 PICTURE = np.zeros((5, 7, 3), np.uint8)
 SHORT = Sampling(max_new_tokens=4)
@@ -98,7 +98,7 @@ def test_stop_strings(stop: Any) -> None:
 
 
 def test_a_long_stop_string_takes_no_time(fusion: Fusion) -> None:
-    stream = TextStream(fusion.tokenizer, ["a" * 1_000_000, "b" * 1_000_000 + "c"])
+    stream = Detokenizer(fusion.tokenizer, ["a" * 1_000_000, "b" * 1_000_000 + "c"])
     started = time.perf_counter()
     for _ in range(500):
         stream.push(fusion.tokenizer.encode("a").ids[-1])

@@ -12,9 +12,10 @@ from fakes.fake_backend import FakeBackend
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn
-from fusion_edge.runtime.bundle.manifest import TOKENIZER, open_bundle
-from fusion_edge.runtime.embeddings import Embeddings
+from fusion_edge.runtime.bundle.manifest import TOKENIZER
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
+from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 SHORT = Sampling(max_new_tokens=3)
 

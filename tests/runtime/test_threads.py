@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 
 from fusion_edge.runtime import Fusion, FusionError, Sampling, UsageError, load
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.bundle.manifest import TOKENIZER, open_bundle
-from fusion_edge.runtime.embeddings import Embeddings
-from fusion_edge.runtime.fair_lock import FairLock
+from fusion_edge.runtime.bundle.manifest import TOKENIZER
+from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.system.fair_lock import FairLock
+from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 SHORT = Sampling(max_new_tokens=6)
 QUESTIONS = ("What is it?", "Where?", "How many shapes are there?", "Why?")
@@ -325,7 +326,7 @@ def test_ctrl_c_within_a_question(fusion: Fusion, method: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             ask("Where?", sampling=SHORT)
         assert fusion.answer(picture(), "What?", sampling=SHORT).text == expected
-        fusion.forget()
+        fusion.clear_image_cache()
     backend(fusion).before = interrupt
     stream = fusion.stream(picture(1), "Where?", sampling=SHORT)
     with pytest.raises(KeyboardInterrupt):

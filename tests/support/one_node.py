@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
 

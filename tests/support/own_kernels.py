@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 needs_cpu_kernels = pytest.mark.skipif(
     cpu_kernels.library() is None or not cpu_kernels.is_supported(),

@@ -10,7 +10,7 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime import Fusion, load
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 
 
 def assert_computes_its_weights(bundle: Path, picture: Path, question: str = "How many?") -> None:

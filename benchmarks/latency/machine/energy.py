@@ -1,49 +1,59 @@
-"""Joules, where the machine tells them.
+"""Energy meters: NVML's counter (GPU board), INA sensors (Jetson module), RAPL counters (x86 processor and memory).
 
-A GPU's board by NVML's counter, a Jetson's module by the sensors of its power supplies, an x86 processor and its memory
-by RAPL's counters, which many systems let only root read.
+Many systems let only root read RAPL.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
-from fusion_edge.benchmarks.latency.machine.procfs import ROOT, Sampler, number, text
-from fusion_edge.benchmarks.latency.result import Energy
+from fusion_edge.benchmarks.latency.machine.procfs import ROOT, BackgroundSampler, number, text
 
-SHORTEST_WINDOW = 5.0
-"""Seconds. NVML's counter moves ten times a second, so a shorter window is not known to 2 %."""
-INTERVAL = 0.1
+MIN_WINDOW = 5.0
+"""Seconds. NVML's counter moves ten times per second; a shorter window has an error above 2%."""
+INTERVAL = 0.1  # seconds
 
 Reading = Callable[[], float | None]
 
 WHOLE_MODULE = (
-    # Rails whose sum is all that a Jetson takes; the first of which all are there.
+    # Rails whose sum is the power of a whole Jetson module. The first group with all rails present is used.
     ("VIN",),  # Thor's developer kit
     ("VDD_IN",),  # Orin Nano, Orin NX
-    # AGX modules have inputs of high voltage and of 5 V. VDDQ_VDD2_1V8AO is fed from the latter, so it is in there.
+    # AGX modules have high-voltage and 5 V inputs. The 5 V input feeds VDDQ_VDD2_1V8AO and so includes it.
     ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),
     ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),
 )
 
 
-class Source(ABC):
-    """What adds up energy from readings, however far apart they are."""
+@dataclass(frozen=True)
+class EnergyUse:
+    """Energy of a window of at least five seconds of decode steps from the case's context on, without a prefill."""
+
+    source: str
+    """``nvml``, or the names of the added sensors."""
+    seconds: float
+    joules: float
+    joules_per_token: float
+
+
+class EnergySource(ABC):
+    """Adds up energy from readings at any interval."""
 
     def __init__(self, name: str, read: Reading) -> None:
         self.name = name
         self.joules = 0.0
         self.seconds = 0.0
-        """Between the first and the last reading."""
+        """Seconds between the first and the last reading."""
         self._read = read
         self._last: tuple[float, float] | None = None
 
     def take(self, now: float) -> None:
-        """Read once. A reading that fails is left out: the next one covers its time."""
+        """Read once. A failed reading is skipped; the next one covers its time."""
         value = self._read()
         if value is None:
             return
@@ -55,14 +65,14 @@ class Source(ABC):
 
     @abstractmethod
     def _between(self, seconds: float, last: float, value: float) -> float:
-        """Joules between two readings."""
+        """Return the joules between two readings."""
 
 
-class Counter(Source):
-    """Readings are joules since some time."""
+class EnergyCounter(EnergySource):
+    """Source whose readings are joules since a fixed time."""
 
     def __init__(self, name: str, read: Reading, wraps_at: float | None = None) -> None:
-        """``wraps_at``: where the counter begins again at 0."""
+        """``wraps_at``: joules at which the counter restarts at 0."""
         super().__init__(name, read)
         self._wraps_at = wraps_at
 
@@ -70,18 +80,18 @@ class Counter(Source):
         return value - last if self._wraps_at is None else (value - last) % self._wraps_at
 
 
-class Sensor(Source):
-    """Readings are watts."""
+class PowerSensor(EnergySource):
+    """Source whose readings are watts."""
 
     def _between(self, seconds: float, last: float, value: float) -> float:
         return seconds * (last + value) / 2
 
 
-class EnergyMeter(Sampler):
-    """Context manager that measures what is done inside."""
+class EnergyMeter(BackgroundSampler):
+    """Context manager that measures the energy of its block."""
 
     def __init__(self, gpu: Gpu | None, root: Path = ROOT) -> None:
-        """``gpu``: the one that computes; None for a CPU."""
+        """``gpu``: the GPU that computes; None for a CPU."""
         super().__init__(INTERVAL)
         self._sources = sources(gpu, root)
 
@@ -90,34 +100,34 @@ class EnergyMeter(Sampler):
         for source in self._sources:
             source.take(seconds)
 
-    def energy(self, tokens: int) -> Energy | None:
-        """Of so many tokens; None where the machine tells none, or was watched for less than :data:`SHORTEST_WINDOW`.
+    def energy(self, tokens: int) -> EnergyUse | None:
+        """Return the energy of ``tokens`` decode steps, after the block has ended.
 
-        After the end of the context.
+        None if the machine reports no energy, or if the window is shorter than :data:`MIN_WINDOW`.
         """
         if not self._sources:
             return None
         seconds = min(source.seconds for source in self._sources)
-        if seconds < SHORTEST_WINDOW:
+        if seconds < MIN_WINDOW:
             return None
         name = " + ".join(source.name for source in self._sources)
         joules = sum(source.joules for source in self._sources)
-        return Energy(name, seconds, joules, joules / tokens)
+        return EnergyUse(name, seconds, joules, joules / tokens)
 
 
-def sources(gpu: Gpu | None, root: Path) -> list[Source]:
-    """What to add up for the energy of a computation; empty where the machine offers nothing."""
+def sources(gpu: Gpu | None, root: Path) -> list[EnergySource]:
+    """Return the sources whose sum is the energy of a computation; empty if the machine has none."""
     if gpu is not None and gpu.joules() is not None:
-        return [Counter("nvml", gpu.joules)]
+        return [EnergyCounter("nvml", gpu.joules)]
     rails = _rails(root)
     for names in WHOLE_MODULE:
         if all(name in rails for name in names):
-            return [Sensor(name, rails[name]) for name in names]
+            return [PowerSensor(name, rails[name]) for name in names]
     return [] if gpu is not None else _rapl(root)
 
 
 def _rails(root: Path) -> dict[str, Reading]:
-    """Watts of each power supply that a chip of Texas Instruments watches, by its label."""
+    """Return readers of watts for each supply rail with a Texas Instruments sensor, by the rail's label."""
     rails: dict[str, Reading] = {}
     for folder in sorted(root.glob("sys/class/hwmon/hwmon*")):
         chip = text(folder / "name")
@@ -126,19 +136,19 @@ def _rails(root: Path) -> dict[str, Reading]:
                 channel = path.name[2]
                 files = folder / f"in{channel}_input", folder / f"curr{channel}_input"
                 rails[text(path) or ""] = partial(_watts, *files)
-        elif chip == "ina238":  # on a Jetson it watches the carrier board's input
+        elif chip == "ina238":  # on a Jetson: the carrier board's input
             rails["VIN"] = partial(_millionths, folder / "power1_input")
     return rails
 
 
-def _rapl(root: Path) -> list[Source]:
-    """Counters of each processor package and of its memory, if they may be read."""
-    found: list[Source] = []
+def _rapl(root: Path) -> list[EnergySource]:
+    """Return counters of each processor package and its memory that this process may read."""
+    found: list[EnergySource] = []
     for folder in sorted(root.glob("sys/class/powercap/intel-rapl:*")):
         name, size = text(folder / "name") or "", number(folder / "max_energy_range_uj")
         read = partial(_millionths, folder / "energy_uj")
         if name.startswith(("package", "dram")) and size is not None and read() is not None:
-            found.append(Counter(f"rapl {name}", read, wraps_at=size / 1e6))
+            found.append(EnergyCounter(f"rapl {name}", read, wraps_at=size / 1e6))
     return found
 
 

@@ -1,6 +1,6 @@
-"""Where a benchmark runs, and in what state that is before and meanwhile.
+"""Facts about the machine that runs a benchmark, and its clocks and throttling during the run.
 
-Nothing here needs a tool or a file that a machine may lack.
+Missing tools and files give None, never an error.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 import statistics
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
-from fusion_edge.benchmarks.latency.machine.procfs import ROOT, Sampler, byte_count, fields, number, text
-from fusion_edge.benchmarks.latency.result import Machine
+from fusion_edge.benchmarks.latency.machine.procfs import ROOT, BackgroundSampler, byte_count, fields, number, text
 from fusion_edge.runtime.system.resources import usable_processors
 
 COMMAND_TIMEOUT = 5.0  # seconds
@@ -32,7 +32,7 @@ DISTRIBUTIONS = (
 )
 
 THROTTLE_COUNTERS: Mapping[str, str] = {
-    # x86: one for each core and package.
+    # x86: a counter per core and package.
     "sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count": "CPU too hot",
     # Orin and Thor: low voltage, average and instantaneous current.
     "sys/class/hwmon/hwmon*/oc1_event_cnt": "supply voltage too low",
@@ -41,12 +41,38 @@ THROTTLE_COUNTERS: Mapping[str, str] = {
 CLOCK_INTERVAL = 0.5  # seconds
 
 
-def machine_facts(gpu: Gpu | None, root: Path = ROOT) -> Machine:
-    """The machine as it is now, whose ``/proc``, ``/sys`` and ``/etc`` lie in ``root``.
+@dataclass(frozen=True)
+class MachineInfo:
+    """Machine, its state at the start, and what happened to its clocks during the run."""
 
-    Of its clocks and of what holds them down :class:`ClockWatch` tells.
+    processor: str
+    cores: int
+    """Number of cores that this process may use."""
+    memory: int
+    """Bytes."""
+    governor: str | None
+    """CPU frequency governor."""
+    load_average: float
+    """Of the last minute before the run."""
+    gpu: str | None
+    power_mode: str | None
+    """As ``nvpmodel`` or NVML name it."""
+    throttled: str | None
+    """Reasons for reduced clocks during the run; None if there were none."""
+    clocks: Mapping[str, tuple[float, ...]]
+    """Lowest, median and highest clock during the run, in Hz: ``processor`` (its fastest core at each moment), ``gpu``,
+    ``gpu memory``, and the devices that a Jetson's kernel lists as ``devfreq``, as far as the machine reports them."""
+    system: str
+    versions: Mapping[str, str]
+    """Versions of Python, of the runtime libraries and of the driver."""
+
+
+def machine_info(gpu: Gpu | None, root: Path = ROOT) -> MachineInfo:
+    """Describe the machine in its present state; ``root`` holds its ``/proc``, ``/sys`` and ``/etc``.
+
+    :class:`ClockWatch` gives ``clocks`` and ``throttled``.
     """
-    return Machine(
+    return MachineInfo(
         processor=_processor(root),
         cores=usable_processors(root),
         memory=byte_count(fields(root / "proc/meminfo")["MemTotal"]),
@@ -62,7 +88,7 @@ def machine_facts(gpu: Gpu | None, root: Path = ROOT) -> Machine:
 
 
 def _processor(root: Path) -> str:
-    """A board by its name, else an x86 processor by its own, else an ARM core by its maker's number and its own."""
+    """Return a board's name, else an x86 processor's name, else an ARM core's implementer and part number."""
     info = fields(root / "proc/cpuinfo")
     name = text(root / "proc/device-tree/model") or info.get("model name")
     if not name and "CPU part" in info:
@@ -71,7 +97,7 @@ def _processor(root: Path) -> str:
 
 
 def _governor(root: Path) -> str | None:
-    """Of the cores that this process may use; several if they differ."""
+    """Return the governors of the usable cores, separated by commas."""
     folders = (root / f"sys/devices/system/cpu/cpu{core}/cpufreq" for core in os.sched_getaffinity(0))
     names = {text(folder / "scaling_governor") for folder in folders}
     return ", ".join(sorted(name for name in names if name)) or None
@@ -100,7 +126,7 @@ def _versions(gpu: Gpu | None, root: Path) -> dict[str, str]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing if it is missing, fails or hangs."""
+    """Return a command's output; empty if the command is missing, fails or hangs."""
     try:
         result = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT, check=True
@@ -110,8 +136,8 @@ def _output(*command: str) -> str:
     return result.stdout.decode(errors="replace")
 
 
-class ClockWatch(Sampler):
-    """Context manager: clocks in the meantime, looked at twice a second, and what held them down."""
+class ClockWatch(BackgroundSampler):
+    """Context manager that reads clocks twice per second and the reasons for reduced ones."""
 
     def __init__(self, gpu: Gpu | None, root: Path = ROOT) -> None:
         super().__init__(CLOCK_INTERVAL)
@@ -121,7 +147,7 @@ class ClockWatch(Sampler):
         self._clocks: dict[str, list[float]] = {}
 
     def sample(self, seconds: float) -> None:
-        """Look at every clock, and ask the GPU why it is held down."""
+        """Read every clock and the GPU's throttle reasons."""
         clocks = _clocks(self._root)
         if self._gpu is not None:
             self._of_gpu |= self._gpu.throttle_reasons()
@@ -131,12 +157,12 @@ class ClockWatch(Sampler):
 
     @property
     def clocks(self) -> dict[str, tuple[float, ...]]:
-        """Lowest, median and highest of each clock, in Hz."""
+        """Lowest, median and highest value of each clock, in Hz."""
         return {name: (min(rates), statistics.median(rates), max(rates)) for name, rates in self._clocks.items()}
 
     @property
     def throttled(self) -> str | None:
-        """Reasons, separated by commas; None if none was seen."""
+        """Throttle reasons, separated by commas; None if there were none."""
         grown = {reason for reason, count in self._counts().items() if count > self._before[reason]}
         return ", ".join(sorted(grown | self._of_gpu)) or None
 
@@ -148,7 +174,7 @@ class ClockWatch(Sampler):
 
 
 def _clocks(root: Path) -> dict[str, float]:
-    """Hz at this moment of the fastest core, and of each device whose clock Linux governs (a Jetson's GPU)."""
+    """Return the present clocks in Hz: of the fastest core, and of each ``devfreq`` device (a Jetson's GPU)."""
     cores = (root / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in os.sched_getaffinity(0))
     fastest = max((number(path) or 0 for path in cores), default=0)
     clocks = {"processor": 1e3 * fastest} if fastest else {}

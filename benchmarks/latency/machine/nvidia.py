@@ -1,6 +1,6 @@
-"""What NVIDIA's driver tells of the GPU that runs a bundle: through libcuda and NVML, without a package or a process.
+"""GPU facts from NVIDIA's driver, through libcuda and NVML, without another package or process.
 
-Nothing here makes a CUDA context, so nothing takes memory of the GPU.
+Nothing here creates a CUDA context, so no GPU memory is used.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ TEXT_LENGTH = 96
 INTEGRATED = 18  # CU_DEVICE_ATTRIBUTE_INTEGRATED
 CLOCKS = {"gpu": 1, "gpu memory": 2}  # NVML_CLOCK_SM, NVML_CLOCK_MEM
 THROTTLE_REASONS = {
-    # nvmlClocksEventReason*: those that say that clocks are held down under load.
+    # nvmlClocksEventReason*: reasons for reduced clocks under load.
     0x04: "GPU at its power limit",
-    0x08: "GPU slowed down by hardware",
+    0x08: "GPU slowed by hardware",
     0x20: "GPU too warm",
-    0x40: "GPU too hot: slowed down by hardware",
-    0x80: "GPU slowed down by its power supply",
+    0x40: "GPU too hot: slowed by hardware",
+    0x80: "GPU slowed by its power supply",
 }
 
 
@@ -30,42 +30,42 @@ class _MemoryInfo(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that CUDA counts as its first. What it, or its driver, does not tell is None."""
+    """First GPU in CUDA's order. Methods return None for values that the driver does not report."""
 
     name: str
     cuda_version: str
-    """The newest that the driver runs."""
+    """Newest CUDA version that the driver supports."""
     is_integrated: bool
-    """It shares the host's memory, as a Jetson's."""
+    """Whether the GPU shares the host's memory, as on a Jetson."""
     nvml: Any = None
-    """The library; None where it does not know the GPU."""
+    """NVML's library; None if NVML does not know the GPU."""
     handle: Any = None
-    """NVML's."""
+    """NVML's device handle."""
 
     def joules(self) -> float | None:
-        """Energy that the board took since the driver was loaded."""
+        """Return the board's energy since the driver was loaded, in joules."""
         value = ctypes.c_ulonglong()
         return value.value / 1e3 if self._ask("nvmlDeviceGetTotalEnergyConsumption", value) else None
 
     def used_memory(self) -> int | None:
-        """Bytes in use, by whomever."""
+        """Return the bytes in use by all processes."""
         info = _MemoryInfo()
         return int(info.used) if self._ask("nvmlDeviceGetMemoryInfo", info) else None
 
     def power_limit(self) -> float | None:
-        """Watts that the driver enforces."""
+        """Return the enforced power limit in watts."""
         value = ctypes.c_uint()
         return value.value / 1e3 if self._ask("nvmlDeviceGetEnforcedPowerLimit", value) else None
 
     def throttle_reasons(self) -> set[str]:
-        """Why clocks are held down at this moment."""
+        """Return the reasons for reduced clocks at this moment."""
         value = ctypes.c_ulonglong()
         if not self._ask("nvmlDeviceGetCurrentClocksEventReasons", value):
-            self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", value)  # its name before driver 535
+            self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", value)  # the name before driver 535
         return {reason for bit, reason in THROTTLE_REASONS.items() if value.value & bit}
 
     def clocks(self) -> dict[str, float]:
-        """Hz at this moment of ``gpu`` and ``gpu memory``, those that the driver tells."""
+        """Return the present clocks of ``gpu`` and ``gpu memory`` in Hz, as far as the driver reports them."""
         found, value = {}, ctypes.c_uint()
         for name, kind in CLOCKS.items():
             if self._ask("nvmlDeviceGetClockInfo", value, kind):
@@ -73,26 +73,26 @@ class Gpu:
         return found
 
     def driver_version(self) -> str | None:
-        """Such as ``580.95.05``."""
+        """Return the driver's version, such as ``580.95.05``."""
         written = ctypes.create_string_buffer(TEXT_LENGTH)
         if self.nvml is None or self.nvml.nvmlSystemGetDriverVersion(written, TEXT_LENGTH):
             return None
         return written.value.decode()
 
     def _ask(self, function: str, answer: ctypes._SimpleCData[int] | ctypes.Structure, *arguments: int) -> bool:
-        """Fill ``answer``; whether that succeeded."""
+        """Call an NVML function that fills ``answer``; return whether it succeeded."""
         ask = getattr(self.nvml, function, None)  # older drivers have fewer functions
         return ask is not None and ask(self.handle, *arguments, ctypes.byref(answer)) == 0
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU; None without a driver or a GPU that works."""
+    """Return the first GPU; None without a driver or a working GPU."""
     cuda, nvml = _library("libcuda.so.1"), _library("libnvidia-ml.so.1")
     return None if cuda is None else describe(cuda, nvml)
 
 
 def describe(cuda: Any, nvml: Any | None) -> Gpu | None:
-    """The first GPU of the two libraries; CUDA and NVML count in different orders, so the bus address tells which."""
+    """Return CUDA's first GPU. NVML counts in another order, so the bus address identifies it there."""
     device = ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
         return None

@@ -1,4 +1,4 @@
-"""Small files in which Linux tells of itself (``/proc``, ``/sys``), and a thread that looks from time to time."""
+"""Readers of Linux's ``/proc`` and ``/sys``, and a background thread that samples at intervals."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import TypeVar
 
 ROOT = Path("/")
-Self = TypeVar("Self", bound="Sampler")
+Self = TypeVar("Self", bound="BackgroundSampler")
 
 
 def text(path: Path) -> str | None:
-    """What a file holds, without white space and zeros at its ends; None where it cannot be read."""
+    """Return a file's text without white space and zeros at its ends; None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip(" \t\n\0")
     except OSError:
@@ -22,7 +22,7 @@ def text(path: Path) -> str | None:
 
 
 def number(path: Path) -> int | None:
-    """A file's whole number; None where there is none."""
+    """Return a file's integer; None if it has none."""
     try:
         return int(text(path) or "")
     except ValueError:
@@ -30,18 +30,18 @@ def number(path: Path) -> int | None:
 
 
 def fields(path: Path) -> dict[str, str]:
-    """Lines such as ``MemTotal:  1024 kB`` by their names, the first of each; empty where the file cannot be read."""
+    """Return lines such as ``MemTotal:  1024 kB`` by name, the first of each; empty if the file cannot be read."""
     pairs = [line.split(":", 1) for line in (text(path) or "").splitlines() if ":" in line]
     return {name.strip(): value.strip() for name, value in reversed(pairs)}
 
 
 def byte_count(written: str) -> int:
-    """Of a size such as ``1024 kB``."""
+    """Return the bytes of a size such as ``1024 kB``."""
     return 1024 * int(written.removesuffix("kB"))
 
 
-class Sampler(ABC):
-    """Context manager: :meth:`sample` is called on entry, every ``interval`` seconds and on exit."""
+class BackgroundSampler(ABC):
+    """Context manager that calls :meth:`sample` on entry, every ``interval`` seconds, and on exit."""
 
     def __init__(self, interval: float) -> None:
         self.interval = interval
@@ -51,7 +51,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(self, seconds: float) -> None:
-        """Look, ``seconds`` after entry. Must not raise: nobody would hear of it."""
+        """Take a sample ``seconds`` after entry. Must not raise: the thread has no caller."""
 
     def __enter__(self: Self) -> Self:
         self._started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Markup that is escaped by construction, and charts of it as inline SVG.
+"""Escaped markup, and charts as inline SVG.
 
-Sizes of a chart are shares of the place it is given, text keeps its size, colours are CSS classes. So a chart is as
-wide as the screen, and its text as readable on a phone as on a desktop.
+Charts scale with their container, text keeps its size, and colors are CSS classes, so a chart is readable on a phone
+and on a desktop.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _GRID = 1000
-"""Side of the square in which lines are drawn before it is stretched over the plot."""
+"""Side of the square in which paths are drawn before they are stretched over the plot."""
 
 _VOID = frozenset({"meta", "link"})
 Format = Callable[[float], str]
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that needs no escaping."""
 
 
 def element(tag: str, *children: str, **attributes: object) -> Markup:
-    """``<tag attributes>children</tag>``: children that are no :class:`Markup` are escaped, and so are attributes.
+    """Return ``<tag attributes>children</tag>`` with attributes and plain-text children escaped.
 
-    In an attribute's name an underscore stands for a hyphen, but one at the end only keeps it from being a keyword.
+    An underscore in an attribute's name becomes a hyphen; a trailing one is dropped (``class_``).
     """
     names = ((name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items())
     opening = "".join([tag, *(f' {name}="{html.escape(str(value))}"' for name, value in names)])
@@ -33,87 +33,88 @@ def element(tag: str, *children: str, **attributes: object) -> Markup:
 
 
 def join(parts: Iterable[str]) -> Markup:
-    """One after the other."""
+    """Concatenate markup and escaped text."""
     return Markup("".join(part if isinstance(part, Markup) else html.escape(part, quote=False) for part in parts))
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From one value to a larger one."""
+    """Linear axis from ``low`` to ``high``."""
 
-    least: float
-    largest: float
+    low: float
+    high: float
     text: Format
     name: str = ""
 
     def share(self, value: float) -> float:
-        """Of the way along the axis."""
-        return (value - self.least) / (self.largest - self.least)
+        """Return the position of a value on the axis: 0 at ``low``, 1 at ``high``."""
+        return (value - self.low) / (self.high - self.low)
 
     def ticks(self, about: int) -> list[tuple[float, str]]:
-        """Round values on the axis, 1, 2 or 5 times a power of ten apart, and their texts."""
-        width = (self.largest - self.least) / about
+        """Return round values on the axis, 1, 2 or 5 times a power of ten apart, with their texts."""
+        width = (self.high - self.low) / about
         power = 10.0 ** math.floor(math.log10(width))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * width)
-        first, last = math.ceil(self.least / step - 1e-9), math.floor(self.largest / step + 1e-9)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(i * step, self.text(i * step) if i else "0") for i in range(first, last + 1)]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A labelled line across a plot."""
+    """Labeled line across a plot."""
 
     value: float
     label: str
     kind: str
     """CSS class."""
     is_below: bool = False
-    """Whether a horizontal line has its label below, where there is room."""
+    """Whether the label of a horizontal line is below it, if there is room."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points with intervals, joined by a line; and what limits them."""
+    """Points with intervals on a line, and their roofline."""
 
     name: str
     points: tuple[tuple[float, float, float, float], ...]
     """x, low, middle, high."""
-    limits: tuple[tuple[float, float], ...]
+    roofline: tuple[tuple[float, float], ...]
+    """x, y."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Of a stacked bar."""
+    """Segment of a stacked bar."""
 
     name: str
     value: float
     text: str
     kind: str
-    limit: float | None = None
-    """The least that it could be."""
+    roofline: float | None = None
+    """Value at the roofline."""
 
 
 def bar(segments: Sequence[Segment], largest: float, label: str) -> Markup:
-    """A stacked bar; ``largest`` would fill the width. A segment's limit is a line along its foot."""
+    """Return a stacked bar; ``largest`` fills the width. A segment's roofline is a line along its foot."""
     parts: list[Markup] = []
     start = 0.0
     for segment in segments:
         x, width = _percent(start / largest), _percent(segment.value / largest)
         title = element("title", f"{segment.name}: {segment.text}")
         parts.append(element("rect", title, x=x, width=width, height="100%", class_=f"segment {segment.kind}"))
-        if segment.value / largest > 0.17:  # there is room for the text, even on a phone
+        if segment.value / largest > 0.17:  # the text fits, even on a phone
             middle = _percent((start + segment.value / 2) / largest)
             text_kind = f"inside on-{segment.kind}"
             parts.append(element("text", segment.text, x=middle, y="50%", dy=".35em", class_=text_kind))
-        if segment.limit is not None:
-            reached = _percent(min(segment.limit, segment.value) / largest)
+        if segment.roofline is not None:
+            reached = _percent(min(segment.roofline, segment.value) / largest)
             parts.append(element("rect", x=x, y="86%", width=reached, height="14%", class_="foot"))
         start += segment.value
     return _svg("bar", label, parts)
 
 
 def histogram(values: Sequence[float], axis: Axis, marks: Sequence[Mark], label: str) -> Markup:
-    """How many of the values lie where on the axis; marks are vertical lines, their labels in rows above."""
+    """Return a histogram; marks are vertical lines with their labels in rows above."""
     bins = min(max(round(2 * len(values) ** (1 / 3)), 6), 40)
     counts = [0] * bins
     for share in map(axis.share, values):
@@ -137,7 +138,7 @@ def histogram(values: Sequence[float], axis: Axis, marks: Sequence[Mark], label:
 def band(
     x: Axis, y: Axis, points: Sequence[tuple[float, float, float, float]], marks: Sequence[Mark], label: str
 ) -> Markup:
-    """A line through (x, low, middle, high) with the area from low to high behind it; marks are horizontal lines."""
+    """Return a line through (x, low, middle, high) over the area from low to high; marks are horizontal lines."""
     outline = [(x.share(p[0]), y.share(p[1])) for p in points] + [(x.share(p[0]), y.share(p[3])) for p in points[::-1]]
     shapes = [
         element("path", d=_path(outline) + "Z", class_="area"),
@@ -155,17 +156,17 @@ def band(
 
 
 def lines(x: Axis, y: Axis, series: Sequence[Series], kinds: Sequence[str], label: str) -> Markup:
-    """A line with points and intervals for each series in its CSS class, its limits as a dashed line."""
+    """Return a line with points and intervals per series in its CSS class, and its roofline as a dashed line."""
     parts = [*_y_axis(y), *_x_axis(x)]
     for i, (one, kind) in enumerate(zip(series, kinds, strict=True)):
-        radius = 3 + 2.5 * (i % 4)  # rings around each other where points coincide
+        radius = 3 + 2.5 * (i % 4)  # concentric rings for points that coincide
         curve = [(x.share(at), y.share(middle)) for at, _, middle, _ in one.points]
-        limit = [(x.share(at), y.share(value)) for at, value in one.limits]
+        roofline = [(x.share(at), y.share(value)) for at, value in one.roofline]
         parts.append(
             _stretched(
                 [
                     element("path", d=_path(curve), class_=f"curve {kind}"),
-                    element("path", d=_path(limit), class_=f"curve dashed {kind}"),
+                    element("path", d=_path(roofline), class_=f"curve dashed {kind}"),
                 ]
             )
         )
@@ -174,8 +175,8 @@ def lines(x: Axis, y: Axis, series: Sequence[Series], kinds: Sequence[str], labe
             ends = {"y1": _percent(1 - y.share(low)), "y2": _percent(1 - y.share(high))}
             title = element("title", f"{one.name}: {y.text(middle)} at {x.text(at)}")
             parts.append(element("line", x1=place, x2=place, class_=f"whisker {kind}", **ends))
-            centre = _percent(1 - y.share(middle))
-            parts.append(element("circle", title, cx=place, cy=centre, r=radius, class_=f"ring {kind}"))
+            center = _percent(1 - y.share(middle))
+            parts.append(element("circle", title, cx=place, cy=center, r=radius, class_=f"ring {kind}"))
     return _plot(label, parts)
 
 
@@ -203,7 +204,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _stretched(shapes: Sequence[Markup]) -> Markup:
-    """Paths know no percentages: they are drawn in a square, which is stretched over the plot and clips them."""
+    """Stretch paths over the plot: SVG paths have no percentages, so they are drawn in a square."""
     box = f"0 0 {_GRID} {_GRID}"
     return element("svg", *shapes, viewBox=box, preserveAspectRatio="none", width="100%", height="100%")
 

@@ -1,4 +1,4 @@
-"""A result as one HTML file that needs nothing else: no script, no network."""
+"""A result as one self-contained HTML file: no script, no network."""
 
 from __future__ import annotations
 
@@ -9,44 +9,43 @@ from fusion_edge.benchmarks.latency.report import charts, labels
 from fusion_edge.benchmarks.latency.report.case import case_details, legend, time_format, track
 from fusion_edge.benchmarks.latency.report.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.report.style import CSS
-from fusion_edge.benchmarks.latency.result import Case, Measured, Result
-from fusion_edge.benchmarks.latency.statistics import LARGEST_ERROR
-from fusion_edge.runtime.cli import common as cli
+from fusion_edge.benchmarks.latency.result import DECODE_STEP, BenchResult, Case, CaseResult
+from fusion_edge.benchmarks.latency.statistics import TARGET_ERROR
+from fusion_edge.runtime.formatting import format_bytes
 
-_SERIES_KINDS = ("blue", "orange", "green", "pink", "sky", "red", "yellow")
+_SERIES_COLORS = ("blue", "orange", "green", "pink", "sky", "red", "yellow")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass(frozen=True)
 class _Column:
-    """Of the table that compares cases."""
+    """Column of the table that compares cases."""
 
     name: str
-    value: Callable[[Measured], float]
+    value: Callable[[CaseResult], float]
     text: Callable[[float], str]
 
 
 _COLUMNS = (
-    _Column("First token", lambda measured: measured.first_token.median, labels.duration),
-    _Column("Further question", lambda measured: measured.further_first_token.median, labels.duration),
-    _Column("Tokens a second", lambda measured: measured.tokens_per_second, labels.three_digits),
-    _Column("Peak memory", lambda measured: float(measured.memory.peak), cli.size),
+    _Column("Time to first token", lambda one: one.ttft.p50, labels.duration),
+    _Column("Follow-up TTFT", lambda one: one.followup_ttft.p50, labels.duration),
+    _Column("Decode tokens/s", lambda one: one.decode_tokens_per_second, labels.three_digits),
+    _Column("Peak memory", lambda one: float(one.memory.peak), format_bytes),
 )
 
 
-def html_report(result: Result) -> str:
-    """The whole file."""
-    cases = [measured.case for measured in result.measured]
+def html_report(result: BenchResult) -> str:
+    """Return the whole file."""
+    cases = [one.case for one in result.cases]
     title = f"Latency of {result.bundle.source}"
     body = [element("h1", title), _subtitle(result), *_warnings(result)]
     if len(cases) == 1:
         case = element("p", labels.case_name(cases[0]), class_="muted")
-        details = case_details(result.measured[0], result)
-        body += [element("h2", "Measured"), case, details]
+        body += [element("h2", "Result"), case, case_details(result.cases[0], result)]
     else:
         body += [element("h2", "Cases side by side"), _comparison(result), _over_context(result)]
-        body += [element("h2", "Every case"), *_folded(result)]
-    body += [element("h2", "What, where and how"), _facts(result), _command(result)]
+        body += [element("h2", "All cases"), *_folded(result)]
+    body += [element("h2", "Setup"), _facts(result), _command(result)]
     head = [
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -60,72 +59,72 @@ def html_report(result: Result) -> str:
     return f"<!DOCTYPE html>\n{page}\n"
 
 
-def _subtitle(result: Result) -> Markup:
+def _subtitle(result: BenchResult) -> Markup:
     bundle, machine = result.bundle, result.machine
     where = machine.gpu or machine.processor
-    text = f"{bundle.precision} for {bundle.target}, {cli.size(bundle.size)}, on {where}, {result.created}"
+    text = f"{bundle.precision} for {bundle.target}, {format_bytes(bundle.size)}, on {where}, {result.created}"
     return element("p", text, class_="muted")
 
 
-def _warnings(result: Result) -> list[Markup]:
-    noisy = sum(measured.is_noisy for measured in result.measured)
+def _warnings(result: BenchResult) -> list[Markup]:
+    noisy = sum(one.is_noisy for one in result.cases)
     texts = []
     if noisy:
-        which = "" if len(result.measured) == 1 else f" in {noisy} of {len(result.measured)} cases"
+        which = "" if len(result.cases) == 1 else f" in {noisy} of {len(result.cases)} cases"
         texts.append(
-            f"The machine was too noisy{which}: some medians are not known to {LARGEST_ERROR:.0%}. Small differences "
-            "mean nothing."
+            f"The machine was too noisy{which}: the error of some medians exceeds {TARGET_ERROR:.0%}. Ignore small "
+            "differences."
         )
     texts += labels.remarks(result)
     if result.machine.throttled:
-        texts.append(f"Clocks were held down: {result.machine.throttled}.")
+        texts.append(f"Throttled: {result.machine.throttled}.")
     return [element("p", text, class_="warning") for text in texts]
 
 
-def _comparison(result: Result) -> Markup:
-    cases = [measured.case for measured in result.measured]
+def _comparison(result: BenchResult) -> Markup:
+    cases = [one.case for one in result.cases]
     options = labels.differing_options(cases)
-    most = [max(map(column.value, result.measured)) for column in _COLUMNS]
+    most = [max(map(column.value, result.cases)) for column in _COLUMNS]
     rows = []
-    for i, measured in enumerate(result.measured):
-        link = element("a", labels.case_name(measured.case, options), href=f"#{_id(i)}")
-        cells = [element("th", link, *_badge(measured))]
+    for i, one in enumerate(result.cases):
+        link = element("a", labels.case_name(one.case, options), href=f"#{_id(i)}")
+        cells = [element("th", link, *_badge(one))]
         for column, largest in zip(_COLUMNS, most, strict=True):
-            value = column.value(measured)
+            value = column.value(one)
             cells.append(element("td", column.text(value), track(value / largest), data_name=column.name))
         rows.append(element("tr", *cells))
     header = element("tr", element("th", "Case"), *(element("th", column.name) for column in _COLUMNS))
     table = element("table", element("thead", header), element("tbody", *rows), class_="cases")
     common = labels.case_name(cases[0], labels.common_options(cases))
-    note = [element("p", f"All with {common}.", class_="note muted")] if common else []
+    note = [element("p", f"All cases: {common}.", class_="note muted")] if common else []
     return element("div", table, *note, class_="card")
 
 
-def _badge(measured: Measured) -> list[str]:
-    return [" ", element("span", "too noisy", class_="badge")] if measured.is_noisy else []
+def _badge(one: CaseResult) -> list[str]:
+    return [" ", element("span", "too noisy", class_="badge")] if one.is_noisy else []
 
 
-def _over_context(result: Result) -> Markup:
-    """Steps over context, where cases differ in it."""
-    groups: dict[Case, list[Measured]] = {}
-    for measured in result.measured:
-        groups.setdefault(replace(measured.case, context=0), []).append(measured)
+def _over_context(result: BenchResult) -> Markup:
+    """Return a plot of decode steps over context, if cases differ in it."""
+    groups: dict[Case, list[CaseResult]] = {}
+    for one in result.cases:
+        groups.setdefault(replace(one.case, context=0), []).append(one)
     groups = {case: sorted(group, key=lambda one: one.case.context) for case, group in groups.items() if len(group) > 1}
     if not groups:
         return Markup()
     options = labels.differing_options(list(groups))
     series = [_series(labels.case_name(case, options), group) for case, group in groups.items()]
-    kinds = [_SERIES_KINDS[i % len(_SERIES_KINDS)] for i in range(len(series))]
+    colors = [_SERIES_COLORS[i % len(_SERIES_COLORS)] for i in range(len(series))]
     points = [point for one in series for point in one.points]
-    x = charts.Axis(0, 1.05 * max(point[0] for point in points), lambda value: f"{value:,.0f}", "context, positions")
-    largest = max(point[3] for point in points)
-    y = charts.Axis(0, 1.1 * largest, time_format(largest))
-    note = "Median of a step with its 95% interval; dashed: what the memory's bandwidth allows."
-    named = [(one.name, kind) for one, kind in zip(series, kinds, strict=True) if one.name]
+    x = charts.Axis(0, 1.05 * max(point[0] for point in points), lambda value: f"{value:,.0f}", "context, tokens")
+    high = max(point[3] for point in points)
+    y = charts.Axis(0, 1.1 * high, time_format(high))
+    note = "Median of a decode step with its 95% confidence interval; dashed: the bandwidth roofline."
+    named = [(one.name, color) for one, color in zip(series, colors, strict=True) if one.name]
     return element(
         "figure",
-        element("h3", "A step over context"),
-        charts.lines(x, y, series, kinds, note),
+        element("h3", "Decode step over context"),
+        charts.lines(x, y, series, colors, note),
         legend(named),
         element("figcaption", note),
         class_="card",
@@ -133,33 +132,32 @@ def _over_context(result: Result) -> Markup:
     )
 
 
-def _series(name: str, group: Sequence[Measured]) -> charts.Series:
+def _series(name: str, group: Sequence[CaseResult]) -> charts.Series:
     points = []
-    for measured in group:
-        step = measured.stages[labels.STEP]
-        low, high = step.interval or (step.median, step.median)
-        points.append((float(measured.case.context), low, step.median, high))
-    steps = ((float(one.case.context), one.limits.step.seconds) for one in group)
-    limits = tuple((context, seconds) for context, seconds in steps if seconds is not None)
-    return charts.Series(name, tuple(points), limits)
+    for one in group:
+        step = one.stages[DECODE_STEP]
+        low, high = step.ci95 or (step.p50, step.p50)
+        points.append((float(one.case.context), low, step.p50, high))
+    rooflines = ((float(one.case.context), one.roofline.decode.roofline_seconds) for one in group)
+    roofline = tuple((context, seconds) for context, seconds in rooflines if seconds is not None)
+    return charts.Series(name, tuple(points), roofline)
 
 
-def _folded(result: Result) -> list[Markup]:
-    options = labels.differing_options([measured.case for measured in result.measured])
+def _folded(result: BenchResult) -> list[Markup]:
+    options = labels.differing_options([one.case for one in result.cases])
     parts = []
-    for i, measured in enumerate(result.measured):
+    for i, one in enumerate(result.cases):
         figures = (
-            f" {labels.duration(measured.first_token.median)} to the first token, "
-            f"{labels.three_digits(measured.tokens_per_second)} tokens/s "
+            f" TTFT {labels.duration(one.ttft.p50)}, {labels.three_digits(one.decode_tokens_per_second)} tokens/s "
         )
         summary = element(
             "summary",
-            labels.case_name(measured.case, options),
+            labels.case_name(one.case, options),
             element("span", figures, class_="figures"),
-            *_badge(measured),
+            *_badge(one),
         )
-        # A link to what is folded unfolds it, as long as its target is inside.
-        target = element("div", case_details(measured, result), id=_id(i))
+        # The link's target is inside, so that following the link unfolds the case.
+        target = element("div", case_details(one, result), id=_id(i))
         parts.append(element("details", summary, target))
     return parts
 
@@ -168,49 +166,49 @@ def _id(i: int) -> str:
     return f"case-{i + 1}"
 
 
-def _facts(result: Result) -> Markup:
+def _facts(result: BenchResult) -> Markup:
     bundle, machine = result.bundle, result.machine
     what = {
         "Checkpoint": bundle.source,
         "Target": bundle.target,
         "Precision": bundle.precision,
-        "Size": cli.size(bundle.size),
-        "Longest context": f"{bundle.max_context:,} positions",
+        "Size": format_bytes(bundle.size),
+        "Max context": f"{bundle.max_context:,} tokens",
         "Digest": bundle.digest,
     }
     where = {
         "Processor": machine.processor,
         "Cores": str(machine.cores),
-        "Memory": cli.size(machine.memory),
+        "Memory": format_bytes(machine.memory),
         "GPU": machine.gpu,
         "Governor": machine.governor,
         "Power mode": machine.power_mode,
         "Throttled": machine.throttled,
-        "Load at start": f"{machine.load_average:.2f}",
+        "Load average": f"{machine.load_average:.2f} at the start",
         **{f"Clock of {name}": _clock(clock) for name, clock in machine.clocks.items()},
         "System": machine.system,
     }
-    for device, rates in result.rates.items():
-        for name, rate, unit in (("bandwidth", rates.bandwidth, "B/s"), ("products", rates.multiplications, "MAC/s")):
-            where[f"Probed {name}, {device}"] = None if rate is None else labels.rate(rate, unit)
+    for device, peaks in result.peaks.items():
+        for name, peak, unit in (("Bandwidth", peaks.bandwidth, "B/s"), ("Compute", peaks.compute, "MAC/s")):
+            where[f"{name} of {device}"] = None if peak is None else labels.rate(peak, unit)
     lists: dict[str, Mapping[str, str | None]] = {"Bundle": what, "Machine": where, "Versions": machine.versions}
     cards = (element("div", element("h3", name), _list(facts), class_="card") for name, facts in lists.items())
     return element("div", *cards, class_="charts")
 
 
 def _clock(rates: Sequence[float]) -> str:
-    least, median, largest = (labels.rate(rate, "Hz") for rate in rates)
-    return f"{median} ({least} to {largest})"
+    low, median, high = (labels.rate(rate, "Hz") for rate in rates)
+    return f"{median} ({low} to {high})"
 
 
 def _list(facts: Mapping[str, str | None]) -> Markup:
-    """Of those that are known."""
+    """Return a definition list of the facts that are not None."""
     known = [(name, value) for name, value in facts.items() if value is not None]
     return element("dl", *(join([element("dt", name), element("dd", value)]) for name, value in known))
 
 
-def _command(result: Result) -> Markup:
-    made = f"{result.producer}, {result.created}, schema {result.schema_version}"
+def _command(result: BenchResult) -> Markup:
+    made = f"{result.producer}, {result.created}, schema version {result.schema_version}"
     return join(
         [
             element("div", element("h3", "Command"), element("pre", result.command), class_="card"),

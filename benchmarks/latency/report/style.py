@@ -1,20 +1,20 @@
-"""The style sheet of a report.
+"""Style sheet of the HTML report.
 
-Stages have the colours of Okabe and Ito, "Color universal design" (2008), which colour-blind people tell apart.
+Stages use the colors of Okabe and Ito, "Color universal design" (2008), which color-blind people can distinguish.
 """
 
 CSS = """
 :root {
   color-scheme: light dark;
   --page: #f5f6f8; --card: #ffffff; --ink: #1b2230; --muted: #5a6475; --line: #dfe3ea;
-  --data: #0072b2; --area: #0072b233; --limit: #b84a00; --warn: #fff2dc; --warn-line: #d98200;
-  --blue: #0072b2; --grey: #b3b9c4;
+  --data: #0072b2; --area: #0072b233; --roofline: #b84a00; --warn: #fff2dc; --warn-line: #d98200;
+  --blue: #0072b2; --gray: #b3b9c4;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #10141b; --card: #191f29; --ink: #e8ecf3; --muted: #9da8ba; --line: #313a48;
-    --data: #56b4e9; --area: #56b4e940; --limit: #ff9a52; --warn: #33270f; --warn-line: #e69f00;
-    --blue: #2c8fce; --grey: #7d8797;
+    --data: #56b4e9; --area: #56b4e940; --roofline: #ff9a52; --warn: #33270f; --warn-line: #e69f00;
+    --blue: #2c8fce; --gray: #7d8797;
   }
 }
 * { box-sizing: border-box; }
@@ -68,9 +68,9 @@ path { fill: none; vector-effect: non-scaling-stroke; }
 .dashed { stroke-dasharray: 6 4; }
 .label { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 line.median { stroke: var(--ink); stroke-width: 1.5; }
-line.quantile { stroke: var(--muted); stroke-width: 1.5; stroke-dasharray: 2 3; }
-line.limit { stroke: var(--limit); stroke-width: 2; stroke-dasharray: 7 4; }
-text.limit { fill: var(--limit); font-weight: 600; }
+line.percentile { stroke: var(--muted); stroke-width: 1.5; stroke-dasharray: 2 3; }
+line.roofline { stroke: var(--roofline); stroke-width: 2; stroke-dasharray: 7 4; }
+text.roofline { fill: var(--roofline); font-weight: 600; }
 .whisker { stroke-width: 2; }
 .ring { fill: none; stroke: var(--kind); stroke-width: 2; }
 .segment { stroke: var(--card); stroke-width: 1; }
@@ -80,7 +80,7 @@ text.limit { fill: var(--limit); font-weight: 600; }
 .segment { fill: var(--kind); }
 .whisker { stroke: var(--kind); }
 .orange { --kind: #e69f00; } .sky { --kind: #56b4e9; } .green { --kind: #009e73; } .yellow { --kind: #f0e442; }
-.blue { --kind: var(--blue); } .red { --kind: #d55e00; } .pink { --kind: #cc79a7; } .grey { --kind: var(--grey); }
+.blue { --kind: var(--blue); } .red { --kind: #d55e00; } .pink { --kind: #cc79a7; } .gray { --kind: var(--gray); }
 .row { display: flex; justify-content: space-between; gap: 12px; margin: 10px 0 4px; }
 .row b { white-space: nowrap; }
 .legend {
@@ -104,7 +104,7 @@ tbody th { color: var(--ink); font-size: 15px; }
 .track { height: 7px; margin-top: 4px; background: var(--line); border-radius: 4px; overflow: hidden; }
 .track > div { height: 100%; background: var(--data); border-radius: 4px; }
 .meter { margin: 0 0 14px; }
-.meter .track > div { background: var(--limit); }
+.meter .track > div { background: var(--roofline); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 0; }
 dt { color: var(--muted); } dd { margin: 0; }
 pre { white-space: pre-wrap; margin: 0; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }

@@ -1,4 +1,4 @@
-"""Runner: the LLM of a bundle, without vision encoder and alignment decoder, which have no counterpart in the peers."""
+"""Runner for the LLM of a bundle, without vision encoder and alignment decoder, which other engines do not have."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any
 import numpy as np
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measured, answer
-from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime import Decoder
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph, Input
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, report
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input
+from fusion_edge.runtime.backends.onnxruntime.llm import LlmSession
 from fusion_edge.runtime.bundle.graphs import LLM
-from fusion_edge.runtime.bundle.manifest import open_bundle
-from fusion_edge.runtime.embeddings import Embeddings
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 
 class BundleLlm:
-    """The bundle in ``folder``."""
+    """LLM of the bundle in ``folder``."""
 
-    def __init__(self, folder: Path, work: llm.Workload) -> None:
+    def __init__(self, folder: Path, work: llm.LlmWorkload) -> None:
         bundle = open_bundle(folder)
         model = bundle.manifest.model
         if work.capacity > bundle.manifest.max_context:
             raise CannotRunError(
-                f"--capacity {work.capacity} is more than the {bundle.manifest.max_context} positions of {folder}; "
+                f"--capacity {work.capacity} exceeds the context of {folder} ({bundle.manifest.max_context} tokens); "
                 "pass less, or export with a larger --max-context."
             )
         self.settings: Mapping[str, Any] = {
             "precision": bundle.manifest.precision,
-            "own kernels": cpu_kernels.run(bundle.manifest, LLM),
+            "own kernels": cpu_kernels.can_run(bundle.manifest, LLM),
             "threads": work.threads,
         }
         self._capacity = work.capacity
-        self._decoder = Decoder(Graph(bundle, LLM, "cpu", work.threads), bundle.manifest)
+        self._decoder = LlmSession(Graph(bundle, LLM, "cpu", work.threads), bundle.manifest)
         self._embed = Embeddings(bundle)
         shape = (model.alignment.layers, 0, model.alignment.window_size**2, model.language.hidden_size)
-        self._no_pairs = np.zeros(shape, np.float32)
+        self._no_windows = np.zeros(shape, np.float32)
         self._token = 0
 
     def prefill(self, ids: list[int]) -> None:
@@ -48,18 +48,18 @@ class BundleLlm:
             "embeddings": self._embed(np.array(ids))[None],
             "latent_positions": np.zeros((0, 0), np.int64),
             "question_positions": np.zeros(0, np.int64),
-            "keys": self._no_pairs,
-            "values": self._no_pairs,
+            "keys": self._no_windows,
+            "values": self._no_windows,
         }
         logits = self._decoder.prefill(inputs, len(ids), self._capacity)
         self._token = int(logits.argmax())
 
     def step(self) -> None:
-        self._token = int(self._decoder.step(self._embed(np.array([self._token]))[0]).argmax())
+        self._token = int(self._decoder.decode(self._embed(np.array([self._token]))[0]).argmax())
 
 
-def measure(folder: Path, work: llm.Workload) -> Measured:
-    """Raises :class:`CannotRunError` for a folder that is no bundle for this machine."""
+def measure(folder: Path, work: llm.LlmWorkload) -> Measurement:
+    """Measure a bundle. Raises :class:`CannotRunError` for a folder that is no bundle for this machine."""
     try:
         return llm.measure(BundleLlm, folder, work)
     except FusionError as error:
@@ -67,4 +67,4 @@ def measure(folder: Path, work: llm.Workload) -> Measured:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(measure, llm.Workload, ("fusion-edge", "onnxruntime")))
+    sys.exit(report(measure, llm.LlmWorkload, ("fusion-edge", "onnxruntime")))

@@ -1,4 +1,4 @@
-"""Runner: the vision encoder of a bundle, on ONNX Runtime."""
+"""Runner for the vision encoder of a bundle on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import numpy as np
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measured, answer
-from fusion_edge.runtime.backends import cpu_kernels
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, report
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import FusionError
 
 
 class BundleEncoder:
-    """The bundle in ``folder``; its other graphs are not loaded."""
+    """Vision encoder of the bundle in ``folder``; the other graphs are not loaded."""
 
-    def __init__(self, folder: Path, work: vision.Workload) -> None:
+    def __init__(self, folder: Path, work: vision.VisionWorkload) -> None:
         bundle = open_bundle(folder)
         model, weights = bundle.manifest.model, bundle.manifest.weights
         formats = sorted({form for name, form in weights.items() if name.startswith("vision.layers.")})
-        kernels = cpu_kernels.run(bundle.manifest, VISION_ENCODER)
+        kernels = cpu_kernels.can_run(bundle.manifest, VISION_ENCODER)
         self.settings: Mapping[str, Any] = {"formats": formats, "own kernels": kernels, "threads": work.threads}
         self.hidden_size = model.language.hidden_size
         self._patches = model.vision.patches
@@ -41,8 +41,8 @@ class BundleEncoder:
         return np.asarray(self._graph.run(inputs, {"features": shape})["features"])
 
 
-def measure(folder: Path, work: vision.Workload) -> Measured:
-    """Raises :class:`CannotRunError` for a folder that is no bundle for this machine."""
+def measure(folder: Path, work: vision.VisionWorkload) -> Measurement:
+    """Measure a bundle. Raises :class:`CannotRunError` for a folder that is no bundle for this machine."""
     try:
         return vision.measure(BundleEncoder, folder, work)
     except FusionError as error:
@@ -50,4 +50,4 @@ def measure(folder: Path, work: vision.Workload) -> Measured:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(measure, vision.Workload, ("fusion-edge", "onnxruntime")))
+    sys.exit(report(measure, vision.VisionWorkload, ("fusion-edge", "onnxruntime")))

@@ -1,4 +1,4 @@
-"""Runner: a GGUF file in llama.cpp, by the C functions that llama-cpp-python passes on."""
+"""Runner for a GGUF file in llama.cpp, through the C API of llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, answer, peer
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, import_engine, report
 
 ERROR = 4  # ggml_log_level
 
@@ -24,26 +24,26 @@ _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_l
 
 
 class LlamaCppLlm:
-    """The model in ``file``."""
+    """Model in ``file``."""
 
-    def __init__(self, file: Path, work: llm.Workload) -> None:
-        self._llama: Any = peer("llama_cpp", "llama-cpp-python")
+    def __init__(self, file: Path, work: llm.LlmWorkload) -> None:
+        self._llama: Any = import_engine("llama_cpp", "llama-cpp-python")
         llama = self._llama
         if not file.is_file():
-            raise CannotRunError(f"{file} is not a file; expected a GGUF file such as peer_models.py writes.")
+            raise CannotRunError(f"{file} is not a file; expected a GGUF file such as export_llm.py writes.")
         llama.llama_log_set(_LOG, None)
         context = {
             "n_ctx": work.capacity,
-            "n_batch": max(work.prompt, llm.WARM_UP),  # the most tokens that one call takes
+            "n_batch": max(work.prompt, llm.WARM_UP),  # maximum tokens per call
             "n_ubatch": 512,
             "n_threads": work.threads,
             "n_threads_batch": work.threads,
-            # Its default ("auto") turns flash attention on, which is slower here.
+            # The default ("auto") enables flash attention, which is slower on the machines of docs/benchmarks.md.
             "flash_attn_type": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
             "type_k": llama.GGML_TYPE_F16,
             "type_v": llama.GGML_TYPE_F16,
         }
-        # Weights are repacked as they are loaded: the pages of a mapped file would only count twice.
+        # Weights are repacked while loading: mapped file pages would count twice.
         loading = {"load_mode": llama.LLAMA_LOAD_MODE_NONE}
         self.settings = {**context, **loading}
         model = llama.llama_model_load_from_file(
@@ -52,7 +52,7 @@ class LlamaCppLlm:
         parameters = _filled(llama.llama_context_default_params(), context)
         self._context = model and llama.llama_init_from_model(model, parameters)
         if not self._context:
-            raise CannotRunError(f"llama.cpp cannot load {file}; what it said is above.")
+            raise CannotRunError(f"llama.cpp cannot load {file}; see its output above.")
         self._sampler = llama.llama_sampler_init_greedy()
         self._token = 0
 
@@ -66,12 +66,12 @@ class LlamaCppLlm:
     def _run(self, ids: list[int]) -> None:
         tokens = (self._llama.llama_token * len(ids))(*ids)
         if self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(ids))):
-            raise CannotRunError("llama.cpp could not run the model; what it said is above.")
+            raise CannotRunError("llama.cpp failed to run the model; see its output above.")
         self._token = self._llama.llama_sampler_sample(self._sampler, self._context, -1)
 
 
 def _filled(structure: Any, fields: Mapping[str, Any]) -> Any:
-    """A structure of C with some of its fields set; ctypes would take any other name without a word."""
+    """Set fields of a C structure. Raises :class:`CannotRunError` for unknown names, which ctypes would accept."""
     known = {name for name, *_ in structure._fields_}
     for name, value in fields.items():
         if name not in known:
@@ -81,4 +81,4 @@ def _filled(structure: Any, fields: Mapping[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(functools.partial(llm.measure, LlamaCppLlm), llm.Workload, ("llama-cpp-python",)))
+    sys.exit(report(functools.partial(llm.measure, LlamaCppLlm), llm.LlmWorkload, ("llama-cpp-python",)))

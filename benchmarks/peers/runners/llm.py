@@ -1,4 +1,4 @@
-"""What every runner of an LLM does: a prefill, then greedy decode steps around one context. Standard library only."""
+"""Workload of every LLM runner: a prefill, then greedy decode steps around one context. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measured, peak, resident
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, peak, resident
 
-FIRST_TOKEN, TOKENS = 1000, 1000  # the prompt repeats these ids, which every vocabulary of an LLM has
+FIRST_TOKEN, TOKENS = 1000, 1000  # the prompt repeats these ids, which every LLM's vocabulary has
 WARM_UP = 8  # tokens
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What every runner does."""
+class LlmWorkload:
+    """Sizes of a run."""
 
     prompt: int = 900
     """Tokens of the timed prefill."""
     context: int = 1000
-    """Positions in the cache in the middle of the timed decode steps."""
+    """Tokens in the KV cache in the middle of the timed decode steps."""
     steps: int = 32
     """Timed decode steps."""
     capacity: int = 4096
-    """Positions that the KV cache is allocated for, by every runner that allocates ahead."""
+    """Tokens that the KV cache is allocated for, in engines that allocate ahead."""
     threads: int = 2
 
     def fits(self) -> bool:
-        """Whether the context comes after the prompt and within the capacity."""
+        """Return whether the timed steps come after the prompt and within the capacity."""
         return self.untimed_steps >= 0 and self.context + self.steps <= self.capacity
 
     @property
     def untimed_steps(self) -> int:
-        """Decode steps that bring the cache from the prompt to the start of the timed ones."""
+        """Decode steps between the prompt and the timed steps."""
         return self.context - self.steps // 2 - self.prompt
 
     @property
@@ -45,30 +45,30 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of one run."""
+class LlmFigures:
+    """Figures of one run."""
 
     load_seconds: float
-    """Up to the end of a first short prompt: first use touches the whole KV cache, in one runner or another."""
+    """Including a first short prompt, because some engines touch the whole KV cache at first use."""
     prefill_seconds: float
     decode_tokens_per_second: float
-    """From the median step."""
+    """1 over the median decode step."""
     memory: int
-    """Resident bytes of the process at the end, pages mapped from files included."""
+    """Resident bytes of the process at the end, mapped file pages included."""
     peak_memory: int
-    """The most that was ever resident."""
+    """Peak resident bytes."""
 
 
 class Llm(Protocol):
-    """A loaded LLM."""
+    """Loaded LLM."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the engine was told."""
+        """Options passed to the engine."""
         ...
 
     def prefill(self, ids: list[int]) -> None:
-        """Start anew: run token ids up to the logits of the last one and choose the most likely next token."""
+        """Restart with a prompt: compute the logits of its last token and choose the most likely next token."""
         ...
 
     def step(self) -> None:
@@ -76,12 +76,12 @@ class Llm(Protocol):
         ...
 
 
-def measure(load: Callable[[Path, Workload], Llm], model: Path, work: Workload) -> Measured:
+def measure(load: Callable[[Path, LlmWorkload], Llm], model: Path, work: LlmWorkload) -> Measurement:
     """Measure in this process. Raises :class:`CannotRunError` for a model that the engine cannot load."""
     start = time.perf_counter()
     try:
         llm = load(model, work)
-    except RuntimeError as error:  # what engines in C++ raise
+    except RuntimeError as error:  # of engines in C++
         raise CannotRunError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from None
     llm.prefill(work.prompt_ids[:WARM_UP])
     loaded = time.perf_counter()
@@ -94,17 +94,17 @@ def measure(load: Callable[[Path, Workload], Llm], model: Path, work: Workload) 
         started = time.perf_counter()
         llm.step()
         seconds.append(time.perf_counter() - started)
-    figures = Figures(
+    figures = LlmFigures(
         load_seconds=loaded - start,
         prefill_seconds=prefilled - loaded,
         decode_tokens_per_second=1 / statistics.median(seconds),
         memory=resident(),
         peak_memory=peak(),
     )
-    return Measured(figures, llm.settings)
+    return Measurement(figures, llm.settings)
 
 
-def expect_file(folder: Path, name: str, maker: str) -> None:
-    """Raise :class:`CannotRunError` unless the folder has the file by which its maker's models are known."""
+def expect_file(folder: Path, name: str, writer: str) -> None:
+    """Raise :class:`CannotRunError` unless the folder has a file that its writer always writes."""
     if not (folder / name).is_file():
-        raise CannotRunError(f"{folder} has no {name}; expected a folder that {maker} wrote.")
+        raise CannotRunError(f"{folder} has no {name}; expected a folder written by {writer}.")

@@ -1,4 +1,4 @@
-"""Runner: a stateful OpenVINO model, as optimum-intel writes it, in OpenVINO's own runtime."""
+"""Runner for a stateful OpenVINO model, as optimum-intel writes it, in OpenVINO's runtime."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.worker import answer, peer
+from fusion_edge.benchmarks.peers.runners.worker import import_engine, report
 
 MODEL = "openvino_model.xml"
 
 
 class OpenvinoLlm:
-    """The model in ``folder``."""
+    """Model in ``folder``."""
 
-    def __init__(self, folder: Path, work: llm.Workload) -> None:
-        openvino: Any = peer("openvino", "openvino")
-        self._numpy: Any = peer("numpy", "numpy")
+    def __init__(self, folder: Path, work: llm.LlmWorkload) -> None:
+        openvino: Any = import_engine("openvino", "openvino")
+        self._numpy: Any = import_engine("numpy", "numpy")
         llm.expect_file(folder, MODEL, "optimum-intel")
-        # Each is the fastest of those tried here: without dynamic quantization of the inputs a prefill takes 1.6 times
-        # as long, in groups of 32 a little longer; so it does in float32. The cache is smallest in 8 bits.
+        # The fastest of the settings tried. Prefill takes 1.6 times as long without dynamic quantization or in float32,
+        # and slightly longer with groups of 32. The KV cache is smallest in 8 bits.
         self.settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": work.threads,
@@ -34,24 +34,24 @@ class OpenvinoLlm:
         _keep_last_row(openvino, self._numpy, model)
         self._request = core.compile_model(model, "CPU", self.settings).create_infer_request()
         self._beam = self._numpy.zeros(1, self._numpy.int32)
-        self._positions = 0
+        self._cached = 0
         self._token = 0
 
     def prefill(self, ids: list[int]) -> None:
         self._request.reset_state()
-        self._positions = 0
+        self._cached = 0
         self._run(ids)
 
     def step(self) -> None:
         self._run([self._token])
 
     def _run(self, ids: list[int]) -> None:
-        first, self._positions = self._positions, self._positions + len(ids)
+        first, self._cached = self._cached, self._cached + len(ids)
         integers = self._numpy.int64
         inputs = {
             "input_ids": self._numpy.array([ids], integers),
-            "attention_mask": self._numpy.ones((1, self._positions), integers),
-            "position_ids": self._numpy.arange(first, self._positions, dtype=integers)[None],
+            "attention_mask": self._numpy.ones((1, self._cached), integers),
+            "position_ids": self._numpy.arange(first, self._cached, dtype=integers)[None],
             "beam_idx": self._beam,
         }
         self._request.infer(inputs, share_inputs=True)
@@ -59,13 +59,13 @@ class OpenvinoLlm:
 
 
 def _keep_last_row(openvino: Any, numpy: Any, model: Any) -> None:
-    """Cut the last product's input to its last row: a prefill needs no other logits.
+    """Keep only the last row of ``lm_head``'s input, because a prefill needs no other logits.
 
-    OpenVINO GenAI does the same. It is not used because its pipeline needs a tokenizer.
+    OpenVINO GenAI does the same, but its pipeline needs a tokenizer.
     """
     operators = openvino.opset13
     node = model.output("logits").get_node().input_value(0).get_node()
-    while node.get_type_name() != "MatMul":  # behind it there may be conversions
+    while node.get_type_name() != "MatMul":  # skip conversions of its output
         node = node.input_value(0).get_node()
     start, stop, step, axis = (numpy.array([value], numpy.int64) for value in (-1, 2**31 - 1, 1, 1))
     rows = operators.slice(node.input_value(0), start, stop, step, axis)
@@ -74,4 +74,4 @@ def _keep_last_row(openvino: Any, numpy: Any, model: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(functools.partial(llm.measure, OpenvinoLlm), llm.Workload, ("openvino",)))
+    sys.exit(report(functools.partial(llm.measure, OpenvinoLlm), llm.LlmWorkload, ("openvino",)))

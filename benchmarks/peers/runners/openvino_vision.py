@@ -1,4 +1,4 @@
-"""Runner: a vision encoder that ``vision_peer_models.py`` made for OpenVINO."""
+"""Runner for a vision encoder that ``export_vision.py`` wrote for OpenVINO."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, answer, peer
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, import_engine, report
 
 
 class OpenVinoEncoder:
-    """The models ``global.xml`` and ``local.xml`` beside ``properties``, a JSON file of OpenVINO's own properties.
+    """Models ``global.xml`` and ``local.xml`` beside ``properties``, a JSON file of OpenVINO's properties.
 
-    Shapes are fixed before compilation: dynamic ones cost time, and fusions of attention.
+    Shapes are fixed before compilation: dynamic shapes are slower and prevent attention fusion.
     """
 
-    def __init__(self, properties: Path, work: vision.Workload) -> None:
-        openvino: Any = peer("openvino", "openvino")
-        self._numpy: Any = peer("numpy", "numpy")
+    def __init__(self, properties: Path, work: vision.VisionWorkload) -> None:
+        openvino: Any = import_engine("openvino", "openvino")
+        self._numpy: Any = import_engine("numpy", "numpy")
         try:
             chosen = json.loads(properties.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CannotRunError(
-                f"{properties} cannot be read ({error}); expected a file of properties, such as bf16.json, in a "
-                "folder that vision_peer_models.py wrote."
+                f"{properties} cannot be read ({error}); expected a properties file such as bf16.json in a "
+                "folder written by export_vision.py."
             ) from None
-        # One image at a time on all cores: latency, not throughput.
+        # Latency of one image on all cores, not throughput.
         self.settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": work.threads, **chosen}
         core = openvino.Core()
         text = self._model(core, properties.with_name("local.xml"))
@@ -42,7 +42,7 @@ class OpenVinoEncoder:
 
     def _model(self, core: Any, path: Path) -> Any:
         if not path.is_file():
-            raise CannotRunError(f"{path} is missing; expected a folder that vision_peer_models.py wrote.")
+            raise CannotRunError(f"{path} is missing; expected a folder written by export_vision.py.")
         return core.read_model(path)
 
     def encode_global(self, pixels: Any) -> Any:
@@ -57,4 +57,4 @@ class OpenVinoEncoder:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(functools.partial(vision.measure, OpenVinoEncoder), vision.Workload, ("openvino", "nncf")))
+    sys.exit(report(functools.partial(vision.measure, OpenVinoEncoder), vision.VisionWorkload, ("openvino", "nncf")))

@@ -1,4 +1,4 @@
-"""Runner: the vision encoder of a checkpoint in PyTorch, bfloat16, by the eager interpreter's own functions."""
+"""Runner for the vision encoder of a checkpoint in PyTorch, bfloat16, with the eager interpreter's functions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measured, answer
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, report
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.errors import FusionError
 
-DTYPE = torch.bfloat16  # what the weights are stored in, and the CPU's fastest float products
+DTYPE = torch.bfloat16  # the weights' stored type, and the CPU's fastest float GEMM
 
 
 class TorchEncoder:
-    """The checkpoint in ``folder``."""
+    """Vision encoder of the checkpoint in ``folder``."""
 
-    def __init__(self, folder: Path, work: vision.Workload) -> None:
+    def __init__(self, folder: Path, work: vision.VisionWorkload) -> None:
         torch.set_num_threads(work.threads)
         config, parameters = read_vision(folder, DTYPE)
         self.settings = {"dtype": str(DTYPE), "threads": work.threads}
@@ -40,8 +40,8 @@ class TorchEncoder:
         return features
 
 
-def measure(folder: Path, work: vision.Workload) -> Measured:
-    """Raises :class:`CannotRunError` for a folder that is no checkpoint."""
+def measure(folder: Path, work: vision.VisionWorkload) -> Measurement:
+    """Measure a checkpoint. Raises :class:`CannotRunError` for a folder that is no checkpoint."""
     try:
         return vision.measure(TorchEncoder, folder, work)
     except FusionError as error:
@@ -49,4 +49,4 @@ def measure(folder: Path, work: vision.Workload) -> Measured:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(measure, vision.Workload, ("torch",)))
+    sys.exit(report(measure, vision.VisionWorkload, ("torch",)))

@@ -1,4 +1,4 @@
-"""What every runner of a vision encoder does: the crops of one image, then the local crop with a question.
+"""Workload of every vision runner: the global crops of an image, then the local crop with a question.
 
 Standard library only.
 """
@@ -11,46 +11,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion_edge.benchmarks.peers.runners.worker import Measured, peak, peer, resident
+from fusion_edge.benchmarks.peers.runners.worker import Measurement, import_engine, peak, resident
 
-IMAGE_SIZE = 384  # pixels a side of a crop, as in runtime/bundle/config.py, which peers' environments cannot import
+IMAGE_SIZE = 384  # pixels, as in runtime/bundle/config.py, which other engines' environments cannot import
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What every runner does."""
+class VisionWorkload:
+    """Sizes of a run."""
 
     crops: int = 4
     """Crops without text, in one batch."""
     question_tokens: int = 20
-    """Text rows of the local crop."""
+    """Text tokens of the local crop."""
     threads: int = 2
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of one run."""
+class VisionFigures:
+    """Figures of one run."""
 
     load_seconds: float
-    """Up to the end of one untimed run of either kind."""
+    """Including one untimed run of each kind."""
     global_seconds: float
-    """The crops without text."""
+    """Crops without text."""
     local_seconds: float
     """One crop with a question."""
     image_seconds: float
-    """Both: all that one image and one question take."""
+    """Sum of both."""
     memory: int
-    """Resident bytes of the process at the end, pages mapped from files included."""
+    """Resident bytes of the process at the end, mapped file pages included."""
     peak_memory: int
-    """The most that was ever resident."""
+    """Peak resident bytes."""
 
 
 class Encoder(Protocol):
-    """A loaded vision encoder with its projectors (FUSION.md, section 2). Arrays are numpy's, float32."""
+    """Loaded vision encoder with its projectors (FUSION.md, section 2). Arrays are float32 numpy arrays."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the engine was told."""
+        """Options passed to the engine."""
         ...
 
     @property
@@ -59,17 +59,17 @@ class Encoder(Protocol):
         ...
 
     def encode_global(self, pixels: Any) -> Any:
-        """Crops ``[N,3,S,S]`` without text -> features ``[N,P,D]``."""
+        """Encode crops ``[N,3,S,S]`` without text to features ``[N,P,D]``."""
         ...
 
     def encode_local(self, pixels: Any, text: Any) -> Any:
-        """One crop ``[1,3,S,S]`` and a question's embeddings ``[1,T,D]`` -> ``[1,P,D]``."""
+        """Encode one crop ``[1,3,S,S]`` with a question's embeddings ``[1,T,D]`` to features ``[1,P,D]``."""
         ...
 
 
-def measure(load: Callable[[Path, Workload], Encoder], model: Path, work: Workload) -> Measured:
+def measure(load: Callable[[Path, VisionWorkload], Encoder], model: Path, work: VisionWorkload) -> Measurement:
     """Measure in this process."""
-    numpy: Any = peer("numpy", "numpy")
+    numpy: Any = import_engine("numpy", "numpy")
     start = time.perf_counter()
     encoder = load(model, work)
     random = numpy.random.default_rng(0)
@@ -82,7 +82,7 @@ def measure(load: Callable[[Path, Workload], Encoder], model: Path, work: Worklo
     encoded = time.perf_counter()
     encoder.encode_local(pixels[:1], text)
     end = time.perf_counter()
-    figures = Figures(
+    figures = VisionFigures(
         load_seconds=loaded - start,
         global_seconds=encoded - loaded,
         local_seconds=end - encoded,
@@ -90,4 +90,4 @@ def measure(load: Callable[[Path, Workload], Encoder], model: Path, work: Worklo
         memory=resident(),
         peak_memory=peak(),
     )
-    return Measured(figures, encoder.settings)
+    return Measurement(figures, encoder.settings)

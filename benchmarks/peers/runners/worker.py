@@ -1,13 +1,13 @@
-"""A runner's half of a side-by-side comparison: one contestant measured alone in this process.
+"""Process that measures one contestant.
 
 A runner is a module that measures one kind of model. It ends with
 
     if __name__ == "__main__":
-        sys.exit(answer(measure, Workload, ("onnxruntime-genai",)))
+        sys.exit(report(measure, LlmWorkload, ("onnxruntime-genai",)))
 
-and is run as ``python -m MODULE MODEL WORKLOAD`` by ``harness.py``, which reads the last line of its standard
-output. Peers live in environments of their own: this module imports nothing but the standard library, so that what
-fusion-edge depends on need not be installed there and does not count in the peer's memory.
+``harness.py`` runs it as ``python -m MODULE MODEL WORKLOAD`` and reads the last line of its output. Engines live in
+their own environments, so this module imports the standard library only: fusion-edge's dependencies need not be
+installed there and do not count in the engine's memory.
 """
 
 from __future__ import annotations
@@ -30,68 +30,68 @@ W = TypeVar("W")
 
 
 class CannotRunError(Exception):
-    """What the user gave or the environment lacks; the message names it, what was expected and the remedy."""
+    """Wrong input or environment; the message names it, what was expected, and the remedy."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a runner answers."""
+class Measurement:
+    """Result of a runner."""
 
     figures: Any
-    """A dataclass of numbers, of the same type for all runners of a comparison."""
+    """Dataclass of numbers, the same type for all runners of a comparison."""
     settings: Mapping[str, Any]
-    """What the peer was told: JSON values."""
+    """Options passed to the engine, as JSON values."""
 
 
-def answer(
-    measure: Callable[[Path, W], Measured],
+def report(
+    measure: Callable[[Path, W], Measurement],
     workload: Callable[..., W],
     packages: Sequence[str],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Measure what the command line asks for and print it as one line of JSON; the exit code.
+    """Measure what the command line names and print one line of JSON; return the exit code.
 
-    ``workload`` is the dataclass that the request's fields go into, ``packages`` the distributions whose versions are
-    worth knowing. A :class:`CannotRunError` is one line on standard error and exit code 1.
+    ``workload`` is the dataclass of the request's fields, ``packages`` the distributions whose versions are reported.
+    A :class:`CannotRunError` becomes one line on standard error and exit code 1.
     """
     model, fields = sys.argv[1:] if argv is None else argv
     try:
-        measured = measure(Path(model), workload(**json.loads(fields)))
+        measurement = measure(Path(model), workload(**json.loads(fields)))
     except CannotRunError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    report = {
-        "figures": dataclasses.asdict(measured.figures),
-        "settings": dict(measured.settings),
+    line = {
+        "figures": dataclasses.asdict(measurement.figures),
+        "settings": dict(measurement.settings),
         "versions": _versions(packages),
     }
-    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.write(json.dumps(line) + "\n")
     return 0
 
 
-def peer(module: str, package: str) -> ModuleType:
-    """A peer's module. Raises :class:`CannotRunError` if it is not installed."""
+def import_engine(module: str, package: str) -> ModuleType:
+    """Import an engine's module. Raises :class:`CannotRunError` if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise CannotRunError(
-            f"{package} cannot be imported by {sys.executable} ({error}): pip install {package} there, or name the "
-            "environment that has it with --python."
+            f"{sys.executable} cannot import {module} ({error}); run pip install {package} there, or name another "
+            "environment with --python."
         ) from None
 
 
 def resident() -> int:
-    """Bytes of this process in memory now, pages mapped from files included."""
+    """Return the resident bytes of this process, mapped file pages included."""
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """The most that was ever resident in this process, in bytes."""
+    """Return the peak resident bytes of this process."""
     return _status("VmHWM")
 
 
 def _status(field: str) -> int:
-    """A line such as ``VmRSS:  1024 kB`` of Linux's ``/proc``, in bytes."""
+    """Return the bytes of a line such as ``VmRSS:  1024 kB`` of ``/proc/self/status``."""
     for line in STATUS.read_text(encoding="ascii").splitlines() if STATUS.is_file() else ():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

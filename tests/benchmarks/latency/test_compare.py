@@ -1,4 +1,4 @@
-"""Comparisons of latency results: what differs is told, what noise may have caused is not."""
+"""Comparisons of results: real differences are reported, noise is not."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from fusion_edge.benchmarks.latency.compare import (
     to_json,
 )
 from fusion_edge.benchmarks.latency.report import labels
-from fusion_edge.benchmarks.latency.result import Result
+from fusion_edge.benchmarks.latency.result import DECODE_STEP, BenchResult
 from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.runtime.errors import FusionError
 
 CASE = samples.case()
 
 
-def of_one_case(seed: int = 0, speed: float = 1.0, noise: float = 0.01) -> Result:
-    return samples.result([samples.measured(CASE, speed, noise, seed)])
+def of_one_case(seed: int = 0, speed: float = 1.0, noise: float = 0.01) -> BenchResult:
+    return samples.result([samples.case_result(CASE, speed, noise, seed)])
 
 
-def with_first_tokens(*values: float) -> Result:
-    (one,) = samples.result().measured
-    return samples.result([replace(one, first_token=summarize(values))])
+def with_first_tokens(*values: float) -> BenchResult:
+    (one,) = samples.result().cases
+    return samples.result([replace(one, ttft=summarize(values))])
 
 
-def first_token(before: Result, after: Result) -> Comparison:
-    (comparison,) = [one for one in compare(before, after) if one.measure == labels.FIRST_TOKEN]
+def first_token(before: BenchResult, after: BenchResult) -> Comparison:
+    (comparison,) = [one for one in compare(before, after) if one.measure == labels.TTFT]
     return comparison
 
 
@@ -60,11 +60,11 @@ def test_equal_results_show_no_difference() -> None:
 
 def test_slower_by_a_fifth() -> None:
     comparisons = compare(of_one_case(), of_one_case(seed=1, speed=1 / 1.2))
-    assert [one.measure for one in comparisons] == list(labels.measures(of_one_case().measured[0]))
+    assert [one.measure for one in comparisons] == list(labels.measures(of_one_case().cases[0]))
     for one in comparisons:
         assert one.verdict == SLOWER
-        assert one.interval is not None
-        low, high = one.interval
+        assert one.ci95 is not None
+        low, high = one.ci95
         assert 1.17 < low < 1.2 < high < 1.23
         assert low < one.ratio < high
     assert fail_above(comparisons, 0.05) == comparisons
@@ -75,35 +75,35 @@ def test_slower_by_a_fifth() -> None:
 
 
 def test_noise_shows_nothing() -> None:
-    """5 % slower in a noise of 30 % is not shown, whatever the ratio of the medians says."""
+    """A slowdown of 5% in a noise of 30% gives no verdict, whatever the ratio of the medians is."""
     comparisons = compare(of_one_case(seed=5, noise=0.3), of_one_case(seed=6, speed=1 / 1.05, noise=0.3))
-    of_25 = [one for one in comparisons if one.measure != "step"]
+    of_25 = [one for one in comparisons if one.measure != DECODE_STEP]
     assert {one.verdict for one in of_25} == {SAME}
     assert max(abs(math.log(one.ratio)) for one in of_25) > 0.03
     assert fail_above(of_25, 0.05) == []
 
 
 def test_interval_holds_the_ratio_as_often_as_it_says() -> None:
-    """Of times with a long tail, in unequal numbers and of unequal spread: 95 % or a little more."""
+    """Coverage is 95% or slightly more for long-tailed times of unequal number and spread."""
     generator = np.random.default_rng(0)
     held = 0
     for _ in range(600):
         before = generator.lognormal(0.0, 0.05, 30)
         after = generator.lognormal(math.log(1.1), 0.2, 101)
         comparison = first_token(with_first_tokens(*before.tolist()), with_first_tokens(*after.tolist()))
-        assert comparison.interval is not None
-        held += comparison.interval[0] <= 1.1 <= comparison.interval[1]
+        assert comparison.ci95 is not None
+        held += comparison.ci95[0] <= 1.1 <= comparison.ci95[1]
     assert 0.94 <= held / 600 <= 0.99
 
 
 def test_interval_worked_out_by_hand() -> None:
-    """Seven values' interval is from the least to the largest."""
+    """The interval of seven values is their range."""
     before, after = with_first_tokens(8, 9, 10, 10, 10, 11, 12), with_first_tokens(19, 20, 20, 20, 20, 21, 22)
     comparison = first_token(before, after)
     assert (comparison.before, comparison.after, comparison.ratio) == (10, 20, 2)
     down = math.hypot(math.log(20 / 19), math.log(12 / 10))
     up = math.hypot(math.log(22 / 20), math.log(10 / 8))
-    assert comparison.interval == pytest.approx((2 * math.exp(-down), 2 * math.exp(up)))
+    assert comparison.ci95 == pytest.approx((2 * math.exp(-down), 2 * math.exp(up)))
 
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=7, max_size=40)
@@ -113,24 +113,25 @@ times = st.lists(st.floats(1e-6, 1e3), min_size=7, max_size=40)
 def test_swapping_inverts_ratios(before: list[float], after: list[float]) -> None:
     one = first_token(with_first_tokens(*before), with_first_tokens(*after))
     other = first_token(with_first_tokens(*after), with_first_tokens(*before))
-    assert one.interval is not None
-    assert other.interval is not None
+    assert one.ci95 is not None
+    assert other.ci95 is not None
     assert one.ratio == pytest.approx(1 / other.ratio)
-    assert one.interval == pytest.approx((1 / other.interval[1], 1 / other.interval[0]))
-    assert one.interval[0] <= one.ratio * (1 + 1e-12)
-    assert one.ratio <= one.interval[1] * (1 + 1e-12)
+    assert one.ci95 == pytest.approx((1 / other.ci95[1], 1 / other.ci95[0]))
+    assert one.ci95[0] <= one.ratio * (1 + 1e-12)
+    assert one.ratio <= one.ci95[1] * (1 + 1e-12)
 
 
 def test_few_repeats_give_no_verdict() -> None:
     comparison = first_token(with_first_tokens(*[1.0] * 6), with_first_tokens(*[2.0] * 50))
-    assert (comparison.ratio, comparison.interval, comparison.verdict) == (2, None, UNKNOWN)
+    assert (comparison.ratio, comparison.ci95, comparison.verdict) == (2, None, UNKNOWN)
     assert fail_above([comparison], 0) == []
     (line,) = differences(with_first_tokens(*[1.0] * 6), samples.result())
-    assert line == "1 medians have too few repeats before to be judged: measure for more --seconds"
+    assert line == "1 medians have too few rounds before for a verdict: raise --seconds"
 
 
 def test_what_differs_is_named() -> None:
-    before, after = samples.result(), samples.result([samples.measured(samples.case(context=7))], "Other", "Cortex-A78")
+    before = samples.result()
+    after = samples.result([samples.case_result(samples.case(context=7))], "Other", "Cortex-A78")
     after = replace(after, machine=replace(after.machine, gpu="NVIDIA Orin", versions={"python": "3.12.1"}))
     lines = differences(before, after)
     assert "processor differs: AMD EPYC 9R14 before, Cortex-A78 after" in lines
@@ -141,23 +142,25 @@ def test_what_differs_is_named() -> None:
     assert "numpy differs: 2.2.1 before, none after" in lines
     assert f"only before: {labels.case_name(CASE)}" in lines
     assert f"only after: {labels.case_name(samples.case(context=7))}" in lines
-    remarked = samples.result([replace(samples.measured(CASE), remark="No kernels.")])
+    remarked = samples.result([replace(samples.case_result(CASE), remark="No kernels.")])
     assert differences(before, remarked) == ["remark differs: none before, cpu: No kernels. after"]
     busy = replace(before, machine=replace(before.machine, load_average=1.2))
-    assert differences(before, busy) == ["other programs may have run after: a load of 1.20 on 2 cores at the start"]
+    assert differences(before, busy) == [
+        "other processes may have run after: load average 1.20 on 2 cores at the start"
+    ]
     assert differences(before, before) == []
 
 
 def test_only_equal_cases_and_stages_are_paired() -> None:
-    one = samples.measured(CASE)
-    fewer = replace(one, stages={name: one.stages[name] for name in ("prefill", "step")})
-    comparisons = compare(samples.result([samples.measured(samples.case(context=7)), one]), samples.result([fewer]))
+    one = samples.case_result(CASE)
+    fewer = replace(one, stages={name: one.stages[name] for name in ("prefill", DECODE_STEP)})
+    comparisons = compare(samples.result([samples.case_result(samples.case(context=7)), one]), samples.result([fewer]))
     assert {comparison.case for comparison in comparisons} == {CASE}
     assert [comparison.measure for comparison in comparisons] == [
         "prefill",
-        "step",
-        labels.FIRST_TOKEN,
-        labels.FURTHER_QUESTION,
+        DECODE_STEP,
+        labels.TTFT,
+        labels.FOLLOWUP_TTFT,
         labels.ANSWER,
     ]
 
@@ -173,18 +176,19 @@ def test_table_and_json() -> None:
     assert "threads 2, query length 144, context 3,072" in text(two)
 
     data = json.loads(to_json(comparisons, ["processor differs"]))
+    assert (data["schema"], data["schema_version"]) == ("fusion-bench compare", 2)
     assert data["warnings"] == ["processor differs"]
-    (step,) = [row for row in data["comparisons"] if row["measure"] == "step"]
+    (step,) = [row for row in data["comparisons"] if row["measure"] == DECODE_STEP]
     assert step["verdict"] == SLOWER
-    assert step["interval"][0] < step["ratio"] < step["interval"][1]
+    assert step["ci95"][0] < step["ratio"] < step["ci95"][1]
     assert step["case"]["context"] == 1000
 
 
 def test_results_that_cannot_be_compared() -> None:
-    one = samples.measured(CASE)
-    with pytest.raises(FusionError, match=r"no case in common.*context 1,000 and cpu, .*context 7"):
-        compare(samples.result([one]), samples.result([samples.measured(samples.case(context=7))]))
-    with pytest.raises(FusionError, match=r"same case twice: cpu, threads 2.*expected every case once"):
+    one = samples.case_result(CASE)
+    with pytest.raises(FusionError, match=r"no case in common: .*context 1,000 and cpu, .*context 7"):
+        compare(samples.result([one]), samples.result([samples.case_result(samples.case(context=7))]))
+    with pytest.raises(FusionError, match=r"the case cpu, threads 2.* twice; measure it again"):
         compare(samples.result([one, one]), samples.result([one]))
-    with pytest.raises(FusionError, match=r"'first token' of cpu, threads 2.* has a time of 0; expected times above 0"):
+    with pytest.raises(FusionError, match=r"'TTFT' of cpu, threads 2.* has a time of 0; expected times above 0"):
         compare(with_first_tokens(*[0.0] * 9), with_first_tokens(*[1.0] * 9))

@@ -1,4 +1,4 @@
-"""``fusion-bench`` on a GPU: on stand-ins for TensorRT, CUDA and NVIDIA's driver."""
+"""``fusion-bench`` on a GPU, with fakes of TensorRT, CUDA and NVIDIA's driver."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from fakes.fake_cuda import FakeCuda
-from fakes.fake_nvidia import FakeNvml
-from fakes.fake_nvidia import gpu as found
+from fakes.fake_nvidia import FakeNvml, gpu
 from fakes.fake_tensorrt import RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import build, installed
 from support.opset24 import needs_opset_24
@@ -15,23 +14,23 @@ from support.opset24 import needs_opset_24
 from fusion_edge.benchmarks.latency import cli, peaks, roofline
 from fusion_edge.benchmarks.latency.result import read_result
 from fusion_edge.export import cli as export
-from fusion_edge.runtime import devices
-from fusion_edge.runtime.bundle.manifest import open_bundle
+from fusion_edge.runtime.backends import devices
+from fusion_edge.runtime.bundle.reader import open_bundle
 
-pytestmark = needs_opset_24  # which the stand-in for TensorRT computes with
+pytestmark = needs_opset_24  # which the fake TensorRT computes with
 
 
-def test_a_result(
+def test_result(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Limits by a copy's bandwidth for all of the engines' cache, memory of the GPU, why a rate is not known."""
+    """RooflineUse by a copy's bandwidth for all of the engines' cache, memory of the GPU, why a rate is not known."""
     assert export.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--fp16", "--target", "tensorrt"]) == 0
     bundle, cuda = open_bundle(tmp_path / "b"), FakeCuda()
     trt = FakeTensorRT(*RTX, cuda)
     assert build(bundle, trt, "--max-context=128") == 0
 
     class Nvml(FakeNvml):
-        """Tells what CUDA has given out, and 7,000 bytes of another program."""
+        """Reports CUDA's allocations and 7,000 bytes of another process."""
 
         def nvmlDeviceGetMemoryInfo(self, handle: object, info: object) -> int:
             self.answers["nvmlDeviceGetMemoryInfo"] = 7_000 + cuda.used
@@ -39,7 +38,7 @@ def test_a_result(
 
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
     nvml = Nvml({"nvmlDeviceGetClockInfo(1)": 1980, "nvmlDeviceGetCurrentClocksThrottleReasons": 0x04})
-    monkeypatch.setattr(cli, "find_gpu", lambda: found(nvml))
+    monkeypatch.setattr(cli, "find_gpu", lambda: gpu(nvml))
     monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(peaks, "WARM_UP", 0.0)
     capsys.readouterr()
@@ -47,17 +46,17 @@ def test_a_result(
         assert cli.main([str(bundle.folder), "--seconds", "1", "--new-tokens", "3", "--threads", "1", "--json"]) == 0
     (tmp_path / "result.json").write_text(capsys.readouterr().out)
     result = read_result(tmp_path / "result.json")
-    (measured,) = result.measured
+    (measured,) = result.cases
 
-    rates = result.rates["tensorrt-rtx"]
-    assert rates.bandwidth == pytest.approx(2 * cuda.copy_rate * 1e3)
-    assert rates.multiplications is None
-    assert list(rates.not_measured) == ["multiplications"]
+    rooflines = result.peaks["tensorrt-rtx"]
+    assert rooflines.bandwidth == pytest.approx(2 * cuda.copy_rate * 1e3)
+    assert rooflines.compute is None
+    assert list(rooflines.not_measured) == ["compute"]
     needed = roofline.weight_bytes(bundle.manifest) + roofline.cache_bytes(bundle.manifest, 128)
-    assert measured.limits.step.needed == needed
-    assert measured.limits.step.seconds == pytest.approx(needed / 2e9)
-    assert measured.limits.prefill.needed > 0
-    assert measured.limits.prefill.share is None
+    assert measured.roofline.decode.work == needed
+    assert measured.roofline.decode.roofline_seconds == pytest.approx(needed / 2e9)
+    assert measured.roofline.prefill.work > 0
+    assert measured.roofline.prefill.share is None
 
     memory = measured.device_memory
     assert memory is not None

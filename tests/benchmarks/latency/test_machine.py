@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine: on trees of files as a desktop, a cloud's machine and a Jetson have them."""
+"""Facts about the machine, on file trees of a desktop, a cloud machine and a Jetson."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from fakes.fake_nvidia import FakeCuda, FakeNvml, gpu
 
 from fusion_edge.benchmarks.latency.machine import info, memory, nvidia
-from fusion_edge.benchmarks.latency.machine.info import ClockWatch, machine_facts
+from fusion_edge.benchmarks.latency.machine.info import ClockWatch, machine_info
 from fusion_edge.benchmarks.latency.machine.memory import MemoryRecorder, device_memory
 
 X86 = "processor\t: 0\nmodel name\t: AMD Ryzen 9\n\nprocessor\t: 1\nmodel name\t: AMD Ryzen 9\n"
@@ -49,9 +49,9 @@ def _no_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
 
 
-def test_a_desktop(tmp_path: Path) -> None:
+def test_desktop(tmp_path: Path) -> None:
     root = tree(tmp_path, {"proc/cpuinfo": X86} | governors("powersave"))
-    facts = machine_facts(gpu(nvmlDeviceGetEnforcedPowerLimit=450_000), root)
+    facts = machine_info(gpu(nvmlDeviceGetEnforcedPowerLimit=450_000), root)
     assert facts.processor == "AMD Ryzen 9"
     assert facts.memory == 8000 * 1024
     assert facts.cores == len(os.sched_getaffinity(0))
@@ -65,17 +65,17 @@ def test_a_desktop(tmp_path: Path) -> None:
     assert facts.versions["numpy"] == np.__version__
 
 
-def test_a_machine_in_a_cloud(tmp_path: Path) -> None:
-    facts = machine_facts(None, tree(tmp_path, {"proc/cpuinfo": X86}))
+def test_cloud_machine(tmp_path: Path) -> None:
+    facts = machine_info(None, tree(tmp_path, {"proc/cpuinfo": X86}))
     assert (facts.governor, facts.gpu, facts.power_mode, facts.throttled) == (None, None, None, None)
     assert not {"driver", "cuda driver", "jetson linux", "tensorrt"} & set(facts.versions)
 
 
-def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(tmp_path, "nvpmodel", "print('NV Fan Mode:quiet\\nNV Power Mode: MAXN_SUPER\\n2')", monkeypatch)
     board = {"proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0", "etc/nv_tegra_release": RELEASE}
     root = tree(tmp_path, {"proc/cpuinfo": ARM} | board | governors("schedutil"))
-    facts = machine_facts(gpu(is_integrated=True), root)
+    facts = machine_info(gpu(is_integrated=True), root)
     assert facts.processor == "NVIDIA Jetson Orin Nano Developer Kit"
     assert facts.power_mode == "MAXN_SUPER"
     assert facts.gpu == "Orin"
@@ -85,31 +85,31 @@ def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_cores_with_different_governors(tmp_path: Path) -> None:
     root = tree(tmp_path, {"proc/cpuinfo": X86} | governors("schedutil", "performance"))
-    assert machine_facts(None, root).governor == "performance, schedutil"
+    assert machine_info(None, root).governor == "performance, schedutil"
 
 
 @pytest.mark.parametrize(("cpuinfo", "name"), [(ARM, "implementer 0x41, part 0xd42"), ("", os.uname().machine)])
-def test_a_processor_without_a_name(tmp_path: Path, cpuinfo: str, name: str) -> None:
-    assert machine_facts(None, tree(tmp_path, {"proc/cpuinfo": cpuinfo})).processor.endswith(name)
+def test_processor_without_a_name(tmp_path: Path, cpuinfo: str, name: str) -> None:
+    assert machine_info(None, tree(tmp_path, {"proc/cpuinfo": cpuinfo})).processor.endswith(name)
 
 
 @pytest.mark.parametrize("script", ["import time; time.sleep(60)", "raise SystemExit('NVPM ERROR')"])
-def test_a_tool_that_hangs_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+def test_tool_that_hangs_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(info, "COMMAND_TIMEOUT", 0.3)
     command(tmp_path, "nvpmodel", script, monkeypatch)
     started = time.perf_counter()
-    assert machine_facts(None, tree(tmp_path, {"proc/cpuinfo": X86})).power_mode is None
+    assert machine_info(None, tree(tmp_path, {"proc/cpuinfo": X86})).power_mode is None
     assert time.perf_counter() - started < 5
 
 
 def test_this_machine() -> None:
-    facts = machine_facts(None)
+    facts = machine_info(None)
     assert facts.processor
     assert facts.memory > 1 << 28
     assert facts.gpu is None
 
 
-def test_gpus_that_are_not_there() -> None:
+def test_missing_gpu() -> None:
     assert nvidia._library("libno-such-library.so.1") is None
     assert nvidia.describe(FakeCuda(gpus=0), FakeNvml()) is None
     without_nvml = nvidia.describe(FakeCuda(), None)
@@ -121,14 +121,14 @@ def test_gpus_that_are_not_there() -> None:
     assert without_nvml.throttle_reasons() == set()
 
 
-def test_a_gpu_that_is_held_down() -> None:
+def test_throttled_gpu() -> None:
     held = gpu(nvmlDeviceGetCurrentClocksThrottleReasons=0x01 | 0x04 | 0x20)
     assert held.throttle_reasons() == {"GPU at its power limit", "GPU too warm"}
     idle = gpu(nvmlDeviceGetCurrentClocksThrottleReasons=0x01)
     assert idle.throttle_reasons() == set()
 
 
-def test_throttling_is_what_happens_in_between(tmp_path: Path) -> None:
+def test_throttling_during_the_run_counts(tmp_path: Path) -> None:
     core = "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count"
     current = "sys/class/hwmon/hwmon3/oc3_event_cnt"
     tree(tmp_path, {core: "4\n", current: "37\n"})
@@ -138,7 +138,7 @@ def test_throttling_is_what_happens_in_between(tmp_path: Path) -> None:
         assert watch.throttled is None
         tree(tmp_path, {current: "38\n"})
         answers["nvmlDeviceGetCurrentClocksThrottleReasons"] = 0x40
-    assert watch.throttled == "GPU too hot: slowed down by hardware, current above the board's limit"
+    assert watch.throttled == "GPU too hot: slowed by hardware, current above the board's limit"
     with ClockWatch(None, tmp_path) as watch:
         tree(tmp_path, {core: "5\n"})
     assert watch.throttled == "CPU too hot"
@@ -180,10 +180,10 @@ def test_memory_of_the_process() -> None:
     assert max(sizes) - sizes[0] > 0.9 * size
 
 
-@pytest.mark.skipif(not memory.reset_peak(), reason="the kernel cannot count anew")
-def test_a_peak_is_counted_anew() -> None:
+@pytest.mark.skipif(not memory.reset_peak(), reason="the kernel cannot reset the peak")
+def test_peak_restarts() -> None:
     size = 64 << 20
-    with mmap.mmap(-1, size) as block:  # what numpy frees may stay with the process
+    with mmap.mmap(-1, size) as block:  # memory that numpy frees may stay with the process
         block.write(b"\1" * size)
     before = memory.peak()
     with MemoryRecorder() as recorder:
@@ -191,18 +191,18 @@ def test_a_peak_is_counted_anew() -> None:
     assert before - recorder.process.largest > 0.7 * size
     with mmap.mmap(-1, size) as block:
         block.write(b"\1" * size)
-    assert memory.peak() - recorder.process.largest > 0.7 * size  # what came later is not of the recorder's time
+    assert memory.peak() - recorder.process.largest > 0.7 * size  # later memory does not count
 
 
-def test_a_kernel_that_cannot_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_that_cannot_reset_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "RESET", tmp_path / "missing" / "clear_refs")
     with MemoryRecorder() as recorder:
         pass
     assert recorder.process.largest == max(size for _, size in recorder.process.pairs)
 
 
-def test_a_long_record_is_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "LARGEST_COUNT", 8)
+def test_long_record_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MAX_SAMPLES", 8)
     recorder = MemoryRecorder()
     first = recorder.interval
     for second in range(20):
@@ -219,7 +219,7 @@ def test_memory_of_a_gpu_over_time() -> None:
     with MemoryRecorder(replace(gpu(), nvml=FakeNvml(answers))) as recorder:
         answers["nvmlDeviceGetMemoryInfo"] = 9_000
         time.sleep(0.15)
-        del answers["nvmlDeviceGetMemoryInfo"]  # a driver that has no answer for once
+        del answers["nvmlDeviceGetMemoryInfo"]  # a call that the driver fails
     assert recorder.device.largest == 9_000
     assert recorder.device.pairs[0] == (recorder.process.pairs[0][0], 5_000)
     assert len(recorder.device.pairs) < len(recorder.process.pairs)

@@ -1,13 +1,12 @@
-"""Reports and tables of latency results: well-formed, self-contained, complete, and fit to look at."""
+"""Reports and tables of results: well-formed, self-contained, complete, and readable on every screen."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import shutil
 import subprocess
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import pytest
 from PIL import Image
 from support import latency_samples as samples
 from support.paths import ROOT
+from support.schema_digest import schema_digest
 
-from fusion_edge.benchmarks.latency import result as result_module
 from fusion_edge.benchmarks.latency.report import labels, table
 from fusion_edge.benchmarks.latency.report.charts import Axis, Markup, element
 from fusion_edge.benchmarks.latency.report.page import html_report
-from fusion_edge.benchmarks.latency.result import SCHEMA_VERSION, Case, Result, read_result
+from fusion_edge.benchmarks.latency.result import DECODE_STEP, SCHEMA, BenchResult, Case, read_result
 from fusion_edge.benchmarks.latency.statistics import summarize
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome-headless-shell")
@@ -30,7 +29,7 @@ VOID = {"meta", "link"}
 
 
 class Page(HTMLParser):
-    """Fails for an element that is not closed, or closed out of turn."""
+    """Parsed page; fails for an element that is not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,18 +64,18 @@ RESULTS = {
     "a dozen": samples.matrix(),
     "a GPU": samples.on_gpu(),
     "no image": samples.of_few_stages(),
-    "equal times": samples.result([samples.measured(samples.case(), noise=0.0, steps=7)]),
-    "a soak": samples.result([samples.measured(samples.case(), steps=20_000)]),
+    "equal times": samples.result([samples.case_result(samples.case(), noise=0.0, steps=7)]),
+    "a soak": samples.result([samples.case_result(samples.case(), steps=20_000)]),
 }
 
 
 @pytest.fixture(params=RESULTS.values(), ids=list(RESULTS))
-def result(request: pytest.FixtureRequest) -> Result:
-    assert isinstance(request.param, Result)
+def result(request: pytest.FixtureRequest) -> BenchResult:
+    assert isinstance(request.param, BenchResult)
     return request.param
 
 
-def test_report_is_one_file_that_asks_for_nothing(result: Result) -> None:
+def test_report_is_self_contained(result: BenchResult) -> None:
     text = html_report(result)
     page = Page(text)
     assert "http:" not in text
@@ -86,14 +85,14 @@ def test_report_is_one_file_that_asks_for_nothing(result: Result) -> None:
     references = [v for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "src", "data", "srcset")]
     targets = {f"#{attrs['id']}" for _, attrs in page.elements if "id" in attrs}
     assert {*references} <= {"data:,", *targets}
-    assert len(text) < 500_000  # however long the soak was
+    assert len(text) < 500_000  # for a soak of any length
 
 
-def test_report_has_every_case_and_fact(result: Result) -> None:
+def test_report_has_every_case_and_fact(result: BenchResult) -> None:
     page = Page(html_report(result))
-    cases = [measured.case for measured in result.measured]
+    cases = [measured.case for measured in result.cases]
     options = labels.differing_options(cases)
-    for measured in result.measured:
+    for measured in result.cases:
         assert labels.case_name(measured.case, options) in page.text
         for name, summary in labels.measures(measured).items():
             assert name in page.texts
@@ -103,55 +102,60 @@ def test_report_has_every_case_and_fact(result: Result) -> None:
     facts = (machine.processor, machine.system, machine.gpu, machine.power_mode, bundle.digest, bundle.source)
     for text in (*facts, *machine.versions.values(), result.command):
         assert text is None or text in page.texts
-    assert ("too noisy" in page.text) == any(measured.is_noisy for measured in result.measured)
-    assert ("Clocks were held down" in page.text) == (machine.throttled is not None)
+    assert ("too noisy" in page.text) == any(measured.is_noisy for measured in result.cases)
+    assert ("Throttled: " in page.text) == (machine.throttled is not None)
 
 
 def test_charts_of_a_case() -> None:
     page = Page(html_report(samples.result()))
-    (measured,) = samples.result().measured
+    (measured,) = samples.result().cases
     kinds = [attrs.get("class") for name, attrs in page.elements if name == "rect"]
     assert [kind for kind in kinds if kind == "segment orange"] == ["segment orange"] * 2  # prefill, in both questions
-    assert [kind for kind in kinds if kind == "segment sky"] == ["segment sky"]  # the image's vision, in the first only
-    titles = ["To the first token", "Steps over time", "Distribution of a step", "Memory of the process"]
-    assert [text for text in page.texts if text in titles] == titles
-    step = measured.limits.step
-    assert step.seconds is not None
-    assert f"limit {labels.duration(step.seconds)}" in page.texts
+    assert [kind for kind in kinds if kind == "segment sky"] == ["segment sky"]  # global crops, in the first only
+    titles = [
+        "Time to first token",
+        "Decode steps over time",
+        "Distribution of decode steps",
+        "Memory of the process",
+    ]
+    assert [text for text in page.texts if text in titles] == titles[:1] + titles
+    step = measured.roofline.decode
+    assert step.roofline_seconds is not None
+    assert f"roofline {labels.duration(step.roofline_seconds)}" in page.texts
     assert f"{step.share:.0%}" in page.texts
-    assert "A step over context" not in page.texts
-    assert "A step over context" in Page(html_report(samples.matrix())).texts
+    assert "Decode step over context" not in page.texts
+    assert "Decode step over context" in Page(html_report(samples.matrix())).texts
 
 
-def test_steps_that_are_left_out_of_a_plot_are_told() -> None:
-    one = samples.measured(samples.case())
-    values = (*one.stages["step"].values, 1.5)
-    slow = replace(one, stages={**one.stages, "step": summarize(values)})
+def test_steps_outside_a_plot_are_reported() -> None:
+    one = samples.case_result(samples.case())
+    values = (*one.stages[DECODE_STEP].values, 1.5)
+    slow = replace(one, stages={**one.stages, DECODE_STEP: summarize(values)})
     text = Page(html_report(samples.result([slow]))).text
-    assert "Above the plot: 1 of 401 steps; the slowest took 1.50 s." in text
+    assert "Above the plot: 1 of 401 steps, the slowest 1.50 s." in text
 
 
-def test_a_limit_that_was_not_measured_says_why() -> None:
+def test_missing_roofline_has_a_reason() -> None:
     result = samples.on_gpu()
     page = Page(html_report(result))
     assert "not measured" in page.texts
     assert "Memory of the GPU" in page.texts
     assert "Prefill needs 3.33 TMAC (multiply-adds). An engine would be needed." in page.texts
-    assert not [text for text in page.texts if text.startswith("limit of prefill")]
+    assert not [text for text in page.texts if text.startswith("prefill at the roofline")]
     text = table.text(result)
-    assert "probed on tensorrt: 668 GB/s of memory, no multiplications (An engine would be needed.)" in text
+    assert "roofline of tensorrt: 668 GB/s memory bandwidth, compute not measured (An engine would be needed.)" in text
     assert "GPU memory, peak" in text
-    assert "prefill limit" not in text
+    assert "prefill roofline" not in text
 
 
-def test_a_remark_is_told() -> None:
-    result = samples.result([replace(samples.measured(samples.case()), remark="Kernels are missing.")])
+def test_remark_is_shown() -> None:
+    result = samples.result([replace(samples.case_result(samples.case()), remark="Kernels are missing.")])
     assert "cpu: Kernels are missing." in Page(html_report(result)).texts
     assert "cpu: Kernels are missing.\n" in table.text(result)
 
 
 def test_names_are_escaped() -> None:
-    result = samples.result([samples.measured(samples.case(device=HOSTILE))] * 2, source=HOSTILE, processor=HOSTILE)
+    result = samples.result([samples.case_result(samples.case(device=HOSTILE))] * 2, source=HOSTILE, processor=HOSTILE)
     page = Page(html_report(replace(result, command=HOSTILE)))
     assert page.count("script") == 0
     assert page.texts.count(HOSTILE) >= 3
@@ -185,7 +189,7 @@ def test_few_values_have_no_error() -> None:
     assert labels.error(summarize([1.0] * 6)) == "±?"
     assert labels.error(summarize([1.0] * 12, rounds=6)) == "±?"
     assert labels.error(summarize([0.98, 1.0, 1.0, 1.0, 1.0, 1.0, 1.02])) == "±2.0%"
-    assert "±?: fewer than 7 rounds" in table.text(samples.of_few_stages())
+    assert "±?: Too few rounds for a confidence interval; 7 are needed." in table.text(samples.of_few_stages())
     assert "±?" not in table.text(samples.result())
 
 
@@ -199,53 +203,50 @@ def test_cases_are_named_by_every_option() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 100, 300])
-def test_table_fits_the_terminal(result: Result, width: int) -> None:
+def test_table_fits_the_terminal(result: BenchResult, width: int) -> None:
     text = table.text(result, width)
     tables = text.split("\n\n", 1)[1].split("±?:")[0].split("machine too noisy")[0]
-    assert max(map(len, tables.splitlines())) <= (width if len(result.measured) > 1 else 100)
-    for measured in result.measured:
+    assert max(map(len, tables.splitlines())) <= (width if len(result.cases) > 1 else 100)
+    for measured in result.cases:
         for name, one in labels.measures(measured).items():
-            if len(result.measured) == 1:
-                times = [labels.duration(value) for value in (one.median, one.least, one.p90, one.p99, one.largest)]
+            if len(result.cases) == 1:
+                times = [labels.duration(value) for value in (one.p50, one.min, one.p95, one.p99, one.max)]
                 row = f"{name} {times[0]} {labels.error(one)} {' '.join(times[1:])} {one.count:,}"
                 assert row in [" ".join(line.split()) for line in tables.splitlines()]
             else:
-                assert f"{labels.duration(one.median)} {labels.error(one):>6}" in text
-        step = measured.limits.step
-        assert step.seconds is not None
-        assert f"{labels.duration(step.seconds)} ({step.share:.0%})" in text
-    assert text.count("  too noisy") == sum(measured.is_noisy for measured in result.measured)
-    assert ("machine too noisy:" in text) == any(measured.is_noisy for measured in result.measured)
+                assert f"{labels.duration(one.p50)} {labels.error(one):>6}" in text
+        step = measured.roofline.decode
+        assert step.roofline_seconds is not None
+        assert f"{labels.duration(step.roofline_seconds)} ({step.share:.0%})" in text
+    assert text.count("  too noisy") == sum(measured.is_noisy for measured in result.cases)
+    assert ("machine too noisy:" in text) == any(measured.is_noisy for measured in result.cases)
 
 
-def test_csv_has_a_row_for_each_case_and_stage(result: Result) -> None:
+def test_csv_has_a_row_for_each_case_and_stage(result: BenchResult) -> None:
     rows = list(csv.DictReader(io.StringIO(table.csv(result))))
-    wanted = [(one, name) for one in result.measured for name in labels.measures(one)]
+    wanted = [(one, name) for one in result.cases for name in labels.measures(one)]
     assert len(rows) == len(wanted)
     for row, (measured, name) in zip(rows, wanted, strict=True):
         summary = labels.measures(measured)[name]
         assert (row["stage"], row["context"]) == (name, str(measured.case.context))
-        assert float(row["median"]) == summary.median
-        assert row["interval_high"] == ("" if summary.interval is None else str(summary.interval[1]))
+        assert float(row["p50"]) == summary.p50
+        assert row["ci95_high"] == ("" if summary.ci95 is None else str(summary.ci95[1]))
         assert row["is_noisy"] == str(measured.is_noisy)
         assert row["memory_peak"] == str(measured.memory.peak)
         assert row["device_memory_peak"] == ("" if measured.device_memory is None else str(measured.device_memory.peak))
 
 
-def test_sample_survives_its_file(result: Result, tmp_path: Path) -> None:
+def test_result_survives_its_file(result: BenchResult, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    path.write_text(result.to_text(), encoding="utf-8")
+    path.write_text(result.to_json(), encoding="utf-8")
     assert html_report(read_result(path)) == html_report(result)
 
 
-def test_the_schema_is_of_its_version() -> None:
-    """After a change of a field raise the version (result.py, docs/fusion-bench.md) and write the new digest here."""
-    classes = [kind for kind in vars(result_module).values() if isinstance(kind, type) and is_dataclass(kind)]
-    lines = [f"{kind.__name__}.{field.name}: {field.type}" for kind in classes for field in fields(kind)]
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    assert (SCHEMA_VERSION, digest[:16]) == (3, "17bffd06023250a2")
+def test_a_changed_schema_has_a_new_version() -> None:
+    """A changed field needs a new version in result.py and docs/fusion-bench.md, and the new digest here."""
+    assert (SCHEMA.version, schema_digest(BenchResult)) == (4, "76fd8f15bb679d15")
     text = (ROOT / "docs" / "fusion-bench.md").read_text(encoding="utf-8")
-    assert f"`schema_version` is {SCHEMA_VERSION}." in text
+    assert f"`schema_version` is {SCHEMA.version}." in text
 
 
 @pytest.fixture(params=[360, 1200], ids=["phone", "desktop"])
@@ -255,9 +256,9 @@ def width(request: pytest.FixtureRequest) -> int:
 
 
 def browse(page: Path, text: str, width: int, *options: str) -> str:
-    """What the browser prints about a page that is so many pixels wide, in a frame: no window is narrower than 500.
+    """Return the browser's output about a page in a frame ``width`` pixels wide, because windows are at least 500 wide.
 
-    What the page sends its parent becomes the title.
+    A message of the page becomes the title.
     """
     if BROWSER is None:
         pytest.skip(f"needs one of {', '.join(BROWSERS)}")
@@ -269,7 +270,7 @@ def browse(page: Path, text: str, width: int, *options: str) -> str:
         encoding="utf-8",
     )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += ["--virtual-time-budget=2000"]  # for the message to arrive
+    command += ["--virtual-time-budget=2000"]  # time for the message
     command += [f"--window-size={width},2400", f"--user-data-dir={page.parent / 'user'}", *options, frame.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, timeout=60, text=True).stdout
 
@@ -281,11 +282,11 @@ def test_screenshot(width: int, is_dark: bool, tmp_path: Path) -> None:
     browse(tmp_path / "report.html", html_report(samples.result()), width, scheme, f"--screenshot={picture}")
     with Image.open(picture) as image:
         framed = image.convert("RGB").crop((0, 0, width, image.height))
-        colours = {colour: count for count, colour in framed.getcolors(1 << 20) or ()}
+        colors = {color: count for count, color in framed.getcolors(1 << 20) or ()}
     page, card = ((16, 20, 27), (25, 31, 41)) if is_dark else ((245, 246, 248), (255, 255, 255))
-    assert sorted(colours, key=lambda colour: -colours[colour])[:2] in ([page, card], [card, page])
+    assert sorted(colors, key=lambda color: -colors[color])[:2] in ([page, card], [card, page])
     prefill = 0xE6, 0x9F, 0x00
-    assert colours[prefill] > width  # a bar of it is to be seen
+    assert colors[prefill] > width  # its bar is visible
 
 
 @pytest.mark.parametrize("name", RESULTS)

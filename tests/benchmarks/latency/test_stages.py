@@ -1,4 +1,4 @@
-"""What ``fusion-bench`` times: medians and their intervals, questions of wanted lengths, rounds of stages, limits."""
+"""Medians and confidence intervals, questions of given lengths, rounds of stages, rooflines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion_edge.benchmarks.latency import roofline
-from fusion_edge.benchmarks.latency.result import Case, Limit, Limits, Rates, Summary
-from fusion_edge.benchmarks.latency.stages import STAGES, for_case, make_up_picture, measure, question
-from fusion_edge.benchmarks.latency.statistics import MINIMUM_COUNT, is_known, repeat, summarize
+from fusion_edge.benchmarks.latency.result import (
+    DECODE_STEP,
+    ENCODE_LOCAL,
+    PREFILL,
+    PREPROCESS,
+    SAMPLING,
+    STAGES,
+    Case,
+    Peaks,
+    RooflineUse,
+    Utilization,
+)
+from fusion_edge.benchmarks.latency.stages import for_case, make_up_picture, measure, question
+from fusion_edge.benchmarks.latency.statistics import MIN_ROUNDS, Summary, repeat, summarize
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.errors import UsageError
 
@@ -24,19 +35,19 @@ from fusion_edge.runtime.errors import UsageError
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60))
 def test_summary(values: list[float]) -> None:
     summary = summarize(values)
-    assert (summary.interval is None) == (len(values) < MINIMUM_COUNT)
-    low, high = summary.interval or (summary.least, summary.largest)
-    assert summary.least <= low <= summary.median <= high <= summary.largest
-    assert summary.median <= summary.p90 <= summary.p99 <= summary.largest
-    assert summary.median == pytest.approx(float(np.median(values)))
-    assert summary.p90 == pytest.approx(float(np.percentile(values, 90)))
+    assert (summary.ci95 is None) == (len(values) < MIN_ROUNDS)
+    low, high = summary.ci95 or (summary.min, summary.max)
+    assert summary.min <= low <= summary.p50 <= high <= summary.max
+    assert summary.p50 <= summary.p95 <= summary.p99 <= summary.max
+    assert summary.p50 == pytest.approx(float(np.median(values)))
+    assert summary.p95 == pytest.approx(float(np.percentile(values, 95)))
     assert summary.values == tuple(values)
 
 
 @pytest.mark.parametrize("count", [7, 8, 16, 21, 101])
 def test_the_interval_of_independent_values_is_exact(count: int) -> None:
-    """Of the ascending values 0, 1, 2 and so on: the binomial chance that the median lies between its ends."""
-    interval = summarize([float(value) for value in range(count)]).interval
+    """The binomial probability that the median of 0, 1, 2, ... lies in the interval is at least 95%."""
+    interval = summarize([float(value) for value in range(count)]).ci95
     assert interval is not None
     low, high = map(int, interval)
     assert low == count - 1 - high
@@ -46,26 +57,26 @@ def test_the_interval_of_independent_values_is_exact(count: int) -> None:
 @pytest.mark.parametrize("shared", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("rounds", [7, 25])
 def test_the_interval_holds_the_median_as_often_as_it_says(rounds: int, shared: float) -> None:
-    """Of lognormal steps that share a part of their variance with their round."""
+    """Coverage of lognormal steps that share a part of their variance with their round."""
     size, generator = 16, np.random.default_rng(rounds)
     rounds_of, steps = generator.normal(size=(1500, rounds, 1)), generator.normal(size=(1500, rounds, size))
     samples = np.exp(np.sqrt(shared) * rounds_of + np.sqrt(1 - shared) * steps).reshape(1500, -1).tolist()
     assert 0.94 <= held([summarize(sample, rounds) for sample in samples]) < 1
-    if shared:  # it would not if they were taken for independent
+    if shared:  # treating them as independent fails
         assert held([summarize(sample) for sample in samples]) < 0.8
 
 
 def held(summaries: list[Summary]) -> float:
-    """Share of the intervals that have 1 inside."""
-    intervals = np.array([summary.interval for summary in summaries])
+    """Return the share of intervals that contain 1."""
+    intervals = np.array([summary.ci95 for summary in summaries])
     return float(((intervals[:, 0] <= 1) & (intervals[:, 1] >= 1)).mean())
 
 
-def test_repeating_ends_when_the_median_is_known() -> None:
-    assert len(repeat(lambda: 1.0, seconds=60)) == MINIMUM_COUNT
+def test_repeating_ends_when_the_median_is_precise() -> None:
+    assert len(repeat(lambda: 1.0, seconds=60)) == MIN_ROUNDS
     noise = iter(np.random.default_rng(0).uniform(1, 9, 10**6))
     values = repeat(lambda: next(noise), seconds=0.05)
-    assert not is_known(summarize(values[:MINIMUM_COUNT]))
+    assert not summarize(values[:MIN_ROUNDS]).is_precise
     assert len(repeat(lambda: next(noise), seconds=0)) == 3
 
 
@@ -101,9 +112,7 @@ def case(fusion: Fusion, **values: int) -> Case:
 
 
 @pytest.mark.parametrize(("prompt", "context"), [(0, 0), (90, 0), (90, 120), (0, 200)])
-def test_a_question_has_the_lengths_that_are_asked_for(
-    fusion: Fusion, picture: Path, prompt: int, context: int
-) -> None:
+def test_question_has_the_requested_lengths(fusion: Fusion, picture: Path, prompt: int, context: int) -> None:
     wanted = case(fusion, prompt_tokens=prompt, context=context)
     asked, got = question(fusion, wanted, picture, None)
     lengths = [p.layout(got.image_tokens, got.query_length).length for p in (asked.prompt, asked.long_prompt)]
@@ -124,7 +133,7 @@ def test_a_question_has_the_lengths_that_are_asked_for(
         ({"image_tokens": 25}, "25 image tokens are no square of at most 4 a side"),
     ],
 )
-def test_lengths_that_cannot_be(fusion: Fusion, picture: Path, values: dict[str, int], message: str) -> None:
+def test_impossible_lengths_are_refused(fusion: Fusion, picture: Path, values: dict[str, int], message: str) -> None:
     wanted = case(fusion, **values)
     with pytest.raises(UsageError, match=message):
         question(for_case(fusion, wanted), wanted, picture, None)
@@ -134,26 +143,28 @@ def test_every_stage_is_timed(fusion: Fusion, picture: Path) -> None:
     asked, wanted = question(fusion, case(fusion, context=120), picture, "How many?")
     times = measure(fusion, wanted, asked, lambda _: True)
     assert list(times.stages) == list(STAGES)
-    rounds = len(times.first_token)
+    rounds = len(times.ttft)
     assert rounds == 3
     counts = {stage: len(values) // rounds for stage, values in times.stages.items()}
     assert counts == dict.fromkeys(STAGES[:4], 1) | {
-        "preprocess": 2,
-        "vision of the question": 2,
-        "prefill": 2,
-        "step": wanted.new_tokens,
-        "sampling": 2 + wanted.new_tokens,
+        PREPROCESS: 2,
+        ENCODE_LOCAL: 2,
+        PREFILL: 2,
+        DECODE_STEP: wanted.new_tokens,
+        SAMPLING: 2 + wanted.new_tokens,
     }
     assert all(value > 0 for values in times.stages.values() for value in values)
-    once, twice = STAGES[:1] + STAGES[2:4], ("preprocess", "vision of the question", "prefill")
+    once, twice = STAGES[:1] + STAGES[2:4], (PREPROCESS, ENCODE_LOCAL, PREFILL)
     for i in range(rounds):
         first = sum(times.stages[stage][i] for stage in once) + sum(times.stages[stage][2 * i] for stage in twice)
-        assert times.first_token[i] > first
-        assert times.further_first_token[i] > sum(times.stages[stage][2 * i + 1] for stage in twice)
-    assert all(answer > first for answer, first in zip(times.answer, times.first_token, strict=True))
+        assert times.ttft[i] > first
+        assert times.followup_ttft[i] > sum(times.stages[stage][2 * i + 1] for stage in twice)
+    assert all(answer > first for answer, first in zip(times.answer, times.ttft, strict=True))
 
 
-def test_a_further_question_sees_nothing_anew(fusion: Fusion, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followup_question_encodes_no_global_crops(
+    fusion: Fusion, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked, wanted = question(fusion, case(fusion), picture, None)
     crops: list[int] = []
     encode = fusion.backend.encode
@@ -167,7 +178,7 @@ def test_a_further_question_sees_nothing_anew(fusion: Fusion, picture: Path, mon
     assert crops == [4, 1, 1] * 4
 
 
-def test_limits(fusion: Fusion) -> None:
+def test_roofline(fusion: Fusion) -> None:
     manifest = replace(fusion.manifest, weights=dict.fromkeys(fusion.manifest.weights, "fp32"))
     model = manifest.model
     width, mlp, layers = model.language.hidden_size, model.language.mlp_width, model.language.layers
@@ -177,10 +188,12 @@ def test_limits(fusion: Fusion) -> None:
     interaction = model.alignment.layers * width * width
     attention = layers * width * 100 * 101
     expected = 100 * decoder + head + interaction * (1 + 5 * wanted.query_length) + attention
-    assert roofline.prefill_multiplications(manifest, wanted) == expected
-    found = roofline.limits(manifest, wanted, 150, Rates(1e9, 1e10, {}), step=0.5, prefill=2.0)
-    assert found.step.needed == 4 * (decoder + head) + 2 * layers * width * 4 * 150
-    assert found.step.share == pytest.approx(found.step.needed / 1e9 / 0.5)
-    assert found.prefill == Limit(expected, expected / 1e10, expected / 1e10 / 2)
-    unknown = roofline.limits(manifest, wanted, 150, Rates(None, None, {}), step=0.5, prefill=2.0)
-    assert unknown == Limits(Limit(found.step.needed, None, None), Limit(expected, None, None))
+    assert roofline.prefill_macs(manifest, wanted) == expected
+    found = roofline.roofline_use(manifest, wanted, 150, Peaks(1e9, 1e10, {}), decode_seconds=0.5, prefill_seconds=2.0)
+    assert found.decode.work == 4 * (decoder + head) + 2 * layers * width * 4 * 150
+    assert found.decode.share == pytest.approx(found.decode.work / 1e9 / 0.5)
+    assert found.prefill == Utilization(expected, expected / 1e10, expected / 1e10 / 2)
+    unknown = roofline.roofline_use(
+        manifest, wanted, 150, Peaks(None, None, {}), decode_seconds=0.5, prefill_seconds=2.0
+    )
+    assert unknown == RooflineUse(Utilization(found.decode.work, None, None), Utilization(expected, None, None))

@@ -1,4 +1,4 @@
-"""Runners of LLMs: what all share, and their refusals; measuring a peer needs the peer."""
+"""LLM runners: their shared code and errors. Measurements need the engines."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pytest
 from fusion_edge.benchmarks.peers import __main__ as peers
 from fusion_edge.benchmarks.peers import llm as llm_peers
 from fusion_edge.benchmarks.peers.runners import llm, worker
-from fusion_edge.benchmarks.peers.runners.llm import Workload
+from fusion_edge.benchmarks.peers.runners.llm import LlmWorkload
 from fusion_edge.benchmarks.peers.runners.worker import CannotRunError
 
 
 class FakeLlm:
-    """Remembers what it was asked."""
+    """Records its calls."""
 
-    def __init__(self, model: Path, work: Workload) -> None:
+    def __init__(self, model: Path, work: LlmWorkload) -> None:
         self.settings = {"threads": 3}
         if not model.exists():
-            raise CannotRunError(f"{model} is not there.")
+            raise CannotRunError(f"{model} does not exist.")
         self.positions = 0
         self.log: list[tuple[str, int]] = []
 
@@ -37,9 +37,9 @@ class FakeLlm:
         self.log.append(("step", self.positions))
 
 
-def test_timed_steps_lie_around_the_context(tmp_path: Path) -> None:
-    fake = FakeLlm(tmp_path, Workload())
-    measured = llm.measure(lambda model, work: fake, tmp_path, Workload(prompt=900, context=1000, steps=32))
+def test_timed_steps_are_around_the_context(tmp_path: Path) -> None:
+    fake = FakeLlm(tmp_path, LlmWorkload())
+    measured = llm.measure(lambda model, work: fake, tmp_path, LlmWorkload(prompt=900, context=1000, steps=32))
     assert fake.log[:2] == [("prefill", llm.WARM_UP), ("prefill", 900)]
     timed = fake.log[-32:]
     assert timed[0] == ("step", 1000 - 15)
@@ -49,27 +49,27 @@ def test_timed_steps_lie_around_the_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--context=910", "--context=4090", "--prompt=1000"])
-def test_workloads_that_do_not_fit_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_workloads_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert peers.main(["llm", "--genai", "a=x", option]) == 2
     assert "does not fit" in capsys.readouterr().err
 
 
-def test_an_answer_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = json.dumps({"prompt": 2, "context": 4, "steps": 2})
     measure = functools.partial(llm.measure, FakeLlm)
-    assert worker.answer(measure, Workload, ("numpy", "no-such-package"), [str(tmp_path), fields]) == 0
+    assert worker.report(measure, LlmWorkload, ("numpy", "no-such-package"), [str(tmp_path), fields]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["figures"]["prefill_seconds"] > 0
     assert report["settings"] == {"threads": 3}
     assert sorted(report["versions"]) == ["numpy", "python"]
 
 
-def test_a_runner_says_in_one_line_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runner_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure = functools.partial(llm.measure, FakeLlm)
-    assert worker.answer(measure, Workload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
+    assert worker.report(measure, LlmWorkload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(CannotRunError, match="pip install a-peer"):
-        worker.peer("no_such_module", "a-peer")
+        worker.import_engine("no_such_module", "a-peer")
 
 
 RUNNERS = {
@@ -80,27 +80,27 @@ RUNNERS = {
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_runners_refuse_what_is_not_theirs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runners_refuse_other_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, kind, package, message = RUNNERS[name]
     assert llm_peers.COMPARISON.runners[name].module.endswith(f".{module}")
     load = getattr(importlib.import_module(f"fusion_edge.benchmarks.peers.runners.{module}"), kind)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(CannotRunError, match="cannot be imported"):
-        load(tmp_path, Workload())
+    with pytest.raises(CannotRunError, match="cannot import"):
+        load(tmp_path, LlmWorkload())
     monkeypatch.setitem(sys.modules, package, ModuleType(package))
     with pytest.raises(CannotRunError, match=message):
-        load(tmp_path, Workload())
+        load(tmp_path, LlmWorkload())
 
 
-def test_what_an_engine_says_of_a_broken_model_is_one_line(tmp_path: Path) -> None:
-    def load(model: Path, work: Workload) -> FakeLlm:
+def test_engine_errors_become_one_line(tmp_path: Path) -> None:
+    def load(model: Path, work: LlmWorkload) -> FakeLlm:
         raise RuntimeError("bad\nmodel")
 
     with pytest.raises(CannotRunError, match="cannot be loaded: bad model"):
-        llm.measure(load, tmp_path, Workload())
+        llm.measure(load, tmp_path, LlmWorkload())
 
 
-def test_a_folder_that_is_no_bundle_ends_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_bundle_ends_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert peers.main(["llm", "--bundle", f"ours={tmp_path / 'nowhere'}", "--rounds", "1"]) == 1
     first, last = capfd.readouterr().err.splitlines()
     assert first.startswith("error: ")

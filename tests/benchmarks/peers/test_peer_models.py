@@ -1,4 +1,4 @@
-"""The LLM of a checkpoint for other engines; what only llama.cpp's packages can write needs them."""
+"""Export of a checkpoint's LLM for other engines. GGUF files need llama.cpp's packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 PHI = GOLDEN / "FUSION-tiny-Phi"
 
 
-def test_a_hugging_face_folder_is_the_llm_alone(tmp_path: Path) -> None:
+def test_hugging_face_folder_has_the_llm_only(tmp_path: Path) -> None:
     output = tmp_path / "phi"
     assert main(["hugging-face", str(PHI), "-o", str(output)]) == 0
     config = json.loads((output / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The comparison of vision encoders: what is fusion-edge's own; runs of the peers need the peers."""
+"""Comparison of vision encoders. Measurements of other engines need the engines."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.benchmarks.peers import __main__ as peers
-from fusion_edge.benchmarks.peers import export_vision as vision_peer_models
+from fusion_edge.benchmarks.peers import export_vision
 from fusion_edge.benchmarks.peers.runners import bundle_vision, openvino_vision, torch_vision, vision, worker
 from fusion_edge.benchmarks.peers.runners.bundle_vision import BundleEncoder
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.policy import Rule
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 
-WORK = vision.Workload(question_tokens=3, threads=1)
+WORK = vision.VisionWorkload(question_tokens=3, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,13 @@ def bundle(checkpoint: Path) -> Path:
     return folder
 
 
-def test_the_workload_is_an_image() -> None:
+def test_workload_is_an_image() -> None:
     assert vision.IMAGE_SIZE == IMAGE_SIZE
-    assert vision.Workload().crops == GLOBAL_CROPS
+    assert vision.VisionWorkload().crops == GLOBAL_CROPS
 
 
 @torch.inference_mode()
-def test_modules_for_peers_compute_what_a_bundle_does(checkpoint: Path, bundle: Path) -> None:
+def test_torch_modules_match_a_bundle(checkpoint: Path, bundle: Path) -> None:
     config, parameters = read_vision(checkpoint, torch.float32)
     ours = BundleEncoder(bundle, WORK)
     random = np.random.default_rng(0)
@@ -58,10 +59,10 @@ def test_modules_for_peers_compute_what_a_bundle_does(checkpoint: Path, bundle: 
     np.testing.assert_allclose(ours.encode_global(pixels), theirs, rtol=1e-4, atol=1e-4)
     theirs = LocalCrop(config, parameters)(torch.from_numpy(pixels[:1]), torch.from_numpy(text), mask)
     np.testing.assert_allclose(ours.encode_local(pixels[:1], text), theirs, rtol=1e-4, atol=1e-4)
-    assert np.abs(ours.encode_global(pixels[:1]) - theirs.numpy()).max() > 1e-2  # the question counts
+    assert np.abs(ours.encode_global(pixels[:1]) - theirs.numpy()).max() > 1e-2  # the question matters
 
 
-def test_what_is_timed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timed_calls(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
 
     class Watched(BundleEncoder):
@@ -86,43 +87,43 @@ def test_bundle_and_torch_harness(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["global", "ours", "bf16"]
     contestants = json.loads(path.read_text())["contestants"]
     assert contestants["bf16"]["settings"] == {"dtype": "torch.bfloat16", "threads": 1}
-    assert contestants["ours"]["turns"][0]["image_seconds"] > 0
+    assert contestants["ours"]["figures"]["image_seconds"]["p50"] > 0
 
 
-def test_folders_of_something_else_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for measure in (bundle_vision.measure, torch_vision.measure):
-        assert worker.answer(measure, vision.Workload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
+        assert worker.report(measure, vision.VisionWorkload, (), [str(tmp_path / "nowhere"), "{}"]) == 1
         assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "message"), [("nowhere.json", "nowhere.json cannot be read"), ("f32.json", "local.xml is missing")]
 )
-def test_models_that_are_not_openvinos_are_named(
+def test_missing_openvino_models_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     class Peer:
         Core = object
 
-    monkeypatch.setattr(openvino_vision, "peer", lambda module, package: Peer)
+    monkeypatch.setattr(openvino_vision, "import_engine", lambda module, package: Peer)
     (tmp_path / "f32.json").write_text("{}")
     with pytest.raises(worker.CannotRunError, match=message):
         openvino_vision.OpenVinoEncoder(tmp_path / name, WORK)
 
 
-def test_a_bundle_in_integers_is_made(checkpoint: Path, tmp_path: Path) -> None:
+def test_integer_bundle(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "int8"
-    assert vision_peer_models.main(["bundle-int8", f"--checkpoint={checkpoint}", f"--output={output}"]) == 0
+    assert export_vision.main(["bundle-int8", f"--checkpoint={checkpoint}", f"--output={output}"]) == 0
     assert BundleEncoder(output, WORK).settings["formats"] == ["w8a8"]
 
 
-def test_a_package_that_is_missing_and_an_output_that_exists_are_named(
+def test_missing_package_and_existing_output_are_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["openvino-int8", f"--checkpoint={checkpoint}"]
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert vision_peer_models.main([*arguments, f"--output={tmp_path / 'new'}"]) == 1
+    assert export_vision.main([*arguments, f"--output={tmp_path / 'new'}"]) == 1
     assert "openvino cannot be imported" in capsys.readouterr().err
-    monkeypatch.setattr(vision_peer_models, "_import", lambda package: None)
-    assert vision_peer_models.main([*arguments, f"--output={tmp_path}"]) == 1
+    monkeypatch.setattr(export_vision, "_import", lambda package: None)
+    assert export_vision.main([*arguments, f"--output={tmp_path}"]) == 1
     assert "exists; choose another output" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from faults import whole
 from fusion_edge.export import cli
 from fusion_edge.export.bundle import hidden_folders
 from fusion_edge.export.calibration.work_folder import work_folder
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 
 Refuse = Callable[..., str]
 
@@ -45,7 +45,7 @@ def test_a_mount_point(tiny_checkpoint: Path, mounted: Path, refused: Refuse) ->
     assert [path.name for path in mounted.parent.iterdir()] == ["bundle"]
     (mounted / "notes.txt").write_text("dear")
     assert "notes.txt" in refused(cli.main, tiny_checkpoint, "-o", mounted, "--int8", "--force")
-    assert bundle.open_bundle(mounted).manifest.precision == "int4"
+    assert open_bundle(mounted).manifest.precision == "int4"
 
 
 def test_what_a_calibration_keeps_is_in_the_mount_point(mounted: Path) -> None:

@@ -20,7 +20,8 @@ from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.folder_content import FolderContent, ForeignPathError, matches
 from fusion_edge.export.bundle.folder_lock import locked_folder
 from fusion_edge.export.calibration.work_folder import work_folder
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.files import digest
+from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.output_file import check_output_file, write_whole
 
@@ -73,7 +74,7 @@ def test_a_link_that_comes_while_the_bundle_is_written(
     tiny_checkpoint: Path, replaceable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     """In the partial folder's place: neither is its target published nor anything deleted in it."""
-    partial, victim, digest = replaceable.with_name(".bundle.partial"), tmp_path / "victim", bundle.digest
+    partial, victim = replaceable.with_name(".bundle.partial"), tmp_path / "victim"
     shutil.copytree(replaceable, victim)
     before = {path.name: path.read_bytes() for path in victim.iterdir()}
 
@@ -83,7 +84,7 @@ def test_a_link_that_comes_while_the_bundle_is_written(
             partial.symlink_to(victim)
         return digest(*arguments)
 
-    monkeypatch.setattr(bundle, "digest", late)
+    monkeypatch.setattr("fusion_edge.export.bundle.writer.digest", late)
     refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert whole(replaceable) == "int4"
     assert partial.is_symlink()
@@ -191,13 +192,11 @@ def test_files_that_no_bundle_wrote_stay(tiny_checkpoint: Path, replaceable: Pat
 def test_a_file_that_comes_while_the_bundle_is_written(
     tiny_checkpoint: Path, replaceable: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
-    digest = bundle.digest
-
     def late(*arguments: Any) -> str:
         (replaceable / "notes.txt").write_text("dear")
         return digest(*arguments)
 
-    monkeypatch.setattr(bundle, "digest", late)
+    monkeypatch.setattr("fusion_edge.export.bundle.writer.digest", late)
     assert "notes.txt" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert (replaceable / "notes.txt").read_text() == "dear"
     assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
@@ -211,9 +210,9 @@ def test_a_manifest_that_lists_what_is_no_bundles(
     (replaceable / "sub").mkdir()
     (replaceable / "sub/llm.data").write_text("dear")
     (replaceable / "notes.txt").write_text("dear")
-    manifest = json.loads((replaceable / bundle.MANIFEST).read_text())
+    manifest = json.loads((replaceable / MANIFEST).read_text())
     manifest["files"].append({"path": listed})
-    (replaceable / bundle.MANIFEST).write_text(json.dumps(manifest))
+    (replaceable / MANIFEST).write_text(json.dumps(manifest))
     refused(cli.main, tiny_checkpoint, "-o", replaceable, "--force")
     for path in (tmp_path / "victim.data", replaceable / "notes.txt", replaceable / "sub/llm.data"):
         assert path.read_text() == "dear"
@@ -223,7 +222,7 @@ def test_a_manifest_that_lists_what_is_no_bundles(
 def test_a_folder_whose_manifest_tells_nothing(
     tiny_checkpoint: Path, replaceable: Path, text: str, refused: Refuse
 ) -> None:
-    (replaceable / bundle.MANIFEST).write_text(text)
+    (replaceable / MANIFEST).write_text(text)
     before = tree(replaceable)
     assert "is no bundle" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--force")
     assert tree(replaceable) == before

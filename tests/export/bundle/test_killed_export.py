@@ -18,7 +18,8 @@ import pytest
 
 from fusion_edge.export import cli
 from fusion_edge.export.bundle.data_writer import DataWriter
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.manifest import MANIFEST
+from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli import info as cli_info
 
 Refuse = Callable[..., str]
@@ -27,11 +28,11 @@ PRECISIONS = ("int8", "int4")  # of the bundle that is replaced, and of the one 
 
 def whole(folder: Path) -> str:
     """The precision of a bundle whose every file is right."""
-    opened = bundle.open_bundle(folder)
+    opened = open_bundle(folder)
     assert {path.name for path in folder.iterdir()} == {
-        bundle.MANIFEST, *(entry.path for entry in opened.manifest.files)
+        MANIFEST, *(entry.path for entry in opened.manifest.files)
     }  # fmt: skip
-    bundle.verify(opened)
+    verify(opened)
     return opened.manifest.precision
 
 

@@ -28,7 +28,9 @@ from fusion_edge.export.calibration.layer_quantizer import LayerQuantizer
 from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.calibration.work_folder import work_folder
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
-from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, digest, graph_file, open_bundle
+from fusion_edge.runtime.bundle.files import digest
+from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, graph_file
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 COUNT = 9

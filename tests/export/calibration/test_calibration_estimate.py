@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import TINY, write_checkpoint
-from support.packed_checkpoints import SMALL, packer, read_fixture, write_quantized
+from support.prequantized_checkpoints import SMALL, packer, read_fixture, write_quantized
 
 from fusion_edge.export.calibration import estimate
 from fusion_edge.export.calibration.estimate import CalibrationEstimate, estimate_calibration
 from fusion_edge.export.calibration.options import CalibrationOptions
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 
 OPTIONS = CalibrationOptions(Path("samples"))
 

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from support.tokenizer_files import LLAMA, PHI, write_phi
 
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.files import digest
+from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.prompt import TEMPLATES, PromptEncoder
-from fusion_edge.runtime.prompts.regex_cost import check_regex
-from fusion_edge.runtime.prompts.tokenizer import build_tokenizer, parse_tokenizer
-from fusion_edge.runtime.prompts.tokenizer_schema import check_tokenizer
+from fusion_edge.runtime.prompts.prompt import PromptEncoder
+from fusion_edge.runtime.prompts.templates import TEMPLATES
+from fusion_edge.runtime.tokenization.regex_cost import check_regex
+from fusion_edge.runtime.tokenization.schema import check_tokenizer
+from fusion_edge.runtime.tokenization.tokenizer import build_tokenizer, parse_tokenizer
 
 Change = Callable[[dict[str, Any]], object]
 FOLDERS = {"llama": LLAMA, "phi": PHI}
@@ -228,11 +230,11 @@ def test_bundles_of_right_checksums(
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     change(content)
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    manifest = json.loads((folder / bundle.MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     [entry] = [entry for entry in manifest["files"] if entry["path"] == "tokenizer.json"]
     path = folder / "tokenizer.json"
-    entry |= {"size": path.stat().st_size, "sha256": bundle.digest(path)}
-    (folder / bundle.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    entry |= {"size": path.stat().st_size, "sha256": digest(path)}
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     message = refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
     assert "tokenizer.json is no tokenizer that can be loaded" in message
     assert named in message

@@ -25,8 +25,9 @@ from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import Entry, write_index
-from fusion_edge.runtime.bundle.engines import ENGINES, FOLDER, read_engines
-from fusion_edge.runtime.bundle.manifest import digest
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST
+from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER, read_engines
+from fusion_edge.runtime.bundle.files import digest
 
 Refuse = Callable[..., str]
 ON_RTX = ("--library=tensorrt-rtx", "--parts=1")
@@ -51,7 +52,11 @@ def build(trt: FakeTensorRT, bundle: Path, *options: str) -> int:
 
 def engines_of(bundle: Path) -> list[Path]:
     """Folders of engines, hidden ones among them."""
-    return sorted(path for path in (bundle / FOLDER).iterdir() if path.is_dir()) if (bundle / FOLDER).exists() else []
+    return (
+        sorted(path for path in (bundle / ENGINES_FOLDER).iterdir() if path.is_dir())
+        if (bundle / ENGINES_FOLDER).exists()
+        else []
+    )
 
 
 # What is built ---------------------------------------------------------------------------------------------------
@@ -64,15 +69,15 @@ def engines_of(bundle: Path) -> list[Path]:
         (
             ("tensorrt", "10.13.0"),
             "plugin",
-            "tensorrt 10.13.0 does not know Attention, RMSNormalization, RotaryEmbedding, TensorScatter: older "
-            "operators, and slower.\n",
+            "tensorrt 10.13.0 does not support Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
+            "decomposed, and slower.\n",
         ),
         (
             JETPACK_6,
             "function",
             "TensorRT 10.3 has no ahead-of-time plugins (10.9 has): the recursive alignment runs as standard "
-            "operators.\ntensorrt 10.3.0 does not know Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
-            "older operators, and slower.\n",
+            "operators.\ntensorrt 10.3.0 does not support Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
+            "decomposed, and slower.\n",
         ),
         (RTX, "function", "TensorRT-RTX has no plugins: the recursive alignment runs as standard operators.\n"),
     ],
@@ -150,7 +155,7 @@ def test_engines_that_are_up_to_date_are_kept(bundle: Path, capsys: pytest.Captu
     (folder,) = engines_of(bundle)
     assert {path.name for path in folder.iterdir()} == {
         *(f"{name}.engine" for name in ("vision_encoder", "alignment_decoder", "llm")),
-        ENGINES,
+        ENGINES_MANIFEST,
     }
 
 
@@ -208,7 +213,7 @@ def test_kernels_for_which_there_are_no_plugins(bundle: Path, refused: Refuse) -
 
 def test_the_timing_cache_is_kept(bundle: Path) -> None:
     """It outlives the engines, is of one version and one kind of GPU, and the next build begins with it."""
-    kept = bundle / FOLDER / "tensorrt-10.16.0-cc8.6.timing"
+    kept = bundle / ENGINES_FOLDER / "tensorrt-10.16.0-cc8.6.timing"
     for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
         assert build(fake(FULL), bundle, "--force") == 0
         assert kept.read_bytes() == content
@@ -217,9 +222,9 @@ def test_the_timing_cache_is_kept(bundle: Path) -> None:
         assert build(fake(FULL), bundle, "--force") == 0
         assert kept.read_bytes() == b"vision_encoder alignment_decoder llm.0 "
     assert build(fake(FULL, compute_capability="8.7"), bundle) == 0
-    assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
+    assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
     assert build(fake(RTX), bundle) == 0
-    assert len(list((bundle / FOLDER).glob("*.timing"))) == 2
+    assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
 
 
 def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +232,7 @@ def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.Capture
     trt = fake()
     trt.has_fused_attention, trt.build_error = False, "Out of memory."
     assert build(trt, bundle) == 1
-    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. Where" in capsys.readouterr().err
+    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. If" in capsys.readouterr().err
 
 
 def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +240,7 @@ def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     trt.has_fused_attention = False
     assert build(trt, bundle) == 0
     told = capsys.readouterr().err.splitlines()[1:]
-    remark = "tensorrt_rtx has no fused attention for these heads; its parts run one by one."
+    remark = "tensorrt_rtx has no fused attention for this head size; attention is slower."
     assert told == [f"vision_encoder: {remark}", f"llm: {remark}"]
 
 
@@ -246,13 +251,13 @@ def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_tensorrt_gives_up(bundle: Path, failure: str, refused: Refuse) -> None:
     trt = fake(FULL)
     assert build(trt, bundle) == 0
-    before = {path: path.read_bytes() for path in (bundle / FOLDER).rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()}
     setattr(trt, failure, "Internal Error:\n  out of memory.")
     with installed(trt):
         message = refused(cli_build.main, bundle, *ON_FULL, "--max-context=256")
     assert "tensorrt 10.16.0 cannot build vision_encoder for compute capability 8.6: Internal Error:" in message
-    assert message.endswith("Where memory ran out, build with more --parts, a smaller --max-context or --workspace.\n")
-    assert {path: path.read_bytes() for path in (bundle / FOLDER).rglob("*") if path.is_file()} == before
+    assert message.endswith("If memory ran out, build with more --parts, or a smaller --max-context or --workspace.\n")
+    assert {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()} == before
 
 
 def test_ctrl_c(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +285,7 @@ def test_a_disk_that_becomes_full(bundle: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(engine_builder, "digest", fail)
     assert build(fake(FULL), bundle) == 1
-    message = f"The disk of {bundle / FOLDER} is full; free some space and build again."
+    message = f"The disk of {bundle / ENGINES_FOLDER} is full; free some space and build again."
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not engines_of(bundle)
 
@@ -300,8 +305,8 @@ def test_two_builds_at_once(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_bundle_for_another_target(tiny_bundle: Path, refused: Refuse) -> None:
     message = refused(cli_build.main, tiny_bundle)
     assert message == (
-        f"error: {tiny_bundle} was exported for cpu; fusion-export FUSION-tiny -o FOLDER --target tensorrt makes one "
-        "to build from.\n"
+        f"error: {tiny_bundle} was exported for cpu; expected tensorrt. Run fusion-export FUSION-tiny -o FOLDER "
+        "--target tensorrt and build from that folder.\n"
     )
 
 
@@ -310,7 +315,7 @@ def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refu
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     full = "on a Jetson it comes with JetPack"
-    rtx = "pip install 'fusion-edge[tensorrt-rtx]'"
+    rtx = "pip install '.[tensorrt-rtx]' in a clone of fusion-edge"
     assert f"tensorrt is not installed; {full}" in refused(cli_build.main, bundle, "--library=tensorrt")
     assert f"tensorrt-rtx is not installed; {rtx}" in refused(cli_build.main, bundle, "--library=tensorrt-rtx")
     message = refused(cli_build.main, bundle)
@@ -322,7 +327,7 @@ def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPa
     def fail(name: str) -> object:
         raise ImportError("libnvinfer.so.10: cannot open shared object file")
 
-    monkeypatch.setattr("fusion_edge.runtime.backends.tensorrt_library.importlib.import_module", fail)
+    monkeypatch.setattr("fusion_edge.runtime.backends.tensorrt.library.importlib.import_module", fail)
     for options in ([], ["--library=tensorrt"]):
         message = refused(cli_build.main, bundle, *options)
         assert "tensorrt is not installed or does not load (libnvinfer.so.10: cannot open shared object fi" in message
@@ -331,14 +336,26 @@ def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("library", "machine", "options", "code", "reason"),
     [
-        (RTX, {}, ["--device=7.0"], 1, "Compute capability 7.0 is too old: tensorrt_rtx needs 7.5 or later; run a "),
-        (FULL, {"compute_capability": "5.3"}, [], 1, "Compute capability 5.3 is too old: tensorrt needs 7.5 or later"),
-        (RTX, {}, ["--device=8.8"], 1, "tensorrt_rtx 1.7.1.116 does not build for compute capability 8.8; it does "),
+        (RTX, {}, ["--device=7.0"], 1, "Compute capability 7.0 is too old: tensorrt_rtx requires 7.5 or later. Run a "),
+        (
+            FULL,
+            {"compute_capability": "5.3"},
+            [],
+            1,
+            "Compute capability 5.3 is too old: tensorrt requires 7.5",
+        ),
+        (
+            RTX,
+            {},
+            ["--device=8.8"],
+            1,
+            "tensorrt_rtx 1.7.1.116 does not support compute capability 8.8; pass",
+        ),
         (RTX, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise pass --device 8.6 or"),
         (FULL, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise build on the target."),
-        (FULL, {}, ["--device=8.6"], 2, "--device is for tensorrt-rtx: tensorrt builds for the GPU that it runs on."),
+        (FULL, {}, ["--device=8.6"], 2, "--device requires tensorrt-rtx: tensorrt builds only for this machine's GPU."),
         (RTX, {}, ["--max-context=47"], 2, "--max-context 47 is out of range for this bundle; choose 48 (image tokens"),
-        (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (what it was exported with)."),
+        (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (the bundle's)."),
     ],
 )
 def test_what_is_refused(

@@ -24,7 +24,7 @@ from support.uninterruptible_wait import UninterruptibleWait
 
 from fusion_edge.export import cli
 from fusion_edge.export.engines import cli as cli_build
-from fusion_edge.runtime.bundle.engines import FOLDER
+from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER
 from fusion_edge.runtime.system import first_signals, interruptible
 
 
@@ -92,7 +92,7 @@ def test_signals(
     assert build(trt, bundle) == 128 + number
     assert time.monotonic() - signaller.sent < 1
     assert capsys.readouterr().err.endswith(f"operators.\n{word}\n")
-    assert list((bundle / FOLDER).iterdir()) == []
+    assert list((bundle / ENGINES_FOLDER).iterdir()) == []
     assert exits == ([128 + number] if "silent" in request.node.name else [])
     assert interruptible.is_abandoned() == bool(exits)
 
@@ -110,7 +110,7 @@ def test_any_exception_of_the_waiting_thread(trt: FakeTensorRT, bundle: Path) ->
         assert time.monotonic() - signaller.sent < 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert list((bundle / FOLDER).iterdir()) == []
+    assert list((bundle / ENGINES_FOLDER).iterdir()) == []
 
 
 def test_what_the_work_raises_is_raised() -> None:
@@ -141,4 +141,4 @@ def test_tensorrt_rtx(tmp_path: Path, seconds: float) -> None:
         assert time.monotonic() - sent < 2  # a second, where no other test takes the processor
         assert process.stderr is not None
         assert process.stderr.read().endswith("interrupted\n")
-    assert sorted(tmp_path.rglob("*")) == sorted([*files, tmp_path / "b" / FOLDER])
+    assert sorted(tmp_path.rglob("*")) == sorted([*files, tmp_path / "b" / ENGINES_FOLDER])

@@ -16,7 +16,8 @@ from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.weights import read_parameter
 from fusion_edge.export.reference.bundle_weights import BundleWeights
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, open_bundle
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 Refused = Callable[..., str]

@@ -19,8 +19,8 @@ from fusion_edge.export import cli
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
-from fusion_edge.runtime.devices import CANDIDATES
+from fusion_edge.runtime.backends.devices import CANDIDATES
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 EXACT, HALF, INT8_CACHE = 1e-4, 0.02, 0.1
 """Tolerances: float32; float16; steps that read a cache rounded to int8, prefill does not."""
@@ -58,7 +58,7 @@ def float32() -> Iterator[None]:
 
 
 def on_device(name: str, options: str, tolerance: float) -> Callable[[Export], Subject]:
-    """The backend of one of ``runtime/devices.py`` on the bundle that ``options`` give."""
+    """The backend of one of ``runtime/backends/devices.py`` on the bundle that ``options`` give."""
 
     def make(exported: Export) -> Subject:
         (candidate,) = (candidate for candidate in CANDIDATES if candidate.name == name)

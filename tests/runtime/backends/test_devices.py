@@ -15,18 +15,19 @@ from PIL import Image
 from support.opset24 import needs_opset_24
 
 from fusion_edge.export import cli as export_cli
-from fusion_edge.runtime import FusionError, devices, load
-from fusion_edge.runtime.backends import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.backends.tensorrt_library import INSTALL, LIBRARIES
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime import FusionError, load
+from fusion_edge.runtime.backends import devices
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.tensorrt.library import INSTALL, LIBRARIES
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 
 NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
 NO_PROVIDER = (
     "The onnxruntime that is installed has no CUDA provider; "
-    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'."
+    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge."
 )
 NO_TENSORRT = {name: f"{name} is not installed; {remedy}." for name, remedy in INSTALL.items()}
 Refuse = Callable[..., str]
@@ -71,7 +72,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         cdll = ctypes.CDLL
 
         def driver(name: str) -> Any:
-            if "libcuda" not in name:
+            if name is None or "libcuda" not in name:
                 return cdll(name)
             if gpus is None:
                 raise OSError("libcuda.so.1: cannot open shared object file")
@@ -121,7 +122,7 @@ WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUE
         (
             {"gpus": 1, "wheels": ("onnxruntime", "onnxruntime-gpu")},
             "The onnxruntime that is installed hides onnxruntime-gpu, whose files it replaced; "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'.",
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge.",
         ),
     ],
 )
@@ -188,11 +189,12 @@ def test_a_damaged_bundle_is_no_reason_for_another_device(
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (None, "ONNX Runtime is not installed; pip install 'fusion-edge[{}]'."),
+        (None, "ONNX Runtime is not installed; run pip install '.[{}]' in a clone of fusion-edge."),
         (
             ModuleType("onnxruntime"),  # all that is left when one of two wheels was removed
             "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
-            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{}]'.",
+            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, "
+            "then pip install '.[{}]' in a clone of fusion-edge.",
         ),
     ],
 )
@@ -303,10 +305,10 @@ def test_why_the_kernels_are_not_ours(
     monkeypatch.setattr(cpu_kernels, "library", lambda: found[0])
     monkeypatch.setattr(cpu_kernels, "is_supported", lambda: found[1])
     manifest = open_bundle(tiny_bundle).manifest
-    assert cpu_kernels.why_not(manifest) == reason
+    assert cpu_kernels.unsupported_reason(manifest) == reason
     level = "They multiply at accuracy level 4, and the bundle asks for 0."
-    assert cpu_kernels.why_not(dataclasses.replace(manifest, accuracy_level=0)) == level
-    assert "exported for cuda" in str(cpu_kernels.why_not(dataclasses.replace(manifest, target="cuda")))
+    assert cpu_kernels.unsupported_reason(dataclasses.replace(manifest, accuracy_level=0)) == level
+    assert "exported for cuda" in str(cpu_kernels.unsupported_reason(dataclasses.replace(manifest, target="cuda")))
 
 
 def test_the_note_about_the_kernels(

@@ -16,9 +16,11 @@ from support.opset24 import needs_opset_24
 
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends.cuda import Cuda
-from fusion_edge.runtime.backends.device_memory import RUNTIME_BYTES, check_device_memory, needed_bytes
-from fusion_edge.runtime.bundle.engines import ENGINES, FOLDER, Machine, engines_folder, open_engines, read_engines
-from fusion_edge.runtime.bundle.manifest import MANIFEST, Bundle, open_bundle
+from fusion_edge.runtime.backends.tensorrt.memory_estimate import RUNTIME_BYTES, check_device_memory, needed_bytes
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, EnginePlatform
+from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER, engines_folder, open_engines, read_engines
+from fusion_edge.runtime.bundle.manifest import MANIFEST
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.errors import DeviceError
 
 Manifest = dict[str, Any]
@@ -38,7 +40,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
 
 
 def engines_in(folder: Path) -> Path:
-    (engines,) = (path for path in (folder / FOLDER).iterdir() if path.is_dir())
+    (engines,) = (path for path in (folder / ENGINES_FOLDER).iterdir() if path.is_dir())
     return engines
 
 
@@ -59,9 +61,9 @@ def rewrite(change: Callable[[Manifest], object]) -> Callable[[Path], None]:
     """Damage to ``engines.json``."""
 
     def damage(engines: Path) -> None:
-        manifest = json.loads((engines / ENGINES).read_text(encoding="utf-8"))
+        manifest = json.loads((engines / ENGINES_MANIFEST).read_text(encoding="utf-8"))
         change(manifest)
-        (engines / ENGINES).write_text(json.dumps(manifest), encoding="utf-8")
+        (engines / ENGINES_MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
     return damage
 
@@ -95,10 +97,19 @@ def first_file(manifest: Manifest) -> Manifest:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda engines: (engines / ENGINES).write_text("{", encoding="utf-8"), "engines.json cannot be read (Expect"),
-        (lambda engines: (engines / ENGINES).write_bytes(b"\xff"), "engines.json cannot be read ('utf-8' codec"),
-        (lambda engines: (engines / ENGINES).write_text("[" * 99999, encoding="utf-8"), "engines.json cannot be read"),
-        (lambda engines: (engines / ENGINES).unlink(), "engines.json cannot be read ([Errno 2]"),
+        (
+            lambda engines: (engines / ENGINES_MANIFEST).write_text("{", encoding="utf-8"),
+            "engines.json cannot be read (Expect",
+        ),
+        (
+            lambda engines: (engines / ENGINES_MANIFEST).write_bytes(b"\xff"),
+            "engines.json cannot be read ('utf-8' codec",
+        ),
+        (
+            lambda engines: (engines / ENGINES_MANIFEST).write_text("[" * 99999, encoding="utf-8"),
+            "engines.json cannot be read",
+        ),
+        (lambda engines: (engines / ENGINES_MANIFEST).unlink(), "engines.json cannot be read ([Errno 2]"),
         (rewrite(lambda manifest: manifest.update(schema_version=2)), "(schema_version is 2, not 1)"),
         (rewrite(lambda manifest: manifest.pop("max_context")), "max_context"),
         (rewrite(lambda manifest: manifest.update(max_context=0)), "(max_context is 0)"),
@@ -106,7 +117,7 @@ def first_file(manifest: Manifest) -> Manifest:
         (rewrite(lambda manifest: manifest["engines"]["llm"][0].update(profiles=[])), "[0].profiles is empty)"),
         (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 2])), "positions from [1, 2])"),
         (rewrite(lambda manifest: first_profile(manifest).update(positions=[1, 5, 2**62])), "positions from [1, 5, "),
-        (rewrite(lambda manifest: first_profile(manifest).pop("positions")), "are not of the same dimensions)"),
+        (rewrite(lambda manifest: first_profile(manifest).pop("positions")), "have different dimensions)"),
         (rewrite(lambda manifest: first_input(manifest).update(dtype="object")), "has the tensor {"),
         (rewrite(lambda manifest: first_input(manifest).update(shape=["nowhere"])), "has the tensor {"),
         (rewrite(lambda manifest: first_input(manifest).pop("name")), "has the tensor {"),
@@ -131,7 +142,7 @@ def test_damage(folder: Path, damage: Callable[[Path], object], reason: str) -> 
 
 @pytest.mark.parametrize("damage", [cut, alter, rewrite(lambda manifest: manifest.update(schema_version=2))])
 def test_fusion_build_mends_it(folder: Path, damage: Callable[[Path], object]) -> None:
-    bundle, machine = open_bundle(folder), Machine(*RTX, "8.6")
+    bundle, machine = open_bundle(folder), EnginePlatform(*RTX, "8.6")
     damage(engines_in(folder))
     with pytest.raises(FusionError):
         open_engines(bundle, machine)
@@ -166,7 +177,7 @@ def test_engines_of_the_bundle_as_it_was(folder: Path) -> None:
 
 
 def test_no_engines(folder: Path) -> None:
-    shutil.rmtree(folder / FOLDER)
+    shutil.rmtree(folder / ENGINES_FOLDER)
     message = f"{folder} has no engines for tensorrt_rtx 1.7.1.116 and compute capability 8.6; build them: fusion-build"
     assert refused(folder).startswith(message)
 
@@ -186,7 +197,7 @@ def test_engines_with_other_tensors(folder: Path) -> None:
 
 def built_engines(folder: Path) -> tuple[Bundle, Any]:
     bundle = open_bundle(folder)
-    return bundle, read_engines(engines_folder(bundle, Machine(*RTX, "8.6")))
+    return bundle, read_engines(engines_folder(bundle, EnginePlatform(*RTX, "8.6")))
 
 
 @needs_opset_24

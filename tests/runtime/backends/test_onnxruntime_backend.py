@@ -17,12 +17,12 @@ from support.backend_contract import CAPACITY, Subject
 
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError
-from fusion_edge.runtime.backends import cpu_kernels
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fusion_edge.runtime.backends.onnxruntime_graph import Graph, has_vnni
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph, has_vnni
 from fusion_edge.runtime.bundle import graphs
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.errors import DeviceError
 from fusion_edge.runtime.images.grids import pooling_cells
 
@@ -35,7 +35,7 @@ class PlainRuns:
     def __init__(self, bundle: Bundle) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        if cpu_kernels.run(bundle.manifest, graphs.LLM):  # and so every graph of these bundles
+        if cpu_kernels.can_run(bundle.manifest, graphs.LLM):  # and so every graph of these bundles
             options.register_custom_ops_library(str(cpu_kernels.library()))
         self._sessions = {
             name: ort.InferenceSession(bundle.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])

@@ -23,11 +23,12 @@ from support.paths import DEMO_CHECKPOINT
 
 from fusion_edge.benchmarks.demo.pictures import examples
 from fusion_edge.export import cli
-from fusion_edge.runtime import FusionError, devices
+from fusion_edge.runtime import FusionError
+from fusion_edge.runtime.backends import devices
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
-from fusion_edge.runtime.backends.tensorrt_kernels import KernelCache
-from fusion_edge.runtime.bundle.manifest import Bundle, open_bundle
+from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 

@@ -15,7 +15,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime import FusionError, Sampling, UsageError, load
-from fusion_edge.runtime.bundle import manifest as bundle
+from fusion_edge.runtime.bundle.manifest import MANIFEST, QUANTIZATION, Manifest
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.cli import info as cli_info
 from fusion_edge.runtime.cli import run as cli_run
@@ -56,7 +57,7 @@ def refuse(broken: Path, tmp_path: Path, refused: Refuse) -> Refuse:
 
 def edit(folder: Path, change: Callable[[Json], object]) -> None:
     """Change the manifest."""
-    path = folder / bundle.MANIFEST
+    path = folder / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
     change(manifest)
     path.write_text(json.dumps(manifest), encoding="utf-8")
@@ -95,7 +96,7 @@ def test_a_newer_schema(broken: Path, refuse: Refuse) -> None:
 
 
 def test_these_are_all_files(tiny_bundle: Path) -> None:
-    assert {path.name for path in tiny_bundle.iterdir()} == {bundle.MANIFEST, *FILES}
+    assert {path.name for path in tiny_bundle.iterdir()} == {MANIFEST, *FILES}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -109,11 +110,11 @@ def test_one_changed_bit(broken: Path, refuse: Refuse, name: str, position: int)
 def test_a_large_file_is_verified_by_fusion_info(
     broken: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
-    monkeypatch.setattr(bundle, "ALWAYS_VERIFIED_BYTES", 0)
+    monkeypatch.setattr("fusion_edge.runtime.bundle.reader.ALWAYS_VERIFIED_BYTES", 0)
     assert cli_info.main([str(broken)]) == 0
     flip(broken / name)
     assert f"{broken / name} has been altered" in refused(cli_info.main, broken)
-    assert bundle.open_bundle(broken).folder == broken  # opening is quick, and does not read all of it
+    assert open_bundle(broken).folder == broken  # opening is quick, and does not read all of it
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -129,7 +130,7 @@ def test_a_truncated_file(broken: Path, refuse: Refuse, name: str) -> None:
     assert f"has {len(content) - 1} bytes; bundle.json says {len(content)}" in refuse()
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != bundle.QUANTIZATION])
+@pytest.mark.parametrize("name", [name for name in FILES if name != QUANTIZATION])
 def test_a_file_that_is_not_listed_is_not_read(broken: Path, tmp_path: Path, name: str, refused: Refuse) -> None:
     edit(broken, lambda manifest: manifest.update(files=[e for e in manifest["files"] if e["path"] != name]))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
@@ -165,15 +166,15 @@ def test_a_link_that_leads_outside(broken: Path, refuse: Refuse) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b'"text"', b"\xff", b"[" * 100_000, b"{}"])
 def test_a_manifest_that_is_none(broken: Path, refuse: Refuse, content: bytes) -> None:
-    (broken / bundle.MANIFEST).write_bytes(content)
+    (broken / MANIFEST).write_bytes(content)
     message = refuse()
-    assert str(broken / bundle.MANIFEST) in message
+    assert str(broken / MANIFEST) in message
     assert "export the bundle again" in message
 
 
 def test_a_folder_in_place_of_the_manifest(broken: Path, refuse: Refuse) -> None:
-    (broken / bundle.MANIFEST).unlink()
-    (broken / bundle.MANIFEST).mkdir()
+    (broken / MANIFEST).unlink()
+    (broken / MANIFEST).mkdir()
     assert "cannot be read" in refuse()
 
 
@@ -209,11 +210,11 @@ def put(*path: str | int, value: object) -> Callable[[Json], None]:
         (put("files", value={}), "files is {}, not a list"),
         (put("model", "template", value="vicuna"), "model.template is 'vicuna', not phi_3 or llama_3"),
         (put("model", "vision", "patch_size", value=0), "model.vision.patch_size is 0"),
-        (put("model", "vision", "patch_size", value=64), "is not what the model's sizes ask for"),
-        (put("model", "language", "vocab_size", value=1207), "graphs.llm is not what the model's sizes ask for"),
+        (put("model", "vision", "patch_size", value=64), "does not match the model's sizes"),
+        (put("model", "language", "vocab_size", value=1207), "graphs.llm does not match the model's sizes"),
         (put("model", "language", "layers", value=10**12), "model.language.layers is 1000000000000"),
-        (put("activations", value="float16"), "is not what the model's sizes ask for"),
-        (put("graphs", "llm", value=...), "graphs.llm is not what"),
+        (put("activations", value="float16"), "does not match the model's sizes"),
+        (put("graphs", "llm", value=...), "graphs.llm does not match"),
         (put("image_side", value=5), "image_side is 5, not 1 to 4, the vision grid's side"),
         (put("image_side", value=0), "image_side is 0"),
         (put("max_context", value=513), "max_context is 513, not 1 to 512, the model's max_length"),
@@ -224,7 +225,7 @@ def put(*path: str | int, value: object) -> Callable[[Json], None]:
 def test_a_value_of_the_manifest(broken: Path, refuse: Refuse, change: Callable[[Json], None], message: str) -> None:
     edit(broken, change)
     told = refuse()
-    assert f"{broken / bundle.MANIFEST} does not follow bundle schema 1 (" in told
+    assert f"{broken / MANIFEST} does not follow bundle schema 1 (" in told
     assert message in told
 
 
@@ -258,7 +259,7 @@ JSON = st.recursive(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_place_of_any_value(tiny_bundle: Path, broken: Path, data: st.DataObject) -> None:
     """An error, or a bundle that opens; what opens keeps every promise of its types."""
-    manifest = json.loads((tiny_bundle / bundle.MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
     inner: Any = manifest
     while True:
         keys = sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))
@@ -267,12 +268,12 @@ def test_any_json_in_place_of_any_value(tiny_bundle: Path, broken: Path, data: s
             break
         inner = inner[key]
     inner[key] = data.draw(JSON)
-    (broken / bundle.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    (broken / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     try:
-        opened = bundle.open_bundle(broken)
+        opened = open_bundle(broken)
     except FusionError:
         return
-    assert from_json(bundle.Manifest, json.loads(opened.manifest.to_text())) == opened.manifest
+    assert from_json(Manifest, json.loads(opened.manifest.to_text())) == opened.manifest
 
 
 @pytest.mark.parametrize(
@@ -335,10 +336,31 @@ def test_a_template_of_another_tokenizer(broken: Path) -> None:
         load(broken)
 
 
-def test_an_unknown_target(broken: Path) -> None:
-    edit(broken, lambda manifest: manifest.update(target="tpu"))
-    with pytest.raises(FusionError, match=r"cpu: The bundle was exported for tpu; .* --target cpu makes one for it"):
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("target", "tpu", "(target is 'tpu', not cpu or cuda or tensorrt)"),
+        ("target", "\x85", r"(target is '\x85', not cpu or cuda or tensorrt)"),
+        ("precision", "int3", "(precision is 'int3', not int4 or int8 or nf4 or fp16 or fp32)"),
+        ("precision", "\x1b[2J\n", r"(precision is '\x1b[2J\n', not int4"),
+    ],
+)
+def test_an_unknown_name(broken: Path, name: str, value: str, expected: str) -> None:
+    edit(broken, lambda manifest: manifest.update({name: value}))
+    with pytest.raises(FusionError) as refusal:
         load(broken)
+    assert expected in str(refusal.value)
+    assert str(refusal.value).isprintable()
+
+
+def test_control_characters_are_escaped(tiny_tensorrt_bundle: Path, tmp_path: Path) -> None:
+    """A checkpoint's folder may have any name; the message stays one printable line."""
+    shutil.copytree(tiny_tensorrt_bundle, tmp_path / "bundle")
+    edit(tmp_path / "bundle", lambda manifest: manifest.update(source="a\x85b\x1b[2J"))
+    with pytest.raises(FusionError) as refusal:
+        load(tmp_path / "bundle", device="cuda")
+    assert r"fusion-export a\x85b\x1b[2J -o FOLDER" in str(refusal.value)
+    assert str(refusal.value).isprintable()
 
 
 def test_a_tokenizer_of_a_newer_library(

@@ -13,7 +13,7 @@ import pytest
 from support.paths import DEMO_CHECKPOINT, ROOT
 
 from fusion_edge.export import cli as export_cli
-from fusion_edge.runtime.backends.onnxruntime_library import OLDEST, find_onnxruntime
+from fusion_edge.runtime.backends.onnxruntime.library import OLDEST, find_onnxruntime
 from fusion_edge.runtime.cli import info as cli_info
 from fusion_edge.runtime.errors import DeviceError
 
@@ -101,7 +101,7 @@ def test_an_older_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> 
         find_onnxruntime("cuda")
     assert str(refusal.value) == (
         f"ONNX Runtime {version} is too old, 1.23.2 or newer is needed; "
-        "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'."
+        "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge."
     )
 
 

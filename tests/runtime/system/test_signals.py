@@ -20,10 +20,10 @@ from support.uninterruptible_wait import UninterruptibleWait
 from fusion_edge.export import cli as export_cli
 from fusion_edge.export.bundle.data_writer import DataWriter
 from fusion_edge.export.calibration.work_folder import work_folder
-from fusion_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle import manifest as bundle
-from fusion_edge.runtime.cli import common as cli
 from fusion_edge.runtime.cli import run as cli_run
+from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system import signals
 from fusion_edge.runtime.system.progress import Progress
@@ -52,7 +52,7 @@ def test_a_command_is_ended(number: signal.Signals, code: int, said: str, capsys
         return 0
 
     before = [signal.getsignal(each) for each, _code, _said in ENDS]
-    assert cli.run(command, None) == code  # type: ignore[arg-type]
+    assert run_command(command, None) == code  # type: ignore[arg-type]
     assert capsys.readouterr().err == f"{said}\n"
     assert cleaned
     assert [signal.getsignal(each) for each, _code, _said in ENDS] == before
@@ -83,7 +83,7 @@ def test_signals_of_others_stay_theirs() -> None:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
     codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(cli.run(lambda _: 7, None)))  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: codes.append(run_command(lambda _: 7, None)))  # type: ignore[arg-type]
     thread.start()
     thread.join()
     assert codes == [7]
@@ -105,7 +105,7 @@ def test_while_modules_load(number: signal.Signals, code: int, said: str, how: s
     (tmp_path / "numpy.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     start = {
         "command": ["-c", "from fusion_edge.runtime.cli.entry import run; run()"],
-        "module": ["-m", "fusion_edge.runtime.cli.run"],
+        "module": ["-m", "fusion_edge.runtime.run_command"],
     }
     process = subprocess.Popen(
         [sys.executable, *start[how]],
@@ -193,7 +193,7 @@ def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(
             return line or ""
 
     monkeypatch.setattr(sys, "stdin", Terminal())
-    assert cli.run(lambda _: cli_run._interactive(say), None) == 130  # type: ignore[arg-type]
+    assert run_command(lambda _: cli_run._interactive(say), None) == 130  # type: ignore[arg-type]
     assert asked == ["one", "two", "three"]
     assert capsys.readouterr().err == "> \n> \n> > interrupted\n"
 

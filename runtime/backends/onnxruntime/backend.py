@@ -1,0 +1,71 @@
+"""ONNX Runtime: any CPU, and NVIDIA GPUs through its CUDA provider."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input, Tensor
+from fusion_edge.runtime.backends.onnxruntime.llm import LlmSession
+from fusion_edge.runtime.bundle import graphs
+from fusion_edge.runtime.bundle.reader import Bundle
+
+
+class OnnxRuntimeBackend:
+    """See :class:`fusion_edge.runtime.backends.base.Backend`."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        """Load all three graphs. ``threads`` of None takes every processor that this process may use.
+
+        Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if a graph does not load.
+        """
+        self.name = f"onnxruntime-{device}"
+        self.max_context = bundle.manifest.max_context
+        self._config = bundle.manifest.model
+        self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads)
+        self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)
+        llm = Graph(bundle, graphs.LLM, device, threads)
+        self._llm = LlmSession(llm, bundle.manifest)
+        self._large_runs = [graph.large_run for graph in (self._vision, self._alignment, llm)]
+
+    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Tensor:
+        inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}
+        shape = (len(pixels), self._config.vision.patches, self._config.language.hidden_size)
+        return self._vision.run(inputs, {"features": shape})["features"]
+
+    def align(self, features: Input, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
+        inputs = {"features": features, "latent_cells": latent_cells, "context_cells": context_cells}
+        alignment, width = self._config.alignment, self._config.language.hidden_size
+        latents = len(latent_cells) ** 2
+        context = (alignment.layers, latents, alignment.window_size**2, width)
+        shapes = {"latents": (1, latents, width), "keys": context, "values": context}
+        outputs = self._alignment.run(inputs, shapes)
+        return ImageAlignment(np.asarray(outputs["latents"])[0], outputs["keys"], outputs["values"])
+
+    def prefill(
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
+    ) -> Floats:
+        inputs = {
+            "embeddings": embeddings[None],
+            "latent_positions": latent_positions,
+            "question_positions": question_positions,
+            "keys": image.keys,
+            "values": image.values,
+        }
+        return self._llm.prefill(inputs, len(embeddings), capacity)
+
+    def decode(self, embedding: Floats) -> Floats:
+        return self._llm.decode(embedding)
+
+    def interrupt(self) -> None:
+        for options in self._large_runs:
+            options.terminate = True
+
+    def close(self) -> None:
+        del self._vision, self._alignment, self._llm

@@ -1,0 +1,112 @@
+"""The LLM on ONNX Runtime, with its KV cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from fusion_edge.runtime.backends.base import Floats, check_capacity
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input, translate_errors
+from fusion_edge.runtime.bundle import graphs
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.errors import FusionError
+
+
+class LlmSession:
+    """The LLM with its KV cache: allocated once, bound as input *and* output, so updated in place.
+
+    A sequence uses the start of the cache's memory, as much as it may grow to: the prefill of an int8 cache copies all
+    that lies behind the prompt. A host's memory that no sequence has come to is never touched, so it takes no room.
+
+    One-token steps read inputs that are allocated once and overwritten, and write one array of logits on the host:
+    nothing is bound or allocated for a step.
+    """
+
+    def __init__(self, graph: Graph, manifest: Manifest) -> None:
+        self._graph = graph
+        self._context = manifest.max_context
+        self._length = self._capacity = 0
+        self._specs = graphs.cache_specs(manifest.model, manifest.cache)
+        self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
+        self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
+        with translate_errors(graph.name, graph.device):  # a GPU may have no room
+            self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
+            self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._no_latents(manifest).items()}
+        self._decode: ort.IOBinding | None = None
+
+    def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
+        return self._graph.tensor(f"past.{spec.name}", np.zeros(math.prod(_shape(spec, self._context)), spec.dtype))
+
+    def _no_latents(self, manifest: Manifest) -> dict[str, npt.NDArray[np.float32]]:
+        """Inputs of a step, all zero: one row, and nothing to align."""
+        alignment, width = manifest.model.alignment, manifest.model.language.hidden_size
+        context = (alignment.layers, 0, alignment.window_size**2, width)
+        shapes = {
+            "embeddings": (1, 1, width),
+            "latent_positions": (0, 0),
+            "question_positions": (0,),
+            "keys": context,
+            "values": context,
+            "last_position": (1,),
+            "total_length": (),
+            "positions": (1, 1),  # of a TensorRT bundle's graph, as the next
+            "write_index": (1,),
+            "is_prefill": (),  # of an int8 cache's graph alone
+        }
+        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name in self._graph.inputs}
+
+    def prefill(self, inputs: Mapping[str, Input], length: int, capacity: int) -> Floats:
+        """Start a sequence that may grow to ``capacity`` positions with ``length`` of them: logits ``[V]``."""
+        if capacity > self._context:
+            raise FusionError(
+                f"A sequence of {capacity} positions does not fit the bundle's context of {self._context}; "
+                "export with a larger --max-context."
+            )
+        self._grow(0, length, capacity)
+        first = dict(inputs)
+        if "positions" in self._graph.inputs:
+            first["positions"] = np.arange(length)[None]
+        if "is_prefill" in self._graph.inputs:
+            first["is_prefill"] = np.ones((), np.bool_)
+        with translate_errors(self._graph.name, self._graph.device):
+            tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
+            self._decode = self._binding(self._decode_inputs)
+            binding = self._binding(self._decode_inputs | tensors)
+        self._graph.run_bound(binding, large=True)
+        logits: Floats = self._logits[0]
+        return logits
+
+    def decode(self, embedding: Floats) -> Floats:
+        """Append one token's embedding ``[D]``: logits ``[V]``."""
+        self._grow(self._length, 1, self._capacity)
+        self._write("embeddings", embedding)
+        self._graph.run_bound(self._decode, large=False)
+        logits: Floats = self._logits[0]
+        return logits
+
+    def _grow(self, start: int, count: int, capacity: int) -> None:
+        """Tell the graph where the next positions go."""
+        length = start + count
+        check_capacity(length, capacity)
+        self._length, self._capacity = length, capacity
+        places = {"total_length": length, "last_position": length - 1, "positions": start, "write_index": start}
+        for name in places.keys() & self._decode_inputs.keys():
+            self._write(name, places[name])
+
+    def _write(self, name: str, data: npt.ArrayLike) -> None:
+        self._graph.write(name, self._decode_inputs[name], data)
+
+    def _binding(self, inputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
+        binding = self._graph.binding(inputs, self._outputs)
+        for spec in self._specs:
+            names = f"past.{spec.name}", f"present.{spec.name}"
+            self._graph.bind_in_place(binding, *names, self._memory[spec.name], _shape(spec, self._capacity))
+        return binding
+
+
+def _shape(spec: graphs.TensorSpec, capacity: int) -> tuple[int, ...]:
+    return tuple(capacity if isinstance(size, str) else size for size in spec.shape)

@@ -1,0 +1,94 @@
+"""The Python modules of TensorRT: ``tensorrt`` (full, Jetson and desktop) and ``tensorrt_rtx`` (desktop GPUs)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from fusion_edge.runtime.errors import DeviceError
+
+LIBRARIES = ("tensorrt", "tensorrt-rtx")
+INSTALL = {
+    "tensorrt": "on a Jetson it comes with JetPack (make the environment with --system-site-packages); elsewhere: "
+    "pip install tensorrt",
+    "tensorrt-rtx": "pip install '.[tensorrt-rtx]' in a clone of fusion-edge (x86-64 only)",
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two modules, imported. Their interfaces are the same but for what a property here tells."""
+
+    module: ModuleType
+
+    @property
+    def name(self) -> str:
+        """The module's name."""
+        return self.module.__name__
+
+    @property
+    def version(self) -> str:
+        """Such as ``10.3.0``."""
+        return str(self.module.__version__)
+
+    @property
+    def version_numbers(self) -> tuple[int, ...]:
+        """Its first two numbers."""
+        return tuple(int(part) for part in self.version.split(".")[:2])
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX: it builds without a GPU, finishes on the user's, and has no plugins."""
+        return self.name == "tensorrt_rtx"
+
+
+def find_library(name: str) -> Library:
+    """Import one of :data:`LIBRARIES`. Raises :class:`DeviceError` if it is not installed or does not load."""
+    try:
+        return Library(importlib.import_module(name.replace("-", "_")))
+    except ImportError as error:
+        detail = "" if isinstance(error, ModuleNotFoundError) else f" or does not load ({error})"
+        raise DeviceError(f"{name} is not installed{detail}; {INSTALL[name]}.") from None
+
+
+def first_library() -> Library:
+    """The first of :data:`LIBRARIES` that is installed. Raises :class:`DeviceError` if neither is."""
+    reasons = []
+    for name in LIBRARIES:
+        try:
+            return find_library(name)
+        except DeviceError as error:
+            reasons.append(str(error))
+    raise DeviceError(f"There is no TensorRT here: {' '.join(reasons)}")
+
+
+@dataclass
+class Messages:
+    """What TensorRT says through a logger: errors are kept, the rest is printed if asked for."""
+
+    library: Library
+    verbose: bool = False
+    errors: list[str] = field(default_factory=list)
+
+    def logger(self) -> Any:
+        """An ``ILogger`` that fills this."""
+        trt, messages = self.library.module, self
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    messages.errors.append(" ".join(message.split()))
+                if messages.verbose:
+                    sys.stderr.write(f"{message}\n")
+
+        return Logger()
+
+    def first_error(self) -> str:
+        """The first error, shortened, as the end of a sentence."""
+        return self.errors[0][:400].rstrip(".") if self.errors else "it does not say why"

@@ -1,0 +1,89 @@
+"""``engines.json``: its schema. It describes the TensorRT engines of a bundle for one platform."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_edge.runtime.bundle.files import FileEntry
+from fusion_edge.runtime.bundle.graphs import sized
+
+SCHEMA_VERSION = 1
+ENGINES_MANIFEST = "engines.json"
+
+
+@dataclass(frozen=True)
+class EnginePlatform:
+    """Library and GPU that an engine is built for."""
+
+    library: str
+    """Name of the Python module: ``tensorrt`` or ``tensorrt_rtx``."""
+    version: str
+    """Version of the library."""
+    compute_capability: str
+    """Compute capability of the GPU, such as ``8.7``."""
+
+    @property
+    def architecture(self) -> str:
+        """Compute capability without the dot, as in ``sm_87``."""
+        return self.compute_capability.replace(".", "")
+
+    def __str__(self) -> str:
+        return f"{self.library} {self.version} and compute capability {self.compute_capability}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine: a graph, or a partition of one."""
+
+    file: FileEntry
+    inputs: tuple[Mapping[str, Any], ...]
+    """Name, dtype and shape of each input; a shape may have symbolic dimensions."""
+    outputs: tuple[Mapping[str, Any], ...]
+    """As ``inputs``."""
+    profiles: tuple[Mapping[str, tuple[int, ...]], ...]
+    """Minimum, optimum and maximum by symbolic dimension. The LLM has one profile for prefill and one for decode."""
+
+    @property
+    def tensors(self) -> tuple[Mapping[str, Any], ...]:
+        """Inputs and outputs."""
+        return *self.inputs, *self.outputs
+
+    @property
+    def largest_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Largest shape of every tensor over all profiles, by name."""
+        largest = {name: max(profile[name][2] for profile in self.profiles) for name in self.profiles[0]}
+        return {tensor["name"]: sized(tensor["shape"], largest) for tensor in self.tensors}
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The content of ``engines.json``."""
+
+    schema_version: int
+    producer: str
+    machine: EnginePlatform
+    bundle: str
+    """SHA-256 of ``bundle.json`` at build time."""
+    max_context: int
+    """Size of the KV cache in tokens."""
+    workspace: int | None
+    """Limit of scratch memory at build time in bytes; None for TensorRT's default."""
+    parts: int
+    """Requested number of partitions of the LLM."""
+    operator: str
+    """Implementation of the recursive alignment: ``plugin`` or ``function``."""
+    engines: Mapping[str, tuple[Engine, ...]]
+    """By graph name; the partitions of an LLM in execution order."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all engine files: the memory of their weights on the device."""
+        return sum(engine.file.size for parts in self.engines.values() for engine in parts)
+
+    def to_text(self) -> str:
+        """Return the text of ``engines.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

@@ -1,0 +1,48 @@
+"""argparse types that all commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.system.output_file import check_output_file
+
+UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def output_file(text: str) -> Path:
+    """argparse type of a file to write: refused before there is anything to write if it cannot be."""
+    try:
+        check_output_file(Path(text))
+    except FusionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def integer_list(text: str) -> tuple[int, ...]:
+    """argparse type of a comma list of positive integers."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma list of positive integers such as 16,144")
+    return values
+
+
+def positive_integer(text: str) -> int:
+    """argparse type of a positive integer."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def byte_count(text: str) -> int:
+    """argparse type of a size such as ``8GB``, ``7.4GiB`` or ``500000``, in bytes."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    units = {name.lower(): factor for name, factor in UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 7.4GiB")
+    return int(float(match[1]) * units[match[2].lower()])

@@ -1,0 +1,146 @@
+"""Token ids to text as they come, without ever taking a character back."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer, decoders
+
+from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.tokenization.errors import tokenizer_errors
+
+
+class Detokenizer:
+    """The text of a growing answer, in pieces that never change once given out.
+
+    The pieces joined are ``tokenizer.decode(ids, skip_special_tokens=True)`` of everything pushed, cut in
+    front of the first stop string to be completed (of several completed by the same character, the longest).
+    The work for one token does not depend on how long the answer is. Raises ``UsageError`` for an empty
+    stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if not all(stop):
+            raise UsageError("A stop string is empty; give at least one character or leave it out.")
+        self._tokenizer = tokenizer
+        self._skipped = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._decoder: _TokenDecoder = (
+            _ByteLevel() if isinstance(tokenizer.decoder, decoders.ByteLevel) else _ByteFallback(tokenizer)
+        )
+        self._stop = tuple(stop)
+        self._held = ""  # decoded, but possibly the beginning of a stop string
+        self._pieces: list[str] = []
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has been completed; nothing comes after it."""
+        return self._stopped
+
+    @property
+    def text(self) -> str:
+        """Everything given out so far."""
+        return "".join(self._pieces)
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now that ``token_id`` follows; often empty."""
+        token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
+        # An id that has no token (a padded vocabulary) decodes to nothing.
+        return "" if token is None else self._emit(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """The text still held back. Bytes that complete no character become U+FFFD."""
+        return self._emit(self._decoder.finish(), final=True)
+
+    def _emit(self, text: str, final: bool = False) -> str:
+        if self._stopped:
+            return ""
+        self._held += text
+        cut = self._completed_stop()
+        if cut is not None:
+            self._stopped = True
+        elif final:
+            cut = len(self._held)
+        else:
+            cut = len(self._held) - self._begun_stop()
+        piece, self._held = self._held[:cut], "" if self._stopped else self._held[cut:]
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+    def _completed_stop(self) -> int | None:
+        """Where the stop string that is completed first begins in the held text."""
+        found = ((self._held.find(stop), len(stop)) for stop in self._stop)
+        # By their ends, so that the outcome does not depend on how the text is cut into tokens.
+        ends = [(start + length, start) for start, length in found if start >= 0]
+        return min(ends)[1] if ends else None
+
+    def _begun_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = len(self._held) + 1
+        begun = (n for stop in self._stop for n in range(1, min(len(stop), longest)) if self._held.endswith(stop[:n]))
+        return max(begun, default=0)
+
+
+class _TokenDecoder(Protocol):
+    def push(self, token: str) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class _ByteLevel:
+    """Llama: every character of a token stands for one byte, and the text is those bytes read as UTF-8."""
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: str) -> str:
+        try:
+            data = bytes(map(_BYTE_OF_CHARACTER.__getitem__, token))
+        except KeyError:  # an added token is plain text
+            data = token.encode()
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _ByteFallback:
+    """Phi: a token is text, with U+2581 for a space, or one byte such as ``<0xE2>``.
+
+    Consecutive byte tokens are one unit: if they are no valid UTF-8 together, each becomes U+FFFD. They wait
+    for the text token that ends them; everything else is independent of what follows it.
+    """
+
+    _ANCHOR = "a"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decoder = tokenizer.decoder
+        self._begun = False
+        self._waiting: list[str] = []
+
+    def push(self, token: str) -> str:
+        self._waiting.append(token)
+        is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return "" if is_byte else self.finish()
+
+    @tokenizer_errors()
+    def finish(self) -> str:
+        # The decoder strips a space off the very first token alone: later ones stand behind some other token.
+        anchor = [self._ANCHOR] if self._begun else []
+        text: str = self._decoder.decode(anchor + self._waiting)
+        self._begun = self._begun or bool(self._waiting)
+        self._waiting = []
+        return text[len(anchor) :]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE's alphabet: printable Latin-1 bytes are themselves, the others follow from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
