@@ -180,14 +180,14 @@ def test_fewer_samples_than_channels() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_moments_that_are_not_finite(value: float) -> None:
+def test_a_hessian_that_is_not_finite(value: float) -> None:
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[3, 3] = value
     with pytest.raises(FusionError, match="not finite"):
         FactorizedHessian(hessian)
 
 
-def test_moments_of_nothing_real() -> None:
+def test_a_hessian_that_is_indefinite() -> None:
     """Not positive definite at any allowed damping."""
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[0, 1] = hessian[1, 0] = -1e6
