@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fusion_edge.export.calibration import activation_cache
+from fusion_edge.export.calibration.activation_cache import write_activations
 from fusion_edge.export.calibration.blocks import blocks
 from fusion_edge.export.calibration.estimate import estimate_calibration
 from fusion_edge.export.calibration.options import DEVICES, CalibrationOptions
@@ -94,7 +94,7 @@ def _write_activations(work: CalibrationRun, options: argparse.Namespace, block:
     alignment, hidden = work.config.alignment, work.config.language.hidden_size
     tokens = work.tokens(0)
     windows = 1, options.query_len, alignment.window_size**2, hidden
-    with activation_cache.writing(work.states(block)) as file:
+    with write_activations(work.cache_path(block)) as file:
         for _ in range(options.samples + 2 * options.held_out):
             x = torch.randn(1, tokens, hidden, generator=generator)
             file.append({"x": x, "windows": torch.randn(windows, generator=generator)})

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.export.calibration.activation_cache import Activations
-from fusion_edge.export.calibration.blocks import blocks, kept, prepare
+from fusion_edge.export.calibration.blocks import blocks, prepare, without_outputs
 from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import read_samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
@@ -108,7 +108,8 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         for block in blocks(plan.config)[:-1]:
             observer = Observer(plan.config, weights, lambda ids: table[ids], "cpu", watched)
             activations = [
-                kept(block.run(observer, sample, before)) for sample, before in zip(prepared, activations, strict=True)
+                without_outputs(block.run(observer, sample, before))
+                for sample, before in zip(prepared, activations, strict=True)
             ]
             for name, index in observer.hessian_index.items():
                 if block.name in layers:
