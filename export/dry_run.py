@@ -52,18 +52,18 @@ def check_fit(sizes: Estimate, fit: int) -> None:
 
 
 def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
+    from fusion_edge.export.calibration.driver import check_samples
     from fusion_edge.export.calibration.estimate import estimate_calibration
-    from fusion_edge.export.calibration.export import checked
 
-    options, _ = checked(plan, calibration)
+    options, _ = check_samples(plan, calibration)
     return estimate_calibration(plan, options)
 
 
 def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
     """Return the smallest and largest useful values of --budget and --bits; empty without 4-bit weights."""
-    from fusion_edge.export.calibration.bit_budget import ranges
+    from fusion_edge.export.calibration.bit_budget import budget_ranges
 
-    return ranges(plan)
+    return budget_ranges(plan)
 
 
 def _text(

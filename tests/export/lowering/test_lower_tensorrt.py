@@ -19,7 +19,7 @@ from test_golden import LLAMA, NEW_TOKENS, PHI, Case, each_case
 
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.calibration import export as calibration_export
+from fusion_edge.export.calibration import driver
 from fusion_edge.export.calibration.samples import FEWEST
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
@@ -174,7 +174,7 @@ def test_calibration_for_another_target_starts_anew(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_export, "write_bundle", killed)
+        patch.setattr(driver, "write_bundle", killed)
         with pytest.raises(Killed):
             calibrated(tiny_checkpoint, tmp_path / "b", "cpu")
     calibrated(tiny_checkpoint, tmp_path / "b", "tensorrt")
