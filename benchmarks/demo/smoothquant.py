@@ -1,8 +1,8 @@
-"""What SmoothQuant does for the demo model's vision linears, on pictures that it was not fitted to.
+"""What SmoothQuant does for the demo model's vision linears, on held-out images.
 
     python -m fusion_edge.benchmarks.demo.smoothquant --samples FOLDER
 
-SQNR of each linear's outputs with its inputs rounded to 8 bits and its weights exact, by exponent.
+SQNR of each linear's outputs with its inputs rounded to 8 bits and its weights exact, by alpha.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Watching(BlockOperations):
 
 
 def watch(fusion: Fusion, backend: EagerBackend, samples: Iterable[Sample]) -> dict[str, Tensor]:
-    """Inputs ``[n,K]`` of the linears that can be equalised, of all samples together."""
+    """Inputs ``[n,K]`` of the linears that SmoothQuant can smooth, of all samples together."""
     ops = Watching(fusion.config, backend.parameter, lambda ids: torch.from_numpy(backend.embed(ids.numpy())), "cpu")
     ops.inputs = {}
     layers = [block for block in blocks(fusion.config) if block.name.startswith(("vision.embed", "vision.layers"))]
