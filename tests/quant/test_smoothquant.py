@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.channels import outliers, rows
 from support.checkpoints import TINY
 from torch import Tensor
 
@@ -19,18 +20,6 @@ from fusion_edge.quant.smoothquant import ChannelHistograms, divide_last_rows, p
 
 LINEAR, NORM = "vision.layers.0.mlp.up", "vision.layers.0.mlp_norm"
 W8A8 = {LINEAR: WeightFormat("w8a8")}
-OUTLIERS = [3, 17, 40]
-
-
-def rows(seed: int, count: int, scales: Tensor) -> Tensor:
-    return torch.randn(count, len(scales), generator=torch.Generator().manual_seed(seed)) * scales
-
-
-def outliers(channels: int) -> Tensor:
-    """Scales of channels, a few of them 50 times as large as the rest."""
-    scales = torch.ones(channels)
-    scales[OUTLIERS] = 50
-    return scales
 
 
 # The same function -------------------------------------------------------------------------------------------------

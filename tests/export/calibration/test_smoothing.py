@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from support.channels import OUTLIERS, outliers, rows
 from support.checkpoints import TINY, write_checkpoint
 from support.parity import assert_computes_its_weights
 from torch import Tensor
@@ -35,18 +36,6 @@ from fusion_edge.runtime.bundle.manifest import QUANTIZATION
 
 LINEAR, NORM = "vision.layers.0.mlp.up", "vision.layers.0.mlp_norm"
 W8A8 = {LINEAR: WeightFormat("w8a8")}
-OUTLIERS = [3, 17, 40]
-
-
-def rows(seed: int, count: int, scales: Tensor) -> Tensor:
-    return torch.randn(count, len(scales), generator=torch.Generator().manual_seed(seed)) * scales
-
-
-def outliers(channels: int) -> Tensor:
-    """Scales of channels, a few of them 50 times as large as the rest."""
-    scales = torch.ones(channels)
-    scales[OUTLIERS] = 50
-    return scales
 
 
 # The choice --------------------------------------------------------------------------------------------------------
