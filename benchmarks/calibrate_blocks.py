@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fusion_edge.export.calibration import activation_cache as states
+from fusion_edge.export.calibration.activation_cache import write_activations
 from fusion_edge.export.calibration.blocks import blocks
 from fusion_edge.export.calibration.estimate import estimate_calibration
 from fusion_edge.export.calibration.options import DEVICES, CalibrationOptions
 from fusion_edge.export.calibration.run import CalibrationRun
 from fusion_edge.export.calibration.samples import Sample, Samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import UsageError
@@ -93,7 +94,7 @@ def _write_states(work: CalibrationRun, options: argparse.Namespace, block: int)
     alignment, hidden = work.config.alignment, work.config.language.hidden_size
     tokens = work.tokens(0)
     windows = 1, options.query_len, alignment.window_size**2, hidden
-    with states.writing(work.states(block)) as file:
+    with write_activations(work.cache_path(block)) as file:
         for _ in range(options.samples + 2 * options.held_out):
             x = torch.randn(1, tokens, hidden, generator=generator)
             file.append({"x": x, "windows": torch.randn(windows, generator=generator)})

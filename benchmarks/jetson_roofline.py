@@ -27,8 +27,9 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.export.planning.memory import estimate
-from fusion_edge.export.planning.plan import ExportOptions, ExportPlan, plan_export
-from fusion_edge.export.planning.targets import PRESETS
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import ExportPlan, plan_export
+from fusion_edge.export.planning.presets import PRESETS
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
@@ -109,12 +110,12 @@ def _main(options: argparse.Namespace) -> int:
 
 def limits(checkpoint: Checkpoint, device: Device, max_context: int | None = None) -> Limits:
     """Of a checkpoint, exported with the device's preset. Raises as :func:`plan_export`."""
-    plan = plan_export(checkpoint, ExportOptions(target="tensorrt", preset=device.preset, max_context=max_context))
-    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.settings.max_context)
+    plan = plan_export(checkpoint, ExportOptions(target=device.preset, max_context=max_context))
+    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.options.max_context)
     image, question = operations(plan)
     return Limits(
         device=device.name,
-        max_context=plan.settings.max_context,
+        max_context=plan.options.max_context,
         memory=memory,
         fits=memory <= PRESETS[device.preset].memory,
         step_bytes=read,
@@ -128,7 +129,7 @@ def limits(checkpoint: Checkpoint, device: Device, max_context: int | None = Non
 
 def operations(plan: ExportPlan) -> tuple[int, int]:
     """Multiplications and additions that an image takes, and a short question about it, at the default query length."""
-    config, image_tokens = plan.config, plan.options.image_tokens or plan.config.vision.patches
+    config, image_tokens = plan.config, plan.options.image_tokens
     latents, width = plan.options.query_lengths[0], config.language.hidden_size
     cells = [
         torch.from_numpy(pooling_cells(2 * config.vision.grid, count)).to("meta")

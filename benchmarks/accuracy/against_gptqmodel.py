@@ -25,12 +25,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.export.calibration.activation_cache import Activations
-from fusion_edge.export.calibration.blocks import blocks, kept, prepare
+from fusion_edge.export.calibration.blocks import blocks, prepare, without_outputs
 from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import read_samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import FactorizedHessian, gptq, output_error, round_to_nearest
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
@@ -106,7 +107,10 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         layers = [f"llm.layers.{i}" for i in range(0, plan.config.language.layers, every)]
         for block in blocks(plan.config)[:-1]:
             observing = Observer(plan.config, weights, lambda ids: table[ids], "cpu", watched)
-            states = [kept(block.run(observing, sample, state)) for sample, state in zip(prepared, states, strict=True)]
+            states = [
+                without_outputs(block.run(observing, sample, state))
+                for sample, state in zip(prepared, states, strict=True)
+            ]
             for name, index in observing.hessian_index.items():
                 if block.name in layers:
                     yield name, weights(f"{name}.weight"), observing.hessians[index]

@@ -1,4 +1,4 @@
-"""What equalising inputs does for the demo model's vision linears, on pictures that it was not fitted to.
+"""What SmoothQuant does for the demo model's vision linears, on pictures that it was not fitted to.
 
     python -m fusion_edge.benchmarks.demo.smoothquant --samples FOLDER
 

@@ -22,14 +22,15 @@ import torch
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.folder_content import FolderContent
+from fusion_edge.export.bundle.weight_source import RoundToNearest
 from fusion_edge.export.bundle.writer import write_bundle
-from fusion_edge.export.calibration.run import Calibrated
-from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.checkpoint.weights import CheckpointWeights
+from fusion_edge.export.lowering.linear import Linear
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE, FusionConfig
-from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
@@ -39,13 +40,10 @@ PROPERTIES = {"f32.json": "f32", "bf16.json": "bf16"}
 """What OpenVINO computes in where nothing is quantized: a file for the user to choose by."""
 
 
-class MadeUp(WeightStore):
-    """No calibrated weights, and one range for every input."""
+class FixedActivations(RoundToNearest):
+    """Weights rounded to nearest, and one range for all activations: speed does not depend on it."""
 
-    def __contains__(self, name: str) -> bool:
-        return False
-
-    def activation_quantization(self, name: str) -> ActivationQuantization:
+    def activation_quantization(self, linear: Linear) -> ActivationQuantization:
         return ActivationQuantization(0.03, 128)
 
 
@@ -53,8 +51,7 @@ def bundle_int8(checkpoint: Path, output: Path) -> None:
     """A bundle whose vision encoder is in integers throughout, as a calibrated one is by default."""
     with Checkpoint(checkpoint) as opened:
         plan = plan_export(opened, ExportOptions(vision="int8", is_calibrated=True))
-        made_up = Calibrated(MadeUp(output.parent, plan.formats), QuantizationReport((), 0, None))
-        write_bundle(plan, output, False, made_up)
+        write_bundle(plan, output, False, FixedActivations(CheckpointWeights(opened, plan.parameters)))
 
 
 def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:

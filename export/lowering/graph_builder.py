@@ -142,6 +142,15 @@ class GraphBuilder:
             self.planned[tensor.name] = tensor
             self.data_bytes += -(-tensor.nbytes // PAGE) * PAGE
 
+    def is_topological(self) -> bool:
+        """Whether every node of the graph itself reads what is there before it. Branches are not looked into."""
+        known = {"", *self.constants, *self.planned, *(tensor.name for tensor in self.spec.inputs)}
+        for node in self.nodes:
+            if not known.issuperset(node.input):
+                return False
+            known.update(node.output)
+        return True
+
     def model(self, data_file: str, producer_version: str) -> ModelProto:
         """The finished model, its planned tensors pointing into ``data_file``."""
         graph = GraphProto(name=self.spec.name)

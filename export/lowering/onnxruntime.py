@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from onnx import FunctionProto, NodeProto, helper
+from onnx import FunctionProto
 
+from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
+from fusion_edge.export.lowering.residual_norm import NORM, fuse_residual_norms
 from fusion_edge.kernels.onnx_functions import int8_cache
 from fusion_edge.kernels.onnx_functions.activations import swiglu_function
 from fusion_edge.kernels.onnx_functions.attention import packed_attention_function, patch_attention_function
@@ -35,6 +36,7 @@ class OnnxRuntimeOperations(OnnxOperations):
     """Operations (``export/model/operations.py``) for ONNX Runtime."""
 
     opset = OPSET
+    passes = (fuse_residual_norms,)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -125,20 +127,8 @@ class OnnxRuntimeOperations(OnnxOperations):
     # Norms and activation functions -------------------------------------------------------------------------
 
     def rms_norm(self, x: OnnxValue, name: str, eps: float) -> OnnxValue:
-        weight = self.parameter(f"{name}.weight")
-        added = next((node for node in reversed(self.builder.nodes) if x.name in node.output), None)
-        if added is not None and added.op_type == "Add":
-            return self._skip_rms_norm(added, weight, name, eps)
-        inputs = [x, weight]
-        return self._node("SimplifiedLayerNormalization", inputs, name, axis=-1, epsilon=eps, stash_type=1)
-
-    def _skip_rms_norm(self, added: NodeProto, weight: OnnxValue, name: str, eps: float) -> OnnxValue:
-        """The residual sum and its norm as one node, in the place of the sum: one pass over the rows less."""
-        added.op_type, added.domain = "SkipSimplifiedLayerNormalization", MICROSOFT
-        added.input.append(weight.name)
-        added.output[:] = [name, "", "", added.output[0]]
-        added.attribute.append(helper.make_attribute("epsilon", eps))
-        return self.input(name)
+        inputs = [x, self.parameter(f"{name}.weight")]
+        return self._node(NORM, inputs, name, axis=-1, epsilon=eps, stash_type=1)
 
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
         return self._function(swiglu_function(OPSET), [gate, up])

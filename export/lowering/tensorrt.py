@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto
 
+from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import TensorSpec
@@ -27,6 +27,7 @@ class TensorRTOperations(OnnxOperations):
     """Operations (``model/operations.py``) for TensorRT. No Reshape of a value that may be empty guesses a size."""
 
     opset = OPSET
+    stores_int4_by_column = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

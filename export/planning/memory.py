@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.backends.tensorrt import memory_estimate
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, VISION_HEADS
 
 RUNTIME_BYTES = 130_000_000
@@ -16,13 +15,6 @@ RUNTIME_BYTES = 130_000_000
 PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8}
 """Of stored integers."""
 FLOAT_BYTES = 4
-ARENA_GROWTH = 2
-"""ONNX Runtime's arenas grow by doubling (a 3B bundle, int8 cache of 1,100 positions, took 4.60 GB; this says 4.81)."""
-SCALE_COPIES = 3
-"""What ONNX Runtime's MatMulNBits keeps of each scale on a CPU: itself, a packed copy, the sum of its block (measured).
-
-Our own kernels keep none; this counts what a CPU without them takes.
-"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ def estimate(plan: ExportPlan) -> Estimate:
         key_value_cache=_key_value_cache(plan),
         alignment_cache=_alignment_cache(plan),
         activations=_activations(plan),
-        runtime=RUNTIME_BYTES + (memory_estimate.RUNTIME_BYTES if plan.options.target == "tensorrt" else 0),
+        runtime=RUNTIME_BYTES + plan.options.target.context_bytes,
     )
 
 
@@ -72,8 +64,8 @@ def _item(dtype: str) -> int:
 
 def _weights(plan: ExportPlan) -> int:
     """Quantized values as they are stored; floats in the activations' type; scales as the kernels keep them."""
-    wide = _item(plan.settings.activations)
-    scale = wide * (SCALE_COPIES if plan.options.target == "cpu" else 1)
+    wide = _item(plan.options.activations)
+    scale = wide * plan.options.target.scale_copies
     total = 0
     for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
         count = int(np.prod(tensor.shape, dtype=np.int64))
@@ -84,7 +76,7 @@ def _weights(plan: ExportPlan) -> int:
 
 
 def _key_value_cache(plan: ExportPlan) -> int:
-    return plan.config.language.cache_values * plan.settings.max_context * _item(plan.settings.cache)
+    return plan.config.language.cache_values * plan.options.max_context * _item(plan.options.cache)
 
 
 def _alignment_cache(plan: ExportPlan) -> int:
@@ -93,21 +85,18 @@ def _alignment_cache(plan: ExportPlan) -> int:
     features = GLOBAL_CROPS * config.vision.patches
     crop = 3 * IMAGE_SIZE**2
     pixels = (GLOBAL_CROPS + 1) * crop + crop * FLOAT_BYTES  # all crops as bytes, the local one as floats
-    return (rows + features) * config.language.hidden_size * _item(plan.settings.activations) + pixels
+    return (rows + features) * config.language.hidden_size * _item(plan.options.activations) + pixels
 
 
 def _activations(plan: ExportPlan) -> int:
     """The three sessions' arenas: of four crops, of keys and values, of a full prompt."""
     config = plan.config
-    if plan.options.target == "tensorrt":
-        return memory_estimate.activation_bytes(config, plan.settings.max_context)
     vision, language, patches = config.vision, config.language, GLOBAL_CROPS * config.vision.patches
     tower = patches * (6 * vision.width + 2 * vision.mlp_width + VISION_HEADS * vision.patches)
     windows = plan.options.query_lengths[0] * config.alignment.window_size**2
     pairs = windows * language.hidden_size * (2 * config.alignment.layers + 4)
-    layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
+    layer = plan.options.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
     # MatMulBnb4 computes with the dequantized weight.
     sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
     needs = (tower, pairs, layer + max(sizes, default=0))
-    together = max(needs) if plan.options.target == "cpu" else sum(needs)
-    return ARENA_GROWTH * together * _item(plan.settings.activations)
+    return plan.options.target.activation_bytes(config, plan.options.max_context, needs)

@@ -6,13 +6,12 @@ And in place of functions of the graphs, which it would inline.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from pathlib import Path
 
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
 from fusion_edge.runtime.bundle.manifest import Manifest
 
-MODULE = "fusion_edge.kernels.cpu_operators"
+LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
 """What the kernels compute: linear products in integers, as ``MatMulNBits`` defines levels; attention in bfloat16."""
 FLOATS = frozenset({"fp32", "fp16"})
@@ -20,12 +19,8 @@ FLOATS = frozenset({"fp32", "fp16"})
 
 
 def library() -> Path | None:
-    """The library; None if this installation has none."""
-    try:
-        spec = importlib.util.find_spec(MODULE)
-    except ModuleNotFoundError:  # the package that holds it
-        return None
-    return None if spec is None or spec.origin is None else Path(spec.origin)
+    """Return the library's file; None if this installation has none."""
+    return LIBRARY if LIBRARY.is_file() else None
 
 
 def unsupported_reason(manifest: Manifest) -> str | None:

@@ -30,7 +30,9 @@ def find_onnxruntime(extra: str = "cpu") -> ModuleType:
             from onnxruntime import InferenceSession  # noqa: F401 (where one of two wheels was removed, this is missing)
     except ModuleNotFoundError as error:
         if error.name == "onnxruntime":
-            raise DeviceError(f"ONNX Runtime is not installed; pip install 'fusion-edge[{extra}]'.") from None
+            raise DeviceError(
+                f"ONNX Runtime is not installed; run pip install '.[{extra}]' in a clone of fusion-edge."
+            ) from None
         raise DeviceError(f"ONNX Runtime cannot be imported ({error}); {install_anew(extra)}.") from None
     except Exception as error:  # of a library in C++, or of a Python file that another wheel has replaced
         if is_out_of_memory(error):
@@ -58,7 +60,7 @@ def _let_forks_end() -> None:
 
 def install_anew(extra: str) -> str:
     """Both wheels hold the module ``onnxruntime``: one over the other breaks it, and so does removing one of two."""
-    return f"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{extra}]'"
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[{extra}]' in a clone of fusion-edge"
 
 
 def is_installed(distribution: str) -> bool:

@@ -14,7 +14,7 @@ LIBRARIES = ("tensorrt", "tensorrt-rtx")
 INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack (make the environment with --system-site-packages); elsewhere: "
     "pip install tensorrt",
-    "tensorrt-rtx": "pip install 'fusion-edge[tensorrt-rtx]' (x86-64 only)",
+    "tensorrt-rtx": "pip install '.[tensorrt-rtx]' in a clone of fusion-edge (x86-64 only)",
 }
 
 

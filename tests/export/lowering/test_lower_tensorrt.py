@@ -19,11 +19,11 @@ from test_golden import LLAMA, NEW_TOKENS, PHI, Case, each_case
 
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.calibration import export as calibration_export
+from fusion_edge.export.calibration import driver
 from fusion_edge.export.calibration.samples import FEWEST
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.planning.tensorrt_formats import check_formats
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.kernels.onnx_functions import alignment
@@ -174,7 +174,7 @@ def test_calibration_for_another_target_starts_anew(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_export, "write_bundle", killed)
+        patch.setattr(driver, "write_bundle", killed)
         with pytest.raises(Killed):
             calibrated(tiny_checkpoint, tmp_path / "b", "cpu")
     calibrated(tiny_checkpoint, tmp_path / "b", "tensorrt")
@@ -287,14 +287,18 @@ def test_int4_scales_are_positive(exported: Export) -> None:
     [
         (LLAMA, "--int4 --group-size 64", "llm.layers.0.mlp.down cannot be int4:64 for TensorRT: its 112 inputs are "),
         (PHI, "--int4", "cannot be int4:128 for TensorRT: its 64 inputs are not whole groups of 128"),
-        (PHI, "--int4 --asym --group-size 32", "TensorRT: it knows no zero points; leave --asym out,"),
-        (PHI, "--fp16 --rule llm.*=nf4:32", "TensorRT: it has no products with a codebook; use --int4,"),
-        (PHI, "--fp16 --rule llm.*=fp4:32", "TensorRT: it has no products with a codebook; use --int4,"),
+        (PHI, "--int4 --asym --group-size 32", "TensorRT: it supports no zero points; leave --asym out,"),
+        (PHI, "--fp16 --rule llm.*=nf4:32", "TensorRT: it has no GEMMs with a codebook; use --int4,"),
+        (PHI, "--fp16 --rule llm.*=fp4:32", "TensorRT: it has no GEMMs with a codebook; use --int4,"),
         (PHI, "--fp16 --rule llm.*=int8:32", "cannot be int8:32 for TensorRT: its 8-bit weights have one scale a"),
-        (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it knows no zero"),
+        (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it supports no zero"),
         (PHI, "--fp16 --kv-cache int8", "--kv-cache int8"),
         (PHI, "--fp16 --accuracy-level 4", "--accuracy-level is for ONNX Runtime"),
-        (PHI, "--int8 --group-size 32", "8-bit weights have one scale a channel: leave --group-size out"),
+        (
+            PHI,
+            "--int8 --group-size 32",
+            "--target tensorrt have one scale per channel: leave --group-size out",
+        ),
     ],
 )
 def test_formats_that_tensorrt_does_not_read(
@@ -310,4 +314,4 @@ def test_odd_outputs() -> None:
     """Two outputs share a byte."""
     weight = Parameter("llm.lm_head.weight", "linear", (33, 64), ())
     with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:64 for TensorRT: its 33 outputs are odd, and "):
-        check_formats({"llm.lm_head": Linear(weight, WeightFormat("int4", 64))})
+        TENSORRT.check_formats({"llm.lm_head": Linear(weight, WeightFormat("int4", 64))})

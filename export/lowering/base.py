@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,10 @@ class OnnxOperations(Operations[OnnxValue]):
     """Operations (``export/model/operations.py``) that append nodes to a :class:`GraphBuilder`. B = 1 throughout."""
 
     opset: int
+    passes: tuple[Callable[[GraphBuilder], None], ...] = ()
+    """Rewrites of a finished graph, in order."""
+    stores_int4_by_column: bool = False
+    """Whether 4-bit weights lie as ``[K,N]`` in the data file, not as rows of packed blocks."""
 
     def __init__(
         self,
