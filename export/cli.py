@@ -107,7 +107,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _export_calibrated(
     plan: ExportPlan, calibration: CalibrationOptions, arguments: argparse.Namespace
 ) -> tuple[Manifest, QuantizationReport]:
-    from fusion_edge.export.calibration.export import export_calibrated  # needs torch
+    from fusion_edge.export.calibration.driver import export_calibrated  # needs torch
 
     return export_calibrated(plan, calibration, arguments.output, arguments.force)
 

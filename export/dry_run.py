@@ -29,7 +29,7 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
     fits = None if fit is None else sizes.peak <= fit
     if as_json:
         report = dataclasses.asdict(sizes) | {"peak": sizes.peak, "fits": fits}
-        report["formats"] = {name: str(form) for name, form in plan.formats.items()}
+        report["formats"] = {name: str(fmt) for name, fmt in plan.formats.items()}
         report["calibration"] = None if effort is None else dataclasses.asdict(effort)
         report["ranges"] = ranges
         sys.stdout.write(json.dumps(report) + "\n")
@@ -52,18 +52,18 @@ def check_fit(sizes: Estimate, fit: int) -> None:
 
 
 def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
+    from fusion_edge.export.calibration.driver import check_samples
     from fusion_edge.export.calibration.estimate import estimate_calibration
-    from fusion_edge.export.calibration.export import checked
 
-    options, _ = checked(plan, calibration)
+    options, _ = check_samples(plan, calibration)
     return estimate_calibration(plan, options)
 
 
 def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
     """Return the smallest and largest useful values of --budget and --bits; empty without 4-bit weights."""
-    from fusion_edge.export.calibration.bit_budget import ranges
+    from fusion_edge.export.calibration.bit_budget import budget_ranges
 
-    return ranges(plan)
+    return budget_ranges(plan)
 
 
 def _text(

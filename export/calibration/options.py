@@ -1,4 +1,4 @@
-"""What the user asks of a calibration. Each field is an option of ``fusion-export``."""
+"""Options of a calibration. Each field is an option of ``fusion-export``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _number(text: str) -> float:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Options of a calibration."""
+    """Options of a calibration, resolved to their defaults."""
 
     data: Path
     """JSONL file or folder of images: ``--calibrate``."""
@@ -92,6 +92,6 @@ class CalibrationOptions:
     )
 
     @property
-    def is_mixed(self) -> bool:
-        """Whether some linears may get 8 bits instead of 4."""
+    def has_budget(self) -> bool:
+        """Whether 4-bit linears may be promoted to 8 bits."""
         return self.budget is not None or self.bits is not None

@@ -20,8 +20,8 @@ OPTIONS = CalibrationOptions(Path("samples"))
 
 
 @pytest.fixture(autouse=True)
-def _rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_rate", lambda device: 1e9)
+def _throughput(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_throughput", lambda device: 1e9)
 
 
 @pytest.fixture(scope="module")
