@@ -45,7 +45,7 @@ def weights() -> Tensor:
 
 
 def scattered_groups() -> Tensor:
-    """Group of each column, as many columns in each."""
+    """Return a random group for each column; groups are of equal size."""
     return (torch.randperm(COLUMNS) // GROUP).to(torch.int32)
 
 
@@ -117,7 +117,7 @@ def compressed_tensors(variants: dict[str, dict[str, Any]]) -> None:
 
 
 def _compress(state: dict[str, Tensor], scheme: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Packed and dequantized, by the interface of the installed release."""
+    """Return the packed and the dequantized weight, by the API of the installed release."""
     if version("compressed-tensors") == "0.12.2":
         from compressed_tensors.compressors.quantized_compressors.pack_quantized import PackedQuantizationCompressor
 
@@ -154,7 +154,7 @@ def bitsandbytes() -> None:
 
 
 def _quantizer() -> None:
-    """Weights and what bitsandbytes makes of them: random ones, midpoints of its codes, blocks of 0 and of 1e-40."""
+    """Save weights as bitsandbytes quantizes them: random ones, midpoints of codes, blocks of 0 and of 1e-40."""
     from bitsandbytes.functional import get_4bit_type, quantize_4bit
 
     torch.manual_seed(1)
