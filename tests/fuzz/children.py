@@ -118,7 +118,7 @@ class Children:
                 yield child.batch.kind, Verdict(**{**data, "changes": tuple(data["changes"])})
 
     def _ended(self, child: _Child, waiting: deque[Batch]) -> Iterator[tuple[str, Verdict]]:
-        """Yield the verdict of the mutant that ended its process, if any. Another process gets the rest of its batch."""
+        """Yield the verdict of the mutant that ended its process, if any. Its batch goes on in another process."""
         os.close(child.pipe)
         _, status = os.waitpid(child.pid, 0)
         code = os.waitstatus_to_exitcode(status)
