@@ -29,7 +29,7 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
     fits = None if fit is None else sizes.peak <= fit
     if as_json:
         report = dataclasses.asdict(sizes) | {"peak": sizes.peak, "fits": fits}
-        report["formats"] = {name: str(form) for name, form in plan.formats.items()}
+        report["formats"] = {name: str(fmt) for name, fmt in plan.formats.items()}
         report["calibration"] = None if effort is None else dataclasses.asdict(effort)
         report["ranges"] = ranges
         sys.stdout.write(json.dumps(report) + "\n")

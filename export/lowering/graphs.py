@@ -1,4 +1,4 @@
-"""The three graphs of a bundle: which architecture function runs over which inputs."""
+"""The three graphs of a bundle: each runs an architecture function over its inputs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The ONNX Runtime interpreter: FUSION written down as graphs of ONNX opset 21 and Microsoft's contributed operators.
+"""The ONNX Runtime interpreter: FUSION as graphs of ONNX opset 21 and Microsoft's contributed operators.
 
-Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
-LLM, MultiHeadAttention for the vision tower. Where our own CPU kernels do more in one go, these are inside of functions
-(``kernels/onnx_functions/``). Values are the names of ONNX values.
+Its fastest operators: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for
+the LLM, MultiHeadAttention for the vision encoder. Where our CPU kernels fuse several, the graph has a function of them
+(``kernels/onnx_functions/``).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fusion_edge.kernels.onnx_functions.linear import (
 )
 from fusion_edge.kernels.operators import MICROSOFT
 
-OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
+OPSET = 21  # the newest of ONNX Runtime 1.23, the last release for Python 3.10
 BNB4_TYPES = ("fp4", "nf4")  # MatMulBnb4's attribute quant_type is the index
-BLOCKED = -1e9  # added to the score of a masked key: its weight becomes exactly 0
+MASKED_SCORE = -1e9  # added to the score of a masked key: its weight becomes exactly 0
 
 
 class OnnxRuntimeOperations(OnnxOperations):
@@ -56,19 +56,19 @@ class OnnxRuntimeOperations(OnnxOperations):
 
     def _linear(self, x: OnnxValue, linear: Linear, bias: bool, of_gelu: bool = False) -> OnnxValue:
         """Apply a linear to ``x``, or to GELU(x) with ``of_gelu``: one function where a CPU kernel fuses both."""
-        form, name = linear.format, linear.name
-        if form.quantizes_activations:
+        fmt, name = linear.format, linear.name
+        if fmt.quantizes_activations:
             function = integer_matmul_function(OPSET, of_gelu)
             return self._function(function, [x, *self._integer_inputs(linear, bias)], name)
         offset = self.parameter(f"{name}.bias") if bias else None
-        if form.is_quantized and self._keeps_float16_scales(linear):
+        if fmt.is_quantized and self._keeps_float16_scales(linear):
             function = matmul_nbits_function(OPSET, of_gelu)
             return self._quantized(x, linear, offset, function)
         if of_gelu:
             x = self._node("FastGelu", [x], domain=MICROSOFT)
-        if form.is_quantized:
+        if fmt.is_quantized:
             return self._quantized(x, linear, offset)
-        dtype = "float16" if form.kind == "fp16" else "float32"
+        dtype = "float16" if fmt.kind == "fp16" else "float32"
         values = self._plan(linear, "values", dtype, linear.weight.shape)
         result = self._node("FusedMatMul", [x, self._cast(values, dtype)], name, MICROSOFT, transB=1)
         return result if offset is None else result + offset
@@ -82,20 +82,20 @@ class OnnxRuntimeOperations(OnnxOperations):
         self, x: OnnxValue, linear: Linear, bias: OnnxValue | None, function: FunctionProto | None = None
     ) -> OnnxValue:
         """Multiply with quantized weights, by ``function`` if it is given, else by ONNX Runtime's operator."""
-        form, name, rows, columns = linear.format, linear.name, linear.outputs, linear.inputs
-        shape = form.packed_shape(rows, columns)
+        fmt, name, rows, columns = linear.format, linear.name, linear.outputs, linear.inputs
+        shape = fmt.packed_shape(rows, columns)
         x = self._in_stored_order(x, linear)
         values = self._plan(linear, "values", "uint8", shape)
         scales = self._plan(linear, "scales", linear.scale_dtype, shape[:2])
         inputs: list[OnnxValue | str] = [x, values, scales]
-        if form.has_codebook:
+        if fmt.has_codebook:
             inputs[2] = self._cast(scales, linear.scale_dtype)
-            sizes = {"K": columns, "N": rows, "block_size": form.group_size}
-            quant_type = BNB4_TYPES.index(form.kind)
-            product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
-            return product if bias is None else product + bias
-        if not form.is_symmetric:
-            groups = (rows, -(-shape[1] * form.bits // 8))
+            sizes = {"K": columns, "N": rows, "block_size": fmt.group_size}
+            quant_type = BNB4_TYPES.index(fmt.kind)
+            result = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
+            return result if bias is None else result + bias
+        if not fmt.is_symmetric:
+            groups = (rows, -(-shape[1] * fmt.bits // 8))
             inputs.append(self._plan(linear, "zero_points", "uint8", groups))
         elif bias is not None:
             inputs.append("")
@@ -104,8 +104,8 @@ class OnnxRuntimeOperations(OnnxOperations):
         attributes = {
             "K": columns,
             "N": rows,
-            "bits": form.bits,
-            "block_size": form.block_size,
+            "bits": fmt.bits,
+            "block_size": fmt.block_size,
             "accuracy_level": self.settings.accuracy_level,
         }
         if function is not None:
@@ -156,7 +156,7 @@ class OnnxRuntimeOperations(OnnxOperations):
     def self_attention(self, qkv: OnnxValue, heads: int, key_mask: OnnxValue, patches: int | None) -> OnnxValue:
         if self.settings.activations != "float32":
             return super().self_attention(qkv, heads, key_mask, patches)
-        attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
+        attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": MASKED_SCORE}
         if patches is None:
             return self._function(packed_attention_function(OPSET), [qkv, key_mask], **attributes)
         function = patch_attention_function(OPSET)
@@ -164,7 +164,9 @@ class OnnxRuntimeOperations(OnnxOperations):
 
     def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
         inputs: list[OnnxValue | str] = [q, k, v, "", key_mask]
-        return self._node("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=BLOCKED)
+        return self._node(
+            "MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=MASKED_SCORE
+        )
 
     def causal_attention(self, qkv: OnnxValue, layer: int) -> OnnxValue:
         language = self.config.language

@@ -10,7 +10,7 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.resolved_options import ResolvedOptions
-from fusion_edge.quant.policy import Rule, assign, preset
+from fusion_edge.export.planning.rules import Rule, assign, preset
 from fusion_edge.runtime.errors import UsageError
 
 
@@ -31,7 +31,7 @@ def plan_linears(
     int8 = target.int8_format(requested.group_size)
     defaults = preset(options.precision, requested.group_size, options.vision, requested.asymmetric, int8)
     formats = assign(weights, requested.rules, defaults) | {name: layout.format for name, layout in layouts.items()}
-    linears = {name: Linear(weights[name], form, layouts.get(name)) for name, form in formats.items()}
+    linears = {name: Linear(weights[name], fmt, layouts.get(name)) for name, fmt in formats.items()}
     _check_codebooks(linears)
     _check_quantized_activations(linears, options)
     target.check_formats(linears)
@@ -54,10 +54,10 @@ def _prequantized(
 
 def _check_codebooks(linears: Mapping[str, Linear]) -> None:
     for name, linear in linears.items():
-        form = linear.format
-        if form.has_codebook and linear.inputs % form.group_size:
+        fmt = linear.format
+        if fmt.has_codebook and linear.inputs % fmt.group_size:
             raise UsageError(
-                f"{name} cannot be {form}: its {linear.inputs} inputs are not whole blocks of {form.group_size}; use a "
+                f"{name} cannot be {fmt}: its {linear.inputs} inputs are not whole blocks of {fmt.group_size}; use a "
                 f"smaller --group-size, or another format (--rule '{name}=int4')."
             )
 

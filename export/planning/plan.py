@@ -19,9 +19,9 @@ from fusion_edge.export.lowering.onnxruntime import OPSET
 from fusion_edge.export.planning.formats import plan_linears
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.resolved_options import ResolvedOptions, resolve_options
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.export.planning.tokenizer import read_tokenizer, with_end_tokens
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.files import FileEntry
@@ -31,7 +31,7 @@ from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of weights: every tensor's place in it."""
+    """A file of weights and the place of every tensor in it."""
 
     name: str
     tensors: tuple[PlannedTensor, ...]
@@ -40,7 +40,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """A bundle, complete but for the values of its weights."""
+    """A bundle, complete except for the values of its weights."""
 
     checkpoint: Checkpoint
     config: FusionConfig
@@ -50,13 +50,13 @@ class ExportPlan:
     linears: Mapping[str, Linear]
     """Every linear and the token table by name, in the order of ``parameters``."""
     small_files: Mapping[str, bytes]
-    """Content of every file but the manifest and the weights."""
+    """Content of every file except the manifest and the weights, by name."""
     data_files: tuple[DataFile, ...]
     specs: tuple[GraphSpec, ...] = field(repr=False)
 
     @cached_property
     def linear_by_weight(self) -> dict[str, Linear]:
-        """The linears by the names of their weights in ``parameters``."""
+        """Linears by the name of their weight in ``parameters``."""
         return {linear.weight.name: linear for linear in self.linears.values()}
 
     @property
@@ -71,11 +71,11 @@ class ExportPlan:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the checkpoint that will be read."""
+        """Size of the checkpoint."""
         return self.checkpoint.total_bytes
 
     def manifest(self, files: tuple[FileEntry, ...]) -> bundle.Manifest:
-        """The manifest for the files written."""
+        """Return the manifest that lists ``files``."""
         options = self.options
         return bundle.Manifest(
             schema_version=bundle.SCHEMA_VERSION,
@@ -92,28 +92,28 @@ class ExportPlan:
             model=self.config,
             embedding=_embedding_table(self.data_files[-1].tensors),
             graphs={spec.name: spec.to_json() for spec in self.specs},
-            weights={name: str(form) for name, form in self.formats.items()},
+            weights={name: str(fmt) for name, fmt in self.formats.items()},
             files=files,
         )
 
     @property
     def bundle_bytes(self) -> int:
-        """Bytes of the finished bundle, the manifest included."""
+        """Size of the finished bundle, the manifest included."""
         sizes = {name: len(content) for name, content in self.small_files.items()}
         sizes |= {file.name: file.size for file in self.data_files}
-        quantized = {name: str(form) for name, form in self.quantized_formats.items()}
-        taken_over = {name: str(linear.format) for name, linear in self.linears.items() if linear.prequantized}
-        if quantized or taken_over:
-            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized, taken_over).to_bytes())
+        quantized = {name: str(fmt) for name, fmt in self.quantized_formats.items()}
+        prequantized = {name: str(linear.format) for name, linear in self.linears.items() if linear.prequantized}
+        if quantized or prequantized:
+            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized, prequantized).to_bytes())
         entries = tuple(FileEntry(name, size, "0" * 64) for name, size in sizes.items())
         return sum(sizes.values()) + len(self.manifest(entries).to_text())
 
 
 def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
-    """Validate checkpoint and options together and lay the bundle out. Reads no weights.
+    """Validate checkpoint and options together, and lay out the bundle. Reads no weights.
 
-    Raises :class:`FusionError` for a checkpoint that is not FUSION's, :class:`UsageError` for an option that does
-    not fit it.
+    Raises :class:`FusionError` for a checkpoint that is not FUSION's, and :class:`UsageError` for an option that does
+    not fit the checkpoint or the target.
     """
     config = read_config(checkpoint)
     parameters = match_parameters(checkpoint, config)
@@ -152,15 +152,15 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
 def embedding_file(table: Linear) -> DataFile:
     """Lay out the token table in the embedding file: values, then scales."""
     builder = GraphBuilder(GraphSpec("embeddings", (), ()), OPSET)
-    form = table.format
-    shape = form.packed_shape(table.outputs, table.inputs)
-    dtype = {"int8": "uint8", "fp16": "float16", "fp32": "float32"}[form.kind]
-    builder.plan(table.weight.name, "values", form, dtype, shape)
-    if form.is_quantized:
-        builder.plan(table.weight.name, "scales", form, form.scale_dtype, shape[:2])
+    fmt = table.format
+    shape = fmt.packed_shape(table.outputs, table.inputs)
+    dtype = {"int8": "uint8", "fp16": "float16", "fp32": "float32"}[fmt.kind]
+    builder.plan(table.weight.name, "values", fmt, dtype, shape)
+    if fmt.is_quantized:
+        builder.plan(table.weight.name, "scales", fmt, fmt.scale_dtype, shape[:2])
     return DataFile(bundle.EMBEDDINGS, tuple(builder.planned.values()), builder.data_bytes)
 
 
 def _embedding_table(tensors: tuple[PlannedTensor, ...]) -> bundle.EmbeddingTable:
-    form = tensors[0].format
-    return bundle.EmbeddingTable(form.kind, form.block_size, tensors[0].offset, tensors[-1].offset)
+    fmt = tensors[0].format
+    return bundle.EmbeddingTable(fmt.kind, fmt.block_size, tensors[0].offset, tensors[-1].offset)

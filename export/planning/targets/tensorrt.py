@@ -61,10 +61,10 @@ TENSORRT = TensorRTTarget(
 def check_bundle(bundle: Bundle) -> None:
     """Raise :class:`FusionError` for INT4 blocks that TensorRT does not read; older versions exported such bundles."""
     for name, text in bundle.manifest.weights.items():
-        form = WeightFormat.parse(text, sizes=STORED_GROUP_SIZES)
-        if form.kind == "int4" and form.block_size not in BLOCK_SIZES:
+        fmt = WeightFormat.parse(text, sizes=STORED_GROUP_SIZES)
+        if fmt.kind == "int4" and fmt.block_size not in BLOCK_SIZES:
             raise FusionError(
-                f"{bundle.folder} has {name} in {form}; TensorRT has 4-bit GEMMs only for groups of 64 and 128: "
+                f"{bundle.folder} has {name} in {fmt}; TensorRT has 4-bit GEMMs only for groups of 64 and 128: "
                 f"export it again, fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt --group-size 128 "
                 "(or 64)."
             )
@@ -72,32 +72,32 @@ def check_bundle(bundle: Bundle) -> None:
 
 def _unreadable(linear: Linear) -> str | None:
     """Return why TensorRT does not read a linear's format, with a remedy; None if it does."""
-    form = linear.format
-    if form.has_codebook:
+    fmt = linear.format
+    if fmt.has_codebook:
         return "it has no GEMMs with a codebook; use --int4"
-    if not form.is_symmetric:
+    if not fmt.is_symmetric:
         return "it supports no zero points; leave --asym out"
     if linear.prequantized and linear.scale_dtype != "float16":
         return f"its scales are {linear.scale_dtype}, not float16; quantize it anew"
-    if form.kind == "int8" and form.group_size != PER_CHANNEL:
+    if fmt.kind == "int8" and fmt.group_size != PER_CHANNEL:
         return "its 8-bit weights have one scale per channel; write int8:channel"
-    return _unreadable_int4(linear) if form.kind == "int4" else None
+    return _unreadable_int4(linear) if fmt.kind == "int4" else None
 
 
 def _unreadable_int4(linear: Linear) -> str | None:
-    form, outputs, inputs = linear.format, linear.outputs, linear.inputs
+    fmt, outputs, inputs = linear.format, linear.outputs, linear.inputs
     if outputs % 2:
         return f"its {outputs} outputs are odd, and two share a byte; give it 8 bits"
     fitting = [size for size in BLOCK_SIZES if inputs % size == 0]
     if not fitting:
         return f"its {inputs} inputs are not whole groups of 64 or 128; give it 8 bits"
-    if form.block_size in fitting:
+    if fmt.block_size in fitting:
         return None
     if linear.prequantized:
         everywhere = re.sub(r"\.\d+\.", ".*.", linear.name)
         remedy = f"quantize it anew (--rule '{everywhere}=int4:{fitting[-1]}')"
     else:
         remedy = f"use --group-size {' or '.join(map(str, fitting))}, in a rule int4:{fitting[-1]}"
-    if form.block_size in BLOCK_SIZES:
-        return f"its {inputs} inputs are not whole groups of {form.block_size}; {remedy}"
+    if fmt.block_size in BLOCK_SIZES:
+        return f"its {inputs} inputs are not whole groups of {fmt.block_size}; {remedy}"
     return f"it has 4-bit GEMMs only for groups of 64 and 128; {remedy}"
