@@ -1,4 +1,4 @@
-"""Plugins for TensorRT against a stand-in for its module; TensorRT itself never ran them."""
+"""TensorRT plugins against a fake of the module ``tensorrt.plugin``. TensorRT itself has not run them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,23 @@ from support.tensorrt_layers import FLOATS, SHAPES, WIDTH, types
 
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.onnx_functions import alignment
-from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, allow_in_place, register, supported, use_plugins
+from fusion_edge.kernels.tensorrt_plugins import (
+    PLUGINS,
+    Plugin,
+    enable_aliasing,
+    register,
+    unsupported_reason,
+    use_plugins,
+)
 from fusion_edge.kernels.triton import recursive_alignment
-from fusion_edge.kernels.triton.ahead_of_time import KERNELS, without_scratch
-from fusion_edge.kernels.triton.kernel_folder import Compiled
+from fusion_edge.kernels.triton.ahead_of_time import KERNELS, strip_scratch_parameters
+from fusion_edge.kernels.triton.kernel_folder import CompiledKernel
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError
 
 OPSET = 21
 SIZES = [(1, 1, 1), (1, 16, 40), (3, 36, 200), (4, 144, 900), (0, 16, 7), (2, 0, 5), (0, 0, 1)]
-"""Questions, latents of each, rows of the sequence."""
+"""Questions, latents per question, rows of the sequence."""
 FUNCTIONS: dict[str, FunctionProto] = {
     function.name: function
     for function in (
@@ -49,15 +56,15 @@ def shape(axes: tuple[int | str, ...], sizes: fake.Sizes) -> tuple[int, ...]:
 
 @pytest.fixture
 def compilations() -> Iterator[list[tuple[str, str, int, str]]]:
-    """All plugins are registered for a Jetson Orin; what was to be compiled.
+    """Register all plugins for a Jetson Orin; the list of requested compilations.
 
     Triton's interpreter, which these tests share a process with, compiles nothing.
     """
     calls: list[tuple[str, str, int, str]] = []
 
-    def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
+    def compiled(kernel: str, architecture: str, width: int, dtype: str) -> CompiledKernel:
         calls.append((kernel, architecture, width, dtype))
-        return Compiled(f"{kernel}_kernel", "PTX", 256, 4096)
+        return CompiledKernel(f"{kernel}_kernel", "PTX", 256, 4096)
 
     fake.QDP_REGISTRY.clear()
     register(fake, "87", compiled)
@@ -67,7 +74,7 @@ def compilations() -> Iterator[list[tuple[str, str, int, str]]]:
 
 @every_plugin
 @pytest.mark.usefixtures("compilations")
-def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
+def test_inputs_and_output_match_the_function(plugin: Plugin) -> None:
     function = FUNCTIONS[plugin.operator]
     assert fake.QDP_REGISTRY[plugin.id].inputs == list(function.input)
     assert len(function.output) == 1
@@ -81,7 +88,7 @@ def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
 @every_plugin
 @pytest.mark.usefixtures("compilations")
 def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) -> None:
-    """The network's alone, for which the kernel is: TensorRT may choose each that is offered."""
+    """Only the network's type is offered: TensorRT may choose any, and the kernel is compiled for one."""
     for dtype, name in FLOATS.items():
         layer = tensorrt_layers.layer(plugin, dtype)
         assert layer.types == [types(plugin, dtype)]
@@ -91,12 +98,12 @@ def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) 
 @every_plugin
 @pytest.mark.usefixtures("compilations")
 def test_type_without_a_kernel(plugin: Plugin) -> None:
-    with pytest.raises(FusionError, match=rf"^{plugin.operator} has no kernel for INT64; it has for FLOAT, HALF, BF16"):
+    with pytest.raises(FusionError, match=rf"^{plugin.operator} has no kernel for INT64, only for FLOAT, HALF, BF16"):
         tensorrt_layers.layer(plugin, DataType.INT64)
 
 
 class Recorder:
-    """In the place of a kernel: keeps what it is launched with."""
+    """Replaces a kernel and keeps the launch's grid and arguments."""
 
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
@@ -110,7 +117,7 @@ class Recorder:
 
 
 def call(operator: str, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """The operator by the wrappers that are tested against plain PyTorch."""
+    """Run the operator by its PyTorch wrapper, which other tests check."""
     if operator == "ContextAttention":
         q, k, v = inputs
         return recursive_alignment.context_attention(q, k, v, ALIGNMENT_HEADS)
@@ -125,7 +132,7 @@ def call(operator: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 @every_plugin
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.usefixtures("compilations")
-def test_launch_is_that_of_the_wrapper(
+def test_launch_matches_the_wrapper(
     plugin: Plugin, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = dict(zip("RqL", sizes, strict=True))
@@ -154,7 +161,7 @@ def test_launch_is_that_of_the_wrapper(
 
 
 @every_plugin
-def test_kernel_declares_its_parameters_in_this_order(plugin: Plugin) -> None:
+def test_order_of_kernel_parameters(plugin: Plugin) -> None:
     kernel: Any = getattr(recursive_alignment, f"{plugin.kernel}_kernel")
     described = KERNELS[plugin.kernel]
     names = [*described.inputs, *described.integers, "output", *described.constants(WIDTH)]
@@ -163,7 +170,7 @@ def test_kernel_declares_its_parameters_in_this_order(plugin: Plugin) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, tuple[str, str, int, int]]:
-    """What tests/support/tensorrt_layers.py prints."""
+    """Output of tests/support/tensorrt_layers.py."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "support.tensorrt_layers"]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
@@ -173,7 +180,7 @@ def built() -> dict[str, tuple[str, str, int, int]]:
 
 @every_plugin
 @pytest.mark.parametrize("dtype", FLOATS.values())
-def test_ptx_has_a_parameter_for_all_that_is_passed(
+def test_ptx_has_a_parameter_for_each_argument(
     plugin: Plugin, dtype: str, built: dict[str, tuple[str, str, int, int]]
 ) -> None:
     name, ptx, threads, integers = built[f"{plugin.operator} {dtype}"]
@@ -196,14 +203,16 @@ PTX = """.visible .entry one_kernel(
 
 
 def test_scratch_memory() -> None:
-    assert without_scratch(PTX, 2) == PTX
-    assert without_scratch(PTX, 1) == PTX.replace(",\n\t.param .u64 .ptr .global .align 1 one_kernel_param_1", "")
+    assert strip_scratch_parameters(PTX, 2) == PTX
+    assert strip_scratch_parameters(PTX, 1) == PTX.replace(
+        ",\n\t.param .u64 .ptr .global .align 1 one_kernel_param_1", ""
+    )
     with pytest.raises(FusionError, match="one_kernel_param_1"):
-        without_scratch(PTX.replace("[one_kernel_param_0]", "[one_kernel_param_1]"), 1)
+        strip_scratch_parameters(PTX.replace("[one_kernel_param_0]", "[one_kernel_param_1]"), 1)
 
 
 @pytest.mark.usefixtures("compilations")
-def test_sizes_that_kernels_are_compiled_for() -> None:
+def test_sizes_must_be_those_of_the_kernel() -> None:
     attention, norm, _ = PLUGINS
     context = (1, "q", 4, WIDTH)
     with pytest.raises(FusionError, match="AddLayerNorm: axis -1 of x must be constant"):
@@ -226,43 +235,43 @@ def tensorrt(name: str, version: str) -> ModuleType:
 
 @pytest.mark.parametrize("version", ["10.9.0.34", "10.13.3", "11.0.0"])
 def test_supported(version: str) -> None:
-    assert supported(tensorrt("tensorrt", version), "87", has_kernels=False) is None
+    assert unsupported_reason(tensorrt("tensorrt", version), "87", has_kernels=False) is None
 
 
 @pytest.mark.parametrize(
     ("name", "version", "reason"),
     [
-        ("tensorrt", "10.13.3", "There are no kernels for sm_75 (80, 86, 87, 89, 90, 110, 120 have them)"),
-        ("tensorrt", "10.3.0.26", "TensorRT 10.3 has no ahead-of-time plugins (10.9 has)"),
-        ("tensorrt", "8.6.1", "TensorRT 8.6 has no ahead-of-time plugins (10.9 has)"),
+        ("tensorrt", "10.13.3", "There are no kernels for sm_75, only for 80, 86, 87, 89, 90, 110, 120"),
+        ("tensorrt", "10.3.0.26", "TensorRT 10.3 has no ahead-of-time plugins (needs 10.9)"),
+        ("tensorrt", "8.6.1", "TensorRT 8.6 has no ahead-of-time plugins (needs 10.9)"),
         ("tensorrt_rtx", "11.2.0", "TensorRT-RTX has no plugins"),
     ],
 )
 def test_not_supported(name: str, version: str, reason: str) -> None:
     consequence = "the recursive alignment runs as standard operators"
-    assert supported(tensorrt(name, version), "75", has_kernels=True) == f"{reason}: {consequence}"
+    assert unsupported_reason(tensorrt(name, version), "75", has_kernels=True) == f"{reason}: {consequence}"
 
 
 def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None if name == "triton" else name)
-    reason = supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=False)
+    reason = unsupported_reason(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=False)
     assert reason is not None
     assert reason.startswith(
         "No --kernels, and triton not installed (pip install '.[kernels]' in a clone of fusion-edge)"
     )
-    assert supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=True) is None
+    assert unsupported_reason(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=True) is None
 
 
-def test_outputs_may_be_in_the_memory_of_inputs() -> None:
+def test_enable_aliasing() -> None:
     module = ModuleType("tensorrt")
     module.__dict__["PreviewFeature"] = SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliased")
     features: dict[str, bool] = {}
-    allow_in_place(module, SimpleNamespace(set_preview_feature=features.__setitem__))
+    enable_aliasing(module, SimpleNamespace(set_preview_feature=features.__setitem__))
     assert features == {"aliased": True}
 
 
 def alignment_model() -> ModelProto:
-    """AddLayerNorm, and AddRows in a branch beside other operators."""
+    """Return a graph of AddLayerNorm, with AddRows and other operators in branches."""
     rows = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["R", "q", WIDTH]) for name in ("a", "b", "y")]
     norm = helper.make_node("AddLayerNorm", ["a", "b", "weight", "bias"], ["normed"], domain="fusion_edge")
     put = helper.make_node("AddRows", ["x", "positions", "normed", "b"], ["out"], domain="fusion_edge")
@@ -289,7 +298,7 @@ def test_use_plugins() -> None:
     assert not model.functions
 
 
-def test_a_model_without_these_operators_stays_as_it_is() -> None:
+def test_a_model_without_these_operators_does_not_change() -> None:
     graph = helper.make_graph([helper.make_node("Gelu", ["a"], ["y"])], "g", [], [])
     model = helper.make_model(graph)
     before = model.SerializeToString()

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against plain PyTorch, and ahead of time for every GPU."""
+"""Triton kernels in Triton's interpreter against PyTorch, and their ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fusion_edge.benchmarks.alignment_kernels import RUNS, inputs, largest_error
 from fusion_edge.kernels.triton import ahead_of_time
 from fusion_edge.kernels.triton import recursive_alignment as kernels
 from fusion_edge.kernels.triton.ahead_of_time import ARCHITECTURES
-from fusion_edge.kernels.triton.kernel_folder import Compiled, KernelFolder
+from fusion_edge.kernels.triton.kernel_folder import CompiledKernel, KernelFolder
 from fusion_edge.runtime.errors import FusionError
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Of one rounding to the type, relative to values of about 1; float32 sums in another order."""
+"""One rounding to the type, for values of about 1. float32: sums in another order."""
 DTYPES = list(TOLERANCE)
 
 
@@ -77,8 +77,8 @@ def test_add_rows(dtype: torch.dtype, questions: int, latents: int, width: int) 
     torch.testing.assert_close(x, expected, rtol=TOLERANCE[dtype], atol=0)
 
 
-def test_rows_that_there_are_not_are_left_alone() -> None:
-    """Blocks behind the last row do nothing, and positions outside of the sequence are skipped."""
+def test_rows_outside_of_the_data_do_not_change() -> None:
+    """Blocks after the last row do nothing, and positions outside of the sequence are skipped."""
     x, q, update = (values(1, 3, 8, dtype=torch.float32) for _ in range(3))
     k, v = values(2, 1, 3, 9, 8, dtype=torch.float32)
     weight = torch.ones(8)
@@ -129,39 +129,39 @@ def test_ahead_of_time(tmp_path: Path) -> None:
 
 
 def read_back(folder: Path, entry: dict[str, Any]) -> None:
-    """What a device builds engines with, and what is refused."""
+    """Read a kernel back; missing and changed ones are errors."""
     source = KernelFolder(folder)
     wanted = entry["kernel"], entry["architecture"], entry["width"], entry["dtype"]
     path = folder / entry["file"]
-    assert source(*wanted) == Compiled(entry["name"], path.read_text(), entry["threads"], entry["shared_bytes"])
+    assert source(*wanted) == CompiledKernel(entry["name"], path.read_text(), entry["threads"], entry["shared_bytes"])
     with pytest.raises(FusionError, match=r"has no .* width 4096 and fp16; make it with: python -m .* --width 4096"):
         source(entry["kernel"], entry["architecture"], 4096, entry["dtype"])
     path.write_text(path.read_text() + " ")
-    with pytest.raises(FusionError, match="missing or has been altered; make it with"):
+    with pytest.raises(FusionError, match="missing or has changed; make it with"):
         source(*wanted)
     path.unlink()
-    with pytest.raises(FusionError, match="missing or has been altered"):
+    with pytest.raises(FusionError, match="missing or has changed"):
         source(*wanted)
 
 
 @pytest.mark.parametrize("content", [None, "[]", '{"entries": [{}]}', "{"])
-def test_no_folder_of_kernels(tmp_path: Path, content: str | None) -> None:
+def test_folder_without_kernels(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "kernels.json").write_text(content)
-    with pytest.raises(FusionError, match=r"is no folder of kernels .*; make it with"):
+    with pytest.raises(FusionError, match=r"is not a folder of kernels .*; make it with"):
         KernelFolder(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", RUNS)
-def test_gpu_check_compares_with_float64(name: str, dtype: torch.dtype) -> None:
+def test_benchmark_compares_with_float64(name: str, dtype: torch.dtype) -> None:
     one = inputs((2, 4, 64), dtype, "cpu", 0)
     assert largest_error(name, one) <= TOLERANCE[dtype]
     assert kernels.bytes_moved(2, 4, 64, 9, dtype.itemsize)[name] == bytes_of(one, name)
 
 
 def bytes_of(one: dict[str, torch.Tensor], name: str) -> int:
-    """What is read and written, tensor by tensor; every result is as large as ``q``."""
+    """Return the bytes read and written. Every result has the size of ``q``."""
     read = {
         "context_attention": ("q", "k", "v"),
         "add_layer_norm": ("q", "residual", "weight", "bias"),
@@ -171,11 +171,11 @@ def bytes_of(one: dict[str, torch.Tensor], name: str) -> int:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_without_a_gpu(refused: Callable[..., str]) -> None:
+def test_benchmark_without_a_gpu(refused: Callable[..., str]) -> None:
     assert "There is no GPU" in refused(alignment_kernels.main)
 
 
-def test_width_that_heads_do_not_divide(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_width_must_be_divisible_by_heads(tmp_path: Path, refused: Callable[..., str]) -> None:
     message = refused(ahead_of_time.main, "--output", tmp_path / "ptx", "--width", "100", code=2)
-    assert "--width 100 cannot be cut into 16 heads" in message
+    assert "--width 100 cannot be split into 16 heads" in message
     assert not list(tmp_path.iterdir())

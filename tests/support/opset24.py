@@ -1,4 +1,4 @@
-"""ONNX Runtime 1.23, the last for Python 3.10, does not know opset 24, in which graphs for TensorRT are written."""
+"""Skip mark for ONNX Runtime 1.23, the last for Python 3.10: it lacks opset 24, that of graphs for TensorRT."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
         (__file__, "is a file; expected a folder"),
         (GOLDEN / "FUSION-tiny-Phi/config.json", "is a JSON file; expected a folder"),
         (GOLDEN / "FUSION-tiny-Phi/model-00001-of-00004.safetensors", "is a safetensors file"),
-        (GOLDEN, "has no weights, expected model.safetensors"),
+        (GOLDEN, "has no weights; expected model.safetensors"),
     ],
 )
 def test_what_is_no_checkpoint_folder(refuse: Refuse, source: object, message: str) -> None:
@@ -118,7 +118,7 @@ def test_a_missing_file(checkpoint: Path, refuse: Refuse, name: str) -> None:
 
 def test_no_tokenizer_and_no_index(checkpoint: Path, refuse: Refuse) -> None:
     (checkpoint / "tokenizer.model").unlink()
-    assert "has no tokenizer, expected tokenizer.json" in refuse()
+    assert "has no tokenizer; expected tokenizer.json" in refuse()
     for name in (FIRST, SECOND, INDEX):
         (checkpoint / name).unlink()
     assert "has no weights" in refuse()
@@ -287,7 +287,7 @@ def test_rotary_scaling(checkpoint: Path, refuse: Refuse, field: str, value: obj
 @pytest.mark.parametrize("value", ["2", [2, "3"], -1, 1208, [2, 10**9]])
 def test_end_tokens(checkpoint: Path, refuse: Refuse, value: object) -> None:
     edit_json(checkpoint / "generation_config.json", eos_token_id=value)
-    assert f"generation_config.json: eos_token_id is {value!r}; expected a token id" in refuse()
+    assert f"generation_config.json: eos_token_id is {value!r}; expected token ids" in refuse()
 
 
 JSON = st.recursive(
@@ -379,9 +379,9 @@ def test_wrong_usage(checkpoint: Path, capsys: pytest.CaptureFixture[str], optio
         ("[rules", "Cannot read the rules in"),
         ("[" * 50_000, "Cannot read the rules in"),
         ("a = " + "[" * 50_000, "Cannot read the rules in"),
-        ("", "holds nothing; expected a table [rules]"),
-        ("rules = 3", "holds rules; expected a table [rules]"),
-        ("[rules]\nx = 3\n[more]", "holds rules, more; expected"),
+        ("", "contains nothing; expected a table [rules]"),
+        ("rules = 3", "contains rules; expected a table [rules]"),
+        ("[rules]\nx = 3\n[more]", "contains rules, more; expected"),
         ("[rules]\nllm.lm_head = 'int8'", "Rule 'llm' in"),
         ("[rules]\n'llm.lm_head' = 'int9'", "Unknown weight format 'int9'"),
         ("[rules]\n'lm_head' = 'int8'", "Rule 'lm_head' matches no weight"),

@@ -210,7 +210,7 @@ def test_export_refuses_them_by_name(tmp_path: Path, contents: dict[str, str]) -
     content = json.loads(contents["llama"])
     content["model"]["vocab"]["3"] = 2_000_000_000
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(FusionError, match=r"tokenizer.json is no tokenizer .* '3' has the id 2000000000"):
+    with pytest.raises(FusionError, match=r"tokenizer.json cannot be loaded .* '3' has the id 2000000000"):
         tokenizer_json(tmp_path)
 
 

@@ -187,12 +187,12 @@ def test_an_adapter_beside_its_base(checkpoint: Path, refuse: Callable[..., str]
 @pytest.mark.parametrize("name", [f"{QKV}.lora_A.weight", f"{QKV}.base_layer.weight"])
 def test_an_adapter_inside(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
     replace_tensors(checkpoint, tensors_of(checkpoint) | {name: np.ones(3, np.float16)})
-    assert f"Tensor {name} of {checkpoint} is part of a LoRA adapter: merge it" in refuse()
+    assert f"Tensor {name} of {checkpoint} belongs to a LoRA adapter: merge it" in refuse()
 
 
 def test_parts_of_deepspeed(tmp_path: Path, refuse: Callable[..., str]) -> None:
     (tmp_path / "zero_to_fp32.py").write_bytes(b"")
-    assert "is a checkpoint of DeepSpeed in parts" in refuse(tmp_path)
+    assert "is a sharded DeepSpeed checkpoint" in refuse(tmp_path)
 
 
 def test_weights_of_another_name(checkpoint: Path, refuse: Callable[..., str]) -> None:
@@ -204,8 +204,8 @@ def test_weights_of_another_name(checkpoint: Path, refuse: Callable[..., str]) -
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
-        ({"model_type": "phi3"}, ", a language model alone"),
-        ({"model_type": "llama"}, ", a language model alone"),
+        ({"model_type": "phi3"}, ", a language model"),
+        ({"model_type": "llama"}, ", a language model"),
         ({"model_type": "llava", "vision_config": {}}, ", another vision-language model"),
         ({"model_type": "qwen2_vl", "vision_start_token_id": 1}, ", another vision-language model"),
         ({"model_type": "llava_llama", "mm_vision_tower": "x"}, ", another vision-language model"),

@@ -301,13 +301,13 @@ def test_two_shards(tmp_path: Path) -> None:
         ({"a": "one.safetensors", "b": "three.safetensors"}, "The shard three.safetensors is missing from"),
         ({"a": "one.safetensors", "c": "two.safetensors"}, "two.safetensors lacks tensor c, which"),
         ({"a": "one.safetensors"} | {"b": "one.safetensors"}, "one.safetensors lacks tensor b, which"),
-        ({"a": "../one.safetensors"}, "places a in '../one.safetensors', expected the name of a"),
-        ({"a": "/one.safetensors"}, "places a in '/one.safetensors', expected the name of a"),
-        ({"a": "..\\one.safetensors"}, "expected the name of a .safetensors file in the same folder"),
-        ({"a": "sub/one.safetensors"}, "expected the name of a .safetensors file in the same folder"),
-        ({"a": ".."}, "places a in '..', expected the name of a"),
-        ({"a": "pytorch_model.bin"}, "places a in 'pytorch_model.bin', expected the name of a .safetensors"),
-        ({"a": 3}, "places a in 3, expected the name of a"),
+        ({"a": "../one.safetensors"}, "places tensor a in '../one.safetensors'; expected a .safetensors file"),
+        ({"a": "/one.safetensors"}, "places tensor a in '/one.safetensors'; expected a .safetensors file"),
+        ({"a": "..\\one.safetensors"}, "expected a .safetensors file in the same folder"),
+        ({"a": "sub/one.safetensors"}, "expected a .safetensors file in the same folder"),
+        ({"a": ".."}, "places tensor a in '..'; expected a .safetensors file"),
+        ({"a": "pytorch_model.bin"}, "places tensor a in 'pytorch_model.bin'; expected a .safetensors"),
+        ({"a": 3}, "places tensor a in 3; expected a .safetensors file"),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
         (None, "has no weight_map"),
@@ -336,7 +336,7 @@ def test_index_that_is_no_json_object(tmp_path: Path, content: str) -> None:
 
 
 def test_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(FusionError, match=r"has no weights, expected model\.safetensors or"):
+    with pytest.raises(FusionError, match=r"has no weights; expected model\.safetensors, or"):
         Checkpoint(tmp_path)
 
 

@@ -24,7 +24,7 @@ from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
-from fusion_edge.kernels.triton.kernel_folder import Entry, write_index
+from fusion_edge.kernels.triton.kernel_folder import KernelEntry, write_index
 from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST
 from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER, read_engines
 from fusion_edge.runtime.bundle.files import digest
@@ -75,7 +75,7 @@ def engines_of(bundle: Path) -> list[Path]:
         (
             JETPACK_6,
             "function",
-            "TensorRT 10.3 has no ahead-of-time plugins (10.9 has): the recursive alignment runs as standard "
+            "TensorRT 10.3 has no ahead-of-time plugins (needs 10.9): the recursive alignment runs as standard "
             "operators.\ntensorrt 10.3.0 does not support Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
             "decomposed, and slower.\n",
         ),
@@ -166,7 +166,7 @@ def kernel_folder(folder: Path, *kernels: str) -> Path:
     for kernel in kernels:
         path = folder / f"{kernel}.ptx"
         path.write_text(f".entry {kernel}()")
-        entries.append(Entry(kernel, "86", 32, "fp16", path.name, digest(path), kernel, 128, 0))
+        entries.append(KernelEntry(kernel, "86", 32, "fp16", path.name, digest(path), kernel, 128, 0))
     write_index(folder, entries)
     return folder
 
