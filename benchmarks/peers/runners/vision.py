@@ -44,7 +44,7 @@ class VisionFigures:
 
 
 class Encoder(Protocol):
-    """Loaded vision encoder with its projectors (FUSION.md, section 2). Arrays are float32 numpy arrays."""
+    """Loaded vision encoder with its projectors (docs/fusion-model.md, section 2). Arrays are float32 numpy arrays."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
