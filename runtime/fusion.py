@@ -239,7 +239,10 @@ class Fusion:
         self._latest = None
 
     def image_tokens(self, image: EncodedImage, instruct_ids: npt.NDArray[np.int64]) -> Floats:
-        """The local crop's features under the question's guidance: ``[P',D]``. Id 0 is masked (FUSION.md section 2)."""
+        """Return the local crop's features ``[P',D]``, guided by the question.
+
+        Id 0 is masked (docs/fusion-model.md section 2).
+        """
         text = self.embed(instruct_ids)[None]
         features = self.backend.encode(image.local_pixels, text, (instruct_ids != 0)[None])
         return resize_grid(np.asarray(features)[0], self.manifest.image_side)

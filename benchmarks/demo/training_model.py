@@ -1,4 +1,4 @@
-"""Training objective of the demo model in the eager interpreter (FUSION.md section 6)."""
+"""Training objective of the demo model in the eager interpreter (docs/fusion-model.md section 6)."""
 
 from __future__ import annotations
 

@@ -126,4 +126,4 @@ def test_missing_package_and_existing_output_are_named(
     assert "openvino cannot be imported" in capsys.readouterr().err
     monkeypatch.setattr(export_vision, "_import", lambda package: None)
     assert export_vision.main([*arguments, f"--output={tmp_path}"]) == 1
-    assert "exists; choose another output" in capsys.readouterr().err
+    assert "exists; choose another --output" in capsys.readouterr().err
