@@ -14,8 +14,8 @@ from fusion_edge.export.calibration.blocks import Block, BlockOperations, Prepar
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.quant.packing import check_range
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
 from fusion_edge.runtime.errors import FusionError
 
@@ -39,7 +39,7 @@ class FloatModel:
             prepared = prepare(sample, tokenizer, plan.config, length, plan.options.image_side, self.device)
             if len(prepared.tokens) > context:
                 raise FusionError(
-                    f"The sample {sample.question[:40]!r} about {sample.picture} has {len(prepared.tokens)} tokens, "
+                    f"The sample {sample.question[:40]!r} about {sample.image} has {len(prepared.tokens)} tokens, "
                     f"the context has {context}. Shorten it, or raise --max-context."
                 )
             yield prepared

@@ -92,8 +92,8 @@ class OnnxRuntimeOperations(OnnxOperations):
             inputs[2] = self._cast(scales, linear.scale_dtype)
             sizes = {"K": columns, "N": rows, "block_size": fmt.group_size}
             quant_type = BNB4_TYPES.index(fmt.kind)
-            product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
-            return product if bias is None else product + bias
+            result = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
+            return result if bias is None else result + bias
         if not fmt.is_symmetric:
             groups = (rows, -(-shape[1] * fmt.bits // 8))
             inputs.append(self._plan(linear, "zero_points", "uint8", groups))
@@ -141,11 +141,9 @@ class OnnxRuntimeOperations(OnnxOperations):
             computed = then()
         with self.builder.branch() as rest:
             kept = self._node("Identity", [otherwise])
-        branches = {
-            "then_branch": subgraph("any", body, [computed.name]),
-            "else_branch": subgraph("none", rest, [kept.name]),
-        }
-        return self._node("If", [self._has_any[positions.name]], **branches)
+        then_branch, else_branch = subgraph("any", body, [computed.name]), subgraph("none", rest, [kept.name])
+        condition = self._has_any[positions.name]
+        return self._node("If", [condition], then_branch=then_branch, else_branch=else_branch)
 
     # Attention ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""From a picture to the five normalised crops of FUSION.md section 1."""
+"""From a picture to the five normalised crops of docs/fusion-model.md section 1."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def load_image(
 def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
     """The crops of an RGB image, uint8 ``[5, 384, 384, 3]``: four global ones row by row, then the local one.
 
-    FUSION.md section 1; the aspect ratio is not kept.
+    docs/fusion-model.md section 1; the aspect ratio is not kept.
     """
     side = CROPS_A_SIDE * IMAGE_SIZE
     crops = np.empty((GLOBAL_CROPS + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
@@ -84,7 +84,7 @@ def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def normalize(crops: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """uint8 crops ``[N, H, W, 3]`` to contiguous float32 ``[N, 3, H, W]``, -1 to 1 (FUSION.md section 1)."""
+    """uint8 crops ``[N, H, W, 3]`` to contiguous float32 ``[N, 3, H, W]``, -1 to 1 (docs/fusion-model.md section 1)."""
     # (x/255 - 0.5)/0.5 in float32 is x/127.5 - 1 to the last bit: multiplying by 2 is exact.
     pixels: npt.NDArray[np.float32]
     pixels = np.divide(crops.transpose(0, 3, 1, 2), np.float32(127.5), dtype=np.float32, order="C")

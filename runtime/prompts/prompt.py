@@ -1,4 +1,4 @@
-"""Conversation templates, and a conversation as token ids and positions (FUSION.md sections 2 and 4)."""
+"""Conversation templates, and a conversation as token ids and positions (docs/fusion-model.md sections 2 and 4)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Prompt:
     token_ids: npt.NDArray[np.int64]
     """Text tokens, with ``MARKER_IDS`` where image tokens and latents go: Q + 1 markers."""
     instruct_ids: npt.NDArray[np.int64]
-    """The questions alone, for the text-guided vision encoder (FUSION.md section 2)."""
+    """The questions alone, for the text-guided vision encoder (docs/fusion-model.md section 2)."""
     instruct_indices: npt.NDArray[np.int64]
     """``[Q]``: index in ``token_ids`` of the last token of the prompt as it stood at each question."""
 
@@ -66,7 +66,7 @@ class Prompt:
         """Positions once every marker is as wide as what it stands for.
 
         The first marker becomes ``image_tokens`` rows whichever it is, every later one ``query_length`` rows
-        (FUSION.md section 4: the released weights were trained so).
+        (docs/fusion-model.md section 4: the released weights were trained so).
         """
         is_marker = self.token_ids < 0
         image_marker, *latent_markers = np.flatnonzero(is_marker)

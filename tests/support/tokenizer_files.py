@@ -1,4 +1,4 @@
-"""Tokenizer files for the tests: the golden ones, and SentencePiece models written by hand."""
+"""Tokenizer files for tests: the golden ones, and SentencePiece models built field by field."""
 
 from __future__ import annotations
 

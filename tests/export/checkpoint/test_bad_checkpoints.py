@@ -1,4 +1,4 @@
-"""Checkpoints and options that fusion-export must refuse in one clear line, leaving nothing behind."""
+"""Invalid checkpoints and options: ``fusion-export`` refuses them in one line and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Tensors = dict[str, npt.NDArray[Any]]
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """Return a copy to damage."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "FUSION-broken")
 
 
 @pytest.fixture
 def refuse(checkpoint: Path, tmp_path: Path, refused: Refuse) -> Refuse:
-    """``refuse(*options, source=checkpoint, code=1)``: the message; asserts that nothing was left."""
+    """Return ``refuse(*options, source=checkpoint, code=1)``: it returns the error and checks that nothing is left."""
     output = tmp_path / "output"
     output.mkdir()
 
@@ -48,13 +48,13 @@ def refuse(checkpoint: Path, tmp_path: Path, refused: Refuse) -> Refuse:
 
 
 def edit_json(path: Path, **values: object) -> None:
-    """Set fields of a JSON object; ``...`` removes one."""
+    """Set fields of a JSON object; ``...`` removes a field."""
     data = json.loads(path.read_text(encoding="utf-8")) | values
     path.write_text(json.dumps({k: v for k, v in data.items() if v is not ...}), encoding="utf-8")
 
 
 def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
-    """Change the tensors of a shard, and the index with them."""
+    """Change the tensors of a shard and the index."""
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
@@ -334,7 +334,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(checkpoint: Path, refuse: Refu
         (["--query-len", "4,144"], "Query length 144 is not offered"),
         (["--image-tokens", "10"], "10 image tokens do not form a square grid of at most 16"),
         (["--image-tokens", "25"], "choose one of 1, 4, 9, 16"),
-        (["--max-context", "63"], "63 positions is out of range"),
+        (["--max-context", "63"], "A context of 63 tokens is out of range"),
         (["--max-context", "513"], "choose 64 to 512"),
         (["--rule", "llm.*=int3"], "Unknown weight format 'int3'"),
         (["--rule", "llm.*=int4:100"], "Unknown weight format 'int4:100'"),

@@ -1,4 +1,4 @@
-"""Tokenizer files that would make the ``tokenizers`` library abort, panic, hang or take gigabytes."""
+"""Tokenizer files that make the ``tokenizers`` library abort, panic, hang or allocate gigabytes."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_sentencepiece_models_of_nothing(tmp_path: Path, model: bytes) -> None:
 
 
 def test_two_values_of_one_name(contents: dict[str, str]) -> None:
-    """Of which the library might read the one that was not checked."""
+    """The library might read the value that was not checked."""
     content = contents["phi"].replace('"type":"BPE"', '"type":"BPE","dropout":0.5', 1).encode()
     with pytest.raises(ValueError, match="'dropout' is there twice"):
         parse_tokenizer(content)
@@ -270,7 +270,7 @@ def test_two_values_of_one_name(contents: dict[str, str]) -> None:
     ],
 )
 def test_a_tokenizer_that_fails_on_a_text(contents: dict[str, str], change: Change) -> None:
-    """The second in a panic, for the empty matches of Phi's normalizer."""
+    """The second fails in a panic, for empty matches of Phi's normalizer."""
     content = json.loads(contents["phi"])
     change(content)
     encoder = PromptEncoder(build_tokenizer(content), TEMPLATES["phi_3"])

@@ -1,4 +1,4 @@
-"""What a folder may hold in place of a checkpoint, or a bit otherwise: read where nothing is lost, else named."""
+"""Unusual checkpoint folders: read if nothing is lost, else refused with the reason."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ JSON_FILES = ["config.json", "generation_config.json", "tokenizer_config.json", 
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """Return a copy to change."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "FUSION-changed")
 
 
 @pytest.fixture
 def refuse(checkpoint: Path, refused: Callable[..., str]) -> Callable[..., str]:
-    """``refuse()``: the message for ``checkpoint``."""
+    """Return ``refuse()``, which returns the error for ``checkpoint``."""
 
     def run(source: Path = checkpoint) -> str:
         return refused(cli.main, source, "--dry-run")
@@ -60,7 +60,7 @@ def tensors_of(checkpoint: Path) -> Tensors:
 
 
 def replace_tensors(checkpoint: Path, tensors: Tensors) -> None:
-    """One file in place of both shards and the index."""
+    """Replace both shards and the index by one file."""
     for name in (FIRST, SECOND, INDEX):
         (checkpoint / name).unlink()
     save_file(tensors, checkpoint / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Configs as transformers writes them: frequencies and scaling are theirs, what is not understood is an error."""
+"""Rotary frequencies equal those of ``transformers`` for the configs it writes; unsupported fields are errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = {
 
 
 def config(**values: object) -> JsonFields:
-    """``config.json`` of a model with heads of 16."""
+    """Return the ``config.json`` of a model with a head dimension of 16."""
     return JsonFields(Path("config.json"), SIZES | {"rope_theta": 10000.0} | values)
 
 
@@ -47,7 +47,7 @@ def refused(fields: JsonFields) -> str:
 def test_frequencies_and_scale_are_those_of_the_release(entry: dict[str, Any]) -> None:
     fields = JsonFields(Path("config.json"), entry["config"] | {"tokenizer_model_max_length": 2048})
     language = read_language(fields, 1000)
-    # Its own are rounded to float32 several times.
+    # Those of transformers are rounded to float32 several times.
     np.testing.assert_allclose(language.rotary_inverse_frequencies, entry["inverse_frequencies"], rtol=2e-6)
     assert language.rotary_scale == pytest.approx(entry["scale"], rel=2e-7)
     window = 2047 if "4k" in entry["model"] else 2048

@@ -1,4 +1,4 @@
-"""What a checkpoint's tokenizer files may say, and how everything else is refused."""
+"""Supported settings of tokenizer files, and errors for all others."""
 
 from __future__ import annotations
 

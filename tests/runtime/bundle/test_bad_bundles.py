@@ -38,7 +38,7 @@ Json = dict[str, Any]
 
 @pytest.fixture
 def broken(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """Return a copy to damage."""
     return shutil.copytree(tiny_bundle, tmp_path / "bundle")
 
 

@@ -21,7 +21,7 @@ END = 1204  # <|end|>
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """Return a copy to change."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "FUSION-changed")
 
 
