@@ -23,12 +23,12 @@ from fusion_edge.runtime.answers import Answer, AnswerStream, Request
 from fusion_edge.runtime.arguments import flag, integer, is_integer, shown
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment
 from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
+from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import load_image, normalize
 from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, Turn
 from fusion_edge.runtime.prompts.templates import TEMPLATES
@@ -250,13 +250,9 @@ class Fusion:
     def align(self, image: EncodedImage, length: int) -> ImageAlignment:
         """Latents, keys and values for a query length, kept with the image."""
         if length not in image.alignments:
-            size, cells = 2 * self.config.vision.grid, side(length)
+            cells = alignment_cells(2 * self.config.vision.grid, length, self.config.alignment.window_size)
             image.alignments.clear()  # one length at a time: keys and values are large
-            image.alignments[length] = self.backend.align(
-                image.global_features,
-                pooling_cells(size, cells),
-                pooling_cells(size, cells * self.config.alignment.window_size),
-            )
+            image.alignments[length] = self.backend.align(image.global_features, *cells)
         return image.alignments[length]
 
     def prefill(

@@ -25,6 +25,14 @@ def pooling_cells(size: int, cells: int) -> npt.NDArray[np.int64]:
     return indices
 
 
+def alignment_cells(
+    size: int, query_length: int, window_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the pooling cells of the latents and of their context windows, for a square map of side ``size``."""
+    cells = side_of(query_length)
+    return pooling_cells(size, cells), pooling_cells(size, cells * window_size)
+
+
 def resize_grid(features: npt.NDArray[np.float32], side: int) -> npt.NDArray[np.float32]:
     """A square map's rows ``[P, D]``, bilinearly resized to ``[side * side, D]`` (FUSION-L,
     docs/fusion-model.md section 2).
