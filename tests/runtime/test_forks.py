@@ -79,5 +79,5 @@ def test_a_fork(tiny_bundle: Path, parent: str) -> None:
     for told, expected in zip(children, IN_CHILD.values(), strict=True):
         assert told.partition(":")[0] == expected
         if expected != "nothing":
-            assert told.startswith("FusionError: This model was loaded by process ")
-            assert told.endswith(", of which this one is a fork; load the bundle here, after the fork.")
+            assert told.startswith("FusionError: This process is a fork of process ")
+            assert told.endswith(", which loaded the model; load the bundle after the fork.")

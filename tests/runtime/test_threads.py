@@ -326,7 +326,7 @@ def test_ctrl_c_within_a_question(fusion: Fusion, method: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             ask("Where?", sampling=SHORT)
         assert fusion.answer(picture(), "What?", sampling=SHORT).text == expected
-        fusion.clear_image_cache()
+        fusion.pipeline.clear_image_cache()
     backend(fusion).before = interrupt
     stream = fusion.stream(picture(1), "Where?", sampling=SHORT)
     with pytest.raises(KeyboardInterrupt):
@@ -404,7 +404,7 @@ def test_a_handler_that_closes_while_its_thread_waits(fusion: Fusion) -> None:
 def test_a_handler_that_asks(fusion: Fusion) -> None:
     def ask(name: str) -> None:
         if name == "prefill":
-            with pytest.raises(UsageError, match="A signal's handler asks the model that it interrupted"):
+            with pytest.raises(UsageError, match="A signal handler asks the model that it interrupted"):
                 fusion.answer(picture(), "Where?")
 
     backend(fusion).before = ask
