@@ -142,7 +142,7 @@ def test_paths_that_are_no_text(tmp_path: Path, tiny_bundle: Path, capsys: pytes
     copy.symlink_to(tiny_bundle)
     missing = Path(os.fsdecode(os.fsencode(tmp_path) + b"/missing\xff"))
     for path in (copy, missing):
-        with pytest.raises(FusionError, match="is not UTF-8; ONNX Runtime opens no other: rename the folder"):
+        with pytest.raises(FusionError, match="is not UTF-8, and ONNX Runtime opens no other paths; rename the folder"):
             load(path)
         assert cli_run.main([str(path), "--image", "x.png", "--ask", "What?"]) == 1
         assert capsys.readouterr().err.startswith("error: The bundle's path ")

@@ -215,7 +215,7 @@ def test_compare(
     [
         (["--query-len", "9"], 2, "Query length 9 is not offered; choose from 16, 4"),
         (["--threads", "4096"], 2, "--threads is 4096; choose at most"),
-        (["--html", "/"], 1, "/ is no file, so it is not replaced; name another file."),
+        (["--html", "/"], 1, "/ is not a regular file and is not replaced; choose another file."),
         (["--prompt-tokens", "5"], 2, "--prompt-tokens 5 is too short"),
         (["--context", "100000"], 2, "A context of 100000 and 3 new tokens do not fit"),
         (["--image-tokens", "7"], 2, "--image-tokens 7 is not a square number"),
