@@ -18,7 +18,7 @@ class FairLock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        """Held by the thread that works. The other locks only order threads: one interrupted in the queue blocks none."""
+        """Held by the thread that works. The other locks only order the threads."""
         self._last = threading.Lock()
         """Held by the latest arrival until its work is done."""
         self._guard = threading.Lock()

@@ -154,8 +154,8 @@ def translate_errors(graph: str, device: str) -> Iterator[None]:
         if is_out_of_memory(error):
             problem = not_enough_memory(f"run {graph}", _requested(error), device == "cpu")
             raise FusionError(
-                f"{problem}; ask with a smaller --query-len, close other programs, or export with fewer --image-tokens, a "
-                "smaller --max-context or --kv-cache int8."
+                f"{problem}; ask with a smaller --query-len, close other programs, or export with fewer "
+                "--image-tokens, a smaller --max-context or --kv-cache int8."
             ) from error
         raise FusionError(
             f"ONNX Runtime failed while running {graph}: {_reason(error)} Check the bundle with fusion-info."

@@ -63,8 +63,8 @@ class LlmSession:
         """Start a sequence of ``length`` tokens that may grow to ``capacity``; return the logits ``[V]``."""
         if capacity > self._context:
             raise FusionError(
-                f"A sequence of {capacity} tokens exceeds the bundle's context of {self._context}; export with a larger "
-                "--max-context."
+                f"A sequence of {capacity} tokens exceeds the bundle's context of {self._context}; export with a "
+                "larger --max-context."
             )
         self._place(0, length, capacity)
         first = dict(inputs)

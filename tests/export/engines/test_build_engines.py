@@ -315,11 +315,11 @@ def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refu
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     full = "on a Jetson it comes with JetPack"
-    rtx = "pip install 'fusion-edge[tensorrt-rtx]'"
+    rtx = "pip install '.[tensorrt-rtx]'"
     assert f"tensorrt is not installed; {full}" in refused(cli_build.main, bundle, "--library=tensorrt")
     assert f"tensorrt-rtx is not installed; {rtx}" in refused(cli_build.main, bundle, "--library=tensorrt-rtx")
     message = refused(cli_build.main, bundle)
-    assert message.startswith(f"error: There is no TensorRT here: tensorrt is not installed; {full}")
+    assert message.startswith(f"error: TensorRT is not installed: tensorrt is not installed; {full}")
     assert f" tensorrt-rtx is not installed; {rtx}" in message
 
 

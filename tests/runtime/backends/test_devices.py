@@ -27,7 +27,7 @@ from fusion_edge.runtime.errors import DeviceError
 NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
 NO_PROVIDER = (
     "The onnxruntime that is installed has no CUDA provider; "
-    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'."
+    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]'."
 )
 NO_TENSORRT = {name: f"{name} is not installed; {remedy}." for name, remedy in INSTALL.items()}
 Refuse = Callable[..., str]
@@ -122,7 +122,7 @@ WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUE
         (
             {"gpus": 1, "wheels": ("onnxruntime", "onnxruntime-gpu")},
             "The onnxruntime that is installed hides onnxruntime-gpu, whose files it replaced; "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[cuda]'.",
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]'.",
         ),
     ],
 )
@@ -189,11 +189,11 @@ def test_a_damaged_bundle_is_no_reason_for_another_device(
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (None, "ONNX Runtime is not installed; pip install 'fusion-edge[{}]'."),
+        (None, "ONNX Runtime is not installed; pip install '.[{}]'."),
         (
             ModuleType("onnxruntime"),  # all that is left when one of two wheels was removed
             "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
-            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'fusion-edge[{}]'.",
+            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[{}]'.",
         ),
     ],
 )

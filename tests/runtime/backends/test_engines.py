@@ -187,7 +187,7 @@ def test_engines_with_other_tensors(folder: Path) -> None:
     """The manifest is not of its engine, though its checksum is right."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     rewrite(lambda manifest: manifest["engines"]["alignment_decoder"][0]["inputs"].pop())(engines_in(folder))
-    with pytest.raises(FusionError, match=r"alignment_decoder.engine has other inputs and outputs than its manifest"):
+    with pytest.raises(FusionError, match=r"alignment_decoder.engine has inputs and outputs that its manifest"):
         open_backend(open_bundle(folder), trt)
     trt.cuda.check_all_freed()
 
@@ -217,9 +217,9 @@ def test_what_would_fit_does(folder: Path, missing: int) -> None:
     """As said: rebuilt with that context, the engines are taken."""
     bundle, engines = built_engines(folder)
     free = needed_bytes(bundle.manifest.model, engines, engines.max_context) - missing
-    with pytest.raises(DeviceError, match=r"Close other programs, or it fits with \d+ positions") as refusal:
+    with pytest.raises(DeviceError, match=r"or build with fusion-build --max-context \d+, which fits") as refusal:
         check_device_memory(bundle.manifest, engines, Cuda(FakeCuda(free=free)))
-    option, positions = str(refusal.value).rstrip(".").split()[-2:]
+    option, positions = str(refusal.value).removesuffix(", which fits.").split()[-2:]
     assert 0 < int(positions) < engines.max_context
     assert build(bundle, FakeTensorRT(*RTX, FakeCuda()), "--parts=1", option, positions) == 0
     _, rebuilt = built_engines(folder)
@@ -231,6 +231,6 @@ def test_nothing_would_fit(folder: Path) -> None:
     message = refused(folder, free=1_000_000)
     assert message.startswith("The engines need about 0.35 GB on the device (0.00 GB of weights, 0.00 GB of KV cache ")
     assert message.endswith(
-        "0.00 of 0.00 GB are free. Close other programs, or not with any --max-context: export with --int4, fewer "
-        "--image-tokens or a smaller --query-len."
+        "0.00 of 0.00 GB are free. Close other programs, or export with --int4, fewer --image-tokens or a smaller "
+        "--query-len (no --max-context fits)."
     )

@@ -187,7 +187,7 @@ def test_a_sequence_fits_the_context(subject: Subject) -> None:
     """The cache's memory holds no more; the sequence before goes on."""
     rows = start(subject, CAPACITY)
     context = subject.manifest.max_context
-    with pytest.raises(FusionError, match=f"{context + 1} positions does not fit the bundle's context of {context}"):
+    with pytest.raises(FusionError, match=f"{context + 1} tokens exceeds the bundle's context of {context}"):
         start(subject, context + 1)
     assert np.isfinite(subject.backend.decode(rows[0])).all()
 

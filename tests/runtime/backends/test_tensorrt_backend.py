@@ -94,7 +94,7 @@ def test_kernels_that_cannot_be_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake = open_on_fake(bundle, *RTX, "--parts=1")
     fake.backend.close()
-    assert capsys.readouterr().err.count("Compiled kernels cannot be kept in") == 1
+    assert capsys.readouterr().err.count("warning: cannot save compiled kernels in") == 1
 
 
 # Lifetimes -------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_a_cache_that_is_not_updated_in_place_is_noticed(bundle: Bundle) -> None
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt, "--parts=2") == 0
     trt.forgets_caches = True
-    with pytest.raises(FusionError, match=r"^tensorrt_rtx .* computes steps that contradict its prompts"):
+    with pytest.raises(FusionError, match=r"^Decode and prefill of tensorrt_rtx .* disagree"):
         open_backend(bundle, trt)
     trt.cuda.check_all_freed()
 
@@ -226,7 +226,7 @@ def test_steps_without_a_recording(
         reason = "CUDA's cudaGraphInstantiate failed: cudaErrorInvalidValue of the fake."
     capsys.readouterr()
     backend = open_backend(bundle, trt)
-    assert capsys.readouterr().err == f"Steps run without a CUDA graph: {reason}\n"
+    assert capsys.readouterr().err == f"warning: decode steps run without a CUDA graph: {reason}\n"
     rows = start(subject)
     start(Subject(backend, bundle.manifest, 0.02))
     for row in rows[:2]:
@@ -274,16 +274,16 @@ def test_what_does_not_fit_is_named(subject: Subject, bundle: Bundle) -> None:
         subject.backend.prefill(long[:length], image, *places, capacity)  # type: ignore[arg-type]
 
     refusals: dict[str, Callable[[], object]] = {
-        "There are 497 tokens of all questions; the engines take 0 to 496: ask shorter": lambda: subject.backend.encode(
+        "has 497 tokens of all questions, and the engines support 0 to 496": lambda: subject.backend.encode(
             np.zeros((1, 3, 384, 384), np.float32),
             np.zeros((1, 497, subject.width), np.float32),
             np.ones((1, 497), np.bool_),
         ),
-        "There are 16 questions of the conversation; the engines take 1 to 15": lambda: prefill(64, many, CAPACITY),
-        "sequence of 513 positions does not fit the engines' context of 512; build with a larger --max-context.": (
+        "has 16 questions of the conversation, and the engines support 1 to 15": lambda: prefill(64, many, CAPACITY),
+        "sequence of 513 tokens exceeds the engines' context of 512; build with a larger --max-context.": (
             lambda: prefill(64, (latents, questions), context + 1)
         ),
-        "There are 3 latents a question; the engines take 4 to 16": (
+        "has 3 latents per question, and the engines support 4 to 16": (
             lambda: prefill(64, (latents[:, :3], questions), CAPACITY)
         ),
         "The sequence has 513 positions, more than the 512": (
@@ -328,7 +328,7 @@ def test_a_context_that_is_refused(bundle: Bundle) -> None:
 def test_an_address_that_is_refused(on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, image = start(subject), subject.image()
     monkeypatch.setattr(IExecutionContext, "set_tensor_address", lambda *_: False)
-    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it does not say why\.$"):
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it gives no reason\.$"):
         subject.backend.prefill(rows, image, np.arange(4)[None], np.array([5]), CAPACITY)
 
 
