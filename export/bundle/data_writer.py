@@ -21,7 +21,7 @@ from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import DataFile
 from fusion_edge.quant.dequantize_linear import to_dequantize_linear
 from fusion_edge.quant.packing import Packed, check_range, dequantize, quantize
-from fusion_edge.runtime.bundle.quantization_report import TAKEN_OVER, LinearReport, QuantizationReport, sqnr
+from fusion_edge.runtime.bundle.quantization_report import PREQUANTIZED, LinearReport, QuantizationReport, sqnr
 from fusion_edge.runtime.system.progress import Progress
 from fusion_edge.runtime.system.resources import usable_processors
 
@@ -105,7 +105,7 @@ class DataWriter:
         if linear is None:
             return
         if linear.prequantized:
-            self._reports.append(LinearReport(linear.name, form, TAKEN_OVER, None, None, None, total.seconds))
+            self._reports.append(LinearReport(linear.name, form, PREQUANTIZED, None, None, None, total.seconds))
         elif linear.format.is_quantized and not self._is_calibrated(linear):
             quality = sqnr(total.noise, total.signal)
             self._reports.append(LinearReport(linear.name, form, "rtn", quality, None, None, total.seconds))

@@ -1,6 +1,6 @@
-"""What quantizing did: ``quantization.json`` of a bundle, and a table for people, worst weights first.
+"""The quantization report: ``quantization.json`` of a bundle, and a printed table with the worst weights first.
 
-Seconds are in the table and what ``--json`` prints alone: a bundle has the same bytes on every run.
+Only the table and the output of ``--json`` have seconds, so that a bundle has the same bytes on every run.
 """
 
 from __future__ import annotations
@@ -16,91 +16,96 @@ from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.formatting import format_table
 
-WORST = 12  # rows of the table
-TAKEN_OVER = "checkpoint"  # the method of weights that were quantized before
+WORST = 12
+"""Number of weights in the table."""
+PREQUANTIZED = "checkpoint"
+"""Method of weights from a prequantized checkpoint."""
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one weight was quantized. SQNR is signal over quantization noise in dB, more is better."""
+    """Quantization of one weight. SQNR is the signal to quantization noise ratio in dB; higher is better."""
 
     name: str
     format: str
     method: str
-    """``gptq``, ``rtn`` (rounded to nearest), ``checkpoint`` (taken over as a quantized checkpoint has it)."""
+    """``gptq``, ``rtn`` (round to nearest) or ``checkpoint`` (prequantized)."""
     weight_sqnr: float | None
-    """None where the weight before it was quantized is not known."""
+    """None if the original weight is not known."""
     output_sqnr: float | None
-    """Of its outputs on the calibration samples, rows counted as for fitting; None without samples."""
+    """SQNR of the outputs on the calibration samples, with the row weights of calibration; None without samples."""
     equalisation: float | None
-    """Exponent of the factors that its input channels were divided by (SmoothQuant's alpha); None if by none."""
+    """SmoothQuant's alpha; None without smoothing."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What it costs to give one linear 4 bits and nothing else."""
+    """Error of quantizing one linear to 4 bits and no other."""
 
     name: str
     kl_divergence: float
-    """Mean KL(float || float but for this linear) of a token, nats."""
+    """Mean KL(float || quantized) per token in nats."""
     output_sqnr: float
-    """Of its outputs, dB."""
+    """SQNR of the linear's outputs in dB."""
 
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """Which linears got 8 bits, and why."""
+    """Result of bit allocation: the linears with 8 bits, and the sensitivities of all."""
 
     bits: float
-    """Mean bits of a weight that could have had 4, scales included."""
+    """Mean bits per weight, with scales, over the linears that may have 4 bits."""
     samples: int
     raised: tuple[str, ...]
-    """The linears with 8 bits."""
+    """Names of the linears with 8 bits."""
     sensitivities: tuple[Sensitivity, ...]
-    """Of all linears that could have had 4."""
+    """Of all linears that may have 4 bits."""
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values for people."""
+        """Return names and values to print."""
         left = sum(s.kl_divergence for s in self.sensitivities if s.name not in self.raised)
         total = sum(s.kl_divergence for s in self.sensitivities)
         share = f"{1 - left / total:.0%}" if total else "none"
         return [
-            ("Mixed precision", f"{self.bits:.2f} bits a weight, {len(self.raised)} of {len(self.sensitivities)} in 8"),
-            ("Sensitivity removed", f"{share} of the KL divergences that 4 bits cost one by one"),
+            (
+                "Bit allocation",
+                f"{self.bits:.2f} bits per weight, {len(self.raised)} of {len(self.sensitivities)} linears in INT8",
+            ),
+            ("Sensitivity removed", f"{share} of the sum of KL divergences"),
         ]
 
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """The quantized model against the float one on samples that no weight was fitted to."""
+    """The quantized model against the float model on held-out samples."""
 
     samples: int
     tokens: int
     cosine: Mapping[str, float]
-    """By graph: mean cosine of its outputs to the float model's."""
+    """Mean cosine similarity of outputs by graph."""
     top1_agreement: float
-    """Share of tokens that both hold for the likeliest."""
+    """Share of tokens with the same likeliest prediction."""
     kl_divergence: float
-    """Mean KL(float || quantized) of a token, nats."""
+    """Mean KL(float || quantized) per token in nats."""
     perplexity: float
-    """Of the answers; of the float model's first token where no answer is known."""
+    """Perplexity of the answers; of the float model's first token if no answer is known."""
     float_perplexity: float
     answers: int
-    """Samples whose answer is known."""
+    """Number of samples with a known answer."""
     accuracy: float | None
-    """Share of those that the quantized model answers exactly; None if there are none."""
+    """Share of exact answers among those; None without any."""
     float_accuracy: float | None
 
     @property
     def accuracy_drop(self) -> float:
-        """Percentage points: of exact answers, or of likeliest tokens where no answer is known."""
+        """Loss in percentage points: of exact answers, or of top-1 agreement if no answer is known."""
         if self.accuracy is None or self.float_accuracy is None:
             return round(100 * (1 - self.top1_agreement), 6)
         return round(100 * (self.float_accuracy - self.accuracy), 6)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values for people."""
+        """Return names and values to print."""
         rows = [("Held-out samples", str(self.samples))]
         rows += [(f"Cosine of {graph}", f"{cosine:.5f}") for graph, cosine in self.cosine.items()]
         rows += [
@@ -115,16 +120,16 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Everything that is known of a quantization."""
+    """The content of ``quantization.json``."""
 
     linears: tuple[LinearReport, ...]
     calibration_samples: int
-    """0 without calibration."""
+    """Number of calibration samples; 0 without calibration."""
     end_to_end: EndToEnd | None
     mixed_precision: BitAllocation | None = None
 
     def to_json(self, with_seconds: bool = False) -> dict[str, Any]:
-        """The object in ``quantization.json``, which is without seconds."""
+        """Return the JSON object. ``quantization.json`` has no seconds."""
         linears = [asdict(linear) for linear in self.linears]
         for linear in linears if not with_seconds else ():
             del linear["seconds"]
@@ -136,15 +141,15 @@ class QuantizationReport:
         }
 
     @classmethod
-    def planned(cls, rounded: Mapping[str, str], taken_over: Mapping[str, str]) -> QuantizationReport:
-        """As large as the report of an export without calibration will be, given formats by weight."""
+    def planned(cls, rounded: Mapping[str, str], prequantized: Mapping[str, str]) -> QuantizationReport:
+        """Return a report of the size that an export without calibration writes, given formats by weight."""
         linears = [LinearReport(name, form, "rtn", 20.12, None, None, 0) for name, form in rounded.items()]
-        linears += [LinearReport(name, form, TAKEN_OVER, None, None, None, 0) for name, form in taken_over.items()]
+        linears += [LinearReport(name, form, PREQUANTIZED, None, None, None, 0) for name, form in prequantized.items()]
         return cls(tuple(linears), 0, None)
 
     @classmethod
     def read(cls, path: Path) -> QuantizationReport:
-        """From ``quantization.json``, without seconds. Raises ``ValueError`` if it holds something else."""
+        """Read ``quantization.json``. Raise ``ValueError`` if it is not a report."""
         data = read_json(path)
         linears = data.get("linears") if isinstance(data, dict) else None
         for linear in linears if isinstance(linears, list) else ():
@@ -153,11 +158,11 @@ class QuantizationReport:
         return from_json(cls, data)
 
     def to_bytes(self) -> bytes:
-        """The content of ``quantization.json``."""
+        """Return the bytes of ``quantization.json``."""
         return (json.dumps(self.to_json(), indent=1) + "\n").encode()
 
     def worst(self) -> list[LinearReport]:
-        """All weights, those first whose outputs, or else the weights themselves, lost most."""
+        """Return all weights by SQNR of the outputs, or of the weights if that is not known; the lowest first."""
 
         def quality(linear: LinearReport) -> float:
             known = linear.weight_sqnr if linear.output_sqnr is None else linear.output_sqnr
@@ -166,11 +171,11 @@ class QuantizationReport:
         return sorted(self.linears, key=quality)
 
     def rows(self) -> list[tuple[str, str]]:
-        """What was chosen and what came of it, for people."""
+        """Return names and values of bit allocation and evaluation to print."""
         return [row for part in (self.mixed_precision, self.end_to_end) if part is not None for row in part.rows()]
 
     def table(self) -> str:
-        """The worst weights, and what came of it end to end."""
+        """Return a table of the worst weights and the evaluation."""
 
         rows = [("worst weights", "format", "method", "SQNR of weights", "of outputs", "seconds")]
         for linear in self.worst()[:WORST]:
@@ -184,7 +189,7 @@ class QuantizationReport:
 
 
 def sqnr(noise: float, signal: float) -> float:
-    """Decibels of two sums of squares, to a hundredth; 200 where nothing is lost."""
+    """Return the ratio of two sums of squares in dB, to two decimals; 200 for no noise."""
     if noise <= 0:
         return 200.0
     return round(min(10 * math.log10(max(signal, 1e-300) / noise), 200.0), 2)

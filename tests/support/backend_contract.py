@@ -158,7 +158,7 @@ class BackendContract:
         row = _random(6, subject.width)
         for _ in range(CAPACITY - LENGTH):
             subject.backend.decode(row)
-        with pytest.raises(FusionError, match=f"{CAPACITY + 1} positions, more than the {CAPACITY}"):
+        with pytest.raises(FusionError, match=f"{CAPACITY + 1} tokens, more than its capacity of {CAPACITY}"):
             subject.backend.decode(row)
 
     def test_a_prompt_fits_its_capacity(self, subject: Subject) -> None:
@@ -166,7 +166,7 @@ class BackendContract:
         prompt = subject.prompt(image, 1)
         full = _prefill(subject, image, prompt, capacity=LENGTH)
         subject.assert_close(full, _prefill(subject, image, prompt))
-        with pytest.raises(FusionError, match=f"{LENGTH} positions, more than the {LENGTH - 1}"):
+        with pytest.raises(FusionError, match=f"{LENGTH} tokens, more than its capacity of {LENGTH - 1}"):
             _prefill(subject, image, prompt, capacity=LENGTH - 1)
 
 

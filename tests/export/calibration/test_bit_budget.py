@@ -152,7 +152,7 @@ def test_bits_are_kept_to(checkpoint: Path, data: Path, tmp_path: Path, capsys: 
     bits = mean_bits(shapes, {name: WeightFormat.parse(weights[name]) for name in shapes})
     assert bits == pytest.approx(mixed.bits, abs=1e-4)
     assert 5 < bits <= 6
-    assert "Mixed precision" in capsys.readouterr().out
+    assert "Bit allocation" in capsys.readouterr().out
     assert cli_info.main([str(output)]) == 0
     assert f"{len(mixed.raised)} of {len(shapes)} in 8" in capsys.readouterr().out
     assert_computes_its_weights(output, data / "00000.png")

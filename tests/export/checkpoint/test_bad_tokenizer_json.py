@@ -258,7 +258,7 @@ def test_sentencepiece_models_of_nothing(tmp_path: Path, model: bytes) -> None:
 def test_two_values_of_one_name(contents: dict[str, str]) -> None:
     """Of which the library might read the one that was not checked."""
     content = contents["phi"].replace('"type":"BPE"', '"type":"BPE","dropout":0.5', 1).encode()
-    with pytest.raises(ValueError, match="'dropout' is there twice"):
+    with pytest.raises(ValueError, match="'dropout' is a duplicate key"):
         parse_tokenizer(content)
 
 

@@ -125,7 +125,7 @@ def first_file(manifest: Manifest) -> Manifest:
         (rewrite(lambda manifest: manifest["engines"].pop("llm")), "engines.json does not fit the bundle in llm;"),
         (rewrite(lambda manifest: manifest["machine"].update(version="1.6")), "are for tensorrt_rtx 1.6 and compute"),
         (rewrite(lambda manifest: manifest["machine"].update(compute_capability="8.9")), "capability 8.9, not "),
-        (rewrite(lambda manifest: manifest.update(bundle="0" * 64)), "are of another bundle; build those of this one:"),
+        (rewrite(lambda manifest: manifest.update(bundle="0" * 64)), "belong to another bundle; build them:"),
         (rewrite(lambda manifest: first_file(manifest).update(path="../../llm.onnx")), "leads outside its folder"),
         (cut, "llm.engine has "),
         (alter, "llm.engine has been altered: its SHA-256 is not the one in engines.json. Build the engines again: "),
@@ -172,7 +172,7 @@ def test_engines_of_another_machine(folder: Path, library: tuple[str, str], capa
 def test_engines_of_the_bundle_as_it_was(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     (folder / MANIFEST).write_text(json.dumps(manifest | {"source": "FUSION-other"}), encoding="utf-8")
-    only = "(only for tensorrt_rtx 1.7.1.116 and compute capability 8.6, of the bundle as it was before)"
+    only = "(only for tensorrt_rtx 1.7.1.116 and compute capability 8.6, stale)"
     assert f"{only}; build them: fusion-build " in refused(folder)
 
 

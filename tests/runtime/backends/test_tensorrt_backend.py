@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_named(subject: Subject, bundle: Bundle) -> None:
         "has 3 latents per question, and the engines support 4 to 16": (
             lambda: prefill(64, (latents[:, :3], questions), CAPACITY)
         ),
-        "The sequence has 513 positions, more than the 512": (
+        "The sequence has 513 tokens, more than its capacity of 512": (
             lambda: prefill(context + 1, (latents, questions), context)
         ),
     }

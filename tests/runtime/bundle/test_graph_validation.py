@@ -105,13 +105,13 @@ def call_in_function(model: ModelProto) -> None:
         (lambda m: weight(m).external_data.add(key="location", value="/etc/passwd"), "two values of location"),
         (lambda m: weight(m).external_data.add(key="checksum", value="0"), "a weight's place checksum, length"),
         (lambda m: weight(m).external_data.pop(), "a weight's place location, offset"),
-        (lambda m: weight(m).ClearField("external_data"), "does not tell where its values are"),
-        (lambda m: weight(m).ClearField("data_location"), "does not tell where its values are"),
+        (lambda m: weight(m).ClearField("external_data"), "a tensor without a location of its values"),
+        (lambda m: weight(m).ClearField("data_location"), "a tensor without a location of its values"),
         (lambda m: weight(m).dims.append(7), "in "),
         (lambda m: m.graph.sparse_initializer.add(values=external()), "field 15 in its message graph"),
-        (node("Constant", value=external()), "a constant whose values are in another file"),
+        (node("Constant", value=external()), "a constant with values in another file"),
         (node("Constant", sparse_value=onnx.SparseTensorProto(values=external())), "field 22 in its message attribute"),
-        (node("If", then_branch=branch(initializer=external())), "a constant whose values are in another file"),
+        (node("If", then_branch=branch(initializer=external())), "a constant with values in another file"),
         (lambda m: m.functions[0].node.append(helper.make_node("Constant", [], ["c"], value=external())), "a constant"),
         (node("Loop", body=branch()), "it has the operator Loop"),
         (node("If", then_branch=branch(helper.make_node("Loop", [], []))), "it has the operator Loop"),
@@ -120,7 +120,7 @@ def call_in_function(model: ModelProto) -> None:
         (node("Add", "com.example"), "it has the operator com.example::Add"),
         (node("ImageDecoder"), "it has the operator ImageDecoder"),
         (node("AdamOptimizer", "com.microsoft"), "com.microsoft::AdamOptimizer"),
-        (node("If", then_branch=nested(20)), "branches inside of branches"),
+        (node("If", then_branch=nested(20)), "deeply nested branches"),
         (call_in_function, "it has the operator fusion_edge::SwiGlu"),
         (lambda m: m.functions.append(m.functions[0]), "it defines the function fusion_edge::"),
         (lambda m: m.functions.add(domain="", name="Add"), "it defines the function ::Add"),
@@ -210,4 +210,4 @@ def test_every_cut_is_told(tiny_bundle: Path) -> None:
         try:
             assert len(list(fields(content[:length]))) <= whole
         except ValueError as error:
-            assert str(error) in ("cut short", "no number of 64 bits")  # noqa: PT017
+            assert str(error) in ("truncated", "a number above 64 bits")  # noqa: PT017

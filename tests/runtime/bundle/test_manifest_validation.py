@@ -175,8 +175,8 @@ def test_any_value_answers_or_is_refused(tiny_bundle: Path, copy: Path, data: st
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": 1, "a": 2}', "'a' is there twice"),
-        (b'{"model": {"b": 1, "b": 1}}', "'b' is there twice"),
+        (b'{"a": 1, "a": 2}', "'a' is a duplicate key"),
+        (b'{"model": {"b": 1, "b": 1}}', "'b' is a duplicate key"),
         (b" " * (LARGEST + 1), f"it has more than {LARGEST} bytes"),
         (b'{"a":' * 100_000, "recursion"),
         (b"[" + b"{}," * (LARGEST // 3 - 2) + b"{}]", "is [{}, {}"),
@@ -203,10 +203,10 @@ def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
     """A pipe would be waited for, a device read for ever."""
     (copy / MANIFEST).unlink()
     os.mkfifo(copy / MANIFEST)
-    assert "it is no regular file" in refused(cli_info.main, copy)
+    assert "it is not a regular file" in refused(cli_info.main, copy)
     (copy / MANIFEST).unlink()
     (copy / MANIFEST).symlink_to("/dev/zero")
-    assert "it is no regular file" in refused(cli_info.main, copy)
+    assert "it is not a regular file" in refused(cli_info.main, copy)
     (copy / MANIFEST).unlink()
     with (copy / MANIFEST).open("wb") as file:
         file.truncate(1 << 30)
