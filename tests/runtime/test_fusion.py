@@ -111,7 +111,7 @@ def test_a_backend_with_room_for_less_than_the_bundle(fusion: Fusion) -> None:
     answer = fusion.answer(picture(0), "What is it?", sampling=Sampling(max_new_tokens=512))
     assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
     fusion.backend.max_context = prompt
-    with pytest.raises(FusionError, match=f"takes {prompt} positions .*, the context holds {prompt} with the answer"):
+    with pytest.raises(FusionError, match=f"has {prompt} tokens .*, and the context holds {prompt} with the answer"):
         fusion.answer(picture(0), "What is it?")
 
 

@@ -210,7 +210,9 @@ def test_export_refuses_them_by_name(tmp_path: Path, contents: dict[str, str]) -
     content = json.loads(contents["llama"])
     content["model"]["vocab"]["3"] = 2_000_000_000
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(FusionError, match=r"tokenizer.json is no tokenizer .* '3' has the id 2000000000"):
+    with pytest.raises(
+        FusionError, match=r"tokenizer.json cannot be loaded as a tokenizer .* '3' has the id 2000000000"
+    ):
         tokenizer_json(tmp_path)
 
 
@@ -236,7 +238,7 @@ def test_bundles_of_right_checksums(
     entry |= {"size": path.stat().st_size, "sha256": digest(path)}
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     message = refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
-    assert "tokenizer.json is no tokenizer that can be loaded" in message
+    assert "tokenizer.json cannot be loaded as a tokenizer" in message
     assert named in message
 
 

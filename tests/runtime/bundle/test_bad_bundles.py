@@ -371,5 +371,5 @@ def test_a_tokenizer_of_a_newer_library(
 
     monkeypatch.setattr(Tokenizer, "from_buffer", from_buffer)
     message = refused(cli_run.main, tiny_bundle, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
-    assert "tokenizer.json is no tokenizer that can be loaded (tokenizers " in message
+    assert "tokenizer.json cannot be loaded as a tokenizer (tokenizers " in message
     assert "upgrade tokenizers" in message
