@@ -306,7 +306,7 @@ def test_bytes_from_standard_input_that_are_no_text(
 ) -> None:
     assert interactive(tiny_bundle, image, b"What\xff?\nWhere?\n", monkeypatch) == 2
     assert capsys.readouterr() == ("", "error: The question is not valid Unicode: character 4 is half of a "
-                                       "surrogate pair.\n")  # fmt: skip
+                                       "surrogate pair; remove it.\n")  # fmt: skip
 
 
 def test_ctrl_c(

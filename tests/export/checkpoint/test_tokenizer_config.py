@@ -100,7 +100,7 @@ def test_no_tokenizer_config(tmp_path: Path) -> None:
 def test_tokenizer_json_that_is_none(tmp_path: Path) -> None:
     folder = copy_llama(tmp_path)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(FusionError, match=r"tokenizer\.json cannot be loaded as a tokenizer"):
+    with pytest.raises(FusionError, match=r"tokenizer\.json is no tokenizer"):
         tokenizer_json(folder)
 
 
