@@ -1,10 +1,9 @@
-"""The recursive alignment's kernels on a GPU: right, and how near to what the memory allows.
+"""Check and time the recursive alignment's Triton kernels on a GPU.
 
-    pip install 'fusion-edge[kernels]'
     python -m fusion_edge.benchmarks.alignment_kernels --json FILE
 
-Errors are against float64. Times are of a CUDA graph over so many sets of inputs that none is left in the L2 cache from
-the run before; a device copy of as many bytes is timed in the same way and is the limit.
+Needs the extra ``kernels``. Errors are relative to float64. Times are of a CUDA graph over enough sets of inputs that
+none stays in the L2 cache from one run to the next. A device copy of the same number of bytes is the roofline.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.system.output_file import write_whole
 
-BYTES_OF_SETS = 512_000_000  # several times any L2 cache
+INPUT_BYTES = 512_000_000  # of all sets of inputs: several times any L2 cache
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One kernel."""
+class KernelTiming:
+    """Error and times of one kernel."""
 
     kernel: str
     largest_error: float
-    """Relative to the largest value of the result."""
+    """Relative to the largest magnitude of the result."""
     microseconds: float
     unfused_microseconds: float
     copy_microseconds: float
@@ -48,35 +47,37 @@ class Measured:
 
     @property
     def bandwidth_share(self) -> float:
-        """Of a device copy's."""
+        """Bandwidth as a share of a device copy's."""
         return self.copy_microseconds / self.microseconds
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--questions", type=positive_integer, default=1, help="(default: %(default)s)")
-    add("--latents", type=positive_integer, default=144, help="of a question (default: %(default)s)")
+    add("--questions", type=positive_integer, default=1, help="number of questions (default: %(default)s)")
+    add("--latents", type=positive_integer, default=144, help="latents per question (default: %(default)s)")
     add("--width", type=positive_integer, default=3072, help="hidden size (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="fp16", help="(default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    add("--dtype", choices=DTYPES, default="fp16", help="element type (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result to this JSON file")
     return run_command(_main, parser.parse_args(arguments))
 
 
 @torch.inference_mode()
 def _main(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        raise FusionError("There is no GPU, or torch was built without CUDA; run this where there is one.")
+        raise FusionError(
+            "There is no GPU, or torch has no CUDA; run this on a machine with an NVIDIA GPU and a CUDA build of torch."
+        )
     shape = options.questions, options.latents, options.width
     measured = [measure(name, shape, DTYPES[options.dtype]) for name in RUNS]
-    header = ("kernel", "largest error", "time", "unfused", "faster", "copy", "share of its bandwidth")
+    header = ("kernel", "largest error", "time", "unfused", "speedup", "copy", "of copy bandwidth")
     rows: list[tuple[str, ...]] = [header]
     for one in measured:
         times = (f"{t:.2f} us" for t in (one.microseconds, one.unfused_microseconds))
-        faster = f"{one.unfused_microseconds / one.microseconds:.1f} x"
+        speedup = f"{one.unfused_microseconds / one.microseconds:.1f} x"
         copy = f"{one.copy_microseconds:.2f} us"
-        rows.append((one.kernel, f"{one.largest_error:.1e}", *times, faster, copy, f"{one.bandwidth_share:.0%}"))
+        rows.append((one.kernel, f"{one.largest_error:.1e}", *times, speedup, copy, f"{one.bandwidth_share:.0%}"))
     sys.stdout.write(format_table(rows))
     if options.json is not None:
         facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -87,13 +88,13 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Measured:
-    """Errors and times of a kernel at ``[questions, latents, width]``."""
+def measure(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> KernelTiming:
+    """Measure a kernel with inputs of ``[questions, latents, width]``."""
     moved = kernels.bytes_moved(*shape, CONTEXT, dtype.itemsize)[name]
-    sets = [inputs(shape, dtype, "cuda", seed) for seed in range(max(2, BYTES_OF_SETS // moved))]
+    sets = [inputs(shape, dtype, "cuda", seed) for seed in range(max(2, INPUT_BYTES // moved))]
     fused, unfused = RUNS[name]
     halves = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in sets]
-    return Measured(
+    return KernelTiming(
         kernel=name,
         largest_error=largest_error(name, sets[0]),
         microseconds=_timed([partial(fused, one) for one in sets]),
@@ -104,7 +105,7 @@ def measure(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Measu
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int) -> Inputs:
-    """Random inputs of all kernels."""
+    """Return random inputs of all kernels, by name."""
     questions, latents, width = shape
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -125,7 +126,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: i
 
 
 def largest_error(name: str, one: Inputs) -> float:
-    """Of a kernel against the same in float64, relative to the largest value."""
+    """Return the largest error of a kernel against float64, relative to the largest magnitude."""
     exact = {key: value.double() if value.is_floating_point() else value for key, value in one.items()}
     copies = [{key: value.clone() for key, value in given.items()} for given in (one, exact)]
     actual, expected = RUNS[name][0](copies[0]), RUNS[name][1](copies[1])
@@ -167,11 +168,11 @@ RUNS: dict[str, tuple[Callable[[Inputs], Tensor], Callable[[Inputs], Tensor]]] =
     "add_layer_norm": (_layer_norm, _layer_norm_unfused),
     "add_rows": (_add_rows, _add_rows_unfused),
 }
-"""By kernel: the kernel, and the same in PyTorch's own operations in the inputs' type."""
+"""By kernel: the kernel, and unfused PyTorch operations in the type of the inputs."""
 
 
 def _timed(runs: list[Callable[[], Tensor]]) -> float:
-    """Median microseconds of one run, all of them in one CUDA graph."""
+    """Return the median time of one run in microseconds, with all runs in one CUDA graph."""
     from triton.testing import do_bench_cudagraph
 
     def every() -> None:

@@ -1,9 +1,9 @@
-"""This library's CPU kernels beside ONNX Runtime's own, at full size.
+"""Compare the CPU kernels with ONNX Runtime's own, at the sizes of real models.
 
     python -m fusion_edge.benchmarks.cpu_kernels
 
-Times are CPU time of one thread, in turns, as the median; so neither depends on what else the machine does by more
-than its caches and memory.
+Figures are the median CPU time of one thread over rounds in which both take turns. Other load on the machine affects
+them through shared caches and memory only.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
-PROMPT, CAPACITY = 900, 1000  # positions of a question, and of its cache
+PROMPT, CAPACITY = 900, 1000  # tokens of a prompt, and of its KV cache
 VISION_CROPS, VISION_ROWS, VISION_HEADS, VISION_WIDTH = 4, 729, 16, 72
-CALIBRATED = ((1152, 3456), (1152, 1152), (1152, 4304, 1152))  # widths of a product, and of an MLP
+INTEGER_LAYERS = ((1152, 3456), (1152, 1152), (1152, 4304, 1152))  # widths of linear layers, and of an MLP
 OPSET = 21
-PRODUCTS = (  # format, outputs, inputs: of the LLM, and of the vision encoder
+LINEAR_LAYERS = (  # format, outputs, inputs: two of the LLM, one of the vision encoder
     (WeightFormat("int4", 128), 8192, 3072),
     (WeightFormat("int4", 32), 8192, 3072),
     (WeightFormat("int8", 128), 4304, 1152),
 )
-LLMS = {"Phi-3.5": (32, 32, 96), "Llama": (32, 8, 128)}  # heads, of keys and values, channels of a head
+LLMS = {"Phi-3.5": (32, 32, 96), "Llama": (32, 8, 128)}  # query heads, KV heads, head width
 ROUNDS = 7
-STEP_LAYERS = 16  # caches in turn: together more than the processor's own
+DECODE_LAYERS = 16  # layers in turns, whose weights or caches exceed the processor's caches
 Run = Callable[[], object]
 
 
@@ -60,9 +60,10 @@ def session(
     weights: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
     function: FunctionProto | None = None,
 ) -> onnxruntime.InferenceSession:
-    """One node. Inputs and outputs: element type; an input that starts with ``-`` is left out. Then its weights.
+    """Return a session of one node.
 
-    ``function``: that the operator is one, which ONNX Runtime inlines.
+    ``inputs`` and ``outputs`` are element types by name. An input whose name starts with ``-`` is missing. ``weights``
+    follow the inputs. ``function`` defines the operator, unless it is Microsoft's.
     """
     names = ["" if name.startswith("-") else name for name in inputs]
     domain = "com.microsoft" if function is None else function.domain
@@ -83,7 +84,7 @@ def session(
 
 
 def bound(model: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtValue], rows: tuple[int, ...]) -> Run:
-    """A run whose output has memory already, and whose caches are extended in place."""
+    """Return a run with preallocated outputs. Caches are extended in place: present shares the memory of past."""
     binding = model.io_binding()
     for name, value in feeds.items():
         binding.bind_ortvalue_input(name, value)
@@ -92,7 +93,7 @@ def bound(model: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtV
         past = feeds.get(output.name.replace("present", "past"))
         outputs.append(past or onnxruntime.OrtValue.ortvalue_from_shape_and_type(rows, np.float32))
         binding.bind_ortvalue_output(output.name, outputs[-1])
-    memory = feeds, outputs  # which the binding only points to
+    memory = feeds, outputs  # the binding holds pointers only
     return lambda: (model.run_with_iobinding(binding), memory)
 
 
@@ -100,11 +101,17 @@ def values(feeds: dict[str, object]) -> dict[str, onnxruntime.OrtValue]:
     return {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(value)) for name, value in feeds.items()}
 
 
-def product(form: WeightFormat, outputs: int, inputs: int, rows: int, layers: int, library: Path | None) -> Run:
-    """Products of the same rows with a weight for each layer."""
+def linear(weight_format: WeightFormat, outputs: int, inputs: int, rows: int, layers: int, library: Path | None) -> Run:
+    """Return a run of ``layers`` linear layers with 4 or 8-bit weights, all with the same input."""
     random = np.random.default_rng(0)
-    shape = form.packed_shape(outputs, inputs)
-    sizes = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size, "accuracy_level": 4}
+    shape = weight_format.packed_shape(outputs, inputs)
+    sizes = {
+        "K": inputs,
+        "N": outputs,
+        "bits": weight_format.bits,
+        "block_size": weight_format.block_size,
+        "accuracy_level": 4,
+    }
     x = random.normal(size=(rows, inputs)).astype(np.float32)
     runs = []
     for _ in range(layers):
@@ -118,8 +125,8 @@ def product(form: WeightFormat, outputs: int, inputs: int, rows: int, layers: in
     return lambda: [run() for run in runs]
 
 
-def calibrated(widths: tuple[int, ...], library: Path | None) -> Run:
-    """A product or an MLP of the vision encoder whose inputs are rounded, too, by scales that were settled before."""
+def integer_layer(widths: tuple[int, ...], library: Path | None) -> Run:
+    """Return a run of a linear layer or an MLP of the vision encoder with 8-bit weights and calibrated activations."""
     random = np.random.default_rng(0)
     made = integer_matmul_function if len(widths) == 2 else integer_mlp_function
     function = made(OPSET)
@@ -138,7 +145,8 @@ def calibrated(widths: tuple[int, ...], library: Path | None) -> Run:
     return bound(model, values({"x": x}), (len(x), widths[-1]))
 
 
-def vision(library: Path | None) -> Run:
+def vision_attention(library: Path | None) -> Run:
+    """Return a run of the vision encoder's attention."""
     inputs = {"q": FLOAT, "k": FLOAT, "v": FLOAT, "-bias": FLOAT, "mask": INT32}
     attributes: dict[str, Any] = {"num_heads": VISION_HEADS, "mask_filter_value": -1e9}
     model = session("MultiHeadAttention", inputs, {"attended": FLOAT}, attributes, library)
@@ -149,7 +157,8 @@ def vision(library: Path | None) -> Run:
     return bound(model, values(feeds), shape)
 
 
-def causal(llm: str, length: int, int8: bool, layers: int, library: Path | None) -> Run:
+def causal_attention(llm: str, length: int, int8: bool, layers: int, library: Path | None) -> Run:
+    """Return a run of ``layers`` attention layers of an LLM: a prefill, or a decode step if ``length`` is 1."""
     heads, kv_heads, width = LLMS[llm]
     cache = INT8 if int8 else FLOAT
     inputs = {"qkv": FLOAT, "-key": FLOAT, "-value": FLOAT, "past_key": cache, "past_value": cache}
@@ -185,7 +194,7 @@ def causal(llm: str, length: int, int8: bool, layers: int, library: Path | None)
 
 
 def seconds(runs: list[Run]) -> list[float]:
-    """CPU time of each, as the median over rounds in which they take turns."""
+    """Return the median CPU time of each run, in seconds, over rounds in which they take turns."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for run, own in zip(runs, times, strict=True):
@@ -196,7 +205,7 @@ def seconds(runs: list[Run]) -> list[float]:
 
 
 def report(name: str, make: Callable[[Path | None], Run], library: Path, layers: int, work: float, unit: str) -> None:
-    """``work``: of one layer, in 10^9 of the unit."""
+    """Print one row. ``work`` of one layer is in 10^9 operations or bytes, as ``unit`` says."""
     theirs, ours = (each / layers for each in seconds([make(None), make(library)]))
     rate = f"{work / ours:6.1f} {unit}"
     sys.stdout.write(f"{name:48} {theirs * 1e3:9.2f} ms {ours * 1e3:9.2f} ms {theirs / ours:6.2f} x {rate}\n")
@@ -204,6 +213,7 @@ def report(name: str, make: Callable[[Path | None], Run], library: Path, layers:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     return run_command(_main, parser.parse_args(arguments))
 
@@ -211,30 +221,32 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(_: argparse.Namespace) -> int:
     library = cpu_kernels.library()
     if library is None or not cpu_kernels.is_supported():
-        raise FusionError("Our CPU kernels are not built, or this processor has no AVX-512 VNNI.")
+        raise FusionError("The CPU kernels are not built, or this processor lacks AVX-512 VNNI; see fusion-info.")
     sys.stdout.write(f"{'one layer':48} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
-    for form, outputs, inputs in PRODUCTS:
+    for weight_format, outputs, inputs in LINEAR_LAYERS:
         for rows in (1, PROMPT):
-            work = rows * outputs * inputs * 2 / 1e9 if rows > 1 else outputs * inputs * form.bits / 8 / 1e9
-            layers = STEP_LAYERS if rows == 1 else 1
-            name = f"product, {form}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"
-            make_product = partial(product, form, outputs, inputs, rows, layers)
-            report(name, make_product, library, layers, work, "GOP/s" if rows > 1 else "GB/s")
-    for widths in CALIBRATED:
+            work = rows * outputs * inputs * 2 / 1e9 if rows > 1 else outputs * inputs * weight_format.bits / 8 / 1e9
+            layers = DECODE_LAYERS if rows == 1 else 1
+            name = f"linear, {weight_format}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"
+            make_linear = partial(linear, weight_format, outputs, inputs, rows, layers)
+            report(name, make_linear, library, layers, work, "GOP/s" if rows > 1 else "GB/s")
+    for widths in INTEGER_LAYERS:
         rows = VISION_CROPS * VISION_ROWS
-        name = f"{'product' if len(widths) == 2 else 'MLP'}, w8a8, {' to '.join(map(str, widths))}, {rows} rows"
+        name = f"{'linear' if len(widths) == 2 else 'MLP'}, w8a8, {' to '.join(map(str, widths))}, {rows} rows"
         work = 2 * rows * sum(inputs * outputs for inputs, outputs in pairwise(widths)) / 1e9
-        report(name, partial(calibrated, widths), library, 1, work, "GOP/s")
+        report(name, partial(integer_layer, widths), library, 1, work, "GOP/s")
     work = 4 * VISION_ROWS**2 * VISION_HEADS * VISION_WIDTH / 1e9
-    report("attention, vision", vision, library, 1, work, "GFLOP/s")
+    report("attention, vision", vision_attention, library, 1, work, "GFLOP/s")
     for llm, (heads, kv_heads, width) in LLMS.items():
         work = 2 * PROMPT**2 * heads * width / 1e9
-        report(f"attention, {llm}, prefill", partial(causal, llm, PROMPT, False, 1), library, 1, work, "GFLOP/s")
+        report(
+            f"attention, {llm}, prefill", partial(causal_attention, llm, PROMPT, False, 1), library, 1, work, "GFLOP/s"
+        )
         for int8 in (False, True):
             work = 2 * PROMPT * kv_heads * width * (1 if int8 else 4) / 1e9
-            make = partial(causal, llm, 1, int8, STEP_LAYERS)
-            name = f"attention, {llm}, step, {'int8' if int8 else 'float32'}"
-            report(name, make, library, STEP_LAYERS, work, "GB/s")
+            make = partial(causal_attention, llm, 1, int8, DECODE_LAYERS)
+            name = f"attention, {llm}, decode, {'int8' if int8 else 'float32'}"
+            report(name, make, library, DECODE_LAYERS, work, "GB/s")
     return 0
 
 

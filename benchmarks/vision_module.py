@@ -1,4 +1,4 @@
-"""The vision encoder as torch modules, for peers that run or read those. Needs torch."""
+"""The vision encoder as torch modules, for benchmark peers that run or trace those. Needs torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 
 
 class _WithoutText(EagerOperations):
-    """For crops without text: nothing is appended to the patches, and attention has no mask, which peers' fastest
-    kernels do not take.
+    """Operations for crops without text.
+
+    No text is appended to the patches, and attention has no mask: the peers' fastest kernels do not support one.
     """
 
     def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
@@ -35,7 +36,7 @@ class _WithoutText(EagerOperations):
 
 
 class _Encoder(torch.nn.Module):
-    """Holds the parameters of ``read_vision``, which several encoders may share."""
+    """Base with the parameters of :func:`read_vision`, which several encoders may share."""
 
     operations: type[EagerOperations] = EagerOperations
 
@@ -48,7 +49,7 @@ class _Encoder(torch.nn.Module):
 
 
 class GlobalCrops(_Encoder):
-    """Crops ``[N,3,S,S]`` without text -> features ``[N,P,D]``."""
+    """Encoder of global crops: ``[N,3,S,S]`` -> features ``[N,P,D]``."""
 
     operations = _WithoutText
 
@@ -59,14 +60,14 @@ class GlobalCrops(_Encoder):
 
 
 class LocalCrop(_Encoder):
-    """A crop ``[1,3,S,S]``, a question's embeddings ``[1,T,D]``, its mask ``[1,T]`` -> ``[1,P,D]``."""
+    """Encoder of the local crop: ``[1,3,S,S]``, text embeddings ``[1,T,D]``, mask ``[1,T]`` -> features ``[1,P,D]``."""
 
     def forward(self, pixels: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         return architecture.vision_encoder(self.ops, self.config, pixels, text, mask)
 
 
 def read_vision(folder: Path, dtype: torch.dtype) -> tuple[FusionConfig, dict[str, Tensor]]:
-    """The model's layout and the parameters of its vision encoder. Raises :class:`FusionError`."""
+    """Return the model's config and the parameters of its vision encoder. Raises :class:`FusionError`."""
     with Checkpoint(folder) as checkpoint:
         plan = plan_export(checkpoint, ExportOptions(precision="fp32"))
         weights = CheckpointWeights(checkpoint, plan.parameters)

@@ -31,7 +31,10 @@ OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     for command, parsers in COMMANDS.items():
-        sections = [command_page(getattr(import_module(module), name)()) for module, name in parsers]
+        sections = [
+            command_page(getattr(import_module(module), name)(), level=1 if number == 0 else 2)
+            for number, (module, name) in enumerate(parsers)
+        ]
         files.append(File.generated(config, f"reference/cli/{command}.md", content="\n".join(sections)))
     return files
 
@@ -58,13 +61,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return OUTSIDE.sub(text, markdown)
 
 
-def command_page(parser: argparse.ArgumentParser) -> str:
-    """Return the Markdown page of a command: description, usage, arguments and options."""
-    lines = [f"# {parser.prog}", "", str(parser.description), "", "```text", usage(parser), "```", ""]
+def command_page(parser: argparse.ArgumentParser, level: int) -> str:
+    """Return a command as Markdown below a heading of a level: description, usage, arguments and options."""
+    lines = [f"{'#' * level} {parser.prog}", "", str(parser.description), "", "```text", usage(parser), "```", ""]
     for title, is_option in (("Arguments", False), ("Options", True)):
         actions = [action for action in parser._actions if bool(action.option_strings) is is_option]
         if actions:
-            lines += [f"## {title} {{ #{anchor(parser.prog, title)} }}", ""]
+            lines += [f"{'#' * (level + 1)} {title} {{ #{anchor(parser.prog, title)} }}", ""]
             lines += [line for action in actions for line in entry(parser, action)]
     if parser.epilog:
         lines += [parser.epilog, ""]
@@ -108,7 +111,7 @@ def anchor(command: str, name: str) -> str:
 
 def sentence(text: str) -> str:
     """Return a help text as a sentence: capitalized, with a period."""
-    is_word = re.match(r"[a-z-]+[ ,.]", text) is not None  # not a value such as int8
+    is_word = re.match(r"[a-z-]+ ", text) is not None  # not a value such as int8 or a list of values
     capital = text[:1].upper() + text[1:] if is_word else text
     return capital if capital.endswith(".") else f"{capital}."
 

@@ -99,7 +99,7 @@ def test_messages_name_extras_that_exist() -> None:
     code = (path for folder in ("export", "runtime", "kernels") for path in (ROOT / folder).rglob("*.py"))
     named = {
         extra
-        for path in (ROOT / "README.md", *code)
+        for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *code)
         for group in re.findall(r"(?:fusion-edge|'\.)\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
         for extra in group.split(",")
     }

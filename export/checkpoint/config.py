@@ -7,20 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import cast
 
-import numpy as np
-
 from fusion_edge.export.checkpoint.json_fields import Fields
 from fusion_edge.export.checkpoint.language_config import read_language, read_max_length
-from fusion_edge.export.checkpoint.prequantized.layout import Expected
-from fusion_edge.export.checkpoint.prequantized.parameters import with_prequantized_sources
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import (
-    POSITION_IDS,
-    ROTARY_BUFFER,
-    UNUSED,
     VISION_MODEL,
-    Parameter,
-    parameters,
 )
 from fusion_edge.runtime.bundle.config import (
     IMAGE_SIZE,
@@ -85,72 +76,6 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
         bos_token_id=_bos(fields, language.vocab_size),
         eos_token_ids=_eos(fields, language.vocab_size),
     )
-
-
-def read_parameters(checkpoint: Checkpoint, config: FusionConfig) -> dict[str, Parameter]:
-    """The parameters of ``config``, each checked to be in the checkpoint with its shape.
-
-    Raises :class:`FusionError` for a missing, wrongly shaped or typed, or unused tensor, naming it, and for a
-    quantization that is not supported.
-    """
-    table = with_prequantized_sources(checkpoint, parameters(config))
-    expected: dict[str, Expected] = {}
-    for source in (source for parameter in table.values() for source in parameter.sources):
-        expected |= (
-            {source.tensor: Expected(source.shape)} if source.prequantized is None else source.prequantized.tensors
-        )
-    for tensor, needed in expected.items():
-        if tensor not in checkpoint.tensors:
-            other = next((name for name in checkpoint.tensors if name.endswith(f".{tensor}")), None)
-            raise FusionError(
-                f"Tensor {tensor} is missing from {checkpoint.folder}{f', but there is {other}' if other else ''}; "
-                f"expected shape {list(needed.shape)}. Fetch or save the checkpoint again."
-            )
-        found = checkpoint.tensors[tensor]
-        if found.shape != needed.shape:
-            raise FusionError(
-                f"Tensor {tensor} of {checkpoint.folder} has shape {list(found.shape)}; config.json asks for "
-                f"{list(needed.shape)}. Config and weights do not belong together."
-            )
-        if found.dtype not in needed.dtypes:
-            raise FusionError(
-                f"Tensor {tensor} of {checkpoint.folder} has the type {found.dtype}; expected "
-                f"{' or '.join(needed.dtypes)}. Use the released bfloat16 checkpoint, or convert the tensor."
-            )
-    linears = {source.tensor for parameter in table.values() for source in parameter.sources}
-    for tensor in sorted(checkpoint.tensors.keys() - expected.keys() - set(UNUSED)):
-        if ROTARY_BUFFER.fullmatch(tensor):
-            continue
-        if tensor == POSITION_IDS:
-            _check_positions(checkpoint, config.vision.patches)
-            continue
-        if tensor.endswith(".bias") and f"{tensor.removesuffix('.bias')}.weight" in linears:
-            _check_zeros(checkpoint, tensor)
-            continue
-        raise FusionError(
-            f"Tensor {tensor} of {checkpoint.folder} is not part of a FUSION model and would be left out; "
-            "remove it, or export the checkpoint that it belongs to."
-        )
-    return table
-
-
-def _check_positions(checkpoint: Checkpoint, patches: int) -> None:
-    """Raise :class:`FusionError` unless the buffer that older releases save with a tower numbers its patches."""
-    shape = checkpoint.tensors[POSITION_IDS].shape
-    if shape not in ((1, patches), (patches,)) or (checkpoint.read_stored(POSITION_IDS) != np.arange(patches)).any():
-        raise FusionError(
-            f"Tensor {POSITION_IDS} of {checkpoint.folder} is not 0 to {patches - 1} in order, the only one that is "
-            "supported: fetch or save the checkpoint again."
-        )
-
-
-def _check_zeros(checkpoint: Checkpoint, bias: str) -> None:
-    """Raise :class:`FusionError` unless a bias that a tool saved with a linear that has none changes nothing."""
-    if len(checkpoint.tensors[bias].shape) > 1 or checkpoint.read_stored(bias).any():
-        raise FusionError(
-            f"Tensor {bias} of {checkpoint.folder} holds a bias that is not 0, and this linear of a FUSION model has "
-            "none: it would be left out. Export the checkpoint that it was quantized or converted from."
-        )
 
 
 def _kind(fields: Fields) -> str:

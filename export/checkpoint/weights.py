@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.prequantized.parameters import PrequantizedReader
+from fusion_edge.export.checkpoint.prequantized_weights import PrequantizedReader
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
 from fusion_edge.quant.formats import ActivationQuantization, WeightFormat

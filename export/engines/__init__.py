@@ -1,1 +1,1 @@
-"""Builds TensorRT engines from a bundle's graphs."""
+"""Build TensorRT engines from the graphs of a bundle."""

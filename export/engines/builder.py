@@ -1,4 +1,4 @@
-"""Building the engines of a bundle with TensorRT or TensorRT-RTX, one part of a graph at a time."""
+"""Build the engines of a bundle with TensorRT or TensorRT-RTX, one partition of a graph at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from typing import Any
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
-from fusion_edge.export.engines.decompositions import missing_operators, replace_operators
-from fusion_edge.export.engines.optimization_profiles import Limits, Ranges, profiles, shapes
-from fusion_edge.export.engines.partition import fix_dimension, split, tensor_dtype, tensor_shape
+from fusion_edge.export.engines.decompositions import decompose_operators, unsupported_operators
+from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
+from fusion_edge.export.engines.optimization_profiles import (
+    DimensionRanges,
+    EngineLimits,
+    optimization_profiles,
+    profile_shapes,
+)
+from fusion_edge.export.engines.partition import partition_graph
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
@@ -33,120 +39,131 @@ from fusion_edge.runtime.system.progress import Progress
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the user asks for; each field is an option of ``fusion-build`` and explained there."""
+    """Options of ``fusion-build`` that affect how engines are built."""
 
     workspace: int | None = None
-    """Bytes of scratch memory that TensorRT may try kernels with; None: its default."""
+    """Bytes of scratch memory for kernels. None: TensorRT's default."""
     parts: int = 4
-    """Engines that the LLM is cut into: with four, building takes less memory than the bundle has bytes."""
+    """Number of partitions of the LLM. With four, building takes less memory than the bundle has bytes."""
     kernels: Path | None = None
-    """A folder of compiled kernels for the plugins; None: Triton compiles them."""
+    """Folder of compiled kernels for the plugins. None: Triton compiles them."""
     verbose: bool = False
+    """Whether TensorRT prints all its messages."""
 
 
-def why_no_plugins(library: Library, machine: EnginePlatform, options: BuildOptions) -> str | None:
-    """Why the recursive alignment runs as standard operators, in one sentence; None if plugins compute it."""
-    return tensorrt_plugins.supported(library.module, machine.architecture, options.kernels is not None)
+def why_no_plugins(library: Library, platform: EnginePlatform, options: BuildOptions) -> str | None:
+    """Return why plugins cannot compute the recursive alignment, in one sentence. None if they can."""
+    return tensorrt_plugins.supported(library.module, platform.architecture, options.kernels is not None)
 
 
 class EngineBuilder:
-    """Builds the engines of one bundle for one machine into a folder."""
+    """Builds the engines of one bundle for one platform into a folder."""
 
     def __init__(
         self,
         bundle: Bundle,
         library: Library,
-        machine: EnginePlatform,
-        built_for: Limits,
+        platform: EnginePlatform,
+        limits: EngineLimits,
         options: BuildOptions,
         uses_plugins: bool,
     ) -> None:
-        """``machine`` is the library and a compute capability; ``uses_plugins`` if :func:`why_no_plugins` has none."""
+        """Prepare a build, and register the plugins if they are used.
+
+        Args:
+            bundle: Bundle exported for TensorRT.
+            library: TensorRT or TensorRT-RTX.
+            platform: Library, version and compute capability to build for.
+            limits: Largest inputs.
+            options: Build options.
+            uses_plugins: Whether plugins compute the recursive alignment. Requires that :func:`why_no_plugins` returns
+                None.
+        """
         self._bundle = bundle
         self._library = library
-        self._machine = machine
-        self._limits = built_for
+        self._platform = platform
+        self._limits = limits
         self._options = options
         self._messages = Messages(library, options.verbose)
         self._logger = self._messages.logger()
         self.timing_cache = b""
-        """Of earlier builds, before; what is worth keeping for later ones, after. TensorRT-RTX has none."""
-        self.missing_operators = [] if library.is_rtx else missing_operators(library.version_numbers)
-        """Those that this TensorRT does not read, which functions of older ones replace."""
+        """Timing cache of earlier builds; updated by :meth:`build`. TensorRT-RTX has none."""
+        self.decomposed = [] if library.is_rtx else unsupported_operators(library.version_numbers)
+        """Operators that this TensorRT does not support; they are decomposed."""
         self._uses_plugins = uses_plugins
         if self._uses_plugins:
             source = None if options.kernels is None else self._kernels(options.kernels)
-            tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), machine.architecture, source)
+            tensorrt_plugins.register(importlib.import_module(f"{library.name}.plugin"), platform.architecture, source)
 
     def _kernels(self, folder: Path) -> KernelFolder:
-        """Raises :class:`FusionError` if one is missing: TensorRT, which asks for it later, could not tell."""
+        """Return the compiled kernels. Raises :class:`FusionError` if one is missing, which TensorRT would not name."""
         kernels, width = KernelFolder(folder), self._bundle.manifest.model.language.hidden_size
         for name in KERNELS:
-            kernels(name, self._machine.architecture, width, "fp16")
+            kernels(name, self._platform.architecture, width, "fp16")
         return kernels
 
     def build(self, folder: Path) -> dict[str, tuple[Engine, ...]]:
-        """Write every engine to ``folder``; by graph name, its parts in the order in which they run.
+        """Build all engines into ``folder``. Return them by graph name, partitions in running order.
 
-        Raises :class:`FusionError` with what TensorRT says if it cannot build one.
+        Raises :class:`FusionError` with TensorRT's message if it cannot build one.
         """
-        ranges = profiles(self._bundle.manifest, self._limits)
-        return {name: tuple(self._engines(name, ranges[name], folder)) for name in self._bundle.manifest.graphs}
+        profiles = optimization_profiles(self._bundle.manifest, self._limits)
+        return {name: tuple(self._engines(name, profiles[name], folder)) for name in self._bundle.manifest.graphs}
 
-    def _engines(self, name: str, ranges: list[Ranges], folder: Path) -> Iterator[Engine]:
+    def _engines(self, name: str, profiles: list[DimensionRanges], folder: Path) -> Iterator[Engine]:
         model = onnx.load(self._bundle.path(graph_file(name)), load_external_data=False)
         fix_dimension(model, "capacity", self._limits.max_context)
-        if self.missing_operators:
+        if self.decomposed:
             language = self._bundle.manifest.model.language
             groups = language.heads // language.kv_heads if name == LLM else 1
-            replace_operators(model, self.missing_operators, groups)
+            decompose_operators(model, self.decomposed, groups)
         for function in model.functions:
-            qualify_names(function)  # older bundles have not
-        parts = split(model, self._options.parts) if name == LLM else [model]
+            qualify_names(function)  # bundles of older versions need it
+        parts = partition_graph(model, self._options.parts) if name == LLM else [model]
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
             file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
             if self._uses_plugins:
                 tensorrt_plugins.use_plugins(part)
-            self._write(part, ranges, label, file)
+            self._write(part, profiles, label, file)
             entry = FileEntry(file.name, file.stat().st_size, digest(file))
-            yield Engine(entry, _tensors(part.graph.input), _tensors(part.graph.output), tuple(ranges))
+            yield Engine(entry, _tensors(part.graph.input), _tensors(part.graph.output), tuple(profiles))
 
-    def _write(self, model: ModelProto, ranges: list[Ranges], label: str, file: Path) -> None:
-        """Parse, build and write one engine. Raises :class:`FusionError`."""
+    def _write(self, model: ModelProto, profiles: list[DimensionRanges], label: str, file: Path) -> None:
+        """Build and write one engine. Raises :class:`FusionError`."""
         trt = self._library.module
         self._messages.errors.clear()
         with Progress(f"Building {label}", 0, unit=None) as progress:
-            cancelled = Event()
-            monitor = _monitor(trt, progress, cancelled)
+            canceled = Event()
+            monitor = _monitor(trt, progress, canceled)
 
             def build(decompose_attention: bool) -> Any:
-                return interruptible(lambda: self._plan(model, ranges, monitor, decompose_attention), cancelled.set)
+                return interruptible(lambda: self._plan(model, profiles, monitor, decompose_attention), canceled.set)
 
-            # Fused attention first: what has no kernel for it is an error that says so, and comes early.
+            # Fused attention first. Where TensorRT has no kernel for it, the build fails early and says so.
             plan = build(decompose_attention=False)
             if plan is None and any("dedicated kernel" in error for error in self._messages.errors):
                 sys.stderr.write(
-                    f"{label}: {self._library.name} has no fused attention for these heads; its parts run one by one.\n"
+                    f"{label}: {self._library.name} has no fused attention for this head size; attention is slower.\n"
                 )
                 self._messages.errors.clear()
                 plan = build(decompose_attention=True)
         if plan is None:
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
-                f"{self._machine.compute_capability}: {self._messages.first_error()}. Where memory ran out, build with "
-                "more --parts, a smaller --max-context or --workspace."
+                f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
+                "more --parts, or a smaller --max-context or --workspace."
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))
 
-    def _plan(self, model: ModelProto, ranges: list[Ranges], monitor: Any, decompose_attention: bool) -> Any:
-        """The serialized engine (``IHostMemory``), or None if TensorRT gave up."""
+    def _plan(self, model: ModelProto, profiles: list[DimensionRanges], monitor: Any, decompose_attention: bool) -> Any:
+        """Return the serialized engine (``IHostMemory``), or None if TensorRT cannot build it."""
         trt = self._library.module
         builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
-        # In the folder of this path the parser finds the data file, which it maps into memory.
+        # The parser looks for the data file in the folder of this path, and maps it into memory.
         if not parser.parse(model.SerializeToString(), str(self._bundle.folder / MANIFEST)):
             self._messages.errors.insert(0, str(parser.get_error(0)) if parser.num_errors else "")
             return None
@@ -154,16 +171,16 @@ class EngineBuilder:
             _decompose_attention(trt, network)
         config = self._config(builder, monitor)
         inputs = [(value.name, tensor_shape(value)) for value in model.graph.input]
-        for dimensions in ranges:
+        for ranges in profiles:
             profile = builder.create_optimization_profile()
             for name, sizes in inputs:
                 if any(isinstance(size, str) for size in sizes):
-                    profile.set_shape(name, *shapes(sizes, dimensions))
+                    profile.set_shape(name, *profile_shapes(sizes, ranges))
             config.add_optimization_profile(profile)
-        if self._library.is_rtx:  # times nothing while it builds
+        if self._library.is_rtx:  # has no timing cache
             return builder.build_serialized_network(network, config)
         cache = config.create_timing_cache(self.timing_cache)
-        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or another GPU's
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another GPU
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
         plan = builder.build_serialized_network(network, config)
@@ -171,15 +188,16 @@ class EngineBuilder:
         return plan
 
     def _config(self, builder: Any, monitor: Any) -> Any:
-        trt, machine = self._library.module, self._machine
+        trt, platform = self._library.module, self._platform
         config = builder.create_builder_config()
         config.progress_monitor = monitor
         if self._options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._options.workspace)
         if self._library.is_rtx:
             config.num_compute_capabilities = 1
-            config.set_compute_capability(_compute_capability(trt, machine.compute_capability), 0)
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # a run that allocates cannot be recorded
+            config.set_compute_capability(_compute_capability(trt, platform.compute_capability), 0)
+            # CUDA graphs cannot capture a run that allocates memory.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self._uses_plugins:
             tensorrt_plugins.allow_in_place(trt, config)
         return config
@@ -193,7 +211,7 @@ def _decompose_attention(trt: Any, network: Any) -> None:
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # layers come as their base class
+            layer.__class__ = trt.IAttentionInputLayer  # get_layer returns the base class
             layer.attention.decomposable = True
 
 
@@ -203,13 +221,14 @@ def _compute_capability(trt: Any, written: str) -> Any:
     if name not in known:
         listed = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in sorted(known, key=lambda one: int(one[2:])))
         raise FusionError(
-            f"{trt.__name__} {trt.__version__} does not build for compute capability {written}; it does for {listed}."
+            f"{trt.__name__} {trt.__version__} does not support compute capability {written}; pass --device with one "
+            f"of {listed}."
         )
     return getattr(trt.ComputeCapability, name)
 
 
-def _monitor(trt: Any, progress: Progress, cancelled: Event) -> Any:
-    """TensorRT's own progress: steps of phases, which may have phases of their own. It may come from any thread."""
+def _monitor(trt: Any, progress: Progress, canceled: Event) -> Any:
+    """Return a monitor that reports TensorRT's build steps. TensorRT calls it from any thread; phases may be nested."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -222,7 +241,7 @@ def _monitor(trt: Any, progress: Progress, cancelled: Event) -> Any:
             pass
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if cancelled.is_set():  # an exception here would abort the process
+            if canceled.is_set():  # an exception would abort the process
                 return False
             progress.advance(1)
             return True

@@ -1,8 +1,8 @@
-"""Graphs for a TensorRT that does not know ONNX's newest operators: each becomes a function of operators of opset 21.
+"""Decompose operators that an older TensorRT does not support into functions of opset-21 operators.
 
-``Attention`` is read since TensorRT 10.14, ``RMSNormalization``, ``RotaryEmbedding`` and ``TensorScatter`` since 10.15
-(onnx-tensorrt's changelog). JetPack 6.2 has 10.3, JetPack 7.0 and 7.1 have 10.13. The functions compute the same in
-more and slower steps: a cache is copied, not written in place, and attention is fused only where TensorRT sees it.
+TensorRT reads ``Attention`` since 10.14; ``RMSNormalization``, ``RotaryEmbedding`` and ``TensorScatter`` since 10.15
+(onnx-tensorrt's changelog). JetPack 6.2 has 10.3, JetPack 7.0 and 7.1 have 10.13. The functions compute the same, more
+slowly: a KV cache is copied instead of updated in place, and attention is fused only where TensorRT recognizes it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ SINCE = {
     "RotaryEmbedding": (10, 15),
     "TensorScatter": (10, 15),
 }
-"""The first TensorRT that reads each operator."""
+"""First TensorRT version that supports each operator."""
 OPSET, IR_VERSION = 21, 10  # the first with blocked DequantizeLinear
-BLOCKED = -65504.0  # the least float16: a masked key's weight becomes exactly 0
+BLOCKED = -65504.0  # lowest float16: softmax makes it exactly 0
 
 
-def missing_operators(version: tuple[int, ...]) -> list[str]:
-    """The operators that a TensorRT of this version, as its first two numbers, does not read."""
+def unsupported_operators(version: tuple[int, ...]) -> list[str]:
+    """Return the operators that a TensorRT version ``(major, minor)`` does not support."""
     return [name for name, since in SINCE.items() if version < since]
 
 
-def replace_operators(model: ModelProto, names: Sequence[str], groups: int) -> None:
-    """Turn nodes of these operators into calls of functions that the model then has.
+def decompose_operators(model: ModelProto, names: Sequence[str], groups: int) -> None:
+    """Replace nodes of the operators ``names`` by calls of functions, and add the functions to the model.
 
-    ``groups``: how many query heads share a head of keys and values, in every Attention node.
+    ``groups`` is the number of query heads per key-value head, in every Attention node.
     """
     functions: dict[str, FunctionProto] = {}
     for node in model.graph.node:
@@ -63,13 +63,13 @@ def _constant(name: str, values: Any, dtype: str = "int64") -> NodeProto:
 
 
 def _function(name: str, inputs: list[str], nodes: list[NodeProto]) -> FunctionProto:
-    """Under a name of its own: TensorRT's parser takes an operator that it knows by name, whatever its domain."""
+    """Return a function with a new name: TensorRT's parser goes by an operator's name and ignores its domain."""
     imports = [helper.make_opsetid("", OPSET)]
     return qualify_names(helper.make_function(DOMAIN, f"Plain{name}", inputs, ["output"], nodes, imports))
 
 
 def _rms_normalization(attributes: dict[str, Any], groups: int) -> FunctionProto:
-    """``x / sqrt(mean(x^2) + epsilon) * scale`` over the last axis, in float32."""
+    """Make ``x / sqrt(mean(x^2) + epsilon) * scale`` over the last axis, in float32."""
     node = helper.make_node
     nodes = [
         _constant("epsilon", attributes["epsilon"], "float32"),
@@ -87,7 +87,7 @@ def _rms_normalization(attributes: dict[str, Any], groups: int) -> FunctionProto
 
 
 def _rotary_embedding(attributes: dict[str, Any], groups: int) -> FunctionProto:
-    """Halves of ``x [B,heads,L,dim]`` rotated by rows of the tables ``[positions,dim/2]``."""
+    """Make the rotation of the halves of ``x [B,heads,L,dim]`` by rows of the tables ``[positions,dim/2]``."""
     node = helper.make_node
     nodes = [
         _constant("heads", [1]),
@@ -108,7 +108,7 @@ def _rotary_embedding(attributes: dict[str, Any], groups: int) -> FunctionProto:
 
 
 def _tensor_scatter(attributes: dict[str, Any], groups: int) -> FunctionProto:
-    """Rows of ``update [1,heads,L,dim]`` at ``start [1]`` and behind in ``past [1,heads,capacity,dim]``."""
+    """Make the write of ``update [1,heads,L,dim]`` into ``past [1,heads,capacity,dim]``, from row ``start [1]`` on."""
     node = helper.make_node
     nodes = [
         *(_constant(name, value) for name, value in (("zero", 0), ("one", 1), ("scalar", [0]))),
@@ -135,7 +135,7 @@ def _tensor_scatter(attributes: dict[str, Any], groups: int) -> FunctionProto:
 
 
 def _attention(attributes: dict[str, Any], groups: int) -> FunctionProto:
-    """``softmax(q k^T * scale, masked) v``: q ``[B,heads,L,dim]``, k and v ``[B,heads/groups,M,dim]``, mask bool."""
+    """Make ``softmax(q k^T * scale, masked) v``: q ``[B,heads,L,dim]``, k, v ``[B,heads/groups,M,dim]``, mask bool."""
     node = helper.make_node
     nodes = [
         _constant("factor", attributes["scale"], "float32"),
@@ -146,7 +146,7 @@ def _attention(attributes: dict[str, Any], groups: int) -> FunctionProto:
     ]
     query, keys, values, mask, result = "scaled", "k", "v", "mask", "output"
     if groups > 1:
-        # Heads that share keys become an axis of their own, over which those are broadcast.
+        # Query heads that share keys form a separate axis, over which the keys are broadcast.
         nodes += [
             _constant("axis", [2]),
             _constant("group", [groups]),

@@ -1,7 +1,7 @@
-"""Cutting a graph into parts that are built one after another, each with a share of the weights.
+"""Partition a graph: several smaller graphs, built one after another and run in turn, compute the same.
 
-TensorRT takes four times the bytes of an engine's weights to build it (docs/benchmarks.md): parts bound that. Run in
-turn they compute what the whole does, so they cost a few kernel launches less fused at each cut.
+Building an engine takes four times the bytes of its weights (docs/benchmarks.md). Partitions limit that, and cost a few
+fused kernels at each cut.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-from onnx import ModelProto, ValueInfoProto, helper, shape_inference
+from onnx import ModelProto, ValueInfoProto, shape_inference
 
 from fusion_edge.kernels.onnx_functions.alignment import ADD_ROWS
 
-CROSSING = 2  # values between two parts at the most: an LLM's hidden states and its mask
-RESIDUAL = ("Add", ADD_ROWS)  # what makes the hidden states after attention, MLP or an interaction layer
+MAX_CROSSING = 2  # values between two partitions: the LLM's hidden states and its mask
+RESIDUAL = ("Add", ADD_ROWS)  # nodes that output the hidden states after attention, MLP or an interaction layer
 
 
-def split(model: ModelProto, parts: int) -> list[ModelProto]:
-    """``parts`` models or, where there are not as many places to cut, fewer; their weights are about equal in bytes.
+def partition_graph(model: ModelProto, count: int) -> list[ModelProto]:
+    """Return ``count`` partitions of a model with about equal bytes of weights, or fewer if it has fewer places to cut.
 
-    A graph is cut behind a residual sum where at most :data:`CROSSING` values go on: they are the outputs of one part
-    and inputs of later ones. Weights stay where they are, in the data file. Nodes are in topological order.
+    A place to cut is behind a residual sum that at most :data:`MAX_CROSSING` values cross: outputs of one partition and
+    inputs of later ones. Weights stay in the data file. Nodes must be in topological order.
     """
     sizes = _weights(model)
     crossing = _crossing(model)
@@ -34,20 +34,20 @@ def split(model: ModelProto, parts: int) -> list[ModelProto]:
     places = [
         i
         for i, (node, values) in enumerate(zip(model.graph.node, crossing, strict=True))
-        if node.op_type in RESIDUAL and node.output[0] in values and len(values) <= CROSSING
+        if node.op_type in RESIDUAL and node.output[0] in values and len(values) <= MAX_CROSSING
     ]
     cuts = {
-        min(places, key=lambda place: abs(before[place + 1] - total * part / parts)) + 1
-        for part in range(1, parts)
+        min(places, key=lambda place: abs(before[place + 1] - total * number / count)) + 1
+        for number in range(1, count)
         if places
     }
     bounds = [0, *sorted(cuts), len(model.graph.node)]
     types = {value.name: value for value in shape_inference.infer_shapes(model, data_prop=True).graph.value_info}
-    return [_part(model, types, start, stop, crossing) for start, stop in pairwise(bounds)]
+    return [_partition(model, types, start, stop, crossing) for start, stop in pairwise(bounds)]
 
 
 def _weights(model: ModelProto) -> dict[str, int]:
-    """Bytes of every initializer in the data file."""
+    """Return the bytes of every initializer in the data file."""
     sizes = {}
     for tensor in model.graph.initializer:
         length = next((entry.value for entry in tensor.external_data if entry.key == "length"), "0")
@@ -56,7 +56,7 @@ def _weights(model: ModelProto) -> dict[str, int]:
 
 
 def _crossing(model: ModelProto) -> list[set[str]]:
-    """After each node, the values that later nodes read."""
+    """Return, for each node, the values that later nodes read from it or from earlier ones."""
     last = {name: i for i, node in enumerate(model.graph.node) for name in node.input}
     live: set[str] = set()
     crossing = []
@@ -67,44 +67,26 @@ def _crossing(model: ModelProto) -> list[set[str]]:
     return crossing
 
 
-def _part(
+def _partition(
     model: ModelProto, types: Mapping[str, ValueInfoProto], start: int, stop: int, crossing: list[set[str]]
 ) -> ModelProto:
-    """Nodes ``start`` to ``stop`` as a model of their own."""
+    """Return nodes ``start`` to ``stop`` as a model."""
     graph = model.graph
     nodes = graph.node[start:stop]
     read, made = {name for node in nodes for name in node.input}, {name for node in nodes for name in node.output}
     entering = crossing[start - 1] & read if start else set()
     leaving = crossing[stop - 1] & made if stop < len(graph.node) else set()
-    part = ModelProto()
-    part.CopyFrom(model)
-    part.graph.Clear()
-    part.graph.name = f"{graph.name}.{start}"
-    part.graph.node.extend(nodes)
-    part.graph.input.extend(types[name] for name in sorted(entering))
-    part.graph.input.extend(value for value in graph.input if value.name in read)
-    part.graph.output.extend(value for value in graph.output if value.name in made)
-    part.graph.output.extend(types[name] for name in sorted(leaving))
-    part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
+    partition = ModelProto()
+    partition.CopyFrom(model)
+    partition.graph.Clear()
+    partition.graph.name = f"{graph.name}.{start}"
+    partition.graph.node.extend(nodes)
+    partition.graph.input.extend(types[name] for name in sorted(entering))
+    partition.graph.input.extend(value for value in graph.input if value.name in read)
+    partition.graph.output.extend(value for value in graph.output if value.name in made)
+    partition.graph.output.extend(types[name] for name in sorted(leaving))
+    partition.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
     used = {node.op_type for node in nodes}
-    del part.functions[:]
-    part.functions.extend(function for function in model.functions if function.name in used)
-    return part
-
-
-def fix_dimension(model: ModelProto, name: str, size: int) -> None:
-    """Give a symbolic dimension of the described values a size."""
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param == name:
-                dimension.dim_value = size
-
-
-def tensor_shape(value: ValueInfoProto) -> list[int | str]:
-    """Its dimensions, symbolic ones by their names."""
-    return [dimension.dim_param or dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-
-
-def tensor_dtype(value: ValueInfoProto) -> str:
-    """numpy dtype name."""
-    return str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name)
+    del partition.functions[:]
+    partition.functions.extend(function for function in model.functions if function.name in used)
+    return partition

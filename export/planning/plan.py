@@ -10,10 +10,11 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
+from fusion_edge.export.checkpoint.config import read_config
 from fusion_edge.export.checkpoint.language_config import MINIMUM_CONTEXT
+from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
-from fusion_edge.export.checkpoint.prequantized.parameters import check_scales, stored_layout
+from fusion_edge.export.checkpoint.prequantized_weights import check_scales, stored_layout
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
@@ -149,7 +150,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     not fit it.
     """
     config = read_config(checkpoint)
-    parameters = read_parameters(checkpoint, config)
+    parameters = match_parameters(checkpoint, config)
     options = _checked(with_preset(options, config), config)
     vision = options.vision or _default_vision(options)
     defaults = preset(options.precision, options.group_size, vision, options.asymmetric, options.target)

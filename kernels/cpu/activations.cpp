@@ -2,22 +2,22 @@
 
 #include <algorithm>
 
-#include "activation_lanes.h"
+#include "simd_activations.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 
 namespace fusion_edge {
 namespace {
 
-constexpr size_t TOGETHER = 16 << 10;                // values: less would not be worth a thread's while
+constexpr size_t VALUES_PER_TASK = 16 << 10;  // fewer values do not repay a thread
 
-// Of the values of one array or of several.
+// result[i] = function(values[i]...), for one input array or more.
 template <typename Function, typename... Values>
 void apply(size_t count, float* result, const Parallel& parallel, Function function, const Values*... values) {
-    parallel((count + TOGETHER - 1) / TOGETHER, [&](size_t group) {
-        const size_t end = std::min(count, (group + 1) * TOGETHER);
-        for (size_t i = group * TOGETHER; i < end; i += LANES) {
-            const __mmask16 mask = first(end - i);
+    parallel((count + VALUES_PER_TASK - 1) / VALUES_PER_TASK, [&](size_t group) {
+        const size_t end = std::min(count, (group + 1) * VALUES_PER_TASK);
+        for (size_t i = group * VALUES_PER_TASK; i < end; i += LANES) {
+            const __mmask16 mask = lane_mask(end - i);
             _mm512_mask_storeu_ps(result + i, mask, function(_mm512_maskz_loadu_ps(mask, values + i)...));
         }
     });
@@ -25,7 +25,7 @@ void apply(size_t count, float* result, const Parallel& parallel, Function funct
 
 }  // namespace
 
-// A closure, even of nothing: as functions without one they would not become part of the loop.
+// Each lambda captures something: GCC inlines a lambda into the loop, but not the function pointer it would decay to.
 
 void swish(const float* x, size_t count, float slope, float* result, const Parallel& parallel) {
     apply(count, result, parallel, [=](__m512 x) __attribute__((always_inline)) { return swish(x, slope); }, x);

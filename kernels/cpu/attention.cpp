@@ -2,24 +2,24 @@
 
 #include <algorithm>
 
-#include "attention_rows.h"
-#include "lanes.h"
+#include "attention_kernels.h"
+#include "simd.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 
 namespace fusion_edge {
 namespace {
 
-constexpr size_t AHEAD = 16;  // rows: what is fetched early
-constexpr float LOWEST_BIAS = -1e38f;   // above the lowest float, so that differences of scores are finite
+constexpr size_t PREFETCH_DISTANCE = 16;  // rows
+constexpr float MIN_BIAS = -1e38f;        // keeps differences of scores finite
 
-// Calls its function with the first of 16 values or fewer, and which of them there are.
+// Calls function(i, mask) for every register of up to 16 of `count` values.
 template <typename Function>
 [[gnu::always_inline]] inline void for_lanes(size_t count, Function function) {
-    for (size_t i = 0; i < count; i += LANES) function(i, first(count - i));
+    for (size_t i = 0; i < count; i += LANES) function(i, lane_mask(count - i));
 }
 
-// Turns channels i and i + rotary / 2 by the angle whose cosine and sine stand at i.
+// Rotary embedding: rotates the pair of channels (i, i + rotary / 2) by the angle with cos[i] and sin[i].
 void rotate(const float* from, size_t width, size_t rotary, const float* cos, const float* sin, float* to) {
     const size_t half = rotary / 2;
     for_lanes(half, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
@@ -31,8 +31,8 @@ void rotate(const float* from, size_t width, size_t rotary, const float* cos, co
     std::copy(from + rotary, from + width, to + rotary);
 }
 
-// to = from * scale * scales, which may be null.
-void multiply(const float* from, size_t width, float scale, const float* scales, float* to) {
+// to = from * scale * scales; null scales are 1.
+void scale_row(const float* from, size_t width, float scale, const float* scales, float* to) {
     for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
         __m512 product = _mm512_mul_ps(load(from + i, mask), _mm512_set1_ps(scale));
         if (scales) product = _mm512_mul_ps(product, load(scales + i, mask));
@@ -42,7 +42,7 @@ void multiply(const float* from, size_t width, float scale, const float* scales,
 
 void write_row(const float* from, size_t width, const float*, float* to) { std::copy(from, from + width, to); }
 
-// Rounds to nearest even; what int8 does not hold becomes its largest or smallest.
+// Quantizes to int8: rounds to nearest even, saturates.
 void write_row(const float* from, size_t width, const float* scales, int8_t* to) {
     const __m512 limit = _mm512_set1_ps(128);
     for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
@@ -52,153 +52,159 @@ void write_row(const float* from, size_t width, const float* scales, int8_t* to)
     });
 }
 
-// Rows of one head lie far apart in what all heads share: the processor does not foresee them.
-void fetch(const float* row, size_t width) {
+// Rows of one head are far apart in the packed qkv, so the hardware prefetcher misses them.
+void prefetch(const float* row, size_t width) {
     for (size_t i = 0; i < width; i += LANES) _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(row + width - 1), _MM_HINT_T0);
 }
 
-// A head's keys or values before this call's positions, where they are not there already; zeros behind the last one.
+// Copies a head's cached keys or values to the present cache and zeroes it after `total`. No-op if both share memory.
 template <typename T>
-void keep_past(const T* past, size_t past_length, size_t total, size_t capacity, size_t width, T* present) {
+void copy_past(const T* past, size_t past_length, size_t total, size_t capacity, size_t width, T* present) {
     if (past == present) return;
     std::copy(past, past + past_length * width, present);
     std::fill(present + total * width, present + capacity * width, T(0));
 }
 
-// One head of keys and values, which are written to memory of its own, with all its query heads.
+// Attention of one KV head with all its query heads. Writes the head's new keys and values to `keys` and `values`.
 template <typename T>
-void attend_head(const Causal<T>& all, size_t kv_head, T* keys, T* values, Factors factors) {
-    const size_t width = all.width, group = all.heads / all.kv_heads, past = all.total - all.length;
-    const size_t row_width = (all.heads + 2 * all.kv_heads) * width, half = all.rotary / 2;
-    const float* key_scales = all.key_scales ? all.key_scales + kv_head * width : nullptr;
-    const float* value_scales = all.value_scales ? all.value_scales + kv_head * width : nullptr;
-    // Channels of one position, from one on.
+void attend_head(const CausalParams<T>& params, size_t kv_head, T* keys, T* values, Precision precision) {
+    const size_t width = params.width, group = params.heads / params.kv_heads, past = params.total - params.length;
+    const size_t row_width = (params.heads + 2 * params.kv_heads) * width, half = params.rotary / 2;
+    const float* key_scales = params.key_scales ? params.key_scales + kv_head * width : nullptr;
+    const float* value_scales = params.value_scales ? params.value_scales + kv_head * width : nullptr;
+    // Returns token `index` of qkv from `channel` on.
     const auto channels = [&](size_t index, size_t channel) {
-        const float* row = all.qkv + index * row_width + channel;
-        if (index + AHEAD < all.length) fetch(row + AHEAD * row_width, width);
+        const float* row = params.qkv + index * row_width + channel;
+        if (index + PREFETCH_DISTANCE < params.length) prefetch(row + PREFETCH_DISTANCE * row_width, width);
         return row;
     };
     const auto rotated = [&](size_t index, size_t channel, float* to) {
         const size_t angle = (past + index) * half;
-        rotate(channels(index, channel), width, all.rotary, all.cos + angle, all.sin + angle, to);
+        rotate(channels(index, channel), width, params.rotary, params.cos + angle, params.sin + angle, to);
     };
-    keep_past(all.past_keys + kv_head * all.past_capacity * width, past, all.total, all.capacity, width, keys);
-    keep_past(all.past_values + kv_head * all.past_capacity * width, past, all.total, all.capacity, width, values);
-    for (size_t i = 0; i < all.length; ++i) {
-        float key[LARGEST_HEAD];
-        rotated(i, (all.heads + kv_head) * width, key);
+    const size_t past_offset = kv_head * params.past_capacity * width;
+    copy_past(params.past_keys + past_offset, past, params.total, params.capacity, width, keys);
+    copy_past(params.past_values + past_offset, past, params.total, params.capacity, width, values);
+    for (size_t i = 0; i < params.length; ++i) {
+        float key[MAX_HEAD_WIDTH];
+        rotated(i, (params.heads + kv_head) * width, key);
         write_row(key, width, key_scales, keys + (past + i) * width);
-        const float* value = channels(i, (all.heads + all.kv_heads + kv_head) * width);
+        const float* value = channels(i, (params.heads + params.kv_heads + kv_head) * width);
         write_row(value, width, value_scales, values + (past + i) * width);
     }
-    Rows rows{};
-    rows.count = all.length * group;
+    QueryRows rows{};
+    rows.count = params.length * group;
     rows.query = [&](size_t row, float* query) {
         rotated(row / group, (kv_head * group + row % group) * width, query);
-        multiply(query, width, all.scale * LOG2_E, key_scales, query);
+        scale_row(query, width, params.scale * LOG2_E, key_scales, query);
     };
     rows.visible = [&](size_t row) { return past + row / group + 1; };
     rows.result = [&](size_t row) {
-        return all.result + (row / group * all.heads + kv_head * group + row % group) * width;
+        return params.result + (row / group * params.heads + kv_head * group + row % group) * width;
     };
-    const Head<T> head{keys, values, all.total, width, width, nullptr, value_scales};
-    if (all.length == 1) attend_in_stream(head, rows);
-    else attend_in_tiles(head, rows, factors);
+    const KvHead<T> head{keys, values, params.total, width, width, nullptr, value_scales};
+    if (params.length == 1) decode_attention(head, rows);
+    else flash_attention(head, rows, precision);
 }
 
-// Scales for the channels of a head's first rows, the rows in these, and behind them what the past has there.
-void fill_cache(
-    const float* rows, const Causal<int8_t>& all, const CacheScaling& scaling, float* scales, const int8_t* past,
-    int8_t* cache) {
-    const size_t count = all.length, width = all.width;
+// Writes the scales of a head's channels, its quantized rows, and after them the past's content.
+void quantize_cache(
+    const float* rows, const CausalParams<int8_t>& params, const CacheQuantization& quantization, float* scales,
+    const int8_t* past, int8_t* cache) {
+    const size_t count = params.length, width = params.width;
     for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
         __m512 largest = _mm512_setzero_ps();
         for (size_t row = 0; row < count; ++row)
-            largest = larger_magnitude(largest, load(rows + row * width + i, mask));
-        const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(scaling.factor));
-        // The instruction gives its second operand if either is NaN.
-        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(_mm512_set1_ps(scaling.smallest), fitting));
+            largest = max_abs(largest, load(rows + row * width + i, mask));
+        const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(quantization.factor));
+        // max_ps returns its second operand if either is NaN, so NaN reaches the scale.
+        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(_mm512_set1_ps(quantization.smallest), fitting));
     });
     for (size_t row = 0; row < count; ++row) write_row(rows + row * width, width, scales, cache + row * width);
-    if (past != cache) std::copy(past + count * width, past + all.capacity * width, cache + count * width);
+    if (past != cache) std::copy(past + count * width, past + params.capacity * width, cache + count * width);
 }
 
 }  // namespace
 
-void attend(const MultiHead& all, Factors factors, const Parallel& parallel) {
-    const size_t width = all.width, row_width = all.heads * width;
-    parallel(all.batch * all.heads, [&](size_t index) {
+void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel) {
+    const size_t width = params.width, row_width = params.heads * width;
+    parallel(params.batch * params.heads, [&](size_t index) {
         static thread_local Scratch<float> biases;
-        const size_t batch = index / all.heads, channel = index % all.heads * width;
-        const int32_t* mask = all.key_mask ? all.key_mask + batch * all.keys : nullptr;
-        float* bias = mask ? biases.of(all.keys) : nullptr;
-        const float masked = std::max(all.masked * LOG2_E, LOWEST_BIAS);
-        for (size_t i = 0; mask && i < all.keys; ++i) bias[i] = mask[i] ? 0 : masked;
-        const size_t key = batch * all.keys * all.stride + channel, query = batch * all.query_rows;
-        const Head<float> head{all.k + key, all.v + key, all.keys, width, all.stride, bias, nullptr};
-        Rows rows{};
-        rows.count = all.queries;
+        const size_t batch = index / params.heads, channel = index % params.heads * width;
+        const int32_t* mask = params.key_mask ? params.key_mask + batch * params.keys : nullptr;
+        float* bias = mask ? biases.of(params.keys) : nullptr;
+        const float masked = std::max(params.masked * LOG2_E, MIN_BIAS);
+        for (size_t i = 0; mask && i < params.keys; ++i) bias[i] = mask[i] ? 0 : masked;
+        const size_t key = batch * params.keys * params.stride + channel, query = batch * params.query_rows;
+        const KvHead<float> head{params.k + key, params.v + key, params.keys, width, params.stride, bias, nullptr};
+        QueryRows rows{};
+        rows.count = params.queries;
         rows.query = [&](size_t row, float* to) {
-            const float* from = all.q + (query + row) * all.stride + channel;
-            if (row + AHEAD < all.queries) fetch(from + AHEAD * all.stride, width);
-            multiply(from, width, all.scale * LOG2_E, nullptr, to);
+            const float* from = params.q + (query + row) * params.stride + channel;
+            if (row + PREFETCH_DISTANCE < params.queries) prefetch(from + PREFETCH_DISTANCE * params.stride, width);
+            scale_row(from, width, params.scale * LOG2_E, nullptr, to);
         };
-        rows.visible = [&](size_t) { return all.keys; };
-        rows.result = [&](size_t row) { return all.result + (query + row) * row_width + channel; };
-        attend_in_tiles(head, rows, factors);
+        rows.visible = [&](size_t) { return params.keys; };
+        rows.result = [&](size_t row) { return params.result + (query + row) * row_width + channel; };
+        flash_attention(head, rows, precision);
     });
 }
 
-void fill_with_mean(const MultiHead& all, const Parallel& parallel) {
-    const size_t row_width = all.heads * all.width;
-    if (all.query_rows == all.queries) return;
-    parallel(all.batch, [&](size_t batch) {
-        const float* values = all.v + batch * all.keys * all.stride;
-        float* const first_row = all.result + (batch * all.query_rows + all.queries) * row_width;
+void fill_with_mean(const MultiHeadParams& params, const Parallel& parallel) {
+    const size_t row_width = params.heads * params.width;
+    if (params.query_rows == params.queries) return;
+    parallel(params.batch, [&](size_t batch) {
+        const float* values = params.v + batch * params.keys * params.stride;
+        float* const first_row = params.result + (batch * params.query_rows + params.queries) * row_width;
         for_lanes(row_width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
             __m512 sum = _mm512_setzero_ps();
-            for (size_t key = 0; key < all.keys; ++key) sum = _mm512_add_ps(sum, load(values + key * all.stride + i, mask));
-            sum = _mm512_div_ps(sum, _mm512_set1_ps(float(all.keys)));
-            for (size_t row = 0; row < all.query_rows - all.queries; ++row)
+            for (size_t key = 0; key < params.keys; ++key)
+                sum = _mm512_add_ps(sum, load(values + key * params.stride + i, mask));
+            sum = _mm512_div_ps(sum, _mm512_set1_ps(float(params.keys)));
+            for (size_t row = 0; row < params.query_rows - params.queries; ++row)
                 _mm512_mask_storeu_ps(first_row + row * row_width + i, mask, sum);
         });
     });
 }
 
 template <typename T>
-void attend(const Causal<T>& attention, Factors factors, const Parallel& parallel) {
-    parallel(attention.kv_heads, [&](size_t kv_head) {
-        const size_t place = kv_head * attention.capacity * attention.width;
-        attend_head(attention, kv_head, attention.keys + place, attention.values + place, factors);
+void attend(const CausalParams<T>& params, Precision precision, const Parallel& parallel) {
+    parallel(params.kv_heads, [&](size_t kv_head) {
+        const size_t offset = kv_head * params.capacity * params.width;
+        attend_head(params, kv_head, params.keys + offset, params.values + offset, precision);
     });
 }
 
-void attend_and_fill(
-    const Causal<int8_t>& all, const CacheScaling& scaling, Factors factors, const Parallel& parallel) {
-    Causal<float> floats{};
-    floats.qkv = all.qkv;
-    floats.cos = all.cos;
-    floats.sin = all.sin;
-    floats.result = all.result;
-    floats.length = floats.total = floats.capacity = all.length;
-    floats.heads = all.heads;
-    floats.kv_heads = all.kv_heads;
-    floats.width = all.width;
-    floats.rotary = all.rotary;
-    floats.scale = all.scale;
-    parallel(all.kv_heads, [&](size_t kv_head) {
+void prefill_int8_cache(
+    const CausalParams<int8_t>& params, const CacheQuantization& quantization, Precision precision,
+    const Parallel& parallel) {
+    CausalParams<float> floats{};
+    floats.qkv = params.qkv;
+    floats.cos = params.cos;
+    floats.sin = params.sin;
+    floats.result = params.result;
+    floats.length = floats.total = floats.capacity = params.length;
+    floats.heads = params.heads;
+    floats.kv_heads = params.kv_heads;
+    floats.width = params.width;
+    floats.rotary = params.rotary;
+    floats.scale = params.scale;
+    parallel(params.kv_heads, [&](size_t kv_head) {
         static thread_local Scratch<float> memory;
-        float* const keys = memory.of(2 * all.length * all.width);
-        float* const values = keys + all.length * all.width;
-        attend_head(floats, kv_head, keys, values, factors);
-        const size_t place = kv_head * all.capacity * all.width, channel = kv_head * all.width;
-        fill_cache(keys, all, scaling, scaling.keys + channel, all.past_keys + place, all.keys + place);
-        fill_cache(values, all, scaling, scaling.values + channel, all.past_values + place, all.values + place);
+        float* const keys = memory.of(2 * params.length * params.width);
+        float* const values = keys + params.length * params.width;
+        attend_head(floats, kv_head, keys, values, precision);
+        const size_t offset = kv_head * params.capacity * params.width, channel = kv_head * params.width;
+        quantize_cache(
+            keys, params, quantization, quantization.keys + channel, params.past_keys + offset, params.keys + offset);
+        quantize_cache(
+            values, params, quantization, quantization.values + channel, params.past_values + offset,
+            params.values + offset);
     });
 }
 
-template void attend(const Causal<float>&, Factors, const Parallel&);
-template void attend(const Causal<int8_t>&, Factors, const Parallel&);
+template void attend(const CausalParams<float>&, Precision, const Parallel&);
+template void attend(const CausalParams<int8_t>&, Precision, const Parallel&);
 
 }  // namespace fusion_edge

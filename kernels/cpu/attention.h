@@ -1,61 +1,61 @@
-// Attention of float32 queries, softmax(q k^T) v, without its matrix of scores ever being stored whole.
-//
-// Method: keys by blocks, with a running maximum and sum for each row (https://arxiv.org/abs/2205.14135).
+// Attention of float32 queries: softmax(scale q k^T) v.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "products.h"
+#include "parallel.h"
 
 namespace fusion_edge {
 
-constexpr size_t LARGEST_HEAD = 256;  // channels
+constexpr size_t MAX_HEAD_WIDTH = 256;  // channels of a head
 
-// What factors are rounded to before they are multiplied. Sums are always float32.
-enum class Factors { FLOAT32, BFLOAT16 };
+// Precision of the factors of matmuls. Sums are float32.
+enum class Precision { FLOAT32, BFLOAT16 };
 
-// Every query attends to every key of its batch.
-struct MultiHead {
-    const float *q, *k, *v;     // [batch, queries, heads * width], [batch, keys, heads * width] twice; rows `stride` apart
-    const int32_t* key_mask;    // [batch, keys]: 0 where `masked` is added to a key's scores; or null
-    float* result;              // [batch, queries, heads * width]
+// Multi-head attention: every query sees every key of its batch.
+struct MultiHeadParams {
+    const float *q, *k, *v;   // [batch, query_rows or keys, heads * width], with a row stride of `stride`
+    const int32_t* key_mask;  // [batch, keys]; where it is 0, `masked` is added to the scores. Null: no mask
+    float* result;            // [batch, query_rows, heads * width]
     size_t batch, queries, keys, heads, width, stride;
-    size_t query_rows;          // of a batch, in the memory of q and of the result: `queries` or more
+    size_t query_rows;  // rows per batch of q and of the result; the first `queries` attend
     float scale, masked;
 };
 
-void attend(const MultiHead& attention, Factors factors, const Parallel& parallel);
+void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel);
 
-// Rows of the result behind the queries' become the mean of all values of their batch.
-void fill_with_mean(const MultiHead& attention, const Parallel& parallel);
+// Sets the result's rows after the first `queries` to the mean of the values of their batch.
+void fill_with_mean(const MultiHeadParams& params, const Parallel& parallel);
 
-// Some positions of one sequence attend to those up to their own. T is what the cache holds: float or int8_t.
+// Causal attention with rotary embedding and a KV cache of element type T (float or int8_t). The `length` new tokens
+// follow the `total - length` cached ones.
 template <typename T>
-struct Causal {
+struct CausalParams {
     const float* qkv;                  // [length, (heads + 2 * kv_heads) * width], before the rotation
-    const float *cos, *sin;            // [positions, rotary / 2]; channels behind `rotary` are not rotated
-    const T *past_keys, *past_values;  // [kv_heads, past_capacity, width], positions before these
-    T *keys, *values;                  // [kv_heads, capacity, width]: those and these; may be the past's memory
-    const float *key_scales, *value_scales;  // [kv_heads, width] of int8, or null
+    const float *cos, *sin;            // [positions, rotary / 2]; channels from `rotary` on are not rotated
+    const T *past_keys, *past_values;  // [kv_heads, past_capacity, width]: cached tokens
+    T *keys, *values;                  // [kv_heads, capacity, width]: cached and new tokens; may alias the past
+    const float *key_scales, *value_scales;  // [kv_heads, width], scales of an int8 cache; else null
     float* result;                           // [length, heads * width]
     size_t length, total, past_capacity, capacity, heads, kv_heads, width, rotary;
     float scale;
 };
 
 template <typename T>
-void attend(const Causal<T>& attention, Factors factors, const Parallel& parallel);
+void attend(const CausalParams<T>& params, Precision precision, const Parallel& parallel);
 
-// How an int8 cache is scaled: a channel's scale is its largest value times a factor, but at least the smallest scale.
-struct CacheScaling {
+// Quantization of an int8 cache: scale of a channel = max(largest magnitude * factor, smallest).
+struct CacheQuantization {
     float factor, smallest;
-    float *keys, *values;  // [kv_heads, width]: where the scales are written
+    float *keys, *values;  // [kv_heads, width]: output of the scales
 };
 
-// A prefill, from position 0 on: attends to its own keys and values in float, then derives the scales of the cache from
-// them and fills it. What stands behind them there stays that of the past.
-void attend_and_fill(
-    const Causal<int8_t>& attention, const CacheScaling& scaling, Factors factors, const Parallel& parallel);
+// Prefill from position 0 with an int8 cache: attends to float32 keys and values, then quantizes them into the cache.
+// The cache after them keeps the content of the past.
+void prefill_int8_cache(
+    const CausalParams<int8_t>& params, const CacheQuantization& quantization, Precision precision,
+    const Parallel& parallel);
 
 }  // namespace fusion_edge

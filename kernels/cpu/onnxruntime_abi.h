@@ -1,7 +1,8 @@
-// The part of ONNX Runtime's C interface that these kernels use, by its binary layout.
+// Binary layout of the part of ONNX Runtime's C interface that the kernels use (onnxruntime_c_api.h, which the Python
+// wheels lack).
 //
-// OrtApi is a table of function pointers that is only ever appended to, so that an entry's index is a fixed fact; its
-// header does not come with ONNX Runtime's Python wheels. OrtCustomOp is read up to what its `version` says.
+// OrtApi is a table of function pointers. Releases only append to it, so the index of an entry is fixed. ONNX Runtime
+// reads OrtCustomOp up to the fields of its `version`.
 
 #pragma once
 
@@ -10,7 +11,7 @@
 
 namespace onnxruntime {
 
-// Of ONNX Runtime 1.23, the oldest release that a bundle runs on.
+// ONNX Runtime 1.23, the oldest release that runs bundles.
 constexpr uint32_t API_VERSION = 23;
 
 struct Status;

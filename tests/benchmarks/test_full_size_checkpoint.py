@@ -13,7 +13,8 @@ from safetensors import safe_open
 from fusion_edge.benchmarks import full_size_checkpoint
 from fusion_edge.benchmarks.full_size_checkpoint import GOLDEN, LAYOUTS, Layout, write_checkpoint
 from fusion_edge.export import cli
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.config import VisionConfig
@@ -55,7 +56,7 @@ def test_exporter_accepts_every_layout(tmp_path: Path, name: str) -> None:
     write_checkpoint(layout, tmp_path, GOLDEN / layout.like)
     with Checkpoint(tmp_path) as checkpoint:
         config = read_config(checkpoint)
-        read_parameters(checkpoint, config)
+        match_parameters(checkpoint, config)
     assert config.vision == layout.vision
     assert config.language.layers == 5
     assert config.alignment.layers == 2  # after LLM layers 0 and 3

@@ -12,7 +12,8 @@ import torch
 from support.paths import GOLDEN
 
 from fusion_edge.export import cli
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.model.eager import EagerOperations
@@ -58,7 +59,7 @@ def test_fp32_bundle_holds_the_checkpoints_values(checkpoint: str, tmp_path: Pat
     assert cli.main([str(GOLDEN / checkpoint), "-o", str(tmp_path / "bundle"), "--fp32"]) == 0
     stored = BundleWeights(open_bundle(tmp_path / "bundle"))
     with Checkpoint(GOLDEN / checkpoint) as source:
-        original = CheckpointWeights(source, read_parameters(source, read_config(source)))
+        original = CheckpointWeights(source, match_parameters(source, read_config(source)))
         for name in original.parameters:
             np.testing.assert_array_equal(read_parameter(stored, name), read_parameter(original, name))
 

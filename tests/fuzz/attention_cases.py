@@ -1,4 +1,4 @@
-"""Calls of the attention kernels, drawn at random, and what each must answer."""
+"""Random calls of the attention operators, and checks of their outputs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,31 @@ from support.attention_graphs import (
 )
 
 from fusion_edge.kernels.onnx_functions import int8_cache
-from fusion_edge.kernels.operators import DOMAIN, MICROSOFT
+from fusion_edge.kernels.operators import (
+    CACHED_ATTENTION,
+    GROUP_QUERY_ATTENTION,
+    INT8_GROUP_QUERY_ATTENTION,
+    MULTI_HEAD_ATTENTION,
+    PACKED_ATTENTION,
+    PATCH_ATTENTION,
+)
 from fuzz.fake_onnxruntime import Attribute
-from fuzz.kernel_cases import Array, Case, Random, differs, hostile
+from fuzz.kernel_cases import Array, Case, Random, differs, with_extremes
 
-ATTENTION = 6e-6  # of values a few units large: float32 has 24 bits, and a sum some tens of terms in each lane
+FLOAT32_ERROR = 6e-6  # relative to the values: float32 has 24 bits, and a lane sums some tens of terms
 WIDTHS = (1, 3, 8, 15, 16, 17, 64, 72, 80, 96, 128, 255, 256)
 
 
 def attention_tolerance(q: Array, k: Array, v: Array, scale: float, bfloat16: bool) -> float:
-    """Of results; all in float64, heads last but one dimension. Of bfloat16 each factor is off by 2^-9 of itself."""
+    """Return the tolerance of results for float64 operands ``[..., heads, width]``.
+
+    bfloat16 rounds each factor with a relative error of 2^-9.
+    """
     with np.errstate(all="ignore"):
         largest = np.abs(v[np.isfinite(v)]).max(initial=1)
         score = float(np.linalg.norm(q, axis=-1).max(initial=0) * np.linalg.norm(k, axis=-1).max(initial=0) * scale)
         error = score * (2.0**-7 if bfloat16 else 2.0**-20)
-        tolerance = largest * (np.expm1(2 * error) + (2.0**-7 if bfloat16 else ATTENTION))
+        tolerance = largest * (np.expm1(2 * error) + (2.0**-7 if bfloat16 else FLOAT32_ERROR))
     return float(tolerance) if np.isfinite(tolerance) else np.inf
 
 
@@ -39,12 +49,12 @@ def multi_head(random: Random) -> Case:
     batch, heads, width = int(random.integers(1, 3)), int(random.integers(1, 4)), int(random.choice(WIDTHS))
     queries, keys = (int(random.choice([1, 2, 7, 16, 33, 65, 300])) for _ in range(2))
     bfloat16, has_mask = bool(random.random() < 0.3), random.random() < 0.7
-    is_hostile = random.random() < 0.2
+    has_extremes = random.random() < 0.2
     feeds = {name: random.normal(size=(batch, rows, heads * width)).astype(np.float32) for name, rows in
              (("q", queries), ("k", keys), ("v", keys))}  # fmt: skip
-    if is_hostile:
+    if has_extremes:
         name = "qkv"[random.integers(3)]
-        feeds[name] = hostile(feeds[name], random)
+        feeds[name] = with_extremes(feeds[name], random)
     mask = key_mask(random, batch, keys) if has_mask else np.ones((batch, keys), np.int32)
     scale = float(np.float32(random.uniform(0.05, 0.5))) if random.random() < 0.5 else 0.0
 
@@ -54,17 +64,28 @@ def multi_head(random: Random) -> Case:
         with np.errstate(all="ignore"):
             expected = multi_head_reference(own, heads)
         q, k, v = (own[name].reshape(batch, -1, heads, width) for name in "qkv")
-        return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), is_hostile)
+        return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), has_extremes)
 
     attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": BLOCKED, "scale": scale}
-    inputs = (feeds["q"], feeds["k"], feeds["v"], None, mask if has_mask else None, None, None, None)
-    operator = (MICROSOFT, "MultiHeadAttention", "")
-    fixed = (2, 4) if has_mask else (2,)
-    return Case(operator, attributes, inputs, check, ("num_heads",), fixed, unknown=(3, 5, 6, 7), bfloat16=bfloat16)
+    return Case(
+        MULTI_HEAD_ATTENTION,
+        attributes,
+        {
+            "query": feeds["q"],
+            "key": feeds["k"],
+            "value": feeds["v"],
+            "key_padding_mask": mask if has_mask else None,
+        },
+        check,
+        counts=("num_heads",),
+        dependent=("value", "key_padding_mask") if has_mask else ("value",),
+        unsupported=("bias", "attention_bias", "past_key", "past_value"),
+        bfloat16=bfloat16,
+    )
 
 
 def key_mask(random: Random, batch: int, keys: int) -> Array:
-    """Of which some key is there."""
+    """Return a random key mask ``[batch, keys]`` with at least one visible key."""
     mask = (random.random((batch, keys)) < 0.7).astype(np.int32)
     mask[:, random.integers(keys)] = 1
     return mask
@@ -74,9 +95,9 @@ def packed_attention(random: Random) -> Case:
     batch, heads, width = int(random.integers(1, 3)), int(random.integers(1, 4)), int(random.choice(WIDTHS))
     rows, bfloat16 = int(random.choice([1, 2, 7, 16, 33, 65])), bool(random.random() < 0.3)
     patches = int(random.integers(1, rows + 1)) if random.random() < 0.5 else None
-    qkv, is_hostile = random.normal(size=(batch, rows, 3 * heads * width)).astype(np.float32), random.random() < 0.2
-    if is_hostile:
-        qkv = hostile(qkv, random)
+    qkv, has_extremes = random.normal(size=(batch, rows, 3 * heads * width)).astype(np.float32), random.random() < 0.2
+    if has_extremes:
+        qkv = with_extremes(qkv, random)
     mask = key_mask(random, batch, rows)
 
     def check(outputs: list[Array]) -> str | None:
@@ -86,18 +107,19 @@ def packed_attention(random: Random) -> Case:
             if patches is not None:
                 expected[:, patches:] = v.mean(1, keepdims=True)
         q, k, v = (part.reshape(batch, rows, heads, width) for part in (q, k, v))
-        return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), is_hostile)
+        return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), has_extremes)
 
     attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": BLOCKED}
     if patches is not None:
         attributes["patches"] = patches
-    operator = (DOMAIN, "PackedAttention" if patches is None else "PatchAttention", "")
+    operator = PACKED_ATTENTION if patches is None else PATCH_ATTENTION
     counts = ("num_heads",) if patches is None else ("num_heads", "patches")
-    return Case(operator, attributes, (qkv, mask), check, counts, fixed=(1,), bfloat16=bfloat16)
+    inputs = {"qkv": qkv, "key_mask": mask}
+    return Case(operator, attributes, inputs, check, counts, dependent=("key_mask",), bfloat16=bfloat16)
 
 
 def causal_sizes(random: Random, int8: bool) -> tuple[Causal, int, int, int]:
-    """Sizes, positions before, capacity of the cache, and length."""
+    """Return sizes, number of cached tokens, capacity of the cache, and number of new tokens."""
     kv_heads, width = int(random.integers(1, 4)), int(random.choice(WIDTHS))
     rotary = 2 * int(random.integers(0, width // 2 + 1))
     sizes = Causal(kv_heads * int(random.integers(1, 5)), kv_heads, width, rotary, int8)
@@ -105,11 +127,18 @@ def causal_sizes(random: Random, int8: bool) -> tuple[Causal, int, int, int]:
     return sizes, past, past + int(random.choice([0, length, length, length + 9])), length
 
 
-def causal_inputs(sizes: Causal, feeds: Mapping[str, Array]) -> tuple[Array | None, ...]:
-    """In the order of GroupQueryAttention's."""
-    names = ["qkv", "", "", "past_key", "past_value", "last_position", "total_length", "cos", "sin", "", "", ""]
-    names += ["key_scale", "value_scale"] if sizes.int8 else ["", ""]
-    return tuple(feeds.get(name) for name in names)
+GROUP_QUERY_INPUTS = {
+    "query": "qkv",
+    "past_key": "past_key",
+    "past_value": "past_value",
+    "seqlens_k": "last_position",
+    "total_sequence_length": "total_length",
+    "cos_cache": "cos",
+    "sin_cache": "sin",
+    "k_scale": "key_scale",
+    "v_scale": "value_scale",
+}
+"""Name in ``causal_feeds`` of each input."""
 
 
 def causal_tolerance(sizes: Causal, feeds: Mapping[str, Array], values: Array, bfloat16: bool) -> float:
@@ -122,7 +151,7 @@ def causal_tolerance(sizes: Causal, feeds: Mapping[str, Array], values: Array, b
 def differing_cache(
     sizes: Causal, feeds: Mapping[str, Array], part: str, present: Array, scale: Array | float, in_place: bool
 ) -> str | None:
-    """What a cache is otherwise than the past's and behind it the new keys or values, rounded by ``scale``."""
+    """Return a message unless a cache holds the past and after it the new keys or values, quantized by ``scale``."""
     length, total = feeds["qkv"].shape[1], int(feeds["total_length"])
     rows = feeds["qkv"][0].astype(np.float64).reshape(length, -1, sizes.width)
     first = sizes.heads + (0 if part == "key" else sizes.kv_heads)
@@ -143,12 +172,12 @@ def differing_cache(
 def causal(random: Random) -> Case:
     sizes, past, capacity, length = causal_sizes(random, int8=random.random() < 0.5)
     feeds, bfloat16 = causal_feeds(sizes, past, capacity, length, random), bool(random.random() < 0.3)
-    is_in_place, is_hostile = capacity >= past + length and random.random() < 0.5, random.random() < 0.1
-    if is_hostile:
-        feeds["qkv"] = hostile(feeds["qkv"], random)
+    is_in_place, has_extremes = capacity >= past + length and random.random() < 0.5, random.random() < 0.1
+    if has_extremes:
+        feeds["qkv"] = with_extremes(feeds["qkv"], random)
 
     def check(outputs: list[Array]) -> str | None:
-        if is_hostile:
+        if has_extremes:
             return None
         for part, present in zip(("key", "value"), outputs[1:], strict=True):
             scale = feeds[f"{part}_scale"][0] if sizes.int8 else 1.0
@@ -162,17 +191,18 @@ def causal(random: Random) -> Case:
     attributes["scale"] = float(np.float32(sizes.width**-0.5))
     if sizes.int8:
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    dependent = ("past_value", "seqlens_k", "total_sequence_length", "sin_cache")
     return Case(
-        (MICROSOFT, "GroupQueryAttention", "int8" if sizes.int8 else "float32"),
+        INT8_GROUP_QUERY_ATTENTION if sizes.int8 else GROUP_QUERY_ATTENTION,
         attributes,
-        causal_inputs(sizes, feeds),
+        {name: feeds.get(feed) for name, feed in GROUP_QUERY_INPUTS.items()},
         check,
         counts=("num_heads", "kv_num_heads"),
-        fixed=(4, 5, 6, 8, *((12, 13) if sizes.int8 else ())),
-        unknown=(1, 2, 9, 10, 11),
-        in_place={1: 3, 2: 4} if is_in_place else {},
+        dependent=(*dependent, "k_scale", "v_scale") if sizes.int8 else dependent,
+        unsupported=("key", "value", "position_ids", "attention_bias", "head_sink"),
+        in_place={"present_key": "past_key", "present_value": "past_value"} if is_in_place else {},
         bfloat16=bfloat16,
-    )  # fmt: skip
+    )
 
 
 def cached(random: Random) -> Case:
@@ -181,13 +211,13 @@ def cached(random: Random) -> Case:
     past, capacity = (0, max(capacity, length)) if is_prefill else (past, capacity)
     feeds, bfloat16 = cached_feeds(sizes, past, capacity, length, random), bool(random.random() < 0.3)
     feeds["is_prefill"] = np.array(is_prefill)
-    is_in_place, is_hostile = capacity >= past + length and random.random() < 0.5, random.random() < 0.1
-    if is_hostile:
-        feeds["qkv"] = hostile(feeds["qkv"], random)
+    is_in_place, has_extremes = capacity >= past + length and random.random() < 0.5, random.random() < 0.1
+    if has_extremes:
+        feeds["qkv"] = with_extremes(feeds["qkv"], random)
     own = feeds | {f"past_{part}": feeds[f"past.{part}"] for part in int8_cache.PARTS}
 
     def check(outputs: list[Array]) -> str | None:
-        if is_hostile:
+        if has_extremes:
             return None
         present = dict(zip(int8_cache.CACHE_TENSORS, outputs[1:], strict=True))
         for part in int8_cache.PARTS:
@@ -205,23 +235,22 @@ def cached(random: Random) -> Case:
             values = present["value"].astype(np.float64) * present["value_scale"]
         return differs(outputs[0], expected, causal_tolerance(sizes, read, values, bfloat16 and length > 1))
 
-    names = ("qkv", *(f"past.{state}" for state in int8_cache.CACHE_TENSORS), *int8_cache.SHARED, "is_prefill")
     attributes: dict[str, Attribute] = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
     attributes |= {"scale": float(np.float32(sizes.width**-0.5))} | int8_cache.SCALING
     return Case(
-        (DOMAIN, "CachedAttention", ""),
+        CACHED_ATTENTION,
         attributes,
-        tuple(feeds[name] for name in names),
+        feeds,
         check,
         counts=("num_heads", "kv_num_heads"),
-        fixed=(2, 3, 4, 5, 6, 8, 9),
-        in_place={place: place for place in range(1, 5)} if is_in_place else {},
+        dependent=tuple(name for name in CACHED_ATTENTION.inputs if name not in ("qkv", "past.key", "cos")),
+        in_place={f"present.{name}": f"past.{name}" for name in int8_cache.CACHE_TENSORS} if is_in_place else {},
         bfloat16=bfloat16,
-    )  # fmt: skip
+    )
 
 
 def prefill_reference(sizes: Causal, feeds: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Attention to keys and values before they are rounded, and the values."""
+    """Return the attention to keys and values before quantization, and the values."""
     length = feeds["qkv"].shape[1]
     rows = feeds["qkv"].astype(np.float64).reshape(length, -1, sizes.width)
     keys, values = rows[:, sizes.heads : -sizes.kv_heads], rows[:, -sizes.kv_heads :]

@@ -242,7 +242,7 @@ def _in_a_child(work: Any) -> None:
 
 
 def _write_packed(folder: Path) -> None:
-    from support.packed_checkpoints import packer, read_fixture, write_quantized
+    from support.prequantized_checkpoints import packer, read_fixture, write_quantized
 
     for name in PACKED:
         fixture = read_fixture(name)

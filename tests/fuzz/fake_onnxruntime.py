@@ -1,6 +1,7 @@
-"""As much of ONNX Runtime's C interface as our CPU kernels use, in Python: it calls one operator on memory of ours.
+"""Fake of ONNX Runtime's C interface, as far as the CPU kernels use it: it calls one operator on guarded memory.
 
-Of a process that loads it, ONNX Runtime itself must not have loaded the same kernels: they keep the interface.
+A loaded library keeps the interface it was registered with. So ONNX Runtime and this fake must not load the same file
+in one process.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.kernels.operators import AttributeType, Operator
 from fuzz.guarded_memory import GuardedMemory, address
 
 Array = npt.NDArray[Any]
 Attribute = int | float | str
 DTYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16}
-"""By ONNX' numbers of element types."""
-LARGEST_OUTPUT = 64 << 20  # bytes; more is not given, as by a machine that has no more
-ENTRIES = 300
+"""numpy type by ONNX element type."""
+REQUIRED = 0  # input characteristic
+MAX_OUTPUT = 64 << 20  # bytes; larger allocations fail, as on a machine with less memory
+API_ENTRIES = 300
 
 _POINTER = POINTER(c_void_p)
 _Body = CFUNCTYPE(None, c_void_p, c_size_t)
 _FUNCTIONS: dict[int, tuple[Any, ...]] = {
-    # entry of the table: name of the method, type of the result, types of the arguments
+    # index in OrtApi: method, result type, argument types
     0: ("create_status", c_void_p, c_int, c_char_p),
     26: ("create_domain", c_void_p, c_char_p, _POINTER),
     27: ("add_operator", c_void_p, c_void_p, c_void_p),
@@ -50,7 +53,7 @@ _FUNCTIONS: dict[int, tuple[Any, ...]] = {
 
 
 class _CustomOp(ctypes.Structure):
-    """``CustomOp`` of ``kernels/cpu/onnxruntime_abi.h`` up to what is called here."""
+    """``CustomOp`` of ``kernels/cpu/onnxruntime_abi.h``, up to the last function called here."""
 
     _fields_ = [
         ("version", c_int32),
@@ -63,7 +66,9 @@ class _CustomOp(ctypes.Structure):
         ("output_count", CFUNCTYPE(c_size_t, c_void_p)),
         ("compute", c_void_p),
         ("destroy", CFUNCTYPE(None, c_void_p)),
-        ("unused", c_void_p * 7),
+        ("input_characteristic", CFUNCTYPE(c_int32, c_void_p, c_size_t)),
+        ("output_characteristic", CFUNCTYPE(c_int32, c_void_p, c_size_t)),
+        ("unused", c_void_p * 5),
         ("create_kernel_v2", CFUNCTYPE(c_void_p, c_void_p, c_void_p, c_void_p, _POINTER)),
         ("compute_v2", CFUNCTYPE(c_void_p, c_void_p, c_void_p)),
     ]  # fmt: skip
@@ -73,68 +78,87 @@ class _ApiBase(ctypes.Structure):
     _fields_ = [("get_api", CFUNCTYPE(c_void_p, c_int32)), ("version", c_void_p)]
 
 
-class Refused(Exception):
-    """What an operator says."""
+class KernelError(Exception):
+    """Error status of an operator."""
 
 
 @dataclass
 class Call:
-    """One operator on some inputs, of which those left out are None."""
+    """Arguments of one call. A missing input is None."""
 
     attributes: Mapping[str, Attribute]
     inputs: Sequence[Array | None]
     memory: GuardedMemory
     at_end: bool = True
-    """Where outputs lie in their memory."""
+    """Whether outputs end at a guard page; otherwise they start at one."""
     threads: int = 1
     empty_is_null: bool = False
-    """Whether a tensor of no value has no address."""
+    """Whether an empty tensor has a null address."""
     in_place: Mapping[int, int] = field(default_factory=dict)
-    """Outputs that lie in the memory of an input."""
+    """Input whose memory an output shares, by position of the output."""
     outputs: dict[int, Array] = field(default_factory=dict)
 
 
 class FakeOnnxRuntime:
-    """Holds one library. Handles that it gives out are numbers of its own objects."""
+    """Loads one library. A handle is the number of an object that this class keeps."""
 
     def __init__(self, library: Path) -> None:
         self._objects: dict[int, Any] = {}
-        self._operators: dict[tuple[str, ...], _CustomOp] = {}
+        self._operators: dict[tuple[Any, ...], _CustomOp] = {}
         self._operator = _CustomOp()
         self._call = Call({}, [], GuardedMemory())
-        self._api = (c_void_p * ENTRIES)()
-        self._kept: list[object] = []
+        self._api = (c_void_p * API_ENTRIES)()
+        self._callbacks: list[object] = []  # keeps them alive
+        self._attributes_read: dict[str, AttributeType] = {}
         for entry, (name, result, *arguments) in _FUNCTIONS.items():
             function = CFUNCTYPE(result, *arguments)(getattr(self, f"_{name}"))
-            self._kept.append(function)
+            self._callbacks.append(function)
             self._api[entry] = ctypes.cast(function, c_void_p).value
         self._base = _ApiBase(_ApiBase._fields_[0][1](lambda version: ctypes.addressof(self._api)), None)
         self.kernels = ctypes.CDLL(str(library))
         self.kernels.RegisterCustomOps.restype = c_void_p
         self._check(self.kernels.RegisterCustomOps(None, ctypes.byref(self._base)))
 
-    def run(self, domain: str, name: str, cache: str, call: Call) -> list[Array]:
-        """Outputs of the operator ``name`` whose cache has the element type ``cache``, if it has one, else \"\".
-
-        :raises Refused: the status that it returns
-        """
-        operator = self._operators[domain, name, cache]
-        self._operator, self._call, self._objects = operator, call, {}
-        kernel = c_void_p()
-        self._check(operator.create_kernel_v2(None, ctypes.addressof(self._api), 1, ctypes.byref(kernel)))
+    def run(self, operator: Operator, call: Call) -> list[Array]:
+        """Run an operator and return its outputs. Raises :class:`KernelError`."""
+        op, kernel = self._create(operator, call)
         try:
-            self._check(operator.compute_v2(kernel, 1))
+            self._check(op.compute_v2(kernel, 1))
         finally:
-            operator.destroy(kernel)
-        return [call.outputs[index] for index in range(operator.output_count(None))]
+            op.destroy(kernel)
+        return [call.outputs[index] for index in range(op.output_count(None))]
 
-    def input_dtypes(self, domain: str, name: str, cache: str) -> list[Any]:
-        operator = self._operators[domain, name, cache]
-        return [DTYPES[operator.input_type(None, i)] for i in range(operator.input_count(None))]
+    def attributes_read(self, operator: Operator, attributes: Mapping[str, Attribute]) -> dict[str, AttributeType]:
+        """Return the attributes, with their types, that an operator reads when it is created."""
+        with GuardedMemory() as memory:
+            op, kernel = self._create(operator, Call(attributes, [], memory))
+        op.destroy(kernel)
+        return self._attributes_read
+
+    def signatures(self) -> list[tuple[str, str, list[Any], list[Any], int]]:
+        """Return domain, name, input types, output types and number of required inputs of each operator."""
+        return [
+            (
+                domain,
+                name,
+                [DTYPES[op.input_type(None, i)] for i in range(op.input_count(None))],
+                [DTYPES[op.output_type(None, i)] for i in range(op.output_count(None))],
+                sum(op.input_characteristic(None, i) == REQUIRED for i in range(op.input_count(None))),
+            )
+            for (domain, name, _), op in self._operators.items()
+        ]
+
+    def _create(self, operator: Operator, call: Call) -> tuple[_CustomOp, c_void_p]:
+        outputs = tuple(np.dtype(dtype).type for dtype in operator.outputs.values())
+        op = self._operators[operator.domain, operator.name, outputs]
+        self._operator, self._call, self._objects, self._attributes_read = op, call, {}, {}
+        kernel = c_void_p()
+        self._check(op.create_kernel_v2(None, ctypes.addressof(self._api), 1, ctypes.byref(kernel)))
+        return op, kernel
 
     def _check(self, status: int | None) -> None:
         if status:
-            raise Refused(self._objects[status])
+            raise KernelError(self._objects[status])
 
     def _add(self, thing: object) -> int:
         self._objects[len(self._objects) + 1] = thing
@@ -148,10 +172,8 @@ class FakeOnnxRuntime:
 
     def _add_operator(self, domain: int, operator: int) -> None:
         op = _CustomOp.from_address(operator)
-        types = {DTYPES[op.output_type(None, i)] for i in range(op.output_count(None))}
-        name = op.name(None).decode()
-        cache = ("int8" if np.int8 in types else "float32") if name == "GroupQueryAttention" else ""
-        self._operators[self._objects[domain], name, cache] = op
+        outputs = tuple(DTYPES[op.output_type(None, i)] for i in range(op.output_count(None)))
+        self._operators[self._objects[domain], op.name(None).decode(), outputs] = op
 
     def _add_domain(self, options: int | None, domain: int) -> None:
         pass
@@ -170,20 +192,22 @@ class FakeOnnxRuntime:
     def _tensor_info(self, value: int, out: Any) -> None:
         out[0] = value
 
-    def _attribute(self, name: bytes, kind: type) -> Any:
+    def _attribute(self, name: bytes, kind: AttributeType) -> Any:
+        # The first type asked for is the one the operator wants; the others tell a wrong type from a missing attribute.
+        self._attributes_read.setdefault(name.decode(), kind)
         value = self._call.attributes.get(name.decode())
-        return value if isinstance(value, kind) else None
+        return value if isinstance(value, {"int": int, "float": float, "string": str}[kind]) else None
 
     def _float_attribute(self, info: int, name: bytes, out: Any) -> int | None:
-        return self._give(self._attribute(name, float), out)
+        return self._give(self._attribute(name, "float"), out)
 
     def _integer_attribute(self, info: int, name: bytes, out: Any) -> int | None:
-        return self._give(self._attribute(name, int), out)
+        return self._give(self._attribute(name, "int"), out)
 
     def _text_attribute(self, info: int, name: bytes, out: int | None, size: Any) -> int | None:
-        value = self._attribute(name, str)
+        value = self._attribute(name, "string")
         if value is None:
-            return self._add("there is no such attribute")
+            return self._add("no such attribute")
         text = value.encode() + b"\0"
         if out:
             ctypes.memmove(out, text, len(text))
@@ -192,7 +216,7 @@ class FakeOnnxRuntime:
 
     def _give(self, value: Any, out: Any) -> int | None:
         if value is None:
-            return self._add("there is no such attribute")
+            return self._add("no such attribute")
         out[0] = value
         return None
 
@@ -209,10 +233,10 @@ class FakeOnnxRuntime:
         if index in call.in_place:
             shared = call.inputs[call.in_place[index]]
             if shared is None or shared.shape != shape:
-                return self._add(f"output {index} has the shape {shape}, and memory is given for another")
+                return self._add(f"output {index} has the shape {shape}, not that of its memory")
             call.outputs[index] = shared
-        elif int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize > LARGEST_OUTPUT:
-            return self._add(f"there is no memory for {shape}")
+        elif int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize > MAX_OUTPUT:
+            return self._add(f"out of memory for {shape}")
         else:
             call.outputs[index] = call.memory.array(shape, dtype, call.at_end)
             call.outputs[index].reshape(-1).view(np.uint8)[...] = 0xA5

@@ -1,4 +1,4 @@
-"""Memory beside pages that nobody may touch: a read or write beyond its ends stops the process."""
+"""Memory between guard pages: an access outside of it ends the process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class GuardedMemory:
-    """Arrays, each alone between two such pages. All are gone when it is closed."""
+    """Arrays between guard pages. Closing it unmaps all of them."""
 
     def __init__(self) -> None:
         self._mapped: list[tuple[int, int]] = []
@@ -36,7 +36,7 @@ class GuardedMemory:
         self._mapped.clear()
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, at_end: bool, off: int = 0) -> Array:
-        """Of any bytes, ``off`` bytes away from the page behind it, or else from the one before it."""
+        """Return an uninitialized array, ``off`` bytes before the guard page after it, or after the one before it."""
         dtype = np.dtype(dtype)
         size = dtype.itemsize * int(np.prod(shape, dtype=object))
         pages = -(-(size + off) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -48,23 +48,24 @@ class GuardedMemory:
         first = start + mmap.PAGESIZE
         if pages and _libc.mprotect(first, pages, READ | WRITE):
             raise OSError(ctypes.get_errno(), "mprotect")
-        place = first + pages - size - off if at_end else first + off
-        memory = memoryview((ctypes.c_char * size).from_address(place))
-        placed: Array = np.ndarray(shape, dtype, memory)
-        return placed
+        begin = first + pages - size - off if at_end else first + off
+        memory = memoryview((ctypes.c_char * size).from_address(begin))
+        array: Array = np.ndarray(shape, dtype, memory)
+        return array
 
     def copy(self, array: Array, at_end: bool, off: int = 0) -> Array:
-        """Of ``array``, as :meth:`array` places it."""
-        own = self.array(array.shape, array.dtype, at_end, off)
-        own[...] = array
-        return own
+        """Return a copy of ``array``, placed as by :meth:`array`."""
+        copied = self.array(array.shape, array.dtype, at_end, off)
+        copied[...] = array
+        return copied
 
     def make_read_only(self, array: Array) -> None:
-        """Writing to it stops the process, too."""
+        """Protect an array: a write to it ends the process."""
         start, size = next(mapped for mapped in self._mapped if mapped[0] <= address(array) < sum(mapped))
         if size > 2 * mmap.PAGESIZE:
             _libc.mprotect(start + mmap.PAGESIZE, size - 2 * mmap.PAGESIZE, READ)
 
 
 def address(array: Array) -> int:
+    """Return the address of the first byte of an array."""
     return int(array.__array_interface__["data"][0])

@@ -1,4 +1,4 @@
-"""Calls of our CPU kernels but those of attention, drawn at random, and what each must answer."""
+"""Random calls of the linear and activation operators, and checks of their outputs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from support.linear_references import integer_product, integer_tensors, rounded
+from support.linear_references import integer_linear, integer_tensors, quantized
 from support.one_node import gelu
 
-from fusion_edge.kernels.operators import DOMAIN, INTEGER_LINEAR_INPUTS, MICROSOFT
+from fusion_edge.kernels.operators import (
+    CONTRIBUTED_MATMUL_NBITS,
+    FAST_GELU,
+    GELU_INTEGER_MATMUL,
+    GELU_MATMUL_NBITS,
+    INTEGER_LINEAR_INPUTS,
+    INTEGER_MATMUL,
+    INTEGER_MLP,
+    MATMUL_NBITS,
+    QUICK_GELU,
+    SWIGLU,
+    Operator,
+)
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
 from fuzz.fake_onnxruntime import Attribute
@@ -19,152 +31,171 @@ from fuzz.fake_onnxruntime import Attribute
 Array = npt.NDArray[Any]
 Random = np.random.Generator
 Check = Callable[[list[Array]], str | None]
-SUMS = 4e-6  # of the size of what is added: float32 has 24 bits, and a sum some tens of terms in each lane
-NOTHING = 1e-25  # inputs smaller than 1e-30 count as 0
+SUM_ERROR = 4e-6  # relative to the sum of magnitudes: float32 has 24 bits, and a lane sums some tens of terms
+ZERO_ERROR = 1e-25  # inputs below 1e-30 count as 0
 ROWS = (1, 1, 1, 2, 3, 7, 8, 9, 15, 16, 17, 30)
 NOT_FINITE = (np.nan, np.inf, -np.inf)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call; ``check`` says what is wrong with its outputs, and is None if it must be refused."""
+    """One call of an operator."""
 
-    operator: tuple[str, str, str]
-    """Its domain, its name, and the element type of its cache, if it has one."""
+    operator: Operator
     attributes: Mapping[str, Attribute]
-    inputs: tuple[Array | None, ...]
+    inputs: Mapping[str, Array | None]
+    """By name. None: missing, as is a name that is not there."""
     check: Check | None
+    """Returns a message if the outputs are wrong. None: the call is invalid."""
     counts: tuple[str, ...] = ()
     """Attributes that are sizes."""
-    fixed: tuple[int, ...] = ()
-    """Inputs whose sizes follow from the others and the attributes."""
-    unknown: tuple[int, ...] = ()
-    """Inputs that are refused."""
-    in_place: Mapping[int, int] = field(default_factory=dict)
+    dependent: tuple[str, ...] = ()
+    """Inputs whose shape follows from the others and the attributes."""
+    unsupported: tuple[str, ...] = ()
+    """Inputs that the kernel does not support."""
+    in_place: Mapping[str, str] = field(default_factory=dict)
+    """Input whose memory an output shares, by output."""
     bfloat16: bool = False
 
 
 def differs(actual: Array, expected: Array, tolerance: Array | float, or_nan: bool = False) -> str | None:
-    """What is not finite must not be, and may be anything then; ``or_nan``: others may be NaN, too."""
+    """Return a message unless ``actual`` is as expected.
+
+    Where ``expected`` is not finite, any value that is not finite will do. With ``or_nan`` other values may be NaN.
+    """
     if actual.shape != expected.shape:
-        return f"its shape is {actual.shape}, and {expected.shape} was expected"
+        return f"shape {actual.shape}, expected {expected.shape}"
     finite = np.isfinite(expected)
     if np.isfinite(actual[~finite]).any():
-        return "it is finite where it cannot be"
+        return "finite where it must not be"
     error = np.abs(np.where(finite, actual.astype(np.float64) - np.where(finite, expected, 0), 0))
     allowed = (error <= tolerance) | np.isinf(tolerance) | (np.isnan(actual) if or_nan else False)
     if not allowed.all():
-        place = tuple(int(i) for i in np.argwhere(~allowed)[0])
-        return f"at {place} it is {actual[place]}, and {expected[place]} was expected"
+        index = tuple(int(i) for i in np.argwhere(~allowed)[0])
+        return f"at {index}: {actual[index]}, expected {expected[index]}"
     return None
 
 
-def inputs_of(random: Random, *shape: int) -> Array:
-    """Of sizes as they occur; some with places that are not finite, or far too large or small."""
+def activations(random: Random, *shape: int) -> Array:
+    """Return random activations, a quarter of the draws with extreme values."""
     x = (random.normal(size=shape) * np.exp(random.uniform(-2, 2, shape[-1]))).astype(np.float32)
-    return hostile(x, random) if random.random() < 1 / 4 else x
+    return with_extremes(x, random) if random.random() < 1 / 4 else x
 
 
-def hostile(x: Array, random: Random) -> Array:
-    """``x`` with a few such values."""
+def with_extremes(x: Array, random: Random) -> Array:
+    """Return ``x`` with up to three values that are not finite, huge or tiny."""
     value = (*NOT_FINITE, 3e38, -3e38, 1e-40)[random.integers(6)]
-    places = random.integers(0, x.size, random.integers(1, 4))
+    indices = random.integers(0, x.size, random.integers(1, 4))
     x = x.copy()
-    x.reshape(-1)[places] = value
+    x.reshape(-1)[indices] = value
     return x
 
 
 def split_rows(x: Array, random: Random) -> Array:
-    """The same rows as an array of two, three or one more dimensions."""
+    """Return the rows ``[rows, width]`` with two to four dimensions."""
     shapes = ((len(x),), (1, len(x)), (len(x), 1), (1, 1, len(x)))
     return x.reshape(*shapes[random.integers(4)], x.shape[1])
 
 
 def near_ties(quotients: Array, margin: Array | float) -> Array:
-    """What may round to the integer beside, if it is off by ``margin``."""
+    """Return where an error of ``margin`` may round a quotient to the next integer."""
     with np.errstate(invalid="ignore"):
         return np.abs(quotients - np.floor(quotients) - 0.5) <= margin
 
 
-def product(random: Random) -> Case:
+def matmul_nbits(random: Random) -> Case:
     kinds = ("int4", "uint4", "int8", "uint8")
-    form = WeightFormat(kinds[random.integers(4)], int(random.choice(STORED_GROUP_SIZES)))
+    weight_format = WeightFormat(kinds[random.integers(4)], int(random.choice(STORED_GROUP_SIZES)))
     is_wide = random.random() < 0.05
     outputs, inputs = (int(random.integers(1, most)) for most in ((1700, 140) if is_wide else (120, 700)))
     has_half_scales, has_bias, rows = random.random() < 0.7, random.random() < 0.5, int(random.choice(ROWS))
-    of_gelu = has_half_scales and random.random() < 0.4
-    shape = form.packed_shape(outputs, inputs)
+    gelu_first = has_half_scales and random.random() < 0.4
+    shape = weight_format.packed_shape(outputs, inputs)
     scales = random.uniform(0.001, 0.1, shape[:2]).astype(np.float16 if has_half_scales else np.float32)
-    zero_bytes = (outputs, -(-shape[1] * form.bits // 8))
+    zero_bytes = (outputs, -(-shape[1] * weight_format.bits // 8))
     packed = Packed(
         random.integers(0, 256, shape, np.uint8),
         scales,
-        None if form.is_symmetric else random.integers(0, 256, zero_bytes, np.uint8),
+        None if weight_format.is_symmetric else random.integers(0, 256, zero_bytes, np.uint8),
     )
     bias = random.normal(size=outputs).astype(np.float32) if has_bias else None
-    x = inputs_of(random, rows, inputs)
+    x = activations(random, rows, inputs)
     with np.errstate(all="ignore"):
-        activated = gelu(x.astype(np.float64)).astype(np.float32) if of_gelu else x
-    given = split_rows(x, random)
+        activated = gelu(x.astype(np.float64)).astype(np.float32) if gelu_first else x
+    x_input = split_rows(x, random)
 
-    def check(outputs_: list[Array]) -> str | None:
-        weight = dequantize(packed, form, inputs).astype(np.float64)
+    def check(results: list[Array]) -> str | None:
+        weight = dequantize(packed, weight_format, inputs).astype(np.float64)
         usable = np.isfinite(activated).all(1)
         used = np.where(usable[:, None], activated, 0)
-        own = rounded(used, form.block_size)
-        expected = own @ weight.T + (0 if bias is None else bias)
+        quantized_x = quantized(used, weight_format.block_size)
+        expected = quantized_x @ weight.T + (0 if bias is None else bias)
         expected[~usable] = np.nan
-        tolerance = SUMS * (np.abs(own) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))).max(1) + NOTHING
-        margins = tolerance[:, None] + (gelu_ties(used, form, weight) if of_gelu else 0)
+        magnitudes = np.abs(quantized_x) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
+        tolerance = SUM_ERROR * magnitudes.max(1) + ZERO_ERROR
+        margins = tolerance[:, None] + (gelu_ties(used, weight_format, weight) if gelu_first else 0)
         margins[np.abs(expected).max(1) > 1e37] = np.inf  # sums may overflow
-        return differs(outputs_[0].reshape(rows, -1), expected, margins)
+        return differs(results[0].reshape(rows, -1), expected, margins)
 
-    names = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size, "accuracy_level": 4}
+    attributes = {
+        "K": inputs,
+        "N": outputs,
+        "bits": weight_format.bits,
+        "block_size": weight_format.block_size,
+        "accuracy_level": 4,
+    }
+    operator = GELU_MATMUL_NBITS if gelu_first else MATMUL_NBITS if has_half_scales else CONTRIBUTED_MATMUL_NBITS
+    tensors: dict[str, Array | None]
+    tensors = {"values": packed.values, "scales": scales, "zero_points": packed.zero_points, "bias": bias}
     return Case(
-        (DOMAIN if has_half_scales else MICROSOFT, "GeluMatMulNBits" if of_gelu else "MatMulNBits", ""),
-        names,
-        (given, packed.values, scales, packed.zero_points, None, bias),
+        operator,
+        attributes,
+        {"x": x_input, **tensors},
         check,
         counts=("K", "N", "bits", "block_size"),
-        fixed=(1, 2, *((3,) if packed.zero_points is not None else ()), *((5,) if has_bias else ())),
-        unknown=(4,),
-    )  # fmt: skip
+        dependent=tuple(name for name, array in tensors.items() if array is not None),
+        unsupported=("group_indices",),
+    )
 
 
-def gelu_ties(activated: Array, form: WeightFormat, weight: Array) -> Array:
-    """What results may be off as a GELU whose last bits differ rounds to the integer beside."""
-    padded = np.pad(activated, ((0, 0), (0, -activated.shape[1] % form.block_size)))
-    steps = np.abs(padded.reshape(len(padded), -1, form.block_size)).max(-1, keepdims=True) / 127
-    steps = np.repeat(steps.reshape(len(padded), -1), form.block_size, 1)[:, : activated.shape[1]].astype(np.float64)
+def gelu_ties(activated: Array, weight_format: WeightFormat, weight: Array) -> Array:
+    """Return the error of results where the last bits of GELU may round an activation to the next integer."""
+    block, width = weight_format.block_size, activated.shape[1]
+    padded = np.pad(activated, ((0, 0), (0, -width % block)))
+    steps = np.abs(padded.reshape(len(padded), -1, block)).max(-1, keepdims=True) / 127
+    steps = np.repeat(steps.reshape(len(padded), -1), block, 1)[:, :width].astype(np.float64)
     quotients = np.divide(activated, steps, out=np.zeros_like(steps), where=steps > 0)
     return np.asarray((near_ties(quotients, 1e-3) * steps) @ np.abs(weight).T)
 
 
-def integer_product_case(random: Random) -> Case:
-    of_gelu = random.random() < 0.5
+def integer_matmul(random: Random) -> Case:
+    gelu_first = random.random() < 0.5
     rows, inputs, outputs = int(random.choice(ROWS)), int(random.integers(1, 700)), int(random.integers(1, 120))
     tensors = integer_tensors(random, inputs, outputs, random.choice([0.003, 0.02, 0.1]), int(random.integers(256)))
-    x = inputs_of(random, rows, inputs)
+    x = activations(random, rows, inputs)
     with np.errstate(all="ignore"):
-        activated = gelu(x.astype(np.float64)) if of_gelu else x
+        activated = gelu(x.astype(np.float64)) if gelu_first else x
 
-    def check(outputs_: list[Array]) -> str | None:
-        expected, tolerance = calibrated(tensors, activated, 1e-3 if of_gelu else 0)
-        return differs(outputs_[0].reshape(rows, -1), expected, tolerance)
+    def check(results: list[Array]) -> str | None:
+        expected, tolerance = integer_reference(tensors, activated, 1e-3 if gelu_first else 0)
+        return differs(results[0].reshape(rows, -1), expected, tolerance)
 
-    name = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
-    inputs_ = (split_rows(x, random), *(np.asarray(tensors[name]) for name in INTEGER_LINEAR_INPUTS))
-    return Case((DOMAIN, name, ""), {}, inputs_, check, fixed=(1, 2, 3, 4, 5))
+    arrays = {name: np.asarray(tensors[name]) for name in INTEGER_LINEAR_INPUTS}
+    operator = GELU_INTEGER_MATMUL if gelu_first else INTEGER_MATMUL
+    return Case(operator, {}, {"x": split_rows(x, random), **arrays}, check, dependent=tuple(arrays))
 
 
-def calibrated(tensors: Mapping[str, Array], x: Array, margin: Array | float) -> tuple[Array, Array]:
-    """A product, and what it may be off if its inputs' quotients are off by ``margin``. NaN rounds as -inf does."""
+def integer_reference(tensors: Mapping[str, Array], x: Array, margin: Array | float) -> tuple[Array, Array]:
+    """Return the output of an 8-bit linear layer, and its error if the quotients of x are off by ``margin``.
+
+    NaN quantizes as -inf does.
+    """
     x = np.where(np.isnan(x), -np.inf, x)
-    expected, most = integer_product(tensors, x)
+    expected, most = integer_linear(tensors, x)
     weight = np.abs(tensors["values"].astype(np.float64) * tensors["scales"].astype(np.float64)[:, None])
     scale = np.float64(tensors["x_scale"])
     ties = near_ties(np.clip(x / scale, -1e6, 1e6), margin) if np.any(margin) else np.zeros(x.shape)
-    return expected, ties * scale @ weight.T + SUMS * most
+    return expected, ties * scale @ weight.T + SUM_ERROR * most
 
 
 def integer_mlp(random: Random) -> Case:
@@ -172,38 +203,40 @@ def integer_mlp(random: Random) -> Case:
     outputs = int(random.integers(1, 100))
     first = integer_tensors(random, inputs, hidden, 0.02, int(random.integers(256)))
     second = integer_tensors(random, hidden, outputs, 0.02, int(random.integers(256)))
-    x = inputs_of(random, rows, inputs)
+    x = activations(random, rows, inputs)
 
-    def check(outputs_: list[Array]) -> str | None:
-        between, tolerance = calibrated(first, x, 0)
+    def check(results: list[Array]) -> str | None:
+        between, tolerance = integer_reference(first, x, 0)
         margin = (np.broadcast_to(1.2 * tolerance, between.shape) + 1e-5) / np.float64(second["x_scale"]) + 1e-3
-        return differs(outputs_[0].reshape(rows, -1), *calibrated(second, gelu(between), margin))
+        return differs(results[0].reshape(rows, -1), *integer_reference(second, gelu(between), margin))
 
-    tensors = (np.asarray(part[name]) for part in (first, second) for name in INTEGER_LINEAR_INPUTS)
-    inputs_ = (split_rows(x, random), *tensors)
-    return Case((DOMAIN, "IntegerMlp", ""), {}, inputs_, check, fixed=tuple(range(1, 11)))
+    arrays = {
+        f"{layer}_{name}": np.asarray(tensors[name])
+        for layer, tensors in (("up", first), ("down", second))
+        for name in INTEGER_LINEAR_INPUTS
+    }
+    return Case(INTEGER_MLP, {}, {"x": split_rows(x, random), **arrays}, check, dependent=tuple(arrays))
 
 
 def activation(random: Random) -> Case:
-    name = ("QuickGelu", "FastGelu", "SwiGlu")[random.integers(3)]
+    operator = (QUICK_GELU, FAST_GELU, SWIGLU)[random.integers(3)]
     sizes = (1, 5, 15, 16, 17, 100, 16_384, 16_385, 40_000)
-    x = inputs_of(random, 1, int(random.choice(sizes)))
-    up = inputs_of(random, *x.shape) if name == "SwiGlu" else None
-    alpha = float(np.float32(random.uniform(-1, 2))) if name == "QuickGelu" else 1.0
+    x = activations(random, 1, int(random.choice(sizes)))
+    up = activations(random, *x.shape) if operator is SWIGLU else None
+    alpha = float(np.float32(random.uniform(-1, 2))) if operator is QUICK_GELU else 1.0
 
     def check(outputs: list[Array]) -> str | None:
         with np.errstate(all="ignore"):
             wide = x.astype(np.float64)
-            expected = gelu(wide) if name == "FastGelu" else wide / (1 + np.exp(-alpha * wide))
+            expected = gelu(wide) if operator is FAST_GELU else wide / (1 + np.exp(-alpha * wide))
             size = np.abs(expected) + np.abs(wide) / 4
             if up is not None:
                 expected, size = expected * up, size * np.abs(up)
-        tolerance = np.where((np.abs(expected) < 1e37) & np.isfinite(size), SUMS * size + 1e-6, np.inf)
-        # The product of -inf and a power that is 0 may be NaN.
+        tolerance = np.where((np.abs(expected) < 1e37) & np.isfinite(size), SUM_ERROR * size + 1e-6, np.inf)
+        # -inf times an exponential that is 0 may be NaN.
         return differs(outputs[0], expected, tolerance, or_nan=not np.isfinite(x).all())
 
-    domain = DOMAIN if name == "SwiGlu" else MICROSOFT
-    attributes = {"alpha": alpha} if name == "QuickGelu" else {}
-    inputs = {"QuickGelu": (x,), "FastGelu": (x, None), "SwiGlu": (x, up)}[name]
-    fixed = (1,) if up is not None else ()
-    return Case((domain, name, ""), attributes, inputs, check, fixed=fixed, unknown=(1,) if name == "FastGelu" else ())
+    if operator is SWIGLU:
+        return Case(operator, {}, {"gate": x, "up": up}, check, dependent=("up",))
+    attributes = {"alpha": alpha} if operator is QUICK_GELU else {}
+    return Case(operator, attributes, {"x": x}, check, unsupported=("bias",) if operator is FAST_GELU else ())

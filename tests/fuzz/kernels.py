@@ -1,9 +1,9 @@
-"""Random calls of our CPU kernels on memory between pages that nobody may touch.
+"""Fuzz the CPU kernels: random calls on memory between guard pages.
 
     PYTHONPATH=tests .venv/bin/python -m fuzz.kernels FIRST COUNT
 
-Each call has a number, which draws it: ``run(number, 1)`` is the same call again. Calls run in processes of their own,
-so one that stops its process is reported as others are.
+The number of a call seeds it: ``run(number, 1)`` repeats it. Calls run in a child process, so a crash is reported like
+any other failure.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pathlib import Path
 import numpy as np
 
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
-from fuzz.fake_onnxruntime import Call, FakeOnnxRuntime, Refused
+from fuzz.fake_onnxruntime import Call, FakeOnnxRuntime, KernelError
 from fuzz.guarded_memory import GuardedMemory
 from fuzz.kernel_calls import draw
-from fuzz.kernel_cases import Case
+from fuzz.kernel_cases import Array, Case
 
 
 def run(seed: int, count: int) -> list[str]:
-    """What failed of the calls ``seed``, ``seed + 1`` ..., ``count`` of them."""
+    """Run the calls ``seed`` to ``seed + count - 1`` and return a message for each failure."""
     library = cpu_kernels.library()
     assert library is not None, "the kernels are not built"
     failures: list[str] = []
     number, end = seed, seed + count
     while number < end:
-        number = _run_in_a_process(library, number, end, failures)
+        number = _run_in_child(library, number, end, failures)
     return failures
 
 
-def _run_in_a_process(library: Path, first: int, end: int, failures: list[str]) -> int:
-    """The number of the call after the last one that was run."""
+def _run_in_child(library: Path, first: int, end: int, failures: list[str]) -> int:
+    """Run calls until one crashes; return the number of the next call."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_run_all, args=(library, first, end, sender))
@@ -53,15 +53,15 @@ def _run_in_a_process(library: Path, first: int, end: int, failures: list[str]) 
         child.join()
     if child.exitcode:
         reason = signal.Signals(-child.exitcode).name if child.exitcode < 0 else f"exit code {child.exitcode}"
-        failures.append(f"call {number}: {reason} in {draw(np.random.default_rng(number)).operator}")
+        failures.append(f"call {number}: {reason} in {draw(np.random.default_rng(number)).operator.name}")
     return number + 1
 
 
 def _run_all(library: Path, first: int, end: int, sender: Connection) -> None:
-    sys.unraisablehook = lambda _: os._exit(70)  # of a function that the kernels call
+    sys.unraisablehook = lambda _: os._exit(70)  # an exception in a callback of the fake
     runtime = FakeOnnxRuntime(library)
     for number in range(first, end):
-        sender.send((number, None))  # before it stops this process
+        sender.send((number, None))  # before a crash
         random = np.random.default_rng(number)
         if failure := _failure(runtime, draw(random), random):
             sender.send((number, failure))
@@ -72,28 +72,31 @@ def _failure(runtime: FakeOnnxRuntime, case: Case, random: np.random.Generator) 
     runtime.kernels.use_streams(bool(random.integers(2)))
     with GuardedMemory() as memory:
         at_end, off = bool(random.random() < 0.8), int(random.choice([0, 0, 0, 1, 3]))
-        shared = set(case.in_place.values())
-        inputs = [
-            None if array is None else memory.copy(array, at_end, 0 if place in shared else off)
-            for place, array in enumerate(case.inputs)
-        ]
-        for place, array in enumerate(inputs):
-            if array is not None and place not in shared:
-                memory.make_read_only(array)
+        operator, shared = case.operator, set(case.in_place.values())
+        inputs: list[Array | None] = []
+        for name in operator.inputs:
+            array = case.inputs.get(name)
+            inputs.append(None if array is None else memory.copy(array, at_end, 0 if name in shared else off))
+            if inputs[-1] is not None and name not in shared:
+                memory.make_read_only(inputs[-1])
         threads = int(random.choice([1, 1, 1, 2, 5]))
-        call = Call(case.attributes, inputs, memory, at_end, threads, bool(random.integers(2)), case.in_place)
+        in_place = {
+            list(operator.outputs).index(output): operator.positions(name)[0] for output, name in case.in_place.items()
+        }
+        call = Call(case.attributes, inputs, memory, at_end, threads, bool(random.integers(2)), in_place)
+        name = f"{operator.domain}::{operator.name}"
         try:
-            outputs = runtime.run(*case.operator, call)
-        except Refused as refused:
-            said = str(refused)
+            outputs = runtime.run(operator, call)
+        except KernelError as error:
+            message = str(error)
             if case.check is not None:
-                return f"{case.operator} was refused: {said}"
-            name = re.escape(case.operator[1])
-            return None if re.fullmatch(rf"{name}: [^\n]+\.", said) else f"{case.operator} says {said!r}"
+                return f"{name} fails on a valid call: {message}"
+            is_sentence = re.fullmatch(rf"{re.escape(operator.name)}: [^\n]+\.", message)
+            return None if is_sentence else f"{name} reports {message!r}"
         if case.check is None:
-            return f"{case.operator} was not refused"
-        wrong = case.check(outputs)
-        return f"{case.operator}: {wrong}" if wrong else None
+            return f"{name} accepts an invalid call"
+        difference = case.check(outputs)
+        return f"{name}: {difference}" if difference else None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from support.linear_references import integer_product, integer_tensors, one_step
+from support.linear_references import integer_linear, integer_tensors, one_step
 from support.one_node import gelu, session_of
 from support.own_kernels import needs_cpu_kernels
 
@@ -67,7 +67,7 @@ def test_products_of_calibrated_inputs(
     generator = np.random.default_rng(seed)
     tensors = integer_tensors(generator, inputs, outputs, scale, zero_point)
     x = generator.normal(size=(rows, inputs)).astype(np.float32)
-    expected, most = integer_product(tensors, gelu(x.astype(np.float64)) if of_gelu else x)
+    expected, most = integer_linear(tensors, gelu(x.astype(np.float64)) if of_gelu else x)
     operator = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
     (actual,) = integer_session(tensors, operator).run(None, {"x": x[None]})
     # A GELU whose last bit differs may round to another integer.
@@ -91,7 +91,7 @@ def test_an_mlp_of_calibrated_inputs(
     tensors = mlp_tensors(generator, inputs, hidden, outputs, zero_point)
     x = generator.normal(size=(rows, inputs)).astype(np.float32)
     up, down = ({name: tensors[f"{part}_{name}"] for name in INTEGER_LINEAR_INPUTS} for part in ("up", "down"))
-    expected, most = integer_product(down, gelu(integer_product(up, x)[0]))
+    expected, most = integer_linear(down, gelu(integer_linear(up, x)[0]))
     (actual,) = integer_session(tensors, "IntegerMlp").run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * most + 2 * one_step(down)
     assert np.median(np.abs(actual[0] - expected)) <= 2e-6 * most  # such steps are few
@@ -119,7 +119,7 @@ def test_rounding_of_what_is_too_large_and_of_ties() -> None:
         np.nextafter((np.arange(-140, 140) + 0.5).astype(np.float32) * scale, np.float32(0)),
     ]).astype(np.float32)  # fmt: skip
     tensors = integer_tensors(np.random.default_rng(0), 1, 1, float(scale), 128) | {"values": np.ones((1, 1), np.int8)}
-    expected, _ = integer_product(tensors, x[:, None])
+    expected, _ = integer_linear(tensors, x[:, None])
     (actual,) = integer_session(tensors).run(None, {"x": x[None, :, None]})
     assert np.abs(actual[0] - expected).max() < one_step(tensors) / 100
 

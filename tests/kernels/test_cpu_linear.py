@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from support.linear_references import rounded
+from support.linear_references import quantized
 from support.one_node import gelu, session_of
 from support.own_kernels import needs_cpu_kernels, streams
 
@@ -96,9 +96,9 @@ def test_products(
     bias = generator.normal(size=outputs).astype(np.float32) if has_bias else None
     x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
     weight = dequantize(packed, form, inputs).astype(np.float64)
-    expected = rounded(x, form.block_size) @ weight.T + (0 if bias is None else bias)
+    expected = quantized(x, form.block_size) @ weight.T + (0 if bias is None else bias)
     one = session(packed, form, inputs, bias, half_scales=half_scales)
-    size = np.abs(rounded(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
+    size = np.abs(quantized(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
     with streams(False):
         (actual,) = one.run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
@@ -116,7 +116,7 @@ def test_a_product_of_the_gelu(rows: int, form: Any) -> None:
     generator = np.random.default_rng(rows)
     packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), form)
     bias, x = generator.normal(size=70).astype(np.float32), generator.normal(size=(rows, 300)).astype(np.float32)
-    inputs = rounded(gelu(x.astype(np.float64)).astype(np.float32), form.block_size)
+    inputs = quantized(gelu(x.astype(np.float64)).astype(np.float32), form.block_size)
     expected = inputs @ dequantize(packed, form, 300).astype(np.float64).T + bias
     for own_kernels in (True, False):
         one = session(packed, form, 300, bias, own_kernels, half_scales=True, of_gelu=True)

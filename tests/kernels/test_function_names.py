@@ -24,8 +24,9 @@ from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration.samples import FEWEST
 from fusion_edge.export.engines import builder as engine_builder
-from fusion_edge.export.engines.decompositions import SINCE, replace_operators
-from fusion_edge.export.engines.partition import fix_dimension, split
+from fusion_edge.export.engines.decompositions import SINCE, decompose_operators
+from fusion_edge.export.engines.graph_values import fix_dimension
+from fusion_edge.export.engines.partition import partition_graph
 from fusion_edge.export.lowering import tensorrt
 from fusion_edge.kernels.onnx_functions.alignment import add_rows_function
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
@@ -76,7 +77,7 @@ def older(bundle: Bundle, name: str) -> ModelProto:
     language = bundle.manifest.model.language
     model = graph_of(bundle, name)
     fix_dimension(model, "capacity", CAPACITY)
-    replace_operators(model, list(SINCE), language.heads // language.kv_heads if name == LLM else 1)
+    decompose_operators(model, list(SINCE), language.heads // language.kv_heads if name == LLM else 1)
     return model
 
 
@@ -123,7 +124,7 @@ def test_names_inside_are_no_other_tensors(exported: Callable[[str], Bundle], op
     bundle = exported(OPTIONS[options])
     for name in GRAPHS:
         for model in (graph_of(bundle, name), older(bundle, name)):
-            for part in split(model, parts) if name == LLM else [model]:
+            for part in partition_graph(model, parts) if name == LLM else [model]:
                 assert confused(part) == set()
                 assert not any(":" in tensor for tensor in tensors(part.graph))
 
@@ -187,7 +188,7 @@ def forms(bundle: Bundle, name: str) -> Iterator[list[ModelProto]]:
     for make in (graph_of, older):
         for parts in (1, 3) if name == LLM else (1,):
             model = make(bundle, name)
-            yield split(model, parts) if parts > 1 else [model]
+            yield partition_graph(model, parts) if parts > 1 else [model]
 
 
 @needs_opset_24

@@ -1,4 +1,4 @@
-"""What products in integers compute, in float64 but for the rounding of their inputs."""
+"""References of linear layers in integer arithmetic: float64, apart from the quantization of activations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-def rounded(x: Array, block_size: int) -> Array:
-    """Rows as products at accuracy level 4 take them: int8, one scale a block."""
+def quantized(x: Array, block_size: int) -> Array:
+    """Return rows after dynamic quantization to int8, one scale per row and block, as at accuracy level 4."""
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block_size))).reshape(len(x), -1, block_size)
     largest = np.abs(padded).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
@@ -22,6 +22,7 @@ def rounded(x: Array, block_size: int) -> Array:
 
 
 def integer_tensors(generator: np.random.Generator, inputs: int, outputs: int, scale: float, zero_point: int) -> Any:
+    """Return random ``INTEGER_LINEAR_INPUTS`` for activations of the given scale and zero point."""
     return {
         "values": generator.integers(-127, 128, (outputs, inputs), np.int8),
         "scales": generator.uniform(1e-3, 1e-2, outputs).astype(np.float16),
@@ -31,8 +32,8 @@ def integer_tensors(generator: np.random.Generator, inputs: int, outputs: int, s
     }
 
 
-def integer_product(tensors: Mapping[str, Array], x: Array) -> tuple[Array, float]:
-    """In float64 but for the rounding of x, and the most that a result could be."""
+def integer_linear(tensors: Mapping[str, Array], x: Array) -> tuple[Array, float]:
+    """Return the output of an 8-bit linear layer, and the largest magnitude that an output may have."""
     scale, zero_point = np.float32(tensors["x_scale"]), float(tensors["x_zero_point"])
     with np.errstate(over="ignore"):
         quotients = x.astype(np.float32) / scale
@@ -43,6 +44,6 @@ def integer_product(tensors: Mapping[str, Array], x: Array) -> tuple[Array, floa
 
 
 def one_step(tensors: Mapping[str, Array]) -> float:
-    """What a result may be off if an input is rounded to the integer beside."""
+    """Return the error of an output if one activation is rounded to the next integer."""
     weight = tensors["values"].astype(np.float64) * tensors["scales"].astype(np.float64)[:, None]
     return 1.01 * float(np.abs(weight).max() * tensors["x_scale"])

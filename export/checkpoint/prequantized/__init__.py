@@ -1,1 +1,1 @@
-"""Checkpoints that are quantized already: their weights are taken over bit for bit."""
+"""Layouts of prequantized checkpoints, whose weights are kept bit for bit: GPTQ, compressed-tensors, bitsandbytes."""

@@ -1,4 +1,4 @@
-"""Integers of 4 or 8 bits in words of 32, the first in the lowest bits: how GPTQ and compressed-tensors pack."""
+"""Pack integers of 4 or 8 bits into int32 words, the first in the lowest bits, as GPTQ and compressed-tensors do."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy.typing as npt
 
 
 def int32_count(count: int, bits: int) -> int:
-    """How many words hold ``count`` integers."""
+    """Return the number of int32 words for ``count`` integers."""
     return -(-count * bits // 32)
 
 
 def pack_int32(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
-    """``[n,m]`` -> int32 ``[n, int32_count(m)]``, the rest of the last word 0."""
+    """Pack ``[n,m]`` into int32 ``[n, int32_count(m)]``. Unused bits of the last word are 0."""
     count = values.shape[1]
     padded = np.pad(values, ((0, 0), (0, int32_count(count, bits) * 32 // bits - count)))
     pairs = padded[:, ::2] | np.left_shift(padded[:, 1::2], np.uint8(4)) if bits == 4 else padded
@@ -21,7 +21,7 @@ def pack_int32(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32
 
 
 def unpack_int32(words: npt.NDArray[np.int32], bits: int, count: int) -> npt.NDArray[np.uint8]:
-    """Inverse of :func:`pack_int32`: uint8 ``[n,count]``."""
+    """Unpack what :func:`pack_int32` packed: uint8 ``[n,count]``."""
     stored: npt.NDArray[np.uint8] = np.ascontiguousarray(words, "<i4").view(np.uint8)
     if bits == 8:
         return stored[:, :count]

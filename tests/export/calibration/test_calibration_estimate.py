@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import TINY, write_checkpoint
-from support.packed_checkpoints import SMALL, packer, read_fixture, write_quantized
+from support.prequantized_checkpoints import SMALL, packer, read_fixture, write_quantized
 
 from fusion_edge.export.calibration import estimate
 from fusion_edge.export.calibration.estimate import CalibrationEstimate, estimate_calibration

@@ -168,7 +168,7 @@ def test_an_unused_tensor(checkpoint: Path, refuse: Refuse) -> None:
 def test_a_wrongly_shaped_tensor(checkpoint: Path, refuse: Refuse) -> None:
     shape = {NORM: np.ones(33, np.float16)}
     edit_shard(checkpoint / SECOND, lambda tensors: tensors.update(shape))
-    assert f"Tensor {NORM} of {checkpoint} has shape [33]; config.json asks for [32]" in refuse()
+    assert f"Tensor {NORM} of {checkpoint} has shape [33]; config.json requires [32]" in refuse()
 
 
 def test_a_tensor_of_integers(checkpoint: Path, refuse: Refuse) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.packed_checkpoints import edit_config, packer, read_fixture, write_quantized
 from support.paths import GOLDEN
+from support.prequantized_checkpoints import edit_config, packer, read_fixture, write_quantized
 from torch import Tensor
 
 from fusion_edge.export import cli
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
+from fusion_edge.export.checkpoint.config import read_config
 from fusion_edge.export.checkpoint.input_files import LARGEST_JSON
+from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import VISION_MODEL, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
@@ -50,7 +51,7 @@ def with_tensors(source: Path, folder: Path, edit: Callable[[Tensors], object]) 
 def read(folder: Path) -> FusionConfig:
     with Checkpoint(folder) as checkpoint:
         config = read_config(checkpoint)
-        read_parameters(checkpoint, config)
+        match_parameters(checkpoint, config)
         return config
 
 
@@ -219,7 +220,7 @@ def test_patterns_of_targets(compressed: Path, tmp_path: Path, target: str) -> N
 def test_patterns_that_take_for_ever(compressed: Path, tmp_path: Path, target: str) -> None:
     folder = shutil.copytree(compressed, tmp_path / "model")
     edit_config(folder, quantization_config=scheme(targets=[target]))
-    assert "expected plain regular expressions" in error(folder)
+    assert "expected fast regular expressions" in error(folder)
 
 
 @pytest.mark.parametrize("order", ["group", "dynamic", True])
@@ -233,7 +234,7 @@ def test_an_order_of_columns_that_is_not_there(compressed: Path, tmp_path: Path,
 def test_two_versions_of_gptq(tmp_path: Path) -> None:
     fixture = read_fixture("gptq-v2-asym-desc-act")
     folder = write_quantized(tmp_path / "model", fixture.config | {"checkpoint_format": "gptq"}, fixture.tensors)
-    assert "format is 'gptq_v2'; expected what checkpoint_format says, 'gptq'" in error(folder)
+    assert "format is 'gptq_v2'; expected the value of checkpoint_format, 'gptq'" in error(folder)
 
 
 # Tokenizers -------------------------------------------------------------------------------------------------

@@ -69,15 +69,15 @@ def engines_of(bundle: Path) -> list[Path]:
         (
             ("tensorrt", "10.13.0"),
             "plugin",
-            "tensorrt 10.13.0 does not know Attention, RMSNormalization, RotaryEmbedding, TensorScatter: older "
-            "operators, and slower.\n",
+            "tensorrt 10.13.0 does not support Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
+            "decomposed, and slower.\n",
         ),
         (
             JETPACK_6,
             "function",
             "TensorRT 10.3 has no ahead-of-time plugins (10.9 has): the recursive alignment runs as standard "
-            "operators.\ntensorrt 10.3.0 does not know Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
-            "older operators, and slower.\n",
+            "operators.\ntensorrt 10.3.0 does not support Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
+            "decomposed, and slower.\n",
         ),
         (RTX, "function", "TensorRT-RTX has no plugins: the recursive alignment runs as standard operators.\n"),
     ],
@@ -232,7 +232,7 @@ def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.Capture
     trt = fake()
     trt.has_fused_attention, trt.build_error = False, "Out of memory."
     assert build(trt, bundle) == 1
-    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. Where" in capsys.readouterr().err
+    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. If" in capsys.readouterr().err
 
 
 def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +240,7 @@ def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     trt.has_fused_attention = False
     assert build(trt, bundle) == 0
     told = capsys.readouterr().err.splitlines()[1:]
-    remark = "tensorrt_rtx has no fused attention for these heads; its parts run one by one."
+    remark = "tensorrt_rtx has no fused attention for this head size; attention is slower."
     assert told == [f"vision_encoder: {remark}", f"llm: {remark}"]
 
 
@@ -256,7 +256,7 @@ def test_tensorrt_gives_up(bundle: Path, failure: str, refused: Refuse) -> None:
     with installed(trt):
         message = refused(cli_build.main, bundle, *ON_FULL, "--max-context=256")
     assert "tensorrt 10.16.0 cannot build vision_encoder for compute capability 8.6: Internal Error:" in message
-    assert message.endswith("Where memory ran out, build with more --parts, a smaller --max-context or --workspace.\n")
+    assert message.endswith("If memory ran out, build with more --parts, or a smaller --max-context or --workspace.\n")
     assert {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()} == before
 
 
@@ -305,8 +305,8 @@ def test_two_builds_at_once(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_bundle_for_another_target(tiny_bundle: Path, refused: Refuse) -> None:
     message = refused(cli_build.main, tiny_bundle)
     assert message == (
-        f"error: {tiny_bundle} was exported for cpu; fusion-export FUSION-tiny -o FOLDER --target tensorrt makes one "
-        "to build from.\n"
+        f"error: {tiny_bundle} was exported for cpu; expected tensorrt. Run fusion-export FUSION-tiny -o FOLDER "
+        "--target tensorrt and build from that folder.\n"
     )
 
 
@@ -336,14 +336,26 @@ def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("library", "machine", "options", "code", "reason"),
     [
-        (RTX, {}, ["--device=7.0"], 1, "Compute capability 7.0 is too old: tensorrt_rtx needs 7.5 or later; run a "),
-        (FULL, {"compute_capability": "5.3"}, [], 1, "Compute capability 5.3 is too old: tensorrt needs 7.5 or later"),
-        (RTX, {}, ["--device=8.8"], 1, "tensorrt_rtx 1.7.1.116 does not build for compute capability 8.8; it does "),
+        (RTX, {}, ["--device=7.0"], 1, "Compute capability 7.0 is too old: tensorrt_rtx requires 7.5 or later. Run a "),
+        (
+            FULL,
+            {"compute_capability": "5.3"},
+            [],
+            1,
+            "Compute capability 5.3 is too old: tensorrt requires 7.5",
+        ),
+        (
+            RTX,
+            {},
+            ["--device=8.8"],
+            1,
+            "tensorrt_rtx 1.7.1.116 does not support compute capability 8.8; pass",
+        ),
         (RTX, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise pass --device 8.6 or"),
         (FULL, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise build on the target."),
-        (FULL, {}, ["--device=8.6"], 2, "--device is for tensorrt-rtx: tensorrt builds for the GPU that it runs on."),
+        (FULL, {}, ["--device=8.6"], 2, "--device requires tensorrt-rtx: tensorrt builds only for this machine's GPU."),
         (RTX, {}, ["--max-context=47"], 2, "--max-context 47 is out of range for this bundle; choose 48 (image tokens"),
-        (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (what it was exported with)."),
+        (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (the bundle's)."),
     ],
 )
 def test_what_is_refused(

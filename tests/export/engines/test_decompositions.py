@@ -15,8 +15,8 @@ from support.opset24 import needs_opset_24
 from support.paths import GOLDEN
 
 from fusion_edge.export import cli
-from fusion_edge.export.engines.decompositions import OPSET, SINCE, missing_operators, replace_operators
-from fusion_edge.export.engines.partition import fix_dimension
+from fusion_edge.export.engines.decompositions import OPSET, SINCE, decompose_operators, unsupported_operators
+from fusion_edge.export.engines.graph_values import fix_dimension
 from fusion_edge.runtime.bundle.reader import open_bundle
 
 Array = npt.NDArray[Any]
@@ -26,9 +26,9 @@ TOLERANCE = {"float32": 1e-5, "float16": 4e-3}
 
 
 def test_what_each_version_does_not_read() -> None:
-    assert missing_operators(OLDEST) == missing_operators((10, 13)) == list(SINCE)
-    assert missing_operators((10, 14)) == ["RMSNormalization", "RotaryEmbedding", "TensorScatter"]
-    assert missing_operators((10, 16)) == missing_operators((11, 0)) == []
+    assert unsupported_operators(OLDEST) == unsupported_operators((10, 13)) == list(SINCE)
+    assert unsupported_operators((10, 14)) == ["RMSNormalization", "RotaryEmbedding", "TensorScatter"]
+    assert unsupported_operators((10, 16)) == unsupported_operators((11, 0)) == []
 
 
 def computed(model: ModelProto, feeds: dict[str, Array]) -> list[Array]:
@@ -52,7 +52,7 @@ def assert_same(operator: str, inputs: list[Array], groups: int = 1, **attribute
     graph = helper.make_graph([node], "one", described, [helper.make_tensor_value_info("result", dtype, None)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=12)
     (expected,) = computed(model, feeds)
-    replace_operators(model, list(SINCE), groups)
+    decompose_operators(model, list(SINCE), groups)
     assert model.graph.node[0].domain == "fusion_edge"
     assert model.opset_import[0].version == OPSET
     (actual,) = computed(model, feeds)
@@ -103,7 +103,8 @@ def older(folder: Path, name: str) -> ModelProto:
     language = open_bundle(folder).manifest.model.language
     model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
     fix_dimension(model, "capacity", 128)
-    replace_operators(model, missing_operators(OLDEST), language.heads // language.kv_heads if name == "llm" else 1)
+    groups = language.heads // language.kv_heads if name == "llm" else 1
+    decompose_operators(model, unsupported_operators(OLDEST), groups)
     return model
 
 

@@ -21,8 +21,13 @@ from support.paths import DEMO_CHECKPOINT, GOLDEN
 from fusion_edge.export import cli
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
-from fusion_edge.export.engines.optimization_profiles import Limits, Ranges, limits, profiles
-from fusion_edge.export.engines.partition import fix_dimension
+from fusion_edge.export.engines.graph_values import fix_dimension
+from fusion_edge.export.engines.optimization_profiles import (
+    DimensionRanges,
+    EngineLimits,
+    engine_limits,
+    optimization_profiles,
+)
 from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, read_engines
@@ -94,9 +99,9 @@ def test_graphs_behind_the_tower(trt: ModuleType, tmp_path: Path, checkpoint: st
     graphs = {name: graph for name, graph in bundle.manifest.graphs.items() if name != VISION_ENCODER}
     part = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, graphs=graphs))
     machine = EnginePlatform("tensorrt_rtx", trt.__version__, "8.6")
-    built_for = limits(bundle.manifest, bundle.manifest.max_context)
+    limits = engine_limits(bundle.manifest, bundle.manifest.max_context)
     options = engine_builder.BuildOptions(parts=1)
-    builder = engine_builder.EngineBuilder(part, Library(trt), machine, built_for, options, uses_plugins=False)
+    builder = engine_builder.EngineBuilder(part, Library(trt), machine, limits, options, uses_plugins=False)
     check_engines(trt, bundle, builder.build(tmp_path), tmp_path)
 
 
@@ -194,11 +199,11 @@ def test_steps_do_without_the_interaction_layers(built: Built, wide: Path, monke
     """An engine for steps alone has none of their weights: TensorRT sees that nothing goes through them."""
     folder, both = built(wide, "fp16", "8.9", "--parts=1")
 
-    def steps_alone(manifest: Manifest, built_for: Limits) -> dict[str, list[Ranges]]:
-        ranges = profiles(manifest, built_for)
+    def steps_alone(manifest: Manifest, limits: EngineLimits) -> dict[str, list[DimensionRanges]]:
+        ranges = optimization_profiles(manifest, limits)
         return ranges | {LLM: ranges[LLM][1:]}
 
-    monkeypatch.setattr(engine_builder, "profiles", steps_alone)
+    monkeypatch.setattr(engine_builder, "optimization_profiles", steps_alone)
     _, steps = built(wide, "fp16", "12.0", "--parts=1")
     weights = {
         tensor.name: next(int(entry.value) for entry in tensor.external_data if entry.key == "length")

@@ -15,10 +15,11 @@ from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import build, installed
 from onnx import helper
 from support.checkpoints import TINY, write_checkpoint
-from support.packed_checkpoints import packer, read_fixture, write_quantized
+from support.prequantized_checkpoints import packer, read_fixture, write_quantized
 
 from fusion_edge.export import cli
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
@@ -144,7 +145,7 @@ def test_rows_with_one_scale_are_stored_in_blocks(tmp_path: Path, width: int, bl
     bundle = open_bundle(tmp_path / "b")
     stored = BundleWeights(bundle)
     with Checkpoint(checkpoint) as source:
-        original = CheckpointWeights(source, read_parameters(source, read_config(source)))
+        original = CheckpointWeights(source, match_parameters(source, read_config(source)))
         for name in ("attention.qkv", "attention.out", "mlp.down"):
             assert bundle.manifest.weights[f"llm.layers.1.{name}"] == f"int4:{block if name == 'mlp.down' else 128}"
             expected = read_parameter(original, f"llm.layers.1.{name}.weight")

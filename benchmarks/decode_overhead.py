@@ -1,8 +1,8 @@
-"""How much of a decode step is Python: all that is not inside ONNX Runtime's run of the graph.
+"""Measure the share of a decode step that is Python, that is, outside of ONNX Runtime's run of the graph.
 
-    python -m fusion_edge.benchmarks.step_overhead --bundle BUNDLE --json FILE
+    python -m fusion_edge.benchmarks.decode_overhead --bundle BUNDLE --json FILE
 
-A prompt of random rows without an image, then one-token steps: embedding, graph, choice of the next token.
+Prefills random embeddings without an image, then runs decode steps: embedding, graph, sampling.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ WARM_UP = 5  # steps
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--bundle", type=Path, required=True, help="folder that fusion-export wrote")
-    add("--prompt", type=positive_integer, default=64, help="positions before the steps (default: %(default)s)")
-    add("--steps", type=positive_integer, default=60, help="steps that are timed (default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    add("--bundle", type=Path, required=True, help="bundle folder")
+    add("--prompt", type=positive_integer, default=64, help="tokens of the prompt (default: %(default)s)")
+    add("--steps", type=positive_integer, default=60, help="number of timed decode steps (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result to this JSON file")
     return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
     with load(options.bundle, device="cpu") as fusion:
         _prefill(fusion, options.prompt, options.prompt + WARM_UP + options.steps)
-        _steps(fusion, WARM_UP)
-        whole, inside = _steps(fusion, options.steps)
+        _decode(fusion, WARM_UP)
+        whole, inside = _decode(fusion, options.steps)
     share = 1 - inside / whole
-    sys.stdout.write(f"step {whole / options.steps * 1e3:.1f} ms, of which Python {share:.2%}\n")
+    sys.stdout.write(f"decode step {whole / options.steps * 1e3:.1f} ms, {share:.2%} of it in Python\n")
     if options.json:
         result = {
             "step_seconds": whole / options.steps,
@@ -59,7 +59,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _prefill(fusion: Fusion, length: int, capacity: int) -> None:
-    """Rows without latents."""
+    """Prefill random embeddings, without latents."""
     model = fusion.manifest.model
     width, alignment = model.language.hidden_size, model.alignment
     context = np.zeros((alignment.layers, 0, alignment.window_size**2, width), np.float32)
@@ -68,8 +68,8 @@ def _prefill(fusion: Fusion, length: int, capacity: int) -> None:
     fusion.backend.prefill(rows, nothing, np.zeros((0, 0), np.int64), np.zeros(0, np.int64), capacity)
 
 
-def _steps(fusion: Fusion, count: int) -> tuple[float, float]:
-    """Seconds in all, and of those inside of the graph's runs."""
+def _decode(fusion: Fusion, count: int) -> tuple[float, float]:
+    """Run decode steps; return the seconds in all and those inside of the graph's runs."""
     inside = 0.0
     run_bound = Graph.run_bound
 

@@ -1,8 +1,10 @@
+// Attention of a decode step. Bound by memory bandwidth: keys and values are read once, in place.
+
 #include <algorithm>
 #include <utility>
 
-#include "attention_rows.h"
-#include "lanes.h"
+#include "attention_kernels.h"
+#include "simd.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 
@@ -13,7 +15,7 @@ __m512 sum_halves(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 
-// Of 16 registers, each lane the sum of one.
+// Lane i of the result is the sum of the lanes of values[i].
 __m512 sum_each(const __m512* values) {
     __m512 pairs[8], fours[4];
 #pragma GCC unroll 8
@@ -29,79 +31,80 @@ __m512 sum_each(const __m512* values) {
     return sum_halves(sum_halves(fours[0], fours[1]), sum_halves(fours[2], fours[3]));
 }
 
-constexpr size_t AHEAD = 4096;  // bytes: what is fetched early
-constexpr size_t LINE = 64;     // bytes that come together
+constexpr size_t PREFETCH_DISTANCE = 4096;  // bytes
+constexpr size_t CACHE_LINE = 64;           // bytes
 
-// Fetches what lies behind a row by AHEAD. Rows of int8 are worked on slowly enough for the processor to do it alone.
+// Prefetches ahead of a row. Not for int8, whose rows take long enough for the hardware prefetcher.
 template <typename T>
-[[gnu::always_inline]] inline void fetch(const T* row, size_t width) {
+[[gnu::always_inline]] inline void prefetch(const T* row, size_t width) {
     if constexpr (sizeof(T) == sizeof(float))
-        for (size_t i = 0; i < width; i += LINE / sizeof(T))
-            _mm_prefetch(reinterpret_cast<const char*>(row + i) + AHEAD, _MM_HINT_T1);
+        for (size_t i = 0; i < width; i += CACHE_LINE / sizeof(T))
+            _mm_prefetch(reinterpret_cast<const char*>(row + i) + PREFETCH_DISTANCE, _MM_HINT_T1);
 }
 
-// Products of one key with queries I, not yet summed over lanes.
+// Products of one key with queries I, not summed over lanes.
 template <typename T, size_t... I>
-[[gnu::always_inline]] inline void multiply_key(
+[[gnu::always_inline]] inline void dot_products(
     std::index_sequence<I...>, const T* key, size_t width, const float* queries, __m512* products) {
-    fetch(key, width);
+    prefetch(key, width);
     __m512 sums[] = {(void(I), _mm512_setzero_ps())...};
     const auto add = [&](size_t i, __m512 channels) __attribute__((always_inline)) {
-        ((sums[I] = _mm512_fmadd_ps(channels, _mm512_load_ps(queries + I * LARGEST_HEAD + i), sums[I])), ...);
+        ((sums[I] = _mm512_fmadd_ps(channels, _mm512_load_ps(queries + I * MAX_HEAD_WIDTH + i), sums[I])), ...);
     };
     size_t i = 0;
     for (; i + LANES <= width; i += LANES) add(i, load(key + i));
-    if (i < width) add(i, load(key + i, first(width - i)));
+    if (i < width) add(i, load(key + i, lane_mask(width - i)));
     ((products[I] = sums[I]), ...);
 }
 
-// scores [key, row] of 16 / ROWS keys from one on; I are the places among those.
+// Scores [16 / ROWS keys, ROWS] of the keys from `key` on; I: 0 ... 16 / ROWS - 1.
 template <size_t ROWS, typename T, size_t... I>
-__m512 score(std::index_sequence<I...>, const Head<T>& head, size_t key, const float* queries) {
+__m512 score(std::index_sequence<I...>, const KvHead<T>& head, size_t key, const float* queries) {
     __m512 products[LANES];
-    const size_t last = head.count - 1;  // stands for keys behind it
-    (multiply_key(
+    const size_t last = head.count - 1;  // read again in place of keys after it
+    (dot_products(
          std::make_index_sequence<ROWS>(), head.keys + std::min(key + I, last) * head.stride, head.width, queries,
          products + I * ROWS),
      ...);
     return sum_each(products);
 }
 
-// Combines lanes of the same row, which are ROWS apart, in its first.
+// Reduces the lanes of each row, which are ROWS apart, into its first lane.
 template <size_t ROWS, typename Combine>
 void combine(float* lanes, Combine combine) {
     for (size_t distance = LANES / 2; distance >= ROWS; distance /= 2)
         for (size_t i = 0; i < distance; ++i) lanes[i] = combine(lanes[i], lanes[i + distance]);
 }
 
-constexpr size_t TOGETHER = 4;  // values that are added at once
+constexpr size_t KEYS_PER_PASS = 4;  // keys
 
-// results [rows, LARGEST_HEAD] += weights [keys, rows] times values, for keys K and rows I.
+// results [rows, MAX_HEAD_WIDTH] += weights [keys, rows]^T values [keys, width], for keys K and rows I.
 template <typename T, size_t... K, size_t... I>
 void add_values(
     std::index_sequence<K...>, std::index_sequence<I...>, const T* values, size_t stride, size_t width,
     const float* weights, float* results) {
     constexpr size_t ROWS = sizeof...(I);
-    (fetch(values + K * stride, width), ...);
+    (prefetch(values + K * stride, width), ...);
     const auto add_key = [&](__m512* sums, __m512 value, const float* own) __attribute__((always_inline)) {
         ((sums[I] = _mm512_fmadd_ps(value, _mm512_set1_ps(own[I]), sums[I])), ...);
     };
     const auto add = [&](size_t i, auto... channels) __attribute__((always_inline)) {
-        __m512 sums[] = {_mm512_load_ps(results + I * LARGEST_HEAD + i)...};
+        __m512 sums[] = {_mm512_load_ps(results + I * MAX_HEAD_WIDTH + i)...};
         (add_key(sums, channels, weights + K * ROWS), ...);
-        (_mm512_store_ps(results + I * LARGEST_HEAD + i, sums[I]), ...);
+        (_mm512_store_ps(results + I * MAX_HEAD_WIDTH + i, sums[I]), ...);
     };
     size_t i = 0;
     for (; i + LANES <= width; i += LANES) add(i, load(values + K * stride + i)...);
-    if (i < width) add(i, load(values + K * stride + i, first(width - i))...);
+    if (i < width) add(i, load(values + K * stride + i, lane_mask(width - i))...);
 }
 
+// Attention of ROWS query rows from `row` on.
 template <size_t ROWS, typename T>
-void attend(const Head<T>& head, const Rows& rows, size_t row) {
+void attend(const KvHead<T>& head, const QueryRows& rows, size_t row) {
     static thread_local Scratch<float> memory;
     constexpr size_t KEYS = LANES / ROWS;
-    alignas(64) float queries[ROWS * LARGEST_HEAD] = {}, results[ROWS * LARGEST_HEAD] = {}, lanes[LANES];
-    for (size_t i = 0; i < ROWS; ++i) rows.query(row + i, queries + i * LARGEST_HEAD);
+    alignas(64) float queries[ROWS * MAX_HEAD_WIDTH] = {}, results[ROWS * MAX_HEAD_WIDTH] = {}, lanes[LANES];
+    for (size_t i = 0; i < ROWS; ++i) rows.query(row + i, queries + i * MAX_HEAD_WIDTH);
     const size_t scores = head.count * ROWS;
     float* weights = memory.of(round_up(scores, LANES));
     __m512 largest = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
@@ -117,7 +120,7 @@ void attend(const Head<T>& head, const Rows& rows, size_t row) {
     for (size_t i = 0; i < scores; i += LANES) {
         const __m512 weight = exp2(_mm512_sub_ps(_mm512_load_ps(weights + i), largest));
         _mm512_store_ps(weights + i, weight);
-        sum = _mm512_mask_add_ps(sum, first(scores - i), sum, weight);
+        sum = _mm512_mask_add_ps(sum, lane_mask(scores - i), sum, weight);
     }
     _mm512_store_ps(lanes, sum);
     combine<ROWS>(lanes, [](float a, float b) { return a + b; });
@@ -127,26 +130,26 @@ void attend(const Head<T>& head, const Rows& rows, size_t row) {
             weights + key * ROWS, results);
     };
     size_t key = 0;
-    for (; key + TOGETHER <= head.count; key += TOGETHER) add(std::make_index_sequence<TOGETHER>(), key);
+    for (; key + KEYS_PER_PASS <= head.count; key += KEYS_PER_PASS) add(std::make_index_sequence<KEYS_PER_PASS>(), key);
     for (; key < head.count; ++key) add(std::make_index_sequence<1>(), key);
     for (size_t i = 0; i < ROWS; ++i) {
         float* to = rows.result(row + i);
         for (size_t j = 0; j < head.width; ++j)
-            to[j] = results[i * LARGEST_HEAD + j] / lanes[i] * (head.value_scales ? head.value_scales[j] : 1);
+            to[j] = results[i * MAX_HEAD_WIDTH + j] / lanes[i] * (head.value_scales ? head.value_scales[j] : 1);
     }
 }
 
 }  // namespace
 
 template <typename T>
-void attend_in_stream(const Head<T>& head, const Rows& rows) {
+void decode_attention(const KvHead<T>& head, const QueryRows& rows) {
     size_t row = 0;
     for (; row + 4 <= rows.count; row += 4) attend<4>(head, rows, row);
     for (; row + 2 <= rows.count; row += 2) attend<2>(head, rows, row);
     for (; row < rows.count; ++row) attend<1>(head, rows, row);
 }
 
-template void attend_in_stream(const Head<float>&, const Rows&);
-template void attend_in_stream(const Head<int8_t>&, const Rows&);
+template void decode_attention(const KvHead<float>&, const QueryRows&);
+template void decode_attention(const KvHead<int8_t>&, const QueryRows&);
 
 }  // namespace fusion_edge

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load_file
-from support.packed_checkpoints import VARIANTS, read_fixture
 from support.paths import QUANTIZED
+from support.prequantized_checkpoints import VARIANTS, read_fixture
 
 from fusion_edge.export.checkpoint.prequantized import bitsandbytes, compressed_tensors, gptq
+from fusion_edge.export.checkpoint.prequantized.groups import column_order, stored_group_size
 from fusion_edge.export.checkpoint.prequantized.int32_packing import int32_count, pack_int32, unpack_int32
-from fusion_edge.export.checkpoint.prequantized.layout import column_order, stored_group_size
 from fusion_edge.quant.codebook import CODES
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.quant.packing import by_block, dequantize, pack, quantize, unpack
@@ -178,5 +178,5 @@ def test_column_order(group: int, count: int, random: Any) -> None:
     order = column_order("g_idx", np.array(groups, np.int32), group)
     brought = groups if order is None else [groups[i] for i in order]
     assert brought == sorted(groups)
-    with pytest.raises(FusionError, match=f"does not give {group} columns to each"):
+    with pytest.raises(FusionError, match=f"does not assign {group} columns to each"):
         column_order("g_idx", np.array([-1, *groups[1:]], np.int32), group)

@@ -1,4 +1,4 @@
-// What an operator of this library needs to be called by ONNX Runtime.
+// Adapter between ONNX Runtime's custom-operator interface and C++ classes.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "onnxruntime_abi.h"
-#include "products.h"
+#include "parallel.h"
 
 namespace fusion_edge {
 
@@ -23,80 +23,81 @@ using namespace onnxruntime;
 
 inline const Api* api = nullptr;
 
-// A status of ONNX Runtime, as an exception.
-struct Failed {
+// An ONNX Runtime status, thrown as an exception.
+struct StatusError {
     Status* status;
 };
 
+// Throws if a call of the interface failed.
 inline void check(Status* status) {
-    if (status) throw Failed{status};
+    if (status) throw StatusError{status};
 }
 
-[[noreturn]] inline void refuse(const char* node, const std::string& reason) {
-    throw Failed{api->create_status(INVALID_ARGUMENT, (node + (": " + reason)).c_str())};
+// Throws an error of a node; `reason` ends with a period.
+[[noreturn]] inline void fail(const char* node, const std::string& reason) {
+    throw StatusError{api->create_status(INVALID_ARGUMENT, (node + (": " + reason)).c_str())};
 }
 
-// Every step checks: the message is put together only if it is needed.
+// Fails unless the condition holds. Builds the message only then, because every decode step checks.
 inline void expect(bool condition, const char* node, const char* reason) {
-    if (!condition) refuse(node, reason);
+    if (!condition) fail(node, reason);
 }
 
-// Runs a body of a node; whatever it throws is given to ONNX Runtime.
+// Runs the body of a node and returns its exception as a status, or null.
 template <typename Body>
-Status* guarded(const char* node, Body body) {
+Status* to_status(const char* node, Body body) {
     try {
         body();
         return nullptr;
-    } catch (const Failed& failed) {
+    } catch (const StatusError& failed) {
         return failed.status;
     } catch (const std::bad_alloc&) {
-        return api->create_status(FAIL, (std::string(node) + ": there is not enough memory.").c_str());
+        return api->create_status(FAIL, (std::string(node) + ": out of memory.").c_str());
     } catch (const std::exception& error) {
         return api->create_status(FAIL, (std::string(node) + ": " + error.what()).c_str());
     }
 }
 
-// The largest of what a node counts by an attribute: products of two, and a few times one, fit int64_t.
-constexpr int64_t LARGEST_COUNT = std::numeric_limits<int32_t>::max();
+// Largest count in an attribute. The product of two counts fits int64_t, with room for a small factor.
+constexpr int64_t MAX_COUNT = std::numeric_limits<int32_t>::max();
 
-// Attributes of a node. One of another type than is read is refused, not taken for one that is missing.
+// Attributes of a node. An attribute of the wrong type is an error, not a missing one.
 class Attributes {
   public:
     Attributes(const char* node, const KernelInfo* info) : node_(node), info_(info) {}
 
-    int64_t integer(const char* name, int64_t otherwise) const {
+    int64_t integer(const char* name, int64_t fallback) const {
         int64_t value = 0;
         if (has(name, value)) return value;
         float number = 0;
         expect(!has(name, number) && !has_text(name), name, "an integer");
-        return otherwise;
+        return fallback;
     }
-    // An integer from 1 to LARGEST_COUNT.
+    // Required, from 1 to MAX_COUNT.
     int64_t count(const char* name) const {
         const int64_t value = integer(name, 0);
-        expect(value >= 1 && value <= LARGEST_COUNT, name, "an integer from 1 to " + std::to_string(LARGEST_COUNT));
+        expect(value >= 1 && value <= MAX_COUNT, name, "an integer from 1 to " + std::to_string(MAX_COUNT));
         return value;
     }
-    // Finite.
-    float number(const char* name, float otherwise) const {
+    float number(const char* name, float fallback) const {
         float value = 0;
         const bool is_number = has(name, value);
         int64_t integer = 0;
         expect(is_number ? std::isfinite(value) : !has(name, integer) && !has_text(name), name, "a finite number");
-        return is_number ? value : otherwise;
+        return is_number ? value : fallback;
     }
-    std::string text(const char* name, const char* otherwise) const {
+    std::string text(const char* name, const char* fallback) const {
         if (!has_text(name)) {
             int64_t integer = 0;
             float number = 0;
             expect(!has(name, integer) && !has(name, number), name, "a string");
-            return otherwise;
+            return fallback;
         }
         size_t size = 0;
         check(api->kernel_info_get_string(info_, name, nullptr, &size));
         std::string value(size, 0);
         check(api->kernel_info_get_string(info_, name, value.data(), &size));
-        value.resize(size - 1);  // the zero behind it
+        value.resize(size - 1);  // without the terminating zero
         return value;
     }
 
@@ -111,15 +112,15 @@ class Attributes {
         size_t size = 0;
         return found(api->kernel_info_get_string(info_, name, nullptr, &size));
     }
-    void expect(bool is_right, const char* name, const std::string& expected) const {
-        if (!is_right) refuse(node_, std::string(name) + " is not " + expected + ".");
+    void expect(bool is_valid, const char* name, const std::string& expected) const {
+        if (!is_valid) fail(node_, std::string(name) + " is not " + expected + ".");
     }
 
     const char* node_;
     const KernelInfo* info_;
 };
 
-// A body that several threads run. None of them may end with an exception: the first one is kept.
+// A body that several threads of ONNX Runtime run. Exceptions must not leave them: the first one is kept.
 struct Task {
     const std::function<void(size_t)>& body;
     std::mutex mutex;
@@ -138,31 +139,31 @@ struct Task {
     }
 };
 
-// What a node reads and writes in one run.
+// Inputs and outputs of a node in one run.
 class Context {
   public:
     Context(const char* node, KernelContext* context) : node_(node), context_(context) {
         check(api->kernel_context_get_input_count(context, &inputs_));
     }
 
-    // Data of an input, or null if the node has none there. Valid as long as this.
+    // Data of an input, or null if the node lacks it. Valid for the lifetime of this object.
     template <typename T>
     const T* input(size_t index) {
         const Value* value = this->value(index);
         if (!value) return nullptr;
         const void* data = this->data(value);
         if (is_aligned<T>(data)) return static_cast<const T*>(data);
-        // External data may stand anywhere in its file: it is read from a copy.
+        // External data may be at any offset of its file. Copy what is not aligned.
         const size_t bytes = count(index) * sizeof(T);
         copies_.push_back(std::make_unique<std::byte[]>(bytes));
         std::memcpy(copies_.back().get(), data, bytes);
         return reinterpret_cast<const T*>(copies_.back().get());
     }
 
-    // The one value of an input; `name` in messages.
+    // Value of an input with one element; `name` is for the message.
     template <typename T>
     T scalar(size_t index, const char* name) {
-        if (count(index) != 1) refuse(node_, std::string("expected one value of ") + name + ".");
+        if (count(index) != 1) fail(node_, std::string("expected one value of ") + name + ".");
         return *input<T>(index);
     }
 
@@ -170,7 +171,7 @@ class Context {
 
     std::vector<int64_t> shape(size_t index) const {
         const Value* value = this->value(index);
-        if (!value) refuse(node_, "expected input " + std::to_string(index) + ".");
+        if (!value) fail(node_, "expected input " + std::to_string(index) + ".");
         TensorInfo* info = nullptr;
         check(api->get_tensor_info(value, &info));
         size_t rank = 0;
@@ -182,7 +183,7 @@ class Context {
         return sizes;
     }
 
-    // Values of an input: they are in memory, so their number fits.
+    // Number of elements of an input. It fits size_t, because they are in memory.
     size_t count(size_t index) const {
         size_t values = 1;
         for (const int64_t size : shape(index)) values *= size;
@@ -195,9 +196,9 @@ class Context {
         check(api->kernel_context_get_output(context_, index, shape.data(), shape.size(), &value));
         void* data = this->data(value);
         if (!is_aligned<T>(data))
-            refuse(
-                node_,
-                "expected output " + std::to_string(index) + " at a multiple of " + std::to_string(alignof(T)) + " bytes.");
+            fail(
+                node_, "expected output " + std::to_string(index) + " at a multiple of " +
+                           std::to_string(alignof(T)) + " bytes.");
         return static_cast<T*>(data);
     }
 
@@ -235,14 +236,22 @@ class Context {
     std::vector<std::unique_ptr<std::byte[]>> copies_;
 };
 
-// An operator: NAME, INPUTS, OUTPUTS, REQUIRED_INPUTS, input_type(index), output_type(index), a constructor from
-// Attributes and compute(Context&).
+// Base of an operator with one float32 output and, unless it hides input_type, float32 inputs.
+template <size_t INPUT_COUNT, size_t REQUIRED_COUNT = INPUT_COUNT>
+struct FloatOperator {
+    static constexpr size_t INPUTS = INPUT_COUNT, REQUIRED_INPUTS = REQUIRED_COUNT, OUTPUTS = 1;
+    static ElementType input_type(size_t) { return FLOAT; }
+    static ElementType output_type(size_t) { return FLOAT; }
+};
+
+// Returns the interface of a class `Operator` with NAME, INPUTS, REQUIRED_INPUTS, OUTPUTS, input_type(index),
+// output_type(index), a constructor from Attributes, and compute(Context&) const.
 template <typename Operator>
 CustomOp custom_op() {
     CustomOp op{};
     op.version = API_VERSION;
     op.get_name = [](const CustomOp*) { return Operator::NAME; };
-    op.get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU's
+    op.get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };  // CPU
     op.get_input_type = [](const CustomOp*, size_t index) { return Operator::input_type(index); };
     op.get_input_count = [](const CustomOp*) { return Operator::INPUTS; };
     op.get_output_type = [](const CustomOp*, size_t index) { return Operator::output_type(index); };
@@ -255,12 +264,12 @@ CustomOp custom_op() {
     op.get_start_version = [](const CustomOp*) { return 1; };
     op.get_end_version = [](const CustomOp*) { return 1; };
     op.create_kernel_v2 = [](const CustomOp*, const Api*, const KernelInfo* info, void** kernel) {
-        return guarded(Operator::NAME, [&] { *kernel = new Operator(Attributes(Operator::NAME, info)); });
+        return to_status(Operator::NAME, [&] { *kernel = new Operator(Attributes(Operator::NAME, info)); });
     };
     op.compute_v2 = [](void* kernel, KernelContext* context) {
-        return guarded(Operator::NAME, [&] {
-            Context one(Operator::NAME, context);
-            static_cast<const Operator*>(kernel)->compute(one);
+        return to_status(Operator::NAME, [&] {
+            Context run(Operator::NAME, context);
+            static_cast<const Operator*>(kernel)->compute(run);
         });
     };
     op.destroy = [](void* kernel) { delete static_cast<Operator*>(kernel); };

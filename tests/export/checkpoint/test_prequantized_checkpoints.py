@@ -11,14 +11,15 @@ import onnx
 import pytest
 import torch
 from support.checkpoints import write_checkpoint
-from support.packed_checkpoints import SMALL, VARIANTS, edit_config, packer, read_fixture, write_quantized
 from support.parity import assert_computes_its_weights
 from support.paths import GOLDEN
+from support.prequantized_checkpoints import SMALL, VARIANTS, edit_config, packer, read_fixture, write_quantized
 
 from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.checkpoint.config import read_config, read_parameters
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.memory import estimate
@@ -91,7 +92,7 @@ def test_all_linears_may_be_quantized(variant: str, tmp_path: Path) -> None:
     assert {int(form.split(":")[1]) for name, form in weights.items() if name not in float_ones} == sizes
     stored = BundleWeights(open_bundle(folder))
     with Checkpoint(source) as opened:
-        original = CheckpointWeights(opened, read_parameters(opened, read_config(opened)))
+        original = CheckpointWeights(opened, match_parameters(opened, read_config(opened)))
         for name in weights.keys() - float_ones:
             expected = read_parameter(original, f"{name}.weight")
             np.testing.assert_array_equal(read_parameter(stored, f"{name}.weight"), expected)
@@ -196,7 +197,7 @@ def test_three_matrices_become_one_product_and_one_becomes_two(tmp_path: Path) -
     assert weights["llm.layers.0.attention.qkv"] == weights["alignment.layers.1.latent_in"] == "uint4:32"
     stored = BundleWeights(open_bundle(bundle))
     with Checkpoint(folder) as source:
-        original = CheckpointWeights(source, read_parameters(source, read_config(source)))
+        original = CheckpointWeights(source, match_parameters(source, read_config(source)))
         for name in ("llm.layers.0.attention.qkv", "alignment.layers.1.latent_in", "alignment.layers.1.question_in"):
             expected = read_parameter(original, f"{name}.weight")
             np.testing.assert_array_equal(read_parameter(stored, f"{name}.weight"), expected)
@@ -217,7 +218,7 @@ def test_one_asymmetric_part_makes_the_product_asymmetric(tmp_path: Path) -> Non
     assert bundle.manifest.weights["llm.layers.1.attention.qkv"] == "uint4:32"
     assert bundle.manifest.weights["llm.layers.1.attention.out"] == "int4:32"
     with Checkpoint(folder) as source:
-        original = CheckpointWeights(source, read_parameters(source, read_config(source)))
+        original = CheckpointWeights(source, match_parameters(source, read_config(source)))
         expected = read_parameter(original, "llm.layers.1.attention.qkv.weight")
     stored = read_parameter(BundleWeights(bundle), "llm.layers.1.attention.qkv.weight")
     np.testing.assert_array_equal(stored, expected)

@@ -1,49 +1,50 @@
-// One row: every weight is read once, as it lies: 64 bytes (a chunk) of an output after the other.
+// GEMV: one row of activations. Bound by memory bandwidth: each weight is read once, in place, in chunks of 64 bytes.
 
 #include <algorithm>
 #include <atomic>
 
-#include "products_parts.h"
+#include "gemm_kernels.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 
 namespace fusion_edge {
 namespace {
 
-// What the products of one row with all outputs share.
+// The row, in the order of the weights.
 struct Row {
-    const int8_t* values;      // [chunks, 64 or, of 4 bits, 2 x 64]: those of low halves, then those of high ones
+    const int8_t* values;      // [chunks, 64] or, for 4 bits, [chunks, 2, 64]: inputs of low, then of high halves
     const float* scales;       // [blocks]
-    const float* corrections;  // [blocks]: times a weight's scale (and zero point), what its block's product has too much
+    const float* corrections;  // [blocks]: scale * sum, from which the zero points are corrected
 };
 
-Row order(const Rounded& rounded, const Weights& weights) {
+// Reorders 4-bit inputs for GEMV and computes the corrections.
+Row prepare(const QuantizedActivations& x, const Weights& weights) {
     static thread_local Scratch<int8_t> values;
     static thread_local Scratch<float> corrections;
     const size_t blocks = weights.blocks();
     float* correction = corrections.of(blocks);
     for (size_t block = 0; block < blocks; ++block)
-        correction[block] = rounded.scales[block] * float(rounded.sums[block]);
-    if (weights.bits == 8) return {rounded.values, rounded.scales, correction};
+        correction[block] = x.scales[block] * float(x.sums[block]);
+    if (weights.bits == 8) return {x.values, x.scales, correction};
     const size_t chunks = round_up(weights.row_bytes(), CHUNK) / CHUNK;
     int8_t* halves = values.of(chunks * 2 * CHUNK);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
     for (size_t i = 0; i < chunks * 2 * CHUNK; i += 2 * CHUNK) {
-        const __m512i left = _mm512_loadu_si512(rounded.values + i);
-        const __m512i right = _mm512_loadu_si512(rounded.values + i + CHUNK);
+        const __m512i left = _mm512_loadu_si512(x.values + i);
+        const __m512i right = _mm512_loadu_si512(x.values + i + CHUNK);
         _mm512_store_si512(halves + i, _mm512_permutex2var_epi32(left, even, right));
         _mm512_store_si512(halves + i + CHUNK, _mm512_permutex2var_epi32(left, odd, right));
     }
-    return {halves, rounded.scales, correction};
+    return {halves, x.scales, correction};
 }
 
-// Zero points of 16 blocks of an output, or of the fewer that it has from there on; 1 where sums were multiplied already.
+// Zero points of up to 16 blocks of an output. 1 if all are the same: the sums are already multiplied by it.
 __m512 zero_points(const Weights& weights, size_t output, size_t block) {
     if (!weights.zero_points) return _mm512_set1_ps(1);
     const uint8_t* row = weights.zero_points + output * weights.zero_point_bytes() + block * weights.bits / 8;
     const size_t bytes = (std::min(LANES, weights.blocks() - block) * weights.bits + 7) / 8;
-    __m128i points = _mm_maskz_loadu_epi8(first(bytes), row);
+    __m128i points = _mm_maskz_loadu_epi8(lane_mask(bytes), row);
     if (weights.bits == 4) {
         const __m128i half = _mm_set1_epi8(15);
         points = _mm_unpacklo_epi8(_mm_and_si128(points, half), _mm_and_si128(_mm_srli_epi16(points, 4), half));
@@ -60,27 +61,27 @@ __m512i dot(__m512i sums, __m512i weights, const int8_t* x) {
     return _mm512_dpbusd_epi32(sums, high, _mm512_loadu_si512(x + CHUNK));
 }
 
-// How many outputs, far apart, are read by turns. AMD's processors read memory fastest in one stream (Zen 4: two took twice
-// as long, and fetching early by instructions cost a tenth), Intel's in several, fetched early (Ice Lake: four are 1.25
-// times as fast as one, and 1.45 times with what they need a little later).
-constexpr size_t MOST_STREAMS = 4;
-constexpr size_t AHEAD = 1024;  // bytes
+// Number of outputs read in turns, each a separate stream in memory. Measured: on Zen 4 one stream is fastest (two take
+// twice as long, software prefetch costs a tenth); on Ice Lake four streams are 1.25 times as fast as one, and 1.45
+// times with software prefetch.
+constexpr size_t MAX_STREAMS = 4;
+constexpr size_t PREFETCH_DISTANCE = 1024;  // bytes
 
 std::atomic<bool> reads_streams = bool(__builtin_cpu_is("intel"));
 
-// Has what comes later in a stream fetched, if there are several.
+// Prefetches ahead in a stream, if there are several.
 template <size_t STREAMS>
-[[gnu::always_inline]] inline void fetch(const uint8_t* values) {
-    if constexpr (STREAMS > 1) _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+[[gnu::always_inline]] inline void prefetch(const uint8_t* values) {
+    if constexpr (STREAMS > 1) _mm_prefetch(reinterpret_cast<const char*>(values) + PREFETCH_DISTANCE, _MM_HINT_T0);
 }
 
-// Factors of the products of an output's blocks, and what their sum has too much.
+// Writes the factor of each block's integer sum. Returns the correction for the zero points, not summed over lanes.
 __m512 scale_blocks(const Row& row, const Weights& weights, size_t output, float* factors) {
     const size_t blocks = weights.blocks();
     __m512 total = _mm512_setzero_ps();
     for (size_t block = 0; block < blocks; block += LANES) {
-        const __mmask16 mask = first(blocks - block);
-        const __m512 scale = scales(weights, output * blocks + block, mask);
+        const __mmask16 mask = lane_mask(blocks - block);
+        const __m512 scale = load_scales(weights, output * blocks + block, mask);
         _mm512_storeu_ps(factors + block, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, row.scales + block)));
         const __m512 correction = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, row.corrections + block));
         total = _mm512_fmadd_ps(correction, zero_points(weights, output, block), total);
@@ -88,16 +89,16 @@ __m512 scale_blocks(const Row& row, const Weights& weights, size_t output, float
     return total;
 }
 
-// Products of one row with `count` outputs of each of some streams, which are as many outputs apart. A block has CHUNKS
-// chunks; if 0, a chunk has several blocks.
+// Computes STREAMS * count outputs in streams of `count` outputs each. A block has CHUNKS chunks; with 0, a chunk has
+// several blocks.
 template <int BITS, int CHUNKS, size_t STREAMS>
-void multiply_streams(const Row& row, const Weights& weights, size_t output, size_t count, float* result) {
+void gemv_streams(const Row& row, const Weights& weights, size_t output, size_t count, float* result) {
     constexpr size_t WIDTH = CHUNK * 8 / BITS;
     const size_t bytes = weights.row_bytes(), stride = round_up(weights.blocks() + LANES, LANES);
     static thread_local Scratch<float> scratch;
-    float* const factors = scratch.of(STREAMS * stride);  // of a block's product
-    const size_t lanes = weights.block_size * LANES / WIDTH;  // of a block, if it is smaller than a chunk
-    const __m512i place = _mm512_srl_epi32(
+    float* const factors = scratch.of(STREAMS * stride);
+    const size_t lanes = weights.block_size * LANES / WIDTH;  // per block, if a chunk has several
+    const __m512i block_of_lane = _mm512_srl_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
         _mm_cvtsi32_si128(__builtin_ctzll(lanes | LANES)));
     for (size_t end = output + count; output < end; ++output) {
@@ -117,16 +118,16 @@ void multiply_streams(const Row& row, const Weights& weights, size_t output, siz
 #pragma GCC unroll 4
                     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                         const uint8_t* from = values[i] + start + chunk * CHUNK;
-                        fetch<STREAMS>(from);
+                        prefetch<STREAMS>(from);
                         sums = dot<BITS>(sums, _mm512_loadu_si512(from), x + chunk * WIDTH);
                     }
                     scale = _mm512_set1_ps(factors[i * stride + block]);
                 } else {
                     const __mmask64 mask = bytes - start >= CHUNK ? ~0ull : (1ull << (bytes - start)) - 1;
-                    fetch<STREAMS>(values[i] + start);
+                    prefetch<STREAMS>(values[i] + start);
                     sums = dot<BITS>(sums, _mm512_maskz_loadu_epi8(mask, values[i] + start), x);
                     const float* own = factors + i * stride + block * (LANES / lanes);
-                    scale = _mm512_permutexvar_ps(place, _mm512_loadu_ps(own));
+                    scale = _mm512_permutexvar_ps(block_of_lane, _mm512_loadu_ps(own));
                 }
                 totals[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, totals[i]);
             }
@@ -139,31 +140,32 @@ void multiply_streams(const Row& row, const Weights& weights, size_t output, siz
     }
 }
 
-// Products of one row with some outputs.
+// Computes outputs from `output` to `end`.
 template <int BITS, int CHUNKS>
-void multiply_some(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
+void gemv_rows(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
     if (reads_streams) {
-        const size_t count = (end - output) / MOST_STREAMS;
-        multiply_streams<BITS, CHUNKS, MOST_STREAMS>(row, weights, output, count, result);
-        output += count * MOST_STREAMS;
+        const size_t count = (end - output) / MAX_STREAMS;
+        gemv_streams<BITS, CHUNKS, MAX_STREAMS>(row, weights, output, count, result);
+        output += count * MAX_STREAMS;
     }
-    multiply_streams<BITS, CHUNKS, 1>(row, weights, output, end - output, result);
+    gemv_streams<BITS, CHUNKS, 1>(row, weights, output, end - output, result);
 }
 
 template <int BITS>
-void multiply_some(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
+void gemv_rows(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
     const size_t chunks = weights.block_size * BITS / 8 / CHUNK;
-    const auto multiply = chunks == 0   ? multiply_some<BITS, 0>
-                          : chunks == 1 ? multiply_some<BITS, 1>
-                          : chunks == 2 ? multiply_some<BITS, 2>
-                                        : multiply_some<BITS, 4>;
-    multiply(row, weights, output, end, result);
+    const auto gemv = chunks == 0   ? gemv_rows<BITS, 0>
+                          : chunks == 1 ? gemv_rows<BITS, 1>
+                          : chunks == 2 ? gemv_rows<BITS, 2>
+                                        : gemv_rows<BITS, 4>;
+    gemv(row, weights, output, end, result);
 }
 
-// Products of one row with some outputs, of signed weights and inputs whose rounding was given. The weights' sum, for the
-// zero point, comes beside the product.
-void multiply_given(const Rounded& rounded, const Weights& weights, size_t output, size_t end, float* result) {
-    const __m512i one_each = _mm512_set1_epi8(1);
+// Static quantization: unsigned inputs times signed weights. The sums of the weights are computed along with the dot
+// products, for the zero point.
+void gemv_static(
+    const QuantizedActivations& x, const Weights& weights, size_t output, size_t end, float* result) {
+    const __m512i ones = _mm512_set1_epi8(1);
     for (; output < end; ++output) {
         const uint8_t* values = weights.values + output * weights.inputs;
         __m512i products = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
@@ -171,31 +173,31 @@ void multiply_given(const Rounded& rounded, const Weights& weights, size_t outpu
             const size_t count = weights.inputs - start;
             const __mmask64 mask = count >= CHUNK ? ~0ull : (1ull << count) - 1;
             const __m512i own = _mm512_maskz_loadu_epi8(mask, values + start);
-            products = _mm512_dpbusd_epi32(products, _mm512_loadu_si512(rounded.values + start), own);
-            sums = _mm512_dpbusd_epi32(sums, one_each, own);
+            products = _mm512_dpbusd_epi32(products, _mm512_loadu_si512(x.values + start), own);
+            sums = _mm512_dpbusd_epi32(sums, ones, own);
         }
         const int64_t product = int64_t(_mm512_reduce_add_epi32(products)) -
-                                int64_t(weights.given->zero_point) * _mm512_reduce_add_epi32(sums);
-        const float scale = _mm512_cvtss_f32(scales(weights, output, 1)) * weights.given->scale;
+                                int64_t(weights.static_quantization->zero_point) * _mm512_reduce_add_epi32(sums);
+        const float scale = _mm512_cvtss_f32(load_scales(weights, output, 1)) * weights.static_quantization->scale;
         result[output] = float(product) * scale + weights.bias[output];
     }
 }
 
 }  // namespace
 
-bool use_streams(bool wanted) { return reads_streams.exchange(wanted); }
+bool use_streams(bool enabled) { return reads_streams.exchange(enabled); }
 
-void multiply_row(const Rounded& rounded, const Weights& weights, float* result, const Parallel& parallel) {
-    // Few large parts: each begins a stream from memory anew. More threads than parts would find nothing to do, but
-    // memory is shared by then.
-    constexpr size_t TASKS = 16, LEAST = 64;
-    const size_t together = std::max(LEAST, round_up(weights.outputs, TASKS) / TASKS);
-    const Row row = weights.given ? Row{} : order(rounded, weights);
-    parallel((weights.outputs + together - 1) / together, [&](size_t group) {
-        const size_t output = group * together, end = std::min(weights.outputs, output + together);
-        if (weights.given) multiply_given(rounded, weights, output, end, result);
-        else if (weights.bits == 4) multiply_some<4>(row, weights, output, end, result);
-        else multiply_some<8>(row, weights, output, end, result);
+void gemv(const QuantizedActivations& x, const Weights& weights, float* result, const Parallel& parallel) {
+    // Few large tasks: each starts a new stream from memory. TASKS threads saturate memory bandwidth, so more threads
+    // than tasks would not help.
+    constexpr size_t TASKS = 16, MIN_OUTPUTS = 64;
+    const size_t per_task = std::max(MIN_OUTPUTS, round_up(weights.outputs, TASKS) / TASKS);
+    const Row row = weights.static_quantization ? Row{} : prepare(x, weights);
+    parallel((weights.outputs + per_task - 1) / per_task, [&](size_t group) {
+        const size_t output = group * per_task, end = std::min(weights.outputs, output + per_task);
+        if (weights.static_quantization) gemv_static(x, weights, output, end, result);
+        else if (weights.bits == 4) gemv_rows<4>(row, weights, output, end, result);
+        else gemv_rows<8>(row, weights, output, end, result);
     });
 }
 

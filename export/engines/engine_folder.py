@@ -1,0 +1,90 @@
+"""Write the engines of a bundle for one platform into their folder, and tell whether they are up to date."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.folder_content import FolderContent
+from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder
+from fusion_edge.export.engines.optimization_profiles import engine_limits
+from fusion_edge.runtime.backends.tensorrt.library import Library
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, SCHEMA_VERSION, EnginePlatform, Engines
+from fusion_edge.runtime.bundle.engines import bundle_digest, engines_folder, open_engines
+from fusion_edge.runtime.bundle.manifest import producer
+from fusion_edge.runtime.bundle.reader import Bundle
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.formatting import format_bytes
+from fusion_edge.runtime.system.output_file import write_whole
+
+DISK_MARGIN_BYTES = 64 << 20
+ENGINES = FolderContent("build", ("*.engine",), ENGINES_MANIFEST)
+
+
+def up_to_date_engines(
+    bundle: Bundle, platform: EnginePlatform, max_context: int, options: BuildOptions, no_plugins: str | None
+) -> Engines | None:
+    """Return the existing engines, or None if they are missing, damaged, or were built with other options."""
+    try:
+        _, built = open_engines(bundle, platform)
+    except FusionError:
+        return None
+    existing = built.max_context, built.parts, built.workspace, built.operator
+    return built if existing == (max_context, options.parts, options.workspace, _operator(no_plugins)) else None
+
+
+def _operator(no_plugins: str | None) -> str:
+    """Return what computes the recursive alignment: a plugin, or an ONNX function of standard operators."""
+    return "plugin" if no_plugins is None else "function"
+
+
+def write_engines(
+    bundle: Bundle,
+    library: Library,
+    platform: EnginePlatform,
+    max_context: int,
+    options: BuildOptions,
+    no_plugins: str | None,
+) -> Engines:
+    """Build all engines and write their folder atomically. Return their manifest.
+
+    Raises :class:`FusionError` if the disk is too small, if TensorRT cannot build an engine, or if another process is
+    building.
+    """
+    folder = engines_folder(bundle, platform)
+    folder.parent.mkdir(exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    needed = bundle.manifest.size + DISK_MARGIN_BYTES
+    if free < needed:
+        raise FusionError(
+            f"The disk of {bundle.folder} has {format_bytes(free)} free; the engines need about "
+            f"{format_bytes(needed)}. Free some space and build again."
+        )
+    timing_cache = folder.parent / f"{library.name}-{library.version}-cc{platform.compute_capability}.timing"
+    limits = engine_limits(bundle.manifest, max_context)
+    with atomic_folder(folder, ENGINES) as partial:
+        builder = EngineBuilder(bundle, library, platform, limits, options, uses_plugins=no_plugins is None)
+        if no_plugins is not None:
+            sys.stderr.write(f"{no_plugins}.\n")
+        if builder.decomposed:
+            names = ", ".join(builder.decomposed)
+            sys.stderr.write(f"{library.name} {library.version} does not support {names}: decomposed, and slower.\n")
+        if timing_cache.is_file():
+            builder.timing_cache = timing_cache.read_bytes()
+        engines = builder.build(partial)
+        manifest = Engines(
+            schema_version=SCHEMA_VERSION,
+            producer=producer(),
+            machine=platform,
+            bundle=bundle_digest(bundle),
+            max_context=max_context,
+            workspace=options.workspace,
+            parts=options.parts,
+            operator=_operator(no_plugins),
+            engines=engines,
+        )
+        write_whole(partial / ENGINES_MANIFEST, manifest.to_text())
+    if builder.timing_cache:
+        write_whole(timing_cache, builder.timing_cache)
+    return manifest

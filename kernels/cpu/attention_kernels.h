@@ -1,0 +1,38 @@
+// Attention kernels for the query rows of one KV head: one for decode steps, one for prefill and vision.
+
+#pragma once
+
+#include <cstddef>
+#include <functional>
+
+#include "attention.h"
+
+namespace fusion_edge {
+
+// Keys and values of one head. T is float or int8_t.
+template <typename T>
+struct KvHead {
+    const T *keys, *values;  // [count, width], with a row stride of `stride`
+    size_t count, width, stride;
+    const float* bias;          // [count], added to the scores (in units of log2); null: none
+    const float* value_scales;  // [width], scales of int8 values; null: none
+};
+
+// Query rows that share keys and values: those of one head, or of the query heads of a KV head (GQA).
+struct QueryRows {
+    size_t count;
+    std::function<void(size_t row, float* query)> query;  // writes query * scale * log2(e): softmax is 2^score / sum
+    std::function<size_t(size_t row)> visible;            // number of keys, from the first on, that the row sees: >= 1
+    std::function<float*(size_t row)> result;             // [width]
+};
+
+// Prefill and vision: blockwise attention with an online softmax (https://arxiv.org/abs/2205.14135), in tiles of rows.
+// Repacks keys and values first.
+template <typename T>
+void flash_attention(const KvHead<T>& head, const QueryRows& rows, Precision precision);
+
+// Decode: few rows that see every key. Reads keys and values once, in place. `head.bias` must be null.
+template <typename T>
+void decode_attention(const KvHead<T>& head, const QueryRows& rows);
+
+}  // namespace fusion_edge

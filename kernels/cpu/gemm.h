@@ -1,0 +1,60 @@
+// Linear layers with weights of 4 or 8 bits, in integer arithmetic: x W^T + b.
+//
+// Weights are read in the layout of ONNX Runtime's MatMulNBits, and the result is what it computes at accuracy level 4.
+// Activations are quantized to 8 bits in one of two ways:
+// - dynamically: int8, symmetric, one scale per row and block of weights;
+// - statically: uint8, with one scale and zero point from calibration.
+// Sums of products are int32, and float32 across blocks.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace fusion_edge {
+
+// Static quantization of activations: clamp(round(x / scale) + zero_point, 0, 255).
+struct ActivationQuantization {
+    float scale;
+    int32_t zero_point;
+};
+
+// Function applied to the activations before quantization.
+enum class Activation { NONE, GELU };
+
+// Weight [outputs, inputs] of a linear layer (N and K of MatMulNBits).
+struct Weights {
+    size_t outputs, inputs;
+    int bits;           // 4 or 8
+    size_t block_size;  // inputs that share a scale: 16, 32, 64, 128 or 256; or all, a multiple of 4
+    // [outputs, blocks, block_size * bits / 8]. Of two values in a byte, the low half is the first.
+    const uint8_t* values;
+    const void* scales;          // [outputs, blocks], float32 or float16
+    const uint8_t* zero_points;  // [outputs, ceil(blocks * bits / 8)]; null: 2^(bits - 1) everywhere
+    const float* bias;           // [outputs]; null: none. Required with static quantization.
+    bool half_scales;            // whether the scales are float16
+    // Null: dynamic quantization. Otherwise values are int8 [outputs, inputs] and a row is one block.
+    const ActivationQuantization* static_quantization;
+
+    size_t blocks() const { return (inputs + block_size - 1) / block_size; }
+    size_t row_bytes() const { return static_quantization ? inputs : blocks() * block_size * bits / 8; }
+    size_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
+};
+
+// result [rows, outputs] = activation(x [rows, inputs]) W^T + bias.
+void gemm(
+    const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
+    const Parallel& parallel);
+
+// result [rows, down.outputs] = down(GELU(up(x))), both with static quantization. With more than one row, the hidden
+// activations are stored as 8-bit integers only.
+void mlp(
+    const float* x, size_t rows, const Weights& up, const Weights& down, float* result, const Parallel& parallel);
+
+// Sets whether the GEMV reads weights in several streams, and returns the setting before. By default it does on Intel
+// processors only.
+bool use_streams(bool enabled);
+
+}  // namespace fusion_edge
