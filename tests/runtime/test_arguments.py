@@ -1,4 +1,4 @@
-"""Numbers, texts and options of wrong types, through every public function that takes them."""
+"""Wrong types of numbers, texts and options, in every public function."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
 
 
 def refused(call: Any, beginning: str) -> None:
-    """The call must raise a ``UsageError`` of one line that begins so."""
+    """Assert that a call raises a ``UsageError`` with one line that begins with ``start``."""
     with pytest.raises(UsageError) as raised:
         call()
     message = str(raised.value)
@@ -200,7 +200,7 @@ def test_values_are_shown_on_one_short_line() -> None:
 
 
 def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
-    """Also in a bundle of a checkpoint whose settings name another token alone, or one outside the vocabulary."""
+    """Also if the checkpoint's settings name only another token, or one outside the vocabulary."""
     bundle = open_bundle(tiny_bundle)
     with load(tiny_bundle, threads=1) as loaded:
         tokenizer = loaded.tokenizer

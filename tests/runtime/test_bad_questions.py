@@ -1,4 +1,4 @@
-"""Images, questions, options and ends of input that fusion-run and the Python interface must take with grace."""
+"""Invalid images, questions, options and input of fusion-run and the Python API: one clear error each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refuse(tiny_bundle: Path, image: Path, refused: Refuse) -> Refuse:
-    """``refuse(*options, image=..., ask="What?", code=1)``: fusion-run's message."""
+    """``refuse(*options, image=..., ask="What?", code=1)`` returns the error of fusion-run."""
 
     def run(*options: object, image: object = image, ask: str = "What?", code: int = 1) -> str:
         arguments = (tiny_bundle, "--image", image, "--ask", ask, "--threads=1", *options)
@@ -58,7 +58,7 @@ def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG file of this size on paper, with no pixels in it."""
+    """Return a PNG file that claims a size and has no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -256,7 +256,7 @@ def test_an_answer_that_was_given_up(fusion: Fusion) -> None:
     next(first)
     with pytest.raises(UsageError, match="The question is empty"):
         fusion.ask(picture(), "")
-    next(first)  # a refused question gave nothing up
+    next(first)  # a refused question does not end the stream
     second = fusion.stream(picture(), "Where?", sampling=SHORT)
     for _ in range(2):
         with pytest.raises(FusionError, match="was given up when another question was asked"):

@@ -1,4 +1,4 @@
-"""What ``fusion-run`` reads besides pictures and bundles: histories and questions, damaged, endless or huge."""
+"""Histories and questions of ``fusion-run`` that are damaged, endless or huge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime 1.23, the last for Python 3.10, does not know opset 24, in which graphs for TensorRT are written."""
+"""A mark for tests of TensorRT graphs, which need opset 24: ONNX Runtime 1.23, the last for Python 3.10, lacks it."""
 
 from __future__ import annotations
 

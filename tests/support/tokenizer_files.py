@@ -1,4 +1,4 @@
-"""Tokenizer files for the tests: the golden ones, and SentencePiece models written by hand."""
+"""Tokenizer files for tests: golden files, and handwritten SentencePiece models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA's own calls, with a module in the place of NVIDIA's bindings."""
+"""Calls of CUDA, on a fake of NVIDIA's bindings."""
 
 from __future__ import annotations
 

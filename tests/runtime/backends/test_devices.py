@@ -1,4 +1,4 @@
-"""Which device is taken for a bundle, and what is said of those that are not."""
+"""The choice of a device for a bundle, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def cuda_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "cuda"
-    options = ["--fp16", "--target", "cuda", "--query-len", "4"]  # of INT4 ONNX Runtime 1.23 makes NaN on a CPU
+    options = ["--fp16", "--target", "cuda", "--query-len", "4"]  # ONNX Runtime 1.23 computes NaN with INT4 on a CPU
     assert export_cli.main([str(tiny_checkpoint), "-o", str(folder), *options]) == 0
     return folder
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``machine(gpus=..., providers=..., wheels=..., libraries=...)``: what is found, without a driver by default."""
+    """``machine(gpus=..., providers=..., wheels=..., libraries=...)`` fakes a machine, by default without a driver."""
 
     def have(
         gpus: int | None = None,
@@ -95,7 +95,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What opens the device ``cuda``, without one: the same backend on the CPU."""
+    """Open the device ``cuda`` as the same backend on the CPU."""
 
     def open_backend(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
         return OnnxRuntimeBackend(bundle, "cpu", threads)
@@ -138,7 +138,7 @@ def test_what_the_machine_lacks(
 
 
 def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., None]) -> None:
-    """Whatever else is missing: nothing is to be installed for it."""
+    """The reason is the target, whatever else is missing: installing something would not help."""
     reasons = {name: other_target("cpu", name.removesuffix("-rtx")) for name in (*LIBRARIES, "cuda")}
     for found in (WHOLE, {}):
         machine(**found)
@@ -156,7 +156,7 @@ def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None
             not_taken = NOT_FOR_TENSORRT if device == "auto" else {}
             assert (fusion.device.name, fusion.device.not_taken) == ("cuda", not_taken)
     with load(cuda_bundle, device="cpu", threads=1) as fusion:
-        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", {})  # nothing else was wanted
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", {})  # no other device was tried
 
 
 def test_a_device_that_does_not_start_after_all(
@@ -191,7 +191,7 @@ def test_a_damaged_bundle_is_no_reason_for_another_device(
     [
         (None, "ONNX Runtime is not installed; pip install '.[{}]'."),
         (
-            ModuleType("onnxruntime"),  # all that is left when one of two wheels was removed
+            ModuleType("onnxruntime"),  # the rest after removing one of two wheels
             "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
             "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[{}]'.",
         ),
@@ -218,7 +218,7 @@ def test_without_onnxruntime(
 
 @pytest.fixture
 def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``told(bundle, *options)``: standard error of a question, but for notes about the kernels of this very CPU."""
+    """``told(bundle, *options)`` returns standard error of a question, without notes about this machine's kernels."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(bundle: Path, *options: str) -> str:
@@ -233,7 +233,7 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
 
 
 def lines(not_taken: Mapping[str, str], taken: str) -> str:
-    """What ``--verbose`` prints."""
+    """Return the output of ``--verbose``."""
     return "".join(f"not on {name}: {reason}\n" for name, reason in not_taken.items()) + f"running on {taken}\n"
 
 
@@ -251,7 +251,7 @@ def test_a_gpu_bundle_on_the_cpu_is_told(
 def test_a_tensorrt_bundle_on_the_cpu_is_told(
     tensorrt_bundle: Path, machine: Callable[..., None], told: Callable[..., str], installed: tuple[str, ...]
 ) -> None:
-    """Of both libraries that would run it."""
+    """The warning names both libraries that could run it."""
     machine(libraries=installed)
     reasons = NO_TENSORRT | dict.fromkeys(installed, NO_DRIVER)
     line = " ".join(f"not on {name}: {reason}" for name, reason in reasons.items())
@@ -283,7 +283,7 @@ def test_a_device_asked_for_is_an_error(cuda_bundle: Path, machine: Callable[...
 
 
 def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
-    """On this machine, whatever it has."""
+    """On this machine, with whatever devices it has."""
     bundle = open_bundle(cuda_bundle)
     for candidate in devices.CANDIDATES:
         reason = candidate.reason(bundle)
@@ -313,7 +313,7 @@ def test_why_the_kernels_are_not_ours(
 def test_the_note_about_the_kernels(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without ours, ONNX Runtime's are taken and that is said."""
+    """Without our kernels ONNX Runtime's run, and a note says so."""
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     question = ["--image", str(tmp_path / "image.png"), "--ask=What?", "--max-new-tokens=1", "--verbose"]

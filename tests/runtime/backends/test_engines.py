@@ -1,4 +1,4 @@
-"""Engines that are not taken: TensorRT never sees them, and the command that builds them again is told."""
+"""Invalid engines: TensorRT never receives them, and the error names the command that builds them again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def built(tiny_tensorrt_bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def folder(built: Path, tmp_path: Path) -> Path:
-    """A bundle with engines, to be damaged."""
+    """A bundle with engines to damage."""
     return Path(shutil.copytree(built, tmp_path / "tiny"))
 
 
@@ -45,7 +45,7 @@ def engines_in(folder: Path) -> Path:
 
 
 def refused(folder: Path, library: tuple[str, str] = RTX, **machine: Any) -> str:
-    """Why the backend does not start; TensorRT is given nothing, and nothing of the device is kept."""
+    """Return the error of a backend that does not start: it passes nothing to TensorRT and frees the device."""
     trt = FakeTensorRT(*library, FakeCuda(**machine))
     with pytest.raises(FusionError) as refusal:
         open_backend(open_bundle(folder), trt)
@@ -58,7 +58,7 @@ def refused(folder: Path, library: tuple[str, str] = RTX, **machine: Any) -> str
 
 
 def rewrite(change: Callable[[Manifest], object]) -> Callable[[Path], None]:
-    """Damage to ``engines.json``."""
+    """Return a damage to ``engines.json``."""
 
     def damage(engines: Path) -> None:
         manifest = json.loads((engines / ENGINES_MANIFEST).read_text(encoding="utf-8"))
@@ -184,7 +184,7 @@ def test_no_engines(folder: Path) -> None:
 
 @needs_opset_24
 def test_engines_with_other_tensors(folder: Path) -> None:
-    """The manifest is not of its engine, though its checksum is right."""
+    """The manifest has the right checksum and other inputs."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     rewrite(lambda manifest: manifest["engines"]["alignment_decoder"][0]["inputs"].pop())(engines_in(folder))
     with pytest.raises(FusionError, match=r"alignment_decoder.engine has inputs and outputs that its manifest"):
@@ -214,7 +214,7 @@ def test_just_enough_memory(folder: Path) -> None:
 
 @pytest.mark.parametrize("missing", [1, 10_000, 300_000])
 def test_what_would_fit_does(folder: Path, missing: int) -> None:
-    """As said: rebuilt with that context, the engines are taken."""
+    """Engines rebuilt with the context of the error start."""
     bundle, engines = built_engines(folder)
     free = needed_bytes(bundle.manifest.model, engines, engines.max_context) - missing
     with pytest.raises(DeviceError, match=r"or build with fusion-build --max-context \d+, which fits") as refusal:

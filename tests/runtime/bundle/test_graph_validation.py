@@ -1,4 +1,4 @@
-"""Graphs that ask for more than fusion-export's do are refused before a runtime sees them."""
+"""Graphs with anything that fusion-export does not write are refused before a runtime sees them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, change: Change) -> None:
-    """Change the LLM's graph, and its checksum with it."""
+    """Change the LLM's graph and its checksum."""
     path = folder / "llm.onnx"
     model = onnx.load(path, load_external_data=False)
     change(model)
@@ -92,7 +92,7 @@ def call_in_function(model: ModelProto) -> None:
         (place("location", "../outside.data"), "its weights are in '../outside.data', not in llm.data"),
         (place("location", "/etc/passwd"), "its weights are in '/etc/passwd'"),
         (place("location", "./llm.data"), "its weights are in './llm.data'"),
-        (place("location", "embeddings.data"), "its weights are in 'embeddings.data'"),  # listed, and not its own
+        (place("location", "embeddings.data"), "its weights are in 'embeddings.data'"),  # listed, but of another graph
         (place("location", "unlisted.data"), "its weights are in 'unlisted.data'"),
         (place("location", "*/_ORT_MEM_ADDR_/*"), "its weights are in '*/_ORT_MEM_ADDR_/*'"),
         (place("location", ""), "its weights are in ''"),
@@ -169,7 +169,7 @@ def test_a_graph_of_any_size(copy: Path) -> None:
     ],
 )
 def test_every_kind_of_bundle_opens(tiny_checkpoint: Path, tmp_path: Path, options: str) -> None:
-    """What the lowerings write is what is allowed."""
+    """The allowlist has exactly the operators that the lowerings write."""
     assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), *options.split()]) == 0
     for name in open_bundle(tmp_path / "b").manifest.graphs:
         data = tmp_path / "b" / f"{name}.data"
@@ -203,7 +203,7 @@ def test_fields_are_those_that_protobuf_writes(number: int, text: str, real: flo
 
 
 def test_every_cut_is_told(tiny_bundle: Path) -> None:
-    """But for cuts between two fields, after which a message is one of fewer."""
+    """A cut between two fields gives a valid shorter message."""
     content = (tiny_bundle / "alignment_decoder.onnx").read_bytes()
     whole = len(list(fields(content)))
     for length in range(0, len(content), 97):

@@ -1,4 +1,4 @@
-"""Values of ``bundle.json`` and its like: refused with one sentence, within bounds, or a bundle that answers."""
+"""Values of ``bundle.json``: a bundle answers, or is refused with one sentence in bounded time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def change(folder: Path, path: tuple[str | int, ...], value: object) -> None:
-    """Set one value, and the graphs' shapes by it."""
+    """Set one value, and update the shapes of the graphs."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     inner: Any = manifest
     for key in path[:-1]:
@@ -47,7 +47,7 @@ def change(folder: Path, path: tuple[str | int, ...], value: object) -> None:
 
 
 def write(folder: Path, manifest: Json) -> None:
-    """The manifest, its graphs' shapes put right where there are any."""
+    """Return the manifest with updated shapes of the graphs."""
     with suppress(ValueError, ZeroDivisionError):
         parsed = from_json(Manifest, manifest)
         if abs(parsed.model.language.layers) < 1000:
@@ -130,7 +130,7 @@ def test_a_value_that_cannot_be(
     ],
 )
 def test_a_graph_of_other_sizes(copy: Path, path: tuple[str | int, ...], value: object) -> None:
-    """The manifest is right in itself; the graph is another."""
+    """The manifest is consistent, but does not match the graph."""
     change(copy, path, value)
     with pytest.raises(FusionError, match=r"bundle.json and \w+.onnx do not belong together"):
         load(copy, device="cpu", threads=1)
@@ -200,7 +200,7 @@ def test_json_within_bounds(copy: Path, refused: Refuse, name: str, content: byt
 
 
 def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
-    """A pipe would be waited for, a device read for ever."""
+    """A pipe would block, and a device would never end."""
     (copy / MANIFEST).unlink()
     os.mkfifo(copy / MANIFEST)
     assert "it is not a regular file" in refused(cli_info.main, copy)
@@ -221,11 +221,11 @@ def test_a_terminal_is_told_nothing_else(copy: Path, capsys: pytest.CaptureFixtu
     assert "x\\x1b[2Jy\\nz\\ud800\n" in capsys.readouterr().out
 
 
-# Links of the hub's cache -----------------------------------------------------------------------------------
+# Links of the hub cache - -----------------------------------------------------------------------------------
 
 
 def in_hub_cache(bundle: Path, root: Path, inside: str = "") -> Path:
-    """As ``snapshot_download`` leaves it: ``blobs`` by content, links to them in a snapshot."""
+    """Copy a bundle to the layout of ``snapshot_download``: ``blobs`` by content, and links in a snapshot."""
     blobs, snapshot = root / "blobs", root / "snapshots" / "0123abcd" / inside
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Files as pictures: which are opened, what decoding them may take, and the one error of everything else."""
+"""Image files: accepted formats, limits of memory, and the error for everything else."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 
 @pytest.fixture
 def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that a stand-in for Ghostscript makes if it is started."""
+    """The file that a fake of Ghostscript writes when it starts."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
@@ -272,7 +272,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["data", "samples"])
 def test_nothing_is_printed_of_a_damaged_tiff(change: str, tmp_path: Path) -> None:
-    """Neither by libtiff, nor by a logger without handlers."""
+    """Neither libtiff nor a logger without handlers prints anything."""
     photo(40, 40).save(tmp_path / "image.tiff", compression="tiff_adobe_deflate")
     content = bytearray((tmp_path / "image.tiff").read_bytes())
     if change == "data":

@@ -90,7 +90,7 @@ def test_sixteen_bits_are_scaled_not_clipped(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_files_are_turned_upright(orientation: int, tmp_path: Path) -> None:
     upright = np.array([[[250, 0, 0], [0, 250, 0], [0, 0, 250]], [[9, 9, 9], [90, 90, 90], [250, 250, 250]]])
-    stored = {  # EXIF 2.3: which sides of the scene the first stored row and column are
+    stored = {  # EXIF 2.3: sides of the scene of the first stored row and column
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -105,7 +105,7 @@ def test_files_are_turned_upright(orientation: int, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     Image.fromarray(np.ascontiguousarray(stored).astype(np.uint8)).save(path, exif=exif)
     np.testing.assert_array_equal(pixels(load_image(path)), upright)
-    with Image.open(path) as opened:  # pixels that are handed over stay as they are
+    with Image.open(path) as opened:  # pixels of an opened image stay
         np.testing.assert_array_equal(pixels(load_image(opened)), stored)
         np.testing.assert_array_equal(pixels(ImageOps.exif_transpose(opened)), upright)
 
@@ -208,13 +208,13 @@ def test_damaged_files_never_raise_anything_else(tmp_path: Path) -> None:
             damaged[generator.integers(0, min(len(damaged), 200), 4)] = generator.integers(0, 256, 4)
             path.write_bytes(damaged.tobytes())
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's remarks on damaged metadata
+                warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
                 with contextlib.suppress(FusionError):
                     assert load_image(path).mode == "RGB"
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
+    """Return a PNG that claims a size and has no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

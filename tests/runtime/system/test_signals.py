@@ -1,4 +1,4 @@
-"""Signals that end commands: the exit code, one line, nothing left; and those that do not."""
+"""Signals that end commands: exit code, one line, complete cleanup. Also signals that must not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_command_is_ended(number: signal.Signals, code: int, said: str, capsys
             send(number)
             time.sleep(5)
         finally:
-            for again, _code, _said in ENDS:  # cleaning up is not interrupted
+            for again, _code, _said in ENDS:  # nothing interrupts the cleanup
                 send(again)
             cleaned.append(True)
         return 0
@@ -73,7 +73,7 @@ def test_signals_wait_for_what_must_not_be_left_half_done() -> None:
 
 
 def test_signals_of_others_stay_theirs() -> None:
-    """Those that are ignored, as by nohup, those that a program handles, and all of them in another thread."""
+    """Ignored signals (nohup), signals that a program handles, and all signals in another thread."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -101,7 +101,7 @@ def test_a_library_takes_no_signals() -> None:
 @ends
 @pytest.mark.parametrize("how", ["command", "module"])
 def test_while_modules_load(number: signal.Signals, code: int, said: str, how: str, tmp_path: Path) -> None:
-    """NumPy, the first of what takes long, is replaced by a module that waits."""
+    """A module that waits replaces NumPy, the first slow import."""
     (tmp_path / "numpy.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     start = {
         "command": ["-c", "from fusion_edge.runtime.cli.entry import run; run()"],
@@ -124,7 +124,7 @@ def test_while_modules_load(number: signal.Signals, code: int, said: str, how: s
 def test_what_is_not_begun_is_dropped(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of hundreds of blocks that take 0.1 s each, and of a checksum that would take minutes."""
+    """During hundreds of blocks of 0.1 s, and during a checksum that takes minutes."""
     write, calls = DataWriter._write_block, []
 
     def slow(*arguments: Any) -> Any:
@@ -170,7 +170,7 @@ def test_a_calibration_keeps_its_work(tmp_path: Path) -> None:
 def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At a terminal: the first two answers are interrupted, the third is not; then the prompt is."""
+    """On a terminal: Ctrl-C interrupts two answers, then the prompt."""
     asked: list[str] = []
 
     def say(question: str) -> None:
@@ -207,7 +207,7 @@ def test_a_question_is_ended_inside_of_the_runtime(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The prompt is one call of ONNX Runtime, in which Python handles no signals."""
+    """Prefill is one call of ONNX Runtime, during which Python handles no signals."""
     wait, sent = UninterruptibleWait(polls=False), []
 
     def prefill(*_: Any) -> NoReturn:
