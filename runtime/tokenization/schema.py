@@ -187,7 +187,9 @@ _TEMPLATE_PIECES: dict[str, dict[str, Check]] = {
 def _check_component(name: str, value: Any, types: Mapping[str, Mapping[str, Check]], inner: bool = False) -> None:
     if value is None and not inner:
         return
-    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        value = {}
+    kind = value.get("type")
     if not isinstance(kind, str) or kind not in types or (inner and kind == "Sequence"):
         raise ValueError(f"{name} is of the type {_short(kind)}, which is not supported")
     _fields(f"{name} {kind}", value, {"type": lambda _: True, **types[kind]})

@@ -36,7 +36,7 @@ class LlmSession:
         with translate_errors(graph.name, graph.device):  # a GPU may lack memory
             self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
             self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._zero_inputs(manifest).items()}
-        self._decode: ort.IOBinding | None = None
+        self._decode_binding: ort.IOBinding | None = None
 
     def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
         return self._graph.tensor(f"past.{spec.name}", np.zeros(math.prod(_shape(spec, self._context)), spec.dtype))
@@ -74,7 +74,7 @@ class LlmSession:
             first["is_prefill"] = np.ones((), np.bool_)
         with translate_errors(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
-            self._decode = self._binding(self._decode_inputs)
+            self._decode_binding = self._binding(self._decode_inputs)
             binding = self._binding(self._decode_inputs | tensors)
         self._graph.run_bound(binding, large=True)
         logits: Floats = self._logits[0]
@@ -84,7 +84,8 @@ class LlmSession:
         """Append one token's embedding ``[D]``; return the logits ``[V]``."""
         self._place(self._length, 1, self._capacity)
         self._write("embeddings", embedding)
-        self._graph.run_bound(self._decode, large=False)
+        assert self._decode_binding is not None  # before the first prefill the capacity is 0
+        self._graph.run_bound(self._decode_binding, large=False)
         logits: Floats = self._logits[0]
         return logits
 
