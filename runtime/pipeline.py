@@ -17,11 +17,11 @@ from fusion_edge.runtime.arguments import flag, is_integer, shown
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
 from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
 from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, Turn
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.requests import Color, ImageLike, Request
 from fusion_edge.runtime.sampling import Sampler, Sampling
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from fusion_edge.benchmarks.latency.result import IMAGE_DECODE, STAGES, Case
 from fusion_edge.benchmarks.latency.statistics import Summary, summarize
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.images.preprocessing import load_image
 from fusion_edge.runtime.pipeline import ALIGNMENT, DECODE_STEP, ENCODE_GLOBAL
 from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.requests import Request
 from fusion_edge.runtime.sampling import Sampler, Sampling
 

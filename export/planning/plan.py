@@ -32,8 +32,8 @@ from fusion_edge.runtime.bundle.config import MINIMUM_QUESTION, FusionConfig, si
 from fusion_edge.runtime.bundle.files import FileEntry
 from fusion_edge.runtime.bundle.graphs import GraphSpec
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 KV_CACHES = ("float", "int8")
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.bundle.templates import Template
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.prompts.templates import Template
 from fusion_edge.runtime.tokenization.text_encoder import TextEncoder, any_of, is_empty
 
 MAX_WHITESPACE = 1000

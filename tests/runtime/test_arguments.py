@@ -18,8 +18,8 @@ from fakes.fake_backend import FakeBackend
 from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn, UsageError, load
 from fusion_edge.runtime.arguments import shown
 from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.sampling import Sampler
 from fusion_edge.runtime.tokenization.detokenizer import Detokenizer
 from fusion_edge.runtime.tokenization.embeddings import Embeddings

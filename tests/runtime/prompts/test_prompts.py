@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.config import side
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS, Turn, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 TURNS = [
     ("phi_one_turn", 0),

@@ -21,9 +21,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime import Fusion, FusionError, Turn, UsageError, load
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS, ContextBudget, Prompt, PromptEncoder, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 DEMO = DEMO_CHECKPOINT
 NAMES = ("phi", "llama", "demo", "phi with words", "llama that strips")
