@@ -7,7 +7,7 @@ from fusion_edge.runtime.system.first_signals import leave_at_once
 
 def run() -> int:
     """Run ``fusion-run`` and return the exit code."""
-    return start("fusion_edge.runtime.run_command")
+    return start("fusion_edge.runtime.cli.run")
 
 
 def info() -> int:

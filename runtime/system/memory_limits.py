@@ -41,6 +41,6 @@ def too_little() -> str | None:
     if left >= needed:
         return None
     return (
-        f"Not enough memory to start: {needed / 1e6:,.0f} MB are needed, and ulimit -v or -d leaves "
+        f"There is not enough memory to start: {needed / 1e6:,.0f} MB are needed, and ulimit -v or -d leaves "
         f"{left / 1e6:,.0f} MB; raise that limit."
     )

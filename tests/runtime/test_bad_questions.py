@@ -234,9 +234,7 @@ def test_wrong_usage(tiny_bundle: Path, image: Path, option: str, capsys: pytest
 
 
 def test_json_without_a_question(tiny_bundle: Path, image: Path, refused: Refuse) -> None:
-    assert "--json prints the answers to --ask" in refused(
-        cli_run.main, tiny_bundle, "--image", image, "--json", code=2
-    )
+    assert "--json needs --ask TEXT" in refused(cli_run.main, tiny_bundle, "--image", image, "--json", code=2)
 
 
 @pytest.mark.parametrize("sampling", ["greedy", 0, {"temperature": 1}])

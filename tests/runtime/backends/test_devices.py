@@ -24,9 +24,9 @@ from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 
-NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
+NO_DRIVER = "No NVIDIA driver (libcuda.so.1) is installed; install it if the machine has an NVIDIA GPU."
 NO_PROVIDER = (
-    "The onnxruntime that is installed has no CUDA provider; "
+    "The installed onnxruntime has no CUDA provider; "
     "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]'."
 )
 NO_TENSORRT = {name: f"{name} is not installed; {remedy}." for name, remedy in INSTALL.items()}
@@ -34,9 +34,7 @@ Refuse = Callable[..., str]
 
 
 def other_target(target: str, wanted: str) -> str:
-    return (
-        f"The bundle was exported for {target}; fusion-export FUSION-tiny -o FOLDER --target {wanted} makes one for it."
-    )
+    return f"The bundle was exported for {target}; fusion-export FUSION-tiny -o FOLDER --target {wanted} exports one for this device."
 
 
 NOT_FOR_TENSORRT = dict.fromkeys(LIBRARIES, other_target("cuda", "tensorrt"))
@@ -117,11 +115,11 @@ WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUE
     ("found", "reason"),
     [
         ({}, NO_DRIVER),
-        ({"gpus": 0}, "The NVIDIA driver finds no GPU that works; see what nvidia-smi says."),
+        ({"gpus": 0}, "The NVIDIA driver finds no working GPU; check nvidia-smi."),
         ({"gpus": 1}, NO_PROVIDER),
         (
             {"gpus": 1, "wheels": ("onnxruntime", "onnxruntime-gpu")},
-            "The onnxruntime that is installed hides onnxruntime-gpu, whose files it replaced; "
+            "The installed onnxruntime hides onnxruntime-gpu, whose files it has overwritten; "
             "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]'.",
         ),
     ],
@@ -144,7 +142,7 @@ def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., N
         machine(**found)
         with load(tiny_bundle, threads=1) as fusion:
             assert (fusion.device.name, fusion.device.not_taken) == ("cpu", reasons)
-    with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda makes one"):
+    with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda exports one"):
         load(tiny_bundle, device="cuda")
 
 
@@ -210,7 +208,7 @@ def test_without_onnxruntime(
         load(cuda_bundle)
     told = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
     told += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
-    assert str(refusal.value) == f"No device here can run {cuda_bundle}. {told}"
+    assert str(refusal.value) == f"No device of this machine can run {cuda_bundle}. {told}"
 
 
 # fusion-run -------------------------------------------------------------------------------------------------
@@ -293,8 +291,8 @@ def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "reason"),
     [
-        ((None, True), "They are not installed: pip needs x86-64 and GCC's C++ compiler to install them."),
-        ((Path("library.so"), False), "They are written for x86-64 processors with AVX-512 VNNI."),
+        ((None, True), "They are not installed; on x86-64 with a C++ compiler, install fusion-edge again."),
+        ((Path("library.so"), False), "They need an x86-64 processor with AVX-512 VNNI."),
         ((Path("library.so"), True), None),
     ],
 )
@@ -305,7 +303,7 @@ def test_why_the_kernels_are_not_ours(
     monkeypatch.setattr(cpu_kernels, "is_supported", lambda: found[1])
     manifest = open_bundle(tiny_bundle).manifest
     assert cpu_kernels.unsupported_reason(manifest) == reason
-    level = "They multiply at accuracy level 4, and the bundle asks for 0."
+    level = "They compute at accuracy level 4, and the bundle has 0."
     assert cpu_kernels.unsupported_reason(dataclasses.replace(manifest, accuracy_level=0)) == level
     assert "exported for cuda" in str(cpu_kernels.unsupported_reason(dataclasses.replace(manifest, target="cuda")))
 
@@ -318,5 +316,5 @@ def test_the_note_about_the_kernels(
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     question = ["--image", str(tmp_path / "image.png"), "--ask=What?", "--max-new-tokens=1", "--verbose"]
     assert cli_run.main([str(tiny_bundle), *question, "--threads=1"]) == 0
-    note = "note: Products and attention are ONNX Runtime's own instead of faster ones. They are not installed"
+    note = "note: MatMul and attention run on ONNX Runtime's kernels instead of faster ones. They are not"
     assert note in capsys.readouterr().err

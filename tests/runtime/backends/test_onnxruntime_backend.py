@@ -221,7 +221,7 @@ def test_no_room_for_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("printed", "remedy"),
     [
-        ("", "upgrade the GPU's driver, or install the onnxruntime-gpu that was built for it."),
+        ("", "upgrade the GPU driver, or install the onnxruntime-gpu that fits it."),
         (
             "Failed to load libcublas.so.13: libcublas.so.13: cannot open shared object file\n"
             "Failed to load libcudnn.so.9: libcudnn.so.9: cannot open shared object file\n"

@@ -343,7 +343,7 @@ def test_memory_that_runs_out_while_it_starts(bundle: Bundle) -> None:
 
 
 def test_no_gpu() -> None:
-    with pytest.raises(DeviceError, match=r"^CUDA finds no GPU; see what nvidia-smi says\.$"):
+    with pytest.raises(DeviceError, match=r"^CUDA finds no GPU; check nvidia-smi\.$"):
         Cuda(FakeCuda(gpus=0))
 
 

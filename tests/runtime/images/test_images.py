@@ -176,7 +176,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (text, "not an image"),
         (empty, "not an image"),
         ("", "does not exist"),
-        ("nul\0byte.png", "no path that a file can have"),
+        ("nul\0byte.png", "is not a valid path"),
         ("https://example.org/cat.png", "addresses are not fetched"),
     ]
     for path, message in cases:

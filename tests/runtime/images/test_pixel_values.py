@@ -132,7 +132,7 @@ def test_modes_that_pillow_converts(mode: str) -> None:
 
 
 def test_a_mode_that_pillow_does_not_convert() -> None:
-    with pytest.raises(FusionError, match="mode La, which is not converted to RGB"):
+    with pytest.raises(FusionError, match="mode La, which does not convert to RGB"):
         load_image(Image.new("La", (4, 4)))
 
 

@@ -21,7 +21,6 @@ from fusion_edge.export import cli as export_cli
 from fusion_edge.export.bundle.data_writer import DataWriter
 from fusion_edge.export.calibration.work_folder import work_folder
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
@@ -105,7 +104,7 @@ def test_while_modules_load(number: signal.Signals, code: int, said: str, how: s
     (tmp_path / "numpy.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     start = {
         "command": ["-c", "from fusion_edge.runtime.cli.entry import run; run()"],
-        "module": ["-m", "fusion_edge.runtime.run_command"],
+        "module": ["-m", "fusion_edge.runtime.cli.run"],
     }
     process = subprocess.Popen(
         [sys.executable, *start[how]],
@@ -148,7 +147,7 @@ def test_what_is_not_begun_is_dropped(
             advance(1)
             time.sleep(0.01)
 
-    monkeypatch.setattr(bundle, "digest", endless)
+    monkeypatch.setattr("fusion_edge.runtime.bundle.files.digest", endless)
     assert export_cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b")]) == 143
     assert time.monotonic() - started[0] < 5
     assert not list(tmp_path.iterdir())
