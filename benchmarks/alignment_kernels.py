@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusion_edge.kernels.triton import recursive_alignment as kernels
-from fusion_edge.kernels.triton.ahead_of_time import CONTEXT
+from fusion_edge.kernels.triton.ahead_of_time import CONTEXT_ROWS
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
@@ -90,7 +90,7 @@ def _main(options: argparse.Namespace) -> int:
 
 def measure(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> KernelTiming:
     """Measure a kernel with inputs of ``[questions, latents, width]``."""
-    moved = kernels.bytes_moved(*shape, CONTEXT, dtype.itemsize)[name]
+    moved = kernels.bytes_moved(*shape, CONTEXT_ROWS, dtype.itemsize)[name]
     sets = [inputs(shape, dtype, "cuda", seed) for seed in range(max(2, INPUT_BYTES // moved))]
     fused, unfused = RUNS[name]
     halves = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in sets]
@@ -115,8 +115,8 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: i
     rows = questions * latents
     return {
         "q": normal(*shape),
-        "k": normal(1, latents, CONTEXT, width),
-        "v": normal(1, latents, CONTEXT, width),
+        "k": normal(1, latents, CONTEXT_ROWS, width),
+        "v": normal(1, latents, CONTEXT_ROWS, width),
         "residual": normal(*shape),
         "weight": normal(width),
         "bias": normal(width),

@@ -1,8 +1,8 @@
-"""Time and memory of calibrating some blocks of a checkpoint at full size, on random states of samples.
+"""Measure time and memory of calibrating some LLM blocks of a full-size checkpoint, on random activations.
 
     python -m fusion_edge.benchmarks.calibrate_blocks --checkpoint FOLDER --work FOLDER --first llm.layers.0 --blocks 2
 
-Random states show speed and memory, never quality.
+Random activations show speed and memory, not quality.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fusion_edge.export.calibration import activation_cache as states
+from fusion_edge.export.calibration.activation_cache import write_activations
 from fusion_edge.export.calibration.blocks import blocks
 from fusion_edge.export.calibration.estimate import estimate_calibration
 from fusion_edge.export.calibration.options import DEVICES, CalibrationOptions
 from fusion_edge.export.calibration.run import CalibrationRun
 from fusion_edge.export.calibration.samples import Sample, Samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import UsageError
@@ -34,18 +35,18 @@ QUESTION = "What is in front of the camera, and how far away is it?"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="folder of a FUSION checkpoint")
-    add("--work", type=Path, required=True, help="empty folder for states and weights")
-    add("--first", default="llm.layers.0", help="name of an LLM block (default: %(default)s)")
-    add("--blocks", type=positive_integer, default=2, help="how many (default: %(default)s)")
-    add("--samples", type=positive_integer, default=128, help="calibrating (default: %(default)s)")
-    add("--held-out", type=positive_integer, default=16, help="further ones (default: %(default)s)")
+    add("--work", type=Path, required=True, help="empty folder for activations and weights")
+    add("--first", default="llm.layers.0", help="first LLM block (default: %(default)s)")
+    add("--blocks", type=positive_integer, default=2, help="number of blocks (default: %(default)s)")
+    add("--samples", type=positive_integer, default=128, help="calibration samples (default: %(default)s)")
+    add("--held-out", type=positive_integer, default=16, help="held-out samples (default: %(default)s)")
     add("--query-len", type=positive_integer, default=144, help="latents (default: %(default)s)")
-    add("--device", choices=DEVICES, default="cpu", help="where to calibrate (default: %(default)s)")
-    add("--threads", type=positive_integer, default=usable_processors(), help="threads of torch (default: %(default)s)")
+    add("--device", choices=DEVICES, default="cpu", help="device to calibrate on (default: %(default)s)")
+    add("--threads", type=positive_integer, default=usable_processors(), help="PyTorch threads (default: %(default)s)")
     return run_command(_main, parser.parse_args(arguments))
 
 
@@ -55,7 +56,7 @@ def _main(options: argparse.Namespace) -> int:
         plan = plan_export(checkpoint, ExportOptions(query_lengths=(options.query_len,)))
         names = [block.name for block in blocks(plan.config)]
         if options.first not in names or not options.first.startswith("llm.layers."):
-            raise UsageError(f"--first {options.first} is no LLM block; choose one of llm.layers.0 and on.")
+            raise UsageError(f"--first {options.first} is not an LLM block; choose llm.layers.0 or a later one.")
         options.work.mkdir(parents=True, exist_ok=True)
         picture = options.work / "picture.png"
         Image.new("RGB", (384, 384)).save(picture)
@@ -64,7 +65,7 @@ def _main(options: argparse.Namespace) -> int:
         estimate = estimate_calibration(plan, calibration)
         work = CalibrationRun(plan, Samples(calibrating, held_out), "gptq", options.device, options.work)
         first = names.index(options.first)
-        tokens = _write_states(work, options, first)
+        tokens = _write_activations(work, options, first)
         seconds = []
         with torch.inference_mode():
             for i in range(first, first + options.blocks):
@@ -87,13 +88,13 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_states(work: CalibrationRun, options: argparse.Namespace, block: int) -> int:
-    """Random states in front of a block; the tokens of a sample."""
+def _write_activations(work: CalibrationRun, options: argparse.Namespace, block: int) -> int:
+    """Write random activations in front of a block; return the number of tokens of a sample."""
     generator = torch.Generator().manual_seed(0)
     alignment, hidden = work.config.alignment, work.config.language.hidden_size
     tokens = work.tokens(0)
     windows = 1, options.query_len, alignment.window_size**2, hidden
-    with states.writing(work.states(block)) as file:
+    with write_activations(work.cache_path(block)) as file:
         for _ in range(options.samples + 2 * options.held_out):
             x = torch.randn(1, tokens, hidden, generator=generator)
             file.append({"x": x, "windows": torch.randn(windows, generator=generator)})

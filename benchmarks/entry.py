@@ -1,4 +1,4 @@
-"""Entry point of the command: see ``runtime/cli/entry.py``."""
+"""Entry point of ``fusion-bench``; see ``runtime/cli/entry.py``."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from fusion_edge.runtime.cli.entry import start
 
 
 def bench() -> int:
-    """``fusion-bench``; the exit code."""
+    """Run ``fusion-bench`` and return its exit code."""
     return start("fusion_edge.benchmarks.latency.cli")

@@ -1,7 +1,9 @@
-"""A random checkpoint with the sizes of a released one: ``python -m fusion_edge.benchmarks.full_size_checkpoint``.
+"""Write a random checkpoint with the sizes of a released one.
 
-Speed and memory do not depend on what the weights are, so full-size measurements need no download. Config and
-tokenizer are those of a small checkpoint (by default of the golden ones in ``tests/``) with the sizes put in.
+Speed and memory do not depend on the weights' values, so full-size measurements need no download. Config and tokenizer
+come from a small checkpoint, by default a golden one in ``tests/``, with the sizes replaced.
+
+    python -m fusion_edge.benchmarks.full_size_checkpoint --layout 3b --output FOLDER
 """
 
 from __future__ import annotations
@@ -32,26 +34,26 @@ from fusion_edge.runtime.system.progress import Progress
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden"
 SHARD_BYTES = 2_000_000_000
-STANDARD_DEVIATION = 0.02  # as the released config's ``initializer_range``
-POOL = 1 << 23  # values drawn, 16 MB; every matrix is made of pieces of them
+STANDARD_DEVIATION = 0.02  # ``initializer_range`` of the released config
+POOL = 1 << 23  # random values, 16 MB; every matrix is made of pieces of the pool
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",  # its end tokens are the tokenizer's
+    "generation_config.json",  # names end tokens by the tokenizer's ids
 )
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The sizes of a checkpoint (FUSION.md, "The four released models")."""
+class ModelSizes:
+    """Sizes of a checkpoint (FUSION.md, "The four released models")."""
 
     like: Literal["FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA"]
-    """The golden checkpoint whose config and tokenizer it takes."""
+    """Golden checkpoint that provides config and tokenizer."""
     tower: str
     """``mm_vision_tower``."""
     vision: VisionConfig
@@ -63,13 +65,13 @@ class Layout:
     vocab_size: int
     alignment_stride: int = 3
 
-    def with_layers(self, layers: int) -> Layout:
-        """The same widths with fewer LLM layers; so many interaction layers stay as still have a place."""
+    def with_layers(self, layers: int) -> ModelSizes:
+        """Return the same widths with fewer LLM layers, and the interaction layers that still fit."""
         return dataclasses.replace(self, layers=layers)
 
     @property
     def alignment_layers(self) -> int:
-        """Interaction layers: ten, or as many as follow an LLM layer."""
+        """Number of interaction layers: ten, or as many as follow an LLM layer."""
         return min(10, math.ceil(self.layers / self.alignment_stride))
 
     @property
@@ -78,13 +80,13 @@ class Layout:
         return self.hidden_size // self.heads
 
     def tensors(self) -> dict[str, Shape]:
-        """Names and shapes of every tensor of the checkpoint, the unused ones included."""
+        """Return names and shapes of all tensors of the checkpoint, unused ones included."""
         table = parameters(self._structure())
         shapes = {source.tensor: source.shape for parameter in table.values() for source in parameter.sources}
         return shapes | dict.fromkeys(UNUSED, (self.vision.width,))
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of ``config.json`` that the sizes decide."""
+        """Return the fields of ``config.json`` that depend on the sizes."""
         fields: dict[str, Any] = {
             "hidden_size": self.hidden_size,
             "intermediate_size": self.mlp_width,
@@ -99,7 +101,7 @@ class Layout:
             "stride_of_vision_sampler_layers": self.alignment_stride,
             "vocab_size": self.vocab_size,
         }
-        if self.like == "FUSION-tiny-Phi":  # longrope has one factor a frequency; these only resemble Phi-3.5's
+        if self.like == "FUSION-tiny-Phi":  # longrope: one factor per frequency; these resemble Phi-3.5's
             factors = range(self.head_dim // 2)
             fields["rope_scaling"] = {
                 "type": "longrope",
@@ -111,7 +113,7 @@ class Layout:
         return fields
 
     def _structure(self) -> FusionConfig:
-        """What the table of names asks for; everything that no shape depends on is left empty."""
+        """Return the configuration that decides tensor names and shapes; other fields are empty."""
         return FusionConfig(
             template="phi_3" if self.like == "FUSION-tiny-Phi" else "llama_3",
             vision=self.vision,
@@ -143,7 +145,7 @@ class Layout:
 _SIGLIP_TOWER, _GIANT_TOWER = "google/siglip-so400m-patch14-384", "google/siglip2-giant-opt-patch16-384"
 _SIGLIP = VisionConfig(width=1152, layers=26, mlp_width=4304, patch_size=14)
 _GIANT = VisionConfig(width=1536, layers=39, mlp_width=6144, patch_size=16)
-_PHI = Layout(
+_PHI = ModelSizes(
     like="FUSION-tiny-Phi",
     tower=_SIGLIP_TOWER,
     vision=_SIGLIP,
@@ -154,7 +156,7 @@ _PHI = Layout(
     mlp_width=8192,
     vocab_size=32064,
 )
-_LLAMA = Layout(
+_LLAMA = ModelSizes(
     like="FUSION-X-tiny-LLaMA",
     tower=_SIGLIP_TOWER,
     vision=_SIGLIP,
@@ -165,48 +167,48 @@ _LLAMA = Layout(
     mlp_width=14336,
     vocab_size=128258,
 )
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: Mapping[str, ModelSizes] = {
     "3b": _PHI,
     "x-3b": dataclasses.replace(_PHI, tower=_GIANT_TOWER, vision=_GIANT),
     "8b": _LLAMA,
     "x-8b": dataclasses.replace(_LLAMA, tower=_GIANT_TOWER, vision=_GIANT),
 }
-"""The four released models by short name."""
+"""Released models by short name."""
 
 
 def write_checkpoint(
-    layout: Layout,
+    sizes: ModelSizes,
     folder: Path,
     like: Path,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     is_sparse: bool = False,
 ) -> None:
-    """Write ``layout`` with random bf16 weights to ``folder``; the same arguments give the same bytes.
+    """Write random bfloat16 weights to ``folder``; the same arguments give the same bytes.
 
-    Config and tokenizer come from the checkpoint folder ``like``. Memory: 16 MB of weights at a time. The index
-    is written last, so an interrupted folder is not taken for a checkpoint. With ``is_sparse`` all weights are zero
-    and take no room on the disk: for dry runs, which read none.
+    Config and tokenizer come from the checkpoint folder ``like``. At most 16 MB of weights are in memory. The index is
+    written last, so an interrupted folder is not a valid checkpoint. ``is_sparse`` writes zeros that occupy no disk
+    space, for dry runs.
 
     Raises:
-        FusionError: ``folder`` is not empty, ``like`` is no checkpoint, or the disk is too small.
+        FusionError: ``folder`` is not empty, ``like`` is not a checkpoint, or the disk is too small.
     """
     config = read_json_object(like / "config.json")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FusionError(f"{folder} exists and is not an empty folder; pass a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = layout.tensors()
+    tensors = sizes.tensors()
     total = sum(map(_nbytes, tensors.values()))
     free = shutil.disk_usage(folder).free
     if free < total and not is_sparse:
         raise FusionError(
-            f"{folder} has {format_bytes(free)} free, but the checkpoint takes {format_bytes(total)}; pass a folder "
-            "on a larger disk or fewer --layers."
+            f"{folder} has {format_bytes(free)} free; the checkpoint needs {format_bytes(total)}. Choose a "
+            "folder on a larger disk, or fewer --layers."
         )
     for name in TOKENIZER_FILES:
         if (like / name).is_file():
             shutil.copyfile(like / name, folder / name)
-    _write_json(folder / "config.json", config | layout.config_fields())
+    _write_json(folder / "config.json", config | sizes.config_fields())
     shards = list(_shards(tensors, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     values = None if is_sparse else _RandomValues(seed)
@@ -220,7 +222,7 @@ def write_checkpoint(
 
 
 class _RandomValues:
-    """bf16 bit patterns, many times quicker than a draw for every value: pieces of one pool of draws."""
+    """Random bfloat16 bit patterns as pieces of one pool, much faster than drawing every value."""
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
@@ -229,7 +231,7 @@ class _RandomValues:
         self._pool = _bfloat16(draws)
 
     def pieces(self, name: str, shape: Shape) -> Iterator[npt.NDArray[np.uint16]]:
-        """One tensor in order, at most :data:`POOL` values at a time."""
+        """Yield the values of a tensor in order, at most :data:`POOL` at a time."""
         if len(shape) == 1 and name.endswith(".weight"):  # norms scale by about one
             draws = self._random.standard_normal(shape, dtype=np.float32)
             yield _bfloat16(1 + STANDARD_DEVIATION * draws)
@@ -243,7 +245,7 @@ class _RandomValues:
 
 
 def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The upper half of each float32: truncation is as random as rounding would be."""
+    """Return the upper half of each float32; truncation is random enough."""
     return (values.view(np.uint32) >> 16).astype("<u2")
 
 
@@ -252,7 +254,7 @@ def _nbytes(shape: Shape) -> int:
 
 
 def _shards(tensors: Mapping[str, Shape], limit: int) -> Iterator[dict[str, Shape]]:
-    """Tensors in order, each group at most ``limit`` bytes unless it is one tensor."""
+    """Yield groups of tensors in order, each at most ``limit`` bytes or a single tensor."""
     shard: dict[str, Shape] = {}
     filled = 0
     for name, shape in tensors.items():
@@ -267,7 +269,7 @@ def _shards(tensors: Mapping[str, Shape], limit: int) -> Iterator[dict[str, Shap
 def _write_shard(
     file: BinaryIO, shard: Mapping[str, Shape], values: _RandomValues | None, advance: Callable[[int], None]
 ) -> None:
-    """One safetensors file: length of the header, header, tensors without gaps; without values a hole of their size."""
+    """Write a safetensors file; without values its tensors are a hole in the file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shard.items():
@@ -290,7 +292,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Run the command and return its exit code."""
     return run_command(_main, _parser().parse_args(argv))
 
 
@@ -300,26 +302,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a random checkpoint with the sizes of a released one (3b: 10 GB).",
     )
     add = parser.add_argument
-    add("--layout", required=True, choices=tuple(LAYOUTS), help="which released model")
-    add("--output", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
+    add("--layout", required=True, choices=tuple(LAYOUTS), help="released model")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="new or empty folder")
     add("--layers", type=positive_integer, metavar="N", help="LLM layers (default: the model's 32)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--sparse", action="store_true", help="zeros that take no room on the disk: for dry runs")
+    add("--sparse", action="store_true", help="write zeros that occupy no disk space, for dry runs")
     add(
         "--like",
         type=Path,
         metavar="FOLDER",
-        help="small checkpoint that gives tokenizer and config (default: the repository's golden one)",
+        help="small checkpoint with tokenizer and config (default: the repository's golden one)",
     )
     return parser
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    layout = LAYOUTS[arguments.layout]
+    sizes = LAYOUTS[arguments.layout]
     if arguments.layers is not None:
-        layout = layout.with_layers(arguments.layers)
-    like = GOLDEN / layout.like if arguments.like is None else arguments.like
-    write_checkpoint(layout, arguments.output, like, arguments.seed, is_sparse=arguments.sparse)
+        sizes = sizes.with_layers(arguments.layers)
+    like = GOLDEN / sizes.like if arguments.like is None else arguments.like
+    write_checkpoint(sizes, arguments.output, like, arguments.seed, is_sparse=arguments.sparse)
     return 0
 
 

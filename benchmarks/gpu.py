@@ -1,10 +1,10 @@
-"""A bundle on a GPU, end to end, beside the eager interpreter and what the memory's bandwidth allows.
+"""Measure a bundle on a GPU against the eager interpreter and the bandwidth roofline.
 
     fusion-export CHECKPOINT -o BUNDLE --int4 --target cuda     # or tensorrt, then fusion-build BUNDLE
     python -m fusion_edge.benchmarks.gpu --bundle BUNDLE --eager --json FILE
 
-One image, one question: vision of the image, alignment, vision of the question, prefill, steps; all random, so answers
-say nothing. The eager interpreter computes in float16 with the weights that the bundle holds, dequantized.
+One image and one question with random inputs: global crops, alignment, local crop, prefill, decode. The eager
+interpreter runs in float16 on the bundle's dequantized weights.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds, medians of :data:`REPEATS` but for loading."""
+class StageMedians:
+    """Median seconds of :data:`REPEATS` runs; loading runs once."""
 
     name: str
     load: float
-    vision_of_image: float
+    encode_global: float
     alignment: float
-    vision_of_question: float
+    encode_local: float
     prefill: float
-    step: float
+    decode_step: float
     memory: int
-    """Bytes of the device in use more than before loading; on a CPU 0."""
+    """GPU bytes in use beyond those before loading; 0 on a CPU."""
 
     @property
-    def time_to_first_token(self) -> float:
-        """Of the first question about an image, without cutting its crops."""
-        return self.vision_of_image + self.alignment + self.vision_of_question + self.prefill
+    def ttft(self) -> float:
+        """Time to first token of a first question, without preprocessing."""
+        return self.encode_global + self.alignment + self.encode_local + self.prefill
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--bundle", type=Path, required=True, help="folder that fusion-export wrote")
-    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="(default: %(default)s)")
-    add("--eager", action="store_true", help="measure the eager interpreter in float16 on the same GPU, too")
-    add("--steps", type=positive_integer, default=64, help="one-token steps (default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    add("--bundle", type=Path, required=True, help="bundle folder written by fusion-export")
+    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="default: %(default)s")
+    add("--eager", action="store_true", help="also measure the eager interpreter in float16 on the same GPU")
+    add("--steps", type=positive_integer, default=64, help="decode steps (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result to a file")
     return run_command(_main, parser.parse_args(arguments))
 
 
@@ -80,7 +80,7 @@ def _main(options: argparse.Namespace) -> int:
     device, backend = open_device(bundle, options.device)
     loaded = time.perf_counter() - started
     measured = [measure(backend, bundle.manifest, loaded, before, options.steps)]
-    positions = backend.max_context if device.name.startswith("tensorrt") else None
+    cached_tokens = backend.max_context if device.name.startswith("tensorrt") else None
     backend.close()
     if options.eager:
         gpu = "cpu" if device.name == "cpu" else "cuda"
@@ -88,18 +88,18 @@ def _main(options: argparse.Namespace) -> int:
         eager = EagerBackend(bundle.manifest.model, BundleWeights(bundle), gpu, torch.float16)
         measured.append(measure(eager, bundle.manifest, time.perf_counter() - started, before, options.steps))
     bandwidth = _bandwidth("cpu" if device.name == "cpu" else "cuda")
-    bytes_read = step_bytes(bundle.manifest, positions)
-    limit = bytes_read / bandwidth
+    bytes_read = step_bytes(bundle.manifest, cached_tokens)
+    roofline = bytes_read / bandwidth
     result: dict[str, Any] = {
         "bundle": bundle.manifest.source,
         "precision": bundle.manifest.precision,
         "device": device.name,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "bytes_a_step_reads": bytes_read,
+        "decode_step_bytes": bytes_read,
         "bandwidth": round(bandwidth),
-        "step_limit": limit,
-        "share_of_limit": limit / measured[0].step,
-        "runs": [asdict(one) | {"time_to_first_token": one.time_to_first_token} for one in measured],
+        "decode_roofline_seconds": roofline,
+        "decode_roofline_share": roofline / measured[0].decode_step,
+        "runs": [asdict(one) | {"ttft": one.ttft} for one in measured],
     }
     sys.stdout.write(_text(measured, result))
     if options.json is not None:
@@ -107,7 +107,7 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: int, steps: int) -> Measured:
+def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: int, steps: int) -> StageMedians:
     """One image and one question, stage by stage, each once untimed before."""
     config, rng = manifest.model, np.random.default_rng(0)
     width, latents = config.language.hidden_size, manifest.query_lengths[0]
@@ -132,29 +132,29 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
     memory = max(_used_memory() - memory_before, 0)
     prefilled = _median(prefill)
     times = [timed(lambda: backend.decode(rows[0])) for _ in range(capacity - len(rows))]
-    return Measured(
+    return StageMedians(
         name=backend.name,
         load=loaded,
-        vision_of_image=_median(
+        encode_global=_median(
             lambda: np.asarray(backend.encode(pixels, nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_)))
         ),
         alignment=_median(lambda: backend.align(features, *tables)),
-        vision_of_question=_median(lambda: np.asarray(backend.encode(pixels[:1], words, all_words))),
+        encode_local=_median(lambda: np.asarray(backend.encode(pixels[:1], words, all_words))),
         prefill=prefilled,
-        step=statistics.median(times),
+        decode_step=statistics.median(times),
         memory=memory,
     )
 
 
-def step_bytes(manifest: Manifest, positions: int | None = None) -> int:
-    """What a one-token step must read: the LLM's weights and ``positions`` of the KV cache, or a typical prompt's."""
-    if positions is None:
-        positions = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
-    return weight_bytes(manifest) + cache_bytes(manifest, positions)
+def step_bytes(manifest: Manifest, cached_tokens: int | None = None) -> int:
+    """Return the bytes that a decode step reads: LLM weights and KV cache, by default that of a typical prompt."""
+    if cached_tokens is None:
+        cached_tokens = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
+    return weight_bytes(manifest) + cache_bytes(manifest, cached_tokens)
 
 
 def _bandwidth(device: str) -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Return the bytes per second that a copy reads and writes."""
     source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
 
     def copy() -> None:
@@ -171,28 +171,29 @@ def _median(action: Callable[[], object]) -> float:
 
 
 def _used_memory() -> int:
-    """Bytes of the GPU that are in use, by whomever."""
+    """Return the GPU bytes in use by all processes."""
     if not torch.cuda.is_available():
         return 0
     free, total = torch.cuda.mem_get_info()
     return int(total - free)
 
 
-def _text(measured: list[Measured], result: dict[str, Any]) -> str:
-    header = ("", "first token", "prefill", "step", "tokens/s", "device memory")
+def _text(measured: list[StageMedians], result: dict[str, Any]) -> str:
+    header = ("", "TTFT", "prefill", "decode step", "tokens/s", "GPU memory")
     rows: list[tuple[str, ...]] = [header]
     for one in measured:
-        times = (f"{1000 * seconds:.2f} ms" for seconds in (one.time_to_first_token, one.prefill, one.step))
-        rows.append((one.name, *times, f"{1 / one.step:.1f}", format_bytes(one.memory)))
+        times = (f"{1000 * seconds:.2f} ms" for seconds in (one.ttft, one.prefill, one.decode_step))
+        rows.append((one.name, *times, f"{1 / one.decode_step:.1f}", format_bytes(one.memory)))
     if len(measured) > 1:
         ours, eager = measured
-        faster = eager.prefill / ours.prefill, eager.step / ours.step
-        rows.append(("times as fast", "", *(f"{times:.1f}" for times in faster), "", ""))
-    limit = (
-        f"A step must read {format_bytes(result['bytes_a_step_reads'])}; at {format_bytes(result['bandwidth'])}/s "
-        f"(a copy's) {1000 * result['step_limit']:.2f} ms: {result['share_of_limit']:.0%} of the limit is reached.\n"
+        faster = eager.prefill / ours.prefill, eager.decode_step / ours.decode_step
+        rows.append(("speedup", "", *(f"{times:.1f}" for times in faster), "", ""))
+    roofline = (
+        f"A decode step reads {format_bytes(result['decode_step_bytes'])}: "
+        f"{1000 * result['decode_roofline_seconds']:.2f} ms at {format_bytes(result['bandwidth'])}/s. "
+        f"It reaches {result['decode_roofline_share']:.0%} of the bandwidth roofline.\n"
     )
-    return format_table(rows) + limit
+    return format_table(rows) + roofline
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a bundle takes of a Jetson, and what it cannot be faster than there: computed, never measured.
+"""Compute the memory of a bundle on each Jetson and the rooflines of its speed. Nothing is measured.
 
     python -m fusion_edge.benchmarks.full_size_checkpoint --layout 3b --sparse --output fusion-3b
     python -m fusion_edge.benchmarks.jetson_roofline fusion-3b
 
-A step must read the LLM's weights and the whole KV cache, so the memory's bandwidth limits it. The first token of an
-answer needs the products and the attention of vision, alignment and prefill; the rate of float16 products limits that.
-Operations are counted by running the model on tensors without values.
+Decode is bound by memory bandwidth: a step reads the LLM's weights and the whole KV cache. Time to first token is bound
+by float16 compute throughput: GEMMs and attention of vision, alignment and prefill. Operations are counted by running
+the model on meta tensors.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.export.planning.memory import estimate
-from fusion_edge.export.planning.plan import ExportOptions, ExportPlan, plan_export
-from fusion_edge.export.planning.targets import PRESETS
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import ExportPlan, plan_export
+from fusion_edge.export.planning.presets import PRESETS
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
@@ -39,96 +40,96 @@ TERA = 1e12
 
 
 @dataclass(frozen=True)
-class Device:
-    """A Jetson in its fastest power mode, as NVIDIA's product pages have it."""
+class Jetson:
+    """Jetson in its fastest power mode, with figures from NVIDIA's product pages."""
 
     name: str
     preset: str
     bandwidth: float
-    """Bytes a second."""
-    rate: float
-    """Float16 operations a second of the GPU's tensor cores, without sparsity."""
+    """Bytes per second."""
+    compute: float
+    """Dense float16 operations per second of the GPU's tensor cores."""
 
 
-DEVICES = (
-    # Of sparse INT8 operations a quarter are float16 ones without sparsity, of sparse FP4 ones an eighth.
-    Device("Orin Nano 8 GB", "jetson-orin-nano", 102e9, 67 * TERA / 4),
-    Device("AGX Orin 64 GB", "jetson-orin", 204.8e9, 170 * TERA / 4),
-    Device("AGX Thor", "jetson-thor", 273e9, 2070 * TERA / 8),
+JETSONS = (
+    # Dense float16 is a quarter of sparse INT8 and an eighth of sparse FP4.
+    Jetson("Orin Nano 8 GB", "jetson-orin-nano", 102e9, 67 * TERA / 4),
+    Jetson("AGX Orin 64 GB", "jetson-orin", 204.8e9, 170 * TERA / 4),
+    Jetson("AGX Thor", "jetson-thor", 273e9, 2070 * TERA / 8),
 )
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Of one device."""
+class JetsonEstimate:
+    """Memory and rooflines of a bundle on one Jetson."""
 
     device: str
     max_context: int
     memory: int
-    """Bytes, by the estimate of ``fusion-export --dry-run``."""
+    """Bytes, as ``fusion-export --dry-run`` estimates them."""
     fits: bool
-    """In the memory that the preset counts on."""
+    """Whether that fits the memory of the preset."""
     step_bytes: int
     image_operations: int
-    """What only an image decides: its global crops, the alignment decoder."""
+    """Operations that run once per image: global crops and alignment decoder."""
     question_operations: int
-    """The local crop with a question, and the prefill."""
-    tokens_per_second: float
-    """At the most."""
-    first_answer: float
-    """Seconds to the first token about an image, at the least."""
-    further_answer: float
-    """Seconds to the first token of a further question about it."""
+    """Operations that run per question: local crop and prefill."""
+    decode_tokens_per_second: float
+    """At the bandwidth roofline."""
+    ttft: float
+    """Seconds at the compute roofline."""
+    followup_ttft: float
+    """Seconds at the compute roofline."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="folder of a checkpoint; its weights are not read")
-    add("--max-context", type=positive_integer, metavar="N", help="positions of the KV cache (default: the preset's)")
+    add("checkpoint", type=Path, help="checkpoint folder; its weights are not read")
+    add("--max-context", type=positive_integer, metavar="N", help="tokens of the KV cache (default: the preset's)")
     add("--json", action="store_true", help="print JSON")
     return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
     with Checkpoint(options.checkpoint) as checkpoint:
-        all_limits = [limits(checkpoint, device, options.max_context) for device in DEVICES]
+        estimates = [jetson_estimate(checkpoint, jetson, options.max_context) for jetson in JETSONS]
     if options.json:
-        sys.stdout.write(json.dumps([asdict(one) for one in all_limits], indent=1) + "\n")
+        sys.stdout.write(json.dumps([asdict(one) for one in estimates], indent=1) + "\n")
         return 0
-    header = ("", "positions", "memory", "fits", "a step reads", "tokens/s <=", "first token >=", "further >=")
+    header = ("", "context", "memory", "fits", "read per step", "tokens/s <=", "TTFT >=", "follow-up >=")
     rows: list[tuple[str, ...]] = [header]
-    for one in all_limits:
+    for one in estimates:
         memory = (format_bytes(one.memory), "yes" if one.fits else "no", format_bytes(one.step_bytes))
-        seconds = (f"{seconds:.2f} s" for seconds in (one.first_answer, one.further_answer))
-        rows.append((one.device, str(one.max_context), *memory, f"{one.tokens_per_second:.0f}", *seconds))
+        seconds = (f"{seconds:.2f} s" for seconds in (one.ttft, one.followup_ttft))
+        rows.append((one.device, str(one.max_context), *memory, f"{one.decode_tokens_per_second:.0f}", *seconds))
     sys.stdout.write(format_table(rows))
     return 0
 
 
-def limits(checkpoint: Checkpoint, device: Device, max_context: int | None = None) -> Limits:
-    """Of a checkpoint, exported with the device's preset. Raises as :func:`plan_export`."""
-    plan = plan_export(checkpoint, ExportOptions(target="tensorrt", preset=device.preset, max_context=max_context))
-    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.settings.max_context)
+def jetson_estimate(checkpoint: Checkpoint, jetson: Jetson, max_context: int | None = None) -> JetsonEstimate:
+    """Estimate a checkpoint exported with the Jetson's preset. Raises the errors of :func:`plan_export`."""
+    plan = plan_export(checkpoint, ExportOptions(target=jetson.preset, max_context=max_context))
+    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.options.max_context)
     image, question = operations(plan)
-    return Limits(
-        device=device.name,
-        max_context=plan.settings.max_context,
+    return JetsonEstimate(
+        device=jetson.name,
+        max_context=plan.options.max_context,
         memory=memory,
-        fits=memory <= PRESETS[device.preset].memory,
+        fits=memory <= PRESETS[jetson.preset].memory,
         step_bytes=read,
         image_operations=image,
         question_operations=question,
-        tokens_per_second=device.bandwidth / read,
-        first_answer=(image + question) / device.rate,
-        further_answer=question / device.rate,
+        decode_tokens_per_second=jetson.bandwidth / read,
+        ttft=(image + question) / jetson.compute,
+        followup_ttft=question / jetson.compute,
     )
 
 
 def operations(plan: ExportPlan) -> tuple[int, int]:
-    """Multiplications and additions that an image takes, and a short question about it, at the default query length."""
-    config, image_tokens = plan.config, plan.options.image_tokens or plan.config.vision.patches
+    """Return the floating-point operations per image and per short question, at the default query length."""
+    config, image_tokens = plan.config, plan.options.image_tokens
     latents, width = plan.options.query_lengths[0], config.language.hidden_size
     cells = [
         torch.from_numpy(pooling_cells(2 * config.vision.grid, count)).to("meta")

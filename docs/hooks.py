@@ -1,4 +1,4 @@
-"""MkDocs hook: write a page for every command from its parser, and turn links to files of the repository into text."""
+"""MkDocs hook: write a page for every command from its parser, and bring linked files into the site."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ COMMANDS = {
     ),
 }
 """Module and function of every parser, by command."""
+TITLES = {"positional arguments": "Arguments", "options": "Options"}
+"""Headings of argparse's own groups."""
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)\)")
 """Link from a page to a file outside the documentation's folder."""
 
@@ -40,35 +42,35 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace links to files outside the documentation by their text and path: the site does not hold these files.
+    """Copy linked files outside the documentation's folder, such as results and examples, into ``files/`` of the site.
 
     Raises ``FileNotFoundError`` for a link to a missing file.
     """
-    folder = Path(config.docs_dir) / page.file.src_uri
-    files_known = {file.src_uri for file in files}
+    folder = (Path(config.docs_dir) / page.file.src_uri).parent
+    up = "../" * page.file.src_uri.count("/")
 
-    def text(match: re.Match[str]) -> str:
-        target = (folder.parent / match[2]).resolve()
+    def link(match: re.Match[str]) -> str:
+        target = (folder / match[2]).resolve()
         if target.is_relative_to(config.docs_dir):
-            inside = target.relative_to(config.docs_dir).as_posix()
-            if inside in files_known:
-                return match[0]
-        if not target.exists():
-            raise FileNotFoundError(f"{page.file.src_uri} links to {match[2]}, which does not exist.")
-        path = target.relative_to(ROOT).as_posix()
-        return f"`{path}`" if Path(match[1].strip("`")).name == target.name else f"{match[1]} (`{path}`)"
+            return match[0]
+        if not target.is_file():
+            raise FileNotFoundError(f"{page.file.src_uri} links to {match[2]}, which is no file.")
+        name = f"files/{target.relative_to(ROOT).as_posix()}"
+        if files.get_file_from_path(name) is None:
+            files.append(File.generated(config, name, abs_src_path=str(target)))
+        return f"[{match[1]}]({up}{name})"
 
-    return OUTSIDE.sub(text, markdown)
+    return OUTSIDE.sub(link, markdown)
 
 
 def command_page(parser: argparse.ArgumentParser, level: int) -> str:
     """Return a command as Markdown below a heading of a level: description, usage, arguments and options."""
     lines = [f"{'#' * level} {parser.prog}", "", str(parser.description), "", "```text", usage(parser), "```", ""]
-    for title, is_option in (("Arguments", False), ("Options", True)):
-        actions = [action for action in parser._actions if bool(action.option_strings) is is_option]
-        if actions:
+    for group in parser._action_groups:
+        title = TITLES.get(group.title or "", (group.title or "Options").capitalize())
+        if group._group_actions:
             lines += [f"{'#' * (level + 1)} {title} {{ #{anchor(parser.prog, title)} }}", ""]
-            lines += [line for action in actions for line in entry(parser, action)]
+            lines += [line for action in group._group_actions for line in entry(parser, action)]
     if parser.epilog:
         lines += [parser.epilog, ""]
     return "\n".join(lines)

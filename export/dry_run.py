@@ -1,4 +1,4 @@
-"""``fusion-export --dry-run``: sizes, memory and, for a calibration, what it will take."""
+"""``fusion-export --dry-run``: size, memory and, with ``--calibrate``, the effort of calibration."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int | None, as_json: bool) -> int:
-    """Print it. Raises :class:`FusionError` if the bundle does not fit in ``fit`` bytes."""
+    """Print the estimates of a planned export. Returns the exit code.
+
+    Raises :class:`FusionError` if the bundle does not run in ``fit`` bytes of memory.
+    """
     sizes = estimate(plan)
     effort = None if calibration is None else _effort(plan, calibration)
     ranges = {} if calibration is None else _ranges(plan)
     fits = None if fit is None else sizes.peak <= fit
     if as_json:
         report = dataclasses.asdict(sizes) | {"peak": sizes.peak, "fits": fits}
-        report["formats"] = {name: str(form) for name, form in plan.formats.items()}
+        report["formats"] = {name: str(fmt) for name, fmt in plan.formats.items()}
         report["calibration"] = None if effort is None else dataclasses.asdict(effort)
         report["ranges"] = ranges
         sys.stdout.write(json.dumps(report) + "\n")
@@ -40,7 +43,7 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
 
 
 def check_fit(sizes: Estimate, fit: int) -> None:
-    """Raise :class:`FusionError` if a bundle does not run in ``fit`` bytes."""
+    """Raise :class:`FusionError` if a bundle does not run in ``fit`` bytes of memory."""
     if sizes.peak > fit:
         raise FusionError(
             f"It does not fit: the peak is {format_bytes(sizes.peak)}, {format_bytes(sizes.peak - fit)} more than "
@@ -49,18 +52,18 @@ def check_fit(sizes: Estimate, fit: int) -> None:
 
 
 def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
+    from fusion_edge.export.calibration.driver import check_samples
     from fusion_edge.export.calibration.estimate import estimate_calibration
-    from fusion_edge.export.calibration.export import checked
 
-    options, _ = checked(plan, calibration)
+    options, _ = check_samples(plan, calibration)
     return estimate_calibration(plan, options)
 
 
 def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
-    """The least and the most that --budget and --bits may be, where there are weights for them to share out."""
-    from fusion_edge.export.calibration.bit_budget import ranges
+    """Return the smallest and largest useful values of --budget and --bits; empty without 4-bit weights."""
+    from fusion_edge.export.calibration.bit_budget import budget_ranges
 
-    return ranges(plan)
+    return budget_ranges(plan)
 
 
 def _text(
@@ -74,7 +77,7 @@ def _text(
         ("  bundle", format_bytes(sizes.bundle)),
         ("In memory", ""),
         ("  weights", format_bytes(sizes.weights)),
-        (f"  KV cache, {plan.settings.max_context} positions", format_bytes(sizes.key_value_cache)),
+        (f"  KV cache, {plan.options.max_context} tokens", format_bytes(sizes.key_value_cache)),
         (f"  alignment of one image, {plan.options.query_lengths[0]} latents", format_bytes(sizes.alignment_cache)),
         ("  activations", format_bytes(sizes.activations)),
         ("  peak", format_bytes(sizes.peak)),
@@ -83,7 +86,7 @@ def _text(
         rows += [
             ("Calibration", ""),
             ("  memory", format_bytes(effort.memory)),
-            ("  disk, for as long as it runs", format_bytes(effort.disk)),
+            ("  disk, temporarily", format_bytes(effort.disk)),
             ("  time", f"{effort.seconds / 60:.0f} min"),
         ]
     for option, (least, most) in ranges.items():

@@ -1,15 +1,17 @@
-"""Entry points of the commands: see ``runtime/cli/entry.py``."""
+"""Entry points of the exporter's commands (see ``runtime/cli/entry.py``)."""
 
 from __future__ import annotations
 
 from fusion_edge.runtime.cli.entry import start
 
+LIBRARIES = ("onnx", "huggingface_hub")
+
 
 def export() -> int:
-    """``fusion-export``; the exit code."""
-    return start("fusion_edge.export.cli")
+    """Run ``fusion-export``. Returns the exit code."""
+    return start("fusion_edge.export.cli", LIBRARIES, extra="export")
 
 
 def build() -> int:
-    """``fusion-build``; the exit code."""
-    return start("fusion_edge.export.engines.cli")
+    """Run ``fusion-build``. Returns the exit code."""
+    return start("fusion_edge.export.engines.cli", LIBRARIES, extra="export")

@@ -1,33 +1,32 @@
-"""The operators of ``onnx_functions.py`` as TensorRT plugins, each a kernel of ``triton/recursive_alignment.py``.
+"""TensorRT plugins of the recursive alignment's operators: each runs a kernel of ``triton/recursive_alignment.py``.
 
-"Ahead of time": the engine holds the kernel's PTX, and neither Python nor a library is needed where it runs. TensorRT
-has it since 10.9, in its module ``tensorrt.plugin``. What is relied on here, from "Writing custom operators with
-TensorRT Python plugins", the reference of that module, and its source (NVIDIA/TensorRT,
-python/packaging/bindings_wheel/tensorrt/plugin), where a decorator checks more than is documented:
+The plugins are "ahead of time": the engine holds the PTX, and the device needs neither Python nor a plugin library.
+TensorRT supports them since 10.9, in its module ``tensorrt.plugin``. This file relies on the following, from "Writing
+custom operators with TensorRT Python plugins", the module's reference, and its source (NVIDIA/TensorRT,
+python/packaging/bindings_wheel/tensorrt/plugin), whose decorators check more than is documented:
 
-- ``register("namespace::name")``: parameters are annotated as TensorDesc and so is what is returned; ``like()`` of an
-  input for an output of its shape and type, ``aliased()`` for one in the same memory. TensorRT may copy such an input
-  first, and silently gives the output memory of its own unless ``PreviewFeature.ALIASED_PLUGIN_IO_10_03`` is turned on
-  (``IPluginV3OneBuildV2.get_aliased_input``): :func:`allow_in_place`.
-- ``autotune``: the same parameters, then ``outputs``. It gives types and layouts of inputs and outputs, "LINEAR" for
-  contiguous ones. TensorRT may choose any that it is given, whereas inputs' ``dtype`` is always the network's, and so
-  is the kernel's: it is the only one given.
-- ``aot_impl``: the same parameters, then ``outputs`` and ``tactic``, with an annotated result: the entry point's name,
-  PTX, KernelLaunchParams and SymIntExprs. The last are expressions of sizes that are evaluated at run time, all of them
-  SymInt32; so a kernel's other numbers are constants.
-- The kernel is called with pointers to the inputs, these integers, and pointers to the outputs, and nothing else
-  (``without_scratch`` in ``triton/ahead_of_time.py``; pytorch/TensorRT, py/torch_tensorrt/kernels/_triton.py,
-  says that other launches fail). That an output in an input's memory is passed as well is not said anywhere; it is
-  assumed, as there is no exception to be found.
-- The ONNX parser takes a node's plugin from the attributes ``plugin_namespace`` and ``aot`` (NVIDIA/TensorRT,
-  samples/python/quickly_deployable_plugins) and the operator's name; ``plugin_version`` is "1" without being said.
+- ``register("namespace::name")``: parameters and result are annotated as TensorDesc. ``like()`` of an input returns an
+  output of its shape and type, ``aliased()`` one in its memory. TensorRT may copy such an input first, and gives the
+  output separate memory without a warning unless ``PreviewFeature.ALIASED_PLUGIN_IO_10_03`` is on
+  (``IPluginV3OneBuildV2.get_aliased_input``); see :func:`enable_aliasing`.
+- ``autotune``: the same parameters, then ``outputs``. Returns types and layouts of inputs and outputs ("LINEAR":
+  contiguous). TensorRT may choose any of them, while ``dtype`` of an input is always the network's. So the plugins
+  offer that type only, for which the kernel is compiled.
+- ``aot_impl``: the same parameters, then ``outputs`` and ``tactic``, with an annotated result: entry point, PTX,
+  KernelLaunchParams and SymIntExprs. The last are expressions of sizes, evaluated at run time, all SymInt32. So other
+  numbers of a kernel are constants.
+- TensorRT passes a kernel pointers to the inputs, then these integers, then pointers to the outputs, and nothing else
+  (``strip_scratch_parameters`` in ``triton/ahead_of_time.py``; pytorch/TensorRT,
+  py/torch_tensorrt/kernels/_triton.py, reports that other launches fail). Whether it also passes an output that shares
+  an input's memory is not documented. The plugins assume it.
+- The ONNX parser selects a plugin by the operator's name and the node's attributes ``plugin_namespace`` and ``aot``
+  (NVIDIA/TensorRT, samples/python/quickly_deployable_plugins). ``plugin_version`` defaults to "1".
 
-Whether TensorRT launches a plugin whose outputs are empty was not found documented, and the output of ``AddRows`` is
-not empty where its positions are. CUDA refuses a grid of 0 blocks, so ours has one at the least; the kernels are told
-the number of rows, and do nothing where it is 0. Nor is it documented what inputs hold while a builder times a plugin,
-so ``AddRows`` skips positions that the sequence does not have.
+Not documented: whether TensorRT launches a plugin with empty outputs, and what inputs hold while a builder times a
+plugin. So the grid has at least one block (CUDA rejects an empty one), the kernels get the number of rows and return if
+there are none, and ``AddRows`` skips positions outside of the sequence.
 
-None of this has been run in TensorRT: tests check it against a stand-in for that module.
+The plugins have not run in TensorRT: tests check them against a fake of the module.
 """
 
 from __future__ import annotations
@@ -43,26 +42,26 @@ from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from fusion_edge.kernels.onnx_functions.alignment import ADD_LAYER_NORM, ADD_ROWS, CONTEXT_ATTENTION
 from fusion_edge.kernels.operators import DOMAIN
-from fusion_edge.kernels.triton.ahead_of_time import ARCHITECTURES, CONTEXT, KERNELS, compiled
-from fusion_edge.kernels.triton.kernel_folder import Compile
+from fusion_edge.kernels.triton.ahead_of_time import ARCHITECTURES, CONTEXT_ROWS, KERNELS, compile_kernel
+from fusion_edge.kernels.triton.kernel_folder import KernelSource
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS
 from fusion_edge.runtime.errors import FusionError
 
 MINIMUM_VERSION = (10, 9)
 DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
-"""Triton's names of the types that the kernels know, by that of ``tensorrt.DataType``."""
+"""Triton's name of each supported type, by the name in ``tensorrt.DataType``."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One operator; its inputs are those of its kernel, its output is shaped as the first of them."""
+    """Plugin of one operator. Inputs are those of its kernel; the output has the shape of the first."""
 
     operator: str
     kernel: str
-    """In :data:`KERNELS`."""
+    """Name in :data:`KERNELS`."""
     integers: Callable[..., tuple[Any, ...]]
-    """What the kernel is told, from its inputs' shapes; the first is the number of rows."""
-    blocks_of_row: int = 1
+    """Return the kernel's integers from the shapes of its inputs. The first is the number of rows."""
+    blocks_per_row: int = 1
     in_place: bool = False
 
     @property
@@ -75,16 +74,16 @@ class Plugin:
 
 
 PLUGINS = (
-    Plugin(CONTEXT_ATTENTION, "context_attention", lambda q, k, v: (q[0] * q[1], q[1]), blocks_of_row=ALIGNMENT_HEADS),
+    Plugin(CONTEXT_ATTENTION, "context_attention", lambda q, k, v: (q[0] * q[1], q[1]), blocks_per_row=ALIGNMENT_HEADS),
     Plugin(ADD_LAYER_NORM, "add_layer_norm", lambda x, *_: (x[0] * x[1],)),
     Plugin(ADD_ROWS, "add_rows", lambda x, positions, *_: (positions[0] * positions[1], x[1]), in_place=True),
 )
 
 
-def supported(trt_module: ModuleType, architecture: str, has_kernels: bool) -> str | None:
-    """Why this TensorRT cannot take the plugins for an architecture such as ``87``, in one sentence; None if it can.
+def unsupported_reason(trt_module: ModuleType, architecture: str, has_kernels: bool) -> str | None:
+    """Return why this TensorRT cannot use the plugins for an architecture (as ``87``), or None if it can.
 
-    ``has_kernels``: they are compiled already, and Triton is not needed.
+    ``has_kernels``: the kernels are compiled already, so Triton is not needed.
     """
     consequence = "the recursive alignment runs as standard operators"
     if trt_module.__name__ == "tensorrt_rtx":
@@ -92,20 +91,21 @@ def supported(trt_module: ModuleType, architecture: str, has_kernels: bool) -> s
     version = tuple(int(part) for part in trt_module.__version__.split(".")[:2])
     if version < MINIMUM_VERSION:
         has, needs = (".".join(map(str, pair)) for pair in (version, MINIMUM_VERSION))
-        return f"TensorRT {has} has no ahead-of-time plugins ({needs} has): {consequence}"
+        return f"TensorRT {has} has no ahead-of-time plugins (needs {needs}): {consequence}"
     if architecture not in ARCHITECTURES:
-        return f"There are no kernels for sm_{architecture} ({', '.join(ARCHITECTURES)} have them): {consequence}"
+        return f"There are no kernels for sm_{architecture}, only for {', '.join(ARCHITECTURES)}: {consequence}"
     missing = [] if has_kernels else [name for name in ("torch", "triton") if find_spec(name) is None]
     if missing:
-        return f"No --kernels, and {' and '.join(missing)} not installed (fusion-edge[kernels]): {consequence}"
+        remedy = "pip install '.[kernels]' in a clone of fusion-edge"
+        return f"No --kernels, and {' and '.join(missing)} not installed ({remedy}): {consequence}"
     return None
 
 
 def use_plugins(model: ModelProto) -> int:
-    """Have TensorRT's parser take the plugins for the nodes of these operators; returns how many there are.
+    """Mark the nodes of these operators as plugins for TensorRT's parser; return their number.
 
-    The operators' functions are removed: a plugin that is not found is then an error, and not silently replaced. No
-    other runtime can read the model any more, and TensorRT-RTX's process is aborted by it.
+    Removes the operators' functions, so a missing plugin is an error instead of a silent fallback. No other runtime can
+    read the model afterwards, and TensorRT-RTX aborts the process on it.
     """
     operators = {plugin.operator for plugin in PLUGINS}
     nodes = [node for node in _nodes(model.graph) if node.domain == DOMAIN and node.op_type in operators]
@@ -117,24 +117,26 @@ def use_plugins(model: ModelProto) -> int:
     return len(nodes)
 
 
-def allow_in_place(trt_module: ModuleType, config: Any) -> None:
-    """Turn aliased outputs on in a builder's configuration; every builder of these plugins must have them.
+def enable_aliasing(trt_module: ModuleType, config: Any) -> None:
+    """Enable aliased outputs in a builder's configuration. Every builder of these plugins needs it.
 
-    Without, ``AddRows`` writes the latents' rows to new memory, and the sequence's others are whatever was there.
+    Without it ``AddRows`` writes the latents' rows to new memory, whose other rows are undefined.
     """
     config.set_preview_feature(trt_module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
 
 
-def register(plugin_module: ModuleType, architecture: str, compile: Compile | None = None) -> None:
-    """Register all plugins with ``tensorrt.plugin``, their kernels for one of :data:`ARCHITECTURES`.
+def register(plugin_module: ModuleType, architecture: str, source: KernelSource | None = None) -> None:
+    """Register all plugins with ``tensorrt.plugin``, for one of :data:`ARCHITECTURES`.
 
-    ``compile`` gives the kernels; None: Triton compiles them. Once a process: TensorRT refuses a second plugin of the
-    same name with ValueError.
+    ``source`` returns the kernels; None: Triton compiles them. Call it once per process: TensorRT raises ValueError
+    for a second plugin of the same name.
     """
     for plugin in PLUGINS:
         plugin_module.register(plugin.id)(_description(plugin, plugin_module))
         plugin_module.autotune(plugin.id)(_formats(plugin, plugin_module))
-        plugin_module.aot_impl(plugin.id)(_implementation(plugin, plugin_module, architecture, compile or compiled))
+        plugin_module.aot_impl(plugin.id)(
+            _implementation(plugin, plugin_module, architecture, source or compile_kernel)
+        )
 
 
 def _description(plugin: Plugin, trtp: ModuleType) -> Callable[..., Any]:
@@ -153,17 +155,17 @@ def _formats(plugin: Plugin, trtp: ModuleType) -> Callable[..., Any]:
     return _declared(combinations, dict.fromkeys((*plugin.inputs, "outputs"), inspect.Parameter.empty))
 
 
-def _implementation(plugin: Plugin, trtp: ModuleType, architecture: str, compile: Compile) -> Callable[..., Any]:
+def _implementation(plugin: Plugin, trtp: ModuleType, architecture: str, source: KernelSource) -> Callable[..., Any]:
     def implement(*arguments: Any) -> Any:
-        *inputs, _, _ = arguments  # outputs and tactic: nothing depends on them
+        *inputs, _, _ = arguments  # outputs and tactic are not needed
         width = _constant_size(plugin, inputs, 0, -1)
-        if plugin.operator == CONTEXT_ATTENTION and (rows := _constant_size(plugin, inputs, 1, 2)) != CONTEXT:
-            raise FusionError(f"{plugin.operator}'s kernel attends to windows of {CONTEXT} rows, not of {rows}.")
-        kernel = compile(plugin.kernel, architecture, width, _dtype(plugin, inputs[0]))
+        if plugin.operator == CONTEXT_ATTENTION and (rows := _constant_size(plugin, inputs, 1, 2)) != CONTEXT_ROWS:
+            raise FusionError(f"{plugin.operator}'s kernel has context windows of {CONTEXT_ROWS} rows, not of {rows}.")
+        kernel = source(plugin.kernel, architecture, width, _dtype(plugin, inputs[0]))
         integers = plugin.integers(*(tensor.shape_expr for tensor in inputs))
         launch = trtp.KernelLaunchParams(
             grid_x=trtp.max(integers[0], 1),
-            grid_y=plugin.blocks_of_row,
+            grid_y=plugin.blocks_per_row,
             block_x=kernel.threads,
             shared_mem=kernel.shared_bytes,
         )
@@ -176,10 +178,10 @@ def _implementation(plugin: Plugin, trtp: ModuleType, architecture: str, compile
 
 
 def _dtype(plugin: Plugin, tensor: Any) -> str:
-    """Triton's name of a tensor's type, which in capitals is TensorRT's."""
+    """Return Triton's name of a tensor's type. TensorRT has the same name in capitals."""
     name = tensor.dtype.name
     if name not in DTYPES:
-        raise FusionError(f"{plugin.operator} has no kernel for {name}; it has for {', '.join(DTYPES)}.")
+        raise FusionError(f"{plugin.operator} has no kernel for {name}, only for {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
@@ -187,14 +189,14 @@ def _constant_size(plugin: Plugin, inputs: list[Any], index: int, axis: int) -> 
     size = int(inputs[index].shape[axis])
     if size < 0:
         name = plugin.inputs[index]
-        raise FusionError(f"{plugin.operator}: axis {axis} of {name} must be constant, the kernel is compiled for it.")
+        raise FusionError(f"{plugin.operator}: axis {axis} of {name} must be constant: the kernel is compiled for it.")
     return size
 
 
 def _declared(
     function: Callable[..., Any], parameters: dict[str, Any], result: Any = inspect.Signature.empty
 ) -> Callable[..., Any]:
-    """The function with the signature that TensorRT's decorators look at: annotations of its parameters, by name."""
+    """Set the signature that TensorRT's decorators inspect, with annotations by parameter; return the function."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     declared = [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in parameters.items()]
     function.__signature__ = inspect.Signature(declared, return_annotation=result)  # type: ignore[attr-defined]
@@ -202,7 +204,7 @@ def _declared(
 
 
 def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """All nodes, also those of branches."""
+    """Yield all nodes, including those of branches."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
+from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -41,11 +41,6 @@ class Rule:
         return cls(pattern.strip(), WeightFormat.parse(fmt.strip(), group_size))
 
 
-def int8_format(group_size: int | None, target: str) -> WeightFormat:
-    """Return the 8-bit format of linears. TensorRT supports 8-bit weights with one scale per channel only."""
-    return WeightFormat.grouped("int8", PER_CHANNEL if target == "tensorrt" else group_size)
-
-
 def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
     """Return the rules of ``--vision``. ``int8`` is the format of linears with float activations.
 
@@ -63,17 +58,19 @@ def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
 
 
 def preset(
-    precision: str, group_size: int | None, vision: str, asymmetric: bool = False, target: str = "cpu"
+    precision: str, group_size: int | None, vision: str, asymmetric: bool = False, int8: WeightFormat | None = None
 ) -> list[Rule]:
     """Return the rules of ``--fp32``, ``--fp16``, ``--int8``, ``--int4`` or ``--nf4``.
 
-    ``vision`` applies to the last three. ``asymmetric`` gives INT4 weights zero points. 4-bit precisions apply to the
-    LLM and the alignment; weights that are read once per image, or are most sensitive, keep 8 bits.
+    ``vision`` applies to the last three. ``asymmetric`` gives INT4 weights zero points. ``int8`` is the format of 8-bit
+    linears; None: in groups of ``group_size``. 4-bit precisions apply to the LLM and the alignment; weights that are
+    read once per image, or are most sensitive, keep 8 bits.
     """
     if precision in ("fp32", "fp16"):
         return [Rule("*", WeightFormat(precision))]
-    int8 = int8_format(group_size, target)
-    table = Rule(EMBEDDING, WeightFormat.grouped("int8", group_size))
+    grouped = WeightFormat.grouped("int8", group_size)
+    int8 = int8 or grouped
+    table = Rule(EMBEDDING, grouped)
     if precision == "int8":
         return [table, *vision_preset(vision, int8), Rule("*", int8)]
     return [

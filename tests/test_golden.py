@@ -1,4 +1,4 @@
-"""Parity with the released code's outputs: the eager interpreter, and bundles through the real commands."""
+"""Parity with the outputs of the released code: of the eager interpreter, and of bundles run through the commands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Case:
-    """One golden case: description and arrays."""
+    """A golden case: description and arrays."""
 
     name: str
     facts: dict[str, Any]
@@ -51,7 +51,7 @@ class Case:
         return None if grid is None else int(grid) ** 2
 
     def turns(self) -> Iterator[tuple[int, str, list[Turn]]]:
-        """Number, question and history of every turn."""
+        """Yield number, question and history of every turn."""
         history: list[Turn] = []
         for number, turn in enumerate(self.facts["turns"]):
             yield number, turn["question"], list(history)
@@ -68,14 +68,14 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def assert_close(actual: npt.ArrayLike, expected: npt.NDArray[Any], share_of_deviation: float) -> None:
-    """Largest difference within a share of the expected values' standard deviation."""
+    """Assert that the largest difference is within a share of the expected values' standard deviation."""
     actual = np.asarray(actual)
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() <= share_of_deviation * expected.std()
 
 
 class Recorder(EagerBackend):
-    """The eager backend, keeping what the golden files hold."""
+    """An eager backend that records the arrays of the golden files."""
 
     seen: dict[str, npt.NDArray[Any]]
 
@@ -85,7 +85,7 @@ class Recorder(EagerBackend):
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
         features = super().encode(pixels, text_embeds, text_mask)
-        if len(features) == 1:  # the local crop; the golden files hold it before FUSION-L resizes it
+        if len(features) == 1:  # the local crop, before FUSION-L resizes it
             self.seen["image_tokens"] = features[0, ::3]
         return features
 
@@ -119,7 +119,7 @@ class Recorder(EagerBackend):
 
 @contextmanager
 def eager(case: Case) -> Iterator[tuple[Fusion, Recorder]]:
-    """The checkpoint of a case, run by the runtime over the eager interpreter."""
+    """Open the checkpoint of a case with the eager interpreter as the backend."""
     with open_checkpoint(GOLDEN / case.facts["checkpoint"], Recorder, case.image_tokens) as fusion:
         assert isinstance(fusion.backend, Recorder)
         yield fusion, fusion.backend
@@ -187,7 +187,7 @@ def test_fp32_bundle_gives_the_released_answers(
         (PHI, "--fp16"),
         (PHI, "--int4"),
         (PHI, "--int4 --asym"),
-        (PHI, "--int4 --group-size channel --rule vision.*=int4"),  # some inputs of vision take several blocks
+        (PHI, "--int4 --group-size channel --rule vision.*=int4"),  # some inputs of vision span several blocks
         (LLAMA, "--int8"),
         (LLAMA, "--int4"),
         (LLAMA, "--int4 --asym --group-size channel --rule vision.*=uint4"),
@@ -196,7 +196,7 @@ def test_fp32_bundle_gives_the_released_answers(
 def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
     checkpoint: str, precision: str, tmp_path: Path
 ) -> None:
-    """With accuracy level 0 all that differs from fp32 is the weights' values, not the graph."""
+    """At accuracy level 0 only the weights' values differ from fp32, not the arithmetic."""
     case = next(case for case in CASES if case.facts["checkpoint"] == checkpoint and case.image_tokens is None)
     _, question, history = next(case.turns())
     options = ["--group-size", "32", *precision.split(), "--query-len", "16", "--accuracy-level", "0"]
@@ -211,7 +211,7 @@ def test_quantized_bundle_is_the_eager_interpreter_on_its_weights(
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_int8_arithmetic_stays_close(checkpoint: str, tmp_path: Path) -> None:
-    """Accuracy level 4 rounds activations to int8 in every product: 0.5 % each, little over a whole model."""
+    """Accuracy level 4 quantizes activations to int8 in every matmul, with an error of 0.5 % each."""
     case = next(case for case in CASES if case.facts["checkpoint"] == checkpoint and case.image_tokens is None)
     _, question, history = next(case.turns())
     logits = []

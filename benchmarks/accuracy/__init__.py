@@ -1,1 +1,1 @@
-"""What quantization costs in accuracy."""
+"""Accuracy of quantized models."""

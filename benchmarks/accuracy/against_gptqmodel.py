@@ -1,11 +1,11 @@
-"""GPTQ here against GPTQModel's, linear by linear: how much of the outputs' energy is error.
+"""Compare our GPTQ with GPTQModel's, linear by linear, by the relative squared error of the outputs.
 
-    pip install gptqmodel==7.7.0        # an environment of its own, with this package's [benchmarks] in it
+    pip install gptqmodel==7.7.0        # in a separate environment with fusion-edge[benchmarks]
     python -m fusion_edge.benchmarks.accuracy.against_gptqmodel --work FOLDER_OF_SMOLLM2 --json FILE
 
-Both get the same float weights and the same Hessian H of their inputs in the float model, rows counted as
-calibration counts them (export/calibration/observer.py); both are judged by ``tr(E H E^T) / tr(W H W^T)`` with that H.
-FOLDER_OF_SMOLLM2 is what ``benchmarks.smollm2`` was given as ``--work``.
+Both get the same float weights and the same Hessian H of the float model's inputs, with the row weights of calibration
+(export/calibration/observer.py). The error is ``tr(E H E^T) / tr(W H W^T)``. FOLDER_OF_SMOLLM2 is the ``--work``
+folder of ``benchmarks.accuracy.smollm2``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.export.calibration.activation_cache import Activations
-from fusion_edge.export.calibration.blocks import blocks, kept, prepare
+from fusion_edge.export.calibration.blocks import blocks, prepare, without_outputs
 from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import read_samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import FactorizedHessian, gptq, output_error, round_to_nearest
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
@@ -43,14 +44,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GPTQModel": {},
     "GPTQModel, desc_act, mse": {"desc_act": True, "act_group_aware": False, "mse": 2.4},
 }
-"""Its defaults, and with activation order and its search of scales."""
+"""Settings of GPTQModel: its defaults, and activation order with scale search."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--work", type=Path, required=True, help="folder of benchmarks.smollm2")
+    add("--work", type=Path, required=True, help="work folder of benchmarks.accuracy.smollm2")
     add("--group-size", type=integer_list, default=(64, 128), metavar="N[,N...]", help="default: 64 and 128")
     add(
         "--every",
@@ -59,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="LLM layers: 0, N, 2 N, ... (default: %(default)s)",
     )
-    add("--samples", type=positive_integer, default=16, help="calibrating (default: %(default)s)")
-    add("--threads", type=positive_integer, default=usable_processors(), help="threads of torch (default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    add("--samples", type=positive_integer, default=16, help="calibration samples (default: %(default)s)")
+    add("--threads", type=positive_integer, default=usable_processors(), help="PyTorch threads (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result to a file")
     return run_command(_main, parser.parse_args(arguments))
 
 
@@ -88,7 +89,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Names, weights ``[n,K]`` and Hessian ``[K,K]`` float64 of the linears of some LLM layers, all in float."""
+    """Yield names, float weights ``[n,K]`` and Hessians ``[K,K]`` float64 of the linears of some LLM layers."""
     with Checkpoint(work / "checkpoint") as checkpoint:
         plan = plan_export(checkpoint, ExportOptions(image_tokens=1, vision="fp16"))
         source = CheckpointWeights(checkpoint, plan.parameters)
@@ -101,21 +102,24 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
         found = read_samples(work / "samples.jsonl", samples, 1).calibrating
         prepared = [prepare(sample, tokenizer, plan.config, 1, 1, "cpu") for sample in found]
-        states: list[Activations] = [{} for _ in prepared]
+        activations: list[Activations] = [{} for _ in prepared]
         watched = {name: form for name, form in plan.quantized_formats.items() if name.startswith("llm.")}
         layers = [f"llm.layers.{i}" for i in range(0, plan.config.language.layers, every)]
         for block in blocks(plan.config)[:-1]:
-            observing = Observer(plan.config, weights, lambda ids: table[ids], "cpu", watched)
-            states = [kept(block.run(observing, sample, state)) for sample, state in zip(prepared, states, strict=True)]
-            for name, index in observing.hessian_index.items():
+            observer = Observer(plan.config, weights, lambda ids: table[ids], "cpu", watched)
+            activations = [
+                without_outputs(block.run(observer, sample, before))
+                for sample, before in zip(prepared, activations, strict=True)
+            ]
+            for name, index in observer.hessian_index.items():
                 if block.name in layers:
-                    yield name, weights(f"{name}.weight"), observing.hessians[index]
+                    yield name, weights(f"{name}.weight"), observer.hessians[index]
             if block.name == layers[-1]:
                 return
 
 
 def compare(weights: Tensor, hessian: Tensor, group_size: int) -> dict[str, float]:
-    """Relative squared error of the outputs by method."""
+    """Return the relative squared error of the outputs by method."""
     form = WeightFormat("int4", group_size)
     quantized = {
         "nearest": round_to_nearest(weights, form).values,
@@ -130,7 +134,7 @@ def compare(weights: Tensor, hessian: Tensor, group_size: int) -> dict[str, floa
 
 
 def _gptqmodel(weights: Tensor, hessian: Tensor, group_size: int, **settings: Any) -> Tensor:
-    """Rows as GPTQModel quantizes them; it is shown as many inputs as there are channels, with this Hessian."""
+    """Quantize with GPTQModel on one sample per channel whose Hessian is the given one."""
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 

@@ -1,8 +1,8 @@
-"""Perplexity of a text through a bundle's own LLM graph.
+"""Perplexity of a text through a bundle's LLM graph.
 
-The graph gives logits of the last position alone. Here the node that takes that row is made to pass every row on, so
-that one run over a window gives all of its logits; every other node, and every weight, is the bundle's. The accuracy
-level of the products may be set, so one bundle shows what rounding activations costs.
+The graph returns logits of the last token only. One node is changed to pass all tokens on, so one run over a window
+returns all of its logits. All other nodes and all weights are the bundle's. The accuracy level of quantized GEMMs can
+be set, to measure the loss from quantized activations.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from fusion_edge.runtime.tokenization.embeddings import Embeddings
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-ROWS_AT_ONCE = 128  # of logits, in float64
+ROWS_AT_ONCE = 128  # rows of float64 logits in memory
 
 
 class TextModel:
-    """The LLM of a bundle, on text without a picture. Closed by deleting it."""
+    """LLM of a bundle, on text without an image. Delete it to free its memory."""
 
     def __init__(self, folder: Path, threads: int, accuracy_level: int) -> None:
-        """``accuracy_level``: of every quantized product, in place of the bundle's."""
+        """``accuracy_level`` replaces that of every quantized GEMM in the bundle."""
         bundle = open_bundle(folder)
         manifest = bundle.manifest
         self._embeddings = Embeddings(bundle)
         self._cache = graphs.cache_specs(manifest.model, manifest.cache)
         alignment, hidden = manifest.model.alignment, manifest.model.language.hidden_size
         context = np.zeros((alignment.layers, 0, alignment.window_size**2, hidden), np.float32)
-        self._no_picture = {
+        self._no_image = {
             "latent_positions": np.zeros((0, 0), np.int64),
             "question_positions": np.zeros(0, np.int64),
             "keys": context,
@@ -55,10 +55,10 @@ class TextModel:
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def logits(self, tokens: Integers) -> Floats:
-        """Logits ``[L,V]`` of a window ``[L]`` that starts at position 0."""
+        """Return logits ``[L,V]`` of a window ``[L]`` that starts at position 0."""
         length = len(tokens)
         inputs = {
-            **self._no_picture,
+            **self._no_image,
             "embeddings": self._embeddings(tokens)[None],
             "last_position": np.array([length - 1], np.int32),
             "total_length": np.array(length, np.int32),
@@ -71,7 +71,7 @@ class TextModel:
 
 
 def give_all_rows(model: onnx.ModelProto) -> None:
-    """Let the LLM's graph give logits ``[1,L,V]`` of every position."""
+    """Change an LLM graph to return logits ``[1,L,V]`` of every token."""
     graph = model.graph
     norm = next(node for node in graph.node if node.output[0].startswith("llm.norm."))
     last_row = next(node for node in graph.node if norm.input[0] in node.output)
@@ -84,7 +84,7 @@ def give_all_rows(model: onnx.ModelProto) -> None:
 
 
 def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:
-    """Let every quantized product compute in float (0) or with inputs rounded to int8 (4)."""
+    """Set the accuracy level of every quantized GEMM: float (0) or int8 activations (4)."""
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
@@ -92,7 +92,7 @@ def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:
 
 
 def negative_log_likelihood(logits: Floats, tokens: Integers) -> float:
-    """``-log p`` (nats) of the tokens ``[L]`` behind the first, summed, from a window's logits ``[L,V]``."""
+    """Return the summed ``-log p`` in nats of the tokens ``[L]`` after the first, from a window's logits ``[L,V]``."""
     total = 0.0
     for start in range(0, len(tokens) - 1, ROWS_AT_ONCE):
         following = tokens[1 + start : 1 + start + ROWS_AT_ONCE]
@@ -104,11 +104,11 @@ def negative_log_likelihood(logits: Floats, tokens: Integers) -> float:
 
 
 def perplexity(model: TextModel, prompt: Integers, windows: Iterable[Integers]) -> float:
-    """Of every token of each window, given the prompt and what comes before it in the window."""
+    """Return the perplexity of all tokens of all windows, each after the prompt and the preceding tokens."""
     total, count = 0.0, 0
     for window in windows:
         tokens = np.concatenate([prompt, window])
-        behind = len(prompt) - 1  # the row whose logits are those of the window's first token
-        total += negative_log_likelihood(model.logits(tokens)[behind:], tokens[behind:])
+        first = len(prompt) - 1  # row with the logits of the window's first token
+        total += negative_log_likelihood(model.logits(tokens)[first:], tokens[first:])
         count += len(window)
     return math.exp(total / count)

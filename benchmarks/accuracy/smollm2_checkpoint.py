@@ -1,8 +1,8 @@
-"""SmolLM2 as the language model of a FUSION checkpoint: real weights to quantize, of a size for two cores.
+"""SmolLM2 as the LLM of a FUSION checkpoint: real weights to quantize, small enough for two cores.
 
-Read from a GGUF file (:func:`read_gguf`) with llama.cpp's tensor names, written with those of a released FUSION-LLaMA
-checkpoint. A picture leaves no trace: all of it becomes the embedding of a line break, and the interaction layer adds
-nothing. The three markers of FUSION's prompts that SmolLM2 does not know are line breaks, too.
+The GGUF file (:func:`read_gguf`) uses llama.cpp's tensor names, the checkpoint those of a released FUSION-LLaMA. Images
+have no effect: every image token is the embedding of a line break, and the interaction layer adds nothing. The three
+markers of FUSION's prompts that SmolLM2 does not have are line breaks, too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Floats = npt.NDArray[np.float32]
 
 TEMPLATE = "llama_3"
 MAX_LENGTH = 2048
-CONTROL = 3  # the GGUF's type of a special token
-LINE_BREAK = "Ċ"  # as byte-level BPE spells it
+CONTROL = 3  # token type of special tokens in GGUF
+LINE_BREAK = "Ċ"  # in byte-level BPE
 RENAMED = {
     "<|im_start|>": "<|start_header_id|>",
     "<|im_end|>": "<|eot_id|>",
@@ -34,9 +34,9 @@ RENAMED = {
     "<jupyter_text>": "<vision_start>",
     "<jupyter_code>": "<vision_end>",
 }
-"""SmolLM2's special tokens by what FUSION's template calls them."""
+"""Names in FUSION's template by SmolLM2's special token."""
 MARKERS = ("<|end_header_id|>", "<vision_start>", "<vision_end>")
-"""Renamed tokens without a counterpart in SmolLM2: they get a line break's embedding."""
+"""Renamed tokens without a counterpart in SmolLM2; they get a line break's embedding."""
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -48,19 +48,19 @@ LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Names of a decoder layer's tensors in a GGUF file and in a checkpoint."""
+"""Tensor names of a decoder layer in a checkpoint, by their names in GGUF."""
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """A Llama model as llama.cpp keeps it."""
+    """Llama model in llama.cpp's form."""
 
     fields: Mapping[str, Any]
     """Metadata by key."""
     tensors: Mapping[str, Floats]
     """Dequantized, by name without ``.weight``."""
     formats: Mapping[str, str]
-    """How each was stored."""
+    """Stored type of each tensor."""
 
 
 def read_gguf(path: Path) -> Gguf:
@@ -78,7 +78,7 @@ def read_gguf(path: Path) -> Gguf:
 
 
 def language_config(fields: Mapping[str, Any]) -> LanguageConfig:
-    """The sizes that a GGUF file states."""
+    """Return the configuration in a GGUF file's metadata."""
     hidden, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
     dim = hidden // heads
     theta = fields["llama.rope.freq_base"]
@@ -97,16 +97,16 @@ def language_config(fields: Mapping[str, Any]) -> LanguageConfig:
 
 
 def halves_rotated(rows: Floats, heads: int) -> Floats:
-    """Rows of a query or key projection, from llama.cpp's order to the checkpoint's.
+    """Reorder the rows of a query or key projection from llama.cpp's order to the checkpoint's.
 
-    llama.cpp rotates neighbours (rows 0 and 1, 2 and 3, ...) of a head, a checkpoint's are half a head apart.
+    llama.cpp rotates neighboring rows of a head (0 and 1, 2 and 3, ...); a checkpoint rotates rows half a head apart.
     """
     pairs = rows.reshape(heads, -1, 2, rows.shape[1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def language_tensors(tensors: Mapping[str, Floats], language: LanguageConfig) -> dict[str, Floats]:
-    """A Llama checkpoint's tensors. The table of embeddings is ``lm_head``, too."""
+    """Return a Llama checkpoint's tensors. The embedding table is also ``lm_head``."""
     rotated = {"attn_q": language.heads, "attn_k": language.kv_heads}
     found = {
         "model.embed_tokens.weight": tensors["token_embd"].copy(),
@@ -123,7 +123,7 @@ def language_tensors(tensors: Mapping[str, Floats], language: LanguageConfig) ->
 
 
 def fusion_config(language: LanguageConfig) -> FusionConfig:
-    """The smallest FUSION model around a language model: 4 patches a crop, an interaction layer at the end."""
+    """Return the smallest FUSION model around an LLM: 4 patches per crop, one interaction layer at the end."""
     return FusionConfig(
         template=TEMPLATE,
         vision=VisionConfig(width=32, layers=2, mlp_width=32, patch_size=192),
@@ -163,7 +163,7 @@ def write_checkpoint(gguf: Gguf, folder: Path) -> None:
 
 
 def _config_json(config: FusionConfig, rope_theta: float) -> dict[str, object]:
-    """``config.json`` in the words of a released FUSION-LLaMA checkpoint."""
+    """Return ``config.json`` with the fields of a released FUSION-LLaMA checkpoint."""
     language, alignment = config.language, config.alignment
     return {
         "bos_token_id": config.bos_token_id,
@@ -197,7 +197,7 @@ def _config_json(config: FusionConfig, rope_theta: float) -> dict[str, object]:
 
 
 def _write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
-    """Byte-level BPE that takes digits one by one (llama.cpp's ``smollm``)."""
+    """Write byte-level BPE with single digits (llama.cpp's ``smollm``)."""
     names = [RENAMED.get(token, token) for token in fields["tokenizer.ggml.tokens"]]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))

@@ -1,9 +1,9 @@
-"""How far a bundle's graphs are from exact arithmetic on the same (dequantized) weights.
+"""Compare a bundle's logits with exact arithmetic on the same dequantized weights.
 
     python -m fusion_edge.benchmarks.demo.fidelity --bundle FOLDER --questions 200
 
-Accuracy level 4 rounds activations to int8 in every product; this shows what that costs on held-out questions, apart
-from what quantizing the weights costs.
+Accuracy level 4 quantizes the activations of every GEMM to int8. This isolates its effect on held-out questions from
+that of quantized weights.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from fusion_edge.runtime.sampling import Sampling
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of the logits behind the prompts."""
+    """Agreement of the logits after each prompt."""
 
     cosines: npt.NDArray[np.float64]
     same_token: npt.NDArray[np.bool_]
 
     def __str__(self) -> str:
         return (
-            f"{len(self.cosines)} prompts: cosine {self.cosines.mean():.5f} on average, {self.cosines.min():.5f} at "
-            f"least; the same most likely token for {self.same_token.mean():.1%}"
+            f"{len(self.cosines)} prompts: mean cosine {self.cosines.mean():.5f}, smallest {self.cosines.min():.5f}; "
+            f"same most likely token for {self.same_token.mean():.1%}"
         )
 
 
 def first_logits(fusion: Fusion, image: ImageLike, question: str, history: Sequence[Turn] = ()) -> Floats:
-    """Logits ``[V]`` behind the prompt, float32, as the backend's prefill gives them."""
+    """Return the backend's float32 logits ``[V]`` after the prompt."""
     seen: list[Floats] = []
     prefill = fusion.backend.prefill
 
@@ -65,7 +65,7 @@ def first_logits(fusion: Fusion, image: ImageLike, question: str, history: Seque
 
 
 def compare(folder: Path, asked: Iterable[Example]) -> Fidelity:
-    """A bundle against the eager interpreter on its dequantized weights, at its default query length."""
+    """Compare a bundle with the eager interpreter on its dequantized weights, at the default query length."""
     bundle = open_bundle(folder)
     cosines, same = [], []
     with load(folder) as fusion:
@@ -82,10 +82,12 @@ def compare(folder: Path, asked: Iterable[Example]) -> Fidelity:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--bundle", type=Path, required=True, help="folder of an exported bundle of the demo model")
-    parser.add_argument("--questions", type=positive_integer, default=200, help="how many (default: %(default)s)")
+    parser.add_argument("--bundle", type=Path, required=True, help="bundle folder of the demo model")
+    parser.add_argument(
+        "--questions", type=positive_integer, default=200, help="number of questions (default: %(default)s)"
+    )
     return run_command(_main, parser.parse_args(arguments))
 
 

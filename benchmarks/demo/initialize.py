@@ -1,4 +1,4 @@
-"""The demo model before training: a FUSION checkpoint of the released layout with small random weights."""
+"""Demo model before training: a small random FUSION checkpoint in the released layout."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ CONFIG = FusionConfig(
     bos_token_id=1,
     eos_token_ids=tuple(tokenizer.PIECES + tokenizer.ADDED.index(token) for token in END_TOKENS),
 )
-"""The demo model's structure; every width is a multiple of 128, so INT4 groups of 128 fit."""
+"""Structure of the demo model. Every width is a multiple of 128, so INT4 groups of 128 fit."""
 
 
 def initial_tensors(seed: int) -> dict[str, Tensor]:
-    """Random float32 tensors of :data:`CONFIG` under the released names, unused ones included."""
+    """Return random float32 tensors of :data:`CONFIG` under the released names, unused ones included."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {source.tensor: source.shape for parameter in parameters(CONFIG).values() for source in parameter.sources}
     shapes |= dict.fromkeys(UNUSED, (CONFIG.vision.width,))
     tensors = {name: _initial(name, shape, generator) for name, shape in sorted(shapes.items())}
     tensors[PATCH_POSITIONS] = grid_positions(CONFIG.vision.grid, CONFIG.vision.width)
-    # The question starts small beside the image in an interaction layer: its row grows while training.
+    # The question starts small in an interaction layer and grows during training.
     for k in range(CONFIG.alignment.layers):
         layer = f"model.vision_sampler_layers.{k}.layers.0."
         tensors[f"{layer}proj_in.weight"] *= 0.1
@@ -65,7 +65,7 @@ def initial_tensors(seed: int) -> dict[str, Tensor]:
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write weights (as bf16) and every other file of a released checkpoint."""
+    """Write bfloat16 weights and every other file of a released checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "model-00001-of-00001.safetensors"
     weights = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(tensors.items())}
@@ -86,13 +86,13 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> T
         return 0.5 * torch.randn(shape, generator=generator)
     scale = 1 / math.sqrt(math.prod(shape[1:]))
     residual = ("o_proj.weight", "out_proj.weight", "fc2.weight", "down_proj.weight")
-    if name.endswith(residual):  # what is added to a residual stream starts small
+    if name.endswith(residual):  # residual branches start small
         scale /= math.sqrt(2 * CONFIG.language.layers)
     return scale * torch.randn(shape, generator=generator)
 
 
 def grid_positions(grid: int, width: int) -> Tensor:
-    """Sines and cosines of row and column ``[grid*grid, width]``: neighbours start alike."""
+    """Return sines and cosines of row and column ``[grid*grid, width]``, similar for neighbors."""
     frequencies = math.pi / grid * torch.linspace(0.5, grid / 2, width // 4)
     angles = (torch.arange(grid) + 0.5)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -101,7 +101,7 @@ def grid_positions(grid: int, width: int) -> Tensor:
 
 
 def _config_json() -> dict[str, object]:
-    """:data:`CONFIG` in the words of a released ``config.json``."""
+    """Return :data:`CONFIG` with the fields of a released ``config.json``."""
     vision, language, alignment = CONFIG.vision, CONFIG.language, CONFIG.alignment
     return {
         "architectures": ["FusionPhiForCausalLM"],

@@ -1,10 +1,9 @@
-"""Generated pictures with questions whose answers are known: what the demo model learns and is measured on.
+"""Generated pictures and questions with known answers, for training and evaluating the demo model.
 
-A picture shows one to four coloured shapes on a photo-like background (gradient, noise, vignette, lighting,
-shadows), each in its own cell of a jittered 2 x 2 grid. Questions ask for a colour, a shape, a count, a
-relative position or a presence; none is ambiguous, and within a kind the answers are balanced. Training adds
-lessons: what is where, said in words.
-Everything follows from a split and a seed; the splits share no random stream.
+A picture shows one to four colored shapes on a photo-like background (gradient, noise, vignette, lighting, shadows),
+each in its own cell of a jittered 2 x 2 grid. Questions ask for a color, a shape, a count, a relative position or a
+presence. No question is ambiguous, and the answers of each kind are balanced. Training adds lessons, which describe
+what is where. A split and a seed determine everything; the splits share no random stream.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from fusion_edge.runtime.errors import UsageError
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-PICTURE_SIZE = 256  # pixels on a side; the model's own preprocessing enlarges it
-GRID = 2  # cells on a side, at most one shape in each
+PICTURE_SIZE = 256  # pixels; preprocessing enlarges it
+GRID = 2  # cells per side, at most one shape in each
 MAX_SHAPES = 4
 SPLITS = ("train", "held_out")
 PLACES = {(0, 0): "top left", (0, 1): "top right", (1, 0): "bottom left", (1, 1): "bottom right"}
-"""What a cell (row, column) of the grid is called."""
+"""Name of each cell (row, column)."""
 NUMBERS = ("zero", "one", "two", "three", "four")
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 COLORS = {
@@ -42,7 +41,7 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One coloured shape; its centre (x, y) and radius are in pixels, its angle in radians."""
+    """Colored shape; center (x, y) and radius in pixels, angle in radians."""
 
     kind: str
     color: str
@@ -54,13 +53,13 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """How a question calls it, such as ``red circle``; no two shapes of a picture share it."""
+        """Name in questions, such as ``red circle``, unique within a picture."""
         return f"{self.color} {self.kind}"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one picture, its only right answer, and its kind (a key of :data:`KINDS` or :data:`LESSONS`)."""
+    """Question about a picture, its only correct answer, and its kind (a key of :data:`KINDS` or :data:`LESSONS`)."""
 
     text: str
     answer: str
@@ -69,7 +68,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one picture ``[256, 256, 3]`` RGB."""
+    """Question about an RGB picture ``[256, 256, 3]``."""
 
     picture: Pixels
     question: str
@@ -78,9 +77,9 @@ class Example:
 
 
 def examples(split: str, seed: int, questions_per_picture: int = 1) -> Iterator[Example]:
-    """Endless examples; a picture returns for each of its questions.
+    """Yield examples without end, one per question of each picture.
 
-    Raises :class:`UsageError` if ``split`` is none of :data:`SPLITS`.
+    Raises :class:`UsageError` if ``split`` is not one of :data:`SPLITS`.
     """
     for number, (shapes, picture) in enumerate(scenes(split, seed)):
         rng = np.random.default_rng([SPLITS.index(split), seed, number])
@@ -89,7 +88,7 @@ def examples(split: str, seed: int, questions_per_picture: int = 1) -> Iterator[
 
 
 def scenes(split: str, seed: int) -> Iterator[tuple[list[Shape], Pixels]]:
-    """Endless pictures and what they show. Raises :class:`UsageError` as :func:`examples` does."""
+    """Yield shapes and pictures without end. Raises :class:`UsageError` as :func:`examples` does."""
     if split not in SPLITS:
         raise UsageError(f"The split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
     rng = np.random.default_rng([SPLITS.index(split), seed])
@@ -99,7 +98,7 @@ def scenes(split: str, seed: int) -> Iterator[tuple[list[Shape], Pixels]]:
 
 
 def arrange(rng: np.random.Generator) -> list[Shape]:
-    """One to four shapes in reading order, of different names, in different cells."""
+    """Return one to four shapes in reading order, with different names and cells."""
     count = int(rng.integers(1, MAX_SHAPES + 1))
     names = list(itertools.product(COLORS, SHAPES))
     cells = sorted(rng.choice(GRID * GRID, count, replace=False).tolist())
@@ -116,9 +115,9 @@ def arrange(rng: np.random.Generator) -> list[Shape]:
 
 
 def ask(shapes: list[Shape], rng: np.random.Generator, count: int, lessons: bool = False) -> list[Question]:
-    """``count`` different questions about the shapes, their kinds drawn evenly from those that apply.
+    """Return ``count`` different questions about the shapes, with kinds drawn evenly from those that apply.
 
-    ``lessons`` adds those of :data:`LESSONS`.
+    ``lessons`` adds the kinds of :data:`LESSONS`.
     """
     asked: dict[str, Question] = {}
     choices = KINDS | LESSONS if lessons else KINDS
@@ -128,7 +127,7 @@ def ask(shapes: list[Shape], rng: np.random.Generator, count: int, lessons: bool
         options = choices[kind](shapes)
         if not options:
             continue
-        # The answer first and then a question for it: answers come out balanced.
+        # Drawing the answer before the question balances the answers.
         answers = sorted(set(options.values()))
         answer = answers[rng.integers(len(answers))]
         texts = [text for text, value in options.items() if value == answer]
@@ -155,7 +154,7 @@ def _count_questions(shapes: list[Shape]) -> dict[str, str]:
 
 
 def _position_questions(shapes: list[Shape]) -> dict[str, str]:
-    """Only shapes in different columns (rows) are compared: those in one column differ by jitter alone."""
+    """Compare only shapes in different columns (or rows): within one, they differ by jitter only."""
     questions = {}
     for first, second in itertools.permutations(shapes, 2):
         for axis, relation in enumerate(("above", "left of")):
@@ -166,7 +165,7 @@ def _position_questions(shapes: list[Shape]) -> dict[str, str]:
 
 
 def _presence_questions(shapes: list[Shape]) -> dict[str, str]:
-    """Absent names mostly share their colour or their shape with the picture: neither alone gives the answer."""
+    """Use absent names that share a color or a kind with the picture, so that neither gives the answer away."""
     present = {shape.name for shape in shapes}
     colors, kinds = {s.color for s in shapes}, {s.kind for s in shapes}
     absent = {f"{c} {k}" for c in COLORS for k in SHAPES if c in colors or k in kinds} - present
@@ -179,7 +178,7 @@ def _where_questions(shapes: list[Shape]) -> dict[str, str]:
 
 
 def _kind_questions(shapes: list[Shape]) -> dict[str, str]:
-    """Shapes found by their kind alone: most other questions can be answered by looking for colours."""
+    """Ask for shapes by kind only, because colors suffice for most other questions."""
     kinds = [shape.kind for shape in shapes]
     questions = {f"Where is the {s.kind}?": PLACES[s.cell] for s in shapes if kinds.count(s.kind) == 1}
     return questions | {f"Is there a {kind}?": "yes" if kind in kinds else "no" for kind in SHAPES}
@@ -201,7 +200,7 @@ KINDS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
     "position": _position_questions,
     "presence": _presence_questions,
 }
-"""What can be asked about a picture: kind -> (shapes -> question -> answer)."""
+"""Questions of evaluation and training: kind -> (shapes -> question -> answer)."""
 
 LESSONS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
     "where": _where_questions,
@@ -209,12 +208,12 @@ LESSONS: dict[str, Callable[[list[Shape]], dict[str, str]]] = {
     "place": _place_questions,
     "description": _description,
 }
-"""What training asks besides. An answer of one word teaches little of how a shape, its colour and its place belong
-together; without these the model answered relative positions at chance."""
+"""Additional questions of training. Answers of one word teach little about how shape, color and place belong together;
+without lessons the model answers relative positions at chance."""
 
 
 def render(shapes: list[Shape], rng: np.random.Generator) -> Pixels:
-    """Draws the shapes with shadows and shading on a fresh background: ``[256, 256, 3]`` RGB."""
+    """Draw the shapes with shadows and shading on a new background: ``[256, 256, 3]`` RGB."""
     canvas = _background(rng)
     light = rng.uniform(0, 2 * np.pi)
     direction = np.array([np.cos(light), np.sin(light)], np.float32)
@@ -227,7 +226,7 @@ def render(shapes: list[Shape], rng: np.random.Generator) -> Pixels:
 
 
 def _background(rng: np.random.Generator) -> Floats:
-    """A dull colour with a gradient, slow blotches and a vignette: ``[256, 256, 3]``."""
+    """Return a dull color with a gradient, blotches and a vignette: ``[256, 256, 3]``."""
     y, x = np.mgrid[-1 : 1 : PICTURE_SIZE * 1j, -1 : 1 : PICTURE_SIZE * 1j].astype(np.float32)
     color = rng.uniform(60, 125) + rng.uniform(-14, 14, 3).astype(np.float32)
     slope = rng.uniform(-22, 22, 2)
@@ -240,7 +239,7 @@ def _background(rng: np.random.Generator) -> Floats:
 
 
 def _draw(canvas: Floats, shape: Shape, light: Floats, rng: np.random.Generator) -> None:
-    """Blends one shape and its shadow into the canvas."""
+    """Blend a shape and its shadow into the canvas."""
     reach = int(shape.radius * 1.45) + 8
     (x, y), size = shape.center, PICTURE_SIZE
     left, right = max(0, int(x) - reach), min(size, int(x) + reach)
@@ -260,7 +259,7 @@ def _draw(canvas: Floats, shape: Shape, light: Floats, rng: np.random.Generator)
 
 
 def _distance(shape: Shape, across: Floats, down: Floats) -> Floats:
-    """Signed distance in pixels (negative inside, approximate outside corners) from the shape's outline."""
+    """Return the signed distance from the outline in pixels: negative inside, approximate outside corners."""
     cosine, sine = np.float32(np.cos(shape.angle)), np.float32(np.sin(shape.angle))
     x, y = across * cosine + down * sine, down * cosine - across * sine
     radius = np.float32(shape.radius)

@@ -1,8 +1,7 @@
 """Pre-training of the demo's vision tower, which in a released model is a pre-trained SigLIP.
 
-Every patch learns to say what covers it in a fixed code: a random vector for each kind, each colour and each place,
-added up. An LLM finds such features within minutes; features that merely told kinds and colours apart (a classifier's)
-it still could not search after 8,000 steps.
+Every patch learns a fixed code of what covers it: the sum of a random vector for the kind, the color and the place. An
+LLM learns to use such features within minutes; with a classifier's features it failed even after 8,000 steps.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from fusion_edge.benchmarks.demo.training_data import Gallery, centered
 from fusion_edge.benchmarks.demo.training_model import TrainingOperations, crop_features
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS
 
-PICTURES_A_STEP = 12
+PICTURES_PER_STEP = 12
 LEARNING_RATE = 2e-3
-BACKGROUND_WEIGHT = 0.2  # most patches show none: they must not drown the others
+BACKGROUND_WEIGHT = 0.2  # most patches are background
 PLACE_SCALE = 0.15
 KINDS, COLORS = tuple(pictures.SHAPES), tuple(pictures.COLORS)
 
@@ -38,7 +37,7 @@ def pretrain(leaves: dict[str, Tensor], gallery: Gallery, steps: int, seed: int)
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        chosen = np.random.default_rng([seed, step]).choice(len(gallery.shapes), PICTURES_A_STEP, replace=False)
+        chosen = np.random.default_rng([seed, step]).choice(len(gallery.shapes), PICTURES_PER_STEP, replace=False)
         crops = centered(torch.from_numpy(gallery.crops[chosen]))
         labels = torch.from_numpy(np.stack([patch_labels(gallery.shapes[i]) for i in chosen]))
         features = crop_features(TrainingOperations(leaves), crops)
@@ -59,17 +58,17 @@ def pretrain(leaves: dict[str, Tensor], gallery: Gallery, steps: int, seed: int)
 
 @dataclass(frozen=True)
 class Code:
-    """What the features of a patch shall be."""
+    """Target features of the patches."""
 
     kinds: Tensor
-    """``[kinds + 1, D]``; the first row is that of no shape."""
+    """``[kinds + 1, D]``; the first row means no shape."""
     colors: Tensor
     places: Tensor
     """``[P, D]``."""
 
     @classmethod
     def draw(cls, seed: int) -> Code:
-        """Random vectors; those of places are short, and alike for neighbours."""
+        """Draw random vectors; those of places are short, and similar for neighbors."""
         generator = torch.Generator().manual_seed(seed)
         hidden = CONFIG.language.hidden_size
         kinds, colors = (torch.randn(len(names) + 1, hidden, generator=generator) for names in (KINDS, COLORS))
@@ -77,18 +76,18 @@ class Code:
         return cls(kinds, colors, grid @ torch.randn(hidden, hidden, generator=generator) * PLACE_SCALE)
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """Features ``[..., P, D]`` of labels ``[..., P, 2]``."""
+        """Return the features ``[..., P, D]`` of labels ``[..., P, 2]``."""
         return self.kinds[labels[..., 0]] + self.colors[labels[..., 1]] + self.places
 
     def read(self, features: Tensor) -> Tensor:
-        """The nearest labels ``[..., P, 2]`` of features ``[..., P, D]``."""
+        """Return the nearest labels ``[..., P, 2]`` of features ``[..., P, D]``."""
         pairs = (self.kinds[:, None] + self.colors).flatten(0, 1)
         nearest = torch.cdist(features - self.places, pairs).argmin(-1)
         return torch.stack([nearest // len(self.colors), nearest % len(self.colors)], -1)
 
 
 def patch_labels(shapes: list[pictures.Shape]) -> npt.NDArray[np.int64]:
-    """``[5, P, 2]``: for every patch of every crop 1 + index of the kind and colour that covers it, or 0."""
+    """Return ``[5, P, 2]``: 1 + index of the kind and color that covers each patch of each crop, or 0."""
     grid = CONFIG.vision.grid
     fine, coarse = _map(shapes, 2 * grid), _map(shapes, grid)
     crops = fine.reshape(2, grid, 2, grid, 2).swapaxes(1, 2).reshape(GLOBAL_CROPS, grid * grid, 2)
@@ -97,9 +96,9 @@ def patch_labels(shapes: list[pictures.Shape]) -> npt.NDArray[np.int64]:
 
 def _map(shapes: list[pictures.Shape], side: int) -> npt.NDArray[np.int64]:
     labels = np.zeros((side, side, 2), np.int64)
-    centres = (np.arange(side) + 0.5) * pictures.PICTURE_SIZE / side
+    centers = (np.arange(side) + 0.5) * pictures.PICTURE_SIZE / side
     for shape in shapes:
         x, y = shape.center
-        covered = np.hypot(centres[:, None] - y, centres[None, :] - x) < shape.radius
+        covered = np.hypot(centers[:, None] - y, centers[None, :] - x) < shape.radius
         labels[covered] = 1 + KINDS.index(shape.kind), 1 + COLORS.index(shape.color)
     return labels

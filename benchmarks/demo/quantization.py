@@ -1,9 +1,9 @@
-"""What quantizing does to the demo model: GPTQ against rounding, by weight format.
+"""Compare GPTQ with rounding to nearest on the demo model, by weight format.
 
     python -m fusion_edge.benchmarks.demo.quantization --work FOLDER --json FILE
 
-Every row is a bundle exported with ``--calibrate``, compared with the float model on held-out samples, then asked
-held-out questions. A bundle that ``--work`` has already, of as many held-out samples, is not exported again.
+Every row is a bundle exported with ``--calibrate``, compared with the float model on held-out samples and evaluated on
+held-out questions. A bundle in ``--work`` with as many held-out samples is reused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUERY_LENGTH = 4
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: what is passed to ``fusion-export``."""
+    """Row of the table: options of ``fusion-export``."""
 
     format: str
     method: str
@@ -55,25 +55,25 @@ VARIANTS = [Variant(name, method, options) for name, options in FORMATS.items() 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--work", type=Path, required=True, help="folder for samples and bundles; what an earlier run left is used")
+    add("--work", type=Path, required=True, help="folder for samples and bundles; existing ones are reused")
     add("--format", choices=FORMATS, action="append", help="weight format, repeatable (default: all)")
     add(
         "--held-out",
         type=positive_integer,
         default=500,
-        help="samples to compare with the float model (default: %(default)s)",
+        help="held-out samples (default: %(default)s)",
     )
-    add("--questions", type=positive_integer, default=1000, help="questions to ask (default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the result here, too")
+    add("--questions", type=positive_integer, default=1000, help="number of questions (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result to a file")
     return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
     samples: Path = options.work / f"samples-{options.held_out}"
-    if not (samples / "samples.jsonl").exists():  # the last to be written
+    if not (samples / "samples.jsonl").exists():  # written last
         write_samples(samples, CALIBRATING + options.held_out)
     rows: list[dict[str, Any]] = []
     reports: dict[tuple[str, str], QuantizationReport] = {}
@@ -104,7 +104,7 @@ def _export(bundle: Path, variant: Variant, samples: Path, held_out_samples: int
     common = ["-o", str(bundle), "--query-len", "4,16", "--calibrate", str(samples), "--method", variant.method]
     common += ["--held-out", str(held_out_samples)]
     if not bundle.exists() and cli.main([str(CHECKPOINT), *common, *variant.options]) != 0:
-        raise FusionError(f"{bundle} could not be exported.")
+        raise FusionError(f"Export of {bundle} failed; see its error above.")
 
 
 def _row(variant: Variant, report: QuantizationReport, accuracy: float) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _row(variant: Variant, report: QuantizationReport, accuracy: float) -> dict[
 
 
 def _compared(name: str, rtn: QuantizationReport, gptq: QuantizationReport) -> dict[str, Any]:
-    """GPTQ against rounding in one format: KL divergences, and linears whose outputs are closer."""
+    """Compare GPTQ with rounding in one format: ratio of KL divergences, and linears with closer outputs."""
     assert rtn.end_to_end is not None
     assert gptq.end_to_end is not None
     rounded = {linear.name: linear.output_sqnr for linear in rtn.linears}
@@ -134,12 +134,12 @@ def _compared(name: str, rtn: QuantizationReport, gptq: QuantizationReport) -> d
         "format": name,
         "kl_divergence": gptq.end_to_end.kl_divergence / rtn.end_to_end.kl_divergence,
         "linears": len(pairs),
-        "linears_closer": sum(fitted > other for fitted, other in pairs),
+        "linears_closer": sum(ours > other for ours, other in pairs),
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as lines of Markdown."""
+    """Return the result as Markdown."""
     lines = ["| format | method | vision | alignment | logits | KL divergence | accuracy |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in result["rows"]:

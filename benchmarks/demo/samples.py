@@ -1,4 +1,4 @@
-"""Write samples of the demo's task for ``fusion-export --calibrate``: pictures, and a JSONL file of questions.
+"""Write calibration samples of the demo task for ``fusion-export --calibrate``: pictures, and a JSONL file.
 
 python -m fusion_edge.benchmarks.demo.samples --output FOLDER --count 144
 """
@@ -18,11 +18,11 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.system.output_file import write_whole
 
-SPLIT, SEED = "train", 1  # never the questions of the evaluation
+SPLIT, SEED = "train", 1  # disjoint from the evaluation
 
 
 def write_samples(folder: Path, count: int) -> None:
-    """``samples.jsonl`` and one picture for each of its lines."""
+    """Write ``samples.jsonl`` and one picture per line."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, example in enumerate(itertools.islice(examples(SPLIT, SEED, 1), count)):
@@ -33,10 +33,10 @@ def write_samples(folder: Path, count: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=positive_integer, default=144, help="samples (default: %(default)s)")
+    parser.add_argument("--count", type=positive_integer, default=144, help="number of samples (default: %(default)s)")
     return run_command(_main, parser.parse_args(arguments))
 
 

@@ -1,8 +1,8 @@
-"""What equalising inputs does for the demo model's vision linears, on pictures that it was not fitted to.
+"""Measure SmoothQuant on the demo model's vision linears with held-out pictures.
 
     python -m fusion_edge.benchmarks.demo.smoothquant --samples FOLDER
 
-SQNR of each linear's outputs with its inputs rounded to 8 bits and its weights exact, by exponent.
+Prints the SQNR of each linear's outputs with 8-bit activations and exact weights, by alpha.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fusion_edge.runtime.formatting import format_table
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
-class Watching(BlockOperations):
-    """Keeps the inputs of every linear of the vision encoder's layers."""
+class InputRecorder(BlockOperations):
+    """Operations that keep the inputs of every linear."""
 
     inputs: dict[str, list[Tensor]]
 
@@ -41,53 +41,61 @@ class Watching(BlockOperations):
         return super().linear(x, name, bias)
 
 
-def watch(fusion: Fusion, backend: EagerBackend, samples: Iterable[Sample]) -> dict[str, Tensor]:
-    """Inputs ``[n,K]`` of the linears that can be equalised, of all samples together."""
-    ops = Watching(fusion.config, backend.parameter, lambda ids: torch.from_numpy(backend.embed(ids.numpy())), "cpu")
+def linear_inputs(fusion: Fusion, backend: EagerBackend, samples: Iterable[Sample]) -> dict[str, Tensor]:
+    """Return the inputs ``[n,K]`` of all linears that SmoothQuant applies to, of all samples together."""
+    ops = InputRecorder(
+        fusion.config, backend.parameter, lambda ids: torch.from_numpy(backend.embed(ids.numpy())), "cpu"
+    )
     ops.inputs = {}
     layers = [block for block in blocks(fusion.config) if block.name.startswith(("vision.embed", "vision.layers"))]
     for sample in samples:
         length, side = fusion.manifest.query_lengths[0], fusion.manifest.image_side
         prepared = prepare(sample, fusion.tokenizer, fusion.config, length, side, "cpu")
-        state: Activations = {}
+        activations: Activations = {}
         for block in layers:
-            state = block.run(ops, prepared, state)
+            activations = block.run(ops, prepared, activations)
     formats = dict.fromkeys(ops.inputs, WeightFormat("w8a8"))
     return {name: torch.cat(parts) for name, parts in ops.inputs.items() if producer(name, formats) is not None}
 
 
-def qualities(weight: Tensor, samples: Tensor, others: Tensor) -> list[float]:
-    """SQNR of the outputs ``others @ weight.T``, grids chosen for ``samples``: as they are, then by exponent."""
-    ranges = ChannelHistograms(weight.shape[1], weight.device)
-    ranges.observe(samples)
+def output_sqnr(weight: Tensor, samples: Tensor, others: Tensor) -> list[float]:
+    """Return the SQNR of ``others @ weight.T``, calibrated on ``samples``: unsmoothed, then for each alpha."""
+    histograms = ChannelHistograms(weight.shape[1], weight.device)
+    histograms.observe(samples)
     found = []
-    for exponent in (None, *ALPHAS):
-        by = torch.ones_like(weight[0]) if exponent is None else smoothing_factors(ranges.absmax, weight, exponent)
-        grid, _ = ranges.quantization(by, (weight * by).square().sum(0))
-        noise, signal = (others - fake_quantize(others / by, grid) * by) @ weight.T, others @ weight.T
+    for alpha in (None, *ALPHAS):
+        factors = torch.ones_like(weight[0]) if alpha is None else smoothing_factors(histograms.absmax, weight, alpha)
+        quantization, _ = histograms.quantization(factors, (weight * factors).square().sum(0))
+        noise, signal = (others - fake_quantize(others / factors, quantization) * factors) @ weight.T, others @ weight.T
         found.append(sqnr(*(float(part.double().square().sum()) for part in (noise, signal))))
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--samples", type=Path, required=True, help="folder of fusion_edge.benchmarks.demo.samples")
-    parser.add_argument("--calibrating", type=positive_integer, default=128, help="samples (default: %(default)s)")
-    parser.add_argument("--held-out", type=positive_integer, default=100, help="further ones (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=Path, required=True, help="folder written by fusion_edge.benchmarks.demo.samples"
+    )
+    parser.add_argument(
+        "--calibrating", type=positive_integer, default=128, help="calibration samples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--held-out", type=positive_integer, default=100, help="held-out samples (default: %(default)s)"
+    )
     return run_command(_main, parser.parse_args(arguments))
 
 
 @torch.inference_mode()
 def _main(options: argparse.Namespace) -> int:
     samples = read_samples(options.samples, options.calibrating, options.held_out)
-    rows: list[tuple[str, ...]] = [("linear", "as they are", *map(str, ALPHAS))]
+    rows: list[tuple[str, ...]] = [("linear", "unsmoothed", *map(str, ALPHAS))]
     with open_checkpoint(CHECKPOINT) as fusion:
         backend = fusion.backend
         assert isinstance(backend, EagerBackend)
-        seen, others = (watch(fusion, backend, part) for part in (samples.calibrating, samples.held_out))
+        seen, others = (linear_inputs(fusion, backend, part) for part in (samples.calibrating, samples.held_out))
         for name, inputs in seen.items():
-            found = qualities(backend.parameter(f"{name}.weight"), inputs, others[name])
+            found = output_sqnr(backend.parameter(f"{name}.weight"), inputs, others[name])
             rows.append((name, *(f"{value:.1f} dB" for value in found)))
     sys.stdout.write(format_table(rows))
     return 0

@@ -1,7 +1,7 @@
-"""The demo model's tokenizer: a small SentencePiece model trained on the demo's own words.
+"""Tokenizer of the demo model: a small SentencePiece model trained on the demo's words.
 
-Same files and same rules as the released Phi checkpoints: byte fallback, added tokens that swallow the white
-space behind them, a leading space in front of a text that starts with none of them.
+Files and rules are those of the released Phi checkpoints: byte fallback, added tokens that remove the white space after
+them, and a leading space before a text that does not start with one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ADDED = (
     "<vision_start>",
     "<vision_end>",
 )
-"""Tokens that follow the SentencePiece pieces, in the order of their ids."""
-KEEP_SPACE_BEHIND = ("<vision_start>", "<vision_end>")
+"""Added tokens in the order of their ids, after the SentencePiece pieces."""
+KEEP_SPACE_AFTER = ("<vision_start>", "<vision_end>")
 MAX_LENGTH = 512
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Train the tokenizer and write it the way a released checkpoint carries it."""
+    """Train the tokenizer and write its files as in a released checkpoint."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_corpus()),
@@ -74,10 +74,10 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _corpus() -> list[str]:
-    """Every sentence of the demo.
+    """Return every sentence of the demo, and words after a bracket.
 
-    Words also stand behind a bracket, where no space is glued to them: answers and the first word of a question
-    follow an added token or a line break, and should be one piece there too.
+    Answers and first words of questions follow an added token or a line break, without a space. The bracket makes them
+    single pieces there, too.
     """
     rng = np.random.default_rng(0)
     sentences = {TEMPLATES["phi_3"].system.split(">")[1].split("<")[0].strip()}
@@ -85,13 +85,13 @@ def _corpus() -> list[str]:
         for question in pictures.ask(pictures.arrange(rng), rng, 8, lessons=True):
             sentences |= {question.text, question.answer}
     words = sorted({word for sentence in sentences for word in re.findall(r"\w+", sentence)})
-    glued = [f"({word}" for word in words for _ in range(2000)]
-    return [*sorted(sentences), *(f" {word}" for word in words for _ in range(500)), *glued]
+    attached = [f"({word}" for word in words for _ in range(2000)]
+    return [*sorted(sentences), *(f" {word}" for word in words for _ in range(500)), *attached]
 
 
 def _describe(token: str) -> dict[str, object]:
-    swallows = token in ADDED and token not in KEEP_SPACE_BEHIND
-    return {"content": token, "lstrip": False, "normalized": False, "rstrip": swallows, "single_word": False}
+    strips = token in ADDED and token not in KEEP_SPACE_AFTER
+    return {"content": token, "lstrip": False, "normalized": False, "rstrip": strips, "single_word": False}
 
 
 def _write_json(path: Path, value: object) -> None:

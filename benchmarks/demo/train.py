@@ -1,6 +1,6 @@
 """Train the demo model: ``python -m fusion_edge.benchmarks.demo.train --output FOLDER``.
 
-The folder becomes a FUSION checkpoint, rewritten at every report; a run that was stopped goes on where it was.
+The folder becomes a FUSION checkpoint, rewritten at every report. A stopped run resumes.
 """
 
 from __future__ import annotations
@@ -32,36 +32,35 @@ from fusion_edge.benchmarks.demo.training_model import (
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL
 from fusion_edge.runtime.errors import FusionError
 
-PICTURES_A_STEP, QUESTIONS_A_PICTURE = 8, 8
+PICTURES_PER_STEP, QUESTIONS_PER_PICTURE = 8, 8
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What the LLM is given of a picture in a part of the training."""
+    """Part of the training, with the image inputs of the LLM."""
 
     name: str
     end: float
-    """Share of the run's steps after which it is over."""
+    """End, as a share of the run's steps."""
     latent_scale: float
-    """Factor on what the latents pooled; at 0 all must come from their windows."""
+    """Factor of the pooled latents; at 0 all information comes from their windows."""
     image_share: float
-    """Share of batches that have image tokens."""
+    """Share of batches with image tokens."""
     vision_is_frozen: bool
-    """The projected features of the global crops are computed once for the whole gallery. Only without image tokens:
-    the local crop would train the tower."""
+    """Whether the gallery's projected features are computed once. Requires batches without image tokens, because the
+    local crop trains the tower."""
 
 
 PHASES = (
     Phase("windows", end=0.7, latent_scale=0, image_share=0, vision_is_frozen=True),
     Phase("whole", end=1.0, latent_scale=1, image_share=0.7, vision_is_frozen=False),
 )
-"""The interaction layers learn only when there is no other way. Image tokens or latents alone could answer every
-question of this task: a model that is given them all the time ignores its interaction layers (measured: switching
-them off changed nothing)."""
-VISION_RATE = 0.4  # the vision tower's learning rate, relative to the rest
+"""Interaction layers learn only without other inputs. Image tokens or latents suffice for every question of this task,
+so a model trained with them from the start ignores its interaction layers (disabling them changed no answer)."""
+VISION_RATE = 0.4  # learning rate of the vision tower, relative to the rest
 WARM_UP = 200  # steps
-DECAY = 0.75  # share of the run's steps after which the learning rate falls
-VALIDATION_SEED, VALIDATION_PICTURES = 1, 96  # of the held-out split; evaluation takes another seed
+DECAY = 0.75  # start of the learning rate decay, as a share of the steps
+VALIDATION_SEED, VALIDATION_PICTURES = 1, 96  # of the held-out split; evaluation uses another seed
 STATE = "training-state.pt"
 
 log = logging.getLogger(__name__)
@@ -86,12 +85,12 @@ class Training:
         self.step = 0
 
     def _rate(self, step: int) -> float:
-        """Linear warm-up, constant for long, linear to a hundredth at the end."""
+        """Return the rate of a step: linear warm-up, constant, linear decay to a hundredth."""
         progress = max(step / self.steps - DECAY, 0) / (1 - DECAY)
         return min((step + 1) / WARM_UP, 1 - 0.99 * progress)
 
     def update(self, batch: Batch) -> tuple[float, float]:
-        """One optimizer step; the losses of answers and mapping."""
+        """Run an optimizer step; return the losses of answers and mapping."""
         outcome = run(self.leaves, batch)
         self.optimizer.zero_grad()
         (outcome.answer_loss + MAPPING_WEIGHT * outcome.mapping_loss).backward()  # type: ignore[no-untyped-call]
@@ -103,7 +102,7 @@ class Training:
         return outcome.answer_loss.item(), outcome.mapping_loss.item()
 
     def save(self) -> None:
-        """The checkpoint, and the state to go on from; the latter replaced in one go."""
+        """Write the checkpoint, and atomically the state to resume from."""
         write_checkpoint(self.folder, with_full_kernel(self.leaves))
         state = {
             "leaves": self.leaves,
@@ -118,14 +117,14 @@ class Training:
         os.replace(temporary, self.folder / STATE)
 
     def resume(self) -> None:
-        """Go on from the folder's state, if it has one. Raises :class:`FusionError` if it is another run's."""
+        """Resume from the folder's state, if any. Raises :class:`FusionError` for the state of another run."""
         if not (self.folder / STATE).exists():
             return
         state = torch.load(self.folder / STATE, weights_only=True)
         if (state["steps"], state["seed"]) != (self.steps, self.seed):
             raise FusionError(
-                f"{self.folder} holds a run of {state['steps']} steps with seed {state['seed']}; ask for the "
-                "same to go on, or choose another folder."
+                f"{self.folder} has a run of {state['steps']} steps with seed {state['seed']}; pass the "
+                "same values to resume it, or another --output."
             )
         with torch.no_grad():
             for name, leaf in self.leaves.items():
@@ -136,7 +135,7 @@ class Training:
 
 
 def _groups(names: list[str], leaves: dict[str, Tensor]) -> Iterator[tuple[float, float, list[str]]]:
-    """(relative learning rate, weight decay, names): the tower learns slower, only matrices decay."""
+    """Yield (relative learning rate, weight decay, names): the tower learns slower, only matrices decay."""
     for in_tower in (True, False):
         for is_matrix in (True, False):
             group = [
@@ -148,27 +147,27 @@ def _groups(names: list[str], leaves: dict[str, Tensor]) -> Iterator[tuple[float
 
 
 def accuracy(leaves: dict[str, Tensor], batches: Batches, phase: Phase, align: bool = True) -> dict[str, float]:
-    """Share of exact answers on a gallery at the least query length, by kind and ``all``.
+    """Return the share of exact answers on a gallery at the smallest query length, by kind and ``all``.
 
-    The pictures are given as in a phase of the training, with image tokens if it has any.
+    Image inputs are those of a training phase.
     """
-    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    exact: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     rng = np.random.default_rng(0)
     query_length = CONFIG.alignment.query_lengths[0]
     with torch.no_grad():
-        for start in range(0, len(batches.gallery.shapes), PICTURES_A_STEP):
-            chosen = range(start, start + PICTURES_A_STEP)
+        for start in range(0, len(batches.gallery.shapes), PICTURES_PER_STEP):
+            chosen = range(start, start + PICTURES_PER_STEP)
             inputs = phase.latent_scale, phase.image_share > 0
-            batch = batches.batch(chosen, rng, QUESTIONS_A_PICTURE, query_length, *inputs)
+            batch = batches.batch(chosen, rng, QUESTIONS_PER_PICTURE, query_length, *inputs)
             for question, correct in zip(batch.questions, run(leaves, batch, align).correct, strict=True):
-                right[question.kind].append(bool(correct))
-    shares = {kind: sum(answers) / max(len(answers), 1) for kind, answers in right.items()}
-    everything = [answer for answers in right.values() for answer in answers]
+                exact[question.kind].append(bool(correct))
+    shares = {kind: sum(answers) / max(len(answers), 1) for kind, answers in exact.items()}
+    everything = [answer for answers in exact.values() for answer in answers]
     return {"all": sum(everything) / len(everything)} | shares
 
 
 def train(training: Training, pictures: Batches, validation: Batches, report_every: int) -> None:
-    """Run to the end, reporting and saving now and then."""
+    """Train to the end, with reports and checkpoints."""
     started, first, losses = time.monotonic(), training.step, []
     for phase in PHASES:
         end = round(phase.end * training.steps)
@@ -190,23 +189,23 @@ def train(training: Training, pictures: Batches, validation: Batches, report_eve
 
 
 def _draw(training: Training, pictures: Batches, phase: Phase) -> Batch:
-    """The batch of the present step: it follows from seed and step alone."""
+    """Draw the batch of the present step, which depends on seed and step only."""
     seed = [training.seed, training.step]
     with_image_tokens = np.random.default_rng([*seed, 1]).random() < phase.image_share
-    return pictures.draw(seed, PICTURES_A_STEP, QUESTIONS_A_PICTURE, phase.latent_scale, bool(with_image_tokens))
+    return pictures.draw(seed, PICTURES_PER_STEP, QUESTIONS_PER_PICTURE, phase.latent_scale, bool(with_image_tokens))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--steps", type=int, default=10000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--vision-steps", type=int, default=2000, help="pre-training steps (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=8000, help="different pictures (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its highest (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=8000, help="number of pictures (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--report-every", type=int, default=500, help="steps between reports (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures (default: %(default)s)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)

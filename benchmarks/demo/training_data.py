@@ -23,13 +23,13 @@ from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
 
 REDUCTION = 6
-"""Training sees averages of 6 x 6 pixels, so the patch kernels it learns are constant on such squares."""
-KERNEL = CONFIG.vision.patch_size // REDUCTION  # averages on a side of one patch
-IGNORED = -100  # cross_entropy's mark of a position without a target
+"""Training uses averages of 6 x 6 pixels, so learned patch kernels are constant on such squares."""
+KERNEL = CONFIG.vision.patch_size // REDUCTION  # averages per side of a patch
+IGNORED = -100  # cross_entropy's label without a target
 
 
 def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
-    """The five crops (FUSION.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
+    """Return the five crops (FUSION.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
     grid = CONFIG.vision.grid
     crops = cut_crops(Image.fromarray(picture))
     reduced: list[npt.NDArray[np.uint8]] = [np.asarray(Image.fromarray(crop).reduce(REDUCTION)) for crop in crops]
@@ -39,20 +39,20 @@ def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
 
 
 def centered(crops: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+    """Convert uint8 to float32 in [-1, 1]."""
     return crops.float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rendered pictures: their reduced crops ``[N, 5, patches, 192]`` and what they show."""
+    """Rendered pictures: reduced crops ``[N, 5, patches, 192]`` and their shapes."""
 
     crops: npt.NDArray[np.uint8]
     shapes: list[list[pictures.Shape]]
 
     @classmethod
     def render(cls, split: str, seed: int, count: int) -> Gallery:
-        """The first ``count`` pictures of a split and seed."""
+        """Render the first ``count`` pictures of a split and seed."""
         crops, shapes = [], []
         for shown, picture in itertools.islice(pictures.scenes(split, seed), count):
             shapes.append(shown)
@@ -62,44 +62,44 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Batch:
-    """I pictures with K questions each, R = I * K; question r belongs to picture r // K."""
+    """I pictures with K questions each; question r of R = I * K is about picture r // K."""
 
     patches: Tensor
     """``[I, 5, P, 192]`` float32 in [-1, 1]."""
     features: Tensor | None
-    """``[I, 4, P, D]``: projected features of the global crops, where the vision tower is frozen."""
+    """``[I, 4, P, D]``: projected features of the global crops, with a frozen vision tower."""
     questions: list[pictures.Question]
     instruct: Tensor
     """``[R, T]`` token ids of the questions alone, padded with 0."""
     tokens: Tensor
     """``[R, L]`` token ids, 0 where image tokens, latents and padding are."""
     targets: Tensor
-    """``[R, L]``: the token that each row must predict, or :data:`IGNORED`."""
+    """``[R, L]``: the next token of each row, or :data:`IGNORED`."""
     query_length: int
     latent_scale: float
     image_tokens: int
-    """P, or 0 where the local crop is left out."""
+    """P, or 0 without the local crop."""
     image_start: int
     latent_start: int
     question_rows: Tensor
-    """``[R]``: each prompt's last row."""
+    """``[R]``: last row of each prompt."""
 
 
 class Batches:
-    """Makes batches of a gallery's pictures, with fresh questions every time."""
+    """Makes batches of a gallery's pictures with new questions."""
 
     def __init__(self, gallery: Gallery, checkpoint: Path) -> None:
-        """The tokenizer is read from a checkpoint folder."""
+        """``checkpoint``: folder with the tokenizer."""
         self.gallery = gallery
         self.features: Tensor | None = None
-        """``[N, 4, P, D]`` of the gallery's global crops, given to every batch while it is set."""
+        """``[N, 4, P, D]`` of the gallery's global crops; set while the vision tower is frozen."""
         self._tokenizer = Tokenizer.from_str(tokenizer_json(checkpoint))
         self._prompt = cache(self._encode)
 
     def draw(
         self, seed: Sequence[int], images: int, questions: int, latent_scale: float, with_image_tokens: bool
     ) -> Batch:
-        """A random batch, lessons included, with a random query length; the same seed gives the same batch."""
+        """Return a random batch with lessons and a random query length; the same seed gives the same batch."""
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(self.gallery.shapes), images, replace=False).tolist()
         query_length = int(rng.choice(CONFIG.alignment.query_lengths))
@@ -115,7 +115,7 @@ class Batches:
         with_image_tokens: bool = True,
         lessons: bool = False,
     ) -> Batch:
-        """The chosen pictures with that many questions each."""
+        """Return a batch of the chosen pictures with ``questions`` questions each."""
         image_tokens = CONFIG.vision.patches if with_image_tokens else 0
         asked = [q for i in chosen for q in pictures.ask(self.gallery.shapes[i], rng, questions, lessons)]
         prompts = [self._prompt(question.text) for question in asked]
@@ -150,7 +150,7 @@ class Batches:
         return encode_prompt(self._tokenizer, TEMPLATES[CONFIG.template], [], question)
 
     def _answer(self, question: pictures.Question) -> list[int]:
-        """Ids of the answer and its end, as they are tokenized behind the prompt."""
+        """Return the token ids of the answer and its end, as tokenized after the prompt."""
         template = TEMPLATES[CONFIG.template]
         start, end = template.answer_start, template.answer_end
         before, ids = (

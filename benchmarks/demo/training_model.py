@@ -1,4 +1,4 @@
-"""The training objective of the demo model, computed with the eager interpreter (FUSION.md section 6)."""
+"""Training objective of the demo model in the eager interpreter (FUSION.md section 6)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEATURES_AT_ONCE = 50  # pictures
 
 
 def with_small_kernel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Trainable copies of a checkpoint's tensors, the patch kernel summed over the squares it acts on."""
+    """Return trainable copies of a checkpoint's tensors, with the patch kernel summed over its squares."""
     leaves = {name: tensor.float().clone() for name, tensor in tensors.items()}
     kernel = leaves[PATCH_KERNEL]
     leaves[PATCH_KERNEL] = kernel.reshape(-1, 3, KERNEL, REDUCTION, KERNEL, REDUCTION).sum((3, 5))
@@ -32,7 +32,7 @@ def with_small_kernel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_full_kernel(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of :func:`with_small_kernel` for kernels that are constant on the squares."""
+    """Invert :func:`with_small_kernel` for kernels that are constant on the squares."""
     tensors = {name: leaf.detach() for name, leaf in leaves.items()}
     kernel = tensors[PATCH_KERNEL] / REDUCTION**2
     tensors[PATCH_KERNEL] = kernel.repeat_interleave(REDUCTION, 2).repeat_interleave(REDUCTION, 3)
@@ -40,7 +40,7 @@ def with_full_kernel(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TrainingOperations(EagerOperations):
-    """Eager operations on checkpoint tensors, for text rows of unequal number in one batch."""
+    """Eager operations on checkpoint tensors, for a batch of questions of different lengths."""
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__(CONFIG, self._parameter)
@@ -50,7 +50,7 @@ class TrainingOperations(EagerOperations):
         self._rows: Tensor | None = None
 
     def _parameter(self, name: str) -> Tensor:
-        """A parameter assembled from its sources (``export/checkpoint/tensor_mapping.py``), once a step."""
+        """A parameter assembled from its sources (``export/checkpoint/tensor_mapping.py``), once per step."""
         if name not in self._ready:
             parts = []
             for source in self._table[name].sources:
@@ -61,13 +61,13 @@ class TrainingOperations(EagerOperations):
         return self._ready[name]
 
     def key_mask(self, patches: Tensor, text_mask: Tensor) -> Tensor:
-        """As in the base class; remembers which rows are no padding."""
+        """Return the base class's mask, and keep the weights of rows without padding."""
         mask = super().key_mask(patches, text_mask)
         self._rows = mask / mask.sum(1, keepdim=True)
         return mask
 
     def mean_for_tail_rows(self, x: Tensor, rows: int) -> Tensor:
-        """The mean over the rows that are no padding: a batch computes what its questions would one by one."""
+        """Return the mean over rows without padding, so that a batch matches its questions one by one."""
         assert self._rows is not None
         mean = torch.bmm(self._rows[:, None], x)
         return mean.expand(-1, x.shape[1] - rows, -1)
@@ -75,16 +75,16 @@ class TrainingOperations(EagerOperations):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one batch gives."""
+    """Losses and exact answers of a batch."""
 
     answer_loss: Tensor
     mapping_loss: Tensor
     correct: Tensor
-    """``[R]`` bool: greedy decoding would give exactly the answer."""
+    """``[R]`` bool: greedy decoding gives the exact answer."""
 
 
 def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outcome:
-    """One forward pass; ``align=False`` switches the interaction layers off."""
+    """Run a forward pass; ``align=False`` disables the interaction layers."""
     ops = TrainingOperations(leaves)
     latents, windows = _pooled(ops, batch)
     questions = len(batch.questions) // len(batch.patches)
@@ -101,24 +101,24 @@ def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outco
 
     answered = batch.targets != IGNORED
     logits = architecture.logits(ops, CONFIG, x[answered])
-    wanted = batch.targets[answered]
-    wrong = torch.zeros(batch.targets.shape).masked_scatter(answered, (logits.argmax(-1) != wanted).float())
+    expected = batch.targets[answered]
+    wrong = torch.zeros(batch.targets.shape).masked_scatter(answered, (logits.argmax(-1) != expected).float())
     return Outcome(
-        answer_loss=F.cross_entropy(logits, wanted),
+        answer_loss=F.cross_entropy(logits, expected),
         mapping_loss=mapping_loss,
         correct=wrong.sum(1) == 0,
     )
 
 
 def embedded_patches(ops: TrainingOperations, crops: Tensor) -> Tensor:
-    """h_0 ``[...,P,W]`` of reduced crops ``[...,P,192]``."""
+    """Return h_0 ``[...,P,W]`` of reduced crops ``[...,P,192]``."""
     kernel = ops.leaves[PATCH_KERNEL].flatten(1)
     patches = F.linear(crops, kernel, ops.get("vision.patch_embedding.bias"))
     return patches + ops.get("vision.position_embedding.weight")
 
 
 def crop_features(ops: TrainingOperations, crops: Tensor) -> Tensor:
-    """Projected features ``[I,C,P,D]`` of reduced crops ``[I,C,P,192]``, encoded without text."""
+    """Return projected features ``[I,C,P,D]`` of reduced crops ``[I,C,P,192]``, encoded without text."""
     patches = embedded_patches(ops, crops).flatten(0, 1)
     no_text = patches[:, :0]
     rows = architecture.encode(ops, CONFIG, patches, no_text, torch.ones(no_text.shape[:2]))
@@ -126,7 +126,7 @@ def crop_features(ops: TrainingOperations, crops: Tensor) -> Tensor:
 
 
 def gallery_features(leaves: Mapping[str, Tensor], crops: npt.NDArray[np.uint8]) -> Tensor:
-    """Features ``[N,4,P,D]`` float16 of a gallery's global crops ``[N,5,P,192]``, for a frozen vision tower."""
+    """Return float16 features ``[N,4,P,D]`` of a gallery's crops ``[N,5,P,192]``, for a frozen vision tower."""
     with torch.no_grad():
         ops = TrainingOperations(leaves)
         parts = torch.split(torch.from_numpy(crops[:, :GLOBAL_CROPS]), FEATURES_AT_ONCE)
@@ -134,7 +134,7 @@ def gallery_features(leaves: Mapping[str, Tensor], crops: npt.NDArray[np.uint8])
 
 
 def _pooled(ops: TrainingOperations, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Latents ``[I,q,D]`` and their windows ``[I,q,9,D]``: encoded once a picture."""
+    """Return latents ``[I,q,D]`` and their windows ``[I,q,9,D]``, encoded once per picture."""
     features = batch.features
     if features is None:
         features = crop_features(ops, batch.patches[:, :GLOBAL_CROPS])
@@ -144,7 +144,7 @@ def _pooled(ops: TrainingOperations, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _alignment(ops: EagerOperations, batch: Batch, windows: Tensor) -> architecture.Alignment[Tensor]:
-    """Where the latents and questions are, with every picture's keys and values for each of its questions."""
+    """Return positions of latents and questions, and each picture's keys and values for each of its questions."""
     starts = torch.arange(len(batch.questions)) * batch.tokens.shape[1]
     layers = range(CONFIG.alignment.layers)
     pairs = [architecture.context_keys_values(ops, k, windows) for k in layers]
@@ -155,9 +155,9 @@ def _alignment(ops: EagerOperations, batch: Batch, windows: Tensor) -> architect
 
 
 def _local(ops: EagerOperations, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Image tokens ``[R,P,D]`` of the text-guided local crops ``[R,P,W]``, and the semantic mapping loss.
+    """Return image tokens ``[R,P,D]`` of the text-guided local crops ``[R,P,W]``, and the semantic mapping loss.
 
-    That loss wants each space found again through the other's projector.
+    The loss reconstructs each space through the other's projector.
     """
     instruct = F.embedding(batch.instruct, ops.get("llm.embed_tokens.weight"))
     mask = batch.instruct != 0

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.benchmarks.latency.one_node_model import one_node_model
 from fusion_edge.benchmarks.latency.result import Peaks
 from fusion_edge.benchmarks.latency.statistics import repeat, timed
 from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
@@ -150,9 +151,12 @@ def int4_gemm(values: npt.NDArray[np.uint8], scales: Floats, threads: int, libra
     """
     outputs, blocks, half = values.shape
     size = {"K": blocks * half * 2, "N": outputs, "bits": 4, "block_size": 2 * half}
-    options = {"domain": "com.microsoft", "accuracy_level": 4, **size}
+    attributes = {"accuracy_level": 4, **size}
     weights: dict[str, npt.NDArray[Any]] = {"w": values, "s": scales}
-    return _session("MatMulNBits", {"x": np.float32}, np.float32, weights, options, threads=threads, library=library)
+    inputs = {"x": np.float32}
+    return _session(
+        "MatMulNBits", inputs, np.float32, weights, "com.microsoft", attributes, threads=threads, library=library
+    )
 
 
 def int8_gemm(weights: npt.NDArray[np.int8], threads: int) -> Any:
@@ -235,27 +239,16 @@ def _session(
     inputs: Mapping[str, type[np.generic]],
     output: type[np.generic],
     weights: Mapping[str, npt.NDArray[Any]],
-    options: Mapping[str, Any] | None = None,
+    domain: str = "",
+    attributes: Mapping[str, int] | None = None,
     provider: str = "CPUExecutionProvider",
     threads: int = 1,
     library: Path | None = None,
 ) -> Any:
     """Return a session of one operator on matrices: ``inputs``, then ``weights``, to ``y``."""
     import onnxruntime
-    from onnx import helper, numpy_helper
 
-    def matrix(name: str, dtype: type[np.generic]) -> Any:
-        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [None, None])
-
-    graph = helper.make_graph(
-        [helper.make_node(operator, [*inputs, *weights], ["y"], **(options or {}))],
-        "gemm",
-        [matrix(name, dtype) for name, dtype in inputs.items()],
-        [matrix("y", output)],
-        [numpy_helper.from_array(values, name) for name, values in weights.items()],
-    )
-    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
+    model = one_node_model(operator, inputs, output, weights, domain, attributes)
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = threads
     session_options.log_severity_level = 3

@@ -1,11 +1,11 @@
-"""The LLM of a FUSION-Phi checkpoint as models that other engines read, for ``peers.py llm``.
+"""Export the LLM of a FUSION-Phi checkpoint for other engines.
 
     python -m fusion_edge.benchmarks.peers.export_llm hugging-face fusion-3b -o phi-3b
     python -m fusion_edge.benchmarks.peers.export_llm gguf fusion-3b -o phi-3b-gguf --format Q4_0 --format Q4_K_M
 
-The first is a Phi-3 folder that onnxruntime-genai's builder and optimum-intel read; its weights stay where they are.
-The second needs the packages gguf and llama-cpp-python, whose quantizer does the work, and for a while the LLM's size
-in bfloat16 on the disk.
+The first writes a Phi-3 folder for onnxruntime-genai's model builder and optimum-intel; its weights are links. The
+second needs the packages gguf and llama-cpp-python (for its quantizer), and temporary disk space for the LLM in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ CONTENT = FolderContent("write", ("*.json", "*.safetensors", "*.model", "*.gguf"
 
 
 def write_hugging_face(source: Path, output: Path) -> None:
-    """A Phi-3 folder whose weights are links to the checkpoint's files, of which its index names the LLM's tensors.
+    """Write a Phi-3 folder whose weights are links to the checkpoint's files; its index lists the LLM's tensors.
 
     Raises:
-        FusionError: ``source`` is no FUSION-Phi checkpoint, or ``output`` cannot be written.
+        FusionError: ``source`` is not a FUSION-Phi checkpoint, or ``output`` cannot be written.
     """
     with Checkpoint(source) as checkpoint, atomic_folder(output, CONTENT) as folder:
         _language(checkpoint)
@@ -62,11 +62,11 @@ def write_hugging_face(source: Path, output: Path) -> None:
 
 
 def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
-    """A folder with ``FORMAT.gguf`` for each of llama.cpp's formats.
+    """Write a folder with ``FORMAT.gguf`` for each of llama.cpp's formats.
 
     Raises:
-        FusionError: As :func:`write_hugging_face`, or gguf or llama-cpp-python is not installed or fails.
-        UsageError: llama.cpp has no such format.
+        FusionError: As in :func:`write_hugging_face`; gguf or llama-cpp-python is missing or fails.
+        UsageError: llama.cpp does not know a format.
     """
     with Checkpoint(source) as checkpoint:
         language = _language(checkpoint)
@@ -83,12 +83,12 @@ def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
 def _language(checkpoint: Checkpoint) -> LanguageConfig:
     config = read_config(checkpoint)
     if config.template != "phi_3":
-        raise FusionError(f"The LLM of {checkpoint.folder} is a Llama; expected a FUSION-Phi checkpoint.")
+        raise FusionError(f"{checkpoint.folder} has a Llama LLM; expected a FUSION-Phi checkpoint.")
     return config.language
 
 
 def write_bfloat16(gguf: Any, checkpoint: Checkpoint, language: LanguageConfig, path: Path) -> None:
-    """llama.cpp's ``phi3`` without a tokenizer; matrices in bfloat16, the rest in float32, tensor by tensor."""
+    """Write llama.cpp's ``phi3`` without a tokenizer, tensor by tensor: matrices in bfloat16, the rest in float32."""
     config = read_json_object(checkpoint.folder / "config.json")
     writer: Any = gguf.GGUFWriter(path, "phi3")
     writer.add_tokenizer_model("none")
@@ -104,7 +104,7 @@ def write_bfloat16(gguf: Any, checkpoint: Checkpoint, language: LanguageConfig, 
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     extra = {}
-    if config.get("rope_scaling") is not None:  # longrope: read_config knows no other for Phi
+    if config.get("rope_scaling") is not None:  # longrope, the only scaling that read_config accepts for Phi
         writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
         writer.add_rope_scaling_attn_factors(language.rotary_scale)
         for kind in ("long", "short"):
@@ -132,26 +132,26 @@ def write_bfloat16(gguf: Any, checkpoint: Checkpoint, language: LanguageConfig, 
 
 
 def _file_type(llama_cpp: Any, name: str) -> int:
-    """llama.cpp's number of a format."""
+    """Return llama.cpp's number of a format."""
     number = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}", None)
     if number is None:
-        raise UsageError(f"llama.cpp has no format {name}; expected one such as {' or '.join(FORMATS)}.")
+        raise UsageError(f"llama.cpp has no format {name}; choose one such as {' or '.join(FORMATS)}.")
     return int(number)
 
 
 def _quantize(llama_cpp: Any, source: Path, output: Path, file_type: int) -> None:
-    """By llama.cpp's recipe for the format: some tensors get more bits than its name says."""
+    """Quantize with llama.cpp's mixture for the format, which gives some tensors more bits than its name says."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type
     if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(parameters)):
-        raise FusionError(f"llama.cpp could not write {output.name}; what it said is above.")
+        raise FusionError(f"llama.cpp failed to write {output.name}; see its output above.")
 
 
 def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise FusionError(f"{package} is not installed in this environment: pip install {package}.") from None
+        raise FusionError(f"{package} is not installed; run pip install {package}.") from None
 
 
 def _write_json(path: Path, data: object) -> None:
@@ -159,18 +159,18 @@ def _write_json(path: Path, data: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fusion_edge.benchmarks.peers.export_llm",
-        description="Write the LLM of a FUSION-Phi checkpoint as a model of another engine.",
+        description="Export the LLM of a FUSION-Phi checkpoint for another engine.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("hugging-face", "a Phi-3 folder of links"), ("gguf", "llama.cpp's files")):
+    for name, text in (("hugging-face", "write a Phi-3 folder of links"), ("gguf", "write GGUF files for llama.cpp")):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("checkpoint", type=Path, help="folder of a FUSION-Phi checkpoint")
+        command.add_argument("checkpoint", type=Path, help="FUSION-Phi checkpoint folder")
         command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
         if name == "gguf":
-            text = f"of llama.cpp, repeatable (default: {', '.join(FORMATS)})"
+            text = f"llama.cpp format, repeatable (default: {', '.join(FORMATS)})"
             command.add_argument("--format", action="append", help=text)
     return run_command(_main, parser.parse_args(argv))
 

@@ -1,9 +1,9 @@
-"""Models for ``python -m fusion_edge.benchmarks.peers.__main__ vision``: OpenVINO's, and a bundle in integers.
+"""Export vision encoders for ``python -m fusion_edge.benchmarks.peers vision``: OpenVINO models, and an INT8 bundle.
 
     python -m fusion_edge.benchmarks.peers.export_vision openvino-int8 --checkpoint FOLDER --output FOLDER
 
-``openvino`` (float32) and ``openvino-int8`` need torch, openvino and nncf in this environment beside what fusion-edge
-needs. Ranges of inputs are made up or those of noise: models for speed only.
+``openvino`` (float32) and ``openvino-int8`` also need openvino and nncf. Activation ranges are constants or come from
+noise: the models are for speed only.
 """
 
 from __future__ import annotations
@@ -22,49 +22,46 @@ import torch
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.folder_content import FolderContent
+from fusion_edge.export.bundle.weight_source import RoundToNearest
 from fusion_edge.export.bundle.writer import write_bundle
-from fusion_edge.export.calibration.run import Calibrated
-from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.checkpoint.weights import CheckpointWeights
+from fusion_edge.export.lowering.linear import Linear
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE, FusionConfig
-from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
 QUESTION_TOKENS = 20
 CONTENT = FolderContent("export", ("*.xml", "*.bin", "*.json"), "local.xml")
 PROPERTIES = {"f32.json": "f32", "bf16.json": "bf16"}
-"""What OpenVINO computes in where nothing is quantized: a file for the user to choose by."""
+"""Precision hint of OpenVINO's float operations, by properties file."""
 
 
-class MadeUp(WeightStore):
-    """No calibrated weights, and one range for every input."""
+class FixedActivations(RoundToNearest):
+    """Weights rounded to nearest and one range for all activations; speed does not depend on ranges."""
 
-    def __contains__(self, name: str) -> bool:
-        return False
-
-    def activation_quantization(self, name: str) -> ActivationQuantization:
+    def activation_quantization(self, linear: Linear) -> ActivationQuantization:
         return ActivationQuantization(0.03, 128)
 
 
 def bundle_int8(checkpoint: Path, output: Path) -> None:
-    """A bundle whose vision encoder is in integers throughout, as a calibrated one is by default."""
+    """Write a bundle with an INT8 vision encoder, the default of calibrated bundles."""
     with Checkpoint(checkpoint) as opened:
         plan = plan_export(opened, ExportOptions(vision="int8", is_calibrated=True))
-        made_up = Calibrated(MadeUp(output.parent, plan.formats), QuantizationReport((), 0, None))
-        write_bundle(plan, output, False, made_up)
+        write_bundle(plan, output, False, FixedActivations(CheckpointWeights(opened, plan.parameters)))
 
 
 def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:
-    """``global.xml``, ``local.xml`` and the files of properties.
+    """Write ``global.xml``, ``local.xml`` and the properties files.
 
-    torch.export and not a trace: a trace runs the model, and turns sizes into constants.
+    Uses torch.export, because a trace would run the model and turn sizes into constants.
     """
     peer = _import("openvino")
     if output.exists():
-        raise FusionError(f"{output} exists; choose another output.")
+        raise FusionError(f"{output} exists; choose another --output.")
     config, parameters = read_vision(checkpoint, torch.float32)
     with atomic_folder(output, CONTENT) as folder, torch.inference_mode():
         for name, module, inputs in (
@@ -80,14 +77,14 @@ def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:
 
 
 def _inputs(config: FusionConfig, crops: int) -> tuple[torch.Tensor, ...]:
-    """Pixels, text and mask: noise. Two crops at least where their number is to stay open."""
+    """Return pixels, text and mask of noise. A dynamic number of crops needs at least two."""
     torch.manual_seed(0)
     text = torch.randn(1, QUESTION_TOKENS, config.language.hidden_size) * 0.02
     return torch.rand(crops, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1, text, torch.ones(text.shape[:2], dtype=torch.bool)
 
 
 def _converted(peer: Any, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-    """Without text the number of crops stays open, with text that of tokens."""
+    """Convert a module: the number of crops is dynamic without text, the number of tokens with text."""
     count = torch.export.Dim("count", min=2, max=1024)
     sizes = {"pixels": {0: count}} if len(inputs) == 1 else {"pixels": None, "text": {1: count}, "mask": {1: count}}
     model = peer.convert_model(torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False))
@@ -101,7 +98,7 @@ def _converted(peer: Any, module: torch.nn.Module, inputs: tuple[torch.Tensor, .
 
 
 def _quantized(model: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
-    """Weights and activations by NNCF's scheme for transformers, ranges from one run: more would not be faster."""
+    """Quantize weights and activations with NNCF's transformer scheme; ranges of one run suffice for speed."""
     nncf = _import("nncf")
     arrays = [tensor.numpy() for tensor in inputs]
     data = nncf.Dataset([arrays if len(arrays) > 1 else arrays[0]])
@@ -112,7 +109,7 @@ def _import(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise FusionError(f"{package} cannot be imported ({error}): pip install openvino nncf.") from None
+        raise FusionError(f"{package} cannot be imported ({error}); run pip install openvino nncf.") from None
 
 
 MAKERS: Mapping[str, Callable[[Path, Path], None]] = {
@@ -123,14 +120,14 @@ MAKERS: Mapping[str, Callable[[Path, Path], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fusion_edge.benchmarks.peers.export_vision",
-        description="Make a model for the comparison of vision encoders.",
+        description="Export a vision encoder for the comparison of engines.",
     )
-    parser.add_argument("kind", choices=MAKERS, help="what is made")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a FUSION checkpoint")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
+    parser.add_argument("kind", choices=MAKERS, help="kind of model")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="FUSION checkpoint folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
     return run_command(_main, parser.parse_args(argv))
 
 

@@ -19,6 +19,16 @@ def write_file(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file atomically: it appears with all of its content or not at all."""
+    temporary = path.with_name(f"{path.name}.part")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def write_all(descriptor: int, content: memoryview, offset: int) -> None:
     """Write all bytes at ``offset``. A single ``pwrite`` may write fewer."""
     while content:

@@ -1,4 +1,4 @@
-"""Writing a planned bundle: weights stream through in blocks of rows, the folder appears whole or not at all."""
+"""Write a planned bundle: weights stream through in blocks of rows, and the folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.data_writer import DataWriter
@@ -15,6 +14,7 @@ from fusion_edge.export.bundle.durable_files import flush_file, flush_folder, wr
 from fusion_edge.export.bundle.folder_content import FolderContent, ForeignPathError, owned_paths
 from fusion_edge.export.bundle.folder_lock import FOLDER_FLAGS, check_hidden_folder, locked_folder
 from fusion_edge.export.bundle.hidden_folders import PURPOSES, hidden_folder, hidden_names, hidden_parent
+from fusion_edge.export.bundle.weight_source import RoundToNearest, WeightSource
 from fusion_edge.export.bundle.worker_pool import worker_pool
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.planning.plan import ExportPlan
@@ -27,19 +27,16 @@ from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.progress import Progress
 from fusion_edge.runtime.system.resources import usable_processors
 
-if TYPE_CHECKING:
-    from fusion_edge.export.calibration.run import Calibrated  # needs torch; calibrated weights come with it
-
 DISK_MARGIN_BYTES = 16 << 20
 
 
 def write_bundle(
-    plan: ExportPlan, output: Path, force: bool, calibrated: Calibrated | None = None
+    plan: ExportPlan, output: Path, force: bool, source: WeightSource | None = None
 ) -> tuple[bundle.Manifest, QuantizationReport]:
-    """Write the bundle and rename it into place. Weights that are not calibrated are rounded to nearest.
+    """Write the bundle and rename it into place. Without a ``source``, the checkpoint's weights are rounded to nearest.
 
-    Raises :class:`FusionError` if the output exists and ``force`` is off, if the disk is too small, if another
-    export is writing the same output, or if a weight is not finite. Leaves nothing behind then.
+    Raises :class:`FusionError`, and leaves nothing behind, if the output exists and ``force`` is off, if the disk is
+    too small, if another export is writing the same output, or if a weight is not finite.
     """
     output = resolve_output(output)
     with atomic_folder(output, BUNDLE, lambda: check_output(output, force)) as folder:
@@ -48,8 +45,8 @@ def write_bundle(
             write_file(folder / name, content)
         elements = sum(parameter.size for parameter in plan.parameters.values())
         with Progress("Quantizing", elements, "M weights") as progress:
-            weights = CheckpointWeights(plan.checkpoint, plan.parameters)
-            writer = DataWriter(weights, plan.linear_by_weight, calibrated, progress)
+            weights = source or RoundToNearest(CheckpointWeights(plan.checkpoint, plan.parameters))
+            writer = DataWriter(plan, weights, progress)
             for file in plan.data_files:
                 writer.write(folder / file.name, file)
         names = [*plan.small_files, *(file.name for file in plan.data_files)]
@@ -86,7 +83,7 @@ def resolve_output(output: Path) -> Path:
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Raise :class:`FusionError` if something is there that may not be replaced."""
+    """Raise :class:`FusionError` if the output exists and may not be replaced."""
     if not os.path.lexists(output):
         return
     if not force:
@@ -101,8 +98,8 @@ def check_output(output: Path, force: bool) -> None:
     except (NotADirectoryError, ForeignPathError) as error:
         if isinstance(error, ForeignPathError) and _listed(manifest):
             raise FusionError(
-                f"{error.path} is no file of the bundle in {output}, so --force does not replace that; move it "
-                "elsewhere or choose another output."
+                f"{error.path} is no file of the bundle in {output}, so --force does not replace the bundle; move the "
+                "file elsewhere or choose another output."
             ) from None
         raise FusionError(
             f"{output} exists and is no bundle, so --force does not replace it; choose another output."
@@ -113,7 +110,7 @@ def check_output(output: Path, force: bool) -> None:
 
 
 def _listed(manifest: Path) -> Collection[str]:
-    """The files that ``bundle.json`` lists, whatever its schema; none if it cannot be read."""
+    """Return the files that ``bundle.json`` lists, in any schema version; none if it cannot be read."""
     try:
         return {entry["path"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
@@ -132,12 +129,12 @@ BUNDLE = FolderContent(
         f"{_BUILT}/{ENGINES_MANIFEST}",
         f"{_BUILT}/*.engine",
         f"{ENGINES_FOLDER}/*.timing",
-        # What a killed build left:
+        # Left by a killed build:
         f"{_BUILT}/.{ENGINES_MANIFEST}.*",
         f"{ENGINES_FOLDER}/.*.timing.*",
     ),
 )
-"""A bundle's folder. Engines are of this bundle and no other: they go with it."""
+"""Content of a bundle's folder. Engines belong to this bundle alone and are replaced with it."""
 
 
 def _check_disk(plan: ExportPlan, output: Path) -> None:

@@ -1,1 +1,1 @@
-"""Fits quantized weights to samples, block by block. Needs torch."""
+"""Calibration: quantize weights for samples, block by block. Needs torch, except for its options."""

@@ -1,6 +1,6 @@
-"""What is left of every sample between two blocks, in a file: memory holds one sample's at a time.
+"""Activation cache: the activations of every sample between two blocks, in a file.
 
-Read and written, not mapped: the pages of a mapped file count as memory of the process.
+Memory holds one sample at a time. Files are read and written, not mapped: mapped pages count as memory of the process.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion_edge.export.bundle.durable_files import replace_text
+
 Activations = dict[str, Tensor]
-"""Named float32 tensors."""
+"""Float32 tensors by name."""
 
 _Index = list[dict[str, tuple[int, list[int]]]]
-# For every sample and name: offset in bytes, shape.
+# Offset in bytes and shape, by sample and name.
 
 
 class ActivationWriter:
-    """Appends one sample's state after the other."""
+    """Appends the activations of one sample after another."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  (closed by writing)
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by write_activations)
         self.index: _Index = []
 
-    def append(self, state: Activations) -> None:
-        """The next sample's."""
+    def append(self, activations: Activations) -> None:
+        """Append the next sample's activations."""
         entry = {}
-        for name, value in state.items():
+        for name, value in activations.items():
             entry[name] = self._file.tell(), list(value.shape)
             self._file.write(value.detach().to("cpu", torch.float32).contiguous().numpy().data)
         self.index.append(entry)
@@ -44,8 +46,8 @@ class ActivationWriter:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[ActivationWriter]:
-    """States for ``path``, complete once its index is there: that is the last thing written."""
+def write_activations(path: Path) -> Iterator[ActivationWriter]:
+    """Open a cache for writing. Its index is written last: the cache is complete once the index exists."""
     writer = ActivationWriter(path)
     try:
         yield writer
@@ -55,40 +57,30 @@ def writing(path: Path) -> Iterator[ActivationWriter]:
 
 
 class ActivationReader:
-    """What was written to ``path``."""
+    """Reads a complete cache, by sample number."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._index: _Index = json.loads(_index_of(path).read_text(encoding="utf-8"))
 
     def __getitem__(self, sample: int) -> Activations:
-        state = {}
+        activations = {}
         for name, (offset, shape) in self._index[sample].items():
             count = int(np.prod(shape, dtype=np.int64))
             values = np.fromfile(self._path, np.float32, count, offset=offset)
-            state[name] = torch.from_numpy(values.reshape(shape))
-        return state
+            activations[name] = torch.from_numpy(values.reshape(shape))
+        return activations
 
 
-def are_complete(path: Path) -> bool:
-    """Whether the states of ``path`` were written to their end."""
+def is_complete(path: Path) -> bool:
+    """Return whether a cache was written to its end."""
     return _index_of(path).exists()
 
 
-def remove(path: Path) -> None:
-    """Delete states; the index first, so that what is left of a kill is never taken for complete."""
+def delete_activations(path: Path) -> None:
+    """Delete a cache, its index first: a killed deletion never leaves a cache that looks complete."""
     _index_of(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _index_of(path: Path) -> Path:

@@ -1,7 +1,6 @@
-"""FUSION as a sequence of blocks for calibration: each takes what the block before it left of a sample.
+"""FUSION as a sequence of blocks: each maps a sample's activations before it to those after it.
 
-Only one block's weights need to be in memory at a time. What is left of a sample between two blocks is its *state*;
-every sample runs by itself, so there is no padding in it.
+Only one block's weights are in memory at a time. Every sample runs alone, so activations have no padding.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from fusion_edge.runtime.prompts.prompt import encode_prompt
 
 
 class BlockOperations(EagerOperations):
-    """Eager operations of one block: it has the keys and values of its own interaction layer alone."""
+    """Eager operations of one block, which holds the keys and values of its own interaction layer only."""
 
     def __init__(
         self,
@@ -49,16 +48,16 @@ class BlockOperations(EagerOperations):
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A sample as the model's input, without its pixels."""
+class PreparedSample:
+    """A tokenized sample, without its pixels."""
 
     sample: Sample
     instruct_ids: Tensor
     """``[T]``."""
     tokens: Tensor
-    """``[L]``: ids of the prompt and the answer; 0 where image tokens and latents go."""
+    """``[L]``: token ids of prompt and answer; 0 in the rows of image tokens and latents."""
     answer_start: int
-    """Row of the answer's first token; L if there is no answer."""
+    """Row of the answer's first token; L without an answer."""
     query_length: int
     image_side: int
     image_start: int
@@ -70,35 +69,35 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Block:
-    """A step of the model that is quantized as one."""
+    """A part of the model that is quantized as a unit."""
 
     name: str
     prefixes: tuple[str, ...]
-    """What the names of its parameters begin with."""
-    run: Callable[[BlockOperations, Prepared, Activations], Activations]
-    """From the state before it to the state behind it, and what it adds to a graph's outputs (:data:`OUTPUTS`)."""
+    """Prefixes of the names of its parameters."""
+    run: Callable[[BlockOperations, PreparedSample, Activations], Activations]
+    """From the activations before the block to those after it, with the graph outputs it computes (:data:`OUTPUTS`)."""
 
 
 OUTPUTS = {"features": "vision_encoder", "keys": "alignment_decoder", "values": "alignment_decoder", "logits": "llm"}
-"""Names in what a block returns that are outputs of a graph; no block after it reads them."""
+"""Graph outputs among the activations that blocks return, with their graph. No later block reads them."""
 
 
-def kept(state: Activations) -> Activations:
-    """What the next block needs of a state."""
-    return {name: value for name, value in state.items() if name not in OUTPUTS}
+def without_outputs(activations: Activations) -> Activations:
+    """Return the activations that the next block reads."""
+    return {name: value for name, value in activations.items() if name not in OUTPUTS}
 
 
 def prepare(
     sample: Sample, tokenizer: Tokenizer, config: FusionConfig, query_length: int, image_side: int, device: str
-) -> Prepared:
-    """Prompt and, if it is known, answer of a sample."""
+) -> PreparedSample:
+    """Tokenize a sample's question, and its answer if it has one."""
     template = TEMPLATES[config.template]
-    # As the released code reads its training data, whose questions may hold image markers.
+    # As the released code tokenizes training data, whose questions may contain image markers.
     prompt = encode_prompt(tokenizer, template, [], sample.question, control_tokens=True)
     layout = prompt.layout(image_side**2, query_length)
     answer: list[int] = []
     if sample.answer is not None:
-        # Tokenized behind its start, as the model would have written it.
+        # Tokenized after the start of the answer, as the model generates it.
         start, end = template.answer_start, template.answer_end
         before, whole = (
             tokenizer.encode(text, add_special_tokens=False).ids for text in (start, start + sample.answer + end)
@@ -107,7 +106,7 @@ def prepare(
     tokens = np.zeros(layout.length + len(answer), np.int64)
     tokens[layout.text_positions] = layout.text_ids
     tokens[layout.length :] = answer
-    return Prepared(
+    return PreparedSample(
         sample=sample,
         instruct_ids=torch.from_numpy(prompt.instruct_ids).to(device),
         tokens=torch.from_numpy(tokens).to(device),
@@ -121,31 +120,31 @@ def prepare(
 
 
 def blocks(config: FusionConfig) -> list[Block]:
-    """Every block in the order in which they run; together they read every linear of the model once."""
-    found = [Block("vision.embeddings", ("vision.patch_embedding", "vision.text_projector"), _embed)]
+    """Return all blocks in execution order. Each linear of the model belongs to exactly one."""
+    sequence = [Block("vision.embeddings", ("vision.patch_embedding", "vision.text_projector"), _embed)]
     for i in range(config.vision.layers):
         name = f"vision.layers.{i}"
-        found.append(Block(name, (f"{name}.",), partial(_vision_layer, i=i)))
-    found.append(Block("vision.projector", ("vision.projector.",), _project))
+        sequence.append(Block(name, (f"{name}.",), partial(_vision_layer, i=i)))
+    sequence.append(Block("vision.projector", ("vision.projector.",), _project))
     for i in range(config.language.layers):
         name, k = f"llm.layers.{i}", config.alignment.layer_after(i)
         interaction = () if k is None else (f"alignment.layers.{k}.",)
-        found.append(Block(name, (f"{name}.", *interaction), partial(_decoder, i=i)))
-    return [*found, Block("llm.lm_head", ("llm.lm_head",), _head)]
+        sequence.append(Block(name, (f"{name}.", *interaction), partial(_decoder, i=i)))
+    return [*sequence, Block("llm.lm_head", ("llm.lm_head",), _head)]
 
 
-def _embed(ops: BlockOperations, prepared: Prepared, _: Activations) -> Activations:
-    """Patches of all crops; beside the local crop's, the question's rows."""
+def _embed(ops: BlockOperations, prepared: PreparedSample, _: Activations) -> Activations:
+    """Embed the patches of all crops, and append the question's rows to the local crop."""
     pixels = torch.from_numpy(normalize(cut_crops(prepared.sample.load()))).to(ops.device)
     patches = architecture.embed_patches(ops, ops.config, pixels)
     text = architecture.project_text(ops, ops.embed(prepared.instruct_ids)[None])
     return {"global": patches[:GLOBAL_CROPS], "local": torch.cat([patches[GLOBAL_CROPS:], text], 1)}
 
 
-def _vision_layer(ops: BlockOperations, prepared: Prepared, state: Activations, i: int) -> Activations:
+def _vision_layer(ops: BlockOperations, prepared: PreparedSample, before: Activations, i: int) -> Activations:
     after: Activations = {}
     for part in ("global", "local"):
-        states = [state[key] for key in sorted(state) if key.startswith(part)]
+        states = _vision_states(before, part)
         text = prepared.instruct_ids != 0 if part == "local" else prepared.instruct_ids[:0]
         mask = ops.key_mask(states[0][:, : ops.config.vision.patches], text.expand(len(states[0]), -1))
         for number, value in enumerate(architecture.vision_layer(ops, ops.config, states, mask, i)):
@@ -153,13 +152,17 @@ def _vision_layer(ops: BlockOperations, prepared: Prepared, state: Activations, 
     return after
 
 
-def _project(ops: BlockOperations, prepared: Prepared, state: Activations) -> Activations:
-    """The LLM's input ``[1,L,D]`` and the interaction layers' windows ``[1,q,9,D]``."""
+def _vision_states(activations: Activations, part: str) -> list[Tensor]:
+    """Return the layers' outputs that later vision layers read, of the global crops or the local one."""
+    return [activations[key] for key in sorted(activations) if key.startswith(part)]
+
+
+def _project(ops: BlockOperations, prepared: PreparedSample, before: Activations) -> Activations:
+    """Return the LLM's input ``[1,L,D]`` and the interaction layers' windows ``[1,q,9,D]``."""
     config, patches = ops.config, ops.config.vision.patches
     features = []
     for part in ("global", "local"):
-        states = [state[key] for key in sorted(state) if key.startswith(part)]
-        rows = architecture.vision_features(ops, config, states)[:, :patches]
+        rows = architecture.vision_features(ops, config, _vision_states(before, part))[:, :patches]
         features.append(architecture.project_vision(ops, rows))
     size, cells = 2 * config.vision.grid, side(prepared.query_length)
     tables = (torch.from_numpy(pooling_cells(size, n)) for n in (cells, cells * config.alignment.window_size))
@@ -171,9 +174,9 @@ def _project(ops: BlockOperations, prepared: Prepared, state: Activations) -> Ac
     return {"x": x, "windows": windows, "features": torch.cat(features)}
 
 
-def _decoder(ops: BlockOperations, prepared: Prepared, state: Activations, i: int) -> Activations:
-    """A decoder layer, and the interaction layer behind it with its keys and values."""
-    config, x, windows = ops.config, state["x"], state["windows"]
+def _decoder(ops: BlockOperations, prepared: PreparedSample, before: Activations, i: int) -> Activations:
+    """Run a decoder layer, and the interaction layer after it with its keys and values."""
+    config, x, windows = ops.config, before["x"], before["windows"]
     x = architecture.decoder_layer(ops, config, x, i)
     k = config.alignment.layer_after(i)
     if k is None:
@@ -184,7 +187,7 @@ def _decoder(ops: BlockOperations, prepared: Prepared, state: Activations, i: in
     return {"x": x, "windows": windows, "keys": keys, "values": values}
 
 
-def _head(ops: BlockOperations, prepared: Prepared, state: Activations) -> Activations:
-    """Logits ``[n,V]`` of the rows that write the answer, or of the last row."""
-    rows = state["x"][0, prepared.answer_start - 1 :]
+def _head(ops: BlockOperations, prepared: PreparedSample, before: Activations) -> Activations:
+    """Return logits ``[n,V]``: of the rows that predict the answer, or of the last row."""
+    rows = before["x"][0, prepared.answer_start - 1 :]
     return {"logits": architecture.logits(ops, ops.config, rows if len(rows) == 1 else rows[:-1])}

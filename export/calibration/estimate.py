@@ -1,4 +1,4 @@
-"""What a calibration will take, told before it starts."""
+"""Estimate of a calibration's memory, disk space and time, before it starts."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ from fusion_edge.quant.gptq import CLIP_RATIOS
 from fusion_edge.quant.smoothquant import ALPHAS, producer
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION
 
-PROCESS_BYTES = 700_000_000  # Python, torch and one sample on its way through a block (measured)
-TEXT = 4 * MINIMUM_QUESTION  # positions of a sample's template, question and answer
-FLOAT, DOUBLE = 4, 8
-SQUARES_AT_ONCE = 4  # of float64, while a linear's hessian are factorized (FactorizedHessian in quant/gptq.py)
-REFINING_OPERATIONS = 10  # of a matrix product for every weight and input channel (measured)
-ROUNDING_OPERATIONS = 5  # likewise, and for the error that is reported
-CANDIDATE_OPERATIONS = 200  # of a matrix product, that take as long as trying one scale for one weight (measured)
-COUNT_OPERATIONS = 2000  # likewise, as counting one value of a channel (measured)
-GRID_OPERATIONS = 50_000_000  # likewise, as adding up one channel's histogram for a grid (measured)
-PROBE = 2048  # side of the product that tells the machine's rate
+PROCESS_BYTES = 700_000_000  # Python, torch and one sample that passes a block (measured)
+TEXT_TOKENS = 4 * MINIMUM_QUESTION  # of a sample's template, question and answer
+FLOAT_BYTES, DOUBLE_BYTES = 4, 8
+FACTORIZATION_COPIES = 4  # float64 copies of a Hessian during its factorization (FactorizedHessian)
+DESCENT_PASSES = 10  # GEMM operations per weight and input channel of coordinate descent (measured)
+ROUNDING_PASSES = 5  # the same, of rounding and of the reported error
+# Other work, in float32 GEMM operations that take as long (measured):
+SCALE_OPERATIONS = 200  # trying one scale for one weight
+COUNT_OPERATIONS = 2000  # counting one value of a channel
+HISTOGRAM_OPERATIONS = 50_000_000  # adding up the histogram of one channel
+PROBE = 2048  # side of the matrices that measure the compute throughput
 
 
 @dataclass(frozen=True)
 class CalibrationEstimate:
-    """Of the whole calibration."""
+    """Cost of a calibration."""
 
     memory: int
-    """Bytes of the process at its peak."""
+    """Peak memory of the process, bytes."""
     disk: int
-    """Bytes in the folder beside the output."""
+    """Size of the work folder, bytes."""
     seconds: float
 
 
 def estimate_calibration(plan: ExportPlan, options: CalibrationOptions) -> CalibrationEstimate:
-    """Formulas in the functions below, rate by a probe of this machine."""
+    """Estimate by the formulas below and the measured compute throughput of this machine."""
     sequence = blocks(plan.config)
-    rate = _rate(options.device)
+    throughput = _throughput(options.device)
     return CalibrationEstimate(
         memory=PROCESS_BYTES + max(_memory(plan, block, options) for block in sequence),
         disk=calibration_disk(plan, options),
-        seconds=(sum(_operations(plan, block, options) for block in sequence) + _trials(plan, options)) / rate,
+        seconds=(sum(_operations(plan, block, options) for block in sequence) + _sensitivity_operations(plan, options))
+        / throughput,
     )
 
 
 def calibration_disk(plan: ExportPlan, options: CalibrationOptions) -> int:
-    """Bytes: states of all samples before and behind a block, those held out twice, and the finished weights."""
+    """Return bytes: activations of all samples before and after a block, held-out ones twice, and finished weights."""
     sequence = blocks(plan.config)
-    states = max(_state_bytes(plan, block) for block in sequence)
-    records = sum(_linears_bytes(plan, block) for block in sequence)
-    return 2 * (options.samples + 2 * options.held_out) * states + records
+    activations = max(_activation_bytes(plan, block) for block in sequence)
+    weights = sum(_linears_bytes(plan, block) for block in sequence)
+    return 2 * (options.samples + 2 * options.held_out) * activations + weights
 
 
 def _linears(plan: ExportPlan, block: Block) -> list[Linear]:
@@ -64,49 +66,51 @@ def _linears(plan: ExportPlan, block: Block) -> list[Linear]:
 
 
 def _quantized(plan: ExportPlan, block: Block) -> list[Linear]:
-    """Linears that calibration quantizes."""
+    """Return the linears that calibration quantizes."""
     return [linear for linear in _linears(plan, block) if linear.is_quantized_here]
 
 
 def _observed(plan: ExportPlan, block: Block) -> list[Linear]:
-    """Linears whose inputs' hessian are kept; ``up`` of the LLM shares those of ``gate``."""
+    """Return the linears with their own Hessian; the LLM's ``up`` shares that of ``gate``."""
     return [p for p in _quantized(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up"))]
 
 
 def _memory(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
-    """Weights, hessian and what factorizing the largest needs; or both sets of weights while samples pass."""
-    weights = FLOAT * sum(p.size for p in _linears(plan, block))
-    squares = [p.inputs for p in _observed(plan, block)]
-    fitting = weights + DOUBLE * (sum(n * n for n in squares) + SQUARES_AT_ONCE * max(squares, default=0) ** 2)
-    return max(fitting, 2 * weights + _trial_bytes(plan, block, options))
+    """Return the larger of: weights, Hessians and a factorization; both sets of weights while samples pass."""
+    weights = FLOAT_BYTES * sum(p.size for p in _linears(plan, block))
+    sides = [p.inputs for p in _observed(plan, block)]
+    quantizing = weights + DOUBLE_BYTES * (
+        sum(n * n for n in sides) + FACTORIZATION_COPIES * max(sides, default=0) ** 2
+    )
+    return max(quantizing, 2 * weights + _sensitivity_bytes(plan, block, options))
 
 
-def _trial_bytes(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
-    """States of the samples on which sensitivity is measured: the float model's, and each trial's before and behind a
-    block. Trials share the windows.
+def _sensitivity_bytes(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
+    """Return the bytes of activations while sensitivity is measured: of the float model, and of each measured linear
+    before and after a block. All share the windows.
     """
-    trials = 2 * len(_tried(plan, block)) * _positions(plan) * plan.config.language.hidden_size
-    return _trial_samples(options) * (_state_bytes(plan, block) + FLOAT * trials)
+    trials = 2 * len(_measured(plan, block)) * _llm_rows(plan) * plan.config.language.hidden_size
+    return _sensitivity_samples(options) * (_activation_bytes(plan, block) + FLOAT_BYTES * trials)
 
 
-def _tried(plan: ExportPlan, block: Block) -> list[Linear]:
-    """Linears whose sensitivity may be measured."""
+def _measured(plan: ExportPlan, block: Block) -> list[Linear]:
+    """Return the linears whose sensitivity is measured."""
     names = candidates(plan)
     return [linear for linear in _linears(plan, block) if linear.name in names]
 
 
-def _trial_samples(options: CalibrationOptions) -> int:
-    """On how many samples sensitivity is measured."""
-    return min(options.sensitivity_samples or SENSITIVITY_SAMPLES, options.samples) if options.is_mixed else 0
+def _sensitivity_samples(options: CalibrationOptions) -> int:
+    """Return the number of samples for sensitivity."""
+    return min(options.sensitivity_samples or SENSITIVITY_SAMPLES, options.samples) if options.has_budget else 0
 
 
-def _state_bytes(plan: ExportPlan, block: Block) -> int:
-    """What one sample leaves behind a block."""
+def _activation_bytes(plan: ExportPlan, block: Block) -> int:
+    """Return the bytes of one sample's activations after a block."""
     config = plan.config
     if block.name.startswith("vision."):
-        return FLOAT * 3 * _vision_rows(plan) * config.vision.width
+        return FLOAT_BYTES * 3 * _vision_rows(plan) * config.vision.width
     windows = plan.options.query_lengths[0] * config.alignment.window_size**2
-    return FLOAT * (_positions(plan) + windows) * config.language.hidden_size
+    return FLOAT_BYTES * (_llm_rows(plan) + windows) * config.language.hidden_size
 
 
 def _linears_bytes(plan: ExportPlan, block: Block) -> int:
@@ -117,21 +121,21 @@ def _vision_rows(plan: ExportPlan) -> int:
     return (GLOBAL_CROPS + 1) * plan.config.vision.patches + MINIMUM_QUESTION
 
 
-def _positions(plan: ExportPlan) -> int:
-    return (plan.options.image_tokens or plan.config.vision.patches) + plan.options.query_lengths[0] + TEXT
+def _llm_rows(plan: ExportPlan) -> int:
+    return plan.options.image_tokens + plan.options.query_lengths[0] + TEXT_TOKENS
 
 
 def _rows(plan: ExportPlan, name: str) -> int:
-    """Rows of a linear's input for one sample."""
+    """Return the rows of a linear's input, for one sample."""
     q = plan.options.query_lengths[0]
     if name.startswith("vision.text_projector"):
         return MINIMUM_QUESTION
     if name.startswith("vision."):
         return _vision_rows(plan)
     if name.startswith("llm.lm_head"):
-        return TEXT // 2
+        return TEXT_TOKENS // 2
     if name.startswith("llm."):
-        return _positions(plan)
+        return _llm_rows(plan)
     part = name.split(".")[3]
     if part in ("context", "key", "value"):
         return q * plan.config.alignment.window_size**2
@@ -139,47 +143,47 @@ def _rows(plan: ExportPlan, name: str) -> int:
 
 
 def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> float:
-    """Of float32 products, or what takes as long."""
+    """Return the float32 GEMM operations of a block, or what takes as long."""
     passes = 2 * (options.samples + options.held_out)
     total = 0.0
     for p in _linears(plan, block):
         total += 2 * passes * _rows(plan, p.name) * p.size
     for p in _quantized(plan, block):
-        is_solved = _is_solved(p, options)
-        scales = CLIP_RATIOS[p.format.bits][2] if is_solved else 1
-        products = ROUNDING_OPERATIONS + (REFINING_OPERATIONS if is_solved else 0)
-        total += _fits(plan, p) * p.size * (products * p.inputs + CANDIDATE_OPERATIONS * scales)
+        uses_gptq = _uses_gptq(p, options)
+        scales = CLIP_RATIOS[p.format.bits][2] if uses_gptq else 1
+        gemm_passes = ROUNDING_PASSES + (DESCENT_PASSES if uses_gptq else 0)
+        total += _attempts(plan, p) * p.size * (gemm_passes * p.inputs + SCALE_OPERATIONS * scales)
     for p in _observed(plan, block):
-        rows, inputs, fits = _rows(plan, p.name), p.inputs, _fits(plan, p)
+        rows, inputs, attempts = _rows(plan, p.name), p.inputs, _attempts(plan, p)
         total += 2 * options.samples * rows * inputs**2
-        if _is_solved(p, options):
-            total += fits * 2 * 4 * inputs**3 / 3  # float64 takes twice as long
-        if fits > 1:
-            total += (options.samples * rows * COUNT_OPERATIONS + fits * GRID_OPERATIONS) * inputs
+        if _uses_gptq(p, options):
+            total += attempts * 2 * 4 * inputs**3 / 3  # float64 takes twice as long
+        if attempts > 1:
+            total += (options.samples * rows * COUNT_OPERATIONS + attempts * HISTOGRAM_OPERATIONS) * inputs
     return total
 
 
-def _trials(plan: ExportPlan, options: CalibrationOptions) -> float:
-    """Operations that measuring every linear's sensitivity takes: from its block to the end, on every sample."""
+def _sensitivity_operations(plan: ExportPlan, options: CalibrationOptions) -> float:
+    """Return the operations of measuring sensitivity: every linear from its block to the end, on every sample."""
     total, passes = 0.0, 2
     for block in blocks(plan.config):
-        passes += len(_tried(plan, block))
+        passes += len(_measured(plan, block))
         total += passes * sum(2 * _rows(plan, p.name) * p.size for p in _linears(plan, block))
-    return total * _trial_samples(options)
+    return total * _sensitivity_samples(options)
 
 
-def _is_solved(linear: Linear, options: CalibrationOptions) -> bool:
-    """Whether GPTQ fits a linear; codebooks are rounded to nearest."""
+def _uses_gptq(linear: Linear, options: CalibrationOptions) -> bool:
+    """Return whether GPTQ quantizes a linear; codebooks are rounded to nearest."""
     return options.method == "gptq" and not linear.format.has_codebook
 
 
-def _fits(plan: ExportPlan, linear: Linear) -> int:
-    """How many times a linear is quantized: once, or with each equalisation of its inputs."""
+def _attempts(plan: ExportPlan, linear: Linear) -> int:
+    """Return how often a linear is quantized: once, or also with each alpha of SmoothQuant."""
     return 1 if producer(linear.name, plan.quantized_formats) is None else 1 + len(ALPHAS)
 
 
-def _rate(device: str) -> float:
-    """Operations a second of a float32 product: the best of three."""
+def _throughput(device: str) -> float:
+    """Return the operations per second of a float32 GEMM: the best of three."""
     a = torch.rand(PROBE, PROBE, device=device)
     times = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""How far the quantized model is from the float one, on samples that no weight was fitted to."""
+"""Comparison of the quantized with the float model, on held-out samples."""
 
 from __future__ import annotations
 
@@ -12,61 +12,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_edge.export.calibration.activation_cache import Activations, replace_text
-from fusion_edge.export.calibration.blocks import OUTPUTS, Prepared
+from fusion_edge.export.bundle.durable_files import replace_text
+from fusion_edge.export.calibration.activation_cache import Activations
+from fusion_edge.export.calibration.blocks import OUTPUTS, PreparedSample
 from fusion_edge.runtime.bundle.quantization_report import EndToEnd
 
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """One held-out sample's answer: its tokens if it is known, else the float model's first token."""
+    """Comparison of one answer: the sample's own, or the float model's first token if the sample has none."""
 
     tokens: int
     same_token: int
-    """At how many of them both models hold the same token for the likeliest."""
+    """Number of tokens for which both models have the same top-1 token."""
     divergence: float
     """Sum over the tokens of KL(float || quantized), nats."""
     loss: float
     """Sum of the quantized model's -log p of the answer's tokens, nats."""
     float_loss: float
     right: bool | None
-    """Whether the quantized model, left alone, writes exactly this answer; None if the answer is not known."""
+    """Whether the quantized model generates exactly this answer; None for a sample without an answer."""
     float_right: bool | None
 
 
 class Evaluation:
-    """Collects comparisons while blocks run."""
+    """Collects comparisons, block by block."""
 
-    def __init__(self, held_out: Sequence[Prepared]) -> None:
+    def __init__(self, held_out: Sequence[PreparedSample]) -> None:
         self._held_out = held_out
         self._cosines: dict[str, list[float]] = {}
         self._answers: list[AnswerComparison] = []
         self._latest: tuple[dict[str, list[float]], list[AnswerComparison]] = {}, []
 
-    def add(self, number: int, state: Activations, reference: Activations) -> None:
-        """Compare the outputs of graphs that a block added for held-out sample ``number``."""
+    def add(self, number: int, outputs: Activations, reference: Activations) -> None:
+        """Compare the graph outputs that a block computed for held-out sample ``number``."""
         cosines, answers = self._latest
         for name, graph in OUTPUTS.items():
-            if name in state:
-                cosines.setdefault(graph, []).append(_cosine(state[name], reference[name]))
-        if "logits" in state:
-            answers.append(compare_answers(self._held_out[number], state["logits"], reference["logits"]))
+            if name in outputs:
+                cosines.setdefault(graph, []).append(_cosine(outputs[name], reference[name]))
+        if "logits" in outputs:
+            answers.append(compare_answers(self._held_out[number], outputs["logits"], reference["logits"]))
 
     def save(self, path: Path) -> None:
-        """Keep what was added since the latest call."""
+        """Save what was added since the last call."""
         cosines, answers = self._latest
         replace_text(path, json.dumps({"cosines": cosines, "answers": [vars(answer) for answer in answers]}))
         self._latest = {}, []
 
     def load(self, path: Path) -> None:
-        """Count in what was saved."""
+        """Load what was saved."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         for graph, values in saved["cosines"].items():
             self._cosines.setdefault(graph, []).extend(values)
         self._answers += [AnswerComparison(**answer) for answer in saved["answers"]]
 
     def result(self) -> EndToEnd:
-        """Of everything loaded."""
+        """Return the result over everything loaded."""
         tokens = sum(answer.tokens for answer in self._answers)
         known = [answer for answer in self._answers if answer.right is not None]
 
@@ -87,11 +88,11 @@ class Evaluation:
         )
 
 
-def compare_answers(prepared: Prepared, logits: Tensor, reference: Tensor) -> AnswerComparison:
-    """Logits ``[n,V]`` of the quantized and of the float model at the rows that write the answer.
+def compare_answers(prepared: PreparedSample, logits: Tensor, reference: Tensor) -> AnswerComparison:
+    """Compare logits ``[n,V]`` of the quantized and the float model at the rows that predict the answer.
 
-    A model that holds every token of an answer for the likeliest, given those before it, writes that answer: so
-    exactness is known without letting either write.
+    A model generates an answer exactly if each of its tokens is top-1, given those before it. So no generation is
+    needed to count exact answers.
     """
     log_p, float_log_p = (F.log_softmax(x.double(), dim=-1) for x in (logits, reference))
     best, float_best = logits.argmax(-1), reference.argmax(-1)

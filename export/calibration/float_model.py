@@ -1,4 +1,4 @@
-"""The float model, a block at a time: samples made ready for it, and its weights as the checkpoint has them."""
+"""The float model, one block at a time: prepared samples, and the weights of the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fusion_edge.export.calibration.blocks import Block, BlockOperations, Prepared, prepare
+from fusion_edge.export.calibration.blocks import Block, BlockOperations, PreparedSample, prepare
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.plan import ExportPlan
@@ -21,7 +21,7 @@ from fusion_edge.runtime.errors import FusionError
 
 
 class FloatModel:
-    """What a planned bundle would be without quantization, on ``device``."""
+    """The model of a planned bundle without quantization, on ``device``."""
 
     def __init__(self, plan: ExportPlan, device: str) -> None:
         self.plan = plan
@@ -29,39 +29,38 @@ class FloatModel:
         self.weights = CheckpointWeights(plan.checkpoint, plan.parameters)
         self._row = lru_cache(maxsize=None)(self._embedding_row)
 
-    def prepare(self, samples: Sequence[Sample]) -> Iterator[Prepared]:
-        """The samples, with the bundle's query lengths in turn. Raises :class:`FusionError` for one too long."""
+    def prepare(self, samples: Sequence[Sample]) -> Iterator[PreparedSample]:
+        """Tokenize samples, with the bundle's query lengths in turn. Raises :class:`FusionError` for one too long."""
         plan = self.plan
         tokenizer = Tokenizer.from_str(plan.small_files[TOKENIZER].decode())
-        manifest = plan.manifest(())
-        lengths = manifest.query_lengths
+        lengths, context = plan.options.query_lengths, plan.options.max_context
         for i, sample in enumerate(samples):
             length = lengths[i % len(lengths)]
-            prepared = prepare(sample, tokenizer, plan.config, length, manifest.image_side, self.device)
-            if len(prepared.tokens) > manifest.max_context:
+            prepared = prepare(sample, tokenizer, plan.config, length, plan.options.image_side, self.device)
+            if len(prepared.tokens) > context:
                 raise FusionError(
-                    f"The sample {sample.question[:40]!r} about {sample.picture} takes {len(prepared.tokens)} "
-                    f"positions, the context holds {manifest.max_context}; shorten it, or raise --max-context."
+                    f"The sample {sample.question[:40]!r} about {sample.picture} has {len(prepared.tokens)} tokens, "
+                    f"the context has {context}. Shorten it, or raise --max-context."
                 )
             yield prepared
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter, float32. Raises :class:`FusionError` for values that its format in the bundle does not reach."""
+        """Return a parameter, float32. Raises :class:`FusionError` for values outside the range of its format."""
         values, linear = read_parameter(self.weights, name), self.plan.linear_by_weight.get(name)
         if linear is not None and not linear.prequantized:
             check_range(name, values, linear.format)
         return torch.from_numpy(np.array(values)).to(self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings ``[T,D]`` of ids ``[T]``."""
+        """Return embeddings ``[T,D]`` of ids ``[T]``."""
         return torch.stack([self._row(int(i)) for i in ids]).to(self.device)
 
     def operations(self) -> BlockOperations:
-        """For one block: every weight that it reads stays in memory for as long as they do."""
+        """Return operations for one block. They keep every weight that they read in memory."""
         return BlockOperations(self.plan.config, lru_cache(maxsize=None)(self.parameter), self.embed, self.device)
 
     def elements(self, block: Block) -> int:
-        """Numbers of a block's parameters."""
+        """Return the number of elements of a block's parameters."""
         return sum(p.size for p in self.plan.parameters.values() if p.name.startswith(block.prefixes))
 
     def _embedding_row(self, token: int) -> Tensor:

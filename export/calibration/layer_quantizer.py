@@ -1,4 +1,4 @@
-"""Quantizing a block's linears for what was observed of their inputs."""
+"""Quantize the linears of a block for the inputs that were observed."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from fusion_edge.quant.smoothquant import ALPHAS, LARGEST_ERROR_RATIO, ChannelHi
 from fusion_edge.runtime.bundle.quantization_report import LinearReport, sqnr
 from fusion_edge.runtime.errors import FusionError
 
-ROWS_AT_ONCE = 2048  # of a linear, quantized together: bounds the memory that lm_head takes
+ROWS_AT_ONCE = 2048  # rows of a linear quantized together: bounds the memory of lm_head
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A linear's weights, quantized for its inputs."""
+class QuantizedLinear:
+    """A linear's quantized weights and their errors."""
 
     rows: list[QuantizedRows]
     squares: npt.NDArray[np.float64]
-    """``[4]``: of the weights' errors, the weights, what these errors change in the outputs, the outputs."""
+    """``[4]`` sums of squares: weight error, weights, output error, outputs."""
 
 
 @dataclass(frozen=True)
-class Equalised:
-    """A linear, quantized for equalised inputs."""
+class SmoothedLinear:
+    """A linear, quantized with its activations smoothed."""
 
-    exponent: float | None
-    """None: for inputs as they are."""
+    alpha: float | None
+    """None: not smoothed."""
     factors: Tensor
-    """``[K]``: what the inputs are divided by."""
-    fitted: Fitted
-    grid: ActivationQuantization
+    """``[K]``: divisors of the activations."""
+    quantized: QuantizedLinear
+    activations: ActivationQuantization
     error: float
-    """Squared error of the outputs that rounding weights and inputs makes."""
+    """Squared error of the outputs from quantizing weights and activations."""
 
 
 class LayerQuantizer:
@@ -54,84 +54,82 @@ class LayerQuantizer:
         formats: Mapping[str, WeightFormat],
         method: str,
         weights: Callable[[str], Tensor],
-        records: WeightStore,
+        store: WeightStore,
         symmetric: bool = False,
     ) -> None:
-        """``weights`` returns the float parameter of a name; ``symmetric``: inputs are rounded around 0."""
+        """``weights`` returns a float parameter by name. ``symmetric`` quantizes activations around 0."""
         self._formats = formats
         self._method = method
         self._weights = weights
-        self._records = records
+        self._store = store
         self._symmetric = symmetric
-        self._divided: dict[str, Tensor] = {}
+        self._smoothed: dict[str, Tensor] = {}
 
-    def quantize(self, observing: Observer) -> list[LinearReport]:
-        """Quantize and save every linear observed. Consumes the hessian.
+    def quantize(self, observer: Observer) -> list[LinearReport]:
+        """Quantize and save every linear observed. Frees the Hessians.
 
-        The last come first: a linear whose outputs are the inputs of an equalised one is itself quantized divided.
+        The last linear comes first: the producer of a smoothed linear's activations is itself quantized after its
+        parameters are divided.
         """
         reports: list[LinearReport] = []
-        for index in reversed(range(len(observing.hessians))):
-            hessian = observing.hessians[index]
-            names = [name for name, of in observing.hessian_index.items() if of == index]
-            if names[0] in observing.channel_histograms:
-                reports.append(self._equalise(names[0], hessian, observing.channel_histograms[names[0]]))
+        for index in reversed(range(len(observer.hessians))):
+            hessian = observer.hessians[index]
+            names = [name for name, of in observer.hessian_index.items() if of == index]
+            if names[0] in observer.channel_histograms:
+                reports.append(self._smooth(names[0], hessian, observer.channel_histograms[names[0]]))
             else:
                 reports += self._quantize(names, hessian)
             for name in names:
-                if name in observing.ranges:
-                    self._records.save_activation_quantization(
-                        name, observing.ranges[name].quantization(self._symmetric)
-                    )
-            observing.hessians[index] = hessian.new_zeros(0)  # its memory is free before the next is factorized
+                if name in observer.histograms:
+                    activations = observer.histograms[name].quantization(self._symmetric)
+                    self._store.save_activation_quantization(name, activations)
+            observer.hessians[index] = hessian.new_zeros(0)  # frees its memory before the next one is factorized
         return reports[::-1]
 
     def _parameter(self, name: str) -> Tensor:
-        return self._divided[name] if name in self._divided else self._weights(name)
+        return self._smoothed[name] if name in self._smoothed else self._weights(name)
 
     def _quantize(self, names: list[str], hessian: Tensor) -> list[LinearReport]:
         """Quantize and save the linears that share an input, last first."""
         reports, started = [], time.monotonic()
-        inputs = self._inputs(names, hessian)
+        factorized = self._factorize(names, hessian)
         for name in reversed(names):
-            fitted = self._fit(name, self._parameter(f"{name}.weight"), inputs, hessian)
-            reports.append(self._save(name, fitted, None, started))
+            quantized = self._quantize_rows(name, self._parameter(f"{name}.weight"), factorized, hessian)
+            reports.append(self._save(name, quantized, None, started))
             started = time.monotonic()
         return reports
 
-    def _equalise(self, name: str, hessian: Tensor, ranges: ChannelHistograms) -> LinearReport:
-        """Quantize and save a linear with the equalisation that changes its outputs least, and divide its producer."""
+    def _smooth(self, name: str, hessian: Tensor, histograms: ChannelHistograms) -> LinearReport:
+        """Quantize and save a linear with the alpha that changes its outputs least, and divide its producer."""
         started = time.monotonic()
-        as_they_are = self._with_exponent(name, None, hessian, ranges)
-        tried = (self._with_exponent(name, exponent, hessian, ranges) for exponent in ALPHAS)
-        best = min(tried, key=lambda equalised: equalised.error, default=as_they_are)
-        if best.error > LARGEST_ERROR_RATIO * as_they_are.error:
-            best = as_they_are
-        source = smoothquant.producer(name, self._formats)
-        assert source is not None  # or there would be no ranges of channels
-        for parameter in smoothquant.producer_parameters(source):
-            self._divided[parameter] = smoothquant.divide_last_rows(self._parameter(parameter), best.factors)
-        for parameter in smoothquant.float_parameters(source, self._formats):
-            self._records.save_parameter(parameter, self._divided[parameter].cpu().numpy())
-        self._records.save_activation_quantization(name, best.grid)
-        return self._save(name, best.fitted, best.exponent, started)
+        unsmoothed = self._with_alpha(name, None, hessian, histograms)
+        tried = (self._with_alpha(name, alpha, hessian, histograms) for alpha in ALPHAS)
+        best = min(tried, key=lambda smoothed: smoothed.error, default=unsmoothed)
+        if best.error > LARGEST_ERROR_RATIO * unsmoothed.error:
+            best = unsmoothed
+        producer = smoothquant.producer(name, self._formats)
+        assert producer is not None  # else it would have no channel histograms
+        for parameter in smoothquant.producer_parameters(producer):
+            self._smoothed[parameter] = smoothquant.divide_last_rows(self._parameter(parameter), best.factors)
+        for parameter in smoothquant.float_parameters(producer, self._formats):
+            self._store.save_parameter(parameter, self._smoothed[parameter].cpu().numpy())
+        self._store.save_activation_quantization(name, best.activations)
+        return self._save(name, best.quantized, best.alpha, started)
 
-    def _with_exponent(
-        self, name: str, exponent: float | None, hessian: Tensor, ranges: ChannelHistograms
-    ) -> Equalised:
+    def _with_alpha(
+        self, name: str, alpha: float | None, hessian: Tensor, histograms: ChannelHistograms
+    ) -> SmoothedLinear:
         weight = self._parameter(f"{name}.weight")
-        by = (
-            torch.ones_like(weight[0])
-            if exponent is None
-            else smoothquant.smoothing_factors(ranges.absmax, weight, exponent)
-        )
-        weight, hessian = weight * by, hessian / by / by[:, None]
-        fitted = self._fit(name, weight, self._inputs([name], hessian), hessian)
-        grid, of_inputs = ranges.quantization(by, weight.square().sum(0), self._symmetric)
-        return Equalised(exponent, by, fitted, grid, of_inputs + float(fitted.squares[2]))
+        factors = torch.ones_like(weight[0])
+        if alpha is not None:
+            factors = smoothquant.smoothing_factors(histograms.absmax, weight, alpha)
+        weight, hessian = weight * factors, hessian / factors / factors[:, None]
+        quantized = self._quantize_rows(name, weight, self._factorize([name], hessian), hessian)
+        activations, error = histograms.quantization(factors, weight.square().sum(0), self._symmetric)
+        return SmoothedLinear(alpha, factors, quantized, activations, error + float(quantized.squares[2]))
 
-    def _inputs(self, names: list[str], hessian: Tensor) -> FactorizedHessian | None:
-        """What GPTQ, if that is the method of one of them, needs to know of the inputs that linears share."""
+    def _factorize(self, names: list[str], hessian: Tensor) -> FactorizedHessian | None:
+        """Return the factorized Hessian that linears share; None if GPTQ quantizes none of them."""
         if all(self._method_of(name) != "gptq" for name in names):
             return None
         try:
@@ -140,25 +138,26 @@ class LayerQuantizer:
             raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
 
     def _method_of(self, name: str) -> str:
-        """GPTQ is for even grids."""
+        """Return the method of a linear: GPTQ does not support codebooks."""
         return "rtn" if self._formats[name].has_codebook else self._method
 
-    def _fit(self, name: str, weight: Tensor, inputs: FactorizedHessian | None, hessian: Tensor) -> Fitted:
-        form, parts, squares = self._formats[name], [], np.zeros(4)
+    def _quantize_rows(
+        self, name: str, weight: Tensor, factorized: FactorizedHessian | None, hessian: Tensor
+    ) -> QuantizedLinear:
+        fmt, parts, squares = self._formats[name], [], np.zeros(4)
+        use_gptq = self._method_of(name) == "gptq"
         for rows in torch.split(weight, ROWS_AT_ONCE):
-            quantized = (
-                gptq(rows, inputs, form) if inputs and self._method_of(name) == "gptq" else round_to_nearest(rows, form)
-            )
+            quantized = gptq(rows, factorized, fmt) if factorized and use_gptq else round_to_nearest(rows, fmt)
             difference = rows - quantized.values
             of_weights = [float(x.square().sum(dtype=torch.float64)) for x in (difference, rows)]
             squares += [*of_weights, *output_error(rows, quantized.values, hessian)]
             parts.append(quantized)
-        return Fitted(parts, squares)
+        return QuantizedLinear(parts, squares)
 
-    def _save(self, name: str, fitted: Fitted, exponent: float | None, started: float) -> LinearReport:
-        self._records.save(name, fitted.rows)
-        of_weights, of_outputs = sqnr(*fitted.squares[:2]), sqnr(*fitted.squares[2:])
+    def _save(self, name: str, quantized: QuantizedLinear, alpha: float | None, started: float) -> LinearReport:
+        self._store.save(name, quantized.rows)
+        of_weights, of_outputs = sqnr(*quantized.squares[:2]), sqnr(*quantized.squares[2:])
         seconds = time.monotonic() - started
         return LinearReport(
-            name, str(self._formats[name]), self._method_of(name), of_weights, of_outputs, exponent, seconds
+            name, str(self._formats[name]), self._method_of(name), of_weights, of_outputs, alpha, seconds
         )

@@ -1,8 +1,8 @@
-"""The eager interpreter, watching every quantized linear's inputs.
+"""The eager interpreter as an observer: it records statistics of the inputs of every quantized linear.
 
-A row of an LLM layer's attention counts the more the more attention it gets (RSQ, Sung et al. 2025, arXiv:2503.01820).
-All rows that follow look at the first one, which is to say nothing to them: an error in its value is added to them all,
-yet it is one row in a thousand. Other linears are better off with all rows alike (docs/benchmarks.md).
+In an LLM layer's attention, a row counts by the attention that it receives (RSQ, Sung et al. 2025, arXiv:2503.01820).
+The first row receives most of it although its value barely matters: an error there is added to all rows, yet it is one
+row in a thousand. For all other linears, equal weights are better (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fusion_edge.quant.smoothquant import ChannelHistograms, producer
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.errors import FusionError
 
-ATTENTION_SHARE = 0.1
-"""What the attention that a row gets counts for, beside the row's own 1. On average a row gets 1."""
+ATTENTION_WEIGHT = 0.1
+"""Weight of the attention that a row receives, added to the row's own weight of 1. A row receives 1 on average."""
 
 
 class Observer(BlockOperations):
-    """Sums up ``x^T x``, in float64 from one sample to the next, so that their order and number do not matter."""
+    """Accumulates Hessians ``x^T x`` in float64, so that order and number of the samples do not matter."""
 
     def __init__(
         self,
@@ -35,18 +35,18 @@ class Observer(BlockOperations):
         device: str,
         formats: Mapping[str, WeightFormat],
     ) -> None:
-        """``formats``: of the linears to watch."""
+        """``formats`` are those of the linears to observe."""
         super().__init__(config, get, embed, device)
         self._formats = formats
         self._latest: tuple[Tensor, int] | None = None
         self.hessians: list[Tensor] = []
         """``[K,K]`` float64 each."""
         self.hessian_index: dict[str, int] = {}
-        """Index in ``hessian`` by linear; linears that share their input share it."""
-        self.ranges: dict[str, HistogramObserver] = {}
-        """Of the linears whose inputs will be rounded, but for these:"""
+        """Index in ``hessians`` by linear. Linears that read the same input share a Hessian."""
+        self.histograms: dict[str, HistogramObserver] = {}
+        """By linear whose activations are quantized but cannot be smoothed."""
         self.channel_histograms: dict[str, ChannelHistograms] = {}
-        """Of the linears whose inputs can be equalised."""
+        """By linear whose activations are quantized and can be smoothed."""
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
         if name in self._formats:
@@ -54,7 +54,7 @@ class Observer(BlockOperations):
         if producer(name, self._formats) is not None:
             self.channel_histograms.setdefault(name, ChannelHistograms(x.shape[-1], x.device)).observe(x)
         elif name in self._formats and self._formats[name].quantizes_activations:
-            self.ranges.setdefault(name, HistogramObserver()).observe(x)
+            self.histograms.setdefault(name, HistogramObserver()).observe(x)
         return super().linear(x, name, bias)
 
     def causal_attention(self, qkv: Tensor, layer: int) -> Tensor:
@@ -63,7 +63,7 @@ class Observer(BlockOperations):
             assert self._latest is not None
             rows = self._latest[0].flatten(0, -2).float()
             received = attention_received(*self.heads(qkv, layer)[:2]).flatten()
-            self.hessians[index].add_((rows * received[:, None]).T @ rows, alpha=ATTENTION_SHARE)
+            self.hessians[index].add_((rows * received[:, None]).T @ rows, alpha=ATTENTION_WEIGHT)
         return super().causal_attention(qkv, layer)
 
     def _observe(self, x: Tensor, name: str) -> None:
@@ -73,7 +73,8 @@ class Observer(BlockOperations):
         rows = x.reshape(-1, x.shape[-1]).float()
         if not torch.isfinite(rows).all():
             raise FusionError(
-                f"An input of {name} is NaN or infinite; the checkpoint is damaged, or was not meant for float32."
+                f"An input of {name} is NaN or infinite: the checkpoint is damaged or overflows float32; fetch or save "
+                "it again."
             )
         if name not in self.hessian_index:
             self.hessian_index[name] = len(self.hessians)
@@ -83,7 +84,7 @@ class Observer(BlockOperations):
 
 
 def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
-    """``[B,L]``: what each row gets of the causal attention of all rows, a mean of the heads; all rows get L together.
+    """Return the causal attention that each row receives from all rows, averaged over heads: ``[B,L]``, sum L.
 
     ``queries`` ``[B,heads,L,dim]``, ``keys`` ``[B,kv_heads,L,dim]``.
     """
@@ -91,7 +92,7 @@ def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     shared = queries.shape[1] // keys.shape[1]
     future = torch.ones(length, length, dtype=torch.bool, device=queries.device).triu(1)
     received = torch.zeros(len(queries), length, device=queries.device)
-    for head in range(queries.shape[1]):  # one at a time: L^2 scores each
+    for head in range(queries.shape[1]):  # one head at a time bounds memory: L^2 scores each
         scores = queries[:, head] @ keys[:, head // shared].mT / math.sqrt(dim)
         received += scores.masked_fill_(future, -math.inf).softmax(-1).sum(-2)
     return received / queries.shape[1]

@@ -1,4 +1,4 @@
-"""Calibration samples: pictures with questions, and answers where they are known."""
+"""Calibration samples: images with questions, and optional answers."""
 
 from __future__ import annotations
 
@@ -16,75 +16,74 @@ from fusion_edge.runtime.images.preprocessing import load_image
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS
 from fusion_edge.runtime.tokenization.text_encoder import any_of, is_empty
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 QUESTIONS = (
     "Describe the image.",
     "What is in front of the camera?",
     "How many objects are there?",
     "What could be in the way?",
 )
-"""Asked in turn where a folder holds pictures alone."""
+"""Questions asked in turn about a folder of images."""
 FEWEST = 8
-"""Fewer samples than this say too little about any linear's inputs."""
+"""Minimum number of samples: fewer say too little about the inputs of a linear."""
 
-LARGEST_FILE = 32 << 20  # bytes of a JSONL file: a hundred thousand samples
-MOST_NAMED = 10  # unreadable pictures in an error
+LARGEST_FILE = 32 << 20  # bytes of a JSONL file: about 100,000 samples
+MOST_NAMED = 10  # unreadable images that an error names
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with a question."""
+    """An image with a question."""
 
     picture: Path
     question: str
     answer: str | None = None
 
     def load(self) -> Image.Image:
-        """The picture. Raises :class:`FusionError` if it cannot be read."""
+        """Read the image. Raises :class:`FusionError` if it cannot be read."""
         return load_image(self.picture)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What calibrates, and what is only evaluated."""
+    """Samples to calibrate with, and held-out samples to evaluate with."""
 
     calibrating: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
 
 
 def read_samples(data: Path, calibrating: int, held_out: int) -> Samples:
-    """Samples of a JSONL file, of the one in a folder, or of a folder's pictures: the first ones calibrate.
+    """Read the samples of a JSONL file, of the one JSONL file in a folder, or of a folder of images.
 
-    Where there are fewer than asked for, they are shared out in proportion.
-
-    A line is ``{"image": PATH, "question": TEXT, "answer": TEXT}``, the path relative to the file and the answer
-    optional. Every picture is opened once: those that cannot be read are named and counted. Raises
-    :class:`FusionError` for those, for a file that holds anything else, and for fewer than :data:`FEWEST` samples.
+    The first ``calibrating`` samples calibrate, the next ``held_out`` are held out. Fewer samples are split in
+    proportion. A line is ``{"image": PATH, "question": TEXT, "answer": TEXT}``; the path is relative to the file, the
+    answer optional. Every image is decoded once. Raises :class:`FusionError` for unreadable images, for a file with
+    other content, and for fewer than :data:`FEWEST` samples; :class:`UsageError` for several JSONL files.
     """
     if data.is_dir():
         files = sorted(path for path in data.glob("*.jsonl") if not path.name.startswith("."))
         if len(files) > 1:
-            raise UsageError(f"{data} holds {len(files)} JSONL files; name the one to calibrate with.")
-        samples = _read_lines(files[0]) if files else _pictures(data)
+            raise UsageError(f"{data} has {len(files)} JSONL files; name the one to calibrate with.")
+        samples = _read_lines(files[0]) if files else _images(data)
     elif data.is_file():
         samples = _read_lines(data)
     else:
-        raise FusionError(f"{data} does not exist; expected a folder of pictures or a JSONL file of samples.")
+        raise FusionError(f"{data} does not exist; expected a folder of images or a JSONL file of samples.")
     if calibrating + held_out < FEWEST:
         raise UsageError(f"--samples and --held-out add up to {calibrating + held_out}; at least {FEWEST} are needed.")
     if len(samples) < FEWEST:
-        raise FusionError(f"{data} holds {len(samples)} samples; calibration needs at least {FEWEST}, better 144.")
+        raise FusionError(f"{data} has {len(samples)} samples; calibration needs at least {FEWEST}, better 144.")
     samples = samples[: calibrating + held_out]
-    _check_pictures(data, samples)
-    kept_back = max(1, len(samples) * held_out // (calibrating + held_out))
-    return Samples(tuple(samples[:-kept_back]), tuple(samples[-kept_back:]))
+    _check_images(data, samples)
+    held_back = max(1, len(samples) * held_out // (calibrating + held_out))
+    return Samples(tuple(samples[:-held_back]), tuple(samples[-held_back:]))
 
 
-def _pictures(folder: Path) -> list[Sample]:
-    # Hidden files are no pictures: a Mac writes ._NAME.png beside each NAME.png on other file systems.
+def _images(folder: Path) -> list[Sample]:
+    # Hidden files are not images: macOS writes ._NAME.png beside each NAME.png on other file systems.
     paths = (path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = sorted(path for path in paths if path.suffix.lower() in PICTURES)
-    return [Sample(path, QUESTIONS[i % len(QUESTIONS)]) for i, path in enumerate(pictures)]
+    images = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    return [Sample(path, QUESTIONS[i % len(QUESTIONS)]) for i, path in enumerate(images)]
 
 
 def _read_lines(file: Path) -> list[Sample]:
@@ -97,7 +96,7 @@ def _read_lines(file: Path) -> list[Sample]:
     except (OSError, UnicodeDecodeError) as error:
         raise FusionError(f"{file} cannot be read ({error}); expected lines of JSON in UTF-8.") from None
     if len(content) > LARGEST_FILE:
-        raise FusionError(f"{file} has more than {LARGEST_FILE} bytes; keep some hundreds of samples in it.")
+        raise FusionError(f"{file} has more than {LARGEST_FILE} bytes; a few hundred samples are enough.")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -106,23 +105,25 @@ def _read_lines(file: Path) -> list[Sample]:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict) or not {"image", "question"} <= set(value) <= {"image", "question", "answer"}:
-            raise FusionError(f"Line {number} of {file} is no sample; {expected}.")
+            raise FusionError(f"Line {number} of {file} is not a sample; {expected}.")
         if not all(isinstance(text, str) for text in value.values()):
-            raise FusionError(f"Line {number} of {file} holds something that is no text; {expected}.")
+            raise FusionError(f"Line {number} of {file} has a value that is not text; {expected}.")
         if is_empty(value["question"], any_of(MARKER_IDS)):
             raise FusionError(f"Line {number} of {file} has an empty question; {expected}.")
         if any("\ud800" <= character <= "\udfff" for text in value.values() for character in text):
-            raise FusionError(f"Line {number} of {file} holds half a surrogate pair, which is no text; {expected}.")
+            raise FusionError(
+                f"Line {number} of {file} has half of a surrogate pair, which is not valid text; {expected}."
+            )
         if is_url(value["image"]):
             raise FusionError(
-                f"Line {number} of {file} has the address {value['image'][:200]!r} as its image, and addresses are not "
-                "fetched; download it and give the file's path."
+                f"Line {number} of {file} has the URL {value['image'][:200]!r} as its image, and URLs are not fetched; "
+                "download the image and use the path of the file."
             )
         samples.append(Sample(file.parent / value["image"], value["question"], value.get("answer")))
     return samples
 
 
-def _check_pictures(data: Path, samples: list[Sample]) -> None:
+def _check_images(data: Path, samples: list[Sample]) -> None:
     unreadable: dict[Path, str] = {}
     for picture in dict.fromkeys(sample.picture for sample in samples):
         try:
@@ -132,6 +133,6 @@ def _check_pictures(data: Path, samples: list[Sample]) -> None:
     if unreadable:
         names = [picture.name for picture in unreadable][:MOST_NAMED] + ["..."] * (len(unreadable) > MOST_NAMED)
         raise FusionError(
-            f"{len(unreadable)} pictures of {data} cannot be read: {', '.join(names)}. The first: "
+            f"{len(unreadable)} images of {data} cannot be read: {', '.join(names)}. The first: "
             f"{next(iter(unreadable.values()))}"
         )

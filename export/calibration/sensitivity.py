@@ -1,7 +1,7 @@
-"""What 4 bits cost a linear: the whole float model runs on a few samples with that linear alone rounded.
+"""Sensitivity of a linear to 4 bits: run the float model on a few samples with only that linear quantized.
 
-Blocks are walked through once for each block whose linears are tried, and hold their weights once for all of these.
-Rounding is to nearest: for a ranking that is near enough to what calibration will make of the weights.
+For each block whose linears are measured, the blocks after it run once; they load their weights once for all of these
+linears. Weights are rounded to nearest, which ranks linears closely enough like calibrated weights.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_edge.export.calibration.activation_cache import Activations, replace_text
-from fusion_edge.export.calibration.blocks import Block, BlockOperations, Prepared, blocks, kept
+from fusion_edge.export.bundle.durable_files import replace_text
+from fusion_edge.export.calibration.activation_cache import Activations
+from fusion_edge.export.calibration.blocks import Block, BlockOperations, PreparedSample, blocks, without_outputs
 from fusion_edge.export.calibration.evaluation import compare_answers
 from fusion_edge.export.calibration.float_model import FloatModel
 from fusion_edge.export.calibration.samples import Sample
@@ -30,31 +31,31 @@ from fusion_edge.runtime.system.progress import Progress
 def measure_sensitivity(
     plan: ExportPlan, names: Sequence[str], samples: Sequence[Sample], device: str, folder: Path
 ) -> list[Sensitivity]:
-    """The sensitivity of each linear, at its planned format, going on with what ``folder`` already holds."""
-    return Measurement(plan, names, samples, device, folder).run()
+    """Return the sensitivity of each linear in its planned format. Resumes from what ``folder`` holds."""
+    return SensitivityMeasurement(plan, names, samples, device, folder).run()
 
 
 class OneLinearRounded(BlockOperations):
-    """The float model but for one linear; notes the squares of its outputs and of what rounding changes in them."""
+    """The float model with one linear quantized. Accumulates the squared error of its outputs, and their square."""
 
-    def __init__(self, exact: BlockOperations, name: str, form: WeightFormat) -> None:
+    def __init__(self, exact: BlockOperations, name: str, fmt: WeightFormat) -> None:
         super().__init__(exact.config, exact.get, exact.embed, exact.device)
         self._name = name
-        self._rounded = round_to_nearest(exact.get(f"{name}.weight"), form).values
-        self.noise, self.signal = 0.0, 0.0
+        self._rounded = round_to_nearest(exact.get(f"{name}.weight"), fmt).values
+        self.squared_error, self.squared_norm = 0.0, 0.0
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
         y = super().linear(x, name, bias)
         if name != self._name:
             return y
         change = x @ (self._rounded - self.get(f"{name}.weight")).T
-        self.noise += float(change.square().sum(dtype=torch.float64))
-        self.signal += float(y.square().sum(dtype=torch.float64))
+        self.squared_error += float(change.square().sum(dtype=torch.float64))
+        self.squared_norm += float(y.square().sum(dtype=torch.float64))
         return y + change
 
 
-class Measurement:
-    """A measurement, block by block."""
+class SensitivityMeasurement:
+    """A measurement of sensitivity, block by block."""
 
     def __init__(
         self, plan: ExportPlan, names: Sequence[str], samples: Sequence[Sample], device: str, folder: Path
@@ -76,32 +77,32 @@ class Measurement:
             def advance(block: Block) -> None:
                 progress.advance(self._model.elements(block))
 
-            states: list[Activations] = [{} for _ in self._prepared]
+            activations: list[Activations] = [{} for _ in self._prepared]
             for block in self._sequence:
-                states = self._through(block, [self._model.operations()], [states], advance)[0]
-            reference = [state["logits"] for state in states]
-            found, states = [], [{} for _ in self._prepared]
+                activations = self._through(block, [self._model.operations()], [activations], advance)[0]
+            reference = [last["logits"] for last in activations]
+            found, activations = [], [{} for _ in self._prepared]
             for i, block in enumerate(self._sequence):
                 progress.label = f"Measuring sensitivity of {block.name} ({i + 1} of {len(self._sequence)})"
-                found += self._kept_or_measured(i, states, reference, advance)
-                states = self._through(block, [self._model.operations()], [states], advance)[0]
+                found += self._load_or_measure(i, activations, reference, advance)
+                activations = self._through(block, [self._model.operations()], [activations], advance)[0]
         return found
 
     def _of(self, block: Block) -> list[str]:
-        """The linears to be measured in a block."""
+        """Return the linears of a block to measure."""
         return [name for name in self._names if f"{name}.".startswith(block.prefixes)]
 
-    def _kept_or_measured(
-        self, i: int, states: list[Activations], reference: list[Tensor], advance: Callable[[Block], None]
+    def _load_or_measure(
+        self, i: int, activations: list[Activations], reference: list[Tensor], advance: Callable[[Block], None]
     ) -> list[Sensitivity]:
         path = self._folder / f"sensitivity-{i}.json"
         names = self._of(self._sequence[i])
         if path.exists():
             for block in self._sequence[i:]:
-                for _ in range(len(names) * len(states)):
+                for _ in range(len(names) * len(activations)):
                     advance(block)
             return [Sensitivity(**facts) for facts in json.loads(path.read_text(encoding="utf-8"))]
-        measured = self._measure(i, names, states, reference, advance) if names else []
+        measured = self._measure(i, names, activations, reference, advance) if names else []
         replace_text(path, json.dumps([asdict(sensitivity) for sensitivity in measured]))
         return measured
 
@@ -109,16 +110,16 @@ class Measurement:
         self,
         i: int,
         names: list[str],
-        states: list[Activations],
+        activations: list[Activations],
         reference: list[Tensor],
         advance: Callable[[Block], None],
     ) -> list[Sensitivity]:
-        """Of the linears of block ``i``, from the samples' states before it to their logits."""
+        """Measure the linears of block ``i``: from the samples' activations before it to their logits."""
         exact = self._model.operations()
         rounded = [OneLinearRounded(exact, name, self._formats[name]) for name in names]
-        changed = self._through(self._sequence[i], rounded, [states] * len(names), advance)
-        qualities = [sqnr(operations.noise, operations.signal) for operations in rounded]
-        del exact, rounded  # their weights make room for those of the blocks that follow
+        changed = self._through(self._sequence[i], rounded, [activations] * len(names), advance)
+        qualities = [sqnr(operations.squared_error, operations.squared_norm) for operations in rounded]
+        del exact, rounded  # frees their weights before the next blocks load theirs
         for block in self._sequence[i + 1 :]:
             changed = self._through(block, [self._model.operations()] * len(names), changed, advance)
         found = []
@@ -126,7 +127,7 @@ class Measurement:
             pairs = zip(self._prepared, ends, reference, strict=True)
             answers = [compare_answers(prepared, end["logits"], logits) for prepared, end, logits in pairs]
             divergence = sum(answer.divergence for answer in answers) / sum(answer.tokens for answer in answers)
-            # Of two equal distributions float arithmetic may leave less than nothing.
+            # Rounding can make the divergence of equal distributions slightly negative.
             found.append(Sensitivity(name, max(divergence, 0.0), quality))
         return found
 
@@ -134,16 +135,17 @@ class Measurement:
         self,
         block: Block,
         operations: Sequence[BlockOperations],
-        states: Sequence[list[Activations]],
+        activations: Sequence[list[Activations]],
         advance: Callable[[Block], None],
     ) -> list[list[Activations]]:
-        """Each list of states, one a sample, through a block by operations of its own."""
+        """Run each list of activations, one per sample, through a block with its own operations."""
 
-        def run(ops: BlockOperations, prepared: Prepared, state: Activations) -> Activations:
-            after = block.run(ops, prepared, state)
+        def run(ops: BlockOperations, prepared: PreparedSample, before: Activations) -> Activations:
+            after = block.run(ops, prepared, before)
             advance(block)
-            return after if "logits" in after else kept(after)
+            return after if "logits" in after else without_outputs(after)
 
         return [
-            list(map(partial(run, ops), self._prepared, before)) for ops, before in zip(operations, states, strict=True)
+            list(map(partial(run, ops), self._prepared, of_samples))
+            for ops, of_samples in zip(operations, activations, strict=True)
         ]

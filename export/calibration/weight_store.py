@@ -1,4 +1,4 @@
-"""Calibrated weights as they are kept: NumPy files for each linear, and a file of facts for each finished block."""
+"""Calibrated weights on disk: NumPy files per linear, and a report per finished block."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.calibration.activation_cache import replace_text
+from fusion_edge.export.bundle.durable_files import replace_text
+from fusion_edge.export.bundle.weight_source import PackedRows, RoundToNearest
+from fusion_edge.export.checkpoint.weights import CheckpointWeights
+from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
 from fusion_edge.quant.gptq import QuantizedRows
 from fusion_edge.quant.packing import Packed, dequantize
-from fusion_edge.runtime.bundle.quantization_report import LinearReport
+from fusion_edge.runtime.bundle.quantization_report import LinearReport, QuantizationReport
 
 
 class WeightStore:
@@ -26,22 +29,19 @@ class WeightStore:
     def __init__(self, folder: Path, formats: Mapping[str, WeightFormat]) -> None:
         self._folder = folder
         self._formats = formats
-        self._lock = Lock()  # headers are parsed as Python, which some releases of Python 3.11 can in one thread only
+        self._lock = Lock()  # np.load parses headers as Python, which some Python 3.11 releases do in one thread only
 
     def save(self, name: str, rows: list[QuantizedRows]) -> None:
-        """Keep a linear's rows, in order."""
+        """Save a linear's rows, in order."""
         for part in self._parts(name):
             _save(self._file(name, part), np.concatenate([getattr(some.packed, part) for some in rows]))
 
     def save_parameter(self, name: str, values: npt.NDArray[np.float32]) -> None:
-        """Keep a float parameter (its name with ``.weight`` or ``.bias``) that takes the place of the checkpoint's."""
+        """Save a smoothed float parameter, by its name with ``.weight`` or ``.bias``. It replaces the checkpoint's."""
         _save(self._parameter_file(name), values)
 
     def parameter(self, name: str) -> npt.NDArray[np.float32] | None:
-        """A float parameter that takes the place of the checkpoint's, None if that one stays.
-
-        Safe in several threads.
-        """
+        """Return a smoothed float parameter, None if the checkpoint's is unchanged. Safe in several threads."""
         path = self._parameter_file(name)
         if not path.exists():
             return None
@@ -49,41 +49,41 @@ class WeightStore:
             values: npt.NDArray[np.float32] = np.load(path)
         return values
 
-    def save_activation_quantization(self, name: str, grid: ActivationQuantization) -> None:
-        """Keep the grid of a linear's inputs."""
-        replace_text(self._grid_file(name), json.dumps(asdict(grid)))
+    def save_activation_quantization(self, name: str, quantization: ActivationQuantization) -> None:
+        """Save how a linear quantizes its activations."""
+        replace_text(self._activation_file(name), json.dumps(asdict(quantization)))
 
     def activation_quantization(self, name: str) -> ActivationQuantization:
-        """The grid of a linear's inputs."""
-        return ActivationQuantization(**json.loads(self._grid_file(name).read_text(encoding="utf-8")))
+        """Return how a linear quantizes its activations."""
+        return ActivationQuantization(**json.loads(self._activation_file(name).read_text(encoding="utf-8")))
 
     def finish(self, block: str, linears: list[LinearReport]) -> None:
-        """The block's linears have all been saved."""
-        replace_text(self._facts(block), json.dumps([asdict(linear) for linear in linears]))
+        """Mark a block as finished: all of its linears are saved."""
+        replace_text(self._report_file(block), json.dumps([asdict(linear) for linear in linears]))
 
     def finished(self, block: str) -> list[LinearReport] | None:
-        """The linears of a block, None if it was not finished."""
-        path = self._facts(block)
+        """Return the reports of a block's linears, None if it is not finished."""
+        path = self._report_file(block)
         if not path.exists():
             return None
-        return [LinearReport(**facts) for facts in json.loads(path.read_text(encoding="utf-8"))]
+        return [LinearReport(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
 
     def __contains__(self, name: str) -> bool:
         return self._file(name, "scales").exists()
 
     def rows(self, name: str, start: int, stop: int) -> Packed:
-        """Some rows of a linear. Safe in several threads."""
+        """Return rows of a linear. Safe in several threads."""
         with self._lock:
             parts = {part: np.load(self._file(name, part), mmap_mode="r") for part in self._parts(name)}
         return Packed(**{part: np.array(array[start:stop]) for part, array in parts.items()})
 
     def dequantized(self, name: str, inputs: int) -> npt.NDArray[np.float32]:
-        """A linear's weights ``[n, inputs]``."""
+        """Return a linear's weights ``[n, inputs]``."""
         packed = Packed(**{part: np.load(self._file(name, part)) for part in self._parts(name)})
         return dequantize(packed, self._formats[name], inputs)
 
     def _parts(self, name: str) -> tuple[str, ...]:
-        """Fields of :class:`Packed`, ``scales`` the last to be written."""
+        """Return the fields of :class:`Packed` that are stored. ``scales`` are written last."""
         zero_points = () if self._formats[name].is_symmetric else ("zero_points",)
         return "values", *zero_points, "scales"
 
@@ -93,11 +93,44 @@ class WeightStore:
     def _parameter_file(self, name: str) -> Path:
         return self._folder / f"{name}.npy"
 
-    def _grid_file(self, name: str) -> Path:
+    def _activation_file(self, name: str) -> Path:
         return self._folder / f"{name}.inputs.json"
 
-    def _facts(self, block: str) -> Path:
+    def _report_file(self, block: str) -> Path:
         return self._folder / f"{block}.block.json"
+
+
+class CalibratedWeights(RoundToNearest):
+    """Source of a calibrated bundle: calibrated weights from a store, all others from the checkpoint."""
+
+    def __init__(self, weights: CheckpointWeights, store: WeightStore, report: QuantizationReport) -> None:
+        super().__init__(weights)
+        self._store = store
+        self._report = report
+
+    @property
+    def report(self) -> QuantizationReport:
+        """Report of the calibration."""
+        return self._report
+
+    def with_report(self, report: QuantizationReport) -> CalibratedWeights:
+        """Return the same weights with another report."""
+        return CalibratedWeights(self._weights, self._store, report)
+
+    def float_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return rows of a parameter, smoothed where the calibration did so."""
+        smoothed = self._store.parameter(name)
+        return super().float_rows(name, start, stop) if smoothed is None else smoothed[start:stop]
+
+    def packed_rows(self, linear: Linear, start: int, stop: int) -> PackedRows:
+        """Return calibrated rows; the token table is not calibrated."""
+        if linear.name in self._store:
+            return PackedRows(self._store.rows(linear.name, start, stop))
+        return super().packed_rows(linear, start, stop)
+
+    def activation_quantization(self, linear: Linear) -> ActivationQuantization:
+        """Return how a ``w8a8`` linear quantizes its activations."""
+        return self._store.activation_quantization(linear.name)
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:

@@ -1,10 +1,10 @@
-"""The one table between the names of a released checkpoint and fusion-edge's own parameter names.
+"""The table that maps tensor names of a released checkpoint to parameter names of the model.
 
-A *parameter* is what the architecture asks for (``llm.layers.0.attention.qkv.weight``). It is made of one or
-more *sources*: tensors of the checkpoint, or row or column ranges of them, stacked along the first axis. So Llama's
-three projections become the one product that Phi stores already, Phi's ``gate_up_proj`` becomes the two that Llama
-stores (splitting the product's result would copy it), and ``proj_in`` becomes two products, one for the question's
-row and one for the latents (FUSION.md section 5), without a special case anywhere else.
+A *parameter* is an array that the architecture reads (``llm.layers.0.attention.qkv.weight``). Its *sources* are tensors
+of the checkpoint, or row or column ranges of them, stacked along the first axis. The table removes the differences
+between checkpoints: Llama's three projections become one matmul, which Phi stores already; Phi's ``gate_up_proj``
+becomes the two that Llama stores, because splitting their joint result would copy it; ``proj_in`` becomes two, one for
+the question's row and one for the latents (section 5 of ``docs/fusion-model.md``).
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from fusion_edge.export.checkpoint.prequantized.layout import PrequantizedTensor
 from fusion_edge.runtime.bundle.config import FusionConfig
 
 Kind = Literal["linear", "embedding", "float"]
-"""``linear``: weight of a matrix product; ``embedding``: the token table; ``float``: norms, biases, positions."""
+"""``linear``: weight of a matmul; ``embedding``: the token table; ``float``: norms, biases, position embeddings."""
 
 VISION_MODEL = "model.vision_tower.vision_tower.vision_model."
 UNUSED = (f"{VISION_MODEL}post_layernorm.weight", f"{VISION_MODEL}post_layernorm.bias")
-"""Tensors of every released checkpoint that the model never reads (FUSION.md, "The four released models")."""
+"""Tensors of every released checkpoint that the model does not read."""
 POSITION_IDS = f"{VISION_MODEL}embeddings.position_ids"
 ROTARY_BUFFER = re.compile(
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?(inv_freq|long_inv_freq|cos_cached|sin_cached)"
 )
-"""Constants that some releases of ``transformers`` save beside the weights, and none reads."""
+"""Constants that some releases of ``transformers`` save beside the weights. No release reads them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint, or some of its rows or columns."""
+    """A tensor of the checkpoint, or a range of its rows or columns."""
 
     tensor: str
     shape: tuple[int, ...]
-    """The whole tensor's shape in the checkpoint."""
+    """Shape of the whole tensor in the checkpoint."""
     column_range: tuple[int, int] | None = None
     row_range: tuple[int, int] | None = None
     prequantized: PrequantizedTensor | None = None
-    """How a quantized checkpoint stores it; None: as floats."""
+    """Stored form in a prequantized checkpoint; None if the tensor is float."""
 
     @property
     def first_row(self) -> int:
-        """The first row that it gives to its parameter."""
+        """First row of the tensor that belongs to the parameter."""
         return self.row_range[0] if self.row_range else 0
 
     @property
     def rows(self) -> int:
-        """How many rows it gives to its parameter."""
+        """Number of rows of the tensor that belong to the parameter."""
         return self.row_range[1] - self.row_range[0] if self.row_range else self.shape[0]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array that the architecture reads."""
+    """An array that the architecture reads."""
 
     name: str
     kind: Kind
@@ -82,7 +82,7 @@ class Parameter:
 
 
 def parameters(config: FusionConfig) -> dict[str, Parameter]:
-    """Every parameter of the model by name, in the order in which the graphs read them."""
+    """Return every parameter of the model by name, in the order in which the graphs read them."""
     return {
         parameter.name: parameter
         for part in (_vision(config), _projectors(config), _alignment(config), _language(config))
@@ -91,7 +91,7 @@ def parameters(config: FusionConfig) -> dict[str, Parameter]:
 
 
 def _linear(name: str, shape: tuple[int, int], *tensors: str, bias: bool = False) -> Iterator[Parameter]:
-    """A linear of ``shape`` whose rows are split evenly over ``tensors`` (their names without ``.weight``)."""
+    """Yield a linear whose rows are split evenly over ``tensors`` (names without ``.weight``)."""
     rows, inputs = shape[0] // len(tensors), shape[1]
     weights = tuple(Source(f"{tensor}.weight", (rows, inputs)) for tensor in tensors)
     yield Parameter(f"{name}.weight", "linear", shape, weights)
@@ -175,7 +175,7 @@ def _language(config: FusionConfig) -> Iterator[Parameter]:
 
 
 def _gate_and_up(config: FusionConfig, name: str, tensor: str) -> Iterator[Parameter]:
-    """Two products: Phi stores them as one matrix, Llama apart."""
+    """Yield two linears: Phi stores them as one matrix, Llama separately."""
     width, hidden = config.language.mlp_width, config.language.hidden_size
     for i, part in enumerate(("gate", "up")):
         if config.template == "phi_3":
@@ -187,7 +187,7 @@ def _gate_and_up(config: FusionConfig, name: str, tensor: str) -> Iterator[Param
 
 
 def _query_key_value(config: FusionConfig, name: str, tensor: str) -> Iterator[Parameter]:
-    """Queries, keys and values as one product; Llama's three parts differ in their number of rows."""
+    """Yield queries, keys and values as one linear; Llama's three parts differ in their number of rows."""
     language = config.language
     hidden, dim = language.hidden_size, language.head_dim
     rows = [heads * dim for heads in (language.heads, language.kv_heads, language.kv_heads)]

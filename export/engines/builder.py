@@ -53,7 +53,7 @@ class BuildOptions:
 
 def why_no_plugins(library: Library, platform: EnginePlatform, options: BuildOptions) -> str | None:
     """Return why plugins cannot compute the recursive alignment, in one sentence. None if they can."""
-    return tensorrt_plugins.supported(library.module, platform.architecture, options.kernels is not None)
+    return tensorrt_plugins.unsupported_reason(library.module, platform.architecture, options.kernels is not None)
 
 
 class EngineBuilder:
@@ -199,7 +199,7 @@ class EngineBuilder:
             # CUDA graphs cannot capture a run that allocates memory.
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self._uses_plugins:
-            tensorrt_plugins.allow_in_place(trt, config)
+            tensorrt_plugins.enable_aliasing(trt, config)
         return config
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fusion_edge.export.engines.builder import BuildOptions, why_no_plugins
 from fusion_edge.export.engines.engine_folder import up_to_date_engines, write_engines
-from fusion_edge.export.planning.tensorrt_formats import check_bundle
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_bundle
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, Library, find_library, first_library
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
@@ -103,7 +103,7 @@ def _compute_capability(text: str) -> str:
 
 def _build(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle)
-    if bundle.manifest.target != "tensorrt":
+    if bundle.manifest.target != TENSORRT.name:
         raise FusionError(
             f"{bundle.folder} was exported for {bundle.manifest.target}; expected tensorrt. Run "
             f"fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt and build from that folder."

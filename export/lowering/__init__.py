@@ -1,1 +1,1 @@
-"""The operations as ONNX graphs, for ONNX Runtime and for TensorRT."""
+"""Interpreters that emit the model as ONNX graphs: for ONNX Runtime and for TensorRT."""

@@ -1,4 +1,4 @@
-"""Building ONNX graphs whose weights are only planned: each has a place in the data file, none is in memory."""
+"""Builder of ONNX graphs whose weights are planned: each has a place in the data file, none is in memory."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ONNX_TYPES = {
 }
 
 Part = Literal["values", "scales", "zero_points", "columns", "input_scale", "input_zero_point"]
-"""``columns``: which column of the weight each stored one is, if not all are in place. The last two are scalars of a
-linear that rounds its inputs."""
+"""Part of a parameter. ``columns``: column of the weight that each stored column is, if not all are in place. The last
+two are scalars of a linear with quantized activations."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """An initializer in the data file: one part of a parameter in some format."""
+    """An initializer in the data file: a part of a parameter in some format."""
 
     name: str
     parameter: str
@@ -44,29 +44,29 @@ class PlannedTensor:
     shape: tuple[int, ...]
     offset: int
     content: npt.NDArray[Any] | None = None
-    """The values themselves where they are known already (rotary tables, orders of columns)."""
+    """The values, if they are known when the graph is built (rotary tables, column orders)."""
     by_column: bool = False
-    """Whether rows of the parameter are columns of the tensor."""
+    """Whether the tensor stores rows of the parameter as columns."""
 
     @property
     def storage(self) -> str:
-        """numpy dtype name of the bytes in the data file: numpy has no 4-bit numbers."""
+        """numpy dtype name of the bytes in the data file; uint8 for int4, which numpy has not."""
         return "uint8" if self.dtype == "int4" else self.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the data file."""
+        """Size in the data file."""
         count = int(np.prod(self.shape, dtype=np.int64))
         return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
 
     @property
     def is_for_dequantize_linear(self) -> bool:
-        """Whether these are integers in the layout of ``quant/dequantize_linear.py``."""
+        """Whether the layout is that of ``quant/dequantize_linear.py``."""
         return self.dtype == "int4" or (self.dtype == "int8" and not self.format.quantizes_activations)
 
 
 class GraphBuilder:
-    """One graph in the making. Values are names; nodes are appended in topological order."""
+    """A graph under construction. Values are names; nodes are appended in topological order."""
 
     def __init__(self, spec: GraphSpec, opset: int) -> None:
         self.spec = spec
@@ -76,7 +76,7 @@ class GraphBuilder:
         self.planned: dict[str, PlannedTensor] = {}
         self.functions: dict[str, FunctionProto] = {}
         self.described: list[TensorSpec] = []
-        """Values whose shape does not follow from their node's inputs alone."""
+        """Values whose shape cannot be inferred from the inputs of their node."""
         self.data_bytes = 0
         self._used: dict[str, int] = {}
 
@@ -89,7 +89,7 @@ class GraphBuilder:
         outputs: int | Sequence[str] = 1,
         **attributes: Any,
     ) -> list[str]:
-        """Append a node named after ``scope`` (the path in the model); the names of its outputs."""
+        """Append a node named after ``scope``, a path in the model. Returns the names of its outputs."""
         name = self._unique(f"{scope}.{operator}" if scope else operator)
         if isinstance(outputs, int):
             outputs = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
@@ -98,7 +98,7 @@ class GraphBuilder:
 
     @contextmanager
     def branch(self) -> Iterator[list[NodeProto]]:
-        """Nodes appended inside become the yielded list, the body of a :func:`subgraph`."""
+        """Collect the nodes appended inside in the yielded list, the body of a subgraph."""
         outer, self.nodes = self.nodes, []
         try:
             yield self.nodes
@@ -106,7 +106,7 @@ class GraphBuilder:
             self.nodes = outer
 
     def constant(self, values: npt.ArrayLike, dtype: str = "int64") -> str:
-        """A small array stored in the graph itself, equal short ones once."""
+        """Store a small array in the graph itself; equal short ones once. Returns its name."""
         array = np.asarray(values, dtype=dtype)
         name = f"constant.{dtype}.{'x'.join(map(str, array.shape))}.{array.tobytes().hex()}"
         if len(name) > 120:
@@ -119,22 +119,22 @@ class GraphBuilder:
         self,
         parameter: str,
         part: Part,
-        form: WeightFormat,
+        fmt: WeightFormat,
         dtype: str,
         shape: tuple[int, ...],
         content: npt.NDArray[Any] | None = None,
         by_column: bool = False,
     ) -> str:
-        """Give a part of a parameter its place in the data file; the initializer's name."""
+        """Give a part of a parameter its place in the data file. Returns the initializer's name."""
         name = parameter if part == "values" else f"{parameter}.{part}"
-        self._place(PlannedTensor(name, parameter, part, form, dtype, shape, self.data_bytes, content, by_column))
+        self._place(PlannedTensor(name, parameter, part, fmt, dtype, shape, self.data_bytes, content, by_column))
         return name
 
     def table(self, name: str, values: npt.NDArray[Any], dtype: str) -> str:
-        """A computed array too large for the graph itself, placed in the data file."""
+        """Give a computed array its place in the data file. Returns the initializer's name."""
         content = values.astype(dtype)
-        form = WeightFormat("fp32" if dtype == "float32" else "fp16")
-        self._place(PlannedTensor(name, name, "values", form, dtype, content.shape, self.data_bytes, content))
+        fmt = WeightFormat("fp32" if dtype == "float32" else "fp16")
+        self._place(PlannedTensor(name, name, "values", fmt, dtype, content.shape, self.data_bytes, content))
         return name
 
     def _place(self, tensor: PlannedTensor) -> None:
@@ -142,8 +142,17 @@ class GraphBuilder:
             self.planned[tensor.name] = tensor
             self.data_bytes += -(-tensor.nbytes // PAGE) * PAGE
 
+    def is_topological(self) -> bool:
+        """Return whether every node reads only what precedes it. Branches are not checked."""
+        known = {"", *self.constants, *self.planned, *(tensor.name for tensor in self.spec.inputs)}
+        for node in self.nodes:
+            if not known.issuperset(node.input):
+                return False
+            known.update(node.output)
+        return True
+
     def model(self, data_file: str, producer_version: str) -> ModelProto:
-        """The finished model, its planned tensors pointing into ``data_file``."""
+        """Return the finished model. Planned tensors refer to ``data_file``."""
         graph = GraphProto(name=self.spec.name)
         graph.node.extend(self.nodes)
         graph.input.extend(_value_infos(self.spec.inputs))

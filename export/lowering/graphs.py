@@ -1,42 +1,36 @@
-"""The three graphs of a bundle: which architecture function runs over which inputs."""
+"""The three graphs of a bundle: each runs an architecture function over its inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue, Settings
 from fusion_edge.export.lowering.graph_builder import GraphBuilder
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue, Settings
-from fusion_edge.export.lowering.onnxruntime import OnnxRuntimeOperations
-from fusion_edge.export.lowering.tensorrt import TensorRTOperations
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.runtime.bundle import graphs
 from fusion_edge.runtime.bundle.config import FusionConfig
 
-LOWERINGS: dict[str, type[OnnxOperations]] = {
-    "cpu": OnnxRuntimeOperations,
-    "cuda": OnnxRuntimeOperations,
-    "tensorrt": TensorRTOperations,
-}
-"""By target."""
-
 
 def build_graphs(
+    lowering: type[OnnxOperations],
     config: FusionConfig,
     parameters: Mapping[str, Parameter],
     linears: Mapping[str, Linear],
     settings: Settings,
 ) -> list[GraphBuilder]:
-    """Build vision encoder, alignment decoder and LLM. Their weights are planned, not read."""
+    """Build vision encoder, alignment decoder and LLM with ``lowering``. Their weights are planned, not read."""
     specs = graphs.graph_specs(config, settings.target, settings.activations, settings.cache)
-    lowering = LOWERINGS[settings.target]
     builders = [GraphBuilder(spec, lowering.opset) for spec in specs]
     vision, alignment, llm = (lowering(config, builder, parameters, linears, settings) for builder in builders)
     _vision_encoder(vision, config)
     _alignment_decoder(alignment, config)
     _llm(llm, config)
+    for builder in builders:
+        for rewrite in lowering.passes:
+            rewrite(builder)
     return builders
 
 

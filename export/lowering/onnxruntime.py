@@ -1,8 +1,8 @@
-"""The ONNX Runtime interpreter: FUSION written down as graphs of ONNX opset 21 and Microsoft's contributed operators.
+"""The ONNX Runtime interpreter: FUSION as graphs of ONNX opset 21 and Microsoft's contributed operators.
 
-Quickest there: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for the
-LLM, MultiHeadAttention for the vision tower. Where our own CPU kernels do more in one go, these are inside of functions
-(``kernels/onnx_functions/``). Values are the names of ONNX values.
+Its fastest operators: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for
+the LLM, MultiHeadAttention for the vision encoder. Where our CPU kernels fuse several, the graph has a function of them
+(``kernels/onnx_functions/``).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from onnx import FunctionProto, NodeProto, helper
+from onnx import FunctionProto
 
+from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
+from fusion_edge.export.lowering.residual_norm import NORM, fuse_residual_norms
 from fusion_edge.kernels.onnx_functions import int8_cache
 from fusion_edge.kernels.onnx_functions.activations import swiglu_function
 from fusion_edge.kernels.onnx_functions.attention import packed_attention_function, patch_attention_function
@@ -26,15 +27,16 @@ from fusion_edge.kernels.onnx_functions.linear import (
 )
 from fusion_edge.kernels.operators import MICROSOFT
 
-OPSET = 21  # the newest that ONNX Runtime 1.23 knows, the last release for Python 3.10
+OPSET = 21  # the newest of ONNX Runtime 1.23, the last release for Python 3.10
 BNB4_TYPES = ("fp4", "nf4")  # MatMulBnb4's attribute quant_type is the index
-BLOCKED = -1e9  # added to the score of a masked key: its weight becomes exactly 0
+MASKED_SCORE = -1e9  # added to the score of a masked key: its weight becomes exactly 0
 
 
 class OnnxRuntimeOperations(OnnxOperations):
     """Operations (``export/model/operations.py``) for ONNX Runtime."""
 
     opset = OPSET
+    passes = (fuse_residual_norms,)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -54,19 +56,19 @@ class OnnxRuntimeOperations(OnnxOperations):
 
     def _linear(self, x: OnnxValue, linear: Linear, bias: bool, of_gelu: bool = False) -> OnnxValue:
         """Apply a linear to ``x``, or to GELU(x) with ``of_gelu``: one function where a CPU kernel fuses both."""
-        form, name = linear.format, linear.name
-        if form.quantizes_activations:
+        fmt, name = linear.format, linear.name
+        if fmt.quantizes_activations:
             function = integer_matmul_function(OPSET, of_gelu)
             return self._function(function, [x, *self._integer_inputs(linear, bias)], name)
         offset = self.parameter(f"{name}.bias") if bias else None
-        if form.is_quantized and self._keeps_float16_scales(linear):
+        if fmt.is_quantized and self._keeps_float16_scales(linear):
             function = matmul_nbits_function(OPSET, of_gelu)
             return self._quantized(x, linear, offset, function)
         if of_gelu:
             x = self._node("FastGelu", [x], domain=MICROSOFT)
-        if form.is_quantized:
+        if fmt.is_quantized:
             return self._quantized(x, linear, offset)
-        dtype = "float16" if form.kind == "fp16" else "float32"
+        dtype = "float16" if fmt.kind == "fp16" else "float32"
         values = self._plan(linear, "values", dtype, linear.weight.shape)
         result = self._node("FusedMatMul", [x, self._cast(values, dtype)], name, MICROSOFT, transB=1)
         return result if offset is None else result + offset
@@ -80,20 +82,20 @@ class OnnxRuntimeOperations(OnnxOperations):
         self, x: OnnxValue, linear: Linear, bias: OnnxValue | None, function: FunctionProto | None = None
     ) -> OnnxValue:
         """Multiply with quantized weights, by ``function`` if it is given, else by ONNX Runtime's operator."""
-        form, name, rows, columns = linear.format, linear.name, linear.outputs, linear.inputs
-        shape = form.packed_shape(rows, columns)
+        fmt, name, rows, columns = linear.format, linear.name, linear.outputs, linear.inputs
+        shape = fmt.packed_shape(rows, columns)
         x = self._in_stored_order(x, linear)
         values = self._plan(linear, "values", "uint8", shape)
         scales = self._plan(linear, "scales", linear.scale_dtype, shape[:2])
         inputs: list[OnnxValue | str] = [x, values, scales]
-        if form.has_codebook:
+        if fmt.has_codebook:
             inputs[2] = self._cast(scales, linear.scale_dtype)
-            sizes = {"K": columns, "N": rows, "block_size": form.group_size}
-            quant_type = BNB4_TYPES.index(form.kind)
+            sizes = {"K": columns, "N": rows, "block_size": fmt.group_size}
+            quant_type = BNB4_TYPES.index(fmt.kind)
             product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
             return product if bias is None else product + bias
-        if not form.is_symmetric:
-            groups = (rows, -(-shape[1] * form.bits // 8))
+        if not fmt.is_symmetric:
+            groups = (rows, -(-shape[1] * fmt.bits // 8))
             inputs.append(self._plan(linear, "zero_points", "uint8", groups))
         elif bias is not None:
             inputs.append("")
@@ -102,8 +104,8 @@ class OnnxRuntimeOperations(OnnxOperations):
         attributes = {
             "K": columns,
             "N": rows,
-            "bits": form.bits,
-            "block_size": form.block_size,
+            "bits": fmt.bits,
+            "block_size": fmt.block_size,
             "accuracy_level": self.settings.accuracy_level,
         }
         if function is not None:
@@ -125,20 +127,8 @@ class OnnxRuntimeOperations(OnnxOperations):
     # Norms and activation functions -------------------------------------------------------------------------
 
     def rms_norm(self, x: OnnxValue, name: str, eps: float) -> OnnxValue:
-        weight = self.parameter(f"{name}.weight")
-        added = next((node for node in reversed(self.builder.nodes) if x.name in node.output), None)
-        if added is not None and added.op_type == "Add":
-            return self._skip_rms_norm(added, weight, name, eps)
-        inputs = [x, weight]
-        return self._node("SimplifiedLayerNormalization", inputs, name, axis=-1, epsilon=eps, stash_type=1)
-
-    def _skip_rms_norm(self, added: NodeProto, weight: OnnxValue, name: str, eps: float) -> OnnxValue:
-        """The residual sum and its norm as one node, in the place of the sum: one pass over the rows less."""
-        added.op_type, added.domain = "SkipSimplifiedLayerNormalization", MICROSOFT
-        added.input.append(weight.name)
-        added.output[:] = [name, "", "", added.output[0]]
-        added.attribute.append(helper.make_attribute("epsilon", eps))
-        return self.input(name)
+        inputs = [x, self.parameter(f"{name}.weight")]
+        return self._node(NORM, inputs, name, axis=-1, epsilon=eps, stash_type=1)
 
     def swiglu(self, gate: OnnxValue, up: OnnxValue) -> OnnxValue:
         return self._function(swiglu_function(OPSET), [gate, up])
@@ -166,7 +156,7 @@ class OnnxRuntimeOperations(OnnxOperations):
     def self_attention(self, qkv: OnnxValue, heads: int, key_mask: OnnxValue, patches: int | None) -> OnnxValue:
         if self.settings.activations != "float32":
             return super().self_attention(qkv, heads, key_mask, patches)
-        attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
+        attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": MASKED_SCORE}
         if patches is None:
             return self._function(packed_attention_function(OPSET), [qkv, key_mask], **attributes)
         function = patch_attention_function(OPSET)
@@ -174,7 +164,9 @@ class OnnxRuntimeOperations(OnnxOperations):
 
     def attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, heads: int, key_mask: OnnxValue) -> OnnxValue:
         inputs: list[OnnxValue | str] = [q, k, v, "", key_mask]
-        return self._node("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=BLOCKED)
+        return self._node(
+            "MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=heads, mask_filter_value=MASKED_SCORE
+        )
 
     def causal_attention(self, qkv: OnnxValue, layer: int) -> OnnxValue:
         language = self.config.language

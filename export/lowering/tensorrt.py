@@ -1,9 +1,9 @@
-"""The TensorRT interpreter: FUSION written down as graphs of ONNX opset 24's standard operators.
+"""The TensorRT interpreter: FUSION as graphs of standard operators of ONNX opset 24.
 
-What TensorRT 10.15 and TensorRT-RTX read as native layers: RMSNormalization, RotaryEmbedding, Attention, and
-TensorScatter for a KV cache that is updated in place. Weights of 4 and 8 bits are constants behind DequantizeLinear,
-which is fused with the product that reads them. The recursive alignment's own operators are model-local functions,
-which a plugin may replace (``kernels/tensorrt_plugins.py``). ONNX Runtime computes the same graphs.
+TensorRT 10.15 and TensorRT-RTX have native layers for RMSNormalization, RotaryEmbedding, Attention, and TensorScatter,
+which updates the KV cache in place. Weights with 4 and 8 bits are constants behind DequantizeLinear, which TensorRT
+fuses with the GEMM that reads them. The operators of the recursive alignment are model-local functions, which a plugin
+may replace (``kernels/tensorrt_plugins.py``). ONNX Runtime computes the same graphs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto
 
+from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.onnx_operations import OnnxOperations, OnnxValue
 from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import TensorSpec
@@ -24,9 +24,10 @@ OPSET = 24  # the first with TensorScatter
 
 
 class TensorRTOperations(OnnxOperations):
-    """Operations (``model/operations.py``) for TensorRT. No Reshape of a value that may be empty guesses a size."""
+    """Operations (``model/operations.py``) for TensorRT. A Reshape of a value that may be empty infers no size."""
 
     opset = OPSET
+    stores_int4_by_column = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -41,31 +42,31 @@ class TensorRTOperations(OnnxOperations):
 
     def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
         linear = self.linears[name]
-        form = linear.format
-        if form.bits == 4:
+        fmt = linear.format
+        if fmt.bits == 4:
             x = self._in_stored_order(x, linear)
             values = self._int4(linear)
-        elif form.is_quantized:
-            x = self._quantized_activations(x, linear) if form.quantizes_activations else x
+        elif fmt.is_quantized:
+            x = self._quantized_activations(x, linear) if fmt.quantizes_activations else x
             values = self._transposed(self._int8(linear))
         else:
-            dtype = "float16" if form.kind == "fp16" else "float32"
+            dtype = "float16" if fmt.kind == "fp16" else "float32"
             stored_values = self._plan(linear, "values", dtype, linear.weight.shape)
             values = self._transposed(self.input(self._cast(stored_values, dtype)))
         product = self._node("MatMul", [x, values], name)
         return product + self.parameter(f"{name}.bias") if bias else product
 
     def _transposed(self, weight: OnnxValue) -> OnnxValue:
-        """``[N,K]`` -> ``[K,N]``: TensorRT takes it into the product."""
+        """Transpose ``[N,K]`` -> ``[K,N]``; TensorRT fuses it into the GEMM."""
         return self._node("Transpose", [weight], f"{weight.name}.by_column", perm=[1, 0])
 
     def _int4(self, linear: Linear) -> OnnxValue:
         """Dequantize ``[K,N]`` in blocks along K: the layout of TensorRT's weight-only INT4 GEMM."""
-        rows, columns, form = linear.outputs, linear.inputs, linear.format
+        rows, columns, fmt = linear.outputs, linear.inputs, linear.format
         values = self._plan(linear, "values", "int4", (columns, rows), by_column=True)
-        scales = self._plan(linear, "scales", "float16", (form.blocks(columns), rows), by_column=True)
+        scales = self._plan(linear, "scales", "float16", (fmt.blocks(columns), rows), by_column=True)
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
-        return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0, block_size=form.block_size)
+        return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0, block_size=fmt.block_size)
 
     def _int8(self, linear: Linear) -> OnnxValue:
         """Dequantize ``[N,K]`` with one scale per row."""
@@ -95,7 +96,7 @@ class TensorRTOperations(OnnxOperations):
         return gate * self._node("Sigmoid", [gate]) * up
 
     def if_any(self, positions: OnnxValue, then: Callable[[], OnnxValue], otherwise: OnnxValue) -> OnnxValue:
-        """``then()`` always: kernels of empty tensors are not launched, and a branch would end every fusion."""
+        """Return ``then()`` always: kernels of empty tensors are not launched, and a branch would prevent fusions."""
         return then()
 
     def put_rows(self, x: OnnxValue, positions: OnnxValue, rows: OnnxValue, update: OnnxValue) -> OnnxValue:
@@ -104,7 +105,7 @@ class TensorRTOperations(OnnxOperations):
     # Attention ----------------------------------------------------------------------------------------------
 
     def key_mask(self, patches: OnnxValue, text_mask: OnnxValue) -> OnnxValue:
-        """``[N,1,1,P+T]`` bool."""
+        """Return the attention mask ``[N,1,1,P+T]`` bool."""
         crops = self._node("Shape", [text_mask], start=0, end=1)
         shape = self.concat([crops, self.input(self.builder.constant([self.config.vision.patches]))], axis=0)
         ones = self._node("Expand", [self.builder.constant([[True]], "bool"), shape])
@@ -116,16 +117,16 @@ class TensorRTOperations(OnnxOperations):
         parts = [self._heads(x, heads, width // heads) for x in (q, k, v)]
         one = self.input(self.builder.constant([1]))
         rows = self.concat([one, one, self._node("Shape", [q], start=1, end=2), one], axis=0)
-        mask = self._node("Expand", [key_mask, rows])  # ONNX Runtime does not broadcast it over the queries
+        mask = self._node("Expand", [key_mask, rows])  # ONNX Runtime does not broadcast the mask over queries
         attended = self._node("Attention", [*parts, mask], scale=(width // heads) ** -0.5)
         return self._joined(attended, width)
 
     def _heads(self, x: OnnxValue, heads: int, dim: int) -> OnnxValue:
-        """``[B,L,heads*dim]`` -> ``[B,heads,L,dim]``."""
+        """Split heads: ``[B,L,heads*dim]`` -> ``[B,heads,L,dim]``."""
         return self._node("Transpose", [self._reshape(x, 0, 0, heads, dim)], perm=[0, 2, 1, 3])
 
     def _joined(self, x: OnnxValue, width: int) -> OnnxValue:
-        """``[B,heads,L,dim]`` -> ``[B,L,width]``."""
+        """Join heads: ``[B,heads,L,dim]`` -> ``[B,L,width]``."""
         return self._reshape(self._node("Transpose", [x], perm=[0, 2, 1, 3]), 0, 0, width)
 
     def causal_attention(self, qkv: OnnxValue, layer: int) -> OnnxValue:
@@ -141,14 +142,14 @@ class TensorRTOperations(OnnxOperations):
         return self._joined(attended, language.heads * dim)
 
     def _extended(self, name: str, new: OnnxValue) -> OnnxValue:
-        """The cache ``past.{name}`` with the new positions' rows written at ``write_index``."""
+        """Write the new tokens' rows into the cache ``past.{name}`` at ``write_index``."""
         present = f"present.{name}"
         inputs = [f"past.{name}", new.name, "write_index"]
         self.builder.node("TensorScatter", inputs, present, outputs=[present], axis=2)
         return self.input(present)
 
     def _causal_mask(self) -> OnnxValue:
-        """``[1,1,L,capacity]`` bool: whether a position may see a slot of the cache, made once for all layers."""
+        """Return the mask ``[1,1,L,capacity]`` bool of cache slots that a token attends to; one for all layers."""
         if self._mask is None:
             size = self._node("Shape", ["past.0.key"], start=2, end=3)
             stop = self._node("Squeeze", [size, self.builder.constant([0])])

@@ -1,1 +1,1 @@
-"""What FUSION computes, written once over a small set of operations, and their eager interpreter."""
+"""The FUSION model, written once over a small set of operations, and its eager interpreter."""

@@ -1,8 +1,8 @@
-"""FUSION, once: plain functions over the operations of :mod:`fusion_edge.export.model.operations`.
+"""The FUSION model as plain functions over the operations of :mod:`fusion_edge.export.model.operations`.
 
-The eager interpreter computes them with torch, the ONNX interpreter writes them down as graphs. Shapes are in
-the docstrings: N crops, B sequences, P patches of a crop, T text rows, L positions, R questions, q latents a
-question, W vision width, D hidden size. Formulas are those of FUSION.md, section numbers beside them.
+The eager interpreter computes them with torch; the lowerings emit them as ONNX graphs. Letters in shapes: N crops,
+B sequences, P patches of a crop, T text tokens, L tokens of a sequence, R questions, q latents per question, W vision
+width, D hidden size. Section numbers refer to ``docs/fusion-model.md``.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from fusion_edge.runtime.bundle.config import (
 
 @dataclass(frozen=True)
 class Alignment(Generic[T]):
-    """What the interaction layers need during prefill (section 5)."""
+    """Inputs of the interaction layers during prefill (section 5)."""
 
     latent_positions: T
-    """``[R, q]`` int64: rows of the latents among the flattened ``B * L`` rows."""
+    """``[R, q]`` int64: rows of the latents in the flattened ``[B * L, D]``."""
     question_positions: T
-    """``[R]`` int64: rows of the questions' last prompt token."""
+    """``[R]`` int64: row of each question's last prompt token."""
     keys: T
     """``[layers, q, 9, D]`` (or ``[layers * B, ...]`` when training on B images)."""
     values: T
-    """As ``keys``."""
+    """Like ``keys``."""
 
 
 # Vision encoder: section 2 ---------------------------------------------------------------------------------
 
 
 def vision_encoder(ops: Operations[T], config: FusionConfig, pixels: T, text_embeds: T, text_mask: T) -> T:
-    """Features of the patches: pixels ``[N,3,S,S]``, text ``[N,T,D]``, mask ``[N,T]`` -> ``[N,P,D]``.
+    """Encode crops: pixels ``[N,3,S,S]``, text ``[N,T,D]``, mask ``[N,T]`` -> features ``[N,P,D]``.
 
-    Global crops are encoded with T = 0, the local crop with the question's token embeddings.
+    Global crops have no text (T = 0); the local crop has the question's token embeddings.
     """
     patches = embed_patches(ops, config, pixels)
     rows = encode(ops, config, patches, project_text(ops, text_embeds), text_mask)
@@ -50,7 +50,10 @@ def vision_encoder(ops: Operations[T], config: FusionConfig, pixels: T, text_emb
 
 
 def embed_patches(ops: Operations[T], config: FusionConfig, pixels: T) -> T:
-    """Patch convolution, as a product over unfolded patches, and positions: ``[N,3,S,S]`` -> h_0 ``[N,P,W]``."""
+    """Embed patches and add position embeddings: ``[N,3,S,S]`` -> h_0 ``[N,P,W]``.
+
+    The patch convolution is a matmul over unfolded patches.
+    """
     vision = config.vision
     patches = ops.unfold(pixels, vision.grid, vision.patch_size)
     embedded = ops.linear(patches, "vision.patch_embedding", bias=True)
@@ -58,12 +61,12 @@ def embed_patches(ops: Operations[T], config: FusionConfig, pixels: T) -> T:
 
 
 def project_text(ops: Operations[T], embeds: T) -> T:
-    """``aux_projector``: LLM input embeddings ``[N,T,D]`` -> vision rows ``[N,T,W]``."""
+    """Project token embeddings into the vision encoder (``aux_projector``): ``[N,T,D]`` -> ``[N,T,W]``."""
     return _projector(ops, embeds, "vision.text_projector")
 
 
 def project_vision(ops: Operations[T], rows: T) -> T:
-    """``mm_projector``: ``[...,3W]`` -> ``[...,D]``."""
+    """Project vision features into the LLM (``mm_projector``): ``[...,3W]`` -> ``[...,D]``."""
     return _projector(ops, rows, "vision.projector")
 
 
@@ -73,9 +76,9 @@ def _projector(ops: Operations[T], x: T, name: str) -> T:
 
 
 def encode(ops: Operations[T], config: FusionConfig, patches: T, text: T, text_mask: T) -> T:
-    """The transformer over patch and text rows: ``[N,P,W]``, ``[N,T,W]`` -> ``[N,P+T,3W]``.
+    """Run the vision transformer over patches and text: ``[N,P,W]``, ``[N,T,W]`` -> ``[N,P+T,3W]``.
 
-    The three parts are h_n and the means of the hidden states that enter the layers of either half.
+    The output concatenates the last hidden state and the mean input of the layers of each half.
     """
     mask = ops.key_mask(patches, text_mask)
     states = [ops.concat([patches, text], axis=1)]
@@ -85,7 +88,7 @@ def encode(ops: Operations[T], config: FusionConfig, patches: T, text: T, text_m
 
 
 def vision_layer(ops: Operations[T], config: FusionConfig, states: Sequence[T], mask: T, i: int) -> list[T]:
-    """Layer ``i``: rows ``[N,P+T,W]`` and the sums so far of the inputs of either half's layers, up to two as large."""
+    """Run layer ``i``. ``states`` are ``[N,P+T,W]`` each: the hidden state and the sum of layer inputs of each half."""
     half = config.vision.layers // 2
     x, *sums = states
     if i < 2 * half:
@@ -94,14 +97,14 @@ def vision_layer(ops: Operations[T], config: FusionConfig, states: Sequence[T], 
 
 
 def vision_features(ops: Operations[T], config: FusionConfig, states: Sequence[T]) -> T:
-    """What the last layer left: three of ``[N,P+T,W]`` -> ``[N,P+T,3W]``."""
+    """Concatenate the last hidden state and both means: three of ``[N,P+T,W]`` -> ``[N,P+T,3W]``."""
     half = config.vision.layers // 2
     x, *sums = states
     return ops.concat([x, *(ops.scale(total, 1 / half) for total in sums)], axis=-1)
 
 
 def _vision_layer(ops: Operations[T], config: FusionConfig, x: T, mask: T, name: str, text_is_uniform: bool) -> T:
-    """One pre-LN layer. In the first half text rows attend to every row alike, masked ones too (section 2)."""
+    """Run a pre-LN layer. In the first half, text tokens attend uniformly to all rows, also masked ones (section 2)."""
     normed = ops.layer_norm(x, f"{name}.attention_norm", VISION_NORM_EPS)
     qkv = ops.linear(normed, f"{name}.attention.qkv", bias=True)
     attended = ops.self_attention(qkv, VISION_HEADS, mask, config.vision.patches if text_is_uniform else None)
@@ -109,13 +112,13 @@ def _vision_layer(ops: Operations[T], config: FusionConfig, x: T, mask: T, name:
     return x + ops.gelu_mlp(ops.layer_norm(x, f"{name}.mlp_norm", VISION_NORM_EPS), f"{name}.mlp")
 
 
-# Alignment decoder: section 3 and the image's part of section 5 ---------------------------------------------
+# Alignment decoder: section 3 and the image part of section 5 ------------------------------------------------
 
 
 def alignment_decoder(
     ops: Operations[T], config: FusionConfig, features: T, latent_cells: T, context_cells: T
 ) -> tuple[T, T, T]:
-    """What depends on the image alone: features ``[4B,P,D]`` -> latents ``[B,q,D]``, keys and values.
+    """Compute what depends only on the image: features ``[4B,P,D]`` -> latents ``[B,q,D]``, keys and values.
 
     Keys and values are ``[layers * B, q, 9, D]``. The cells are the tables of
     :func:`fusion_edge.runtime.images.grids.pooling_cells` for sqrt(q) and for window * sqrt(q) cells.
@@ -126,7 +129,7 @@ def alignment_decoder(
 
 
 def pool_image(ops: Operations[T], config: FusionConfig, features: T, latent_cells: T, context_cells: T) -> tuple[T, T]:
-    """Adaptive max pools of the global map (section 3): latents ``[B,q,D]``, windows ``[B,q,9,D]``."""
+    """Max-pool the global map adaptively (section 3). Returns latents ``[B,q,D]`` and windows ``[B,q,9,D]``."""
     image = ops.global_map(features, config.vision.grid)
     latents = ops.windows(ops.pool(image, latent_cells), 1)
     windows = ops.windows(ops.pool(image, context_cells), config.alignment.window_size)
@@ -134,7 +137,7 @@ def pool_image(ops: Operations[T], config: FusionConfig, features: T, latent_cel
 
 
 def context_keys_values(ops: Operations[T], k: int, windows: T) -> tuple[T, T]:
-    """Keys and values of interaction layer ``k``: windows ``[B,q,9,D]`` -> two of ``[B,q,9,D]`` (section 5)."""
+    """Compute keys and values of interaction layer ``k`` from windows, all ``[B,q,9,D]`` (section 5)."""
     name = f"alignment.layers.{k}"
     context = ops.linear(windows, f"{name}.context")
     keys = ops.linear(ops.layer_norm(context, f"{name}.key_norm", ALIGNMENT_NORM_EPS), f"{name}.key")
@@ -146,14 +149,14 @@ def context_keys_values(ops: Operations[T], k: int, windows: T) -> tuple[T, T]:
 
 
 def llm(ops: Operations[T], config: FusionConfig, embeddings: T, alignment: Alignment[T]) -> T:
-    """Embeddings ``[1,L,D]`` -> logits of the last position ``[1,V]``."""
+    """Compute the logits of the last token: embeddings ``[1,L,D]`` -> ``[1,V]``."""
     return logits(ops, config, ops.last_row(decoder(ops, config, embeddings, alignment)))
 
 
 def decoder(ops: Operations[T], config: FusionConfig, x: T, alignment: Alignment[T] | None) -> T:
-    """All decoder layers: ``[B,L,D]`` -> ``[B,L,D]`` before the final norm; None leaves the latents alone.
+    """Run all decoder layers: ``[B,L,D]`` -> ``[B,L,D]`` before the final norm.
 
-    A decode step has no latents, and skips the interaction layers.
+    Without ``alignment``, or without latents as in a decode step, the interaction layers are skipped.
     """
     for i in range(config.language.layers):
         x = decoder_layer(ops, config, x, i)
@@ -165,7 +168,7 @@ def decoder(ops: Operations[T], config: FusionConfig, x: T, alignment: Alignment
 
 
 def decoder_layer(ops: Operations[T], config: FusionConfig, x: T, i: int) -> T:
-    """One Phi-3 or Llama layer."""
+    """Run one Phi-3 or Llama layer: ``[B,L,D]`` -> ``[B,L,D]``."""
     name, eps = f"llm.layers.{i}", config.language.norm_eps
     qkv = ops.linear(ops.rms_norm(x, f"{name}.attention_norm", eps), f"{name}.attention.qkv")
     x = x + ops.linear(ops.causal_attention(qkv, i), f"{name}.attention.out")
@@ -175,9 +178,9 @@ def decoder_layer(ops: Operations[T], config: FusionConfig, x: T, i: int) -> T:
 
 
 def interaction_layer(ops: Operations[T], config: FusionConfig, x: T, k: int, alignment: Alignment[T]) -> T:
-    """Rewrite the latents of every question by interaction layer ``k``: ``[B,L,D]`` -> ``[B,L,D]``.
+    """Update the latents of every question with interaction layer ``k``: ``[B,L,D]`` -> ``[B,L,D]``.
 
-    ``proj_in`` of the concatenation is the sum of two products, so the question's row is projected once.
+    ``proj_in`` of the concatenation is the sum of two matmuls, so that the question's row is projected once.
     """
     name = f"alignment.layers.{k}"
     questions = ops.linear(ops.take_rows(x, alignment.question_positions), f"{name}.question_in")
@@ -193,5 +196,5 @@ def interaction_layer(ops: Operations[T], config: FusionConfig, x: T, k: int, al
 
 
 def logits(ops: Operations[T], config: FusionConfig, rows: T) -> T:
-    """Final norm and ``lm_head``: ``[...,D]`` -> ``[...,V]``."""
+    """Apply the final norm and ``lm_head``: ``[...,D]`` -> ``[...,V]``."""
     return ops.linear(ops.rms_norm(rows, "llm.norm", config.language.norm_eps), "llm.lm_head")

@@ -1,7 +1,7 @@
 """The eager interpreter: FUSION computed with torch.
 
-It is the reference of every numerical test, trains the demo model, and calibrates (override
-:meth:`EagerOperations.linear` to watch the inputs of every product).
+It is the reference of every numerical test, trains the demo model, and runs calibration: a subclass that overrides
+:meth:`EagerOperations.linear` observes the inputs of every linear.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_edge.export.model.operations import self_attention_by_parts
+from fusion_edge.export.model.operations import decomposed_self_attention
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.quant.observer import fake_quantize
 from fusion_edge.runtime.bundle.config import FusionConfig
 
 
 class KeyValueCache:
-    """Keys and values of every LLM layer, ``[B,kv_heads,positions,head_dim]`` each."""
+    """Keys and values of every LLM layer, ``[B,kv_heads,L,head_dim]`` each."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append along the position axis; all keys and values so far."""
+        """Append new tokens. Returns all keys and values of the layer so far."""
         if layer in self.layers:
             before = self.layers[layer]
             keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
@@ -44,9 +44,9 @@ class EagerOperations:
         cache: KeyValueCache | None = None,
         activation_quantization: Callable[[str], ActivationQuantization | None] | None = None,
     ) -> None:
-        """``get`` returns the parameter of a name; without a cache every call starts at position 0.
+        """``get`` returns the parameter of a name. Without a cache every call starts at position 0.
 
-        ``activation_quantization`` tells how the inputs of a linear are rounded, None if they are not.
+        ``activation_quantization`` returns the quantization of a linear's activations, None if they stay float.
         """
         self.config = config
         self.get = get
@@ -57,8 +57,8 @@ class EagerOperations:
         return self.get(name)
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
-        grid = self.activation_quantization(name) if self.activation_quantization is not None else None
-        x = x if grid is None else fake_quantize(x, grid)
+        quantization = self.activation_quantization(name) if self.activation_quantization is not None else None
+        x = x if quantization is None else fake_quantize(x, quantization)
         return F.linear(x, self.get(f"{name}.weight"), self.get(f"{name}.bias") if bias else None)
 
     def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
@@ -109,7 +109,7 @@ class EagerOperations:
         return F.pad(text_mask.bool(), (patches.shape[1], 0), value=True)
 
     def self_attention(self, qkv: Tensor, heads: int, key_mask: Tensor, patches: int | None) -> Tensor:
-        return self_attention_by_parts(self, qkv, heads, key_mask, patches)
+        return decomposed_self_attention(self, qkv, heads, key_mask, patches)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor) -> Tensor:
         def per_head(x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class EagerOperations:
         return attended.transpose(1, 2).reshape(batch, length, -1)
 
     def heads(self, qkv: Tensor, layer: int) -> list[Tensor]:
-        """Queries, keys and values ``[B,heads,L,dim]`` of an LLM layer, those that are compared rotated."""
+        """Split ``qkv`` of an LLM layer into queries, keys and values ``[B,heads,L,dim]``; rotate the first two."""
         language = self.config.language
         sizes = [n * language.head_dim for n in (language.heads, language.kv_heads, language.kv_heads)]
         q, k, v = (
@@ -157,7 +157,7 @@ class EagerOperations:
         return [self._rotate(q, past), self._rotate(k, past), v]
 
     def _rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary embedding of ``[B,heads,L,dim]``, halves rotated (as in Llama), from position ``start``."""
+        """Apply rotary embeddings to ``[B,heads,L,dim]`` from position ``start``, rotating halves like Llama."""
         language = self.config.language
         positions = torch.arange(start, start + x.shape[2], dtype=torch.float64, device=x.device)
         frequencies = torch.tensor(language.rotary_inverse_frequencies, dtype=torch.float64, device=x.device)

@@ -1,1 +1,1 @@
-"""What an export will write: options, targets, formats of weights, files and memory."""
+"""The plan of an export: options, targets, formats of weights, files and memory."""

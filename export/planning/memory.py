@@ -1,4 +1,4 @@
-"""How much memory a bundle takes where it runs, told before it is written."""
+"""Estimate of a bundle's size, and of its memory where it runs, before it is written."""
 
 from __future__ import annotations
 
@@ -8,49 +8,41 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.backends.tensorrt import memory_estimate
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, VISION_HEADS
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
 PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8}
-"""Of stored integers."""
+"""Bits of a stored integer, by numpy dtype name."""
 FLOAT_BYTES = 4
-ARENA_GROWTH = 2
-"""ONNX Runtime's arenas grow by doubling (a 3B bundle, int8 cache of 1,100 positions, took 4.60 GB; this says 4.81)."""
-SCALE_COPIES = 3
-"""What ONNX Runtime's MatMulNBits keeps of each scale on a CPU: itself, a packed copy, the sum of its block (measured).
-
-Our own kernels keep none; this counts what a CPU without them takes.
-"""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes."""
+    """Sizes in bytes."""
 
     graphs: Mapping[str, int]
-    """Size in the bundle, by graph, and of the embedding table."""
+    """Size in the bundle of each graph and of the embedding table."""
     bundle: int
     weights: int
-    """All weights of the three graphs as they stay in memory, and the pages of the embedding table."""
+    """Weights of the three graphs in memory, and the pages of the embedding table."""
     key_value_cache: int
-    """Full context; filled as the conversation grows."""
+    """KV cache of a full context. It fills as the conversation grows."""
     alignment_cache: int
-    """One image's features, latents, keys and values at the default query length."""
+    """Features, latents, keys and values of one image at the default query length."""
     activations: int
-    """Intermediate arrays: of the graph that needs most, where they share memory; on CUDA of all."""
+    """Intermediate arrays: those of the largest graph if graphs share memory, else of all."""
     runtime: int
-    """The Python process with its libraries, and of TensorRT a CUDA context."""
+    """The Python process with its libraries, and the device context if there is one."""
 
     @property
     def peak(self) -> int:
-        """Everything at once."""
+        """Sum of everything in memory."""
         return self.runtime + self.weights + self.key_value_cache + self.alignment_cache + self.activations
 
 
 def estimate(plan: ExportPlan) -> Estimate:
-    """Sizes and memory of a planned bundle; formulas in the functions below."""
+    """Return the sizes of a planned bundle."""
     graphs = {file.name.removesuffix(".data"): file.size for file in plan.data_files}
     for name, content in plan.small_files.items():
         if name.endswith(".onnx"):
@@ -62,7 +54,7 @@ def estimate(plan: ExportPlan) -> Estimate:
         key_value_cache=_key_value_cache(plan),
         alignment_cache=_alignment_cache(plan),
         activations=_activations(plan),
-        runtime=RUNTIME_BYTES + (memory_estimate.RUNTIME_BYTES if plan.options.target == "tensorrt" else 0),
+        runtime=RUNTIME_BYTES + plan.options.target.context_bytes,
     )
 
 
@@ -71,9 +63,9 @@ def _item(dtype: str) -> int:
 
 
 def _weights(plan: ExportPlan) -> int:
-    """Quantized values as they are stored; floats in the activations' type; scales as the kernels keep them."""
-    wide = _item(plan.settings.activations)
-    scale = wide * (SCALE_COPIES if plan.options.target == "cpu" else 1)
+    """Return the memory of weights: integers as stored, floats in the activations' dtype, scales with their copies."""
+    wide = _item(plan.options.activations)
+    scale = wide * plan.options.target.scale_copies
     total = 0
     for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
         count = int(np.prod(tensor.shape, dtype=np.int64))
@@ -84,7 +76,7 @@ def _weights(plan: ExportPlan) -> int:
 
 
 def _key_value_cache(plan: ExportPlan) -> int:
-    return plan.config.language.cache_values * plan.settings.max_context * _item(plan.settings.cache)
+    return plan.config.language.cache_values * plan.options.max_context * _item(plan.options.cache)
 
 
 def _alignment_cache(plan: ExportPlan) -> int:
@@ -92,22 +84,19 @@ def _alignment_cache(plan: ExportPlan) -> int:
     rows = config.alignment.layers * 2 * q * config.alignment.window_size**2 + q
     features = GLOBAL_CROPS * config.vision.patches
     crop = 3 * IMAGE_SIZE**2
-    pixels = (GLOBAL_CROPS + 1) * crop + crop * FLOAT_BYTES  # all crops as bytes, the local one as floats
-    return (rows + features) * config.language.hidden_size * _item(plan.settings.activations) + pixels
+    pixels = (GLOBAL_CROPS + 1) * crop + crop * FLOAT_BYTES  # all crops as bytes, the local crop as floats
+    return (rows + features) * config.language.hidden_size * _item(plan.options.activations) + pixels
 
 
 def _activations(plan: ExportPlan) -> int:
-    """The three sessions' arenas: of four crops, of keys and values, of a full prompt."""
+    """Return the memory of intermediate arrays: of four crops, of keys and values, of a full prompt."""
     config = plan.config
-    if plan.options.target == "tensorrt":
-        return memory_estimate.activation_bytes(config, plan.settings.max_context)
     vision, language, patches = config.vision, config.language, GLOBAL_CROPS * config.vision.patches
     tower = patches * (6 * vision.width + 2 * vision.mlp_width + VISION_HEADS * vision.patches)
     windows = plan.options.query_lengths[0] * config.alignment.window_size**2
     pairs = windows * language.hidden_size * (2 * config.alignment.layers + 4)
-    layer = plan.settings.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
-    # MatMulBnb4 computes with the dequantized weight.
+    layer = plan.options.max_context * (3 * language.hidden_size + 4 * language.mlp_width)
+    # MatMulBnb4 dequantizes the whole weight.
     sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
-    needs = (tower, pairs, layer + max(sizes, default=0))
-    together = max(needs) if plan.options.target == "cpu" else sum(needs)
-    return ARENA_GROWTH * together * _item(plan.settings.activations)
+    elements = (tower, pairs, layer + max(sizes, default=0))
+    return plan.options.target.activation_bytes(config, plan.options.max_context, elements)

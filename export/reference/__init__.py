@@ -1,1 +1,1 @@
-"""The reference that backends and bundles are compared with."""
+"""Reference: the eager interpreter as a backend, and the weights of a bundle."""

@@ -1,6 +1,6 @@
-"""The weights of a bundle, dequantized: what its graphs compute with.
+"""Dequantized weights of a bundle: those that its graphs compute with.
 
-The eager interpreter on these tells graph errors from quantization errors: bundle and eager interpreter must agree.
+The eager interpreter with these weights must agree with the bundle; this tells graph errors from quantization errors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fusion_edge.export.checkpoint.tensor_mapping import Parameter, parameters
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import embedding_file
+from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.dequantize_linear import from_dequantize_linear
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, ActivationQuantization, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
@@ -30,7 +31,7 @@ class BundleWeights:
     """See :class:`fusion_edge.export.checkpoint.weights.Weights`."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Reads the graphs' structure; weights are read when they are asked for."""
+        """Read the structure of the graphs. Weights are read on demand."""
         self.parameters: Mapping[str, Parameter] = parameters(bundle.manifest.model)
         self._bundle = bundle
         self._tensors: dict[tuple[str, Part], tuple[str, PlannedTensor]] = {}
@@ -40,29 +41,29 @@ class BundleWeights:
         self._add(EMBEDDINGS, *table.tensors)
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows of a parameter, float32 ``[stop-start, ...]``."""
+        """Return rows of a parameter, float32 ``[stop-start, ...]``."""
         values = self._read(name, "values", start, stop)
         tensor = self._tensors[name, "values"][1]
-        form = tensor.format
-        if not form.is_quantized:
+        fmt = tensor.format
+        if not fmt.is_quantized:
             return values.astype(np.float32)
         if tensor.is_for_dequantize_linear:
-            packed = from_dequantize_linear(values.view(np.uint8), self._read(name, "scales", start, stop), form)
-            return self._in_place(name, dequantize(packed, form, self.parameters[name].shape[1]))
+            packed = from_dequantize_linear(values.view(np.uint8), self._read(name, "scales", start, stop), fmt)
+            return self._in_column_order(name, dequantize(packed, fmt, self.parameters[name].shape[1]))
         inputs = self.parameters[name].shape[1]
-        shape = form.packed_shape(stop - start, inputs)
+        shape = fmt.packed_shape(stop - start, inputs)
         scales = self._read(name, "scales", start, stop).reshape(shape[:2])
-        zero_points = None if form.is_symmetric else self._read(name, "zero_points", start, stop)
+        zero_points = None if fmt.is_symmetric else self._read(name, "zero_points", start, stop)
         packed = Packed(values.view(np.uint8).reshape(shape), scales, zero_points)
-        return self._in_place(name, dequantize(packed, form, inputs))
+        return self._in_column_order(name, dequantize(packed, fmt, inputs))
 
-    def _in_place(self, name: str, stored: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Columns as they are numbered, of rows whose columns may be stored in another order."""
+    def _in_column_order(self, name: str, stored: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return rows with their columns in order; a bundle may store columns in another order."""
         if (name, "columns") not in self._tensors:
             return stored
-        in_place = np.empty_like(stored)
-        in_place[:, self._read(name, "columns", 0, stored.shape[1])] = stored
-        return in_place
+        ordered = np.empty_like(stored)
+        ordered[:, self._read(name, "columns", 0, stored.shape[1])] = stored
+        return ordered
 
     def activation_quantization(self, linear: str) -> ActivationQuantization | None:
         """See :meth:`Weights.activation_quantization`."""
@@ -78,9 +79,9 @@ class BundleWeights:
         return WeightFormat.parse(self._bundle.manifest.weights[name], sizes=STORED_GROUP_SIZES)
 
     def _read_graph(self, graph: str) -> None:
-        """Note where every initializer of the graph's data file lies."""
+        """Record the position of every initializer in the graph's data file."""
         model = onnx.load(self._bundle.path(graph_file(graph)), load_external_data=False)
-        is_standard = self._bundle.manifest.target == "tensorrt"
+        lowering = TARGETS[self._bundle.manifest.target].lowering
         for initializer in model.graph.initializer:
             place = {entry.key: entry.value for entry in initializer.external_data}
             last = initializer.name.rpartition(".")[2]
@@ -90,11 +91,11 @@ class BundleWeights:
                 continue
             dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).name
             array = self.parameters[parameter]
-            form = WeightFormat("fp32") if array.kind == "float" else self._format(array.linear)
+            fmt = WeightFormat("fp32") if array.kind == "float" else self._format(array.linear)
             shape, offset = tuple(initializer.dims), int(place["offset"])
             name = initializer.name
-            by_column = is_standard and form.bits == 4 and len(shape) == 2
-            tensor = PlannedTensor(name, parameter, part, form, dtype, shape, offset, by_column=by_column)
+            by_column = lowering.stores_int4_by_column and fmt.bits == 4 and len(shape) == 2
+            tensor = PlannedTensor(name, parameter, part, fmt, dtype, shape, offset, by_column=by_column)
             self._add(data_file(graph), tensor)
 
     def _add(self, file: str, *tensors: PlannedTensor) -> None:

@@ -1,4 +1,4 @@
-"""The eager interpreter as a backend of the runtime: the reference that every other backend is compared with."""
+"""The eager interpreter as a backend of the runtime: the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fusion_edge.export.checkpoint.weights import CheckpointWeights, Weights, re
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.model.eager import EagerOperations, KeyValueCache
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
@@ -28,7 +29,7 @@ from fusion_edge.runtime.bundle.manifest import TOKENIZER
 
 
 class EagerBackend:
-    """See :class:`fusion_edge.runtime.backends.base.Backend`. Computes in float32 on the CPU unless told otherwise."""
+    """A :class:`~fusion_edge.runtime.backends.base.Backend` in torch; by default in float32 on the CPU."""
 
     name = "eager"
 
@@ -52,7 +53,7 @@ class EagerBackend:
         return self._tensor(np.array(read_parameter(self._weights, name)))
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
-        """On the device, numbers with a point in the type that is computed in."""
+        """Move an array to the device; floats get the backend's dtype."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
@@ -61,11 +62,11 @@ class EagerBackend:
         return floats
 
     def embed(self, token_ids: Integers) -> Floats:
-        """LLM input embeddings ``[n,D]``: stands in for the bundle's table."""
+        """Return the LLM's input embeddings ``[n,D]``, from the weights instead of a bundle's table."""
         return self._floats(self.parameter(f"{EMBEDDING}.weight")[self._tensor(token_ids)])
 
     def operations(self) -> EagerOperations:
-        """The interpreter over these weights and the current KV cache."""
+        """Return the interpreter with these weights and the current KV cache."""
         return EagerOperations(self.config, self.parameter, self._cache, self._activation_quantization)
 
     @torch.inference_mode()
@@ -96,7 +97,7 @@ class EagerBackend:
         return self._logits(self.hidden(embeddings, alignment))
 
     def hidden(self, embeddings: Floats, alignment: Alignment[Tensor] | None) -> Tensor:
-        """Hidden states ``[1,L,D]`` before the final norm, appended to the KV cache."""
+        """Return hidden states ``[1,L,D]`` before the final norm. Appends to the KV cache."""
         return architecture.decoder(self.operations(), self.config, self._tensor(embeddings)[None], alignment)
 
     @torch.inference_mode()
@@ -118,9 +119,9 @@ class EagerBackend:
 def open_checkpoint(
     folder: Path, backend: type[EagerBackend] = EagerBackend, image_tokens: int | None = None
 ) -> Iterator[Fusion]:
-    """A checkpoint, asked through the runtime like a bundle, all its query lengths offered.
+    """Open a checkpoint as a :class:`Fusion`, without an export. Offers all query lengths.
 
-    ``image_tokens`` as of ``fusion-export``. Raises :class:`FusionError` for a checkpoint that cannot be read.
+    ``image_tokens`` is that of ``fusion-export``. Raises :class:`FusionError` for a checkpoint that cannot be read.
     """
     with Checkpoint(folder) as checkpoint:
         plan = plan_export(checkpoint, ExportOptions(precision="fp32", image_tokens=image_tokens))

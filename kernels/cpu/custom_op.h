@@ -120,13 +120,15 @@ class Attributes {
     const KernelInfo* info_;
 };
 
-// A body that several threads of ONNX Runtime run. Exceptions must not leave them: the first one is kept.
+// A body that several threads of ONNX Runtime run. Exceptions must not leave them: the first one is kept as a status.
+// (std::exception_ptr needs a libstdc++ newer than that of manylinux_2_28.)
 struct Task {
+    const char* node;
     const std::function<void(size_t)>& body;
     std::mutex mutex;
-    std::exception_ptr error;
+    Status* error = nullptr;
 
-    explicit Task(const std::function<void(size_t)>& body) : body(body) {}
+    Task(const char* node, const std::function<void(size_t)>& body) : node(node), body(body) {}
 
     static void run(void* data, size_t index) {
         Task& task = *static_cast<Task*>(data);
@@ -134,7 +136,7 @@ struct Task {
             task.body(index);
         } catch (...) {
             const std::lock_guard<std::mutex> lock(task.mutex);
-            if (!task.error) task.error = std::current_exception();
+            if (!task.error) task.error = to_status(task.node, [] { throw; });
         }
     }
 };
@@ -206,9 +208,9 @@ class Context {
         return [this](size_t count, const std::function<void(size_t)>& body) {
             if (count == 0) return;
             if (count == 1) return body(0);
-            Task task{body};
+            Task task{node_, body};
             check(api->parallel_for(context_, Task::run, count, count, &task));
-            if (task.error) std::rethrow_exception(task.error);
+            check(task.error);
         };
     }
 

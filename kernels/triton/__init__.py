@@ -1,1 +1,1 @@
-"""The recursive alignment's kernels in Triton, and their ahead-of-time compilation."""
+"""Triton kernels of the recursive alignment, and their ahead-of-time compilation to PTX."""

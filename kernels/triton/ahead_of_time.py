@@ -1,10 +1,10 @@
-"""Compile the recursive alignment's kernels to PTX for every GPU that engines are built for; no GPU is needed.
+"""Compile the recursive alignment's kernels to PTX for every GPU that engines are built for. Needs no GPU.
 
     python -m fusion_edge.kernels.triton.ahead_of_time --output FOLDER
 
-An engine carries the PTX, so the robot needs neither Triton nor Python for it; built with ``fusion-build --kernels
-FOLDER``, it is built without Triton, too. Registers, shared memory and spills are
-those that NVIDIA's own assembler (the one in Triton's wheel) reports.
+An engine holds the PTX, so the device needs neither Triton nor Python to run it. ``fusion-build --kernels FOLDER`` also
+builds engines without Triton. Registers, shared memory and spills are as reported by NVIDIA's assembler (the one in
+Triton's wheel).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.kernels.triton.kernel_folder import Compiled, Entry, write_index
+from fusion_edge.kernels.triton.kernel_folder import CompiledKernel, KernelEntry, write_index
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
@@ -39,26 +39,28 @@ ARCHITECTURES = {
     "110": JETPACK_7,
     "120": JETPACK_7,
 }
-"""PTX ISA by compute capability: 8.5 is what JetPack 6.2's driver (CUDA 12.6) reads, 9.0 what JetPack 7's (CUDA 13)
-does; 11.0 (Thor) is not known to an earlier one, 12.0 from 8.7 on.
+"""PTX ISA version by compute capability.
+
+JetPack 6.2's driver (CUDA 12.6) reads up to 8.5, JetPack 7's (CUDA 13) up to 9.0. Compute capability 11.0 (Thor) needs
+9.0, and 12.0 needs 8.7.
 """
-CONTEXT = 9  # rows of a window of 3 x 3, that of every released model
-WIDTHS = (3072, 4096)  # 3B, 8B
-THREADS_OF_A_WARP = 32
+CONTEXT_ROWS = 9  # a window of 3 x 3, as in every released model
+HIDDEN_SIZES = (3072, 4096)  # 3B, 8B
+WARP_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Built:
-    """A kernel for one GPU, and what it takes of that."""
+class BuiltKernel:
+    """A kernel for one GPU and its resources."""
 
-    entry: Entry
+    entry: KernelEntry
     registers: int
-    """Of a thread."""
+    """Registers per thread."""
     spilled_bytes: int
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write")
@@ -66,10 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--architecture",
         action="append",
         choices=ARCHITECTURES,
-        help="compute capability without its dot, repeatable (default: all)",
+        help="compute capability without the dot, as 87; repeatable (default: all)",
     )
     add("--width", type=positive_integer, action="append", help="hidden size, repeatable (default: 3072 and 4096)")
-    add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the values (default: %(default)s)")
+    add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="element type (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
     return run_command(_main, parser.parse_args(arguments))
 
@@ -78,12 +80,12 @@ def _main(options: argparse.Namespace) -> int:
     try:
         import triton  # noqa: F401
     except ImportError:
-        raise FusionError("Triton is not installed; pip install 'fusion-edge[kernels]'.") from None
-    widths = options.width or WIDTHS
+        raise FusionError("Triton is not installed; run pip install '.[kernels]' in a clone of fusion-edge.") from None
+    widths = options.width or HIDDEN_SIZES
     for width in widths:
         if width % ALIGNMENT_HEADS:
             heads = ALIGNMENT_HEADS
-            raise UsageError(f"--width {width} cannot be cut into {heads} heads; use a multiple of {heads}.")
+            raise UsageError(f"--width {width} cannot be split into {heads} heads; use a multiple of {heads}.")
     options.output.mkdir(parents=True, exist_ok=True)
     built = [
         build(options.output, kernel, architecture, width, options.dtype)
@@ -110,15 +112,15 @@ def _main(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel of recursive_alignment.py is called with: inputs, 32-bit integers, its output, constants."""
+    """Parameters of a kernel of recursive_alignment.py: inputs, 32-bit integers, the output, constants."""
 
     inputs: tuple[str, ...]
     integers: tuple[str, ...]
     constants: Callable[[int], dict[str, float]]
-    """Of a hidden size."""
+    """Return the constants for a hidden size."""
 
     def types(self, dtype: str) -> dict[str, str]:
-        """Triton's type of each parameter, in their order."""
+        """Return Triton's type of each parameter but the constants, in order."""
         values = dict.fromkeys(self.inputs, f"*{dtype}") | dict.fromkeys(self.integers, "i32") | {"output": f"*{dtype}"}
         return {name: "*i64" if name == "positions" else kind for name, kind in values.items()}
 
@@ -127,7 +129,12 @@ def _attention_constants(width: int) -> dict[str, float]:
     from triton import next_power_of_2
 
     dim = width // ALIGNMENT_HEADS
-    return {"CONTEXT": CONTEXT, "DIM": dim, "WINDOW": next_power_of_2(CONTEXT), "COLUMNS": next_power_of_2(dim)}
+    return {
+        "CONTEXT": CONTEXT_ROWS,
+        "DIM": dim,
+        "WINDOW": next_power_of_2(CONTEXT_ROWS),
+        "COLUMNS": next_power_of_2(dim),
+    }
 
 
 def _norm_constants(width: int) -> dict[str, float]:
@@ -147,10 +154,10 @@ KERNELS = {
 }
 
 
-def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
-    """A kernel of :data:`KERNELS` for one of :data:`ARCHITECTURES`; dtype is fp16, bf16 or fp32.
+def compile_kernel(kernel: str, architecture: str, width: int, dtype: str) -> CompiledKernel:
+    """Compile a kernel of :data:`KERNELS` for one of :data:`ARCHITECTURES`; ``dtype`` is fp16, bf16 or fp32.
 
-    Raises :class:`FusionError` if it needs memory that only Triton's own launcher gives it.
+    Raises :class:`FusionError` if the kernel needs scratch memory, which only Triton's launcher allocates.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -161,29 +168,29 @@ def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled
     types, values = KERNELS[kernel].types(dtype), KERNELS[kernel].constants(width)
     function: Any = getattr(recursive_alignment, f"{kernel}_kernel")
     signature = types | dict.fromkeys(values, "constexpr")
-    # Tensors start at multiples of 16 bytes, so that a thread may load 16 bytes at once.
+    # Tensors are aligned to 16 bytes, so a thread may load 16 bytes at once.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
     constants = {(function.arg_names.index(name),): value for name, value in values.items()}
     source = ASTSource(function, signature, constants, aligned)
     major, minor = ARCHITECTURES[architecture]
-    target = GPUTarget("cuda", int(architecture), THREADS_OF_A_WARP)
+    target = GPUTarget("cuda", int(architecture), WARP_SIZE)
     options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": True}
-    built = triton.compile(source, target=target, options=options)
-    ptx = without_scratch(without_debug_information(built.asm["ptx"]), len(types))
-    return Compiled(built.metadata.name, ptx, built.metadata.num_warps * THREADS_OF_A_WARP, built.metadata.shared)
+    binary = triton.compile(source, target=target, options=options)
+    ptx = strip_scratch_parameters(strip_debug_info(binary.asm["ptx"]), len(types))
+    return CompiledKernel(binary.metadata.name, ptx, binary.metadata.num_warps * WARP_SIZE, binary.metadata.shared)
 
 
-def without_debug_information(ptx: str) -> str:
-    """The PTX without line numbers and the paths of source files, which no engine needs to carry."""
+def strip_debug_info(ptx: str) -> str:
+    """Return the PTX without line numbers and source paths, which engines do not need."""
     code = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}", "", ptx, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"^\s*\.(file|loc)\b.*\n", "", code, flags=re.MULTILINE)
 
 
-def without_scratch(ptx: str, parameters: int) -> str:
-    """The PTX with its entry point's first ``parameters`` parameters alone.
+def strip_scratch_parameters(ptx: str, parameters: int) -> str:
+    """Return the PTX with only the first ``parameters`` parameters of its entry point.
 
-    Triton appends two pointers, to scratch memory and to that of its profiler. Whoever launches the PTX by itself
-    would have to pass them, and TensorRT passes none but a kernel's own. Raises :class:`FusionError` if they are read.
+    Triton appends two pointers: scratch memory and profiler memory. TensorRT passes a kernel's own parameters only.
+    Raises :class:`FusionError` if the kernel reads the appended ones.
     """
     entry = re.search(r"\.entry\s+\w+\s*\(([^)]*)\)", ptx)
     assert entry is not None
@@ -191,22 +198,26 @@ def without_scratch(ptx: str, parameters: int) -> str:
     for scratch in declared[parameters:]:
         name = scratch.split()[-1]
         if re.search(rf"\b{name}\b", ptx[entry.end() :]):
-            raise FusionError(f"A kernel reads Triton's scratch memory ({name}), which nothing but Triton gives it.")
+            raise FusionError(
+                f"A kernel reads Triton's scratch memory ({name}), which only Triton's launcher allocates."
+            )
     return ptx[: entry.start(1)] + ",".join(declared[:parameters]).rstrip() + "\n" + ptx[entry.end(1) :]
 
 
-def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) -> Built:
-    """Compile one kernel and write its PTX. Raises :class:`FusionError` if the assembler refuses it."""
-    made = compiled(kernel, architecture, width, dtype)
-    file, content = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx", made.ptx.encode("ascii")
+def build(folder: Path, kernel: str, architecture: str, width: int, dtype: str) -> BuiltKernel:
+    """Compile one kernel and write its PTX to ``folder``. Raises :class:`FusionError` if it does not assemble."""
+    compiled = compile_kernel(kernel, architecture, width, dtype)
+    file, content = f"{kernel}_{width}_{dtype}_sm{architecture}.ptx", compiled.ptx.encode("ascii")
     write_whole(folder / file, content)
     digest = hashlib.sha256(content).hexdigest()
-    entry = Entry(kernel, architecture, width, dtype, file, digest, made.name, made.threads, made.shared_bytes)
-    return Built(entry, *assembled(made.ptx, architecture))
+    entry = KernelEntry(
+        kernel, architecture, width, dtype, file, digest, compiled.name, compiled.threads, compiled.shared_bytes
+    )
+    return BuiltKernel(entry, *assemble(compiled.ptx, architecture))
 
 
-def assembled(ptx: str, architecture: str) -> tuple[int, int]:
-    """Registers of a thread and bytes that it spills, as NVIDIA's assembler says."""
+def assemble(ptx: str, architecture: str) -> tuple[int, int]:
+    """Return registers and spilled bytes per thread, as NVIDIA's assembler reports them."""
     from triton import backends
 
     tools = Path(backends.__path__[0]) / "nvidia" / "bin"
@@ -218,10 +229,10 @@ def assembled(ptx: str, architecture: str) -> tuple[int, int]:
         assert target is not None
         command = [str(tool), "-v", f"--gpu-name={target[1]}", str(file), "-o", str(file.with_suffix(".cubin"))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = done.stdout + done.stderr
-    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    output = done.stdout + done.stderr
+    registers, spills = re.search(r"Used (\d+) registers", output), re.findall(r"(\d+) bytes spill", output)
     if done.returncode or registers is None:
-        raise FusionError(f"{tool.name} refuses a kernel for sm_{architecture}: {said.strip()[:500]}")
+        raise FusionError(f"{tool.name} fails to assemble a kernel for sm_{architecture}: {output.strip()[:500]}")
     return int(registers[1]), sum(map(int, spills))
 
 

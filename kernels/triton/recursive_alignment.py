@@ -1,12 +1,12 @@
-"""Triton kernels of the recursive alignment (FUSION.md section 5): what an interaction layer does between its products.
+"""Triton kernels of the recursive alignment (FUSION.md section 5): an interaction layer between its matmuls.
 
-Three kernels, each one pass over its data; the products between them stay with the engine's own. All of them are bound
-by memory: :func:`bytes_moved` says how much each has to move at the least. Beside each is what it computes, in plain
-PyTorch. Values are computed in float32 whatever they are stored in.
+Three kernels, each one pass over its data; the engine runs the matmuls between them. All are bound by memory bandwidth:
+:func:`bytes_moved` is their lower bound. Each has a reference in plain PyTorch. Arithmetic is float32, whatever the
+storage type.
 
-Parameters stand in the order in which TensorRT passes them (kernels/tensorrt_plugins.py): inputs, 32-bit integers,
-output. Other numbers are constants. ``rows`` counts the latents of all questions, of which each block of the grid has
-one. CUDA launches no grid of 0 blocks, so there is one at the least, which finds nothing to do where there are no rows.
+Parameters are in TensorRT's order (kernels/tensorrt_plugins.py): inputs, 32-bit integers, output. All other numbers are
+constants. ``rows`` is the number of latents of all questions; each block of the grid handles one. CUDA rejects an empty
+grid, so it has at least one block, which returns at once if there are no rows.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def context_attention_kernel(
     WINDOW: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One head of one latent: its query against its own ``CONTEXT`` keys and values, read once.
+    """Attention of one head of one latent to its own ``CONTEXT`` keys and values, which it reads once.
 
-    ``latents`` are those of one question; ``WINDOW`` and ``COLUMNS`` are powers of two that hold ``CONTEXT`` and
-    ``DIM``.
+    ``latents`` is the number of latents per question. ``WINDOW`` and ``COLUMNS`` are ``CONTEXT`` and ``DIM`` rounded up
+    to powers of two.
     """
     row, head, width = tl.program_id(0), tl.program_id(1), tl.num_programs(1) * DIM
     if row >= rows:
@@ -57,7 +57,7 @@ def context_attention_kernel(
 def add_layer_norm_kernel(
     x, residual, weight, bias, rows, output, EPS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """LayerNorm of one row of ``x + residual``, read once."""
+    """LayerNorm of one row of ``x + residual``, which it reads once."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     if row >= rows:
         return
@@ -66,8 +66,8 @@ def add_layer_norm_kernel(
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(total, axis=0) / WIDTH
-    centred = tl.where(inside, total - mean, 0.0)
-    normed = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
+    centered = tl.where(inside, total - mean, 0.0)
+    normed = centered / tl.sqrt(tl.sum(centered * centered, axis=0) / WIDTH + EPS)
     scaled = normed * tl.load(weight + column, mask=inside).to(tl.float32)
     scaled += tl.load(bias + column, mask=inside).to(tl.float32)
     tl.store(output + at, scaled.to(output.dtype.element_ty), mask=inside)
@@ -75,9 +75,9 @@ def add_layer_norm_kernel(
 
 @triton.jit
 def add_rows_kernel(x, positions, latents, update, rows, length, output, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row ``positions[i]`` of ``output`` becomes ``latents[i] + update[i]``; ``x`` is the same memory.
+    """Set row ``positions[i]`` of ``output`` to ``latents[i] + update[i]``. ``x`` shares its memory.
 
-    Positions outside its ``length`` rows are skipped: a builder that times the kernel may give it any.
+    Skips positions outside of the ``length`` rows: while TensorRT times the kernel, they may hold anything.
     """
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     if row >= rows:
@@ -91,7 +91,7 @@ def add_rows_kernel(x, positions, latents, update, rows, length, output, WIDTH: 
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Every latent attends to its own context: ``[R,q,D]``, ``[1,q,C,D]``, ``[1,q,C,D]`` -> ``[R,q,D]``, contiguous."""
+    """Attend each latent to its own context: q ``[R,q,D]``, k and v ``[1,q,C,D]`` -> ``[R,q,D]``, contiguous."""
     questions, latents, width = q.shape
     context, dim = k.shape[2], width // heads
     rows, output = questions * latents, torch.empty_like(q)
@@ -101,7 +101,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def context_attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The same in plain operations."""
+    """Compute the same in plain PyTorch."""
     dim = q.shape[-1] // heads
     query, keys, values = (x.float().reshape(*x.shape[:-1], heads, dim) for x in (q, k, v))
     weights = ((query.unsqueeze(2) * keys).sum(-1) * dim**-0.5).softmax(2)
@@ -110,7 +110,7 @@ def context_attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int) -> 
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of ``x + residual``: ``[...,D]``, ``[...,D]``, ``[D]``, ``[D]`` -> ``[...,D]``, contiguous."""
+    """Compute LayerNorm(x + residual): ``[...,D]``, ``[...,D]``, ``[D]``, ``[D]`` -> ``[...,D]``, contiguous."""
     width, output = x.shape[-1], torch.empty_like(x)
     rows, columns = x.numel() // width, triton.next_power_of_2(width)
     add_layer_norm_kernel[(max(rows, 1),)](x, residual, weight, bias, rows, output, eps, width, columns)
@@ -118,26 +118,26 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
 
 def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The same in plain operations."""
+    """Compute the same in plain PyTorch."""
     total = x.float() + residual.float()
     return F.layer_norm(total, total.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def add_rows(x: Tensor, positions: Tensor, latents: Tensor, update: Tensor) -> None:
-    """Put ``latents + update`` ``[R,q,D]`` at the rows ``positions`` ``[R,q]`` int64 of ``x`` ``[L,D]``, in place."""
+    """Write ``latents + update`` ``[R,q,D]`` to the rows ``positions`` ``[R,q]`` int64 of ``x`` ``[L,D]``, in place."""
     rows, (length, width) = positions.numel(), x.shape
     columns = triton.next_power_of_2(width)
     add_rows_kernel[(max(rows, 1),)](x, positions, latents, update, rows, length, x, width, columns)
 
 
 def add_rows_reference(x: Tensor, positions: Tensor, latents: Tensor, update: Tensor) -> None:
-    """The same in plain operations."""
+    """Compute the same in plain PyTorch."""
     rows = (latents.float() + update.float()).to(x.dtype)
     x[positions.flatten()] = rows.reshape(-1, x.shape[-1])
 
 
 def bytes_moved(questions: int, latents: int, width: int, context: int, size: int) -> dict[str, int]:
-    """The least that each kernel reads and writes, by its name; ``size`` is that of a value in bytes."""
+    """Return the bytes that each kernel must read and write, by name; ``size`` is the bytes of an element."""
     rows = questions * latents * width * size
     return {
         "context_attention": 2 * rows + 2 * latents * context * width * size,

@@ -1,6 +1,6 @@
-"""The quantization report: ``quantization.json`` of a bundle, and a printed table with the worst weights first.
+"""Report of a quantization: ``quantization.json`` of a bundle, and a printed table, worst weights first.
 
-Only the table and the output of ``--json`` have seconds, so that a bundle has the same bytes on every run.
+Only the table and ``--json`` contain seconds: a bundle has the same bytes on every run.
 """
 
 from __future__ import annotations
@@ -16,90 +16,86 @@ from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.formatting import format_table
 
-WORST = 12
-"""Number of weights in the table."""
-PREQUANTIZED = "checkpoint"
-"""Method of weights from a prequantized checkpoint."""
+WORST = 12  # rows of the table
+PREQUANTIZED = "checkpoint"  # method of prequantized weights
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """Quantization of one weight. SQNR is the signal to quantization noise ratio in dB; higher is better."""
+    """How one weight was quantized. SQNR is the signal-to-quantization-noise ratio in dB; higher is better."""
 
     name: str
     format: str
     method: str
-    """``gptq``, ``rtn`` (round to nearest) or ``checkpoint`` (prequantized)."""
+    """``gptq``, ``rtn`` (round to nearest) or ``checkpoint`` (prequantized: the checkpoint's integers)."""
     weight_sqnr: float | None
-    """None if the original weight is not known."""
+    """None for a prequantized weight."""
     output_sqnr: float | None
-    """SQNR of the outputs on the calibration samples, with the row weights of calibration; None without samples."""
+    """SQNR of the outputs on the calibration samples, rows weighted as in GPTQ; None without calibration."""
     equalisation: float | None
-    """SmoothQuant's alpha; None without smoothing."""
+    """SmoothQuant's alpha; None if the activations are not smoothed."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Error of quantizing one linear to 4 bits and no other."""
+    """Cost of quantizing one linear, and nothing else, to 4 bits."""
 
     name: str
     kl_divergence: float
-    """Mean KL(float || quantized) per token in nats."""
+    """Mean KL(float || float with this linear quantized) per token, nats."""
     output_sqnr: float
-    """SQNR of the linear's outputs in dB."""
+    """SQNR of its outputs, dB."""
 
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """Result of bit allocation: the linears with 8 bits, and the sensitivities of all."""
+    """Allocation of 8 bits: linears are promoted in order of KL divergence per extra byte."""
 
     bits: float
-    """Mean bits per weight, with scales, over the linears that may have 4 bits."""
+    """Mean bits per weight over all candidates, scales included."""
     samples: int
     raised: tuple[str, ...]
-    """Names of the linears with 8 bits."""
+    """Linears promoted to 8 bits."""
     sensitivities: tuple[Sensitivity, ...]
-    """Of all linears that may have 4 bits."""
+    """Sensitivities of all candidates: the 4-bit linears that may be promoted."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Return names and values to print."""
         left = sum(s.kl_divergence for s in self.sensitivities if s.name not in self.raised)
         total = sum(s.kl_divergence for s in self.sensitivities)
+        promoted = f"{len(self.raised)} of {len(self.sensitivities)}"
         share = f"{1 - left / total:.0%}" if total else "none"
         return [
-            (
-                "Bit allocation",
-                f"{self.bits:.2f} bits per weight, {len(self.raised)} of {len(self.sensitivities)} linears in INT8",
-            ),
-            ("Sensitivity removed", f"{share} of the sum of KL divergences"),
+            ("Bit allocation", f"{self.bits:.2f} bits per weight, {promoted} linears promoted to INT8"),
+            ("Sensitivity removed", f"{share} of the summed KL divergences"),
         ]
 
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """The quantized model against the float model on held-out samples."""
+    """Comparison of the quantized with the float model on held-out samples."""
 
     samples: int
     tokens: int
     cosine: Mapping[str, float]
-    """Mean cosine similarity of outputs by graph."""
+    """Mean cosine similarity of a graph's outputs to the float model's, by graph."""
     top1_agreement: float
-    """Share of tokens with the same likeliest prediction."""
+    """Share of tokens with the same top-1 token in both models."""
     kl_divergence: float
-    """Mean KL(float || quantized) per token in nats."""
+    """Mean KL(float || quantized) per token, nats."""
     perplexity: float
-    """Perplexity of the answers; of the float model's first token if no answer is known."""
+    """Perplexity of the answers; of the float model's first token for samples without one."""
     float_perplexity: float
     answers: int
-    """Number of samples with a known answer."""
+    """Number of samples with an answer."""
     accuracy: float | None
-    """Share of exact answers among those; None without any."""
+    """Share of those that the quantized model answers exactly; None without any."""
     float_accuracy: float | None
 
     @property
     def accuracy_drop(self) -> float:
-        """Loss in percentage points: of exact answers, or of top-1 agreement if no answer is known."""
+        """Drop of exact answers, or of top-1 agreement if no sample has an answer, in percentage points."""
         if self.accuracy is None or self.float_accuracy is None:
             return round(100 * (1 - self.top1_agreement), 6)
         return round(100 * (self.float_accuracy - self.accuracy), 6)
@@ -120,16 +116,16 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """The content of ``quantization.json``."""
+    """Report of a quantization."""
 
     linears: tuple[LinearReport, ...]
     calibration_samples: int
-    """Number of calibration samples; 0 without calibration."""
+    """0 without calibration."""
     end_to_end: EndToEnd | None
     mixed_precision: BitAllocation | None = None
 
     def to_json(self, with_seconds: bool = False) -> dict[str, Any]:
-        """Return the JSON object. ``quantization.json`` has no seconds."""
+        """Return the object of ``quantization.json``, which has no seconds."""
         linears = [asdict(linear) for linear in self.linears]
         for linear in linears if not with_seconds else ():
             del linear["seconds"]
@@ -142,14 +138,14 @@ class QuantizationReport:
 
     @classmethod
     def planned(cls, rounded: Mapping[str, str], prequantized: Mapping[str, str]) -> QuantizationReport:
-        """Return a report of the size that an export without calibration writes, given formats by weight."""
+        """Return a report as large as that of an export without calibration, given formats by weight."""
         linears = [LinearReport(name, form, "rtn", 20.12, None, None, 0) for name, form in rounded.items()]
         linears += [LinearReport(name, form, PREQUANTIZED, None, None, None, 0) for name, form in prequantized.items()]
         return cls(tuple(linears), 0, None)
 
     @classmethod
     def read(cls, path: Path) -> QuantizationReport:
-        """Read ``quantization.json``. Raise ``ValueError`` if it is not a report."""
+        """Read ``quantization.json``. Raises ``ValueError`` for other content."""
         data = read_json(path)
         linears = data.get("linears") if isinstance(data, dict) else None
         for linear in linears if isinstance(linears, list) else ():
@@ -158,11 +154,11 @@ class QuantizationReport:
         return from_json(cls, data)
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of ``quantization.json``."""
+        """Return the content of ``quantization.json``."""
         return (json.dumps(self.to_json(), indent=1) + "\n").encode()
 
     def worst(self) -> list[LinearReport]:
-        """Return all weights by SQNR of the outputs, or of the weights if that is not known; the lowest first."""
+        """Return all weights, lowest SQNR first: of the outputs where known, else of the weights."""
 
         def quality(linear: LinearReport) -> float:
             known = linear.weight_sqnr if linear.output_sqnr is None else linear.output_sqnr
@@ -171,12 +167,11 @@ class QuantizationReport:
         return sorted(self.linears, key=quality)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return names and values of bit allocation and evaluation to print."""
+        """Return names and values of bit allocation and accuracy, to print."""
         return [row for part in (self.mixed_precision, self.end_to_end) if part is not None for row in part.rows()]
 
     def table(self) -> str:
-        """Return a table of the worst weights and the evaluation."""
-
+        """Return the printed table: the worst weights and the accuracy."""
         rows = [("worst weights", "format", "method", "SQNR of weights", "of outputs", "seconds")]
         for linear in self.worst()[:WORST]:
             qualities = linear.weight_sqnr, linear.output_sqnr
@@ -189,7 +184,7 @@ class QuantizationReport:
 
 
 def sqnr(noise: float, signal: float) -> float:
-    """Return the ratio of two sums of squares in dB, to two decimals; 200 for no noise."""
+    """Return the ratio of two sums of squares in dB, rounded to 0.01; 200 without noise."""
     if noise <= 0:
         return 200.0
     return round(min(10 * math.log10(max(signal, 1e-300) / noise), 200.0), 2)

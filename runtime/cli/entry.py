@@ -15,16 +15,24 @@ def info() -> int:
     return start("fusion_edge.runtime.cli.info")
 
 
-def start(module: str) -> int:
-    """Import the module of a command, call its ``main`` and return the exit code."""
+def start(module: str, libraries: tuple[str, ...] = (), extra: str = "") -> int:
+    """Import the module of a command, call its ``main`` and return the exit code.
+
+    ``extra`` installs the ``libraries`` that the module imports.
+    """
     leave_at_once()
     import sys
     from importlib import import_module
+    from importlib.util import find_spec
 
     from fusion_edge.runtime.system import memory_limits
 
     if reason := memory_limits.too_little():
         sys.stderr.write(f"error: {reason}\n")
+        return 1
+    if missing := [library for library in libraries if find_spec(library) is None]:
+        remedy = f"run pip install '.[{extra}]' in a clone of fusion-edge."
+        sys.stderr.write(f"error: {' and '.join(missing)} not installed; {remedy}\n")
         return 1
     command = import_module(module)
     try:

@@ -1,4 +1,4 @@
-"""Random checkpoints of released sizes are checkpoints: the safetensors package and the exporter read them."""
+"""Random checkpoints of released sizes are valid for the safetensors package and the exporter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from fusion_edge.benchmarks import full_size_checkpoint
-from fusion_edge.benchmarks.full_size_checkpoint import GOLDEN, LAYOUTS, Layout, write_checkpoint
+from fusion_edge.benchmarks.full_size_checkpoint import GOLDEN, LAYOUTS, ModelSizes, write_checkpoint
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.config import read_config
 from fusion_edge.export.checkpoint.parameters import match_parameters
@@ -21,8 +21,8 @@ from fusion_edge.runtime.bundle.config import VisionConfig
 from fusion_edge.runtime.errors import FusionError
 
 
-def small(name: str) -> Layout:
-    """A released layout with every size cut down."""
+def small(name: str) -> ModelSizes:
+    """Return a released layout with small sizes."""
     layout = LAYOUTS[name]
     vision = dataclasses.replace(layout.vision, width=32, layers=3, mlp_width=48)
     return dataclasses.replace(
@@ -39,7 +39,7 @@ def small(name: str) -> Layout:
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors by the index, checked to lie in the shard that it names."""
+    """Read all tensors and check that each is in the shard of the index."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(set(index["weight_map"].values())):
@@ -74,8 +74,8 @@ def test_shards_hold_the_declared_tensors(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_values_look_like_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_size_checkpoint, "POOL", 1000)  # matrices take more than one piece
+def test_values_resemble_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_size_checkpoint, "POOL", 1000)  # matrices need several pieces
     write_checkpoint(small("3b"), tmp_path, GOLDEN / "FUSION-tiny-Phi")
     tensors = read(tmp_path)
     matrix = tensors["model.layers.0.mlp.gate_up_proj.weight"].float()
@@ -86,7 +86,7 @@ def test_values_look_like_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(tensors["model.layers.1.mlp.gate_up_proj.weight"].float(), matrix)
 
 
-def test_seed_decides_the_bytes(tmp_path: Path) -> None:
+def test_seed_determines_the_bytes(tmp_path: Path) -> None:
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         write_checkpoint(small("x-8b"), tmp_path / folder, GOLDEN / "FUSION-X-tiny-LLaMA", seed)
     a, b, c = ((tmp_path / folder / "model-00001-of-00001.safetensors").read_bytes() for folder in "abc")
@@ -94,7 +94,7 @@ def test_seed_decides_the_bytes(tmp_path: Path) -> None:
     assert a != c
 
 
-def test_a_sparse_checkpoint_has_sizes_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sparse_checkpoint_occupies_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--layout", "8b", "--sparse", "--output", str(tmp_path / "8b")]
     assert full_size_checkpoint.main(arguments) == 0
     files = list((tmp_path / "8b").glob("*.safetensors"))
@@ -106,9 +106,9 @@ def test_a_sparse_checkpoint_has_sizes_alone(tmp_path: Path, capsys: pytest.Capt
 
 def test_names_are_those_of_the_golden_checkpoint() -> None:
     vision = VisionConfig(width=48, layers=26, mlp_width=80, patch_size=14)
-    layout = Layout("FUSION-tiny-Phi", "siglip", vision, 64, 8, 4, 4, 128, 1208)
+    sizes = ModelSizes("FUSION-tiny-Phi", "siglip", vision, 64, 8, 4, 4, 128, 1208)
     index = json.loads((GOLDEN / "FUSION-tiny-Phi" / "model.safetensors.index.json").read_text())
-    assert layout.tensors().keys() == index["weight_map"].keys()
+    assert sizes.tensors().keys() == index["weight_map"].keys()
 
 
 def test_released_sizes() -> None:
@@ -121,7 +121,7 @@ def test_released_sizes() -> None:
     assert counts["x-3b"] - counts["3b"] == pytest.approx(0.7, abs=0.05)
 
 
-def test_an_occupied_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_occupied_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FusionError, match="not an empty folder"):
         write_checkpoint(small("3b"), tmp_path, GOLDEN / "FUSION-tiny-Phi")

@@ -1,4 +1,4 @@
-"""The end-to-end benchmark for GPUs, run on the CPU."""
+"""The GPU benchmark, run on the CPU."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fusion_edge.benchmarks import gpu
 from fusion_edge.runtime.bundle.reader import open_bundle
 
 
-def test_it_measures_every_stage(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_is_measured(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "result.json"
     arguments = ["--bundle", str(tiny_bundle), "--device", "cpu", "--eager", "--steps", "3", "--json", str(file)]
     assert gpu.main(arguments) == 0
     text = capsys.readouterr().out
-    assert "of the limit is reached" in text
+    assert "of the bandwidth roofline" in text
     result = json.loads(file.read_text())
     ours, eager = result["runs"]
     assert (ours["name"], eager["name"]) == ("onnxruntime-cpu", "eager")
-    stages = ("vision_of_image", "alignment", "vision_of_question", "prefill", "step")
+    stages = ("encode_global", "alignment", "encode_local", "prefill", "decode_step")
     assert all(run[stage] > 0 for run in (ours, eager) for stage in stages)
-    assert ours["time_to_first_token"] == pytest.approx(sum(ours[stage] for stage in stages[:-1]))
-    assert result["share_of_limit"] == pytest.approx(result["step_limit"] / ours["step"])
+    assert ours["ttft"] == pytest.approx(sum(ours[stage] for stage in stages[:-1]))
+    assert result["decode_roofline_share"] == pytest.approx(result["decode_roofline_seconds"] / ours["decode_step"])
 
 
-def test_a_step_reads_the_llm_and_its_cache(tiny_bundle: Path) -> None:
+def test_decode_step_reads_the_llm_and_its_cache(tiny_bundle: Path) -> None:
     manifest = open_bundle(tiny_bundle).manifest
     language = manifest.model.language
     position = 2 * language.layers * language.kv_heads * language.head_dim * 4

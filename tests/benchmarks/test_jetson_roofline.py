@@ -1,4 +1,4 @@
-"""What a Jetson's data sheet allows at the most, against numbers worked out by hand."""
+"""Rooflines of Jetsons against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_limits_of_the_3b_layout(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rooflines_of_the_3b_layout(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert jetson_roofline.main([str(checkpoint), "--json"]) == 0
     nano, orin, thor = json.loads(capsys.readouterr().out)
     layers, width, mlp, rows = 32, 3072, 8192, 256 + 144 + 48
@@ -27,23 +27,23 @@ def test_limits_of_the_3b_layout(checkpoint: Path, capsys: pytest.CaptureFixture
     lm_head = 32064 * (width + 2 * width // 128)
     cache = 2 * layers * width * 2 * 1536
     assert nano["step_bytes"] == pytest.approx(weights / 2 + 2 * groups + lm_head + cache, rel=1e-3)
-    assert nano["tokens_per_second"] == pytest.approx(102e9 / nano["step_bytes"])
+    assert nano["decode_tokens_per_second"] == pytest.approx(102e9 / nano["step_bytes"])
     assert nano["fits"]
-    # The LLM's products with the prompt are most of it; the rest is the local crop, interaction layers and attention.
-    products = 2 * rows * weights
-    assert products < nano["question_operations"] < 1.4 * products
+    # Mostly the LLM's GEMMs; the rest is the local crop, interaction layers and attention.
+    gemms = 2 * rows * weights
+    assert gemms < nano["question_operations"] < 1.4 * gemms
     # Four crops of 729 patches through a tower of 0.41 B weights, and keys and values of ten interaction layers.
     tower, pairs = 2 * 4 * 729 * 0.41e9, 2 * 9 * 144 * 30 * width**2
     assert nano["image_operations"] == pytest.approx(tower + pairs, rel=0.1)
     assert orin["image_operations"] == thor["image_operations"] == nano["image_operations"]
     assert orin["question_operations"] > nano["question_operations"]
-    assert nano["first_answer"] > orin["first_answer"] > thor["first_answer"] > thor["further_answer"] > 0
+    assert nano["ttft"] > orin["ttft"] > thor["ttft"] > thor["followup_ttft"] > 0
 
 
-def test_a_smaller_context_reads_less(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smaller_context_reads_less(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert jetson_roofline.main([str(checkpoint), "--max-context", "1100"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(jetson_roofline.DEVICES)
+    assert len(lines) == 1 + len(jetson_roofline.JETSONS)
     assert all(line.split("GB", 1)[0] for line in lines[1:])
     assert " 1100 " in lines[1]
     assert "2.40 GB" in lines[1]

@@ -1,4 +1,4 @@
-"""The benchmark of a real language model: a bundle computes what the GGUF file says, perplexity is right."""
+"""The SmolLM2 benchmark: a bundle matches its GGUF file, and perplexity is correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, MLP, THETA = 2, 32, 2, 1, 16, 48, 1000.0
 
 @pytest.fixture(scope="module")
 def gguf() -> Gguf:
-    """A tiny model as llama.cpp keeps it."""
+    """Return a tiny model in llama.cpp's form."""
     tokens = [*RENAMED, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     generator = np.random.default_rng(0)
 
@@ -59,7 +59,7 @@ def gguf() -> Gguf:
 
 
 def llama(tensors: dict[str, Doubles], tokens: npt.NDArray[np.int64]) -> Doubles:
-    """Logits ``[L,V]`` as llama.cpp computes them, neighbouring rows rotated."""
+    """Compute logits ``[L,V]`` as llama.cpp does, rotating neighboring rows."""
 
     def norm(x: Doubles, weight: Doubles) -> Doubles:
         normed: Doubles = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
@@ -91,7 +91,7 @@ def llama(tensors: dict[str, Doubles], tokens: npt.NDArray[np.int64]) -> Doubles
     return logits
 
 
-def test_a_bundle_computes_what_the_gguf_file_says(gguf: Gguf, tmp_path: Path) -> None:
+def test_bundle_matches_the_gguf_file(gguf: Gguf, tmp_path: Path) -> None:
     expected_tensors = {name: value.astype(np.float64) for name, value in gguf.tensors.items()}
     write_checkpoint(gguf, tmp_path / "checkpoint")
     tokenizer = Tokenizer.from_file(str(tmp_path / "checkpoint" / "tokenizer.json"))
@@ -118,7 +118,7 @@ def test_likelihood_of_each_following_token() -> None:
     assert uniform == pytest.approx((length - 1) * math.log(vocabulary))
 
 
-def test_perplexity_is_of_the_windows_behind_the_prompt(gguf: Gguf, tmp_path: Path) -> None:
+def test_perplexity_covers_the_windows_after_the_prompt(gguf: Gguf, tmp_path: Path) -> None:
     write_checkpoint(gguf, tmp_path / "checkpoint")
     bundle = tmp_path / "bundle"
     assert cli.main([str(tmp_path / "checkpoint"), "-o", str(bundle), "--fp32", "--image-tokens", "1"]) == 0
@@ -132,6 +132,6 @@ def test_perplexity_is_of_the_windows_behind_the_prompt(gguf: Gguf, tmp_path: Pa
     assert perplexity(model, prompt, windows) == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
-def test_table_says_what_is_left_of_the_loss() -> None:
+def test_table_shows_the_remaining_loss() -> None:
     row = {"group_size": 64, "accuracy_level": 4, "rtn": 24.0, "gptq": 17.0, "loss_left": 0.125}
     assert "| 64 | 4 | 24.00 | 17.00 | 12.5% |" in table({"float": 16.0, "quantized": [row]})

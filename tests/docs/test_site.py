@@ -39,6 +39,12 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+def test_the_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    assert text.index("./demo") < text.index("./test") < text.index("import fusion_edge") < text.index("## ")
+
+
 def is_generated(target: Path) -> bool:
     """Whether a link leads to a page that the site's hook writes."""
     return target.resolve().parent == ROOT / "docs/reference/cli" and target.name.startswith("fusion-")

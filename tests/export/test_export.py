@@ -1,4 +1,4 @@
-"""What ``fusion-export`` writes and what ``--dry-run`` says of it."""
+"""What ``fusion-export`` writes, and what ``--dry-run`` estimates."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_dry_run_knows_the_size(
     assert report["peak"] >= report["weights"] + report["key_value_cache"] + report["activations"]
 
 
-def test_every_run_writes_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_exports_are_reproducible(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / name), "--int4"]) == 0
     assert files(tmp_path / "first") == files(tmp_path / "second")
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_fp32_bundle_holds_the_checkpoints_values(checkpoint: str, tmp_path: Path) -> None:
+def test_an_fp32_bundle_holds_the_checkpoint_values(checkpoint: str, tmp_path: Path) -> None:
     assert cli.main([str(GOLDEN / checkpoint), "-o", str(tmp_path / "bundle"), "--fp32"]) == 0
     stored = BundleWeights(open_bundle(tmp_path / "bundle"))
     with Checkpoint(GOLDEN / checkpoint) as source:
@@ -90,7 +90,7 @@ def test_info_prints_the_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixtu
 
 
 def test_decode_steps_skip_the_interaction_layers(tiny_bundle: Path) -> None:
-    """All that reads their weights stands in a branch that runs only where there are latents."""
+    """Their weights are read only in a branch that runs if there are latents."""
     graph = onnx.load(tiny_bundle / "llm.onnx", load_external_data=False).graph
     assert not [name for node in graph.node for name in node.input if name.startswith("alignment.")]
     branches = [node.attribute for node in graph.node if node.op_type == "If"]
@@ -101,7 +101,7 @@ def test_decode_steps_skip_the_interaction_layers(tiny_bundle: Path) -> None:
     assert all([node.op_type for node in body["else_branch"].node] == ["Identity"] for body in bodies)
 
 
-def test_the_eager_interpreter_skips_them_too(tiny_bundle: Path) -> None:
+def test_the_eager_interpreter_skips_the_interaction_layers(tiny_bundle: Path) -> None:
     ops = EagerOperations(open_bundle(tiny_bundle).manifest.model, lambda name: torch.zeros(1))
     x = torch.ones(1, 1, 4)
     assert ops.if_any(torch.zeros(0, 0), lambda: pytest.fail("the branch was computed"), otherwise=x) is x

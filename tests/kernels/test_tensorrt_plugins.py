@@ -22,10 +22,17 @@ from support.tensorrt_layers import FLOATS, SHAPES, WIDTH, types
 
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.onnx_functions import alignment
-from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, allow_in_place, register, supported, use_plugins
+from fusion_edge.kernels.tensorrt_plugins import (
+    PLUGINS,
+    Plugin,
+    enable_aliasing,
+    register,
+    unsupported_reason,
+    use_plugins,
+)
 from fusion_edge.kernels.triton import recursive_alignment
-from fusion_edge.kernels.triton.ahead_of_time import KERNELS, without_scratch
-from fusion_edge.kernels.triton.kernel_folder import Compiled
+from fusion_edge.kernels.triton.ahead_of_time import KERNELS, strip_scratch_parameters
+from fusion_edge.kernels.triton.kernel_folder import CompiledKernel
 from fusion_edge.runtime.bundle.config import ALIGNMENT_HEADS, ALIGNMENT_NORM_EPS
 from fusion_edge.runtime.errors import FusionError
 
@@ -55,9 +62,9 @@ def compilations() -> Iterator[list[tuple[str, str, int, str]]]:
     """
     calls: list[tuple[str, str, int, str]] = []
 
-    def compiled(kernel: str, architecture: str, width: int, dtype: str) -> Compiled:
+    def compiled(kernel: str, architecture: str, width: int, dtype: str) -> CompiledKernel:
         calls.append((kernel, architecture, width, dtype))
-        return Compiled(f"{kernel}_kernel", "PTX", 256, 4096)
+        return CompiledKernel(f"{kernel}_kernel", "PTX", 256, 4096)
 
     fake.QDP_REGISTRY.clear()
     register(fake, "87", compiled)
@@ -91,7 +98,7 @@ def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) 
 @every_plugin
 @pytest.mark.usefixtures("compilations")
 def test_type_without_a_kernel(plugin: Plugin) -> None:
-    with pytest.raises(FusionError, match=rf"^{plugin.operator} has no kernel for INT64; it has for FLOAT, HALF, BF16"):
+    with pytest.raises(FusionError, match=rf"^{plugin.operator} has no kernel for INT64, only for FLOAT, HALF, BF16"):
         tensorrt_layers.layer(plugin, DataType.INT64)
 
 
@@ -196,10 +203,12 @@ PTX = """.visible .entry one_kernel(
 
 
 def test_scratch_memory() -> None:
-    assert without_scratch(PTX, 2) == PTX
-    assert without_scratch(PTX, 1) == PTX.replace(",\n\t.param .u64 .ptr .global .align 1 one_kernel_param_1", "")
+    assert strip_scratch_parameters(PTX, 2) == PTX
+    assert strip_scratch_parameters(PTX, 1) == PTX.replace(
+        ",\n\t.param .u64 .ptr .global .align 1 one_kernel_param_1", ""
+    )
     with pytest.raises(FusionError, match="one_kernel_param_1"):
-        without_scratch(PTX.replace("[one_kernel_param_0]", "[one_kernel_param_1]"), 1)
+        strip_scratch_parameters(PTX.replace("[one_kernel_param_0]", "[one_kernel_param_1]"), 1)
 
 
 @pytest.mark.usefixtures("compilations")
@@ -226,36 +235,38 @@ def tensorrt(name: str, version: str) -> ModuleType:
 
 @pytest.mark.parametrize("version", ["10.9.0.34", "10.13.3", "11.0.0"])
 def test_supported(version: str) -> None:
-    assert supported(tensorrt("tensorrt", version), "87", has_kernels=False) is None
+    assert unsupported_reason(tensorrt("tensorrt", version), "87", has_kernels=False) is None
 
 
 @pytest.mark.parametrize(
     ("name", "version", "reason"),
     [
-        ("tensorrt", "10.13.3", "There are no kernels for sm_75 (80, 86, 87, 89, 90, 110, 120 have them)"),
-        ("tensorrt", "10.3.0.26", "TensorRT 10.3 has no ahead-of-time plugins (10.9 has)"),
-        ("tensorrt", "8.6.1", "TensorRT 8.6 has no ahead-of-time plugins (10.9 has)"),
+        ("tensorrt", "10.13.3", "There are no kernels for sm_75, only for 80, 86, 87, 89, 90, 110, 120"),
+        ("tensorrt", "10.3.0.26", "TensorRT 10.3 has no ahead-of-time plugins (needs 10.9)"),
+        ("tensorrt", "8.6.1", "TensorRT 8.6 has no ahead-of-time plugins (needs 10.9)"),
         ("tensorrt_rtx", "11.2.0", "TensorRT-RTX has no plugins"),
     ],
 )
 def test_not_supported(name: str, version: str, reason: str) -> None:
     consequence = "the recursive alignment runs as standard operators"
-    assert supported(tensorrt(name, version), "75", has_kernels=True) == f"{reason}: {consequence}"
+    assert unsupported_reason(tensorrt(name, version), "75", has_kernels=True) == f"{reason}: {consequence}"
 
 
 def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None if name == "triton" else name)
-    reason = supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=False)
+    reason = unsupported_reason(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=False)
     assert reason is not None
-    assert reason.startswith("No --kernels, and triton not installed (fusion-edge[kernels])")
-    assert supported(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=True) is None
+    assert reason.startswith(
+        "No --kernels, and triton not installed (pip install '.[kernels]' in a clone of fusion-edge)"
+    )
+    assert unsupported_reason(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=True) is None
 
 
 def test_outputs_may_be_in_the_memory_of_inputs() -> None:
     module = ModuleType("tensorrt")
     module.__dict__["PreviewFeature"] = SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliased")
     features: dict[str, bool] = {}
-    allow_in_place(module, SimpleNamespace(set_preview_feature=features.__setitem__))
+    enable_aliasing(module, SimpleNamespace(set_preview_feature=features.__setitem__))
     assert features == {"aliased": True}
 
 

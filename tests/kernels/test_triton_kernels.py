@@ -18,7 +18,7 @@ from fusion_edge.benchmarks.alignment_kernels import RUNS, inputs, largest_error
 from fusion_edge.kernels.triton import ahead_of_time
 from fusion_edge.kernels.triton import recursive_alignment as kernels
 from fusion_edge.kernels.triton.ahead_of_time import ARCHITECTURES
-from fusion_edge.kernels.triton.kernel_folder import Compiled, KernelFolder
+from fusion_edge.kernels.triton.kernel_folder import CompiledKernel, KernelFolder
 from fusion_edge.runtime.errors import FusionError
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -133,14 +133,14 @@ def read_back(folder: Path, entry: dict[str, Any]) -> None:
     source = KernelFolder(folder)
     wanted = entry["kernel"], entry["architecture"], entry["width"], entry["dtype"]
     path = folder / entry["file"]
-    assert source(*wanted) == Compiled(entry["name"], path.read_text(), entry["threads"], entry["shared_bytes"])
+    assert source(*wanted) == CompiledKernel(entry["name"], path.read_text(), entry["threads"], entry["shared_bytes"])
     with pytest.raises(FusionError, match=r"has no .* width 4096 and fp16; make it with: python -m .* --width 4096"):
         source(entry["kernel"], entry["architecture"], 4096, entry["dtype"])
     path.write_text(path.read_text() + " ")
-    with pytest.raises(FusionError, match="missing or has been altered; make it with"):
+    with pytest.raises(FusionError, match="missing or has changed; make it with"):
         source(*wanted)
     path.unlink()
-    with pytest.raises(FusionError, match="missing or has been altered"):
+    with pytest.raises(FusionError, match="missing or has changed"):
         source(*wanted)
 
 
@@ -148,7 +148,7 @@ def read_back(folder: Path, entry: dict[str, Any]) -> None:
 def test_no_folder_of_kernels(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "kernels.json").write_text(content)
-    with pytest.raises(FusionError, match=r"is no folder of kernels .*; make it with"):
+    with pytest.raises(FusionError, match=r"is not a folder of kernels .*; make it with"):
         KernelFolder(tmp_path)
 
 
@@ -177,5 +177,5 @@ def test_gpu_check_without_a_gpu(refused: Callable[..., str]) -> None:
 
 def test_width_that_heads_do_not_divide(tmp_path: Path, refused: Callable[..., str]) -> None:
     message = refused(ahead_of_time.main, "--output", tmp_path / "ptx", "--width", "100", code=2)
-    assert "--width 100 cannot be cut into 16 heads" in message
+    assert "--width 100 cannot be split into 16 heads" in message
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Coordinate descent against the same steps one by one, in float64 and without a gradient kept up to date."""
+"""Coordinate descent against a float64 reference that recomputes the gradient at every step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Problem:
-    """Weights on a coarse grid, and hessian of correlated inputs."""
+    """Coarsely quantized weights, and the Hessian of correlated inputs."""
 
     def __init__(self, columns: int, group_size: int, rows: int = 5) -> None:
         generator = np.random.default_rng(columns)
@@ -69,18 +69,18 @@ def test_scales(columns: int, group_size: int) -> None:
         step = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
         scale = problem.scales[group]
         problem.scales[group] = np.clip(scale + step, 0.5 * scale, 1.5 * scale)
-    np.testing.assert_allclose(descent.scales.numpy(), problem.scales, rtol=2**-10)  # they are float16
+    np.testing.assert_allclose(descent.scales.numpy(), problem.scales, rtol=2**-10)  # float16
     assert problem.error() <= before
 
 
-def test_what_follows_a_change_is_up_to_date() -> None:
-    """Codes, scales and codes again end where they would if each had been started anew."""
+def test_the_gradient_stays_current() -> None:
+    """Codes, scales and codes again give the same result as a restart before the last step."""
     problem = Problem(150, 32)
-    going_on = problem.descent()
-    going_on.update_codes(15)
-    going_on.update_scales()
-    problem.codes, problem.scales = (part.double().numpy() for part in (going_on.codes, going_on.scales))
-    anew = problem.descent()
-    for descent in (going_on, anew):
+    continued = problem.descent()
+    continued.update_codes(15)
+    continued.update_scales()
+    problem.codes, problem.scales = (part.double().numpy() for part in (continued.codes, continued.scales))
+    restarted = problem.descent()
+    for descent in (continued, restarted):
         descent.update_codes(15)
-    np.testing.assert_array_equal(going_on.codes.numpy(), anew.codes.numpy())
+    np.testing.assert_array_equal(continued.codes.numpy(), restarted.codes.numpy())

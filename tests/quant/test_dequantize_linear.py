@@ -1,4 +1,4 @@
-"""The layout of DequantizeLinear: an inverse, and what ONNX's own operator makes of it."""
+"""Layout of DequantizeLinear: round trips, and the values that ONNX's own operator computes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def packed(draw: st.DrawFn) -> tuple[Packed, WeightFormat, int]:
         form = WeightFormat("int8", PER_CHANNEL)
         rows, inputs = draw(st.integers(1, 6)), draw(st.integers(1, 300))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
-    exponent = draw(st.sampled_from([0, 9]))  # e^9 times the largest normal number is in reach of every format
+    exponent = draw(st.sampled_from([0, 9]))  # e^9 times the largest normal number is in the range of every format
     spread = np.exp(generator.uniform(-exponent, exponent, (rows, 1)))
     return quantize((generator.normal(size=(rows, inputs)) * spread).astype(np.float32), form), form, inputs
 
@@ -45,7 +45,7 @@ def test_inverse(one: tuple[Packed, WeightFormat, int]) -> None:
 @given(packed())
 @settings(max_examples=40, deadline=None)
 def test_onnx_reads_the_same(one: tuple[Packed, WeightFormat, int]) -> None:
-    """Its operator's result is that of the packed layout, to the bit: one product of float32 each."""
+    """The operator's values equal those of the packed layout bit for bit: each is one float32 multiplication."""
     stored, form, inputs = one
     values, scales = to_dequantize_linear(stored, form, inputs)
     expected = dequantize(stored, form, inputs)

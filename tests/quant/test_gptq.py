@@ -1,4 +1,4 @@
-"""GPTQ against the formula it solves, and what it must never make worse."""
+"""GPTQ against the equations of the paper, and properties: no step increases the error."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from fusion_edge.quant.gptq import (
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.runtime.errors import FusionError
 
-GRIDS = [kind for kind in GROUPED if kind not in CODEBOOKS]
-FORMATS = [*(WeightFormat(kind, size) for kind in GRIDS for size in group_sizes().values()), WeightFormat("w8a8")]
+EVEN_KINDS = [kind for kind in GROUPED if kind not in CODEBOOKS]
+FORMATS = [*(WeightFormat(kind, size) for kind in EVEN_KINDS for size in group_sizes().values()), WeightFormat("w8a8")]
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
 seeds = st.integers(0, 2**32 - 1)
 
 
 def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Weights and the hessian of correlated inputs of unequal size."""
+    """Random weights, and the Hessian of correlated inputs of unequal scale."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(rows, columns, generator=generator)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
@@ -43,18 +43,18 @@ def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     return weights, inputs.T.double() @ inputs.double()
 
 
-def reference(weights: Tensor, inputs: FactorizedHessian, form: WeightFormat) -> npt.NDArray[np.float64]:
-    """The paper's equations 2 and 3, the inverse worked out anew for every column."""
+def reference(weights: Tensor, factorized: FactorizedHessian, fmt: WeightFormat) -> npt.NDArray[np.float64]:
+    """Equations 2 and 3 of the paper, with a new inverse for every column."""
     w: npt.NDArray[np.float64] = weights.double().numpy().copy()
-    half = 1 << (form.bits - 1)
-    damped = inputs.matrix.numpy() + inputs.damping * inputs.diagonal.mean().item() * np.eye(w.shape[1])
-    grid = search_scales(weights, inputs.cost, form)
-    scales, zeros = grid.scales.double().numpy(), grid.zeros.double().numpy()
-    order = inputs.order.tolist()
+    half = 1 << (fmt.bits - 1)
+    damped = factorized.matrix.numpy() + factorized.damping * factorized.diagonal.mean().item() * np.eye(w.shape[1])
+    groups = search_scales(weights, factorized.cost, fmt)
+    scales, zeros = groups.scales.double().numpy(), groups.zeros.double().numpy()
+    order = factorized.order.tolist()
     for i, column in enumerate(order):
         left = order[i:]
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
-        group = column // form.group(weights.shape[1])
+        group = column // fmt.group(weights.shape[1])
         scale, zero = scales[:, group], zeros[:, group]
         rounded = (np.clip(np.round(w[:, column] / scale) + zero, 0, 2 * half - 1) - zero) * scale
         w[:, left] -= np.outer((w[:, column] - rounded) / inverse[0, 0], inverse[0])
@@ -62,15 +62,15 @@ def reference(weights: Tensor, inputs: FactorizedHessian, form: WeightFormat) ->
     return w
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("columns", [1, 33, 128, 150])
-def test_it_solves_the_formula(form: WeightFormat, columns: int) -> None:
+def test_it_solves_the_formula(fmt: WeightFormat, columns: int) -> None:
     weights, hessian = problem(24, columns, seed=columns)
-    inputs = FactorizedHessian(hessian)
-    grid = search_scales(weights, inputs.cost, form)
-    codes = round_columns(weights, inputs, grid, form).to(torch.uint8)
-    ours, theirs = pack_rows(codes, grid, form).values, torch.from_numpy(reference(weights, inputs, form)).float()
-    # A value halfway between two may go either way in float32, and all behind it with it.
+    factorized = FactorizedHessian(hessian)
+    groups = search_scales(weights, factorized.cost, fmt)
+    codes = round_columns(weights, factorized, groups, fmt).to(torch.uint8)
+    ours, theirs = pack_rows(codes, groups, fmt).values, torch.from_numpy(reference(weights, factorized, fmt)).float()
+    # A value halfway between two codes may round either way in float32, which changes all columns after it.
     same = ((ours - theirs).abs() < 1e-6 * weights.abs().max()).float().mean()
     assert same > 0.97
     assert output_error(weights, ours, hessian)[0] <= 1.02 * output_error(weights, theirs, hessian)[0] + 1e-9
@@ -78,84 +78,85 @@ def test_it_solves_the_formula(form: WeightFormat, columns: int) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
-def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
     weights, hessian = problem(*shape, seed)
-    inputs = FactorizedHessian(hessian)
-    grid = search_scales(weights, inputs.cost, form)
-    codes = round_columns(weights, inputs, grid, form)
-    after = pack_rows(*refine(weights, codes, grid, inputs, form), form)
-    before = pack_rows(codes.to(torch.uint8), grid, form)
+    factorized = FactorizedHessian(hessian)
+    groups = search_scales(weights, factorized.cost, fmt)
+    codes = round_columns(weights, factorized, groups, fmt)
+    after = pack_rows(*refine(weights, codes, groups, factorized, fmt), fmt)
+    before = pack_rows(codes.to(torch.uint8), groups, fmt)
     assert (after.packed.scales > 0).all()
-    error, start = (output_error(weights, stored.values, inputs.damped.double())[0] for stored in (after, before))
+    error, start = (output_error(weights, stored.values, factorized.damped.double())[0] for stored in (after, before))
     assert error <= start * (1 + 1e-4) + 1e-9
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.tuples(st.integers(24, 40), st.integers(16, 300)), seeds, st.sampled_from(FORMATS))
-def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
-    """Of many channels together: where there are few, GPTQ has little to make errors good with, and chance decides."""
+def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
+    """With many channels; with few, GPTQ can compensate little and chance decides."""
     weights, hessian = problem(*shape, seed)
-    fitted = output_error(weights, gptq(weights, FactorizedHessian(hessian), form).values, hessian)[0]
-    rounded = output_error(weights, round_to_nearest(weights, form).values, hessian)[0]
+    fitted = output_error(weights, gptq(weights, FactorizedHessian(hessian), fmt).values, hessian)[0]
+    rounded = output_error(weights, round_to_nearest(weights, fmt).values, hessian)[0]
     assert fitted < rounded
 
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
-def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
     weights, hessian = problem(*shape, seed)
-    stored = gptq(weights, FactorizedHessian(hessian), form)
+    stored = gptq(weights, FactorizedHessian(hessian), fmt)
     assert (stored.packed.scales > 0).all()
-    assert stored.packed.values.shape == form.packed_shape(*shape)
-    np.testing.assert_array_equal(dequantize(stored.packed, form, shape[1]), stored.values.numpy())
+    assert stored.packed.values.shape == fmt.packed_shape(*shape)
+    np.testing.assert_array_equal(dequantize(stored.packed, fmt, shape[1]), stored.values.numpy())
 
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
-def test_rounding_is_that_of_the_exporter(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+def test_rounding_is_that_of_packing(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
     weights, _ = problem(*shape, seed)
-    stored, packed = round_to_nearest(weights, form), quantize(weights.numpy(), form)
+    stored, packed = round_to_nearest(weights, fmt), quantize(weights.numpy(), fmt)
     scales = packed.scales
     np.testing.assert_array_equal(stored.packed.scales, scales)
-    # One multiplies by a scale's inverse, the other divides: values halfway may differ by one.
-    exact = dequantize(packed, form, shape[1])
+    # One multiplies by the inverse scale, the other divides: values halfway between two codes may differ by one.
+    exact = dequantize(packed, fmt, shape[1])
     assert (np.abs(stored.values.numpy() - exact) <= scales.astype(np.float32).max() * 1.001).all()
     assert (stored.values.numpy() == exact).mean() > 0.99 or stored.values.numel() < 100
 
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
-def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, form: WeightFormat) -> None:
+def test_searched_scales_are_no_worse(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
     weights, hessian = problem(*shape, seed)
     cost = FactorizedHessian(hessian).cost
 
-    def error(grid: GroupScales) -> float:
+    def error(groups: GroupScales) -> float:
         scales, zeros = (
-            part.float().repeat_interleave(form.group(shape[1]), 1)[:, : shape[1]] for part in (grid.scales, grid.zeros)
+            part.float().repeat_interleave(fmt.group(shape[1]), 1)[:, : shape[1]]
+            for part in (groups.scales, groups.zeros)
         )
-        rounded = (((weights / scales).round() + zeros).clamp(0, (1 << form.bits) - 1) - zeros) * scales
+        rounded = (((weights / scales).round() + zeros).clamp(0, (1 << fmt.bits) - 1) - zeros) * scales
         return float(((weights - rounded).square() * cost).sum())
 
-    # Searching with no share but the first is fitting the extremes.
+    # With the clip ratio 1 alone, the search returns scales that cover the extremes.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CLIP_RATIOS, form.bits, (1.0, 1.0, 1))
-        fitting = search_scales(weights, cost, form)
-    assert error(search_scales(weights, cost, form)) <= error(fitting) * (1 + 1e-5)
+        patch.setitem(CLIP_RATIOS, fmt.bits, (1.0, 1.0, 1))
+        unclipped = search_scales(weights, cost, fmt)
+    assert error(search_scales(weights, cost, fmt)) <= error(unclipped) * (1 + 1e-5)
 
 
-def test_cost_of_an_error_that_others_make_good() -> None:
+def test_cost_of_an_error_after_compensation() -> None:
     _, hessian = problem(1, 40, seed=4)
-    inputs = FactorizedHessian(hessian)
-    damped = hessian.numpy() + inputs.damping * inputs.diagonal.mean().item() * np.eye(40)
-    np.testing.assert_allclose(inputs.cost.numpy(), 1 / np.linalg.inv(damped).diagonal(), rtol=1e-4)
+    factorized = FactorizedHessian(hessian)
+    damped = hessian.numpy() + factorized.damping * factorized.diagonal.mean().item() * np.eye(40)
+    np.testing.assert_allclose(factorized.cost.numpy(), 1 / np.linalg.inv(damped).diagonal(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_dead_channels_are_zero_and_disturb_nothing(form: WeightFormat) -> None:
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_dead_channels_are_zero_and_disturb_nothing(fmt: WeightFormat) -> None:
     weights, hessian = problem(8, 140, seed=1)
     dead = torch.tensor([0, 31, 32, 139])
     hessian[dead] = hessian[:, dead] = 0
-    fitted = gptq(weights, FactorizedHessian(hessian), form).values
+    fitted = gptq(weights, FactorizedHessian(hessian), fmt).values
     assert (fitted[:, dead] == 0).all()
     alive = torch.ones(140, dtype=torch.bool)
     alive[dead] = False
@@ -169,7 +170,7 @@ def test_nothing_ever_came_in() -> None:
 
 
 def test_fewer_samples_than_channels() -> None:
-    """Singular hessian, as a layer that sees a few tokens has them."""
+    """Singular Hessian, as of a layer that sees few tokens."""
     weights, _ = problem(8, 64, seed=2)
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).double()
     hessian = rows.T @ rows
@@ -179,15 +180,15 @@ def test_fewer_samples_than_channels() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_moments_that_are_not_finite(value: float) -> None:
+def test_a_hessian_that_is_not_finite(value: float) -> None:
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[3, 3] = value
     with pytest.raises(FusionError, match="not finite"):
         FactorizedHessian(hessian)
 
 
-def test_moments_of_nothing_real() -> None:
-    """Not positive: no damping that is allowed helps."""
+def test_a_hessian_that_is_indefinite() -> None:
+    """Not positive definite at any allowed damping."""
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[0, 1] = hessian[1, 0] = -1e6
     with pytest.raises(FusionError, match="singular"):

@@ -1,4 +1,4 @@
-"""Ranges of inputs: what is counted, and that the grid found is the best of those tried."""
+"""Histogram observer: what it counts, and that its quantization is at least as good as one without clipping."""
 
 from __future__ import annotations
 
@@ -18,61 +18,61 @@ def values(seed: int, count: int, shift: float, scale: float) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * scale + shift
 
 
-def error(x: torch.Tensor, grid: ActivationQuantization) -> float:
-    return float((fake_quantize(x, grid) - x).double().square().mean())
+def error(x: torch.Tensor, quantization: ActivationQuantization) -> float:
+    return float((fake_quantize(x, quantization) - x).double().square().mean())
 
 
 @settings(deadline=None, max_examples=30)
 @given(seeds, st.floats(-3, 3), st.floats(1e-3, 1e3), st.integers(1, 5))
-def test_it_is_at_least_as_good_as_the_extremes(seed: int, shift: float, scale: float, batches: int) -> None:
+def test_it_is_at_least_as_good_as_without_clipping(seed: int, shift: float, scale: float, batches: int) -> None:
     x = values(seed, 4000, shift * scale, scale)
-    seen = HistogramObserver()
+    observer = HistogramObserver()
     for part in torch.chunk(x, batches):
-        seen.observe(part)
+        observer.observe(part)
     least, largest = min(float(x.min()), 0), max(float(x.max()), 0)
     extremes = ActivationQuantization((largest - least) / 255, round(-least / ((largest - least) / 255)))
-    grid = seen.quantization()
-    assert 0 <= grid.zero_point <= 255
-    assert error(x, grid) <= error(x, extremes) * 1.05
+    quantization = observer.quantization()
+    assert 0 <= quantization.zero_point <= 255
+    assert error(x, quantization) <= error(x, extremes) * 1.05
 
 
 @settings(deadline=None, max_examples=30)
 @given(seeds, st.integers(1, 30))
 def test_the_order_of_batches_does_not_matter(seed: int, pieces: int) -> None:
-    """The histogram doubles when a batch is larger than those before it."""
+    """The histogram's range doubles when a batch exceeds it."""
     batches = [values(seed + i, 500, 0, float(2 ** (i % 6))) for i in range(pieces)]
-    grids = []
+    found = []
     for order in (batches, batches[::-1]):
-        seen = HistogramObserver()
+        observer = HistogramObserver()
         for batch in order:
-            seen.observe(batch)
-        grids.append(seen.quantization())
+            observer.observe(batch)
+        found.append(observer.quantization())
     x = torch.cat(batches)
-    assert error(x, grids[0]) == pytest.approx(error(x, grids[1]), rel=0.1)
+    assert error(x, found[0]) == pytest.approx(error(x, found[1]), rel=0.1)
 
 
 def test_outliers_are_clipped_where_that_helps() -> None:
     x = torch.cat([values(0, 1_000_000, 0, 1), torch.tensor([40.0])])
-    seen = HistogramObserver()
-    seen.observe(x)
-    assert seen.quantization().scale * 255 < 30
+    observer = HistogramObserver()
+    observer.observe(x)
+    assert observer.quantization().scale * 255 < 30
 
 
 @pytest.mark.parametrize("x", [torch.zeros(10), torch.full((10,), 3.0), torch.full((10,), -2.5), torch.tensor([1e-30])])
 def test_constants(x: torch.Tensor) -> None:
-    seen = HistogramObserver()
-    seen.observe(x)
-    grid = seen.quantization()
-    assert (fake_quantize(x, grid) - x).abs().max() <= 0.02 * x.abs().max() + 1e-9
-    assert fake_quantize(torch.zeros(1), grid) == 0
+    observer = HistogramObserver()
+    observer.observe(x)
+    quantization = observer.quantization()
+    assert (fake_quantize(x, quantization) - x).abs().max() <= 0.02 * x.abs().max() + 1e-9
+    assert fake_quantize(torch.zeros(1), quantization) == 0
 
 
 def test_memory_does_not_grow() -> None:
-    seen = HistogramObserver()
+    observer = HistogramObserver()
     for i in range(50):
-        seen.observe(values(i, 100, 0, float(1.5**i)))
-    assert seen._counts.shape == (BINS,)
-    assert seen._counts.sum() == 5000
+        observer.observe(values(i, 100, 0, float(1.5**i)))
+    assert observer._counts.shape == (BINS,)
+    assert observer._counts.sum() == 5000
 
 
 def test_rounding_is_that_of_the_runtime() -> None:
@@ -80,7 +80,7 @@ def test_rounding_is_that_of_the_runtime() -> None:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    grid = ActivationQuantization(0.5, 100)
+    quantization = ActivationQuantization(0.5, 100)
     x = np.arange(-80, 120, 0.125, dtype=np.float32)
     scalars = [numpy_helper.from_array(np.float32(0.5), "s"), numpy_helper.from_array(np.uint8(100), "z")]
     nodes = [
@@ -92,4 +92,4 @@ def test_rounding_is_that_of_the_runtime() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = session.run(None, {"x": x})[0]
-    np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), grid).numpy(), expected)
+    np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), quantization).numpy(), expected)

@@ -33,8 +33,8 @@ def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: Weigh
     assert (scales > 0).all()
     restored = dequantize(packed, form, rows.shape[1])
     step = np.repeat(scales.astype(np.float64), form.block_size, axis=1)[:, : rows.shape[1]]
-    # Rounding a scale to float16 may clip a group's extreme by up to 2^-11 of the steps that lie between it and zero;
-    # without symmetry between both extremes, of which the zero point was rounded for the other.
+    # Rounding a scale to float16 clips a group's extreme by at most 2^-11 of the steps between it and zero; in an
+    # asymmetric format, of the steps between both extremes, as the zero point is rounded to fit the other one.
     steps = 1 << (form.bits - form.is_symmetric)
     tolerance = step * (0.5 + steps * 2.0**-11) + 1e-7
     assert (np.abs(restored - rows) <= tolerance).all()
@@ -42,7 +42,7 @@ def test_every_value_comes_back_within_half_a_step(rows: np.ndarray, form: Weigh
 
 @given(rows=matrices, form=st.sampled_from(FORMS))
 def test_what_was_dequantized_is_stored_unchanged(rows: np.ndarray, form: WeightFormat) -> None:
-    """Unpacking and packing are inverses: values that are on the grid keep their integers under the same scales."""
+    """Unpacking and packing are inverses: dequantized values keep their codes under the same scales."""
     packed = quantize(rows, form)
     scales, values = packed.scales, packed.values
     restored = dequantize(packed, form, rows.shape[1])
@@ -71,7 +71,7 @@ def test_one_scale_a_row_is_that_of_a_group_as_wide(rows: np.ndarray, form: Weig
 def test_stored_bits_are_those_stored(rows: np.ndarray, form: WeightFormat) -> None:
     packed = quantize(rows, form)
     parts = [part for part in (packed.values, packed.scales, packed.zero_points) if part is not None]
-    # The last zero point of a row may have a byte for its 4 bits.
+    # The last 4-bit zero point of a row may have a byte of its own.
     unused = 4 * len(rows) * (packed.scales.shape[1] % 2) if form.kind == "uint4" else 0
     assert stored_bits(rows.shape, form) == 8 * sum(part.nbytes for part in parts) - unused
 

@@ -1,4 +1,4 @@
-"""Equalised inputs: the same function of real numbers, never worse by what is measured, kept like any weight."""
+"""SmoothQuant: the same function in real arithmetic, never a larger error, saved and resumed like any weight."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.calibration import layer_quantizer as fitting
-from fusion_edge.export.calibration import run
+from fusion_edge.export.calibration import layer_quantizer, run
 from fusion_edge.export.calibration.layer_quantizer import LayerQuantizer
 from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.weight_store import WeightStore
@@ -48,7 +47,7 @@ def rows(seed: int, count: int, scales: Tensor) -> Tensor:
 
 
 def outliers(channels: int) -> Tensor:
-    """Scales of channels, few of them fifty times as large as the rest."""
+    """Scales of channels, a few of them 50 times as large as the rest."""
     scales = torch.ones(channels)
     scales[OUTLIERS] = 50
     return scales
@@ -60,7 +59,7 @@ def outliers(channels: int) -> Tensor:
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("name", ["attention.qkv", "attention.out", "mlp.up"])
 def test_producer_and_linear_stay_the_same_function(layer: int, name: str) -> None:
-    """Text rows attend in a way of their own in the first half of the layers."""
+    """In both halves of the layers: text rows attend differently in the first."""
     generator = torch.Generator().manual_seed(layer)
     weights = {
         parameter: torch.randn(facts.shape, generator=generator, dtype=torch.float64) / facts.shape[-1] ** 0.5
@@ -78,11 +77,11 @@ def test_producer_and_linear_stay_the_same_function(layer: int, name: str) -> No
     formats = dict.fromkeys((f"vision.layers.{layer}.{part}" for part in smoothquant._PRODUCERS), WeightFormat("w8a8"))
     source = producer(linear, formats)
     assert source is not None
-    by = torch.rand(TINY.vision.width, generator=generator, dtype=torch.float64) * 9 + 0.1
+    factors = torch.rand(TINY.vision.width, generator=generator, dtype=torch.float64) * 9 + 0.1
     for parameter in smoothquant.producer_parameters(source):
-        weights[parameter] = divide_last_rows(weights[parameter], by)
+        weights[parameter] = divide_last_rows(weights[parameter], factors)
     assert not torch.allclose(outputs(), expected)
-    weights[f"{linear}.weight"] *= by
+    weights[f"{linear}.weight"] *= factors
     torch.testing.assert_close(outputs(), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -90,7 +89,7 @@ def test_only_rounded_inputs_have_a_producer() -> None:
     out, qkv = "vision.layers.3.attention.out", "vision.layers.3.attention.qkv"
     w8a8, fp16 = WeightFormat("w8a8"), WeightFormat("fp16")
     assert producer(out, {out: w8a8, qkv: w8a8}) == qkv
-    assert producer(out, {out: w8a8, qkv: fp16}) is None  # is written as the checkpoint has it
+    assert producer(out, {out: w8a8, qkv: fp16}) is None  # written as the checkpoint has it
     assert producer(out, {out: fp16, qkv: w8a8}) is None
     assert producer(qkv, {out: fp16, qkv: w8a8}) == "vision.layers.3.attention_norm"
     for other in ("vision.layers.0.mlp.down", "vision.projector.up", "llm.layers.0.mlp.up", "alignment.layers.0.key"):
@@ -105,7 +104,7 @@ def test_factors() -> None:
     torch.testing.assert_close(smoothing_factors(torch.zeros(5), weights, 0.5), torch.ones(5))
 
 
-# Ranges of channels ------------------------------------------------------------------------------------------------
+# Channel histograms ------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=20)
@@ -124,37 +123,37 @@ def test_batches_do_not_matter(seed: int, pieces: int) -> None:
 
 
 @pytest.mark.parametrize("scales", [torch.ones(64), outliers(64), torch.logspace(-3, 1, 64)])
-@pytest.mark.parametrize("exponent", [None, 0.5, 1.0])
-def test_the_error_told_is_that_of_the_outputs(scales: Tensor, exponent: float | None) -> None:
+@pytest.mark.parametrize("alpha", [None, 0.5, 1.0])
+def test_the_error_told_is_that_of_the_outputs(scales: Tensor, alpha: float | None) -> None:
     x, weights = rows(0, 20_000, scales), rows(1, 96, torch.ones(64))
-    ranges = ChannelHistograms(64, x.device)
-    ranges.observe(x)
-    by = torch.ones(64) if exponent is None else smoothing_factors(ranges.absmax, weights, exponent)
-    grid, error = ranges.quantization(by, (weights * by).square().sum(0))
-    rounded = fake_quantize(x / by, grid) * by
+    histograms = ChannelHistograms(64, x.device)
+    histograms.observe(x)
+    factors = torch.ones(64) if alpha is None else smoothing_factors(histograms.absmax, weights, alpha)
+    grid, error = histograms.quantization(factors, (weights * factors).square().sum(0))
+    rounded = fake_quantize(x / factors, grid) * factors
     actual = float(((rounded - x) @ weights.T).double().square().sum())
     assert error == pytest.approx(actual, rel=0.05)
 
 
 def test_channels_that_are_always_zero() -> None:
-    ranges = ChannelHistograms(4, torch.device("cpu"))
-    ranges.observe(torch.zeros(3, 4))
-    grid, error = ranges.quantization(torch.ones(4), torch.ones(4))
+    histograms = ChannelHistograms(4, torch.device("cpu"))
+    histograms.observe(torch.zeros(3, 4))
+    grid, error = histograms.quantization(torch.ones(4), torch.ones(4))
     assert error == 0
     assert fake_quantize(torch.zeros(1), grid) == 0
 
 
 def test_channels_that_are_almost_zero() -> None:
-    """Subnormal numbers, as weight decay leaves them: their inverse is infinite in float32."""
+    """Subnormal numbers, a result of weight decay: their inverse is infinite in float32."""
     x = rows(0, 1000, torch.tensor([1.0, 1e-30, 1e-40, 1e-45]))
-    ranges = ChannelHistograms(4, x.device)
+    histograms = ChannelHistograms(4, x.device)
     for part in (torch.zeros(8, 4), x, 2 * x):
-        ranges.observe(part)
-    assert ranges._counts.sum(1).tolist() == [2008] * 4
-    by = smoothing_factors(ranges.absmax, torch.ones(1, 4), 0.4)
-    assert torch.isfinite(by).all()
-    grid, error = ranges.quantization(by, torch.ones(4))
-    actual = sum(float(((fake_quantize(y, grid) - y) ** 2).double().sum()) for y in (x / by, 2 * x / by))
+        histograms.observe(part)
+    assert histograms._counts.sum(1).tolist() == [2008] * 4
+    factors = smoothing_factors(histograms.absmax, torch.ones(1, 4), 0.4)
+    assert torch.isfinite(factors).all()
+    grid, error = histograms.quantization(factors, torch.ones(4))
+    actual = sum(float(((fake_quantize(y, grid) - y) ** 2).double().sum()) for y in (x / factors, 2 * x / factors))
     assert error == pytest.approx(actual, rel=0.05)
 
 
@@ -164,21 +163,21 @@ def test_channels_that_are_almost_zero() -> None:
 def fit(
     scales: Tensor, weight: Tensor, folder: Path, method: str, measured: Tensor | None = None
 ) -> tuple[float | None, float]:
-    """Quantize a linear for inputs of such scales: the exponent chosen, and the SQNR of its outputs.
+    """Quantize a linear for inputs of such scales: the alpha chosen, and the SQNR of its outputs.
 
     They are those of the same inputs, or of ``measured``.
     """
     samples = rows(0, 4000, scales)
     given = {f"{LINEAR}.weight": weight, f"{NORM}.weight": torch.ones(len(scales)), f"{NORM}.bias": scales * 0}
-    observing = Observer(None, given.__getitem__, None, "cpu", W8A8)  # type: ignore[arg-type]
-    observing.linear(samples, LINEAR)
+    observer = Observer(None, given.__getitem__, None, "cpu", W8A8)  # type: ignore[arg-type]
+    observer.linear(samples, LINEAR)
     folder.mkdir()
-    records = WeightStore(folder, W8A8)
-    (report,) = LayerQuantizer(W8A8, method, given.__getitem__, records).quantize(observing)
-    by, x = records.parameter(f"{NORM}.weight"), samples if measured is None else measured
-    assert by is not None
-    inputs = fake_quantize(x * torch.from_numpy(by), records.activation_quantization(LINEAR))
-    outputs, expected = inputs @ torch.from_numpy(records.dequantized(LINEAR, len(scales))).T, x @ weight.T
+    store = WeightStore(folder, W8A8)
+    (report,) = LayerQuantizer(W8A8, method, given.__getitem__, store).quantize(observer)
+    factors, x = store.parameter(f"{NORM}.weight"), samples if measured is None else measured
+    assert factors is not None
+    inputs = fake_quantize(x * torch.from_numpy(factors), store.activation_quantization(LINEAR))
+    outputs, expected = inputs @ torch.from_numpy(store.dequantized(LINEAR, len(scales))).T, x @ weight.T
     noise = (outputs - expected).double().square().sum()
     return report.equalisation, float(10 * torch.log10(expected.double().square().sum() / noise))
 
@@ -186,15 +185,15 @@ def fit(
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 @pytest.mark.parametrize("weight_scales", [torch.ones(64), 1 / outliers(64)])
 def test_outlier_channels(weight_scales: Tensor, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without weights that make good for the outliers, as a trained model has them."""
+    """With and without weights that compensate the outliers, as in a trained model."""
     weight = rows(2, 96, weight_scales)
     others = rows(1, 100_000, outliers(64))
-    exponent, equalised = fit(outliers(64), weight, tmp_path / "equalised", method, others)
-    monkeypatch.setattr(fitting, "ALPHAS", ())
-    nothing, as_they_are = fit(outliers(64), weight, tmp_path / "off", method, others)
+    alpha, smoothed = fit(outliers(64), weight, tmp_path / "smoothed", method, others)
+    monkeypatch.setattr(layer_quantizer, "ALPHAS", ())
+    nothing, unsmoothed = fit(outliers(64), weight, tmp_path / "off", method, others)
     assert nothing is None
-    assert exponent is not None
-    assert equalised > as_they_are + (3 if weight_scales[OUTLIERS[0]] == 1 else 20)
+    assert alpha is not None
+    assert smoothed > unsmoothed + (3 if weight_scales[OUTLIERS[0]] == 1 else 20)
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
@@ -207,27 +206,27 @@ def test_never_worse_by_its_measure(method: str, seed: int, tmp_path_factory: py
     weight = rows(seed + 1, 48, columns)
     chosen = fit(scales, weight, folder / "a", method)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "ALPHAS", ())
+        patch.setattr(layer_quantizer, "ALPHAS", ())
         off = fit(scales, weight, folder / "b", method)
     assert chosen[1] == off[1] if chosen[0] is None else chosen[1] > off[1] + 0.8
 
 
 def test_what_chance_gains_is_no_gain(tmp_path: Path) -> None:
-    """Channels alike but for the extremes of the samples."""
-    exponent, _ = fit(torch.ones(64), rows(2, 96, torch.ones(64)), tmp_path / "a", "gptq")
-    assert exponent is None
+    """Channels that differ only in the extremes of the samples."""
+    alpha, _ = fit(torch.ones(64), rows(2, 96, torch.ones(64)), tmp_path / "a", "gptq")
+    assert alpha is None
 
 
 def test_equal_channels_are_left_alone(tmp_path: Path) -> None:
-    observing = Observer(None, lambda _: torch.eye(32), None, "cpu", W8A8)  # type: ignore[arg-type]
-    observing.linear(torch.cat([torch.eye(32), -torch.eye(32)]), LINEAR)
+    observer = Observer(None, lambda _: torch.eye(32), None, "cpu", W8A8)  # type: ignore[arg-type]
+    observer.linear(torch.cat([torch.eye(32), -torch.eye(32)]), LINEAR)
     norm = {f"{NORM}.weight": torch.full((32,), 3.0), f"{NORM}.bias": torch.ones(32)}
     given = {f"{LINEAR}.weight": torch.eye(32), **norm}
-    records = WeightStore(tmp_path, W8A8)
-    (report,) = LayerQuantizer(W8A8, "rtn", given.__getitem__, records).quantize(observing)
+    store = WeightStore(tmp_path, W8A8)
+    (report,) = LayerQuantizer(W8A8, "rtn", given.__getitem__, store).quantize(observer)
     assert report.equalisation is None
     for part in ("weight", "bias"):
-        np.testing.assert_array_equal(records.parameter(f"{NORM}.{part}"), given[f"{NORM}.{part}"].numpy())
+        np.testing.assert_array_equal(store.parameter(f"{NORM}.{part}"), given[f"{NORM}.{part}"].numpy())
 
 
 # Through the real command --------------------------------------------------------------------------------------------
@@ -242,7 +241,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint, some channels of its vision tower's norms fifty times as large."""
+    """The tiny checkpoint with some channels of its vision norms 50 times as large."""
     config = replace(TINY, vision=replace(TINY.vision, patch_size=24))
     folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-tiny", config)
     for file in folder.glob("*.safetensors"):
@@ -274,7 +273,7 @@ def report(bundle: Path) -> dict[str, Any]:
 def test_it_is_reported_and_brings_the_bundle_closer(
     checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "ALPHAS", ())
+    monkeypatch.setattr(layer_quantizer, "ALPHAS", ())
     assert cli.main(arguments(checkpoint, data, tmp_path / "b")) == 0
     facts, off = report(calibrated), report(tmp_path / "b")
     chosen = {linear["name"] for linear in facts["linears"] if linear["equalisation"] is not None}
@@ -285,7 +284,7 @@ def test_it_is_reported_and_brings_the_bundle_closer(
 
 
 def test_the_bundle_computes_what_was_calibrated(checkpoint: Path, data: Path, calibrated: Path) -> None:
-    """ONNX Runtime, the divided norms read back, and the eager interpreter on them agree."""
+    """ONNX Runtime and the eager interpreter agree on the smoothed norms of the bundle."""
     assert_computes_its_weights(calibrated, data / "00000.png")
 
 
@@ -293,7 +292,7 @@ def test_the_bundle_computes_what_was_calibrated(checkpoint: Path, data: Path, c
 def test_a_killed_run_goes_on(
     checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after so many divided parameters, five a layer, before the linear that they were divided for."""
+    """Killed after a number of smoothed parameters, five per layer, before their linear is saved."""
     saved = 0
     save = WeightStore.save_parameter
 
@@ -318,10 +317,10 @@ def test_a_killed_run_goes_on(
 
 
 def test_one_thread_at_a_time_reads_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Python 3.11 needs it."""
-    records, reading, load_file = WeightStore(tmp_path, W8A8), Lock(), np.load
-    records.save_parameter("norm.weight", np.ones(8, np.float32))
-    records.save(LINEAR, [round_to_nearest(torch.ones(4, 8), W8A8[LINEAR])])
+    """Some releases of Python 3.11 need it."""
+    store, reading, load_file = WeightStore(tmp_path, W8A8), Lock(), np.load
+    store.save_parameter("norm.weight", np.ones(8, np.float32))
+    store.save(LINEAR, [round_to_nearest(torch.ones(4, 8), W8A8[LINEAR])])
 
     def load_alone(*arguments: Any, **options: Any) -> Any:
         assert reading.acquire(blocking=False)
@@ -333,8 +332,8 @@ def test_one_thread_at_a_time_reads_a_header(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(np, "load", load_alone)
     with ThreadPoolExecutor(8) as pool:
-        parameters = list(pool.map(records.parameter, ["norm.weight", "norm.bias"] * 8))
-        rows = list(pool.map(partial(records.rows, LINEAR, 0), range(5)))
+        parameters = list(pool.map(store.parameter, ["norm.weight", "norm.bias"] * 8))
+        rows = list(pool.map(partial(store.rows, LINEAR, 0), range(5)))
     assert sum(values is not None for values in parameters) == 8
     assert [len(packed.values) for packed in rows] == list(range(5))
 

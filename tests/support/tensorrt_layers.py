@@ -12,15 +12,15 @@ from fakes import fake_tensorrt_plugin as fake
 from fakes.fake_tensorrt_plugin import DataType
 
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin, register
-from fusion_edge.kernels.triton.ahead_of_time import CONTEXT
+from fusion_edge.kernels.triton.ahead_of_time import CONTEXT_ROWS
 
 WIDTH = 64
 FLOATS = {DataType.FLOAT: "fp32", DataType.HALF: "fp16", DataType.BF16: "bf16"}
 """Triton's names of the values' types."""
 ROWS = ("R", "q", WIDTH)
-CONTEXT_ROWS = (1, "q", CONTEXT, WIDTH)
+CONTEXT = (1, "q", CONTEXT_ROWS, WIDTH)
 SHAPES: dict[str, list[tuple[int | str, ...]]] = {
-    "ContextAttention": [ROWS, CONTEXT_ROWS, CONTEXT_ROWS],
+    "ContextAttention": [ROWS, CONTEXT, CONTEXT],
     "AddLayerNorm": [ROWS, ROWS, (WIDTH,), (WIDTH,)],
     "AddRows": [(1, "L", WIDTH), ("R", "q"), ROWS, ROWS],
 }

@@ -127,11 +127,12 @@ def _steps_over_time(step: Summary, use: Utilization) -> Markup:
     top = min(step.max, _PLOT_TOP * step.p50)
     y = charts.Axis(0, 1.1 * max(top, use.roofline_seconds or 0), time_format(top))
     x = charts.Axis(0, max(step.count - 1, 1), lambda value: f"{value:,.0f}", "decode step")
-    marks = [charts.Mark(step.p50, f"median {labels.duration(step.p50)}", "median")]
+    median_is_lower = use.roofline_seconds is not None and use.roofline_seconds > step.p50
+    marks = [charts.Mark(step.p50, f"median {labels.duration(step.p50)}", "median", is_below=median_is_lower)]
     note = ""
     if use.roofline_seconds is not None:
         text = f"roofline {labels.duration(use.roofline_seconds)}"
-        marks.append(charts.Mark(use.roofline_seconds, text, "roofline", is_below=True))
+        marks.append(charts.Mark(use.roofline_seconds, text, "roofline", is_below=not median_is_lower))
         note = f"Decode reaches {use.share:.0%} of the bandwidth roofline."
     beyond, slowest = sum(value > y.high for value in step.values), labels.duration(step.max)
     if beyond:

@@ -46,6 +46,7 @@ figcaption, .note { font-size: 13px; margin: 6px 0 0; }
 .headline .note { margin: 2px 0 0; color: var(--muted); }
 .charts { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; margin: 14px 0; }
 .charts > * { min-width: 0; }
+.charts > :last-child:nth-child(odd) { grid-column: 1 / -1; }
 figure { margin: 0; }
 details { margin: 0 0 14px; }
 details > summary { cursor: pointer; font-weight: 600; }

@@ -6,13 +6,12 @@ They are a library of custom operators. They replace ONNX Runtime's own operator
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from pathlib import Path
 
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
 from fusion_edge.runtime.bundle.manifest import Manifest
 
-MODULE = "fusion_edge.kernels.cpu_operators"
+LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
 """Accuracy of the kernels, as ``MatMulNBits`` defines it: 4 is int8 GEMM. Their attention computes in bfloat16."""
 FLOATS = frozenset({"fp32", "fp16"})
@@ -21,11 +20,7 @@ FLOATS = frozenset({"fp32", "fp16"})
 
 def library() -> Path | None:
     """Return the path of the library; None if it is not installed."""
-    try:
-        spec = importlib.util.find_spec(MODULE)
-    except ModuleNotFoundError:  # its package is not installed
-        return None
-    return None if spec is None or spec.origin is None else Path(spec.origin)
+    return LIBRARY if LIBRARY.is_file() else None
 
 
 def unsupported_reason(manifest: Manifest) -> str | None:

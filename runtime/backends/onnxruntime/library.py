@@ -33,7 +33,9 @@ def find_onnxruntime(extra: str = "cpu") -> ModuleType:
             from onnxruntime import InferenceSession  # noqa: F401 (missing if one of two wheels was removed)
     except ModuleNotFoundError as error:
         if error.name == "onnxruntime":
-            raise DeviceError(f"ONNX Runtime is not installed; pip install '.[{extra}]'.") from None
+            raise DeviceError(
+                f"ONNX Runtime is not installed; run pip install '.[{extra}]' in a clone of fusion-edge."
+            ) from None
         raise DeviceError(f"ONNX Runtime cannot be imported ({error}); {reinstall_command(extra)}.") from None
     except Exception as error:  # from the C++ library, or a file that another wheel has overwritten
         if is_out_of_memory(error):
@@ -63,7 +65,7 @@ def _skip_destructors_in_forks() -> None:
 
 def reinstall_command(extra: str) -> str:
     """Return the command that replaces both wheels, which hold the same files and break each other."""
-    return f"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[{extra}]'"
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[{extra}]' in a clone of fusion-edge"
 
 
 def is_installed(distribution: str) -> bool:

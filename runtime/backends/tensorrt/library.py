@@ -14,7 +14,7 @@ LIBRARIES = ("tensorrt", "tensorrt-rtx")
 INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack (create the environment with --system-site-packages); elsewhere "
     "run pip install tensorrt",
-    "tensorrt-rtx": "pip install '.[tensorrt-rtx]' (x86-64 only)",
+    "tensorrt-rtx": "pip install '.[tensorrt-rtx]' in a clone of fusion-edge (x86-64 only)",
 }
 
 

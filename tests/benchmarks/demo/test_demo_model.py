@@ -1,4 +1,4 @@
-"""The trained demo model: quality survives the export, and the interaction layers carry information."""
+"""The trained demo model: export keeps its accuracy, and its interaction layers matter."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def accuracy(fusion: Fusion) -> float:
 
 @pytest.fixture(scope="module")
 def reference() -> float:
-    """The checkpoint's accuracy with the eager interpreter."""
+    """Return the checkpoint's accuracy in the eager interpreter."""
     with open_checkpoint(DEMO_CHECKPOINT) as fusion:
         return accuracy(fusion)
 
 
-def test_it_answers(reference: float) -> None:
-    """The commonest answer of each kind of question would give 0.44."""
+def test_checkpoint_answers(reference: float) -> None:
+    """The most frequent answer of each kind of question gives 0.44."""
     assert reference >= 0.97
 
 

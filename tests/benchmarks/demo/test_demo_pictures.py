@@ -1,4 +1,4 @@
-"""The demo's generated pictures: deterministic, unambiguous, balanced, and disjoint between the splits."""
+"""Generated pictures of the demo: deterministic, unambiguous, balanced, with disjoint splits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_splits_and_seeds_give_different_pictures() -> None:
     assert len(rendered) == 5 * len(streams)
 
 
-def test_unknown_split_is_refused_by_name() -> None:
+def test_unknown_split_is_refused() -> None:
     with pytest.raises(UsageError, match=r"'test'.*train, held_out"):
         next(pictures.examples("test", 0))
 
@@ -62,7 +62,7 @@ def test_shapes_keep_to_their_cells() -> None:
 
 
 def test_questions_have_one_right_answer() -> None:
-    """Every answer is derived again, from the question's words and the shapes' places alone."""
+    """Every answer follows from the question's words and the shapes' places."""
     for shapes in _arrangements(200):
         by_name = {shape.name: shape for shape in shapes}
         for kind, options in (KINDS | LESSONS).items():
@@ -101,7 +101,7 @@ def _place(shape: Shape) -> str:
 
 
 def test_compared_shapes_are_well_apart() -> None:
-    """A relation is asked only of shapes that no jitter can bring level."""
+    """Relations are asked only of shapes that jitter cannot align."""
     for shapes in _arrangements(200):
         by_name = {shape.name: shape for shape in shapes}
         for text in KINDS["position"](shapes):
@@ -111,7 +111,7 @@ def test_compared_shapes_are_well_apart() -> None:
             assert abs(first.center[axis] - second.center[axis]) >= first.radius + second.radius
 
 
-def test_a_picture_is_asked_different_questions() -> None:
+def test_questions_about_a_picture_differ() -> None:
     rng = np.random.default_rng(0)
     for shapes in _arrangements(50):
         asked = pictures.ask(shapes, rng, 5)

@@ -19,7 +19,8 @@ from fusion_edge.benchmarks.peers.runners.bundle_vision import BundleEncoder
 from fusion_edge.benchmarks.vision_module import GlobalCrops, LocalCrop, read_vision
 from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.quant.policy import Rule
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 

@@ -1,4 +1,4 @@
-"""Mixed precision: what is measured, what is chosen, what a budget holds."""
+"""Bit allocation: sensitivities, the choice, budgets that are met and budgets that are refused."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration import sensitivity
-from fusion_edge.export.calibration.bit_budget import candidates, ranges
+from fusion_edge.export.calibration.bit_budget import budget_ranges, candidates
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat
@@ -59,24 +60,24 @@ def arguments(checkpoint: Path, data: Path, output: Path, *more: str) -> list[st
 # The choice ----------------------------------------------------------------------------------------------------
 
 
-def offers(sizes: list[tuple[int, float]]) -> list[Promotion]:
+def promotions(sizes: list[tuple[int, float]]) -> list[Promotion]:
     return [Promotion(Sensitivity(f"linear{i}", kl, 20.0), size) for i, (size, kl) in enumerate(sizes)]
 
 
 @given(SIZES, st.integers(0, 5000))
 def test_a_choice_keeps_to_what_there_is_and_leaves_no_room(sizes: list[tuple[int, float]], spare: int) -> None:
-    size = {c.sensitivity.name: c.extra_bytes for c in offers(sizes)}
-    chosen = allocate(offers(sizes), spare)
-    left = spare - sum(size[name] for name in chosen)
+    size = {c.sensitivity.name: c.extra_bytes for c in promotions(sizes)}
+    promoted = allocate(promotions(sizes), spare)
+    left = spare - sum(size[name] for name in promoted)
     assert left >= 0
-    assert all(size[name] > left for name in size.keys() - set(chosen))
+    assert all(size[name] > left for name in size.keys() - set(promoted))
 
 
 @given(SIZES.filter(bool))
 def test_what_buys_most_for_its_bytes_is_first(sizes: list[tuple[int, float]]) -> None:
-    worth = {c.sensitivity.name: c.sensitivity.kl_divergence / c.extra_bytes for c in offers(sizes)}
-    chosen = allocate(offers(sizes), sum(size for size, _ in sizes))
-    assert [worth[name] for name in chosen] == sorted(worth.values(), reverse=True)
+    worth = {c.sensitivity.name: c.sensitivity.kl_divergence / c.extra_bytes for c in promotions(sizes)}
+    promoted = allocate(promotions(sizes), sum(size for size, _ in sizes))
+    assert [worth[name] for name in promoted] == sorted(worth.values(), reverse=True)
 
 
 def test_outputs_decide_where_logits_do_not() -> None:
@@ -124,7 +125,7 @@ def test_candidates_are_the_four_bit_linears_that_no_rule_names(checkpoint: Path
         rule = Rule("llm.layers.0.*", WeightFormat("int4", 32))
         plan = plan_export(opened, ExportOptions(group_size=32, rules=(rule,)))
         names = candidates(plan)
-        assert ranges(plan_export(opened, ExportOptions(precision="int8"))) == {}
+        assert budget_ranges(plan_export(opened, ExportOptions(precision="int8"))) == {}
     assert "llm.layers.1.mlp.down" in names
     assert "alignment.layers.0.context" in names
     assert not any(name.startswith(("llm.layers.0", "vision.", "llm.lm_head", "llm.embed")) for name in names)
@@ -138,30 +139,30 @@ def test_bits_are_kept_to(checkpoint: Path, data: Path, tmp_path: Path, capsys: 
     assert cli.main(arguments(checkpoint, data, output, "--bits", "6", "--accuracy-level", "0")) == 0
     report = QuantizationReport.read(output / QUANTIZATION)
     weights = open_bundle(output).manifest.weights
-    mixed = report.mixed_precision
-    assert mixed is not None
+    allocation = report.mixed_precision
+    assert allocation is not None
     assert {name for name, form in weights.items() if form == "int8:32"} == {
-        *mixed.raised,
+        *allocation.raised,
         "llm.lm_head",
         "llm.embed_tokens",
     }
-    assert len(mixed.sensitivities) > len(mixed.raised) > 0
+    assert len(allocation.sensitivities) > len(allocation.raised) > 0
     with Checkpoint(checkpoint) as opened:
         shapes = candidates(plan_export(opened, ExportOptions(group_size=32, vision="fp16")))
-    assert set(shapes) == {s.name for s in mixed.sensitivities}
+    assert set(shapes) == {s.name for s in allocation.sensitivities}
     bits = mean_bits(shapes, {name: WeightFormat.parse(weights[name]) for name in shapes})
-    assert bits == pytest.approx(mixed.bits, abs=1e-4)
+    assert bits == pytest.approx(allocation.bits, abs=1e-4)
     assert 5 < bits <= 6
     assert "Bit allocation" in capsys.readouterr().out
     assert cli_info.main([str(output)]) == 0
-    assert f"{len(mixed.raised)} of {len(shapes)} in 8" in capsys.readouterr().out
+    assert f"{len(allocation.raised)} of {len(shapes)} linears promoted to INT8" in capsys.readouterr().out
     assert_computes_its_weights(output, data / "00000.png")
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_a_budget_is_kept_to(checkpoint: Path, data: Path, tmp_path: Path, share: float) -> None:
     with Checkpoint(checkpoint) as opened:
-        least, most = ranges(plan_export(opened, ExportOptions(group_size=32, vision="fp16")))["--budget"]
+        least, most = budget_ranges(plan_export(opened, ExportOptions(group_size=32, vision="fp16")))["--budget"]
     budget = int(least + share * (most - least))
     output = tmp_path / "bundle"
     assert cli.main(arguments(checkpoint, data, output, "--budget", str(budget), "--method", "rtn")) == 0
@@ -181,7 +182,7 @@ def test_a_killed_measurement_goes_on(
     more = "--bits", "5.5"
     assert cli.main(arguments(checkpoint, data, tmp_path / "whole", *more)) == 0
     measured: list[str] = []
-    original = sensitivity.Measurement._measure
+    original = sensitivity.SensitivityMeasurement._measure
 
     def killed(self: Any, i: int, names: list[str], *inputs: Any) -> Any:
         if len(measured) == 1:
@@ -190,7 +191,7 @@ def test_a_killed_measurement_goes_on(
         return original(self, i, names, *inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity.Measurement, "_measure", killed)
+        patch.setattr(sensitivity.SensitivityMeasurement, "_measure", killed)
         with pytest.raises(Killed):
             cli.main(arguments(checkpoint, data, tmp_path / "b", *more))
 
@@ -198,7 +199,7 @@ def test_a_killed_measurement_goes_on(
         assert names[0] not in measured
         return original(self, i, names, *inputs)
 
-    monkeypatch.setattr(sensitivity.Measurement, "_measure", once)
+    monkeypatch.setattr(sensitivity.SensitivityMeasurement, "_measure", once)
     assert cli.main(arguments(checkpoint, data, tmp_path / "b", *more)) == 0
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("b", "whole")]
     assert files[0] == files[1]
@@ -210,8 +211,8 @@ def test_a_killed_measurement_goes_on(
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--bits", "4"], "takes 4.500"),
-        (["--budget", "100kB"], "bytes, the smallest there is"),
+        (["--bits", "4"], "--bits is too small: the minimum is 4.500"),
+        (["--budget", "100kB"], "--budget is too small: the minimum is"),
         (["--int8", "--bits", "5"], "--int4"),
         (["--sensitivity-samples", "3"], "--budget or --bits"),
     ],

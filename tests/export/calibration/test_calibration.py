@@ -23,8 +23,8 @@ from support.parity import assert_computes_its_weights
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration import float_model, run
-from fusion_edge.export.calibration import layer_quantizer as fitting
 from fusion_edge.export.calibration.blocks import blocks
+from fusion_edge.export.calibration.layer_quantizer import LayerQuantizer
 from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.export.calibration.work_folder import work_folder
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
@@ -112,7 +112,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("owner", "stage"), [(fitting.LayerQuantizer, "_fit"), (WeightStore, "save"), (run.CalibrationRun, "_propagate")]
+    ("owner", "stage"), [(LayerQuantizer, "_quantize_rows"), (WeightStore, "save"), (run.CalibrationRun, "_propagate")]
 )
 @pytest.mark.parametrize("number", [0, 3, 6])
 def test_a_killed_run_goes_on(

@@ -13,14 +13,15 @@ from fusion_edge.export.calibration import estimate
 from fusion_edge.export.calibration.estimate import CalibrationEstimate, estimate_calibration
 from fusion_edge.export.calibration.options import CalibrationOptions
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 
 OPTIONS = CalibrationOptions(Path("samples"))
 
 
 @pytest.fixture(autouse=True)
-def _rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_rate", lambda device: 1e9)
+def _throughput(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_throughput", lambda device: 1e9)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What calibration sees: the whole model, block by block, and the hessian of every linear's inputs."""
+"""Blocks and observers: the whole model, block by block, and the Hessian of every linear's inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import blocks, prepare
-from fusion_edge.export.calibration.observer import ATTENTION_SHARE, Observer, attention_received
+from fusion_edge.export.calibration.observer import ATTENTION_WEIGHT, Observer, attention_received
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
@@ -22,7 +22,7 @@ from fusion_edge.quant.formats import WeightFormat
 
 @pytest.mark.parametrize("name", ["FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA"])
 def test_blocks_are_the_model(name: str) -> None:
-    """Run one after the other, the blocks give the logits of the whole, and read every linear once."""
+    """The blocks in sequence compute the logits of the whole model, and read every linear once."""
     sample = Sample(GOLDEN / "phi_one_turn.png", "What is in the picture?")
     with open_checkpoint(GOLDEN / name) as fusion:
         expected = first_logits(fusion, sample.picture, sample.question)
@@ -59,7 +59,7 @@ def test_blocks_are_the_model(name: str) -> None:
     assert np.abs(actual[0] - expected).max() <= 1e-5 * expected.std()
 
 
-def test_moments_do_not_depend_on_batches() -> None:
+def test_hessians_do_not_depend_on_batches() -> None:
     rows = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0))
 
     def observe(batches: Iterator[Tensor]) -> Tensor:
@@ -74,7 +74,7 @@ def test_moments_do_not_depend_on_batches() -> None:
         torch.testing.assert_close(observe(iter(torch.split(rows, size))), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_linears_that_share_an_input_share_its_moments() -> None:
+def test_linears_that_share_an_input_share_a_hessian() -> None:
     x, weights = torch.randn(5, 32), torch.zeros(4, 32)
     formats = dict.fromkeys(("a", "b", "c"), WeightFormat("int4", 32))
     operations = Observer(None, lambda _: weights, None, "cpu", formats)  # type: ignore[arg-type]
@@ -110,6 +110,6 @@ def test_rows_of_attention_count_by_what_they_receive() -> None:
         operations.causal_attention(qkv, 0)
     received = attention_received(*operations.heads(qkv, 0)[:2])[0].double()
     x = rows[0].double()
-    expected = x.T @ ((1 + ATTENTION_SHARE * received[:, None]) * x)
+    expected = x.T @ ((1 + ATTENTION_WEIGHT * received[:, None]) * x)
     torch.testing.assert_close(operations.hessians[0], expected, rtol=1e-5, atol=1e-4)
     assert received[0] > 1.5 * received[-1]  # so that what it counts for is seen

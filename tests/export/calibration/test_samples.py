@@ -136,7 +136,7 @@ def test_pictures_that_cannot_be_read(folder: Path, refused: Callable[..., str])
     (folder / "03.png").write_bytes(b"no picture")
     (folder / "05.png").unlink()
     message = error(write(folder, lines()))
-    assert "2 pictures" in message
+    assert "2 images" in message
     assert "03.png, 05.png" in message
 
 
@@ -151,13 +151,13 @@ def test_hidden_files_are_left_out(folder: Path, hidden: str) -> None:
 @pytest.mark.parametrize("address", ["http://host/x.png", "data:image/png;base64,iVBO"])
 def test_addresses_are_not_fetched(folder: Path, address: str) -> None:
     path = write(folder, [*lines(), {"image": address, "question": "?"}])
-    assert f"Line {COUNT + 1} of {path} has the address {address!r} as its image" in error(path)
+    assert f"Line {COUNT + 1} of {path} has the URL {address!r} as its image" in error(path)
 
 
 def test_a_field_given_twice(folder: Path) -> None:
     path = write(folder, lines())
     path.write_text(path.read_text(encoding="utf-8") + '{"image": "00.png", "image": "01.png", "question": "?"}\n')
-    assert f"Line {COUNT + 1} of {path} is no sample" in error(path)
+    assert f"Line {COUNT + 1} of {path} is not a sample" in error(path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])

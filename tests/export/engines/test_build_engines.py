@@ -24,7 +24,7 @@ from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
-from fusion_edge.kernels.triton.kernel_folder import Entry, write_index
+from fusion_edge.kernels.triton.kernel_folder import KernelEntry, write_index
 from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST
 from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER, read_engines
 from fusion_edge.runtime.bundle.files import digest
@@ -75,7 +75,7 @@ def engines_of(bundle: Path) -> list[Path]:
         (
             JETPACK_6,
             "function",
-            "TensorRT 10.3 has no ahead-of-time plugins (10.9 has): the recursive alignment runs as standard "
+            "TensorRT 10.3 has no ahead-of-time plugins (needs 10.9): the recursive alignment runs as standard "
             "operators.\ntensorrt 10.3.0 does not support Attention, RMSNormalization, RotaryEmbedding, TensorScatter: "
             "decomposed, and slower.\n",
         ),
@@ -166,7 +166,7 @@ def kernel_folder(folder: Path, *kernels: str) -> Path:
     for kernel in kernels:
         path = folder / f"{kernel}.ptx"
         path.write_text(f".entry {kernel}()")
-        entries.append(Entry(kernel, "86", 32, "fp16", path.name, digest(path), kernel, 128, 0))
+        entries.append(KernelEntry(kernel, "86", 32, "fp16", path.name, digest(path), kernel, 128, 0))
     write_index(folder, entries)
     return folder
 
@@ -315,11 +315,11 @@ def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refu
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     full = "on a Jetson it comes with JetPack"
-    rtx = "pip install '.[tensorrt-rtx]'"
+    rtx = "pip install '.[tensorrt-rtx]' in a clone of fusion-edge"
     assert f"tensorrt is not installed; {full}" in refused(cli_build.main, bundle, "--library=tensorrt")
     assert f"tensorrt-rtx is not installed; {rtx}" in refused(cli_build.main, bundle, "--library=tensorrt-rtx")
     message = refused(cli_build.main, bundle)
-    assert message.startswith(f"error: TensorRT is not installed: tensorrt is not installed; {full}")
+    assert message.startswith(f"error: There is no TensorRT here: tensorrt is not installed; {full}")
     assert f" tensorrt-rtx is not installed; {rtx}" in message
 
 
@@ -351,8 +351,8 @@ def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPa
             1,
             "tensorrt_rtx 1.7.1.116 does not support compute capability 8.8; pass",
         ),
-        (RTX, {"gpus": 0}, [], 1, "CUDA finds no GPU; check nvidia-smi. Otherwise pass --device 8.6 or"),
-        (FULL, {"gpus": 0}, [], 1, "CUDA finds no GPU; check nvidia-smi. Otherwise build on the target."),
+        (RTX, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise pass --device 8.6 or"),
+        (FULL, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise build on the target."),
         (FULL, {}, ["--device=8.6"], 2, "--device requires tensorrt-rtx: tensorrt builds only for this machine's GPU."),
         (RTX, {}, ["--max-context=47"], 2, "--max-context 47 is out of range for this bundle; choose 48 (image tokens"),
         (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (the bundle's)."),

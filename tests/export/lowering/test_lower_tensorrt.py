@@ -1,4 +1,4 @@
-"""Graphs for TensorRT, computed by ONNX Runtime on the CPU: against the eager interpreter and the released outputs."""
+"""Graphs for TensorRT, run by ONNX Runtime on the CPU, compared with the eager interpreter and the released outputs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from test_golden import LLAMA, NEW_TOKENS, PHI, Case, each_case
 
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
-from fusion_edge.export.calibration import export as calibration_export
+from fusion_edge.export.calibration import driver
 from fusion_edge.export.calibration.samples import FEWEST
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.planning.tensorrt_formats import check_formats
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.kernels.onnx_functions import alignment
@@ -38,9 +38,9 @@ from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import UsageError
 
 HALF = 0.03
-"""Largest difference as a share of the standard deviation. float16 rounds to 2^-11 = 0.0005 of a value; errors of some
-tens of products and sums in turn add up to about the square root of their number times that, and the largest of
-thousands of them is four deviations: 0.0005 * sqrt(50) * 4 = 0.014, doubled."""
+"""Largest difference as a share of the standard deviation. float16 rounds to 2^-11 = 0.0005 of a value. Errors of some
+tens of matmuls and sums in sequence grow with the square root of their number, and the largest of thousands is four
+deviations: 0.0005 * sqrt(50) * 4 = 0.014, doubled."""
 CHECKPOINTS = {"demo": DEMO_CHECKPOINT, PHI: GOLDEN / PHI, LLAMA: GOLDEN / LLAMA}
 PICTURE = GOLDEN / "phi_one_turn.png"
 INT4 = {
@@ -53,7 +53,7 @@ Export = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """``exported(checkpoint, *options)``: the bundle for TensorRT, exported once."""
+    """Return ``exported(checkpoint, *options)``, which exports each bundle for TensorRT once."""
     bundles: dict[tuple[str, ...], Path] = {}
 
     def export(checkpoint: str, *options: str) -> Path:
@@ -68,7 +68,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 
 class Compared:
-    """Gives what one backend gives, and checks it against another one on the same inputs."""
+    """Returns the results of a backend, checked against a reference on the same inputs."""
 
     name = "compared"
 
@@ -111,11 +111,11 @@ def assert_close(actual: npt.ArrayLike, expected: npt.NDArray[Any]) -> None:
 @needs_opset_24
 @pytest.mark.parametrize(
     ("checkpoint", "options"),
-    [("demo", ["--fp16"]), *INT4.items()],  # the others in float16: see the released outputs below
+    [("demo", ["--fp16"]), *INT4.items()],  # the others in float16: test_released_answers
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
 def test_computes_what_the_eager_interpreter_does(exported: Export, checkpoint: str, options: list[str]) -> None:
-    """Every array of two questions about an image with the shortest query length, and of one with the longest."""
+    """Compares every array: two questions with the shortest query length, one with the longest."""
     folder = exported(checkpoint, *options)
     with load(folder, device="cpu", threads=1) as fusion:
         reference = EagerBackend(fusion.config, BundleWeights(open_bundle(folder)))
@@ -131,7 +131,7 @@ def test_computes_what_the_eager_interpreter_does(exported: Export, checkpoint: 
 
 
 def calibrated(checkpoint: Path, output: Path, target: str) -> None:
-    """A bundle whose formats are the same for each target."""
+    """Export a calibrated bundle whose formats are the same for each target."""
     samples = output.parent / "samples"
     if not samples.exists():
         write_samples(samples, FEWEST)
@@ -147,11 +147,11 @@ def integer_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @needs_opset_24
-def test_inputs_that_are_integers(integer_bundle: Path) -> None:
-    """Signed ones around 0, in the vision encoder; some round to a neighbour in float16."""
+def test_quantized_activations(integer_bundle: Path) -> None:
+    """The vision encoder's are signed with zero point 0; in float16 some round to a neighboring integer."""
     bundle = open_bundle(integer_bundle)
     weights = BundleWeights(bundle)
-    linears = [name for name, form in bundle.manifest.weights.items() if form == "w8a8"]
+    linears = [name for name, fmt in bundle.manifest.weights.items() if fmt == "w8a8"]
     assert linears
     assert {grid and grid.zero_point for grid in map(weights.activation_quantization, linears)} == {
         SYMMETRIC_ZERO_POINT
@@ -168,13 +168,13 @@ def test_inputs_that_are_integers(integer_bundle: Path) -> None:
 def test_calibration_for_another_target_starts_anew(
     integer_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though all formats are the same: a CPU's integers have zero points."""
+    """All formats are the same, but a CPU's quantized activations have zero points."""
 
     def killed(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_export, "write_bundle", killed)
+        patch.setattr(driver, "write_bundle", killed)
         with pytest.raises(Killed):
             calibrated(tiny_checkpoint, tmp_path / "b", "cpu")
     calibrated(tiny_checkpoint, tmp_path / "b", "tensorrt")
@@ -183,7 +183,7 @@ def test_calibration_for_another_target_starts_anew(
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing may catch it."""
+    """A kill that nothing may catch."""
 
 
 @needs_opset_24
@@ -191,7 +191,7 @@ class Killed(BaseException):
 def test_released_answers(
     case: Case, exported: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the commands, in float16: the logits behind the released code's prompts, and its tokens."""
+    """The commands reproduce, in float16, the released code's logits after the prompt, and its tokens."""
     seen: list[Floats] = []
     watch(monkeypatch, seen)
     tokens = [] if case.image_tokens is None else [f"--image-tokens={case.image_tokens}"]
@@ -210,7 +210,7 @@ def test_released_answers(
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, seen: list[Floats]) -> None:
-    """Keep the logits that every token is taken from."""
+    """Record the logits of every token."""
     for name in ("prefill", "decode"):
         method = getattr(OnnxRuntimeBackend, name)
 
@@ -222,19 +222,19 @@ def watch(monkeypatch: pytest.MonkeyPatch, seen: list[Floats]) -> None:
 
 
 def assert_same_until_a_tie(actual: list[int], expected: list[int], logits: list[Floats]) -> None:
-    """Where tokens part, each of the two is the likelier one within the tolerance: the model's weights are random."""
+    """Assert equal tokens up to the first tie within the tolerance: the model's weights are random."""
     for row, (token, other) in zip(logits, zip(actual, expected, strict=True), strict=False):
         if token != other:
             assert row[token] - row[other] <= HALF * row.std()
             return
 
 
-# The graphs themselves -------------------------------------------------------------------------------------------
+# Graphs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [["--fp16"], INT4[PHI]], ids=["fp16", "int4"])
 def test_operators_are_standard(exported: Export, options: list[str]) -> None:
-    """But for three functions, which the model defines; nothing branches, and nothing is of Microsoft's."""
+    """Except for three functions that the model defines. There are no branches and no contributed operators."""
     folder = exported(PHI, *options)
     own = set()
     for name in ("vision_encoder", "alignment_decoder", "llm"):
@@ -254,8 +254,8 @@ def test_operators_are_standard(exported: Export, options: list[str]) -> None:
     assert own == {alignment.CONTEXT_ATTENTION, alignment.ADD_LAYER_NORM, alignment.ADD_ROWS}
 
 
-def test_the_cache_is_scattered_into(exported: Export) -> None:
-    """What comes in as past goes out as present, layer by layer; one mask serves all layers."""
+def test_the_kv_cache_is_updated_in_place(exported: Export) -> None:
+    """Each layer scatters into its past cache; all layers share one mask."""
     folder = exported(PHI, "--fp16")
     graph = onnx.load(folder / "llm.onnx", load_external_data=False).graph
     scatters = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
@@ -267,19 +267,19 @@ def test_the_cache_is_scattered_into(exported: Export) -> None:
 
 
 def test_int4_scales_are_positive(exported: Export) -> None:
-    """TensorRT asks for that."""
+    """TensorRT requires positive scales."""
     folder = exported(PHI, *INT4[PHI])
     for name in ("vision_encoder", "alignment_decoder", "llm"):
         model = onnx.load(folder / f"{name}.onnx")
         tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        products = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
-        assert products
-        for node in products:
+        dequantized = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+        assert dequantized
+        for node in dequantized:
             assert len(node.input) == 2
             assert (numpy_helper.to_array(tensors[node.input[1]]) > 0).all()
 
 
-# What is refused -------------------------------------------------------------------------------------------------
+# Errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -287,14 +287,18 @@ def test_int4_scales_are_positive(exported: Export) -> None:
     [
         (LLAMA, "--int4 --group-size 64", "llm.layers.0.mlp.down cannot be int4:64 for TensorRT: its 112 inputs are "),
         (PHI, "--int4", "cannot be int4:128 for TensorRT: its 64 inputs are not whole groups of 128"),
-        (PHI, "--int4 --asym --group-size 32", "TensorRT: it knows no zero points; leave --asym out,"),
-        (PHI, "--fp16 --rule llm.*=nf4:32", "TensorRT: it has no products with a codebook; use --int4,"),
-        (PHI, "--fp16 --rule llm.*=fp4:32", "TensorRT: it has no products with a codebook; use --int4,"),
-        (PHI, "--fp16 --rule llm.*=int8:32", "cannot be int8:32 for TensorRT: its 8-bit weights have one scale a"),
-        (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it knows no zero"),
+        (PHI, "--int4 --asym --group-size 32", "TensorRT: it supports no zero points; leave --asym out,"),
+        (PHI, "--fp16 --rule llm.*=nf4:32", "TensorRT: it has no GEMMs with a codebook; use --int4,"),
+        (PHI, "--fp16 --rule llm.*=fp4:32", "TensorRT: it has no GEMMs with a codebook; use --int4,"),
+        (PHI, "--fp16 --rule llm.*=int8:32", "cannot be int8:32 for TensorRT: its 8-bit weights have one scale per"),
+        (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it supports no zero"),
         (PHI, "--fp16 --kv-cache int8", "--kv-cache int8"),
         (PHI, "--fp16 --accuracy-level 4", "--accuracy-level is for ONNX Runtime"),
-        (PHI, "--int8 --group-size 32", "8-bit weights have one scale a channel: leave --group-size out"),
+        (
+            PHI,
+            "--int8 --group-size 32",
+            "--target tensorrt have one scale per channel: leave --group-size out",
+        ),
     ],
 )
 def test_formats_that_tensorrt_does_not_read(
@@ -310,4 +314,4 @@ def test_odd_outputs() -> None:
     """Two outputs share a byte."""
     weight = Parameter("llm.lm_head.weight", "linear", (33, 64), ())
     with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:64 for TensorRT: its 33 outputs are odd, and "):
-        check_formats({"llm.lm_head": Linear(weight, WeightFormat("int4", 64))})
+        TENSORRT.check_formats({"llm.lm_head": Linear(weight, WeightFormat("int4", 64))})

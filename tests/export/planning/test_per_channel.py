@@ -1,4 +1,4 @@
-"""One scale for each row, ``--group-size channel``: through the real commands."""
+"""One scale per output channel: ``--group-size channel``, run through the commands."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LINEAR = "llm.layers.1.mlp.down"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint, but with 200 inputs to the LLM's ``mlp.down``: a whole block and a partial one."""
+    """The tiny checkpoint with 200 inputs to the LLM's ``mlp.down``: a whole block and a partial one."""
     config = replace(TINY, vision=replace(TINY.vision, patch_size=24), language=replace(TINY.language, mlp_width=200))
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-tiny", config)
 
 
 @pytest.mark.parametrize(("more", "kind"), [((), "int4"), (("--asym",), "uint4")])
-def test_calibrated_weights_have_one_scale_a_row(
+def test_calibrated_weights_have_one_scale_per_row(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], kind: str
 ) -> None:
     data, output = tmp_path / "data", tmp_path / "bundle"
@@ -62,19 +62,19 @@ def test_calibrated_weights_have_one_scale_a_row(
         ["--group-size", "channel", "--rule", f"{LINEAR}=fp4"],
     ],
 )
-def test_codebooks_refuse_it(checkpoint: Path, tmp_path: Path, refused: Refused, options: list[str]) -> None:
+def test_codebooks_refuse_per_channel(checkpoint: Path, tmp_path: Path, refused: Refused, options: list[str]) -> None:
     message = refused(cli.main, checkpoint, "-o", tmp_path / "b", *options, code=2)
     assert "cannot have one scale per channel; use one of" in message
     assert not list(tmp_path.iterdir())
 
 
-def test_what_has_no_groups_refuses_it(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
+def test_formats_without_groups_have_no_group_size(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
     rule = f"{LINEAR}=w8a8:channel"
     assert "Unknown weight format" in refused(cli.main, checkpoint, "-o", tmp_path / "b", "--rule", rule, code=2)
 
 
 @pytest.mark.parametrize("size", ["row", "0", "48", "-1", ""])
-def test_group_sizes_that_are_none(checkpoint: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+def test_invalid_group_sizes(checkpoint: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([str(checkpoint), "--dry-run", f"--group-size={size}"])
     assert caught.value.code == 2

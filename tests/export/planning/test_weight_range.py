@@ -1,4 +1,4 @@
-"""Weights that float16, in which bundles keep scales and 16-bit weights, does not reach."""
+"""Weights beyond the range of float16, the dtype of scales and 16-bit weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVEN = [WeightFormat(kind, 32) for kind in GROUPED if kind not in CODEBOOKS] + [
 
 @pytest.mark.parametrize("form", EVEN, ids=str)
 @pytest.mark.parametrize("signs", [[1, 1], [-1, -1], [1, -1]])
-def test_up_to_the_limit_nothing_overflows(form: WeightFormat, signs: list[int]) -> None:
+def test_values_up_to_the_limit_do_not_overflow(form: WeightFormat, signs: list[int]) -> None:
     rows = np.zeros((2, 64), np.float32)
     rows[:, ::2], rows[:, 1::2] = signs[0] * form.max_value, signs[1] * form.max_value
     check_range("w", rows, form)
@@ -42,13 +42,13 @@ def test_up_to_the_limit_nothing_overflows(form: WeightFormat, signs: list[int])
 
 
 @pytest.mark.parametrize("form", [*EVEN, WeightFormat("fp16")], ids=str)
-def test_beyond_the_limit_it_is_refused(form: WeightFormat) -> None:
+def test_values_beyond_the_limit_are_refused(form: WeightFormat) -> None:
     with pytest.raises(FusionError, match=f"w holds values up to .*; the range of {form} ends at"):
         check_range("w", np.array([[0, -1.001 * form.max_value]], np.float32), form)
 
 
 @pytest.mark.parametrize("form", [WeightFormat("fp32"), WeightFormat("nf4", 64)], ids=str)
-def test_float32_reaches_everything(form: WeightFormat) -> None:
+def test_float32_has_no_limit(form: WeightFormat) -> None:
     check_range("w", np.array([[3e38]], np.float32), form)
 
 
@@ -63,7 +63,7 @@ def test_float32_reaches_everything(form: WeightFormat) -> None:
         ["--rule", f"{NAME}=fp16", "--calibrate"],
     ],
 )
-def test_the_export_names_the_weight(tmp_path: Path, refused: Refused, options: list[str]) -> None:
+def test_an_export_names_the_weight(tmp_path: Path, refused: Refused, options: list[str]) -> None:
     config = replace(TINY, vision=replace(TINY.vision, patch_size=24))
     checkpoint = write_checkpoint(tmp_path / "FUSION-large", config)
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text(encoding="utf-8"))

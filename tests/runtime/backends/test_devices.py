@@ -27,14 +27,15 @@ from fusion_edge.runtime.errors import DeviceError
 NO_DRIVER = "No NVIDIA driver (libcuda.so.1) is installed; install it if the machine has an NVIDIA GPU."
 NO_PROVIDER = (
     "The installed onnxruntime has no CUDA provider; "
-    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]'."
+    "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge."
 )
 NO_TENSORRT = {name: f"{name} is not installed; {remedy}." for name, remedy in INSTALL.items()}
 Refuse = Callable[..., str]
 
 
 def other_target(target: str, wanted: str) -> str:
-    return f"The bundle was exported for {target}; fusion-export FUSION-tiny -o FOLDER --target {wanted} exports one for this device."
+    command = f"fusion-export FUSION-tiny -o FOLDER --target {wanted}"
+    return f"The bundle was exported for {target}; {command} exports one for this device."
 
 
 NOT_FOR_TENSORRT = dict.fromkeys(LIBRARIES, other_target("cuda", "tensorrt"))
@@ -70,7 +71,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         cdll = ctypes.CDLL
 
         def driver(name: str) -> Any:
-            if "libcuda" not in name:
+            if name is None or "libcuda" not in name:
                 return cdll(name)
             if gpus is None:
                 raise OSError("libcuda.so.1: cannot open shared object file")
@@ -120,7 +121,7 @@ WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUE
         (
             {"gpus": 1, "wheels": ("onnxruntime", "onnxruntime-gpu")},
             "The installed onnxruntime hides onnxruntime-gpu, whose files it has overwritten; "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]'.",
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge.",
         ),
     ],
 )
@@ -187,11 +188,12 @@ def test_a_damaged_bundle_is_no_reason_for_another_device(
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (None, "ONNX Runtime is not installed; pip install '.[{}]'."),
+        (None, "ONNX Runtime is not installed; run pip install '.[{}]' in a clone of fusion-edge."),
         (
             ModuleType("onnxruntime"),  # the rest after removing one of two wheels
             "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
-            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[{}]'.",
+            "location)); pip uninstall -y onnxruntime onnxruntime-gpu, "
+            "then pip install '.[{}]' in a clone of fusion-edge.",
         ),
     ],
 )

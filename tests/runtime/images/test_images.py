@@ -177,7 +177,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (empty, "not an image"),
         ("", "does not exist"),
         ("nul\0byte.png", "is not a valid path"),
-        ("https://example.org/cat.png", "addresses are not fetched"),
+        ("https://example.org/cat.png", "is a URL, which is not fetched"),
     ]
     for path, message in cases:
         with pytest.raises(FusionError, match=message) as caught:
@@ -236,5 +236,5 @@ def test_the_limit_holds_when_pillows_guard_is_off(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of_size(60_000, 60_000))
-    with pytest.raises(FusionError, match=f"60000 x 60000 = 3600000000 pixels, the limit .* is {MAX_BYTES // 4}"):
+    with pytest.raises(FusionError, match=f"60000 x 60000 = 3600000000 pixels, more than the limit of {MAX_BYTES // 4}"):
         load_image(path)

@@ -12,7 +12,8 @@ from support.paths import DEMO_CHECKPOINT, GOLDEN
 
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
-from fusion_edge.export.planning.plan import ExportOptions, plan_export
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.runtime import load
 
 END = 1204  # <|end|>

@@ -101,7 +101,7 @@ def test_an_older_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> 
         find_onnxruntime("cuda")
     assert str(refusal.value) == (
         f"ONNX Runtime {version} is too old, 1.23.2 or newer is needed; "
-        "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]'."
+        "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge."
     )
 
 

@@ -147,7 +147,7 @@ def test_what_is_not_begun_is_dropped(
             advance(1)
             time.sleep(0.01)
 
-    monkeypatch.setattr("fusion_edge.runtime.bundle.files.digest", endless)
+    monkeypatch.setattr("fusion_edge.export.bundle.writer.digest", endless)
     assert export_cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b")]) == 143
     assert time.monotonic() - started[0] < 5
     assert not list(tmp_path.iterdir())

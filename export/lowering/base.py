@@ -1,8 +1,8 @@
-"""What the ONNX interpreters share: the operations that every runtime takes in the same standard operators."""
+"""Base of the ONNX interpreters: operations that are the same standard operators for every runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from onnx import FunctionProto
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.graph_builder import ONNX_TYPES, GraphBuilder, Part
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.model.operations import Operations, self_attention_by_parts
+from fusion_edge.export.model.operations import Operations, decomposed_self_attention
 from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
@@ -21,21 +21,21 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 
 @dataclass(frozen=True)
 class Settings:
-    """What a lowering must know beside the model."""
+    """Settings of a lowering, beside the model."""
 
     target: str
     activations: str
-    """numpy dtype name of everything that flows: float32 on CPUs, float16 on CUDA."""
+    """numpy dtype name of the values that flow in the graphs: float32 on CPUs, float16 on GPUs."""
     accuracy_level: int
-    """MatMulNBits' attribute: 0 computes in the activations' type, 4 rounds activations to int8 blocks."""
+    """MatMulNBits' attribute: 0 computes in the activations' dtype, 4 quantizes activations to int8 blocks."""
     cache: str
-    """numpy dtype name of the KV cache: the activations', or int8."""
+    """numpy dtype name of the KV cache: that of the activations, or int8."""
     max_context: int
 
 
 @dataclass(frozen=True)
 class OnnxValue:
-    """The name of a value, with the two operators that are written as ``+`` and ``*``."""
+    """Name of a value. ``+`` and ``*`` append nodes."""
 
     name: str
     builder: GraphBuilder
@@ -51,6 +51,10 @@ class OnnxOperations(Operations[OnnxValue]):
     """Operations (``export/model/operations.py``) that append nodes to a :class:`GraphBuilder`. B = 1 throughout."""
 
     opset: int
+    passes: tuple[Callable[[GraphBuilder], None], ...] = ()
+    """Rewrites of a finished graph, in order."""
+    stores_int4_by_column: bool = False
+    """Whether 4-bit weights lie as ``[K,N]`` in the data file, not as rows of packed blocks."""
 
     def __init__(
         self,
@@ -67,11 +71,11 @@ class OnnxOperations(Operations[OnnxValue]):
         self.settings = settings
 
     def input(self, name: str) -> OnnxValue:
-        """A graph input as a value."""
+        """Return the value with a name, such as a graph input."""
         return OnnxValue(name, self.builder)
 
     def output(self, value: OnnxValue, name: str) -> None:
-        """Make ``value`` the graph output ``name``, in the type that the graph's specification gives it."""
+        """Make ``value`` the graph output ``name``, cast to the dtype of the graph's specification."""
         dtype = next(spec.dtype for spec in self.builder.spec.outputs if spec.name == name)
         if dtype == self.settings.activations:
             self.builder.node("Identity", [value.name], f"output.{name}", outputs=[name])
@@ -95,11 +99,11 @@ class OnnxOperations(Operations[OnnxValue]):
 
     def parameter(self, name: str) -> OnnxValue:
         dtype = self.settings.activations
-        form = WeightFormat("fp16" if dtype == "float16" else "fp32")
-        return self.input(self.builder.plan(name, "values", form, dtype, self.parameters[name].shape))
+        fmt = WeightFormat("fp16" if dtype == "float16" else "fp32")
+        return self.input(self.builder.plan(name, "values", fmt, dtype, self.parameters[name].shape))
 
     def _cast(self, stored: str, dtype: str) -> str:
-        """Stored values in the activations' type; ONNX Runtime folds the cast of a constant when it loads."""
+        """Cast stored values to the activations' dtype. ONNX Runtime folds the cast of a constant at load."""
         if dtype == self.settings.activations:
             return stored
         to = ONNX_TYPES[self.settings.activations]
@@ -205,10 +209,10 @@ class OnnxOperations(Operations[OnnxValue]):
     # Attention ----------------------------------------------------------------------------------------------
 
     def self_attention(self, qkv: OnnxValue, heads: int, key_mask: OnnxValue, patches: int | None) -> OnnxValue:
-        return self_attention_by_parts(self, qkv, heads, key_mask, patches)
+        return decomposed_self_attention(self, qkv, heads, key_mask, patches)
 
     def _rotary_table(self, name: str, function: np.ufunc) -> str:
-        """cos or sin of every position's angles, ``[max_context, head_dim/2]``."""
+        """Plan a table of cos or sin of the rotary angles, ``[max_context, head_dim/2]``. Returns its name."""
         language = self.config.language
         frequencies = np.array(language.rotary_inverse_frequencies)
         angles: npt.NDArray[np.float64] = np.outer(np.arange(self.settings.max_context), frequencies)
@@ -223,6 +227,6 @@ class OnnxOperations(Operations[OnnxValue]):
     def _function(
         self, function: FunctionProto, inputs: Sequence[OnnxValue | str], scope: str = "", **attributes: Any
     ) -> OnnxValue:
-        """A node of a model-local function, which the model then has."""
+        """Append a call of a model-local function, and add the function to the model."""
         self.builder.functions[function.name] = function
         return self._node(function.name, inputs, scope, function.domain, **attributes)

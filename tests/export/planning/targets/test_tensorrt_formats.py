@@ -1,4 +1,4 @@
-"""INT4 blocks of 64 and 128, the only ones that TensorRT has products for."""
+"""INT4 blocks of 64 and 128: TensorRT has GEMMs for no others."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.planning import plan
-from fusion_edge.export.planning.tensorrt_formats import BLOCK_SIZES, check_formats
+from fusion_edge.export.planning.targets.tensorrt import BLOCK_SIZES, TENSORRT, TensorRTTarget
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
@@ -48,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def block_sizes(folder: Path) -> set[int]:
-    """Of all 4-bit weights, as the graphs have them."""
+    """Return the block sizes of all quantized weights in the graphs."""
     sizes: set[int] = set()
     for path in folder.glob("*.onnx"):
         for node in onnx.load(path, load_external_data=False).graph.node:
@@ -65,7 +64,7 @@ def block_sizes(folder: Path) -> set[int]:
 def test_blocks_of_32_are_refused(checkpoint: Path, tmp_path: Path, refused: Refuse, target: str, options: str) -> None:
     arguments = [checkpoint, "-o", tmp_path / "b", "--target", target, *options.split()]
     message = refused(cli.main, *arguments, code=2)
-    assert "cannot be int4:32 for TensorRT: it has 4-bit products for groups of 64 and 128 alone; use --g" in message
+    assert "cannot be int4:32 for TensorRT: it has 4-bit GEMMs only for groups of 64 and 128; use --g" in message
     assert not (tmp_path / "b").exists()
 
 
@@ -87,8 +86,8 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
 @pytest.mark.parametrize(
     ("form", "shape", "reason"),
     [
-        ("int4:32", (64, 128), "groups of 64 and 128 alone; use --group-size 64 or 128, in a rule int4:128, or use"),
-        ("int4:32", (64, 192), "groups of 64 and 128 alone; use --group-size 64, in a rule int4:64, or use another"),
+        ("int4:32", (64, 128), "groups of 64 and 128; use --group-size 64 or 128, in a rule int4:128, or use"),
+        ("int4:32", (64, 192), "groups of 64 and 128; use --group-size 64, in a rule int4:64, or use another"),
         ("int4:128", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64, in a rule int4:64"),
         ("int4:channel", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64"),
         ("int4:32", (64, 96), "its 96 inputs are not whole groups of 64 or 128; give it 8 bits, or use another format"),
@@ -96,38 +95,36 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
     ],
 )
 def test_remedies(form: str, shape: tuple[int, int], reason: str) -> None:
-    """What is proposed is accepted."""
+    """The format that an error proposes is accepted."""
     name = "llm.layers.0.mlp.up"
     weight = Parameter(f"{name}.weight", "linear", shape, ())
     with pytest.raises(UsageError) as refused:
-        check_formats({name: Linear(weight, WeightFormat.parse(form))})
+        TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse(form))})
     assert f"{name} cannot be {form} for TensorRT: " in str(refused.value)
     assert reason in str(refused.value)
     for size in BLOCK_SIZES:
         if f"int4:{size}" in reason:
-            check_formats({name: Linear(weight, WeightFormat("int4", size))})
-    check_formats({name: Linear(weight, WeightFormat.parse("int8:channel"))})
+            TENSORRT.check_formats({name: Linear(weight, WeightFormat("int4", size))})
+    TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse("int8:channel"))})
 
 
-# Quantized checkpoints -------------------------------------------------------------------------------------------
+# Prequantized checkpoints ----------------------------------------------------------------------------------------
 
 
 def quantized(folder: Path, variant: str, model: FusionConfig) -> Path:
-    """Its decoder layers in the layout of a variant, all of them random."""
+    """Write a prequantized checkpoint with random decoder layers in a variant's layout."""
     fixture, pack = read_fixture(variant), packer(variant)
     language = model.language
     down = pack("model.layers.0.mlp.down_proj", language.hidden_size, language.mlp_width)
     return write_quantized(folder, fixture.config, down, pack, model=model)
 
 
-def test_groups_of_32_of_a_checkpoint(tmp_path: Path, refused: Refuse) -> None:
-    """The remedy is a rule, which serves all layers."""
+def test_groups_of_32_in_a_prequantized_checkpoint(tmp_path: Path, refused: Refuse) -> None:
+    """The remedy is one rule for all layers."""
     checkpoint = quantized(tmp_path / "checkpoint", "gptq-v1-sym", wide())
     command = [checkpoint, "-o", tmp_path / "b", "--target", "tensorrt"]
     message = refused(cli.main, *command, code=2)
-    assert "llm.layers.0.attention.qkv cannot be int4:32 for TensorRT: it has 4-bit products for groups of 64 and " in (
-        message
-    )
+    assert "llm.layers.0.attention.qkv cannot be int4:32 for TensorRT: it has 4-bit GEMMs only for groups" in message
     assert "; quantize it anew (--rule 'llm.layers.*.attention.qkv=int4:128'), or" in message
     rules = [f"--rule=llm.layers.*.{name}=int4:128" for name in ("attention.*", "mlp.*")]
     assert cli.main([*map(str, command), *rules]) == 0
@@ -136,7 +133,7 @@ def test_groups_of_32_of_a_checkpoint(tmp_path: Path, refused: Refuse) -> None:
 
 @pytest.mark.parametrize(("width", "block"), [(256, 128), (512, 128), (320, 64)])
 def test_rows_with_one_scale_are_stored_in_blocks(tmp_path: Path, width: int, block: int) -> None:
-    """Elsewhere they are in blocks of 256; the weights are the same bit for bit."""
+    """Other targets store them in blocks of 256. The weights are the same bit for bit."""
     model = wide(hidden_size=256, mlp_width=width, heads=16, kv_heads=16)
     checkpoint = quantized(tmp_path / "checkpoint", "gptq-v1-channel", model)
     eight_bits = "--rule=alignment.*=int8:channel"
@@ -154,7 +151,7 @@ def test_rows_with_one_scale_are_stored_in_blocks(tmp_path: Path, width: int, bl
     assert open_bundle(tmp_path / "cpu").manifest.weights["llm.layers.1.attention.out"] == "int4:256"
 
 
-# Bundles of before -----------------------------------------------------------------------------------------------
+# Bundles of older versions ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +161,7 @@ def old_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
     folder = tmp_path_factory.mktemp("old") / "b"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "check_formats", accept)
+        patch.setattr(TensorRTTarget, "check_formats", accept)
         assert cli.main([str(checkpoint), "-o", str(folder), "--int4", "--group-size=32", "--target=tensorrt"]) == 0
     return open_bundle(folder)
 
@@ -175,7 +172,7 @@ def test_tensorrt_does_not_build_blocks_of_32(old_bundle: Bundle, library: tuple
     with installed(trt):
         message = refused(cli_build.main, old_bundle.folder, "--library=tensorrt")
     assert f"{old_bundle.folder} has " in message
-    assert " in int4:32; TensorRT has 4-bit products for groups of 64 and 128 alone: export it again, " in message
+    assert " in int4:32; TensorRT has 4-bit GEMMs only for groups of 64 and 128: export it again, " in message
     assert message.endswith("fusion-export FUSION-wide -o FOLDER --target tensorrt --group-size 128 (or 64).\n")
     assert not trt.built
 

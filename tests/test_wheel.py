@@ -1,0 +1,144 @@
+"""The source archive and the wheel: their files, their tags, and the commands in an environment with nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.paths import DEMO_CHECKPOINT, ROOT
+
+from fusion_edge import __version__
+from fusion_edge.export import cli
+
+RUNTIME_LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "PIL", "pillow")
+"""Import names of what the extra ``[cpu]`` installs and the runtime imports, and of folders with their libraries."""
+FOLDERS = ("export", "kernels", "quant", "runtime", "benchmarks/latency")
+"""Folders that ship."""
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the CPU kernels are written for x86-64")
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the source archive, and the wheel that is built from it, of a copy that holds what git holds."""
+    copy, built = tmp_path_factory.mktemp("clone") / "fusion-edge", tmp_path_factory.mktemp("dist")
+    untracked = shutil.ignore_patterns(".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "tests", "results")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=untracked)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(copy)]
+    subprocess.run(command, check=True, capture_output=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (wheel,) = distributions.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def robot(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``bin/`` of an environment with the wheel and what the runtime imports, linked from this environment."""
+    environment = tmp_path_factory.mktemp("robot")
+    venv.create(environment, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--no-deps"]
+    subprocess.run([*pip, "--no-index", str(wheel)], check=True, capture_output=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    for name in RUNTIME_LIBRARIES:
+        for path in (*installed().glob(name), *installed().glob(f"{name}.libs")):
+            (site / path.name).symlink_to(path)
+    return environment / "bin"
+
+
+def installed() -> Path:
+    """Folder of this environment's packages."""
+    return Path(pytest.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in INT4."""
+    folder = tmp_path_factory.mktemp("bundle") / "demo"
+    assert cli.main([str(DEMO_CHECKPOINT), "-o", str(folder), "--int4"]) == 0
+    return folder
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command outside the clone."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    text = [str(argument) for argument in arguments]
+    return subprocess.run(text, capture_output=True, text=True, cwd="/", env=variables, check=False)
+
+
+def test_the_wheel_is_for_every_python(wheel: Path) -> None:
+    assert wheel.name == f"fusion_edge-{__version__}-py3-none-linux_x86_64.whl"
+
+
+def test_the_wheel_holds_what_ships_and_nothing_else(wheel: Path) -> None:
+    modules = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    modules |= {Path("benchmarks/__init__.py"), Path("benchmarks/entry.py"), Path("__init__.py")}
+    expected = {f"fusion_edge/{path.as_posix()}" for path in modules}
+    expected |= {"fusion_edge/py.typed", "fusion_edge/kernels/cpu_operators.so"}
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert files == expected
+
+
+def test_no_archive_holds_a_link(distributions: Path, wheel: Path) -> None:
+    (source,) = distributions.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        members = archive.getmembers()
+    assert all(member.isfile() or member.isdir() for member in members)
+    assert any(member.name.endswith("/fusion_edge/kernels/cpu/gemm.cpp") for member in members)
+    assert all(info.external_attr >> 28 in (0, 0o10) for info in zipfile.ZipFile(wheel).infolist())  # regular files
+
+
+def test_the_library_of_kernels_is_stripped(wheel: Path) -> None:
+    library = zipfile.ZipFile(wheel).read("fusion_edge/kernels/cpu_operators.so")
+    assert b".debug_info" not in library
+    assert len(library) < 1_000_000
+
+
+def test_the_wheel_runs_with_glibc_228(wheel: Path) -> None:
+    pytest.importorskip("auditwheel")
+    shown = command(sys.executable, "-m", "auditwheel", "show", "--json", wheel)
+    assert json.loads(shown.stdout)["overall_tag"] <= "manylinux_2_28_x86_64"
+
+
+def test_a_robot_asks_the_demo_model(robot: Path, bundle: Path) -> None:
+    asked = command(
+        robot / "fusion-run",
+        bundle,
+        "--image",
+        ROOT / "benchmarks/demo/picture.png",
+        "--ask",
+        "What color is the circle?",
+    )
+    assert (asked.returncode, asked.stdout.strip()) == (0, "blue"), asked.stderr
+
+
+def test_a_robot_inspects_a_bundle(robot: Path, bundle: Path) -> None:
+    shown = command(robot / "fusion-info", bundle, "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["precision"] == "int4"
+
+
+def test_a_robot_measures_a_bundle(robot: Path, bundle: Path) -> None:
+    measured = command(robot / "fusion-bench", bundle, "--seconds", "1", "--new-tokens", "2", "--json")
+    assert measured.returncode == 0, measured.stderr
+    rates = json.loads(measured.stdout)["rates"]
+    assert not rates["not_measured"]
+
+
+@pytest.mark.parametrize("name", ["fusion-export", "fusion-build"])
+def test_a_missing_extra_is_one_line(robot: Path, name: str) -> None:
+    refused = command(robot / name, "checkpoint")
+    remedy = "run pip install '.[export]' in a clone of fusion-edge."
+    assert refused.stderr == f"error: onnx and huggingface_hub not installed; {remedy}\n"
+    assert (refused.returncode, refused.stdout) == (1, "")
