@@ -236,5 +236,5 @@ def test_the_limit_holds_when_pillows_guard_is_off(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of_size(60_000, 60_000))
-    with pytest.raises(FusionError, match=f"60000 x 60000 = 3600000000 pixels, more than the limit of {MAX_BYTES // 4}"):
+    with pytest.raises(FusionError, match=f"60000 x 60000 = 3600000000 pixels, more than .* {MAX_BYTES // 4}"):
         load_image(path)
