@@ -37,7 +37,7 @@ SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at once: fits a c
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedRows:
+class RoundedRows:
     """Rows of a quantized linear."""
 
     packed: Packed
@@ -121,7 +121,7 @@ def invert_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
-def gptq(weights: Tensor, hessian: FactorizedHessian, fmt: WeightFormat) -> QuantizedRows:
+def gptq(weights: Tensor, hessian: FactorizedHessian, fmt: WeightFormat) -> RoundedRows:
     """Quantize rows ``[n,K]`` float32 for the inputs of a Hessian. Dead channels become zero."""
     weights = weights.clone()
     weights[:, hessian.dead] = 0
@@ -156,24 +156,24 @@ def refine(
     return descent.codes.T.to(torch.uint8).contiguous(), GroupScales(descent.scales.T.half().contiguous(), groups.zeros)
 
 
-def round_to_nearest(weights: Tensor, fmt: WeightFormat) -> QuantizedRows:
+def round_to_nearest(weights: Tensor, fmt: WeightFormat) -> RoundedRows:
     """Round rows ``[n,K]`` to the nearest values, with scales that cover the extremes of each group."""
     if fmt.has_codebook:
         packed = quantize(weights.cpu().numpy(), fmt)
-        return QuantizedRows(packed, torch.from_numpy(dequantize(packed, fmt, weights.shape[1])).to(weights.device))
+        return RoundedRows(packed, torch.from_numpy(dequantize(packed, fmt, weights.shape[1])).to(weights.device))
     groups = _covering(*_extremes(_grouped(weights, fmt)), fmt)
     scales, zeros = (_per_weight(part, fmt, weights.shape[1]) for part in (groups.scales, groups.zeros))
     codes = ((weights / scales).round() + zeros).clamp(0, (1 << fmt.bits) - 1)
     return pack_rows(codes.to(torch.uint8), groups, fmt)
 
 
-def pack_rows(codes: Tensor, groups: GroupScales, fmt: WeightFormat) -> QuantizedRows:
+def pack_rows(codes: Tensor, groups: GroupScales, fmt: WeightFormat) -> RoundedRows:
     """Pack codes ``[n,K]`` uint8, and dequantize them."""
     columns = codes.shape[1]
     scales, zeros = (_per_weight(part, fmt, columns) for part in (groups.scales, groups.zeros))
     values = (codes.float() - zeros) * scales
     integers, scale, zero = (part.cpu().numpy() for part in (codes, groups.scales, groups.zeros.to(torch.uint8)))
-    return QuantizedRows(packing.pack_codes(integers, scale, zero, fmt), values)
+    return RoundedRows(packing.pack_codes(integers, scale, zero, fmt), values)
 
 
 def search_scales(weights: Tensor, cost: Tensor, fmt: WeightFormat) -> GroupScales:

@@ -1,8 +1,8 @@
-"""Faults at the system calls of an export that replaces a bundle: kills, signals, failing and short writes.
+"""Inject faults into the system calls of an export that replaces a bundle: kills, signals, failing and short writes.
 
     python tests/faults.py --kills 200 --writes 200
 
-:func:`inject` makes one happen in a forked child and judges what is left; :func:`trace` tells which calls there are.
+:func:`inject` injects a fault in a forked child and checks what is left. :func:`trace` lists the calls.
 """
 
 from __future__ import annotations
@@ -38,43 +38,43 @@ KINDS = (*SIGNALS, *ERRORS, SHORT)
 CALLS = (
     "open", "mkdir", "posix_fallocate", "pwrite", "write", "fsync", "close", "rename", "replace", "unlink", "rmdir"
 )  # fmt: skip
-"""The functions of ``os`` through which an export changes its folders; those with files alone (``pwrite``) included."""
+"""Functions of ``os`` through which an export changes folders and files."""
 OLD, NEW, NEXT = "int8", "int4", "fp16"
-"""Precisions of the bundle that is replaced, of the one that replaces it, and of the one that is written afterwards."""
+"""Precisions of the replaced bundle, the new one, and the one written afterwards."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What faults are tried with."""
+    """Checkpoint and folders of an injection."""
 
     checkpoint: Path
     replaced: Path
-    """A bundle of precision :data:`OLD`, which is copied."""
+    """Bundle of precision :data:`OLD` to copy into place."""
     work: Path
-    """A folder for the copy; its content is deleted."""
+    """Folder for the copy. Its content is deleted."""
     is_mounted: bool = False
-    """The output behaves as a mount point."""
+    """Whether the output behaves as a mount point."""
     has_exchange: bool = True
-    """Two folders can take each other's place at once."""
+    """Whether folders can be swapped atomically."""
 
     @property
     def output(self) -> Path:
-        """Where the bundle is."""
+        """Path of the bundle."""
         return self.work / "place" / "bundle"
 
     def reset(self) -> None:
-        """Put the old bundle in place, alone."""
+        """Restore the old bundle, and delete everything beside it."""
         shutil.rmtree(self.output.parent, ignore_errors=True)
         shutil.copytree(self.replaced, self.output)
 
 
 PLACES = {"a folder": (False, True), "a folder without exchange": (False, False), "a mount point": (True, False)}
-"""The last two fields of :class:`Place`, by what they stand for."""
+"""``is_mounted`` and ``has_exchange`` of :class:`Place` by name."""
 
 
 @dataclass
 class Calls:
-    """Stands before the functions of :data:`CALLS`, and counts the calls that have to do with a folder."""
+    """Wraps the functions of :data:`CALLS`, and records their calls inside a folder."""
 
     folder: Path
     act: Callable[[int, str, Callable[..., Any], Sequence[Any], dict[str, Any]], Any]
@@ -83,7 +83,7 @@ class Calls:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def patched(self) -> mock._patch_dict:
-        """A context in which calls are counted."""
+        """Return a context that records calls."""
         return mock.patch.dict(os.__dict__, {name: self._counted(name, getattr(os, name)) for name in CALLS})
 
     def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +110,7 @@ class Calls:
 
 
 def trace(place: Place) -> list[str]:
-    """The calls of an export that nothing goes wrong in, in their order."""
+    """Return the calls of an export without faults, in order."""
     place.reset()
     calls = Calls(place.output.parent, lambda _number, _name, original, given, options: original(*given, **options))
     code, said = _in_child(place, calls, ["--force", f"--{NEW}"], lambda: "\n".join(calls.names))
@@ -119,7 +119,7 @@ def trace(place: Place) -> list[str]:
 
 
 def inject(kind: str, number: int, place: Place) -> str:
-    """Have one of :data:`KINDS` happen at an export's call of this number; what is wrong afterwards, or nothing."""
+    """Inject one of :data:`KINDS` at call ``number`` of an export. Return what is wrong afterwards, or ``""``."""
 
     def act(at: int, name: str, original: Callable[..., Any], given: Sequence[Any], options: dict[str, Any]) -> Any:
         if at != number:
@@ -129,7 +129,7 @@ def inject(kind: str, number: int, place: Place) -> str:
         elif kind == SHORT and name in ("pwrite", "write"):
             return original(given[0], memoryview(given[1])[: max(1, len(given[1]) // 2)], *given[2:])
         elif kind in ERRORS:
-            if name == "close":  # which closes even if it fails
+            if name == "close":  # close() closes even if it fails
                 original(*given)
             raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
         return original(*given, **options)
@@ -142,7 +142,7 @@ def inject(kind: str, number: int, place: Place) -> str:
 def _in_child(
     place: Place, calls: Calls, options: list[str], report: Callable[[], str] | None = None
 ) -> tuple[int, str]:
-    """Exit code of an export in a forked child (negative: the signal that killed it), and what it said."""
+    """Run an export in a forked child. Return its exit code (negative: the signal that killed it) and its output."""
     said = place.work / "said"
     child = os.fork()
     if child == 0:
@@ -168,7 +168,7 @@ def _in_child(
 
 @contextmanager
 def _simulated(place: Place) -> Iterator[None]:
-    """While it lasts, the output is a mount point if it is to be one, and folders are exchanged if they can be."""
+    """Simulate the place's file system."""
     ismount = os.path.ismount
     mounted = {place.output} if place.is_mounted else set()
     with ExitStack() as stack:
@@ -179,7 +179,7 @@ def _simulated(place: Place) -> Iterator[None]:
 
 
 def _judged(kind: str, code: int, said: str, place: Place) -> str:
-    """What is wrong about how the export ended."""
+    """Return what is wrong with how the export ended, or ``""``."""
     expected = {0}
     if kind in SIGNALS:
         number = int(getattr(signal, kind))
@@ -195,7 +195,7 @@ def _judged(kind: str, code: int, said: str, place: Place) -> str:
     try:
         precision = whole(place.output)
     except FusionError as error:
-        # Files on their way into a mount point stay where they are: the next export moves the rest.
+        # A move into a mount point may be incomplete: the next export finishes it.
         is_kept = place.is_mounted and kind in ERRORS and (place.output / ".bundle.partial").exists()
         return "" if is_kept else f"no bundle after exit code {code}: {error}"
     if code == 0 and precision != NEW:
@@ -205,7 +205,7 @@ def _judged(kind: str, code: int, said: str, place: Place) -> str:
 
 
 def _afterwards(place: Place) -> str:
-    """What is wrong after the next exports: one that is refused, but puts things in order, and one that is not."""
+    """Return what is wrong after two more exports, or ``""``: a refused one, which recovers, and a complete one."""
     nothing = Calls(place.output.parent, lambda _number, _name, original, given, options: original(*given, **options))
     for options, code, precisions in (([], 1, (OLD, NEW)), (["--force", f"--{NEXT}"], 0, (NEXT,))):
         ended, said = _in_child(place, nothing, options)
@@ -223,7 +223,7 @@ def _afterwards(place: Place) -> str:
 
 
 def whole(folder: Path) -> str:
-    """The precision of a bundle whose every file is right. Raises :class:`FusionError`."""
+    """Return the precision of a bundle after checking all its files. Raises :class:`FusionError`."""
     opened = open_bundle(folder)
     verify(opened)
     expected = {MANIFEST, *(entry.path for entry in opened.manifest.files)}
@@ -233,10 +233,10 @@ def whole(folder: Path) -> str:
 
 
 def main() -> int:
-    """Random faults, as many as are asked for; 1 if anything was torn, lost or left."""
+    """Inject random faults. Return 1 if anything was torn, lost or left behind."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="of them signals other than SIGKILL: half")
-    parser.add_argument("--writes", type=int, default=200, help="failing and short calls")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills; half of them are other signals")
+    parser.add_argument("--writes", type=int, default=200, help="number of failing or short calls")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     draw = random.Random(asked.seed)
@@ -251,7 +251,7 @@ def main() -> int:
         kills = [draw.choice(("SIGKILL", draw.choice(SIGNALS[1:]))) for _ in range(asked.kills)]
         for kind in (*kills, *(draw.choice((*ERRORS, SHORT)) for _ in range(asked.writes))):
             which = draw.randrange(len(places))
-            name = draw.choice(sorted(set(traces[which])))  # not one in three at a pwrite, of which there are most
+            name = draw.choice(sorted(set(traces[which])))  # evenly by function: most calls are pwrite
             number = draw.choice([i for i, one in enumerate(traces[which]) if one == name])
             wrong = inject(kind, number, places[which])
             outcomes["wrong" if wrong else "right"] += 1

@@ -39,7 +39,7 @@ class FloatModel:
             prepared = prepare(sample, tokenizer, plan.config, length, plan.options.image_side, self.device)
             if len(prepared.tokens) > context:
                 raise FusionError(
-                    f"The sample {sample.question[:40]!r} about {sample.picture} has {len(prepared.tokens)} tokens, "
+                    f"The sample {sample.question[:40]!r} about {sample.image} has {len(prepared.tokens)} tokens, "
                     f"the context has {context}. Shorten it, or raise --max-context."
                 )
             yield prepared

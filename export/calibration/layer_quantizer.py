@@ -15,7 +15,7 @@ from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.weight_store import WeightStore
 from fusion_edge.quant import smoothquant
 from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
-from fusion_edge.quant.gptq import FactorizedHessian, QuantizedRows, gptq, output_error, round_to_nearest
+from fusion_edge.quant.gptq import FactorizedHessian, RoundedRows, gptq, output_error, round_to_nearest
 from fusion_edge.quant.smoothquant import ALPHAS, LARGEST_ERROR_RATIO, ChannelHistograms
 from fusion_edge.runtime.bundle.quantization_report import LinearReport, sqnr
 from fusion_edge.runtime.errors import FusionError
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 2048  # rows of a linear quantized together: bounds the memory of
 class QuantizedLinear:
     """A linear's quantized weights and their errors."""
 
-    rows: list[QuantizedRows]
+    rows: list[RoundedRows]
     squares: npt.NDArray[np.float64]
     """``[4]`` sums of squares: weight error, weights, output error, outputs."""
 

@@ -35,13 +35,13 @@ MOST_NAMED = 10  # unreadable images that an error names
 class Sample:
     """An image with a question."""
 
-    picture: Path
+    image: Path
     question: str
     answer: str | None = None
 
     def load(self) -> Image.Image:
         """Read the image. Raises :class:`FusionError` if it cannot be read."""
-        return load_image(self.picture)
+        return load_image(self.image)
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,13 @@ def _read_lines(file: Path) -> list[Sample]:
 
 def _check_images(data: Path, samples: list[Sample]) -> None:
     unreadable: dict[Path, str] = {}
-    for picture in dict.fromkeys(sample.picture for sample in samples):
+    for image in dict.fromkeys(sample.image for sample in samples):
         try:
-            load_image(picture)
+            load_image(image)
         except FusionError as error:
-            unreadable[picture] = str(error)
+            unreadable[image] = str(error)
     if unreadable:
-        names = [picture.name for picture in unreadable][:MOST_NAMED] + ["..."] * (len(unreadable) > MOST_NAMED)
+        names = [image.name for image in unreadable][:MOST_NAMED] + ["..."] * (len(unreadable) > MOST_NAMED)
         raise FusionError(
             f"{len(unreadable)} images of {data} cannot be read: {', '.join(names)}. The first: "
             f"{next(iter(unreadable.values()))}"

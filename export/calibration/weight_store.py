@@ -18,7 +18,7 @@ from fusion_edge.export.bundle.weight_source import PackedRows, RoundToNearest
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
-from fusion_edge.quant.gptq import QuantizedRows
+from fusion_edge.quant.gptq import RoundedRows
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.runtime.bundle.quantization_report import LinearReport, QuantizationReport
 
@@ -31,7 +31,7 @@ class WeightStore:
         self._formats = formats
         self._lock = Lock()  # np.load parses headers as Python, which some Python 3.11 releases do in one thread only
 
-    def save(self, name: str, rows: list[QuantizedRows]) -> None:
+    def save(self, name: str, rows: list[RoundedRows]) -> None:
         """Save a linear's rows, in order."""
         for part in self._parts(name):
             _save(self._file(name, part), np.concatenate([getattr(some.packed, part) for some in rows]))

@@ -57,13 +57,13 @@ def _folder_of(output: Path) -> Path:
 def command_text(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> str:
     """Return everything that calibrated weights depend on, as JSON. Files count by size and time, not by content."""
     asked = [*samples.calibrating, *samples.held_out]
-    files = [*plan.checkpoint.files, *dict.fromkeys(sample.picture for sample in asked)]
+    files = [*plan.checkpoint.files, *dict.fromkeys(sample.image for sample in asked)]
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     facts = {
         "settings": settings,
         "files": stamps,
         "held_out": len(samples.held_out),
-        "questions": [(str(sample.picture), sample.question, sample.answer) for sample in asked],
+        "questions": [(str(sample.image), sample.question, sample.answer) for sample in asked],
         "target": plan.options.target.name,  # decides how activations are quantized
         "formats": {name: str(form) for name, form in plan.formats.items()},
         "prequantized": sorted(name for name, linear in plan.linears.items() if linear.prequantized),

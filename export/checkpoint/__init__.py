@@ -1,1 +1,1 @@
-"""Reads a checkpoint: its configuration, the mapping of its tensors, its weights and its tokenizer."""
+"""Read a checkpoint: its configuration, tensor mapping, weights and tokenizer."""

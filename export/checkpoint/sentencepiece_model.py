@@ -1,4 +1,4 @@
-"""SentencePiece model files: protocol buffers, field numbers from ``sentencepiece_model.proto``."""
+"""Read SentencePiece models: protocol buffers with the field numbers of ``sentencepiece_model.proto``."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from fusion_edge.runtime.errors import FusionError
 
 SPACE = "\u2581"  # SentencePiece's visible space
 
-# Enumerations of the SentencePiece model format.
+# Piece types and model types.
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _UNIGRAM, _BPE = 1, 2
-_MAX_FILE_BYTES = 8 << 20  # Llama's and Phi's have half a megabyte
+_MAX_FILE_BYTES = 8 << 20  # Llama's and Phi's have 0.5 MB
 _MAX_PIECES = 1 << 16
-_MAX_OTHERS = 100  # of a model's fields that are no piece
+_MAX_OTHERS = 100  # fields other than pieces
 _MAX_PIECE_CHARACTERS = 128
 _MAX_SETTINGS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Piece:
+    """An entry of the vocabulary."""
+
     text: str
     score: float
     type: int
 
 
 def merge_rules(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Merge rules in order of rank.
+    """Return the BPE merge rules of a SentencePiece vocabulary, in order of rank.
 
-    SentencePiece joins the two neighbours whose union has the best score, wherever the union was cut; so
-    every cut of a piece into two pieces is a rule, ranked by the piece's score. Equal scores (the cuts of one
-    piece, and runs of spaces, which all have the same) are joined from the left: what has already grown at
-    the left grows on, so the longest left part goes first.
+    SentencePiece merges the two neighbors whose union has the best score, however the union is split. So every split of
+    a piece into two pieces is a rule, ranked by the piece's score. Equal scores (splits of one piece, and runs of
+    spaces, which share a score) merge from the left: the longest left part comes first.
     """
     normal = {piece.text: piece.score for piece in pieces if piece.type == _NORMAL}
     rules = [
@@ -49,12 +50,12 @@ def merge_rules(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def read_pieces(model_file: Path) -> list[Piece]:
-    """The vocabulary, by id, of a model that ``tokenizer.py`` can reproduce."""
-    damaged = f"{model_file} is truncated or no SentencePiece model: download it again."
+    """Return the vocabulary in order of ids. Raises :class:`FusionError` for a model that is not supported."""
+    damaged = f"{model_file} is truncated or not a SentencePiece model: download it again."
     content = read_file(model_file, _MAX_FILE_BYTES)
     try:
         pieces, trainer, normalizer = _parse(content)
-    # A field of another kind than expected shows as one of the last three.
+    # A field of an unexpected type raises one of the last three.
     except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         what = disguise(content[:64])
         raise FusionError(f"{model_file} is {what}." if what else damaged) from error
@@ -63,8 +64,8 @@ def read_pieces(model_file: Path) -> list[Piece]:
 
     def refuse(what: str) -> FusionError:
         return FusionError(
-            f"{model_file} {what}, which is not supported: use the tokenizer.model of a released FUSION-Phi "
-            "checkpoint (byte-level fallback BPE without normalization)."
+            f"{model_file} {what}, which is not supported; expected BPE with byte fallback, without normalization. Use "
+            "the tokenizer.model of a released FUSION-Phi checkpoint."
         )
 
     model_type = trainer.get(3, _UNIGRAM)
@@ -73,13 +74,13 @@ def read_pieces(model_file: Path) -> list[Piece]:
     if not trainer.get(35, False):
         raise refuse("has no byte fallback")
     if trainer.get(24, False) or not normalizer.get(5, True) or normalizer.get(4, True) or normalizer.get(2):
-        raise refuse("normalizes its text or treats spaces in another way")
+        raise refuse("normalizes text or handles spaces in another way")
     kinds = [piece.type for piece in pieces]
     if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE} or kinds.count(_UNKNOWN) != 1:
         raise refuse("has user-defined or unused pieces, or not exactly one unknown piece")
     normal = [piece for piece in pieces if piece.type == _NORMAL]
     scores = [piece.score for piece in normal if piece.text.strip(SPACE)]
-    scores += {piece.score for piece in normal if not piece.text.strip(SPACE)}  # see _merges
+    scores += {piece.score for piece in normal if not piece.text.strip(SPACE)}  # see merge_rules
     if len(set(scores)) != len(scores) or len({piece.text for piece in pieces}) != len(pieces):
         raise refuse("has pieces of equal score or equal text")
     if max(len(piece.text) for piece in pieces) > _MAX_PIECE_CHARACTERS:
@@ -90,10 +91,10 @@ def read_pieces(model_file: Path) -> list[Piece]:
 
 
 def _parse(content: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
-    """Pieces, and the fields of the trainer and of the normalizer."""
+    """Return the pieces, and the fields of the trainer and the normalizer by number."""
     pieces: list[Piece] = []
     number: int
-    value: Any  # of a field of another kind than expected, the operations below raise
+    value: Any  # operations below raise for a field of an unexpected type
     others: list[tuple[int, Any]] = []
     for number, value in fields_of(content):
         if number == 1:
@@ -101,11 +102,11 @@ def _parse(content: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]
         else:
             others.append((number, value))
         if len(pieces) > _MAX_PIECES or len(others) > _MAX_OTHERS:
-            raise ValueError("more than any model has")
-    # A message that comes in parts is the message of the parts put together.
+            raise ValueError("too many fields")
+    # Parts of a message are concatenated, as protocol buffers require.
     trainer, normalizer = (b"".join(value for number, value in others if number == part) for part in (2, 3))
     if max(len(trainer), len(normalizer)) > _MAX_SETTINGS_BYTES:
-        raise ValueError("more than any model has")
+        raise ValueError("too many fields")
     return pieces, dict(fields_of(trainer)), dict(fields_of(normalizer))
 
 

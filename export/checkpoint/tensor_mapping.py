@@ -41,7 +41,7 @@ class Source:
     column_range: tuple[int, int] | None = None
     row_range: tuple[int, int] | None = None
     prequantized: PrequantizedTensor | None = None
-    """Stored form in a prequantized checkpoint; None if the tensor is float."""
+    """How a prequantized checkpoint stores it; None if the tensor is float."""
 
     @property
     def first_row(self) -> int:

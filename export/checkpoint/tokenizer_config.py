@@ -1,7 +1,7 @@
-"""What the configuration files of a tokenizer say, as each version of the ``transformers`` library writes them.
+"""Read a tokenizer's configuration files, as every version of ``transformers`` writes them.
 
-Added tokens with their ids and flags are, by version, the ``added_tokens_decoder`` of ``tokenizer_config.json``
-(4.34 and later), ``added_tokens`` of ``tokenizer.json`` (5 and later) or ``added_tokens.json`` (before).
+Added tokens are in ``added_tokens_decoder`` of ``tokenizer_config.json`` (since 4.34), ``added_tokens`` of
+``tokenizer.json`` (since 5), or ``added_tokens.json`` (before).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.tokenization.schema import MAX_TOKENS
 
-_NAMED_TOKENS = {  # the slots of LlamaTokenizer and their defaults
+_NAMED_TOKENS = {  # special tokens of LlamaTokenizer, with defaults
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
@@ -28,32 +28,33 @@ _NAMED_TOKENS = {  # the slots of LlamaTokenizer and their defaults
 }
 _GROUPS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-_MAX_CHARACTERS = 1000  # of a token
+_MAX_CHARACTERS = 1000  # per token
 
 
 class TokenizerConfig:
-    """``tokenizer_config.json`` with checked access, and the files beside it that older versions wrote."""
+    """Fields of ``tokenizer_config.json`` and of the other files that older versions write."""
 
     def __init__(self, folder: Path, json: Mapping[str, Any] | None) -> None:
-        """``json`` is the content of ``tokenizer.json`` where there is one."""
+        """Read the files in ``folder``. ``json`` is the content of ``tokenizer.json``, if there is one."""
         self.file = folder / "tokenizer_config.json"
         self._data = read_json_object(self.file)
         self._json = json
         self._folder = folder
         if self._data.get("added_tokens_decoder") is None and os.path.lexists(folder / "special_tokens_map.json"):
-            self._data |= read_json_object(folder / "special_tokens_map.json")  # read by versions before 4.34 alone
+            self._data |= read_json_object(folder / "special_tokens_map.json")  # only versions before 4.34 read it
 
     @property
     def class_name(self) -> str:
+        """Tokenizer class in ``transformers``, without ``Fast``."""
         return str(self._data.get("tokenizer_class")).removesuffix("Fast")
 
     @property
     def is_version_5(self) -> bool:
-        """Whether transformers 5 or later wrote it."""
+        """Whether ``transformers`` 5 or later wrote the files."""
         return "backend" in self._data
 
     def flag(self, name: str, default: bool) -> bool:
-        """A setting; null is the default."""
+        """Return a Boolean setting, or ``default`` if it is missing or null."""
         value = self._data.get(name)
         if value is not None and not isinstance(value, bool):
             raise FusionError(f"{self.file}: {name} is {repr(value)[:60]}; expected true or false.")
@@ -61,10 +62,11 @@ class TokenizerConfig:
 
     @property
     def bos(self) -> str | None:
+        """Start token."""
         return self._content("bos_token", self._data.get("bos_token", _NAMED_TOKENS["bos_token"]))
 
     def named_tokens(self) -> set[str]:
-        """What ``transformers`` calls all special tokens; a token's own ``special`` flag does not count."""
+        """Return ``all_special_tokens`` of ``transformers``, which does not depend on a token's ``special`` flag."""
         tokens = [self._content(slot, self._data.get(slot, default)) for slot, default in _NAMED_TOKENS.items()]
         for group in _GROUPS:
             values = self._data.get(group) or []
@@ -75,7 +77,7 @@ class TokenizerConfig:
         return {token for token in tokens if token is not None}
 
     def added_tokens(self) -> dict[int, AddedToken]:
-        """By id. Raises :class:`FusionError` where no file has them, and for wrong types and ids."""
+        """Return the added tokens by id. Raises :class:`FusionError` if no file has them, or for an invalid entry."""
         entries = self._data.get("added_tokens_decoder")
         if entries is not None:
             if not isinstance(entries, dict):
@@ -87,7 +89,7 @@ class TokenizerConfig:
         older = self._folder / "added_tokens.json"
         if not older.exists():
             raise self._no_decoder()
-        # Flags are known of the tokens that special_tokens_map.json has as objects, and of no other.
+        # Only tokens that are objects in special_tokens_map.json have flags.
         named = self.named_tokens()
         objects = [value for value in self._data.values() if isinstance(value, dict)]
         flags = {token["content"]: token for token in objects if isinstance(token.get("content"), str)}
@@ -107,11 +109,13 @@ class TokenizerConfig:
                 raise self._no_decoder()
             flags = {flag: entry.get(flag) for flag in _FLAGS}
             if not all(value is None or isinstance(value, bool) for value in flags.values()):
-                raise FusionError(f"{file}: a flag of the token {content[:60]!r} is not true or false.")
+                raise FusionError(f"{file}: a flag of the token {content[:60]!r} is invalid; expected true or false.")
             if not index < MAX_TOKENS:
-                raise FusionError(f"{file} gives {content[:60]!r} the id {index}; expected an id below {MAX_TOKENS}.")
+                raise FusionError(f"{file}: the id of {content[:60]!r} is {index}; expected an id below {MAX_TOKENS}.")
             if index in tokens:
-                raise FusionError(f"{file} gives the id {index} twice, also to {content[:60]!r}; expected it once.")
+                raise FusionError(
+                    f"{file}: the id {index} is given twice, also to {content[:60]!r}; expected unique ids."
+                )
             try:
                 tokens[index] = AddedToken(content, **{flag: bool(value) for flag, value in flags.items()})
             except UnicodeEncodeError:
@@ -119,10 +123,10 @@ class TokenizerConfig:
         return tokens
 
     def _content(self, name: str, token: Any) -> str | None:
-        """A special token is written as a string, as an object or as null."""
+        """Return the content of a special token, which may be a string, an object or null."""
         content = token.get("content") if isinstance(token, dict) else token
         if not isinstance(content, str) and token is not None:
-            raise self._wrong(name, token, "a token: a string, an object with its content, or null")
+            raise self._wrong(name, token, "a string, an object with its content, or null")
         return content
 
     def _wrong(self, name: str, value: Any, expected: str) -> FusionError:
@@ -130,7 +134,7 @@ class TokenizerConfig:
 
     def _no_decoder(self) -> FusionError:
         return FusionError(
-            f"{self.file} has no valid added_tokens_decoder, expected the tokens by id: save the tokenizer "
+            f"{self.file} has no valid added_tokens_decoder; expected an object of tokens by id. Save the tokenizer "
             "again with `transformers` 4.34 or later."
         )
 

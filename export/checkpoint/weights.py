@@ -1,6 +1,6 @@
-"""Parameters of a model by name, read a few rows at a time.
+"""Read a model's parameters by name, a few rows at a time.
 
-Two sources exist: a released checkpoint, here, and an exported bundle, dequantized (``reference/bundle_weights.py``).
+A checkpoint is read here, a bundle in ``reference/bundle_weights.py``.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from fusion_edge.runtime.errors import FusionError
 
 
 class Weights(Protocol):
-    """Where parameters come from."""
+    """Source of a model's parameters."""
 
     parameters: Mapping[str, Parameter]
+    """Parameters by name."""
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows ``start`` to ``stop`` of a parameter, float32 ``[stop-start, ...]``. Safe in several threads."""
+        """Return rows ``start`` to ``stop`` (exclusive), float32 ``[stop-start, ...]``. Safe in several threads."""
         ...
 
     def activation_quantization(self, linear: str) -> ActivationQuantization | None:
-        """How the inputs of a linear (its name without ``.weight``) are rounded, None if they are not."""
+        """Return how the inputs of ``linear`` are quantized, or None if they are float."""
         ...
 
 
 def read_parameter(weights: Weights, name: str) -> npt.NDArray[np.float32]:
-    """A whole parameter, float32."""
+    """Return a whole parameter, float32."""
     return weights.rows(name, 0, weights.parameters[name].shape[0])
 
 
 class CheckpointWeights:
-    """Parameters assembled from the tensors of a checkpoint, dequantized where they are quantized."""
+    """Parameters read from the tensors of a checkpoint. Prequantized ones are dequantized."""
 
     def __init__(self, checkpoint: Checkpoint, parameters: Mapping[str, Parameter]) -> None:
         self.checkpoint = checkpoint
@@ -47,11 +48,11 @@ class CheckpointWeights:
         self._prequantized = PrequantizedReader(checkpoint)
 
     def activation_quantization(self, linear: str) -> ActivationQuantization | None:
-        """None: a checkpoint's inputs are float."""
+        """Return None: a checkpoint's inputs are float."""
         return None
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """See :meth:`Weights.rows`. Raises :class:`FusionError` for values that are not finite."""
+        """Return rows as :meth:`Weights.rows`. Raises :class:`FusionError` for values that are not finite."""
         parts = [
             self._float_rows(source, low, high)
             if source.prequantized is None
@@ -61,14 +62,14 @@ class CheckpointWeights:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def prequantized_rows(self, name: str, start: int, stop: int, form: WeightFormat) -> Packed:
-        """Rows of a prequantized parameter with the checkpoint's own integers, in the format of the plan.
+        """Return rows of a prequantized parameter with the checkpoint's own integers, in the plan's format.
 
         Raises :class:`FusionError` for scales that are not finite.
         """
         return self._prequantized.packed(self._sources(name, start, stop), form)
 
     def _sources(self, name: str, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
-        """The sources of some rows of a parameter, with the range of the rows that each gives to it."""
+        """Yield the sources of some rows of a parameter, each with its first and last row (exclusive)."""
         first = 0
         for source in self.parameters[name].sources:
             low, high = max(start - first, 0), min(stop - first, source.rows)
@@ -80,10 +81,10 @@ class CheckpointWeights:
         part = self.checkpoint.read_rows(source.tensor, source.first_row + low, source.first_row + high)
         part = part.reshape(high - low, *([-1] if part.ndim > 1 else []))
         part = part if source.column_range is None else part[:, slice(*source.column_range)]
-        # A sum is finite only if every element is, and costs a fraction of isfinite().all().
+        # The sum is finite only if every element is, and is faster than isfinite().all().
         if not np.isfinite(part.sum(dtype=np.float64)):
             raise FusionError(
-                f"Tensor {source.tensor} of {self.checkpoint.folder} holds NaN or infinite values; "
-                "the checkpoint is damaged: fetch or save it again."
+                f"Tensor {source.tensor} of {self.checkpoint.folder} holds NaN or infinite values: the checkpoint is "
+                "damaged. Download or save it again."
             )
         return part

@@ -92,8 +92,8 @@ class OnnxRuntimeOperations(OnnxOperations):
             inputs[2] = self._cast(scales, linear.scale_dtype)
             sizes = {"K": columns, "N": rows, "block_size": fmt.group_size}
             quant_type = BNB4_TYPES.index(fmt.kind)
-            product = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
-            return product if bias is None else product + bias
+            result = self._node("MatMulBnb4", inputs, name, MICROSOFT, **sizes, quant_type=quant_type)
+            return result if bias is None else result + bias
         if not fmt.is_symmetric:
             groups = (rows, -(-shape[1] * fmt.bits // 8))
             inputs.append(self._plan(linear, "zero_points", "uint8", groups))

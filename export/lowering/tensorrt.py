@@ -53,8 +53,8 @@ class TensorRTOperations(OnnxOperations):
             dtype = "float16" if fmt.kind == "fp16" else "float32"
             stored_values = self._plan(linear, "values", dtype, linear.weight.shape)
             values = self._transposed(self.input(self._cast(stored_values, dtype)))
-        product = self._node("MatMul", [x, values], name)
-        return product + self.parameter(f"{name}.bias") if bias else product
+        result = self._node("MatMul", [x, values], name)
+        return result + self.parameter(f"{name}.bias") if bias else result
 
     def _transposed(self, weight: OnnxValue) -> OnnxValue:
         """Transpose ``[N,K]`` -> ``[K,N]``; TensorRT fuses it into the GEMM."""

@@ -102,9 +102,9 @@ class ExportPlan:
         sizes = {name: len(content) for name, content in self.small_files.items()}
         sizes |= {file.name: file.size for file in self.data_files}
         quantized = {name: str(fmt) for name, fmt in self.quantized_formats.items()}
-        taken_over = {name: str(linear.format) for name, linear in self.linears.items() if linear.prequantized}
-        if quantized or taken_over:
-            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized, taken_over).to_bytes())
+        prequantized = {name: str(linear.format) for name, linear in self.linears.items() if linear.prequantized}
+        if quantized or prequantized:
+            sizes[bundle.QUANTIZATION] = len(QuantizationReport.planned(quantized, prequantized).to_bytes())
         entries = tuple(FileEntry(name, size, "0" * 64) for name, size in sizes.items())
         return sum(sizes.values()) + len(self.manifest(entries).to_text())
 

@@ -1,15 +1,15 @@
-"""Writes ``quantized/*.safetensors``: one small linear for each variant of each layout, by the libraries themselves.
+"""Write ``quantized/*.safetensors``: a small linear in each variant of each layout, quantized by the libraries.
 
-Each file holds the tensors of a linear named ``linear`` as a checkpoint has them, ``dequantized`` (what the library
-makes of them, in its own type), and in its metadata the ``quantization_config`` of such a checkpoint and the versions.
-They were made by these commands, each in an environment with what it needs::
+Each file holds the tensors of a linear named ``linear`` as in a checkpoint, and ``dequantized``, the library's result.
+Its metadata holds the checkpoint's ``quantization_config`` and the library versions. Each command needs a separate
+environment::
 
     pip install gptqmodel==7.7.0 && python make_quantized_fixtures.py gptq
     pip install compressed-tensors==0.20.0 && python make_quantized_fixtures.py compressed-tensors
     pip install compressed-tensors==0.12.2 && python make_quantized_fixtures.py compressed-tensors-actorder
     pip install bitsandbytes==0.50.2 transformers==5.23.0 && python make_quantized_fixtures.py bitsandbytes
 
-0.12.2 is one of the last releases of compressed-tensors that write groups of scattered columns (``actorder: group``).
+0.12.2 is one of the last releases of compressed-tensors that write reordered columns (``actorder: group``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def weights() -> Tensor:
 
 
 def scattered_groups() -> Tensor:
-    """Group of each column, as many columns in each."""
+    """Return a random group for each column; groups are of equal size."""
     return (torch.randperm(COLUMNS) // GROUP).to(torch.int32)
 
 
@@ -117,7 +117,7 @@ def compressed_tensors(variants: dict[str, dict[str, Any]]) -> None:
 
 
 def _compress(state: dict[str, Tensor], scheme: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Packed and dequantized, by the interface of the installed release."""
+    """Return the packed and the dequantized weight, by the API of the installed release."""
     if version("compressed-tensors") == "0.12.2":
         from compressed_tensors.compressors.quantized_compressors.pack_quantized import PackedQuantizationCompressor
 
@@ -154,7 +154,7 @@ def bitsandbytes() -> None:
 
 
 def _quantizer() -> None:
-    """Weights and what bitsandbytes makes of them: random ones, midpoints of its codes, blocks of 0 and of 1e-40."""
+    """Save weights as bitsandbytes quantizes them: random ones, midpoints of codes, blocks of 0 and of 1e-40."""
     from bitsandbytes.functional import get_4bit_type, quantize_4bit
 
     torch.manual_seed(1)

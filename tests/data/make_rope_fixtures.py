@@ -1,13 +1,13 @@
-"""Writes ``rope_configs.json``: configs as releases of ``transformers`` save them, and the rotary factors they compute.
+"""Write ``rope_configs.json``: configs as releases of ``transformers`` save them, with their rotary frequencies.
 
-Each command adds what one release says; the file in the repository was made by::
+Each run adds the configs of one release. The file in the repository was made by::
 
     for release in 4.40.2 4.41.2 4.43.4 4.48.1 4.53.3 4.57.6 5.0.0 5.23.0; do
-        pip install transformers==$release && python make_rope_fixtures.py  # in an environment of its own, with torch
+        pip install transformers==$release && python make_rope_fixtures.py  # in a separate environment with torch
     done
 
-A model's ``hub`` config is as its authors published it, but for its longrope factors, which are made up. A release
-reads it and writes it again; ``inverse_frequencies`` and ``scale`` come from the release's own rotary embedding.
+A model's ``hub`` config is as published, except for its longrope factors, which are invented. A release
+reads and saves it; ``inverse_frequencies`` and ``scale`` come from the release's rotary embedding.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def configuration(kind: str, hub: dict[str, Any]) -> Any:
-    """The release's config object. Raises if the release does not know the rope type."""
+    """Return the release's config object. Raises if it does not support the rope type."""
     name = {"phi3": "Phi3", "llama": "Llama"}[kind]
     return getattr(transformers, f"{name}Config")(**json.loads(json.dumps(hub)))
 
 
 def rotary(kind: str, config: Any) -> tuple[list[float], float]:
-    """Inverse frequencies and the factor on cos and sin that the release computes with at short lengths."""
+    """Return the release's inverse frequencies, and scale of cos and sin, for short contexts."""
     module = import_module(f"transformers.models.{kind}.modeling_{kind}")
     dim = config.hidden_size // config.num_attention_heads
     name = {"phi3": "Phi3", "llama": "Llama"}[kind]
@@ -98,7 +98,7 @@ def main() -> None:
             entry = {"model": model, "transformers": "hub", "config": {"model_type": kind, **hub}}
             stored.append({**entry, "inverse_frequencies": frequencies, "scale": scale})
         if kind == "llama" and "long_factor" in (values["rope_scaling"] or {}) and release == "4.43.4":
-            continue  # took the long factors at every length, which was mended
+            continue  # a bug: long factors at every length
         try:
             config = configuration(kind, hub)
             saved = json.loads(config.to_json_string())

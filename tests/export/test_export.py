@@ -66,7 +66,7 @@ def test_an_fp32_bundle_holds_the_checkpoint_values(checkpoint: str, tmp_path: P
 
 def test_every_weight_of_an_int4_bundle_is_quantized(tiny_bundle: Path) -> None:
     weights = open_bundle(tiny_bundle).manifest.weights
-    assert {form.split(":")[0] for form in weights.values()} == {"int4", "int8"}
+    assert {fmt.split(":")[0] for fmt in weights.values()} == {"int4", "int8"}
     assert all(weights[name] == "int4:128" for name in weights if name.startswith("alignment."))
     assert weights["llm.lm_head"] == weights["llm.embed_tokens"] == "int8:128"
 

@@ -1,4 +1,4 @@
-"""Runs the campaign from a checkout: helpers beside this folder are imported by their bare names, as in pytest."""
+"""Run the campaign from a checkout. Helpers beside this folder are imported by bare names, as in pytest."""
 
 import sys
 from pathlib import Path

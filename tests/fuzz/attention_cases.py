@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from support.attention_graphs import (
-    BLOCKED,
+    MASKED,
     Causal,
     cached_feeds,
     causal_feeds,
@@ -66,7 +66,7 @@ def multi_head(random: Random) -> Case:
         q, k, v = (own[name].reshape(batch, -1, heads, width) for name in "qkv")
         return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), has_extremes)
 
-    attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": BLOCKED, "scale": scale}
+    attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": MASKED, "scale": scale}
     return Case(
         MULTI_HEAD_ATTENTION,
         attributes,
@@ -109,7 +109,7 @@ def packed_attention(random: Random) -> Case:
         q, k, v = (part.reshape(batch, rows, heads, width) for part in (q, k, v))
         return differs(outputs[0], expected, attention_tolerance(q, k, v, width**-0.5, bfloat16), has_extremes)
 
-    attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": BLOCKED}
+    attributes: dict[str, Attribute] = {"num_heads": heads, "mask_filter_value": MASKED}
     if patches is not None:
         attributes["patches"] = patches
     operator = PACKED_ATTENTION if patches is None else PATCH_ATTENTION

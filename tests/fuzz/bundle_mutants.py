@@ -1,4 +1,4 @@
-"""Bundles: manifest, tokenizer, report, graphs and data changed, and the checksums put right so that it counts."""
+"""Mutate bundles: manifest, tokenizer, report, graphs and data, with corrected checksums."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ BASES = {
     "fp32": ["--fp32"],
     "nf4": ["--nf4", "--group-size", "32"],
 }
-"""Options of ``fusion-export`` by the name of what mutants are made of."""
+"""Options of ``fusion-export`` by the name of the unchanged bundle."""
 PATHS = ("../secret", "/etc/hostname", "", ".", "bundle.json", "sub/llm.data", "a\0b", "x" * 300, "LLM.DATA", "\ud800")
 MOST_LAYERS = 1000
-"""Of a mutant's graphs as they are listed: more are a list that never ends."""
+"""Maximum number of listed graphs of a mutant: more are an endless list."""
 
 
 class Bundles:
@@ -104,7 +104,7 @@ def _change(draw: Random, folder: Path) -> str:
 
 
 def _manifest(draw: Random, path: Path) -> str:
-    """A value changed anywhere; or a size of the model, and the graphs as that asks for."""
+    """Change any value, or a size of the model with matching graphs."""
     tree = json.loads(read(path))
     what = draw.randrange(10)
     if what <= 3:
@@ -157,7 +157,7 @@ def _manifest(draw: Random, path: Path) -> str:
 
 
 def _with_graphs(tree: Json) -> str:
-    """Write the graphs that the changed sizes ask for, so that only their contradictions to the files are left."""
+    """Write graphs that match the changed sizes, so that they contradict only the other files."""
     try:
         manifest = from_json(Manifest, tree)
         if manifest.model.language.layers > MOST_LAYERS:
@@ -170,7 +170,7 @@ def _with_graphs(tree: Json) -> str:
 
 
 def _put_right(draw: Random, folder: Path) -> str:
-    """Sizes and checksums of every file as it is now."""
+    """Update the sizes and checksums of all files."""
     path = folder / MANIFEST
     tree = json.loads(read(path))
     for entry in tree["files"] if isinstance(tree, dict) and isinstance(tree.get("files"), list) else []:

@@ -1,4 +1,4 @@
-"""Which mutants run, and what came of them."""
+"""Choose mutants, run them and collect the results."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from fuzz.judge import Kind, Verdict
 
 PACKAGES = ("fusion-edge", "numpy", "onnx", "onnxruntime", "pillow", "tokenizers")
 SEEDS = 10**7
-"""Mutants that one campaign seed can have of a kind."""
+"""Maximum number of mutants of a kind per campaign seed."""
 MEASURED = frozenset({"hang", "memory"})
-"""Failures that other work on the machine may cause: they count if they come again."""
+"""Failures that load on the machine may cause: they count only if they recur."""
 PATIENCE = 5.0
-"""How many times its seconds such a one has, by the clock, when it is tried again: others may need the processors."""
+"""Factor on the time limit when such a failure is tried again."""
 SHOWN = 5  # seeds of a failure
 
 
 @dataclasses.dataclass
 class Tally:
-    """Of one kind."""
+    """Statistics of one kind."""
 
     mutants: int = 0
     accepted: int = 0
     seconds: float = 0.0
-    """Of all its mutants' runs together, in whatever number of processes."""
+    """Total run time of all mutants, over all processes."""
     unchanged_seconds: float = 0.0
-    """Of the input that mutants are made of."""
+    """Run time of the unchanged input."""
     slowest: float = 0.0
     growth: int = 0
-    """The most bytes that one took."""
+    """Largest memory growth of a mutant, in bytes."""
 
 
 @dataclasses.dataclass
 class Failure:
-    """All failures of one kind, sort and place."""
+    """All failures of one kind of input, failure and place."""
 
     kind: str
     failure: str
@@ -50,20 +50,20 @@ class Failure:
 
 
 class Campaign:
-    """Mutants of several kinds until a number or a time is reached; ``failures`` and ``tallies`` grow meanwhile."""
+    """Runs mutants of several kinds up to a number or a time, and updates ``failures`` and ``tallies``."""
 
     def __init__(self, kinds: Mapping[str, Kind], children: Children, seed: int) -> None:
-        """``kinds`` are prepared; mutant ``i`` of each has the seed ``seed * SEEDS + i``."""
+        """Start a campaign of prepared ``kinds``. Mutant ``i`` of each has the seed ``seed * SEEDS + i``."""
         self.kinds = kinds
         self.seed = seed
         self.tallies = {name: Tally() for name in kinds}
         self.failures: dict[tuple[str, str, str], Failure] = {}
         self.dismissed: list[tuple[str, int, str]] = []
-        """Kind, seed and failure of what did not come again."""
+        """Kind, seed and failure of mutants that did not fail again."""
         self._children = children
 
     def run(self, count: int | None, seconds: float | None) -> Iterator[None]:
-        """Judge ``count`` mutants, or as many as ``seconds`` allow; yields after each."""
+        """Judge ``count`` mutants, or as many as ``seconds`` allow. Yield after each."""
         self._try_unchanged()
         deadline = None if seconds is None else time.monotonic() + seconds
         suspects: list[tuple[str, Verdict]] = []
@@ -82,7 +82,7 @@ class Campaign:
         self._try_again(suspects)
 
     def _try_unchanged(self) -> None:
-        """What mutants are made of must be taken, or every refusal would be for another reason."""
+        """Check that the unchanged inputs are accepted, or every refusal would have another reason."""
         # The first of two loads code, which takes memory and time once.
         second = dict(self._children.run(Batch(name, [None, None], PATIENCE) for name in self.kinds))
         for name, verdict in second.items():
@@ -100,7 +100,7 @@ class Campaign:
                 self.dismissed.append((name, again.seed, first[name, again.seed].failure))
 
     def _batches(self, count: int | None, deadline: float | None) -> Iterator[Batch]:
-        """Kinds in turn, each as often as its share of the mutants asks for."""
+        """Yield kinds in turn, in proportion to their shares."""
         shares = {name: kind.share or 1 for name, kind in self.kinds.items()}
         total = sum(shares.values())
         given = Counter[str]()
@@ -127,11 +127,11 @@ class Campaign:
 
     @property
     def mutants(self) -> int:
-        """Judged so far."""
+        """Return the number of mutants judged so far."""
         return sum(tally.mutants for tally in self.tallies.values())
 
     def result(self, seconds: float) -> dict[str, Any]:
-        """All of it as JSON."""
+        """Return the report as a JSON object."""
         return {
             "seed": self.seed,
             "seconds": round(seconds, 1),
@@ -157,7 +157,7 @@ class Campaign:
         }
 
     def summary(self) -> str:
-        """What failed, for people; empty if nothing did."""
+        """Return the failures as text. Empty if there are none."""
         lines = []
         for failure in sorted(self.failures.values(), key=lambda f: -len(f.seeds)):
             seeds = " ".join(f"{failure.kind}:{seed}" for seed in failure.seeds[:SHOWN])

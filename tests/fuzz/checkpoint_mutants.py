@@ -1,4 +1,4 @@
-"""Checkpoints: configs, indices, safetensors headers and tensors, plain and quantized by three libraries."""
+"""Mutate checkpoints: configs, indices, safetensors headers and tensors, float and in three prequantized layouts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ROTARY: tuple[dict[str, Any], ...] = (
     {"quantization_config": {"quant_method": "awq", "bits": 4}},
     {"head_dim": None, "num_key_value_heads": None},
 )  # fmt: skip
-"""Fields as versions of transformers write them, and beside."""
+"""Config fields of several ``transformers`` releases, and others."""
 
 
 class Checkpoints:
@@ -90,19 +90,19 @@ class Checkpoints:
 
 
 def link(base: Path, folder: Path) -> Path:
-    """A copy of a folder that shares its files, until they are replaced."""
+    """Copy a folder with hard links to its files."""
     shutil.copytree(base, folder, copy_function=os.link)
     return folder
 
 
 def exported(checkpoint: Path, folder: Path, options: list[str], changes: tuple[str, ...]) -> Mutant:
-    """``fusion-export`` of a checkpoint."""
+    """Run ``fusion-export`` on a checkpoint."""
     arguments = [str(checkpoint), "-o", str(folder / OUTPUT / "bundle"), *options]
     return Mutant(changes, lambda: cli.main(arguments), frozenset({"bundle"}))
 
 
 def change_file(draw: Random, path: Path) -> str:
-    """A file damaged, or something else in its place."""
+    """Damage a file, or put something else in its place."""
     content = read(path)
     what = draw.randrange(12)
     if what == 0:
@@ -147,7 +147,7 @@ def _json(draw: Random, path: Path) -> str:
 
 
 def _split(content: bytes) -> tuple[dict[str, Any], bytes] | None:
-    """Header and tensors of a safetensors file; None if it is none any more."""
+    """Return header and tensors of a safetensors file. None if it is no longer valid."""
     try:
         (size,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + size])
@@ -157,7 +157,7 @@ def _split(content: bytes) -> tuple[dict[str, Any], bytes] | None:
 
 
 def _header(draw: Random, path: Path) -> str:
-    """One tensor's entry changed, or the header's length, or the header as text."""
+    """Change a tensor's entry, the header's length, or the header's text."""
     parts = _split(read(path))
     if parts is None:
         return "nothing"
@@ -206,7 +206,7 @@ def _header(draw: Random, path: Path) -> str:
 
 
 def _tensors(draw: Random, path: Path) -> str:
-    """Values of one tensor: not finite, huge, random, or an integer's limits."""
+    """Change values of a tensor: not finite, huge, random, or an integer's limits."""
     content = read(path)
     parts = _split(content)
     if parts is None:

@@ -1,4 +1,4 @@
-"""Mutants in forked processes: one that dies, hangs or grows takes nothing with it but its own verdict.
+"""Run mutants in forked processes: one that dies, hangs or grows affects only its own verdict.
 
 The process that forks has imported everything and made no session of ONNX Runtime, whose threads a fork would lose.
 """
@@ -24,18 +24,18 @@ from typing import NoReturn
 from fuzz.judge import Captured, Judge, Kind, Verdict
 
 LARGEST = 2 << 30
-"""A child with more resident bytes is killed: it would take the machine with it."""
+"""Resident bytes above which a child is killed."""
 GRACE = 20.0
-"""Seconds beyond a kind's own after which a child is killed that did not end itself."""
+"""Seconds beyond a kind's limit after which a child is killed."""
 START = 10.0
-"""How many times a kind's seconds the first run of a process may take, which loads code."""
+"""Factor on the time limit of a process's first run, which loads code."""
 PATIENCE = 0.1
-"""Seconds between two looks at the children."""
+"""Seconds between two checks of the children."""
 
 
 @dataclasses.dataclass
 class Batch:
-    """Mutants of one kind for one process; None is the unchanged input."""
+    """Seeds of one kind for one process. None: the unchanged input."""
 
     kind: str
     seeds: list[int | None]
@@ -57,17 +57,17 @@ class _Child:
 
 
 class Children:
-    """Runs batches in up to ``jobs`` processes at a time."""
+    """Runs batches in at most ``jobs`` processes at a time."""
 
     def __init__(self, kinds: Mapping[str, Kind], jobs: int, scratch: Path, keep: Path | None = None) -> None:
-        """``keep``: where the files of a mutant go, which must be the only one."""
+        """``keep`` is a folder for the files of the only mutant."""
         self._kinds = kinds
         self._jobs = jobs
         self._scratch = scratch
         self._keep = keep
 
     def run(self, batches: Iterable[Batch]) -> Iterator[tuple[str, Verdict]]:
-        """Each mutant's kind and verdict as it comes. ``batches`` is asked for more whenever a process is free."""
+        """Yield each mutant's kind and verdict. A free process takes the next of ``batches``."""
         source, waiting = iter(batches), deque[Batch]()
         running: dict[int, _Child] = {}
         with selectors.DefaultSelector() as selector:
@@ -118,7 +118,7 @@ class Children:
                 yield child.batch.kind, Verdict(**{**data, "changes": tuple(data["changes"])})
 
     def _ended(self, child: _Child, waiting: deque[Batch]) -> Iterator[tuple[str, Verdict]]:
-        """The verdict of the mutant that ended its process, if one did; the rest goes to another."""
+        """Yield the verdict of the mutant that ended its process, if any. Its batch goes on in another process."""
         os.close(child.pipe)
         _, status = os.waitpid(child.pid, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -138,7 +138,7 @@ class Children:
         shutil.rmtree(child.folder, ignore_errors=True)
 
     def _watch(self, child: _Child) -> None:
-        """Kill a child that is too large, or does not end itself."""
+        """Kill a child that is too large or does not end."""
         if _resident(child.pid) > LARGEST:
             child.killed = "memory"
         elif time.monotonic() - child.since > self._kinds[child.batch.kind].seconds * child.batch.patience + GRACE:
@@ -148,7 +148,7 @@ class Children:
 
 
 def _work(kind: Kind, batch: Batch, folder: Path, pipe: int, keep: bool) -> NoReturn:
-    """What a child does: judge its mutants, tell each verdict, and end without the parent's clean-up."""
+    """Run a child: judge its mutants, report each verdict, and exit without the parent's cleanup."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
@@ -195,7 +195,7 @@ def _read(path: Path) -> str:
 
 
 def _frame(trace: str) -> str:
-    """The innermost Python frame of a dump, or the last line of a traceback."""
+    """Return the innermost Python frame of a dump, or the last line of a traceback."""
     match = re.search(r'most recent call first\):?\n\s*File "([^"]*)", line \d+ in (\S+)', trace)
     if match:
         return f"{'/'.join(Path(match[1]).parts[-2:])}:{match[2]}"

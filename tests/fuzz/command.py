@@ -23,7 +23,7 @@ MEMORY_FOLDER = Path("/dev/shm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code, 1 if anything failed."""
+    """Run the command and return its exit code: 1 if anything failed."""
     words = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(words)
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None))
@@ -102,7 +102,7 @@ _shown = 0.0
 
 
 def _show(campaign: Campaign, started: float, count: int | None, limit: float | None) -> None:
-    """Progress and the time left, once a second, on a terminal."""
+    """Show progress and the remaining time once a second, on a terminal."""
     global _shown
     now = time.monotonic()
     if not sys.stderr.isatty() or now - _shown < 1:

@@ -1,4 +1,4 @@
-"""Kinds that other helpers of the tests carry out: calls of the kernels, and faults in system calls of an export."""
+"""Kinds run by other test helpers: calls of the kernels, and faults in system calls of an export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fuzz.judge import GROWTH, Mutant
 
 @dataclass
 class Kernels:
-    """Calls of our kernels on memory between guard pages, ``calls`` a mutant. See :class:`fuzz.judge.Kind`."""
+    """Kernel calls on memory between guard pages, ``calls`` per mutant. See :class:`fuzz.judge.Kind`."""
 
     calls: int = 100
     share: int = 0
@@ -26,7 +26,7 @@ class Kernels:
     growth: int = GROWTH
 
     def prepare(self, folder: Path) -> None:
-        """Nothing: calls are drawn."""
+        """Do nothing: calls are random."""
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         first = 0 if draw is None else draw.randrange(2**40)
@@ -43,7 +43,7 @@ class SystemCalls:
     """An export that replaces a bundle, with a fault at one of its system calls. See :class:`fuzz.judge.Kind`."""
 
     are_kills: bool
-    """Kills and signals; else failing and short writes."""
+    """Whether faults are kills and signals, or failing and short writes."""
     share: int = 0
     batch: int = 20
     seconds: float = 60.0

@@ -1,4 +1,4 @@
-"""ONNX graphs: nodes, attributes, initializers and their places in the data file, shapes and types, or bytes."""
+"""Mutate ONNX graphs: nodes, attributes, initializers and their data locations, shapes, types, or bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOCATIONS = (
 
 
 def mutate_graph(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """An ``.onnx`` file with one thing changed; what was changed."""
+    """Return an ``.onnx`` file with one change, and a description."""
     what = draw.randrange(20)
     if what == 0:
         return mutate_bytes(draw, content)
@@ -55,7 +55,7 @@ def mutate_graph(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _initializer(draw: Random, graph: Any) -> str:
-    """Its place in the data file, its type or its shape."""
+    """Change an initializer's location in the data file, type or shape."""
     tensor = draw.choice(list(graph.initializer))
     places = {entry.key: entry for entry in tensor.external_data}
     what = draw.randrange(10)
@@ -109,7 +109,7 @@ def _attribute(draw: Random, nodes: list[Any]) -> str:
 
 
 def _node(draw: Random, graph: Any, nodes: list[Any]) -> str:
-    """Its operator, or what it reads and writes."""
+    """Change a node's operator, inputs or outputs."""
     node = draw.choice(nodes)
     names = [name for other in nodes for name in (*other.input, *other.output)]
     what = draw.randrange(9)
@@ -142,7 +142,7 @@ def _node(draw: Random, graph: Any, nodes: list[Any]) -> str:
 
 
 def _value_info(draw: Random, info: Any) -> str:
-    """An input's or output's name, type or shape."""
+    """Change the name, type or shape of an input or output."""
     tensor = info.type.tensor_type
     what = draw.randrange(5)
     if what == 0:
@@ -159,7 +159,7 @@ def _value_info(draw: Random, info: Any) -> str:
 
 
 def _model(draw: Random, model: Any) -> str:
-    """Versions, functions, inputs and outputs as a whole."""
+    """Change versions, functions, or all inputs and outputs."""
     what = draw.randrange(7)
     if what == 0:
         model.ir_version = draw.choice([0, 1, 3, 9, 11, 12, 99, 2**40])

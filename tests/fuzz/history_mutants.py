@@ -1,4 +1,4 @@
-"""Questions, histories and sampling: text of every kind, and values of every type."""
+"""Mutate questions, histories and sampling: text of every kind, values of every type."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Histories:
         self._bundles.prepare(folder)
 
     def fusion(self) -> Fusion:
-        """Loaded once in every process: sessions do not survive a fork."""
+        """Return the model, loaded once per process: sessions do not survive a fork."""
         if self._fusion is None:
             self._fusion = load(self._bundles.bases[0], device="cpu", threads=1)
         return self._fusion
@@ -73,7 +73,7 @@ class Histories:
         return Mutant(changes, run)
 
     def _command(self, draw: Random, folder: Path) -> Mutant:
-        """``fusion-run`` with a history from a file and values as text."""
+        """Run ``fusion-run`` with a history from a file and values as text."""
         path = folder / "history.json"
         turns: Any = [{"question": text(draw), "answer": text(draw)} for _ in range(draw.choice([0, 1, 2, 40]))]
         change = ""
@@ -99,7 +99,7 @@ def _encode(fusion: Fusion, template: Template, history: Any, question: Any) -> 
 
 
 def text(draw: Random) -> str:
-    """A question or answer: plain, of any characters, of control tokens, or far too long."""
+    """Return a question or answer: plain, of any characters, of control tokens, or far too long."""
     what = draw.randrange(10)
     if what == 0:
         return draw.choice(TEXTS)

@@ -1,4 +1,4 @@
-"""Pictures: files of many formats, spoiled part by part, and arrays of any type and shape."""
+"""Mutate pictures: files of many formats, damaged part by part, and arrays of any type and shape."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Images:
     batch = 500
     seconds = SECONDS
     growth = 150 << 20
-    """What decoding a picture may take is more, and documented."""
+    """Decoding a picture may take more memory; the limit is documented."""
 
     def prepare(self, folder: Path) -> None:
         self.files = _files()
@@ -71,7 +71,7 @@ def _see(image: Any, color: Any) -> None:
 
 
 def _files() -> dict[str, bytes]:
-    """Small pictures in many formats, by name."""
+    """Return small pictures in many formats, by name."""
     noise = np.random.default_rng(1).integers(0, 256, (40, 56, 3), np.uint8)
     color = Image.fromarray(noise)
     gray, deep = color.convert("L"), Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
@@ -118,7 +118,7 @@ def _files() -> dict[str, bytes]:
 
 
 def _mutate(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """By the format's own parts where they are known, or byte by byte."""
+    """Damage a file by its format's parts if known, or byte by byte."""
     by_part: dict[bytes, Callable[[Random, bytes], tuple[bytes, str]]] = {
         b"\x89PNG": _png,
         b"\xff\xd8\xff": _jpeg,
@@ -135,7 +135,7 @@ def _mutate(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _png(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """A chunk changed, its checksum put right."""
+    """Change a chunk and correct its checksum."""
     chunks, at = [], 8
     while at + 12 <= len(content):
         (size,) = struct.unpack(">I", content[at : at + 4])
@@ -177,7 +177,7 @@ def _png(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _jpeg(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """A segment before the pixels changed, its length put right or not."""
+    """Change a segment before the pixels. Correct its length or not."""
     at, segments = 2, []
     while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] not in (0xD9, 0xDA):
         (size,) = struct.unpack(">H", content[at + 2 : at + 4])
@@ -203,7 +203,7 @@ def _jpeg(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _tiff(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """A tag's number, type, count or value changed."""
+    """Change a tag's number, type, count or value."""
     directory = int.from_bytes(content[4:8], "little")
     if len(content) < 8 or directory + 2 > len(content):
         return mutate_bytes(draw, content)
@@ -222,7 +222,7 @@ def _tiff(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _riff(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """A chunk of a WebP file changed, the file's length put right."""
+    """Change a chunk of a WebP file and correct the file's length."""
     chunks, at = [], 12
     while at + 8 <= len(content):
         name, size = content[at : at + 4], struct.unpack("<I", content[at + 4 : at + 8])[0]
@@ -239,7 +239,7 @@ def _riff(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _array(draw: Random) -> tuple[Any, str]:
-    """What a caller may hand over in place of a picture."""
+    """Return an object that a caller may pass as a picture."""
     what = draw.randrange(12)
     if what == 0:
         wrong: Any = draw.choice([None, 3, 2.5, b"bytes", [], {}, object(), "", "\0", "x" * 5000, "\ud800", Path("/")])

@@ -1,4 +1,4 @@
-"""One mutant and its verdict: what a command or call may do with a wrong input, and what it must not."""
+"""Run one mutant and judge it: allowed and forbidden reactions to an invalid input."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ from typing import IO, Protocol
 from fusion_edge.runtime.errors import FusionError
 
 SECONDS = 2.0
-"""Longer is a hang."""
+"""Time limit of a run. Longer is a hang."""
 GROWTH = 64 << 20
-"""More bytes of resident memory is too much."""
+"""Limit of a run's growth of resident memory, in bytes."""
 HERE = Path(__file__).parent
 OUTPUT = "output"
-"""Folder that a run may write in: its results, nothing else."""
+"""Folder that a run may write its results to, and nothing else."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """What was changed, and the call that reads it: it returns an exit code, or None where it is no command."""
+    """Changes to an input, and the call that reads it: returns an exit code, or None if it is not a command."""
 
     changes: tuple[str, ...]
     run: Callable[[], int | None]
     results: frozenset[str] = frozenset()
-    """Names in the output folder that a run which succeeds may leave there."""
+    """Names that a successful run may leave in the output folder."""
 
 
 class Kind(Protocol):
     """A kind of input."""
 
     share: int
-    """Of a campaign's mutants, beside the other kinds' shares; 0: only where it is asked for."""
+    """Relative share of a campaign's mutants. 0: only on request."""
     batch: int
-    """Mutants of one process."""
+    """Mutants per process."""
     seconds: float
     growth: int
 
     def prepare(self, folder: Path) -> None:
-        """Write what mutants are made of into a new folder, once, before any process is forked."""
+        """Write the unchanged inputs into a new folder, once, before any process is forked."""
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
-        """The mutant of a generator, its files in ``folder``; with None what it is made of, unchanged."""
+        """Return a random mutant with its files in ``folder``. ``draw=None``: the unchanged input."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one mutant."""
+    """Result of one mutant."""
 
     seed: int
     changes: tuple[str, ...] = ()
     failure: str = ""
-    """exception, abort, hang, memory, stderr, files, exit code; empty: as it should be."""
+    """exception, abort, hang, memory, stderr, files or exit code. Empty: correct."""
     detail: str = ""
-    """What failed: a traceback, or what was written."""
+    """Traceback, or what was written."""
     place: str = ""
-    """Failures of the same kind and place count as one."""
+    """Source of the failure. Failures of the same kind and place count as one."""
     written: str = ""
-    """On standard error."""
+    """Text on standard error."""
     accepted: bool = False
     seconds: float = 0.0
     growth: int = 0
@@ -76,12 +76,12 @@ class Verdict:
 
 @dataclass
 class Captured:
-    """Standard error of this process, as a file."""
+    """Standard error of this process, redirected to a file."""
 
     file: IO[bytes]
 
     def take(self) -> str:
-        """What was written since the last time."""
+        """Return what was written since the last call."""
         sys.stdout.flush()
         sys.stderr.flush()
         self.file.seek(0)
@@ -93,15 +93,15 @@ class Captured:
 
 @dataclass
 class Judge:
-    """Runs mutants in this process, a child that may die of it."""
+    """Runs mutants in this process, a child that may die."""
 
     kind: Kind
     name: str
     folder: Path
-    """This process's own, new."""
+    """New folder of this process."""
     errors: Captured
     trace: IO[str]
-    """Where the stack is written if a run takes too long."""
+    """File for the stack of a run that takes too long."""
     temporary: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Judge:
 
 
 def _run(call: Callable[[], int | None]) -> tuple[int, str, str, str]:
-    """Exit code, failure, detail and place of a call; 1 for an error of ours."""
+    """Return exit code, failure, detail and place of a call. A FusionError is exit code 1."""
     try:
         with warnings.catch_warnings():  # each mutant's are shown, whatever was shown before
             return call() or 0, "", "", ""
@@ -166,7 +166,7 @@ def _run(call: Callable[[], int | None]) -> tuple[int, str, str, str]:
 
 
 def _told(code: int, written: str) -> tuple[str, str]:
-    """Failure and detail by the exit code and what is on standard error."""
+    """Return failure and detail, by the exit code and standard error."""
     lines = written.splitlines()
     if code == 0:
         strange = [line for line in lines if not line.startswith("warning: running on ")]
@@ -181,7 +181,7 @@ def _told(code: int, written: str) -> tuple[str, str]:
 
 
 def _general(text: str) -> str:
-    """A message without what differs from one mutant to the next."""
+    """Return a message without the parts that differ between mutants."""
     first = (text.strip().splitlines() or [""])[0]
     return re.sub(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+|/\S+|tmp\w+", "_", first)[:120]
 
@@ -192,14 +192,14 @@ def _left(output: Path, temporary: Path, allowed: frozenset[str]) -> list[str]:
 
 
 def _busy_seconds() -> float:
-    """A clock that stands still while this thread could run, but others have the processors."""
+    """Return seconds of a clock that stops while this thread waits for a processor."""
     with open("/proc/thread-self/schedstat", encoding="ascii") as file:
         waited = int(file.read().split()[1])
     return time.perf_counter() - waited / 1e9
 
 
 def _reset_peak() -> int:
-    """Resident bytes now, from which the peak is counted again."""
+    """Return the resident bytes, and reset the peak to them."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
     return _status("VmRSS")

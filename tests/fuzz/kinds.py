@@ -1,4 +1,4 @@
-"""Every kind of mutant, by the name that ``--kind`` takes."""
+"""All kinds of mutants, by the names of ``--kind``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fuzz.tokenizer_mutants import Tokenizers
 
 
 def kinds() -> dict[str, Kind]:
-    """New ones, not prepared yet. Those of no share run only where they are asked for."""
+    """Return new kinds, not prepared yet. Kinds with a share of 0 run only on request."""
     return {
         "checkpoint": Checkpoints(),
         "tokenizer": Tokenizers(),

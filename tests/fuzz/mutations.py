@@ -1,4 +1,4 @@
-"""What all kinds of mutants share: values, JSON trees and bytes that a seeded generator spoils.
+"""Helpers of all kinds: damage values, JSON trees and bytes with a seeded generator.
 
 Every function draws from ``random.Random`` alone, so a seed gives the same mutant again, and returns what it changed
 as a few words.
@@ -30,7 +30,7 @@ Json = Any
 
 
 def value(draw: Random) -> Json:
-    """A value of any JSON type, mostly one that readers do not expect."""
+    """Return a value of any JSON type, mostly an unexpected one."""
     make: Callable[[], Json] = draw.choice(
         [
             lambda: draw.choice(NUMBERS),
@@ -48,7 +48,7 @@ def value(draw: Random) -> Json:
 
 
 def nested(depth: int) -> Json:
-    """A list in a list, ``depth`` times."""
+    """Return lists nested ``depth`` times."""
     tree: Json = []
     for _ in range(depth):
         tree = [tree]
@@ -56,14 +56,14 @@ def nested(depth: int) -> Json:
 
 
 def near(draw: Random, number: float) -> float:
-    """A number that is nearly right."""
+    """Return a number near the right one."""
     changed = [number + 1, number - 1, -number, number * 2, number * 1000]
     changed += [number // 2, number | 1 << draw.randrange(40)] if isinstance(number, int) else [number / 2]
     return draw.choice(changed)
 
 
 def mutate_json(draw: Random, tree: Json, name: str = "") -> tuple[Json, str]:
-    """A copy of a JSON tree with one value changed, removed, added or exchanged; and what was done."""
+    """Return a copy of a JSON tree with one value changed, removed, added or swapped, and a description."""
     tree = copy.deepcopy(tree)
     places = _places(tree)
     if not places:
@@ -99,7 +99,7 @@ def mutate_json(draw: Random, tree: Json, name: str = "") -> tuple[Json, str]:
 
 
 def _places(tree: Json, path: str = "") -> list[tuple[Any, Any, str]]:
-    """Every place in a tree: its container, its key there, and its path. Long lists give a few of theirs."""
+    """Return the places in a tree: container, key and path. Of long lists, only a few."""
     found: list[tuple[Any, Any, str]] = []
     keys: list[Any] = list(tree) if isinstance(tree, dict) else list(range(len(tree))) if isinstance(tree, list) else []
     if len(keys) > 40:
@@ -112,7 +112,7 @@ def _places(tree: Json, path: str = "") -> list[tuple[Any, Any, str]]:
 
 
 def mutate_text(draw: Random, text: str) -> str:
-    """A string with something inserted, cut out or exchanged."""
+    """Return a string with something inserted, removed or swapped."""
     at = draw.randrange(len(text) + 1)
     return draw.choice(
         [
@@ -127,7 +127,7 @@ def mutate_text(draw: Random, text: str) -> str:
 
 
 def to_json_bytes(draw: Random, tree: Json) -> tuple[bytes, str]:
-    """The text of a JSON tree, now and then written as a reader may not expect it."""
+    """Return the text of a JSON tree, sometimes written in an unexpected way."""
     text = json.dumps(tree, ensure_ascii=draw.random() < 0.8)
     content = text.encode("utf-8", "surrogatepass")
     what = draw.randrange(30)
@@ -149,7 +149,7 @@ def to_json_bytes(draw: Random, tree: Json) -> tuple[bytes, str]:
 
 
 def mutate_bytes(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """Some bytes changed, taken out or put in; and what was done."""
+    """Return bytes with some changed, removed or inserted, and a description."""
     data = bytearray(content)
     size = len(data)
     at = draw.randrange(size) if size else 0
@@ -184,7 +184,7 @@ def mutate_bytes(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def tried(change: Callable[..., str], draw: Random, *arguments: Any) -> str:
-    """What a change did; nothing if an earlier one has left nothing that it could change."""
+    """Apply a change and return its description, or "nothing" if an earlier change made it impossible."""
     try:
         return change(draw, *arguments)
     except (OSError, ValueError, RecursionError):
@@ -192,13 +192,13 @@ def tried(change: Callable[..., str], draw: Random, *arguments: Any) -> str:
 
 
 def read(path: Path) -> bytes:
-    """The content of a file; raises ``OSError`` for what is none, such as a link to a device that never ends."""
+    """Return a file's content. Raises ``OSError`` for other things, such as a link to an endless device."""
     if not path.is_file():
         raise FileNotFoundError(path)
     return path.read_bytes()
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file anew: it may be a hard link to the base's, which stays as it is."""
+    """Replace a file, which may be a hard link to the unchanged input's."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Faults of every sort, planted: what the campaign must find if it is to be believed when it finds nothing."""
+"""Planted faults of every sort, which the campaign must find."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ FAULTS: Mapping[str, tuple[str, Run]] = {
     "leaves half a bundle": ("files", _leaves_half_a_bundle),
     "leaves a temporary file": ("files", _leaves_a_temporary_file),
 }
-"""Failure that is to be found, and the fault, by name."""
+"""Expected failure and planted fault, by name."""
 
 RIGHT: Mapping[str, Run] = {"answers": lambda _: 0, "refuses": _refuses, "refuses as a command": lambda _: _told(1)}
-"""What is as it should be."""
+"""Correct behavior."""

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer files: SentencePiece models field by field, tokenizer.json and settings value by value."""
+"""Mutate tokenizer files: SentencePiece models by field, tokenizer.json and settings by value."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Tokenizers:
 
 
 def _asked(checkpoint: Path, changes: tuple[str, ...] = ()) -> Mutant:
-    """``fusion-export --dry-run``, and a prompt tokenized by what it makes."""
+    """Run ``fusion-export --dry-run``, and tokenize a prompt with the result."""
 
     def run() -> int:
         code = cli.main([str(checkpoint), "--dry-run"])
@@ -93,7 +93,7 @@ def _change(draw: Random, folder: Path) -> str:
 
 
 def _settings(draw: Random, path: Path) -> str:
-    """A setting set, or the file changed anywhere."""
+    """Change a setting, or the file anywhere."""
     if not os.path.lexists(path):
         path.write_text("{}", encoding="utf-8")
     tree = json.loads(read(path))
@@ -116,7 +116,7 @@ def _settings(draw: Random, path: Path) -> str:
 
 
 def edit_tokenizer_json(draw: Random, path: Path) -> str:
-    """A ``tokenizer.json``: its model, added tokens, normalizer or decoder changed."""
+    """Change the model, added tokens, normalizer or decoder of a ``tokenizer.json``."""
     tree = json.loads(read(path))
     if not isinstance(tree, dict):
         return "nothing"
@@ -183,7 +183,7 @@ _PARTS: tuple[Any, ...] = (
 
 
 def mutate_model(draw: Random, content: bytes) -> tuple[bytes, str]:
-    """A SentencePiece model: one field of the message, or of a message in it, changed, removed or repeated."""
+    """Change, remove or repeat a field of a SentencePiece model or of a message in it."""
     what = draw.randrange(8)
     if what == 0:
         return bytes(draw.choice([1, 1000, 1 << 20, 8 << 20])), "zeros"
@@ -209,7 +209,7 @@ def mutate_model(draw: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def split_message(content: bytes) -> list[bytes]:
-    """The fields of a protocol buffer, tag included; empty if it is none. Groups are taken for none."""
+    """Return the fields of a protocol buffer, tags included. Empty if it is not one, or has groups."""
 
     def number(at: int) -> tuple[int, int]:
         result = shift = 0

@@ -1,4 +1,4 @@
-"""Our kernels of activation functions on a CPU against float64."""
+"""Activation operators of the CPU kernels against float64."""
 
 from __future__ import annotations
 
@@ -43,27 +43,26 @@ def test_close_to_float64(operator: str, alpha: float, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("operator", ["FastGelu", "QuickGelu"])
-def test_the_ends_of_the_range(operator: str) -> None:
-    """Nothing overflows."""
+def test_extreme_values_do_not_overflow(operator: str) -> None:
     x = np.array([-1e30, -100, -0.0, 0, 100, 1e10], np.float32)
     (y,) = session(operator).run(None, {"x": x})
     np.testing.assert_array_equal(y, [0, 0, 0, 0, 100, np.float32(1e10)])
 
 
 @pytest.mark.parametrize("shape", [(1,), (2, 17, 31), (40_000,), (0, 4)])
-def test_a_gate(shape: tuple[int, ...]) -> None:
-    """As one operator, and as ONNX Runtime's, whose exponential is a coarser one."""
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    """The kernel, and ONNX Runtime's inlined function, whose exponential is less accurate."""
     gate, up = np.random.default_rng(0).normal(0, 4, (2, *shape)).astype(np.float32)
     for own_kernels, atol in ((True, 4e-6), (False, 4e-5)):
         (y,) = session("SwiGlu", 2, own_kernels).run(None, {"x": gate, "bias": up})
         np.testing.assert_allclose(y, expected(gate, "QuickGelu", 1.0) * up, rtol=2e-6, atol=atol)
 
 
-def test_a_gate_of_another_shape_is_refused() -> None:
+def test_swiglu_rejects_another_shape() -> None:
     with pytest.raises(Exception, match="of the same shape"):
         session("SwiGlu", 2).run(None, {"x": np.ones(4, np.float32), "bias": np.ones(3, np.float32)})
 
 
-def test_a_bias_is_refused() -> None:
+def test_fast_gelu_rejects_a_bias() -> None:
     with pytest.raises(Exception, match="a bias is not supported"):
         session("FastGelu", inputs=2).run(None, {"x": np.ones(4, np.float32), "bias": np.ones(4, np.float32)})

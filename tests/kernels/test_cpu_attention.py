@@ -1,4 +1,4 @@
-"""This library's attention on the CPU against float64 and against ONNX Runtime's own."""
+"""Attention operators of the CPU kernels against float64 and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from support.own_kernels import exact_attention, needs_cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 WIDTHS = (8, 16, 64, 72, 80, 96, 128, 256)
-FLOAT32 = 3e-6  # of sums whose values are a few units large
+FLOAT32 = 3e-6  # absolute, for values of a few units
 
 pytestmark = needs_cpu_kernels
 
 
 @pytest.fixture
 def library() -> Iterator[Path]:
-    """The kernels, computing in float32."""
+    """Path of the kernels, with attention in float32."""
     path = cpu_kernels.library()
     assert path is not None
     with exact_attention():
@@ -61,14 +61,14 @@ def test_multi_head(library: Path, width: int) -> None:
             feeds["mask"] = mask
             attended = ours.run(None, feeds)[0]
             np.testing.assert_allclose(attended, theirs.run(None, feeds)[0], atol=FLOAT32)
-            if mask.any():  # else float32 loses the scores behind the mask's value, and weighs every key alike
+            if mask.any():  # else adding the mask value absorbs the scores in float32, and all weights are equal
                 np.testing.assert_allclose(attended, multi_head_reference(feeds, heads), atol=FLOAT32)
 
 
 @pytest.mark.parametrize("patches", [None, 1, 40, 65])
 @pytest.mark.parametrize("width", [8, 72])
 def test_packed(library: Path, width: int, patches: int | None) -> None:
-    """Queries, keys and values in the same rows, of which only some may attend."""
+    """Packed query, key and value rows, of which all or the first attend."""
     random, heads, rows = np.random.default_rng(width), 2, 65
     qkv = random.normal(size=(2, rows, 3 * heads * width)).astype(np.float32)
     mask = (random.random((2, rows)) < 0.7).astype(np.int32)
@@ -83,7 +83,7 @@ def test_packed(library: Path, width: int, patches: int | None) -> None:
         np.testing.assert_allclose(attended, expected, atol=FLOAT32)
 
 
-def test_wrong_packed_rows_are_refused(library: Path) -> None:
+def test_packed_rejects_wrong_shapes(library: Path) -> None:
     qkv, mask = np.zeros((1, 4, 48), np.float32), np.ones((1, 4), np.int32)
     model = session(packed_model(2, 3), library)
     with pytest.raises(Exception, match=r"heads \* width"):
@@ -99,14 +99,14 @@ def test_wrong_packed_rows_are_refused(library: Path) -> None:
     assert nothing.shape == (0, 4, 16)
 
 
-def spread(error: Array) -> float:
+def root_mean_square(error: Array) -> float:
     return float(np.sqrt(np.mean(error**2)))
 
 
 @pytest.mark.parametrize("width", [3, *WIDTHS])
 @pytest.mark.parametrize("size", [1, 3])
 def test_bfloat16(library: Path, width: int, size: int) -> None:
-    """What is computed where the processor can: within half a percent of a result's deviation, as its 8 bits allow."""
+    """The default where supported. Its 8-bit mantissa gives errors within 0.5 % of a result's standard deviation."""
     use_bfloat16 = ctypes.CDLL(str(library)).use_bfloat16
     random = np.random.default_rng(width)
     one = session(multi_head_model(2), library)
@@ -120,19 +120,19 @@ def test_bfloat16(library: Path, width: int, size: int) -> None:
         feeds["mask"][0, 0] = 1
         use_bfloat16(True)
         rounded = one.run(None, feeds)[0]
-        assert spread(rounded - multi_head_reference(feeds, 2)) < 5e-3 * size * np.std(feeds["v"])
+        assert root_mean_square(rounded - multi_head_reference(feeds, 2)) < 5e-3 * size * np.std(feeds["v"])
         use_bfloat16(False)
         has_bfloat16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
         assert np.array_equal(rounded, one.run(None, feeds)[0]) is not has_bfloat16
     use_bfloat16(True)
     if width % 2:
-        return  # channels are turned in pairs
+        return  # rotary embedding needs pairs of channels
     for int8, past, length in ((False, 0, 130), (False, 31, 300), (True, 0, 65), (True, 30, 33)):
         sizes = Causal(4, 2, width, width, int8)
         causal = causal_feeds(sizes, past, past + length, length)
         attended, *present = session(causal_model(sizes), library).run(None, causal)
         expected = causal_reference(sizes, causal, (present[0], present[1]))
-        assert spread(attended - expected) < 5e-3 * expected.std()
+        assert root_mean_square(attended - expected) < 5e-3 * expected.std()
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -150,10 +150,10 @@ def test_causal(library: Path, width: int, heads: int, kv_heads: int, int8: bool
         attended, *present = ours.run(None, feeds)
         np.testing.assert_allclose(attended, causal_reference(sizes, feeds, (present[0], present[1])), atol=FLOAT32)
         if width % 16:
-            continue  # ONNX Runtime refuses it
+            continue  # ONNX Runtime does not support it
         expected, *caches = theirs.run(None, feeds)
         for cache, other in zip(present, caches, strict=True):
-            # A rotated key may lie so close between two integers that another order of its sums decides.
+            # A rotated key may be so close to a tie that the order of a sum decides its rounding.
             np.testing.assert_allclose(cache.astype(np.float32), other, atol=1 if int8 else 1e-6)
             assert np.mean(np.abs(cache.astype(np.float32) - other) > 1e-6) < 1e-3
         if all(np.array_equal(cache, other) for cache, other in zip(present, caches, strict=True)) or not int8:
@@ -161,7 +161,7 @@ def test_causal(library: Path, width: int, heads: int, kv_heads: int, int8: bool
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_cache_in_place_keeps_what_is_not_written(library: Path, int8: bool) -> None:
+def test_in_place_cache_keeps_the_rest(library: Path, int8: bool) -> None:
     sizes = Causal(4, 2, 32, 32, int8)
     feeds = causal_feeds(sizes, past=20, capacity=30, length=1)
     model = session(causal_model(sizes), library)
@@ -187,13 +187,13 @@ def test_a_cache_in_place_keeps_what_is_not_written(library: Path, int8: bool) -
 @pytest.mark.parametrize(
     ("past", "capacity", "length"), [(0, 1, 1), (0, 40, 1), (0, 200, 130), (0, 30, 30), (20, 50, 1)]
 )
-def test_an_int8_cache_as_one_operator(
+def test_cached_attention_matches_its_function(
     library: Path, width: int, in_place: tuple[str, ...], past: int, capacity: int, length: int
 ) -> None:
-    """What ONNX Runtime makes of the function when it inlines it."""
+    """The kernel gives what ONNX Runtime computes with the inlined function."""
     sizes = Causal(4, 2, width, width, int8=True)
     feeds = cached_feeds(sizes, past, capacity, length)
-    feeds["qkv"][0, :, -1] = 0  # a channel of the last value without any: its scale is the smallest
+    feeds["qkv"][0, :, -1] = 0  # an all-zero channel of the last value: its scale is the smallest
     expected = session(cached_model(sizes), None).run(None, feeds)
     model = session(cached_model(sizes), library, threads=2)
     binding = model.io_binding()
@@ -201,26 +201,26 @@ def test_an_int8_cache_as_one_operator(
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     for output in model.get_outputs():
-        state = output.name.partition(".")[2]
-        if state in in_place:
-            binding.bind_ortvalue_output(output.name, values[f"past.{state}"])
+        tensor = output.name.partition(".")[2]
+        if tensor in in_place:
+            binding.bind_ortvalue_output(output.name, values[f"past.{tensor}"])
         else:
             binding.bind_output(output.name)
     model.run_with_iobinding(binding)
-    attended, *states = binding.copy_outputs_to_cpu()
+    attended, *tensors = binding.copy_outputs_to_cpu()
     np.testing.assert_allclose(attended, expected[0], atol=FLOAT32)
-    for state, other in zip(states[2:], expected[3:], strict=True):
-        np.testing.assert_allclose(state, other, rtol=1e-6)
-    for cache, other, part in zip(states, expected[1:3], ("key", "value"), strict=False):
+    for scale, other in zip(tensors[2:], expected[3:], strict=True):
+        np.testing.assert_allclose(scale, other, rtol=1e-6)
+    for cache, other, part in zip(tensors, expected[1:3], ("key", "value"), strict=False):
         difference = np.abs(cache.astype(int) - other)[:, :, : past + length]
         assert difference.max() <= 1
         assert difference.mean() < 1e-3
         rest = cache[:, :, past + length :]
-        is_kept = past == 0 or part in in_place  # what stands behind the last position; a step elsewhere clears it
+        is_kept = past == 0 or part in in_place  # the rest of the cache; a decode step that is not in place clears it
         np.testing.assert_array_equal(rest, feeds[f"past.{part}"][:, :, past + length :] if is_kept else 0)
 
 
-def test_wrong_inputs_of_an_int8_cache_are_refused(library: Path) -> None:
+def test_cached_attention_rejects_wrong_inputs(library: Path) -> None:
     sizes = Causal(2, 2, 16, 16, int8=True)
     model = session(cached_model(sizes), library)
     feeds = cached_feeds(sizes, past=0, capacity=8, length=4)
@@ -232,7 +232,7 @@ def test_wrong_inputs_of_an_int8_cache_are_refused(library: Path) -> None:
         model.run(None, feeds | {"past.key_scale": feeds["past.key_scale"][:, :1]})
 
 
-def test_values_are_rounded_to_even_and_clipped(library: Path) -> None:
+def test_cache_values_round_to_even_and_saturate(library: Path) -> None:
     sizes = Causal(1, 1, 16, 16, int8=True)
     feeds = causal_feeds(sizes, past=0, capacity=1, length=1)
     feeds["value_scale"] = np.full_like(feeds["value_scale"], 0.25)
@@ -255,12 +255,12 @@ def test_values_are_rounded_to_even_and_clipped(library: Path) -> None:
         ({"kv_num_heads": 3}, "kv_num_heads"),
     ],
 )
-def test_what_is_not_supported_is_named(library: Path, attributes: dict[str, object], named: str) -> None:
+def test_unsupported_attributes_are_named(library: Path, attributes: dict[str, object], named: str) -> None:
     with pytest.raises(Exception, match=named):
         session(causal_model(Causal(2, 2, 16, 16), **attributes), library)
 
 
-def test_wrong_shapes_are_refused(library: Path) -> None:
+def test_causal_rejects_wrong_shapes(library: Path) -> None:
     sizes = Causal(2, 2, 16, 16)
     model = session(causal_model(sizes), library)
     feeds = causal_feeds(sizes, past=4, capacity=8, length=2)

@@ -1,4 +1,4 @@
-"""Our kernels of products of calibrated inputs, which are integers on both sides, against a plain form of them."""
+"""Linear operators with 8-bit weights and calibrated 8-bit activations against a reference."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, output
 )
 @example(False, 13, 257, 1600, 0.02, 128, 0)
 @example(True, 12, 4304, 64, 0.02, 10, 1)
-@example(True, 4000, 64, 1600, 0.02, 10, 2)  # more results than caches hold, as a stream
-@example(False, 4000, 64, 1601, 0.02, 10, 3)  # and in places that streams cannot have
+@example(True, 4000, 64, 1600, 0.02, 10, 2)  # the result exceeds the caches: streaming stores
+@example(False, 4000, 64, 1601, 0.02, 10, 3)  # the same, without the alignment that these need
 @settings(max_examples=80, deadline=None)
-def test_products_of_calibrated_inputs(
+def test_integer_matmul(
     of_gelu: bool, rows: int, inputs: int, outputs: int, scale: float, zero_point: int, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def test_products_of_calibrated_inputs(
     expected, most = integer_linear(tensors, gelu(x.astype(np.float64)) if of_gelu else x)
     operator = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
     (actual,) = integer_session(tensors, operator).run(None, {"x": x[None]})
-    # A GELU whose last bit differs may round to another integer.
+    # An error in the last bit of GELU may round to another integer.
     assert np.abs(actual[0] - expected).max() <= 2e-6 * most + of_gelu * one_step(tensors)
 
 
@@ -84,9 +84,7 @@ def test_products_of_calibrated_inputs(
 )
 @example(70, 1152, 4304, 96, 10, 0)
 @settings(max_examples=60, deadline=None)
-def test_an_mlp_of_calibrated_inputs(
-    rows: int, inputs: int, hidden: int, outputs: int, zero_point: int, seed: int
-) -> None:
+def test_integer_mlp(rows: int, inputs: int, hidden: int, outputs: int, zero_point: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     tensors = mlp_tensors(generator, inputs, hidden, outputs, zero_point)
     x = generator.normal(size=(rows, inputs)).astype(np.float32)
@@ -94,12 +92,11 @@ def test_an_mlp_of_calibrated_inputs(
     expected, most = integer_linear(down, gelu(integer_linear(up, x)[0]))
     (actual,) = integer_session(tensors, "IntegerMlp").run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * most + 2 * one_step(down)
-    assert np.median(np.abs(actual[0] - expected)) <= 2e-6 * most  # such steps are few
+    assert np.median(np.abs(actual[0] - expected)) <= 2e-6 * most  # these roundings are few
 
 
 @pytest.mark.parametrize("operator", INTEGER_FUNCTIONS)
-def test_calibrated_products_without_our_kernels(operator: str) -> None:
-    """The function that ONNX Runtime inlines is the same."""
+def test_inlined_functions_compute_the_same(operator: str) -> None:
     generator = np.random.default_rng(0)
     is_mlp = operator == "IntegerMlp"
     tensors = mlp_tensors(generator, 256, 64, 96, 9) if is_mlp else integer_tensors(generator, 256, 96, 0.02, 100)
@@ -110,8 +107,8 @@ def test_calibrated_products_without_our_kernels(operator: str) -> None:
     assert integer_session(tensors, operator).run(None, none)[0].shape == (2, 0, 96)
 
 
-def test_rounding_of_what_is_too_large_and_of_ties() -> None:
-    """As QuantizeLinear rounds: to even, to 0 or 255 beyond them, and quotients to their last bit."""
+def test_quantization_of_ties_and_extreme_values() -> None:
+    """As QuantizeLinear: rounds to even, saturates at 0 and 255, and the quotient is correctly rounded."""
     scale = np.float32(0.0371)
     x = np.concatenate([
         [np.inf, -np.inf, 3e38, -3e38, 0, -0.0],
@@ -138,8 +135,8 @@ def test_rounding_of_what_is_too_large_and_of_ties() -> None:
     ("operator", "prefix"),
     [("IntegerProduct", ""), ("GeluIntegerProduct", ""), ("IntegerMlp", "up_"), ("IntegerMlp", "down_")],
 )
-def test_tensors_of_calibrated_products_of_another_size(name: str, named: str, operator: str, prefix: str) -> None:
-    """Which our kernel says: so it is the one that was used."""
+def test_wrong_tensor_sizes(name: str, named: str, operator: str, prefix: str) -> None:
+    """The message is the kernel's own, so the kernel was used."""
     generator = np.random.default_rng(0)
     tensors = mlp_tensors(generator, 64, 8, 8, 100) if prefix else integer_tensors(generator, 64, 8, 0.02, 100)
     name = prefix + name

@@ -1,4 +1,4 @@
-"""Random calls of our CPU kernels under guard pages, and what shows such calls to be guarded."""
+"""Random calls of the CPU kernels between guard pages, and tests of the guard."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ctypes.string_at(address(array) + (array.nbytes if sys.argv[2] == "end" else -1)
 @needs_cpu_kernels
 @pytest.mark.parametrize("seed", range(0, 600, 150))
 def test_random_calls(seed: int) -> None:
-    """Valid ones agree with NumPy, spoilt ones are refused with a sentence, and none leaves its memory."""
+    """Valid calls agree with NumPy, invalid ones report a sentence, and none accesses other memory."""
     assert kernels.run(seed, 150) == []
 
 
 @pytest.mark.parametrize("side", ["start", "end"])
-def test_a_byte_beyond_an_array_stops_a_process(side: str) -> None:
+def test_access_outside_of_an_array_ends_the_process(side: str) -> None:
     command = [sys.executable, "-c", READS, str(TESTS), side]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "inside\n"
@@ -41,7 +41,7 @@ def test_a_byte_beyond_an_array_stops_a_process(side: str) -> None:
 
 @pytest.mark.parametrize("off", [0, 1, 3])
 @pytest.mark.parametrize("at_end", [True, False])
-def test_an_array_in_guarded_memory(at_end: bool, off: int) -> None:
+def test_placement_of_arrays(at_end: bool, off: int) -> None:
     with GuardedMemory() as memory:
         for shape in ((3, 5), (), (0, 4), (70, 70)):
             array = np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
@@ -51,7 +51,7 @@ def test_an_array_in_guarded_memory(at_end: bool, off: int) -> None:
             memory.make_read_only(copy)
 
 
-def test_the_same_number_draws_the_same_call() -> None:
+def test_a_number_always_draws_the_same_call() -> None:
     for number in range(50):
         one, other = (draw(np.random.default_rng(number)) for _ in range(2))
         assert one.operator == other.operator

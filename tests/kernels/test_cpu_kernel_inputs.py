@@ -1,4 +1,4 @@
-"""What our CPU kernels say of inputs and attributes that are wrong, in ONNX Runtime; and what they make of odd ones."""
+"""Invalid and unusual inputs and attributes of the CPU kernels, in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ EXTREME = (0, -1, 2**31, 2**62, -(2**62), 2**63 - 1)
 pytestmark = needs_cpu_kernels
 
 
-def calibrated(tensors: Mapping[str, Array], own_kernels: bool = True) -> onnxruntime.InferenceSession:
+def integer_matmul(tensors: Mapping[str, Array], own_kernels: bool = True) -> onnxruntime.InferenceSession:
     function = integer_matmul_function(21)
     node = helper.make_node(function.name, list(function.input), ["y"], domain=function.domain)
     return session_of(node, function, tensors, own_kernels)
 
 
-def product(changed: Mapping[str, Any], **tensors: Array) -> onnxruntime.InferenceSession:
-    """Of 4 outputs and 64 inputs in blocks of 32, but for some attributes and tensors."""
+def matmul_nbits(changed: Mapping[str, Any], **tensors: Array) -> onnxruntime.InferenceSession:
+    """Return a session of 64 inputs in blocks of 32 and 4 outputs, with changed attributes and added tensors."""
     values: dict[str, Array] = {"values": np.ones((4, 2, 16), np.uint8), "scales": np.ones((4, 2), np.float32)}
     values |= tensors
     names = ["x", "values", "scales", *("zero_points" for _ in range("zero_points" in tensors))]
@@ -54,19 +54,18 @@ def product(changed: Mapping[str, Any], **tensors: Array) -> onnxruntime.Inferen
 
 @pytest.mark.parametrize("empty", ["last_position", "total_length", "is_prefill"])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_length_of_no_value_is_refused(int8: bool, empty: str) -> None:
-    """The one of a cache of floats has no is_prefill."""
+def test_empty_lengths(int8: bool, empty: str) -> None:
     model = cached_model(INT8) if int8 else causal_model(SIZES)
     feeds = cached_feeds(INT8, 4, 8, 1) if int8 else causal_feeds(SIZES, 4, 8, 1)
     if empty not in feeds:
-        return
+        return  # only the int8 cache has is_prefill
     changed = _of_any_shape(model, empty)
     with pytest.raises(Exception, match=r"Attention: expected one value of (the last|the total|is_prefill)"):
         session(changed, cpu_kernels.library()).run(None, feeds | {empty: feeds[empty].ravel()[:0]})
 
 
 def _of_any_shape(model: bytes, name: str) -> bytes:
-    """``model`` whose input of this name may have any shape, which ONNX Runtime would refuse itself."""
+    """Return ``model`` without the shape of an input, which ONNX Runtime would check before the kernel."""
     parsed = ModelProto.FromString(model)
     next(value for value in parsed.graph.input if value.name == name).type.tensor_type.ClearField("shape")
     return bytes(parsed.SerializeToString())
@@ -74,7 +73,7 @@ def _of_any_shape(model: bytes, name: str) -> bytes:
 
 @pytest.mark.parametrize("total", [-1, 0, -(2**31), 2**31 - 1, 10, 20])
 @pytest.mark.parametrize("last", [None, 0, -(2**31), 2**31 - 1])
-def test_lengths_beyond_the_cache_are_refused(total: int, last: int | None) -> None:
+def test_inconsistent_lengths(total: int, last: int | None) -> None:
     feeds = causal_feeds(SIZES, 4, 8, 1)
     last = max(total - 1, -(2**31)) if last is None else last
     wrong = {"total_length": np.array(total, np.int32), "last_position": np.array([last], np.int32)}
@@ -83,8 +82,8 @@ def test_lengths_beyond_the_cache_are_refused(total: int, last: int | None) -> N
 
 
 @pytest.mark.parametrize("value", EXTREME)
-def test_numbers_of_heads_that_are_refused(value: int) -> None:
-    """Three times the largest, or it and twice another, would not fit 64 bits."""
+def test_invalid_numbers_of_heads(value: int) -> None:
+    """Three times the largest would overflow 64 bits."""
     library = cpu_kernels.library()
     expected = "is not an integer from 1 to 2147483647"
     for model in (packed_model(value, None), packed_model(value, 3), packed_model(2, value), multi_head_model(value)):
@@ -97,22 +96,22 @@ def test_numbers_of_heads_that_are_refused(value: int) -> None:
 
 @pytest.mark.parametrize("name", ["K", "N"])
 @pytest.mark.parametrize("value", EXTREME)
-def test_sizes_of_products_that_are_refused(name: str, value: int) -> None:
+def test_invalid_matmul_sizes(name: str, value: int) -> None:
     with pytest.raises(Exception, match=f"MatMulNBits: {name} is not an integer from 1 to 2147483647"):
-        product({name: value})
+        matmul_nbits({name: value})
 
 
-def test_sizes_whose_product_would_be_zero_in_64_bits() -> None:
-    """So an empty weight would be of the right size."""
+def test_matmul_sizes_whose_product_overflows_to_zero() -> None:
+    """Otherwise an empty weight would have the right size."""
     nothing: dict[str, Array] = {"values": np.zeros((0, 2, 16), np.uint8), "scales": np.zeros((0, 2), np.float32)}
     with pytest.raises(Exception, match="K is not an integer"):
-        product({"N": 2**31 - 1, "K": 2**33}, **nothing)
+        matmul_nbits({"N": 2**31 - 1, "K": 2**33}, **nothing)
     with pytest.raises(Exception, match="the weight's values are not N"):
-        product({"N": 2**31 - 1}, **nothing).run(None, {"x": np.zeros((1, 1, 64), np.float32)})
+        matmul_nbits({"N": 2**31 - 1}, **nothing).run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
 
-def test_zero_points_of_no_value_are_not_taken_for_none() -> None:
-    model = product({}, zero_points=np.zeros(0, np.uint8))
+def test_empty_zero_points_are_not_missing_ones() -> None:
+    model = matmul_nbits({}, zero_points=np.zeros(0, np.uint8))
     with pytest.raises(Exception, match="expected a zero point for each block"):
         model.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
@@ -128,71 +127,73 @@ def test_zero_points_of_no_value_are_not_taken_for_none() -> None:
         ({"num_heads": 2.0}, "num_heads is not an integer"),
     ],
 )
-def test_attributes_of_another_type_or_not_finite(attributes: dict[str, Any], said: str) -> None:
-    """They would count as missing, and be something else than was written."""
+def test_attributes_of_wrong_type_or_not_finite(attributes: dict[str, Any], said: str) -> None:
+    """They must not count as missing, which would give the default value."""
     with pytest.raises(Exception, match=f"MultiHeadAttention: {said}"):
         session(multi_head_model(2, **attributes), cpu_kernels.library())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_zero_points_of_another_type_are_refused(dtype: type) -> None:
+def test_zero_points_of_wrong_type(dtype: type) -> None:
     with pytest.raises(Exception, match="MatMulNBits"):
-        product({}, zero_points=np.zeros(4, dtype))
+        matmul_nbits({}, zero_points=np.zeros(4, dtype))
 
 
-def test_an_alpha_that_is_not_finite() -> None:
+def test_alpha_that_is_not_finite() -> None:
     with pytest.raises(Exception, match="QuickGelu: alpha is not a finite number"):
         session_of(helper.make_node("QuickGelu", ["x"], ["y"], domain="com.microsoft", alpha=float("nan")))
 
 
 @pytest.mark.parametrize("scale", [0, -1, np.nan, np.inf, 1e-42, 3e38])
-def test_scales_of_inputs_that_are_refused(scale: float) -> None:
-    model = calibrated(integer_tensors(np.random.default_rng(0), 64, 8, scale, 100))
+def test_invalid_activation_scales(scale: float) -> None:
+    model = integer_matmul(integer_tensors(np.random.default_rng(0), 64, 8, scale, 100))
     with pytest.raises(Exception, match="IntegerProduct: expected a scale of x above 0"):
         model.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
 
 @pytest.mark.parametrize("rows", [1, 9])
-def test_as_many_inputs_as_a_sum_of_32_bits_holds(rows: int) -> None:
+def test_largest_number_of_inputs_of_an_int32_sum(rows: int) -> None:
     most = 65_793
     one = np.random.default_rng(0)
     tensors = integer_tensors(one, most, 2, 1.0, 0) | {"values": np.full((2, most), -128, np.int8)}
-    (y,) = calibrated(tensors).run(None, {"x": np.full((1, rows, most), 255, np.float32)})
+    (y,) = integer_matmul(tensors).run(None, {"x": np.full((1, rows, most), 255, np.float32)})
     expected = -128.0 * 255 * most * tensors["scales"].astype(np.float64)
     np.testing.assert_allclose(y[0], np.tile(expected + tensors["bias"], (rows, 1)), rtol=1e-6)
     with pytest.raises(Exception, match="IntegerProduct: 65794 inputs; expected up to 65793"):
-        calibrated(integer_tensors(one, most + 1, 2, 1.0, 0)).run(None, {"x": np.zeros((1, 1, most + 1), np.float32)})
+        integer_matmul(integer_tensors(one, most + 1, 2, 1.0, 0)).run(
+            None, {"x": np.zeros((1, 1, most + 1), np.float32)}
+        )
 
 
 def test_no_outputs() -> None:
-    model = calibrated(integer_tensors(np.random.default_rng(0), 64, 0, 0.1, 0))
+    model = integer_matmul(integer_tensors(np.random.default_rng(0), 64, 0, 0.1, 0))
     for rows in (1, 9):
         assert model.run(None, {"x": np.zeros((1, rows, 64), np.float32)})[0].shape == (1, rows, 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rows", [1, 9])
-def test_rows_that_are_not_finite_give_none_that_are(rows: int, value: float) -> None:
-    """And leave other rows as they are."""
+def test_rows_that_are_not_finite_give_nan(rows: int, value: float) -> None:
+    """Other rows do not change."""
     x = np.random.default_rng(0).normal(size=(1, rows, 64)).astype(np.float32)
-    (expected,) = product({}).run(None, {"x": x})
+    (expected,) = matmul_nbits({}).run(None, {"x": x})
     x[0, 0, 7] = value
-    (y,) = product({}).run(None, {"x": x})
+    (y,) = matmul_nbits({}).run(None, {"x": x})
     assert np.isnan(y[0, 0]).all()
     np.testing.assert_array_equal(y[0, 1:], expected[0, 1:])
 
 
-def test_values_that_are_not_finite_where_rounding_is_given() -> None:
-    """They round as ONNX Runtime's QuantizeLinear rounds them."""
+def test_static_quantization_of_values_that_are_not_finite() -> None:
+    """As ONNX Runtime's QuantizeLinear."""
     tensors = integer_tensors(np.random.default_rng(0), 64, 40, 0.02, 100)
     x = np.random.default_rng(1).normal(size=(1, 9, 64)).astype(np.float32)
     x[0, 1, 3:6], x[0, 2, 9], x[0, 3, 10] = np.nan, np.inf, -np.inf
-    own, theirs = (calibrated(tensors, kernels).run(None, {"x": x})[0] for kernels in (True, False))
+    own, theirs = (integer_matmul(tensors, kernels).run(None, {"x": x})[0] for kernels in (True, False))
     np.testing.assert_allclose(own, theirs, atol=1e-3 * np.abs(theirs).max())
 
 
-def test_a_prefill_that_is_not_finite_leaves_scales_that_are_not() -> None:
-    """Else later answers would be made of keys that never were."""
+def test_prefill_that_is_not_finite_gives_nan_scales() -> None:
+    """Otherwise later answers would use finite but wrong keys."""
     feeds = cached_feeds(INT8, 0, 8, 4)
     feeds["qkv"][0, 3, 40] = np.nan  # a key
     key_scale = session(cached_model(INT8), cpu_kernels.library()).run(None, feeds)[3]
@@ -224,11 +225,11 @@ def test_external_data_at_any_offset(tmp_path: Path, off: int) -> None:
     options.register_custom_ops_library(str(cpu_kernels.library()))
     one = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).normal(size=(1, 9, 64)).astype(np.float32)
-    np.testing.assert_array_equal(one.run(None, {"x": x})[0], calibrated(tensors).run(None, {"x": x})[0])
+    np.testing.assert_array_equal(one.run(None, {"x": x})[0], integer_matmul(tensors).run(None, {"x": x})[0])
 
 
-def test_many_threads_that_are_refused_and_answered_by_turns() -> None:
-    """One session, called by more threads than there are processors."""
+def test_valid_and_invalid_calls_from_many_threads() -> None:
+    """One session, called by more threads than processors."""
     model = session(causal_model(SIZES), cpu_kernels.library(), threads=4)
     feeds = causal_feeds(SIZES, 4, 8, 3)
     expected = model.run(None, feeds)[0]

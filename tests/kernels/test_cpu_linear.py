@@ -1,4 +1,4 @@
-"""Our kernels of products on a CPU against a plain form of what they compute."""
+"""MatMulNBits of the CPU kernels against a reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs x86-64 and GCC")
 def test_the_library_was_built() -> None:
-    """It is optional, so nothing else fails if it does not compile."""
+    """The library is optional, so nothing else fails if it does not compile."""
     assert cpu_kernels.library() is not None
 
 
@@ -44,7 +44,7 @@ def session(
     half_scales: bool = False,
     of_gelu: bool = False,
 ) -> ort.InferenceSession:
-    """A graph of one product, some of its attributes changed; of the function that takes scales as they are stored."""
+    """Return a session of one node: Microsoft's operator, or with ``half_scales`` the function with float16 scales."""
     scales = packed.scales.astype(np.float16 if half_scales else np.float32)
     tensors: dict[str, Array] = {"values": packed.values, "scales": scales}
     names = ["x", "values", "scales", "", "", ""]
@@ -75,11 +75,11 @@ def session(
 @example("int4", 128, False, True, 1, 3072, 70, 0)
 @example("uint4", 32, True, False, 1, 608, 65, 1)
 @example("uint8", 256, True, True, 12, 1024, 64, 2)
-@example("uint4", 32, True, True, 13, 96, 1600, 3)  # several panels for a thread
+@example("uint4", 32, True, True, 13, 96, 1600, 3)  # several panels per thread
 @example("int8", 64, True, True, 12, 130, 1600, 3)
 @example("int8", 128, False, False, 1, 200, 1100, 4)
 @settings(max_examples=150, deadline=None)
-def test_products(
+def test_matmul_nbits(
     kind: str,
     group_size: int,
     has_bias: bool,
@@ -111,7 +111,7 @@ def test_products(
 @needs_cpu_kernels
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("form", [("int8", 128), ("int4", 32), ("uint4", 256), ("uint8", 16)])
-def test_a_product_of_the_gelu(rows: int, form: Any) -> None:
+def test_gelu_matmul_nbits(rows: int, form: Any) -> None:
     form = WeightFormat(*form)
     generator = np.random.default_rng(rows)
     packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), form)
@@ -120,14 +120,14 @@ def test_a_product_of_the_gelu(rows: int, form: Any) -> None:
     expected = inputs @ dequantize(packed, form, 300).astype(np.float64).T + bias
     for own_kernels in (True, False):
         one = session(packed, form, 300, bias, own_kernels, half_scales=True, of_gelu=True)
-        # A GELU whose last bit differs may round to another integer. ONNX Runtime's own product rounds otherwise.
+        # An error in the last bit of GELU may round to another integer. ONNX Runtime quantizes differently.
         tolerance = 5e-3 if own_kernels else 2e-2
         assert np.abs(one.run(None, {"x": x[None]})[0][0] - expected).max() < tolerance * np.abs(expected).max()
 
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_rows_without_a_value_and_no_rows(kind: str) -> None:
+def test_zero_rows_and_no_rows(kind: str) -> None:
     form = WeightFormat(kind, 32)
     packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), form)
     one = session(packed, form, 64)
@@ -138,8 +138,8 @@ def test_rows_without_a_value_and_no_rows(kind: str) -> None:
 
 
 @needs_cpu_kernels
-def test_close_to_those_of_onnxruntime() -> None:
-    """Which round in the same way; the order of the sums differs."""
+def test_close_to_onnxruntime() -> None:
+    """Both quantize in the same way; only the order of sums differs."""
     form = WeightFormat("int4", 128)
     generator = np.random.default_rng(0)
     packed = quantize(generator.normal(size=(200, 384)).astype(np.float32), form)
@@ -151,7 +151,7 @@ def test_close_to_those_of_onnxruntime() -> None:
             for kernels in (True, False)
         )
         assert np.abs(own - theirs).max() < 1e-2 * np.abs(theirs).max()
-        assert not np.array_equal(own, theirs)  # so ours were used at all
+        assert not np.array_equal(own, theirs)  # so the kernels were used
 
 
 @needs_cpu_kernels
@@ -165,7 +165,7 @@ def test_close_to_those_of_onnxruntime() -> None:
         ({"N": -1}, "N is not an integer from 1 to"),
     ],
 )
-def test_attributes_that_are_refused(changed: dict[str, int], named: str) -> None:
+def test_invalid_attributes(changed: dict[str, int], named: str) -> None:
     form = WeightFormat("int4", 32)
     with pytest.raises(Exception, match=named):
         session(quantize(np.ones((4, 64), np.float32), form), form, 64, changed=changed)
@@ -183,7 +183,7 @@ def test_attributes_that_are_refused(changed: dict[str, int], named: str) -> Non
 )
 @pytest.mark.parametrize("operator", ["MatMulNBits", "fusion_edge.MatMulNBits", "GeluMatMulNBits"])
 def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> None:
-    """They would be read beyond their ends. The kernel says it that was to be used, not one in an inlined function."""
+    """Reads would go beyond their ends. The message names the operator, so its kernel ran, not an inlined function."""
     form = WeightFormat("uint4", 32)
     whole = quantize(np.ones((4, 64), np.float32), form)
     parts = {part: getattr(whole, part) for part in ("values", "scales", "zero_points")}
@@ -200,7 +200,7 @@ def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> Non
 
 @needs_cpu_kernels
 def test_two_sessions_in_two_threads() -> None:
-    """Memory that a thread keeps for its next product is no other session's."""
+    """Scratch memory of a thread is not shared between sessions."""
     generator = np.random.default_rng(0)
     form = WeightFormat("int4", 32)
     works = []
@@ -218,7 +218,7 @@ def test_two_sessions_in_two_threads() -> None:
 
 
 @needs_cpu_kernels
-def test_a_width_that_is_not_the_weights() -> None:
+def test_input_width_that_is_not_k() -> None:
     form = WeightFormat("int4", 32)
     one = session(quantize(np.ones((4, 64), np.float32), form), form, 64)
     with pytest.raises(Exception, match="K is not the input's width"):

@@ -1,4 +1,4 @@
-"""Names inside functions, which TensorRT's ONNX parser up to 10.7 confuses with those of the graph."""
+"""Names inside functions, which TensorRT's ONNX parser up to 10.7 confuses with names of the graph."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 GRAPHS = (VISION_ENCODER, ALIGNMENT_DECODER, LLM)
 CAPACITY, LENGTH = 32, 16
 GROUPED = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, kv_heads=1))
-"""Heads that share keys: its attention is another function."""
+"""A model with grouped-query attention, whose function differs."""
 OPTIONS = {
     "fp16": "--fp16 --target tensorrt",
     "int8": "--int8 --target tensorrt",
@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """``exported("--fp16 --target tensorrt")``: the bundle, exported once; SAMPLES is a folder of them."""
+    """Function that exports a bundle with options, once. SAMPLES in the options is a folder of samples."""
     bundles: dict[str, Bundle] = {}
 
     def export(options: str) -> Bundle:
@@ -72,8 +72,8 @@ def graph_of(bundle: Bundle, name: str) -> ModelProto:
     return onnx.load(bundle.folder / f"{name}.onnx", load_external_data=False)
 
 
-def older(bundle: Bundle, name: str) -> ModelProto:
-    """A graph as JetPack 6.2's TensorRT gets it."""
+def decomposed(bundle: Bundle, name: str) -> ModelProto:
+    """Return a graph as JetPack 6.2's TensorRT gets it, with decompositions."""
     language = bundle.manifest.model.language
     model = graph_of(bundle, name)
     fix_dimension(model, "capacity", CAPACITY)
@@ -81,8 +81,8 @@ def older(bundle: Bundle, name: str) -> ModelProto:
     return model
 
 
-def old_names(model: ModelProto) -> ModelProto:
-    """Functions with the names that they had before those were their own."""
+def unqualified(model: ModelProto) -> ModelProto:
+    """Return ``model`` with unqualified names in its functions, as in older bundles."""
     for function in model.functions:
         nodes = [names for node in function.node for names in (node.input, node.output)]
         for names in (function.input, function.output, *nodes):
@@ -94,7 +94,7 @@ def old_names(model: ModelProto) -> ModelProto:
 
 
 def tensors(graph: GraphProto) -> set[str]:
-    """Names of all tensors, also of branches."""
+    """Return the names of all tensors, including those of branches."""
     names = {value.name for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info)}
     for node in graph.node:
         names |= {*node.input, *node.output}
@@ -108,7 +108,7 @@ def inner_names(function: FunctionProto) -> set[str]:
 
 
 def confused(model: ModelProto) -> set[tuple[str, str]]:
-    """Functions' names, of parameters and inside, that a tensor of the graph or of another function has."""
+    """Return names in functions that are also names of the graph or of another function."""
     names = {function.name: inner_names(function) for function in model.functions}
     return {
         (function, name)
@@ -120,34 +120,34 @@ def confused(model: ModelProto) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_names_inside_are_no_other_tensors(exported: Callable[[str], Bundle], options: str, parts: int) -> None:
+def test_names_in_functions_are_unique(exported: Callable[[str], Bundle], options: str, parts: int) -> None:
     bundle = exported(OPTIONS[options])
     for name in GRAPHS:
-        for model in (graph_of(bundle, name), older(bundle, name)):
+        for model in (graph_of(bundle, name), decomposed(bundle, name)):
             for part in partition_graph(model, parts) if name == LLM else [model]:
                 assert confused(part) == set()
                 assert not any(":" in tensor for tensor in tensors(part.graph))
 
 
-def test_names_that_are_their_own_stay() -> None:
+def test_qualify_names_is_idempotent() -> None:
     function = qualify_names(add_rows_function(21))
     once = function.SerializeToString()
     assert list(function.input) == ["AddRows::x", "AddRows::positions", "AddRows::latents", "AddRows::update"]
     assert qualify_names(function).SerializeToString() == once
 
 
-def test_an_input_that_is_left_out_stays_so() -> None:
+def test_a_missing_input_stays_missing() -> None:
     clip = helper.make_node("Clip", ["x", "", "most"], ["output"])
     function = helper.make_function("d", "AtMost", ["x", "most"], ["output"], [clip], [helper.make_opsetid("", 21)])
     qualify_names(function)
     assert list(function.node[0].input) == ["AtMost::x", "", "AtMost::most"]
 
 
-# What the parser makes of them -----------------------------------------------------------------------------------
+# Results of the parser -----------------------------------------------------------------------------------
 
 
 def inputs_of(bundle: Bundle, name: str) -> Arrays:
-    """For each graph, random ones; the LLM's are a prompt all of whose rows are latents, the last first."""
+    """Return random inputs of a graph. All rows of the LLM's prompt are latents, in reverse order."""
     generator, hidden = np.random.default_rng(0), bundle.manifest.model.language.hidden_size
     sizes = {"crops": 2, "text": 3, "side": 2, "latent_rows": 3, "context_side": 6, "context_rows": 2}
     sizes |= {"positions": LENGTH, "questions": 1, "latents": LENGTH, "capacity": CAPACITY}
@@ -170,7 +170,7 @@ def inputs_of(bundle: Bundle, name: str) -> Arrays:
 
 
 def computed(bundle: Bundle, models: list[ModelProto], given: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """What parts give, run in turn."""
+    """Run partitions in order; return their outputs."""
     values = dict(given)
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -183,9 +183,9 @@ def computed(bundle: Bundle, models: list[ModelProto], given: Mapping[str, npt.N
     return {name: value for name, value in values.items() if name not in given}
 
 
-def forms(bundle: Bundle, name: str) -> Iterator[list[ModelProto]]:
-    """As it is, in older operators, and both in parts."""
-    for make in (graph_of, older):
+def variants(bundle: Bundle, name: str) -> Iterator[list[ModelProto]]:
+    """Yield a graph as it is and decomposed, whole and in partitions."""
+    for make in (graph_of, decomposed):
         for parts in (1, 3) if name == LLM else (1,):
             model = make(bundle, name)
             yield partition_graph(model, parts) if parts > 1 else [model]
@@ -193,10 +193,10 @@ def forms(bundle: Bundle, name: str) -> Iterator[list[ModelProto]]:
 
 @needs_opset_24
 @pytest.mark.parametrize("name", GRAPHS)
-def test_the_parser_reads_what_is_meant(exported: Callable[[str], Bundle], name: str) -> None:
+def test_the_parser_reads_qualified_names(exported: Callable[[str], Bundle], name: str) -> None:
     bundle = exported(OPTIONS["fp16"])
     given = inputs_of(bundle, name)
-    for models in forms(bundle, name):
+    for models in variants(bundle, name):
         expected = computed(bundle, models, given)
         read = [inlined(model) for model in models]
         assert not any(node.domain for model in read for node in model.graph.node)
@@ -207,17 +207,17 @@ def test_the_parser_reads_what_is_meant(exported: Callable[[str], Bundle], name:
 
 
 @needs_opset_24
-def test_the_parser_misreads_old_names(exported: Callable[[str], Bundle]) -> None:
-    """Latents are put where the prompt's rows are."""
+def test_the_parser_misreads_unqualified_names(exported: Callable[[str], Bundle]) -> None:
+    """Latents go to the rows of the prompt."""
     bundle = exported(OPTIONS["fp16"])
     given = inputs_of(bundle, LLM)
-    for models in forms(bundle, LLM):
+    for models in variants(bundle, LLM):
         expected = computed(bundle, models, given)["logits"]
-        actual = computed(bundle, [inlined(old_names(model)) for model in models], given)["logits"]
+        actual = computed(bundle, [inlined(unqualified(model)) for model in models], given)["logits"]
         assert np.abs(actual - expected).max() > 0.1 * expected.std()
 
 
-# Bundles of before -----------------------------------------------------------------------------------------------
+# Older bundles -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_engines_of_older_bundles(old_bundle: Bundle, library: tuple[str, str], 
 
 
 @needs_opset_24
-def test_the_stand_in_misreads_old_names(old_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fake_misreads_unqualified_names(old_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_builder, "qualify_names", lambda function: function)
     trt = FakeTensorRT(*JETPACK_6, FakeCuda())
     assert build(old_bundle, trt, "--force", "--parts=1") == 0

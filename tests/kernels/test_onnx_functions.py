@@ -1,4 +1,4 @@
-"""The recursive alignment's operators: their ONNX functions on ONNX Runtime against the plain references."""
+"""ONNX functions of the recursive alignment, run by ONNX Runtime, against the references."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.runtime.bundle.config import ALIGNMENT_NORM_EPS
 
 IR_VERSIONS = {21: 10, 24: 12}
-"""By opset (ONNX, docs/Versioning.md)."""
+"""IR version by opset (ONNX, docs/Versioning.md)."""
 KNOWS_OPSET_24 = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24)
 OPSETS = [21, pytest.param(24, marks=pytest.mark.skipif(not KNOWS_OPSET_24, reason="ONNX Runtime is older"))]
 DTYPES = ("float32", "float16")
 TOLERANCE = {"float32": 4 * 2.0**-24, "float16": 4 * 2.0**-11}
-"""Four roundings, of values of about 1."""
+"""Four roundings of values of about 1."""
 
 Inputs = dict[str, npt.NDArray[np.generic]]
 
 
 def run(function: FunctionProto, inputs: Inputs, opset: int) -> npt.NDArray[np.float64]:
-    """The function's one node, on ONNX Runtime; all but a tensor's last axis are dynamic."""
+    """Run a node of the function on ONNX Runtime. All axes but the last are dynamic."""
     values = []
     for name, value in inputs.items():
         axes = [*(f"{name}_{axis}" for axis in range(value.ndim - 1)), value.shape[-1]]
@@ -46,7 +46,7 @@ def run(function: FunctionProto, inputs: Inputs, opset: int) -> npt.NDArray[np.f
 
 
 def exact(inputs: Inputs) -> dict[str, npt.NDArray[np.float64]]:
-    """The values as they are in float64."""
+    """Return the inputs in float64."""
     return {name: value.astype(np.float64) for name, value in inputs.items()}
 
 
@@ -76,12 +76,12 @@ def test_add_layer_norm(questions: int, latents: int, width: int, dtype: str, op
     rows = (questions, latents, width)
     shapes = {"x": rows, "residual": rows, "weight": (width,), "bias": (width,)}
     inputs: Inputs = {name: generator.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-    if width == 2:  # Of two values that are near each other, rounding the sum would be magnified.
+    if width == 2:  # the norm of two nearly equal values would amplify the rounding of their sum
         inputs["x"] = np.tile(np.array([1, -1], dtype=dtype), (questions, latents, 1))
         inputs["residual"] = inputs["x"]
     actual = run(alignment.add_layer_norm_function(ALIGNMENT_NORM_EPS, opset), inputs, opset)
     expected = alignment.add_layer_norm_reference(**exact(inputs), epsilon=ALIGNMENT_NORM_EPS)
-    # Mean and variance are float32 sums of a row, added up one by one by ONNX Runtime 1.23.
+    # Mean and variance are float32 sums of a row, which ONNX Runtime 1.23 adds sequentially.
     tolerance, sums = TOLERANCE[dtype], 2.0**-24 * np.sqrt(width)
     np.testing.assert_allclose(actual, expected, rtol=tolerance + sums, atol=4 * tolerance + sums)
 

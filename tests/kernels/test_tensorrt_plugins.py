@@ -1,4 +1,4 @@
-"""Plugins for TensorRT against a stand-in for its module; TensorRT itself never ran them."""
+"""TensorRT plugins against a fake of the module ``tensorrt.plugin``. TensorRT itself has not run them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fusion_edge.runtime.errors import FusionError
 
 OPSET = 21
 SIZES = [(1, 1, 1), (1, 16, 40), (3, 36, 200), (4, 144, 900), (0, 16, 7), (2, 0, 5), (0, 0, 1)]
-"""Questions, latents of each, rows of the sequence."""
+"""Questions, latents per question, rows of the sequence."""
 FUNCTIONS: dict[str, FunctionProto] = {
     function.name: function
     for function in (
@@ -56,7 +56,7 @@ def shape(axes: tuple[int | str, ...], sizes: fake.Sizes) -> tuple[int, ...]:
 
 @pytest.fixture
 def compilations() -> Iterator[list[tuple[str, str, int, str]]]:
-    """All plugins are registered for a Jetson Orin; what was to be compiled.
+    """Register all plugins for a Jetson Orin; the list of requested compilations.
 
     Triton's interpreter, which these tests share a process with, compiles nothing.
     """
@@ -74,7 +74,7 @@ def compilations() -> Iterator[list[tuple[str, str, int, str]]]:
 
 @every_plugin
 @pytest.mark.usefixtures("compilations")
-def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
+def test_inputs_and_output_match_the_function(plugin: Plugin) -> None:
     function = FUNCTIONS[plugin.operator]
     assert fake.QDP_REGISTRY[plugin.id].inputs == list(function.input)
     assert len(function.output) == 1
@@ -88,7 +88,7 @@ def test_inputs_and_output_are_the_functions(plugin: Plugin) -> None:
 @every_plugin
 @pytest.mark.usefixtures("compilations")
 def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) -> None:
-    """The network's alone, for which the kernel is: TensorRT may choose each that is offered."""
+    """Only the network's type is offered: TensorRT may choose any, and the kernel is compiled for one."""
     for dtype, name in FLOATS.items():
         layer = tensorrt_layers.layer(plugin, dtype)
         assert layer.types == [types(plugin, dtype)]
@@ -103,7 +103,7 @@ def test_type_without_a_kernel(plugin: Plugin) -> None:
 
 
 class Recorder:
-    """In the place of a kernel: keeps what it is launched with."""
+    """Replaces a kernel and keeps the launch's grid and arguments."""
 
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
@@ -117,7 +117,7 @@ class Recorder:
 
 
 def call(operator: str, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """The operator by the wrappers that are tested against plain PyTorch."""
+    """Run the operator by its PyTorch wrapper, which other tests check."""
     if operator == "ContextAttention":
         q, k, v = inputs
         return recursive_alignment.context_attention(q, k, v, ALIGNMENT_HEADS)
@@ -132,7 +132,7 @@ def call(operator: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 @every_plugin
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.usefixtures("compilations")
-def test_launch_is_that_of_the_wrapper(
+def test_launch_matches_the_wrapper(
     plugin: Plugin, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = dict(zip("RqL", sizes, strict=True))
@@ -161,7 +161,7 @@ def test_launch_is_that_of_the_wrapper(
 
 
 @every_plugin
-def test_kernel_declares_its_parameters_in_this_order(plugin: Plugin) -> None:
+def test_order_of_kernel_parameters(plugin: Plugin) -> None:
     kernel: Any = getattr(recursive_alignment, f"{plugin.kernel}_kernel")
     described = KERNELS[plugin.kernel]
     names = [*described.inputs, *described.integers, "output", *described.constants(WIDTH)]
@@ -170,7 +170,7 @@ def test_kernel_declares_its_parameters_in_this_order(plugin: Plugin) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, tuple[str, str, int, int]]:
-    """What tests/support/tensorrt_layers.py prints."""
+    """Output of tests/support/tensorrt_layers.py."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "support.tensorrt_layers"]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
@@ -180,7 +180,7 @@ def built() -> dict[str, tuple[str, str, int, int]]:
 
 @every_plugin
 @pytest.mark.parametrize("dtype", FLOATS.values())
-def test_ptx_has_a_parameter_for_all_that_is_passed(
+def test_ptx_has_a_parameter_for_each_argument(
     plugin: Plugin, dtype: str, built: dict[str, tuple[str, str, int, int]]
 ) -> None:
     name, ptx, threads, integers = built[f"{plugin.operator} {dtype}"]
@@ -212,7 +212,7 @@ def test_scratch_memory() -> None:
 
 
 @pytest.mark.usefixtures("compilations")
-def test_sizes_that_kernels_are_compiled_for() -> None:
+def test_sizes_must_be_those_of_the_kernel() -> None:
     attention, norm, _ = PLUGINS
     context = (1, "q", 4, WIDTH)
     with pytest.raises(FusionError, match="AddLayerNorm: axis -1 of x must be constant"):
@@ -262,7 +262,7 @@ def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unsupported_reason(tensorrt("tensorrt", "10.13.3"), "87", has_kernels=True) is None
 
 
-def test_outputs_may_be_in_the_memory_of_inputs() -> None:
+def test_enable_aliasing() -> None:
     module = ModuleType("tensorrt")
     module.__dict__["PreviewFeature"] = SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliased")
     features: dict[str, bool] = {}
@@ -271,7 +271,7 @@ def test_outputs_may_be_in_the_memory_of_inputs() -> None:
 
 
 def alignment_model() -> ModelProto:
-    """AddLayerNorm, and AddRows in a branch beside other operators."""
+    """Return a graph of AddLayerNorm, with AddRows and other operators in branches."""
     rows = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["R", "q", WIDTH]) for name in ("a", "b", "y")]
     norm = helper.make_node("AddLayerNorm", ["a", "b", "weight", "bias"], ["normed"], domain="fusion_edge")
     put = helper.make_node("AddRows", ["x", "positions", "normed", "b"], ["out"], domain="fusion_edge")
@@ -298,7 +298,7 @@ def test_use_plugins() -> None:
     assert not model.functions
 
 
-def test_a_model_without_these_operators_stays_as_it_is() -> None:
+def test_a_model_without_these_operators_does_not_change() -> None:
     graph = helper.make_graph([helper.make_node("Gelu", ["a"], ["y"])], "g", [], [])
     model = helper.make_model(graph)
     before = model.SerializeToString()

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against plain PyTorch, and ahead of time for every GPU."""
+"""Triton kernels in Triton's interpreter against PyTorch, and their ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusion_edge.kernels.triton.kernel_folder import CompiledKernel, KernelFolde
 from fusion_edge.runtime.errors import FusionError
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Of one rounding to the type, relative to values of about 1; float32 sums in another order."""
+"""One rounding to the type, for values of about 1. float32: sums in another order."""
 DTYPES = list(TOLERANCE)
 
 
@@ -77,8 +77,8 @@ def test_add_rows(dtype: torch.dtype, questions: int, latents: int, width: int) 
     torch.testing.assert_close(x, expected, rtol=TOLERANCE[dtype], atol=0)
 
 
-def test_rows_that_there_are_not_are_left_alone() -> None:
-    """Blocks behind the last row do nothing, and positions outside of the sequence are skipped."""
+def test_rows_outside_of_the_data_do_not_change() -> None:
+    """Blocks after the last row do nothing, and positions outside of the sequence are skipped."""
     x, q, update = (values(1, 3, 8, dtype=torch.float32) for _ in range(3))
     k, v = values(2, 1, 3, 9, 8, dtype=torch.float32)
     weight = torch.ones(8)
@@ -129,7 +129,7 @@ def test_ahead_of_time(tmp_path: Path) -> None:
 
 
 def read_back(folder: Path, entry: dict[str, Any]) -> None:
-    """What a device builds engines with, and what is refused."""
+    """Read a kernel back; missing and changed ones are errors."""
     source = KernelFolder(folder)
     wanted = entry["kernel"], entry["architecture"], entry["width"], entry["dtype"]
     path = folder / entry["file"]
@@ -145,7 +145,7 @@ def read_back(folder: Path, entry: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "[]", '{"entries": [{}]}', "{"])
-def test_no_folder_of_kernels(tmp_path: Path, content: str | None) -> None:
+def test_folder_without_kernels(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "kernels.json").write_text(content)
     with pytest.raises(FusionError, match=r"is not a folder of kernels .*; make it with"):
@@ -154,14 +154,14 @@ def test_no_folder_of_kernels(tmp_path: Path, content: str | None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", RUNS)
-def test_gpu_check_compares_with_float64(name: str, dtype: torch.dtype) -> None:
+def test_benchmark_compares_with_float64(name: str, dtype: torch.dtype) -> None:
     one = inputs((2, 4, 64), dtype, "cpu", 0)
     assert largest_error(name, one) <= TOLERANCE[dtype]
     assert kernels.bytes_moved(2, 4, 64, 9, dtype.itemsize)[name] == bytes_of(one, name)
 
 
 def bytes_of(one: dict[str, torch.Tensor], name: str) -> int:
-    """What is read and written, tensor by tensor; every result is as large as ``q``."""
+    """Return the bytes read and written. Every result has the size of ``q``."""
     read = {
         "context_attention": ("q", "k", "v"),
         "add_layer_norm": ("q", "residual", "weight", "bias"),
@@ -171,11 +171,11 @@ def bytes_of(one: dict[str, torch.Tensor], name: str) -> int:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_without_a_gpu(refused: Callable[..., str]) -> None:
+def test_benchmark_without_a_gpu(refused: Callable[..., str]) -> None:
     assert "There is no GPU" in refused(alignment_kernels.main)
 
 
-def test_width_that_heads_do_not_divide(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_width_must_be_divisible_by_heads(tmp_path: Path, refused: Callable[..., str]) -> None:
     message = refused(ahead_of_time.main, "--output", tmp_path / "ptx", "--width", "100", code=2)
     assert "--width 100 cannot be split into 16 heads" in message
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Graphs of one attention operator, what they are fed, and what they must answer: computed in float64."""
+"""Graphs of one attention operator, their inputs, and references in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion_edge.kernels.onnx_functions.attention import packed_attention_functi
 Array = npt.NDArray[Any]
 FLOAT, INT8, INT32 = int(TensorProto.FLOAT), int(TensorProto.INT8), int(TensorProto.INT32)
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("fusion_edge", 1)]
-BLOCKED = -1e9
+MASKED = -1e9  # added to scores of masked keys
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Causal:
 
 
 def session(model: bytes, library: Path | None, threads: int = 1) -> onnxruntime.InferenceSession:
-    """``model`` with the kernels of ``library``, or with ONNX Runtime's own."""
+    """Return a session of ``model`` with the kernels of ``library``, or with ONNX Runtime's own."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # a test of an error expects it
+    options.log_severity_level = 4  # tests expect errors
     if library:
         options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -48,7 +48,10 @@ def _model(
     attributes: dict[str, Any],
     function: FunctionProto | None = None,
 ) -> bytes:
-    """Inputs by name: element type and rank; a name that starts with ``-`` is left out. Outputs: element type."""
+    """Return a model of one node.
+
+    Inputs are element type and rank by name; a name that starts with ``-`` is a missing input. Outputs are types.
+    """
     names = ["" if name.startswith("-") else name for name in inputs]
     domain = "com.microsoft" if function is None else function.domain
     node = helper.make_node(operator, names, list(outputs), domain=domain, **attributes)
@@ -66,15 +69,15 @@ def _model(
 
 def multi_head_model(heads: int, **attributes: Any) -> bytes:
     inputs = {"q": (FLOAT, 3), "k": (FLOAT, 3), "v": (FLOAT, 3), "-bias": (FLOAT, 1), "mask": (INT32, 2)}
-    fixed = {"num_heads": heads, "mask_filter_value": BLOCKED}
+    fixed = {"num_heads": heads, "mask_filter_value": MASKED}
     return _model("MultiHeadAttention", inputs, {"attended": FLOAT}, fixed | attributes)
 
 
 def packed_model(heads: int, patches: int | None) -> bytes:
-    """The functions of a vision layer."""
+    """Return the model of PackedAttention, or of PatchAttention with ``patches``."""
     every, some = packed_attention_function(21), patch_attention_function(21)
     function = every if patches is None else some
-    fixed: dict[str, Any] = {"num_heads": heads, "mask_filter_value": BLOCKED}
+    fixed: dict[str, Any] = {"num_heads": heads, "mask_filter_value": MASKED}
     if patches is not None:
         fixed["patches"] = patches
     inputs = {"qkv": (FLOAT, 3), "key_mask": (INT32, 2)}
@@ -97,7 +100,7 @@ def causal_model(sizes: Causal, **attributes: Any) -> bytes:
 
 
 def cached_model(sizes: Causal) -> bytes:
-    """The function of an int8 cache."""
+    """Return the model of CachedAttention."""
     function = int8_cache.attention_function(sizes.kv_heads, sizes.width, opset=21)
     types = {name: (FLOAT, 4) if "scale" in name else (INT8, 4) for name in function.input if "past" in name}
     types |= {"qkv": (FLOAT, 3), "last_position": (INT32, 1), "total_length": (INT32, 0)}
@@ -111,7 +114,7 @@ def cached_model(sizes: Causal) -> bytes:
 def cached_feeds(
     sizes: Causal, past: int, capacity: int, length: int, random: np.random.Generator | None = None
 ) -> dict[str, Array]:
-    """Random inputs of the function; no past is a prefill."""
+    """Return random inputs of CachedAttention: a prefill if there is no past."""
     feeds = causal_feeds(sizes, past, capacity, length, random)
     for part in ("key", "value"):
         feeds[f"past.{part}"], feeds[f"past.{part}_scale"] = feeds.pop(f"past_{part}"), feeds.pop(f"{part}_scale")
@@ -121,7 +124,7 @@ def cached_feeds(
 def causal_feeds(
     sizes: Causal, past: int, capacity: int, length: int, random: np.random.Generator | None = None
 ) -> dict[str, Array]:
-    """Random inputs of ``length`` positions behind ``past``, and caches for ``capacity``."""
+    """Return random inputs of ``length`` tokens after ``past`` cached ones, with caches of ``capacity`` tokens."""
     random = random or np.random.default_rng(length)
     total, heads = past + length, sizes.heads + 2 * sizes.kv_heads
     angles = np.arange(total + 3)[:, None] * 1e4 ** -np.linspace(0, 1, sizes.rotary // 2)
@@ -158,13 +161,13 @@ def multi_head_reference(feeds: dict[str, Array], heads: int) -> Array:
 
     q, k, v = (per_head(name) for name in "qkv")
     scores = q @ k.swapaxes(2, 3) * q.shape[3] ** -0.5
-    weights = softmax(np.where(feeds["mask"][:, None, None, :] != 0, scores, BLOCKED))
+    weights = softmax(np.where(feeds["mask"][:, None, None, :] != 0, scores, MASKED))
     attended: Array = (weights @ v).transpose(0, 2, 1, 3).reshape(feeds["q"].shape)
     return attended
 
 
 def causal_reference(sizes: Causal, feeds: dict[str, Array], present: tuple[Array, Array]) -> Array:
-    """What the queries make of a cache that holds their own keys and values already."""
+    """Return the attention to a cache that already holds the new keys and values."""
     length, total = feeds["qkv"].shape[1], int(feeds["total_length"])
     rows = feeds["qkv"][0].astype(np.float64).reshape(length, -1, sizes.width)
     q = rotated(rows[:, : sizes.heads], sizes.rotary, feeds, total - length).swapaxes(0, 1)
@@ -180,7 +183,7 @@ def causal_reference(sizes: Causal, feeds: dict[str, Array], present: tuple[Arra
 
 
 def rotated(x: Array, rotary: int, feeds: dict[str, Array], past: int) -> Array:
-    """``[length, heads, width]`` turned by the angles of its positions."""
+    """Return ``[length, heads, width]`` after the rotary embedding."""
     cos, sin = (feeds[name][past : past + len(x), None].astype(np.float64) for name in ("cos", "sin"))
     a, b = x[..., : rotary // 2], x[..., rotary // 2 : rotary]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rotary:]], -1)

@@ -1,4 +1,4 @@
-"""FUSION checkpoints with random weights, small enough to export and answer in a fraction of a second."""
+"""FUSION checkpoints with random weights, exported and run in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TINY = FusionConfig(
 
 
 def write_checkpoint(folder: Path, config: FusionConfig) -> Path:
-    """A checkpoint with random weights in a new folder, which it returns."""
+    """Write a checkpoint with random weights into a new folder and return it."""
     folder.mkdir()
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(PHI / name, folder / name)
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, config: FusionConfig) -> Path:
 
 
 def _config_json(config: FusionConfig) -> dict[str, Any]:
-    """``config.json`` for a configuration, with the golden checkpoint's values for all that it leaves open."""
+    """Return the ``config.json`` of a configuration, with the golden checkpoint's values for other fields."""
     data: dict[str, Any] = json.loads((PHI / "config.json").read_text(encoding="utf-8"))
     language, alignment = config.language, config.alignment
     return data | {

@@ -1,4 +1,4 @@
-"""Sessions of one node, to test a kernel of ours by itself or beside what ONNX Runtime makes of the same node."""
+"""Sessions of one node, with the CPU kernels or with ONNX Runtime's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def session_of(
     tensors: Mapping[str, Array] = MappingProxyType({}),
     own_kernels: bool = True,
 ) -> ort.InferenceSession:
-    """Of a node whose other inputs and outputs are floats of any shape; ``function``: that it is one."""
+    """Return a session of ``node``. ``tensors`` are constants; other inputs and the outputs are float32 of any shape.
+
+    ``function`` defines the node's operator, if it is not ONNX Runtime's.
+    """
     graph = helper.make_graph(
         [node],
         "one",
@@ -37,7 +40,7 @@ def session_of(
     versions = [helper.make_opsetid(name, version) for name, version in (("", 21), (node.domain, 1))]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
-    options.log_severity_level = 4  # a test of an error expects it
+    options.log_severity_level = 4  # tests expect errors
     if own_kernels:
         options.register_custom_ops_library(str(cpu_kernels.library()))
     functions = [] if function is None else [function]
@@ -46,5 +49,5 @@ def session_of(
 
 
 def gelu(x: Array) -> Array:
-    """By its hyperbolic tangent, in the type of ``x``."""
+    """Compute GELU in its tanh form, in the type of ``x``."""
     return np.asarray(x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))

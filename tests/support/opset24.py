@@ -1,4 +1,4 @@
-"""A mark for tests of TensorRT graphs, which need opset 24: ONNX Runtime 1.23, the last for Python 3.10, lacks it."""
+"""Skip mark for ONNX Runtime 1.23, the last for Python 3.10: it lacks opset 24, that of graphs for TensorRT."""
 
 from __future__ import annotations
 

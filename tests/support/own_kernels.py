@@ -1,4 +1,4 @@
-"""Tests of our CPU kernels need them, and a processor that runs them."""
+"""Skip mark for tests that need the CPU kernels, and switches of the kernels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 needs_cpu_kernels = pytest.mark.skipif(
     cpu_kernels.library() is None or not cpu_kernels.is_supported(),
-    reason="our CPU kernels: not built, or this processor has no AVX-512 VNNI",
+    reason="the CPU kernels are not built, or this processor lacks AVX-512 VNNI",
 )
 
 
 @contextmanager
-def streams(wanted: bool) -> Iterator[None]:
-    """Products of one row that read weights in several streams, or in one; the processor decides otherwise."""
+def streams(enabled: bool) -> Iterator[None]:
+    """Have GEMV read weights in several streams, or in one. By default the processor decides."""
     kernels = ctypes.CDLL(str(cpu_kernels.library()))
-    before = kernels.use_streams(wanted)
+    before = kernels.use_streams(enabled)
     try:
         yield
     finally:
@@ -29,7 +29,7 @@ def streams(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def exact_attention() -> Iterator[None]:
-    """Attention in float32, where ours would round its factors to bfloat16."""
+    """Have attention compute in float32, where the default is bfloat16."""
     path = cpu_kernels.library()
     kernels = None if path is None else ctypes.CDLL(str(path))
     if kernels is not None:

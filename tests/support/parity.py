@@ -1,4 +1,4 @@
-"""A bundle on ONNX Runtime against the eager interpreter on the weights that the bundle holds."""
+"""Parity of a bundle on ONNX Runtime with the eager interpreter on the bundle's weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusion_edge.runtime.bundle.reader import open_bundle
 
 
 def assert_computes_its_weights(bundle: Path, picture: Path, question: str = "How many?") -> None:
-    """The first logits of both agree to a thousandth of their standard deviation."""
+    """Assert that the first logits of both agree within 0.001 of their standard deviation."""
     with load(bundle) as fusion:
         eager = EagerBackend(fusion.config, BundleWeights(open_bundle(bundle)))
         expected = first_logits(Fusion(fusion.manifest, eager, fusion.tokenizer, eager.embed), picture, question)

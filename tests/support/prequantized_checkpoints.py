@@ -1,4 +1,4 @@
-"""Quantized checkpoints for tests: the linears of a small one packed in a layout, and the library-made fixtures."""
+"""Prequantized checkpoints for tests: random weights in a layout, and fixtures made by the libraries."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 
 Tensors = dict[str, Tensor]
 Pack = Callable[[str, int, int], Tensors]
-"""The tensors, by what follows the linear's name, that a layout stores a random linear ``[rows, inputs]`` as."""
+"""Return the tensors of a random linear ``[rows, inputs]``, by the suffix of the linear's name."""
 
 SMALL = dataclasses.replace(
     TINY, language=dataclasses.replace(TINY.language, hidden_size=64, mlp_width=128, heads=4, kv_heads=4)
 )
-"""``mlp.down`` is ``[64, 128]``, as the fixtures are."""
+"""Its ``mlp.down`` is ``[64, 128]``, like the fixtures."""
 DOWN = "model.layers.0.mlp.down_proj"
 VARIANTS = sorted(path.stem for path in QUANTIZED.glob("*.safetensors") if path.stem != "bnb-quantizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixture:
-    """What a library wrote for one linear."""
+    """One linear as a library quantized it."""
 
     config: dict[str, Any]
     """``quantization_config``."""
     tensors: Tensors
-    """By what follows the linear's name."""
+    """Tensors by the suffix of the linear's name."""
     dequantized: Tensor
-    """``[64, 128]``, in the library's own type."""
+    """Weights ``[64, 128]``, dequantized by the library."""
 
 
 def read_fixture(name: str) -> Fixture:
-    """One of :data:`VARIANTS`."""
+    """Read one of :data:`VARIANTS`."""
     path = QUANTIZED / f"{name}.safetensors"
     with safe_open(path, "np") as file:
         config = json.loads(file.metadata()["quantization_config"])
@@ -63,7 +63,7 @@ def write_quantized(
     pattern: str = r"model\.layers\.",
     model: FusionConfig = SMALL,
 ) -> Path:
-    """A checkpoint whose first ``mlp.down`` is ``tensors``; other linears that match are packed by ``pack``."""
+    """Write a checkpoint whose first ``mlp.down`` is ``tensors``. ``pack`` makes the other linears that match."""
     write_checkpoint(folder, model)
     stored: Tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
@@ -96,7 +96,7 @@ def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
 
 
 def packer(name: str, seed: int = 0) -> Pack:
-    """Random linears in the layout of a variant; those of a decoder layer that share inputs share their order."""
+    """Return a function that makes random linears in a variant's layout. Equal inputs share a column order."""
     config = read_fixture(name).config
     draw = np.random.default_rng(seed)
 

@@ -1,4 +1,4 @@
-"""Layers of the plugins by the stand-in's builder. As a script: with their real PTX, as JSON.
+"""Plugin layers built with the fake TensorRT. As a script: print them with their real PTX as JSON.
 
 Triton reads TRITON_INTERPRET when kernels are defined, so a process either compiles them or interprets them.
 """
@@ -16,7 +16,7 @@ from fusion_edge.kernels.triton.ahead_of_time import CONTEXT_ROWS
 
 WIDTH = 64
 FLOATS = {DataType.FLOAT: "fp32", DataType.HALF: "fp16", DataType.BF16: "bf16"}
-"""Triton's names of the values' types."""
+"""Triton's type names by TensorRT type."""
 ROWS = ("R", "q", WIDTH)
 CONTEXT = (1, "q", CONTEXT_ROWS, WIDTH)
 SHAPES: dict[str, list[tuple[int | str, ...]]] = {
@@ -27,7 +27,7 @@ SHAPES: dict[str, list[tuple[int | str, ...]]] = {
 
 
 def types(plugin: Plugin, dtype: DataType) -> tuple[DataType, ...]:
-    """Of the inputs and the output."""
+    """Shapes of the inputs and the output."""
     return tuple(DataType.INT64 if name == "positions" else dtype for name in (*plugin.inputs, "output"))
 
 
@@ -36,7 +36,7 @@ def layer(plugin: Plugin, dtype: DataType) -> fake.Layer:
 
 
 def main() -> None:
-    """Print name, PTX, threads of a block and number of integers of every layer, by plugin and type."""
+    """Print name, PTX, threads per block and number of integers of every layer, by plugin and type."""
     register(fake, "87")
     built = {}
     for plugin in PLUGINS:

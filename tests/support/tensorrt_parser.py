@@ -1,4 +1,4 @@
-"""How TensorRT's ONNX parser up to 10.7 takes functions apart (onnx-tensorrt, ModelImporter and LocalFunctionImporter).
+"""Expand functions as TensorRT's ONNX parser up to 10.7 does (onnx-tensorrt, ModelImporter and LocalFunctionImporter).
 
 All tensors are in one map by their names. A call binds a parameter to what is passed only if the map has no tensor of
 the parameter's name; else it warns, and the body reads that other tensor. What nodes of the body give is of an inner
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
 MENDED = (10, 8)
-"""The first TensorRT whose parser binds parameters to what is passed."""
+"""First TensorRT version whose parser binds parameters to arguments."""
 
 
 def inlined(model: ModelProto) -> ModelProto:
-    """The model without functions, as that parser understands it. Raises ValueError where it would fail."""
+    """Return the model without functions, as that parser expands it. Raises ValueError where it would fail."""
     result = ModelProto()
     result.CopyFrom(model)
     del result.functions[:]
@@ -30,7 +30,7 @@ class _Importer:
         self._functions = {function.name: function for function in model.functions}
         self._nodes: list[NodeProto] = []
         self._tensors: dict[str, str | None] = dict.fromkeys(value.name for value in model.graph.output)
-        """What each name stands for in the flat graph; None: an output that is not there yet."""
+        """Name in the flat graph of each name. None: an output that is not computed yet."""
         for value in (*model.graph.input, *model.graph.initializer):
             self._tensors[value.name] = value.name
 
@@ -55,7 +55,7 @@ class _Importer:
         return found
 
     def _import(self, node: NodeProto, scope: str) -> list[str]:
-        """Append what a node computes; the names of its outputs in the flat graph."""
+        """Append a node and return the names of its outputs in the flat graph."""
         inputs = [self._found(name) if name else "" for name in node.input]
         if node.op_type in self._functions:
             return self._import_function(self._functions[node.op_type], node)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.json_fields import JsonFields
 from fusion_edge.export.checkpoint.prequantized.groups import power_of_two_in
 from fusion_edge.export.checkpoint.prequantized.layout import (
     ExpectedTensor,
@@ -47,7 +47,7 @@ class BitsAndBytesLayout:
     """Codebook, ``nf4`` or ``fp4``."""
 
     @classmethod
-    def read(cls, fields: Fields) -> BitsAndBytesLayout:
+    def read(cls, fields: JsonFields) -> BitsAndBytesLayout:
         """Read the fields. Raises :class:`FusionError` naming one that is not supported."""
         fields.one_of("load_in_8bit", (False, None))
         fields.one_of("load_in_4bit", (True,))

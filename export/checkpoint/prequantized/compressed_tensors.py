@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.json_fields import JsonFields
 from fusion_edge.export.checkpoint.prequantized.grouped_integers import GroupedIntegers, Unpack
 from fusion_edge.export.checkpoint.prequantized.int32_packing import int32_count, pack_int32, unpack_int32
 from fusion_edge.export.checkpoint.prequantized.layout import ExpectedTensor, PrequantizedTensor, StoredLayout
@@ -42,17 +42,19 @@ class QuantizationScheme:
     """Whether ``weight_g_idx`` assigns columns to groups."""
 
     @classmethod
-    def read(cls, fields: Fields) -> QuantizationScheme:
+    def read(cls, fields: JsonFields) -> QuantizationScheme:
         """Read an entry. Raises :class:`FusionError` naming a field that is not supported."""
         fields.one_of("format", ("pack-quantized", None))
         for name in ("input_activations", "output_activations"):
             fields.one_of(name, (None,))
         targets = fields.data.get("targets")
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise fields.wrong("targets", "a list of names")
+            raise fields.invalid("targets", "a list of names")
         for target in targets:
             if target.startswith("re:") and not _is_fast_pattern(target[3:]):
-                raise fields.wrong("targets", f"fast regular expressions after 're:', with at most {_REPETITIONS} '.*'")
+                raise fields.invalid(
+                    "targets", f"fast regular expressions after 're:', with at most {_REPETITIONS} '.*'"
+                )
         weights = fields.inner("weights")
         weights.one_of("type", ("int",))
         weights.one_of("dynamic", (False, None))
@@ -87,13 +89,13 @@ class CompressedTensorsLayout:
     schemes: tuple[QuantizationScheme, ...]
 
     @classmethod
-    def read(cls, fields: Fields) -> CompressedTensorsLayout:
+    def read(cls, fields: JsonFields) -> CompressedTensorsLayout:
         """Read the fields. Raises :class:`FusionError` naming one that is not supported."""
         fields.one_of("format", ("pack-quantized",))
         fields.one_of("quantization_status", ("compressed", None))
         for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
             if fields.data.get(name):
-                raise fields.wrong(name, "null")
+                raise fields.invalid(name, "null")
         groups = fields.inner("config_groups")
         return cls(tuple(QuantizationScheme.read(groups.inner(name)) for name in groups.data))
 

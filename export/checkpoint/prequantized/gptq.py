@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.json_fields import JsonFields
 from fusion_edge.export.checkpoint.prequantized.grouped_integers import GroupedIntegers, Unpack
 from fusion_edge.export.checkpoint.prequantized.int32_packing import int32_count, pack_int32, unpack_int32
 from fusion_edge.export.checkpoint.prequantized.layout import ExpectedTensor, PrequantizedTensor
@@ -38,21 +38,21 @@ class GptqLayout:
     """Whether groups are contiguous, without ``desc_act``."""
 
     @classmethod
-    def read(cls, fields: Fields) -> GptqLayout:
+    def read(cls, fields: JsonFields) -> GptqLayout:
         """Read the fields. Raises :class:`FusionError` naming one that is not supported."""
         bits = fields.one_of("bits", (4, 8))
         group_size = fields.data.get("group_size")
         if type(group_size) is not int or not (group_size == -1 or group_size >= 1):
-            raise fields.wrong("group_size", "-1 or a positive integer")
+            raise fields.invalid("group_size", "-1 or a positive integer")
         versions = {fields.one_of(name, (*VERSIONS, None)) for name in ("checkpoint_format", "format")} - {None}
         if len(versions) > 1:
-            raise fields.wrong("format", f"the value of checkpoint_format, {fields.data['checkpoint_format']!r}")
+            raise fields.invalid("format", f"the value of checkpoint_format, {fields.data['checkpoint_format']!r}")
         version = versions.pop() if versions else "gptq"
         fields.one_of("is_marlin_format", (False, None))
         fields.one_of("pack_dtype", ("int32", None))
         dynamic = fields.data.get("dynamic") or {}
         if not isinstance(dynamic, dict) or not all(pattern.startswith("-:") for pattern in dynamic):
-            raise fields.wrong("dynamic", "null, or patterns of float weights, which start with '-:'")
+            raise fields.invalid("dynamic", "null, or patterns of float weights, which start with '-:'")
         is_ordered = not fields.one_of("desc_act", (True, False, None))
         return cls(bits, group_size, VERSIONS[version], is_ordered)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.json_fields import JsonFields
 from fusion_edge.export.checkpoint.prequantized.bitsandbytes import BitsAndBytesLayout
 from fusion_edge.export.checkpoint.prequantized.compressed_tensors import CompressedTensorsLayout
 from fusion_edge.export.checkpoint.prequantized.gptq import GptqLayout
@@ -15,7 +15,7 @@ from fusion_edge.runtime.errors import FusionError
 GPTQ_CONFIG = "quantize_config.json"
 _QUANTIZED_SUFFIXES = (".qweight", ".weight_packed", ".weight.absmax")  # one for each layout
 
-LAYOUTS: Mapping[str, Callable[[Fields], CheckpointLayout]] = {
+LAYOUTS: Mapping[str, Callable[[JsonFields], CheckpointLayout]] = {
     "gptq": GptqLayout.read,
     "compressed-tensors": CompressedTensorsLayout.read,
     "bitsandbytes": BitsAndBytesLayout.read,
@@ -29,7 +29,7 @@ def read_layout(checkpoint: Checkpoint) -> CheckpointLayout | None:
     Early AutoGPTQ wrote ``quantize_config.json`` only. Raises :class:`FusionError` naming an unsupported field, or a
     quantized tensor without a config.
     """
-    config = Fields(checkpoint.folder / "config.json")
+    config = JsonFields(checkpoint.folder / "config.json")
     if config.data.get("quantization_config") is None:
         return _read_without_config(checkpoint)
     fields = config.inner("quantization_config")
@@ -42,7 +42,7 @@ def _read_without_config(checkpoint: Checkpoint) -> CheckpointLayout | None:
         return None
     path = checkpoint.folder / GPTQ_CONFIG
     if quantized.endswith(".qweight") and path.exists():
-        fields = Fields(path)
+        fields = JsonFields(path)
         fields.one_of("quant_method", ("gptq", None))
         return GptqLayout.read(fields)
     raise FusionError(

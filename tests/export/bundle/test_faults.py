@@ -1,4 +1,4 @@
-"""Kills, signals and failing writes at the system calls of an export; ``python tests/faults.py`` tries more of them."""
+"""Kills, signals and failing writes at an export's system calls. ``python tests/faults.py`` tries more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def replaced(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def tried(kind: str, name: str, calls: list[int]) -> list[int]:
-    """Numbers of calls that a kind is tried at, of all calls of one name."""
+    """Return the call numbers at which to try a kind of fault, out of ``calls`` of one name."""
     if kind == SHORT:
         return calls[:2] if name in ("pwrite", "write") else []
     if kind == "SIGKILL" and name in ("rename", "replace"):
@@ -54,7 +54,7 @@ def test_each_kind_of_fault(kind: str, tiny_checkpoint: Path, replaced: Path, tm
 def test_a_fault_is_seen(
     tiny_checkpoint: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What faults are looked for with finds one: here the old bundle is not put back."""
+    """:func:`inject` detects a fault: here the old bundle is not restored."""
     place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES["a folder without exchange"])
     names = trace(place)
     second = names.index("rename", names.index("rename") + 1)

@@ -1,4 +1,4 @@
-"""File systems that lack something: mount points as outputs, no locks, folders that cannot be flushed, no fallocate."""
+"""Limited file systems: mount points, no locks, folders that cannot be flushed, no fallocate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def mounted(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An output that is a mount point, with the folder of lost files that file systems have."""
+    """Return an output that is a mount point, with a ``lost+found``."""
     (output / "lost+found").mkdir(parents=True)
     ismount, rename = os.path.ismount, os.rename
 

@@ -1,4 +1,4 @@
-"""Folders that commands work in and replace: what is deleted, and what is refused."""
+"""Hidden and replaced folders: what commands delete, and what they refuse to."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_link_to_the_output_itself(tiny_checkpoint: Path, replaceable: Path, n
 def test_a_link_that_comes_while_the_bundle_is_written(
     tiny_checkpoint: Path, replaceable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
-    """In the partial folder's place: neither is its target published nor anything deleted in it."""
+    """A link in place of the partial folder: its target is neither published nor changed."""
     partial, victim = replaceable.with_name(".bundle.partial"), tmp_path / "victim"
     shutil.copytree(replaceable, victim)
     before = {path.name: path.read_bytes() for path in victim.iterdir()}
@@ -132,7 +132,7 @@ def test_links_in_a_hidden_folder_are_not_followed(tiny_checkpoint: Path, output
 
 
 def test_a_folder_taken_away_meanwhile(output: Path) -> None:
-    """As by another export where there are no locks: its folder is neither published nor removed."""
+    """Another export may do it where there are no locks: its folder is neither published nor removed."""
     partial = output.with_name(".bundle.partial")
 
     def write() -> None:
@@ -247,7 +247,7 @@ def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, 
 def test_a_bundle_in_a_layer_of_an_image(
     tiny_checkpoint: Path, replaceable: Path, number: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its folder can be neither exchanged nor renamed; what kernels say to the former differs."""
+    """The folder can be neither swapped nor renamed. The error of the swap depends on the kernel."""
     rename = os.rename
 
     def guarded(source: Any, target: Any, **options: Any) -> None:
@@ -271,7 +271,7 @@ def test_a_bundle_in_a_layer_of_an_image(
 def test_folders_that_cannot_be_exchanged(
     tiny_checkpoint: Path, replaceable: Path, number: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call is refused, or the C library lacks it."""
+    """The file system refuses the call, or the C library lacks it."""
 
     def renameat2(*_: object) -> int:
         ctypes.set_errno(getattr(errno, str(number)))
@@ -285,7 +285,7 @@ def test_folders_that_cannot_be_exchanged(
 
 
 def test_a_linked_bundle_file_is_replaced_alone(tiny_checkpoint: Path, replaceable: Path, tmp_path: Path) -> None:
-    """As in a hub's cache: the link goes, what it leads to stays."""
+    """As in a hub cache: links are deleted, their targets stay."""
     (replaceable / "llm.data").rename(tmp_path / "blob")
     (replaceable / "llm.data").symlink_to(tmp_path / "blob")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0

@@ -1,4 +1,4 @@
-"""Where a bundle is written: it is whole or absent, whatever is in its place, fails, or kills the export."""
+"""A bundle is complete or absent, whatever is in its place, fails, or kills the export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRECISIONS = ("int8", "int4")  # of the bundle that is replaced, and of the one 
 
 
 def whole(folder: Path) -> str:
-    """The precision of a bundle whose every file is right."""
+    """Return the precision of a bundle after checking all its files."""
     opened = open_bundle(folder)
     assert {path.name for path in folder.iterdir()} == {
         MANIFEST, *(entry.path for entry in opened.manifest.files)
@@ -204,7 +204,7 @@ def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options:
     partial.mkdir()
     (partial / "llm.data").write_bytes(b"half")
     descriptor = os.open(partial, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the other one holds it
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the other export does
     message = refused(cli.main, tiny_checkpoint, "-o", output, *options)
     assert f"Another export is writing {output}; wait for it" in message
     assert (partial / "llm.data").read_bytes() == b"half"
@@ -220,7 +220,7 @@ def test_the_other_export_ends_while_this_one_waits(
 ) -> None:
     partial = output.with_name(".bundle.partial")
 
-    def flock(_descriptor: int, _operation: int) -> None:  # succeeds, on a folder that is no longer there
+    def flock(_descriptor: int, _operation: int) -> None:  # succeeds, although the folder is gone
         if outcome == "finished":
             partial.rename(output)
         else:
@@ -254,9 +254,9 @@ if name == "rename":  # as where folders cannot be exchanged
 sys.exit(cli.main(sys.argv[3:]))
 """
 MOMENTS = (  # after how many calls of which function
-    ("pwrite", 0),  # nothing but small files
+    ("pwrite", 0),  # only small files
     ("pwrite", 40),
-    ("fsync", 0),  # everything, perhaps not on the disk
+    ("fsync", 0),  # all files, perhaps not on the disk
     ("rename", 0),  # before the first rename
     ("rename", 1),  # replacing: between the two; new: never
 )
@@ -287,7 +287,7 @@ def test_killed_while_replacing(
     code = killed_export(moment, tiny_checkpoint, output, "--int8", "--force")
     completed = moment == ("rename", 2)
     assert code == (0 if completed else -signal.SIGKILL)
-    # Even an export that is refused puts things in order.
+    # Even a refused export recovers.
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
     assert whole(output) == ("int8" if completed else "int4")
     assert siblings(output) == ["bundle"]
@@ -298,7 +298,7 @@ def test_killed_while_replacing(
 def test_killed_while_the_replaced_bundle_is_removed(
     moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
 ) -> None:
-    """It and the new one have taken each other's place: there is a bundle at any time."""
+    """It was swapped with the new one: there is a bundle at any time."""
     shutil.copytree(tiny_bundle, output)
     engine = output / "engines/tensorrt-10.9-cc8.7-0123456789abcdef/llm.engine"
     engine.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Bit allocation: sensitivities, the choice, budgets that are met and budgets that are refused."""
+"""Bit allocation in an export: sensitivities, budgets that are met, and budgets that are refused."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.checkpoints import TINY, write_checkpoint
 from support.parity import assert_computes_its_weights
 
@@ -26,18 +23,16 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
-from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
+from fusion_edge.quant.bit_allocation import mean_bits
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import round_to_nearest
-from fusion_edge.quant.packing import quantize
 from fusion_edge.quant.policy import Rule
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION
-from fusion_edge.runtime.bundle.quantization_report import QuantizationReport, Sensitivity
+from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
 
 Refused = Callable[..., str]
-SIZES = st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 1)), max_size=12)
 
 
 @pytest.fixture(scope="module")
@@ -55,43 +50,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(checkpoint: Path, data: Path, output: Path, *more: str) -> list[str]:
     base = [str(checkpoint), "-o", str(output), "--group-size", "32", "--calibrate", str(data), "--vision", "fp16"]
     return [*base, *more]
-
-
-# The choice ----------------------------------------------------------------------------------------------------
-
-
-def promotions(sizes: list[tuple[int, float]]) -> list[Promotion]:
-    return [Promotion(Sensitivity(f"linear{i}", kl, 20.0), size) for i, (size, kl) in enumerate(sizes)]
-
-
-@given(SIZES, st.integers(0, 5000))
-def test_a_choice_keeps_to_what_there_is_and_leaves_no_room(sizes: list[tuple[int, float]], spare: int) -> None:
-    size = {c.sensitivity.name: c.extra_bytes for c in promotions(sizes)}
-    promoted = allocate(promotions(sizes), spare)
-    left = spare - sum(size[name] for name in promoted)
-    assert left >= 0
-    assert all(size[name] > left for name in size.keys() - set(promoted))
-
-
-@given(SIZES.filter(bool))
-def test_what_buys_most_for_its_bytes_is_first(sizes: list[tuple[int, float]]) -> None:
-    worth = {c.sensitivity.name: c.sensitivity.kl_divergence / c.extra_bytes for c in promotions(sizes)}
-    promoted = allocate(promotions(sizes), sum(size for size, _ in sizes))
-    assert [worth[name] for name in promoted] == sorted(worth.values(), reverse=True)
-
-
-def test_outputs_decide_where_logits_do_not() -> None:
-    found = [Promotion(Sensitivity(name, 0.0, quality), 10) for name, quality in (("good", 30.0), ("bad", 9.0))]
-    assert allocate(found, 10) == ["bad"]
-
-
-@given(st.integers(1, 5), st.integers(1, 200), st.sampled_from(["int4:32", "uint4:64", "int8:128"]))
-def test_bits_are_those_stored(rows: int, inputs: int, form: str) -> None:
-    packed = quantize(np.ones((rows, inputs), np.float32), WeightFormat.parse(form))
-    zero_bytes = 0 if packed.zero_points is None else packed.zero_points.nbytes
-    stored = 8 * (packed.values.nbytes + packed.scales.nbytes + zero_bytes)
-    counted = stored_bits((rows, inputs), WeightFormat.parse(form))
-    assert counted <= stored <= counted + 4 * rows  # zero points fill whole bytes
 
 
 # The measurement -----------------------------------------------------------------------------------------------

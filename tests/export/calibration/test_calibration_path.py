@@ -25,7 +25,7 @@ def test_blocks_are_the_model(name: str) -> None:
     """The blocks in sequence compute the logits of the whole model, and read every linear once."""
     sample = Sample(GOLDEN / "phi_one_turn.png", "What is in the picture?")
     with open_checkpoint(GOLDEN / name) as fusion:
-        expected = first_logits(fusion, sample.picture, sample.question)
+        expected = first_logits(fusion, sample.image, sample.question)
         backend = fusion.backend
         assert isinstance(backend, EagerBackend)
         length = fusion.manifest.query_lengths[0]

@@ -18,7 +18,7 @@ COUNT = 20
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twenty small pictures."""
+    """Twenty small images."""
     for i in range(COUNT):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
     return tmp_path
@@ -40,10 +40,10 @@ def error(data: Path) -> str:
     return str(caught.value)
 
 
-def test_pictures_alone(folder: Path) -> None:
+def test_a_folder_of_images(folder: Path) -> None:
     samples = read_samples(folder, 10, 5)
     everything = [*samples.calibrating, *samples.held_out]
-    assert [sample.picture.name for sample in everything] == [f"{i:02}.png" for i in range(15)]
+    assert [sample.image.name for sample in everything] == [f"{i:02}.png" for i in range(15)]
     assert {sample.question for sample in everything} == set(QUESTIONS)
     assert len(samples.held_out) == 5
     assert all(sample.answer is None for sample in everything)
@@ -54,7 +54,7 @@ def test_a_file_of_samples(folder: Path, given_as_folder: bool) -> None:
     path = write(folder, lines())
     samples = read_samples(folder if given_as_folder else path, 128, 16)
     assert (len(samples.calibrating), len(samples.held_out)) == (18, 2)
-    assert samples.held_out[-1].picture == folder / "19.png"
+    assert samples.held_out[-1].image == folder / "19.png"
     assert samples.held_out[-1].answer == "19"
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_no_json(folder: Path, content: bytes) -> None:
     assert "samples.jsonl" in error(folder)
 
 
-def test_more_pictures_than_asked_for(folder: Path) -> None:
+def test_fewer_samples_asked_for_than_needed(folder: Path) -> None:
     with pytest.raises(UsageError, match="add up to 6"):
         read_samples(folder, 4, 2)
 
@@ -132,7 +132,7 @@ def test_a_line_nested_too_deeply(folder: Path) -> None:
     assert "Line 1 of" in error(path)
 
 
-def test_pictures_that_cannot_be_read(folder: Path, refused: Callable[..., str]) -> None:
+def test_images_that_cannot_be_read(folder: Path, refused: Callable[..., str]) -> None:
     (folder / "03.png").write_bytes(b"no picture")
     (folder / "05.png").unlink()
     message = error(write(folder, lines()))

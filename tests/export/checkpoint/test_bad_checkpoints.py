@@ -1,4 +1,4 @@
-"""Checkpoints and options that fusion-export must refuse in one clear line, leaving nothing behind."""
+"""Invalid checkpoints and options: ``fusion-export`` refuses them in one line and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Tensors = dict[str, npt.NDArray[Any]]
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """Return a copy to damage."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "FUSION-broken")
 
 
 @pytest.fixture
 def refuse(checkpoint: Path, tmp_path: Path, refused: Refuse) -> Refuse:
-    """``refuse(*options, source=checkpoint, code=1)``: the message; asserts that nothing was left."""
+    """Return ``refuse(*options, source=checkpoint, code=1)``: it returns the error and checks that nothing is left."""
     output = tmp_path / "output"
     output.mkdir()
 
@@ -48,13 +48,13 @@ def refuse(checkpoint: Path, tmp_path: Path, refused: Refuse) -> Refuse:
 
 
 def edit_json(path: Path, **values: object) -> None:
-    """Set fields of a JSON object; ``...`` removes one."""
+    """Set fields of a JSON object; ``...`` removes a field."""
     data = json.loads(path.read_text(encoding="utf-8")) | values
     path.write_text(json.dumps({k: v for k, v in data.items() if v is not ...}), encoding="utf-8")
 
 
 def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
-    """Change the tensors of a shard, and the index with them."""
+    """Change the tensors of a shard and the index."""
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
@@ -78,7 +78,7 @@ def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
         (__file__, "is a file; expected a folder"),
         (GOLDEN / "FUSION-tiny-Phi/config.json", "is a JSON file; expected a folder"),
         (GOLDEN / "FUSION-tiny-Phi/model-00001-of-00004.safetensors", "is a safetensors file"),
-        (GOLDEN, "has no weights, expected model.safetensors"),
+        (GOLDEN, "has no weights; expected model.safetensors"),
     ],
 )
 def test_what_is_no_checkpoint_folder(refuse: Refuse, source: object, message: str) -> None:
@@ -118,7 +118,7 @@ def test_a_missing_file(checkpoint: Path, refuse: Refuse, name: str) -> None:
 
 def test_no_tokenizer_and_no_index(checkpoint: Path, refuse: Refuse) -> None:
     (checkpoint / "tokenizer.model").unlink()
-    assert "has no tokenizer, expected tokenizer.json" in refuse()
+    assert "has no tokenizer; expected tokenizer.json" in refuse()
     for name in (FIRST, SECOND, INDEX):
         (checkpoint / name).unlink()
     assert "has no weights" in refuse()
@@ -287,7 +287,7 @@ def test_rotary_scaling(checkpoint: Path, refuse: Refuse, field: str, value: obj
 @pytest.mark.parametrize("value", ["2", [2, "3"], -1, 1208, [2, 10**9]])
 def test_end_tokens(checkpoint: Path, refuse: Refuse, value: object) -> None:
     edit_json(checkpoint / "generation_config.json", eos_token_id=value)
-    assert f"generation_config.json: eos_token_id is {value!r}; expected a token id" in refuse()
+    assert f"generation_config.json: eos_token_id is {value!r}; expected token ids" in refuse()
 
 
 JSON = st.recursive(
@@ -334,7 +334,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(checkpoint: Path, refuse: Refu
         (["--query-len", "4,144"], "Query length 144 is not offered"),
         (["--image-tokens", "10"], "10 image tokens do not form a square grid of at most 16"),
         (["--image-tokens", "25"], "choose one of 1, 4, 9, 16"),
-        (["--max-context", "63"], "63 positions is out of range"),
+        (["--max-context", "63"], "A context of 63 tokens is out of range"),
         (["--max-context", "513"], "choose 64 to 512"),
         (["--rule", "llm.*=int3"], "Unknown weight format 'int3'"),
         (["--rule", "llm.*=int4:100"], "Unknown weight format 'int4:100'"),
@@ -379,9 +379,9 @@ def test_wrong_usage(checkpoint: Path, capsys: pytest.CaptureFixture[str], optio
         ("[rules", "Cannot read the rules in"),
         ("[" * 50_000, "Cannot read the rules in"),
         ("a = " + "[" * 50_000, "Cannot read the rules in"),
-        ("", "holds nothing; expected a table [rules]"),
-        ("rules = 3", "holds rules; expected a table [rules]"),
-        ("[rules]\nx = 3\n[more]", "holds rules, more; expected"),
+        ("", "contains nothing; expected a table [rules]"),
+        ("rules = 3", "contains rules; expected a table [rules]"),
+        ("[rules]\nx = 3\n[more]", "contains rules, more; expected"),
         ("[rules]\nllm.lm_head = 'int8'", "Rule 'llm' in"),
         ("[rules]\n'llm.lm_head' = 'int9'", "Unknown weight format 'int9'"),
         ("[rules]\n'lm_head' = 'int8'", "Rule 'lm_head' matches no weight"),

@@ -1,4 +1,4 @@
-"""Quantized checkpoints that fusion-export must refuse in one clear line, leaving nothing behind."""
+"""Invalid prequantized checkpoints: ``fusion-export`` refuses them in one line and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def refuse(originals: dict[str, Path], tmp_path: Path, refused: Refuse) -> Refus
 
 
 def group(**fields: Any) -> dict[str, Any]:
-    """``config_groups`` with other fields of the weights."""
+    """Return ``config_groups`` with other fields of the weights."""
     (scheme,) = read_fixture("ct-asym-group").config["config_groups"].values()
     return {"group_0": scheme | {"weights": scheme["weights"] | fields}}
 
@@ -197,7 +197,7 @@ def test_blocks_that_cannot_be_stored(tmp_path: Path, refused: Refuse) -> None:
 
 
 def test_a_range_of_columns_inside_a_group(tmp_path: Path, refused: Refuse) -> None:
-    """``proj_in`` is two products: its halves may not share a group."""
+    """``proj_in`` is two matmuls: its halves must not share a group."""
     fixture = read_fixture("gptq-v1-channel")
     pattern = r"model\.(layers|vision_sampler_layers)\."
     pack = packer("gptq-v1-channel")

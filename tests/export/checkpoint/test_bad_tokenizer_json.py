@@ -1,4 +1,4 @@
-"""Tokenizer files that would make the ``tokenizers`` library abort, panic, hang or take gigabytes."""
+"""Tokenizer files that make the ``tokenizers`` library abort, panic, hang or allocate gigabytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from support.tokenizer_files import LLAMA, PHI, write_phi
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.files import digest
 from fusion_edge.runtime.bundle.manifest import MANIFEST
-from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.prompts.prompt import PromptEncoder
+from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.tokenization.regex_cost import check_regex
 from fusion_edge.runtime.tokenization.schema import check_tokenizer
 from fusion_edge.runtime.tokenization.tokenizer import build_tokenizer, parse_tokenizer
@@ -210,9 +210,7 @@ def test_export_refuses_them_by_name(tmp_path: Path, contents: dict[str, str]) -
     content = json.loads(contents["llama"])
     content["model"]["vocab"]["3"] = 2_000_000_000
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(
-        FusionError, match=r"tokenizer.json cannot be loaded as a tokenizer .* '3' has the id 2000000000"
-    ):
+    with pytest.raises(FusionError, match=r"tokenizer.json cannot be loaded .* '3' has the id 2000000000"):
         tokenizer_json(tmp_path)
 
 
@@ -258,7 +256,7 @@ def test_sentencepiece_models_of_nothing(tmp_path: Path, model: bytes) -> None:
 
 
 def test_two_values_of_one_name(contents: dict[str, str]) -> None:
-    """Of which the library might read the one that was not checked."""
+    """The library might read the value that was not checked."""
     content = contents["phi"].replace('"type":"BPE"', '"type":"BPE","dropout":0.5', 1).encode()
     with pytest.raises(ValueError, match="'dropout' is a duplicate key"):
         parse_tokenizer(content)
@@ -272,7 +270,7 @@ def test_two_values_of_one_name(contents: dict[str, str]) -> None:
     ],
 )
 def test_a_tokenizer_that_fails_on_a_text(contents: dict[str, str], change: Change) -> None:
-    """The second in a panic, for the empty matches of Phi's normalizer."""
+    """The second fails in a panic, for empty matches of Phi's normalizer."""
     content = json.loads(contents["phi"])
     change(content)
     encoder = PromptEncoder(build_tokenizer(content), TEMPLATES["phi_3"])

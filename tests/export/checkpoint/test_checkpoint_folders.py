@@ -1,4 +1,4 @@
-"""What a folder may hold in place of a checkpoint, or a bit otherwise: read where nothing is lost, else named."""
+"""Unusual checkpoint folders: read if nothing is lost, else refused with the reason."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ JSON_FILES = ["config.json", "generation_config.json", "tokenizer_config.json", 
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """Return a copy to change."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "FUSION-changed")
 
 
 @pytest.fixture
 def refuse(checkpoint: Path, refused: Callable[..., str]) -> Callable[..., str]:
-    """``refuse()``: the message for ``checkpoint``."""
+    """Return ``refuse()``, which returns the error for ``checkpoint``."""
 
     def run(source: Path = checkpoint) -> str:
         return refused(cli.main, source, "--dry-run")
@@ -60,7 +60,7 @@ def tensors_of(checkpoint: Path) -> Tensors:
 
 
 def replace_tensors(checkpoint: Path, tensors: Tensors) -> None:
-    """One file in place of both shards and the index."""
+    """Replace both shards and the index by one file."""
     for name in (FIRST, SECOND, INDEX):
         (checkpoint / name).unlink()
     save_file(tensors, checkpoint / "model.safetensors")
@@ -187,12 +187,12 @@ def test_an_adapter_beside_its_base(checkpoint: Path, refuse: Callable[..., str]
 @pytest.mark.parametrize("name", [f"{QKV}.lora_A.weight", f"{QKV}.base_layer.weight"])
 def test_an_adapter_inside(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
     replace_tensors(checkpoint, tensors_of(checkpoint) | {name: np.ones(3, np.float16)})
-    assert f"Tensor {name} of {checkpoint} is part of a LoRA adapter: merge it" in refuse()
+    assert f"Tensor {name} of {checkpoint} belongs to a LoRA adapter: merge it" in refuse()
 
 
 def test_parts_of_deepspeed(tmp_path: Path, refuse: Callable[..., str]) -> None:
     (tmp_path / "zero_to_fp32.py").write_bytes(b"")
-    assert "is a checkpoint of DeepSpeed in parts" in refuse(tmp_path)
+    assert "is a sharded DeepSpeed checkpoint" in refuse(tmp_path)
 
 
 def test_weights_of_another_name(checkpoint: Path, refuse: Callable[..., str]) -> None:
@@ -204,8 +204,8 @@ def test_weights_of_another_name(checkpoint: Path, refuse: Callable[..., str]) -
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
-        ({"model_type": "phi3"}, ", a language model alone"),
-        ({"model_type": "llama"}, ", a language model alone"),
+        ({"model_type": "phi3"}, ", a language model"),
+        ({"model_type": "llama"}, ", a language model"),
         ({"model_type": "llava", "vision_config": {}}, ", another vision-language model"),
         ({"model_type": "qwen2_vl", "vision_start_token_id": 1}, ", another vision-language model"),
         ({"model_type": "llava_llama", "mm_vision_tower": "x"}, ", another vision-language model"),

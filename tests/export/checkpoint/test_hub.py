@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: folders, a hub cache made by hand, and every refusal of the hub."""
+"""Resolving a checkpoint: local folders, a hub cache, and every error of the hub."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert resolve_checkpoint("org/FUSION-Phi3.5_3B", "v1") == tmp_path
     assert (asked["id"], asked["revision"]) == ("org/FUSION-Phi3.5_3B", "v1")
 
-    hub_utilities: Any = huggingface_hub.utils  # the filter is there in every version, but not declared public
+    hub_utilities: Any = huggingface_hub.utils  # every version has the filter, but not publicly
     wanted = list(
         hub_utilities.filter_repo_objects(
             [
@@ -112,7 +112,7 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def raised(kind: type[Exception], message: str = "") -> Exception:
-    """An error of the hub client without the HTTP response that some of its versions ask for."""
+    """Return an error of the hub client, without the HTTP response that some versions require."""
     error = kind.__new__(kind)
     Exception.__init__(error, message)
     return error
@@ -143,7 +143,7 @@ def test_errors_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, me
 
 
 def resolve_offline(cache: Path, source: str, revision: str | None) -> str:
-    """What a fresh, offline process prints: the hub client reads its environment once, when imported."""
+    """Return what a new, offline process prints: the hub client reads its environment when it is imported."""
     program = (
         "import sys\n"
         "from fusion_edge.export.checkpoint.hub import resolve_checkpoint\n"
@@ -162,7 +162,7 @@ def resolve_offline(cache: Path, source: str, revision: str | None) -> str:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub cache that holds org/name at main."""
+    """Return a hub cache with ``org/name`` at ``main``."""
     root = tmp_path_factory.mktemp("cache")
     repository = root / "models--org--name"
     snapshot = repository / "snapshots" / COMMIT

@@ -1,4 +1,4 @@
-"""Quantized checkpoints through the real commands: the same weights bit for bit, the right answers."""
+"""Prequantized checkpoints through the commands: weights stay the same bit for bit, answers are right."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def export(checkpoint: Path, output: Path, *options: str) -> Path:
 
 
 def answer_agrees(bundle: Path, checkpoint: Path) -> None:
-    """First logits of a bundle within 1e-3 of the eager interpreter's on the checkpoint."""
+    """Check a bundle's first logits against the eager interpreter, tolerance 1e-3."""
     with load(bundle) as fusion, open_checkpoint(checkpoint) as reference:
         expected = first_logits(reference, PICTURE, "What is it?")
         logits = first_logits(fusion, PICTURE, "What is it?")
@@ -81,7 +81,7 @@ def test_weights_are_the_librarys_bit_for_bit_and_logits_agree(variant: str, tmp
 
 @pytest.mark.parametrize("variant", ["bnb-nf4", "gptq-v1-asym"])
 def test_all_linears_may_be_quantized(variant: str, tmp_path: Path) -> None:
-    """Also with biases, with blocks that cross rows, and with a last group that is shorter."""
+    """Also with biases, blocks that cross rows, and a shorter last group."""
     fixture = read_fixture(variant)
     pattern = r"model\.(layers|vision_sampler_layers|vision_tower.*(fc\d|proj)|aux_projector|mm_projector)\b|lm_head"
     source = write_quantized(tmp_path / "source", fixture.config, fixture.tensors, packer(variant), pattern)
@@ -109,7 +109,7 @@ def test_every_variant_is_tested() -> None:
 
 
 def test_products_with_a_codebook_need_memory_for_the_weight(tmp_path: Path) -> None:
-    """MatMulBnb4 dequantizes all of it."""
+    """MatMulBnb4 dequantizes the whole weight."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL)
     peaks = []
     for precision in ("int4", "nf4"):
@@ -123,7 +123,7 @@ def test_products_with_a_codebook_need_memory_for_the_weight(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """GPTQ, version 2, columns out of order."""
+    """Write a GPTQ checkpoint, version 2, with reordered columns."""
     fixture = read_fixture("gptq-v2-asym-desc-act")
     folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
     return write_quantized(folder, fixture.config, fixture.tensors, packer("gptq-v2-asym-desc-act"))
@@ -158,7 +158,7 @@ def test_a_rule_has_a_weight_quantized_anew(checkpoint: Path, tmp_path: Path) ->
     stored = read_parameter(BundleWeights(open_bundle(folder)), f"{name}.weight")
     original = read_fixture("gptq-v2-asym-desc-act").dequantized.float().numpy()
     steps = np.abs(original).reshape(64, -1, 32).max(axis=2).repeat(32, axis=1) / 127
-    assert (np.abs(stored - original) <= 0.51 * steps + 1e-4).all()  # in their own columns
+    assert (np.abs(stored - original) <= 0.51 * steps + 1e-4).all()  # columns in place
 
 
 def test_inputs_are_put_in_order_only_where_columns_are_not(checkpoint: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_inputs_are_put_in_order_only_where_columns_are_not(checkpoint: Path, tm
         folder = export(source, tmp_path / name)
         nodes = onnx.load(folder / "llm.onnx", load_external_data=False).graph.node
         counts.append(sum(node.op_type == "Gather" and node.input[1].endswith(".columns") for node in nodes))
-    assert counts == [10, 0]  # five products in each of two layers
+    assert counts == [10, 0]  # five matmuls in each of two layers
 
 
 def test_calibration_leaves_quantized_weights_alone(checkpoint: Path, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_three_matrices_become_one_product_and_one_becomes_two(tmp_path: Path) -
 
 
 def test_one_asymmetric_part_makes_the_product_asymmetric(tmp_path: Path) -> None:
-    """Zero points that are all in the middle are stored as such beside others."""
+    """A symmetric source gets explicit zero points in an asymmetric weight."""
     model = dataclasses.replace(SMALL, template="llama_3")
     asymmetric, symmetric = packer("gptq-v1-asym"), packer("gptq-v1-sym")
     fixture = read_fixture("gptq-v1-asym")
@@ -251,7 +251,7 @@ def test_nf4_under_calibration_is_rounded_and_measured(tmp_path: Path) -> None:
 
 
 def test_nf4_in_16_bits(tmp_path: Path) -> None:
-    """For CUDA absmax has the activations' type."""
+    """For CUDA, absmax has the activations' type."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL)
     folder = export(checkpoint, tmp_path / "bundle", "--nf4", "--target", "cuda")
     model = onnx.load(folder / "llm.onnx", load_external_data=False)

@@ -1,4 +1,4 @@
-"""Packers and unpackers of quantized checkpoints, and bitsandbytes' quantizer."""
+"""Packing and unpacking in the layouts of prequantized checkpoints, and bitsandbytes' quantizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ each_width = pytest.mark.parametrize("bits", [4, 8])
 
 
 def integers(data: st.DataObject, bits: int, multiple: int = 1) -> Bytes:
-    """``[n,m]`` of ``bits`` bits, m a multiple."""
+    """Draw integers ``[n,m]`` of ``bits`` bits, m divisible by ``multiple``."""
     rows, columns = data.draw(st.integers(1, 9)), multiple * data.draw(st.integers(1, 40))
     return data.draw(arrays.arrays(np.uint8, (rows, columns), elements=st.integers(0, (1 << bits) - 1)))
 
@@ -110,7 +110,7 @@ def test_bundles(kind: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_the_libraries_packed_is_packed_alike(variant: str) -> None:
-    """Unpacking a fixture and packing it again gives its bytes."""
+    """Packing an unpacked fixture gives its bytes."""
     tensors: dict[str, npt.NDArray[Any]] = {
         name: tensor.numpy() for name, tensor in read_fixture(variant).tensors.items() if tensor.element_size() != 2
     }
@@ -134,7 +134,7 @@ def test_what_the_libraries_packed_is_packed_alike(variant: str) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_rounding_is_that_of_bitsandbytes(kind: str, block: int) -> None:
-    """Also halfway between two codes, in blocks of zeros, and in blocks of the smallest numbers."""
+    """Also halfway between two codes, in blocks of zeros, and in blocks of denormal numbers."""
     fixture = load_file(QUANTIZED / "bnb-quantizer.safetensors")
     form = WeightFormat(kind, block)
     packed = quantize(fixture["weights"], form)
@@ -157,7 +157,7 @@ def test_codebooks_give_the_nearest_number(rows: npt.NDArray[np.float32], kind: 
 
 @given(st.integers(1, 8192), st.integers(1, 8192))
 def test_group_sizes(group: int, inputs: int) -> None:
-    """A group of the bundle never holds columns of two groups, and there is one unless the group is too odd."""
+    """A stored group never spans two groups, and exists unless the group size has too few factors of two."""
     try:
         size = stored_group_size("tensor", group, inputs)
     except FusionError:

@@ -1,4 +1,4 @@
-"""Quantized checkpoints as other tools save them: what may be left out, and scales that no kernel takes."""
+"""Prequantized checkpoints of other tools: optional tensors, and scales that no kernel supports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """``copy(layout)``: a checkpoint to change."""
+    """Return ``copy(layout)``, which writes a checkpoint to change."""
     return lambda layout: shutil.copytree(originals[layout], tmp_path / f"FUSION-{layout}")
 
 

@@ -1,4 +1,4 @@
-"""Configs as transformers writes them: frequencies and scaling are theirs, what is not understood is an error."""
+"""Rotary frequencies equal those of ``transformers`` for the configs it writes; unsupported fields are errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.paths import DATA
 
-from fusion_edge.export.checkpoint.json_fields import Fields
+from fusion_edge.export.checkpoint.json_fields import JsonFields
 from fusion_edge.export.checkpoint.language_config import read_language, read_max_length
 from fusion_edge.export.checkpoint.rope_config import read_rope
 from fusion_edge.runtime.errors import FusionError
@@ -32,12 +32,12 @@ SIZES = {
 }
 
 
-def config(**values: object) -> Fields:
-    """``config.json`` of a model with heads of 16."""
-    return Fields(Path("config.json"), SIZES | {"rope_theta": 10000.0} | values)
+def config(**values: object) -> JsonFields:
+    """Return the ``config.json`` of a model with a head dimension of 16."""
+    return JsonFields(Path("config.json"), SIZES | {"rope_theta": 10000.0} | values)
 
 
-def refused(fields: Fields) -> str:
+def refused(fields: JsonFields) -> str:
     with pytest.raises(FusionError) as caught:
         read_language(fields, 100)
     return str(caught.value)
@@ -45,9 +45,9 @@ def refused(fields: Fields) -> str:
 
 @pytest.mark.parametrize("entry", RELEASES, ids=lambda entry: f"{entry['model']}, {entry['transformers']}")
 def test_frequencies_and_scale_are_those_of_the_release(entry: dict[str, Any]) -> None:
-    fields = Fields(Path("config.json"), entry["config"] | {"tokenizer_model_max_length": 2048})
+    fields = JsonFields(Path("config.json"), entry["config"] | {"tokenizer_model_max_length": 2048})
     language = read_language(fields, 1000)
-    # Its own are rounded to float32 several times.
+    # Those of transformers are rounded to float32 several times.
     np.testing.assert_allclose(language.rotary_inverse_frequencies, entry["inverse_frequencies"], rtol=2e-6)
     assert language.rotary_scale == pytest.approx(entry["scale"], rel=2e-7)
     window = 2047 if "4k" in entry["model"] else 2048
@@ -96,20 +96,26 @@ def test_places_and_names_of_the_same(values: dict[str, object], expected: tuple
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'; expected"),
         ({"rope_scaling": {"rope_type": "llama3", "type": "su"}}, "rope_scaling.type is 'su'; expected 'llama3'"),
         ({"rope_scaling": LONGROPE, "rope_parameters": LLAMA3}, "rope_scaling.rope_type is 'longrope'; expected"),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor is 2.0; expected no such field"),
-        ({"rope_scaling": {"mrope_section": [1, 2]}}, "rope_scaling.mrope_section is [1, 2]; expected no such field"),
-        ({"rope_parameters": LLAMA3 | {"beta_fast": 32}}, "rope_parameters.beta_fast is 32; expected no such field"),
-        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is {}; expected no such field"),
-        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 10000.0; expected what rope_parameters.rope_theta"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor is 2.0; expected null"),
+        ({"rope_scaling": {"mrope_section": [1, 2]}}, "rope_scaling.mrope_section is [1, 2]; expected null"),
+        ({"rope_parameters": LLAMA3 | {"beta_fast": 32}}, "rope_parameters.beta_fast is 32; expected null"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is {}; expected null"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta is 10000.0; expected the value of rope_parameters.rope_theta",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"attention_factor": 1.2}}, "rope_parameters.attention_factor is 1.2; expected 1.0"),
         ({"rope_scaling": LLAMA3 | ORIGINAL | {"attention_factor": 2}}, "rope_scaling.attention_factor is 2"),
         ({"rope_scaling": LONGROPE | {"attention_factor": 0}, **ORIGINAL}, "rope_scaling.attention_factor is 0"),
         ({"rope_scaling": LONGROPE | {"factor": 4.0}, **ORIGINAL}, "rope_scaling.factor is 4.0; expected max_position"),
-        ({"rope_scaling": LONGROPE | {"original_max_position_embeddings": 8192}, **ORIGINAL}, "is 4096; expected what"),
+        (
+            {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 8192}, **ORIGINAL},
+            "is 4096; expected the value of",
+        ),
         ({"rope_scaling": LONGROPE}, "original_max_position_embeddings is missing; expected an integer"),
         ({"rope_theta": None}, "rope_theta is None; expected a positive number"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; expected no such field, or null"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; expected null"),
         ({"attention_multiplier": 0.01}, "attention_multiplier is 0.01; expected"),
         ({"use_qk_norm": True}, "use_qk_norm is True; expected"),
         ({"qk_layernorm": True}, "qk_layernorm is True; expected"),
@@ -156,9 +162,12 @@ def test_a_window_limits_the_context(values: dict[str, object], positions: int) 
         ({"sliding_window": 63}, "sliding_window is 63; expected an integer from 64"),
         ({"sliding_window": "100"}, "sliding_window is '100'; expected an integer"),
         ({"use_sliding_window": 1}, "use_sliding_window is 1; expected True or False"),
-        ({"layer_types": ["full_attention"]}, "expected a list of 2 times 'full_attention' or 'sliding_attention'"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "expected a list of 2 times"),
-        ({"layer_types": ["full_attention", []]}, "expected a list of 2 times"),
+        (
+            {"layer_types": ["full_attention"]},
+            "expected a list of 2 items, each 'full_attention' or 'sliding_attention'",
+        ),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "expected a list of 2 items"),
+        ({"layer_types": ["full_attention", []]}, "expected a list of 2 items"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window is missing; expected an integer"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The safetensors reader: values against the format's own library, and every kind of damage by name."""
+"""Reading safetensors: values equal those of the reference library, and every kind of damage is named."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_single(folder: Path, header: dict[str, Any] | str, data: bytes = b"") 
 
 
 def write_sharded(folder: Path, weight_map: Any) -> Path:
-    """Two shards: ``a`` is in one.safetensors, ``b`` in two.safetensors."""
+    """Write two shards: ``a`` is in one.safetensors, ``b`` in two.safetensors."""
     for name, file in (("a", "one.safetensors"), ("b", "two.safetensors")):
         (folder / file).write_bytes(file_bytes({name: entry("F32", [1], 0, 4)}, bytes(4)))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -88,7 +88,7 @@ def test_any_rows_of_any_bits(
     tmp_path_factory: pytest.TempPathFactory, dtype: str, shape: list[int], seed: int, rows: st.DataObject
 ) -> None:
     bits = np.random.default_rng(seed).integers(0, 256, (*shape, 4 if dtype == "F32" else 2), np.uint8)
-    first = bytes(6)  # so that the tensor does not start at the start of the data
+    first = bytes(6)  # the tensor does not start at offset 0
     header = {
         "__metadata__": {"format": "pt"},
         "tensor": entry(dtype, shape, len(first), len(first) + bits.nbytes),
@@ -113,7 +113,7 @@ LARGE = np.random.default_rng(0).integers(0, 1 << 16, (700, 2048), np.uint16)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One bfloat16 tensor of 700 x 2048: several chunks, the last one not full."""
+    """Write a bfloat16 tensor of 700 x 2048: several chunks, the last one partial."""
     header = {"tensor": entry("BF16", [700, 2048], 0, LARGE.nbytes)}
     return write_single(tmp_path_factory.mktemp("large"), header, LARGE.tobytes())
 
@@ -301,13 +301,13 @@ def test_two_shards(tmp_path: Path) -> None:
         ({"a": "one.safetensors", "b": "three.safetensors"}, "The shard three.safetensors is missing from"),
         ({"a": "one.safetensors", "c": "two.safetensors"}, "two.safetensors lacks tensor c, which"),
         ({"a": "one.safetensors"} | {"b": "one.safetensors"}, "one.safetensors lacks tensor b, which"),
-        ({"a": "../one.safetensors"}, "places a in '../one.safetensors', expected the name of a"),
-        ({"a": "/one.safetensors"}, "places a in '/one.safetensors', expected the name of a"),
-        ({"a": "..\\one.safetensors"}, "expected the name of a .safetensors file in the same folder"),
-        ({"a": "sub/one.safetensors"}, "expected the name of a .safetensors file in the same folder"),
-        ({"a": ".."}, "places a in '..', expected the name of a"),
-        ({"a": "pytorch_model.bin"}, "places a in 'pytorch_model.bin', expected the name of a .safetensors"),
-        ({"a": 3}, "places a in 3, expected the name of a"),
+        ({"a": "../one.safetensors"}, "places tensor a in '../one.safetensors'; expected a .safetensors file"),
+        ({"a": "/one.safetensors"}, "places tensor a in '/one.safetensors'; expected a .safetensors file"),
+        ({"a": "..\\one.safetensors"}, "expected a .safetensors file in the same folder"),
+        ({"a": "sub/one.safetensors"}, "expected a .safetensors file in the same folder"),
+        ({"a": ".."}, "places tensor a in '..'; expected a .safetensors file"),
+        ({"a": "pytorch_model.bin"}, "places tensor a in 'pytorch_model.bin'; expected a .safetensors"),
+        ({"a": 3}, "places tensor a in 3; expected a .safetensors file"),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
         (None, "has no weight_map"),
@@ -336,7 +336,7 @@ def test_index_that_is_no_json_object(tmp_path: Path, content: str) -> None:
 
 
 def test_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(FusionError, match=r"has no weights, expected model\.safetensors or"):
+    with pytest.raises(FusionError, match=r"has no weights; expected model\.safetensors, or"):
         Checkpoint(tmp_path)
 
 
@@ -370,7 +370,7 @@ def test_the_conversion_command_works(tmp_path: Path, run_shell: Callable[[str, 
 @pytest.fixture
 def run_shell() -> Callable[[str, Path], None]:
     def run(command: str, folder: Path) -> None:
-        # The interpreter of the tests in the place of whatever "python" is.
+        # "python" is the interpreter of the tests.
         assert command.startswith("python -c ")
         subprocess.run(f"'{sys.executable}'{command.removeprefix('python')}", shell=True, cwd=folder, check=True)
 

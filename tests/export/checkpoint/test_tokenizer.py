@@ -1,4 +1,4 @@
-"""The converted tokenizers give the released tokenizers' ids: golden files, and SentencePiece itself."""
+"""Converted tokenizers return the ids of the released ones (golden files) and of SentencePiece."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_golden_strings(tokenizers: dict[str, Tokenizer], folder: Path, file: st
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """FUSION.md section 4: pieces between markers are tokenized on their own, BOS only once at the front."""
+    """Texts between markers are tokenized separately, with one BOS at the front (FUSION.md section 4)."""
     ids: list[int] = []
     for position, piece in enumerate(re.split("(<image>|<latent_image>)", prompt)):
         if piece in MARKERS:
@@ -97,7 +97,7 @@ def sentencepiece_encoder(model: bytes) -> Callable[[str], list[int]]:
 def slow_ids(
     encode: Callable[[str], list[int]], tokens: dict[str, tuple[int, bool, bool, bool]], text: str
 ) -> list[int]:
-    """The slow LlamaTokenizer with legacy=false, said again: tokens are name -> (id, named, lstrip, rstrip)."""
+    """Encode as the slow LlamaTokenizer with legacy=false: tokens are name -> (id, named, lstrip, rstrip)."""
     if not text:
         return []
     longest_first = sorted(tokens, key=len, reverse=True)
@@ -152,7 +152,7 @@ TOKENS = {  # name -> (id, named, lstrip, rstrip)
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Phi's vocabulary with every combination of named and unnamed tokens and of flags."""
+    """Phi's vocabulary with every combination of flags on named and unnamed tokens."""
     folder = write_phi(
         tmp_path_factory.mktemp("mixed"),
         (PHI / "tokenizer.model").read_bytes(),
@@ -184,7 +184,7 @@ def test_added_tokens_as_the_slow_tokenizer(
 
 @st.composite
 def byte_pair_vocabularies(draw: st.DrawFn) -> list[Piece]:
-    """Pieces grown from shorter ones, in any order of score; runs of spaces share one score, as in Phi's."""
+    """Draw pieces made of shorter ones, with scores in any order. Runs of spaces share a score, as in Phi's."""
     pool = ["▁", "a", "b"]
     for _ in range(draw(st.integers(1, 14))):
         left, right = draw(st.sampled_from(pool)), draw(st.sampled_from(pool))

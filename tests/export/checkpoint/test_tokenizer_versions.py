@@ -1,4 +1,4 @@
-"""Tokenizer files as versions 4.30 to 5 of the ``transformers`` library write them: the ids stay the released ones."""
+"""Tokenizer files of ``transformers`` 4.30 to 5 give the ids of the released tokenizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 
 def ranks_by_id(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Merge rules as transformers 5 makes them: pieces by id, cuts with the shortest left part first."""
+    """Return merge rules as ``transformers`` 5 writes them: pieces by id, splits with the shortest left part first."""
     return [
         (piece[:cut], piece[cut:])
         for piece in sorted(vocabulary, key=vocabulary.__getitem__)
@@ -50,7 +50,7 @@ def ranks_by_id(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def phi_json_of_version_5(model_file: Path, added: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5.24 saves of Phi's tokenizer; checked against it."""
+    """Write what ``transformers`` 5.24 saves of Phi's tokenizer (compared with it)."""
     vocabulary = {piece.text: index for index, piece in enumerate(read_pieces(model_file))}
     tokenizer = Tokenizer(models.BPE(vocabulary, ranks_by_id(vocabulary), fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
@@ -104,7 +104,7 @@ def test_bos_of_version_5_is_in_the_template(tmp_path: Path) -> None:
 
 
 def test_runs_of_spaces_of_llamas_vocabulary(tmp_path: Path) -> None:
-    """They have the lowest score, which their ids do not tell."""
+    """They have the lowest score, which does not follow from their ids."""
     scored: list[Piece] = [("▁▁", -1e9, NORMAL), ("▁t", -1.0, NORMAL), ("er", -2.0, NORMAL), ("▁▁▁▁", -1e9, NORMAL)]
     letters: list[Piece] = [(letter, -1e6 - i, NORMAL) for i, letter in enumerate("▁ter")]
     pieces = [*RESERVED, *scored, *letters]
@@ -131,7 +131,7 @@ def copy_phi(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 
 def test_added_tokens_of_older_versions(tmp_path: Path) -> None:
-    """Ids of transformers 4.46.3: of flags that only added_tokens_decoder has, none is set."""
+    """Ids equal those of ``transformers`` 4.46.3: flags that only added_tokens_decoder has are unset."""
     folder = copy_phi(tmp_path, lambda config: config.pop("added_tokens_decoder"))
     older, released = load(folder), load(PHI)
     assert older.encode("x<|endoftext|> y").ids == released.encode("x<|endoftext|> y").ids

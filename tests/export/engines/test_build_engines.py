@@ -1,4 +1,4 @@
-"""``fusion-build`` and the engines that it leaves, on a stand-in for TensorRT (``fake_tensorrt.py``)."""
+"""``fusion-build`` with a fake TensorRT (``fake_tensorrt.py``)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ON_FULL = ("--library=tensorrt", "--parts=1")
 
 @pytest.fixture
 def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Path:
-    """One to build in."""
+    """Return a bundle to build engines for."""
     return Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "tiny"))
 
 
@@ -51,7 +51,7 @@ def build(trt: FakeTensorRT, bundle: Path, *options: str) -> int:
 
 
 def engines_of(bundle: Path) -> list[Path]:
-    """Folders of engines, hidden ones among them."""
+    """Return the folders of engines, hidden ones included."""
     return (
         sorted(path for path in (bundle / ENGINES_FOLDER).iterdir() if path.is_dir())
         if (bundle / ENGINES_FOLDER).exists()
@@ -160,7 +160,7 @@ def test_engines_that_are_up_to_date_are_kept(bundle: Path, capsys: pytest.Captu
 
 
 def kernel_folder(folder: Path, *kernels: str) -> Path:
-    """Of PTX that no one runs, for the tiny bundle's width and compute capability 8.6."""
+    """Write kernels of dummy PTX, for the tiny bundle's width and compute capability 8.6."""
     folder.mkdir()
     entries = []
     for kernel in kernels:
@@ -172,7 +172,7 @@ def kernel_folder(folder: Path, *kernels: str) -> Path:
 
 
 def test_kernels_that_come_later(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines without plugins are not up to date where plugins are asked for."""
+    """Engines without plugins are not up to date once plugins are available."""
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None)  # neither torch nor Triton
     with_kernels = f"--kernels={kernel_folder(tmp_path / 'kernels', *KERNELS)}"
     for options, operator, engines in [
@@ -188,7 +188,7 @@ def test_kernels_that_come_later(bundle: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_kernels_that_are_missing(bundle: Path, tmp_path: Path, refused: Refuse) -> None:
-    """It is said before anything is built."""
+    """The error comes before anything is built."""
     folder, trt = kernel_folder(tmp_path / "kernels", "add_rows"), fake(FULL)
     with installed(trt):
         message = refused(cli_build.main, bundle, *ON_FULL, "--kernels", folder)
@@ -212,7 +212,7 @@ def test_kernels_for_which_there_are_no_plugins(bundle: Path, refused: Refuse) -
 
 
 def test_the_timing_cache_is_kept(bundle: Path) -> None:
-    """It outlives the engines, is of one version and one kind of GPU, and the next build begins with it."""
+    """It is kept per version and compute capability, survives the engines, and the next build reads it."""
     kept = bundle / ENGINES_FOLDER / "tensorrt-10.16.0-cc8.6.timing"
     for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
         assert build(fake(FULL), bundle, "--force") == 0
@@ -228,7 +228,7 @@ def test_the_timing_cache_is_kept(bundle: Path) -> None:
 
 
 def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own reason is told, not that there is no fused attention."""
+    """The error names the second attempt's reason, not the missing fused attention."""
     trt = fake()
     trt.has_fused_attention, trt.build_error = False, "Out of memory."
     assert build(trt, bundle) == 1
@@ -311,7 +311,7 @@ def test_a_bundle_for_another_target(tiny_bundle: Path, refused: Refuse) -> None
 
 
 def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
-    """What to install is said, of the one that is asked for, or of both."""
+    """The error says what to install: the requested library, or either one."""
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     full = "on a Jetson it comes with JetPack"

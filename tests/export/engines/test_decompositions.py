@@ -1,4 +1,4 @@
-"""Functions of older operators against the operators that they stand for, as ONNX Runtime computes both."""
+"""Decomposed operators compute the same as the originals in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def computed(model: ModelProto, feeds: dict[str, Array]) -> list[Array]:
 
 
 def assert_same(operator: str, inputs: list[Array], groups: int = 1, **attributes: Any) -> None:
-    """One node, as it is and as a function."""
+    """Return a model of one node, and the same decomposed."""
     names = [f"input_{i}" for i in range(len(inputs))]
     feeds = dict(zip(names, inputs, strict=True))
     described = [
@@ -99,7 +99,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def older(folder: Path, name: str) -> ModelProto:
-    """A graph of a bundle in the older operators."""
+    """Return a decomposed graph of a bundle."""
     language = open_bundle(folder).manifest.model.language
     model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
     fix_dimension(model, "capacity", 128)
@@ -117,7 +117,7 @@ def test_no_new_operator_is_left(golden: Path) -> None:
 
 
 def test_tensorrt_reads_them(golden: Path) -> None:
-    """TensorRT-RTX, which is newer than any that needs them, takes the functions apart as an old one would."""
+    """TensorRT-RTX is newer than any version that needs functions, but expands them as an old one does."""
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     for name in ("vision_encoder", "llm"):
         logger = trt.Logger(trt.Logger.INTERNAL_ERROR)

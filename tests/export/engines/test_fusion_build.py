@@ -52,7 +52,7 @@ def trt() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def built(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """``built(checkpoint, precision, compute capability, *options)``: the bundle and its engines, made once."""
+    """Return ``built(checkpoint, precision, compute capability, *options)``: a bundle and its engines, cached."""
     bundles: dict[tuple[Path, str], Path] = {}
     engines: dict[tuple[Any, ...], Engines] = {}
 
@@ -92,7 +92,7 @@ def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: 
 
 @pytest.mark.parametrize(("checkpoint", "precision"), [("phi", "fp16"), ("llama", "int4")])
 def test_graphs_behind_the_tower(trt: ModuleType, tmp_path: Path, checkpoint: str, precision: str) -> None:
-    """The other formats of the golden checkpoints, whose towers of 27 and 40 layers take most of a minute to build."""
+    """The other formats, without the golden checkpoints' vision towers, which take most of a minute to build."""
     command = [str(CHECKPOINTS[checkpoint]), "-o", str(tmp_path / "b"), "--target=tensorrt"]
     assert cli.main([*command, *PRECISIONS[precision].split()]) == 0
     bundle = open_bundle(tmp_path / "b")
@@ -113,7 +113,7 @@ def check_engines(trt: ModuleType, bundle: Bundle, engines: Mapping[str, tuple[E
 
 
 def network(trt: ModuleType, bundle: Bundle, name: str) -> Mapping[str, list[dict[str, Any]]]:
-    """Inputs and outputs as TensorRT's parser sees them, for the whole context; sizes that vary are -1."""
+    """Return inputs and outputs as TensorRT's parser sees them, for the whole context. Dynamic sizes are -1."""
     model = onnx.load(bundle.folder / f"{name}.onnx", load_external_data=False)
     fix_dimension(model, "capacity", bundle.manifest.max_context)
     logger = trt.Logger(trt.Logger.ERROR)
@@ -130,7 +130,7 @@ def network(trt: ModuleType, bundle: Bundle, name: str) -> Mapping[str, list[dic
 
 
 def assert_describes(engine: Engine, parsed: Mapping[str, list[dict[str, Any]]]) -> None:
-    """The manifest's tensors are those of the network, and each profile has a range for what varies in the inputs."""
+    """The manifest's tensors are the network's, and each profile has a range for every dynamic input."""
     for side, described in (("inputs", engine.inputs), ("outputs", engine.outputs)):
         assert [tensor["name"] for tensor in described] == [tensor["name"] for tensor in parsed[side]]
         for tensor, seen in zip(described, parsed[side], strict=True):
@@ -144,14 +144,14 @@ def assert_describes(engine: Engine, parsed: Mapping[str, list[dict[str, Any]]])
 
 
 def assert_holds_names(path: Path, engine: Engine) -> None:
-    """What was built has these inputs and outputs: it can be asked only where it loads."""
+    """Check that the engine's bytes name these inputs and outputs: it cannot be loaded here."""
     content = path.read_bytes()
     for tensor in (*engine.inputs, *engine.outputs):
         assert tensor["name"].encode() in content
 
 
 def test_parts_are_a_chain(built: Built) -> None:
-    """Together they take and give what the whole does; what goes on is given once and taken as it was given."""
+    """Partitions have the whole graph's inputs and outputs. Values between them are output once, read unchanged."""
     folder, engines = built(DEMO_CHECKPOINT, "fp16", "8.6", "--parts=3")
     _, whole = built(DEMO_CHECKPOINT, "fp16", "8.9", "--parts=1")
     parts, (one,) = engines.engines[LLM], whole.engines[LLM]
@@ -175,7 +175,7 @@ def test_parts_are_a_chain(built: Built) -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose engines are weights, not kernels."""
+    """Write a checkpoint whose engines are mostly weights, not kernels."""
     language = dataclasses.replace(
         TINY.language,
         hidden_size=512,
@@ -196,7 +196,7 @@ def test_int4_engines_are_smaller(built: Built, wide: Path) -> None:
 
 
 def test_steps_do_without_the_interaction_layers(built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine for steps alone has none of their weights: TensorRT sees that nothing goes through them."""
+    """An engine for decode only has none of their weights: TensorRT sees that they get no rows."""
     folder, both = built(wide, "fp16", "8.9", "--parts=1")
 
     def steps_alone(manifest: Manifest, limits: EngineLimits) -> dict[str, list[DimensionRanges]]:

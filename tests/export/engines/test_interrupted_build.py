@@ -1,4 +1,4 @@
-"""Signals while TensorRT builds: it is asked to stop, and no one waits for long."""
+"""Signals during a build: TensorRT is asked to stop, and the command ends soon."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fusion_edge.runtime.system import first_signals, interruptible
 
 
 class Stopped(BaseException):
-    """What a handler of signals raises."""
+    """Raised by a signal handler."""
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(params=[True, False], ids=["polls", "silent"])
 def trt(request: pytest.FixtureRequest) -> Iterator[FakeTensorRT]:
-    """A build that does not end by itself, and asks the monitor from a thread of its own, or not at all."""
+    """A build that does not end by itself; it calls the monitor from another thread, or never."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     trt.wait = UninterruptibleWait(request.param)
     yield trt
@@ -48,7 +48,7 @@ def trt(request: pytest.FixtureRequest) -> Iterator[FakeTensorRT]:
 
 
 class Signaller(threading.Thread):
-    """Sends a signal once the build waits."""
+    """Send a signal as soon as the build waits."""
 
     def __init__(self, wait: UninterruptibleWait, number: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def build(trt: FakeTensorRT, bundle: Path) -> int:
 
 
 class Gone(io.StringIO):
-    """A terminal that was closed."""
+    """A closed terminal."""
 
     def flush(self) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -83,7 +83,7 @@ def test_signals(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """A build that does not look up is left alone, and the process ends around it, terminal or not."""
+    """A build that never calls the monitor is abandoned, and the process exits, with or without a terminal."""
     exits: list[int] = []
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(sys, "stdout", Gone())
@@ -124,7 +124,7 @@ def test_what_the_work_raises_is_raised() -> None:
 
 @pytest.mark.parametrize("seconds", [0.3, 2.5])
 def test_tensorrt_rtx(tmp_path: Path, seconds: float) -> None:
-    """The real one, which does not ask for seconds at times."""
+    """The real library may not call the monitor for seconds."""
     pytest.importorskip("tensorrt_rtx")
     assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--fp16", "--target=tensorrt"]) == 0
     files = sorted(tmp_path.rglob("*"))
@@ -138,7 +138,7 @@ def test_tensorrt_rtx(tmp_path: Path, seconds: float) -> None:
         sent = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
-        assert time.monotonic() - sent < 2  # a second, where no other test takes the processor
+        assert time.monotonic() - sent < 2  # a second on an idle machine
         assert process.stderr is not None
         assert process.stderr.read().endswith("interrupted\n")
     assert sorted(tmp_path.rglob("*")) == sorted([*files, tmp_path / "b" / ENGINES_FOLDER])

@@ -153,7 +153,7 @@ def test_quantized_activations(integer_bundle: Path) -> None:
     weights = BundleWeights(bundle)
     linears = [name for name, fmt in bundle.manifest.weights.items() if fmt == "w8a8"]
     assert linears
-    assert {grid and grid.zero_point for grid in map(weights.activation_quantization, linears)} == {
+    assert {found and found.zero_point for found in map(weights.activation_quantization, linears)} == {
         SYMMETRIC_ZERO_POINT
     }
     pixels = np.random.default_rng(0).normal(0, 0.5, (1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)

@@ -16,6 +16,7 @@ from fusion_edge.export.planning.presets import PRESETS
 from fusion_edge.export.planning.resolved_options import resolve_options
 from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.formats import PER_CHANNEL
+from fusion_edge.runtime.bundle import manifest
 from fusion_edge.runtime.errors import UsageError
 
 VALUES: dict[str, tuple[str, Any]] = {
@@ -67,6 +68,10 @@ def test_options_that_exclude_each_other(flags: list[str], capsys: pytest.Captur
         parser().parse_args(["checkpoint", *flags])
     assert caught.value.code == 2
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_runtime_accepts_every_target() -> None:
+    assert set(TARGETS) == set(manifest.TARGETS)
 
 
 @pytest.mark.parametrize("target", [*TARGETS, *PRESETS])

@@ -25,31 +25,31 @@ NAME, STORED = "llm.layers.1.mlp.down", "model.layers.1.mlp.down_proj.weight"
 EVEN = [WeightFormat(kind, 32) for kind in GROUPED if kind not in CODEBOOKS] + [WeightFormat("w8a8")]
 
 
-@pytest.mark.parametrize("form", EVEN, ids=str)
+@pytest.mark.parametrize("fmt", EVEN, ids=str)
 @pytest.mark.parametrize("signs", [[1, 1], [-1, -1], [1, -1]])
-def test_values_up_to_the_limit_do_not_overflow(form: WeightFormat, signs: list[int]) -> None:
+def test_values_up_to_the_limit_do_not_overflow(fmt: WeightFormat, signs: list[int]) -> None:
     rows = np.zeros((2, 64), np.float32)
-    rows[:, ::2], rows[:, 1::2] = signs[0] * form.max_value, signs[1] * form.max_value
-    check_range("w", rows, form)
+    rows[:, ::2], rows[:, 1::2] = signs[0] * fmt.max_value, signs[1] * fmt.max_value
+    check_range("w", rows, fmt)
     weights = torch.from_numpy(rows)
     inputs = FactorizedHessian(torch.eye(64, dtype=torch.float64))
     for values in (
-        dequantize(quantize(rows, form), form, 64),
-        round_to_nearest(weights, form).values.numpy(),
-        gptq(weights, inputs, form).values.numpy(),
+        dequantize(quantize(rows, fmt), fmt, 64),
+        round_to_nearest(weights, fmt).values.numpy(),
+        gptq(weights, inputs, fmt).values.numpy(),
     ):
         np.testing.assert_allclose(values, rows, rtol=0.1)
 
 
-@pytest.mark.parametrize("form", [*EVEN, WeightFormat("fp16")], ids=str)
-def test_values_beyond_the_limit_are_refused(form: WeightFormat) -> None:
-    with pytest.raises(FusionError, match=f"w holds values up to .*; the range of {form} ends at"):
-        check_range("w", np.array([[0, -1.001 * form.max_value]], np.float32), form)
+@pytest.mark.parametrize("fmt", [*EVEN, WeightFormat("fp16")], ids=str)
+def test_values_beyond_the_limit_are_refused(fmt: WeightFormat) -> None:
+    with pytest.raises(FusionError, match=f"w holds values up to .*; the range of {fmt} ends at"):
+        check_range("w", np.array([[0, -1.001 * fmt.max_value]], np.float32), fmt)
 
 
-@pytest.mark.parametrize("form", [WeightFormat("fp32"), WeightFormat("nf4", 64)], ids=str)
-def test_float32_has_no_limit(form: WeightFormat) -> None:
-    check_range("w", np.array([[3e38]], np.float32), form)
+@pytest.mark.parametrize("fmt", [WeightFormat("fp32"), WeightFormat("nf4", 64)], ids=str)
+def test_float32_has_no_limit(fmt: WeightFormat) -> None:
+    check_range("w", np.array([[3e38]], np.float32), fmt)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
 
 
 @pytest.mark.parametrize(
-    ("form", "shape", "reason"),
+    ("fmt", "shape", "reason"),
     [
         ("int4:32", (64, 128), "groups of 64 and 128; use --group-size 64 or 128, in a rule int4:128, or use"),
         ("int4:32", (64, 192), "groups of 64 and 128; use --group-size 64, in a rule int4:64, or use another"),
@@ -94,13 +94,13 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
         ("int4:64", (63, 64), "its 63 outputs are odd, and two share a byte; give it 8 bits"),
     ],
 )
-def test_remedies(form: str, shape: tuple[int, int], reason: str) -> None:
+def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
     """The format that an error proposes is accepted."""
     name = "llm.layers.0.mlp.up"
     weight = Parameter(f"{name}.weight", "linear", shape, ())
     with pytest.raises(UsageError) as refused:
-        TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse(form))})
-    assert f"{name} cannot be {form} for TensorRT: " in str(refused.value)
+        TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse(fmt))})
+    assert f"{name} cannot be {fmt} for TensorRT: " in str(refused.value)
     assert reason in str(refused.value)
     for size in BLOCK_SIZES:
         if f"int4:{size}" in reason:
