@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Tokenizer files for tests: golden files, and handwritten SentencePiece models."""
-=======
 """Tokenizer files for tests: the golden ones, and SentencePiece models built field by field."""
->>>>>>> main
 
 from __future__ import annotations
 

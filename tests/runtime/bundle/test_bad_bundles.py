@@ -38,11 +38,7 @@ Json = dict[str, Any]
 
 @pytest.fixture
 def broken(tiny_bundle: Path, tmp_path: Path) -> Path:
-<<<<<<< HEAD
-    """A copy of the bundle to damage."""
-=======
     """Return a copy to damage."""
->>>>>>> main
     return shutil.copytree(tiny_bundle, tmp_path / "bundle")
 
 

@@ -21,11 +21,7 @@ END = 1204  # <|end|>
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-<<<<<<< HEAD
-    """A copy of the checkpoint to change."""
-=======
     """Return a copy to change."""
->>>>>>> main
     return shutil.copytree(tiny_checkpoint, tmp_path / "FUSION-changed")
 
 
