@@ -18,10 +18,10 @@ from support.tokenizer_files import LLAMA, PHI, write_phi
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.files import digest
 from fusion_edge.runtime.bundle.manifest import MANIFEST
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.prompts.prompt import PromptEncoder
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.tokenization.regex_cost import check_regex
 from fusion_edge.runtime.tokenization.schema import check_tokenizer
 from fusion_edge.runtime.tokenization.tokenizer import build_tokenizer, parse_tokenizer
