@@ -50,7 +50,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a checkpoint (FUSION.md, "The four released models")."""
+    """Sizes of a checkpoint (docs/fusion-model.md, "The four released models")."""
 
     like: Literal["FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA"]
     """Golden checkpoint that provides config and tokenizer."""

@@ -18,7 +18,7 @@ from fusion_edge.export.planning.arguments import add_options, flag_of, given
 from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.options import PRECISION, SHAPES, TARGET, ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
-from fusion_edge.quant.policy import Rule, read_rules
+from fusion_edge.export.planning.rules import Rule, read_rules
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.cli.command import run_command

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 
 from fusion_edge.runtime.arguments import flag, is_integer, shown
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
+from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
 from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, Turn
 from fusion_edge.runtime.requests import Color, ImageLike, Request
@@ -179,7 +179,7 @@ class Pipeline:
         self._latest = None
 
     def encode_image_tokens(self, image: EncodedImage, instruct_ids: Integers) -> Floats:
-        """Return the local crop's features ``[P',D]``, guided by the questions (FUSION.md section 2).
+        """Return the local crop's features ``[P',D]``, guided by the questions (docs/fusion-model.md section 2).
 
         Id 0 is masked.
         """
@@ -190,13 +190,9 @@ class Pipeline:
     def align(self, image: EncodedImage, query_length: int) -> ImageAlignment:
         """Return latents, keys and values for a query length, and cache them with the image."""
         if query_length not in image.alignments:
-            size, cells = 2 * self.config.vision.grid, side(query_length)
+            cells = alignment_cells(2 * self.config.vision.grid, query_length, self.config.alignment.window_size)
             image.alignments.clear()  # one length at a time: keys and values are large
-            image.alignments[query_length] = self.backend.align(
-                image.global_features,
-                pooling_cells(size, cells),
-                pooling_cells(size, cells * self.config.alignment.window_size),
-            )
+            image.alignments[query_length] = self.backend.align(image.global_features, *cells)
         return image.alignments[query_length]
 
     def prefill(

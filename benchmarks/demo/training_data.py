@@ -29,7 +29,7 @@ IGNORED = -100  # cross_entropy's label without a target
 
 
 def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
-    """Return the five crops (FUSION.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
+    """Return the five crops (docs/fusion-model.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
     grid = CONFIG.vision.grid
     crops = cut_crops(Image.fromarray(picture))
     reduced: list[npt.NDArray[np.uint8]] = [np.asarray(Image.fromarray(crop).reduce(REDUCTION)) for crop in crops]

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 IMAGE_SIZE = 384  # side of a crop in pixels
-GLOBAL_CROPS = 4  # the 768 x 768 resize cut row by row (FUSION.md section 1)
-VISION_HEADS = 16  # of every released tower (FUSION.md, "The four released models")
-ALIGNMENT_HEADS = 16  # FUSION.md section 5
+GLOBAL_CROPS = 4  # the 768 x 768 resize cut row by row (docs/fusion-model.md section 1)
+VISION_HEADS = 16  # of every released tower (docs/fusion-model.md, "The four released models")
+ALIGNMENT_HEADS = 16  # docs/fusion-model.md section 5
 VISION_NORM_EPS = 1e-6
 ALIGNMENT_NORM_EPS = 1e-5
 MINIMUM_QUESTION = 16  # lower bound of tokens for the template and a question
@@ -63,7 +63,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """The interaction layers (FUSION.md sections 3 and 5)."""
+    """The interaction layers (docs/fusion-model.md sections 3 and 5)."""
 
     layers: int
     start: int
@@ -83,7 +83,7 @@ class FusionConfig:
     """Structure of a FUSION model."""
 
     template: str
-    """Name of the conversation template: ``phi_3`` or ``llama_3`` (FUSION.md section 4)."""
+    """Name of the conversation template: ``phi_3`` or ``llama_3`` (docs/fusion-model.md section 4)."""
     vision: VisionConfig
     language: LanguageConfig
     alignment: AlignmentConfig

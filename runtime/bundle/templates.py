@@ -1,4 +1,4 @@
-"""Conversation templates (FUSION.md section 4)."""
+"""Conversation templates (docs/fusion-model.md section 4)."""
 
 from __future__ import annotations
 

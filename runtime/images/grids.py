@@ -1,4 +1,4 @@
-"""Pooling and resizing of square feature maps (FUSION.md sections 2 and 3)."""
+"""Pooling and resizing of square feature maps (docs/fusion-model.md sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fusion_edge.runtime.bundle.config import side as side_of
 def pooling_cells(size: int, cells: int) -> npt.NDArray[np.int64]:
     """Return the rows that each cell of an adaptive pool covers: int64 ``[cells,m]``.
 
-    Cell i covers floor(i*size/cells) to ceil((i+1)*size/cells), exclusive (FUSION.md section 3). Shorter cells repeat
-    their last index, which does not change a maximum: ``rows[pooling_cells(...)].max(axis=1)`` is adaptive max pooling
-    along one axis. Raises ``ValueError`` unless both numbers are positive.
+    Cell i covers floor(i*size/cells) to ceil((i+1)*size/cells), exclusive (docs/fusion-model.md section 3).
+    Shorter cells repeat their last index, which does not change a maximum: ``rows[pooling_cells(...)].max(axis=1)`` is
+    adaptive max pooling along one axis. Raises ``ValueError`` unless both numbers are positive.
     """
     if size < 1 or cells < 1:
         raise ValueError(f"cannot pool {size} rows into {cells} cells")
@@ -25,8 +25,16 @@ def pooling_cells(size: int, cells: int) -> npt.NDArray[np.int64]:
     return indices
 
 
+def alignment_cells(
+    size: int, query_length: int, window_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the pooling cells of the latents and of their context windows, for a square map of side ``size``."""
+    cells = side_of(query_length)
+    return pooling_cells(size, cells), pooling_cells(size, cells * window_size)
+
+
 def resize_grid(features: npt.NDArray[np.float32], side: int) -> npt.NDArray[np.float32]:
-    """Resize a square map ``[P,D]`` bilinearly to ``[side*side,D]`` (FUSION-L, FUSION.md section 2).
+    """Resize a square map ``[P,D]`` bilinearly to ``[side*side,D]`` (FUSION-L, docs/fusion-model.md section 2).
 
     Half-pixel centers, no antialiasing. The same side returns ``features`` itself. Raises ``ValueError`` if P is not a
     square number or ``side`` is not positive.

@@ -1,4 +1,4 @@
-"""Preprocessing: from an image to the five normalized crops of FUSION.md section 1."""
+"""Preprocessing: from an image to the five normalized crops of docs/fusion-model.md section 1."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def load_image(
 def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Return the crops of an RGB image, uint8 ``[5,384,384,3]``: four global ones row by row, then the local one.
 
-    The aspect ratio is not kept (FUSION.md section 1).
+    The aspect ratio is not kept (docs/fusion-model.md section 1).
     """
     side = CROPS_A_SIDE * IMAGE_SIZE
     crops = np.empty((GLOBAL_CROPS + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
@@ -86,7 +86,7 @@ def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def normalize(crops: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Convert uint8 crops ``[N,H,W,3]`` to contiguous float32 ``[N,3,H,W]`` from -1 to 1 (FUSION.md section 1)."""
+    """Convert uint8 crops ``[N,H,W,3]`` to float32 ``[N,3,H,W]`` from -1 to 1 (docs/fusion-model.md section 1)."""
     # In float32 x/127.5 - 1 equals (x/255 - 0.5)/0.5 exactly, because multiplying by 2 is exact.
     pixels: npt.NDArray[np.float32]
     pixels = np.divide(crops.transpose(0, 3, 1, 2), np.float32(127.5), dtype=np.float32, order="C")

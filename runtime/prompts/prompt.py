@@ -1,4 +1,4 @@
-"""A conversation as token ids and positions (FUSION.md sections 2 and 4)."""
+"""A conversation as token ids and positions (docs/fusion-model.md sections 2 and 4)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Prompt:
     token_ids: npt.NDArray[np.int64]
     """Text tokens, with Q + 1 markers (:data:`MARKER_IDS`) in place of image tokens and latents."""
     instruct_ids: npt.NDArray[np.int64]
-    """Tokens of the questions, which guide the vision encoder (FUSION.md section 2)."""
+    """Tokens of the questions, which guide the vision encoder (docs/fusion-model.md section 2)."""
     instruct_indices: npt.NDArray[np.int64]
     """``[Q]``: index in ``token_ids`` of the last token of the prompt when each question was asked."""
 
@@ -67,7 +67,7 @@ class Prompt:
         """Replace the markers by rows and return the positions.
 
         The first marker becomes ``image_tokens`` rows, every other one ``query_length`` rows, as in the training of the
-        released weights (FUSION.md section 4).
+        released weights (docs/fusion-model.md section 4).
         """
         is_marker = self.token_ids < 0
         image_marker, *latent_markers = np.flatnonzero(is_marker)
