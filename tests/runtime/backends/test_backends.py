@@ -12,8 +12,8 @@ from fakes.fake_tensorrt import FULL, JETPACK_6, RTX
 from fakes.on_fake_tensorrt import open_on_fake
 from support.backend_contract import BackendContract, Subject
 from support.checkpoints import TINY, write_checkpoint
+from support.cpu_kernel_switches import exact_attention
 from support.opset24 import needs_opset_24
-from support.own_kernels import exact_attention
 
 from fusion_edge.export import cli
 from fusion_edge.export.engines import cli as cli_build
