@@ -15,7 +15,7 @@ import sentencepiece
 
 from fusion_edge.benchmarks.demo import pictures
 from fusion_edge.benchmarks.json_file import write_json
-from fusion_edge.runtime.prompts.templates import TEMPLATES
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 
 PIECES = 504  # with the eight added tokens: 512
 ADDED = (
