@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import fusion_edge
+
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 FOLDERS = ("benchmarks", "docs", "examples", "export", "fusion_edge", "kernels", "quant", "runtime", "tests", ".ci")
@@ -44,6 +46,13 @@ def test_documents_named_in_code_exist() -> None:
     named = {name for path in code for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8"))}
     assert "docs/fusion-model.md" in named
     assert not {name for name in named if not (ROOT / name).exists()} - {"docs/Versioning.md"}  # of ONNX
+
+
+def test_every_public_name_has_its_place_on_the_api_page() -> None:
+    page = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: fusion_edge\.(\w+)$", page, re.MULTILINE)) == sorted(
+        set(fusion_edge.__all__) - {"__version__"}
+    )
 
 
 def test_the_readme_is_one_page() -> None:
