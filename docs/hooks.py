@@ -65,6 +65,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return OUTSIDE.sub(link, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Remove the roles of docstrings, as in ``:class:`Fusion```, which Markdown does not know."""
+    return re.sub(r":(?:class|meth|func|data|attr|mod):(?=<code>)", "", html)
+
+
 def command_page(parser: argparse.ArgumentParser, level: int) -> str:
     """Return a command as Markdown below a heading of a level: description, usage, arguments and options."""
     lines = [f"{'#' * level} {parser.prog}", "", str(parser.description), "", "```text", usage(parser), "```", ""]

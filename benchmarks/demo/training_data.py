@@ -18,9 +18,9 @@ from torch import Tensor
 from fusion_edge.benchmarks.demo import pictures
 from fusion_edge.benchmarks.demo.initialize import CONFIG
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 REDUCTION = 6
 """Training uses averages of 6 x 6 pixels, so learned patch kernels are constant on such squares."""

@@ -21,10 +21,10 @@ from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, normalize
 from fusion_edge.runtime.prompts.prompt import encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 
 class BlockOperations(EagerOperations):

@@ -394,4 +394,4 @@ def test_a_report_that_is_none(calibrated: Path, tmp_path: Path, refused: Refuse
         if entry["path"] == QUANTIZATION:
             entry |= {"size": 2, "sha256": digest(path)}
     (tmp_path / "b" / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    assert "no quantization report" in refused(cli_info.main, tmp_path / "b")
+    assert "not a quantization report" in refused(cli_info.main, tmp_path / "b")
