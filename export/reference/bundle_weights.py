@@ -28,7 +28,7 @@ from fusion_edge.runtime.bundle.reader import Bundle
 
 
 class BundleWeights:
-    """See :class:`fusion_edge.export.checkpoint.weights.Weights`."""
+    """Weights of a bundle, in the interface :class:`~fusion_edge.export.checkpoint.weights.Weights`."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Read the structure of the graphs. Weights are read on demand."""
@@ -66,7 +66,7 @@ class BundleWeights:
         return ordered
 
     def activation_quantization(self, linear: str) -> ActivationQuantization | None:
-        """See :meth:`Weights.activation_quantization`."""
+        """Return how a linear quantizes its activations, None if it does not."""
         name = f"{linear}.weight"
         if (name, "input_scale") not in self._tensors:
             return None
