@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
@@ -50,7 +51,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a checkpoint (FUSION.md, "The four released models")."""
+    """Sizes of a checkpoint (docs/fusion-model.md, "The four released models")."""
 
     like: Literal["FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA"]
     """Golden checkpoint that provides config and tokenizer."""
@@ -208,7 +209,7 @@ def write_checkpoint(
     for name in TOKENIZER_FILES:
         if (like / name).is_file():
             shutil.copyfile(like / name, folder / name)
-    _write_json(folder / "config.json", config | sizes.config_fields())
+    write_json(folder / "config.json", config | sizes.config_fields())
     shards = list(_shards(tensors, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     values = None if is_sparse else _RandomValues(seed)
@@ -218,7 +219,7 @@ def write_checkpoint(
                 _write_shard(file, shard, values, progress.advance)
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 class _RandomValues:
@@ -285,10 +286,6 @@ def _write_shard(
         for piece in values.pieces(name, shape):
             file.write(piece.data)
             advance(piece.nbytes)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from fusion_edge.runtime.backends.devices import NAMES
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "fusion-export": (("fusion_edge.export.cli", "parser"),),
@@ -61,6 +63,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"[{match[1]}]({up}{name})"
 
     return OUTSIDE.sub(link, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Remove the roles of docstrings, as in ``:class:`Fusion```, which Markdown does not know."""
+    return re.sub(r":(?:class|meth|func|data|attr|mod):(?=<code>)", "", html)
 
 
 def command_page(parser: argparse.ArgumentParser, level: int) -> str:
@@ -113,7 +120,8 @@ def anchor(command: str, name: str) -> str:
 
 def sentence(text: str) -> str:
     """Return a help text as a sentence: capitalized, with a period."""
-    is_word = re.match(r"[a-z-]+ ", text) is not None  # not a value such as int8 or a list of values
+    word = re.match(r"[a-z-]+(?=[ ,])", text)
+    is_word = word is not None and word[0] not in NAMES  # not a value such as int8 or a list of devices
     capital = text[:1].upper() + text[1:] if is_word else text
     return capital if capital.endswith(".") else f"{capital}."
 

@@ -18,7 +18,7 @@ from fusion_edge.export.planning.arguments import add_options, flag_of, given
 from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.options import PRECISION, SHAPES, TARGET, ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
-from fusion_edge.quant.policy import Rule, read_rules
+from fusion_edge.export.planning.rules import Rule, read_rules
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.cli.command import run_command
@@ -85,6 +85,7 @@ def _add_rules(group: argparse._ArgumentGroup) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    output: Path = arguments.output
     if arguments.output is None and not arguments.dry_run:
         raise UsageError("No output given; add -o BUNDLE, or --dry-run to see sizes only.")
     calibration = _calibration(arguments)
@@ -97,7 +98,7 @@ def _export(arguments: argparse.Namespace) -> int:
         if fit is not None:
             check_fit(estimate(plan), fit)
         if calibration is None:
-            manifest, report = write_bundle(plan, arguments.output, arguments.force)
+            manifest, report = write_bundle(plan, output, arguments.force)
         else:
             manifest, report = _export_calibrated(plan, calibration, arguments)
     _print(arguments, plan, manifest, report)

@@ -1,21 +1,23 @@
 """FUSION vision-language models on robots and desktops: export, quantize, run and measure.
 
-The public names are those of :mod:`fusion_edge.runtime`. Each is imported when it is first used, so that
-``import fusion_edge`` loads no library.
+The public names are those of :mod:`fusion_edge.runtime`. They are imported on first use, so ``import fusion_edge``
+loads no library.
 """
 
 from __future__ import annotations
 
 from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
 
-TYPE_CHECKING = False  # as type checkers read it; the module typing takes long to import
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime import (
         Answer,
+        AnswerOptions,
         AnswerStream,
         Conversation,
         Fusion,
         FusionError,
+        QuestionOptions,
         Sampling,
         Turn,
         UsageError,
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Answer",
+    "AnswerOptions",
     "AnswerStream",
     "Conversation",
     "Fusion",
     "FusionError",
+    "QuestionOptions",
     "Sampling",
     "Turn",
     "UsageError",

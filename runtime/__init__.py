@@ -1,26 +1,41 @@
-"""Running a FUSION bundle: ``load``, ``Fusion`` and the types that they use, each imported when it is asked for."""
+"""The engine: load a bundle and ask questions about images. Public names are imported on first use."""
 
 from __future__ import annotations
 
 from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
 
-TYPE_CHECKING = False  # as type checkers read it; the module typing takes long to import
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime.answers import Answer, AnswerStream
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import FusionError, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.prompts.prompt import Turn
+    from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
 
-__all__ = ["Answer", "AnswerStream", "Conversation", "Fusion", "FusionError", "Sampling", "Turn", "UsageError", "load"]
+__all__ = [
+    "Answer",
+    "AnswerOptions",
+    "AnswerStream",
+    "Conversation",
+    "Fusion",
+    "FusionError",
+    "QuestionOptions",
+    "Sampling",
+    "Turn",
+    "UsageError",
+    "load",
+]
 
 _MODULES = {
     "Answer": "answers",
+    "AnswerOptions": "requests",
     "AnswerStream": "answers",
     "Conversation": "conversation",
     "Fusion": "fusion",
     "FusionError": "errors",
+    "QuestionOptions": "requests",
     "Sampling": "sampling",
     "Turn": "prompts.prompt",
     "UsageError": "errors",

@@ -1,4 +1,4 @@
-"""RequestQueue about one image, each with those before it as history."""
+"""A conversation: questions about one image, each with the earlier ones as its history."""
 
 from __future__ import annotations
 
@@ -8,55 +8,85 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from fusion_edge.runtime.answers import Answer, AnswerStream
+from fusion_edge.runtime.pipeline import Pipeline
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.request_queue import RequestQueue
-from fusion_edge.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
-    from fusion_edge.runtime.fusion import Fusion
+    from typing_extensions import Unpack
+
+    from fusion_edge.runtime.requests import AnswerOptions
 
 
 class Conversation:
-    """RequestQueue about one image, each with those before it as history.
+    """Questions about one image, each with the earlier ones as its history.
 
-    Several threads may ask: a question has all turns as its history that were complete when its own turn came.
+    :meth:`Fusion.conversation` makes one. Several threads may ask: the history of a question holds every turn that was
+    complete when the question's own turn came.
     """
 
-    def __init__(self, fusion: Fusion, image: Image.Image, control_tokens: bool = False) -> None:
-        self._fusion = fusion
+    def __init__(
+        self, pipeline: Pipeline, queue: RequestQueue, image: Image.Image, control_tokens: bool = False
+    ) -> None:
+        self.history: list[Turn] = []
+        """Complete turns, oldest first. You may edit the list between questions."""
+        self._pipeline = pipeline
+        self._queue = queue
         self._image = image
         self._control_tokens = control_tokens
-        self.history: list[Turn] = []
 
-    def ask(self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None) -> Iterator[str]:
-        """The answer piece by piece; it joins the history when it is complete.
+    def ask(self, question: str, **options: Unpack[AnswerOptions]) -> Iterator[str]:
+        """Ask a question and yield the answer piece by piece.
 
-        The question is asked when the first piece is taken. Errors as of :meth:`Fusion.answer`.
+        The question is asked when the first piece is taken. The turn joins :attr:`history` with the last piece.
+
+        Args:
+            question: The question.
+            **options: See :class:`AnswerOptions`.
+
+        Returns:
+            Pieces of text as they are generated.
+
+        Raises:
+            UsageError: As :meth:`Fusion.answer`.
+            FusionError: As :meth:`Fusion.answer`.
         """
-        return _Pieces(self._fusion.queue, lambda: self._begin(question, sampling, query_length))
+        return _Pieces(self._queue, lambda: self._start(question, **options))
 
-    def answer(self, question: str, *, sampling: Sampling | None = None, query_length: int | None = None) -> Answer:
-        """The whole answer; it joins the history. Errors as of :meth:`Fusion.answer`."""
-        return self._fusion.queue.run(lambda: self._begin(question, sampling, query_length).complete())
+    def answer(self, question: str, **options: Unpack[AnswerOptions]) -> Answer:
+        """Ask a question and return the complete answer. The turn joins :attr:`history`.
 
-    def _begin(self, question: str, sampling: Sampling | None, query_length: int | None) -> AnswerStream:
-        """The question, with the history as it is now, while no other one is computed."""
-        request = self._fusion.request(
-            self._image, question, self.history, sampling, query_length, self._control_tokens
+        Args:
+            question: The question.
+            **options: See :class:`AnswerOptions`.
+
+        Raises:
+            UsageError: As :meth:`Fusion.answer`.
+            FusionError: As :meth:`Fusion.answer`.
+        """
+        return self._queue.run(lambda: self._start(question, **options).complete())
+
+    def _start(self, question: str, **options: Unpack[AnswerOptions]) -> AnswerStream:
+        """Start an answer with the present history. Call it while nothing else computes."""
+        self._queue.check_open()
+        request = self._pipeline.request(
+            self._image, question, self.history, control_tokens=self._control_tokens, **options
         )
-        return AnswerStream(self._fusion, request, lambda answer: self.history.append(Turn(question, answer.text)))
+        return AnswerStream(
+            self._pipeline, self._queue, request, lambda answer: self.history.append(Turn(question, answer.text))
+        )
 
 
 class _Pieces(Iterator[str]):
-    """Pieces of an answer to a question that is asked when the first is taken, by whichever thread."""
+    """Pieces of an answer that starts when a thread takes the first one."""
 
-    def __init__(self, questions: RequestQueue, begin: Callable[[], AnswerStream]) -> None:
-        self._questions, self._begin = questions, begin
+    def __init__(self, queue: RequestQueue, start: Callable[[], AnswerStream]) -> None:
+        self._queue, self._start = queue, start
         self._stream: AnswerStream | None = None
 
     def __next__(self) -> str:
-        return next(self._stream or self._questions.run(self._started))
+        return next(self._stream or self._queue.run(self._started))
 
     def _started(self) -> AnswerStream:
-        self._stream = self._stream or self._begin()
+        self._stream = self._stream or self._start()
         return self._stream

@@ -1,4 +1,4 @@
-"""The order in which threads ask a model, and its end."""
+"""The queue of threads that ask a model, and its close."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class RequestQueue:
-    """Lets one thread at a time compute, in the order in which they came, until the model is closed.
+    """Serves one thread at a time, in order of arrival, until the model is closed.
 
-    There is one KV cache, so a new question gives up the one before it: every question has a number, and only the
-    latest may go on.
+    The model has one KV cache, so a new question ends the one before it. Every question has a number, and only the
+    latest number is current.
     """
 
     def __init__(self, backend: Backend) -> None:
-        """``backend`` is closed once, when nothing computes."""
+        """Own ``backend``: close it once, while nothing computes."""
         self._backend = backend
         self._lock = FairLock()
         self._process = os.getpid()
@@ -30,31 +30,31 @@ class RequestQueue:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether this is a forked process, which has the model's memory but none of its threads."""
+        """Whether this is a forked process: it has the model's memory, but none of its threads."""
         return os.getpid() != self._process
 
     def run(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives, called when nothing else computes. Raises :class:`FusionError` in a forked process."""
+        """Return ``work()``, called while nothing else computes. Raise :class:`FusionError` in a forked process."""
         self._check_process()
         if self._lock.is_mine:
-            raise UsageError("A signal's handler asks the model that it interrupted; ask once that has answered.")
-        return self._lock.run(lambda: self._attended(work))
+            raise UsageError("A signal handler asks the model that it interrupted; ask after that answer.")
+        return self._lock.run(lambda: self._freeing(work))
 
-    def _attended(self, work: Callable[[], T]) -> T:
+    def _freeing(self, work: Callable[[], T]) -> T:
         try:
             return work()
         finally:
             if self._is_closed:
                 self._free_once()
 
-    def begin(self) -> int:
-        """Number of a new question, which gives up the one before. Raises as :meth:`check_open`."""
+    def start(self) -> int:
+        """End the question before and return the number of a new one. Raise as :meth:`check_open`."""
         self.check_open()
         self._latest += 1
         return self._latest
 
-    def may_go_on(self, number: int) -> bool:
-        """Whether a question was neither given up nor ended by a close."""
+    def is_current(self, number: int) -> bool:
+        """Return whether no later question and no close ended a question."""
         return number == self._latest and not self._is_closed
 
     def check_open(self) -> None:
@@ -64,10 +64,10 @@ class RequestQueue:
             raise UsageError("This model has been closed; load the bundle again.")
 
     def close(self) -> None:
-        """End the question that is computed, wait for that, and free the model.
+        """End the running question, wait for its end, and free the model.
 
-        From a handler that interrupted it in this thread: the question ends, and frees the model, after the handler.
-        In a forked process nothing: what is there belongs to the other one.
+        Called from a signal handler that interrupted the question: the question frees the model after the handler.
+        In a forked process this does nothing: the model belongs to the parent.
         """
         if self.is_inherited:
             return
@@ -86,6 +86,6 @@ class RequestQueue:
     def _check_process(self) -> None:
         if self.is_inherited:
             raise FusionError(
-                f"This model was loaded by process {self._process}, of which this one is a fork; "
-                "load the bundle here, after the fork."
+                f"This process is a fork of process {self._process}, which loaded the model; "
+                "load the bundle after the fork."
             )

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits."""
+"""Sampling: the choice of the next token from the logits."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from fusion_edge.runtime.errors import FusionError, UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is generated. Raises ``UsageError`` for a value outside its range."""
+    """Parameters of generation.
+
+    Raises:
+        UsageError: A value has a wrong type or is out of range.
+    """
 
     max_new_tokens: int = 512
+    """Limit of generated tokens, from 1."""
     temperature: float = 0.0
-    """0 takes the likeliest token (greedy); ``top_p``, ``top_k`` and ``seed`` then change nothing."""
+    """0 is greedy and ignores ``top_p``, ``top_k`` and ``seed``."""
     top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities reach this sum."""
+    """Nucleus sampling: the smallest set of tokens whose probabilities reach this sum; 1 is off."""
     top_k: int = 0
-    """Draw from this many of the likeliest tokens; 0 for all."""
+    """Sample from this number of likeliest tokens; 0 is off."""
     seed: int | None = None
-    """The same seed gives the same draws; None gives new ones every time."""
+    """Random seed; None for a new one each time."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are not part of it."""
+    """Stop strings, which end the answer and are not part of it."""
 
     def __post_init__(self) -> None:
         numbers = {
@@ -37,35 +42,35 @@ class Sampling:
             "top_k": integer("top_k", self.top_k, 0, "an integer from 0 (off)"),
             "seed": None if self.seed is None else integer("seed", self.seed, 0, "an integer from 0, or None"),
         }
-        for name, number in numbers.items():  # NumPy's become Python's
+        for name, number in numbers.items():  # converts NumPy scalars
             object.__setattr__(self, name, number)
         if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
             raise UsageError(f"stop is {shown(self.stop)}; expected a tuple of strings, none of them empty.")
 
 
 class Sampler:
-    """Chooses one token after another; holds the random generator of one answer."""
+    """Samples the tokens of one answer with its random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._generator = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
-        """The id from ``logits`` ``[V]``: greedy, or drawn after temperature, top-k and top-p, in this order.
+        """Return a token id for ``logits`` ``[V]``: greedy, or sampled after temperature, top-k and top-p.
 
-        Of equal logits the first counts as the larger. A token at minus infinity is never drawn. Raises
-        ``FusionError`` if the largest logit is no finite number.
+        The first of equal logits ranks highest. A logit of minus infinity is never sampled. Raises ``FusionError`` if
+        the largest logit is not finite.
         """
-        likeliest = int(np.argmax(logits))  # where a NaN is, if there is one
+        likeliest = int(np.argmax(logits))  # a NaN, if there is one
         if not np.isfinite(logits[likeliest]):
             raise FusionError(
-                f"The model's logits contain {logits[likeliest]}; this bundle overflows on this device: "
-                "export it again with a higher precision."
+                f"The model's logits contain {logits[likeliest]}: the bundle overflows on this device; export it with "
+                "a higher precision."
             )
         if self._sampling.temperature == 0:
             return likeliest
         candidates, probabilities = distribution(logits, self._sampling)
-        # Inverse of the cumulative distribution; draws lie in [0, 1), so the index is always a candidate's.
+        # Inverse transform sampling. random() is below 1, so the index is always valid.
         cumulative = np.cumsum(probabilities)
         drawn = self._generator.random() * cumulative[-1]
         return int(candidates[np.searchsorted(cumulative, drawn, side="right")])
@@ -74,11 +79,11 @@ class Sampler:
 def distribution(
     logits: npt.NDArray[np.float32], sampling: Sampling
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Token ids that may be drawn ``[n]`` and their probabilities ``[n]``, likeliest first if some were cut.
+    """Return candidate token ids ``[n]`` and their probabilities ``[n]``, sorted if top-k or top-p cut some.
 
-    ``logits`` ``[V]`` with a finite largest value, ``sampling.temperature`` above 0.
+    The largest of ``logits`` ``[V]`` must be finite, and ``sampling.temperature`` above 0.
     """
-    with np.errstate(over="ignore"):  # a tiny temperature: all but the largest go to minus infinity
+    with np.errstate(over="ignore"):  # a tiny temperature makes all but the largest minus infinity
         scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     candidates = np.arange(len(logits), dtype=np.int64)
     if 0 < sampling.top_k < len(logits):
@@ -87,8 +92,8 @@ def distribution(
     weights = np.exp(scaled[candidates])
     probabilities = weights / weights.sum()
     if sampling.top_p < 1:
-        # All tokens below this hold less than 1 - top_p together, so the nucleus lies above: sorting these
-        # few, not the whole vocabulary, is what keeps top-p quick.
+        # All tokens below this threshold sum to less than 1 - top_p, so the nucleus lies above it. Sorting those few
+        # instead of the vocabulary keeps top-p fast.
         probable = np.flatnonzero(probabilities >= (1 - sampling.top_p) / len(probabilities))
         order = _likeliest_first(logits[candidates], probable)
         reached = np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p, side="left")
@@ -98,5 +103,5 @@ def distribution(
 
 
 def _likeliest_first(logits: npt.NDArray[np.float32], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    # By the logits themselves: scaled, or as probabilities, some that differ would round to equals.
+    # Sort by the logits: scaled logits and probabilities may round different values to equal ones.
     return indices[np.argsort(-logits[indices], kind="stable")]

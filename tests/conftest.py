@@ -1,16 +1,16 @@
-"""A FUSION checkpoint that exports and answers in a fraction of a second, for tests that need one, whatever it says."""
+"""Shared fixtures: a tiny checkpoint, its bundles, and commands that must fail."""
 
 from __future__ import annotations
 
 import os
 
-# One core for each process of pytest-xdist, before anything counts the cores: threads of numpy, torch and ONNX Runtime
-# in all of them would wait for each other many times as long as these small products take.
+# Pin each process of pytest-xdist to one core, before any library counts the cores. Otherwise the threads of NumPy,
+# torch and ONNX Runtime in all processes wait for each other far longer than the small tests compute.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
-# Read when Triton's kernels are defined: they run on the CPU, one program after the other.
+# Triton reads this when it defines kernels. They run on the CPU, one program after the other.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import shutil
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The user's cache folder, for as long as tests run."""
+    """Redirect the user's cache folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -43,14 +43,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-shard float16 checkpoint with random weights, Phi's layout and tokenizer: 16 patches, width 32, two layers.
 
-    Read it only: a test that needs it broken copies it first.
+    Read-only: copy it to change it.
     """
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "FUSION-tiny", TINY)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny_checkpoint`` exported with ``--int4``; offers query lengths 16 and 4 and 512 positions. Read it only."""
+    """``tiny_checkpoint`` exported with ``--int4``: query lengths 16 and 4, context of 512 tokens. Read-only."""
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--int4"]) == 0
     return folder
@@ -58,7 +58,7 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def tiny_tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny_checkpoint`` exported with ``--fp16 --target tensorrt``, without engines. Read it only."""
+    """``tiny_checkpoint`` exported with ``--fp16 --target tensorrt``, without engines. Read-only."""
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
     return folder
@@ -66,22 +66,22 @@ def tiny_tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """A place for a bundle in an empty folder."""
+    """Path of a new bundle in an empty folder."""
     (tmp_path / "output").mkdir()
     return tmp_path / "output/bundle"
 
 
 @pytest.fixture
 def replaceable(tiny_bundle: Path, output: Path) -> Path:
-    """A bundle in that place."""
+    """A bundle at ``output``."""
     shutil.copytree(tiny_bundle, output)
     return output
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``refused(main, *arguments, code=1)`` runs a command that must fail with this exit code and one line on
-    standard error, which it returns.
+    """``refused(main, *arguments, code=1)`` runs a command that must fail with an exit code, and returns its one line
+    on standard error.
     """
 
     def run(main: Callable[[list[str]], int], *arguments: object, code: int = 1) -> str:

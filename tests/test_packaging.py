@@ -1,54 +1,75 @@
-"""The package as it is shipped: what a wheel holds, and what the runtime needs."""
+"""The package folder, what imports cost, extras, and the remedies that messages and documents name."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
+import grimp
 import pytest
+from support.paths import ROOT
+
+import fusion_edge
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "onnx", "transformers", "huggingface_hub", "safetensors", "sentencepiece")
+FOLDERS = ("benchmarks", "export", "kernels", "quant", "runtime")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 
-def test_the_runtime_needs_little(tmp_path: Path) -> None:
-    """In an environment with the four packages that the runtime imports and no other."""
-    venv.create(tmp_path / "clean", symlinks=True)
-    python = tmp_path / "clean/bin/python"
-    site = next((tmp_path / "clean/lib").glob("python*")) / "site-packages"
-    installed = Path(pytest.__file__).parents[1]
-    for package in ("numpy", "onnxruntime", "tokenizers", "PIL"):
-        for path in (*installed.glob(package), *installed.glob(f"{package.lower()}*.libs")):
-            (site / path.name).symlink_to(path)
-    (site / "fusion_edge").mkdir()
-    for package in "runtime":
-        (site / "fusion_edge" / package).symlink_to(ROOT / package)
-    program = (
-        "import sys, time; start = time.perf_counter(); import fusion_edge.runtime as runtime; "
-        "took = time.perf_counter() - start; runtime.load; "
-        f"assert not set(sys.modules) & set({HEAVY!r}), 'too much'; print(took)"
-    )
-    runs = [subprocess.run([python, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.5
+def test_the_package_folder_links_to_the_top_level_folders() -> None:
+    package = ROOT / "fusion_edge"
+    assert {path.name: str(path.readlink()) for path in package.iterdir() if path.is_symlink()} == {
+        folder: f"../{folder}" for folder in FOLDERS
+    }
+    assert Path(fusion_edge.__file__) == package / "__init__.py"
 
 
-def test_heavy_packages_are_not_imported_at_all() -> None:
-    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "runtime").rglob("*.py"))
-    for package in HEAVY:
-        assert not re.search(rf"^\s*(import|from) {package}\b", source, re.MULTILINE)
+def test_an_editable_install_is_a_plain_path() -> None:
+    """Type checkers and editors do not run import hooks."""
+    installed = importlib.metadata.distributions(name="fusion-edge")
+    paths = [file for distribution in installed for file in distribution.files or () if file.suffix == ".pth"]
+    if not paths:
+        pytest.skip("fusion-edge is not installed for editing")
+    assert [file.read_text().strip() for file in paths] == [str(ROOT)]
+
+
+def test_the_version_is_the_package_version() -> None:
+    assert fusion_edge.__version__ == importlib.metadata.version("fusion-edge")
+
+
+def test_public_names_are_found_when_they_are_used() -> None:
+    assert all(getattr(fusion_edge, name) is not None for name in fusion_edge.__all__)
+    assert set(fusion_edge.__all__) <= set(dir(fusion_edge))
+
+
+def test_importing_the_package_takes_less_than_50_ms() -> None:
+    program = "import time; start = time.process_time(); import fusion_edge; print(time.process_time() - start)"
+    command = [sys.executable, "-I", "-c", program]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 0.05
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports for type checking and imports in functions count."""
+    graph = grimp.build_graph("fusion_edge")
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    importers = {module: graph.find_modules_that_directly_import(module) for module in graph.modules}
+    on_circles = graph.modules
+    while ends := {m for m in on_circles if not (imports[m] & on_circles and importers[m] & on_circles)}:
+        on_circles = on_circles - ends
+    assert not on_circles
 
 
 def test_python_310_is_still_promised() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'requires-python = ">=3.10"' in text
+    assert PROJECT["requires-python"] == ">=3.10"
 
 
 def test_the_readme_names_commands_that_exist() -> None:
@@ -64,32 +85,39 @@ def test_the_readme_names_commands_that_exist() -> None:
 
 def test_no_extra_brings_both_wheels_of_onnxruntime() -> None:
     """They overwrite each other's files; only who asks for cpu and cuda at once gets them."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
 
     def wheels(requirements: list[str]) -> set[str]:
         found = set()
         for requirement in requirements:
             if own := re.fullmatch(r"fusion-edge\[(.+)\]", requirement):
-                found |= set.union(*(wheels(extras[extra]) for extra in own[1].split(",")))
+                found |= set.union(*(wheels(EXTRAS[extra]) for extra in own[1].split(",")))
             elif name := re.match(r"onnxruntime[\w-]*", requirement):
                 found.add(name[0])
         return found
 
-    assert wheels(project["dependencies"]) == set()
-    brought = {extra: wheels(requirements) for extra, requirements in extras.items()}
+    assert wheels(PROJECT["dependencies"]) == set()
+    brought = {extra: wheels(requirements) for extra, requirements in EXTRAS.items()}
     assert brought["cpu"] == {"onnxruntime"}
     assert brought["cuda"] == {"onnxruntime-gpu"}
     assert all(len(names) < 2 for names in brought.values())
 
 
-def test_messages_name_extras_that_exist() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    code = (path for folder in ("export", "runtime", "kernels") for path in (ROOT / folder).rglob("*.py"))
-    named = {
-        extra
-        for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *code)
-        for group in re.findall(r"(?:fusion-edge|'\.)\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
-        for extra in group.split(",")
-    }
-    assert {"cpu", "cuda", "calibrate", "kernels", "tensorrt-rtx"} <= named <= set(extras)
+def test_remedies_work_in_a_clone() -> None:
+    """The package is on no index: messages and documents install ``'.[EXTRA]'`` or ``'./fusion-edge[EXTRA]'``."""
+    code = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = set()
+    for path in (*code, *pages):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(?<![./])fusion-edge\[|pip install (--upgrade )?'?fusion-edge", text), path
+        for group in re.findall(r"'\.(?:/fusion-edge)?\[([a-z,-]+)\]'", text):
+            named |= set(group.split(","))
+    assert {"cpu", "cuda", "export", "calibrate", "kernels", "tensorrt-rtx"} <= named <= set(EXTRAS)
+
+
+def test_hooks_before_a_commit_are_what_ci_runs() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    checks = (ROOT / ".ci/lint").read_text(encoding="utf-8").splitlines()
+    run = re.findall(r"entry: \.venv/bin/(\w[\w-]*(?: -p \w+| check| format| build| tests)?)", hooks)
+    assert len(run) == 7
+    assert all(any(line.startswith(command) for line in checks) for command in run)

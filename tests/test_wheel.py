@@ -23,6 +23,8 @@ RUNTIME_LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "PIL", "pillow")
 """Import names of what the extra ``[cpu]`` installs and the runtime imports, and of folders with their libraries."""
 FOLDERS = ("export", "kernels", "quant", "runtime", "benchmarks/latency")
 """Folders that ship."""
+HEAVY = ("torch", "onnx", "transformers", "huggingface_hub", "safetensors", "sentencepiece")
+"""Libraries that the runtime must not import; ``import-linter`` checks the same in the source."""
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the CPU kernels are written for x86-64")
 
 
@@ -142,3 +144,15 @@ def test_a_missing_extra_is_one_line(robot: Path, name: str) -> None:
     remedy = "run pip install '.[export]' in a clone of fusion-edge."
     assert refused.stderr == f"error: onnx and huggingface_hub not installed; {remedy}\n"
     assert (refused.returncode, refused.stdout) == (1, "")
+
+
+def test_the_runtime_imports_little(robot: Path) -> None:
+    """In an environment with the packages that it imports and no other."""
+    program = (
+        "import sys, time; start = time.perf_counter(); import fusion_edge.runtime as runtime; "
+        "took = time.perf_counter() - start; runtime.load; "
+        f"assert not set(sys.modules) & set({HEAVY!r}), 'too much'; print(took)"
+    )
+    runs = [command(robot / "python", "-c", program) for _ in range(3)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert min(float(run.stdout) for run in runs) < 0.5

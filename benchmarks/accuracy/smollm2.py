@@ -33,11 +33,11 @@ from fusion_edge.benchmarks.accuracy.perplexity import TextModel, perplexity
 from fusion_edge.benchmarks.accuracy.smollm2_checkpoint import LINE_BREAK, TEMPLATE, read_gguf, write_checkpoint
 from fusion_edge.export import cli
 from fusion_edge.quant.formats import GROUP_SIZES
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import integer_list, output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.prompts.prompt import encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.resources import usable_processors
 

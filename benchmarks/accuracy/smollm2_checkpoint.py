@@ -7,7 +7,6 @@ markers of FUSION's prompts that SmolLM2 does not have are line breaks, too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 
@@ -156,9 +156,9 @@ def write_checkpoint(gguf: Gguf, folder: Path) -> None:
     tensors["model.vision_sampler_layers.0.layers.0.proj_out.linear_2.weight"][:] = 0
     file = "model.safetensors"
     save_file(tensors, folder / file)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)})
-    _write_json(folder / "config.json", _config_json(config, gguf.fields["llama.rope.freq_base"]))
-    _write_json(folder / "generation_config.json", {"eos_token_id": list(config.eos_token_ids)})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)})
+    write_json(folder / "config.json", _config_json(config, gguf.fields["llama.rope.freq_base"]))
+    write_json(folder / "generation_config.json", {"eos_token_id": list(config.eos_token_ids)})
     _write_tokenizer(gguf.fields, folder)
 
 
@@ -211,8 +211,4 @@ def _write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {str(i): {"content": name} | flags for i, name in special.items()}
     config = {"added_tokens_decoder": added, "tokenizer_class": "PreTrainedTokenizerFast"}
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)

@@ -27,8 +27,9 @@ from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
-from fusion_edge.runtime.fusion import Fusion, ImageLike
+from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.prompts.prompt import Turn
+from fusion_edge.runtime.requests import ImageLike
 from fusion_edge.runtime.sampling import Sampling
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo import tokenizer
+from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 
@@ -72,10 +72,10 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     save_file(weights, folder / name, metadata={"format": "pt"})
     total = sum(weight.nbytes for weight in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(weights, name)}
-    _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", _config_json())
+    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "config.json", _config_json())
     generation = {"bos_token_id": CONFIG.bos_token_id, "eos_token_id": CONFIG.eos_token_ids, "pad_token_id": 0}
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
     tokenizer.write_tokenizer(folder)
 
 
@@ -149,7 +149,3 @@ def _config_json() -> dict[str, object]:
         "vocab_size": language.vocab_size,
         "window_size": alignment.window_size,
     }
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

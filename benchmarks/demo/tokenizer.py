@@ -7,7 +7,6 @@ them, and a leading space before a text that does not start with one.
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import numpy as np
 import sentencepiece
 
 from fusion_edge.benchmarks.demo import pictures
-from fusion_edge.runtime.prompts.templates import TEMPLATES
+from fusion_edge.benchmarks.json_file import write_json
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 
 PIECES = 504  # with the eight added tokens: 512
 ADDED = (
@@ -50,7 +50,7 @@ def write_tokenizer(folder: Path) -> None:
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     ids = {token: PIECES + i for i, token in enumerate(ADDED)}
-    _write_json(folder / "added_tokens.json", ids)
+    write_json(folder / "added_tokens.json", ids)
     described = {i: _describe(token) for i, token in enumerate(("<unk>", "<s>", "</s>"))}
     described |= {i: _describe(token) for token, i in ids.items()}
     special = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<unk>", "unk_token": "<unk>"}
@@ -68,9 +68,9 @@ def write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "LlamaTokenizer",
         "use_default_system_prompt": False,
     }
-    _write_json(folder / "tokenizer_config.json", config | special)
+    write_json(folder / "tokenizer_config.json", config | special)
     named = {name: _describe(token) for name, token in special.items()}
-    _write_json(folder / "special_tokens_map.json", {"additional_special_tokens": ADDED} | named)
+    write_json(folder / "special_tokens_map.json", {"additional_special_tokens": ADDED} | named)
 
 
 def _corpus() -> list[str]:
@@ -92,7 +92,3 @@ def _corpus() -> list[str]:
 def _describe(token: str) -> dict[str, object]:
     strips = token in ADDED and token not in KEEP_SPACE_AFTER
     return {"content": token, "lstrip": False, "normalized": False, "rstrip": strips, "single_word": False}
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -18,9 +18,9 @@ from torch import Tensor
 from fusion_edge.benchmarks.demo import pictures
 from fusion_edge.benchmarks.demo.initialize import CONFIG
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 REDUCTION = 6
 """Training uses averages of 6 x 6 pixels, so learned patch kernels are constant on such squares."""
@@ -29,7 +29,7 @@ IGNORED = -100  # cross_entropy's label without a target
 
 
 def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
-    """Return the five crops (FUSION.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
+    """Return the five crops (docs/fusion-model.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
     grid = CONFIG.vision.grid
     crops = cut_crops(Image.fromarray(picture))
     reduced: list[npt.NDArray[np.uint8]] = [np.asarray(Image.fromarray(crop).reduce(REDUCTION)) for crop in crops]

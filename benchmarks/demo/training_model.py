@@ -1,4 +1,4 @@
-"""Training objective of the demo model in the eager interpreter (FUSION.md section 6)."""
+"""Training objective of the demo model in the eager interpreter (docs/fusion-model.md section 6)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fusion_edge.benchmarks.demo.training_data import IGNORED, KERNEL, REDUCTION
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, side
-from fusion_edge.runtime.images.grids import pooling_cells
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS
+from fusion_edge.runtime.images.grids import alignment_cells
 
 MAPPING_WEIGHT = 0.1
 FEATURES_AT_ONCE = 50  # pictures
@@ -138,9 +138,8 @@ def _pooled(ops: TrainingOperations, batch: Batch) -> tuple[Tensor, Tensor]:
     features = batch.features
     if features is None:
         features = crop_features(ops, batch.patches[:, :GLOBAL_CROPS])
-    size, cells = 2 * CONFIG.vision.grid, side(batch.query_length)
-    tables = (torch.from_numpy(pooling_cells(size, n)) for n in (cells, cells * CONFIG.alignment.window_size))
-    return architecture.pool_image(ops, CONFIG, features.flatten(0, 1), *tables)
+    cells = alignment_cells(2 * CONFIG.vision.grid, batch.query_length, CONFIG.alignment.window_size)
+    return architecture.pool_image(ops, CONFIG, features.flatten(0, 1), *map(torch.from_numpy, cells))
 
 
 def _alignment(ops: EagerOperations, batch: Batch, windows: Tensor) -> architecture.Alignment[Tensor]:

@@ -17,13 +17,14 @@ from fusion_edge.benchmarks.latency.machine.memory import MemoryRecorder, Memory
 from fusion_edge.benchmarks.latency.machine.nvidia import Gpu
 from fusion_edge.benchmarks.latency.machine.procfs import ROOT
 from fusion_edge.benchmarks.latency.peaks import BandwidthReader, measure_peaks
-from fusion_edge.benchmarks.latency.result import DECODE_STEP, PREFILL, SAMPLING, Case, CaseResult, Peaks
+from fusion_edge.benchmarks.latency.result import Case, CaseResult, Peaks
 from fusion_edge.benchmarks.latency.roofline import roofline_use
-from fusion_edge.benchmarks.latency.stages import Question, Times, for_case, measure, prefill, question, run_steps
+from fusion_edge.benchmarks.latency.stages import TimedQuestion, Times, for_case, measure, prefill, question, run_steps
 from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import Bundle
+from fusion_edge.runtime.pipeline import DECODE_STEP, PREFILL, SAMPLING
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.system.progress import Progress
 
@@ -37,7 +38,7 @@ class BenchConfig:
     picture: Path
     """Image file."""
     ask: str | None = None
-    """Question; None for a short default."""
+    """TimedQuestion; None for a short default."""
     prompt_tokens: tuple[int, ...] = (0,)
     new_tokens: tuple[int, ...] = (32,)
     context: tuple[int, ...] = (0,)
@@ -132,7 +133,7 @@ def _memory(loading: Timeline, case: Timeline, before: int = 0, reader: int = 0)
 
 
 def _times(
-    fusion: Fusion, case: Case, asked: Question, config: BenchConfig, label: str, reader: BandwidthReader | None
+    fusion: Fusion, case: Case, asked: TimedQuestion, config: BenchConfig, label: str, reader: BandwidthReader | None
 ) -> Times:
     seconds = config.seconds if config.duration is None else config.duration
     started = told = time.perf_counter()
@@ -149,7 +150,7 @@ def _times(
         return measure(fusion, case, asked, is_done, None if reader is None else reader.sample)
 
 
-def _energy(fusion: Fusion, case: Case, asked: Question, times: Times, gpu: Gpu | None) -> EnergyUse | None:
+def _energy(fusion: Fusion, case: Case, asked: TimedQuestion, times: Times, gpu: Gpu | None) -> EnergyUse | None:
     """Measure a window of decode steps."""
     seconds = times.summary(DECODE_STEP).p50 + times.summary(SAMPLING).p50
     steps = min(math.ceil(ENERGY_SECONDS / seconds), fusion.max_context - case.context)

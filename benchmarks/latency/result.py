@@ -14,17 +14,19 @@ from fusion_edge.benchmarks.latency.machine.energy import EnergyUse
 from fusion_edge.benchmarks.latency.machine.memory import MemoryUse
 from fusion_edge.benchmarks.latency.result_file import ResultFile, Schema, read_result_file
 from fusion_edge.benchmarks.latency.statistics import Summary
+from fusion_edge.runtime.pipeline import (
+    ALIGNMENT,
+    DECODE_STEP,
+    ENCODE_GLOBAL,
+    ENCODE_LOCAL,
+    PREFILL,
+    PREPROCESS,
+    SAMPLING,
+)
 
 SCHEMA = Schema("fusion-bench", 4, "fusion-bench --json")
 
 IMAGE_DECODE = "image decode"
-PREPROCESS = "preprocess"
-ENCODE_GLOBAL = "encode global crops"
-ALIGNMENT = "alignment"
-ENCODE_LOCAL = "encode local crop"
-PREFILL = "prefill"
-DECODE_STEP = "decode step"
-SAMPLING = "sampling"
 STAGES = (IMAGE_DECODE, PREPROCESS, ENCODE_GLOBAL, ALIGNMENT, ENCODE_LOCAL, PREFILL, DECODE_STEP, SAMPLING)
 """Stages of an answer in the order of their first run."""
 

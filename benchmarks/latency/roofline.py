@@ -8,9 +8,9 @@ import numpy as np
 
 from fusion_edge.benchmarks.latency.result import Case, Peaks, RooflineUse, Utilization
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.quant.bit_allocation import stored_bits
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle.manifest import Manifest
 
 HEAD = "llm.lm_head"

@@ -1,46 +1,38 @@
-"""One question after another about one image, every stage timed, through the runtime that a robot runs."""
+"""Time the stages of the runtime's pipeline: a first question about an image, decode steps, a follow-up question."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from fusion_edge.benchmarks.latency.result import (
-    ALIGNMENT,
-    DECODE_STEP,
-    ENCODE_GLOBAL,
-    ENCODE_LOCAL,
-    IMAGE_DECODE,
-    PREFILL,
-    PREPROCESS,
-    SAMPLING,
-    STAGES,
-    Case,
-)
+from fusion_edge.benchmarks.latency.result import IMAGE_DECODE, STAGES, Case
 from fusion_edge.benchmarks.latency.statistics import Summary, summarize
-from fusion_edge.runtime.backends.base import ImageAlignment
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
-from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
+from fusion_edge.runtime.images.preprocessing import load_image
+from fusion_edge.runtime.pipeline import ALIGNMENT, DECODE_STEP, ENCODE_GLOBAL
 from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
+from fusion_edge.runtime.requests import Request
 from fusion_edge.runtime.sampling import Sampler, Sampling
 
-PICTURE = (1280, 720)  # pixels of the made-up camera frame
+PICTURE = (1280, 720)
+"""Width and height of the generated camera frame in pixels."""
 QUESTION = "What is in front of the robot, and is the path clear?"
 FILLER = " and"
 MINIMUM_ROUNDS = 3
+CACHED_STAGES = (ENCODE_GLOBAL, ALIGNMENT)
+"""Stages that the image cache replaces in a follow-up question."""
 
 
 class Times:
-    """Seconds of every stage, in the order in which they were measured."""
+    """Seconds of every stage, in the order of measurement."""
 
     def __init__(self) -> None:
         self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -50,13 +42,17 @@ class Times:
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
-        """Times what is done inside."""
+        """Time a stage."""
         started = time.perf_counter()
         yield
         self.stages[stage].append(time.perf_counter() - started)
 
+    def of_followup(self, stage: str) -> AbstractContextManager[None]:
+        """Time a stage of a follow-up question, except the stages that the image cache replaces."""
+        return nullcontext() if stage in CACHED_STAGES else self.of(stage)
+
     def summary(self, stage: str) -> Summary:
-        """Of a stage, which every round has equally often."""
+        """Summarize a stage. Every round runs it equally often."""
         return summarize(self.stages[stage], len(self.ttft))
 
     @property
@@ -67,27 +63,29 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked: about a picture's file, a prompt, and one as long as the context where steps are timed."""
+class TimedQuestion:
+    """A question of given lengths."""
 
     picture: Path
+    """Image file."""
     prompt: Prompt
     long_prompt: Prompt
+    """As long as the context of the timed decode steps."""
 
 
 def make_up_picture(path: Path) -> None:
-    """Write a JPEG of noise on a gradient: neither the cheapest picture to decode nor the dearest."""
+    """Write a JPEG of noise on a gradient, which takes a typical time to decode."""
     width, height = PICTURE
     gradient = np.linspace(0, 200, width, dtype=np.float32)[None, :, None]
     noise = np.random.default_rng(0).normal(0, 12, (height, width, 3)).astype(np.float32)
     Image.fromarray(np.clip(gradient + noise, 0, 255).astype(np.uint8)).save(path, "JPEG", quality=90)
 
 
-def question(fusion: Fusion, case: Case, picture: Path, asked: str | None) -> tuple[Question, Case]:
-    """A question of the case's lengths, or ``asked`` as it is, and the case with the lengths that it has.
+def question(fusion: Fusion, case: Case, picture: Path, asked: str | None) -> tuple[TimedQuestion, Case]:
+    """Return a question of the case's lengths, with the text ``asked`` if given, and the case with its real lengths.
 
-    ``prompt_tokens`` and ``context`` of 0 are as many as there are. Raises :class:`UsageError` for lengths that the
-    question does not fit in, or that the bundle's context does not hold.
+    ``prompt_tokens`` of 0 is the length of the question, ``context`` of 0 the length of the prompt. Raises
+    :class:`UsageError` if the question is longer, or the lengths exceed the bundle's context.
     """
     manifest = fusion.manifest
     template = TEMPLATES[manifest.model.template]
@@ -97,31 +95,31 @@ def question(fusion: Fusion, case: Case, picture: Path, asked: str | None) -> tu
     prompt_tokens = case.prompt_tokens or shortest
     context = case.context or prompt_tokens
     if prompt_tokens < shortest:
-        raise UsageError(f"--prompt-tokens {prompt_tokens} is too short; image, latents and question take {shortest}.")
+        raise UsageError(f"--prompt-tokens {prompt_tokens} is too small; image, latents and question take {shortest}.")
     if context < prompt_tokens:
         raise UsageError(f"--context {context} is less than the prompt's {prompt_tokens} tokens.")
     if context + case.new_tokens > fusion.max_context:
         raise UsageError(
-            f"A context of {context} and {case.new_tokens} new tokens do not fit the {fusion.max_context} "
-            "positions that there are; ask for less, or export with a larger --max-context."
+            f"A context of {context} and {case.new_tokens} new tokens exceed the limit of {fusion.max_context} tokens; "
+            "pass smaller values, or export with a larger --max-context."
         )
     prompts = [_filled(plain, length - shortest, filler) for length in (prompt_tokens, context)]
-    return Question(picture, *prompts), replace(case, prompt_tokens=prompt_tokens, context=context)
+    return TimedQuestion(picture, *prompts), replace(case, prompt_tokens=prompt_tokens, context=context)
 
 
 def _filled(prompt: Prompt, count: int, token: int) -> Prompt:
-    """The prompt with ``count`` more tokens before the last one."""
+    """Insert ``count`` tokens before the last one."""
     ids = np.insert(prompt.token_ids, len(prompt.token_ids) - 1, np.full(count, token))
     return replace(prompt, token_ids=ids, instruct_indices=prompt.instruct_indices + count)
 
 
 def for_case(fusion: Fusion, case: Case) -> Fusion:
-    """The same loaded model with the case's image tokens. Raises :class:`UsageError` for a number it cannot have."""
+    """Return the loaded model with the case's image tokens. Raise :class:`UsageError` for an impossible number."""
     manifest = fusion.manifest
     side = int(case.image_tokens**0.5)
     if side * side != case.image_tokens or not 1 <= side <= manifest.model.vision.grid:
         raise UsageError(
-            f"{case.image_tokens} image tokens are no square of at most {manifest.model.vision.grid} a side."
+            f"--image-tokens {case.image_tokens} is not a square number up to {manifest.model.vision.grid**2}."
         )
     return Fusion(replace(manifest, image_side=side), fusion.backend, fusion.tokenizer, fusion.embed)
 
@@ -129,80 +127,59 @@ def for_case(fusion: Fusion, case: Case) -> Fusion:
 def measure(
     fusion: Fusion,
     case: Case,
-    asked: Question,
+    asked: TimedQuestion,
     is_enough: Callable[[Times], bool],
-    beside_steps: Callable[[], None] | None = None,
+    around_decode: Callable[[], None] | None = None,
 ) -> Times:
-    """Rounds of a first question, its steps and a further question, at least three, until they are enough.
+    """Time rounds of a first question, its decode steps and a follow-up question, until ``is_enough``.
 
-    One round before is not counted. ``beside_steps`` is called before and after the steps of the others.
+    There are at least three rounds after a warm-up round. ``around_decode`` runs before and after the decode steps of
+    a timed round.
     """
     _round(fusion, case, asked, Times(), None)
     times, enough = Times(), False
     while len(times.ttft) < MINIMUM_ROUNDS or not enough:
-        _round(fusion, case, asked, times, beside_steps)
+        _round(fusion, case, asked, times, around_decode)
         enough = is_enough(times)
     return times
 
 
-def _round(fusion: Fusion, case: Case, asked: Question, times: Times, beside_steps: Callable[[], None] | None) -> None:
-    sampler = Sampler(Sampling(max_new_tokens=case.new_tokens))
-    fusion.clear_image_cache()
+def _round(
+    fusion: Fusion, case: Case, asked: TimedQuestion, times: Times, around_decode: Callable[[], None] | None
+) -> None:
+    pipeline, sampler = fusion.pipeline, Sampler(Sampling())
+    pipeline.clear_image_cache()
     started = time.perf_counter()
     with times.of(IMAGE_DECODE):
         picture = load_image(asked.picture)
-    with times.of(PREPROCESS):
-        crops = cut_crops(picture)
-    with times.of(ENCODE_GLOBAL):
-        image = fusion.encode_image(crops)
-    with times.of(ALIGNMENT):
-        aligned = fusion.align(image, case.query_length)
-    _answer_start(fusion, case, asked.prompt, sampler, times, crops)
+    pipeline.start(_request(case, picture, asked.prompt), sampler, times.of)
     times.ttft.append(time.perf_counter() - started)
     if case.context != case.prompt_tokens:
-        tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
-        fusion.prefill(asked.long_prompt, tokens, aligned, case.new_tokens)
-    if beside_steps:
-        beside_steps()
+        pipeline.start(_request(case, picture, asked.long_prompt), sampler)
+    if around_decode:
+        around_decode()
     started = time.perf_counter()
     run_steps(fusion, case.new_tokens, sampler, times)
     times.answer.append(times.ttft[-1] + time.perf_counter() - started)
-    if beside_steps:
-        beside_steps()
+    if around_decode:
+        around_decode()
     started = time.perf_counter()
-    with times.of(PREPROCESS):  # which tells the runtime that it is the same image
-        crops = cut_crops(picture)
-    _answer_start(fusion, case, asked.prompt, sampler, times, crops)
+    pipeline.start(_request(case, picture, asked.prompt), sampler, times.of_followup)
     times.followup_ttft.append(time.perf_counter() - started)
 
 
-def _answer_start(
-    fusion: Fusion, case: Case, prompt: Prompt, sampler: Sampler, times: Times, crops: npt.NDArray[np.uint8]
-) -> int:
-    """A question about an image that has been seen, up to its first token."""
-    image = fusion.encode_image(crops)
-    aligned: ImageAlignment = fusion.align(image, case.query_length)
-    with times.of(ENCODE_LOCAL):
-        tokens = fusion.image_tokens(image, prompt.instruct_ids)
-    with times.of(PREFILL):
-        _, _, logits = fusion.prefill(prompt, tokens, aligned, case.new_tokens)
-    with times.of(SAMPLING):
-        return sampler(logits)
+def _request(case: Case, picture: Image.Image, prompt: Prompt) -> Request:
+    return Request(picture, prompt, Sampling(max_new_tokens=case.new_tokens), case.query_length)
 
 
-def prefill(fusion: Fusion, case: Case, asked: Question, new_tokens: int) -> None:
-    """A prompt about the picture, as long as the context, with room for so many steps."""
-    image = fusion.encode_image(cut_crops(load_image(asked.picture)))
-    aligned = fusion.align(image, case.query_length)
-    tokens = fusion.image_tokens(image, asked.long_prompt.instruct_ids)
-    fusion.prefill(asked.long_prompt, tokens, aligned, new_tokens)
+def prefill(fusion: Fusion, case: Case, asked: TimedQuestion, new_tokens: int) -> None:
+    """Run a prompt as long as the context, with room for ``new_tokens`` decode steps."""
+    case = replace(case, new_tokens=new_tokens)
+    fusion.pipeline.start(_request(case, load_image(asked.picture), asked.long_prompt), Sampler(Sampling()))
 
 
 def run_steps(fusion: Fusion, count: int, sampler: Sampler, times: Times) -> None:
-    """One-token steps behind what was prefilled last."""
+    """Run decode steps after the latest prefill."""
     token = 0
     for _ in range(count):
-        with times.of(DECODE_STEP):
-            logits = fusion.backend.decode(fusion.embed(np.array([token]))[0])
-        with times.of(SAMPLING):
-            token = sampler(logits)
+        token = fusion.pipeline.decode(token, sampler, times.of)

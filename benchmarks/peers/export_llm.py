@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from fusion_edge.benchmarks.full_size_checkpoint import TOKENIZER_FILES
+from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.checkpoint.config import read_config
@@ -53,12 +53,12 @@ def write_hugging_face(source: Path, output: Path) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 (folder / name).symlink_to((source / name).resolve())
-        _write_json(folder / "config.json", read_json_object(source / "config.json") | PHI_3)
+        write_json(folder / "config.json", read_json_object(source / "config.json") | PHI_3)
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
             "weight_map": {name: info.file.name for name, info in tensors.items()},
         }
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
 
 
 def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
@@ -152,10 +152,6 @@ def _import(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise FusionError(f"{package} is not installed; run pip install {package}.") from None
-
-
-def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

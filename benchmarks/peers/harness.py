@@ -63,7 +63,7 @@ class PeerComparison:
     runners: Mapping[str, Runner]
     """By name; each is an option ``--NAME LABEL=MODEL``."""
     workload: Callable[..., Any]
-    """Frozen dataclass of integers with defaults, each an option; may raise :class:`UsageError`."""
+    """Frozen dataclass of ``worker.option`` fields; may raise :class:`UsageError`."""
     columns: Sequence[Column]
 
 
@@ -191,10 +191,11 @@ def add_options(parser: argparse.ArgumentParser, comparison: PeerComparison) -> 
         metavar="RUNNER=PATH",
         help="Python interpreter for a runner (default: this one); repeatable",
     )
-    add("--rounds", type=positive_integer, default=3, metavar="N", help="default: %(default)s")
+    add("--rounds", type=positive_integer, default=3, metavar="N", help="runs per contestant (default: %(default)s)")
     for field in dataclasses.fields(comparison.workload()):
         option = f"--{field.name.replace('_', '-')}"
-        add(option, type=positive_integer, default=field.default, metavar="N", help="default: %(default)s")
+        text = f"{field.metadata.get('help', field.name)} (default: %(default)s)"
+        add(option, type=positive_integer, default=field.default, metavar="N", help=text)
     add("--json", type=output_file, metavar="FILE", help="write every measurement to a file")
 
 

@@ -20,7 +20,7 @@ from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
 from fusion_edge.export.planning.plan import DataFile, ExportPlan
 from fusion_edge.quant.dequantize_linear import to_dequantize_linear
 from fusion_edge.quant.packing import Packed, check_range
-from fusion_edge.runtime.bundle.quantization_report import TAKEN_OVER, LinearReport, QuantizationReport, sqnr
+from fusion_edge.runtime.bundle.quantization_report import PREQUANTIZED, LinearReport, QuantizationReport, sqnr
 from fusion_edge.runtime.system.progress import Progress
 from fusion_edge.runtime.system.resources import usable_processors
 
@@ -90,7 +90,7 @@ class DataWriter:
         linear = self._linears.get(name)
         if linear is None or not linear.format.is_quantized or linear.name in self._reports:
             return
-        method = TAKEN_OVER if linear.prequantized else "rtn"
+        method = PREQUANTIZED if linear.prequantized else "rtn"
         quality = None if linear.prequantized else sqnr(total.squared_error, total.squared_norm)
         fmt = str(linear.format)
         self._reports[linear.name] = LinearReport(linear.name, fmt, method, quality, None, None, total.seconds)

@@ -70,9 +70,10 @@ def write_bundle(
 
 
 def resolve_output(output: Path) -> Path:
-    """Where the bundle will be: a link to a bundle stays a link.
+    """Return the real path of the output, so that a link to a bundle stays a link.
 
-    Raises :class:`FusionError` without its folder, or if a link or a file has the name of a hidden folder for it.
+    Raises :class:`FusionError` if its parent is not a folder, or if a link or a file has the name of one of its hidden
+    folders.
     """
     output = Path(os.path.realpath(output))
     if not output.parent.is_dir():

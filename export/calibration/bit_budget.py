@@ -8,9 +8,9 @@ from fusion_edge.export.calibration.options import SENSITIVITY_SAMPLES, Calibrat
 from fusion_edge.export.calibration.samples import Samples
 from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.planning.rules import Rule
 from fusion_edge.quant.bit_allocation import Promotion, allocate, mean_bits, stored_bits
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.policy import Rule
 from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.quantization_report import BitAllocation
 from fusion_edge.runtime.errors import UsageError

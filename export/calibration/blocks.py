@@ -20,11 +20,11 @@ from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.quant.formats import ActivationQuantization
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig, side
-from fusion_edge.runtime.images.grids import pooling_cells, resize_grid
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
+from fusion_edge.runtime.bundle.templates import TEMPLATES
+from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, normalize
 from fusion_edge.runtime.prompts.prompt import encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 
 class BlockOperations(EagerOperations):
@@ -164,9 +164,8 @@ def _project(ops: BlockOperations, prepared: PreparedSample, before: Activations
     for part in ("global", "local"):
         rows = architecture.vision_features(ops, config, _vision_states(before, part))[:, :patches]
         features.append(architecture.project_vision(ops, rows))
-    size, cells = 2 * config.vision.grid, side(prepared.query_length)
-    tables = (torch.from_numpy(pooling_cells(size, n)) for n in (cells, cells * config.alignment.window_size))
-    latents, windows = architecture.pool_image(ops, config, features[0], *tables)
+    cells = alignment_cells(2 * config.vision.grid, prepared.query_length, config.alignment.window_size)
+    latents, windows = architecture.pool_image(ops, config, features[0], *map(torch.from_numpy, cells))
     x = ops.embed(prepared.tokens)[None].clone()
     image = torch.from_numpy(resize_grid(features[1][0].cpu().numpy(), prepared.image_side))
     x[0, prepared.image_start : prepared.image_start + len(image)] = image

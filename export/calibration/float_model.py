@@ -14,8 +14,8 @@ from fusion_edge.export.calibration.blocks import Block, BlockOperations, Prepar
 from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.quant.packing import check_range
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
 from fusion_edge.runtime.errors import FusionError
 

@@ -29,9 +29,9 @@ from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.samples import Samples
 from fusion_edge.export.calibration.weight_store import CalibratedWeights, WeightStore
 from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.quant.packing import dequantize, quantize
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.quant.smoothquant import float_parameters, producer
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.errors import FusionError

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fusion_edge.export.checkpoint.input_files import open_regular, unique_fields
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.images.image_files import is_address
+from fusion_edge.runtime.images.image_files import is_url
 from fusion_edge.runtime.images.preprocessing import load_image
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS
 from fusion_edge.runtime.tokenization.text_encoder import any_of, is_empty
@@ -114,7 +114,7 @@ def _read_lines(file: Path) -> list[Sample]:
             raise FusionError(
                 f"Line {number} of {file} has half of a surrogate pair, which is not valid text; {expected}."
             )
-        if is_address(value["image"]):
+        if is_url(value["image"]):
             raise FusionError(
                 f"Line {number} of {file} has the URL {value['image'][:200]!r} as its image, and URLs are not fetched; "
                 "download the image and use the path of the file."

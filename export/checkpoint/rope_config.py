@@ -33,8 +33,8 @@ _READ = {
 def read_rope(fields: JsonFields, head_dim: int) -> tuple[list[float], float]:
     """Return inverse frequencies ``[head_dim/2]`` in radians per position, and the scale of cos and sin.
 
-    ``fields`` is the whole ``config.json``. See FUSION.md section 5. Raises :class:`FusionError` naming a field that is
-    invalid, unsupported, or contradicts another.
+    ``fields`` is the whole ``config.json``. See docs/fusion-model.md section 5. Raises :class:`FusionError` naming a
+    field that is invalid, unsupported, or contradicts another.
     """
     ropes = [_inside(fields, name) for name in _PLACES if fields.data.get(name) is not None]
     places = [*ropes, fields]

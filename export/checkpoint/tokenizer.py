@@ -25,8 +25,8 @@ def tokenizer_json(folder: Path) -> str:
 
     Its ``encode(text).ids`` are the released tokenizer's ids, BOS included if that adds one. The slow
     ``LlamaTokenizer`` is rebuilt from ``tokenizer.model`` even if there is a ``tokenizer.json``: the released models
-    were trained with it (FUSION.md, "The four released models"). If ``transformers`` 5 has saved a ``tokenizer.json``
-    only, it is rebuilt from the vocabulary in that.
+    were trained with it (docs/fusion-model.md, "The four released models"). If ``transformers`` 5 has saved a
+    ``tokenizer.json`` only, it is rebuilt from the vocabulary in that.
 
     Raises:
         FusionError: Files are missing or damaged, the kind or a setting of the tokenizer is not supported, or the

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from onnx import FunctionProto
 
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
@@ -215,7 +214,7 @@ class OnnxOperations(Operations[OnnxValue]):
         """Plan a table of cos or sin of the rotary angles, ``[max_context, head_dim/2]``. Returns its name."""
         language = self.config.language
         frequencies = np.array(language.rotary_inverse_frequencies)
-        angles: npt.NDArray[np.float64] = np.outer(np.arange(self.settings.max_context), frequencies)
+        angles = np.outer(np.arange(self.settings.max_context, dtype=np.float64), frequencies)
         values = function(angles) * language.rotary_scale
         return self.builder.table(f"llm.rotary.{name}", values, self.settings.activations)
 

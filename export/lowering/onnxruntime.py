@@ -141,11 +141,9 @@ class OnnxRuntimeOperations(OnnxOperations):
             computed = then()
         with self.builder.branch() as rest:
             kept = self._node("Identity", [otherwise])
-        branches = {
-            "then_branch": subgraph("any", body, [computed.name]),
-            "else_branch": subgraph("none", rest, [kept.name]),
-        }
-        return self._node("If", [self._has_any[positions.name]], **branches)
+        then_branch, else_branch = subgraph("any", body, [computed.name]), subgraph("none", rest, [kept.name])
+        condition = self._has_any[positions.name]
+        return self._node("If", [condition], then_branch=then_branch, else_branch=else_branch)
 
     # Attention ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.resolved_options import ResolvedOptions
-from fusion_edge.quant.policy import Rule, assign, preset
+from fusion_edge.export.planning.rules import Rule, assign, preset
 from fusion_edge.runtime.errors import UsageError
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from fusion_edge.export.planning.arguments import choice, option, switch
 from fusion_edge.export.planning.presets import PRESETS
+from fusion_edge.export.planning.rules import VISION, Rule
 from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.formats import group_sizes
-from fusion_edge.quant.policy import VISION, Rule
 from fusion_edge.runtime.cli.options import integer_list, positive_integer
 
 PRECISION, SHAPES, TARGET = "precision", "shapes", "target"

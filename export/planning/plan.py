@@ -19,9 +19,9 @@ from fusion_edge.export.lowering.onnxruntime import OPSET
 from fusion_edge.export.planning.formats import plan_linears
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.resolved_options import ResolvedOptions, resolve_options
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.export.planning.tokenizer import read_tokenizer, with_end_tokens
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.files import FileEntry

@@ -26,7 +26,7 @@ class ResolvedOptions:
     target: Target
     precision: str
     vision: str
-    """Precision of the vision encoder, one of ``quant.policy.VISION``; only for quantized precisions."""
+    """Precision of the vision encoder, one of ``export.planning.rules.VISION``; only for quantized precisions."""
     query_lengths: tuple[int, ...]
     """Offered query lengths, the default first."""
     image_tokens: int

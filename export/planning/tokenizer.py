@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.config import FusionConfig
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 
 def read_tokenizer(checkpoint: Checkpoint, config: FusionConfig) -> str:

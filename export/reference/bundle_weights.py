@@ -18,17 +18,17 @@ from fusion_edge.export.checkpoint.tensor_mapping import Parameter, parameters
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import embedding_file
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.dequantize_linear import from_dequantize_linear
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, ActivationQuantization, WeightFormat
 from fusion_edge.quant.packing import Packed, dequantize
-from fusion_edge.quant.policy import EMBEDDING
 from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, data_file, graph_file
 from fusion_edge.runtime.bundle.reader import Bundle
 
 
 class BundleWeights:
-    """See :class:`fusion_edge.export.checkpoint.weights.Weights`."""
+    """Weights of a bundle, in the interface :class:`~fusion_edge.export.checkpoint.weights.Weights`."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Read the structure of the graphs. Weights are read on demand."""
@@ -66,7 +66,7 @@ class BundleWeights:
         return ordered
 
     def activation_quantization(self, linear: str) -> ActivationQuantization | None:
-        """See :meth:`Weights.activation_quantization`."""
+        """Return how a linear quantizes its activations, None if it does not."""
         name = f"{linear}.weight"
         if (name, "input_scale") not in self._tensors:
             return None

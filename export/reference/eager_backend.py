@@ -21,7 +21,7 @@ from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.model.eager import EagerOperations, KeyValueCache
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
-from fusion_edge.quant.policy import EMBEDDING
+from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
 from fusion_edge.runtime.bundle.config import FusionConfig

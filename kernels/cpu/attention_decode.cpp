@@ -85,8 +85,8 @@ void add_values(
     const float* weights, float* results) {
     constexpr size_t ROWS = sizeof...(I);
     (prefetch(values + K * stride, width), ...);
-    const auto add_key = [&](__m512* sums, __m512 value, const float* own) __attribute__((always_inline)) {
-        ((sums[I] = _mm512_fmadd_ps(value, _mm512_set1_ps(own[I]), sums[I])), ...);
+    const auto add_key = [&](__m512* sums, __m512 value, const float* key_weights) __attribute__((always_inline)) {
+        ((sums[I] = _mm512_fmadd_ps(value, _mm512_set1_ps(key_weights[I]), sums[I])), ...);
     };
     const auto add = [&](size_t i, auto... channels) __attribute__((always_inline)) {
         __m512 sums[] = {_mm512_load_ps(results + I * MAX_HEAD_WIDTH + i)...};
@@ -109,9 +109,9 @@ void attend(const KvHead<T>& head, const QueryRows& rows, size_t row) {
     float* weights = memory.of(round_up(scores, LANES));
     __m512 largest = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
     for (size_t key = 0; key < head.count; key += KEYS) {
-        const __m512 own = score<ROWS>(std::make_index_sequence<KEYS>(), head, key, queries);
-        _mm512_store_ps(weights + key * ROWS, own);
-        largest = _mm512_max_ps(largest, own);
+        const __m512 block = score<ROWS>(std::make_index_sequence<KEYS>(), head, key, queries);
+        _mm512_store_ps(weights + key * ROWS, block);
+        largest = _mm512_max_ps(largest, block);
     }
     _mm512_store_ps(lanes, largest);
     combine<ROWS>(lanes, [](float a, float b) { return std::max(a, b); });

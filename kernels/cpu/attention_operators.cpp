@@ -80,7 +80,7 @@ struct MultiHeadAttention {
         params.masked = masked;
         params.result = context.output<float>(0, q);
         if (q[0] == 0 || q[1] == 0) return;
-        expect(k[1] > 0, NAME, "expected a key.");
+        expect(k[1] > 0, NAME, "expected at least one key.");
         attend(params, precision, context.parallel());
     }
 };
@@ -165,15 +165,15 @@ CausalParams<T> causal_params(
     expect(
         past.size() == 4 && past == context.shape(at.past_value) && past[0] == 1 && past[1] == kv_heads &&
             past[3] == width,
-        node, "expected past_key and past_value [1, kv_num_heads, positions, width].");
+        node, "expected past_key and past_value [1, kv_num_heads, capacity, width].");
     const int64_t total = context.scalar<int32_t>(at.total_length, "the total length"), before = total - length;
     expect(
         context.scalar<int32_t>(at.last_position, "the last position") == total - 1 && before >= 0 && before <= past[2],
         node, "the last position, the total length and the past's length do not agree.");
     if (is_prefill && (before != 0 || length > past[2]))
         fail(
-            node, "a prefill of " + std::to_string(length) + " positions that end at " + std::to_string(total) +
-                      "; expected to begin at 0, in a cache of " + std::to_string(past[2]) + ".");
+            node, "a prefill of " + std::to_string(length) + " tokens that end at position " + std::to_string(total) +
+                      "; expected to begin at position 0, in a cache of " + std::to_string(past[2]) + ".");
     expect(
         cos.size() == 2 && cos == context.shape(at.sin) && cos[0] >= total && 2 * cos[1] <= width,
         node, "expected cos and sin [positions, rotary channels / 2].");

@@ -81,7 +81,7 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
     uint8_t* to = scratch.values.of(round_up(weights.row_bytes(), CHUNK) * (8 / weights.bits) * PANEL);
     int32_t sums[PANEL];
     pack_values(weights, output, count, to, sums);
-    float* own = scratch.scales.of(round_up(blocks, LANES) * PANEL);
+    float* packed_scales = scratch.scales.of(round_up(blocks, LANES) * PANEL);
     for (size_t block = 0; block < blocks; block += LANES)
         for (size_t side = 0; side < REGISTERS; ++side) {
             __m512i rows[LANES];
@@ -91,7 +91,8 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
                 rows[i] = _mm512_castps_si512(load_scales(weights, (output + one) * blocks + block, mask));
             }
             transpose(rows);
-            for (size_t i = 0; i < LANES; ++i) _mm512_store_si512(own + (block + i) * PANEL + side * LANES, rows[i]);
+            for (size_t i = 0; i < LANES; ++i)
+                _mm512_store_si512(packed_scales + (block + i) * PANEL + side * LANES, rows[i]);
         }
     int32_t* zero = scratch.zero_points.of(blocks * PANEL);
     for (size_t i = 0; weights.zero_points && i < count; ++i) {
@@ -103,7 +104,7 @@ Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) {
         scratch.bias[i] = weights.bias && i < count ? weights.bias[output + i] : 0;
         if (weights.static_quantization) zero[i] = -weights.static_quantization->zero_point * sums[i];
     }
-    return {to, own, zero, scratch.bias};
+    return {to, packed_scales, zero, scratch.bias};
 }
 
 // Inline assembly: with intrinsics GCC 12 copies each accumulator and keeps totals in two places.

@@ -126,16 +126,16 @@ void gemv_streams(const Row& row, const Weights& weights, size_t output, size_t 
                     const __mmask64 mask = bytes - start >= CHUNK ? ~0ull : (1ull << (bytes - start)) - 1;
                     prefetch<STREAMS>(values[i] + start);
                     sums = dot<BITS>(sums, _mm512_maskz_loadu_epi8(mask, values[i] + start), x);
-                    const float* own = factors + i * stride + block * (LANES / lanes);
-                    scale = _mm512_permutexvar_ps(block_of_lane, _mm512_loadu_ps(own));
+                    const float* block_factors = factors + i * stride + block * (LANES / lanes);
+                    scale = _mm512_permutexvar_ps(block_of_lane, _mm512_loadu_ps(block_factors));
                 }
                 totals[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, totals[i]);
             }
             x += std::max(CHUNKS, 1) * WIDTH;
         }
         for (size_t i = 0; i < STREAMS; ++i) {
-            const size_t own = output + i * count;
-            result[own] = _mm512_reduce_add_ps(totals[i]) + (weights.bias ? weights.bias[own] : 0);
+            const size_t index = output + i * count;
+            result[index] = _mm512_reduce_add_ps(totals[i]) + (weights.bias ? weights.bias[index] : 0);
         }
     }
 }
@@ -168,18 +168,18 @@ void gemv_static(
     const __m512i ones = _mm512_set1_epi8(1);
     for (; output < end; ++output) {
         const uint8_t* values = weights.values + output * weights.inputs;
-        __m512i products = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
+        __m512i dots = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
         for (size_t start = 0; start < weights.inputs; start += CHUNK) {
             const size_t count = weights.inputs - start;
             const __mmask64 mask = count >= CHUNK ? ~0ull : (1ull << count) - 1;
-            const __m512i own = _mm512_maskz_loadu_epi8(mask, values + start);
-            products = _mm512_dpbusd_epi32(products, _mm512_loadu_si512(x.values + start), own);
-            sums = _mm512_dpbusd_epi32(sums, ones, own);
+            const __m512i chunk = _mm512_maskz_loadu_epi8(mask, values + start);
+            dots = _mm512_dpbusd_epi32(dots, _mm512_loadu_si512(x.values + start), chunk);
+            sums = _mm512_dpbusd_epi32(sums, ones, chunk);
         }
-        const int64_t product = int64_t(_mm512_reduce_add_epi32(products)) -
+        const int64_t dot = int64_t(_mm512_reduce_add_epi32(dots)) -
                                 int64_t(weights.static_quantization->zero_point) * _mm512_reduce_add_epi32(sums);
         const float scale = _mm512_cvtss_f32(load_scales(weights, output, 1)) * weights.static_quantization->scale;
-        result[output] = float(product) * scale + weights.bias[output];
+        result[output] = float(dot) * scale + weights.bias[output];
     }
 }
 

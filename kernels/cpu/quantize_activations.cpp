@@ -104,12 +104,12 @@ QuantizedActivations quantize_activations(
         alignas(64) float activated[MAX_BLOCK];
         for (size_t start = 0; start < end; start += piece) {
             const size_t count = std::min(piece, weights.inputs - start);
-            const size_t place = weights.static_quantization ? 0 : start / piece * tile_rows;
+            const size_t block_offset = weights.static_quantization ? 0 : start / piece * tile_rows;
             int8_t* to = tile.values + start * tile_rows;
             for (size_t i = 0; i < here; ++i) {
                 const float* row = activate(from + i * weights.inputs + start, count, activation, activated);
-                int8_t* const own = tile_rows == 1 ? to : buffer + i * MAX_BLOCK;
-                const Block block{own, tile.scales + place + i, tile.sums + place + i};
+                int8_t* const row_values = tile_rows == 1 ? to : buffer + i * MAX_BLOCK;
+                const Block block{row_values, tile.scales + block_offset + i, tile.sums + block_offset + i};
                 if (weights.static_quantization) quantize_static(row, count, weights, block);
                 else quantize_dynamic(row, count, weights, block);
             }

@@ -1,4 +1,4 @@
-"""ONNX functions of the recursive alignment (FUSION.md section 5), each with a numpy reference.
+"""ONNX functions of the recursive alignment (docs/fusion-model.md section 5), each with a numpy reference.
 
 They cover an interaction layer between its matmuls, which stay ordinary (quantized) linear layers. No Reshape infers a
 size, so empty tensors (no questions or no latents, as in decode steps) are valid.

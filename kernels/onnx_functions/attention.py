@@ -20,7 +20,7 @@ def packed_attention_function(opset: int) -> FunctionProto:
 def patch_attention_function(opset: int) -> FunctionProto:
     """Return :func:`packed_attention_function` for the first rows only, as many as the attribute ``patches`` says.
 
-    Each other row becomes the mean of all values (FUSION.md section 2).
+    Each other row becomes the mean of all values (docs/fusion-model.md section 2).
     """
     constants = {"zero": [0], "one": [1], "last": [np.iinfo(np.int64).max]}
     patches = forward_attribute(helper.make_node("Constant", [], ["count"]), "value_int", "int", "patches")

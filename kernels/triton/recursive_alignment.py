@@ -1,4 +1,4 @@
-"""Triton kernels of the recursive alignment (FUSION.md section 5): an interaction layer between its matmuls.
+"""Triton kernels of the recursive alignment (docs/fusion-model.md section 5): an interaction layer between its matmuls.
 
 Three kernels, each one pass over its data; the engine runs the matmuls between them. All are bound by memory bandwidth:
 :func:`bytes_moved` is their lower bound. Each has a reference in plain PyTorch. Arithmetic is float32, whatever the

@@ -1,1 +1,1 @@
-"""What runs the three graphs: ONNX Runtime and TensorRT."""
+"""Backends that run the three graphs, ONNX Runtime and TensorRT, and the choice of a device."""

@@ -1,4 +1,4 @@
-"""What a backend does: run the three graphs and keep the KV cache. One file a backend."""
+"""The interface of a backend: it runs the three graphs and keeps the KV cache."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ImageAlignment:
-    """What the LLM needs of an image, whatever is asked about it."""
+    """What the LLM needs of an image, for any question."""
 
     latents: Floats
-    """``[q,D]``: rows of the prompt."""
+    """``[q,D]``: input rows of the LLM."""
     keys: Any
-    """``[layers,q,9,D]``, in the backend's own form and on its device."""
+    """``[layers,q,9,D]``, in the backend's own form on its device."""
     values: Any
     """As ``keys``."""
 
 
 class Backend(Protocol):
-    """Shapes as in ``runtime/bundle/graphs.py``; arrays in and out are float32 whatever the graphs compute in.
-    One call at a time, by any thread.
+    """Runs the three graphs. Any thread may call it, one call at a time.
 
-    ``tests/support/backend_contract.py`` checks what is promised here.
+    Shapes are those of ``runtime/bundle/graphs.py``. Arrays in and out are float32 whatever the graphs compute in.
+    ``tests/support/backend_contract.py`` tests every promise made here.
     """
 
     name: str
     max_context: int
-    """Positions that a sequence may have: less than the bundle's where engines were built for less."""
+    """Limit of tokens in a sequence. Engines may have a lower limit than the bundle."""
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> npt.ArrayLike:
-        """Vision encoder: ``[N,3,S,S]``, ``[N,T,D]``, ``[N,T]`` -> ``[N,P,D]``.
+        """Run the vision encoder: ``[N,3,S,S]``, ``[N,T,D]``, ``[N,T]`` -> features ``[N,P,D]``.
 
-        The features are in the backend's own form and on its device; ``numpy.asarray`` brings them to the host.
+        The features are in the backend's own form on its device; ``numpy.asarray`` copies them to the host.
         """
         ...
 
     def align(self, features: Any, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
-        """Alignment decoder, for what ``encode`` gave for the four global crops, or ``[4,P,D]`` on the host."""
+        """Run the alignment decoder on the features of the four global crops, or on ``[4,P,D]`` on the host."""
         ...
 
     def prefill(
@@ -56,42 +56,41 @@ class Backend(Protocol):
         question_positions: Integers,
         capacity: int,
     ) -> Floats:
-        """Start a sequence of at most ``capacity`` positions with ``[L,D]``: logits ``[V]`` of its last one.
+        """Replace the sequence by ``embeddings`` ``[L,D]`` and return the logits ``[V]`` of the last token.
 
-        The sequence before is forgotten. The logits are valid until the next call. ``latent_positions`` ``[Q,q]`` and
-        ``question_positions`` ``[Q]``: rows of the latents of every question, and the question's last row. Raises
-        :class:`FusionError` if ``L`` is more than ``capacity``.
+        The sequence may grow to ``capacity`` tokens. The logits are valid until the next call. ``latent_positions``
+        ``[Q,q]`` are the rows of each question's latents, ``question_positions`` ``[Q]`` its last row. Raises
+        :class:`FusionError` if ``L`` exceeds ``capacity``.
         """
         ...
 
     def decode(self, embedding: Floats) -> Floats:
-        """Append one token's embedding ``[D]``: logits ``[V]``, valid until the next call.
+        """Append one token's embedding ``[D]`` and return its logits ``[V]``, valid until the next call.
 
-        Raises :class:`FusionError` if the sequence is as long as it may grow.
+        Raises :class:`FusionError` if the sequence is at its capacity.
         """
         ...
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all memory."""
         ...
 
 
 @runtime_checkable
 class Interruptible(Protocol):
-    """A backend whose runs may take long, and can be ended early."""
+    """A backend that can end a long run early."""
 
     def interrupt(self) -> None:
-        """Have a run that another thread waits for, and every later one, fail at once; a step may end first.
+        """Make the current run and every later one fail; a decode step may finish first.
 
-        May be called at any time, also while another thread closes the backend. :meth:`Backend.close` follows.
+        Any thread may call this at any time, also during :meth:`Backend.close`, which always follows.
         """
         ...
 
 
 def check_capacity(length: int, capacity: int) -> None:
-    """Raise :class:`FusionError` if a sequence of ``length`` positions is longer than it may grow."""
+    """Raise :class:`FusionError` if a sequence of ``length`` tokens exceeds its capacity."""
     if length > capacity:
         raise FusionError(
-            f"The sequence has {length} positions, more than the {capacity} that it was started with; "
-            "start it with a larger capacity."
+            f"The sequence has {length} tokens, more than its capacity of {capacity}; start it with a larger capacity."
         )

@@ -1,4 +1,4 @@
-"""Devices that may run a bundle, the best first, and why one cannot be taken."""
+"""The choice of a device for a bundle, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime.library import find_onnxruntime, install_anew, is_installed
+from fusion_edge.runtime.backends.onnxruntime.library import find_onnxruntime, is_installed, reinstall_command
 from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, find_library
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
@@ -20,36 +20,36 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Device:
-    """What runs a bundle."""
+    """The device that runs a bundle."""
 
     name: str
-    """One of :data:`NAMES`; a backend of your own has its own."""
+    """One of :data:`NAMES`, or the name of a backend of your own."""
     not_taken: Mapping[str, str] = field(default_factory=dict)
-    """With ``auto``, every better device and a sentence that says why it was not taken."""
+    """With ``auto``: the reason against each better device, a sentence by name."""
     remark: str | None = None
-    """Why it is slower than such a device may be, a sentence."""
+    """Why the device is slower than it could be, a sentence."""
 
 
 @dataclass(frozen=True)
 class DeviceCandidate:
-    """A device that fusion-edge knows."""
+    """A kind of device."""
 
     name: str
     target: str
-    """Of the bundles that it runs best."""
+    """Target of the bundles that it runs best."""
     reason: Callable[[Bundle], str | None]
-    """Why it cannot be taken for a bundle, a sentence with the remedy; None if nothing is known against it."""
+    """Return why the device cannot run a bundle, a sentence with the remedy; None if it can."""
     open: Callable[[Bundle, int | None], Backend]
-    """The backend, for a number of threads. Raises :class:`DeviceError` if the device does not start after all."""
+    """Open the backend with a number of threads. Raises :class:`DeviceError` if the device does not start."""
     remark: Callable[[Bundle], str | None] = lambda _: None
-    """As :class:`Device` has it."""
+    """Return :attr:`Device.remark`."""
 
 
 def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) -> tuple[Device, Backend]:
-    """The named device, or with ``auto`` the best there is for the bundle, and its backend.
+    """Open the named device, or with ``auto`` the best one for the bundle, and return it with its backend.
 
-    A device that is asked for by name is never replaced by another. Raises :class:`UsageError` for an unknown name,
-    :class:`FusionError` if the device, or with ``auto`` every device, cannot be taken, or the bundle does not load.
+    A device chosen by name is never replaced by another. Raises :class:`UsageError` for an unknown name,
+    :class:`FusionError` if the device, or with ``auto`` every device, cannot run the bundle.
     """
     if not isinstance(name, str) or name not in (AUTO, *NAMES):
         raise UsageError(f"Unknown device {name!r}; expected {', '.join((AUTO, *NAMES[:-1]))} or {NAMES[-1]}.")
@@ -67,43 +67,37 @@ def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) ->
         not_taken[candidate.name] = reason
     reasons = " ".join(f"{device}: {reason}" for device, reason in not_taken.items())
     if name == AUTO:
-        raise FusionError(f"No device here can run {bundle.folder}. {reasons}")
+        raise FusionError(f"No device of this machine can run {bundle.folder}. {reasons}")
     raise FusionError(f"Cannot run {bundle.folder} on {reasons}")
 
 
 def _cuda(bundle: Bundle) -> str | None:
-    return _wrong_target(bundle, "cuda") or _no_nvidia_gpu() or _no_onnxruntime("cuda") or _no_cuda_provider()
+    return (
+        _wrong_target(bundle, "cuda") or _no_nvidia_gpu() or _not_found(find_onnxruntime, "cuda") or _no_cuda_provider()
+    )
 
 
 def _cpu(bundle: Bundle) -> str | None:
-    return _wrong_target(bundle, "cpu", "cuda", "tensorrt") or _no_onnxruntime("cpu")
+    return _wrong_target(bundle, "cpu", "cuda", "tensorrt") or _not_found(find_onnxruntime, "cpu")
 
 
-def _without_own_kernels(bundle: Bundle) -> str | None:
+def _cpu_remark(bundle: Bundle) -> str | None:
     reason = cpu_kernels.unsupported_reason(bundle.manifest)
-    return reason and f"Products and attention are ONNX Runtime's own instead of faster ones. {reason}"
+    return reason and f"MatMul and attention run on ONNX Runtime's kernels instead of faster ones. {reason}"
 
 
 def _tensorrt(library: str, bundle: Bundle) -> str | None:
-    """Nothing but the GPU decides whether there are engines for it, so they are looked for when it is opened."""
-    return _wrong_target(bundle, "tensorrt") or _no_library(library) or _no_nvidia_gpu()
-
-
-def _no_library(name: str) -> str | None:
-    try:
-        find_library(name)
-    except DeviceError as error:
-        return str(error)
-    return None
+    """Opening the device looks for engines, because they depend on the GPU."""
+    return _wrong_target(bundle, "tensorrt") or _not_found(find_library, library) or _no_nvidia_gpu()
 
 
 def _wrong_target(bundle: Bundle, *targets: str) -> str | None:
-    """``targets``: what a device runs, what it runs best first."""
+    """Return a sentence unless the bundle's target is one of ``targets``, the best first."""
     if bundle.manifest.target in targets:
         return None
     return (
         f"The bundle was exported for {bundle.manifest.target}; "
-        f"fusion-export {bundle.manifest.source} -o FOLDER --target {targets[0]} makes one for it."
+        f"fusion-export {bundle.manifest.source} -o FOLDER --target {targets[0]} exports one for this device."
     )
 
 
@@ -111,16 +105,17 @@ def _no_nvidia_gpu() -> str | None:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
+        return "No NVIDIA driver (libcuda.so.1) is installed; install it if the machine has an NVIDIA GPU."
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
-        return "The NVIDIA driver finds no GPU that works; see what nvidia-smi says."
+        return "The NVIDIA driver finds no working GPU; check nvidia-smi."
     return None
 
 
-def _no_onnxruntime(extra: str) -> str | None:
+def _not_found(find: Callable[[str], object], name: str) -> str | None:
+    """Return the reason why ``find(name)`` fails."""
     try:
-        find_onnxruntime(extra)
+        find(name)
     except DeviceError as error:
         return str(error)
     return None
@@ -130,12 +125,14 @@ def _no_cuda_provider() -> str | None:
     if "CUDAExecutionProvider" in find_onnxruntime("cuda").get_available_providers():
         return None
     is_hidden = is_installed("onnxruntime") and is_installed("onnxruntime-gpu")
-    fault = "hides onnxruntime-gpu, whose files it replaced" if is_hidden else "has no CUDA provider"
-    return f"The onnxruntime that is installed {fault}; {install_anew('cuda')}."
+    fault = "hides onnxruntime-gpu, whose files it has overwritten" if is_hidden else "has no CUDA provider"
+    return f"The installed onnxruntime {fault}; {reinstall_command('cuda')}."
 
 
 def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backend:
-    from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # imports onnxruntime: 0.1 s
+    from fusion_edge.runtime.backends.onnxruntime.backend import (
+        OnnxRuntimeBackend,
+    )  # imports onnxruntime, which takes 0.1 s
 
     return OnnxRuntimeBackend(bundle, device, threads)
 
@@ -149,6 +146,6 @@ def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend
 CANDIDATES = (
     *(DeviceCandidate(name, "tensorrt", partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
     DeviceCandidate("cuda", "cuda", _cuda, partial(_open_onnxruntime, "cuda")),
-    DeviceCandidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _without_own_kernels),
+    DeviceCandidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _cpu_remark),
 )
 NAMES = tuple(candidate.name for candidate in CANDIDATES)

@@ -1,4 +1,4 @@
-"""The contract between exporter and runtime: what a bundle holds, and how it is read and checked."""
+"""The contract between exporter and runtime: the schema of a bundle, and the reader that checks it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The facts that define one FUSION model: sizes, layers, rotary frequencies, offered query lengths.
+"""The configuration of a FUSION model: sizes, layers, rotary frequencies, query lengths.
 
-Written once, used by all: the exporter reads it off a checkpoint (``export/checkpoint/config.py``), a bundle carries
-it in ``bundle.json`` and the runtime reads it back from there.
+The exporter reads it from a checkpoint (``export/checkpoint/config.py``) and writes it to ``bundle.json``; the runtime
+reads it from there.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-IMAGE_SIZE = 384  # pixels on a side of one crop
-GLOBAL_CROPS = 4  # the 768 x 768 resize cut row by row (FUSION.md section 1)
-VISION_HEADS = 16  # every released tower, whatever its width (FUSION.md, "The four released models")
-ALIGNMENT_HEADS = 16  # FUSION.md section 5
+IMAGE_SIZE = 384  # side of a crop in pixels
+GLOBAL_CROPS = 4  # the 768 x 768 resize cut row by row (docs/fusion-model.md section 1)
+VISION_HEADS = 16  # of every released tower (docs/fusion-model.md, "The four released models")
+ALIGNMENT_HEADS = 16  # docs/fusion-model.md section 5
 VISION_NORM_EPS = 1e-6
 ALIGNMENT_NORM_EPS = 1e-5
-MINIMUM_QUESTION = 16  # positions that a template and the shortest question take, at the least
+MINIMUM_QUESTION = 16  # lower bound of tokens for the template and a question
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The SigLIP tower as it is run: the checkpoint's last layer and its pooling head are dropped."""
+    """The SigLIP tower as it runs, without the checkpoint's last layer and pooling head."""
 
     width: int
     layers: int
@@ -29,12 +29,12 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches on a side of one crop (convolution without padding: the remainder is cut off)."""
+        """Side of a crop in patches. The convolution has no padding and drops the remainder."""
         return IMAGE_SIZE // self.patch_size
 
     @property
     def patches(self) -> int:
-        """Patches of one crop."""
+        """Patches per crop."""
         return self.grid**2
 
 
@@ -51,50 +51,50 @@ class LanguageConfig:
     vocab_size: int
     norm_eps: float
     rotary_inverse_frequencies: tuple[float, ...]
-    """``[head_dim / 2]`` radians per position, rope scaling applied."""
+    """``[head_dim / 2]`` radians per position, with rope scaling."""
     rotary_scale: float
-    """Factor on cos and sin (longrope's attention scaling; 1 elsewhere)."""
+    """Factor of cos and sin: longrope's attention scaling, otherwise 1."""
 
     @property
     def cache_values(self) -> int:
-        """Numbers that the KV cache holds of one position."""
+        """Values per token in the KV cache."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """The interaction layers (FUSION.md sections 3 and 5)."""
+    """The interaction layers (docs/fusion-model.md sections 3 and 5)."""
 
     layers: int
     start: int
     stride: int
     window_size: int
     query_lengths: tuple[int, ...]
-    """Every query length that the checkpoint was trained with; square numbers, ascending."""
+    """Query lengths of the training; square numbers, ascending."""
 
     def layer_after(self, decoder_layer: int) -> int | None:
-        """Index of the interaction layer that runs after ``decoder_layer``, or None."""
+        """Return the index of the interaction layer that runs after ``decoder_layer``, or None."""
         k, rest = divmod(decoder_layer - self.start, self.stride)
         return k if rest == 0 and 0 <= k < self.layers else None
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """All of FUSION's structure."""
+    """Structure of a FUSION model."""
 
     template: str
-    """Name of the conversation template: ``phi_3`` or ``llama_3`` (FUSION.md section 4)."""
+    """Name of the conversation template: ``phi_3`` or ``llama_3`` (docs/fusion-model.md section 4)."""
     vision: VisionConfig
     language: LanguageConfig
     alignment: AlignmentConfig
     max_length: int
-    """``tokenizer_model_max_length``: positions that the model was trained with."""
+    """``tokenizer_model_max_length``: the training context in tokens."""
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
 
 
 def side(square: int) -> int:
-    """Side of a square number of tokens. Raises ``ValueError`` if it is none."""
+    """Return the square root of a square number. Raise ``ValueError`` for any other."""
     root = math.isqrt(square)
     if square <= 0 or root * root != square:
         raise ValueError(f"{square} is not a square number")

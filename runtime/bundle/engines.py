@@ -21,24 +21,24 @@ ENGINES_FOLDER = "engines"
 
 
 def bundle_digest(bundle: Bundle) -> str:
-    """SHA-256 of ``bundle.json``, which has that of every other file."""
+    """Return the SHA-256 of ``bundle.json``, which lists those of all other files."""
     return digest(bundle.folder / MANIFEST)
 
 
 def engines_folder(bundle: Bundle, platform: EnginePlatform) -> Path:
-    """Where the engines of a bundle for a machine are, if they are built."""
+    """Return the folder of a bundle's engines for a platform."""
     fingerprint = f"{platform.library}-{platform.version}-cc{platform.compute_capability}-{bundle_digest(bundle)[:16]}"
     return bundle.folder / ENGINES_FOLDER / fingerprint
 
 
 def build_command(bundle: Bundle, platform: EnginePlatform) -> str:
-    """What builds the engines for a machine."""
+    """Return the command that builds the engines for a platform."""
     library = platform.library.replace("_", "-")
     return f"fusion-build {bundle.folder} --library {library}"
 
 
 def read_engines(folder: Path) -> Engines:
-    """The manifest in a folder of engines. Raises ``ValueError`` for what is not one, :class:`OSError`."""
+    """Read the manifest in a folder of engines. Raise ``ValueError`` for an invalid one, :class:`OSError`."""
     manifest = from_json(Engines, read_json(folder / ENGINES_MANIFEST))
     if manifest.schema_version != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {str(manifest.schema_version)[:40]}, not {SCHEMA_VERSION}")
@@ -47,10 +47,10 @@ def read_engines(folder: Path) -> Engines:
 
 
 def open_engines(bundle: Bundle, platform: EnginePlatform) -> tuple[Path, Engines]:
-    """The engines of ``bundle`` for ``machine``, every file's checksum verified, and their folder.
+    """Verify the engines for ``platform``, with every checksum, and return their folder and manifest.
 
-    Raises with the command that builds them: :class:`DeviceError` if there are none, or only those of another machine
-    or of the bundle as it was before; :class:`FusionError` if a file is missing, truncated or altered.
+    Errors name the command that builds the engines. Raises :class:`DeviceError` if the bundle has no current engines
+    for the platform, :class:`FusionError` if a file is missing, truncated or altered.
     """
     folder, build = engines_folder(bundle, platform), build_command(bundle, platform)
     if not folder.is_dir():
@@ -64,7 +64,7 @@ def open_engines(bundle: Bundle, platform: EnginePlatform) -> tuple[Path, Engine
     if engines.machine != platform:
         raise FusionError(f"The engines in {folder} are for {engines.machine}, not {platform}; build them: {build}")
     if engines.bundle != bundle_digest(bundle):
-        raise FusionError(f"The engines in {folder} are of another bundle; build those of this one: {build}")
+        raise FusionError(f"The engines in {folder} belong to another bundle; build them: {build}")
     if missing := bundle.manifest.graphs.keys() ^ engines.engines.keys():
         raise FusionError(
             f"{folder / ENGINES_MANIFEST} does not fit the bundle in {min(missing)}; build them again: {build}"
@@ -76,21 +76,18 @@ def open_engines(bundle: Bundle, platform: EnginePlatform) -> tuple[Path, Engine
 
 
 def all_engines(bundle: Bundle) -> list[tuple[Engines, bool]]:
-    """The manifests of all engines of a bundle, and whether they are of the bundle as it is."""
-    found, current = [], bundle_digest(bundle)
+    """Return the manifests of all engines, each with whether it was built from the bundle's present state."""
+    engines_of, current = [], bundle_digest(bundle)
     for folder in sorted((bundle.folder / ENGINES_FOLDER).glob("*/")):
         try:
             engines = read_engines(folder)
         except (OSError, ValueError, RecursionError):
             continue
-        found.append((engines, engines.bundle == current))
-    return found
+        engines_of.append((engines, engines.bundle == current))
+    return engines_of
 
 
 def _others(bundle: Bundle) -> str:
-    """Which engines there are instead."""
-    machines = [
-        f"{engines.machine}{'' if is_current else ', of the bundle as it was before'}"
-        for engines, is_current in all_engines(bundle)
-    ]
-    return f" (only for {'; '.join(machines)})" if machines else ""
+    """Describe the other engines of the bundle."""
+    platforms = [f"{engines.machine}{'' if is_current else ', stale'}" for engines, is_current in all_engines(bundle)]
+    return f" (only for {'; '.join(platforms)})" if platforms else ""

@@ -1,8 +1,8 @@
-"""What a graph's file may ask of ONNX Runtime or TensorRT: nothing but what fusion-export writes.
+"""An allowlist for ONNX files: only what fusion-export writes reaches ONNX Runtime or TensorRT.
 
-A graph can name any file as that of its weights, hold operators that load libraries or run code, and settings that a
-runtime obeys. So before a runtime sees one, every field, operator and place of a weight in it is looked at, and what
-is not known here is refused. The format is that of ``onnx.proto``; numbers of its fields stand here alone.
+A graph can name any file as its weights, and hold operators or settings that load libraries or run code. So every
+field, operator and weight location is checked before a runtime sees the file, and anything unknown is refused. Field
+numbers are those of ``onnx.proto``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from pathlib import Path
 
 from fusion_edge.runtime.bundle.protobuf import fields
 
-PAGE = 4096  # offsets in data files are multiples of a page, so that runtimes can map them into memory
-LARGEST_FILE = 1 << 20  # over twice the largest graph of an 8B model (TensorRT, calibrated vision: 0.38 MB)
-DEEPEST = 4  # branches inside of branches
+PAGE = 4096
+"""Alignment of weights in data files, so that runtimes can map them into memory."""
+LARGEST_FILE = 1 << 20
+"""Limit in bytes, over twice the largest graph of an 8B model (TensorRT, calibrated vision: 0.38 MB)."""
+DEEPEST = 4
+"""Limit of nested branches."""
 FUNCTIONS = "fusion_edge"
-"""Domain of the functions that a graph defines itself."""
+"""Domain of the functions that a graph defines."""
 
 OPERATORS: Mapping[str, frozenset[str]] = {
     domain: frozenset(names.split())
@@ -38,10 +41,10 @@ OPERATORS: Mapping[str, frozenset[str]] = {
         """,
     }.items()
 }
-"""By domain, the operators that the lowerings write: they compute, and do nothing else."""
+"""By domain, the operators that the lowerings write. They only compute."""
 
 BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 22: 4}
-"""Of one value, by the type's number in ``TensorProto``: float, uint8, int8, int32, int64, bool, float16, int4."""
+"""Bits per value by the type number of ``TensorProto``: float, uint8, int8, int32, int64, bool, float16, int4."""
 
 _MODEL = {1: "ir_version", 2: "producer_name", 3: "producer_version", 7: "graph", 8: "opset_import", 25: "functions"}
 _OPSET = {1: "domain", 2: "version"}
@@ -55,9 +58,9 @@ _STORED, _EXTERNAL = 0, 1  # data_location
 
 
 def check_graph(path: Path, data_file: str, data_size: int) -> None:
-    """Raise ``ValueError``, a part of a sentence, for a graph that fusion-export does not write; :class:`OSError`.
+    """Raise ``ValueError``, a part of a sentence, for a graph that fusion-export does not write, or :class:`OSError`.
 
-    Its weights lie in ``data_file`` beside it, which has ``data_size`` bytes, and nowhere else.
+    All weights must lie in ``data_file`` of ``data_size`` bytes, in the same folder.
     """
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"it has more than {LARGEST_FILE} bytes")
@@ -65,7 +68,7 @@ def check_graph(path: Path, data_file: str, data_size: int) -> None:
 
 
 class _Check:
-    """Methods are named after the messages that they take; each raises ``ValueError``."""
+    """Checks one message type per method, named after it; each raises ``ValueError``."""
 
     def __init__(self, data_file: str, data_size: int) -> None:
         self._data_file = data_file
@@ -84,7 +87,7 @@ class _Check:
                     raise ValueError(f"it has operators of the domain {domain!r}")
 
     def _function(self, message: bytes) -> None:
-        """Functions do not call each other: a few that do could be inlined to billions of nodes."""
+        """Refuse functions that call functions: a few could inline to billions of nodes."""
         names = {"domain": "", "name": ""}
         for name, value in _parts(message, "function", _FUNCTION):
             if name == "node":
@@ -98,7 +101,7 @@ class _Check:
 
     def _graph(self, message: bytes, depth: int, is_in_function: bool = False) -> None:
         if depth > DEEPEST:
-            raise ValueError("it has branches inside of branches")
+            raise ValueError("it has too deeply nested branches")
         for name, value in _parts(message, "graph", _GRAPH):
             if name == "node":
                 self._node(_bytes(value), depth, is_in_function)
@@ -143,15 +146,15 @@ class _Check:
             elif name == "data_location":
                 location = _integer(value)
         if location not in (_STORED, _EXTERNAL) or (location == _EXTERNAL) != bool(entries):
-            raise ValueError("it has a tensor that does not tell where its values are")
+            raise ValueError("it has a tensor without a location of its values")
         if entries:
             if not may_be_external:
-                raise ValueError("it has a constant whose values are in another file")
+                raise ValueError("it has a constant with values in another file")
             self._external(entries, shape, kind)
 
     def _external(self, entries: Mapping[str, str], shape: list[int], kind: int) -> None:
         if entries.keys() != {"location", "offset", "length"}:
-            raise ValueError(f"it tells of a weight's place {', '.join(sorted(entries))}"[:80])
+            raise ValueError(f"it gives the location of a weight by {', '.join(sorted(entries))}"[:80])
         if entries["location"] != self._data_file:
             raise ValueError(f"its weights are in {entries['location'][:60]!r}, not in {self._data_file}")
         offset, length = (_decimal(entries[key]) for key in ("offset", "length"))
@@ -162,7 +165,7 @@ class _Check:
 
 
 def _parts(message: bytes, kind: str, known: Mapping[int, str]) -> list[tuple[str, int | bytes]]:
-    """Names and values of a message's fields, all of which must be known."""
+    """Return names and values of a message's fields. Raise for an unknown field."""
     try:
         return [(known[number], value) for number, value in fields(message)]
     except KeyError as error:
@@ -170,7 +173,7 @@ def _parts(message: bytes, kind: str, known: Mapping[int, str]) -> list[tuple[st
 
 
 def _single(message: bytes, kind: str, known: Mapping[int, str]) -> dict[str, int | bytes]:
-    """A message each of whose fields comes once at the most."""
+    """Return the fields of a message. Raise for a repeated field."""
     found: dict[str, int | bytes] = {}
     for name, value in _parts(message, kind, known):
         if name in found:
@@ -181,7 +184,7 @@ def _single(message: bytes, kind: str, known: Mapping[int, str]) -> dict[str, in
 
 def _bytes(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise ValueError("it has a number in place of a message")
+        raise ValueError("it has a number in place of bytes")
     return value
 
 
@@ -197,5 +200,5 @@ def _text(value: int | bytes) -> str:
 
 def _decimal(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ValueError(f"it tells of a weight's place {text[:40]!r}, not a number of bytes")
+        raise ValueError(f"it gives the location of a weight as {text[:40]!r}, not a number of bytes")
     return int(text)

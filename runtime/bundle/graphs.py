@@ -1,7 +1,7 @@
-"""The three graphs of a bundle: the names, types and shapes of what goes in and comes out.
+"""Inputs and outputs of the three graphs of a bundle: names, dtypes and shapes.
 
-The exporter writes the graphs with these names, ``bundle.json`` lists them, the backends feed them.
-Symbolic dimensions: ``crops``, ``text``, ``latents`` (q), ``questions``, ``positions``, ``side`` (sqrt q) ...
+The exporter writes them, ``bundle.json`` lists them, the backends feed them. Symbolic dimensions: ``crops``,
+``text`` (tokens), ``latents`` (q), ``questions``, ``positions`` (tokens), ``side`` (sqrt q) and rows of pooling cells.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Dimension = int | str
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output; ``dtype`` is numpy's name of it."""
+    """An input or output; ``dtype`` is a numpy dtype name."""
 
     name: str
     dtype: str
@@ -29,20 +29,20 @@ class TensorSpec:
 
 
 def sized(dimensions: Iterable[Dimension], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A shape, its symbolic dimensions of these sizes."""
+    """Return a shape with the symbolic dimensions replaced by ``sizes``."""
     return tuple(sizes[dimension] if isinstance(dimension, str) else dimension for dimension in dimensions)
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph."""
+    """Inputs and outputs of a graph."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Inputs and outputs as ``bundle.json`` lists them."""
+        """Return inputs and outputs in the form of ``bundle.json``."""
         return {
             side: [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors]
             for side, tensors in (("inputs", self.inputs), ("outputs", self.outputs))
@@ -52,7 +52,7 @@ class GraphSpec:
 def graph_specs(
     config: FusionConfig, target: str, activations: str, cache: str
 ) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
-    """Vision encoder, alignment decoder and LLM; ``activations`` and ``cache`` are numpy dtype names."""
+    """Return vision encoder, alignment decoder and LLM; ``activations`` and ``cache`` are numpy dtype names."""
     hidden, patches = config.language.hidden_size, config.vision.patches
     features = ("crops", patches, hidden)
     vision = GraphSpec(
@@ -86,9 +86,9 @@ def _llm(
     config: FusionConfig, target: str, activations: str, cache: str, pairs: tuple[TensorSpec, TensorSpec]
 ) -> GraphSpec:
     language = config.language
-    states = cache_specs(config, cache)
-    past = [TensorSpec(f"past.{state.name}", state.dtype, state.shape) for state in states]
-    present = [TensorSpec(f"present.{state.name}", state.dtype, state.shape) for state in states]
+    cached = cache_specs(config, cache)
+    past = [TensorSpec(f"past.{spec.name}", spec.dtype, spec.shape) for spec in cached]
+    present = [TensorSpec(f"present.{spec.name}", spec.dtype, spec.shape) for spec in cached]
     if target == "tensorrt":
         places = [TensorSpec("positions", "int64", (1, "positions")), TensorSpec("write_index", "int64", (1,))]
     else:
@@ -107,16 +107,16 @@ def _llm(
 
 
 def cache_specs(config: FusionConfig, cache: str) -> list[TensorSpec]:
-    """The KV cache: keys and values layer by layer, and the scales of an int8 one.
+    """Return the tensors of the KV cache: keys and values layer by layer, and the scales of an int8 cache.
 
-    Each goes in as ``past.{name}`` and comes out, in the same memory, as ``present.{name}``.
+    The input ``past.{name}`` and the output ``present.{name}`` share their memory.
     """
     language = config.language
-    state = (1, language.kv_heads, "capacity", language.head_dim)
+    shape = (1, language.kv_heads, "capacity", language.head_dim)
     channels = (1, language.kv_heads, 1, language.head_dim)
     specs = []
     for layer in range(language.layers):
-        specs += [TensorSpec(f"{layer}.{part}", cache, state) for part in ("key", "value")]
+        specs += [TensorSpec(f"{layer}.{part}", cache, shape) for part in ("key", "value")]
         if cache == "int8":
             specs += [TensorSpec(f"{layer}.{part}_scale", "float32", channels) for part in ("key", "value")]
     return specs

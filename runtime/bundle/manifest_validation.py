@@ -20,7 +20,7 @@ from fusion_edge.runtime.bundle.config import (
 from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.graphs import graph_specs
 from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, PRECISIONS, SCHEMA_VERSION, TARGETS, Manifest
-from fusion_edge.runtime.prompts.templates import TEMPLATES
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 
 LARGEST = 2**31 - 1
 """Upper bound of a size: ONNX Runtime counts positions in int32."""

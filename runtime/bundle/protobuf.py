@@ -1,31 +1,31 @@
-"""The wire format of protocol buffers, read strictly: https://protobuf.dev/programming-guides/encoding/."""
+"""A strict reader of the protobuf wire format (https://protobuf.dev/programming-guides/encoding/)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5  # wire types; groups (3 and 4) are of a time long ago
+VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5  # wire types; groups (3 and 4) are obsolete
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Field numbers and values of one message, in order: ``int`` for varints (unsigned), ``bytes`` for all others.
+    """Yield field numbers and values of a message: ``int`` for varints (unsigned), ``bytes`` for all others.
 
-    Raises ``ValueError`` for a message that is cut short, has a group, a field 0, or a number of more than 64 bits.
+    Raises ``ValueError`` for a truncated message, a group, field 0, or a number above 64 bits.
     """
     position, end = 0, len(message)
     while position < end:
-        tag = message[position]  # most numbers are of one byte: a call for each would take twice as long
+        tag = message[position]  # most numbers have one byte; a call for each takes twice as long
         position += 1
         if tag >= 0x80:
             tag, position = _varint(message, position - 1)
         wire_type = tag & 7
         if tag < 8:
-            raise ValueError("field 0")  # which the format does not have: a file of zeros would be full of them
+            raise ValueError("field 0")  # invalid; a file of zeros would be full of them
         if wire_type in (FIXED_32, FIXED_64):
             length = 4 if wire_type == FIXED_32 else 8
         elif wire_type in (VARINT, BYTES):
             if position == end:
-                raise ValueError("cut short")
+                raise ValueError("truncated")
             length = message[position]
             position += 1
             if length >= 0x80:
@@ -37,13 +37,13 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError(f"wire type {wire_type}")
         stop = position + length
         if stop > end:
-            raise ValueError("cut short")
+            raise ValueError("truncated")
         yield tag >> 3, message[position:stop]
         position = stop
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """A number and where it ends."""
+    """Return a number and the position after it."""
     value = shift = 0
     for index in range(position, min(position + 10, len(message))):
         byte = message[index]
@@ -53,4 +53,4 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
                 break
             return value, index + 1
         shift += 7
-    raise ValueError("no number of 64 bits")
+    raise ValueError("a number above 64 bits")

@@ -17,7 +17,7 @@ from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.formatting import format_table
 
 WORST = 12  # rows of the table
-TAKEN_OVER = "checkpoint"  # method of prequantized weights
+PREQUANTIZED = "checkpoint"  # method of prequantized weights
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ class QuantizationReport:
         }
 
     @classmethod
-    def planned(cls, rounded: Mapping[str, str], taken_over: Mapping[str, str]) -> QuantizationReport:
+    def planned(cls, rounded: Mapping[str, str], prequantized: Mapping[str, str]) -> QuantizationReport:
         """Return a report as large as that of an export without calibration, given formats by weight."""
         linears = [LinearReport(name, form, "rtn", 20.12, None, None, 0) for name, form in rounded.items()]
-        linears += [LinearReport(name, form, TAKEN_OVER, None, None, None, 0) for name, form in taken_over.items()]
+        linears += [LinearReport(name, form, PREQUANTIZED, None, None, None, 0) for name, form in prequantized.items()]
         return cls(tuple(linears), 0, None)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""JSON to frozen dataclasses by their annotations: no key missing, none unknown, every value of its exact type."""
+"""JSON to frozen dataclasses by their annotations, strictly: exact keys and exact types."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ T = TypeVar("T")
 
 
 def from_json(kind: type[T], data: object, name: str = "") -> T:
-    """``data``, as ``json.loads`` gives it, as the dataclass ``kind``: inverse of ``dataclasses.asdict``.
+    """Convert parsed JSON to the dataclass ``kind``: the inverse of ``dataclasses.asdict``.
 
     Annotations may be ``int``, ``float``, ``str``, ``Any``, dataclasses, ``tuple[X, ...]``, ``Mapping[str, X]`` and
     ``X | None``.
-    Raises ``ValueError`` with one sentence's part such as ``model.vision.width is 'x', not an integer``; ``name``
-    goes in front of the fields' own names.
+
+    Raises ``ValueError`` with a part of a sentence such as ``model.vision.width is 'x', not an integer``. ``name``
+    prefixes the names of fields.
     """
     return cast(T, _value(kind, data, name))
 
@@ -51,6 +52,6 @@ _NAMES = {int: "an integer", float: "a float", str: "a string", list: "a list", 
 
 
 def _typed(kind: type[T], data: object, name: str) -> T:
-    if type(data) is not kind:  # not isinstance: true is an int to Python
+    if type(data) is not kind:  # not isinstance: True is an int in Python
         raise ValueError(f"{name or 'it'} is {reprlib.repr(data)}, not {_NAMES[kind]}")
     return data

@@ -1,1 +1,1 @@
-"""The commands fusion-run and fusion-info, and what all commands share."""
+"""``fusion-run`` and ``fusion-info``, and the frame of all commands."""

@@ -1,4 +1,4 @@
-"""What every command line tool of fusion-edge shares."""
+"""Run a command: errors, signals, standard streams and the exit code."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_me
 
 
 def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command; the exit code: 0, 1 for a failure, 2 for wrong usage, 128 + N if signal N ended it.
+    """Run a command and return the exit code: 0, 1 for a failure, 2 for wrong usage, 128 + N for signal N.
 
-    A user's mistake is one line on standard error, never a traceback.
+    A user's mistake prints one line on standard error, never a traceback.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started this process
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that a terminal cannot show
+        if getattr(sys, name) is None:  # closed by the parent process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until exit)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not sys.warnoptions:  # of libraries, to developers: what matters to a user is said by an error of ours
+    if not sys.warnoptions:  # warnings of libraries are for developers
         warnings.simplefilter("ignore")
     try:
         with signals.raising():
@@ -35,22 +35,22 @@ def run_command(command: Callable[[argparse.Namespace], int], arguments: argpars
     except FusionError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, signals.Terminated) as ended:
-        return signals.tell(ended)
+        return signals.report(ended)
     except BrokenPipeError:
-        # The reader went away (``| head``): nothing is left to say, also at interpreter exit.
+        # The reader has left (``| head``). Without this the interpreter would fail again at exit.
         _discard_output()
         return 0
     except (MemoryError, OSError) as error:
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             return _fail(f"{not_enough_memory('go on')}; close other programs, or export a smaller bundle.")
-        if error.filename is None:  # perhaps from standard output, whose rest would fail again at interpreter exit
+        if error.filename is None:  # perhaps standard output, which would fail again at exit
             _discard_output()
         name = error.filename or "a file or standard output"
         return _fail(f"Cannot access {name}: {error.strerror}; check the path, its permissions and the disk.")
 
 
 def _fail(message: str, code: int = 1) -> int:
-    with suppress(OSError):  # whoever read it may be gone
+    with suppress(OSError):  # the reader may have left
         sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
     return code
 

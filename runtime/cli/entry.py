@@ -1,7 +1,4 @@
-"""Entry points of the commands: signals are taken first, for imports take as long as a user takes to press Ctrl-C.
-
-Nothing here imports a library.
-"""
+"""Entry points of the commands. They handle signals before any import of a library, because imports take a while."""
 
 from __future__ import annotations
 
@@ -9,17 +6,17 @@ from fusion_edge.runtime.system.first_signals import leave_at_once
 
 
 def run() -> int:
-    """``fusion-run``; the exit code."""
+    """Run ``fusion-run`` and return the exit code."""
     return start("fusion_edge.runtime.cli.run")
 
 
 def info() -> int:
-    """``fusion-info``; the exit code."""
+    """Run ``fusion-info`` and return the exit code."""
     return start("fusion_edge.runtime.cli.info")
 
 
 def start(module: str, libraries: tuple[str, ...] = (), extra: str = "") -> int:
-    """Import a command's module, call its ``main`` and return the exit code.
+    """Import the module of a command, call its ``main`` and return the exit code.
 
     ``extra`` installs the ``libraries`` that the module imports.
     """
@@ -40,11 +37,11 @@ def start(module: str, libraries: tuple[str, ...] = (), extra: str = "") -> int:
     command = import_module(module)
     try:
         code: int = command.main()
-    except SystemExit as ended:  # by argparse, after --help or a wrong option; what it wrote may not go out
+    except SystemExit as ended:  # from argparse, after --help or a wrong option; flushing its output may fail
         from argparse import Namespace
 
         from fusion_edge.runtime.cli.command import run_command
 
-        asked = ended.code if isinstance(ended.code, int) else 0
-        return run_command(lambda _: asked, Namespace())
+        code = ended.code if isinstance(ended.code, int) else 0
+        return run_command(lambda _: code, Namespace())
     return code

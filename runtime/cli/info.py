@@ -1,4 +1,4 @@
-"""``fusion-info``: what a bundle is, and whether it is whole."""
+"""``fusion-info``: print the facts of a bundle and verify its files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fusion_edge.runtime.system.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Run ``fusion-info`` and return the exit code."""
     return run_command(_info, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser of ``fusion-info``."""
     parser = argparse.ArgumentParser(
-        prog="fusion-info", description="Print what a bundle is and verify the checksum of every file."
+        prog="fusion-info", description="Print the facts of a bundle and verify the checksum of every file."
     )
     parser.add_argument("bundle", type=Path, help="folder that fusion-export wrote")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
@@ -56,11 +56,11 @@ def _text(bundle: Bundle) -> str:
         ("Target", manifest.target),
         ("Precision", manifest.precision),
         ("LLM", f"{language.layers} layers, width {language.hidden_size}, vocabulary {language.vocab_size}"),
-        ("Vision", f"{vision.layers} layers, width {vision.width}, {vision.patches} patches a crop"),
+        ("Vision", f"{vision.layers} layers, width {vision.width}, {vision.patches} patches per crop"),
         ("Alignment", f"{model.alignment.layers} interaction layers"),
         ("Image tokens", str(manifest.image_side**2)),
         ("Query lengths", ", ".join(map(str, manifest.query_lengths))),
-        ("Context", f"{manifest.max_context} positions, {manifest.cache} KV cache"),
+        ("Context", f"{manifest.max_context} tokens, {manifest.cache} KV cache"),
         *_weight_rows(manifest),
         *_quantization_rows(bundle),
         *((entry.path, format_bytes(entry.size)) for entry in manifest.files),
@@ -72,35 +72,37 @@ def _text(bundle: Bundle) -> str:
 
 
 def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    """How many weights of each graph have each format."""
-    counts = Counter((name.split(".")[0], form) for name, form in manifest.weights.items())
-    return [(f"{part} weights", f"{count} in {form}") for (part, form), count in sorted(counts.items())]
+    """Count the weights by graph and format."""
+    counts = Counter((name.split(".")[0], weight_format) for name, weight_format in manifest.weights.items())
+    return [
+        (f"{part} weights", f"{count} in {weight_format}") for (part, weight_format), count in sorted(counts.items())
+    ]
 
 
 def _engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
-    """The engines that were built of it."""
+    """List the engines of the bundle."""
     return [
         (
             "Engines",
-            f"{engines.machine}, {engines.max_context} positions, {format_bytes(engines.size)}"
-            f"{'' if is_current else '; of the bundle as it was before: build them again'}",
+            f"{engines.machine}, {engines.max_context} tokens, {format_bytes(engines.size)}"
+            f"{'' if is_current else '; stale, from an earlier bundle: build them again'}",
         )
         for engines, is_current in all_engines(bundle)
     ]
 
 
 def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:
-    """How the weights were fitted and what that costs, where the bundle tells. Raises :class:`FusionError`."""
+    """Summarize the quantization report, if the bundle has one. Raise :class:`FusionError` if it is invalid."""
     if all(entry.path != QUANTIZATION for entry in bundle.manifest.files):
         return []
     path = bundle.path(QUANTIZATION)
     try:
         report = QuantizationReport.read(path)
     except (ValueError, RecursionError) as error:
-        raise FusionError(f"{path} is no quantization report ({error}); export the bundle again.") from None
+        raise FusionError(f"{path} is not a quantization report ({error}); export the bundle again.") from None
     methods = Counter(linear.method for linear in report.linears)
-    fitted = ", ".join(f"{count} by {method}" for method, count in methods.items())
-    rows = [("Quantized", f"{fitted}; {report.calibration_samples} calibration samples")]
+    summary = ", ".join(f"{count} by {method}" for method, count in methods.items())
+    rows = [("Quantized", f"{summary}; {report.calibration_samples} calibration samples")]
     return rows + report.rows()
 
 

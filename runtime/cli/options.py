@@ -1,4 +1,4 @@
-"""argparse types that all commands share."""
+"""argparse types that the commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNITS = {"": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 
 def output_file(text: str) -> Path:
-    """argparse type of a file to write: refused before there is anything to write if it cannot be."""
+    """Parse the path of an output file, which must be writable."""
     try:
         check_output_file(Path(text))
     except FusionError as error:
@@ -22,25 +22,25 @@ def output_file(text: str) -> Path:
 
 
 def integer_list(text: str) -> tuple[int, ...]:
-    """argparse type of a comma list of positive integers."""
+    """Parse a comma-separated list of positive integers."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = ()
     if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a comma list of positive integers such as 16,144")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of positive integers such as 16,144")
     return values
 
 
 def positive_integer(text: str) -> int:
-    """argparse type of a positive integer."""
+    """Parse a positive integer."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def byte_count(text: str) -> int:
-    """argparse type of a size such as ``8GB``, ``7.4GiB`` or ``500000``, in bytes."""
+    """Parse a size such as ``8GB``, ``7.4GiB`` or ``500000``; return bytes."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)", text)
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if match is None or match[2].lower() not in units:

@@ -1,4 +1,4 @@
-"""``fusion-run``: questions about an image, answered by a bundle."""
+"""``fusion-run``: ask a bundle questions about an image."""
 
 from __future__ import annotations
 
@@ -23,52 +23,72 @@ from fusion_edge.runtime.system import signals
 from fusion_edge.runtime.system.interruptible import interruptible
 
 LARGEST_INPUT = 2**21
-"""Bytes of a history's file, characters of a question: more than any context holds, and little memory."""
+"""Limit of a history file in bytes and of a question in characters, above the size of any context."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Run ``fusion-run`` and return the exit code."""
     return run_command(_run, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option of ``fusion-run``."""
+    """Return the command line parser of ``fusion-run``."""
     defaults = Sampling()
     parser = argparse.ArgumentParser(prog="fusion-run", description="Ask a bundle questions about an image.")
     add = parser.add_argument
     add("bundle", type=Path, help="folder that fusion-export wrote")
-    add("--image", required=True, metavar="FILE", help="the picture")
+    add("--image", required=True, metavar="FILE", help="image file")
     add(
         "--ask",
         action="append",
         metavar="TEXT",
-        help="a question; repeat it to continue the conversation; without it questions are read from standard input",
+        help="question; repeat it to continue the conversation; without it, questions come from standard input",
     )
     add("--history", type=Path, metavar="FILE", help='earlier turns: a JSON list of {"question", "answer"}')
     add(
-        "--query-len", type=positive_integer, metavar="N", help="query length, one of the bundle's (default: its first)"
+        "--query-len",
+        type=positive_integer,
+        metavar="N",
+        help="query length, one that the bundle offers (default: the first)",
     )
-    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        metavar="N",
+        help="limit of generated tokens (default: %(default)s)",
+    )
     add(
         "--temperature",
         type=float,
         default=defaults.temperature,
         metavar="T",
-        help="0 takes the likeliest token (default: %(default)s)",
+        help="sampling temperature; 0 is greedy (default: %(default)s)",
     )
-    add("--top-p", type=float, default=defaults.top_p, metavar="P", help="nucleus (default: %(default)s, off)")
-    add("--top-k", type=int, default=defaults.top_k, metavar="K", help="likeliest tokens (default: %(default)s, off)")
-    add("--seed", type=int, metavar="N", help="for the same draws every time")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add("--top-p", type=float, default=defaults.top_p, metavar="P", help="nucleus sampling (default: %(default)s, off)")
+    add(
+        "--top-k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="sample from the K likeliest tokens (default: %(default)s, off)",
+    )
+    add("--seed", type=int, metavar="N", help="random seed, for reproducible sampling")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop string, which ends the answer; repeatable")
     add(
         "--control-tokens",
         action="store_true",
-        help="let questions and history spell control tokens such as <|end|>; without it such spellings are text",
+        help="read spellings such as <|end|> in questions and history as control tokens (default: as text)",
     )
-    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="default: the best that is there for the bundle")
-    add("--threads", type=positive_integer, metavar="N", help="default: every processor that this process may use")
-    add("--json", action="store_true", help="print one JSON object with every answer")
-    add("--verbose", action="store_true", help="say on standard error which device is taken, and why no better one")
+    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="device (default: the best for the bundle)")
+    add(
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="CPU threads (default: all processors that this process may use)",
+    )
+    add("--json", action="store_true", help="print all answers as one JSON object")
+    add("--verbose", action="store_true", help="print the device, and why better ones were skipped, on standard error")
     return parser
 
 
@@ -82,10 +102,10 @@ def _run(arguments: argparse.Namespace) -> int:
         stop=tuple(arguments.stop),
     )
     if arguments.json and arguments.ask is None:
-        raise UsageError("--json prints the answers to --ask; add --ask TEXT, or leave --json out.")
+        raise UsageError("--json needs --ask TEXT; add it, or drop --json.")
     history = [] if arguments.history is None else _read_history(arguments.history)
     with load(arguments.bundle, device=arguments.device, threads=arguments.threads) as fusion:
-        _tell_device(fusion, arguments.verbose)
+        _report_device(fusion, arguments.verbose)
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)
 
@@ -110,8 +130,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_device(fusion: Fusion, verbose: bool) -> None:
-    """On standard error: all about the choice of the device, or at the least that a GPU's bundle runs on the CPU."""
+def _report_device(fusion: Fusion, verbose: bool) -> None:
+    """Report the choice of the device on standard error, or only that a GPU bundle runs on the CPU."""
     device, target = fusion.device, fusion.manifest.target
     reasons = {name: f"not on {name}: {reason}" for name, reason in device.not_taken.items()}
     exported_for = [candidate.name for candidate in CANDIDATES if candidate.target == target]
@@ -119,8 +139,8 @@ def _tell_device(fusion: Fusion, verbose: bool) -> None:
         sys.stderr.write("".join(f"{reason}\n" for reason in reasons.values()))
         sys.stderr.write(f"running on {device.name}\n")
         sys.stderr.write(f"note: {device.remark}\n" if device.remark else "")
-    elif device.name == "cpu" and (told := [reasons[name] for name in exported_for if name in reasons]):
-        sys.stderr.write(f"warning: running on {device.name}, {' '.join(told)}\n")
+    elif device.name == "cpu" and (skipped := [reasons[name] for name in exported_for if name in reasons]):
+        sys.stderr.write(f"warning: running on {device.name}, {' '.join(skipped)}\n")
 
 
 def _say(conversation: Conversation, question: str, sampling: Sampling, query_length: int | None) -> None:
@@ -133,8 +153,8 @@ def _say(conversation: Conversation, question: str, sampling: Sampling, query_le
 
 
 def _interactive(say: Callable[[str], None]) -> int:
-    """Questions from standard input, one a line, until its end. A refused question or Ctrl-C ends but an answer."""
-    if isinstance(sys.stdin, io.TextIOWrapper):  # as arguments are decoded: wrong bytes are told by the question
+    """Ask the lines of standard input. On a terminal an error or Ctrl-C ends only the answer."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # as Python decodes arguments: an error names the invalid bytes
         sys.stdin.reconfigure(errors="surrogateescape")
     terminal = sys.stdin.isatty()
     while True:
@@ -149,14 +169,14 @@ def _interactive(say: Callable[[str], None]) -> int:
         try:
             if len(line) > LARGEST_INPUT:
                 raise UsageError(
-                    f"A question has more than {LARGEST_INPUT} characters, which no context holds; ask a shorter one."
+                    f"A question has more than {LARGEST_INPUT} characters, more than any context; ask a shorter one."
                 )
             say(line.strip())
         except FusionError as error:
             if not terminal:
                 raise
             sys.stderr.write(f"error: {error}\n")
-        except KeyboardInterrupt:  # ends the answer; at the prompt it would end the command
+        except KeyboardInterrupt:  # ends the answer; at the prompt it ends the command
             if not terminal:
                 raise
             signals.rearm()
@@ -181,7 +201,7 @@ def _read_history(path: Path) -> list[Turn]:
             content = file.read(LARGEST_INPUT + 1)
         if len(content) > LARGEST_INPUT:
             raise FusionError(
-                f"The history in {path} has more than {LARGEST_INPUT} bytes, which no context holds; drop turns."
+                f"The history in {path} has more than {LARGEST_INPUT} bytes, more than any context; drop turns."
             )
         data = json.loads(content.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

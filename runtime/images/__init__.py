@@ -1,4 +1,4 @@
-"""From a picture to the crops that the vision encoder takes."""
+"""From an image to the crops of the vision encoder."""
 
 from __future__ import annotations
 

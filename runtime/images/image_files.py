@@ -1,4 +1,4 @@
-"""Pictures in files: which are opened at all, and what decoding them may take."""
+"""Image files: accepted formats, and limits of size and memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, Un
 from fusion_edge.runtime.errors import FusionError
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-"""Of Pillow's formats those of pictures, whose decoders start no other program; PPM stands for PBM, PGM and PNM too."""
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
-MAX_BYTES = 128 << 20  # a file may have, and what decodes it may take
-SLOW_PIXELS = 640 * 480  # of what Pillow decodes in Python
-METADATA_BYTES = 8 << 20  # a file may have beside what its pixels need
-METADATA_READS = 20_000  # a fraction of a second
-WHOLE_BYTES = 32 << 20  # of a file that Pillow reads at once (WebP)
+"""Pillow's formats of pictures, with decoders that start no other program. PPM includes PBM, PGM and PNM."""
+MAX_PIXELS = 89_478_485
+"""Pillow's threshold of decompression bombs."""
+MAX_BYTES = 128 << 20
+"""Limit of a file, and of the memory to decode it."""
+SLOW_PIXELS = 640 * 480
+"""Limit of pixels that Pillow decodes in Python."""
+METADATA_BYTES = 8 << 20
+"""Limit of bytes read in addition to the pixels."""
+METADATA_READS = 20_000
+"""Limit of reads in addition to those of the pixels: a fraction of a second."""
+WHOLE_BYTES = 32 << 20
+"""Limit of a file that Pillow reads at once (WebP)."""
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)  # of "//" a path keeps one slash
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)  # a path keeps one slash of "//"
 _SLOW_DECODERS = {"bmp_rle", "ppm_plain"}
-_WEBP_BUFFERS = 11  # bytes a pixel beside the picture, measured
-_NAMED_CHARACTERS = 200  # of a path in an error
+_WEBP_BUFFERS = 11  # bytes per pixel in addition to the image, measured
+_NAMED_CHARACTERS = 200  # limit of a path in an error
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -36,28 +42,28 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-# Pillow logs what a file has wrong, and Python prints that where a program has no logging of its own.
+# Pillow logs defects of files, and Python prints them in programs that configure no logging.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323  # tags of TIFF
 
 
-def is_address(path: str) -> bool:
-    """Whether ``path`` is an address such as ``https://host/picture.png``, and no file has that name."""
-    return _ADDRESS.match(path) is not None and not os.path.lexists(path)
+def is_url(path: str) -> bool:
+    """Return whether ``path`` is a URL such as ``https://host/picture.png``, and not the name of a file."""
+    return _URL.match(path) is not None and not os.path.lexists(path)
 
 
 def image_name(path: str) -> str:
-    """How errors name the image in a file."""
+    """Return the name of an image file in errors."""
     return f"The image {path[:_NAMED_CHARACTERS] + '...' * (len(path) > _NAMED_CHARACTERS)!r}"
 
 
 @contextmanager
 def open_image(path: str) -> Iterator[ImageFile.ImageFile]:
-    """The picture in a file, of one of ``FORMATS`` and not yet decoded; large JPEG files will be decoded reduced.
+    """Open an image file of one of :data:`FORMATS`, without decoding it. A large JPEG will decode at a reduced size.
 
-    Raises ``FusionError`` for an address, for what is no readable file, no picture of these formats or damaged, and
-    for a picture that would take more than ``MAX_BYTES``.
+    Raises ``FusionError`` for a URL, a file that is not readable, another format, damage, and an image that takes more
+    than :data:`MAX_BYTES` to decode.
     """
     name = image_name(path)
     _check_file(path, name)
@@ -70,46 +76,46 @@ def open_image(path: str) -> Iterator[ImageFile.ImageFile]:
 
 
 def check_decoded(image: Image.Image, name: str) -> None:
-    """Refuse a Pillow image that would still have to be decoded from a format that is not accepted."""
+    """Refuse a Pillow image that is not yet decoded from an unsupported format."""
     pending = bool(getattr(image, "tile", None)) or isinstance(image, ImageFile.StubImageFile)
     if pending and image.format not in (*FORMATS, "MPO"):
         raise FusionError(
-            f"{name} has the format {image.format}, accepted are {', '.join(FORMATS)}; "
-            "decode it yourself if you trust it (load())."
+            f"{name} has the format {image.format}; expected {', '.join(FORMATS)}. If you trust it, decode it with "
+            "load() first."
         )
 
 
 def check_size(size: tuple[int, int], name: str, limit: int = MAX_BYTES // 4) -> None:
-    """Refuse an empty image, and one of more than ``limit`` pixels, before a pixel of it is decoded."""
+    """Refuse an empty image and one of more than ``limit`` pixels, before decoding it."""
     width, height = size
     if width < 1 or height < 1:
         raise FusionError(f"{name} is empty ({width} x {height} pixels).")
     if width * height > limit:
         raise FusionError(
             f"{name} is too large: {width} x {height} = {width * height} pixels, "
-            f"the limit for an image of its kind is {limit}; scale it down first."
+            f"more than the limit of {limit} for this format; scale it down first."
         )
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation; 1, which is upright, where it says none."""
+    """Return the EXIF orientation; 1 (upright) without one."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # unreadable metadata says nothing about the pixels, which are fine
+    except Exception:  # unreadable metadata does not affect the pixels
         return 1
     return value if isinstance(value, int) else 1
 
 
 def undecodable(name: str, error: Exception) -> FusionError:
-    """The error for whatever a decoder of Pillow's raised."""
+    """Return the error for an exception of Pillow's decoders."""
     reason = f"{type(error).__name__}: {error}"
-    return FusionError(f"{name} cannot be decoded ({reason}); check that it is whole, or save it again.")
+    return FusionError(f"{name} cannot be decoded ({reason}); check that the file is complete, or save it again.")
 
 
 def _check_file(path: str, name: str) -> None:
-    """Refuse what is no regular file of a fitting size, without opening it: a pipe would wait, a device never end."""
-    if is_address(path):
-        raise FusionError(f"{name} is an address, and addresses are not fetched; download it and give the file's path.")
+    """Refuse anything but a regular file within the limit, without opening it: a pipe or device could block."""
+    if is_url(path):
+        raise FusionError(f"{name} is a URL, which is not fetched; download it and pass the path of the file.")
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -117,16 +123,18 @@ def _check_file(path: str, name: str) -> None:
     except OSError as error:
         raise FusionError(f"{name} cannot be read ({error.strerror}); check the path and its permissions.") from error
     except ValueError as error:  # a NUL, or half a surrogate pair
-        raise FusionError(f"{name} is no path that a file can have ({error}); check the path.") from error
+        raise FusionError(f"{name} is not a valid path ({error}); check the path.") from error
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
-        raise FusionError(f"{name} is {kind}; give the path of one image file.")
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
+        raise FusionError(f"{name} is {kind}; pass the path of an image file.")
     if status.st_size > MAX_BYTES:
-        raise FusionError(f"{name} has {status.st_size} bytes, the limit is {MAX_BYTES}; scale it down first.")
+        raise FusionError(
+            f"{name} has {status.st_size} bytes, more than the limit of {MAX_BYTES}; scale it down first."
+        )
 
 
 class _BoundedFile(io.BufferedReader):
-    """A file that ends what reads more of it than a picture needs, as metadata may make Pillow do."""
+    """A file that limits reads, because metadata can make Pillow read far more than the pixels."""
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__(io.FileIO(path))
@@ -137,22 +145,26 @@ class _BoundedFile(io.BufferedReader):
         whole = size is None or size < 0
         data = super().read(WHOLE_BYTES + 1 if whole else size)
         if whole and len(data) > WHOLE_BYTES:
-            raise FusionError(f"{self._name} has more than {WHOLE_BYTES} bytes, the limit of its kind; scale it down.")
+            raise FusionError(
+                f"{self._name} has more than {WHOLE_BYTES} bytes, the limit of its format; scale it down."
+            )
         self._bytes -= 0 if whole else len(data)
         self._reads -= 1
         if min(self._bytes, self._reads) < 0:
-            raise FusionError(f"{self._name} has more metadata than {METADATA_BYTES} bytes; save it again without.")
+            raise FusionError(
+                f"{self._name} has more than {METADATA_BYTES} bytes of metadata; save it without metadata."
+            )
         return data
 
     def allow(self, pixels: int) -> None:
-        """Let the pixels be read, of at most four samples of 32 bits, and one at a time where they are run lengths."""
+        """Raise the limits by the reads of the pixels: up to four samples of 32 bits each."""
         self._bytes += 16 * pixels
         self._reads += min(pixels, SLOW_PIXELS) + pixels // 64
 
 
 @functools.cache
 def _quiet_libtiff() -> None:
-    """Have libtiff, which Pillow's module of C is linked to, print nothing: what matters becomes an error of ours."""
+    """Silence libtiff, which Pillow's C module links. Its errors become errors of ours."""
     library = ctypes.CDLL(_imaging.__file__)
     for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         if hasattr(library, setter):  # not where Pillow holds a libtiff whose names are its own
@@ -167,11 +179,11 @@ def _open(file: _BoundedFile, name: str) -> ImageFile.ImageFile:
         raise
     except UnidentifiedImageError as error:
         raise FusionError(
-            f"{name} is not an image of an accepted format ({', '.join(FORMATS)}); convert it to PNG or JPEG."
+            f"{name} is not an image of a supported format ({', '.join(FORMATS)}); convert it to PNG or JPEG."
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise FusionError(f"{name} is too large: {error}; scale it down first.") from error
-    except Exception as error:  # Pillow's readers let many types escape on a damaged header
+    except Exception as error:  # Pillow raises many types for a damaged header
         raise undecodable(name, error) from error
     if opened.format == "TIFF":
         _quiet_libtiff()
@@ -180,26 +192,26 @@ def _open(file: _BoundedFile, name: str) -> ImageFile.ImageFile:
 
 
 def _check_cost(image: ImageFile.ImageFile, file: _BoundedFile, name: str) -> None:
-    """Refuse an opened image that takes more than ``MAX_BYTES`` to decode; have JPEG, where that helps, reduced."""
+    """Refuse an image that takes more than :data:`MAX_BYTES` to decode; reduce a JPEG if that suffices."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         check_size(image.size, name, MAX_PIXELS)
         _reduce(image, file, name)
     elif _decoders(image) & _SLOW_DECODERS:
         check_size(image.size, name, SLOW_PIXELS)
     else:
-        # What is compressed as a whole is held beside the picture, read or mapped.
+        # A format that is compressed as a whole also holds the file, read or mapped.
         whole = image.format == "WEBP" or (image.format == "TIFF" and _decoders(image) != {"raw"})
         held = os.fstat(file.fileno()).st_size if whole else 0
-        check_size(image.size, name, int((MAX_BYTES - held) / _bytes_a_pixel(image)))
+        check_size(image.size, name, int((MAX_BYTES - held) / _bytes_per_pixel(image)))
 
 
 def _decoders(image: ImageFile.ImageFile) -> set[str]:
-    """Pillow's names of what will decode the pixels."""
+    """Return Pillow's names of the decoders of an image."""
     return {tile[0] for tile in image.tile}
 
 
-def _bytes_a_pixel(image: ImageFile.ImageFile) -> float:
-    """What decoding and converting takes."""
+def _bytes_per_pixel(image: ImageFile.ImageFile) -> float:
+    """Return the bytes per pixel to decode and convert an image."""
     copy = 0 if image.mode == "RGB" and "ppm" not in _decoders(image) else 4
     if image.format == "WEBP":
         return 4 + max(copy, _WEBP_BUFFERS)
@@ -207,7 +219,7 @@ def _bytes_a_pixel(image: ImageFile.ImageFile) -> float:
         return (1 if image.mode in ("1", "L", "P") else 4) + copy
     if _decoders(image) == {"raw"}:
         return 4 + copy
-    # A strip or a tile is decoded whole, and a tile may be larger than the picture.
+    # A strip or tile is decoded as a whole, and a tile may be larger than the image.
     tags, pixels = image.tag_v2, max(1, image.width * image.height)
     strip = image.width * min(int(tags.get(_ROWS_PER_STRIP, image.height)), image.height)
     tile = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
@@ -215,7 +227,7 @@ def _bytes_a_pixel(image: ImageFile.ImageFile) -> float:
 
 
 def _reduce(image: JpegImagePlugin.JpegImageFile, file: _BoundedFile, name: str) -> None:
-    """Choose the largest scale at which decoding fits into ``MAX_BYTES``."""
+    """Choose the largest scale that decodes within :data:`MAX_BYTES`."""
     pixels = image.width * image.height
     coefficients = pixels * _coefficient_bytes(image, file)
     copies = 1 if image.mode == "RGB" and orientation(image) == 1 else 2
@@ -231,14 +243,14 @@ def _reduce(image: JpegImagePlugin.JpegImageFile, file: _BoundedFile, name: str)
 
 
 def _coefficient_bytes(image: JpegImagePlugin.JpegImageFile, file: _BoundedFile) -> float:
-    """Bytes a pixel of the coefficients that libjpeg keeps of a file in several scans, progressive or not."""
+    """Return the bytes per pixel of the coefficients that libjpeg keeps for a file in several scans."""
     layers = [(across, down) for _, across, down, _ in image.layer]
-    # The head of the first scan, behind which Pillow stopped: a marker, its length and the number of components.
+    # The header of the first scan, after which Pillow stops: marker, length and number of components.
     whole = bytes([0xFF, 0xDA, 0, 6 + 2 * len(layers), len(layers)])
-    behind = file.tell()
-    file.seek(behind - 8 - 2 * len(layers))
+    position = file.tell()
+    file.seek(position - 8 - 2 * len(layers))
     head = file.read(len(whole))
-    file.seek(behind)
+    file.seek(position)
     if "progressive" not in image.info and head == whole:
         return 0
     widest, tallest = max(across for across, _ in layers), max(down for _, down in layers)

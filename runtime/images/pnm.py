@@ -1,4 +1,4 @@
-"""Binary PGM and PPM files of any range, which Pillow decodes in Python, a value at a time."""
+"""Binary PGM and PPM files of any range, which Pillow decodes slowly, in Python."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from PIL import Image, ImageFile
 from fusion_edge.runtime.images.pixel_values import eight_bits
 
 _BANDS = {"L": 1, "I": 1, "RGB": 3}
-_ROWS = 64  # read at a time, which bounds the memory for it
+_ROWS = 64  # per read, which bounds the memory
 
 
 def is_pnm_of_other_range(image: ImageFile.ImageFile) -> bool:
-    """Whether an image that Pillow has opened is a PGM or PPM whose values it would scale in Python."""
+    """Return whether Pillow would scale the values of an opened PGM or PPM in Python."""
     return image.format == "PPM" and image.mode in _BANDS and [tile[0] for tile in image.tile] == ["ppm"]
 
 
 def read_pnm(image: ImageFile.ImageFile) -> Image.Image:
-    """The pixels as RGB, to the bit what Pillow's decoder and 16 bits scaled to 8 give.
+    """Return the pixels as RGB, bit-identical to Pillow's decoder with 16 bits scaled to 8.
 
-    Raises ``ValueError`` for a file that is cut short.
+    Raises ``ValueError`` for a truncated file.
     """
     _, _, offset, arguments = image.tile[0]
     maximum, file = cast("tuple[str, int]", arguments)[1], cast("BinaryIO", image.fp)
@@ -36,7 +36,7 @@ def read_pnm(image: ImageFile.ImageFile) -> Image.Image:
         block = pixels[row : row + _ROWS]
         data = file.read(block.size * stored.itemsize)
         if len(data) < block.size * stored.itemsize:
-            raise ValueError("the file is cut short")
+            raise ValueError("the file is truncated")
         block[:] = table[np.frombuffer(data, stored).reshape(block.shape)]
     shape = (image.height, image.width, 3) if image.mode == "RGB" else (image.height, image.width)
     return Image.fromarray(pixels.reshape(shape)).convert("RGB")

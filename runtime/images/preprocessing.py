@@ -1,4 +1,4 @@
-"""From a picture to the five normalised crops of FUSION.md section 1."""
+"""Preprocessing: from an image to the five normalized crops of docs/fusion-model.md section 1."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fusion_edge.runtime.images.pnm import is_pnm_of_other_range, read_pnm
 
 CROPS_A_SIDE = 2  # the global crops are a 2 x 2 arrangement
 
-_ROWS = 64  # scaled at a time
+_ROWS = 64  # per block
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,24 +36,26 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each value of EXIF's orientation."""
+"""Transpose that undoes each EXIF orientation."""
 
 
 def load_image(
     image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], color: Literal["rgb", "bgr"] = "rgb"
 ) -> Image.Image:
-    """The picture as RGB: a file turned upright by its EXIF orientation, or pixels as they are handed over.
+    """Load an image as RGB. A file is turned upright by its EXIF orientation; pixels stay as they are.
 
-    Arrays are ``[H, W, 3]``, ``[H, W, 1]`` or ``[H, W]`` of uint8, uint16, booleans or floats from 0 to 1;
-    ``color`` is the order of an array's three channels and says nothing about files and Pillow images, which know
-    their own. 16-bit and float grayscale is scaled to 8 bits (``pixel_values.eight_bits``); every other mode is
-    converted as the released code does it, by Pillow's ``convert("RGB")``.
+    16-bit and float grayscale is scaled to 8 bits (:func:`.pixel_values.eight_bits`). Every other mode is converted by
+    Pillow's ``convert("RGB")``, as in the released code. A JPEG file that takes more than ``image_files.MAX_BYTES`` to
+    decode is decoded at a half, a quarter or an eighth of its size; any other such file is refused.
 
-    Files are of the formats ``image_files.FORMATS``. Where decoding would take more than ``image_files.MAX_BYTES``, a
-    JPEG file is decoded at a half, a quarter or an eighth of its size, and anything else is refused.
+    Args:
+        image: Path of a file of one of ``image_files.FORMATS``, Pillow image, or array: ``[H,W,3]``, ``[H,W,1]`` or
+            ``[H,W]`` of uint8, uint16, booleans, or floats from 0 to 1.
+        color: Channel order of an array. Files and Pillow images know their own.
 
-    Raises ``UsageError`` for an argument of the wrong kind and ``FusionError`` for a file that is missing,
-    no image, damaged, empty or too large, and for pixels whose range is not known.
+    Raises:
+        UsageError: An argument has a wrong type or value.
+        FusionError: The file is missing, not an image, damaged, empty or too large, or the range of pixels is unknown.
     """
     if color not in ("rgb", "bgr"):
         raise UsageError(f"color is {color!r}; expected 'rgb' or 'bgr'.")
@@ -70,9 +72,9 @@ def load_image(
 
 
 def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """The crops of an RGB image, uint8 ``[5, 384, 384, 3]``: four global ones row by row, then the local one.
+    """Return the crops of an RGB image, uint8 ``[5,384,384,3]``: four global ones row by row, then the local one.
 
-    FUSION.md section 1; the aspect ratio is not kept.
+    The aspect ratio is not kept (docs/fusion-model.md section 1).
     """
     side = CROPS_A_SIDE * IMAGE_SIZE
     crops = np.empty((GLOBAL_CROPS + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
@@ -84,8 +86,8 @@ def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def normalize(crops: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """uint8 crops ``[N, H, W, 3]`` to contiguous float32 ``[N, 3, H, W]``, -1 to 1 (FUSION.md section 1)."""
-    # (x/255 - 0.5)/0.5 in float32 is x/127.5 - 1 to the last bit: multiplying by 2 is exact.
+    """Convert uint8 crops ``[N,H,W,3]`` to float32 ``[N,3,H,W]`` from -1 to 1 (docs/fusion-model.md section 1)."""
+    # In float32 x/127.5 - 1 equals (x/255 - 0.5)/0.5 exactly, because multiplying by 2 is exact.
     pixels: npt.NDArray[np.float32]
     pixels = np.divide(crops.transpose(0, 3, 1, 2), np.float32(127.5), dtype=np.float32, order="C")
     pixels -= np.float32(1)
@@ -108,7 +110,7 @@ def _from_array(array: npt.NDArray[Any], color: str) -> Image.Image:
         raise UsageError(f"The image array {error}") from None
     if array.ndim == 3 and color == "bgr":
         array = array[:, :, ::-1]
-    # Pillow may share the array's memory, and a camera overwrites its buffer: convert() always makes a copy.
+    # convert() copies. Without it Pillow may share the array's memory, which a camera overwrites.
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
@@ -117,7 +119,7 @@ def _from_pillow(image: Image.Image) -> Image.Image:
     check_decoded(image, name)
     check_size(image.size, name)
     _decode(image, name)
-    # Left as it is turned: a caller who turned the pixels may still carry the EXIF tag.
+    # Ignore the EXIF orientation: the caller may have turned the pixels and kept the tag.
     return image.copy() if image.mode == "RGB" else _to_rgb(image, name)
 
 
@@ -134,7 +136,7 @@ def _from_file(path: str) -> Image.Image:
         turn = _UPRIGHT.get(orientation(opened))
         if turn is None:
             return rgb
-        check_size(rgb.size, name, MAX_BYTES // 8)  # turning makes a copy
+        check_size(rgb.size, name, MAX_BYTES // 8)  # transposing makes a copy
         return rgb.transpose(turn)
 
 
@@ -143,7 +145,7 @@ def _decode(image: Image.Image, name: str) -> None:
         image.load()
     except FusionError:
         raise
-    except Exception as error:  # Pillow's readers let many types escape on damaged data
+    except Exception as error:  # Pillow raises many types for damaged data
         raise undecodable(name, error) from error
 
 
@@ -153,19 +155,19 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = _gray(image)
         except ValueError as error:
             raise FusionError(f"{name} {error}") from None
-    elif "transparency" in image.info:  # which Pillow warns of, and which is dropped
+    elif "transparency" in image.info:  # dropped, because Pillow warns of it
         image = image.copy()
         del image.info["transparency"]
     try:
         return image.convert("RGB")
     except ValueError as error:
         raise FusionError(
-            f"{name} is of Pillow's mode {image.mode}, which is not converted to RGB ({error}); convert it first."
+            f"{name} has Pillow's mode {image.mode}, which does not convert to RGB ({error}); convert it first."
         ) from error
 
 
 def _gray(image: Image.Image) -> Image.Image:
-    """8 bits from one channel of 16 or 32, row by row: a copy of all would take as much as the picture."""
+    """Scale one channel of 16 or 32 bits to 8 bits, block by block to save memory."""
     # Some versions of Pillow read 16-bit PNG and PGM files into 32-bit integers, mode "I".
     sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")
     gray = np.empty((image.height, image.width), np.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.prompts.prompt import Turn, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 __all__ = ["TEMPLATES", "Turn", "encode_prompt"]

@@ -1,4 +1,4 @@
-"""Conversation templates, and a conversation as token ids and positions (FUSION.md sections 2 and 4)."""
+"""A conversation as token ids and positions (docs/fusion-model.md sections 2 and 4)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.bundle.templates import Template
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.prompts.templates import Template
 from fusion_edge.runtime.tokenization.text_encoder import TextEncoder, any_of, is_empty
 
-MOST_WHITESPACE = 1000  # characters around an answer in the history, which beside a control token may take no tokens
+MAX_WHITESPACE = 1000
+"""Limit of whitespace around an answer in the history. Beside a control token it may take no tokens."""
 IMAGE_MARKER = "<image>"
 LATENT_MARKER = "<latent_image>"
 VISION_START = "<vision_start>"
 VISION_END = "<vision_end>"
 MARKER_IDS: Mapping[str, int] = MappingProxyType({IMAGE_MARKER: -200, LATENT_MARKER: -300})
-"""What stands for a marker among token ids."""
+"""Ids of the image markers among token ids."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question that has been answered."""
+    """A question and its answer."""
 
     question: str
     answer: str
@@ -35,20 +36,20 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class PromptLayout:
-    """Where everything goes in the LLM's input. All arrays are int64."""
+    """Rows of the LLM's input. All arrays are int64."""
 
     length: int
-    """Rows of the input."""
+    """Number of rows."""
     text_ids: npt.NDArray[np.int64]
-    """``[T]`` token ids."""
+    """``[T]``: ids of the text tokens."""
     text_positions: npt.NDArray[np.int64]
-    """``[T]``: the row of each text token."""
+    """``[T]``: row of each text token."""
     image_start: int
-    """First of the image tokens' consecutive rows."""
+    """First row of the image tokens, which are consecutive."""
     latent_positions: npt.NDArray[np.int64]
-    """``[Q, q]``: the rows of the latents in front of each question."""
+    """``[Q,q]``: rows of the latents before each question."""
     instruct_positions: npt.NDArray[np.int64]
-    """``[Q]``: the last row of the prompt as it stood when each question was asked."""
+    """``[Q]``: last row of the prompt when each question was asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +57,17 @@ class Prompt:
     """A conversation of Q questions as token ids. All arrays are int64 ``[n]``."""
 
     token_ids: npt.NDArray[np.int64]
-    """Text tokens, with ``MARKER_IDS`` where image tokens and latents go: Q + 1 markers."""
+    """Text tokens, with Q + 1 markers (:data:`MARKER_IDS`) in place of image tokens and latents."""
     instruct_ids: npt.NDArray[np.int64]
-    """The questions alone, for the text-guided vision encoder (FUSION.md section 2)."""
+    """Tokens of the questions, which guide the vision encoder (docs/fusion-model.md section 2)."""
     instruct_indices: npt.NDArray[np.int64]
-    """``[Q]``: index in ``token_ids`` of the last token of the prompt as it stood at each question."""
+    """``[Q]``: index in ``token_ids`` of the last token of the prompt when each question was asked."""
 
     def layout(self, image_tokens: int, query_length: int) -> PromptLayout:
-        """Positions once every marker is as wide as what it stands for.
+        """Replace the markers by rows and return the positions.
 
-        The first marker becomes ``image_tokens`` rows whichever it is, every later one ``query_length`` rows
-        (FUSION.md section 4: the released weights were trained so).
+        The first marker becomes ``image_tokens`` rows, every other one ``query_length`` rows, as in the training of the
+        released weights (docs/fusion-model.md section 4).
         """
         is_marker = self.token_ids < 0
         image_marker, *latent_markers = np.flatnonzero(is_marker)
@@ -86,40 +87,42 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ContextBudget:
-    """Positions of a context, and how many of them an image and a question's latents take."""
+    """Tokens that a context has for a prompt."""
 
     capacity: int
+    """Size of the context in tokens."""
     image_tokens: int
     query_length: int
+    """Latents per question."""
 
     def check(self, prompt: Prompt) -> None:
-        """Raise :class:`FusionError` if a prompt leaves no room for an answer."""
+        """Raise :class:`FusionError` if a prompt leaves no token for the answer."""
         length = prompt.layout(self.image_tokens, self.query_length).length
         if length >= self.capacity:
             raise self._too_long(str(length))
 
     def left(self, token_ids: Sequence[int]) -> int:
-        """Positions left behind a prompt's first ids. Raises :class:`FusionError` if there are none."""
-        least = len(token_ids) + self.image_tokens  # a marker stands for one position or more
+        """Return the tokens left after a prompt's first ids. Raise :class:`FusionError` if they exceed the context."""
+        least = len(token_ids) + self.image_tokens  # a marker takes at least one token
         if least > self.capacity:
             raise self._too_long(f"at least {least - 1}")
         return self.capacity - least
 
     def check_text(self, text: str, encoder: TextEncoder, left: int) -> None:
-        """Raise :class:`FusionError` if a text is too long for the positions left, without tokenizing it."""
+        """Raise :class:`FusionError` if a text needs more than ``left`` tokens, without tokenizing it."""
         if len(text) > left and (least := len(text) // encoder.longest_token) > left:
             raise self._too_long(f"at least {self.capacity - left - 1 + least}")
 
     def _too_long(self, length: str) -> FusionError:
         return FusionError(
-            f"The prompt takes {length} positions ({self.image_tokens} of them image tokens), the context holds "
-            f"{self.capacity} with the answer; ask a shorter question or drop history, or export with fewer "
-            "--image-tokens or a larger --max-context (of TensorRT's engines fusion-build decides)."
+            f"The prompt has {length} tokens ({self.image_tokens} of them image tokens), and the context holds "
+            f"{self.capacity} with the answer; ask a shorter question, drop history, or export with fewer "
+            "--image-tokens or a larger --max-context (for TensorRT also an option of fusion-build)."
         )
 
 
 class PromptEncoder:
-    """Tokenizes conversations as the released code does. Safe to use by several threads."""
+    """Tokenizes conversations as the released code does. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
         self._encoder = TextEncoder(tokenizer)
@@ -134,18 +137,17 @@ class PromptEncoder:
         control_tokens: bool = False,
         budget: ContextBudget | None = None,
     ) -> Prompt:
-        """A conversation as token ids.
+        """Tokenize a conversation.
 
-        What is spelled like a control token or an image marker in questions and answers is text. With
-        ``control_tokens`` it is as in the released code: such spellings are control tokens, and image markers are
-        removed, as the user's text may not claim a place for an image.
+        Spellings of control tokens and image markers in questions and answers are text. With ``control_tokens``, as in
+        the released code, they become control tokens, and image markers are removed: user text may not place an image.
 
-        Raises ``UsageError`` for what is no history, no valid text, or a question with nothing in it, ``FusionError``
-        for a prompt that ``budget`` does not hold, before all of it is tokenized.
+        Raises ``UsageError`` for an invalid history, invalid Unicode or an empty question, and ``FusionError`` for a
+        prompt that exceeds ``budget``, before tokenizing all of it.
         """
         turns = check_history(history)
         template, encoder = self._template, self._encoder
-        next_question = f"{template.question_start}{VISION_START}"  # in front of its latents
+        next_question = f"{template.question_start}{VISION_START}"  # before its latents
         ids = [*encoder.beginning(), *encoder.plain(template.system + next_question)]
         asked_at: list[int] = []
         questions = ""
@@ -158,8 +160,8 @@ class PromptEncoder:
             asked = self._question(turn.question, control_tokens, budget, ids)
             questions += asked
             piece = (start, asked, f"{template.question_end}{template.answer_start}")
-            # Tokenized with its answer behind it, the end of an earlier prompt may split differently; what counts
-            # is its length when it was asked.
+            # With the answer behind it, the end of an earlier prompt may be tokenized differently. The length that
+            # counts is the one at the time of the question.
             as_asked = encoder.encode(piece, control_tokens)
             asked_at.append(len(ids) + len(as_asked) - 1)
             if number == len(turns):
@@ -187,20 +189,22 @@ class PromptEncoder:
 
     def _answer(self, answer: str, control_tokens: bool, budget: ContextBudget | None, before: Sequence[int]) -> str:
         text = self._valid_text(answer, "An answer in the history", budget, before)
-        if (blanks := len(text) - len(text.strip())) > MOST_WHITESPACE:
-            raise UsageError(f"An answer in the history begins or ends with {blanks} blank characters; strip it.")
+        if (blanks := len(text) - len(text.strip())) > MAX_WHITESPACE:
+            raise UsageError(
+                f"An answer in the history has {blanks} leading and trailing whitespace characters; strip it."
+            )
         return _without(text, *MARKER_IDS) if control_tokens else text
 
     def _valid_text(self, text: str, name: str, budget: ContextBudget | None, before: Sequence[int]) -> str:
         if not isinstance(text, str):
             raise UsageError(f"{name} is of type {type(text).__name__}; expected a string.")
-        if budget is not None:  # whitespace beside a control token may take no tokens
+        if budget is not None:  # whitespace beside a control token may take no token
             budget.check_text(text.strip(), self._encoder, budget.left(before))
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(
-                f"{name} is no valid Unicode text: character {error.start} is half of a surrogate pair."
+                f"{name} is not valid Unicode: character {error.start} is half of a surrogate pair; remove it."
             ) from error
         return text
 
@@ -208,19 +212,19 @@ class PromptEncoder:
 def encode_prompt(
     tokenizer: Tokenizer, template: Template, history: Sequence[Turn], question: str, *, control_tokens: bool = False
 ) -> Prompt:
-    """As :meth:`PromptEncoder.encode`, once."""
+    """Tokenize one conversation, as :meth:`PromptEncoder.encode`."""
     return PromptEncoder(tokenizer, template).encode(history, question, control_tokens=control_tokens)
 
 
 def check_history(history: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The turns as they are now. Raises ``UsageError`` unless they are a sequence of :class:`Turn`."""
+    """Return a copy of the turns. Raise ``UsageError`` unless they are a sequence of :class:`Turn`."""
     if not isinstance(history, Sequence) or not all(isinstance(turn, Turn) for turn in history):
         raise UsageError(f"The history is {shown(history)}; expected a list of Turn(question, answer).")
     return tuple(history)
 
 
 def _without(text: str, *markers: str) -> str:
-    """``text`` with no marker left in it, not even one that a removal brought together. Markers end with ``>``."""
+    """Remove all markers from a text, also those that a removal forms. Markers end with ``>``."""
     kept = ""
     for part in re.findall(r"[^>]*>|[^>]+", text):
         kept += part

@@ -1,1 +1,1 @@
-"""The process and its machine: signals, memory, processors, progress, files that are written whole."""
+"""The process and its machine: signals, memory, processors, threads, progress, atomic output files."""

@@ -1,4 +1,4 @@
-"""A lock that serves threads in the order in which they came."""
+"""A lock that serves threads in order of arrival."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ T = TypeVar("T")
 
 
 class FairLock:
-    """One piece of work at a time, in the order in which they were handed in.
+    """Runs one piece of work at a time, in order of arrival.
 
-    Only locks of Python's own are taken, each by a ``with`` statement: an exception that comes at any moment, such as
-    Ctrl-C, leaves none of them locked.
+    All locks are Python's own, held by ``with`` statements, so an exception at any moment, such as Ctrl-C, leaves none
+    locked.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        """Held by whoever works. The others only make the order: interrupted in a queue, one holds nobody back."""
+        """Held by the thread that works. The other locks only order the threads."""
         self._last = threading.Lock()
-        """Held by whoever came last, until its work is done."""
+        """Held by the latest arrival until its work is done."""
         self._guard = threading.Lock()
         self._owner: int | None = None
 
     @property
     def is_mine(self) -> bool:
-        """Whether this thread is working under the lock: it would wait for itself."""
+        """Whether this thread holds the lock, and would wait for itself."""
         return self._lock.locked() and self._owner == threading.get_ident()
 
     def run(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives, called once all that was handed in before is done."""
+        """Return ``work()``, called after all earlier work."""
         mine = threading.Lock()
         with mine:
             with self._guard:
@@ -40,7 +40,7 @@ class FairLock:
             return self.run_next(work)
 
     def run_next(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives, called once what is being worked on is done, ahead of all that waits."""
+        """Return ``work()``, called after the current work and ahead of the queue."""
         me = threading.get_ident()
         with self._lock:
             self._owner = me

@@ -1,4 +1,7 @@
-"""Long work in C++ that Ctrl-C ends: Python runs signal handlers in the main thread alone, between its own steps."""
+"""Long C++ work that Ctrl-C ends.
+
+Python runs signal handlers only in the main thread, between its own instructions. So the work runs in another thread.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ _abandoned: list[Future[Any]] = []
 
 
 def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
-    """What ``work()`` returns or raises, in a thread of its own; this one waits, and its signal handlers run.
+    """Run ``work`` in a thread and return its result, while this thread handles signals.
 
     An exception that ends the wait, such as Ctrl-C's, calls ``cancel`` and gives the work :data:`GRACE_SECONDS` to end.
-    Work that has not ended by then goes on (:func:`is_abandoned`): nothing can stop a thread.
+    Work that takes longer is abandoned: nothing can stop a thread.
     """
     outcome: Future[Result] = Future()
     try:
@@ -31,7 +34,7 @@ def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Res
 
 
 def is_abandoned() -> bool:
-    """Whether some work still goes on though no one waits for it."""
+    """Return whether abandoned work still runs."""
     return not all(outcome.done() for outcome in _abandoned)
 
 

@@ -1,4 +1,4 @@
-"""A progress line on standard error: share done, rate and time left. Silent when that is not a terminal."""
+"""A progress line on standard error with share, rate and time left; nothing if that is not a terminal."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ REFRESH_SECONDS = 0.2
 
 
 class Progress:
-    """Context manager; :meth:`advance` may be called from several threads."""
+    """Shows progress in a ``with`` block. Several threads may call :meth:`advance`."""
 
     def __init__(self, label: str, total: int, unit: str | None = "MB") -> None:
-        """``unit`` names a million of what is counted: bytes unless told otherwise, None for no rate."""
+        """Count up to ``total``. ``unit`` names a million of them, for the rate; None shows no rate."""
         self.label = label
         self.total = total
         self.unit = unit
         self.done = 0
         self._start = time.monotonic()
-        self._shown = self._start  # nothing is shown for work shorter than one refresh
-        self._is_cancelled = False
+        self._shown = self._start  # shorter work shows nothing
+        self._is_canceled = False
         self._lock = threading.Lock()
         self._terminal = sys.stderr.isatty()
 
@@ -36,17 +36,17 @@ class Progress:
             self._show("")
 
     def extend(self, count: int) -> None:
-        """Count ``count`` more as to be done."""
+        """Add ``count`` to the total."""
         with self._lock:
             self.total += count
 
     def cancel(self) -> None:
-        """Have :meth:`advance` raise ``CancelledError`` from now on, in whatever thread does the work."""
-        self._is_cancelled = True
+        """Make :meth:`advance` raise ``CancelledError`` from now on, in any thread."""
+        self._is_canceled = True
 
     def advance(self, count: int) -> None:
-        """Count ``count`` more as done."""
-        if self._is_cancelled:
+        """Add ``count`` to the work done."""
+        if self._is_canceled:
             raise CancelledError
         with self._lock:
             self.done += count
@@ -64,5 +64,5 @@ class Progress:
         try:
             sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
-        except OSError:  # the terminal was closed; the work goes on
+        except OSError:  # the terminal is closed; the work continues
             self._terminal = False

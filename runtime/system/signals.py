@@ -1,6 +1,6 @@
-"""Signals that end a command: what it began is cleaned up, one line says so, the exit code is 128 plus the number.
+"""Signals that end a command: it cleans up, prints one line and exits with 128 plus the signal's number.
 
-Only commands take signals. In a program that uses fusion-edge as a library they stay as that program has them.
+Only commands handle signals. A program that uses fusion-edge as a library keeps its own handlers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from fusion_edge.runtime.system.first_signals import DEFAULTS, WORDS, leave
+from fusion_edge.runtime.system.first_signals import DEFAULTS, MESSAGES, leave
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP came; :class:`KeyboardInterrupt` is its like for SIGINT."""
+    """Raised by SIGTERM and SIGHUP, as :class:`KeyboardInterrupt` by SIGINT."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(128 + number)
@@ -24,7 +24,7 @@ class Terminated(SystemExit):
 
 
 class _Held:
-    """Whether signals wait, and the one that does."""
+    """Depth of :func:`held` blocks, and the signal that waits for their end."""
 
     depth = 0
     waiting: signal.Signals | None = None
@@ -32,14 +32,14 @@ class _Held:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """While it lasts, a signal raises :class:`KeyboardInterrupt` or :class:`Terminated`; further ones are ignored.
+    """Make the first signal raise :class:`KeyboardInterrupt` or :class:`Terminated`, and ignore further ones.
 
-    So cleaning up is not interrupted. A signal that is ignored (``nohup``) stays so.
+    So nothing interrupts the cleanup. An ignored signal (``nohup``) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in WORDS}
+    before = {number: signal.getsignal(number) for number in MESSAGES}
     rearm()
     try:
         yield
@@ -50,13 +50,13 @@ def raising() -> Iterator[None]:
 
 
 def rearm() -> None:
-    """Within :func:`raising`, take signals again after one that did not end the command."""
+    """Handle signals again after one that did not end the command. Call it within :func:`raising`."""
     _take(_raise)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Have signals wait until its end: for what must not be left half done."""
+    """Delay signals to the end of the block, which must not be left incomplete."""
     _Held.depth += 1
     try:
         yield
@@ -67,11 +67,11 @@ def held() -> Iterator[None]:
             _raise(number, None)
 
 
-def tell(ended: KeyboardInterrupt | Terminated) -> int:
-    """Say what ended the command; the exit code."""
+def report(ended: KeyboardInterrupt | Terminated) -> int:
+    """Print what ended the command and return the exit code."""
     number = ended.number if isinstance(ended, Terminated) else signal.SIGINT
-    with suppress(OSError):  # the terminal may be gone
-        sys.stderr.write(f"{WORDS[number]}\n")
+    with suppress(OSError):  # the terminal may be closed
+        sys.stderr.write(f"{MESSAGES[number]}\n")
     return 128 + number
 
 
@@ -86,12 +86,12 @@ def _raise(number: int, _frame: FrameType | None) -> None:
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Not SIG_IGN, which processes that are started meanwhile would inherit."""
+    """Do nothing. Child processes would inherit SIG_IGN, but do not inherit this."""
 
 
 def _take(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Handle the signals that nobody else handles or ignores."""
-    for number in WORDS:
+    """Handle the signals that the program neither handles nor ignores."""
+    for number in MESSAGES:
         if signal.getsignal(number) in _OURS:
             signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""Token ids to text as they come, without ever taking a character back."""
+"""A streaming detokenizer: token ids to text that never changes once given out."""
 
 from __future__ import annotations
 
@@ -13,45 +13,44 @@ from fusion_edge.runtime.tokenization.errors import tokenizer_errors
 
 
 class Detokenizer:
-    """The text of a growing answer, in pieces that never change once given out.
+    """Decodes a growing answer piece by piece.
 
-    The pieces joined are ``tokenizer.decode(ids, skip_special_tokens=True)`` of everything pushed, cut in
-    front of the first stop string to be completed (of several completed by the same character, the longest).
-    The work for one token does not depend on how long the answer is. Raises ``UsageError`` for an empty
-    stop string.
+    The joined pieces are ``tokenizer.decode(ids, skip_special_tokens=True)`` of all pushed ids, cut before the first
+    completed stop string (the longest, if one character completes several). The work per token does not depend on the
+    length of the answer. Raises ``UsageError`` for an empty stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         if not all(stop):
-            raise UsageError("A stop string is empty; give at least one character or leave it out.")
+            raise UsageError("A stop string is empty; pass at least one character, or drop it.")
         self._tokenizer = tokenizer
         self._skipped = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._decoder: _TokenDecoder = (
             _ByteLevel() if isinstance(tokenizer.decoder, decoders.ByteLevel) else _ByteFallback(tokenizer)
         )
         self._stop = tuple(stop)
-        self._held = ""  # decoded, but possibly the beginning of a stop string
+        self._held = ""  # decoded text that may begin a stop string
         self._pieces: list[str] = []
         self._stopped = False
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has been completed; nothing comes after it."""
+        """Whether a stop string is complete; no text follows."""
         return self._stopped
 
     @property
     def text(self) -> str:
-        """Everything given out so far."""
+        """All text given out so far."""
         return "".join(self._pieces)
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now that ``token_id`` follows; often empty."""
+        """Append a token and return the text that is certain by now; often empty."""
         token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
-        # An id that has no token (a padded vocabulary) decodes to nothing.
+        # An id without a token, of a padded vocabulary, decodes to nothing.
         return "" if token is None else self._emit(self._decoder.push(token))
 
     def finish(self) -> str:
-        """The text still held back. Bytes that complete no character become U+FFFD."""
+        """Return the rest of the text. Bytes of an incomplete character become U+FFFD."""
         return self._emit(self._decoder.finish(), final=True)
 
     def _emit(self, text: str, final: bool = False) -> str:
@@ -71,14 +70,14 @@ class Detokenizer:
         return piece
 
     def _completed_stop(self) -> int | None:
-        """Where the stop string that is completed first begins in the held text."""
+        """Return where the first completed stop string begins in the held text."""
         found = ((self._held.find(stop), len(stop)) for stop in self._stop)
-        # By their ends, so that the outcome does not depend on how the text is cut into tokens.
+        # Compare ends, so that the result does not depend on how tokens split the text.
         ends = [(start + length, start) for start, length in found if start >= 0]
         return min(ends)[1] if ends else None
 
     def _begun_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Return the length of the longest suffix of the held text that begins a stop string."""
         longest = len(self._held) + 1
         begun = (n for stop in self._stop for n in range(1, min(len(stop), longest)) if self._held.endswith(stop[:n]))
         return max(begun, default=0)
@@ -91,7 +90,7 @@ class _TokenDecoder(Protocol):
 
 
 class _ByteLevel:
-    """Llama: every character of a token stands for one byte, and the text is those bytes read as UTF-8."""
+    """Byte-level BPE (Llama): each character of a token encodes one byte of UTF-8."""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -108,10 +107,10 @@ class _ByteLevel:
 
 
 class _ByteFallback:
-    """Phi: a token is text, with U+2581 for a space, or one byte such as ``<0xE2>``.
+    """SentencePiece BPE (Phi): a token is text, with U+2581 for a space, or one byte such as ``<0xE2>``.
 
-    Consecutive byte tokens are one unit: if they are no valid UTF-8 together, each becomes U+FFFD. They wait
-    for the text token that ends them; everything else is independent of what follows it.
+    Consecutive byte tokens wait for the next text token and decode together. If they are not valid UTF-8, each becomes
+    U+FFFD.
     """
 
     _ANCHOR = "a"
@@ -128,7 +127,7 @@ class _ByteFallback:
 
     @tokenizer_errors()
     def finish(self) -> str:
-        # The decoder strips a space off the very first token alone: later ones stand behind some other token.
+        # The decoder strips a space from the first token only, so an anchor precedes later ones.
         anchor = [self._ANCHOR] if self._begun else []
         text: str = self._decoder.decode(anchor + self._waiting)
         self._begun = self._begun or bool(self._waiting)
@@ -137,7 +136,7 @@ class _ByteFallback:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE's alphabet: printable Latin-1 bytes are themselves, the others follow from U+0100 on."""
+    """Return byte-level BPE's alphabet: printable Latin-1 bytes stand for themselves, the others start at U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

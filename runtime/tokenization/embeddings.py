@@ -1,4 +1,4 @@
-"""The token table: mapped into memory, a row read when its token occurs."""
+"""Token embeddings, read from a memory-mapped table."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_memory
 
-ZERO_POINT = 128  # of int8 tables (quant/packing.py)
+ZERO_POINT = 128  # of int8 tables, as in quant/packing.py
 
 
 class Embeddings:
     """LLM input embeddings by token id."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Maps ``embeddings.data``; reads no row yet. Raises :class:`FusionError` if memory has no room for that."""
+        """Map ``embeddings.data``. Raise :class:`FusionError` if there is not enough memory."""
         language = bundle.manifest.model.language
         self._columns = language.hidden_size
         path = bundle.path(EMBEDDINGS)
@@ -29,12 +29,12 @@ class Embeddings:
         except (OSError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            told = not_enough_memory(f"map {path}", bundle.manifest.size)
-            raise FusionError(f"{told}; close other programs, or export a smaller bundle.") from None
+            problem = not_enough_memory(f"map {path}", bundle.manifest.size)
+            raise FusionError(f"{problem}; close other programs, or export a smaller bundle.") from None
         self._scales = scales[0] if scales else None
 
     def __call__(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """``[n]`` -> float32 ``[n, hidden_size]``. Raises :class:`FusionError` for an id outside the vocabulary."""
+        """Return float32 ``[n,D]`` for ids ``[n]``. Raise :class:`FusionError` for an id outside the vocabulary."""
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < len(self._values):
             raise FusionError(
                 f"The tokenizer gives ids up to {token_ids.max()} and the token table has {len(self._values)} rows; "

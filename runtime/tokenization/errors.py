@@ -1,4 +1,4 @@
-"""What the ``tokenizers`` library raises while it works, as errors of ours."""
+"""Translation of errors of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fusion_edge.runtime.errors import FusionError
 
 @contextmanager
 def tokenizer_errors() -> Iterator[None]:
-    """Around calls of the library: its errors become :class:`FusionError`. They are of the type ``Exception`` itself,
-    or panics, which derive from ``BaseException`` and whose class cannot be imported.
+    """Translate errors of the library to :class:`FusionError`.
+
+    They have the type ``Exception`` itself, or are panics, which derive from ``BaseException`` and cannot be imported.
     """
     try:
         yield

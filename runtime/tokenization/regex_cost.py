@@ -1,11 +1,11 @@
-"""Which regular expressions of a tokenizer are matched in a time that a text of thousands of characters can bear."""
+"""An allowlist for a tokenizer's regular expressions: only those that match in bounded time."""
 
 from __future__ import annotations
 
 import re
 
-_MAX_CHARACTERS = 100_000  # one that knows every added token is long
-_MAX_DEGREE = 2  # of the polynomial that a failing match may take; Llama's and GPT's take 2
+_MAX_CHARACTERS = 100_000  # one that lists every added token is long
+_MAX_DEGREE = 2  # of the polynomial time of a failing match; Llama's and GPT's have 2
 _PIECE = re.compile(
     r"(?P<atom>\\[pP]\{\^?\w+\}|\\[^1-9kg]|\[\^?\]?(?:\\.|[^\[\]\\])+\]|[^\\\[\](){}*+?|])"
     r"|(?P<open>\((?:\?(?:[:!=]|i:))?)|(?P<close>\))|(?P<alternative>\|)"
@@ -14,15 +14,15 @@ _PIECE = re.compile(
 
 
 def check_regex(pattern: str, degree: int = _MAX_DEGREE) -> None:
-    """Raise ``ValueError`` for a pattern that is not of the plain syntax, or that may backtrack without end.
+    """Raise ``ValueError`` for unsupported syntax, and for a pattern that may backtrack too long.
 
-    A repetition of a group is refused, as are more than ``degree`` repetitions one after another: matching takes a time
-    of at most that power of the text's length.
+    Refuses repeated groups, and more than ``degree`` repetitions in a row: matching takes at most that power of the
+    text's length.
     """
     if len(pattern) > _MAX_CHARACTERS:
         raise ValueError(f"a regular expression has {len(pattern)} characters, more than {_MAX_CHARACTERS}")
     position, before = 0, "open"
-    degrees = [[0, 0]]  # of each open group: the most of its alternatives, and the present one
+    degrees = [[0, 0]]  # per open group: the maximum of its alternatives, and the current one
     while position < len(pattern):
         piece = _PIECE.match(pattern, position)
         kind = piece.lastgroup if piece else None

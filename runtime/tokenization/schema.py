@@ -1,6 +1,6 @@
-"""What a ``tokenizer.json`` may hold: byte-level or SentencePiece BPE, its components and their fields.
+"""An allowlist for ``tokenizer.json``: byte-level and SentencePiece BPE, their components and fields.
 
-An allowlist, because the ``tokenizers`` library aborts the process, or takes gigabytes, for some of the rest.
+The ``tokenizers`` library aborts the process, or takes gigabytes, for some other files.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from fusion_edge.runtime.tokenization.regex_cost import check_regex
 
 MAX_TOKENS = 1 << 20
-_MAX_CHARACTERS = 32 << 20  # of the file; Llama's, the largest known, has 17 million
-_MAX_VALUES = {"{": 100_000, "[": 2_000_000, ",": 4_000_000}  # a file may have, which bounds what it takes in memory
+_MAX_CHARACTERS = 32 << 20  # of the file; the largest known one, Llama's, has 17 million
+_MAX_VALUES = {"{": 100_000, "[": 2_000_000, ",": 4_000_000}  # per file, which bounds its memory
 _MAX_COMPONENTS = 8  # of a sequence
 _MAX_TOKEN_CHARACTERS = 1000
 
@@ -21,7 +21,7 @@ Check = Callable[[Any], bool]
 
 
 def check_text(text: str) -> None:
-    """Raise ``ValueError`` for a text that would take far more memory than a tokenizer does, before it is parsed."""
+    """Raise ``ValueError`` for a text that takes too much memory to parse."""
     if len(text) > _MAX_CHARACTERS:
         raise ValueError(f"it has {len(text)} characters, more than {_MAX_CHARACTERS}")
     for character, most in _MAX_VALUES.items():
@@ -30,9 +30,9 @@ def check_text(text: str) -> None:
 
 
 def check_tokenizer(data: Mapping[str, Any], vocab_size: int = MAX_TOKENS) -> None:
-    """Raise ``ValueError`` with a sentence's part unless ``data`` is a tokenizer that the library can build and run.
+    """Raise ``ValueError``, a part of a sentence, unless the library can build and run the tokenizer ``data``.
 
-    ``data`` is the JSON of a ``tokenizer.json``; every id has to be below ``vocab_size``.
+    Every id must be below ``vocab_size``.
     """
     _fields("the tokenizer", data, _TOKENIZER)
     for field in ("model", "decoder"):
@@ -187,7 +187,9 @@ _TEMPLATE_PIECES: dict[str, dict[str, Check]] = {
 def _check_component(name: str, value: Any, types: Mapping[str, Mapping[str, Check]], inner: bool = False) -> None:
     if value is None and not inner:
         return
-    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        value = {}
+    kind = value.get("type")
     if not isinstance(kind, str) or kind not in types or (inner and kind == "Sequence"):
         raise ValueError(f"{name} is of the type {_short(kind)}, which is not supported")
     _fields(f"{name} {kind}", value, {"type": lambda _: True, **types[kind]})
@@ -217,16 +219,16 @@ def _check_model(model: Mapping[str, Any], vocab_size: int) -> None:
 
 
 def _longest_union(merges: list[Any]) -> int:
-    """UTF-8 bytes of the longest that a merge makes: more than the longest token has are the end of the library.
+    """Return the UTF-8 bytes of the longest merged token. The library aborts if no token is that long.
 
-    That each is a pair of tokens whose union is one, the library checks.
+    The library itself checks that each merge is a pair of tokens and gives a token.
     """
     kinds = set(map(type, merges))
     if kinds <= {str}:  # such as "a b"
         return _longest(merges) - 1
     if kinds == {list} and set(map(len, merges)) == {2} and set(map(type, chain.from_iterable(merges))) == {str}:
         return _longest(map("".join, merges))
-    raise ValueError("merges is no list of pairs of tokens")
+    raise ValueError("merges is not a list of pairs of tokens")
 
 
 def _longest(texts: Iterable[str]) -> int:
@@ -246,7 +248,7 @@ def _check_added_tokens(added: list[Any], vocab_size: int) -> None:
 
 
 def _check_templates(post_processor: Any, known: set[str], vocab_size: int) -> None:
-    """Every special token that a template names has ids of its own."""
+    """Raise ``ValueError`` unless every special token in a template has ids."""
     for part in (post_processor or {}).get("processors", [post_processor]):
         if not part or part["type"] != "TemplateProcessing":
             continue
@@ -255,9 +257,9 @@ def _check_templates(post_processor: Any, known: set[str], vocab_size: int) -> N
             _fields("special_tokens", token, _TEMPLATE_TOKEN)
             ids, tokens = token.get("ids", []), token.get("tokens", [])
             if token.get("id") != name or len(ids) != len(tokens) or not 0 < len(ids) <= _MAX_COMPONENTS:
-                raise ValueError(f"the template's special token {name[:40]!r} has not one id for each token")
+                raise ValueError(f"the template's special token {name[:40]!r} does not have one id per token")
             if not all(_is_id(index) and index < vocab_size for index in ids) or not set(map(str, tokens)) <= known:
-                raise ValueError(f"the template's special token {name[:40]!r} is none of the vocabulary's")
+                raise ValueError(f"the template's special token {name[:40]!r} is not in the vocabulary")
         for pieces in (part.get("single", []), part.get("pair", [])):
             if len(pieces) > _MAX_COMPONENTS:
                 raise ValueError(f"a template has {len(pieces)} pieces, more than {_MAX_COMPONENTS}")

@@ -1,4 +1,4 @@
-"""A ``tokenizer.json`` as a tokenizer, after it has been checked: the ``tokenizers`` library aborts on some."""
+"""A checked loader of ``tokenizer.json``: the ``tokenizers`` library aborts the process on some files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion_edge.runtime.tokenization.schema import check_text, check_tokenizer
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer. Raises :class:`FusionError` for a file that is no tokenizer that a bundle may hold."""
+    """Load the bundle's tokenizer. Raise :class:`FusionError` for an unsupported file."""
     path = bundle.path(TOKENIZER)
     try:
         content = path.read_bytes()
@@ -25,15 +25,15 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
         return _build(content.removeprefix(codecs.BOM_UTF8))
     except (OSError, ValueError) as error:
         raise FusionError(
-            f"{path} is no tokenizer that can be loaded ({error}); export the bundle again, or upgrade tokenizers."
+            f"{path} cannot be loaded as a tokenizer ({error}); export the bundle again, or upgrade tokenizers."
         ) from error
 
 
 def parse_tokenizer(content: bytes) -> dict[str, Any]:
-    """The JSON object in ``content``.
+    """Parse the JSON object in ``content``.
 
-    Raises ``ValueError`` if it holds none, or one far too large, or an object with two values of one name: the library
-    might read the one that is not checked.
+    Raises ``ValueError`` for other content, an object that is too large, or a duplicate key, of which the library might
+    read the value that is not checked.
     """
     text = content.decode("utf-8-sig")
     check_text(text)
@@ -42,15 +42,12 @@ def parse_tokenizer(content: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(data, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it is not a JSON object")
     return data
 
 
 def build_tokenizer(data: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``data`` describes.
-
-    Raises ``ValueError`` with what is wrong: with the structure, or for the ``tokenizers`` library.
-    """
+    """Build the tokenizer that ``data`` describes. Raise ``ValueError`` for unsupported data."""
     check_tokenizer(data)
     return _build(json.dumps(data).encode())
 
@@ -60,5 +57,5 @@ def _build(content: bytes) -> Tokenizer:
         return Tokenizer.from_buffer(content)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises plain Exception, and its panics derive from BaseException
+    except BaseException as error:  # the library raises Exception, and its panics derive from BaseException
         raise ValueError(f"tokenizers {tokenizers.__version__}: {error}") from None

@@ -116,7 +116,7 @@ def test_released_sizes() -> None:
         name: sum(torch.Size(shape).numel() for shape in layout.tensors().values()) / 1e9
         for name, layout in LAYOUTS.items()
     }
-    # FUSION.md: 5.1 B in all for the 3B, of which its tower 0.4 B; the giant tower has 1.1 B.
+    # docs/fusion-model.md: 5.1 B in all for the 3B, of which its tower 0.4 B; the giant tower has 1.1 B.
     assert counts["3b"] == pytest.approx(5.1, abs=0.1)
     assert counts["x-3b"] - counts["3b"] == pytest.approx(0.7, abs=0.05)
 

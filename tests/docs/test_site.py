@@ -39,6 +39,13 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+def test_documents_named_in_code_exist() -> None:
+    code = (path for folder in FOLDERS for kind in ("py", "h", "cpp") for path in (ROOT / folder).rglob(f"*.{kind}"))
+    named = {name for path in code for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8"))}
+    assert "docs/fusion-model.md" in named
+    assert not {name for name in named if not (ROOT / name).exists()} - {"docs/Versioning.md"}  # of ONNX
+
+
 def test_the_readme_is_one_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 150

@@ -1,4 +1,4 @@
-"""A backend without graphs: deterministic sums in numpy that keep every promise of ``runtime/backends/base.py``."""
+"""A backend without graphs: deterministic sums in NumPy that fulfill ``runtime/backends/base.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 
 
 class FakeBackend:
-    """Keeps what it was called with in ``calls``: the method's name and its arguments."""
+    """Records the name and arguments of every call in ``calls``."""
 
     name = "fake"
 
@@ -61,7 +61,7 @@ class FakeBackend:
         return self._logits()
 
     def _logits(self) -> Floats:
-        weights = 1 / np.arange(1, len(self._rows) + 1, dtype=np.float32)  # so that the order of the rows matters
+        weights = 1 / np.arange(1, len(self._rows) + 1, dtype=np.float32)  # makes the order of rows matter
         return (weights @ np.array(self._rows) @ self._readout).astype(np.float32)
 
     def close(self) -> None:

@@ -8,9 +8,9 @@ from random import Random
 from typing import Any
 
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
+from fusion_edge.runtime.bundle.templates import TEMPLATES, Template
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.prompts.prompt import ContextBudget, PromptEncoder
-from fusion_edge.runtime.prompts.templates import TEMPLATES, Template
 from fuzz.bundle_mutants import Bundles
 from fuzz.judge import GROWTH, SECONDS, Mutant
 from fuzz.mutations import NUMBERS, TEXTS, mutate_json, mutate_text, replace, to_json_bytes, value

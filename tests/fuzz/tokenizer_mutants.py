@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.prompts.prompt import encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fuzz.checkpoint_mutants import LLAMA, change_file, exported, link
 from fuzz.judge import GROWTH, SECONDS, Mutant
 from fuzz.mutations import NUMBERS, TEXTS, Json, mutate_bytes, mutate_json, read, replace, to_json_bytes, tried, value

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 import pytest
 from onnx import helper
+from support.cpu_kernel_switches import needs_cpu_kernels
 from support.one_node import gelu, session_of
-from support.own_kernels import needs_cpu_kernels
 
 from fusion_edge.kernels.onnx_functions.activations import swiglu_function
 
@@ -19,11 +19,11 @@ Array = npt.NDArray[Any]
 pytestmark = needs_cpu_kernels
 
 
-def session(operator: str, inputs: int = 1, own_kernels: bool = True, **attributes: Any) -> ort.InferenceSession:
+def session(operator: str, inputs: int = 1, use_kernels: bool = True, **attributes: Any) -> ort.InferenceSession:
     function = swiglu_function(21) if operator == "SwiGlu" else None
     domain = function.domain if function else "com.microsoft"
     node = helper.make_node(operator, ["x", "bias"][:inputs], ["y"], domain=domain, **attributes)
-    return session_of(node, function, own_kernels=own_kernels)
+    return session_of(node, function, use_kernels=use_kernels)
 
 
 def expected(x: Array, operator: str, alpha: float) -> Array:
@@ -53,8 +53,8 @@ def test_extreme_values_do_not_overflow(operator: str) -> None:
 def test_swiglu(shape: tuple[int, ...]) -> None:
     """The kernel, and ONNX Runtime's inlined function, whose exponential is less accurate."""
     gate, up = np.random.default_rng(0).normal(0, 4, (2, *shape)).astype(np.float32)
-    for own_kernels, atol in ((True, 4e-6), (False, 4e-5)):
-        (y,) = session("SwiGlu", 2, own_kernels).run(None, {"x": gate, "bias": up})
+    for use_kernels, atol in ((True, 4e-6), (False, 4e-5)):
+        (y,) = session("SwiGlu", 2, use_kernels).run(None, {"x": gate, "bias": up})
         np.testing.assert_allclose(y, expected(gate, "QuickGelu", 1.0) * up, rtol=2e-6, atol=atol)
 
 

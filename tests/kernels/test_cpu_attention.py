@@ -22,7 +22,7 @@ from support.attention_graphs import (
     packed_model,
     session,
 )
-from support.own_kernels import exact_attention, needs_cpu_kernels
+from support.cpu_kernel_switches import exact_attention, needs_cpu_kernels
 
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
@@ -224,9 +224,11 @@ def test_cached_attention_rejects_wrong_inputs(library: Path) -> None:
     sizes = Causal(2, 2, 16, 16, int8=True)
     model = session(cached_model(sizes), library)
     feeds = cached_feeds(sizes, past=0, capacity=8, length=4)
-    with pytest.raises(Exception, match=r"a prefill of 4 positions that end at 4; expected .* cache of 3"):
+    with pytest.raises(Exception, match=r"a prefill of 4 tokens that end at position 4; expected .* cache of 3"):
         model.run(None, feeds | {f"past.{part}": feeds[f"past.{part}"][:, :, :3] for part in ("key", "value")})
-    with pytest.raises(Exception, match="a prefill of 2 positions that end at 6; expected to begin at 0"):
+    with pytest.raises(
+        Exception, match="a prefill of 2 tokens that end at position 6; expected to begin at position 0"
+    ):
         model.run(None, cached_feeds(sizes, past=4, capacity=8, length=2) | {"is_prefill": np.array(True)})
     with pytest.raises(Exception, match="scales of keys and values"):
         model.run(None, feeds | {"past.key_scale": feeds["past.key_scale"][:, :1]})

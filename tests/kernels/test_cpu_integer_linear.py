@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from support.cpu_kernel_switches import needs_cpu_kernels
 from support.linear_references import integer_linear, integer_tensors, one_step
 from support.one_node import gelu, session_of
-from support.own_kernels import needs_cpu_kernels
 
 from fusion_edge.kernels.onnx_functions.linear import integer_matmul_function, integer_mlp_function
 from fusion_edge.kernels.operators import INTEGER_LINEAR_INPUTS
@@ -32,11 +32,11 @@ INTEGER_FUNCTIONS = {
 
 
 def integer_session(
-    tensors: Mapping[str, Array], operator: str = "IntegerProduct", own_kernels: bool = True
+    tensors: Mapping[str, Array], operator: str = "IntegerProduct", use_kernels: bool = True
 ) -> ort.InferenceSession:
     function = INTEGER_FUNCTIONS[operator]
     node = helper.make_node(function.name, list(function.input), ["y"], domain=function.domain)
-    return session_of(node, function, tensors, own_kernels)
+    return session_of(node, function, tensors, use_kernels)
 
 
 def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, outputs: int, zero_point: int) -> Any:
@@ -48,7 +48,7 @@ def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, output
 
 
 @given(
-    of_gelu=st.booleans(),
+    gelu_first=st.booleans(),
     rows=st.sampled_from([1, 3, 7, 8, 12, 25]),
     inputs=st.integers(1, 700),
     outputs=st.integers(1, 90),
@@ -62,16 +62,16 @@ def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, output
 @example(False, 4000, 64, 1601, 0.02, 10, 3)  # the same, without the alignment that these need
 @settings(max_examples=80, deadline=None)
 def test_integer_matmul(
-    of_gelu: bool, rows: int, inputs: int, outputs: int, scale: float, zero_point: int, seed: int
+    gelu_first: bool, rows: int, inputs: int, outputs: int, scale: float, zero_point: int, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
     tensors = integer_tensors(generator, inputs, outputs, scale, zero_point)
     x = generator.normal(size=(rows, inputs)).astype(np.float32)
-    expected, most = integer_linear(tensors, gelu(x.astype(np.float64)) if of_gelu else x)
-    operator = "GeluIntegerProduct" if of_gelu else "IntegerProduct"
+    expected, most = integer_linear(tensors, gelu(x.astype(np.float64)) if gelu_first else x)
+    operator = "GeluIntegerProduct" if gelu_first else "IntegerProduct"
     (actual,) = integer_session(tensors, operator).run(None, {"x": x[None]})
     # An error in the last bit of GELU may round to another integer.
-    assert np.abs(actual[0] - expected).max() <= 2e-6 * most + of_gelu * one_step(tensors)
+    assert np.abs(actual[0] - expected).max() <= 2e-6 * most + gelu_first * one_step(tensors)
 
 
 @given(

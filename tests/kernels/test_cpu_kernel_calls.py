@@ -10,7 +10,7 @@ import pytest
 from fuzz import kernels
 from fuzz.guarded_memory import GuardedMemory, address
 from fuzz.kernel_calls import draw
-from support.own_kernels import needs_cpu_kernels
+from support.cpu_kernel_switches import needs_cpu_kernels
 from support.paths import TESTS
 
 READS = """

@@ -22,9 +22,9 @@ from support.attention_graphs import (
     packed_model,
     session,
 )
+from support.cpu_kernel_switches import needs_cpu_kernels
 from support.linear_references import integer_tensors
 from support.one_node import session_of
-from support.own_kernels import needs_cpu_kernels
 
 from fusion_edge.kernels.onnx_functions.linear import integer_matmul_function
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
@@ -37,10 +37,10 @@ EXTREME = (0, -1, 2**31, 2**62, -(2**62), 2**63 - 1)
 pytestmark = needs_cpu_kernels
 
 
-def integer_matmul(tensors: Mapping[str, Array], own_kernels: bool = True) -> onnxruntime.InferenceSession:
+def integer_matmul(tensors: Mapping[str, Array], use_kernels: bool = True) -> onnxruntime.InferenceSession:
     function = integer_matmul_function(21)
     node = helper.make_node(function.name, list(function.input), ["y"], domain=function.domain)
-    return session_of(node, function, tensors, own_kernels)
+    return session_of(node, function, tensors, use_kernels)
 
 
 def matmul_nbits(changed: Mapping[str, Any], **tensors: Array) -> onnxruntime.InferenceSession:

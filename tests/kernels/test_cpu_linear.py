@@ -16,9 +16,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from support.cpu_kernel_switches import needs_cpu_kernels, streams
 from support.linear_references import quantized
 from support.one_node import gelu, session_of
-from support.own_kernels import needs_cpu_kernels, streams
 
 from fusion_edge.kernels.onnx_functions.linear import matmul_nbits_function
 from fusion_edge.quant.formats import WeightFormat
@@ -36,13 +36,13 @@ def test_the_library_was_built() -> None:
 
 def session(
     packed: Packed,
-    form: WeightFormat,
+    weight_format: WeightFormat,
     inputs: int,
     bias: Array | None = None,
-    own_kernels: bool = True,
+    use_kernels: bool = True,
     changed: Mapping[str, int] = MappingProxyType({}),
     half_scales: bool = False,
-    of_gelu: bool = False,
+    gelu_first: bool = False,
 ) -> ort.InferenceSession:
     """Return a session of one node: Microsoft's operator, or with ``half_scales`` the function with float16 scales."""
     scales = packed.scales.astype(np.float16 if half_scales else np.float32)
@@ -54,11 +54,17 @@ def session(
     while not names[-1]:
         names.pop()
     rows = len(packed.values)
-    sizes: dict[str, Any] = {"K": inputs, "N": rows, "bits": form.bits, "block_size": form.block_size, **changed}
-    function = matmul_nbits_function(21, of_gelu) if half_scales else None
+    sizes: dict[str, Any] = {
+        "K": inputs,
+        "N": rows,
+        "bits": weight_format.bits,
+        "block_size": weight_format.block_size,
+        **changed,
+    }
+    function = matmul_nbits_function(21, gelu_first) if half_scales else None
     operator, domain = (function.name, function.domain) if function else ("MatMulNBits", "com.microsoft")
     node = helper.make_node(operator, names, ["y"], domain=domain, accuracy_level=4, **sizes)
-    return session_of(node, function, tensors, own_kernels)
+    return session_of(node, function, tensors, use_kernels)
 
 
 @needs_cpu_kernels
@@ -89,16 +95,16 @@ def test_matmul_nbits(
     outputs: int,
     seed: int,
 ) -> None:
-    form = WeightFormat(kind, group_size)
+    weight_format = WeightFormat(kind, group_size)
     generator = np.random.default_rng(seed)
     spread = np.exp(generator.uniform(-3, 3, (outputs, 1)))
-    packed = quantize((generator.normal(0.1, size=(outputs, inputs)) * spread).astype(np.float32), form)
+    packed = quantize((generator.normal(0.1, size=(outputs, inputs)) * spread).astype(np.float32), weight_format)
     bias = generator.normal(size=outputs).astype(np.float32) if has_bias else None
     x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
-    weight = dequantize(packed, form, inputs).astype(np.float64)
-    expected = quantized(x, form.block_size) @ weight.T + (0 if bias is None else bias)
-    one = session(packed, form, inputs, bias, half_scales=half_scales)
-    size = np.abs(quantized(x, form.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
+    weight = dequantize(packed, weight_format, inputs).astype(np.float64)
+    expected = quantized(x, weight_format.block_size) @ weight.T + (0 if bias is None else bias)
+    one = session(packed, weight_format, inputs, bias, half_scales=half_scales)
+    size = np.abs(quantized(x, weight_format.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
     with streams(False):
         (actual,) = one.run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
@@ -110,27 +116,27 @@ def test_matmul_nbits(
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("rows", [1, 30])
-@pytest.mark.parametrize("form", [("int8", 128), ("int4", 32), ("uint4", 256), ("uint8", 16)])
-def test_gelu_matmul_nbits(rows: int, form: Any) -> None:
-    form = WeightFormat(*form)
+@pytest.mark.parametrize("kind", [("int8", 128), ("int4", 32), ("uint4", 256), ("uint8", 16)])
+def test_gelu_matmul_nbits(rows: int, kind: tuple[str, int]) -> None:
+    weight_format = WeightFormat(*kind)
     generator = np.random.default_rng(rows)
-    packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), form)
+    packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), weight_format)
     bias, x = generator.normal(size=70).astype(np.float32), generator.normal(size=(rows, 300)).astype(np.float32)
-    inputs = quantized(gelu(x.astype(np.float64)).astype(np.float32), form.block_size)
-    expected = inputs @ dequantize(packed, form, 300).astype(np.float64).T + bias
-    for own_kernels in (True, False):
-        one = session(packed, form, 300, bias, own_kernels, half_scales=True, of_gelu=True)
+    inputs = quantized(gelu(x.astype(np.float64)).astype(np.float32), weight_format.block_size)
+    expected = inputs @ dequantize(packed, weight_format, 300).astype(np.float64).T + bias
+    for use_kernels in (True, False):
+        one = session(packed, weight_format, 300, bias, use_kernels, half_scales=True, gelu_first=True)
         # An error in the last bit of GELU may round to another integer. ONNX Runtime quantizes differently.
-        tolerance = 5e-3 if own_kernels else 2e-2
+        tolerance = 5e-3 if use_kernels else 2e-2
         assert np.abs(one.run(None, {"x": x[None]})[0][0] - expected).max() < tolerance * np.abs(expected).max()
 
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_zero_rows_and_no_rows(kind: str) -> None:
-    form = WeightFormat(kind, 32)
-    packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), form)
-    one = session(packed, form, 64)
+    weight_format = WeightFormat(kind, 32)
+    packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), weight_format)
+    one = session(packed, weight_format, 64)
     for nothing in (0, 1e-38):
         for rows in (1, 3):
             assert not one.run(None, {"x": np.full((1, rows, 64), nothing, np.float32)})[0].any()
@@ -140,14 +146,14 @@ def test_zero_rows_and_no_rows(kind: str) -> None:
 @needs_cpu_kernels
 def test_close_to_onnxruntime() -> None:
     """Both quantize in the same way; only the order of sums differs."""
-    form = WeightFormat("int4", 128)
+    weight_format = WeightFormat("int4", 128)
     generator = np.random.default_rng(0)
-    packed = quantize(generator.normal(size=(200, 384)).astype(np.float32), form)
+    packed = quantize(generator.normal(size=(200, 384)).astype(np.float32), weight_format)
     x = {"x": generator.normal(size=(1, 30, 384)).astype(np.float32)}
     bias = generator.normal(size=200).astype(np.float32)
     for half_scales in (False, True):
         own, theirs = (
-            session(packed, form, 384, bias, kernels, half_scales=half_scales).run(None, x)[0]
+            session(packed, weight_format, 384, bias, kernels, half_scales=half_scales).run(None, x)[0]
             for kernels in (True, False)
         )
         assert np.abs(own - theirs).max() < 1e-2 * np.abs(theirs).max()
@@ -166,9 +172,9 @@ def test_close_to_onnxruntime() -> None:
     ],
 )
 def test_invalid_attributes(changed: dict[str, int], named: str) -> None:
-    form = WeightFormat("int4", 32)
+    weight_format = WeightFormat("int4", 32)
     with pytest.raises(Exception, match=named):
-        session(quantize(np.ones((4, 64), np.float32), form), form, 64, changed=changed)
+        session(quantize(np.ones((4, 64), np.float32), weight_format), weight_format, 64, changed=changed)
 
 
 @needs_cpu_kernels
@@ -184,16 +190,18 @@ def test_invalid_attributes(changed: dict[str, int], named: str) -> None:
 @pytest.mark.parametrize("operator", ["MatMulNBits", "fusion_edge.MatMulNBits", "GeluMatMulNBits"])
 def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> None:
     """Reads would go beyond their ends. The message names the operator, so its kernel ran, not an inlined function."""
-    form = WeightFormat("uint4", 32)
-    whole = quantize(np.ones((4, 64), np.float32), form)
+    weight_format = WeightFormat("uint4", 32)
+    whole = quantize(np.ones((4, 64), np.float32), weight_format)
     parts = {part: getattr(whole, part) for part in ("values", "scales", "zero_points")}
     bias = np.zeros(4, np.float32)
     if name == "bias":
         bias = bias[:3]
     else:
         parts[name] = parts[name][:3]
-    half_scales, of_gelu = operator != "MatMulNBits", operator.startswith("Gelu")
-    one = session(Packed(**parts), form, 64, bias, changed={"N": 4}, half_scales=half_scales, of_gelu=of_gelu)
+    half_scales, gelu_first = operator != "MatMulNBits", operator.startswith("Gelu")
+    one = session(
+        Packed(**parts), weight_format, 64, bias, changed={"N": 4}, half_scales=half_scales, gelu_first=gelu_first
+    )
     with pytest.raises(Exception, match=f"{operator.rpartition('.')[2]}: .*{named}"):
         one.run(None, {"x": np.zeros((1, 1, 64), np.float32)})
 
@@ -202,11 +210,11 @@ def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> Non
 def test_two_sessions_in_two_threads() -> None:
     """Scratch memory of a thread is not shared between sessions."""
     generator = np.random.default_rng(0)
-    form = WeightFormat("int4", 32)
+    weight_format = WeightFormat("int4", 32)
     works = []
     for inputs, outputs, rows in ((640, 200, 40), (96, 1200, 3)):
         weight = generator.normal(size=(outputs, inputs)).astype(np.float32)
-        one = session(quantize(weight, form), form, inputs)
+        one = session(quantize(weight, weight_format), weight_format, inputs)
         x = {"x": generator.normal(size=(1, rows, inputs)).astype(np.float32)}
         works.append((one, x, one.run(None, x)[0]))
 
@@ -219,7 +227,7 @@ def test_two_sessions_in_two_threads() -> None:
 
 @needs_cpu_kernels
 def test_input_width_that_is_not_k() -> None:
-    form = WeightFormat("int4", 32)
-    one = session(quantize(np.ones((4, 64), np.float32), form), form, 64)
+    weight_format = WeightFormat("int4", 32)
+    one = session(quantize(np.ones((4, 64), np.float32), weight_format), weight_format, 64)
     with pytest.raises(Exception, match="K is not the input's width"):
         one.run(None, {"x": np.zeros((1, 1, 32), np.float32)})

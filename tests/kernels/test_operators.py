@@ -11,7 +11,7 @@ from fuzz.fake_onnxruntime import FakeOnnxRuntime
 from fuzz.kernel_calls import KINDS
 from fuzz.kernel_cases import Case
 from onnx import FunctionProto
-from support.own_kernels import needs_cpu_kernels
+from support.cpu_kernel_switches import needs_cpu_kernels
 
 from fusion_edge.kernels.onnx_functions import activations, alignment, attention, int8_cache, linear
 from fusion_edge.kernels.operators import CPU_OPERATORS, DOMAIN, Operator

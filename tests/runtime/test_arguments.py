@@ -1,4 +1,4 @@
-"""Numbers, texts and options of wrong types, through every public function that takes them."""
+"""Wrong types of numbers, texts and options, in every public function."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fakes.fake_backend import FakeBackend
 from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn, UsageError, load
 from fusion_edge.runtime.arguments import shown
 from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.sampling import Sampler
 from fusion_edge.runtime.tokenization.detokenizer import Detokenizer
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
@@ -50,7 +50,7 @@ def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
 
 
 def refused(call: Any, beginning: str) -> None:
-    """The call must raise a ``UsageError`` of one line that begins so."""
+    """Assert that a call raises a ``UsageError`` with one line that begins with ``start``."""
     with pytest.raises(UsageError) as raised:
         call()
     message = str(raised.value)
@@ -142,7 +142,7 @@ def test_paths_that_are_no_text(tmp_path: Path, tiny_bundle: Path, capsys: pytes
     copy.symlink_to(tiny_bundle)
     missing = Path(os.fsdecode(os.fsencode(tmp_path) + b"/missing\xff"))
     for path in (copy, missing):
-        with pytest.raises(FusionError, match="is not UTF-8; ONNX Runtime opens no other: rename the folder"):
+        with pytest.raises(FusionError, match="is not UTF-8, and ONNX Runtime opens no other paths; rename the folder"):
             load(path)
         assert cli_run.main([str(path), "--image", "x.png", "--ask", "What?"]) == 1
         assert capsys.readouterr().err.startswith("error: The bundle's path ")
@@ -200,7 +200,7 @@ def test_values_are_shown_on_one_short_line() -> None:
 
 
 def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
-    """Also in a bundle of a checkpoint whose settings name another token alone, or one outside the vocabulary."""
+    """Also if the checkpoint's settings name only another token, or one outside the vocabulary."""
     bundle = open_bundle(tiny_bundle)
     with load(tiny_bundle, threads=1) as loaded:
         tokenizer = loaded.tokenizer

@@ -1,4 +1,4 @@
-"""Images, questions, options and ends of input that fusion-run and the Python interface must take with grace."""
+"""Invalid images, questions, options and input of fusion-run and the Python API: one clear error each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refuse(tiny_bundle: Path, image: Path, refused: Refuse) -> Refuse:
-    """``refuse(*options, image=..., ask="What?", code=1)``: fusion-run's message."""
+    """``refuse(*options, image=..., ask="What?", code=1)`` returns the error of fusion-run."""
 
     def run(*options: object, image: object = image, ask: str = "What?", code: int = 1) -> str:
         arguments = (tiny_bundle, "--image", image, "--ask", ask, "--threads=1", *options)
@@ -58,7 +58,7 @@ def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG file of this size on paper, with no pixels in it."""
+    """Return a PNG file that claims a size and has no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -70,8 +70,8 @@ def png(width: int, height: int) -> bytes:
 def test_images_that_cannot_be_read(refuse: Refuse, image: Path, tmp_path: Path) -> None:
     content = image.read_bytes()
     files = {
-        "empty.png": (b"", "is not an image of an accepted format"),
-        "text.png": (b"no image", "is not an image of an accepted format"),
+        "empty.png": (b"", "is not an image of a supported format"),
+        "text.png": (b"no image", "is not an image of a supported format"),
         "truncated.png": (content[:-30], "cannot be decoded"),
         "header.png": (content[:20], "cannot be decoded"),
         "huge.png": (png(60_000, 60_000), "is too large"),
@@ -83,7 +83,7 @@ def test_images_that_cannot_be_read(refuse: Refuse, image: Path, tmp_path: Path)
         assert message in told
         assert name in told
     assert "missing.png' does not exist; check the path" in refuse(image=tmp_path / "missing.png")
-    assert "is a directory; give the path of one image file" in refuse(image=tmp_path)
+    assert "is a directory; pass the path of an image file" in refuse(image=tmp_path)
     assert "File name too long" in refuse(image="x" * 300)
 
 
@@ -144,12 +144,12 @@ def test_an_empty_question(refuse: Refuse, ask: str) -> None:
 
 
 def test_bytes_that_are_no_text(refuse: Refuse) -> None:
-    assert "The question is no valid Unicode text: character 1 is half" in refuse(ask=os.fsdecode(b"a\xff?"), code=2)
+    assert "The question is not valid Unicode: character 1 is half" in refuse(ask=os.fsdecode(b"a\xff?"), code=2)
 
 
 def test_a_question_that_does_not_fit(refuse: Refuse, tiny_checkpoint: Path, image: Path, tmp_path: Path) -> None:
     message = refuse(ask="why " * 1000)
-    assert "(16 of them image tokens), the context holds 512 with the answer; ask a shorter question" in message
+    assert "(16 of them image tokens), and the context holds 512 with the answer; ask a shorter question" in message
     assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "small"), "--max-context", "64"]) == 0
     with load(tmp_path / "small", threads=1) as fusion:
         answer = fusion.answer(image, "W", query_length=4)
@@ -171,7 +171,7 @@ def test_a_question_that_does_not_fit(refuse: Refuse, tiny_checkpoint: Path, ima
         ('[{"question": "a", "answer": null}]', "holds the entry", 2),
         ('[{"question": "a", "answer": "b", "extra": "c"}]', "holds the entry", 2),
         ('[{"question": " ", "answer": "b"}]', "The question is empty", 2),
-        ('[{"question": "a", "answer": "\\ud800"}]', "An answer in the history is no valid Unicode text", 2),
+        ('[{"question": "a", "answer": "\\ud800"}]', "An answer in the history is not valid Unicode", 2),
         (json.dumps([{"question": "a", "answer": "b " * 999}]), "the context holds 512 with the answer", 1),
     ],
 )
@@ -234,9 +234,7 @@ def test_wrong_usage(tiny_bundle: Path, image: Path, option: str, capsys: pytest
 
 
 def test_json_without_a_question(tiny_bundle: Path, image: Path, refused: Refuse) -> None:
-    assert "--json prints the answers to --ask" in refused(
-        cli_run.main, tiny_bundle, "--image", image, "--json", code=2
-    )
+    assert "--json needs --ask TEXT" in refused(cli_run.main, tiny_bundle, "--image", image, "--json", code=2)
 
 
 @pytest.mark.parametrize("sampling", ["greedy", 0, {"temperature": 1}])
@@ -256,7 +254,7 @@ def test_an_answer_that_was_given_up(fusion: Fusion) -> None:
     next(first)
     with pytest.raises(UsageError, match="The question is empty"):
         fusion.ask(picture(), "")
-    next(first)  # a refused question gave nothing up
+    next(first)  # a refused question does not end the stream
     second = fusion.stream(picture(), "Where?", sampling=SHORT)
     for _ in range(2):
         with pytest.raises(FusionError, match="was given up when another question was asked"):
@@ -305,8 +303,8 @@ def test_bytes_from_standard_input_that_are_no_text(
     tiny_bundle: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert interactive(tiny_bundle, image, b"What\xff?\nWhere?\n", monkeypatch) == 2
-    assert capsys.readouterr() == ("", "error: The question is no valid Unicode text: character 4 is half of a "
-                                       "surrogate pair.\n")  # fmt: skip
+    assert capsys.readouterr() == ("", "error: The question is not valid Unicode: character 4 is half of a "
+                                       "surrogate pair; remove it.\n")  # fmt: skip
 
 
 def test_ctrl_c(

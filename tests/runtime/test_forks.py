@@ -1,4 +1,4 @@
-"""Forked processes: a ``Fusion`` of the parent is refused there, and nothing of it is freed."""
+"""Forked processes: they cannot use the parent's ``Fusion``, and free none of its memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ for code in sys.argv[3:]:
         except FusionError as error:
             told = f"{type(error).__name__}: {error}"
         print(told)
-        sys.exit(3)  # as any process ends, destructors of libraries included
+        sys.exit(3)  # a normal exit, with the destructors of libraries
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 3, (code, status)
 stop.set()
@@ -57,7 +57,7 @@ fusion.close()
 print("parent done", flush=True)
 os._exit(0)
 """
-IN_CHILD = {  # and how the error begins
+IN_CHILD = {  # call and start of its error
     "fusion.close(); fusion.close()": "nothing",
     "leave()": "nothing",
     "drop()": "nothing",
@@ -79,5 +79,5 @@ def test_a_fork(tiny_bundle: Path, parent: str) -> None:
     for told, expected in zip(children, IN_CHILD.values(), strict=True):
         assert told.partition(":")[0] == expected
         if expected != "nothing":
-            assert told.startswith("FusionError: This model was loaded by process ")
-            assert told.endswith(", of which this one is a fork; load the bundle here, after the fork.")
+            assert told.startswith("FusionError: This process is a fork of process ")
+            assert told.endswith(", which loaded the model; load the bundle after the fork.")

@@ -1,4 +1,4 @@
-"""How ``Fusion`` puts graphs together, with a backend that has none: what each is given, and how often."""
+"""The pipeline on a fake backend: inputs of every graph, and number of runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def picture(seed: int) -> npt.NDArray[np.uint8]:
 
 
 def calls(fusion: Fusion, name: str) -> list[Any]:
-    """Arguments of every call of a backend's method so far, which are then forgotten."""
+    """Return and clear the recorded arguments of a backend's method."""
     assert isinstance(fusion.backend, FakeBackend)
     found = [arguments for method, arguments in fusion.backend.calls if method == name]
     fusion.backend.calls = [call for call in fusion.backend.calls if call[0] != name]
@@ -105,13 +105,13 @@ def test_a_step_is_given_the_token_before(fusion: Fusion) -> None:
 
 
 def test_a_backend_with_room_for_less_than_the_bundle(fusion: Fusion) -> None:
-    """Such as engines that were built for a smaller context: answers end there, and longer prompts are refused."""
+    """As with engines for a smaller context: answers end there, and longer prompts are refused."""
     prompt = fusion.answer(picture(0), "What is it?", sampling=SHORT).prompt_tokens
     fusion.backend.max_context = prompt + 1
     answer = fusion.answer(picture(0), "What is it?", sampling=Sampling(max_new_tokens=512))
     assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
     fusion.backend.max_context = prompt
-    with pytest.raises(FusionError, match=f"takes {prompt} positions .*, the context holds {prompt} with the answer"):
+    with pytest.raises(FusionError, match=f"has {prompt} tokens .*, and the context holds {prompt} with the answer"):
         fusion.answer(picture(0), "What is it?")
 
 

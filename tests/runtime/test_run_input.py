@@ -1,4 +1,4 @@
-"""What ``fusion-run`` reads besides pictures and bundles: histories and questions, damaged, endless or huge."""
+"""Histories and questions of ``fusion-run`` that are damaged, endless or huge."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_history_with_a_byte_order_mark(
     ("content", "code", "message"),
     [
         (json.dumps([{"question": "a?", "answer": "b"}] * 2000), 1, "the context holds 512 with the answer"),
-        (json.dumps([{"question": "a?", "answer": "b"}] * 300_000), 1, "bytes, which no context holds; drop turns."),
+        (json.dumps([{"question": "a?", "answer": "b"}] * 300_000), 1, "bytes, more than any context; drop turns."),
         (json.dumps([{"question": "a?", "answer": "b" * 1_500_000}]), 1, "the context holds 512 with the answer"),
         ('[{"question": "a?", "answer": ' + "1" * 10_000 + "}]", 1, "Cannot read the history in"),
         ("[" + "[]," * 500_000 + "[]]", 2, "holds the entry []; expected"),
@@ -60,7 +60,7 @@ def test_histories_that_are_refused(
 
 
 def test_a_history_without_end(options: list[str], refused: Refuse) -> None:
-    assert "which no context holds" in refused(cli_run.main, *options, "--ask=What?", "--history", "/dev/zero")
+    assert "more than any context" in refused(cli_run.main, *options, "--ask=What?", "--history", "/dev/zero")
 
 
 def test_a_history_from_a_pipe(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,11 +77,11 @@ def test_a_history_from_a_pipe(options: list[str], tmp_path: Path, capsys: pytes
     ("line", "message"),
     [
         (b"why " * 100_000, "the context holds 512 with the answer"),
-        (b"x" * 5_000_000, "A question has more than 2097152 characters, which no context holds; ask a shorter one."),
+        (b"x" * 5_000_000, "A question has more than 2097152 characters, more than any context; ask a shorter one."),
         ("\u200b\u2581".encode(), "The question is empty"),
         (b"<|end|>", "The question is empty"),
         (b"\0", "The question is empty"),
-        (b"a\xc3", "The question is no valid Unicode text"),
+        (b"a\xc3", "The question is not valid Unicode"),
     ],
 )
 def test_lines_that_are_refused(

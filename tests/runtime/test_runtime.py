@@ -1,4 +1,4 @@
-"""The runtime's behaviour on a tiny bundle: what is kept, what is streamed, how it is chosen."""
+"""The runtime on a tiny bundle: caches, streaming and sampling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fusion(tiny_bundle: Path) -> Any:
 
 
 def record(backend: Any, *names: str) -> list[np.ndarray[Any, Any]]:
-    """A list that every call of these methods adds its result to."""
+    """Return a list that collects the results of the given methods."""
     seen: list[np.ndarray[Any, Any]] = []
 
     def recording(method: Any) -> Any:
@@ -87,7 +87,7 @@ def test_the_context_bounds_the_answer(tiny_checkpoint: Path, tmp_path: Path) ->
 
 
 def test_an_int8_cache_answers_nearly_alike(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Logits of the first token are the same, those of later ones differ by the cache's rounding alone."""
+    """The first token's logits are equal; later ones differ only by the quantization of the cache."""
     steps: dict[str, list[np.ndarray[Any, Any]]] = {}
     for cache in ("float", "int8"):
         folder = tmp_path / cache
@@ -103,7 +103,7 @@ def test_an_int8_cache_answers_nearly_alike(tiny_checkpoint: Path, tmp_path: Pat
 
 
 def test_float16_graphs_compute_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A bundle for CUDA, on the CPU provider: float16 rounding is all that differs."""
+    """A CUDA bundle on the CPU provider differs only by float16 rounding."""
     answers = []
     for target, folder in (("cpu", tmp_path / "cpu"), ("cuda", tmp_path / "cuda")):
         options = ["--fp16", "--target", target, "--query-len", "4"]
@@ -130,7 +130,7 @@ def test_command_line_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_short_prompt_behind_a_long_one_sees_nothing_of_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The int8 cache keeps what lies behind a prompt; no step may read it."""
+    """The int8 cache keeps old values after a prompt; no decode step may read them."""
     assert export_cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--kv-cache", "int8"]) == 0
     with load(tmp_path / "b") as fusion:
         alone = fusion.answer(picture(1), "What?", sampling=SHORT).token_ids

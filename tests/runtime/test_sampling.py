@@ -55,7 +55,7 @@ def test_logits_that_are_no_numbers(temperature: float, bad: list[float]) -> Non
 
 
 def reference(logits: np.ndarray[Any, Any], temperature: float, top_k: int) -> tuple[list[int], list[float]]:
-    """Temperature and top-k with plain loops: ids and probabilities, likeliest first."""
+    """Reference of temperature and top-k in plain loops: ids and probabilities, likeliest first."""
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))[: top_k or None]
     weights = [math.exp((float(logits[i]) - float(logits.max())) / temperature) for i in order]
     return order, [weight / sum(weights) for weight in weights]
@@ -69,7 +69,7 @@ def test_distribution_is_the_plain_one(
     order, probabilities = reference(logits, temperature, top_k)
     masses = list(itertools.accumulate(probabilities))
     if top_p < 1:
-        assume(all(abs(mass - top_p) > 1e-9 for mass in masses))  # there rounding decides
+        assume(all(abs(mass - top_p) > 1e-9 for mass in masses))  # rounding decides there
         kept = 1 + sum(mass < top_p for mass in masses)
         order, probabilities = order[:kept], [p / masses[kept - 1] for p in probabilities[:kept]]
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)

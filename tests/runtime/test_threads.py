@@ -1,4 +1,4 @@
-"""Several threads, signals and forks on one ``Fusion``: never a wrong text, never a deadlock."""
+"""Threads and signals on one ``Fusion``: no wrong text and no deadlock."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLOSED = "has been closed; load the bundle again"
 
 
 class WatchedBackend(FakeBackend):
-    """Fails if two threads call it at once, or one after it was closed. ``before`` is called before every call."""
+    """Fails on concurrent calls and on calls after close. Runs ``before`` before every call."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -110,7 +110,7 @@ def ask_until_closed(fusion: Fusion) -> NoReturn:
 
 
 class Held:
-    """Holds the first call of a backend's method, by whichever thread, until it is let go."""
+    """Blocks the first call of a backend's method until it is released."""
 
     def __init__(self, fusion: Fusion, method: str) -> None:
         self.reached, self._go = threading.Event(), threading.Event()
@@ -291,7 +291,7 @@ def test_close_at_any_moment(fusion: Fusion) -> None:
 
 
 def test_onnx_runtime_ends_early(tiny_bundle: Path) -> None:
-    """Its runs fail from then on, and a close frees it nevertheless."""
+    """All later runs fail, and a close still frees the memory."""
     with load(tiny_bundle, threads=1) as fusion:
         fusion.backend.interrupt()  # type: ignore[attr-defined]
         with pytest.raises(FusionError, match=r"ONNX Runtime failed while running vision_encoder: .*terminate"):
@@ -326,7 +326,7 @@ def test_ctrl_c_within_a_question(fusion: Fusion, method: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             ask("Where?", sampling=SHORT)
         assert fusion.answer(picture(), "What?", sampling=SHORT).text == expected
-        fusion.clear_image_cache()
+        fusion.pipeline.clear_image_cache()
     backend(fusion).before = interrupt
     stream = fusion.stream(picture(1), "Where?", sampling=SHORT)
     with pytest.raises(KeyboardInterrupt):
@@ -351,7 +351,7 @@ def interrupt_main() -> NoReturn:
 
 
 def test_ctrl_c_at_any_moment(fusion: Fusion) -> None:
-    """Also while it waits for another thread: nothing stays locked, and answers stay right."""
+    """Also while a thread waits in the queue: no lock stays held, and answers stay right."""
     expected = fusion.answer(picture(), "What?", sampling=SHORT).text
     stop = threading.Event()
     wrong = []
@@ -404,7 +404,7 @@ def test_a_handler_that_closes_while_its_thread_waits(fusion: Fusion) -> None:
 def test_a_handler_that_asks(fusion: Fusion) -> None:
     def ask(name: str) -> None:
         if name == "prefill":
-            with pytest.raises(UsageError, match="A signal's handler asks the model that it interrupted"):
+            with pytest.raises(UsageError, match="A signal handler asks the model that it interrupted"):
                 fusion.answer(picture(), "Where?")
 
     backend(fusion).before = ask

@@ -1,4 +1,4 @@
-"""What every backend promises (``runtime/backends/base.py``), as tests of a fixture ``subject``."""
+"""The contract of every backend (``runtime/backends/base.py``), as tests of a fixture ``subject``."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.images.grids import pooling_cells
 
-LENGTH, CAPACITY = 60, 64  # of the prompts here
+LENGTH, CAPACITY = 60, 64  # of the prompts in these tests
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend, the manifest of what it runs, and how exactly it computes."""
+    """A backend, its manifest, and its tolerance."""
 
     backend: Backend
     manifest: Manifest
     tolerance: float
-    """Largest difference, in standard deviations, between results of different kernels that should be equal."""
+    """Maximum difference in standard deviations between equal results of different kernels."""
 
     @property
     def width(self) -> int:
         return self.manifest.model.language.hidden_size
 
     def encode(self, crops: int, words: int) -> npt.ArrayLike:
-        """Features of random crops under random words; the first crops and words are the same whatever their number."""
+        """Return features of random crops and texts; their first ones do not depend on the numbers."""
         pixels = _random(1, GLOBAL_CROPS, 3, IMAGE_SIZE, IMAGE_SIZE)[:crops]
         text = _random(2, GLOBAL_CROPS, 8, self.width)[:crops, :words]
         return self.backend.encode(pixels, text, np.ones((crops, words), np.bool_))
 
     def align(self, features: object, length: int) -> ImageAlignment:
-        """The alignment for a query length."""
+        """Return the alignment for a query length."""
         config = self.manifest.model
         size, cells = 2 * config.vision.grid, side(length)
         window = config.alignment.window_size
         return self.backend.align(features, pooling_cells(size, cells), pooling_cells(size, cells * window))
 
     def image(self) -> ImageAlignment:
-        """The alignment for the shortest query length."""
+        """Return the alignment for the shortest query length."""
         return self.align(self.encode(GLOBAL_CROPS, 0), min(self.manifest.query_lengths))
 
     def prompt(self, image: ImageAlignment, questions: int) -> tuple[Floats, Integers, Integers]:
-        """Rows, the latents' positions for each question, and the questions' positions."""
+        """Return rows, the positions of each question's latents, and the positions of the questions."""
         rows, count = _random(3, LENGTH, self.width), len(image.latents)
         latent_positions = 4 + 24 * np.arange(questions)[:, None] + np.arange(count)
         rows[latent_positions] = image.latents
@@ -73,7 +73,7 @@ def assert_floats(array: npt.NDArray[Any], *shape: int) -> None:
 
 
 class BackendContract:
-    """Inherit from this in a file that has the fixture ``subject``."""
+    """Base class for test files with a fixture ``subject``."""
 
     @pytest.mark.parametrize("crops", [1, GLOBAL_CROPS])
     @pytest.mark.parametrize("words", [0, 1, 7])
@@ -90,7 +90,7 @@ class BackendContract:
         assert not np.array_equal(np.asarray(subject.encode(1, 0)), np.asarray(subject.encode(1, 7)))
 
     def test_features_last(self, subject: Subject) -> None:
-        """The next image does not write over those of the image before."""
+        """The next image does not overwrite the alignment of the image before."""
         first = subject.encode(GLOBAL_CROPS, 0)
         before = np.array(first)
         subject.encode(GLOBAL_CROPS, 7)
@@ -108,7 +108,7 @@ class BackendContract:
         assert np.array_equal(subject.align(np.asarray(features), length).latents, latents)
 
     def test_alignments_last(self, subject: Subject) -> None:
-        """An image's alignment serves again after another image was aligned."""
+        """The alignment of an image is valid after the alignment of another."""
         image = subject.image()
         prompt = subject.prompt(image, 1)
         first = _prefill(subject, image, prompt)
@@ -123,7 +123,7 @@ class BackendContract:
         assert_floats(subject.backend.decode(_random(4, subject.width)), vocabulary)
 
     def test_every_question_has_its_latents(self, subject: Subject) -> None:
-        """In whatever order they are told; a question is not another one's."""
+        """Questions may come in any order, and have their own latents."""
         image = subject.image()
         rows, latents, questions = subject.prompt(image, 2)
         expected = _prefill(subject, image, (rows, latents, questions))
@@ -158,7 +158,7 @@ class BackendContract:
         row = _random(6, subject.width)
         for _ in range(CAPACITY - LENGTH):
             subject.backend.decode(row)
-        with pytest.raises(FusionError, match=f"{CAPACITY + 1} positions, more than the {CAPACITY}"):
+        with pytest.raises(FusionError, match=f"{CAPACITY + 1} tokens, more than its capacity of {CAPACITY}"):
             subject.backend.decode(row)
 
     def test_a_prompt_fits_its_capacity(self, subject: Subject) -> None:
@@ -166,7 +166,7 @@ class BackendContract:
         prompt = subject.prompt(image, 1)
         full = _prefill(subject, image, prompt, capacity=LENGTH)
         subject.assert_close(full, _prefill(subject, image, prompt))
-        with pytest.raises(FusionError, match=f"{LENGTH} positions, more than the {LENGTH - 1}"):
+        with pytest.raises(FusionError, match=f"{LENGTH} tokens, more than its capacity of {LENGTH - 1}"):
             _prefill(subject, image, prompt, capacity=LENGTH - 1)
 
 

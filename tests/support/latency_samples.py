@@ -11,14 +11,7 @@ from fusion_edge.benchmarks.latency.machine.energy import EnergyUse
 from fusion_edge.benchmarks.latency.machine.info import MachineInfo
 from fusion_edge.benchmarks.latency.machine.memory import MemoryUse
 from fusion_edge.benchmarks.latency.result import (
-    ALIGNMENT,
-    DECODE_STEP,
-    ENCODE_GLOBAL,
-    ENCODE_LOCAL,
     IMAGE_DECODE,
-    PREFILL,
-    PREPROCESS,
-    SAMPLING,
     SCHEMA,
     BenchResult,
     BundleInfo,
@@ -29,6 +22,15 @@ from fusion_edge.benchmarks.latency.result import (
     Utilization,
 )
 from fusion_edge.benchmarks.latency.statistics import summarize
+from fusion_edge.runtime.pipeline import (
+    ALIGNMENT,
+    DECODE_STEP,
+    ENCODE_GLOBAL,
+    ENCODE_LOCAL,
+    PREFILL,
+    PREPROCESS,
+    SAMPLING,
+)
 
 BANDWIDTH, COMPUTE = 33.4e9, 4.9e11
 _STAGES = {

@@ -20,7 +20,7 @@ def session_of(
     node: NodeProto,
     function: FunctionProto | None = None,
     tensors: Mapping[str, Array] = MappingProxyType({}),
-    own_kernels: bool = True,
+    use_kernels: bool = True,
 ) -> ort.InferenceSession:
     """Return a session of ``node``. ``tensors`` are constants; other inputs and the outputs are float32 of any shape.
 
@@ -41,7 +41,7 @@ def session_of(
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4  # tests expect errors
-    if own_kernels:
+    if use_kernels:
         options.register_custom_ops_library(str(cpu_kernels.library()))
     functions = [] if function is None else [function]
     model = helper.make_model(graph, functions=functions, opset_imports=versions, ir_version=10)

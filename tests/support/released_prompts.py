@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
+from fusion_edge.runtime.bundle.templates import Template
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS, VISION_END, VISION_START, Prompt, Turn
-from fusion_edge.runtime.prompts.templates import Template
 
 
 def render_prompt(template: Template, history: Sequence[Turn], question: str) -> str:

@@ -1,4 +1,4 @@
-"""A wait as C++ has it: no signal ends it, and no Python code runs in its thread."""
+"""A wait as in C++: no signal ends it, and no Python code runs in its thread."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ POLL_SECONDS = 0.02
 
 
 class UninterruptibleWait:
-    """A mutex of the C library that is held until :meth:`end`."""
+    """A mutex of the C library, locked until :meth:`end`."""
 
     def __init__(self, polls: bool) -> None:
-        """``polls``: a thread of its own asks the monitor, and ends the wait when that says no."""
+        """With ``polls`` a thread asks the monitor, and ends the wait when it answers no."""
         self._polls = polls
         self._library = ctypes.CDLL(None)
         self._mutex = ctypes.create_string_buffer(128)
@@ -26,7 +26,7 @@ class UninterruptibleWait:
         self._library.pthread_mutex_unlock(self._mutex)
 
     def until_refused(self, monitor: Any) -> bool:
-        """Wait; False, as for a build that was stopped."""
+        """Wait, and return False as a stopped build does."""
         self.began.set()
         if self._polls:
             threading.Thread(target=self._poll, args=(monitor,)).start()

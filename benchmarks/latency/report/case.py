@@ -7,23 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from fusion_edge.benchmarks.latency.machine.memory import MemoryUse
 from fusion_edge.benchmarks.latency.report import charts, labels
 from fusion_edge.benchmarks.latency.report.charts import Markup, element, join
-from fusion_edge.benchmarks.latency.result import (
+from fusion_edge.benchmarks.latency.result import IMAGE_DECODE, BenchResult, CaseResult, Peaks, RooflineUse, Utilization
+from fusion_edge.benchmarks.latency.statistics import Summary, percentile
+from fusion_edge.runtime.formatting import format_bytes
+from fusion_edge.runtime.pipeline import (
     ALIGNMENT,
     DECODE_STEP,
     ENCODE_GLOBAL,
     ENCODE_LOCAL,
-    IMAGE_DECODE,
     PREFILL,
     PREPROCESS,
     SAMPLING,
-    BenchResult,
-    CaseResult,
-    Peaks,
-    RooflineUse,
-    Utilization,
 )
-from fusion_edge.benchmarks.latency.statistics import Summary, percentile
-from fusion_edge.runtime.formatting import format_bytes
 
 STAGE_COLORS = {
     IMAGE_DECODE: "pink",

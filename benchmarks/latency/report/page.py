@@ -9,9 +9,10 @@ from fusion_edge.benchmarks.latency.report import charts, labels
 from fusion_edge.benchmarks.latency.report.case import case_details, legend, time_format, track
 from fusion_edge.benchmarks.latency.report.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.report.style import CSS
-from fusion_edge.benchmarks.latency.result import DECODE_STEP, BenchResult, Case, CaseResult
+from fusion_edge.benchmarks.latency.result import BenchResult, Case, CaseResult
 from fusion_edge.benchmarks.latency.statistics import TARGET_ERROR
 from fusion_edge.runtime.formatting import format_bytes
+from fusion_edge.runtime.pipeline import DECODE_STEP
 
 _SERIES_COLORS = ("blue", "orange", "green", "pink", "sky", "red", "yellow")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, peak, resident
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, option, peak, resident
 
 FIRST_TOKEN, TOKENS = 1000, 1000  # the prompt repeats these ids, which every LLM's vocabulary has
 WARM_UP = 8  # tokens
@@ -19,15 +19,11 @@ WARM_UP = 8  # tokens
 class LlmWorkload:
     """Sizes of a run."""
 
-    prompt: int = 900
-    """Tokens of the timed prefill."""
-    context: int = 1000
-    """Tokens in the KV cache in the middle of the timed decode steps."""
-    steps: int = 32
-    """Timed decode steps."""
-    capacity: int = 4096
-    """Tokens that the KV cache is allocated for, in engines that allocate ahead."""
-    threads: int = 2
+    prompt: int = option(900, "tokens of the timed prefill")
+    context: int = option(1000, "tokens in the KV cache in the middle of the timed decode steps")
+    steps: int = option(32, "timed decode steps")
+    capacity: int = option(4096, "tokens of the KV cache in engines that allocate it ahead")
+    threads: int = option(2, "CPU threads")
 
     def fits(self) -> bool:
         """Return whether the timed steps come after the prompt and within the capacity."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion_edge.benchmarks.peers.runners.worker import Measurement, import_engine, peak, resident
+from fusion_edge.benchmarks.peers.runners.worker import Measurement, import_engine, option, peak, resident
 
 IMAGE_SIZE = 384  # pixels, as in runtime/bundle/config.py, which other engines' environments cannot import
 
@@ -20,11 +20,9 @@ IMAGE_SIZE = 384  # pixels, as in runtime/bundle/config.py, which other engines'
 class VisionWorkload:
     """Sizes of a run."""
 
-    crops: int = 4
-    """Crops without text, in one batch."""
-    question_tokens: int = 20
-    """Text tokens of the local crop."""
-    threads: int = 2
+    crops: int = option(4, "global crops, in one batch")
+    question_tokens: int = option(20, "text tokens of the local crop")
+    threads: int = option(2, "CPU threads")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class VisionFigures:
 
 
 class Encoder(Protocol):
-    """Loaded vision encoder with its projectors (FUSION.md, section 2). Arrays are float32 numpy arrays."""
+    """Loaded vision encoder with its projectors (docs/fusion-model.md, section 2). Arrays are float32 numpy arrays."""
 
     @property
     def settings(self) -> Mapping[str, Any]:

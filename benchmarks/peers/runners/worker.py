@@ -43,6 +43,11 @@ class Measurement:
     """Options passed to the engine, as JSON values."""
 
 
+def option(default: int, text: str) -> Any:
+    """Return a field of a workload; the harness makes it an option with this help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def report(
     measure: Callable[[Path, W], Measurement],
     workload: Callable[..., W],

@@ -1,4 +1,4 @@
-"""ONNX Runtime: any CPU, and NVIDIA GPUs through its CUDA provider."""
+"""The ONNX Runtime backend, for CPUs and, with the CUDA provider, NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fusion_edge.runtime.bundle.reader import Bundle
 
 
 class OnnxRuntimeBackend:
-    """See :class:`fusion_edge.runtime.backends.base.Backend`."""
+    """Implements :class:`fusion_edge.runtime.backends.base.Backend`."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
-        """Load all three graphs. ``threads`` of None takes every processor that this process may use.
+        """Load all three graphs. ``threads`` defaults to every processor that this process may use.
 
         Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if a graph does not load.
         """

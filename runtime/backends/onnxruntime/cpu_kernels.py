@@ -1,6 +1,6 @@
-"""Our own kernels for CPUs (``kernels/cpu/``): a library of operators that ONNX Runtime takes in place of its own.
+"""Our CPU kernels (``kernels/cpu/``): whether ONNX Runtime can use them here.
 
-And in place of functions of the graphs, which it would inline.
+They are a library of custom operators. They replace ONNX Runtime's own operators and functions of the graphs.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from fusion_edge.runtime.bundle.manifest import Manifest
 
 LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
-"""What the kernels compute: linear products in integers, as ``MatMulNBits`` defines levels; attention in bfloat16."""
+"""Accuracy of the kernels, as ``MatMulNBits`` defines it: 4 is int8 GEMM. Their attention computes in bfloat16."""
 FLOATS = frozenset({"fp32", "fp16"})
-"""Formats of weights that are not quantized."""
+"""Formats of unquantized weights."""
 
 
 def library() -> Path | None:
-    """Return the library's file; None if this installation has none."""
+    """Return the path of the library; None if it is not installed."""
     return LIBRARY if LIBRARY.is_file() else None
 
 
 def unsupported_reason(manifest: Manifest) -> str | None:
-    """Why these kernels cannot run a bundle here, a sentence; None if they can."""
+    """Return why the kernels cannot run a bundle on this machine, a sentence; None if they can."""
     if manifest.target != "cpu":
         return f"They compute in float32, and the bundle was exported for {manifest.target}."
     if manifest.accuracy_level != ACCURACY_LEVEL:
-        return f"They multiply at accuracy level {ACCURACY_LEVEL}, and the bundle asks for {manifest.accuracy_level}."
+        return f"They compute at accuracy level {ACCURACY_LEVEL}, and the bundle has {manifest.accuracy_level}."
     if FLOATS.issuperset(manifest.weights.values()):
-        return "They round to integers and bfloat16, and the bundle is not quantized."
+        return "They compute in int8 and bfloat16, and the bundle is not quantized."
     if library() is None:
-        return "They are not installed: pip needs x86-64 and GCC's C++ compiler to install them."
+        return "They are not installed; on x86-64 with a C++ compiler, install fusion-edge again."
     try:
         if not is_supported():
-            return "They are written for x86-64 processors with AVX-512 VNNI."
-    except OSError as error:  # of a library that was built elsewhere
+            return "They need an x86-64 processor with AVX-512 VNNI."
+    except OSError as error:  # the library was built for another system
         return f"They cannot be loaded ({error}); install fusion-edge again."
     return None
 
 
 def can_run(manifest: Manifest, graph: str) -> bool:
-    """Whether they run a graph of a bundle here: not one whose weights are all floats, which is to be exact."""
+    """Return whether the kernels run a graph of a bundle. A graph with float weights alone stays exact without them."""
     is_vision = graph == VISION_ENCODER
-    forms = {form for name, form in manifest.weights.items() if name.startswith("vision.") == is_vision}
-    return unsupported_reason(manifest) is None and not forms <= FLOATS
+    formats = {form for name, form in manifest.weights.items() if name.startswith("vision.") == is_vision}
+    return unsupported_reason(manifest) is None and not formats <= FLOATS
 
 
 def is_supported() -> bool:
-    """Whether this processor runs the library, which must be there."""
+    """Return whether this processor can run the library, which must be installed."""
     function = ctypes.CDLL(str(library())).is_supported
     function.restype = ctypes.c_bool
     return bool(function())

@@ -17,13 +17,13 @@ from fusion_edge.runtime.errors import FusionError
 
 
 class LlmSession:
-    """The LLM with its KV cache: allocated once, bound as input *and* output, so updated in place.
+    """The LLM with its KV cache, which is allocated once and bound as input and output, so updated in place.
 
-    A sequence uses the start of the cache's memory, as much as it may grow to: the prefill of an int8 cache copies all
-    that lies behind the prompt. A host's memory that no sequence has come to is never touched, so it takes no room.
+    A sequence uses the start of the cache's memory, up to its capacity: prefill of an int8 cache copies everything
+    after the prompt. On a CPU, memory that no sequence has reached takes no pages.
 
-    One-token steps read inputs that are allocated once and overwritten, and write one array of logits on the host:
-    nothing is bound or allocated for a step.
+    Decode steps overwrite the same input tensors and write the same array of logits: a step allocates and binds
+    nothing.
     """
 
     def __init__(self, graph: Graph, manifest: Manifest) -> None:
@@ -33,16 +33,16 @@ class LlmSession:
         self._specs = graphs.cache_specs(manifest.model, manifest.cache)
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
-        with translate_errors(graph.name, graph.device):  # a GPU may have no room
+        with translate_errors(graph.name, graph.device):  # a GPU may lack memory
             self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
-            self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._no_latents(manifest).items()}
-        self._decode: ort.IOBinding | None = None
+            self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._zero_inputs(manifest).items()}
+        self._decode_binding: ort.IOBinding | None = None
 
     def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
         return self._graph.tensor(f"past.{spec.name}", np.zeros(math.prod(_shape(spec, self._context)), spec.dtype))
 
-    def _no_latents(self, manifest: Manifest) -> dict[str, npt.NDArray[np.float32]]:
-        """Inputs of a step, all zero: one row, and nothing to align."""
+    def _zero_inputs(self, manifest: Manifest) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the inputs of a decode step, all zero: one row and no latents."""
         alignment, width = manifest.model.alignment, manifest.model.language.hidden_size
         context = (alignment.layers, 0, alignment.window_size**2, width)
         shapes = {
@@ -53,20 +53,20 @@ class LlmSession:
             "values": context,
             "last_position": (1,),
             "total_length": (),
-            "positions": (1, 1),  # of a TensorRT bundle's graph, as the next
+            "positions": (1, 1),  # TensorRT bundles only, as write_index
             "write_index": (1,),
-            "is_prefill": (),  # of an int8 cache's graph alone
+            "is_prefill": (),  # int8 caches only
         }
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name in self._graph.inputs}
 
     def prefill(self, inputs: Mapping[str, Input], length: int, capacity: int) -> Floats:
-        """Start a sequence that may grow to ``capacity`` positions with ``length`` of them: logits ``[V]``."""
+        """Start a sequence of ``length`` tokens that may grow to ``capacity``; return the logits ``[V]``."""
         if capacity > self._context:
             raise FusionError(
-                f"A sequence of {capacity} positions does not fit the bundle's context of {self._context}; "
-                "export with a larger --max-context."
+                f"A sequence of {capacity} tokens exceeds the bundle's context of {self._context}; export with a "
+                "larger --max-context."
             )
-        self._grow(0, length, capacity)
+        self._place(0, length, capacity)
         first = dict(inputs)
         if "positions" in self._graph.inputs:
             first["positions"] = np.arange(length)[None]
@@ -74,22 +74,23 @@ class LlmSession:
             first["is_prefill"] = np.ones((), np.bool_)
         with translate_errors(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
-            self._decode = self._binding(self._decode_inputs)
+            self._decode_binding = self._binding(self._decode_inputs)
             binding = self._binding(self._decode_inputs | tensors)
         self._graph.run_bound(binding, large=True)
         logits: Floats = self._logits[0]
         return logits
 
     def decode(self, embedding: Floats) -> Floats:
-        """Append one token's embedding ``[D]``: logits ``[V]``."""
-        self._grow(self._length, 1, self._capacity)
+        """Append one token's embedding ``[D]``; return the logits ``[V]``."""
+        self._place(self._length, 1, self._capacity)
         self._write("embeddings", embedding)
-        self._graph.run_bound(self._decode, large=False)
+        assert self._decode_binding is not None  # before the first prefill the capacity is 0
+        self._graph.run_bound(self._decode_binding, large=False)
         logits: Floats = self._logits[0]
         return logits
 
-    def _grow(self, start: int, count: int, capacity: int) -> None:
-        """Tell the graph where the next positions go."""
+    def _place(self, start: int, count: int, capacity: int) -> None:
+        """Write the inputs that place ``count`` tokens after ``start``."""
         length = start + count
         check_capacity(length, capacity)
         self._length, self._capacity = length, capacity

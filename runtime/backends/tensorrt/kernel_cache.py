@@ -1,7 +1,7 @@
-"""Kernels that TensorRT-RTX compiled on this machine's GPU, kept from one process to the next.
+"""A cache on disk of the kernels that TensorRT-RTX compiles on this machine's GPU.
 
-Its engines fit every GPU of an architecture: they are finished where they run, kernel by kernel, when those first run.
-Kept kernels save that at the next start. TensorRT-RTX itself refuses what another version or GPU has left.
+An engine of TensorRT-RTX fits every GPU of an architecture. Each kernel is compiled when it first runs; the cache saves
+that at the next start. TensorRT-RTX itself refuses kernels of another version or GPU.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 
 
 class KernelCache:
-    """One file of the user's cache folder."""
+    """The kernels of a folder of engines, in one file of the user's cache folder."""
 
     def __init__(self, trt: ModuleType, name: str) -> None:
-        """``trt`` is ``tensorrt_rtx``; ``name`` tells the engines apart that kernels are for."""
+        """Use the module ``tensorrt_rtx``; ``name`` identifies the engines."""
         self._trt = trt
         self._path = cache_folder() / f"{name}.kernels"
         self._cache: Any = None
         self._configurations: list[Any] = []
-        """Of contexts, which they must outlive; nothing in TensorRT's bindings keeps them."""
-        self._kept = b""
+        """Runtime configurations. They must outlive their contexts, and TensorRT's bindings keep no reference."""
+        self._saved = b""
 
     def configure(self, engine: Any, is_fixed: bool) -> Any:
-        """How execution contexts of an engine are made: with this cache, in memory that is given to them.
+        """Return the configuration of an engine's execution contexts: with this cache, in memory of the caller.
 
-        ``is_fixed``: shapes never change. The best kernels are then compiled in the first run, as that which is
-        recorded behind it stays as it is; for other shapes they are compiled beside runs that make do without them.
+        With ``is_fixed`` shapes the first run compiles the best kernels, because a CUDA graph captures them afterwards.
+        With varying shapes they compile in the background of later runs.
         """
         config = engine.create_runtime_config()
         if is_fixed:
@@ -38,15 +38,15 @@ class KernelCache:
         config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            self._kept = self._read()
-            if self._kept:
-                self._cache.deserialize(self._kept)
+            self._saved = self._read()
+            if self._saved:
+                self._cache.deserialize(self._saved)
         config.set_runtime_cache(self._cache)
         self._configurations.append(config)
         return config
 
     def close(self) -> None:
-        """Free the cache, then the configurations that it is from: after all contexts, before their engines."""
+        """Free the cache, then the configurations: after the contexts, before the engines."""
         self._cache = None
         self._configurations.clear()
 
@@ -56,13 +56,13 @@ class KernelCache:
         except FileNotFoundError:
             return b""
         except OSError as error:
-            sys.stderr.write(f"Compiled kernels cannot be read from {self._path}: {error.strerror}\n")
+            sys.stderr.write(f"warning: cannot read compiled kernels from {self._path}: {error.strerror}\n")
             return b""
 
     def save(self) -> None:
-        """Keep what has been compiled so far. A folder that cannot be written costs the next start some seconds."""
+        """Save the compiled kernels. If the folder is not writable, the next start takes some seconds longer."""
         content = bytes(memoryview(self._cache.serialize()))
-        if content == self._kept:
+        if content == self._saved:
             return
         partial = self._path.with_suffix(f".{os.getpid()}")
         try:
@@ -70,11 +70,11 @@ class KernelCache:
             partial.write_bytes(content)
             partial.replace(self._path)
         except OSError as error:
-            sys.stderr.write(f"Compiled kernels cannot be kept in {self._path.parent}: {error.strerror}\n")
-        self._kept = content
+            sys.stderr.write(f"warning: cannot save compiled kernels in {self._path.parent}: {error.strerror}\n")
+        self._saved = content
 
 
 def cache_folder() -> Path:
-    """Where the XDG base directory specification puts what can be made again."""
+    """Return the cache folder by the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fusion-edge"

@@ -1,4 +1,4 @@
-"""The Python modules of TensorRT: ``tensorrt`` (full, Jetson and desktop) and ``tensorrt_rtx`` (desktop GPUs)."""
+"""The Python modules of TensorRT: ``tensorrt`` (Jetson and desktop) and ``tensorrt_rtx`` (desktop GPUs)."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from fusion_edge.runtime.errors import DeviceError
 
 LIBRARIES = ("tensorrt", "tensorrt-rtx")
 INSTALL = {
-    "tensorrt": "on a Jetson it comes with JetPack (make the environment with --system-site-packages); elsewhere: "
-    "pip install tensorrt",
+    "tensorrt": "on a Jetson it comes with JetPack (create the environment with --system-site-packages); elsewhere "
+    "run pip install tensorrt",
     "tensorrt-rtx": "pip install '.[tensorrt-rtx]' in a clone of fusion-edge (x86-64 only)",
 }
 
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two modules, imported. Their interfaces are the same but for what a property here tells."""
+    """One of the two modules, imported. Their interfaces differ only by the properties of this class."""
 
     module: ModuleType
 
     @property
     def name(self) -> str:
-        """The module's name."""
+        """Name of the module."""
         return self.module.__name__
 
     @property
     def version(self) -> str:
-        """Such as ``10.3.0``."""
+        """Version, such as ``10.3.0``."""
         return str(self.module.__version__)
 
     @property
     def version_numbers(self) -> tuple[int, ...]:
-        """Its first two numbers."""
+        """Major and minor version."""
         return tuple(int(part) for part in self.version.split(".")[:2])
 
     @property
     def is_rtx(self) -> bool:
-        """Whether it is TensorRT-RTX: it builds without a GPU, finishes on the user's, and has no plugins."""
+        """Whether this is TensorRT-RTX, which builds without a GPU, compiles on the user's GPU, and has no plugins."""
         return self.name == "tensorrt_rtx"
 
 
@@ -55,26 +55,26 @@ def find_library(name: str) -> Library:
 
 
 def first_library() -> Library:
-    """The first of :data:`LIBRARIES` that is installed. Raises :class:`DeviceError` if neither is."""
+    """Import the first installed one of :data:`LIBRARIES`. Raise :class:`DeviceError` if there is none."""
     reasons = []
     for name in LIBRARIES:
         try:
             return find_library(name)
         except DeviceError as error:
             reasons.append(str(error))
-    raise DeviceError(f"There is no TensorRT here: {' '.join(reasons)}")
+    raise DeviceError(f"TensorRT is not installed: {' '.join(reasons)}")
 
 
 @dataclass
 class Messages:
-    """What TensorRT says through a logger: errors are kept, the rest is printed if asked for."""
+    """Messages of TensorRT's logger: keeps errors, prints all messages if ``verbose``."""
 
     library: Library
     verbose: bool = False
     errors: list[str] = field(default_factory=list)
 
     def logger(self) -> Any:
-        """An ``ILogger`` that fills this."""
+        """Return an ``ILogger`` that adds to these messages."""
         trt, messages = self.library.module, self
 
         class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
@@ -90,5 +90,5 @@ class Messages:
         return Logger()
 
     def first_error(self) -> str:
-        """The first error, shortened, as the end of a sentence."""
-        return self.errors[0][:400].rstrip(".") if self.errors else "it does not say why"
+        """Return the first error, shortened, as the end of a sentence."""
+        return self.errors[0][:400].rstrip(".") if self.errors else "it gives no reason"

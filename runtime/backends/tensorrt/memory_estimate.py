@@ -1,4 +1,4 @@
-"""How much memory a bundle takes on a GPU with TensorRT, told before anything is loaded."""
+"""Estimate of the GPU memory that engines need, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fusion_edge.runtime.bundle.engine_manifest import Engine, Engines
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.errors import DeviceError
 
-HALF = 2  # bytes of a float16
+FLOAT16_BYTES = 2
 RUNTIME_BYTES = 350_000_000
-"""A CUDA context and TensorRT's own (an assumption: engines have not been run by us)."""
+"""CUDA context and TensorRT's own memory. An assumption, not a measurement."""
 
 
 def activation_bytes(config: FusionConfig, max_context: int) -> int:
-    """What the largest run holds between its tensors, with fused attention: four crops, or a full prompt."""
+    """Estimate the activations of the largest run with fused attention: four crops, or a full prompt."""
     vision, language = config.vision, config.language
     tower = GLOBAL_CROPS * vision.patches * (6 * vision.width + 2 * vision.mlp_width)
-    return HALF * max(tower, max_context * (3 * language.hidden_size + 4 * language.mlp_width))
+    return FLOAT16_BYTES * max(tower, max_context * (3 * language.hidden_size + 4 * language.mlp_width))
 
 
 def cache_bytes(config: FusionConfig, max_context: int) -> int:
-    """The KV cache in float16, all of which is reserved."""
-    return HALF * config.language.cache_values * max_context
+    """Return the bytes of the whole KV cache in float16."""
+    return FLOAT16_BYTES * config.language.cache_values * max_context
 
 
 def tensor_bytes(engines: Iterable[Engine]) -> int:
-    """Inputs and outputs at their largest, the KV cache once, which comes in and goes out in the same memory."""
+    """Return the bytes of all inputs and outputs at their largest; the KV cache is updated in place and counts once."""
     sizes: dict[str, int] = {}
     for engine in engines:
         largest = engine.largest_shapes
@@ -43,27 +43,27 @@ def tensor_bytes(engines: Iterable[Engine]) -> int:
 
 
 def needed_bytes(config: FusionConfig, engines: Engines, max_context: int) -> int:
-    """Of the device, for the engines as they are, or, a little too much, rebuilt for a smaller context."""
+    """Estimate the device memory of the engines, or an upper bound for engines rebuilt with a smaller context."""
     tensors = tensor_bytes(engine for parts in engines.engines.values() for engine in parts)
     cache_saved = cache_bytes(config, engines.max_context - max_context)
     return RUNTIME_BYTES + engines.size + tensors - cache_saved + activation_bytes(config, max_context)
 
 
 def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> None:
-    """Raise :class:`DeviceError` if the device has too little free memory for the engines, with what would fit."""
+    """Raise :class:`DeviceError` with the context that would fit if the device has too little free memory."""
     config, context = manifest.model, engines.max_context
     needed = needed_bytes(config, engines, context)
     free, total = cuda.memory()
     if needed <= free:
         return
     smaller = range(context - 64, manifest.minimum_context - 1, -64)
-    fits = next((positions for positions in smaller if needed_bytes(config, engines, positions) <= free), None)
+    fits = next((tokens for tokens in smaller if needed_bytes(config, engines, tokens) <= free), None)
     if fits is not None:
-        remedy = f"it fits with {fits} positions: fusion-build --max-context {fits}"
+        remedy = f"build with fusion-build --max-context {fits}, which fits"
     else:
-        remedy = "not with any --max-context: export with --int4, fewer --image-tokens or a smaller --query-len"
+        remedy = "export with --int4, fewer --image-tokens or a smaller --query-len (no --max-context fits)"
     raise DeviceError(
         f"The engines need about {needed / 1e9:.2f} GB on the device ({engines.size / 1e9:.2f} GB of weights, "
-        f"{cache_bytes(config, context) / 1e9:.2f} GB of KV cache for {context} positions); {free / 1e9:.2f} of "
+        f"{cache_bytes(config, context) / 1e9:.2f} GB of KV cache for {context} tokens); {free / 1e9:.2f} of "
         f"{total / 1e9:.2f} GB are free. Close other programs, or {remedy}."
     )

@@ -18,10 +18,11 @@ from fusion_edge.benchmarks.latency import bench, cli, peaks, stages
 from fusion_edge.benchmarks.latency.machine import energy
 from fusion_edge.benchmarks.latency.machine.energy import EnergyUse
 from fusion_edge.benchmarks.latency.peaks import BandwidthReader
-from fusion_edge.benchmarks.latency.result import DECODE_STEP, SAMPLING, STAGES, BenchResult, Peaks, read_result
+from fusion_edge.benchmarks.latency.result import STAGES, BenchResult, Peaks, read_result
 from fusion_edge.benchmarks.latency.stages import Times
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from fusion_edge.runtime.pipeline import DECODE_STEP, SAMPLING
 
 FEW = ("--new-tokens", "3", "--threads", "1", "--backend", "cpu")
 SHORT = ("--seconds", "1")
@@ -214,10 +215,10 @@ def test_compare(
     [
         (["--query-len", "9"], 2, "Query length 9 is not offered; choose from 16, 4"),
         (["--threads", "4096"], 2, "--threads is 4096; choose at most"),
-        (["--html", "/"], 1, "/ is no file, so it is not replaced; name another file."),
+        (["--html", "/"], 1, "/ is not a regular file and is not replaced; choose another file."),
         (["--prompt-tokens", "5"], 2, "--prompt-tokens 5 is too short"),
         (["--context", "100000"], 2, "A context of 100000 and 3 new tokens do not fit"),
-        (["--image-tokens", "7"], 2, "7 image tokens are no square"),
+        (["--image-tokens", "7"], 2, "--image-tokens 7 is not a square number"),
         (["--image", "nowhere.jpg"], 1, "nowhere.jpg"),
         (["--image", __file__], 1, "test_fusion_bench.py"),
         (["--ask", ""], 2, "The question is empty"),

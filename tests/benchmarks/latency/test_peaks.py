@@ -66,14 +66,14 @@ def test_the_fastest_gemm_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peaks.cpu_compute(1) == peaks.ROWS * peaks.INPUTS * 256 / 0.25
 
 
-@pytest.mark.parametrize("own_kernels", [False, True])
-def test_int4_gemm_matches_the_weights(own_kernels: bool) -> None:
+@pytest.mark.parametrize("use_kernels", [False, True])
+def test_int4_gemm_matches_the_weights(use_kernels: bool) -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (48, 2, 64), np.uint8)
     scales = rng.uniform(0.5, 2, (48, 2)).astype(np.float32)
     inputs = rng.normal(size=(5, 256)).astype(np.float32)
-    library = cpu_kernels.library() if own_kernels and cpu_kernels.library() and cpu_kernels.is_supported() else None
-    if own_kernels and library is None:
+    library = cpu_kernels.library() if use_kernels and cpu_kernels.library() and cpu_kernels.is_supported() else None
+    if use_kernels and library is None:
         pytest.skip("our CPU kernels: not built, or this processor has no AVX-512 VNNI")
     (outputs,) = peaks.int4_gemm(values, scales, 1, library).run(None, {"x": inputs})
     nibbles = np.stack([values & 15, values >> 4], axis=-1).reshape(48, 2, 128).astype(np.float32) - 8

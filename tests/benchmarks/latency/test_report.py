@@ -19,8 +19,9 @@ from support.schema_digest import schema_digest
 from fusion_edge.benchmarks.latency.report import labels, table
 from fusion_edge.benchmarks.latency.report.charts import Axis, Markup, element
 from fusion_edge.benchmarks.latency.report.page import html_report
-from fusion_edge.benchmarks.latency.result import DECODE_STEP, SCHEMA, BenchResult, Case, read_result
+from fusion_edge.benchmarks.latency.result import SCHEMA, BenchResult, Case, read_result
 from fusion_edge.benchmarks.latency.statistics import summarize
+from fusion_edge.runtime.pipeline import DECODE_STEP
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome-headless-shell")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

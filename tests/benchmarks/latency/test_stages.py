@@ -14,22 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion_edge.benchmarks.latency import roofline
-from fusion_edge.benchmarks.latency.result import (
-    DECODE_STEP,
-    ENCODE_LOCAL,
-    PREFILL,
-    PREPROCESS,
-    SAMPLING,
-    STAGES,
-    Case,
-    Peaks,
-    RooflineUse,
-    Utilization,
-)
+from fusion_edge.benchmarks.latency.result import STAGES, Case, Peaks, RooflineUse, Utilization
 from fusion_edge.benchmarks.latency.stages import for_case, make_up_picture, measure, question
 from fusion_edge.benchmarks.latency.statistics import MIN_ROUNDS, Summary, repeat, summarize
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.pipeline import DECODE_STEP, ENCODE_LOCAL, PREFILL, PREPROCESS, SAMPLING
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60))
@@ -126,11 +116,11 @@ def test_question_has_the_requested_lengths(fusion: Fusion, picture: Path, promp
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt_tokens": 10}, "--prompt-tokens 10 is too short; image, latents and question take"),
+        ({"prompt_tokens": 10}, "--prompt-tokens 10 is too small; image, latents and question take"),
         ({"prompt_tokens": 100, "context": 99}, "--context 99 is less than the prompt's 100 tokens"),
-        ({"context": 510}, "A context of 510 and 3 new tokens do not fit the 512 positions"),
-        ({"image_tokens": 5}, "5 image tokens are no square"),
-        ({"image_tokens": 25}, "25 image tokens are no square of at most 4 a side"),
+        ({"context": 510}, "A context of 510 and 3 new tokens exceed the limit of 512 tokens"),
+        ({"image_tokens": 5}, "--image-tokens 5 is not a square number up to 16"),
+        ({"image_tokens": 25}, "--image-tokens 25 is not a square number up to 16"),
     ],
 )
 def test_impossible_lengths_are_refused(fusion: Fusion, picture: Path, values: dict[str, int], message: str) -> None:

@@ -38,7 +38,10 @@ def test_hugging_face_folder_has_the_llm_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["hugging-face", "gguf"])
 def test_other_checkpoints_are_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for source, message in ((GOLDEN / "FUSION-X-tiny-LLaMA", "is a Llama; expected a FUSION-Phi"), (tmp_path, "error")):
+    for source, message in (
+        (GOLDEN / "FUSION-X-tiny-LLaMA", "has a Llama LLM; expected a FUSION-Phi"),
+        (tmp_path, "error"),
+    ):
         assert main([command, str(source), "-o", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

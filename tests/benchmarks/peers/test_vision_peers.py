@@ -21,7 +21,7 @@ from fusion_edge.export.bundle.writer import write_bundle
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
-from fusion_edge.quant.policy import Rule
+from fusion_edge.export.planning.rules import Rule
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 
 WORK = vision.VisionWorkload(question_tokens=3, threads=1)
@@ -126,4 +126,4 @@ def test_missing_package_and_existing_output_are_named(
     assert "openvino cannot be imported" in capsys.readouterr().err
     monkeypatch.setattr(export_vision, "_import", lambda package: None)
     assert export_vision.main([*arguments, f"--output={tmp_path}"]) == 1
-    assert "exists; choose another output" in capsys.readouterr().err
+    assert "exists; choose another --output" in capsys.readouterr().err

@@ -328,7 +328,12 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("-", "no name"), ("/dev/null", "is no file"), ("/", "is no file"), ("missing/x", "is not a folder")],
+    [
+        ("-", "not a file name"),
+        ("/dev/null", "is not a regular file"),
+        ("/", "is not a regular file"),
+        ("missing/x", "is not a folder"),
+    ],
 )
 def test_places_for_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -22,11 +22,11 @@ from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
+from fusion_edge.export.planning.rules import Rule
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.bit_allocation import mean_bits
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import round_to_nearest
-from fusion_edge.quant.policy import Rule
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.bundle.reader import open_bundle

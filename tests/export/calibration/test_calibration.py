@@ -352,7 +352,8 @@ def test_formats_that_cannot_be(
 
 def test_integers_throughout_are_for_cpus(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
     more = "--target", "cuda", "--vision", "int8"
-    assert "--target cpu" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", *more), code=2)
+    message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", *more), code=2)
+    assert "does not run on --target cuda; use int8" in message
 
 
 def test_dry_run_tells_the_effort(checkpoint: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -393,4 +394,4 @@ def test_a_report_that_is_none(calibrated: Path, tmp_path: Path, refused: Refuse
         if entry["path"] == QUANTIZATION:
             entry |= {"size": 2, "sha256": digest(path)}
     (tmp_path / "b" / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    assert "no quantization report" in refused(cli_info.main, tmp_path / "b")
+    assert "not a quantization report" in refused(cli_info.main, tmp_path / "b")

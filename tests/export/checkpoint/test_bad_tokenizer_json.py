@@ -18,10 +18,10 @@ from support.tokenizer_files import LLAMA, PHI, write_phi
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.files import digest
 from fusion_edge.runtime.bundle.manifest import MANIFEST
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.prompts.prompt import PromptEncoder
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 from fusion_edge.runtime.tokenization.regex_cost import check_regex
 from fusion_edge.runtime.tokenization.schema import check_tokenizer
 from fusion_edge.runtime.tokenization.tokenizer import build_tokenizer, parse_tokenizer
@@ -236,7 +236,7 @@ def test_bundles_of_right_checksums(
     entry |= {"size": path.stat().st_size, "sha256": digest(path)}
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     message = refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
-    assert "tokenizer.json is no tokenizer that can be loaded" in message
+    assert "tokenizer.json cannot be loaded as a tokenizer" in message
     assert named in message
 
 
@@ -258,7 +258,7 @@ def test_sentencepiece_models_of_nothing(tmp_path: Path, model: bytes) -> None:
 def test_two_values_of_one_name(contents: dict[str, str]) -> None:
     """The library might read the value that was not checked."""
     content = contents["phi"].replace('"type":"BPE"', '"type":"BPE","dropout":0.5', 1).encode()
-    with pytest.raises(ValueError, match="'dropout' is there twice"):
+    with pytest.raises(ValueError, match="'dropout' is a duplicate key"):
         parse_tokenizer(content)
 
 

@@ -49,7 +49,7 @@ def test_golden_strings(tokenizers: dict[str, Tokenizer], folder: Path, file: st
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Texts between markers are tokenized separately, with one BOS at the front (FUSION.md section 4)."""
+    """Texts between markers are tokenized separately, with one BOS at the front (docs/fusion-model.md section 4)."""
     ids: list[int] = []
     for position, piece in enumerate(re.split("(<image>|<latent_image>)", prompt)):
         if piece in MARKERS:

@@ -73,7 +73,7 @@ class Gone(io.StringIO):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.parametrize(("number", "word"), first_signals.WORDS.items(), ids=str)
+@pytest.mark.parametrize(("number", "word"), first_signals.MESSAGES.items(), ids=str)
 def test_signals(
     trt: FakeTensorRT,
     bundle: Path,

@@ -76,22 +76,30 @@ class Compared:
         self.backend, self.reference, self.max_context = backend, reference, backend.max_context
         self.compared: list[str] = []
 
-    def encode(self, *inputs: Any) -> npt.ArrayLike:
+    def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> npt.ArrayLike:
+        inputs = pixels, text_embeds, text_mask
         return self._same("encode", self.backend.encode(*inputs), self.reference.encode(*inputs))
 
-    def align(self, features: Any, *cells: Integers) -> ImageAlignment:
-        aligned = self.backend.align(features, *cells)
-        self._expected = self.reference.align(np.asarray(features), *cells)
+    def align(self, features: Any, latent_cells: Integers, context_cells: Integers) -> ImageAlignment:
+        aligned = self.backend.align(features, latent_cells, context_cells)
+        self._expected = self.reference.align(np.asarray(features), latent_cells, context_cells)
         self._same("align", aligned.latents, self._expected.latents)
         return aligned
 
-    def prefill(self, rows: Floats, image: ImageAlignment, *rest: Any) -> Floats:
-        return self._same(
-            "prefill", self.backend.prefill(rows, image, *rest), self.reference.prefill(rows, self._expected, *rest)
-        )
+    def prefill(
+        self,
+        embeddings: Floats,
+        image: ImageAlignment,
+        latent_positions: Integers,
+        question_positions: Integers,
+        capacity: int,
+    ) -> Floats:
+        positions = latent_positions, question_positions
+        actual = self.backend.prefill(embeddings, image, *positions, capacity)
+        return self._same("prefill", actual, self.reference.prefill(embeddings, self._expected, *positions, capacity))
 
-    def decode(self, row: Floats) -> Floats:
-        return self._same("decode", self.backend.decode(row), self.reference.decode(row))
+    def decode(self, embedding: Floats) -> Floats:
+        return self._same("decode", self.backend.decode(embedding), self.reference.decode(embedding))
 
     def close(self) -> None:
         pass

@@ -49,7 +49,8 @@ def test_calibrated_weights_have_one_scale_per_row(
     assert f"in {kind}:channel" in capsys.readouterr().out
     for row in read_parameter(BundleWeights(bundle), f"{LINEAR}.weight"):
         steps = np.unique(np.diff(np.unique(row)).round(6))
-        np.testing.assert_allclose(steps, steps[0] * np.rint(steps / steps[0]), rtol=1e-3)
+        multiples = np.asarray(steps / steps[0], np.float64)
+        np.testing.assert_allclose(multiples, np.rint(multiples), rtol=1e-3)
         assert len(np.unique(row)) <= 16
     assert_computes_its_weights(output, data / "00000.png")
 

@@ -1,4 +1,4 @@
-"""Every backend against the shared contract; those of devices that the machine lacks are skipped, with the reason."""
+"""The contract of every backend. Backends without their device are skipped, with the reason."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fakes.fake_tensorrt import FULL, JETPACK_6, RTX
 from fakes.on_fake_tensorrt import open_on_fake
 from support.backend_contract import BackendContract, Subject
 from support.checkpoints import TINY, write_checkpoint
+from support.cpu_kernel_switches import exact_attention
 from support.opset24 import needs_opset_24
-from support.own_kernels import exact_attention
 
 from fusion_edge.export import cli
 from fusion_edge.export.engines import cli as cli_build
@@ -23,19 +23,19 @@ from fusion_edge.runtime.backends.devices import CANDIDATES
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 EXACT, HALF, INT8_CACHE = 1e-4, 0.02, 0.1
-"""Tolerances: float32; float16; steps that read a cache rounded to int8, prefill does not."""
+"""Tolerances of float32, float16, and int8 caches, which decode reads and prefill does not."""
 
 TENSORRT_INT4 = "--int4 --group-size 64 --target tensorrt"
 
 WIDE = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, hidden_size=64, heads=4, kv_heads=4))
-"""Inputs that are whole blocks of 64."""
+"""Inputs in whole blocks of 64."""
 
 Export = Callable[[str], Bundle]
 
 
 @pytest.fixture(scope="module")
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """``exported("--fp32 --target cpu")``: the bundle that these options give, exported once."""
+    """``exported("--fp32 --target cpu")`` returns the bundle of these options, exported once."""
     bundles: dict[str, Bundle] = {}
     wide = write_checkpoint(tmp_path_factory.mktemp("wide") / "FUSION-wide", WIDE)
 
@@ -52,13 +52,13 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True)
 def float32() -> Iterator[None]:
-    """Steps attend in float32 always: a prompt that does not could only come near them."""
+    """Attention of prefill in float32, as in decode steps, so that results are equal."""
     with exact_attention():
         yield
 
 
 def on_device(name: str, options: str, tolerance: float) -> Callable[[Export], Subject]:
-    """The backend of one of ``runtime/backends/devices.py`` on the bundle that ``options`` give."""
+    """Open a device of ``runtime/backends/devices.py`` on the bundle of ``options``."""
 
     def make(exported: Export) -> Subject:
         (candidate,) = (candidate for candidate in CANDIDATES if candidate.name == name)
@@ -71,7 +71,7 @@ def on_device(name: str, options: str, tolerance: float) -> Callable[[Export], S
 
 
 def built(name: str, options: str) -> Callable[[Export], Subject]:
-    """As :func:`on_device`; ``fusion-build`` makes the engines first."""
+    """As :func:`on_device`, after ``fusion-build``."""
 
     def make(exported: Export) -> Subject:
         (candidate,) = (candidate for candidate in CANDIDATES if candidate.name == name)
@@ -83,7 +83,7 @@ def built(name: str, options: str) -> Callable[[Export], Subject]:
 
 
 def on_fake(version: tuple[str, str], options: str, *build: str) -> Callable[[Export], Subject]:
-    """The TensorRT backend on a stand-in for TensorRT and CUDA."""
+    """Open the TensorRT backend on fakes of TensorRT and CUDA."""
 
     def make(exported: Export) -> Subject:
         bundle = exported(options)
@@ -122,7 +122,7 @@ SUBJECTS = {
 
 
 def needs(name: str) -> list[pytest.MarkDecorator]:
-    """What the stand-in for TensorRT and ONNX Runtime compute its graphs with."""
+    """Tolerance of the fake of TensorRT, which computes with ONNX Runtime."""
     return [needs_opset_24] if name.startswith(("onnxruntime-tensorrt", "tensorrt-fake")) else []
 
 

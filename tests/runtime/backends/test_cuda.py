@@ -1,4 +1,4 @@
-"""CUDA's own calls, with a module in the place of NVIDIA's bindings."""
+"""Calls of CUDA, on a fake of NVIDIA's bindings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from fusion_edge.runtime.backends import cuda
-from fusion_edge.runtime.backends.cuda import Cuda, available_memory
+from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.errors import DeviceError
+from fusion_edge.runtime.system.resources import kernel_available
 
 INFO = "MemTotal:        7802000 kB\nMemFree:          800000 kB\nMemAvailable:    5000000 kB\nSwapTotal: 0 kB\n"
 
@@ -45,7 +46,7 @@ def test_a_jetson_may_have_what_files_take(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_memory_of_this_machine() -> None:
     text = cuda.MEMORY_INFO.read_text()
-    assert 0 < available_memory(text) < 1 << 50
+    assert 0 < kernel_available(text) < 1 << 50
 
 
 def test_bindings_that_look_for_the_driver_late() -> None:

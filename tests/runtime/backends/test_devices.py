@@ -1,4 +1,4 @@
-"""Which device is taken for a bundle, and what is said of those that are not."""
+"""The choice of a device for a bundle, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 
-NO_DRIVER = "There is no NVIDIA driver (libcuda.so.1); install it if there is an NVIDIA GPU."
+NO_DRIVER = "No NVIDIA driver (libcuda.so.1) is installed; install it if the machine has an NVIDIA GPU."
 NO_PROVIDER = (
-    "The onnxruntime that is installed has no CUDA provider; "
+    "The installed onnxruntime has no CUDA provider; "
     "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge."
 )
 NO_TENSORRT = {name: f"{name} is not installed; {remedy}." for name, remedy in INSTALL.items()}
@@ -34,9 +34,8 @@ Refuse = Callable[..., str]
 
 
 def other_target(target: str, wanted: str) -> str:
-    return (
-        f"The bundle was exported for {target}; fusion-export FUSION-tiny -o FOLDER --target {wanted} makes one for it."
-    )
+    command = f"fusion-export FUSION-tiny -o FOLDER --target {wanted}"
+    return f"The bundle was exported for {target}; {command} exports one for this device."
 
 
 NOT_FOR_TENSORRT = dict.fromkeys(LIBRARIES, other_target("cuda", "tensorrt"))
@@ -54,14 +53,14 @@ def tensorrt_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def cuda_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "cuda"
-    options = ["--fp16", "--target", "cuda", "--query-len", "4"]  # of INT4 ONNX Runtime 1.23 makes NaN on a CPU
+    options = ["--fp16", "--target", "cuda", "--query-len", "4"]  # ONNX Runtime 1.23 computes NaN with INT4 on a CPU
     assert export_cli.main([str(tiny_checkpoint), "-o", str(folder), *options]) == 0
     return folder
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``machine(gpus=..., providers=..., wheels=..., libraries=...)``: what is found, without a driver by default."""
+    """``machine(gpus=..., providers=..., wheels=..., libraries=...)`` fakes a machine, by default without a driver."""
 
     def have(
         gpus: int | None = None,
@@ -95,7 +94,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What opens the device ``cuda``, without one: the same backend on the CPU."""
+    """Open the device ``cuda`` as the same backend on the CPU."""
 
     def open_backend(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
         return OnnxRuntimeBackend(bundle, "cpu", threads)
@@ -117,11 +116,11 @@ WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUE
     ("found", "reason"),
     [
         ({}, NO_DRIVER),
-        ({"gpus": 0}, "The NVIDIA driver finds no GPU that works; see what nvidia-smi says."),
+        ({"gpus": 0}, "The NVIDIA driver finds no working GPU; check nvidia-smi."),
         ({"gpus": 1}, NO_PROVIDER),
         (
             {"gpus": 1, "wheels": ("onnxruntime", "onnxruntime-gpu")},
-            "The onnxruntime that is installed hides onnxruntime-gpu, whose files it replaced; "
+            "The installed onnxruntime hides onnxruntime-gpu, whose files it has overwritten; "
             "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install '.[cuda]' in a clone of fusion-edge.",
         ),
     ],
@@ -138,13 +137,13 @@ def test_what_the_machine_lacks(
 
 
 def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., None]) -> None:
-    """Whatever else is missing: nothing is to be installed for it."""
+    """The reason is the target, whatever else is missing: installing something would not help."""
     reasons = {name: other_target("cpu", name.removesuffix("-rtx")) for name in (*LIBRARIES, "cuda")}
     for found in (WHOLE, {}):
         machine(**found)
         with load(tiny_bundle, threads=1) as fusion:
             assert (fusion.device.name, fusion.device.not_taken) == ("cpu", reasons)
-    with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda makes one"):
+    with pytest.raises(FusionError, match=r"on cuda: The bundle was exported for cpu; .* --target cuda exports one"):
         load(tiny_bundle, device="cuda")
 
 
@@ -156,7 +155,7 @@ def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None
             not_taken = NOT_FOR_TENSORRT if device == "auto" else {}
             assert (fusion.device.name, fusion.device.not_taken) == ("cuda", not_taken)
     with load(cuda_bundle, device="cpu", threads=1) as fusion:
-        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", {})  # nothing else was wanted
+        assert (fusion.device.name, fusion.device.not_taken) == ("cpu", {})  # no other device was tried
 
 
 def test_a_device_that_does_not_start_after_all(
@@ -191,7 +190,7 @@ def test_a_damaged_bundle_is_no_reason_for_another_device(
     [
         (None, "ONNX Runtime is not installed; run pip install '.[{}]' in a clone of fusion-edge."),
         (
-            ModuleType("onnxruntime"),  # all that is left when one of two wheels was removed
+            ModuleType("onnxruntime"),  # the rest after removing one of two wheels
             "ONNX Runtime cannot be imported (cannot import name 'InferenceSession' from 'onnxruntime' (unknown "
             "location)); pip uninstall -y onnxruntime onnxruntime-gpu, "
             "then pip install '.[{}]' in a clone of fusion-edge.",
@@ -211,7 +210,7 @@ def test_without_onnxruntime(
         load(cuda_bundle)
     told = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
     told += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
-    assert str(refusal.value) == f"No device here can run {cuda_bundle}. {told}"
+    assert str(refusal.value) == f"No device of this machine can run {cuda_bundle}. {told}"
 
 
 # fusion-run -------------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ def test_without_onnxruntime(
 
 @pytest.fixture
 def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``told(bundle, *options)``: standard error of a question, but for notes about the kernels of this very CPU."""
+    """``told(bundle, *options)`` returns standard error of a question, without notes about this machine's kernels."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(bundle: Path, *options: str) -> str:
@@ -234,7 +233,7 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
 
 
 def lines(not_taken: Mapping[str, str], taken: str) -> str:
-    """What ``--verbose`` prints."""
+    """Return the output of ``--verbose``."""
     return "".join(f"not on {name}: {reason}\n" for name, reason in not_taken.items()) + f"running on {taken}\n"
 
 
@@ -252,7 +251,7 @@ def test_a_gpu_bundle_on_the_cpu_is_told(
 def test_a_tensorrt_bundle_on_the_cpu_is_told(
     tensorrt_bundle: Path, machine: Callable[..., None], told: Callable[..., str], installed: tuple[str, ...]
 ) -> None:
-    """Of both libraries that would run it."""
+    """The warning names both libraries that could run it."""
     machine(libraries=installed)
     reasons = NO_TENSORRT | dict.fromkeys(installed, NO_DRIVER)
     line = " ".join(f"not on {name}: {reason}" for name, reason in reasons.items())
@@ -284,7 +283,7 @@ def test_a_device_asked_for_is_an_error(cuda_bundle: Path, machine: Callable[...
 
 
 def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
-    """On this machine, whatever it has."""
+    """On this machine, with whatever devices it has."""
     bundle = open_bundle(cuda_bundle)
     for candidate in devices.CANDIDATES:
         reason = candidate.reason(bundle)
@@ -294,8 +293,8 @@ def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "reason"),
     [
-        ((None, True), "They are not installed: pip needs x86-64 and GCC's C++ compiler to install them."),
-        ((Path("library.so"), False), "They are written for x86-64 processors with AVX-512 VNNI."),
+        ((None, True), "They are not installed; on x86-64 with a C++ compiler, install fusion-edge again."),
+        ((Path("library.so"), False), "They need an x86-64 processor with AVX-512 VNNI."),
         ((Path("library.so"), True), None),
     ],
 )
@@ -306,7 +305,7 @@ def test_why_the_kernels_are_not_ours(
     monkeypatch.setattr(cpu_kernels, "is_supported", lambda: found[1])
     manifest = open_bundle(tiny_bundle).manifest
     assert cpu_kernels.unsupported_reason(manifest) == reason
-    level = "They multiply at accuracy level 4, and the bundle asks for 0."
+    level = "They compute at accuracy level 4, and the bundle has 0."
     assert cpu_kernels.unsupported_reason(dataclasses.replace(manifest, accuracy_level=0)) == level
     assert "exported for cuda" in str(cpu_kernels.unsupported_reason(dataclasses.replace(manifest, target="cuda")))
 
@@ -314,10 +313,10 @@ def test_why_the_kernels_are_not_ours(
 def test_the_note_about_the_kernels(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without ours, ONNX Runtime's are taken and that is said."""
+    """Without our kernels ONNX Runtime's run, and a note says so."""
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     question = ["--image", str(tmp_path / "image.png"), "--ask=What?", "--max-new-tokens=1", "--verbose"]
     assert cli_run.main([str(tiny_bundle), *question, "--threads=1"]) == 0
-    note = "note: Products and attention are ONNX Runtime's own instead of faster ones. They are not installed"
+    note = "note: MatMul and attention run on ONNX Runtime's kernels instead of faster ones. They are not"
     assert note in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Engines that are not taken: TensorRT never sees them, and the command that builds them again is told."""
+"""Invalid engines: TensorRT never receives them, and the error names the command that builds them again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def built(tiny_tensorrt_bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def folder(built: Path, tmp_path: Path) -> Path:
-    """A bundle with engines, to be damaged."""
+    """A bundle with engines to damage."""
     return Path(shutil.copytree(built, tmp_path / "tiny"))
 
 
@@ -45,7 +45,7 @@ def engines_in(folder: Path) -> Path:
 
 
 def refused(folder: Path, library: tuple[str, str] = RTX, **machine: Any) -> str:
-    """Why the backend does not start; TensorRT is given nothing, and nothing of the device is kept."""
+    """Return the error of a backend that does not start: it passes nothing to TensorRT and frees the device."""
     trt = FakeTensorRT(*library, FakeCuda(**machine))
     with pytest.raises(FusionError) as refusal:
         open_backend(open_bundle(folder), trt)
@@ -58,7 +58,7 @@ def refused(folder: Path, library: tuple[str, str] = RTX, **machine: Any) -> str
 
 
 def rewrite(change: Callable[[Manifest], object]) -> Callable[[Path], None]:
-    """Damage to ``engines.json``."""
+    """Return a damage to ``engines.json``."""
 
     def damage(engines: Path) -> None:
         manifest = json.loads((engines / ENGINES_MANIFEST).read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def first_file(manifest: Manifest) -> Manifest:
         (rewrite(lambda manifest: manifest["engines"].pop("llm")), "engines.json does not fit the bundle in llm;"),
         (rewrite(lambda manifest: manifest["machine"].update(version="1.6")), "are for tensorrt_rtx 1.6 and compute"),
         (rewrite(lambda manifest: manifest["machine"].update(compute_capability="8.9")), "capability 8.9, not "),
-        (rewrite(lambda manifest: manifest.update(bundle="0" * 64)), "are of another bundle; build those of this one:"),
+        (rewrite(lambda manifest: manifest.update(bundle="0" * 64)), "belong to another bundle; build them:"),
         (rewrite(lambda manifest: first_file(manifest).update(path="../../llm.onnx")), "leads outside its folder"),
         (cut, "llm.engine has "),
         (alter, "llm.engine has been altered: its SHA-256 is not the one in engines.json. Build the engines again: "),
@@ -172,7 +172,7 @@ def test_engines_of_another_machine(folder: Path, library: tuple[str, str], capa
 def test_engines_of_the_bundle_as_it_was(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     (folder / MANIFEST).write_text(json.dumps(manifest | {"source": "FUSION-other"}), encoding="utf-8")
-    only = "(only for tensorrt_rtx 1.7.1.116 and compute capability 8.6, of the bundle as it was before)"
+    only = "(only for tensorrt_rtx 1.7.1.116 and compute capability 8.6, stale)"
     assert f"{only}; build them: fusion-build " in refused(folder)
 
 
@@ -184,10 +184,10 @@ def test_no_engines(folder: Path) -> None:
 
 @needs_opset_24
 def test_engines_with_other_tensors(folder: Path) -> None:
-    """The manifest is not of its engine, though its checksum is right."""
+    """The manifest has the right checksum and other inputs."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     rewrite(lambda manifest: manifest["engines"]["alignment_decoder"][0]["inputs"].pop())(engines_in(folder))
-    with pytest.raises(FusionError, match=r"alignment_decoder.engine has other inputs and outputs than its manifest"):
+    with pytest.raises(FusionError, match=r"alignment_decoder.engine has inputs and outputs that its manifest"):
         open_backend(open_bundle(folder), trt)
     trt.cuda.check_all_freed()
 
@@ -214,12 +214,12 @@ def test_just_enough_memory(folder: Path) -> None:
 
 @pytest.mark.parametrize("missing", [1, 10_000, 300_000])
 def test_what_would_fit_does(folder: Path, missing: int) -> None:
-    """As said: rebuilt with that context, the engines are taken."""
+    """Engines rebuilt with the context of the error start."""
     bundle, engines = built_engines(folder)
     free = needed_bytes(bundle.manifest.model, engines, engines.max_context) - missing
-    with pytest.raises(DeviceError, match=r"Close other programs, or it fits with \d+ positions") as refusal:
+    with pytest.raises(DeviceError, match=r"or build with fusion-build --max-context \d+, which fits") as refusal:
         check_device_memory(bundle.manifest, engines, Cuda(FakeCuda(free=free)))
-    option, positions = str(refusal.value).rstrip(".").split()[-2:]
+    option, positions = str(refusal.value).removesuffix(", which fits.").split()[-2:]
     assert 0 < int(positions) < engines.max_context
     assert build(bundle, FakeTensorRT(*RTX, FakeCuda()), "--parts=1", option, positions) == 0
     _, rebuilt = built_engines(folder)
@@ -231,6 +231,6 @@ def test_nothing_would_fit(folder: Path) -> None:
     message = refused(folder, free=1_000_000)
     assert message.startswith("The engines need about 0.35 GB on the device (0.00 GB of weights, 0.00 GB of KV cache ")
     assert message.endswith(
-        "0.00 of 0.00 GB are free. Close other programs, or not with any --max-context: export with --int4, fewer "
-        "--image-tokens or a smaller --query-len."
+        "0.00 of 0.00 GB are free. Close other programs, or export with --int4, fewer --image-tokens or a smaller "
+        "--query-len (no --max-context fits)."
     )

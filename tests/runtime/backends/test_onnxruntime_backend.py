@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend's bound buffers: the same bits as plain runs, and nothing bound or copied for a step."""
+"""The bound buffers of the ONNX Runtime backend: bit-equal to plain runs, without binding or copies per step."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Array = npt.NDArray[Any]
 
 
 class PlainRuns:
-    """The graphs by ``InferenceSession.run`` alone: arrays in, arrays out, the cache among them."""
+    """Reference: the graphs by ``InferenceSession.run``, with the cache as arrays."""
 
     def __init__(self, bundle: Bundle) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        if cpu_kernels.can_run(bundle.manifest, graphs.LLM):  # and so every graph of these bundles
+        if cpu_kernels.can_run(bundle.manifest, graphs.LLM):  # also true for the other graphs
             options.register_custom_ops_library(str(cpu_kernels.library()))
         self._sessions = {
             name: ort.InferenceSession(bundle.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
@@ -52,7 +52,7 @@ class PlainRuns:
         return list(self._sessions[name].run(None, arrays | self.cache if name == graphs.LLM else arrays))
 
     def llm(self, rows: Array, length: int, is_prefill: bool, **alignment: Array) -> Array:
-        """Logits of the last of ``rows``; the cache is at ``length`` positions afterwards."""
+        """Return the logits of the last of ``rows``; the cache then has ``length`` tokens."""
         if is_prefill:
             self.cache = {
                 spec.name: np.zeros([CAPACITY if isinstance(size, str) else size for size in spec.shape], spec.dtype)
@@ -97,7 +97,7 @@ def test_bound_buffers_give_the_bits_of_plain_runs(bundle: Bundle, subject: Subj
         "keys": keys[:, :0],
         "values": values[:, :0],
     }
-    for _ in range(2):  # the second time over what the first left in the cache
+    for _ in range(2):  # the second time over values of the first
         logits = subject.backend.prefill(rows[:-3], image, latents, questions, CAPACITY)
         assert np.array_equal(logits, plain.llm(rows[:-3], len(rows) - 3, True, **alignment))
         for length in range(len(rows) - 2, len(rows) + 1):
@@ -129,7 +129,7 @@ def test_a_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytes
 
 
 def test_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any, ONNX Runtime takes longer for a run. Long runs have some, by which they can be ended."""
+    """Run options slow ONNX Runtime down. Long runs need them to be interruptible."""
     options: list[object] = []
     run = ort.InferenceSession.run_with_iobinding
 
@@ -147,13 +147,13 @@ def test_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyP
 
 
 def test_a_step_writes_its_own_place_of_the_cache(subject: Subject) -> None:
-    """The memory of the next position changes, and no other."""
+    """A step changes the memory of one token only."""
     rows = start(subject, CAPACITY)
     language = subject.manifest.model.language
     shape = language.kv_heads, CAPACITY, language.head_dim
     decoder = subject.backend._llm  # type: ignore[attr-defined]
     before = decoder._memory["1.key"].numpy().copy()
-    subject.backend.decode(-rows[0])  # which no test has left there
+    subject.backend.decode(-rows[0])  # a value of no other test
     after = decoder._memory["1.key"].numpy()
     used = math.prod(shape)
     changed = (after[:used] != before[:used]).reshape(shape).any(axis=(0, 2))
@@ -162,7 +162,7 @@ def test_a_step_writes_its_own_place_of_the_cache(subject: Subject) -> None:
 
 
 def start(subject: Subject, capacity: int) -> Floats:
-    """A sequence of the rows that it returns."""
+    """Start a sequence and return its rows."""
     image = subject.image()
     rows, latents, questions = subject.prompt(image, 1)
     subject.backend.prefill(rows, image, latents, questions, capacity)
@@ -170,7 +170,7 @@ def start(subject: Subject, capacity: int) -> Floats:
 
 
 def test_no_step_copies_the_cache(subject: Subject) -> None:
-    """A cache of eight times the capacity makes steps no slower: they touch what is used of it."""
+    """A cache of eight times the capacity does not slow steps down: they touch only used memory."""
     fastest = []
     for capacity in (CAPACITY, subject.manifest.max_context):
         rows = start(subject, capacity)
@@ -179,15 +179,15 @@ def test_no_step_copies_the_cache(subject: Subject) -> None:
             begun = time.perf_counter()
             subject.backend.decode(rows[0])
             seconds.append(time.perf_counter() - begun)
-        fastest.append(min(seconds))  # a copy is in every step, what else the machine does is not
+        fastest.append(min(seconds))  # the minimum excludes other load of the machine
     assert fastest[1] < 3 * fastest[0]
 
 
 def test_a_sequence_fits_the_context(subject: Subject) -> None:
-    """The cache's memory holds no more; the sequence before goes on."""
+    """A capacity above the context is refused, and the sequence before continues."""
     rows = start(subject, CAPACITY)
     context = subject.manifest.max_context
-    with pytest.raises(FusionError, match=f"{context + 1} positions does not fit the bundle's context of {context}"):
+    with pytest.raises(FusionError, match=f"{context + 1} tokens exceeds the bundle's context of {context}"):
         start(subject, context + 1)
     assert np.isfinite(subject.backend.decode(rows[0])).all()
 
@@ -221,7 +221,7 @@ def test_no_room_for_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("printed", "remedy"),
     [
-        ("", "upgrade the GPU's driver, or install the onnxruntime-gpu that was built for it."),
+        ("", "upgrade the GPU driver, or install the onnxruntime-gpu that fits it."),
         (
             "Failed to load libcublas.so.13: libcublas.so.13: cannot open shared object file\n"
             "Failed to load libcudnn.so.9: libcudnn.so.9: cannot open shared object file\n"
@@ -233,7 +233,7 @@ def test_no_room_for_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
 def test_a_provider_that_does_not_start(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], printed: str, remedy: str
 ) -> None:
-    """ONNX Runtime would go on without it, on the CPU."""
+    """ONNX Runtime itself would continue on the CPU."""
     monkeypatch.setattr(ort, "preload_dlls", lambda: sys.stdout.write(printed))
     provider = "CUDAExecutionProvider"
     with pytest.raises(DeviceError) as refusal, pytest.warns(match=provider):

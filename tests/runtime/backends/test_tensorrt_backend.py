@@ -1,4 +1,4 @@
-"""The TensorRT backend on stand-ins for TensorRT and CUDA: what it does to memory and streams, and what it refuses."""
+"""The TensorRT backend on fakes of TensorRT and CUDA: memory, streams, lifetimes and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 
-pytestmark = needs_opset_24  # which the stand-in for TensorRT computes with
+pytestmark = needs_opset_24  # the fake of TensorRT computes with it
 STEP = ["cudaGraphLaunch", "cudaStreamSynchronize"]
 
 
@@ -45,7 +45,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 
 @pytest.fixture
 def on_fake(bundle: Bundle) -> Iterator[OnFake]:
-    """An open backend, after which nothing is left."""
+    """An open backend; afterwards all memory is free."""
     fake = open_on_fake(bundle, *RTX, "--parts=1")
     yield fake
     fake.backend.close()
@@ -59,7 +59,7 @@ def subject(on_fake: OnFake, bundle: Bundle) -> Subject:
 
 
 def start(subject: Subject) -> Floats:
-    """A sequence of the rows that it returns."""
+    """Start a sequence and return its rows."""
     image = subject.image()
     rows, latents, questions = subject.prompt(image, 1)
     subject.backend.prefill(rows, image, latents, questions, CAPACITY)
@@ -94,7 +94,7 @@ def test_kernels_that_cannot_be_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake = open_on_fake(bundle, *RTX, "--parts=1")
     fake.backend.close()
-    assert capsys.readouterr().err.count("Compiled kernels cannot be kept in") == 1
+    assert capsys.readouterr().err.count("warning: cannot save compiled kernels in") == 1
 
 
 # Lifetimes -------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_kernels_that_cannot_be_kept(
 
 @pytest.mark.parametrize("library", [RTX, FULL], ids=lambda library: library[0])
 def test_what_an_object_needs_outlives_it(bundle: Bundle, library: tuple[str, str]) -> None:
-    """Contexts their cache and configurations, those their engines: until the backend is closed, and while it is."""
+    """Configurations outlive contexts, engines outlive configurations, also during a close."""
     fake = open_on_fake(bundle, *library, "--parts=2")
     start(Subject(fake.backend, bundle.manifest, 0.02))
     gc.collect()
@@ -116,7 +116,7 @@ def test_what_an_object_needs_outlives_it(bundle: Bundle, library: tuple[str, st
 def test_what_an_object_needs_outlives_it_if_a_load_fails(
     bundle: Bundle, library: tuple[str, str], contexts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So many contexts are made, and then memory has run out."""
+    """Memory runs out after the given number of contexts."""
     trt = FakeTensorRT(*library, FakeCuda())
     assert build(bundle, trt, "--force", "--parts=2") == 0
     made: list[int] = []
@@ -156,7 +156,7 @@ def test_a_cache_that_is_not_updated_in_place_is_noticed(bundle: Bundle) -> None
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt, "--parts=2") == 0
     trt.forgets_caches = True
-    with pytest.raises(FusionError, match=r"^tensorrt_rtx .* computes steps that contradict its prompts"):
+    with pytest.raises(FusionError, match=r"^Decode and prefill of tensorrt_rtx .* disagree"):
         open_backend(bundle, trt)
     trt.cuda.check_all_freed()
 
@@ -180,7 +180,7 @@ def test_a_step_is_one_launch(bundle: Bundle, parts: str) -> None:
 
 
 def test_memory_is_allocated_once(on_fake: OnFake, subject: Subject) -> None:
-    """After the first image; the second one while the first is kept has memory of its own."""
+    """Memory is reused after the first image, unless that image is still in use."""
     rows = start(subject)
     used, count = on_fake.cuda.used, len(on_fake.cuda.allocations)
     for crops, words in ((1, 0), (4, 7)):
@@ -203,7 +203,7 @@ def test_memory_of_a_dropped_image_serves_the_next(on_fake: OnFake, subject: Sub
 
 
 def test_an_image_after_the_backend_was_closed(bundle: Bundle) -> None:
-    """Its memory is not given back twice."""
+    """Its memory is not freed twice."""
     fake = open_on_fake(bundle, *RTX)
     image = Subject(fake.backend, bundle.manifest, 0.02).image()
     fake.backend.close()
@@ -216,7 +216,7 @@ def test_an_image_after_the_backend_was_closed(bundle: Bundle) -> None:
 def test_steps_without_a_recording(
     bundle: Bundle, subject: Subject, capsys: pytest.CaptureFixture[str], failure: str
 ) -> None:
-    """Where a step cannot be recorded, it is told once, and steps give the same."""
+    """Without a capture there is one warning, and steps give the same logits."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt) == 0
     if failure == "TensorRT":
@@ -226,7 +226,7 @@ def test_steps_without_a_recording(
         reason = "CUDA's cudaGraphInstantiate failed: cudaErrorInvalidValue of the fake."
     capsys.readouterr()
     backend = open_backend(bundle, trt)
-    assert capsys.readouterr().err == f"Steps run without a CUDA graph: {reason}\n"
+    assert capsys.readouterr().err == f"warning: decode steps run without a CUDA graph: {reason}\n"
     rows = start(subject)
     start(Subject(backend, bundle.manifest, 0.02))
     for row in rows[:2]:
@@ -235,8 +235,8 @@ def test_steps_without_a_recording(
     trt.cuda.check_all_freed()
 
 
-def test_a_part_of_a_step_is_not_recorded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT may refuse without CUDA noticing."""
+def test_an_incomplete_step_is_not_captured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT may fail although CUDA succeeds."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt, "--parts=1") == 0
     begin, end = trt.cuda.cudaStreamBeginCapture, trt.cuda.cudaStreamEndCapture
@@ -263,7 +263,7 @@ def test_a_part_of_a_step_is_not_recorded(bundle: Bundle, monkeypatch: pytest.Mo
 
 
 def test_what_does_not_fit_is_named(subject: Subject, bundle: Bundle) -> None:
-    """The sequence before goes on."""
+    """The sequence before continues."""
     rows, context = start(subject), bundle.manifest.max_context
     image = subject.image()
     long = np.zeros((context + 1, subject.width), np.float32)
@@ -274,19 +274,19 @@ def test_what_does_not_fit_is_named(subject: Subject, bundle: Bundle) -> None:
         subject.backend.prefill(long[:length], image, *places, capacity)  # type: ignore[arg-type]
 
     refusals: dict[str, Callable[[], object]] = {
-        "There are 497 tokens of all questions; the engines take 0 to 496: ask shorter": lambda: subject.backend.encode(
+        "has 497 tokens of all questions, and the engines support 0 to 496": lambda: subject.backend.encode(
             np.zeros((1, 3, 384, 384), np.float32),
             np.zeros((1, 497, subject.width), np.float32),
             np.ones((1, 497), np.bool_),
         ),
-        "There are 16 questions of the conversation; the engines take 1 to 15": lambda: prefill(64, many, CAPACITY),
-        "sequence of 513 positions does not fit the engines' context of 512; build with a larger --max-context.": (
+        "has 16 questions of the conversation, and the engines support 1 to 15": lambda: prefill(64, many, CAPACITY),
+        "sequence of 513 tokens exceeds the engines' context of 512; build with a larger --max-context.": (
             lambda: prefill(64, (latents, questions), context + 1)
         ),
-        "There are 3 latents a question; the engines take 4 to 16": (
+        "has 3 latents per question, and the engines support 4 to 16": (
             lambda: prefill(64, (latents[:, :3], questions), CAPACITY)
         ),
-        "The sequence has 513 positions, more than the 512": (
+        "The sequence has 513 tokens, more than its capacity of 512": (
             lambda: prefill(context + 1, (latents, questions), context)
         ),
     }
@@ -328,12 +328,12 @@ def test_a_context_that_is_refused(bundle: Bundle) -> None:
 def test_an_address_that_is_refused(on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, image = start(subject), subject.image()
     monkeypatch.setattr(IExecutionContext, "set_tensor_address", lambda *_: False)
-    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it does not say why\.$"):
+    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it gives no reason\.$"):
         subject.backend.prefill(rows, image, np.arange(4)[None], np.array([5]), CAPACITY)
 
 
 def test_memory_that_runs_out_while_it_starts(bundle: Bundle) -> None:
-    """Another program took it: nothing is kept."""
+    """Another program took the memory: the backend frees everything."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt) == 0
     trt.cuda.failures["cudaMalloc"] = Error.cudaErrorMemoryAllocation
@@ -343,7 +343,7 @@ def test_memory_that_runs_out_while_it_starts(bundle: Bundle) -> None:
 
 
 def test_no_gpu() -> None:
-    with pytest.raises(DeviceError, match=r"^CUDA finds no GPU; see what nvidia-smi says\.$"):
+    with pytest.raises(DeviceError, match=r"^CUDA finds no GPU; check nvidia-smi\.$"):
         Cuda(FakeCuda(gpus=0))
 
 
@@ -386,7 +386,7 @@ def test_a_conversation_through_the_commands(
     trt.cuda.check_all_freed()
 
 
-# The stand-in itself ---------------------------------------------------------------------------------------------
+# The fake itself ---------------------------------------------------------------------------------------------
 
 
 def test_the_stand_in_notices_misuse() -> None:
@@ -411,7 +411,7 @@ def test_the_stand_in_notices_misuse() -> None:
     graph = cuda.end_capture(stream)
     fake.view(host, 8, on_device=False)[...] = 7
     cuda.launch(graph, stream)
-    assert not fake.view(device, 8).any()  # nothing is done before it is waited for
+    assert not fake.view(device, 8).any()  # no work runs before the wait
     cuda.wait(stream)
     assert (fake.view(device, 8) == 7).all()
     cuda.to_host(host, device, 8, stream)

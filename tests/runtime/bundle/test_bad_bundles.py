@@ -1,4 +1,4 @@
-"""Bundles that fusion-info, fusion-run and ``load`` must refuse in one clear line."""
+"""Invalid bundles: fusion-info, fusion-run and ``load`` refuse them with one clear line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def broken(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refuse(broken: Path, tmp_path: Path, refused: Refuse) -> Refuse:
-    """``refuse(folder=broken)``: the message, which fusion-info and fusion-run must give alike."""
+    """``refuse(folder=broken)`` returns the error, the same of fusion-info and fusion-run."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(folder: object = broken) -> str:
@@ -106,7 +106,7 @@ def test_one_changed_bit(broken: Path, refuse: Refuse, name: str, position: int)
     assert f"{broken / name} has been altered: its SHA-256 is not the one in bundle.json" in refuse()
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".onnx")])  # graphs are never large
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".onnx")])  # graphs are small
 def test_a_large_file_is_verified_by_fusion_info(
     broken: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
@@ -114,7 +114,7 @@ def test_a_large_file_is_verified_by_fusion_info(
     assert cli_info.main([str(broken)]) == 0
     flip(broken / name)
     assert f"{broken / name} has been altered" in refused(cli_info.main, broken)
-    assert open_bundle(broken).folder == broken  # opening is quick, and does not read all of it
+    assert open_bundle(broken).folder == broken  # opening does not read large files
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -179,7 +179,7 @@ def test_a_folder_in_place_of_the_manifest(broken: Path, refuse: Refuse) -> None
 
 
 def put(*path: str | int, value: object) -> Callable[[Json], None]:
-    """A change that sets, or with ``...`` removes, one value somewhere inside."""
+    """Return a change that sets one inner value, or removes it for ``...``."""
 
     def change(manifest: Any) -> None:
         *outer, last = path
@@ -258,7 +258,7 @@ JSON = st.recursive(
 @given(st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_place_of_any_value(tiny_bundle: Path, broken: Path, data: st.DataObject) -> None:
-    """An error, or a bundle that opens; what opens keeps every promise of its types."""
+    """Any JSON is an error or a valid manifest of the right types."""
     manifest = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
     inner: Any = manifest
     while True:
@@ -324,7 +324,7 @@ def test_what_is_no_path(folder: Any) -> None:
 
 
 def test_an_empty_path(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the present folder, which may be some bundle."""
+    """An empty path is not the current folder, which may be a bundle."""
     monkeypatch.chdir(tiny_bundle)
     with pytest.raises(UsageError, match="The bundle's path is empty"):
         load("")
@@ -371,5 +371,5 @@ def test_a_tokenizer_of_a_newer_library(
 
     monkeypatch.setattr(Tokenizer, "from_buffer", from_buffer)
     message = refused(cli_run.main, tiny_bundle, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1")
-    assert "tokenizer.json is no tokenizer that can be loaded (tokenizers " in message
+    assert "tokenizer.json cannot be loaded as a tokenizer (tokenizers " in message
     assert "upgrade tokenizers" in message

@@ -1,4 +1,4 @@
-"""Graphs that ask for more than fusion-export's do are refused before a runtime sees them."""
+"""Graphs with anything that fusion-export does not write are refused before a runtime sees them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, change: Change) -> None:
-    """Change the LLM's graph, and its checksum with it."""
+    """Change the LLM's graph and its checksum."""
     path = folder / "llm.onnx"
     model = onnx.load(path, load_external_data=False)
     change(model)
@@ -92,7 +92,7 @@ def call_in_function(model: ModelProto) -> None:
         (place("location", "../outside.data"), "its weights are in '../outside.data', not in llm.data"),
         (place("location", "/etc/passwd"), "its weights are in '/etc/passwd'"),
         (place("location", "./llm.data"), "its weights are in './llm.data'"),
-        (place("location", "embeddings.data"), "its weights are in 'embeddings.data'"),  # listed, and not its own
+        (place("location", "embeddings.data"), "its weights are in 'embeddings.data'"),  # listed, but of another graph
         (place("location", "unlisted.data"), "its weights are in 'unlisted.data'"),
         (place("location", "*/_ORT_MEM_ADDR_/*"), "its weights are in '*/_ORT_MEM_ADDR_/*'"),
         (place("location", ""), "its weights are in ''"),
@@ -103,15 +103,15 @@ def call_in_function(model: ModelProto) -> None:
         (place("offset", "9" * 30), "not a number of bytes"),
         (place("length", "5"), "in 5 bytes"),
         (lambda m: weight(m).external_data.add(key="location", value="/etc/passwd"), "two values of location"),
-        (lambda m: weight(m).external_data.add(key="checksum", value="0"), "a weight's place checksum, length"),
-        (lambda m: weight(m).external_data.pop(), "a weight's place location, offset"),
-        (lambda m: weight(m).ClearField("external_data"), "does not tell where its values are"),
-        (lambda m: weight(m).ClearField("data_location"), "does not tell where its values are"),
+        (lambda m: weight(m).external_data.add(key="checksum", value="0"), "location of a weight by checksum, length"),
+        (lambda m: weight(m).external_data.pop(), "location of a weight by location, offset"),
+        (lambda m: weight(m).ClearField("external_data"), "a tensor without a location of its values"),
+        (lambda m: weight(m).ClearField("data_location"), "a tensor without a location of its values"),
         (lambda m: weight(m).dims.append(7), "in "),
         (lambda m: m.graph.sparse_initializer.add(values=external()), "field 15 in its message graph"),
-        (node("Constant", value=external()), "a constant whose values are in another file"),
+        (node("Constant", value=external()), "a constant with values in another file"),
         (node("Constant", sparse_value=onnx.SparseTensorProto(values=external())), "field 22 in its message attribute"),
-        (node("If", then_branch=branch(initializer=external())), "a constant whose values are in another file"),
+        (node("If", then_branch=branch(initializer=external())), "a constant with values in another file"),
         (lambda m: m.functions[0].node.append(helper.make_node("Constant", [], ["c"], value=external())), "a constant"),
         (node("Loop", body=branch()), "it has the operator Loop"),
         (node("If", then_branch=branch(helper.make_node("Loop", [], []))), "it has the operator Loop"),
@@ -120,7 +120,7 @@ def call_in_function(model: ModelProto) -> None:
         (node("Add", "com.example"), "it has the operator com.example::Add"),
         (node("ImageDecoder"), "it has the operator ImageDecoder"),
         (node("AdamOptimizer", "com.microsoft"), "com.microsoft::AdamOptimizer"),
-        (node("If", then_branch=nested(20)), "branches inside of branches"),
+        (node("If", then_branch=nested(20)), "deeply nested branches"),
         (call_in_function, "it has the operator fusion_edge::SwiGlu"),
         (lambda m: m.functions.append(m.functions[0]), "it defines the function fusion_edge::"),
         (lambda m: m.functions.add(domain="", name="Add"), "it defines the function ::Add"),
@@ -169,7 +169,7 @@ def test_a_graph_of_any_size(copy: Path) -> None:
     ],
 )
 def test_every_kind_of_bundle_opens(tiny_checkpoint: Path, tmp_path: Path, options: str) -> None:
-    """What the lowerings write is what is allowed."""
+    """The allowlist has exactly the operators that the lowerings write."""
     assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), *options.split()]) == 0
     for name in open_bundle(tmp_path / "b").manifest.graphs:
         data = tmp_path / "b" / f"{name}.data"
@@ -203,11 +203,11 @@ def test_fields_are_those_that_protobuf_writes(number: int, text: str, real: flo
 
 
 def test_every_cut_is_told(tiny_bundle: Path) -> None:
-    """But for cuts between two fields, after which a message is one of fewer."""
+    """A cut between two fields gives a valid shorter message."""
     content = (tiny_bundle / "alignment_decoder.onnx").read_bytes()
     whole = len(list(fields(content)))
     for length in range(0, len(content), 97):
         try:
             assert len(list(fields(content[:length]))) <= whole
         except ValueError as error:
-            assert str(error) in ("cut short", "no number of 64 bits")  # noqa: PT017
+            assert str(error) in ("truncated", "a number above 64 bits")  # noqa: PT017

@@ -1,4 +1,4 @@
-"""Values of ``bundle.json`` and its like: refused with one sentence, within bounds, or a bundle that answers."""
+"""Values of ``bundle.json``: a bundle answers, or is refused with one sentence in bounded time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def change(folder: Path, path: tuple[str | int, ...], value: object) -> None:
-    """Set one value, and the graphs' shapes by it."""
+    """Set one value, and update the shapes of the graphs."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     inner: Any = manifest
     for key in path[:-1]:
@@ -47,7 +47,7 @@ def change(folder: Path, path: tuple[str | int, ...], value: object) -> None:
 
 
 def write(folder: Path, manifest: Json) -> None:
-    """The manifest, its graphs' shapes put right where there are any."""
+    """Return the manifest with updated shapes of the graphs."""
     with suppress(ValueError, ZeroDivisionError):
         parsed = from_json(Manifest, manifest)
         if abs(parsed.model.language.layers) < 1000:
@@ -130,7 +130,7 @@ def test_a_value_that_cannot_be(
     ],
 )
 def test_a_graph_of_other_sizes(copy: Path, path: tuple[str | int, ...], value: object) -> None:
-    """The manifest is right in itself; the graph is another."""
+    """The manifest is consistent, but does not match the graph."""
     change(copy, path, value)
     with pytest.raises(FusionError, match=r"bundle.json and \w+.onnx do not belong together"):
         load(copy, device="cpu", threads=1)
@@ -175,8 +175,8 @@ def test_any_value_answers_or_is_refused(tiny_bundle: Path, copy: Path, data: st
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": 1, "a": 2}', "'a' is there twice"),
-        (b'{"model": {"b": 1, "b": 1}}', "'b' is there twice"),
+        (b'{"a": 1, "a": 2}', "'a' is a duplicate key"),
+        (b'{"model": {"b": 1, "b": 1}}', "'b' is a duplicate key"),
         (b" " * (LARGEST + 1), f"it has more than {LARGEST} bytes"),
         (b'{"a":' * 100_000, "recursion"),
         (b"[" + b"{}," * (LARGEST // 3 - 2) + b"{}]", "is [{}, {}"),
@@ -200,13 +200,13 @@ def test_json_within_bounds(copy: Path, refused: Refuse, name: str, content: byt
 
 
 def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
-    """A pipe would be waited for, a device read for ever."""
+    """A pipe would block, and a device would never end."""
     (copy / MANIFEST).unlink()
     os.mkfifo(copy / MANIFEST)
-    assert "it is no regular file" in refused(cli_info.main, copy)
+    assert "it is not a regular file" in refused(cli_info.main, copy)
     (copy / MANIFEST).unlink()
     (copy / MANIFEST).symlink_to("/dev/zero")
-    assert "it is no regular file" in refused(cli_info.main, copy)
+    assert "it is not a regular file" in refused(cli_info.main, copy)
     (copy / MANIFEST).unlink()
     with (copy / MANIFEST).open("wb") as file:
         file.truncate(1 << 30)
@@ -221,11 +221,11 @@ def test_a_terminal_is_told_nothing_else(copy: Path, capsys: pytest.CaptureFixtu
     assert "x\\x1b[2Jy\\nz\\ud800\n" in capsys.readouterr().out
 
 
-# Links of the hub's cache -----------------------------------------------------------------------------------
+# Links of the hub cache - -----------------------------------------------------------------------------------
 
 
 def in_hub_cache(bundle: Path, root: Path, inside: str = "") -> Path:
-    """As ``snapshot_download`` leaves it: ``blobs`` by content, links to them in a snapshot."""
+    """Copy a bundle to the layout of ``snapshot_download``: ``blobs`` by content, and links in a snapshot."""
     blobs, snapshot = root / "blobs", root / "snapshots" / "0123abcd" / inside
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)

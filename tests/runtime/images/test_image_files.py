@@ -1,4 +1,4 @@
-"""Files as pictures: which are opened, what decoding them may take, and the one error of everything else."""
+"""Image files: accepted formats, limits of memory, and the error for everything else."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 
 @pytest.fixture
 def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that a stand-in for Ghostscript makes if it is started."""
+    """The file that a fake of Ghostscript writes when it starts."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
@@ -65,15 +65,15 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_postscript_of_any_name_starts_nothing(tmp_path: Path, ghostscript: Path) -> None:
     for name in ("image.png", "image.eps"):
         (tmp_path / name).write_bytes(EPS)
-        assert "accepted format (JPEG, PNG, BMP, GIF, PPM, TIFF, WEBP)" in error(tmp_path / name)
-    with Image.open(tmp_path / "image.eps") as opened, pytest.raises(FusionError, match="format EPS, accepted are"):
+        assert "supported format (JPEG, PNG, BMP, GIF, PPM, TIFF, WEBP)" in error(tmp_path / name)
+    with Image.open(tmp_path / "image.eps") as opened, pytest.raises(FusionError, match="format EPS; expected"):
         load_image(opened)
     assert not ghostscript.exists()
 
 
 def test_other_formats_are_refused_unless_they_are_decoded(tmp_path: Path) -> None:
     photo(20, 10).save(tmp_path / "image.tga")
-    assert "accepted format" in error(tmp_path / "image.tga")
+    assert "supported format" in error(tmp_path / "image.tga")
     with Image.open(tmp_path / "image.tga") as opened:
         with pytest.raises(FusionError, match="format TGA"):
             load_image(opened)
@@ -115,7 +115,7 @@ def test_jpegs_have_a_limit(tmp_path: Path) -> None:
     content = (tmp_path / "image.jpg").read_bytes()
     frame = content.index(b"\xff\xc0")
     (tmp_path / "image.jpg").write_bytes(content[: frame + 5] + struct.pack(">HH", 9500, 9500) + content[frame + 9 :])
-    assert f"90250000 pixels, the limit for an image of its kind is {MAX_PIXELS}" in error(tmp_path / "image.jpg")
+    assert f"90250000 pixels, more than the limit of {MAX_PIXELS} for this format" in error(tmp_path / "image.jpg")
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_the_limit_is_of_bytes(
     monkeypatch.setattr(image_files, "MAX_BYTES", 100 * 100 * bytes_a_pixel + held)
     assert load_image(path).size == (100, 100)
     monkeypatch.setattr(image_files, "MAX_BYTES", 100 * 100 * bytes_a_pixel + held - 1)
-    assert "the limit for an image of its kind is 9999; scale it down" in error(path)
+    assert "more than the limit of 9999 for this format; scale it down" in error(path)
 
 
 def test_what_pillow_decodes_slowly_is_small(tmp_path: Path) -> None:
     (tmp_path / "image.ppm").write_bytes(b"P3 641 480 255\n" + b"7 " * (641 * 480 * 3))
-    assert f"the limit for an image of its kind is {SLOW_PIXELS}" in error(tmp_path / "image.ppm")
+    assert f"more than the limit of {SLOW_PIXELS} for this format" in error(tmp_path / "image.ppm")
     (tmp_path / "image.ppm").write_bytes(b"P3 2 1 255\n1 2 3 4 5 6\n")
     assert pixels(load_image(tmp_path / "image.ppm")).tolist() == [[[1, 2, 3], [4, 5, 6]]]
 
@@ -167,7 +167,7 @@ def test_metadata_without_end(chunks: bytes, tmp_path: Path) -> None:
     photo(8, 8).save(path)
     content = path.read_bytes()
     path.write_bytes(content[:33] + chunks + content[33:])
-    assert f"more metadata than {METADATA_BYTES} bytes" in error(path)
+    assert f"has more than {METADATA_BYTES} bytes of metadata" in error(path)
 
 
 def test_jpeg_metadata_without_end(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_jpeg_metadata_without_end(tmp_path: Path) -> None:
     content = path.read_bytes()
     segment = b"\xff\xe1" + struct.pack(">H", 65535) + b"Exif\0\0" + bytes(65527)
     path.write_bytes(content[:2] + 200 * segment + content[2:])
-    assert "more metadata than" in error(path)
+    assert "bytes of metadata" in error(path)
 
 
 def test_what_lies_behind_a_picture_is_left_alone(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_decoding_takes_at_most_150_megabytes(name: str, tmp_path: Path) -> None
 def test_the_file_itself_is_bounded(tmp_path: Path) -> None:
     with (tmp_path / "image.bmp").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    assert f"has {MAX_BYTES + 1} bytes, the limit is {MAX_BYTES}" in error(tmp_path / "image.bmp")
+    assert f"has {MAX_BYTES + 1} bytes, more than the limit of {MAX_BYTES}" in error(tmp_path / "image.bmp")
 
 
 # --- Paths ----------------------------------------------------------------------------------------
@@ -235,10 +235,10 @@ def test_the_file_itself_is_bounded(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_addresses_are_not_fetched(address: str) -> None:
     assert error(address) == (
-        f"The image {address!r} is an address, and addresses are not fetched; download it and give the file's path."
+        f"The image {address!r} is a URL, which is not fetched; download it and pass the path of the file."
     )
     if "//" in address:
-        assert "addresses are not fetched" in error(Path(address))
+        assert "is a URL, which is not fetched" in error(Path(address))
 
 
 def test_a_file_whose_name_looks_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     photo(8, 8).save(tmp_path / "image.png")
     os.rename(tmp_path / "image.png", path)
     assert load_image(path).size == (8, 8)
-    assert "no path that a file can have" in error("\ud800.png")
+    assert "is not a valid path" in error("\ud800.png")
     assert "cannot be read (File name too long)" in error("x" * 5000)
     assert len(error("x" * 5000)) < 400
     assert "does not exist" in error(tmp_path / "image.png" / "inside")
@@ -261,7 +261,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    assert "is a pipe; give the path of one image file" in error(tmp_path / "fifo")
+    assert "is a pipe; pass the path of an image file" in error(tmp_path / "fifo")
     assert "is a device" in error("/dev/zero")
     assert "is a device" in error("/dev/null")
     assert "is a directory" in error(tmp_path)
@@ -272,7 +272,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["data", "samples"])
 def test_nothing_is_printed_of_a_damaged_tiff(change: str, tmp_path: Path) -> None:
-    """Neither by libtiff, nor by a logger without handlers."""
+    """Neither libtiff nor a logger without handlers prints anything."""
     photo(40, 40).save(tmp_path / "image.tiff", compression="tiff_adobe_deflate")
     content = bytearray((tmp_path / "image.tiff").read_bytes())
     if change == "data":

@@ -1,4 +1,4 @@
-"""Pixels of every type: scaled by their range, or refused with the range expected. Never black or white unsaid."""
+"""Pixels of every dtype: scaled by their range, or refused with the expected range; never silently black or white."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_modes_that_pillow_converts(mode: str) -> None:
 
 
 def test_a_mode_that_pillow_does_not_convert() -> None:
-    with pytest.raises(FusionError, match="mode La, which is not converted to RGB"):
+    with pytest.raises(FusionError, match="mode La, which does not convert to RGB"):
         load_image(Image.new("La", (4, 4)))
 
 
@@ -157,7 +157,7 @@ def test_pnm_of_every_range(maximum: int, bands: int, tmp_path: Path) -> None:
     path.write_bytes(b"P%d 5 70 %d\n" % (5 if bands == 1 else 6, maximum) + data)
     loaded = pixels(load_image(path))
     assert np.abs(loaded - values * (255 / maximum)).max() <= 0.51
-    with Image.open(path) as opened:  # Pillow's own decoder, value by value
+    with Image.open(path) as opened:  # Pillow's slow decoder
         np.testing.assert_array_equal(loaded, pixels(load_image(opened)))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FusionError, match="cannot be decoded"):

@@ -1,4 +1,4 @@
-"""Which tokens end an answer: the template's own always, whatever the checkpoint says besides."""
+"""Tokens that end an answer: always the template's, and those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
         ({"eos_token_id": None}, (END,)),
         ({"eos_token_id": []}, (END,)),
         ({}, (END,)),
-        (None, (2, END)),  # no such file: config.json's
+        (None, (2, END)),  # without the file, config.json counts
     ],
 )
 def test_the_templates_end_is_among_them(

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.config import side
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS, Turn, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 TURNS = [
     ("phi_one_turn", 0),
@@ -63,7 +63,7 @@ def test_tokens_and_positions_equal_the_released_code(case: str, turn: int) -> N
     assert layout.latent_positions.shape == (turn + 1, query_length)
     np.testing.assert_array_equal(layout.latent_positions.ravel(), golden[f"t{turn}_vision_pos"])
     np.testing.assert_array_equal(layout.instruct_positions, golden[f"t{turn}_instruct_pos"])
-    # Every row is claimed exactly once, and the prefill had as many.
+    # Every row has exactly one use, and the prefill has the same number of rows.
     image_rows = range(layout.image_start, layout.image_start + image_tokens)
     rows = [*layout.text_positions, *image_rows, *layout.latent_positions.ravel()]
     assert sorted(rows) == list(range(layout.length))
@@ -88,7 +88,7 @@ def test_beginning_of_text_comes_once_and_only_where_the_tokenizer_adds_it() -> 
 
 
 def test_an_instruct_position_is_where_the_prompt_ended_when_it_was_asked() -> None:
-    # "\n\n" at the end of the header and "\n" at the beginning of the answer are one piece of text.
+    # "\n\n" after the header and "\n" before the answer tokenize as one text.
     history = [Turn("What?", "\n\nA cat."), Turn("Where?", "")]
     template = TEMPLATES["llama_3"]
     prompt = encode_prompt(tokenizer("llama_3"), template, history, "Why?")

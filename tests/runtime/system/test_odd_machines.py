@@ -1,4 +1,4 @@
-"""The commands on machines that are not as one thinks: odd paths, no home, nothing writable, odd ONNX Runtimes."""
+"""Commands on unusual machines: odd paths, no home, read-only file systems, broken installations of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_very_long_path(demo: Path, tmp_path: Path) -> None:
 
 
 def test_an_environment_of_nothing(demo: Path, tmp_path: Path) -> None:
-    """No home, no locale, no path; a current folder that is gone."""
+    """No home, locale or path, and a deleted current folder."""
     (tmp_path / "gone").mkdir()
     script = 'cd "$0" && rmdir "$0" && exec "$@"'
     done = ask(demo, "sh", "-c", script, str(tmp_path / "gone"), env={"LC_ALL": "C"})
@@ -75,7 +75,7 @@ def test_an_environment_of_nothing(demo: Path, tmp_path: Path) -> None:
 
 
 def test_a_machine_to_read_only(demo: Path) -> None:
-    """Everything read-only, without a folder for temporary files, without ``/sys``."""
+    """A read-only file system without temporary folder and ``/sys``."""
     script = (
         "for m in $(awk '{print $2}' /proc/self/mounts); do mount -o remount,bind,ro $m; done 2> /dev/null; "
         'mount -t tmpfs -o ro none /sys && touch /tmp/x 2> /dev/null && exit 9; exec "$@"'
@@ -131,7 +131,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("code", BROKEN)
 def test_a_broken_onnxruntime(demo: Path, tmp_path: Path, code: str) -> None:
-    """And what it prints while it is loaded is not seen, but what others print is."""
+    """Its output while it loads is dropped; output of others is not."""
     (tmp_path / "onnxruntime.py").write_text(
         "import os\nos.write(2, b'onnxruntime cpuid_info warning: Unknown CPU vendor\\nother\\n')\n" + code,
         encoding="utf-8",

@@ -1,4 +1,4 @@
-"""Processors and memory that a process may use, by the files in which Linux tells of them."""
+"""Processors and memory that a process may use, from files of Linux."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ V2 = "0::/system.slice/robot.service\n"
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root without limits, of eight processors."""
+    """A root without limits and with eight processors."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr("fusion_edge.runtime.system.resources.address_space", lambda: None)
     put(tmp_path, {"proc/meminfo": MEMINFO})
@@ -142,7 +142,7 @@ def test_an_export_takes_the_processors_that_it_may_use(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("kind", ["-v", "-d"])
 def test_every_limit_answers_or_says_so(tmp_path_factory: pytest.TempPathFactory, kind: str, tmp_path: Path) -> None:
-    """From what Python alone needs to what is enough; never an abort of a library, a traceback or another reason."""
+    """Limits from what Python needs to what suffices: never an abort, a traceback or a wrong reason."""
     bundle = tmp_path / "bundle"
     assert export_cli.main([str(DEMO_CHECKPOINT), "-o", str(bundle)]) == 0
     picture = DEMO_CHECKPOINT.parent / "picture.png"

@@ -1,4 +1,4 @@
-"""Signals that end commands: the exit code, one line, nothing left; and those that do not."""
+"""Signals that end commands: exit code, one line, complete cleanup. Also signals that must not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from fusion_edge.export import cli as export_cli
 from fusion_edge.export.bundle.data_writer import DataWriter
 from fusion_edge.export.calibration.work_folder import work_folder
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from fusion_edge.runtime.bundle import manifest as bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
@@ -46,7 +45,7 @@ def test_a_command_is_ended(number: signal.Signals, code: int, said: str, capsys
             send(number)
             time.sleep(5)
         finally:
-            for again, _code, _said in ENDS:  # cleaning up is not interrupted
+            for again, _code, _said in ENDS:  # nothing interrupts the cleanup
                 send(again)
             cleaned.append(True)
         return 0
@@ -73,7 +72,7 @@ def test_signals_wait_for_what_must_not_be_left_half_done() -> None:
 
 
 def test_signals_of_others_stay_theirs() -> None:
-    """Those that are ignored, as by nohup, those that a program handles, and all of them in another thread."""
+    """Ignored signals (nohup), signals that a program handles, and all signals in another thread."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -101,11 +100,11 @@ def test_a_library_takes_no_signals() -> None:
 @ends
 @pytest.mark.parametrize("how", ["command", "module"])
 def test_while_modules_load(number: signal.Signals, code: int, said: str, how: str, tmp_path: Path) -> None:
-    """NumPy, the first of what takes long, is replaced by a module that waits."""
+    """A module that waits replaces NumPy, the first slow import."""
     (tmp_path / "numpy.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     start = {
         "command": ["-c", "from fusion_edge.runtime.cli.entry import run; run()"],
-        "module": ["-m", "fusion_edge.runtime.run_command"],
+        "module": ["-m", "fusion_edge.runtime.cli.run"],
     }
     process = subprocess.Popen(
         [sys.executable, *start[how]],
@@ -124,7 +123,7 @@ def test_while_modules_load(number: signal.Signals, code: int, said: str, how: s
 def test_what_is_not_begun_is_dropped(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of hundreds of blocks that take 0.1 s each, and of a checksum that would take minutes."""
+    """During hundreds of blocks of 0.1 s, and during a checksum that takes minutes."""
     write, calls = DataWriter._write_block, []
 
     def slow(*arguments: Any) -> Any:
@@ -148,7 +147,7 @@ def test_what_is_not_begun_is_dropped(
             advance(1)
             time.sleep(0.01)
 
-    monkeypatch.setattr(bundle, "digest", endless)
+    monkeypatch.setattr("fusion_edge.export.bundle.writer.digest", endless)
     assert export_cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b")]) == 143
     assert time.monotonic() - started[0] < 5
     assert not list(tmp_path.iterdir())
@@ -170,7 +169,7 @@ def test_a_calibration_keeps_its_work(tmp_path: Path) -> None:
 def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At a terminal: the first two answers are interrupted, the third is not; then the prompt is."""
+    """On a terminal: Ctrl-C interrupts two answers, then the prompt."""
     asked: list[str] = []
 
     def say(question: str) -> None:
@@ -207,7 +206,7 @@ def test_a_question_is_ended_inside_of_the_runtime(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The prompt is one call of ONNX Runtime, in which Python handles no signals."""
+    """Prefill is one call of ONNX Runtime, during which Python handles no signals."""
     wait, sent = UninterruptibleWait(polls=False), []
 
     def prefill(*_: Any) -> NoReturn:

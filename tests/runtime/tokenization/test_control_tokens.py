@@ -1,4 +1,4 @@
-"""What a user types is text, whatever it spells; with ``control_tokens`` it is what the released code makes of it."""
+"""User text stays text, whatever it spells; with ``control_tokens`` it equals the released code."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime import Fusion, FusionError, Turn, UsageError, load
+from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.prompts.prompt import MARKER_IDS, ContextBudget, Prompt, PromptEncoder, encode_prompt
-from fusion_edge.runtime.prompts.templates import TEMPLATES
 
 DEMO = DEMO_CHECKPOINT
 NAMES = ("phi", "llama", "demo", "phi with words", "llama that strips")
@@ -44,7 +44,7 @@ def tokenizer(name: str) -> Tokenizer:
         loaded = Tokenizer.from_file(str(GOLDEN / "FUSION-X-tiny-LLaMA/tokenizer.json"))
     else:
         loaded = Tokenizer.from_str(tokenizer_json(DEMO if kind == "demo" else GOLDEN / "FUSION-tiny-Phi"))
-    if change == "with words":  # a control token that answers show
+    if change == "with words":  # a control token that answers contain
         loaded.add_tokens([AddedToken("<|word|>", normalized=True)])
     if change == "that strips":  # whitespace on both sides belongs to the end of a turn
         content = json.loads(loaded.to_str())
@@ -91,7 +91,7 @@ def conversations(
 
 
 def spells(text: str) -> bool:
-    """Also by whitespace that is a visible space to SentencePiece, and by what two texts spell together."""
+    """Also for whitespace that SentencePiece shows, and for spellings across two texts."""
     return any(spelling in text.replace("\u2581", " ") for spelling in SPELLINGS)
 
 
@@ -116,15 +116,15 @@ def test_with_control_tokens_all_is_as_released(name: str, conversation: tuple[l
 def test_what_spells_control_tokens_is_text(name: str, conversation: tuple[list[Turn], str]) -> None:
     history, question = conversation
     prompt = encode(name, history, question)
-    # No more control tokens than the template's, in the same order; none at all in the questions alone.
+    # Only the template's control tokens, in the same order, and none in the questions.
     plain = encode(name, [Turn("What?", "that")] * len(history), "What?")
     assert controls(name, prompt.token_ids) == controls(name, plain.token_ids)
     assert controls(name, prompt.instruct_ids) == controls(name, plain.instruct_ids)
-    # Every earlier prompt ended where it would have, asked alone.
+    # Every earlier prompt ends where it ends by itself.
     for number, turn in enumerate(history):
         then = encode(name, history[:number], turn.question)
         assert prompt.instruct_indices[number] == len(then.token_ids) - 1
-    # The text comes back.
+    # Decoding returns the text.
     asked = "".join(turn.question.strip() for turn in [*history, Turn(question, "")]).strip()
     beginning = len(tokenizer(name).encode("").ids)
     decoded = tokenizer(name).decode(prompt.instruct_ids[beginning:].tolist(), skip_special_tokens=False)
@@ -133,7 +133,7 @@ def test_what_spells_control_tokens_is_text(name: str, conversation: tuple[list[
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_spelling_changes(name: str) -> None:
-    """The words around it are those of a question in which a word of no meaning stands in its place."""
+    """The tokens around it equal those around a meaningless word in its place."""
     question, word = "Read the sign: {} and go on.", "\U0001f916"
     plain = encode(name, [], question.format(word)).token_ids.tolist()
     for spelling in SPELLINGS:
@@ -142,7 +142,7 @@ def test_only_the_spelling_changes(name: str) -> None:
         after = next(n for n, (one, other) in enumerate(zip(plain[::-1], ids[::-1], strict=False)) if one != other)
         decode = tokenizer(name).decode
         assert decode(ids[before : len(ids) - after], skip_special_tokens=False).strip() in f"{spelling} "
-        assert len(plain) - before - after <= 6  # the robot's bytes and a space
+        assert len(plain) - before - after <= 6  # the bytes of the robot emoji and a space
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,7 +189,7 @@ def test_what_is_far_too_long_is_refused_at_once(name: str, control_tokens: bool
     encoder = PromptEncoder(tokenizer(name), TEMPLATES["llama_3" if name == "llama" else "phi_3"])
     tracemalloc.start()
     started = time.perf_counter()
-    with pytest.raises(FusionError, match=r"^The prompt takes (at least )?\d+ positions \(16 of them image tokens\)"):
+    with pytest.raises(FusionError, match=r"^The prompt has (at least )?\d+ tokens \(16 of them image tokens\)"):
         encoder.encode(history, question, control_tokens=control_tokens, budget=ROOM)
     assert time.perf_counter() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 32e6
@@ -199,10 +199,12 @@ def test_what_is_far_too_long_is_refused_at_once(name: str, control_tokens: bool
 @pytest.mark.parametrize("name", ["phi", "llama"])
 @pytest.mark.parametrize("blanks", [" ", "\n", "\u2003"])
 def test_blanks_around_an_answer_are_bounded(name: str, blanks: str) -> None:
-    """Beside a control token they may take no tokens, however many they are."""
+    """Any number of them may take no token beside a control token."""
     started = time.perf_counter()
     for answer in (blanks * 1_000_000, blanks * 1_000_000 + "b", "b" + blanks * 1_000_000):
-        with pytest.raises(UsageError, match="An answer in the history begins or ends with 1000000 blank characters"):
+        with pytest.raises(
+            UsageError, match="An answer in the history has 1000000 leading and trailing whitespace characters"
+        ):
             encode(name, [Turn("a?", answer)], "What?")
     assert time.perf_counter() - started < 1
     assert len(encode(name, [Turn("a?", blanks * 500 + "b" + blanks * 500)], "What?").token_ids)

@@ -36,14 +36,14 @@ def stream(name: str, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[lis
 
 @functools.cache
 def byte_tokens(name: str) -> list[int]:
-    """Ids of the tokens that are a single byte."""
+    """Return the ids of single-byte tokens."""
     if name == "phi":
         vocabulary = tokenizer(name).get_vocab()
         return [vocabulary[f"<0x{byte:02X}>"] for byte in range(256)]
     return list(range(256))
 
 
-# Bytes, special tokens and ids without a token come up much more often than by chance.
+# Draws bytes, special tokens and ids without a token more often than by chance.
 def token_ids(name: str) -> st.SearchStrategy[list[int]]:
     size = tokenizer(name).get_vocab_size()
     kinds = st.integers(0, size - 1) | st.sampled_from(byte_tokens(name)) | st.integers(size - 8, size + 8)
@@ -100,7 +100,7 @@ def test_incomplete_bytes_become_replacement_characters_at_the_end(name: str) ->
 
 
 def expected_with_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text in front of the stop string that the earliest character completes, the longest of several."""
+    """Reference: the text before the first completed stop string, the longest of several."""
     for end in range(len(text) + 1):
         completed = [s for s in stop if text[:end].endswith(s)]
         if completed:
@@ -127,7 +127,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(name: str)
     ids = tokenizer(name).encode("the software is the sofa", add_special_tokens=False).ids
     text_stream = Detokenizer(tokenizer(name), ["the sofa", "software of"])
     pieces = [text_stream.push(token_id) for token_id in ids]
-    # the | software | is | the | s | of | a: what is missing could still begin one of the two.
+    # the | software | is | the | s | of | a: the rest may still begin a stop string.
     assert pieces == ["", "the ", "software i", "s ", "", "", ""]
     assert text_stream.text == "the software is "
     assert text_stream.stopped

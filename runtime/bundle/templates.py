@@ -1,4 +1,4 @@
-"""Conversation templates (FUSION.md section 4)."""
+"""Conversation templates (docs/fusion-model.md section 4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Template:
-    """The text around a conversation's questions and answers."""
+    """Text around the questions and answers of a conversation."""
 
     system: str
     question_start: str
@@ -40,4 +40,4 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
         ),
     }
 )
-"""By the name in ``FusionConfig.template``."""
+"""Templates by the name in ``FusionConfig.template``."""

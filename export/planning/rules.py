@@ -1,4 +1,4 @@
-"""Quantization policy: ordered rules that give each weight its format; the first match wins."""
+"""Rules: which weight gets which format. Rules are ordered; the first match wins."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Packing, formats and rules."""
+"""Packing and weight formats."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +11,9 @@ from hypothesis.extra import numpy as arrays
 from fusion_edge.quant.bit_allocation import stored_bits
 from fusion_edge.quant.formats import CODEBOOKS, GROUPED, PER_CHANNEL, WeightFormat, group_sizes
 from fusion_edge.quant.packing import dequantize, pack_zero_points, quantize, unpack_zero_points
-from fusion_edge.quant.policy import EMBEDDING, PRECISIONS, Rule, assign, preset, read_rules
-from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.errors import UsageError
 
 FORMS = [WeightFormat(kind, size) for kind in GROUPED for size in group_sizes().values() if kind not in CODEBOOKS]
-NAMES = [EMBEDDING, "llm.lm_head", "llm.layers.0.mlp.down", "alignment.layers.0.query", "vision.projector.up"]
 matrices = arrays.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 300)), elements=st.floats(-8, 8, width=32)
 )
@@ -112,7 +108,7 @@ def test_codebooks_have_no_scale_per_channel(kind: str) -> None:
     with pytest.raises(UsageError, match=f"{kind} cannot have one scale per channel; use one of {kind}:32"):
         WeightFormat.parse(f"{kind}:channel")
     with pytest.raises(UsageError, match="cannot have one scale per channel"):
-        Rule.parse(f"llm.*={kind}", PER_CHANNEL)
+        WeightFormat.parse(kind, PER_CHANNEL)
 
 
 KINDS = [WeightFormat(kind) for kind in ("fp32", "fp16", "w8a8")]
@@ -127,36 +123,3 @@ def test_a_kind_has_the_group_size_asked_for() -> None:
     assert [str(WeightFormat.parse("int4", size)) for size in (None, 32, PER_CHANNEL)] == [
         "int4:128", "int4:32", "int4:channel",
     ]  # fmt: skip
-
-
-def test_presets_quantize_everything() -> None:
-    for precision in PRECISIONS:
-        formats = assign(NAMES, [], preset(precision, 64, "int8-weights"))
-        assert set(formats) == set(NAMES)
-        if precision.startswith("int"):
-            assert all(form.is_quantized for form in formats.values())
-    formats = assign(NAMES, [], preset("int4", 64, "int8-weights"))
-    assert [str(formats[name]) for name in NAMES] == ["int8:64", "int8:64", "int4:64", "int4:64", "int8:64"]
-
-
-def test_the_first_rule_that_matches_wins() -> None:
-    rules = [Rule.parse("llm.layers.*=int8:32", 128), Rule.parse("llm.*=fp16", 128)]
-    formats = assign(NAMES, rules, preset("int4", 128, "int8-weights"))
-    assert [str(formats[name]) for name in NAMES[:3]] == ["fp16", "fp16", "int8:32"]
-
-
-def test_a_wide_4_bit_rule_passes_over_the_embedding_table() -> None:
-    assert str(assign(NAMES, [Rule.parse("*=int4", 64)], preset("int4", 128, "int8-weights"))[EMBEDDING]) == "int8:128"
-    with pytest.raises(UsageError, match="looked up by row"):
-        assign(NAMES, [Rule.parse(f"{EMBEDDING}=int4", 64)], preset("int4", 128, "int8-weights"))
-
-
-def test_rules_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "rules.toml"
-    path.write_text('[rules]\n"llm.lm_head" = "int8:32"\n"vision.*" = "fp16"\n')
-    assert read_rules(path, 128) == [
-        Rule("llm.lm_head", WeightFormat("int8", 32)), Rule("vision.*", WeightFormat("fp16"))
-    ]  # fmt: skip
-    path.write_text("[rules]\nllm.lm_head = 'int8'\n")  # TOML reads this as nested tables
-    with pytest.raises(FusionError, match="quote names"):
-        read_rules(path, 128)

@@ -1,0 +1,209 @@
+"""The pipeline of a question: stages from an image and a prompt to the tokens of the answer.
+
+A stage hook observes the stages: ``hook(name)`` returns a context manager that wraps the stage of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from fusion_edge.runtime.arguments import flag, is_integer, shown
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.templates import TEMPLATES
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
+from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
+from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, Turn
+from fusion_edge.runtime.requests import Color, ImageLike, Request
+from fusion_edge.runtime.sampling import Sampler, Sampling
+
+PREPROCESS = "preprocess"
+ENCODE_GLOBAL = "encode global crops"
+ENCODE_LOCAL = "encode local crop"
+ALIGNMENT = "alignment"
+PREFILL = "prefill"
+DECODE_STEP = "decode step"
+SAMPLING = "sampling"
+
+Embed = Callable[[Integers], Floats]
+"""Token ids ``[n]`` to embeddings ``[n,D]``."""
+StageHook = Callable[[str], AbstractContextManager[None]]
+
+_NO_HOOK = nullcontext()
+
+
+def no_hook(_stage: str) -> AbstractContextManager[None]:
+    """Observe nothing."""
+    return _NO_HOOK
+
+
+@dataclass(eq=False)
+class EncodedImage:
+    """What does not depend on a question: the cache of the latest image."""
+
+    crops: npt.NDArray[np.uint8]
+    """``[5,S,S,3]``."""
+    local_pixels: Floats
+    """``[1,3,S,S]``: the local crop, normalized."""
+    global_features: npt.ArrayLike
+    """``[4,P,D]``, in the backend's own form."""
+    alignments: dict[int, ImageAlignment] = field(default_factory=dict)
+    """By query length."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """A sequence after its prompt."""
+
+    length: int
+    """Tokens in the KV cache."""
+    capacity: int
+    """Tokens that the sequence may grow to."""
+    token: int
+    """First token of the answer."""
+
+
+class Pipeline:
+    """The stages of a question on a backend. One call at a time.
+
+    The features, latents, keys and values of the latest image stay cached. The pixels identify an image, so a reused
+    camera buffer is never mistaken for the frame it held before.
+    """
+
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, embed: Embed) -> None:
+        """Raise :class:`FusionError` if the tokenizer does not fit the bundle's template."""
+        self.manifest = manifest
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.embed = embed
+        template = TEMPLATES[self.config.template]
+        self._prompts = PromptEncoder(tokenizer, template)
+        end_of_turn = tokenizer.token_to_id(template.answer_end)
+        if end_of_turn is None:
+            raise FusionError(
+                f"The bundle's tokenizer has no {template.answer_end}, which ends an answer in the template "
+                f"{self.config.template}; they do not belong together: export the bundle again."
+            )
+        self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
+        """Tokens that end an answer: the checkpoint's, and always the template's end of turn."""
+        self._latest: EncodedImage | None = None
+
+    @property
+    def config(self) -> FusionConfig:
+        """The model's sizes."""
+        return self.manifest.model
+
+    @property
+    def max_context(self) -> int:
+        """Limit of tokens in the KV cache, prompt and answer together."""
+        return min(self.manifest.max_context, self.backend.max_context)
+
+    def request(
+        self,
+        image: ImageLike,
+        question: str,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        query_length: int | None = None,
+        color: Color = "rgb",
+        control_tokens: bool = False,
+    ) -> Request:
+        """Check the arguments of a question, load its image and tokenize its prompt. Runs no graph."""
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
+        length = self.query_length(query_length)
+        budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
+        is_markup = flag("control_tokens", control_tokens)
+        prompt = self._prompts.encode(history, question, control_tokens=is_markup, budget=budget)
+        return Request(load_image(image, color), prompt, sampling, length)
+
+    def query_length(self, length: int | None = None) -> int:
+        """Return the query length, by default the bundle's first. Raise :class:`UsageError` if it is not offered."""
+        offered = self.manifest.query_lengths
+        if length is None:
+            return offered[0]
+        if not is_integer(length) or length not in offered:
+            raise UsageError(
+                f"Query length {shown(length)} is not offered; choose from {', '.join(map(str, offered))} "
+                "(fusion-export --query-len sets them)."
+            )
+        return int(length)
+
+    def start(self, request: Request, sampler: Sampler, hook: StageHook = no_hook) -> Prefilled:
+        """Run every stage up to the first token of the answer."""
+        with hook(PREPROCESS):
+            crops = cut_crops(request.picture)
+        with hook(ENCODE_GLOBAL):
+            image = self.encode_image(crops)
+        with hook(ENCODE_LOCAL):
+            image_tokens = self.encode_image_tokens(image, request.prompt.instruct_ids)
+        with hook(ALIGNMENT):
+            aligned = self.align(image, request.query_length)
+        with hook(PREFILL):
+            length, capacity, logits = self.prefill(
+                request.prompt, image_tokens, aligned, request.sampling.max_new_tokens
+            )
+        with hook(SAMPLING):
+            token = sampler(logits)
+        return Prefilled(length, capacity, token)
+
+    def decode(self, token: int, sampler: Sampler, hook: StageHook = no_hook) -> int:
+        """Append ``token`` to the sequence and return the next one."""
+        with hook(DECODE_STEP):
+            logits = self.backend.decode(self.embed(np.array([token]))[0])
+        with hook(SAMPLING):
+            return sampler(logits)
+
+    def encode_image(self, crops: npt.NDArray[np.uint8]) -> EncodedImage:
+        """Return the features of ``crops`` ``[5,S,S,3]``, from the cache if it holds the same pixels."""
+        image = self._latest
+        if image is None or not np.array_equal(image.crops, crops):
+            pixels = normalize(crops)
+            no_text = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
+            image = self._latest = None  # frees its memory before the new image needs as much
+            features = self.backend.encode(pixels[:GLOBAL_CROPS], no_text, np.zeros((GLOBAL_CROPS, 0), np.bool_))
+            image = self._latest = EncodedImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
+        return image
+
+    def clear_image_cache(self) -> None:
+        """Drop the latest image, so that the next one is encoded even if it is the same."""
+        self._latest = None
+
+    def encode_image_tokens(self, image: EncodedImage, instruct_ids: Integers) -> Floats:
+        """Return the local crop's features ``[P',D]``, guided by the questions (docs/fusion-model.md section 2).
+
+        Id 0 is masked.
+        """
+        text = self.embed(instruct_ids)[None]
+        features = self.backend.encode(image.local_pixels, text, (instruct_ids != 0)[None])
+        return resize_grid(np.asarray(features)[0], self.manifest.image_side)
+
+    def align(self, image: EncodedImage, query_length: int) -> ImageAlignment:
+        """Return latents, keys and values for a query length, and cache them with the image."""
+        if query_length not in image.alignments:
+            cells = alignment_cells(2 * self.config.vision.grid, query_length, self.config.alignment.window_size)
+            image.alignments.clear()  # one length at a time: keys and values are large
+            image.alignments[query_length] = self.backend.align(image.global_features, *cells)
+        return image.alignments[query_length]
+
+    def prefill(
+        self, prompt: Prompt, image_tokens: Floats, aligned: ImageAlignment, max_new_tokens: int
+    ) -> tuple[int, int, Floats]:
+        """Run the prompt. Return its length, the sequence's capacity, and the logits ``[V]`` of the last token."""
+        layout = prompt.layout(len(image_tokens), len(aligned.latents))
+        rows = np.empty((layout.length, self.config.language.hidden_size), np.float32)
+        rows[layout.text_positions] = self.embed(layout.text_ids)
+        rows[layout.image_start : layout.image_start + len(image_tokens)] = image_tokens
+        rows[layout.latent_positions] = aligned.latents
+        capacity = min(self.max_context, layout.length + max_new_tokens)
+        logits = self.backend.prefill(rows, aligned, layout.latent_positions, layout.instruct_positions, capacity)
+        return layout.length, capacity, logits

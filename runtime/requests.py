@@ -1,0 +1,50 @@
+"""Options of a question, and a question whose arguments have been checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import numpy.typing as npt
+from PIL import Image
+
+from fusion_edge.runtime.prompts.prompt import Prompt, Turn
+from fusion_edge.runtime.sampling import Sampling
+
+ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
+"""A path of an image file, a Pillow image, or an array ``[H,W,3]``, ``[H,W,1]`` or ``[H,W]``."""
+Color = Literal["rgb", "bgr"]
+"""Channel order of an array ``[H,W,3]``."""
+
+
+class AnswerOptions(TypedDict, total=False):
+    """Keyword arguments of :meth:`Conversation.ask` and :meth:`Conversation.answer`."""
+
+    sampling: Sampling | None
+    """Length limit and sampling parameters. Default: greedy, at most 512 tokens."""
+    query_length: int | None
+    """Number of latents, one of the bundle's query lengths. Default: the first."""
+
+
+class QuestionOptions(AnswerOptions, total=False):
+    """Keyword arguments of :meth:`Fusion.ask`, :meth:`Fusion.answer` and :meth:`Fusion.stream`."""
+
+    history: Sequence[Turn]
+    """Earlier questions about the same image, with their answers. Default: none."""
+    color: Color
+    """Channel order of an array: ``rgb`` (default) or ``bgr``. Files and Pillow images know their own."""
+    control_tokens: bool
+    """Whether questions and answers may spell control tokens such as ``<|end|>``. Default: such spellings are text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A question whose arguments have been checked."""
+
+    picture: Image.Image
+    """RGB."""
+    prompt: Prompt
+    sampling: Sampling
+    query_length: int
