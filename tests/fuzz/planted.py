@@ -45,7 +45,8 @@ def _refuses(_: Path) -> None:
 
 
 def _tells_too_much(_: Path) -> None:
-    raise FusionError("The first line.\nThe second line.")
+    sys.stderr.write("A line before the error.\n")
+    raise FusionError("The error.")
 
 
 def _allocates(_: Path) -> None:
