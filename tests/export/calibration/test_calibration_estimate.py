@@ -1,4 +1,4 @@
-"""What a dry run says that a calibration takes: more where there is more to do."""
+"""Estimated cost of a calibration: memory, disk and time grow with the work."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def told(
         return estimate_calibration(plan_export(opened, ExportOptions(precision, vision=vision)), calibration)
 
 
-def test_what_stays_float_is_neither_observed_nor_kept(checkpoint: Path) -> None:
+def test_float_weights_need_no_hessian_and_no_disk(checkpoint: Path) -> None:
     less, more = (told(checkpoint, vision=vision) for vision in ("fp16", "int8-weights"))
     assert less.memory < more.memory
     assert less.disk < more.disk
     assert less.seconds < more.seconds
 
 
-def test_what_a_checkpoint_has_quantized_is_neither(tmp_path: Path) -> None:
+def test_prequantized_weights_need_no_hessian_and_no_disk(tmp_path: Path) -> None:
     fixture = read_fixture("gptq-v1-sym")
     packed = write_quantized(tmp_path / "packed", fixture.config, fixture.tensors, packer("gptq-v1-sym"))
     less, more = (told(folder) for folder in (packed, write_checkpoint(tmp_path / "float", SMALL)))
@@ -52,11 +52,11 @@ def test_what_a_checkpoint_has_quantized_is_neither(tmp_path: Path) -> None:
     assert less.seconds < more.seconds
 
 
-def test_codebooks_are_not_solved(checkpoint: Path) -> None:
+def test_codebooks_need_no_gptq_time(checkpoint: Path) -> None:
     assert told(checkpoint, precision="nf4").seconds < told(checkpoint).seconds
 
 
-def test_sensitivity_takes_memory_and_time_by_its_samples(checkpoint: Path) -> None:
+def test_sensitivity_cost_grows_with_samples(checkpoint: Path) -> None:
     without = told(checkpoint)
     few, many, all_there_are = (
         told(checkpoint, replace(OPTIONS, bits=6.0, samples=3000, sensitivity_samples=count))
