@@ -151,8 +151,10 @@ def _check_combinations(options: ExportOptions, target: Target) -> None:
             f"--vision is for --int4, --nf4 and --int8; --{options.precision} is for vision too: leave it out."
         )
     if options.kv_cache not in target.kv_caches:
+        supported = " or ".join(name for name, other in TARGETS.items() if options.kv_cache in other.kv_caches)
         raise UsageError(
-            f"--kv-cache {options.kv_cache} is for --target cpu; {target.name} has no kernel for it: leave it out."
+            f"--kv-cache {options.kv_cache} is for --target {supported}; {target.name} has no kernel for it: "
+            "leave it out."
         )
 
 

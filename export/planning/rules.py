@@ -16,7 +16,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "nf4")
 VISION = ("int8", "int8-weights", "fp16")
 EMBEDDING = "llm.embed_tokens"
 

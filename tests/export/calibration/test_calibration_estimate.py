@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-small", config)
 
 
-def told(
+def estimated(
     checkpoint: Path, calibration: CalibrationOptions = OPTIONS, precision: str = "int4", vision: str = "fp16"
 ) -> CalibrationEstimate:
     with Checkpoint(checkpoint) as opened:
@@ -38,7 +38,7 @@ def told(
 
 
 def test_float_weights_need_no_hessian_and_no_disk(checkpoint: Path) -> None:
-    less, more = (told(checkpoint, vision=vision) for vision in ("fp16", "int8-weights"))
+    less, more = (estimated(checkpoint, vision=vision) for vision in ("fp16", "int8-weights"))
     assert less.memory < more.memory
     assert less.disk < more.disk
     assert less.seconds < more.seconds
@@ -47,22 +47,22 @@ def test_float_weights_need_no_hessian_and_no_disk(checkpoint: Path) -> None:
 def test_prequantized_weights_need_no_hessian_and_no_disk(tmp_path: Path) -> None:
     fixture = read_fixture("gptq-v1-sym")
     packed = write_quantized(tmp_path / "packed", fixture.config, fixture.tensors, packer("gptq-v1-sym"))
-    less, more = (told(folder) for folder in (packed, write_checkpoint(tmp_path / "float", SMALL)))
+    less, more = (estimated(folder) for folder in (packed, write_checkpoint(tmp_path / "float", SMALL)))
     assert less.disk < more.disk
     assert less.seconds < more.seconds
 
 
 def test_codebooks_need_no_gptq_time(checkpoint: Path) -> None:
-    assert told(checkpoint, precision="nf4").seconds < told(checkpoint).seconds
+    assert estimated(checkpoint, precision="nf4").seconds < estimated(checkpoint).seconds
 
 
 def test_sensitivity_cost_grows_with_samples(checkpoint: Path) -> None:
-    without = told(checkpoint)
+    without = estimated(checkpoint)
     few, many, all_there_are = (
-        told(checkpoint, replace(OPTIONS, bits=6.0, samples=3000, sensitivity_samples=count))
+        estimated(checkpoint, replace(OPTIONS, bits=6.0, samples=3000, sensitivity_samples=count))
         for count in (1000, 3000, 4000)
     )
     assert without.memory < few.memory < many.memory
     assert without.seconds < few.seconds < many.seconds
     assert many == all_there_are
-    assert told(checkpoint, replace(OPTIONS, samples=3000)).memory == without.memory
+    assert estimated(checkpoint, replace(OPTIONS, samples=3000)).memory == without.memory

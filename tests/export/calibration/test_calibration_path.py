@@ -112,4 +112,4 @@ def test_attention_rows_are_weighted_by_received_attention() -> None:
     x = rows[0].double()
     expected = x.T @ ((1 + ATTENTION_WEIGHT * received[:, None]) * x)
     torch.testing.assert_close(operations.hessians[0], expected, rtol=1e-5, atol=1e-4)
-    assert received[0] > 1.5 * received[-1]  # so that what it counts for is seen
+    assert received[0] > 1.5 * received[-1]  # otherwise weighting changes nothing

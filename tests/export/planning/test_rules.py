@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fusion_edge.export.planning.rules import EMBEDDING, PRECISIONS, Rule, assign, precision_rules, read_rules
+from fusion_edge.export.planning.rules import EMBEDDING, Rule, assign, precision_rules, read_rules
 from fusion_edge.quant.formats import CODEBOOKS, PER_CHANNEL, WeightFormat
+from fusion_edge.runtime.bundle.manifest import PRECISIONS
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 NAMES = [EMBEDDING, "llm.lm_head", "llm.layers.0.mlp.down", "alignment.layers.0.query", "vision.projector.up"]
