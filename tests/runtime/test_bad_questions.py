@@ -257,7 +257,7 @@ def test_an_answer_that_was_given_up(fusion: Fusion) -> None:
     next(first)  # a refused question does not end the stream
     second = fusion.stream(picture(), "Where?", sampling=SHORT)
     for _ in range(2):
-        with pytest.raises(FusionError, match="was given up when another question was asked"):
+        with pytest.raises(FusionError, match="ended because another question was asked"):
             next(first)
     with pytest.raises(UsageError, match="The answer is not complete; take every piece of the stream first"):
         _ = first.answer
@@ -272,7 +272,7 @@ def test_a_model_that_was_closed(tiny_bundle: Path) -> None:
         conversation = fusion.conversation(picture())
         next(stream)
         fusion.close()
-        with pytest.raises(FusionError, match="or the model closed"):
+        with pytest.raises(FusionError, match="or the model was closed"):
             next(stream)
         for ask in (lambda: fusion.ask(picture(), "What?"), lambda: conversation.answer("What?")):
             with pytest.raises(UsageError, match="has been closed; load the bundle again"):

@@ -58,6 +58,30 @@ def test_what_depends_on_the_image_alone_is_computed_once(fusion: Fusion) -> Non
     assert len(calls(fusion, "align")) == 1
 
 
+def test_encode_image_runs_the_vision_encoder_ahead_of_the_question(fusion: Fusion) -> None:
+    fusion.encode_image(picture(0))
+    assert crops_encoded(fusion) == [4]
+    fusion.encode_image(picture(0)[..., ::-1], color="bgr")
+    fusion.answer(picture(0), "What is it?", sampling=SHORT)
+    assert crops_encoded(fusion) == [1]
+
+
+def test_encode_image_does_not_end_a_stream(fusion: Fusion) -> None:
+    expected = fusion.answer(picture(0), "What is it?", sampling=SHORT)
+    stream = fusion.stream(picture(0), "What is it?", sampling=SHORT)
+    next(stream)
+    fusion.encode_image(picture(1))
+    list(stream)
+    assert stream.answer.token_ids == expected.token_ids
+
+
+def test_clear_image_cache_encodes_the_same_image_again(fusion: Fusion) -> None:
+    fusion.encode_image(picture(0))
+    fusion.clear_image_cache()
+    fusion.answer(picture(0), "What is it?", sampling=SHORT)
+    assert crops_encoded(fusion) == [4, 4, 1]
+
+
 def test_a_frame_leaves_nothing_for_the_next(fusion: Fusion, tiny_bundle: Path) -> None:
     fusion.answer(picture(0), "What is it?", sampling=SHORT)
     second = fusion.answer(picture(1), "What is it?", sampling=SHORT)

@@ -29,7 +29,7 @@ from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 SHORT = Sampling(max_new_tokens=6)
 QUESTIONS = ("What is it?", "Where?", "How many shapes are there?", "Why?")
-GIVEN_UP = "was given up when another question was asked or the model closed"
+ENDED = "ended because another question was asked or the model was closed"
 CLOSED = "has been closed; load the bundle again"
 
 
@@ -95,11 +95,11 @@ def in_threads(count: int, work: Callable[[int], object]) -> list[Any]:
 
 
 @contextmanager
-def unless_given_up() -> Iterator[None]:
+def unless_ended() -> Iterator[None]:
     try:
         yield
     except FusionError as error:
-        if GIVEN_UP not in str(error):
+        if ENDED not in str(error):
             raise
 
 
@@ -142,20 +142,20 @@ def test_whole_answers_wait_for_each_other(fusion: Fusion) -> None:
     in_threads(5, ask)
 
 
-def test_streams_are_right_or_given_up(fusion: Fusion) -> None:
+def test_streams_are_right_or_ended(fusion: Fusion) -> None:
     expected = [fusion.answer(picture(), question, sampling=SHORT).text for question in QUESTIONS]
     outcomes: list[str] = []
 
     def ask(number: int) -> None:
         for turn in range(number, number + 20):
             text = ""
-            outcomes.append("given up")
-            with unless_given_up():
+            outcomes.append("ended")
+            with unless_ended():
                 for piece in fusion.ask(picture(), QUESTIONS[turn % 4], sampling=SHORT):
                     text += piece
                     time.sleep(random.random() / 2000)
                 assert text.strip() == expected[turn % 4]
-                outcomes.remove("given up")
+                outcomes.remove("ended")
             if turn % 5 == 0:
                 assert fusion.answer(picture(), QUESTIONS[turn % 4], sampling=SHORT).text == expected[turn % 4]
 
@@ -185,7 +185,7 @@ def test_a_stream_that_nobody_advances_holds_nobody_up(fusion: Fusion) -> None:
     stream = fusion.stream(picture(), "What?", sampling=SHORT)
     next(stream)
     in_threads(2, lambda _: fusion.answer(picture(), "Where?", sampling=SHORT))
-    with pytest.raises(FusionError, match=GIVEN_UP):
+    with pytest.raises(FusionError, match=ENDED):
         next(stream)
     for _ in range(20):
         next(fusion.ask(picture(), "What?", sampling=SHORT))
@@ -218,7 +218,7 @@ def test_conversations_in_several_threads(fusion: Fusion) -> None:
 
     def ask(number: int) -> None:
         conversation.answer(f"{QUESTIONS[number]}", sampling=one)
-        with unless_given_up():
+        with unless_ended():
             list(conversation.ask("And?", sampling=one))
 
     in_threads(4, ask)
@@ -251,7 +251,7 @@ def test_close_ends_what_another_thread_waits_for(fusion: Fusion, method: str) -
         time.sleep(0.05)
         assert not any(close.done() for close in closing)
         held.let_go()
-        with pytest.raises(FusionError, match=GIVEN_UP):
+        with pytest.raises(FusionError, match=ENDED):
             running.result(20)
         with pytest.raises(UsageError, match=CLOSED):
             waiting.result(20)
@@ -263,8 +263,9 @@ def test_close_ends_what_another_thread_waits_for(fusion: Fusion, method: str) -
     for ask in (fusion.answer, fusion.ask, fusion.stream):
         with pytest.raises(UsageError, match=CLOSED):
             ask(picture(), "What?")
-    with pytest.raises(UsageError, match=CLOSED):
-        fusion.conversation(picture())
+    for start in (fusion.conversation, fusion.encode_image):
+        with pytest.raises(UsageError, match=CLOSED):
+            start(picture())
 
 
 def test_close_between_two_pieces(fusion: Fusion) -> None:
@@ -272,7 +273,7 @@ def test_close_between_two_pieces(fusion: Fusion) -> None:
     conversation = fusion.conversation(picture())
     next(stream)
     fusion.close()
-    with pytest.raises(FusionError, match=GIVEN_UP):
+    with pytest.raises(FusionError, match=ENDED):
         next(stream)
     assert backend(fusion).closed == 1
     with pytest.raises(UsageError, match=CLOSED):
@@ -284,7 +285,7 @@ def test_close_at_any_moment(fusion: Fusion) -> None:
         other = Fusion(fusion.manifest, WatchedBackend(fusion.config), fusion.tokenizer, fusion.embed)
         timer = threading.Timer(random.Random(seed).uniform(0, 0.02), other.close)
         timer.start()
-        with pytest.raises(FusionError, match=f"{GIVEN_UP}|{CLOSED}"):
+        with pytest.raises(FusionError, match=f"{ENDED}|{CLOSED}"):
             ask_until_closed(other)
         timer.join()
         assert backend(other).closed == 1
@@ -304,7 +305,7 @@ def test_onnx_runtime_closed_at_any_moment(tiny_bundle: Path) -> None:
         fusion = load(tiny_bundle, threads=1)
         timer = threading.Timer(random.Random(seed).uniform(0, 0.03), fusion.close)
         timer.start()
-        with pytest.raises(FusionError, match=f"{GIVEN_UP}|{CLOSED}"):
+        with pytest.raises(FusionError, match=f"{ENDED}|{CLOSED}"):
             ask_until_closed(fusion)
         timer.join()
 
@@ -326,7 +327,7 @@ def test_ctrl_c_within_a_question(fusion: Fusion, method: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             ask("Where?", sampling=SHORT)
         assert fusion.answer(picture(), "What?", sampling=SHORT).text == expected
-        fusion.pipeline.clear_image_cache()
+        fusion.clear_image_cache()
     backend(fusion).before = interrupt
     stream = fusion.stream(picture(1), "Where?", sampling=SHORT)
     with pytest.raises(KeyboardInterrupt):
@@ -365,7 +366,7 @@ def test_ctrl_c_at_any_moment(fusion: Fusion) -> None:
     other.start()
     with on_alarm(interrupt_main):
         for seed in range(150):
-            with suppress(KeyboardInterrupt), unless_given_up():
+            with suppress(KeyboardInterrupt), unless_ended():
                 signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(1e-4, 8e-3))
                 while True:
                     assert fusion.answer(picture(), "What?", sampling=SHORT).text == expected
@@ -382,7 +383,7 @@ def test_a_handler_that_closes(fusion: Fusion) -> None:
         other = Fusion(fusion.manifest, WatchedBackend(fusion.config), fusion.tokenizer, fusion.embed)
         with on_alarm(other.close):
             signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(1e-4, 1e-2))
-            with pytest.raises(FusionError, match=f"{GIVEN_UP}|{CLOSED}"):
+            with pytest.raises(FusionError, match=f"{ENDED}|{CLOSED}"):
                 ask_until_closed(other)
         assert backend(other).closed == 1
 
@@ -396,7 +397,7 @@ def test_a_handler_that_closes_while_its_thread_waits(fusion: Fusion) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(UsageError, match=CLOSED):
             fusion.answer(picture(), "Where?", sampling=SHORT)
-        with pytest.raises(FusionError, match=GIVEN_UP):
+        with pytest.raises(FusionError, match=ENDED):
             running.result(20)
     assert backend(fusion).closed == 1
 
@@ -404,7 +405,7 @@ def test_a_handler_that_closes_while_its_thread_waits(fusion: Fusion) -> None:
 def test_a_handler_that_asks(fusion: Fusion) -> None:
     def ask(name: str) -> None:
         if name == "prefill":
-            with pytest.raises(UsageError, match="A signal handler asks the model that it interrupted"):
+            with pytest.raises(UsageError, match="A signal handler cannot ask the model that it interrupted"):
                 fusion.answer(picture(), "Where?")
 
     backend(fusion).before = ask
