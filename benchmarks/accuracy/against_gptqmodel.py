@@ -8,6 +8,7 @@ Both get the same float weights and the same Hessian H of the float model's inpu
 folder of ``benchmarks.accuracy.smollm2``.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import argparse
