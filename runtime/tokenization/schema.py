@@ -195,7 +195,7 @@ def _check_component(name: str, value: Any, types: Mapping[str, Mapping[str, Che
     _fields(f"{name} {kind}", value, {"type": lambda _: True, **types[kind]})
     if kind == "Sequence":
         [field] = types[kind]
-        parts = value.get(field, [])
+        parts = (value or {}).get(field, [])
         if len(parts) > _MAX_COMPONENTS:
             raise ValueError(f"{name} has {len(parts)} parts, more than {_MAX_COMPONENTS}")
         for part in parts:

@@ -49,7 +49,8 @@ class PlainRuns:
     def run(self, name: str, **inputs: Array) -> list[Array]:
         feeds = {spec.name: spec.dtype for spec in self._specs[name].inputs if spec.name in inputs}
         arrays = {feed: np.asarray(inputs[feed], dtype) for feed, dtype in feeds.items()}
-        return list(self._sessions[name].run(None, arrays | self.cache if name == graphs.LLM else arrays))
+        outputs: Any = self._sessions[name].run(None, arrays | self.cache if name == graphs.LLM else arrays)
+        return list(outputs)
 
     def llm(self, rows: Array, length: int, is_prefill: bool, **alignment: Array) -> Array:
         """Return the logits of the last of ``rows``; the cache then has ``length`` tokens."""
