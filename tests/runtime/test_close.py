@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.watched_backend import (
@@ -35,7 +36,7 @@ def test_close_ends_running_and_waiting_questions(fusion: Fusion, method: str) -
     with ThreadPoolExecutor(5) as pool:
         running = pool.submit(fusion.answer, picture(), "What?", sampling=SHORT)
         assert blocked.reached.wait(20)
-        waiting = [
+        waiting: list[Future[Any]] = [
             pool.submit(fusion.answer, picture(), "Where?", sampling=SHORT),
             pool.submit(fusion.encode_image, picture(2)),
         ]
