@@ -319,7 +319,7 @@ def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refu
     assert f"tensorrt is not installed; {full}" in refused(cli_build.main, bundle, "--library=tensorrt")
     assert f"tensorrt-rtx is not installed; {rtx}" in refused(cli_build.main, bundle, "--library=tensorrt-rtx")
     message = refused(cli_build.main, bundle)
-    assert message.startswith(f"error: There is no TensorRT here: tensorrt is not installed; {full}")
+    assert message.startswith(f"error: TensorRT is not installed: tensorrt is not installed; {full}")
     assert f" tensorrt-rtx is not installed; {rtx}" in message
 
 
