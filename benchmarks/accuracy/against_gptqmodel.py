@@ -1,6 +1,6 @@
 """Compare our GPTQ with GPTQModel's, linear by linear, by the relative squared error of the outputs.
 
-    pip install gptqmodel==7.7.0        # in a separate environment with fusion-edge[benchmarks]
+    pip install gptqmodel==7.7.0 '.[benchmarks]'     # in a separate environment
     python -m fusion_edge.benchmarks.accuracy.against_gptqmodel --work FOLDER_OF_SMOLLM2 --json FILE
 
 Both get the same float weights and the same Hessian H of the float model's inputs, with the row weights of calibration
@@ -8,6 +8,7 @@ Both get the same float weights and the same Hessian H of the float model's inpu
 folder of ``benchmarks.accuracy.smollm2``.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import argparse

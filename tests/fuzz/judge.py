@@ -53,6 +53,7 @@ class Kind(Protocol):
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         """Return a random mutant with its files in ``folder``. ``draw=None``: the unchanged input."""
+        ...
 
 
 @dataclass(frozen=True)
