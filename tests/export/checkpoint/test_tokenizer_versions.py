@@ -141,7 +141,7 @@ def test_added_tokens_of_older_versions(tmp_path: Path) -> None:
             assert older.encode(entry["text"]).ids == entry["ids"]
 
 
-def test_no_added_tokens_anywhere(tmp_path: Path) -> None:
+def test_missing_added_tokens(tmp_path: Path) -> None:
     folder = copy_phi(tmp_path, lambda config: config.pop("added_tokens_decoder"))
     (folder / "added_tokens.json").unlink()
     with pytest.raises(FusionError, match="no valid added_tokens_decoder"):

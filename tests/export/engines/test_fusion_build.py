@@ -91,7 +91,7 @@ def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: 
 
 
 @pytest.mark.parametrize(("checkpoint", "precision"), [("phi", "fp16"), ("llama", "int4")])
-def test_graphs_behind_the_tower(trt: ModuleType, tmp_path: Path, checkpoint: str, precision: str) -> None:
+def test_graphs_without_vision_tower(trt: ModuleType, tmp_path: Path, checkpoint: str, precision: str) -> None:
     """The other formats, without the golden checkpoints' vision towers, which take most of a minute to build."""
     command = [str(CHECKPOINTS[checkpoint]), "-o", str(tmp_path / "b"), "--target=tensorrt"]
     assert cli.main([*command, *PRECISIONS[precision].split()]) == 0
@@ -195,7 +195,7 @@ def test_int4_engines_are_smaller(built: Built, wide: Path) -> None:
     assert quarter.file.size < 0.6 * half.file.size
 
 
-def test_steps_do_without_the_interaction_layers(built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_engine_omits_interaction_layers(built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine for decode only has none of their weights: TensorRT sees that they get no rows."""
     folder, both = built(wide, "fp16", "8.9", "--parts=1")
 
