@@ -31,7 +31,7 @@ def tried(kind: str, name: str, calls: list[int]) -> list[int]:
 def test_export_survives_faults(
     kinds: tuple[str, ...], where: str, tiny_checkpoint: Path, replaced: Path, tmp_path: Path
 ) -> None:
-    """The old or the new bundle is whole, and the next export leaves nothing behind."""
+    """The old or the new bundle is complete, and the next export leaves nothing behind."""
     place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES[where])
     names = trace(place)
     differing = ["rename"] if where == "a folder without exchange" else dict.fromkeys(names)
@@ -54,7 +54,7 @@ def test_each_fault_kind(kind: str, tiny_checkpoint: Path, replaced: Path, tmp_p
 def test_inject_detects_a_fault(
     tiny_checkpoint: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """:func:`inject` detects a fault: here the old bundle is not restored."""
+    """An old bundle that is not restored is reported."""
     place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES["a folder without exchange"])
     names = trace(place)
     second = names.index("rename", names.index("rename") + 1)

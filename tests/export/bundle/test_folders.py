@@ -132,7 +132,7 @@ def test_links_in_a_hidden_folder_are_not_followed(tiny_checkpoint: Path, output
 
 
 def test_partial_folder_moved_during_export(output: Path) -> None:
-    """Another export may do it where there are no locks: its folder is neither published nor removed."""
+    """Without locks, another export may take the folder. Its files are neither published nor removed."""
     partial = output.with_name(".bundle.partial")
 
     def write() -> None:
@@ -285,7 +285,7 @@ def test_exchange_not_supported(
 
 
 def test_link_targets_of_replaced_bundle_stay(tiny_checkpoint: Path, replaceable: Path, tmp_path: Path) -> None:
-    """As in a hub cache: links are deleted, their targets stay."""
+    """Links, as in a hub cache, are deleted; their targets stay."""
     (replaceable / "llm.data").rename(tmp_path / "blob")
     (replaceable / "llm.data").symlink_to(tmp_path / "blob")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0

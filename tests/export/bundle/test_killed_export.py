@@ -1,4 +1,4 @@
-"""A bundle is complete or absent, whatever is in its place, fails, or kills the export."""
+"""An export leaves a complete bundle or none, after any failure or kill, and with any existing output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def siblings(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir())
 
 
-# What is in the place already -------------------------------------------------------------------------------
+# Existing outputs -------------------------------------------------------------------------------------------
 
 
 def test_force_replaces_a_bundle(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
@@ -182,7 +182,7 @@ def test_signal_during_export(
     assert not siblings(output)
 
 
-# Two at once ------------------------------------------------------------------------------------------------
+# Concurrent exports -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [[], ["--force"]])
@@ -221,7 +221,7 @@ def test_concurrent_export_ends_while_locking(
     assert (partial / "llm.data").exists() == (outcome == "failed and a third began")
 
 
-# Killed -----------------------------------------------------------------------------------------------------
+# Kills ------------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -285,7 +285,7 @@ def test_killed_while_replacing(
 def test_killed_while_the_replaced_bundle_is_removed(
     moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
 ) -> None:
-    """It was swapped with the new one: there is a bundle at any time."""
+    """The bundles were swapped: there is a bundle at any time."""
     shutil.copytree(tiny_bundle, output)
     engine = output / "engines/tensorrt-10.9-cc8.7-0123456789abcdef/llm.engine"
     engine.parent.mkdir(parents=True)

@@ -64,7 +64,7 @@ def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
     edit_json(index, weight_map=others | dict.fromkeys(tensors, path.name))
 
 
-# What is given as a checkpoint ------------------------------------------------------------------------------
+# Checkpoint path --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

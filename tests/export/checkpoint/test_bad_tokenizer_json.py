@@ -258,7 +258,7 @@ def test_empty_sentencepiece_models(tmp_path: Path, model: bytes) -> None:
 
 
 def test_duplicate_json_keys(contents: dict[str, str]) -> None:
-    """The library might read the value that was not checked."""
+    """The library might read the value that is not checked."""
     content = contents["phi"].replace('"type":"BPE"', '"type":"BPE","dropout":0.5', 1).encode()
     with pytest.raises(ValueError, match="'dropout' is a duplicate key"):
         parse_tokenizer(content)
@@ -272,7 +272,7 @@ def test_duplicate_json_keys(contents: dict[str, str]) -> None:
     ],
 )
 def test_tokenizer_fails_on_a_text(contents: dict[str, str], change: Change) -> None:
-    """The second fails in a panic, for empty matches of Phi's normalizer."""
+    """The second change makes the library panic: Phi's normalizer matches an empty text."""
     content = json.loads(contents["phi"])
     change(content)
     encoder = PromptEncoder(build_tokenizer(content), TEMPLATES["phi_3"])

@@ -66,7 +66,7 @@ def replace_tensors(checkpoint: Path, tensors: Tensors) -> None:
     save_file(tensors, checkpoint / "model.safetensors")
 
 
-# Files that are something else ------------------------------------------------------------------------------
+# Files of other formats -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, FIRST, "tokenizer.model"])
@@ -166,7 +166,7 @@ def test_long_value_is_shortened(checkpoint: Path, refuse: Callable[..., str]) -
     assert len(refuse()) < 1000
 
 
-# Folders that are something else ----------------------------------------------------------------------------
+# Folders without a checkpoint -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])

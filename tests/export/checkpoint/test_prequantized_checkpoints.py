@@ -81,7 +81,7 @@ def test_weights_are_bit_exact_and_logits_agree(variant: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("variant", ["bnb-nf4", "gptq-v1-asym"])
 def test_all_linears_may_be_quantized(variant: str, tmp_path: Path) -> None:
-    """Also with biases, blocks that cross rows, and a shorter last group."""
+    """This includes biases, blocks that cross rows, and a shorter last group."""
     fixture = read_fixture(variant)
     pattern = r"model\.(layers|vision_sampler_layers|vision_tower.*(fc\d|proj)|aux_projector|mm_projector)\b|lm_head"
     source = write_quantized(tmp_path / "source", fixture.config, fixture.tensors, packer(variant), pattern)
@@ -118,7 +118,7 @@ def test_codebook_matmul_memory_includes_dequantized_weight(tmp_path: Path) -> N
     assert peaks[1] > peaks[0]
 
 
-# Beside the layouts ---------------------------------------------------------------------------------------------
+# Reports, rules and merged weights ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_calibration_leaves_quantized_weights_alone(checkpoint: Path, tmp_path: 
 
 
 def test_merged_and_split_prequantized_weights(tmp_path: Path) -> None:
-    """Llama's queries, keys and values; the columns of ``proj_in``."""
+    """Llama's queries, keys and values are merged; the columns of ``proj_in`` are split."""
     model = dataclasses.replace(SMALL, template="llama_3", language=dataclasses.replace(SMALL.language, kv_heads=2))
     fixture = read_fixture("gptq-v1-asym")
     pack = packer("gptq-v1-asym")
@@ -251,14 +251,14 @@ def test_calibration_rounds_and_measures_nf4(tmp_path: Path) -> None:
 
 
 def test_nf4_in_16_bits(tmp_path: Path) -> None:
-    """For CUDA, absmax has the activations' type."""
+    """For CUDA, absmax is float16, as the activations are."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL)
     folder = export(checkpoint, tmp_path / "bundle", "--nf4", "--target", "cuda")
     model = onnx.load(folder / "llm.onnx", load_external_data=False)
     onnx.shape_inference.infer_shapes(model)
     makers = {output: node for node in model.graph.node for output in node.output}
-    products = [node for node in model.graph.node if node.op_type == "MatMulBnb4"]
-    assert products
-    for node in products:
+    matmuls = [node for node in model.graph.node if node.op_type == "MatMulBnb4"]
+    assert matmuls
+    for node in matmuls:
         cast = makers[node.input[2]]
         assert (cast.op_type, cast.attribute[0].i) == ("Cast", onnx.TensorProto.FLOAT16)

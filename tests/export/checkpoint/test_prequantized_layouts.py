@@ -134,7 +134,7 @@ def test_packing_matches_libraries(variant: str) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_rounding_matches_bitsandbytes(kind: str, block: int) -> None:
-    """Also halfway between two codes, in blocks of zeros, and in blocks of denormal numbers."""
+    """This includes ties between two codes, blocks of zeros, and blocks of denormal numbers."""
     fixture = load_file(QUANTIZED / "bnb-quantizer.safetensors")
     form = WeightFormat(kind, block)
     packed = quantize(fixture["weights"], form)

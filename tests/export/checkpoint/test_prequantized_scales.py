@@ -57,7 +57,7 @@ def with_biases(tensors: Tensors) -> None:
         tensors[f"{name.removesuffix('scales')}bias"] = torch.zeros(tensors[name].shape[1], dtype=torch.float16)
 
 
-# What may be left out or added ------------------------------------------------------------------------------
+# Optional tensors and files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("edit", [without_groups, with_biases])

@@ -59,7 +59,7 @@ def engines_of(bundle: Path) -> list[Path]:
     )
 
 
-# What is built ---------------------------------------------------------------------------------------------------
+# Builds ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_rebuild_when_kernels_become_available(bundle: Path, tmp_path: Path, mon
 
 
 def test_missing_kernels(bundle: Path, tmp_path: Path, refused: Refuse) -> None:
-    """The error comes before anything is built."""
+    """The error is raised before the build."""
     folder, trt = kernel_folder(tmp_path / "kernels", "add_rows"), fake(FULL)
     with installed(trt):
         message = refused(cli_build.main, bundle, *ON_FULL, "--kernels", folder)
@@ -212,7 +212,7 @@ def test_kernels_require_plugins(bundle: Path, refused: Refuse) -> None:
 
 
 def test_timing_cache_is_kept(bundle: Path) -> None:
-    """It is kept per version and compute capability, survives the engines, and the next build reads it."""
+    """There is one cache per version and compute capability. It outlives the engines, and the next build reads it."""
     kept = bundle / ENGINES_FOLDER / "tensorrt-10.16.0-cc8.6.timing"
     for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
         assert build(fake(FULL), bundle, "--force") == 0
@@ -228,7 +228,7 @@ def test_timing_cache_is_kept(bundle: Path) -> None:
 
 
 def test_failure_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error names the second attempt's reason, not the missing fused attention."""
+    """The error gives the reason of the second attempt, not the missing fused attention."""
     trt = fake()
     trt.has_fused_attention, trt.build_error = False, "Out of memory."
     assert build(trt, bundle) == 1
@@ -244,7 +244,7 @@ def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     assert told == [f"vision_encoder: {remark}", f"llm: {remark}"]
 
 
-# What fails while it is built ------------------------------------------------------------------------------------
+# Failures during a build -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("failure", ["parse_error", "build_error"])
@@ -299,7 +299,7 @@ def test_two_builds_at_once(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"Another build is writing {folder}; wait for it" in capsys.readouterr().err
 
 
-# What is not begun -----------------------------------------------------------------------------------------------
+# Refused before a build ------------------------------------------------------------------------------------------
 
 
 def test_bundle_for_another_target_is_refused(tiny_bundle: Path, refused: Refuse) -> None:

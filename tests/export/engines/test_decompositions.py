@@ -117,7 +117,7 @@ def test_all_unsupported_operators_are_decomposed(golden: Path) -> None:
 
 
 def test_tensorrt_reads_decomposed_graphs(golden: Path) -> None:
-    """TensorRT-RTX is newer than any version that needs functions, but expands them as an old one does."""
+    """TensorRT-RTX needs no functions, but expands them as an older TensorRT does."""
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     for name in ("vision_encoder", "llm"):
         logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
