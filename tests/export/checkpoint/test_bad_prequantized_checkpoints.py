@@ -41,8 +41,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def refuse(originals: dict[str, Path], tmp_path: Path, refused: Refuse) -> Refuse:
-    """``refuse(layout, edit, *options, **config)``: the message for a checkpoint whose tensors ``edit`` changes, and
-    whose ``quantization_config`` gets the fields of ``config``.
+    """Return ``refuse(layout, edit, *options, **config)``: it returns the error for a changed checkpoint.
+
+    ``edit`` changes the tensors, and ``config`` the fields of ``quantization_config``.
     """
 
     def run(layout: str, edit: Callable[[Tensors], object] | None, *options: str, code: int = 1, **config: Any) -> str:
