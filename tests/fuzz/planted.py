@@ -50,7 +50,7 @@ def _tells_too_much(_: Path) -> None:
 
 
 def _allocates(_: Path) -> None:
-    b"x" * (GROWTH + (8 << 20))
+    _ = b"x" * (GROWTH + (8 << 20))
 
 
 def _warns(_: Path) -> None:
