@@ -23,8 +23,8 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.conversation import Conversation
-from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.images.preprocessing import load_image
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.pipeline import Embed, Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import Color, ImageLike, Request
@@ -81,12 +81,12 @@ class Fusion:
 
     @property
     def config(self) -> FusionConfig:
-        """The model's sizes."""
+        """The model's configuration."""
         return self.manifest.model
 
     @property
     def max_context(self) -> int:
-        """Limit of tokens in the KV cache, prompt and answer together."""
+        """Size of the KV cache in tokens, prompt and answer together."""
         return self.pipeline.max_context
 
     def __enter__(self) -> Fusion:
@@ -98,9 +98,9 @@ class Fusion:
         self.close()
 
     def close(self) -> None:
-        """Free the model's memory. Closing twice does no harm.
+        """Free the model's memory, and return when it is free. Closing again does nothing.
 
-        A question in another thread ends with :class:`FusionError`. Returns when the memory is free.
+        A question that is running in another thread ends with :class:`FusionError`.
         """
         self.queue.close()
         if not self.queue.is_inherited:
@@ -146,9 +146,19 @@ class Fusion:
         return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request).complete())
 
     def stream(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> AnswerStream:
-        """Ask a question as :meth:`ask`. The stream's ``answer`` is complete after the last piece.
+        """Ask a question about an image and return a stream of the answer's pieces.
 
-        A wrong argument leaves the previous stream as it is.
+        After the last piece, :attr:`AnswerStream.answer` is the complete answer. A question that raises an error does
+        not end the previous stream.
+
+        Args:
+            image: As in :meth:`ask`.
+            question: The question.
+            **options: See :class:`QuestionOptions`.
+
+        Raises:
+            UsageError: As :meth:`ask`.
+            FusionError: As :meth:`ask`.
         """
         request = self._request(image, question, **options)
         return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request))
@@ -169,11 +179,42 @@ class Fusion:
         is_markup = flag("control_tokens", control_tokens)
         return Conversation(self.pipeline, self.queue, load_image(image, color), is_markup)
 
-    def query_length(self, length: int | None = None) -> int:
-        """Return the query length, by default the bundle's first.
+    def encode_image(self, image: ImageLike, color: Color = "rgb") -> None:
+        """Encode an image ahead of the first question about it, and cache its features.
+
+        A question about the same pixels then skips most of the vision encoder. The cache holds one image. A stream that
+        has pieces left continues.
+
+        Args:
+            image: As in :meth:`ask`.
+            color: Channel order of an array: ``rgb`` or ``bgr``.
 
         Raises:
-            UsageError: The bundle does not offer it.
+            UsageError: An argument has a wrong type or is out of range, or the model is closed.
+            FusionError: The image cannot be read.
+        """
+        self.queue.check_open()
+        crops = cut_crops(load_image(image, color))
+
+        def encode() -> None:
+            self.queue.check_open()
+            try:
+                self.pipeline.encode_image(crops)
+            except FusionError:
+                self.queue.check_open()  # close() may have interrupted the run
+                raise
+
+        self.queue.run(encode)
+
+    def clear_image_cache(self) -> None:
+        """Drop the cached features of the latest image, so the next question encodes its image again."""
+        self.queue.run(self.pipeline.clear_image_cache)
+
+    def query_length(self, length: int | None = None) -> int:
+        """Return ``length``, or the bundle's default query length for None.
+
+        Raises:
+            UsageError: The bundle does not offer the length.
         """
         return self.pipeline.query_length(length)
 

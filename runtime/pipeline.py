@@ -47,16 +47,16 @@ def no_hook(_stage: str) -> AbstractContextManager[None]:
 
 @dataclass(eq=False)
 class EncodedImage:
-    """What does not depend on a question: the cache of the latest image."""
+    """An image with its features, which do not depend on a question."""
 
     crops: npt.NDArray[np.uint8]
     """``[5,S,S,3]``."""
     local_pixels: Floats
     """``[1,3,S,S]``: the local crop, normalized."""
     global_features: npt.ArrayLike
-    """``[4,P,D]``, in the backend's own form."""
+    """``[4,P,D]``: a tensor of the backend."""
     alignments: dict[int, ImageAlignment] = field(default_factory=dict)
-    """By query length."""
+    """Alignments by query length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Prefilled:
     length: int
     """Tokens in the KV cache."""
     capacity: int
-    """Tokens that the sequence may grow to."""
+    """Limit of the sequence in tokens."""
     token: int
     """First token of the answer."""
 
@@ -98,12 +98,12 @@ class Pipeline:
 
     @property
     def config(self) -> FusionConfig:
-        """The model's sizes."""
+        """The model's configuration."""
         return self.manifest.model
 
     @property
     def max_context(self) -> int:
-        """Limit of tokens in the KV cache, prompt and answer together."""
+        """Size of the KV cache in tokens, prompt and answer together."""
         return min(self.manifest.max_context, self.backend.max_context)
 
     def request(
@@ -175,7 +175,7 @@ class Pipeline:
         return image
 
     def clear_image_cache(self) -> None:
-        """Drop the latest image, so that the next one is encoded even if it is the same."""
+        """Drop the cached image, so the next question encodes its image again."""
         self._latest = None
 
     def encode_image_tokens(self, image: EncodedImage, instruct_ids: Integers) -> Floats:

@@ -3,7 +3,7 @@
 It encodes a text in four steps:
 
 1. Replace every U+2581 by a space, and put one U+2581 in front of the text.
-2. Split off added tokens (leftmost, longest). Their flags say whether they take adjacent whitespace.
+2. Split off added tokens (leftmost, longest). Their flags say whether they strip adjacent whitespace.
 3. If the text begins with a *named* special token (bos, eos, unk, additional, ...), drop the U+2581 before it. Before
    other added tokens it stays.
 4. Encode each remaining part by SentencePiece BPE without normalization. Unknown characters become bytes.

@@ -1,4 +1,4 @@
-"""Entry points of the commands. They handle signals before any import of a library, because imports take a while."""
+"""Entry points of the commands. They handle signals before they import libraries, because imports are slow."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.tokenization.text_encoder import TextEncoder, any_of, is_empty
 
 MAX_WHITESPACE = 1000
-"""Limit of whitespace around an answer in the history. Beside a control token it may take no tokens."""
+"""Limit of whitespace around an answer in the history. Next to a control token it may add no tokens."""
 IMAGE_MARKER = "<image>"
 LATENT_MARKER = "<latent_image>"
 VISION_START = "<vision_start>"
@@ -103,7 +103,7 @@ class ContextBudget:
 
     def left(self, token_ids: Sequence[int]) -> int:
         """Return the tokens left after a prompt's first ids. Raise :class:`FusionError` if they exceed the context."""
-        least = len(token_ids) + self.image_tokens  # a marker takes at least one token
+        least = len(token_ids) + self.image_tokens  # a marker stands for at least one token
         if least > self.capacity:
             raise self._too_long(f"at least {least - 1}")
         return self.capacity - least
@@ -198,7 +198,7 @@ class PromptEncoder:
     def _valid_text(self, text: str, name: str, budget: ContextBudget | None, before: Sequence[int]) -> str:
         if not isinstance(text, str):
             raise UsageError(f"{name} is of type {type(text).__name__}; expected a string.")
-        if budget is not None:  # whitespace beside a control token may take no token
+        if budget is not None:  # whitespace next to a control token may add no tokens
             budget.check_text(text.strip(), self._encoder, budget.left(before))
         try:
             text.encode()

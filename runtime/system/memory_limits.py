@@ -32,7 +32,10 @@ def address_space() -> int | None:
 
 
 def too_little() -> str | None:
-    """Return why no command can start, a sentence; None if one can. Saves address space if it is limited."""
+    """Return the reason why no command can start, as a sentence; None if one can.
+
+    Also save address space if it is limited.
+    """
     left = address_space()
     if left is None:
         return None

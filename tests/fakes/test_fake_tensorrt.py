@@ -51,7 +51,7 @@ def documented(function: Any) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("stand_in", CLASSES, ids=lambda one: one.__qualname__)
-def test_tensorrt(tensorrt_rtx: ModuleType, stand_in: type) -> None:
+def test_the_fake_of_tensorrt_has_names_and_parameters_of_the_module(tensorrt_rtx: ModuleType, stand_in: type) -> None:
     real = getattr(tensorrt_rtx, stand_in.__name__)
     if issubclass(stand_in, Enum):
         assert set(stand_in.__members__) <= set(dir(real))
@@ -68,14 +68,14 @@ def test_tensorrt(tensorrt_rtx: ModuleType, stand_in: type) -> None:
         assert any(wanted == names[: len(wanted)] for names in documented(getattr(real, name)))
 
 
-def test_the_module_has_what_is_stood_in_for(tensorrt_rtx: ModuleType) -> None:
+def test_the_fake_module_has_only_names_of_the_module(tensorrt_rtx: ModuleType) -> None:
     stand_in = fake_tensorrt.FakeTensorRT(*fake_tensorrt.RTX, FakeCuda())
     for name in (*vars(fake_tensorrt.FakeTensorRT), *vars(stand_in)):
         if name[0].isupper():
             assert hasattr(tensorrt_rtx, name)
 
 
-def test_cuda(cuda: ModuleType) -> None:
+def test_the_fake_of_cuda_has_the_parameters_of_the_bindings(cuda: ModuleType) -> None:
     functions = [name for name in vars(FakeCuda) if re.match("cuda[A-Z]", name)]
     assert len(functions) == 23
     for name in functions:
@@ -84,13 +84,13 @@ def test_cuda(cuda: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", CUDA_ENUMS)
-def test_enumerations_of_cuda(cuda: ModuleType, name: str) -> None:
+def test_enumerations_equal_those_of_the_bindings(cuda: ModuleType, name: str) -> None:
     real = getattr(cuda, name)
     for member in CUDA_ENUMS[name]:
         assert getattr(real, member.name).value == member.value
 
 
-def test_results_of_cuda(cuda: ModuleType) -> None:
+def test_results_have_the_types_of_the_bindings(cuda: ModuleType) -> None:
     """What needs no GPU: an error, then results."""
     for module in (cuda, FakeCuda()):
         error, text = module.cudaGetErrorString(module.cudaError_t.cudaErrorMemoryAllocation)

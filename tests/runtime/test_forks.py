@@ -67,6 +67,7 @@ IN_CHILD = {  # call and start of its error
     'conversation.answer("What?")': "FusionError",
     'next(conversation.ask("What?"))': "FusionError",
     "fusion.conversation(picture)": "FusionError",
+    "fusion.encode_image(picture)": "FusionError",
 }
 
 

@@ -185,7 +185,7 @@ def test_files_that_no_bundle_wrote_stay(tiny_checkpoint: Path, replaceable: Pat
     before = tree(replaceable.parent)
     message = refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert f"{replaceable / name.split('/')[0]}" in message
-    assert "is no file of the bundle" in message
+    assert "does not belong to the bundle" in message
     assert tree(replaceable.parent) == before
 
 
@@ -224,7 +224,7 @@ def test_a_folder_whose_manifest_tells_nothing(
 ) -> None:
     (replaceable / MANIFEST).write_text(text)
     before = tree(replaceable)
-    assert "is no bundle" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--force")
+    assert "is not a bundle" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--force")
     assert tree(replaceable) == before
 
 

@@ -78,7 +78,7 @@ def test_force_replaces_nothing_else(tiny_checkpoint: Path, output: Path, make: 
     for options in ([], ["--force"]):
         message = refused(cli.main, tiny_checkpoint, "-o", output, *options)
         assert f"{output} exists" in message
-        assert ("is no bundle, so --force does not replace it" in message) == bool(options)
+        assert ("is not a bundle, so --force does not replace it" in message) == bool(options)
         assert files[make].read_text(encoding="utf-8") == "dear"
     assert siblings(output) == ["bundle"]
 
@@ -108,14 +108,16 @@ def test_a_place_in_no_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Re
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_write_protected(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
     output.parent.chmod(0o555)
-    assert f"Cannot write {output}: Permission denied" in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert f"Cannot write {output} (Permission denied); choose another output." in refused(
+        cli.main, tiny_checkpoint, "-o", output
+    )
     output.parent.chmod(0o755)
     assert not siblings(output)
 
 
 def test_a_file_system_that_is_read_only(tiny_checkpoint: Path, refused: Refuse) -> None:
     message = refused(cli.main, tiny_checkpoint, "-o", "/proc/bundle")  # no user may make a folder here
-    assert message.startswith("error: Cannot write /proc/bundle: ")
+    assert message.startswith("error: Cannot write /proc/bundle (")
 
 
 # The disk ---------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def test_an_error_of_the_disk(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "pwrite", broken)
-    assert "bundle: Input/output error." in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert "bundle (Input/output error); choose another output." in refused(cli.main, tiny_checkpoint, "-o", output)
     assert not siblings(output)
 
 

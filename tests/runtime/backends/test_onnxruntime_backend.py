@@ -80,7 +80,7 @@ def subject(bundle: Bundle) -> Subject:
     return Subject(OnnxRuntimeBackend(bundle, "cpu", 1), bundle.manifest, 0)
 
 
-def test_bound_buffers_give_the_bits_of_plain_runs(bundle: Bundle, subject: Subject) -> None:
+def test_bound_buffers_equal_plain_runs_bit_by_bit(bundle: Bundle, subject: Subject) -> None:
     plain = PlainRuns(bundle)
     features = subject.encode(4, 0)
     image = subject.align(features, 4)
@@ -106,7 +106,7 @@ def test_bound_buffers_give_the_bits_of_plain_runs(bundle: Bundle, subject: Subj
             assert np.array_equal(subject.backend.decode(row), plain.llm(row[None], length, False, **none))
 
 
-def test_features_are_those_of_a_plain_run(bundle: Bundle, subject: Subject) -> None:
+def test_features_equal_a_plain_run(bundle: Bundle, subject: Subject) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(1, 3, 384, 384)).astype(np.float32)
     words = rng.normal(size=(1, 5, subject.width)).astype(np.float32)
@@ -115,7 +115,7 @@ def test_features_are_those_of_a_plain_run(bundle: Bundle, subject: Subject) -> 
     assert np.array_equal(np.asarray(subject.backend.encode(pixels, words, mask)), expected)
 
 
-def test_a_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = start(subject, CAPACITY)
     before = subject.backend.decode(rows[0]).copy()
 
@@ -129,7 +129,7 @@ def test_a_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytes
     assert not np.array_equal(subject.backend.decode(rows[1]), before)
 
 
-def test_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run options slow ONNX Runtime down. Long runs need them to be interruptible."""
     options: list[object] = []
     run = ort.InferenceSession.run_with_iobinding
@@ -147,7 +147,7 @@ def test_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyP
     assert options == [None]
 
 
-def test_a_step_writes_its_own_place_of_the_cache(subject: Subject) -> None:
+def test_a_decode_step_writes_one_position_of_the_cache(subject: Subject) -> None:
     """A step changes the memory of one token only."""
     rows = start(subject, CAPACITY)
     language = subject.manifest.model.language
@@ -170,7 +170,7 @@ def start(subject: Subject, capacity: int) -> Floats:
     return rows
 
 
-def test_no_step_copies_the_cache(subject: Subject) -> None:
+def test_no_decode_step_copies_the_cache(subject: Subject) -> None:
     """A cache of eight times the capacity does not slow steps down: they touch only used memory."""
     fastest = []
     for capacity in (CAPACITY, subject.manifest.max_context):
@@ -206,7 +206,7 @@ def test_a_failure_inside_onnxruntime_names_the_graph(subject: Subject) -> None:
         assert str(failure.value).count("ONNX Runtime failed") == 1
 
 
-def test_no_room_for_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_does_not_fit_in_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 50331648")
 
@@ -252,5 +252,5 @@ def test_a_provider_that_does_not_start(
         ("Features\t: fp asimd\n", False),
     ],
 )
-def test_which_processors_multiply_bytes_without_overflow(cpuinfo: str, expected: bool) -> None:
+def test_processors_with_vnni(cpuinfo: str, expected: bool) -> None:
     assert has_vnni(cpuinfo) is expected

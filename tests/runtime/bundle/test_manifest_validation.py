@@ -100,7 +100,7 @@ def write(folder: Path, manifest: Json) -> None:
         (("weights",), [{}], "more than there are weights"),
     ],
 )
-def test_a_value_that_cannot_be(
+def test_impossible_values_are_refused(
     copy: Path, refused: Refuse, path: tuple[str | int, ...], values: list[Any], reason: str
 ) -> None:
     for value in values:
@@ -129,7 +129,7 @@ def test_a_value_that_cannot_be(
         (("cache",), "float16"),
     ],
 )
-def test_a_graph_of_other_sizes(copy: Path, path: tuple[str | int, ...], value: object) -> None:
+def test_graphs_that_do_not_match_the_model(copy: Path, path: tuple[str | int, ...], value: object) -> None:
     """The manifest is consistent, but does not match the graph."""
     change(copy, path, value)
     with pytest.raises(FusionError, match=r"bundle.json and \w+.onnx do not belong together"):
@@ -199,7 +199,7 @@ def test_json_within_bounds(copy: Path, refused: Refuse, name: str, content: byt
     assert time.process_time() - started < 2
 
 
-def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
+def test_a_manifest_that_is_not_a_regular_file(copy: Path, refused: Refuse) -> None:
     """A pipe would block, and a device would never end."""
     (copy / MANIFEST).unlink()
     os.mkfifo(copy / MANIFEST)
@@ -215,7 +215,7 @@ def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
         read_json(copy / MANIFEST)
 
 
-def test_a_terminal_is_told_nothing_else(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_escape_sequences_do_not_reach_the_terminal(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(copy, ("source",), "x\x1b[2Jy\nz\ud800")
     assert cli_info.main([str(copy)]) == 0
     assert "x\\x1b[2Jy\\nz\\ud800\n" in capsys.readouterr().out
@@ -252,7 +252,7 @@ def test_the_root_of_the_hub_cache(tiny_bundle: Path, tmp_path: Path, refused: R
     assert f"It is a repository in the hub cache: pass its snapshot {snapshot}." in refused(cli_info.main, root)
 
 
-def test_a_blob_that_was_altered(tiny_bundle: Path, tmp_path: Path, refused: Refuse) -> None:
+def test_an_altered_blob(tiny_bundle: Path, tmp_path: Path, refused: Refuse) -> None:
     snapshot = in_hub_cache(tiny_bundle, tmp_path / "models--me--bundle")
     content = bytearray((snapshot / "llm.data").read_bytes())
     content[-1] ^= 1
@@ -261,7 +261,7 @@ def test_a_blob_that_was_altered(tiny_bundle: Path, tmp_path: Path, refused: Ref
 
 
 @pytest.mark.parametrize("target", ["../../llm.data", "../../../secret", "/etc/hostname", "../../blobs/../llm.data"])
-def test_other_links_lead_outside(tiny_bundle: Path, tmp_path: Path, refused: Refuse, target: str) -> None:
+def test_other_links_are_refused(tiny_bundle: Path, tmp_path: Path, refused: Refuse, target: str) -> None:
     snapshot = in_hub_cache(tiny_bundle, tmp_path / "models--me--bundle")
     for place in (tmp_path / "models--me--bundle" / "llm.data", tmp_path / "secret"):
         shutil.copy(tiny_bundle / "llm.data", place)

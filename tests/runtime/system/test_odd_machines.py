@@ -46,7 +46,7 @@ def answers(done: subprocess.CompletedProcess[bytes]) -> bool:
 @pytest.mark.parametrize(
     "name", [b"with spaces ", "Gr\u00fc\u00dfe \u4e2d\u6587".encode(), b"a#b%20c?d&e", b"-", b"'\"$(x)", b"n\nl"]
 )
-def test_a_bundle_by_any_name(demo: Path, tmp_path: Path, name: bytes) -> None:
+def test_unusual_bundle_names(demo: Path, tmp_path: Path, name: bytes) -> None:
     folder = shutil.copytree(demo, tmp_path / os.fsdecode(name))
     assert answers(ask(folder))
     assert cli_info.main([str(folder)]) == 0
@@ -66,7 +66,7 @@ def test_a_very_long_path(demo: Path, tmp_path: Path) -> None:
     assert answers(ask(folder))
 
 
-def test_an_environment_of_nothing(demo: Path, tmp_path: Path) -> None:
+def test_an_empty_environment(demo: Path, tmp_path: Path) -> None:
     """No home, locale or path, and a deleted current folder."""
     (tmp_path / "gone").mkdir()
     script = 'cd "$0" && rmdir "$0" && exec "$@"'
@@ -74,7 +74,7 @@ def test_an_environment_of_nothing(demo: Path, tmp_path: Path) -> None:
     assert answers(done)
 
 
-def test_a_machine_to_read_only(demo: Path) -> None:
+def test_a_read_only_file_system(demo: Path) -> None:
     """A read-only file system without temporary folder and ``/sys``."""
     script = (
         "for m in $(awk '{print $2}' /proc/self/mounts); do mount -o remount,bind,ro $m; done 2> /dev/null; "
@@ -115,7 +115,7 @@ def test_a_newer_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> N
     assert told == [4]
 
 
-def test_the_oldest_onnxruntime_stands_in_pyproject() -> None:
+def test_pyproject_requires_the_oldest_onnxruntime() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for extra in ("cpu", "cuda"):
         assert project["optional-dependencies"][extra][0].endswith(f">={'.'.join(map(str, OLDEST))}")
