@@ -50,7 +50,7 @@ def _tells_too_much(_: Path) -> None:
 
 
 def _allocates(_: Path) -> None:
-    _ = b"x" * (GROWTH + (8 << 20))
+    _large = b"x" * (GROWTH + (8 << 20))
 
 
 def _warns(_: Path) -> None:
