@@ -50,7 +50,7 @@ def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
 
 
 def refused(call: Any, beginning: str) -> None:
-    """Assert that a call raises a ``UsageError`` with one line that begins with ``start``."""
+    """Assert that a call raises a ``UsageError`` with one line that starts with ``beginning``."""
     with pytest.raises(UsageError) as raised:
         call()
     message = str(raised.value)
@@ -200,7 +200,7 @@ def test_values_are_formatted_on_one_short_line() -> None:
 
 
 def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
-    """Also if the checkpoint's settings name only another token, or one outside the vocabulary."""
+    """Even if the checkpoint names only other end tokens, or one outside the vocabulary."""
     bundle = open_bundle(tiny_bundle)
     with load(tiny_bundle, threads=1) as loaded:
         tokenizer = loaded.tokenizer

@@ -131,7 +131,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("code", BROKEN)
 def test_a_broken_onnxruntime(demo: Path, tmp_path: Path, code: str) -> None:
-    """Its output while it loads is dropped; output of others is not."""
+    """Output of ONNX Runtime during the load is dropped; other output is kept."""
     (tmp_path / "onnxruntime.py").write_text(
         "import os\nos.write(2, b'onnxruntime cpuid_info warning: Unknown CPU vendor\\nother\\n')\n" + code,
         encoding="utf-8",

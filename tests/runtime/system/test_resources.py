@@ -144,7 +144,7 @@ def test_an_export_uses_the_allowed_processors(tmp_path: Path, monkeypatch: pyte
 def test_every_memory_limit_gives_an_answer_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, tmp_path: Path
 ) -> None:
-    """Limits from what Python needs to what suffices: never an abort, a traceback or a wrong reason."""
+    """Limits from the minimum of Python to a sufficient one: never an abort, a traceback or a wrong reason."""
     bundle = tmp_path / "bundle"
     assert export_cli.main([str(DEMO_CHECKPOINT), "-o", str(bundle)]) == 0
     picture = DEMO_CHECKPOINT.parent / "picture.png"
