@@ -22,7 +22,7 @@ class Sampling:
     max_new_tokens: int = 512
     """Limit of generated tokens, from 1."""
     temperature: float = 0.0
-    """0 is greedy and ignores ``top_p``, ``top_k`` and ``seed``."""
+    """Sampling temperature; 0 is greedy and ignores ``top_p``, ``top_k`` and ``seed``."""
     top_p: float = 1.0
     """Nucleus sampling: the smallest set of tokens whose probabilities reach this sum; 1 is off."""
     top_k: int = 0

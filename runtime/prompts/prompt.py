@@ -31,7 +31,9 @@ class Turn:
     """A question and its answer."""
 
     question: str
+    """The question."""
     answer: str
+    """The complete answer."""
 
 
 @dataclass(frozen=True, eq=False)
