@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.answers import Answer, AnswerStream
-from fusion_edge.runtime.arguments import flag, integer
+from fusion_edge.runtime.arguments import check_flag, check_integer
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
 from fusion_edge.runtime.bundle.config import FusionConfig
@@ -180,7 +180,7 @@ class Fusion:
             FusionError: The image cannot be read.
         """
         self.queue.check_open()
-        is_markup = flag("control_tokens", control_tokens)
+        is_markup = check_flag("control_tokens", control_tokens)
         return Conversation(self.pipeline, self.queue, load_image(image, color), is_markup)
 
     def encode_image(self, image: ImageLike, color: Color = "rgb") -> None:
@@ -244,7 +244,7 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
         UsageError: An argument has a wrong type or is out of range.
         FusionError: The machine lacks the device, or the bundle is damaged, has a newer schema, or does not load.
     """
-    count = None if threads is None else integer("threads", threads, 1, "an integer from 1, or None")
+    count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
     if count is not None:
         check_threads(count)
     bundle = open_bundle(_path(folder))
