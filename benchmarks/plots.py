@@ -34,7 +34,7 @@ MACHINES = {
 ENGINES = {
     "ours-int8-cache": "fusion-edge, INT8 KV cache",
     "ours": "fusion-edge",
-    "openvino-int4": "OpenVINO, INT4",
+    "openvino-int4": "OpenVINO, INT4, bfloat16",
     "genai-b128": "onnxruntime-genai, INT4",
     "llama.cpp-q4_0": "llama.cpp, Q4_0",
 }

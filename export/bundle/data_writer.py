@@ -131,7 +131,7 @@ class DataWriter:
 
 
 class _Columns:
-    """Tensors that are filled by column: each is assembled in memory and written whole. Safe in several threads."""
+    """Tensors that are filled by column: each is assembled in memory and written whole. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -219,6 +219,10 @@ def test_another_model(checkpoint: Path, refuse: Callable[..., str], fields: dic
     assert expected in refuse()
 
 
+def test_bundle_instead_of_checkpoint(tiny_bundle: Path, refuse: Callable[..., str]) -> None:
+    assert f"{tiny_bundle} is a bundle that fusion-export wrote; expected a checkpoint." in refuse(tiny_bundle)
+
+
 # The hub's cache --------------------------------------------------------------------------------------------
 
 

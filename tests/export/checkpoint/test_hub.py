@@ -118,6 +118,13 @@ def raised(kind: type[Exception], message: str = "") -> Exception:
     return error
 
 
+def without_connection() -> Exception:
+    """Return the error of the hub client for a repository that is not cached, without a network."""
+    error = raised(errors.LocalEntryNotFoundError, "Got: ConnectError: refused\nPlease check your internet connection.")
+    error.__cause__ = ConnectionError("refused")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -128,6 +135,7 @@ def raised(kind: type[Exception], message: str = "") -> Exception:
         (ConnectionError("no\nroute."), r"org/name at revision v9 could not be downloaded \(no route\): check"),
         (OSError("No space left"), r"org/name at revision v9 could not be downloaded \(No space left\)"),
         (RuntimeError(), r"org/name at revision v9 could not be downloaded \(RuntimeError\)"),
+        (without_connection(), r"org/name at revision v9 could not be downloaded \(refused\): check the network"),
     ],
 )
 def test_errors_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:

@@ -319,7 +319,7 @@ def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refu
     assert f"tensorrt is not installed; {full}" in refused(cli_build.main, bundle, "--library=tensorrt")
     assert f"tensorrt-rtx is not installed; {rtx}" in refused(cli_build.main, bundle, "--library=tensorrt-rtx")
     message = refused(cli_build.main, bundle)
-    assert message.startswith(f"error: There is no TensorRT here: tensorrt is not installed; {full}")
+    assert message.startswith(f"error: TensorRT is not installed: tensorrt is not installed; {full}")
     assert f" tensorrt-rtx is not installed; {rtx}" in message
 
 
@@ -351,8 +351,8 @@ def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPa
             1,
             "tensorrt_rtx 1.7.1.116 does not support compute capability 8.8; pass",
         ),
-        (RTX, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise pass --device 8.6 or"),
-        (FULL, {"gpus": 0}, [], 1, "CUDA finds no GPU; see what nvidia-smi says. Otherwise build on the target."),
+        (RTX, {"gpus": 0}, [], 1, "For another GPU, pass its compute capability, such as --device 8.6."),
+        (FULL, {"gpus": 0}, [], 1, "CUDA finds no GPU; check nvidia-smi. For another GPU, build on its machine."),
         (FULL, {}, ["--device=8.6"], 2, "--device requires tensorrt-rtx: tensorrt builds only for this machine's GPU."),
         (RTX, {}, ["--max-context=47"], 2, "--max-context 47 is out of range for this bundle; choose 48 (image tokens"),
         (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (the bundle's)."),
