@@ -32,8 +32,8 @@ BASES = {
 }
 """Options of ``fusion-export`` by the name of the unchanged bundle."""
 PATHS = ("../secret", "/etc/hostname", "", ".", "bundle.json", "sub/llm.data", "a\0b", "x" * 300, "LLM.DATA", "\ud800")
-MOST_LAYERS = 1000
-"""Maximum number of listed graphs of a mutant: more are an endless list."""
+MAX_LAYERS = 1000
+"""Maximum number of LLM layers for which graphs are written: a huge number would not end."""
 
 
 class Bundles:
@@ -160,7 +160,7 @@ def _with_graphs(tree: Json) -> str:
     """Write graphs that match the changed sizes, so that they contradict only the other files."""
     try:
         manifest = from_json(Manifest, tree)
-        if manifest.model.language.layers > MOST_LAYERS:
+        if manifest.model.language.layers > MAX_LAYERS:
             return ""
         specs = graph_specs(manifest.model, manifest.target, manifest.activations, manifest.cache)
         tree["graphs"] = {spec.name: spec.to_json() for spec in specs}

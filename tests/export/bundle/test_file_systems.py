@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from faults import whole
+from faults import verified_precision
 
 from fusion_edge.export import cli
 from fusion_edge.export.bundle import hidden_folders
@@ -40,7 +40,7 @@ def test_a_mount_point(tiny_checkpoint: Path, mounted: Path, refused: Refuse) ->
     for precision in ("int8", "int4"):
         assert cli.main([str(tiny_checkpoint), "-o", str(mounted), f"--{precision}", "--force"]) == 0
         (mounted / "lost+found").rmdir()
-        assert whole(mounted) == precision
+        assert verified_precision(mounted) == precision
         (mounted / "lost+found").mkdir()
     assert [path.name for path in mounted.parent.iterdir()] == ["bundle"]
     (mounted / "notes.txt").write_text("dear")
@@ -100,7 +100,7 @@ def test_no_locks(
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
     warning = f"warning: The file system of {output.parent} has no locks; run no other command on it meanwhile.\n"
     assert capsys.readouterr().err == warning
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "EBADF", "EOPNOTSUPP", "EACCES"])
@@ -116,7 +116,7 @@ def test_folders_that_cannot_be_flushed(
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
-    assert whole(replaceable) == "int8"
+    assert verified_precision(replaceable) == "int8"
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from faults import whole
+from faults import verified_precision
 
 from fusion_edge.export import cli
 from fusion_edge.export.bundle.atomic_folder import atomic_folder
@@ -67,7 +67,7 @@ def test_a_link_to_the_output_itself(tiny_checkpoint: Path, replaceable: Path, n
     for options in ([], ["--force"]):
         message = refused(cli.main, tiny_checkpoint, "-o", replaceable, *options)
         assert f"{replaceable.with_name(name)} is a link" in message
-    assert whole(replaceable) == "int4"
+    assert verified_precision(replaceable) == "int4"
 
 
 def test_a_link_that_comes_while_the_bundle_is_written(
@@ -86,7 +86,7 @@ def test_a_link_that_comes_while_the_bundle_is_written(
 
     monkeypatch.setattr("fusion_edge.export.bundle.writer.digest", late)
     refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
-    assert whole(replaceable) == "int4"
+    assert verified_precision(replaceable) == "int4"
     assert partial.is_symlink()
     for name, content in before.items():
         assert (victim / name).read_bytes() == content
@@ -127,7 +127,7 @@ def test_links_in_a_hidden_folder_are_not_followed(tiny_checkpoint: Path, output
     (partial / "llm.data").symlink_to(tmp_path / "precious")
     (partial / "llm.onnx").hardlink_to(tmp_path / "precious")
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
     assert (tmp_path / "precious").read_text() == "dear"
 
 
@@ -240,7 +240,7 @@ def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, 
     with locked_folder(building, ""):
         assert "fusion-build" in refused(cli.main, tiny_checkpoint, "-o", replaceable, "--int8", "--force")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
-    assert whole(replaceable) == "int8"
+    assert verified_precision(replaceable) == "int8"
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "EXDEV"])
@@ -263,7 +263,7 @@ def test_a_bundle_in_a_layer_of_an_image(
     monkeypatch.setattr(os, "rename", guarded)
     monkeypatch.setattr("fusion_edge.export.bundle.atomic_folder.exchange", exchange)
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
-    assert whole(replaceable) == "int8"
+    assert verified_precision(replaceable) == "int8"
     assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
 
 
@@ -280,7 +280,7 @@ def test_folders_that_cannot_be_exchanged(
     library = SimpleNamespace() if number is None else SimpleNamespace(renameat2=renameat2)
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
-    assert whole(replaceable) == "int8"
+    assert verified_precision(replaceable) == "int8"
     assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
 
 

@@ -15,25 +15,14 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
+from faults import verified_precision
 
 from fusion_edge.export import cli
 from fusion_edge.export.bundle.data_writer import DataWriter
-from fusion_edge.runtime.bundle.manifest import MANIFEST
-from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli import info as cli_info
 
 Refuse = Callable[..., str]
 PRECISIONS = ("int8", "int4")  # of the bundle that is replaced, and of the one that replaces it
-
-
-def whole(folder: Path) -> str:
-    """Return the precision of a bundle after checking all its files."""
-    opened = open_bundle(folder)
-    assert {path.name for path in folder.iterdir()} == {
-        MANIFEST, *(entry.path for entry in opened.manifest.files)
-    }  # fmt: skip
-    verify(opened)
-    return opened.manifest.precision
 
 
 def siblings(output: Path) -> list[str]:
@@ -48,9 +37,9 @@ def test_force_replaces_a_bundle(tiny_checkpoint: Path, output: Path, refused: R
     assert f"{output} exists; choose another output or pass --force" in refused(
         cli.main, tiny_checkpoint, "-o", output, "--int4"
     )
-    assert whole(output) == "int8"
+    assert verified_precision(output) == "int8"
     assert cli.main([str(tiny_checkpoint), "-o", str(output), "--int4", "--force"]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
     assert siblings(output) == ["bundle"]
 
 
@@ -59,7 +48,7 @@ def test_force_replaces_the_bundle_behind_a_link(tiny_checkpoint: Path, output: 
     for _ in range(2):
         assert cli.main([str(tiny_checkpoint), "-o", str(output), "--force"]) == 0
         assert output.is_symlink()
-        assert whole(output.with_name("elsewhere")) == "int4"
+        assert verified_precision(output.with_name("elsewhere")) == "int4"
     assert siblings(output) == ["bundle", "elsewhere"]
 
 
@@ -67,7 +56,7 @@ def test_force_replaces_an_empty_folder(tiny_checkpoint: Path, output: Path, ref
     output.mkdir()
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
     assert cli.main([str(tiny_checkpoint), "-o", str(output), "--force"]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
 
 
 @pytest.mark.parametrize("make", ["file", "folder", "manifest in a subfolder"])
@@ -161,7 +150,7 @@ def test_a_disk_that_becomes_full(
         message = refused(cli.main, tiny_checkpoint, "-o", output, "--int8", "--force")
     assert message == f"error: The disk of {output.parent} is full; free some space and export again.\n"
     assert siblings(output) == ["bundle"] * replacing
-    assert not replacing or whole(output) == "int4"
+    assert not replacing or verified_precision(output) == "int4"
 
 
 def test_an_error_of_the_disk(
@@ -212,7 +201,7 @@ def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options:
     assert (partial / "llm.data").read_bytes() == b"half"
     os.close(descriptor)
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
     assert siblings(output) == ["bundle"]
 
 
@@ -275,9 +264,9 @@ def test_killed(moment: tuple[str, int], tiny_checkpoint: Path, output: Path) ->
     completed = moment == ("rename", 1)
     assert code == (0 if completed else -signal.SIGKILL)
     assert output.exists() == completed
-    assert not completed or whole(output) == "int8"
+    assert not completed or verified_precision(output) == "int8"
     assert cli.main([str(tiny_checkpoint), "-o", str(output), "--int4", "--force"]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
     assert siblings(output) == ["bundle"]
 
 
@@ -291,7 +280,7 @@ def test_killed_while_replacing(
     assert code == (0 if completed else -signal.SIGKILL)
     # Even a refused export recovers.
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
-    assert whole(output) == ("int8" if completed else "int4")
+    assert verified_precision(output) == ("int8" if completed else "int4")
     assert siblings(output) == ["bundle"]
     assert cli_info.main([str(output)]) == 0
 
@@ -306,7 +295,7 @@ def test_killed_while_the_replaced_bundle_is_removed(
     engine.parent.mkdir(parents=True)
     engine.touch()
     assert killed_export(moment, tiny_checkpoint, output, "--int8", "--force") == -signal.SIGKILL
-    assert whole(output) == "int8"
+    assert verified_precision(output) == "int8"
     assert siblings(output) == [".bundle.partial", "bundle"]
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
     assert siblings(output) == ["bundle"]
