@@ -86,7 +86,7 @@ def compare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusion-bench compare", description="Compare two results of fusion-bench.")
     add = parser.add_argument
     add("before", type=Path, help="file written by fusion-bench --json")
-    add("after", type=Path, help="a later one")
+    add("after", type=Path, help="later file")
     text = "exit with code 1 if a measure is slower by more than this, e.g. 5%%"
     add("--fail-above", type=_share, metavar="PERCENT", help=text)
     add("--json", action="store_true", help="print the comparison as one JSON object")

@@ -57,7 +57,7 @@ class Times:
 
     @property
     def are_precise(self) -> bool:
-        """Whether the medians of TTFT, follow-up TTFT and decode step are precise."""
+        """Return whether the medians of TTFT, follow-up TTFT and decode step are precise."""
         summaries = summarize(self.ttft), summarize(self.followup_ttft), self.summary(DECODE_STEP)
         return all(summary.is_precise for summary in summaries)
 
