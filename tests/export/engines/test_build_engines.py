@@ -207,7 +207,7 @@ def test_kernels_require_plugins(bundle: Path, refused: Refuse) -> None:
         library = trt.__name__.replace("_", "-")
         with installed(trt):
             message = refused(cli_build.main, bundle, f"--library={library}", "--parts=1", "--kernels=none", code=2)
-        assert message.startswith(f"error: --kernels cannot be used: {reason}")
+        assert message.startswith(f"error: --kernels cannot be used ({reason}")
         shutil.rmtree(folder)
 
 
