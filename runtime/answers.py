@@ -54,7 +54,7 @@ class Answer:
 class AnswerStream(Iterator[str]):
     """Pieces of an answer as they are generated; :attr:`answer` is complete after the last piece.
 
-    A :class:`Fusion` generates one answer at a time. Asking it anything else ends this stream: the next piece raises
+    A :class:`Fusion` generates one answer at a time. Another question ends this stream: the next piece raises
     :class:`FusionError`. Several threads may take pieces; each piece goes to one of them.
     """
 
@@ -85,7 +85,7 @@ class AnswerStream(Iterator[str]):
         """The complete answer.
 
         Raises:
-            UsageError: Before the last piece has been taken.
+            UsageError: The stream has pieces left.
         """
         if self._answer is None:
             raise UsageError("The answer is not complete; take every piece of the stream first.")

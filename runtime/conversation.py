@@ -48,8 +48,8 @@ class Conversation:
             Pieces of text. Their concatenation is the answer.
 
         Raises:
-            UsageError: As :meth:`Fusion.answer`.
-            FusionError: As :meth:`Fusion.answer`.
+            UsageError: As in :meth:`Fusion.ask`, at the first piece.
+            FusionError: As in :meth:`Fusion.ask`, at the first piece.
         """
         return _Pieces(self._queue, lambda: self._start(question, **options))
 
@@ -61,8 +61,8 @@ class Conversation:
             **options: See :class:`AnswerOptions`.
 
         Raises:
-            UsageError: As :meth:`Fusion.answer`.
-            FusionError: As :meth:`Fusion.answer`.
+            UsageError: As in :meth:`Fusion.ask`.
+            FusionError: As in :meth:`Fusion.ask`.
         """
         return self._queue.run(lambda: self._start(question, **options).complete())
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.answers import Answer, AnswerStream
-from fusion_edge.runtime.arguments import flag, integer
+from fusion_edge.runtime.arguments import check_flag, check_integer
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
 from fusion_edge.runtime.bundle.config import FusionConfig
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 class Fusion:
     """A loaded model.
 
-    Several threads may ask: a fair queue serves their questions one at a time. A new question ends an
+    Several threads may ask. Their questions run one at a time, in order of arrival. A new question ends an
     :class:`AnswerStream` that has pieces left.
 
-    The features of the latest image stay cached, so a follow-up question about the same pixels skips most of the
-    vision encoder.
+    The features of the latest image are cached, so a follow-up question about the same pixels skips most of the vision
+    encoder.
 
     After a fork the child cannot use the model: :meth:`close` does nothing there, and everything else raises
     :class:`FusionError`.
@@ -59,7 +59,7 @@ class Fusion:
         embed: Embed,
         device: Device | None = None,
     ) -> None:
-        """Wrap a backend of your own. To load a bundle, use :func:`load`.
+        """Wrap a custom backend. To load a bundle, use :func:`load`.
 
         Args:
             manifest: The bundle's manifest.
@@ -74,6 +74,10 @@ class Fusion:
         self.manifest = manifest
         self.backend = backend
         self.device = Device(backend.name) if device is None else device
+        """Device that runs the model.
+
+        ``not_taken`` has the reasons against better devices, ``remark`` why this one is slower than possible.
+        """
         self.tokenizer = tokenizer
         self.embed = embed
         self.pipeline = Pipeline(manifest, backend, tokenizer, embed)
@@ -122,7 +126,7 @@ class Fusion:
             **options: See :class:`QuestionOptions`.
 
         Returns:
-            Pieces of text that never change once given out. Their concatenation is the answer.
+            Pieces of text. Their concatenation is the answer; a returned piece never changes.
 
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
@@ -139,8 +143,8 @@ class Fusion:
             **options: See :class:`QuestionOptions`.
 
         Raises:
-            UsageError: As :meth:`ask`.
-            FusionError: As :meth:`ask`.
+            UsageError: As in :meth:`ask`.
+            FusionError: As in :meth:`ask`.
         """
         request = self._request(image, question, **options)
         return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request).complete())
@@ -157,8 +161,8 @@ class Fusion:
             **options: See :class:`QuestionOptions`.
 
         Raises:
-            UsageError: As :meth:`ask`.
-            FusionError: As :meth:`ask`.
+            UsageError: As in :meth:`ask`.
+            FusionError: As in :meth:`ask`.
         """
         request = self._request(image, question, **options)
         return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request))
@@ -172,11 +176,11 @@ class Fusion:
             control_tokens: As in :class:`QuestionOptions`, for every question.
 
         Raises:
-            UsageError: As :meth:`ask`.
+            UsageError: As in :meth:`ask`.
             FusionError: The image cannot be read.
         """
         self.queue.check_open()
-        is_markup = flag("control_tokens", control_tokens)
+        is_markup = check_flag("control_tokens", control_tokens)
         return Conversation(self.pipeline, self.queue, load_image(image, color), is_markup)
 
     def encode_image(self, image: ImageLike, color: Color = "rgb") -> None:
@@ -229,8 +233,8 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
     Args:
         folder: Folder that ``fusion-export`` wrote.
         device: ``tensorrt``, ``tensorrt-rtx``, ``cuda``, ``cpu``, or ``auto`` for the best device that this machine
-            has for the bundle. A device chosen by name is never replaced by another. ``Fusion.device`` names the
-            device, and why ``auto`` skipped the better ones.
+            has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
+            chosen device, and the reasons against better ones.
         threads: CPU threads. Default: every processor that this process may use, which is also the limit.
 
     Returns:
@@ -240,7 +244,7 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
         UsageError: An argument has a wrong type or is out of range.
         FusionError: The machine lacks the device, or the bundle is damaged, has a newer schema, or does not load.
     """
-    count = None if threads is None else integer("threads", threads, 1, "an integer from 1, or None")
+    count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
     if count is not None:
         check_threads(count)
     bundle = open_bundle(_path(folder))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime.arguments import flag, is_integer, shown
+from fusion_edge.runtime.arguments import check_flag, is_integer, short_repr
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
@@ -122,7 +122,7 @@ class Pipeline:
             raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
         length = self.query_length(query_length)
         budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
-        is_markup = flag("control_tokens", control_tokens)
+        is_markup = check_flag("control_tokens", control_tokens)
         prompt = self._prompts.encode(history, question, control_tokens=is_markup, budget=budget)
         return Request(load_image(image, color), prompt, sampling, length)
 
@@ -133,7 +133,7 @@ class Pipeline:
             return offered[0]
         if not is_integer(length) or length not in offered:
             raise UsageError(
-                f"Query length {shown(length)} is not offered; choose from {', '.join(map(str, offered))} "
+                f"Query length {short_repr(length)} is not offered; choose from {', '.join(map(str, offered))} "
                 "(fusion-export --query-len sets them)."
             )
         return int(length)

@@ -143,7 +143,7 @@ def test_a_robot_measures_a_bundle(robot: Path, bundle: Path) -> None:
 def test_a_missing_extra_is_one_line(robot: Path, name: str) -> None:
     refused = command(robot / name, "checkpoint")
     remedy = "run pip install '.[export]' in a clone of fusion-edge."
-    assert refused.stderr == f"error: onnx and huggingface_hub not installed; {remedy}\n"
+    assert refused.stderr == f"error: onnx and huggingface_hub are not installed; {remedy}\n"
     assert (refused.returncode, refused.stdout) == (1, "")
 
 

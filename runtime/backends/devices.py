@@ -23,7 +23,7 @@ class Device:
     """The device that runs a bundle."""
 
     name: str
-    """One of :data:`NAMES`, or the name of a backend of your own."""
+    """One of :data:`NAMES`, or the name of a custom backend."""
     not_taken: Mapping[str, str] = field(default_factory=dict)
     """With ``auto``: the reason against each better device by its name, as a sentence."""
     remark: str | None = None

@@ -89,7 +89,7 @@ def check_size(size: tuple[int, int], name: str, limit: int = MAX_BYTES // 4) ->
     """Refuse an empty image and one of more than ``limit`` pixels, before decoding it."""
     width, height = size
     if width < 1 or height < 1:
-        raise FusionError(f"{name} is empty ({width} x {height} pixels).")
+        raise FusionError(f"{name} is empty ({width} x {height} pixels); pass another image.")
     if width * height > limit:
         raise FusionError(
             f"{name} is too large: {width} x {height} = {width * height} pixels, "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.bundle.templates import Template
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.tokenization.text_encoder import TextEncoder, any_of, is_empty
@@ -31,7 +31,9 @@ class Turn:
     """A question and its answer."""
 
     question: str
+    """The question."""
     answer: str
+    """The complete answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +221,7 @@ def encode_prompt(
 def check_history(history: Sequence[Turn]) -> tuple[Turn, ...]:
     """Return a copy of the turns. Raise ``UsageError`` unless they are a sequence of :class:`Turn`."""
     if not isinstance(history, Sequence) or not all(isinstance(turn, Turn) for turn in history):
-        raise UsageError(f"The history is {shown(history)}; expected a list of Turn(question, answer).")
+        raise UsageError(f"The history is {short_repr(history)}; expected a list of Turn(question, answer).")
     return tuple(history)
 
 

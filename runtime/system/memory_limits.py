@@ -31,7 +31,7 @@ def address_space() -> int | None:
     return max(0, min(left))
 
 
-def too_little() -> str | None:
+def start_error() -> str | None:
     """Return the reason why no command can start, as a sentence; None if one can.
 
     Also save address space if it is limited.

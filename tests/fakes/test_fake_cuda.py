@@ -17,7 +17,7 @@ def test_misuse_is_detected() -> None:
     misuses: list[tuple[str, Callable[[], object]]] = [
         ("257 bytes at", lambda: cuda.to_device(device, host, 257, stream)),
         ("8 bytes at", lambda: cuda.to_host(host, device + 250, 8, stream)),
-        ("is not of the host", lambda: cuda.to_device(device, device, 8, stream)),
+        ("is not host memory", lambda: cuda.to_device(device, device, 8, stream)),
         ("There is no memory", lambda: cuda.to_device(1, host, 8, stream)),
         ("Left: memory", fake.check_all_freed),
     ]
@@ -42,7 +42,7 @@ def test_misuse_is_detected() -> None:
     cuda.free(device)
     with pytest.raises(Misuse, match="after it was freed"):
         fake.view(device, 8)
-    with pytest.raises(Misuse, match="freed again"):
+    with pytest.raises(Misuse, match="freed twice"):
         cuda.free(device)
     cuda.free_pinned(host)
     cuda.destroy_stream(stream)

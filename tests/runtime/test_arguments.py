@@ -16,7 +16,7 @@ import pytest
 from fakes.fake_backend import FakeBackend
 
 from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn, UsageError, load
-from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
@@ -50,7 +50,7 @@ def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
 
 
 def refused(call: Any, beginning: str) -> None:
-    """Assert that a call raises a ``UsageError`` with one line that begins with ``start``."""
+    """Assert that a call raises a ``UsageError`` with one line that starts with ``beginning``."""
     with pytest.raises(UsageError) as raised:
         call()
     message = str(raised.value)
@@ -191,16 +191,16 @@ def test_wrong_types_of_sampling(fusion: Fusion, sampling: Any) -> None:
 
 
 def test_values_are_formatted_on_one_short_line() -> None:
-    assert shown(3) == "3"
-    assert shown("a\nb") == r"'a\nb'"
-    assert shown(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
-    assert shown(Unprintable()) == "of type Unprintable"
-    assert len(shown("x" * 10**6)) == 83
-    assert "\n" not in shown(10**5000)
+    assert short_repr(3) == "3"
+    assert short_repr("a\nb") == r"'a\nb'"
+    assert short_repr(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
+    assert short_repr(Unprintable()) == "of type Unprintable"
+    assert len(short_repr("x" * 10**6)) == 83
+    assert "\n" not in short_repr(10**5000)
 
 
 def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
-    """Also if the checkpoint's settings name only another token, or one outside the vocabulary."""
+    """Even if the checkpoint names only other end tokens, or one outside the vocabulary."""
     bundle = open_bundle(tiny_bundle)
     with load(tiny_bundle, threads=1) as loaded:
         tokenizer = loaded.tokenizer

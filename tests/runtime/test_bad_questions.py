@@ -79,9 +79,9 @@ def test_images_that_cannot_be_read(refuse: Refuse, image: Path, tmp_path: Path)
     }
     for name, (data, message) in files.items():
         (tmp_path / name).write_bytes(data)
-        told = refuse(image=tmp_path / name)
-        assert message in told
-        assert name in told
+        error = refuse(image=tmp_path / name)
+        assert message in error
+        assert name in error
     assert "missing.png' does not exist; check the path" in refuse(image=tmp_path / "missing.png")
     assert "is a directory; pass the path of an image file" in refuse(image=tmp_path)
     assert "File name too long" in refuse(image="x" * 300)

@@ -129,7 +129,7 @@ def test_a_decode_step_embeds_the_previous_token(fusion: Fusion) -> None:
 
 
 def test_a_backend_with_a_smaller_context_than_the_bundle(fusion: Fusion) -> None:
-    """As with engines for a smaller context: answers end there, and longer prompts are refused."""
+    """Engines may have a smaller context: answers end there, and longer prompts are refused."""
     prompt = fusion.answer(picture(0), "What is it?", sampling=SHORT).prompt_tokens
     fusion.backend.max_context = prompt + 1
     answer = fusion.answer(picture(0), "What is it?", sampling=Sampling(max_new_tokens=512))

@@ -59,7 +59,7 @@ def test_ctrl_c_within_a_question(fusion: Fusion, method: str) -> None:
 
 
 def test_ctrl_c_at_any_moment(fusion: Fusion) -> None:
-    """Also while a thread waits in the queue: no lock stays held, and answers stay right."""
+    """Ctrl-C also interrupts a thread that waits in the queue: no lock stays held, and answers stay correct."""
     expected = fusion.answer(picture(), "What?", sampling=SHORT).text
     stop = threading.Event()
     wrong = []

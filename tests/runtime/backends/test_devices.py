@@ -1,4 +1,4 @@
-"""The choice of a device for a bundle, and the reasons against the others."""
+"""The choice of a device for a bundle, and the reasons against better ones."""
 
 from __future__ import annotations
 
@@ -208,17 +208,17 @@ def test_without_onnxruntime(
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     with pytest.raises(FusionError) as refusal:
         load(cuda_bundle)
-    told = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
-    told += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
-    assert str(refusal.value) == f"No device of this machine can run {cuda_bundle}. {told}"
+    standard_error = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
+    standard_error += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
+    assert str(refusal.value) == f"No device of this machine can run {cuda_bundle}. {standard_error}"
 
 
 # fusion-run -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``told(bundle, *options)`` returns standard error of a question, without notes about this machine's kernels."""
+def standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``standard_error(bundle, *options)`` returns standard error of a question, without notes about CPU kernels."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(bundle: Path, *options: str) -> str:
@@ -238,42 +238,44 @@ def lines(not_taken: Mapping[str, str], taken: str) -> str:
 
 
 def test_a_gpu_bundle_on_the_cpu_is_a_warning(
-    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+    cuda_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str]
 ) -> None:
     machine()
-    assert told(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
-    assert told(cuda_bundle, "--device=cpu") == ""
-    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
+    assert standard_error(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
+    assert standard_error(cuda_bundle, "--device=cpu") == ""
+    assert standard_error(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
 
 
 @needs_opset_24
 @pytest.mark.parametrize("installed", [(), ("tensorrt-rtx",)])
 def test_a_tensorrt_bundle_on_the_cpu_is_a_warning(
-    tensorrt_bundle: Path, machine: Callable[..., None], told: Callable[..., str], installed: tuple[str, ...]
+    tensorrt_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str], installed: tuple[str, ...]
 ) -> None:
     """The warning names both libraries that could run it."""
     machine(libraries=installed)
     reasons = NO_TENSORRT | dict.fromkeys(installed, NO_DRIVER)
     line = " ".join(f"not on {name}: {reason}" for name, reason in reasons.items())
-    assert told(tensorrt_bundle) == f"warning: running on cpu, {line}\n"
-    assert told(tensorrt_bundle, "--verbose") == lines(reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu")
+    assert standard_error(tensorrt_bundle) == f"warning: running on cpu, {line}\n"
+    assert standard_error(tensorrt_bundle, "--verbose") == lines(
+        reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu"
+    )
 
 
 def test_a_cpu_bundle_on_the_cpu_is_no_warning(
-    tiny_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+    tiny_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str]
 ) -> None:
     machine()
-    assert told(tiny_bundle) == ""
-    assert told(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
+    assert standard_error(tiny_bundle) == ""
+    assert standard_error(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
 
 
 @pytest.mark.usefixtures("cuda_backend")
 def test_a_gpu_bundle_on_the_gpu_is_no_warning(
-    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+    cuda_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str]
 ) -> None:
     machine(**WHOLE)
-    assert told(cuda_bundle) == ""
-    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT, "cuda")
+    assert standard_error(cuda_bundle) == ""
+    assert standard_error(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT, "cuda")
 
 
 def test_a_named_device_that_is_missing_is_an_error(

@@ -150,7 +150,7 @@ def test_fusion_build_repairs_damaged_engines(folder: Path, damage: Callable[[Pa
     open_engines(bundle, machine)
 
 
-# Engines of something else ---------------------------------------------------------------------------------------
+# Engines of another bundle or GPU ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

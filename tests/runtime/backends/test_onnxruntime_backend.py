@@ -148,7 +148,7 @@ def test_decode_steps_run_without_options(subject: Subject, monkeypatch: pytest.
 
 
 def test_a_decode_step_writes_one_position_of_the_cache(subject: Subject) -> None:
-    """A step changes the memory of one token only."""
+    """A decode step changes the memory of one token only."""
     rows = start(subject, CAPACITY)
     language = subject.manifest.model.language
     shape = language.kv_heads, CAPACITY, language.head_dim
@@ -185,7 +185,7 @@ def test_no_decode_step_copies_the_cache(subject: Subject) -> None:
 
 
 def test_a_sequence_fits_the_context(subject: Subject) -> None:
-    """A capacity above the context is refused, and the sequence before continues."""
+    """A capacity above the context is refused, and the previous sequence continues."""
     rows = start(subject, CAPACITY)
     context = subject.manifest.max_context
     with pytest.raises(FusionError, match=f"{context + 1} tokens exceeds the bundle's context of {context}"):

@@ -98,7 +98,7 @@ def test_objects_are_freed_after_their_users_if_a_load_fails(
     trt.cuda.check_all_freed()
 
 
-# What TensorRT may get wrong -------------------------------------------------------------------------------------
+# Wrong results of TensorRT -------------------------------------------------------------------------------------
 
 
 def test_a_cache_that_is_not_updated_in_place_is_detected(bundle: Bundle) -> None:
@@ -129,7 +129,7 @@ def test_a_decode_step_is_one_launch(bundle: Bundle, parts: str) -> None:
 
 
 def test_memory_is_allocated_once(on_fake: OnFake, subject: Subject) -> None:
-    """Memory is reused after the first image, unless that image is still in use."""
+    """Later images reuse the memory of the first one, unless it is still in use."""
     rows = start(subject)
     used, count = on_fake.cuda.used, len(on_fake.cuda.allocations)
     for crops, words in ((1, 0), (4, 7)):
@@ -208,11 +208,11 @@ def test_an_incomplete_step_is_not_captured(bundle: Bundle, monkeypatch: pytest.
     trt.cuda.check_all_freed()
 
 
-# What is refused -------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------
 
 
 def test_sizes_outside_the_profiles_are_refused(subject: Subject, bundle: Bundle) -> None:
-    """The sequence before continues."""
+    """The previous sequence continues after a refusal."""
     rows, context = start(subject), bundle.manifest.max_context
     image = subject.image()
     long = np.zeros((context + 1, subject.width), np.float32)
@@ -282,7 +282,7 @@ def test_tensorrt_fails_to_bind_a_tensor(on_fake: OnFake, subject: Subject, monk
 
 
 def test_memory_runs_out_during_the_load(bundle: Bundle) -> None:
-    """Another program took the memory: the backend frees everything."""
+    """The backend frees everything it has allocated."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt) == 0
     trt.cuda.failures["cudaMalloc"] = Error.cudaErrorMemoryAllocation
@@ -297,9 +297,9 @@ def test_memory_runs_out_during_the_load(bundle: Bundle) -> None:
 def test_a_conversation_through_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo model's answers are right, and those of ONNX Runtime; what the device is called is said.
+    """The demo model's answers are correct, and equal to those of ONNX Runtime. ``--verbose`` names the device.
 
-    The engines' context is smaller than the bundle's: an answer may be as long as it allows.
+    The engines' context is smaller than the bundle's, and limits the answer.
     """
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
     assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--fp16", "--target", "tensorrt"]) == 0

@@ -48,9 +48,9 @@ def refuse(broken: Path, tmp_path: Path, refused: Refuse) -> Refuse:
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(folder: object = broken) -> str:
-        told = refused(cli_info.main, folder)
-        assert refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1") == told
-        return told
+        message = refused(cli_info.main, folder)
+        assert refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1") == message
+        return message
 
     return run
 
@@ -69,7 +69,7 @@ def flip(path: Path, position: int = -1) -> None:
     path.write_bytes(content)
 
 
-# What is given as a bundle ----------------------------------------------------------------------------------
+# Paths -----------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_folder(refuse: Refuse, tmp_path: Path) -> None:
@@ -226,9 +226,9 @@ def test_invalid_values_of_the_manifest(
     broken: Path, refuse: Refuse, change: Callable[[Json], None], message: str
 ) -> None:
     edit(broken, change)
-    told = refuse()
-    assert f"{broken / MANIFEST} does not follow bundle schema 1 (" in told
-    assert message in told
+    message = refuse()
+    assert f"{broken / MANIFEST} does not follow bundle schema 1 (" in message
+    assert message in message
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_fields_equal_those_of_protobuf(number: int, text: str, real: float) -> 
 
 
 def test_every_truncation_is_detected(tiny_bundle: Path) -> None:
-    """A cut between two fields gives a valid shorter message."""
+    """Truncation between two fields gives a valid shorter message."""
     content = (tiny_bundle / "alignment_decoder.onnx").read_bytes()
     whole = len(list(fields(content)))
     for length in range(0, len(content), 97):

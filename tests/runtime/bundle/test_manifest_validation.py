@@ -111,11 +111,11 @@ def test_impossible_values_are_refused(
         else:
             change(copy, path, value)
         started = time.process_time()
-        told = refused(cli_info.main, copy)
+        error = refused(cli_info.main, copy)
         assert time.process_time() - started < 2
-        assert f"{copy / MANIFEST} does not follow bundle schema 1 (" in told
-        assert reason in told
-        assert len(told) < 1000
+        assert f"{copy / MANIFEST} does not follow bundle schema 1 (" in error
+        assert reason in error
+        assert len(error) < 1000
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_any_value_answers_or_is_refused(tiny_bundle: Path, copy: Path, data: st
         assert len(str(error).splitlines()) == 1  # noqa: PT017
 
 
-# The files themselves ---------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_json_within_bounds(copy: Path, refused: Refuse, name: str, content: byt
         entry.update(size=len(content), sha256=digest(copy / name))
         (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     started = time.process_time()
-    told = refused(cli_info.main, copy)
-    assert str(copy / name) in told
-    assert reason in told or "is missing" in told or "not an object" in told
+    error = refused(cli_info.main, copy)
+    assert str(copy / name) in error
+    assert reason in error or "is missing" in error or "not an object" in error
     assert time.process_time() - started < 2
 
 
@@ -221,7 +221,7 @@ def test_escape_sequences_do_not_reach_the_terminal(copy: Path, capsys: pytest.C
     assert "x\\x1b[2Jy\\nz\\ud800\n" in capsys.readouterr().out
 
 
-# Links of the hub cache - -----------------------------------------------------------------------------------
+# Links of the hub cache -------------------------------------------------------------------------------------
 
 
 def in_hub_cache(bundle: Path, root: Path, inside: str = "") -> Path:

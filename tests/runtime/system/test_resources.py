@@ -104,8 +104,8 @@ def test_out_of_memory_errors() -> None:
         assert is_out_of_memory(RuntimeError(text))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("Invalid rank for input"))
-    told = not_enough_memory("load a.onnx", 1_200_000_000)
-    assert told.startswith("There is not enough memory to load a.onnx (1,200 MB are needed, ")
+    message = not_enough_memory("load a.onnx", 1_200_000_000)
+    assert message.startswith("There is not enough memory to load a.onnx (1,200 MB are needed, ")
     assert not_enough_memory("run llm", None, on_host=False) == "There is not enough memory to run llm"
 
 
@@ -137,14 +137,14 @@ def test_an_export_uses_the_allowed_processors(tmp_path: Path, monkeypatch: pyte
     assert set(pools) == {usable_processors()}
 
 
-# Memory that runs out ---------------------------------------------------------------------------------------
+# Memory limits --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["-v", "-d"])
 def test_every_memory_limit_gives_an_answer_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, tmp_path: Path
 ) -> None:
-    """Limits from what Python needs to what suffices: never an abort, a traceback or a wrong reason."""
+    """Limits from the minimum of Python to a sufficient one: never an abort, a traceback or a wrong reason."""
     bundle = tmp_path / "bundle"
     assert export_cli.main([str(DEMO_CHECKPOINT), "-o", str(bundle)]) == 0
     picture = DEMO_CHECKPOINT.parent / "picture.png"

@@ -199,7 +199,7 @@ def test_long_texts_are_refused_without_tokenizing(name: str, control_tokens: bo
 @pytest.mark.parametrize("name", ["phi", "llama"])
 @pytest.mark.parametrize("blanks", [" ", "\n", "\u2003"])
 def test_whitespace_around_an_answer_is_limited(name: str, blanks: str) -> None:
-    """Any number of them may take no token beside a control token."""
+    """Next to a control token, any amount of whitespace may add no tokens."""
     started = time.perf_counter()
     for answer in (blanks * 1_000_000, blanks * 1_000_000 + "b", "b" + blanks * 1_000_000):
         with pytest.raises(
