@@ -72,7 +72,7 @@ class ModelSizes:
 
     @property
     def alignment_layers(self) -> int:
-        """Number of interaction layers: ten, or as many as follow an LLM layer."""
+        """Return the number of interaction layers: ten, or as many as follow an LLM layer."""
         return min(10, math.ceil(self.layers / self.alignment_stride))
 
     @property

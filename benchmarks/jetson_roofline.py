@@ -3,9 +3,9 @@
     python -m fusion_edge.benchmarks.full_size_checkpoint --layout 3b --sparse --output fusion-3b
     python -m fusion_edge.benchmarks.jetson_roofline fusion-3b
 
-Decode is bound by memory bandwidth: a step reads the LLM's weights and the whole KV cache. Time to first token is bound
-by float16 compute throughput: GEMMs and attention of vision, alignment and prefill. Operations are counted by running
-the model on meta tensors.
+Decode is bound by memory bandwidth: a decode step reads the LLM's weights and the whole KV cache. Time to first token
+is bound by float16 compute throughput: GEMMs and attention of vision, alignment and prefill. Operations are counted by
+running the model on meta tensors.
 """
 
 from __future__ import annotations

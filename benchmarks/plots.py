@@ -34,7 +34,7 @@ MACHINES = {
 ENGINES = {
     "ours-int8-cache": "fusion-edge, INT8 KV cache",
     "ours": "fusion-edge",
-    "openvino-int4": "OpenVINO, INT4",
+    "openvino-int4": "OpenVINO, INT4, bfloat16",
     "genai-b128": "onnxruntime-genai, INT4",
     "llama.cpp-q4_0": "llama.cpp, Q4_0",
 }
@@ -88,7 +88,7 @@ def draw(data: Data, svg: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise FusionError("matplotlib is not installed; install it with pip install -e '.[plots]'.") from None
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "fusion-edge",
         "font.family": "sans-serif",

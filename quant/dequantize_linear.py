@@ -26,7 +26,7 @@ def to_dequantize_linear(
     codes = unpack(packed.values, fmt).reshape(len(packed.values), -1)[:, :inputs] ^ SIGN_BIT[fmt.bits]
     if fmt.bits == 8:
         return codes, packed.scales[:, 0]
-    return codes[::2].T | (codes[1::2].T << 4), packed.scales.T
+    return codes[::2].T | (codes[1::2].T << np.uint8(4)), packed.scales.T
 
 
 def from_dequantize_linear(
@@ -40,5 +40,5 @@ def from_dequantize_linear(
         repeated = np.repeat(scales[:, None], blocks, axis=1)
         return Packed(pack(codes.reshape(rows, blocks, block), fmt), repeated)
     inputs, rows = len(values), 2 * values.shape[1]
-    codes = np.stack([values & 15, values >> 4], axis=-1).reshape(inputs, rows).T ^ SIGN_BIT[4]
+    codes = np.stack([values & np.uint8(15), values >> np.uint8(4)], axis=-1).reshape(inputs, rows).T ^ SIGN_BIT[4]
     return Packed(pack(np.ascontiguousarray(codes).reshape(rows, fmt.blocks(inputs), -1), fmt), scales.T)

@@ -133,7 +133,7 @@ def unpack_zero_points(packed: npt.NDArray[np.uint8], blocks: int, fmt: WeightFo
     """Invert :func:`pack_zero_points`."""
     if fmt.bits == 8:
         return packed
-    pairs: npt.NDArray[np.uint8] = np.stack([packed & 15, packed >> 4], axis=-1)
+    pairs: npt.NDArray[np.uint8] = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
     return pairs.reshape(len(packed), -1)[:, :blocks]
 
 

@@ -54,7 +54,7 @@ class Answer:
 class AnswerStream(Iterator[str]):
     """Pieces of an answer as they are generated; :attr:`answer` is complete after the last piece.
 
-    A :class:`Fusion` generates one answer at a time. Asking it anything else ends this stream: the next piece raises
+    A :class:`Fusion` generates one answer at a time. Another question ends this stream: the next piece raises
     :class:`FusionError`. Several threads may take pieces; each piece goes to one of them.
     """
 
@@ -65,7 +65,7 @@ class AnswerStream(Iterator[str]):
         request: Request,
         when_complete: Callable[[Answer], None] = lambda _: None,
     ) -> None:
-        """Start the answer. Call it, and expect ``when_complete``, while nothing else computes."""
+        """Start the answer. Call it in the queue, which also calls ``when_complete``."""
         self._pipeline = pipeline
         self._queue = queue
         self._number = queue.start()
@@ -85,14 +85,14 @@ class AnswerStream(Iterator[str]):
         """The complete answer.
 
         Raises:
-            UsageError: Before the last piece has been taken.
+            UsageError: The stream has pieces left.
         """
         if self._answer is None:
             raise UsageError("The answer is not complete; take every piece of the stream first.")
         return self._answer
 
     def complete(self) -> Answer:
-        """Generate the rest and return the complete answer. Call it while nothing else computes."""
+        """Generate the rest and return the complete answer. Call it in the queue."""
         while self._advance() is not None:
             pass
         return self.answer
@@ -105,7 +105,7 @@ class AnswerStream(Iterator[str]):
             self._check_current()
             piece = next(self._pieces, None)
         except FusionError:
-            self._check_current()  # a run that close() interrupted fails for that reason
+            self._check_current()  # close() may have interrupted the run
             raise
         if piece is None and self._answer is None:
             raise FusionError("This answer ended early, by an error or Ctrl-C; ask the question again.")
@@ -114,7 +114,7 @@ class AnswerStream(Iterator[str]):
     def _check_current(self) -> None:
         if not self._queue.is_current(self._number):
             raise FusionError(
-                "This answer was given up when another question was asked or the model closed; finish one before that."
+                "This answer ended because another question was asked or the model was closed; take all pieces first."
             )
 
     @contextmanager
@@ -144,7 +144,7 @@ class AnswerStream(Iterator[str]):
             yield rest
         is_stopped = text.stopped or token in pipeline.end_ids
         answer = Answer(
-            text=text.text.strip(),  # as the released code does before it prints or keeps a reply
+            text=text.text.strip(),  # as in the released code
             token_ids=tuple(tokens),
             prompt_tokens=prefilled.length,
             finish_reason="stop" if is_stopped else "length",

@@ -8,17 +8,17 @@ from numbers import Integral, Real
 
 from fusion_edge.runtime.errors import UsageError
 
-SHOWN = 80
+MAX_CHARACTERS = 80
 """Limit of characters of a value in a message."""
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Format a value for a message: one line, cut if it is long."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # an integer with too many digits, or a failing __repr__
         text = f"of type {type(value).__name__}"
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "..."
 
 
 def is_integer(value: object) -> bool:
@@ -26,26 +26,26 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def integer(name: str, value: object, smallest: int, expected: str) -> int:
+def check_integer(name: str, value: object, smallest: int, expected: str) -> int:
     """Return ``value`` as an int. Raise ``UsageError`` unless it is an integer of at least ``smallest``."""
     if not (isinstance(value, Integral) and is_integer(value) and int(value) >= smallest):
-        raise UsageError(f"{name} is {shown(value)}; expected {expected}.")
+        raise UsageError(f"{name} is {short_repr(value)}; expected {expected}.")
     return int(value)
 
 
-def real(name: str, value: object, in_range: Callable[[float], bool], expected: str) -> float:
+def check_number(name: str, value: object, in_range: Callable[[float], bool], expected: str) -> float:
     """Return ``value`` as a float. Raise ``UsageError`` unless it is a finite number in range."""
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         number = math.inf
     if not (math.isfinite(number) and in_range(number)):
-        raise UsageError(f"{name} is {shown(value)}; expected {expected}.")
+        raise UsageError(f"{name} is {short_repr(value)}; expected {expected}.")
     return number
 
 
-def flag(name: str, value: object) -> bool:
+def check_flag(name: str, value: object) -> bool:
     """Return ``value``. Raise ``UsageError`` unless it is True or False."""
     if not isinstance(value, bool):
-        raise UsageError(f"{name} is {shown(value)}; expected True or False.")
+        raise UsageError(f"{name} is {short_repr(value)}; expected True or False.")
     return value

@@ -21,53 +21,53 @@ if TYPE_CHECKING:
 class Conversation:
     """Questions about one image, each with the earlier ones as its history.
 
-    :meth:`Fusion.conversation` makes one. Several threads may ask: the history of a question holds every turn that was
-    complete when the question's own turn came.
+    :meth:`Fusion.conversation` returns one. Several threads may ask. The history of a question holds every turn that is
+    complete when the model starts to answer.
     """
 
     def __init__(
         self, pipeline: Pipeline, queue: RequestQueue, image: Image.Image, control_tokens: bool = False
     ) -> None:
         self.history: list[Turn] = []
-        """Complete turns, oldest first. You may edit the list between questions."""
+        """Complete turns, oldest first. The list may be edited between questions."""
         self._pipeline = pipeline
         self._queue = queue
         self._image = image
         self._control_tokens = control_tokens
 
     def ask(self, question: str, **options: Unpack[AnswerOptions]) -> Iterator[str]:
-        """Ask a question and yield the answer piece by piece.
+        """Ask a question and return the answer piece by piece, as it is generated.
 
-        The question is asked when the first piece is taken. The turn joins :attr:`history` with the last piece.
+        Taking the first piece asks the question. Taking the last piece appends the turn to :attr:`history`.
 
         Args:
             question: The question.
             **options: See :class:`AnswerOptions`.
 
         Returns:
-            Pieces of text as they are generated.
+            Pieces of text. Their concatenation is the answer.
 
         Raises:
-            UsageError: As :meth:`Fusion.answer`.
-            FusionError: As :meth:`Fusion.answer`.
+            UsageError: As in :meth:`Fusion.ask`, at the first piece.
+            FusionError: As in :meth:`Fusion.ask`, at the first piece.
         """
         return _Pieces(self._queue, lambda: self._start(question, **options))
 
     def answer(self, question: str, **options: Unpack[AnswerOptions]) -> Answer:
-        """Ask a question and return the complete answer. The turn joins :attr:`history`.
+        """Ask a question, return the complete answer and append the turn to :attr:`history`.
 
         Args:
             question: The question.
             **options: See :class:`AnswerOptions`.
 
         Raises:
-            UsageError: As :meth:`Fusion.answer`.
-            FusionError: As :meth:`Fusion.answer`.
+            UsageError: As in :meth:`Fusion.ask`.
+            FusionError: As in :meth:`Fusion.ask`.
         """
         return self._queue.run(lambda: self._start(question, **options).complete())
 
     def _start(self, question: str, **options: Unpack[AnswerOptions]) -> AnswerStream:
-        """Start an answer with the present history. Call it while nothing else computes."""
+        """Start an answer with the present history. Call it in the queue."""
         self._queue.check_open()
         request = self._pipeline.request(
             self._image, question, self.history, control_tokens=self._control_tokens, **options

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.answers import Answer, AnswerStream
-from fusion_edge.runtime.arguments import flag, integer
+from fusion_edge.runtime.arguments import check_flag, check_integer
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.conversation import Conversation
-from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.images.preprocessing import load_image
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.pipeline import Embed, Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import Color, ImageLike, Request
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 class Fusion:
     """A loaded model.
 
-    Several threads may ask: a fair queue serves their questions one at a time. A new question ends an
+    Several threads may ask. Their questions run one at a time, in order of arrival. A new question ends an
     :class:`AnswerStream` that has pieces left.
 
-    The features of the latest image stay cached, so a follow-up question about the same pixels skips most of the
-    vision encoder.
+    The features of the latest image are cached, so a follow-up question about the same pixels skips most of the vision
+    encoder.
 
     After a fork the child cannot use the model: :meth:`close` does nothing there, and everything else raises
     :class:`FusionError`.
@@ -59,7 +59,7 @@ class Fusion:
         embed: Embed,
         device: Device | None = None,
     ) -> None:
-        """Wrap a backend of your own. To load a bundle, use :func:`load`.
+        """Wrap a custom backend. To load a bundle, use :func:`load`.
 
         Args:
             manifest: The bundle's manifest.
@@ -74,6 +74,10 @@ class Fusion:
         self.manifest = manifest
         self.backend = backend
         self.device = Device(backend.name) if device is None else device
+        """Device that runs the model.
+
+        ``not_taken`` has the reasons against better devices, ``remark`` why this one is slower than possible.
+        """
         self.tokenizer = tokenizer
         self.embed = embed
         self.pipeline = Pipeline(manifest, backend, tokenizer, embed)
@@ -81,12 +85,12 @@ class Fusion:
 
     @property
     def config(self) -> FusionConfig:
-        """The model's sizes."""
+        """The model's configuration."""
         return self.manifest.model
 
     @property
     def max_context(self) -> int:
-        """Limit of tokens in the KV cache, prompt and answer together."""
+        """Size of the KV cache in tokens, prompt and answer together."""
         return self.pipeline.max_context
 
     def __enter__(self) -> Fusion:
@@ -98,9 +102,9 @@ class Fusion:
         self.close()
 
     def close(self) -> None:
-        """Free the model's memory. Closing twice does no harm.
+        """Free the model's memory, and return when it is free. Closing again does nothing.
 
-        A question in another thread ends with :class:`FusionError`. Returns when the memory is free.
+        A question that is running in another thread ends with :class:`FusionError`.
         """
         self.queue.close()
         if not self.queue.is_inherited:
@@ -122,7 +126,7 @@ class Fusion:
             **options: See :class:`QuestionOptions`.
 
         Returns:
-            Pieces of text that never change once given out. Their concatenation is the answer.
+            Pieces of text. Their concatenation is the answer; a returned piece never changes.
 
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
@@ -139,16 +143,26 @@ class Fusion:
             **options: See :class:`QuestionOptions`.
 
         Raises:
-            UsageError: As :meth:`ask`.
-            FusionError: As :meth:`ask`.
+            UsageError: As in :meth:`ask`.
+            FusionError: As in :meth:`ask`.
         """
         request = self._request(image, question, **options)
         return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request).complete())
 
     def stream(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> AnswerStream:
-        """Ask a question as :meth:`ask`. The stream's ``answer`` is complete after the last piece.
+        """Ask a question about an image and return a stream of the answer's pieces.
 
-        A wrong argument leaves the previous stream as it is.
+        After the last piece, :attr:`AnswerStream.answer` is the complete answer. A question that raises an error does
+        not end the previous stream.
+
+        Args:
+            image: As in :meth:`ask`.
+            question: The question.
+            **options: See :class:`QuestionOptions`.
+
+        Raises:
+            UsageError: As in :meth:`ask`.
+            FusionError: As in :meth:`ask`.
         """
         request = self._request(image, question, **options)
         return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request))
@@ -162,18 +176,49 @@ class Fusion:
             control_tokens: As in :class:`QuestionOptions`, for every question.
 
         Raises:
-            UsageError: As :meth:`ask`.
+            UsageError: As in :meth:`ask`.
             FusionError: The image cannot be read.
         """
         self.queue.check_open()
-        is_markup = flag("control_tokens", control_tokens)
+        is_markup = check_flag("control_tokens", control_tokens)
         return Conversation(self.pipeline, self.queue, load_image(image, color), is_markup)
 
-    def query_length(self, length: int | None = None) -> int:
-        """Return the query length, by default the bundle's first.
+    def encode_image(self, image: ImageLike, color: Color = "rgb") -> None:
+        """Encode an image ahead of the first question about it, and cache its features.
+
+        A question about the same pixels then skips most of the vision encoder. The cache holds one image. A stream that
+        has pieces left continues.
+
+        Args:
+            image: As in :meth:`ask`.
+            color: Channel order of an array: ``rgb`` or ``bgr``.
 
         Raises:
-            UsageError: The bundle does not offer it.
+            UsageError: An argument has a wrong type or is out of range, or the model is closed.
+            FusionError: The image cannot be read.
+        """
+        self.queue.check_open()
+        crops = cut_crops(load_image(image, color))
+
+        def encode() -> None:
+            self.queue.check_open()
+            try:
+                self.pipeline.encode_image(crops)
+            except FusionError:
+                self.queue.check_open()  # close() may have interrupted the run
+                raise
+
+        self.queue.run(encode)
+
+    def clear_image_cache(self) -> None:
+        """Drop the cached features of the latest image, so the next question encodes its image again."""
+        self.queue.run(self.pipeline.clear_image_cache)
+
+    def query_length(self, length: int | None = None) -> int:
+        """Return ``length``, or the bundle's default query length for None.
+
+        Raises:
+            UsageError: The bundle does not offer the length.
         """
         return self.pipeline.query_length(length)
 
@@ -188,8 +233,8 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
     Args:
         folder: Folder that ``fusion-export`` wrote.
         device: ``tensorrt``, ``tensorrt-rtx``, ``cuda``, ``cpu``, or ``auto`` for the best device that this machine
-            has for the bundle. A device chosen by name is never replaced by another. ``Fusion.device`` names the
-            device, and why ``auto`` skipped the better ones.
+            has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
+            chosen device, and the reasons against better ones.
         threads: CPU threads. Default: every processor that this process may use, which is also the limit.
 
     Returns:
@@ -199,7 +244,7 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
         UsageError: An argument has a wrong type or is out of range.
         FusionError: The machine lacks the device, or the bundle is damaged, has a newer schema, or does not load.
     """
-    count = None if threads is None else integer("threads", threads, 1, "an integer from 1, or None")
+    count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
     if count is not None:
         check_threads(count)
     bundle = open_bundle(_path(folder))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime.arguments import flag, is_integer, shown
+from fusion_edge.runtime.arguments import check_flag, is_integer, short_repr
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
@@ -47,16 +47,16 @@ def no_hook(_stage: str) -> AbstractContextManager[None]:
 
 @dataclass(eq=False)
 class EncodedImage:
-    """What does not depend on a question: the cache of the latest image."""
+    """An image with its features, which do not depend on a question."""
 
     crops: npt.NDArray[np.uint8]
     """``[5,S,S,3]``."""
     local_pixels: Floats
     """``[1,3,S,S]``: the local crop, normalized."""
     global_features: npt.ArrayLike
-    """``[4,P,D]``, in the backend's own form."""
+    """``[4,P,D]``: a tensor of the backend."""
     alignments: dict[int, ImageAlignment] = field(default_factory=dict)
-    """By query length."""
+    """Alignments by query length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Prefilled:
     length: int
     """Tokens in the KV cache."""
     capacity: int
-    """Tokens that the sequence may grow to."""
+    """Limit of the sequence in tokens."""
     token: int
     """First token of the answer."""
 
@@ -98,12 +98,12 @@ class Pipeline:
 
     @property
     def config(self) -> FusionConfig:
-        """The model's sizes."""
+        """The model's configuration."""
         return self.manifest.model
 
     @property
     def max_context(self) -> int:
-        """Limit of tokens in the KV cache, prompt and answer together."""
+        """Size of the KV cache in tokens, prompt and answer together."""
         return min(self.manifest.max_context, self.backend.max_context)
 
     def request(
@@ -122,7 +122,7 @@ class Pipeline:
             raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
         length = self.query_length(query_length)
         budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
-        is_markup = flag("control_tokens", control_tokens)
+        is_markup = check_flag("control_tokens", control_tokens)
         prompt = self._prompts.encode(history, question, control_tokens=is_markup, budget=budget)
         return Request(load_image(image, color), prompt, sampling, length)
 
@@ -133,7 +133,7 @@ class Pipeline:
             return offered[0]
         if not is_integer(length) or length not in offered:
             raise UsageError(
-                f"Query length {shown(length)} is not offered; choose from {', '.join(map(str, offered))} "
+                f"Query length {short_repr(length)} is not offered; choose from {', '.join(map(str, offered))} "
                 "(fusion-export --query-len sets them)."
             )
         return int(length)
@@ -175,7 +175,7 @@ class Pipeline:
         return image
 
     def clear_image_cache(self) -> None:
-        """Drop the latest image, so that the next one is encoded even if it is the same."""
+        """Drop the cached image, so the next question encodes its image again."""
         self._latest = None
 
     def encode_image_tokens(self, image: EncodedImage, instruct_ids: Integers) -> Floats:

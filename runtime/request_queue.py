@@ -1,4 +1,4 @@
-"""The queue of threads that ask a model, and its close."""
+"""The queue of threads that ask a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RequestQueue:
     """
 
     def __init__(self, backend: Backend) -> None:
-        """Own ``backend``: close it once, while nothing computes."""
+        """Take ownership of ``backend``: the queue closes it once, while nothing runs."""
         self._backend = backend
         self._lock = FairLock()
         self._process = os.getpid()
@@ -34,13 +34,14 @@ class RequestQueue:
         return os.getpid() != self._process
 
     def run(self, work: Callable[[], T]) -> T:
-        """Return ``work()``, called while nothing else computes. Raise :class:`FusionError` in a forked process."""
+        """Return ``work()``, called while nothing else runs. Raise :class:`FusionError` in a forked process."""
         self._check_process()
         if self._lock.is_mine:
-            raise UsageError("A signal handler asks the model that it interrupted; ask after that answer.")
-        return self._lock.run(lambda: self._freeing(work))
+            raise UsageError("A signal handler cannot ask the model that it interrupted; ask after its answer.")
+        return self._lock.run(lambda: self._run_and_free(work))
 
-    def _freeing(self, work: Callable[[], T]) -> T:
+    def _run_and_free(self, work: Callable[[], T]) -> T:
+        """Return ``work()``, and free the model if a signal handler has closed it."""
         try:
             return work()
         finally:
@@ -48,13 +49,13 @@ class RequestQueue:
                 self._free_once()
 
     def start(self) -> int:
-        """End the question before and return the number of a new one. Raise as :meth:`check_open`."""
+        """End the previous question and return the number of a new one. Raise as :meth:`check_open`."""
         self.check_open()
         self._latest += 1
         return self._latest
 
     def is_current(self, number: int) -> bool:
-        """Return whether no later question and no close ended a question."""
+        """Return whether a question is still current: no later one was asked, and the model is open."""
         return number == self._latest and not self._is_closed
 
     def check_open(self) -> None:
@@ -66,8 +67,8 @@ class RequestQueue:
     def close(self) -> None:
         """End the running question, wait for its end, and free the model.
 
-        Called from a signal handler that interrupted the question: the question frees the model after the handler.
-        In a forked process this does nothing: the model belongs to the parent.
+        In a signal handler that interrupted the question, return at once; the question frees the model. In a forked
+        process, do nothing: the model belongs to the parent.
         """
         if self.is_inherited:
             return

@@ -34,7 +34,7 @@ class QuestionOptions(AnswerOptions, total=False):
     history: Sequence[Turn]
     """Earlier questions about the same image, with their answers. Default: none."""
     color: Color
-    """Channel order of an array: ``rgb`` (default) or ``bgr``. Files and Pillow images know their own."""
+    """Channel order of an array: ``rgb`` (default) or ``bgr``. Files and Pillow images define their own."""
     control_tokens: bool
     """Whether questions and answers may spell control tokens such as ``<|end|>``. Default: such spellings are text."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.runtime.arguments import integer, real, shown
+from fusion_edge.runtime.arguments import check_integer, check_number, short_repr
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 
@@ -22,7 +22,7 @@ class Sampling:
     max_new_tokens: int = 512
     """Limit of generated tokens, from 1."""
     temperature: float = 0.0
-    """0 is greedy and ignores ``top_p``, ``top_k`` and ``seed``."""
+    """Sampling temperature; 0 is greedy and ignores ``top_p``, ``top_k`` and ``seed``."""
     top_p: float = 1.0
     """Nucleus sampling: the smallest set of tokens whose probabilities reach this sum; 1 is off."""
     top_k: int = 0
@@ -34,18 +34,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         numbers = {
-            "max_new_tokens": integer("max_new_tokens", self.max_new_tokens, 1, "an integer from 1"),
-            "temperature": real(
+            "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, 1, "an integer from 1"),
+            "temperature": check_number(
                 "temperature", self.temperature, lambda value: value >= 0, "a finite number from 0 (greedy)"
             ),
-            "top_p": real("top_p", self.top_p, lambda value: 0 < value <= 1, "a number above 0 and at most 1 (off)"),
-            "top_k": integer("top_k", self.top_k, 0, "an integer from 0 (off)"),
-            "seed": None if self.seed is None else integer("seed", self.seed, 0, "an integer from 0, or None"),
+            "top_p": check_number(
+                "top_p", self.top_p, lambda value: 0 < value <= 1, "a number above 0 and at most 1 (off)"
+            ),
+            "top_k": check_integer("top_k", self.top_k, 0, "an integer from 0 (off)"),
+            "seed": None if self.seed is None else check_integer("seed", self.seed, 0, "an integer from 0, or None"),
         }
         for name, number in numbers.items():  # converts NumPy scalars
             object.__setattr__(self, name, number)
         if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
-            raise UsageError(f"stop is {shown(self.stop)}; expected a tuple of strings, none of them empty.")
+            raise UsageError(f"stop is {short_repr(self.stop)}; expected a tuple of strings, none of them empty.")
 
 
 class Sampler:

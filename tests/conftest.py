@@ -80,8 +80,9 @@ def replaceable(tiny_bundle: Path, output: Path) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``refused(main, *arguments, code=1)`` runs a command that must fail with an exit code, and returns its one line
-    on standard error.
+    """``refused(main, *arguments, code=1)`` runs a command that must fail with an exit code.
+
+    It returns the error, which is one line on standard error.
     """
 
     def run(main: Callable[[list[str]], int], *arguments: object, code: int = 1) -> str:

@@ -2,7 +2,7 @@
 
     python tests/faults.py --kills 200 --writes 200
 
-:func:`inject` injects a fault in a forked child and checks what is left. :func:`trace` lists the calls.
+:func:`inject` injects a fault in a forked child and checks the files afterwards. :func:`trace` lists the calls.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def trace(place: Place) -> list[str]:
 
 
 def inject(kind: str, number: int, place: Place) -> str:
-    """Inject one of :data:`KINDS` at call ``number`` of an export. Return what is wrong afterwards, or ``""``."""
+    """Inject one of :data:`KINDS` at call ``number`` of an export. Return the error that it causes, or ``""``."""
 
     def act(at: int, name: str, original: Callable[..., Any], given: Sequence[Any], options: dict[str, Any]) -> Any:
         if at != number:
@@ -136,7 +136,7 @@ def inject(kind: str, number: int, place: Place) -> str:
 
     place.reset()
     code, said = _in_child(place, Calls(place.output.parent, act), ["--force", f"--{NEW}"])
-    return _judged(kind, code, said, place) or _afterwards(place)
+    return _check_outcome(kind, code, said, place) or _check_next_exports(place)
 
 
 def _in_child(
@@ -178,8 +178,8 @@ def _simulated(place: Place) -> Iterator[None]:
         yield
 
 
-def _judged(kind: str, code: int, said: str, place: Place) -> str:
-    """Return what is wrong with how the export ended, or ``""``."""
+def _check_outcome(kind: str, code: int, said: str, place: Place) -> str:
+    """Return the error in how the export ended, or ``""``."""
     expected = {0}
     if kind in SIGNALS:
         number = int(getattr(signal, kind))
@@ -193,7 +193,7 @@ def _judged(kind: str, code: int, said: str, place: Place) -> str:
     if kind == "SIGKILL" and (place.is_mounted or not place.has_exchange):
         return ""
     try:
-        precision = whole(place.output)
+        precision = verified_precision(place.output)
     except FusionError as error:
         # A move into a mount point may be incomplete: the next export finishes it.
         is_kept = place.is_mounted and kind in ERRORS and (place.output / ".bundle.partial").exists()
@@ -204,16 +204,16 @@ def _judged(kind: str, code: int, said: str, place: Place) -> str:
     return "" if kind in ("SIGKILL", *ERRORS) or left == ["bundle"] else f"left {left}"
 
 
-def _afterwards(place: Place) -> str:
-    """Return what is wrong after two more exports, or ``""``: a refused one, which recovers, and a complete one."""
+def _check_next_exports(place: Place) -> str:
+    """Return the error after two more exports, or ``""``: a refused one, which recovers, and a complete one."""
     nothing = Calls(place.output.parent, lambda _number, _name, original, given, options: original(*given, **options))
     for options, code, precisions in (([], 1, (OLD, NEW)), (["--force", f"--{NEXT}"], 0, (NEXT,))):
         ended, said = _in_child(place, nothing, options)
         if ended != code:
             return f"the next export with {options} ended with {ended}: {said[-300:]}"
         try:
-            if whole(place.output) not in precisions:
-                return f"after an export with {options}: {whole(place.output)}"
+            if verified_precision(place.output) not in precisions:
+                return f"after an export with {options}: {verified_precision(place.output)}"
         except FusionError as error:
             return f"after an export with {options}: {error}"
         left = sorted(path.name for path in place.output.parent.iterdir())
@@ -222,18 +222,18 @@ def _afterwards(place: Place) -> str:
     return ""
 
 
-def whole(folder: Path) -> str:
+def verified_precision(folder: Path) -> str:
     """Return the precision of a bundle after checking all its files. Raises :class:`FusionError`."""
     opened = open_bundle(folder)
     verify(opened)
     expected = {MANIFEST, *(entry.path for entry in opened.manifest.files)}
     if (found := {path.name for path in folder.iterdir()}) != expected:
-        raise FusionError(f"{folder} holds {sorted(found ^ expected)}, too.")
+        raise FusionError(f"{folder} and its manifest differ in {sorted(found ^ expected)}.")
     return opened.manifest.precision
 
 
 def main() -> int:
-    """Inject random faults. Return 1 if anything was torn, lost or left behind."""
+    """Inject random faults. Return 1 if a bundle was damaged or lost, or a file was left behind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="number of kills; half of them are other signals")
     parser.add_argument("--writes", type=int, default=200, help="number of failing or short calls")

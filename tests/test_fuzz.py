@@ -63,7 +63,7 @@ def test_a_mutant_is_replayed(planted: tuple[dict[str, Any], str], tmp_path: Pat
 def test_seeds_that_are_none() -> None:
     for wrong in ("image", "image:x", "nothing:1"):
         ran = fuzz("--replay", wrong)
-        assert (ran.returncode, ran.stderr) == (2, f"error: {wrong} is no KIND:SEED.\n")
+        assert (ran.returncode, ran.stderr) == (2, f"error: {wrong} is not a KIND:SEED, such as image:3.\n")
 
 
 def test_a_seed_gives_the_same_mutant_again() -> None:

@@ -1,6 +1,6 @@
 """Compare our GPTQ with GPTQModel's, linear by linear, by the relative squared error of the outputs.
 
-    pip install gptqmodel==7.7.0        # in a separate environment with fusion-edge[benchmarks]
+    pip install gptqmodel==7.7.0 '.[benchmarks]'     # in a separate environment
     python -m fusion_edge.benchmarks.accuracy.against_gptqmodel --work FOLDER_OF_SMOLLM2 --json FILE
 
 Both get the same float weights and the same Hessian H of the float model's inputs, with the row weights of calibration
@@ -8,6 +8,7 @@ Both get the same float weights and the same Hessian H of the float model's inpu
 folder of ``benchmarks.accuracy.smollm2``.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import argparse
@@ -103,7 +104,7 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
         found = read_samples(work / "samples.jsonl", samples, 1).calibrating
         prepared = [prepare(sample, tokenizer, plan.config, 1, 1, "cpu") for sample in found]
         activations: list[Activations] = [{} for _ in prepared]
-        watched = {name: form for name, form in plan.quantized_formats.items() if name.startswith("llm.")}
+        watched = {name: chosen for name, chosen in plan.quantized_formats.items() if name.startswith("llm.")}
         layers = [f"llm.layers.{i}" for i in range(0, plan.config.language.layers, every)]
         for block in blocks(plan.config)[:-1]:
             observer = Observer(plan.config, weights, lambda ids: table[ids], "cpu", watched)
@@ -120,10 +121,10 @@ def observed(work: Path, samples: int, every: int) -> Iterator[tuple[str, Tensor
 
 def compare(weights: Tensor, hessian: Tensor, group_size: int) -> dict[str, float]:
     """Return the relative squared error of the outputs by method."""
-    form = WeightFormat("int4", group_size)
+    weight_format = WeightFormat("int4", group_size)
     quantized = {
-        "nearest": round_to_nearest(weights, form).values,
-        "ours": gptq(weights, FactorizedHessian(hessian), form).values,
+        "nearest": round_to_nearest(weights, weight_format).values,
+        "ours": gptq(weights, FactorizedHessian(hessian), weight_format).values,
     }
     quantized |= {name: _gptqmodel(weights, hessian, group_size, **more) for name, more in SETTINGS.items()}
     errors = {}

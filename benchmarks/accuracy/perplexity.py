@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,8 @@ class TextModel:
         for spec in self._cache:
             shape = [length if isinstance(size, str) else size for size in spec.shape]
             inputs[f"past.{spec.name}"] = np.zeros(shape, spec.dtype)
-        rows: Floats = self._session.run(["logits"], inputs)[0][0]
+        outputs: Any = self._session.run(["logits"], inputs)
+        rows: Floats = outputs[0][0]
         return rows
 
 

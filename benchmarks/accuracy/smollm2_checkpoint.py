@@ -53,7 +53,7 @@ LAYER_TENSORS = {
 
 @dataclass(frozen=True)
 class Gguf:
-    """Llama model in llama.cpp's form."""
+    """Llama model as llama.cpp stores it."""
 
     fields: Mapping[str, Any]
     """Metadata by key."""
@@ -198,7 +198,7 @@ def _config_json(config: FusionConfig, rope_theta: float) -> dict[str, object]:
 
 def _write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     """Write byte-level BPE with single digits (llama.cpp's ``smollm``)."""
-    names = [RENAMED.get(token, token) for token in fields["tokenizer.ggml.tokens"]]
+    names = [str(RENAMED.get(token, token)) for token in fields["tokenizer.ggml.tokens"]]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -50,7 +50,7 @@ class TrainingOperations(EagerOperations):
         self._rows: Tensor | None = None
 
     def _parameter(self, name: str) -> Tensor:
-        """A parameter assembled from its sources (``export/checkpoint/tensor_mapping.py``), once per step."""
+        """Assemble a parameter from its sources (``export/checkpoint/tensor_mapping.py``), once per step."""
         if name not in self._ready:
             parts = []
             for source in self._table[name].sources:

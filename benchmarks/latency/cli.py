@@ -86,7 +86,7 @@ def compare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusion-bench compare", description="Compare two results of fusion-bench.")
     add = parser.add_argument
     add("before", type=Path, help="file written by fusion-bench --json")
-    add("after", type=Path, help="a later one")
+    add("after", type=Path, help="later file")
     text = "exit with code 1 if a measure is slower by more than this, e.g. 5%%"
     add("--fail-above", type=_share, metavar="PERCENT", help=text)
     add("--json", action="store_true", help="print the comparison as one JSON object")
@@ -98,7 +98,7 @@ def _devices(text: str) -> tuple[str, ...]:
     if wrong := [name for name in names if name not in (AUTO, *NAMES)]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is unknown; choose from {', '.join((AUTO, *NAMES))}")
     if AUTO in names and len(names) > 1:
-        raise argparse.ArgumentTypeError(f"{AUTO} stands for one of the others; pass it alone, or list the others")
+        raise argparse.ArgumentTypeError(f"{AUTO} chooses one of the others; pass it alone, or list the others")
     return names
 
 

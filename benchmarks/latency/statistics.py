@@ -41,7 +41,7 @@ class Summary:
 
     @property
     def is_precise(self) -> bool:
-        """Whether the error is at most :data:`TARGET_ERROR`."""
+        """Return whether the error is at most :data:`TARGET_ERROR`."""
         return self.error is not None and self.error <= TARGET_ERROR
 
 

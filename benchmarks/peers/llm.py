@@ -29,7 +29,9 @@ COMPARISON = PeerComparison(
         "bundle": Runner(f"{RUNNERS}.bundle_llm", "bundle folder written by fusion-export"),
         "genai": Runner(f"{RUNNERS}.genai_llm", "folder written by onnxruntime-genai's model builder"),
         "llama-cpp": Runner(f"{RUNNERS}.llama_cpp_llm", "GGUF file"),
-        "openvino": Runner(f"{RUNNERS}.openvino_llm", "folder written by optimum-intel"),
+        "openvino": Runner(
+            f"{RUNNERS}.openvino_llm", "folder written by optimum-intel, or a JSON file of properties in it"
+        ),
     },
     workload=workload,
     columns=(

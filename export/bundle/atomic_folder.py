@@ -30,7 +30,7 @@ from fusion_edge.runtime.system import signals
 def atomic_folder(output: Path, content: FolderContent, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a partial folder that becomes ``output`` at the end. An error or a signal removes it.
 
-    What a killed process left is cleaned up first.
+    Remains of a killed process are cleaned up first.
 
     Args:
         output: Folder to create or replace.
@@ -75,7 +75,7 @@ def _message(error: OSError, output: Path, command: str) -> str:
         return f"The file system of {place} is too small for a file (FAT32: at most 4 GB); choose another output."
     if error.errno in (errno.EBUSY, errno.EXDEV):
         return f"Cannot write {output}, which is in use or a mount point; choose an output inside it."
-    return f"Cannot write {output}: {error.strerror}."
+    return f"Cannot write {output} ({error.strerror}); choose another output."
 
 
 def _discard(descriptor: int, folder: Path, content: FolderContent) -> None:
@@ -98,7 +98,7 @@ def _recover_partial(folder: Path, output: Path, content: FolderContent, busy: s
         remove_folder(descriptor, folder, content.is_partial)
 
 
-# By renaming ------------------------------------------------------------------------------------------------------
+# Replace by renaming ----------------------------------------------------------------------------------------------
 
 
 def _recover_replaced(output: Path, content: FolderContent, busy: str) -> None:
@@ -150,7 +150,7 @@ def _swap(folder: Path, output: Path, replaced: Path) -> Path:
     return replaced
 
 
-# By moving files --------------------------------------------------------------------------------------------------
+# Replace by moving files ------------------------------------------------------------------------------------------
 
 
 def _move_files(folder: Path, output: Path, content: FolderContent) -> None:

@@ -131,7 +131,7 @@ class DataWriter:
 
 
 class _Columns:
-    """Tensors that are filled by column: each is assembled in memory and written whole. Safe in several threads."""
+    """Tensors that are filled by column: each is assembled in memory and written whole. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -162,7 +162,9 @@ def _parts(packed: Packed, values: PlannedTensor) -> dict[Part, npt.NDArray[Any]
         integers, scales = to_dequantize_linear(packed, values.format, inputs)
         return {"values": integers, "scales": scales}
     parts: dict[Part, npt.NDArray[Any]] = {"values": packed.values, "scales": packed.scales}
-    return parts if packed.zero_points is None else parts | {"zero_points": packed.zero_points}
+    if packed.zero_points is not None:
+        parts["zero_points"] = packed.zero_points
+    return parts
 
 
 def _by_parameter(file: DataFile, known: Container[str]) -> dict[str, list[PlannedTensor]]:

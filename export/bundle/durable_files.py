@@ -56,7 +56,7 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk. Does nothing where the file system cannot, as some network ones."""
+    """Flush a folder's entries to the disk. Does nothing if the file system does not support it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

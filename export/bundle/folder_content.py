@@ -71,7 +71,7 @@ def owned_paths(descriptor: int, owns: Owns, folder: Path, ignored: tuple[str, .
 
     Args:
         descriptor: The opened folder.
-        owns: Tells the paths that fusion-edge wrote.
+        owns: Test for paths that fusion-edge wrote.
         folder: Path of the folder, for messages.
         ignored: Names in the folder to skip.
 

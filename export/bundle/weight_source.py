@@ -1,4 +1,4 @@
-"""Where the weights of a bundle come from: a checkpoint, rounded to nearest, or a calibration."""
+"""Sources of a bundle's weights: a checkpoint rounded to nearest, or a calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """Packed rows of a linear, and what rounding them changed."""
+    """Packed rows of a linear, and their rounding error."""
 
     packed: Packed
     squared_error: float = 0.0
@@ -27,7 +27,7 @@ class PackedRows:
 
 
 class WeightSource(Protocol):
-    """Source of a bundle's weights. All methods are safe in several threads."""
+    """Source of a bundle's weights. All methods are thread-safe."""
 
     @property
     def report(self) -> QuantizationReport:
@@ -76,10 +76,10 @@ class RoundToNearest:
         return PackedRows(packed, _squares(rows - dequantize(packed, fmt, linear.inputs)), _squares(rows))
 
     def activation_quantization(self, linear: Linear) -> ActivationQuantization:
-        """Fail: only a calibration knows the range of activations, and planning refuses ``w8a8`` without one."""
+        """Raise ``AssertionError``: planning refuses ``w8a8`` without a calibration."""
         raise AssertionError(f"{linear.name} is {linear.format} in a plan without calibration")
 
 
 def _squares(rows: npt.NDArray[np.float32]) -> float:
-    """Return the sum of squares. A dot product would add up in an order that depends on the processor."""
+    """Return the sum of squares. The summation order of a dot product would depend on the processor."""
     return float(np.square(rows).sum())  # pairwise summation: float32 is accurate enough

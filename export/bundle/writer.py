@@ -66,7 +66,7 @@ def write_bundle(
     return manifest, report
 
 
-# The folder -------------------------------------------------------------------------------------------------
+# Output folder ----------------------------------------------------------------------------------------------
 
 
 def resolve_output(output: Path) -> Path:
@@ -99,11 +99,11 @@ def check_output(output: Path, force: bool) -> None:
     except (NotADirectoryError, ForeignPathError) as error:
         if isinstance(error, ForeignPathError) and _listed(manifest):
             raise FusionError(
-                f"{error.path} is no file of the bundle in {output}, so --force does not replace the bundle; move the "
-                "file elsewhere or choose another output."
+                f"{error.path} does not belong to the bundle in {output}, so --force does not replace the "
+                "bundle; move the file elsewhere or choose another output."
             ) from None
         raise FusionError(
-            f"{output} exists and is no bundle, so --force does not replace it; choose another output."
+            f"{output} exists and is not a bundle, so --force does not replace it; choose another output."
         ) from None
     for build in (output / ENGINES_FOLDER).glob(".*.partial"):
         with locked_folder(build, f"A fusion-build of {output} is running; wait for it or choose another output."):

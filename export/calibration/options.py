@@ -44,7 +44,7 @@ class CalibrationOptions:
     )
     held_out: int = option(
         "--held-out",
-        "number of further samples, to compare with the float model (default: {default})",
+        "number of other samples, which compare the bundle with the float model (default: {default})",
         group=CALIBRATION,
         default=16,
         type=positive_integer,

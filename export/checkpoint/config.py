@@ -39,7 +39,7 @@ FIXED: Mapping[str, tuple[object, ...]] = {
 """Supported values of config fields. No released model has others."""
 
 _TOWERS: Mapping[str, int] = {"so400m": 26, "giant-opt": 39}
-"""Number of vision layers by a part of the tower's name: all layers of SigLIP but the last."""
+"""Number of vision layers by a part of the tower's name: all layers of SigLIP except the last."""
 
 _VISION_FIELDS = re.compile("vision|visual|image|img|mm_")
 """Matches config fields that only vision-language models have."""
@@ -78,7 +78,7 @@ def read_config(checkpoint: Checkpoint) -> FusionConfig:
 
 
 def _kind(fields: JsonFields) -> str:
-    """Return what kind of other model it is, for a message."""
+    """Describe another model, for a message."""
     if not isinstance(fields.data.get("model_type"), str):
         return ""
     return ", another vision-language model" if _VISION_FIELDS.search(" ".join(fields.data)) else ", a language model"
@@ -145,7 +145,7 @@ def _vision(fields: JsonFields, checkpoint: Checkpoint) -> VisionConfig:
         if name in tower and len(layers) != expected:
             raise FusionError(
                 f"The vision tower of {checkpoint.folder} has {len(layers)} layers; expected {expected}, all of "
-                f"{tower} but the last. Save the checkpoint as the released code does."
+                f"{tower} except the last. Save the checkpoint as the released code does."
             )
     return VisionConfig(width=width, layers=len(layers), mlp_width=mlp_width, patch_size=patch)
 

@@ -113,6 +113,8 @@ def _hub_message(hub_id: str, revision: str | None, error: Exception) -> str:
             f"{hub_id}{at} is not complete in the local cache, and HF_HUB_OFFLINE forbids downloading: unset it, or "
             "pass a local folder."
         )
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # without the client's advice
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"{hub_id}{at} could not be downloaded ({reason.rstrip('.')}): check the network and the free disk space and "

@@ -1,4 +1,4 @@
-"""Read input files safely: regular files of limited size, whose content may be anything."""
+"""Read untrusted input files: regular files of limited size only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from fusion_edge.runtime.errors import FusionError
 
-LARGEST_JSON = 1_500_000  # bytes: 10,000 tensor names. Parsed JSON takes up to 40 times as much memory
+LARGEST_JSON = 1_500_000  # bytes: 10,000 tensor names. Parsed JSON needs up to 40 times as much memory
 LONGEST_NAME = 500  # characters of a tensor's name; the longest known has 130
 _GIT_LFS = b"version https://git-lfs"
 _WEB_PAGE = "a web page, perhaps of a failed download: download the file again"
 _PICKLE = "a pickle, which can run code when loaded: save the model with safe_serialization=True"
-_DISGUISES = {
+_SIGNATURES = {
     _GIT_LFS: "a Git LFS pointer, not the file itself: run `git lfs pull`",
     b"<!doctype": _WEB_PAGE,
     b"<html": _WEB_PAGE,
@@ -26,7 +26,7 @@ _DISGUISES = {
     b"\x80\x04\x95": _PICKLE,
     b"GGUF": "a GGUF file, which holds no FUSION checkpoint: pass the checkpoint that it was converted from",
 }
-"""What a file with a wrong name really is, with the remedy, by its first bytes in lower case."""
+"""Description and remedy of a file that has the wrong format, by its first bytes."""
 
 
 def open_regular(path: Path) -> int:
@@ -37,7 +37,7 @@ def open_regular(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for its writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FusionError(f"{path} is a folder, pipe or device; expected a regular file. Put the file itself there.")
+        raise FusionError(f"{path} is a folder, pipe or device; expected a regular file. Replace it by the file.")
     return descriptor
 
 
@@ -56,7 +56,7 @@ def read_file(path: Path, largest: int) -> bytes:
     if len(content) > largest:
         raise FusionError(f"{path} is too large; expected at most {largest} bytes. Download it again.")
     if content.startswith(_GIT_LFS):
-        raise FusionError(f"{path} is {_DISGUISES[_GIT_LFS]}.")
+        raise FusionError(f"{path} is {_SIGNATURES[_GIT_LFS]}.")
     return content
 
 
@@ -65,10 +65,10 @@ def unreadable(path: Path, error: OSError) -> FusionError:
     return FusionError(f"{path} cannot be read ({error.strerror}): check its permissions and the disk.")
 
 
-def disguise(start: bytes) -> str | None:
-    """Return what a file with a wrong name really is, with the remedy, by its first bytes. None if unknown."""
+def identify_format(start: bytes) -> str | None:
+    """Describe a file that has the wrong format, with the remedy, from its first bytes. Return None if unknown."""
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return next((what for sign, what in _DISGUISES.items() if start.startswith(sign.lower())), None)
+    return next((what for signature, what in _SIGNATURES.items() if start.startswith(signature.lower())), None)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(raw, object_pairs_hook=unique_fields)
     except (ValueError, RecursionError) as error:
-        if what := disguise(raw):
+        if what := identify_format(raw):
             raise FusionError(f"{path} is {what}.") from None
         raise FusionError(f"{path} is not valid JSON ({error}): download it again.") from error
     if not isinstance(value, dict):
@@ -92,7 +92,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's fields; pass it to ``json`` as ``object_pairs_hook``.
 
-    Raises ``ValueError`` for a duplicate field, of which ``json`` itself keeps the last silently.
+    Raises ``ValueError`` for a duplicate field. ``json`` itself silently keeps the last value.
     """
     values = dict(pairs)
     if len(values) != len(pairs):

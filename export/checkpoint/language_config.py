@@ -75,7 +75,7 @@ def read_language(fields: JsonFields, tensors: int) -> LanguageConfig:
 def read_max_length(fields: JsonFields, layers: int) -> int:
     """Return the maximum context in tokens: the trained length, or the sliding window if that is smaller.
 
-    Sliding windows are not computed. Raises as :func:`read_language`.
+    Sliding-window attention is not implemented. Raises as :func:`read_language`.
     """
     trained = fields.integer("tokenizer_model_max_length", minimum=MINIMUM_CONTEXT)
     window = _window(fields, layers)

@@ -1,4 +1,4 @@
-"""Weights that the checkpoint stores quantized: find them, choose their layout in a bundle, read their rows."""
+"""Find the weights that a checkpoint stores quantized, choose their layout in a bundle, and read their rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.packing import Packed, by_block, dequantize, pack, pack_codes
 from fusion_edge.runtime.errors import FusionError
 
-_CACHED_WEIGHTS = 3  # neighboring blocks of rows are read from the tensors of one parameter, at most three
+_CACHED_WEIGHTS = 3  # a parameter has at most three sources, and neighboring blocks of rows share them
 
 
 def with_prequantized_sources(checkpoint: Checkpoint, mapping: Mapping[str, Parameter]) -> dict[str, Parameter]:
@@ -93,7 +93,7 @@ def _source_layout(parameter: Parameter, source: Source, checkpoint: Checkpoint)
 
 def _cannot_merge(parameter: Parameter, how: str) -> FusionError:
     names = ", ".join(source.tensor for source in parameter.sources)
-    return FusionError(f"The tensors {names} form one matmul, {parameter.name}, but {how}. {_remedy(parameter)}")
+    return FusionError(f"The tensors {names} form one matmul, {parameter.name}, but they {how}. {_remedy(parameter)}")
 
 
 def _remedy(parameter: Parameter) -> str:
@@ -101,9 +101,9 @@ def _remedy(parameter: Parameter) -> str:
 
 
 class PrequantizedReader:
-    """Reads rows of prequantized weights. Safe to use from several threads.
+    """Reads rows of prequantized weights. Thread-safe.
 
-    The last few weights stay in memory, packed: in some layouts, rows are columns of the stored tensor.
+    The last few weights stay in memory, packed: some layouts store rows as columns, so reading a few needs the whole.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -111,7 +111,7 @@ class PrequantizedReader:
         self._opened: OrderedDict[str, tuple[StoredLayout, RowReader]] = OrderedDict()
         self._lock = Lock()
 
-    def packed(self, sources: Iterable[tuple[Source, int, int]], form: WeightFormat) -> Packed:
+    def packed(self, sources: Iterable[tuple[Source, int, int]], fmt: WeightFormat) -> Packed:
         """Return rows of sources, concatenated, as a bundle stores them. No integer is changed.
 
         Each source comes with its first and last row (exclusive). Raises :class:`FusionError` for scales that are not
@@ -121,8 +121,8 @@ class PrequantizedReader:
         for source, start, stop in sources:
             layout, rows = self._read(source, start, stop)
             rows = _select_columns(rows, source.column_range, layout.format.group_size)
-            parts.append(_divide_groups(rows, layout.format.group_size, form.group_size))
-        return _pack(parts, form)
+            parts.append(_divide_groups(rows, layout.format.group_size, fmt.group_size))
+        return _pack(parts, fmt)
 
     def values(self, source: Source, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return dequantized rows of a source, float32 ``[stop-start, K]``. Raises as :meth:`packed`."""
@@ -168,9 +168,9 @@ def _divide_groups(rows: QuantizedRows, group: int, smaller: int) -> QuantizedRo
     return QuantizedRows(rows.values, by_block(rows.scales, group, inputs, smaller), zero_points)
 
 
-def _pack(parts: Sequence[QuantizedRows], form: WeightFormat) -> Packed:
+def _pack(parts: Sequence[QuantizedRows], fmt: WeightFormat) -> Packed:
     """Concatenate rows and pack them as a bundle stores them."""
     values, scales = np.concatenate([p.values for p in parts]), np.concatenate([p.scales for p in parts])
-    if form.has_codebook:
-        return Packed(pack(values.reshape(*scales.shape, -1), form), scales)
-    return pack_codes(values, scales, np.concatenate([p.zero_points for p in parts if p.zero_points is not None]), form)
+    if fmt.has_codebook:
+        return Packed(pack(values.reshape(*scales.shape, -1), fmt), scales)
+    return pack_codes(values, scales, np.concatenate([p.zero_points for p in parts if p.zero_points is not None]), fmt)

@@ -16,7 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from fusion_edge.export.checkpoint.input_files import LARGEST_JSON, LONGEST_NAME, disguise, unique_fields, unreadable
+from fusion_edge.export.checkpoint.input_files import (
+    LARGEST_JSON,
+    LONGEST_NAME,
+    identify_format,
+    unique_fields,
+    unreadable,
+)
 from fusion_edge.runtime.errors import FusionError
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -66,7 +72,9 @@ def read_header(file: Path, descriptor: int) -> dict[str, TensorInfo]:
     """
     file_size = os.fstat(descriptor).st_size
     length = int.from_bytes(_read_bytes(file, descriptor, 8, 0), "little")
-    if not 0 < length <= min(file_size - 8, LARGEST_JSON) and (what := disguise(_read_bytes(file, descriptor, 64, 0))):
+    if not 0 < length <= min(file_size - 8, LARGEST_JSON) and (
+        what := identify_format(_read_bytes(file, descriptor, 64, 0))
+    ):
         raise FusionError(f"{file} is {what}.")
     if not 0 < length <= file_size - 8:
         raise FusionError(

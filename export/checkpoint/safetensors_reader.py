@@ -33,7 +33,7 @@ _CHUNK = 1 << 19  # elements converted at a time: the buffer stays in the proces
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder. Safe to read from several threads.
+    """The tensors of a checkpoint folder. Thread-safe.
 
     Use it as a context manager: it holds one open file per shard.
 
@@ -98,7 +98,7 @@ class Checkpoint:
         """Return rows ``start`` to ``stop`` (exclusive) of a float tensor, along its first axis.
 
         Returns:
-            float32 ``[stop - start, *shape[1:]]``, freshly allocated. At most 1 MiB is used besides.
+            float32 ``[stop - start, *shape[1:]]``, freshly allocated. Uses at most 1 MiB of other memory.
 
         Raises:
             KeyError: There is no such tensor, or the checkpoint is closed.

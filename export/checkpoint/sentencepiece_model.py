@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.export.checkpoint.input_files import disguise, read_file
+from fusion_edge.export.checkpoint.input_files import identify_format, read_file
 from fusion_edge.runtime.bundle.protobuf import fields as fields_of
 from fusion_edge.runtime.errors import FusionError
 
@@ -57,7 +57,7 @@ def read_pieces(model_file: Path) -> list[Piece]:
         pieces, trainer, normalizer = _parse(content)
     # A field of an unexpected type raises one of the last three.
     except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        what = disguise(content[:64])
+        what = identify_format(content[:64])
         raise FusionError(f"{model_file} is {what}." if what else damaged) from error
     if not pieces or not trainer or not normalizer:
         raise FusionError(damaged)

@@ -3,7 +3,7 @@
 It encodes a text in four steps:
 
 1. Replace every U+2581 by a space, and put one U+2581 in front of the text.
-2. Split off added tokens (leftmost, longest). Their flags say whether they take adjacent whitespace.
+2. Split off added tokens (leftmost, longest). Their flags say whether they strip adjacent whitespace.
 3. If the text begins with a *named* special token (bos, eos, unk, additional, ...), drop the U+2581 before it. Before
    other added tokens it stays.
 4. Encode each remaining part by SentencePiece BPE without normalization. Unknown characters become bytes.
@@ -22,7 +22,7 @@ from fusion_edge.export.checkpoint.sentencepiece_model import SPACE, merge_rules
 from fusion_edge.export.checkpoint.tokenizer_config import TokenizerConfig
 from fusion_edge.runtime.errors import FusionError
 
-# The start of Llama's and Phi's vocabulary. Its runs of spaces have the lowest score, whatever their ids.
+# The start of Llama's and Phi's vocabulary. Its runs of spaces have the lowest score, independent of their ids.
 _LLAMA_PIECES = {SPACE * 2: 259, f"{SPACE}t": 260, "er": 261}
 
 
@@ -40,8 +40,8 @@ def _adds_bos(content: dict[str, Any], bos: str | None) -> bool:
 def _reordered_merges(content: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the merge rules of a ``tokenizer.json`` in the order of :func:`merge_rules`.
 
-    ``transformers`` 5 writes the splits of a piece with the shortest left part first, SentencePiece takes the longest
-    first. It also ranks every piece by its id.
+    ``transformers`` 5 writes the splits of a piece with the shortest left part first; SentencePiece merges the
+    longest first. ``transformers`` also ranks every piece by its id.
     """
     rules = [tuple(rule.split(" ") if isinstance(rule, str) else rule) for rule in content["model"]["merges"]]
     vocabulary = content["model"]["vocab"]
@@ -70,34 +70,9 @@ def build_slow_llama_tokenizer(file: Path, config: TokenizerConfig, content: dic
         FusionError: A file is damaged, a setting is not supported, or the files contradict each other.
     """
     _require_supported(config)
-    if content is not None and file.name == "tokenizer.json":
-        vocabulary: dict[str, int] = dict(content["model"]["vocab"])
-        merges = _reordered_merges(content)
-    else:
-        pieces = read_pieces(file)
-        vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
-        merges = merge_rules(pieces)
-    texts = {index: text for text, index in vocabulary.items()}
-    added = config.added_tokens()
+    vocabulary, merges = _read_vocabulary(file, content)
     named = config.named_tokens()
-    for index, token in added.items():
-        in_place = index >= 0 and texts.get(index, token.content) == token.content
-        if not in_place or vocabulary.setdefault(token.content, index) != index:
-            raise FusionError(
-                f"{config.file} gives {token.content} the id {index}, which contradicts {file.name}: take both files "
-                "from the same checkpoint."
-            )
-        if token.single_word:
-            raise FusionError(
-                f"{config.file} has {token.content} with single_word=true; expected false, as in released checkpoints. "
-                "Set it to false if the model was trained so."
-            )
-    contents = {token.content for token in added.values()}
-    for name in sorted(named - contents):
-        if name not in vocabulary:
-            raise FusionError(f"{config.file} names the special token {name}, which has no id: add it there.")
-        added[vocabulary[name]] = AddedToken(name, normalized=False, special=True)
-
+    added = _added_tokens(config, vocabulary, named, file)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
     # Set before tokens are added: it decides how they are found.
     tokenizer.normalizer = _normalizer(added.values(), named, config.flag("add_prefix_space", True))
@@ -115,6 +90,44 @@ def build_slow_llama_tokenizer(file: Path, config: TokenizerConfig, content: dic
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return tokenizer
+
+
+def _read_vocabulary(file: Path, content: dict[str, Any] | None) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the ids of all pieces, and the merge rules."""
+    if content is not None and file.name == "tokenizer.json":
+        return dict(content["model"]["vocab"]), _reordered_merges(content)
+    pieces = read_pieces(file)
+    return {piece.text: index for index, piece in enumerate(pieces)}, merge_rules(pieces)
+
+
+def _added_tokens(
+    config: TokenizerConfig, vocabulary: dict[str, int], named: set[str], file: Path
+) -> dict[int, AddedToken]:
+    """Return added and named tokens by id, and add their ids to ``vocabulary``.
+
+    Raises :class:`FusionError` for an id that contradicts the vocabulary, and for a setting that is not supported.
+    """
+    texts = {index: text for text, index in vocabulary.items()}
+    added = config.added_tokens()
+    for index, token in added.items():
+        in_place = index >= 0 and texts.get(index, token.content) == token.content
+        if not in_place or vocabulary.setdefault(token.content, index) != index:
+            raise FusionError(
+                f"{config.file} gives {token.content} the id {index}, which contradicts {file.name}: take both files "
+                "from the same checkpoint."
+            )
+        if token.single_word:
+            raise FusionError(
+                f"{config.file} has {token.content} with single_word=true; expected false, as in released checkpoints. "
+                "Set it to false if the model was trained so."
+            )
+    for name in sorted(named - {token.content for token in added.values()}):
+        if name not in vocabulary:
+            raise FusionError(
+                f"{config.file} names the special token {name}, which has no id: add it to added_tokens_decoder."
+            )
+        added[vocabulary[name]] = AddedToken(name, normalized=False, special=True)
+    return added
 
 
 def _require_supported(config: TokenizerConfig) -> None:

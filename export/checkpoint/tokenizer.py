@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from fusion_edge.export.checkpoint.input_files import disguise, read_file
+from fusion_edge.export.checkpoint.input_files import identify_format, read_file
 from fusion_edge.export.checkpoint.slow_llama_tokenizer import add_token, build_slow_llama_tokenizer, is_sentencepiece
 from fusion_edge.export.checkpoint.tokenizer_config import TokenizerConfig
 from fusion_edge.runtime.errors import FusionError
@@ -76,7 +76,7 @@ def _read_json(json_file: Path) -> dict[str, Any]:
         data = parse_tokenizer(content) | {"truncation": None, "padding": None}
         build_tokenizer(data)
     except ValueError as error:
-        if what := disguise(content[:64]):
+        if what := identify_format(content[:64]):
             raise FusionError(f"{json_file} is {what}.") from None
         raise FusionError(
             f"{json_file} cannot be loaded by the `tokenizers` library ({error}): download it again, or update the "

@@ -1,4 +1,4 @@
-"""Find the safetensors files of a checkpoint folder, and explain what a folder without them is."""
+"""Find the safetensors files of a checkpoint folder. For a folder without any, describe what it holds instead."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fusion_edge.export.checkpoint.input_files import read_json_object
+from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.errors import FusionError
 
 SINGLE_FILE = "model.safetensors"
@@ -43,7 +44,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _numbered_shards(folder: Path) -> list[Path]:
-    """Return all shards, as the number in the first one's name says. Opening a missing one raises later."""
+    """Return all shards, by the count in the first one's name. A missing shard raises when it is opened."""
     for path in sorted(folder.glob("model-*-of-*.safetensors")):
         if match := re.fullmatch(r"model-\d{5}-of-(\d{5})\.safetensors", path.name, re.ASCII):
             return [folder / f"model-{n:05}-of-{match[1]}.safetensors" for n in range(1, int(match[1]) + 1)]
@@ -64,6 +65,12 @@ def _check_adapter(folder: Path, has_weights: bool) -> None:
 
 
 def _no_weights(folder: Path) -> FusionError:
+    """Return the error for a folder without safetensors weights."""
+    if (folder / MANIFEST).exists():
+        return FusionError(
+            f"{folder} is a bundle that fusion-export wrote; expected a checkpoint. Pass the checkpoint's folder, or "
+            "run the bundle with fusion-run."
+        )
     if (folder / "zero_to_fp32.py").exists():
         return FusionError(
             f"{folder} is a sharded DeepSpeed checkpoint: convert it with "

@@ -26,7 +26,7 @@ class Weights(Protocol):
     """Parameters by name."""
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return rows ``start`` to ``stop`` (exclusive), float32 ``[stop-start, ...]``. Safe in several threads."""
+        """Return rows ``start`` to ``stop`` (exclusive), float32 ``[stop-start, ...]``. Thread-safe."""
         ...
 
     def activation_quantization(self, linear: str) -> ActivationQuantization | None:
@@ -61,12 +61,12 @@ class CheckpointWeights:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def prequantized_rows(self, name: str, start: int, stop: int, form: WeightFormat) -> Packed:
+    def prequantized_rows(self, name: str, start: int, stop: int, fmt: WeightFormat) -> Packed:
         """Return rows of a prequantized parameter with the checkpoint's own integers, in the plan's format.
 
         Raises :class:`FusionError` for scales that are not finite.
         """
-        return self._prequantized.packed(self._sources(name, start, stop), form)
+        return self._prequantized.packed(self._sources(name, start, stop), fmt)
 
     def _sources(self, name: str, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
         """Yield the sources of some rows of a parameter, each with its first and last row (exclusive)."""

@@ -44,14 +44,14 @@ class BuildOptions:
     workspace: int | None = None
     """Bytes of scratch memory for kernels. None: TensorRT's default."""
     parts: int = 4
-    """Number of partitions of the LLM. With four, building takes less memory than the bundle has bytes."""
+    """Number of partitions of the LLM. With four, a build needs less memory than the size of the bundle."""
     kernels: Path | None = None
     """Folder of compiled kernels for the plugins. None: Triton compiles them."""
     verbose: bool = False
     """Whether TensorRT prints all its messages."""
 
 
-def why_no_plugins(library: Library, platform: EnginePlatform, options: BuildOptions) -> str | None:
+def plugins_unsupported_reason(library: Library, platform: EnginePlatform, options: BuildOptions) -> str | None:
     """Return why plugins cannot compute the recursive alignment, in one sentence. None if they can."""
     return tensorrt_plugins.unsupported_reason(library.module, platform.architecture, options.kernels is not None)
 
@@ -76,8 +76,8 @@ class EngineBuilder:
             platform: Library, version and compute capability to build for.
             limits: Largest inputs.
             options: Build options.
-            uses_plugins: Whether plugins compute the recursive alignment. Requires that :func:`why_no_plugins` returns
-                None.
+            uses_plugins: Whether plugins compute the recursive alignment. Requires that
+                :func:`plugins_unsupported_reason` returns None.
         """
         self._bundle = bundle
         self._library = library

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fusion_edge.export.engines.builder import BuildOptions, why_no_plugins
+from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import up_to_date_engines, write_engines
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_bundle
 from fusion_edge.runtime.backends.cuda import open_cuda
@@ -114,15 +114,17 @@ def _build(arguments: argparse.Namespace) -> int:
         check_bundle(bundle)
     platform = _platform(library, arguments.device)
     options = BuildOptions(arguments.workspace, arguments.parts, arguments.kernels, arguments.verbose)
-    no_plugins = why_no_plugins(library, platform, options)
-    if no_plugins is not None and options.kernels is not None:
-        raise UsageError(f"--kernels cannot be used: {no_plugins}; leave it out.")
-    current = None if arguments.force else up_to_date_engines(bundle, platform, max_context, options, no_plugins)
+    unsupported_reason = plugins_unsupported_reason(library, platform, options)
+    if unsupported_reason is not None and options.kernels is not None:
+        raise UsageError(f"--kernels cannot be used ({unsupported_reason}); leave it out.")
+    current = (
+        None if arguments.force else up_to_date_engines(bundle, platform, max_context, options, unsupported_reason)
+    )
     started = time.monotonic()
     if current is None:
         with Progress("Verifying", bundle.manifest.size) as progress:
             verify(bundle, progress.advance)
-        result, state = write_engines(bundle, library, platform, max_context, options, no_plugins), "built"
+        result, state = write_engines(bundle, library, platform, max_context, options, unsupported_reason), "built"
     else:
         result, state = current, "up to date"
     folder = engines_folder(bundle, platform)
@@ -152,8 +154,8 @@ def _platform(library: Library, device: str) -> EnginePlatform:
         try:
             device = open_cuda().compute_capability()
         except DeviceError as error:
-            remedy = "pass --device 8.6 or another compute capability" if library.is_rtx else "build on the target"
-            raise FusionError(f"This machine's GPU is unknown: {error} Otherwise {remedy}.") from None
+            other = "pass its compute capability, such as --device 8.6" if library.is_rtx else "build on its machine"
+            raise FusionError(f"This machine's GPU is unknown: {error} For another GPU, {other}.") from None
     elif not library.is_rtx:
         raise UsageError(f"--device requires tensorrt-rtx: {library.name} builds only for this machine's GPU.")
     if tuple(map(int, device.split("."))) < OLDEST_DEVICE:

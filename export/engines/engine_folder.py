@@ -1,4 +1,4 @@
-"""Write the engines of a bundle for one platform into their folder, and tell whether they are up to date."""
+"""Write the engines of a bundle for one platform into their folder, or check that they are up to date."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENGINES = FolderContent("build", ("*.engine",), ENGINES_MANIFEST)
 
 
 def up_to_date_engines(
-    bundle: Bundle, platform: EnginePlatform, max_context: int, options: BuildOptions, no_plugins: str | None
+    bundle: Bundle, platform: EnginePlatform, max_context: int, options: BuildOptions, unsupported_reason: str | None
 ) -> Engines | None:
     """Return the existing engines, or None if they are missing, damaged, or were built with other options."""
     try:
@@ -31,12 +31,12 @@ def up_to_date_engines(
     except FusionError:
         return None
     existing = built.max_context, built.parts, built.workspace, built.operator
-    return built if existing == (max_context, options.parts, options.workspace, _operator(no_plugins)) else None
+    return built if existing == (max_context, options.parts, options.workspace, _operator(unsupported_reason)) else None
 
 
-def _operator(no_plugins: str | None) -> str:
+def _operator(unsupported_reason: str | None) -> str:
     """Return what computes the recursive alignment: a plugin, or an ONNX function of standard operators."""
-    return "plugin" if no_plugins is None else "function"
+    return "plugin" if unsupported_reason is None else "function"
 
 
 def write_engines(
@@ -45,7 +45,7 @@ def write_engines(
     platform: EnginePlatform,
     max_context: int,
     options: BuildOptions,
-    no_plugins: str | None,
+    unsupported_reason: str | None,
 ) -> Engines:
     """Build all engines and write their folder atomically. Return their manifest.
 
@@ -64,9 +64,9 @@ def write_engines(
     timing_cache = folder.parent / f"{library.name}-{library.version}-cc{platform.compute_capability}.timing"
     limits = engine_limits(bundle.manifest, max_context)
     with atomic_folder(folder, ENGINES) as partial:
-        builder = EngineBuilder(bundle, library, platform, limits, options, uses_plugins=no_plugins is None)
-        if no_plugins is not None:
-            sys.stderr.write(f"{no_plugins}.\n")
+        builder = EngineBuilder(bundle, library, platform, limits, options, uses_plugins=unsupported_reason is None)
+        if unsupported_reason is not None:
+            sys.stderr.write(f"{unsupported_reason}.\n")
         if builder.decomposed:
             names = ", ".join(builder.decomposed)
             sys.stderr.write(f"{library.name} {library.version} does not support {names}: decomposed, and slower.\n")
@@ -81,7 +81,7 @@ def write_engines(
             max_context=max_context,
             workspace=options.workspace,
             parts=options.parts,
-            operator=_operator(no_plugins),
+            operator=_operator(unsupported_reason),
             engines=engines,
         )
         write_whole(partial / ENGINES_MANIFEST, manifest.to_text())

@@ -1,7 +1,7 @@
-"""Partition a graph: several smaller graphs, built one after another and run in turn, compute the same.
+"""Partition a graph into smaller graphs, which are built and run one after another.
 
-Building an engine takes four times the bytes of its weights (docs/benchmarks.md). Partitions limit that, and cost a few
-fused kernels at each cut.
+Building an engine needs four times the memory of its weights (docs/benchmarks.md). Partitions limit this, and cost a
+few fused kernels at each cut.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ RESIDUAL = ("Add", ADD_ROWS)  # nodes that output the hidden states after attent
 
 
 def partition_graph(model: ModelProto, count: int) -> list[ModelProto]:
-    """Return ``count`` partitions of a model with about equal bytes of weights, or fewer if it has fewer places to cut.
+    """Return ``count`` partitions of a model with about equal bytes of weights. There are fewer if it has too few cuts.
 
-    A place to cut is behind a residual sum that at most :data:`MAX_CROSSING` values cross: outputs of one partition and
-    inputs of later ones. Weights stay in the data file. Nodes must be in topological order.
+    A cut is possible after a residual sum, if at most :data:`MAX_CROSSING` values cross it. They are outputs of one
+    partition and inputs of later ones. Weights stay in the data file. Nodes must be in topological order.
     """
     sizes = _weights(model)
     crossing = _crossing(model)

@@ -1,6 +1,7 @@
-"""Dequantized weights of a bundle: those that its graphs compute with.
+"""Dequantize the weights of a bundle, as its graphs do.
 
-The eager interpreter with these weights must agree with the bundle; this tells graph errors from quantization errors.
+With these weights, the eager interpreter and the bundle must agree. A difference is an error of a graph, not of
+quantization.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class BundleWeights:
         return WeightFormat.parse(self._bundle.manifest.weights[name], sizes=STORED_GROUP_SIZES)
 
     def _read_graph(self, graph: str) -> None:
-        """Record the position of every initializer in the graph's data file."""
+        """Record the offset of every initializer in the graph's data file."""
         model = onnx.load(self._bundle.path(graph_file(graph)), load_external_data=False)
         lowering = TARGETS[self._bundle.manifest.target].lowering
         for initializer in model.graph.initializer:

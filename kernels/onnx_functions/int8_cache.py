@@ -38,8 +38,9 @@ def attention_function(kv_heads: int, head_dim: int, opset: int) -> FunctionProt
     qkv ``[1,L,(heads + 2 * kv_heads) * head_dim]`` float32 -> attended ``[1,L,heads * head_dim]`` float32, caches
     ``[1,kv_heads,capacity,head_dim]`` int8, scales ``[1,kv_heads,1,head_dim]`` float32. ``is_prefill`` is ``[]`` bool.
     """
-    branches = {"then_branch": _prefill(kv_heads, head_dim), "else_branch": _decode()}
-    choice = helper.make_node("If", ["is_prefill"], list(CACHED_ATTENTION.outputs), **branches)
+    then, otherwise = _prefill(kv_heads, head_dim), _decode()
+    outputs = list(CACHED_ATTENTION.outputs)
+    choice = helper.make_node("If", ["is_prefill"], outputs, then_branch=then, else_branch=otherwise)
     return define(CACHED_ATTENTION, [choice], opset)
 
 

@@ -9,6 +9,8 @@ constants. ``rows`` is the number of latents of all questions; each block of the
 grid, so it has at least one block, which returns at once if there are no rows.
 """
 
+# Triton's own types do not describe how kernels are launched.
+# pyright: reportArgumentType=false, reportReturnType=false
 from __future__ import annotations
 
 import torch

@@ -16,12 +16,12 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ImageAlignment:
-    """What the LLM needs of an image, for any question."""
+    """Inputs of the LLM that depend on the image only."""
 
     latents: Floats
     """``[q,D]``: input rows of the LLM."""
     keys: Any
-    """``[layers,q,9,D]``, in the backend's own form on its device."""
+    """``[layers,q,9,D]``: a tensor of the backend on its device."""
     values: Any
     """As ``keys``."""
 
@@ -29,8 +29,8 @@ class ImageAlignment:
 class Backend(Protocol):
     """Runs the three graphs. Any thread may call it, one call at a time.
 
-    Shapes are those of ``runtime/bundle/graphs.py``. Arrays in and out are float32 whatever the graphs compute in.
-    ``tests/support/backend_contract.py`` tests every promise made here.
+    ``runtime/bundle/graphs.py`` defines the shapes. Arrays in and out are float32, also if the graphs compute in
+    another dtype. ``tests/support/backend_contract.py`` tests this interface.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Backend(Protocol):
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> npt.ArrayLike:
         """Run the vision encoder: ``[N,3,S,S]``, ``[N,T,D]``, ``[N,T]`` -> features ``[N,P,D]``.
 
-        The features are in the backend's own form on its device; ``numpy.asarray`` copies them to the host.
+        The features are a tensor of the backend on its device; ``numpy.asarray`` copies them to the host.
         """
         ...
 

@@ -98,15 +98,15 @@ class Cuda:
         self._call("cudaMemcpyAsync", target, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream)
 
     def event(self) -> Any:
-        """Create an event, which takes the time in a stream."""
+        """Create an event, which timestamps a point in a stream."""
         return self._call("cudaEventCreate")
 
     def record(self, event: Any, stream: int) -> None:
-        """Enqueue an event: it takes the time after the work before it."""
+        """Enqueue an event, which timestamps the end of the earlier work."""
         self._call("cudaEventRecord", event, stream)
 
     def seconds_between(self, start: Any, end: Any) -> float:
-        """Return the seconds between two completed events, on the device's clock with half a microsecond resolution."""
+        """Return the seconds between two completed events, measured by the device to half a microsecond."""
         return float(self._call("cudaEventElapsedTime", start, end)) / 1e3
 
     def destroy_event(self, event: Any) -> None:

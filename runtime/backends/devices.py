@@ -1,4 +1,4 @@
-"""The choice of a device for a bundle, and the reasons against the others."""
+"""The choice of a device for a bundle, with the reason against each better one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Device:
     """The device that runs a bundle."""
 
     name: str
-    """One of :data:`NAMES`, or the name of a backend of your own."""
+    """One of :data:`NAMES`, or the name of a custom backend."""
     not_taken: Mapping[str, str] = field(default_factory=dict)
-    """With ``auto``: the reason against each better device, a sentence by name."""
+    """With ``auto``: the reason against each better device by its name, as a sentence."""
     remark: str | None = None
-    """Why the device is slower than it could be, a sentence."""
+    """Reason why the device is slower than possible, as a sentence."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class DeviceCandidate:
 
     name: str
     target: str
-    """Target of the bundles that it runs best."""
+    """Bundle target that the device runs best."""
     reason: Callable[[Bundle], str | None]
-    """Return why the device cannot run a bundle, a sentence with the remedy; None if it can."""
+    """Return the reason why the device cannot run a bundle, as a sentence with the remedy; None if it can."""
     open: Callable[[Bundle, int | None], Backend]
     """Open the backend with a number of threads. Raises :class:`DeviceError` if the device does not start."""
     remark: Callable[[Bundle], str | None] = lambda _: None
@@ -130,9 +130,8 @@ def _no_cuda_provider() -> str | None:
 
 
 def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backend:
-    from fusion_edge.runtime.backends.onnxruntime.backend import (
-        OnnxRuntimeBackend,
-    )  # imports onnxruntime, which takes 0.1 s
+    # Imports onnxruntime, which takes 0.1 s.
+    from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, device, threads)
 

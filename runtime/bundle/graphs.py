@@ -42,7 +42,7 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return inputs and outputs in the form of ``bundle.json``."""
+        """Return inputs and outputs as in ``bundle.json``."""
         return {
             side: [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors]
             for side, tensors in (("inputs", self.inputs), ("outputs", self.outputs))

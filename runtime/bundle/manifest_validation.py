@@ -103,12 +103,12 @@ def _check_alignment(alignment: AlignmentConfig, decoder_layers: int) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    """Check sizes, checksums and the form of paths. Opening the bundle checks where the paths lead."""
-    seen: set[str] = set()
+    """Check sizes, checksums and the syntax of paths. Opening the bundle checks where the paths lead."""
+    paths: set[str] = set()
     for number, entry in enumerate(manifest.files):
-        if entry.path in seen:
+        if entry.path in paths:
             raise ValueError(f"files[{number}].path is {entry.path[:80]!r}, which is listed twice")
-        seen.add(entry.path)
+        paths.add(entry.path)
         if str(PurePosixPath(entry.path)) != entry.path:
             raise ValueError(f"files[{number}].path is {entry.path[:80]!r}, not a plain path")
         _in_range(f"files[{number}].size", entry.size, 0, 2**63 - 1)

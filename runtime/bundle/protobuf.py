@@ -14,7 +14,7 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """
     position, end = 0, len(message)
     while position < end:
-        tag = message[position]  # most numbers have one byte; a call for each takes twice as long
+        tag = message[position]  # inlined: most numbers have one byte, and a call for each doubles the time
         position += 1
         if tag >= 0x80:
             tag, position = _varint(message, position - 1)

@@ -22,7 +22,7 @@ PREQUANTIZED = "checkpoint"  # method of prequantized weights
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one weight was quantized. SQNR is the signal-to-quantization-noise ratio in dB; higher is better."""
+    """Quantization of one weight. SQNR is the signal-to-quantization-noise ratio in dB; higher is better."""
 
     name: str
     format: str
@@ -90,7 +90,7 @@ class EndToEnd:
     answers: int
     """Number of samples with an answer."""
     accuracy: float | None
-    """Share of those that the quantized model answers exactly; None without any."""
+    """Share of these answers that the quantized model gives exactly; None without answers."""
     float_accuracy: float | None
 
     @property
@@ -138,9 +138,9 @@ class QuantizationReport:
 
     @classmethod
     def planned(cls, rounded: Mapping[str, str], prequantized: Mapping[str, str]) -> QuantizationReport:
-        """Return a report as large as that of an export without calibration, given formats by weight."""
-        linears = [LinearReport(name, form, "rtn", 20.12, None, None, 0) for name, form in rounded.items()]
-        linears += [LinearReport(name, form, PREQUANTIZED, None, None, None, 0) for name, form in prequantized.items()]
+        """Return a report with the size of that of an export without calibration, given formats by weight."""
+        linears = [LinearReport(name, kind, "rtn", 20.12, None, None, 0) for name, kind in rounded.items()]
+        linears += [LinearReport(name, kind, PREQUANTIZED, None, None, None, 0) for name, kind in prequantized.items()]
         return cls(tuple(linears), 0, None)
 
     @classmethod

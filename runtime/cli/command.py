@@ -42,7 +42,7 @@ def run_command(command: Callable[[argparse.Namespace], int], arguments: argpars
         return 0
     except (MemoryError, OSError) as error:
         if isinstance(error, MemoryError) or is_out_of_memory(error):
-            return _fail(f"{not_enough_memory('go on')}; close other programs, or export a smaller bundle.")
+            return _fail(f"{not_enough_memory('continue')}; close other programs, or export a smaller bundle.")
         if error.filename is None:  # perhaps standard output, which would fail again at exit
             _discard_output()
         name = error.filename or "a file or standard output"

@@ -1,4 +1,4 @@
-"""Entry points of the commands. They handle signals before any import of a library, because imports take a while."""
+"""Entry points of the commands. They handle signals before they import libraries, because imports are slow."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def start(module: str, libraries: tuple[str, ...] = (), extra: str = "") -> int:
 
     from fusion_edge.runtime.system import memory_limits
 
-    if reason := memory_limits.too_little():
+    if reason := memory_limits.start_error():
         sys.stderr.write(f"error: {reason}\n")
         return 1
     if missing := [library for library in libraries if find_spec(library) is None]:
+        verb = "is" if len(missing) == 1 else "are"
         remedy = f"run pip install '.[{extra}]' in a clone of fusion-edge."
-        sys.stderr.write(f"error: {' and '.join(missing)} not installed; {remedy}\n")
+        sys.stderr.write(f"error: {' and '.join(missing)} {verb} not installed; {remedy}\n")
         return 1
     command = import_module(module)
     try:

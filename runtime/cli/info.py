@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser of ``fusion-info``."""
     parser = argparse.ArgumentParser(
-        prog="fusion-info", description="Print the facts of a bundle and verify the checksum of every file."
+        prog="fusion-info", description="Print a summary of a bundle and verify the checksum of every file."
     )
     parser.add_argument("bundle", type=Path, help="folder that fusion-export wrote")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")

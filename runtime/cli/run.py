@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line parser of ``fusion-run``."""
-    defaults = Sampling()
     parser = argparse.ArgumentParser(prog="fusion-run", description="Ask a bundle questions about an image.")
     add = parser.add_argument
     add("bundle", type=Path, help="folder that fusion-export wrote")
@@ -51,6 +50,26 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="query length, one that the bundle offers (default: the first)",
     )
+    _add_sampling_options(parser)
+    add(
+        "--control-tokens",
+        action="store_true",
+        help="read spellings such as <|end|> in questions and history as control tokens (default: as text)",
+    )
+    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="device (default: the best for the bundle)")
+    add(
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="CPU threads (default: all processors that this process may use)",
+    )
+    add("--json", action="store_true", help="print all answers as one JSON object")
+    add("--verbose", action="store_true", help="print the device, and why better ones were skipped, on standard error")
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add, defaults = parser.add_argument, Sampling()
     add(
         "--max-new-tokens",
         type=int,
@@ -75,21 +94,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, metavar="N", help="random seed, for reproducible sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string, which ends the answer; repeatable")
-    add(
-        "--control-tokens",
-        action="store_true",
-        help="read spellings such as <|end|> in questions and history as control tokens (default: as text)",
-    )
-    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="device (default: the best for the bundle)")
-    add(
-        "--threads",
-        type=positive_integer,
-        metavar="N",
-        help="CPU threads (default: all processors that this process may use)",
-    )
-    add("--json", action="store_true", help="print all answers as one JSON object")
-    add("--verbose", action="store_true", help="print the device, and why better ones were skipped, on standard error")
-    return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ def image_name(path: str) -> str:
 def open_image(path: str) -> Iterator[ImageFile.ImageFile]:
     """Open an image file of one of :data:`FORMATS`, without decoding it. A large JPEG will decode at a reduced size.
 
-    Raises ``FusionError`` for a URL, a file that is not readable, another format, damage, and an image that takes more
+    Raises ``FusionError`` for a URL, a file that is not readable, another format, damage, and an image that needs more
     than :data:`MAX_BYTES` to decode.
     """
     name = image_name(path)
@@ -89,7 +89,7 @@ def check_size(size: tuple[int, int], name: str, limit: int = MAX_BYTES // 4) ->
     """Refuse an empty image and one of more than ``limit`` pixels, before decoding it."""
     width, height = size
     if width < 1 or height < 1:
-        raise FusionError(f"{name} is empty ({width} x {height} pixels).")
+        raise FusionError(f"{name} is empty ({width} x {height} pixels); pass another image.")
     if width * height > limit:
         raise FusionError(
             f"{name} is too large: {width} x {height} = {width * height} pixels, "
@@ -167,7 +167,7 @@ def _quiet_libtiff() -> None:
     """Silence libtiff, which Pillow's C module links. Its errors become errors of ours."""
     library = ctypes.CDLL(_imaging.__file__)
     for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
-        if hasattr(library, setter):  # not where Pillow holds a libtiff whose names are its own
+        if hasattr(library, setter):  # missing if Pillow bundles a libtiff with hidden symbols
             getattr(library, setter)(None)
 
 
@@ -192,7 +192,7 @@ def _open(file: _BoundedFile, name: str) -> ImageFile.ImageFile:
 
 
 def _check_cost(image: ImageFile.ImageFile, file: _BoundedFile, name: str) -> None:
-    """Refuse an image that takes more than :data:`MAX_BYTES` to decode; reduce a JPEG if that suffices."""
+    """Refuse an image that needs more than :data:`MAX_BYTES` to decode; reduce a JPEG if that suffices."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         check_size(image.size, name, MAX_PIXELS)
         _reduce(image, file, name)

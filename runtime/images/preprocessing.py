@@ -45,13 +45,13 @@ def load_image(
     """Load an image as RGB. A file is turned upright by its EXIF orientation; pixels stay as they are.
 
     16-bit and float grayscale is scaled to 8 bits (:func:`.pixel_values.eight_bits`). Every other mode is converted by
-    Pillow's ``convert("RGB")``, as in the released code. A JPEG file that takes more than ``image_files.MAX_BYTES`` to
+    Pillow's ``convert("RGB")``, as in the released code. A JPEG file that needs more than ``image_files.MAX_BYTES`` to
     decode is decoded at a half, a quarter or an eighth of its size; any other such file is refused.
 
     Args:
         image: Path of a file of one of ``image_files.FORMATS``, Pillow image, or array: ``[H,W,3]``, ``[H,W,1]`` or
             ``[H,W]`` of uint8, uint16, booleans, or floats from 0 to 1.
-        color: Channel order of an array. Files and Pillow images know their own.
+        color: Channel order of an array. Files and Pillow images define their own.
 
     Raises:
         UsageError: An argument has a wrong type or value.

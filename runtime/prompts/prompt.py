@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.bundle.templates import Template
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.tokenization.text_encoder import TextEncoder, any_of, is_empty
 
 MAX_WHITESPACE = 1000
-"""Limit of whitespace around an answer in the history. Beside a control token it may take no tokens."""
+"""Limit of whitespace around an answer in the history. Next to a control token it may add no tokens."""
 IMAGE_MARKER = "<image>"
 LATENT_MARKER = "<latent_image>"
 VISION_START = "<vision_start>"
@@ -31,7 +31,9 @@ class Turn:
     """A question and its answer."""
 
     question: str
+    """The question."""
     answer: str
+    """The complete answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ class ContextBudget:
 
     def left(self, token_ids: Sequence[int]) -> int:
         """Return the tokens left after a prompt's first ids. Raise :class:`FusionError` if they exceed the context."""
-        least = len(token_ids) + self.image_tokens  # a marker takes at least one token
+        least = len(token_ids) + self.image_tokens  # a marker stands for at least one token
         if least > self.capacity:
             raise self._too_long(f"at least {least - 1}")
         return self.capacity - least
@@ -198,7 +200,7 @@ class PromptEncoder:
     def _valid_text(self, text: str, name: str, budget: ContextBudget | None, before: Sequence[int]) -> str:
         if not isinstance(text, str):
             raise UsageError(f"{name} is of type {type(text).__name__}; expected a string.")
-        if budget is not None:  # whitespace beside a control token may take no token
+        if budget is not None:  # whitespace next to a control token may add no tokens
             budget.check_text(text.strip(), self._encoder, budget.left(before))
         try:
             text.encode()
@@ -219,7 +221,7 @@ def encode_prompt(
 def check_history(history: Sequence[Turn]) -> tuple[Turn, ...]:
     """Return a copy of the turns. Raise ``UsageError`` unless they are a sequence of :class:`Turn`."""
     if not isinstance(history, Sequence) or not all(isinstance(turn, Turn) for turn in history):
-        raise UsageError(f"The history is {shown(history)}; expected a list of Turn(question, answer).")
+        raise UsageError(f"The history is {short_repr(history)}; expected a list of Turn(question, answer).")
     return tuple(history)
 
 

@@ -31,8 +31,11 @@ def address_space() -> int | None:
     return max(0, min(left))
 
 
-def too_little() -> str | None:
-    """Return why no command can start, a sentence; None if one can. Saves address space if it is limited."""
+def start_error() -> str | None:
+    """Return the reason why no command can start, as a sentence; None if one can.
+
+    Also save address space if it is limited.
+    """
     left = address_space()
     if left is None:
         return None

@@ -32,9 +32,9 @@ class _Held:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Make the first signal raise :class:`KeyboardInterrupt` or :class:`Terminated`, and ignore further ones.
+    """Make the first signal raise :class:`KeyboardInterrupt` or :class:`Terminated`, and ignore later ones.
 
-    So nothing interrupts the cleanup. An ignored signal (``nohup``) stays ignored.
+    Nothing interrupts the cleanup. An ignored signal (``nohup``) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -72,7 +72,7 @@ class Detokenizer:
     def _completed_stop(self) -> int | None:
         """Return where the first completed stop string begins in the held text."""
         found = ((self._held.find(stop), len(stop)) for stop in self._stop)
-        # Compare ends, so that the result does not depend on how tokens split the text.
+        # Compare ends: the result must not depend on how tokens split the text.
         ends = [(start + length, start) for start, length in found if start >= 0]
         return min(ends)[1] if ends else None
 

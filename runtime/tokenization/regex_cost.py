@@ -16,8 +16,8 @@ _PIECE = re.compile(
 def check_regex(pattern: str, degree: int = _MAX_DEGREE) -> None:
     """Raise ``ValueError`` for unsupported syntax, and for a pattern that may backtrack too long.
 
-    Refuses repeated groups, and more than ``degree`` repetitions in a row: matching takes at most that power of the
-    text's length.
+    Refuses repeated groups, and more than ``degree`` repetitions in a row: matching time is at most that power of
+    the text's length.
     """
     if len(pattern) > _MAX_CHARACTERS:
         raise ValueError(f"a regular expression has {len(pattern)} characters, more than {_MAX_CHARACTERS}")

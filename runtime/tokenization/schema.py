@@ -1,6 +1,6 @@
 """An allowlist for ``tokenizer.json``: byte-level and SentencePiece BPE, their components and fields.
 
-The ``tokenizers`` library aborts the process, or takes gigabytes, for some other files.
+For some other files the ``tokenizers`` library aborts the process or needs gigabytes of memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Check = Callable[[Any], bool]
 
 
 def check_text(text: str) -> None:
-    """Raise ``ValueError`` for a text that takes too much memory to parse."""
+    """Raise ``ValueError`` for a text that needs too much memory to parse."""
     if len(text) > _MAX_CHARACTERS:
         raise ValueError(f"it has {len(text)} characters, more than {_MAX_CHARACTERS}")
     for character, most in _MAX_VALUES.items():
@@ -195,7 +195,7 @@ def _check_component(name: str, value: Any, types: Mapping[str, Mapping[str, Che
     _fields(f"{name} {kind}", value, {"type": lambda _: True, **types[kind]})
     if kind == "Sequence":
         [field] = types[kind]
-        parts = value.get(field, [])
+        parts = (value or {}).get(field, [])
         if len(parts) > _MAX_COMPONENTS:
             raise ValueError(f"{name} has {len(parts)} parts, more than {_MAX_COMPONENTS}")
         for part in parts:

@@ -12,6 +12,7 @@ environment::
 0.12.2 is one of the last releases of compressed-tensors that write reordered columns (``actorder: group``).
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json

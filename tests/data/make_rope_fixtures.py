@@ -10,6 +10,7 @@ A model's ``hub`` config is as published, except for its longrope factors, which
 reads and saves it; ``inverse_frequencies`` and ``scale`` come from the release's rotary embedding.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json

@@ -1,7 +1,7 @@
-"""A stand-in for ``cuda.bindings.runtime`` on the host's memory, for what runtime/backends/cuda.py calls.
+"""A fake of ``cuda.bindings.runtime`` in host memory, with the functions that ``runtime/backends/cuda.py`` calls.
 
-Stricter than CUDA: a stream's work is done when it is waited for and no sooner, memory is never given out twice, and
-what CUDA leaves undefined is :class:`Misuse`, which fails the test.
+It is stricter than CUDA: a stream runs its work only when it is synchronized, memory is never reused, and undefined
+behavior raises :class:`Misuse`, which fails the test.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Bytes = npt.NDArray[np.uint8]
 Work = Callable[[], None]
 ALIGNMENT = 256  # of every allocation
 NEW, FREED = 0xCD, 0xDD
-"""What memory holds that nothing was written to, and what was given back: not a number in float16."""
+"""Bytes of new and of freed memory: NaN in float16."""
 
 
 class Misuse(AssertionError):
-    """What CUDA would crash on, or give wrong results for."""
+    """A call with which CUDA would crash or give wrong results."""
 
 
 class Error(IntEnum):
@@ -53,7 +53,7 @@ class Attribute(IntEnum):
 
 @dataclass
 class Allocation:
-    """Some memory of the device, or of the host that the device may read."""
+    """An allocation of device memory, or of pinned host memory."""
 
     on_device: bool
     size: int
@@ -63,47 +63,47 @@ class Allocation:
 
 @dataclass(eq=False)
 class Event:
-    """A mark in a stream's work."""
+    """A timestamp in a stream."""
 
     clock: float | None = None
-    """Milliseconds; None until the stream comes to it."""
+    """Milliseconds; None until the stream reaches the event."""
 
 
 @dataclass
 class Stream:
-    """Work in order; that of a capture is recorded in a graph instead."""
+    """A queue of work. A capture records the work in a graph instead."""
 
     pending: list[Work] = field(default_factory=list)
     captured: list[Work] | None = None
     is_invalid: bool = False
-    """Whether something was refused while it was captured."""
+    """Whether the capture contains a call that was refused."""
 
 
 class FakeCuda(ModuleType):
-    """Its functions give a tuple that starts with an error, as those of cuda-bindings."""
+    """The fake module. As in cuda-bindings, its functions return a tuple that starts with an error code."""
 
     def __init__(
         self, compute_capability: str = "8.6", free: int = 8 << 30, gpus: int = 1, is_integrated: bool = False
     ) -> None:
-        """``free``: bytes of the device that other programs leave; ``is_integrated``: in the machine's memory."""
+        """Describe the device: bytes that other programs leave, and whether it shares the memory of the host."""
         super().__init__("cuda.bindings.runtime")
         self.cudaError_t, self.cudaMemcpyKind = Error, CopyKind
         self.cudaStreamCaptureMode, self.cudaDeviceAttr = CaptureMode, Attribute
         self.calls: list[str] = []
-        """Every function that was called, by name."""
+        """Names of all called functions, in order."""
         self.failures: dict[str, Error] = {}
-        """Functions that fail, and how."""
+        """Error code by name of a function that fails."""
         self.allocations: dict[int, Allocation] = {}
-        """By their pointers, also those that were freed."""
+        """Allocations by pointer, also freed ones."""
         self.streams: dict[int, Stream] = {}
         self.events: list[Event] = []
-        """Those that were not destroyed."""
+        """Events that are not destroyed."""
         self.clock = 0.0
-        """Milliseconds. It stands still but for copies within the device."""
+        """Milliseconds. Only copies within the device advance it."""
         self.copy_rate = 1e6
-        """Bytes a millisecond that such a copy copies."""
+        """Rate of these copies in bytes per millisecond."""
         self.graphs: list[object] = []
-        """Recordings and executables that were not destroyed."""
+        """Captured and executable graphs that are not destroyed."""
         self._capability = compute_capability
         self._free, self._gpus, self._is_integrated = free, gpus, is_integrated
 
@@ -115,36 +115,38 @@ class FakeCuda(ModuleType):
                 return lambda *_: (self.failures[name], *[None] * (name in GIVE_RESULTS))
         return value
 
-    # What tests ask for ------------------------------------------------------------------------------------------
+    # Checks for tests ------------------------------------------------------------------------------------------
 
     @property
     def used(self) -> int:
-        """Bytes of the device."""
+        """Allocated device bytes."""
         return sum(one.size for one in self.allocations.values() if one.on_device and not one.is_freed)
 
     def check_all_freed(self) -> None:
-        """Nothing is left behind."""
+        """Raise :class:`Misuse` if memory, a stream, an event or a graph is left."""
         left = [hex(pointer) for pointer, one in self.allocations.items() if not one.is_freed]
         if left or self.streams or self.events or self.graphs:
             kept = f"streams {list(self.streams)}, events {self.events}, graphs {self.graphs}"
             raise Misuse(f"Left: memory at {left}, {kept}.")
 
     def view(self, pointer: int, size: int, on_device: bool = True) -> Bytes:
-        """Memory as bytes, all of which must lie in one allocation."""
+        """Return memory as bytes. Raise :class:`Misuse` unless all of it is in one allocation."""
         for start, one in self.allocations.items():
             if start <= pointer < start + max(one.size, 1):
                 kind = "device" if on_device else "host"
                 if one.is_freed:
                     raise Misuse(f"{kind} memory at {pointer:#x} is used after it was freed.")
                 if one.on_device != on_device:
-                    raise Misuse(f"Memory at {pointer:#x} is not of the {kind}.")
+                    raise Misuse(f"Memory at {pointer:#x} is not {kind} memory.")
                 if pointer + size > start + one.size:
-                    raise Misuse(f"{size} bytes at {pointer:#x}, {pointer - start} into {one.size} that are there.")
+                    raise Misuse(
+                        f"{size} bytes at {pointer:#x}, {pointer - start} bytes into an allocation of {one.size}."
+                    )
                 return one.memory[pointer - start : pointer - start + size]
         raise Misuse(f"There is no memory at {pointer:#x}.")
 
     def enqueue(self, stream: int, work: Work) -> None:
-        """Have a stream do something in its order."""
+        """Append work to a stream, or to the graph that it captures."""
         one = self.streams[stream]
         (one.pending if one.captured is None else one.captured).append(work)
 
@@ -199,7 +201,7 @@ class FakeCuda(ModuleType):
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Error]:
         if self.is_capturing(stream):
-            raise Misuse("A capture is left open.")
+            raise Misuse("A stream is destroyed during a capture.")
         del self.streams[stream]
         return (Error.cudaSuccess,)
 
@@ -293,7 +295,7 @@ class FakeCuda(ModuleType):
 
     def _not_capturing(self, function: str) -> None:
         if any(stream.captured is not None for stream in self.streams.values()):
-            raise Misuse(f"{function} is called while a stream is captured.")
+            raise Misuse(f"{function} is called during a capture.")
 
     def _allocate(self, size: int, on_device: bool) -> int:
         whole = np.full(size + ALIGNMENT, NEW, np.uint8)
@@ -306,10 +308,10 @@ class FakeCuda(ModuleType):
         self._not_capturing("cudaFree")
         one = self.allocations.get(pointer)
         if one is None or one.is_freed or one.on_device != on_device:
-            raise Misuse(f"{pointer:#x} is not what was allocated, or is freed again.")
+            raise Misuse(f"{pointer:#x} is no allocation of this kind, or is freed twice.")
         for stream in list(self.streams):
             self.cudaStreamSynchronize(stream)
-        one.memory[...] = FREED  # it is kept, so that no other allocation takes its place
+        one.memory[...] = FREED  # not released: no other allocation may reuse the address
         one.is_freed = True
         return (Error.cudaSuccess,)
 
@@ -318,7 +320,7 @@ class FakeCuda(ModuleType):
         if len(left) == len(self.graphs):
             raise Misuse("A graph is destroyed twice.")
         self.graphs = left
-        graph.clear()  # which would keep the contexts of its work
+        graph.clear()  # its work refers to contexts
         return (Error.cudaSuccess,)
 
 

@@ -1,4 +1,4 @@
-"""Fakes of libcuda and NVML with the libraries' calling convention: buffers to fill, return codes."""
+"""Fakes of libcuda and NVML. As in the libraries, functions fill buffers and return error codes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FakeCuda:
 
 @dataclass
 class FakeNvml:
-    """``answers`` by function; other functions are not supported, as most of them on a Jetson."""
+    """Returns ``answers`` by function name. Other functions are not supported, as on a Jetson."""
 
     answers: dict[str, int] = field(default_factory=dict)
 

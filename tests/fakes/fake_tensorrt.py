@@ -1,8 +1,8 @@
-"""A stand-in for the modules ``tensorrt`` and ``tensorrt_rtx``: an "engine" is the ONNX model, run by ONNX Runtime.
+"""A fake of the modules ``tensorrt`` and ``tensorrt_rtx``: an engine is the ONNX model, which ONNX Runtime runs.
 
-It has what export/engines/builder.py uses and, in ``fake_tensorrt_runtime.py``, what runtime/backends/tensorrt/graph.py
-does, and refuses what TensorRT refuses.
-``test_fake_tensorrt.py`` compares it with the real module.
+It has the names that ``export/engines/builder.py`` uses. ``fake_tensorrt_runtime.py`` has those that
+``runtime/backends/tensorrt/graph.py`` uses. The fake refuses what TensorRT refuses. ``test_fake_tensorrt.py`` compares
+it with the real module.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class IProgressMonitor:
 
 
 class IHostMemory(bytes):
-    """Has the buffer interface."""
+    """Serialized content, with the buffer interface."""
 
 
 class FakeTensorRT(ModuleType):
-    """The module; what it does wrong is set on it."""
+    """The fake module. Its attributes inject failures."""
 
     NetworkDefinitionCreationFlag = NetworkDefinitionCreationFlag
     MemoryPoolType = MemoryPoolType
@@ -100,20 +100,20 @@ class FakeTensorRT(ModuleType):
         self.run_error: str | None = None
         self.refuses_capture = False
         self.forgets_caches = False
-        """Whether caches that go out are lost."""
+        """Whether runs drop the updates of the KV cache."""
         self.on_step: Callable[[], None] = lambda: None
-        """Called in every step of a build."""
+        """Called at every step of a build."""
         self.built: list[IBuilderConfig] = []
-        """Of every engine that was built, its configuration."""
+        """Configurations of all built engines."""
         self.loaded = 0
-        """Engines that were given to deserialize."""
+        """Number of deserialized engines."""
         self.runs = 0
         self.kernels: SimpleNamespace | None = None
-        """What TensorRT-RTX compiled."""
+        """Content of TensorRT-RTX's kernel cache."""
         self.released_early: list[str] = []
-        """Objects that were released before others which need them."""
+        """Objects that were freed before their users, as sentences."""
         self.wait: UninterruptibleWait | None = None
-        """What a build waits in, if in anything."""
+        """Wait in which a build hangs; None for a build that completes."""
         self.Builder = partial(Builder, self)
         self.OnnxParser = partial(OnnxParser, self)
         self.Runtime = partial(Runtime, self)
@@ -149,7 +149,7 @@ class IBuilderConfig:
 
     def __init__(self) -> None:
         self.model = ModelProto()
-        """What was built with it."""
+        """The built model."""
         self.pools: dict[MemoryPoolType, int] = {}
         self.capabilities: dict[int, ComputeCapability] = {}
         self.features: set[PreviewFeature] = set()
@@ -297,7 +297,7 @@ class Builder:
         return IHostMemory(MAGIC + pickle.dumps((made_by, str(network.folder), model, profiles)))
 
     def _advance(self, monitor: IProgressMonitor) -> bool:
-        """Whether the build goes on."""
+        """Report progress, and return whether the build continues."""
         if self._module.wait is not None:
             return self._module.wait.until_refused(monitor)
         monitor.phase_start("Building", None, 2)

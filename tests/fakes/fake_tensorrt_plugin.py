@@ -1,8 +1,8 @@
-"""A stand-in for ``tensorrt.plugin`` (TensorRT 10.9), which does not install where the tests run.
+"""A fake of ``tensorrt.plugin`` (TensorRT 10.9), which cannot be installed where the tests run.
 
-It keeps to what kernels/tensorrt_plugins.py says of that module, and checks more: sizes are symbols that are no
-numbers until the engine runs, decorators compare signatures, expressions passed to a kernel must be SymInt32.
-:func:`engine` calls the registered functions in the order in which a builder does.
+It follows the description in ``kernels/tensorrt_plugins.py`` and checks more: sizes are symbols until the engine runs,
+decorators compare signatures, and expressions passed to a kernel must be SymInt32. :func:`engine` calls the registered
+functions in a builder's order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Sizes = dict[str, int]
 
 
 class DataType(Enum):
-    """Those of ``tensorrt.DataType`` that plugins may name."""
+    """Members of ``tensorrt.DataType`` that plugins may use."""
 
     FLOAT = "FP32"
     HALF = "FP16"
@@ -28,7 +28,7 @@ class DataType(Enum):
 
 
 class SymInt32:
-    """An expression of sizes: a number, a size's name, or another expression."""
+    """An expression of sizes: a number, the name of a size, or another expression."""
 
     def __init__(self, value: int | str | SymInt32 | Callable[[Sizes], int]) -> None:
         if not isinstance(value, (int, str, SymInt32)) and not callable(value):
@@ -57,7 +57,7 @@ class ShapeExpr(SymInt32):
 
 
 def max(first: int | ShapeExpr, second: int | ShapeExpr) -> ShapeExpr:
-    """Of which one at least is an expression."""
+    """Return the maximum. At least one argument must be an expression."""
     if isinstance(first, int) and isinstance(second, int):
         raise ValueError("Both arguments cannot be 'int's")
     left, right = SymInt32(first), SymInt32(second)
@@ -83,7 +83,7 @@ class KernelLaunchParams:
 
 
 class TensorDesc:
-    """Of an input or output. ``shape`` has -1 for sizes that are not constant, and is not there for ``register``."""
+    """An input or output. ``shape`` has -1 for variable sizes, and does not exist during ``register``."""
 
     def __init__(self, dtype: DataType, axes: Sequence[int | str], aliased_to: TensorDesc | None = None) -> None:
         self.dtype, self._axes, self.aliased_to = dtype, tuple(axes), aliased_to
@@ -107,7 +107,7 @@ class TensorDesc:
 
 
 class AutoTuneCombination:
-    """``|`` separates alternatives that go together; one type alone goes with all of them."""
+    """Combinations of types. ``|`` separates a tensor's alternatives; a single type applies to all of them."""
 
     def __init__(self, io_types: str, layouts: str = "LINEAR") -> None:
         assert layouts == "LINEAR"
@@ -118,7 +118,7 @@ class AutoTuneCombination:
 
 @dataclass
 class PluginDef:
-    """What is known of one plugin."""
+    """The inputs and registered functions of a plugin."""
 
     inputs: list[str]
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -167,13 +167,13 @@ def aot_impl(plugin_id: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def _checked(
-    plugin_id: str, kind: str, further: list[str], check: Callable[[Any], None]
+    plugin_id: str, kind: str, extra: list[str], check: Callable[[Any], None]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
         if plugin_id not in QDP_REGISTRY:
             raise ValueError(f"Plugin {plugin_id} is not registered.")
         signature = inspect.signature(function)
-        expected = [*QDP_REGISTRY[plugin_id].inputs, *further]
+        expected = [*QDP_REGISTRY[plugin_id].inputs, *extra]
         if list(signature.parameters) != expected:
             raise ValueError(f"{signature} does not match the expected {expected}.")
         check(signature.return_annotation)
@@ -188,7 +188,7 @@ class Layer:
     """A plugin in an engine."""
 
     types: list[tuple[DataType, ...]]
-    """That autotune offers, of inputs and output."""
+    """Combinations that autotune offers, each of inputs and output."""
     output: TensorDesc
     aliased_input: int | None
     name: str
@@ -198,7 +198,10 @@ class Layer:
 
 
 def engine(plugin_id: str, shapes: Sequence[Sequence[int | str]], types: tuple[DataType, ...]) -> Layer:
-    """Build a layer. Shapes are of its inputs, a str for a size that is known at run time; types also of its output."""
+    """Build a layer from the shapes of its inputs, and the types of inputs and output.
+
+    A size that is known only at run time is a str.
+    """
     functions = QDP_REGISTRY[plugin_id].functions
     inputs = [TensorDesc(dtype, axes) for dtype, axes in zip(types[:-1], shapes, strict=True)]
     output = functions["register"](*inputs)
@@ -208,7 +211,7 @@ def engine(plugin_id: str, shapes: Sequence[Sequence[int | str]], types: tuple[D
         tensor.has_shape = True
     combinations = [one for each in functions["autotune"](*inputs, (output,)) for one in each.combinations]
     if types not in combinations:
-        raise ValueError(f"{plugin_id} does not take {types}.")
+        raise ValueError(f"{plugin_id} does not support {types}.")
     name, ptx, launch, extra = functions["aot_impl"](*inputs, (output,), 0)
     assert isinstance(launch, KernelLaunchParams)
     assert isinstance(extra, SymIntExprs)

@@ -1,4 +1,4 @@
-"""The part of the stand-in for TensorRT (``fake_tensorrt.py``) that runs engines, with ONNX Runtime."""
+"""The part of the fake TensorRT (``fake_tensorrt.py``) that runs engines, on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def is_dynamic(value: onnx.ValueInfoProto) -> bool:
 
 
 def must_outlive(module: FakeTensorRT, factory: object, product: object) -> None:
-    """Have the module note it if ``factory`` is released first."""
+    """Record in ``released_early`` if ``factory`` is freed before ``product``."""
     names, left = f"{type(factory).__name__} before {type(product).__name__}", weakref.ref(product)
 
     def note() -> None:
@@ -73,7 +73,7 @@ class Runtime:
         module.loaded += 1
         content = bytes(serialized_engine)
         if not content.startswith(MAGIC):
-            raise Misuse("TensorRT is given what is no engine.")
+            raise Misuse("TensorRT is given content that is not an engine.")
         made_by, folder, model, profiles = pickle.loads(content[len(MAGIC) :])
         if made_by != (module.__name__, module.__version__):
             raise Misuse(f"TensorRT is given an engine of {made_by}.")
@@ -100,7 +100,7 @@ class ICudaEngine:
         scatters = [node for node in model.graph.node if node.op_type in ("TensorScatter", "PlainTensorScatter")]
         self.in_place = {node.output[0]: node.input[0] for node in scatters}
         version = tuple(map(int, module.__version__.split(".")[:2]))
-        has_scopes = module.__name__ == "tensorrt_rtx" or version >= tensorrt_parser.MENDED
+        has_scopes = module.__name__ == "tensorrt_rtx" or version >= tensorrt_parser.FIRST_CORRECT
         self.session = _session(model, folder, has_scopes)
 
     @property
@@ -142,7 +142,7 @@ class ICudaEngine:
 
 
 class IRuntimeCache:
-    """Of kernels that were compiled."""
+    """A cache of compiled kernels."""
 
     def __init__(self) -> None:
         self._kernels = SimpleNamespace(content=b"kernels", was_given=b"")
@@ -187,9 +187,9 @@ class IRuntimeConfig:
 
 
 def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.InferenceSession:
-    """What computes an engine; plugins' nodes have their functions back, from the bundle's own graph.
+    """Return the session that computes an engine. Plugin nodes are functions again, from the bundle's graph.
 
-    ``has_scopes``: the parser knows a function's parameters from tensors of the graph.
+    ``has_scopes``: whether the parser separates a function's parameters from tensors of the graph.
     """
     whole = onnx.load(folder / f"{model.graph.name.split('.')[0]}.onnx", load_external_data=False)
     for node in model.graph.node:
@@ -202,7 +202,7 @@ def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.Inference
     model = model if has_scopes else tensorrt_parser.inlined(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # weights as the graph has them
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # keeps the weights of the graph
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -211,7 +211,7 @@ class IExecutionContext:
     def __init__(self, engine: ICudaEngine, has_best_kernels: bool) -> None:
         self._engine, self._cuda = engine, engine.module.cuda
         self._has_best_kernels = has_best_kernels
-        """When it has run once, for the shapes of that run."""
+        """Whether the first run of a shape compiles the best kernels."""
         self._profile: int | None = None
         self._scratch: tuple[int, int] | None = None
         self._addresses: dict[str, int] = {}
@@ -261,7 +261,7 @@ class IExecutionContext:
                 self._cuda.streams[stream_handle].is_invalid = True
                 return self._error("This cannot be captured.")
             if not self._has_best_kernels:
-                raise Misuse("Kernels that were to be replaced by better ones are captured.")
+                raise Misuse("Provisional kernels are captured.")
         self._check_overlaps()
         self._ran_with = dict(self._shapes)
         work = partial(self._compute, dict(self._addresses), dict(self._shapes))
@@ -273,7 +273,7 @@ class IExecutionContext:
         return False
 
     def _check_overlaps(self) -> None:
-        """A cache goes out where it came in; nothing else is written where something is read."""
+        """Raise :class:`Misuse` unless exactly the KV cache shares memory of an input and an output."""
         for name in self._engine.outputs:
             shared = {other for other, at in self._addresses.items() if at == self._addresses[name]} - {name}
             expected = {self._engine.in_place[name]} if name in self._engine.in_place else set()
@@ -283,7 +283,7 @@ class IExecutionContext:
     def _compute(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
         engine = self._engine
         assert self._scratch is not None
-        self._cuda.view(*self._scratch)[...] = 0xEE  # whatever else is kept there is lost
+        self._cuda.view(*self._scratch)[...] = 0xEE  # overwrites other data that is stored there
         inputs = {name: self._array(addresses[name], engine.inputs[name], shapes[name]) for name in engine.inputs}
         for name, result in zip(engine.outputs, engine.session.run([*engine.outputs], inputs), strict=True):
             if name not in engine.in_place or not engine.module.forgets_caches:

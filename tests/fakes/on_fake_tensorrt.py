@@ -1,4 +1,4 @@
-"""The TensorRT backend and ``fusion-build`` on the stand-ins of ``fake_tensorrt.py`` and ``fake_cuda.py``."""
+"""Run the TensorRT backend and ``fusion-build`` on ``fake_tensorrt.py`` and ``fake_cuda.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fusion_edge.runtime.bundle.reader import Bundle
 
 @dataclass
 class OnFake:
-    """A backend and what it runs on."""
+    """A backend on its fakes."""
 
     backend: TensorRTBackend
     trt: FakeTensorRT
@@ -30,7 +30,7 @@ class OnFake:
 
 @contextmanager
 def installed(trt: FakeTensorRT) -> Iterator[None]:
-    """The module is found under its name, and no other TensorRT; so is its CUDA."""
+    """Make the fake modules importable, and no other TensorRT or CUDA."""
     fake_tensorrt_plugin.QDP_REGISTRY.clear()
     modules = {"cuda.bindings.runtime": trt.cuda, "tensorrt.plugin": fake_tensorrt_plugin, trt.__name__: trt}
     with pytest.MonkeyPatch.context() as patch:
@@ -41,18 +41,18 @@ def installed(trt: FakeTensorRT) -> Iterator[None]:
 
 
 def build(bundle: Bundle, trt: FakeTensorRT, *options: str) -> int:
-    """The exit code of ``fusion-build`` with this TensorRT."""
+    """Run ``fusion-build`` with a fake TensorRT, and return the exit code."""
     with installed(trt):
         return cli_build.main([str(bundle.folder), "--library", trt.__name__.replace("_", "-"), *options])
 
 
 def open_backend(bundle: Bundle, trt: FakeTensorRT) -> TensorRTBackend:
-    """The backend on the engines that were built."""
+    """Open the backend on built engines."""
     return TensorRTBackend(bundle, Library(trt), Cuda(trt.cuda))
 
 
 def open_on_fake(bundle: Bundle, name: str, version: str, *options: str) -> OnFake:
-    """The backend on engines that ``fusion-build`` made for it with these options."""
+    """Build engines with the options of ``fusion-build``, and open the backend on them."""
     trt = FakeTensorRT(name, version, FakeCuda())
     assert build(bundle, trt, *options) == 0
     return OnFake(open_backend(bundle, trt), trt, trt.cuda)

@@ -1,4 +1,4 @@
-"""The stand-ins for TensorRT and CUDA have names and parameters of the real modules, where those are installed."""
+"""The fakes of TensorRT and CUDA have the names and parameters of the real modules, where those are installed."""
 
 from __future__ import annotations
 
@@ -40,42 +40,42 @@ def cuda() -> ModuleType:
 
 
 def parameters(function: FunctionType) -> list[str]:
-    """Of one of the stand-ins' methods, without the stand-in itself."""
+    """Return the parameters of a fake's method, without ``self`` and ``module``."""
     return [name for name in inspect.signature(function).parameters if name not in ("self", "module")]
 
 
 def documented(function: Any) -> Iterator[list[str]]:
-    """Parameters of every overload of a function of TensorRT, which the first lines of its documentation list."""
+    """Yield the parameters of every overload of a TensorRT function, from the first lines of its documentation."""
     for arguments in re.findall(rf"^(?:\d+\. )?{function.__name__}\((self: .*)\) -> ", function.__doc__, re.MULTILINE):
         yield re.findall(r"(?:^|, )(\w+): ", arguments)[1:]
 
 
-@pytest.mark.parametrize("stand_in", CLASSES, ids=lambda one: one.__qualname__)
-def test_tensorrt(tensorrt_rtx: ModuleType, stand_in: type) -> None:
-    real = getattr(tensorrt_rtx, stand_in.__name__)
-    if issubclass(stand_in, Enum):
-        assert set(stand_in.__members__) <= set(dir(real))
+@pytest.mark.parametrize("fake", CLASSES, ids=lambda one: one.__qualname__)
+def test_the_fake_of_tensorrt_has_names_and_parameters_of_the_module(tensorrt_rtx: ModuleType, fake: type) -> None:
+    real = getattr(tensorrt_rtx, fake.__name__)
+    if issubclass(fake, Enum):
+        assert set(fake.__members__) <= set(dir(real))
         return
-    if stand_in is fake_tensorrt_runtime.ILogger:
-        assert set(stand_in.Severity.__members__) <= set(dir(real.Severity))
-    members = vars(stand_in) | stand_in.__annotations__
+    if fake is fake_tensorrt_runtime.ILogger:
+        assert set(fake.Severity.__members__) <= set(dir(real.Severity))
+    members = vars(fake) | fake.__annotations__
     public = [name for name in members if not name.startswith("_")]
     for name in public:
         assert hasattr(real, name)
-    constructor = ["__init__"] if stand_in.__name__ in ("Builder", "OnnxParser", "Runtime") else []
+    constructor = ["__init__"] if fake.__name__ in ("Builder", "OnnxParser", "Runtime") else []
     for name in (*constructor, *(name for name in public if isinstance(members[name], FunctionType))):
         wanted = parameters(members[name])
         assert any(wanted == names[: len(wanted)] for names in documented(getattr(real, name)))
 
 
-def test_the_module_has_what_is_stood_in_for(tensorrt_rtx: ModuleType) -> None:
-    stand_in = fake_tensorrt.FakeTensorRT(*fake_tensorrt.RTX, FakeCuda())
-    for name in (*vars(fake_tensorrt.FakeTensorRT), *vars(stand_in)):
+def test_the_fake_module_has_only_names_of_the_module(tensorrt_rtx: ModuleType) -> None:
+    fake = fake_tensorrt.FakeTensorRT(*fake_tensorrt.RTX, FakeCuda())
+    for name in (*vars(fake_tensorrt.FakeTensorRT), *vars(fake)):
         if name[0].isupper():
             assert hasattr(tensorrt_rtx, name)
 
 
-def test_cuda(cuda: ModuleType) -> None:
+def test_the_fake_of_cuda_has_the_parameters_of_the_bindings(cuda: ModuleType) -> None:
     functions = [name for name in vars(FakeCuda) if re.match("cuda[A-Z]", name)]
     assert len(functions) == 23
     for name in functions:
@@ -84,14 +84,14 @@ def test_cuda(cuda: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", CUDA_ENUMS)
-def test_enumerations_of_cuda(cuda: ModuleType, name: str) -> None:
+def test_enumerations_equal_those_of_the_bindings(cuda: ModuleType, name: str) -> None:
     real = getattr(cuda, name)
     for member in CUDA_ENUMS[name]:
         assert getattr(real, member.name).value == member.value
 
 
-def test_results_of_cuda(cuda: ModuleType) -> None:
-    """What needs no GPU: an error, then results."""
+def test_results_have_the_types_of_the_bindings(cuda: ModuleType) -> None:
+    """Functions that need no GPU return an error code, then results."""
     for module in (cuda, FakeCuda()):
         error, text = module.cudaGetErrorString(module.cudaError_t.cudaErrorMemoryAllocation)
         assert error == module.cudaError_t.cudaSuccess

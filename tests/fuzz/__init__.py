@@ -1,1 +1,1 @@
-"""A fuzz campaign: seeded, structure-aware mutants of all that fusion-edge reads. ``python -m tests.fuzz --help``."""
+"""A fuzz campaign: seeded, structure-aware mutants of every input. See ``python -m tests.fuzz --help``."""

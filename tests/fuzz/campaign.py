@@ -17,9 +17,9 @@ PACKAGES = ("fusion-edge", "numpy", "onnx", "onnxruntime", "pillow", "tokenizers
 SEEDS = 10**7
 """Maximum number of mutants of a kind per campaign seed."""
 MEASURED = frozenset({"hang", "memory"})
-"""Failures that load on the machine may cause: they count only if they recur."""
-PATIENCE = 5.0
-"""Factor on the time limit when such a failure is tried again."""
+"""Failures that a busy machine may cause: they count only if they recur."""
+RETRY_PATIENCE = 5.0
+"""Factor on the time limit when a mutant runs again after such a failure."""
 SHOWN = 5  # seeds of a failure
 
 
@@ -82,18 +82,20 @@ class Campaign:
         self._try_again(suspects)
 
     def _try_unchanged(self) -> None:
-        """Check that the unchanged inputs are accepted, or every refusal would have another reason."""
-        # The first of two loads code, which takes memory and time once.
-        second = dict(self._children.run(Batch(name, [None, None], PATIENCE) for name in self.kinds))
+        """Check that the unchanged inputs are accepted. Otherwise every mutant would be refused for the same reason."""
+        # The first of two runs loads code, which costs memory and time once.
+        second = dict(self._children.run(Batch(name, [None, None], RETRY_PATIENCE) for name in self.kinds))
         for name, verdict in second.items():
             if verdict.failure or not verdict.accepted:
-                told = f"{verdict.failure} {verdict.detail} {verdict.written}"
-                raise RuntimeError(f"The unchanged input of {name} is not taken: {told}")
+                reason = f"{verdict.failure} {verdict.detail} {verdict.written}"
+                raise RuntimeError(f"The unchanged input of {name} is refused: {reason}")
             self.tallies[name].unchanged_seconds = verdict.seconds
 
     def _try_again(self, suspects: list[tuple[str, Verdict]]) -> None:
         first = {(name, verdict.seed): verdict for name, verdict in suspects}
-        for name, again in self._children.run(Batch(name, [verdict.seed], PATIENCE) for name, verdict in suspects):
+        for name, again in self._children.run(
+            Batch(name, [verdict.seed], RETRY_PATIENCE) for name, verdict in suspects
+        ):
             if again.failure:
                 self._note(name, again)
             else:
@@ -109,7 +111,7 @@ class Campaign:
             name = min((n for n in left if left[n] != 0), key=lambda n: given[n] / shares[n])
             rest = left[name]
             size = self.kinds[name].batch if rest is None else min(self.kinds[name].batch, rest)
-            if deadline is not None:  # a batch takes what is left at the most
+            if deadline is not None:  # a batch must end before the deadline
                 size = max(1, min(size, int((deadline - time.monotonic()) / (self._pace(name) or 0.02))))
             start = self.seed * SEEDS + given[name]
             given[name] += size

@@ -18,7 +18,7 @@ from fuzz.judge import GROWTH, OUTPUT, SECONDS, Mutant
 from fuzz.mutations import mutate_bytes, mutate_json, read, replace, to_json_bytes, tried, value
 
 LLAMA = GOLDEN / "FUSION-X-tiny-LLaMA"
-PACKED = ("gptq-v1-sym", "gptq-v2-asym-desc-act", "ct-asym-group", "ct-actorder", "bnb-nf4-nested")
+PREQUANTIZED = ("gptq-v1-sym", "gptq-v2-asym-desc-act", "ct-asym-group", "ct-actorder", "bnb-nf4-nested")
 DTYPES = ("F16", "BF16", "F32", "F64", "U8", "I8", "I32", "I64", "BOOL", "F8_E4M3", "f16", "", 16, None)
 PRECISIONS = ("--int4", "--int8", "--fp16", "--fp32", "--nf4")
 ONES = [1.0] * 8
@@ -59,8 +59,8 @@ class Checkpoints:
 
     def prepare(self, folder: Path) -> None:
         self.bases = [write_checkpoint(folder / "phi", TINY), Path(shutil.copytree(LLAMA, folder / "llama"))]
-        _in_a_child(lambda: _write_packed(folder))  # torch, which that needs, stays out of this process
-        self.bases += [folder / name for name in PACKED]
+        _in_a_child(lambda: _write_prequantized(folder))  # keeps torch out of this process
+        self.bases += [folder / name for name in PREQUANTIZED]
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         checkpoint, changes = folder / "checkpoint", []
@@ -238,12 +238,12 @@ def _in_a_child(work: Any) -> None:
         finally:
             os._exit(code)
     if os.waitpid(pid, 0)[1]:
-        raise RuntimeError("The checkpoints that mutants are made of could not be written.")
+        raise RuntimeError("The prequantized checkpoints could not be written.")
 
 
-def _write_packed(folder: Path) -> None:
+def _write_prequantized(folder: Path) -> None:
     from support.prequantized_checkpoints import packer, read_fixture, write_quantized
 
-    for name in PACKED:
+    for name in PREQUANTIZED:
         fixture = read_fixture(name)
         write_quantized(folder / name, fixture.config, fixture.tensors, packer(name))

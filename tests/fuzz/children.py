@@ -1,6 +1,6 @@
-"""Run mutants in forked processes: one that dies, hangs or grows affects only its own verdict.
+"""Run mutants in forked processes. A crash, a hang or a memory leak affects only the verdict of its mutant.
 
-The process that forks has imported everything and made no session of ONNX Runtime, whose threads a fork would lose.
+The parent imports everything before it forks, and makes no session of ONNX Runtime: a fork would lose its threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRACE = 20.0
 """Seconds beyond a kind's limit after which a child is killed."""
 START = 10.0
 """Factor on the time limit of a process's first run, which loads code."""
-PATIENCE = 0.1
+POLL_SECONDS = 0.1
 """Seconds between two checks of the children."""
 
 
@@ -79,7 +79,7 @@ class Children:
                         selector.register(child.pipe, selectors.EVENT_READ)
                     if not running:
                         return
-                    for key, _ in selector.select(PATIENCE):
+                    for key, _ in selector.select(POLL_SECONDS):
                         child = running[key.fd]
                         content = os.read(key.fd, 1 << 16)
                         yield from self._take(child, content)
@@ -118,7 +118,7 @@ class Children:
                 yield child.batch.kind, Verdict(**{**data, "changes": tuple(data["changes"])})
 
     def _ended(self, child: _Child, waiting: deque[Batch]) -> Iterator[tuple[str, Verdict]]:
-        """Yield the verdict of the mutant that ended its process, if any. Its batch goes on in another process."""
+        """Yield the verdict of the mutant that ended its process, if any. Another process continues its batch."""
         os.close(child.pipe)
         _, status = os.waitpid(child.pid, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -162,10 +162,10 @@ def _work(kind: Kind, batch: Batch, folder: Path, pipe: int, keep: bool) -> NoRe
         faulthandler.enable(trace)
         judge = Judge(kind, batch.kind, folder, Captured(errors), trace)
         if None not in batch.seeds:
-            judge.judge(None, START)  # what a process does once only, such as loading code, is not the mutants'
+            judge.judge(None, START)  # loads code: its cost must not count for a mutant
         for seed in batch.seeds:
-            _tell(pipe, {"began": seed})
-            _tell(pipe, dataclasses.asdict(judge.judge(seed, batch.patience, keep)))
+            _send(pipe, {"began": seed})
+            _send(pipe, dataclasses.asdict(judge.judge(seed, batch.patience, keep)))
         code = 0
     except BaseException:
         import traceback
@@ -176,7 +176,7 @@ def _work(kind: Kind, batch: Batch, folder: Path, pipe: int, keep: bool) -> NoRe
         os._exit(code)
 
 
-def _tell(pipe: int, data: object) -> None:
+def _send(pipe: int, data: object) -> None:
     content = json.dumps(data).encode() + b"\n"
     while content:
         content = content[os.write(pipe, content) :]

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fuzz.campaign import PATIENCE, Campaign
+from fuzz.campaign import RETRY_PATIENCE, Campaign
 from fuzz.children import Batch, Children
 from fuzz.judge import Kind
 from fuzz.kinds import kinds
@@ -35,19 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz", description="Mutants of all that fusion-edge reads; exit code 1 if any failed."
+        prog="python -m tests.fuzz",
+        description="Run mutants of every input; exit code 1 if any failed.",
     )
     add = parser.add_argument
-    add("--minutes", type=float, metavar="M", help="how long (default: until --count, or one minute)")
-    add("--count", type=int, metavar="N", help="how many mutants, of all kinds together")
+    add("--minutes", type=float, metavar="M", help="run time in minutes (default: until --count, or one minute)")
+    add("--count", type=int, metavar="N", help="number of mutants, over all kinds")
     add(
-        "--kind", type=_kinds, metavar="KIND[,KIND...]", help=f"which of {', '.join(kinds())} (default: all quick ones)"
+        "--kind",
+        type=_kinds,
+        metavar="KIND[,KIND...]",
+        help=f"kinds: {', '.join(kinds())} (default: all quick ones)",
     )
-    add("--seed", type=int, metavar="N", help="of the campaign (default: the date in UTC, such as 20260131)")
-    add("--jobs", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the result there")
-    add("--replay", metavar="KIND:SEED", help="run one mutant and say what was changed and what came of it")
-    add("--keep", type=Path, metavar="FOLDER", help="keep the files of the mutant replayed")
+    add("--seed", type=int, metavar="N", help="seed of the campaign (default: the date in UTC, such as 20260131)")
+    add("--jobs", type=int, default=2, metavar="N", help="number of processes (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    add("--replay", metavar="KIND:SEED", help="run one mutant, and print its changes and the verdict")
+    add("--keep", type=Path, metavar="FOLDER", help="copy the files of the replayed mutant to FOLDER")
     return parser
 
 
@@ -119,15 +123,15 @@ def _show(campaign: Campaign, started: float, count: int | None, limit: float | 
 def _replay(arguments: argparse.Namespace, scratch: Path) -> int:
     name, _, seed = arguments.replay.partition(":")
     if name not in kinds() or not seed.isdecimal():
-        sys.stderr.write(f"error: {arguments.replay} is no KIND:SEED.\n")
+        sys.stderr.write(f"error: {arguments.replay} is not a KIND:SEED, such as image:3.\n")
         return 2
     if arguments.keep is not None and arguments.keep.exists():
-        sys.stderr.write(f"error: {arguments.keep} exists; name a new folder.\n")
+        sys.stderr.write(f"error: {arguments.keep} exists; pass a new folder.\n")
         return 2
     prepared = _prepared([name], scratch)
     children = Children(prepared, 1, scratch, keep=arguments.keep)
-    [(_, verdict)] = children.run([Batch(name, [int(seed)], PATIENCE)])
-    told = {key: value for key, value in asdict(verdict).items() if key not in ("changes", "detail")}
+    [(_, verdict)] = children.run([Batch(name, [int(seed)], RETRY_PATIENCE)])
+    verdict_fields = {key: value for key, value in asdict(verdict).items() if key not in ("changes", "detail")}
     sys.stdout.write("".join(f"changed: {change}\n" for change in verdict.changes))
-    sys.stdout.write(f"{json.dumps(told)}\n{verdict.detail}\n{verdict.written}")
+    sys.stdout.write(f"{json.dumps(verdict_fields)}\n{verdict.detail}\n{verdict.written}")
     return 1 if verdict.failure else 0

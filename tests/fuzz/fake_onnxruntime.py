@@ -1,4 +1,4 @@
-"""Fake of ONNX Runtime's C interface, as far as the CPU kernels use it: it calls one operator on guarded memory.
+"""Fake of the part of ONNX Runtime's C interface that the CPU kernels use. It calls one operator on guarded memory.
 
 A loaded library keeps the interface it was registered with. So ONNX Runtime and this fake must not load the same file
 in one process.
@@ -193,7 +193,7 @@ class FakeOnnxRuntime:
         out[0] = value
 
     def _attribute(self, name: bytes, kind: AttributeType) -> Any:
-        # The first type asked for is the one the operator wants; the others tell a wrong type from a missing attribute.
+        # An operator asks for the right type first. It asks for others to distinguish a wrong type from a missing one.
         self._attributes_read.setdefault(name.decode(), kind)
         value = self._call.attributes.get(name.decode())
         return value if isinstance(value, {"int": int, "float": float, "string": str}[kind]) else None

@@ -36,7 +36,7 @@ def mutate_graph(draw: Random, content: bytes) -> tuple[bytes, str]:
         return b"".join(fields), f"field {index}: {change}"
     try:
         model = onnx.load_model_from_string(content)
-    except Exception as error:  # one that an earlier change has broken; the library's type is not ours to name
+    except Exception as error:  # an earlier change broke it; the library does not document the type
         raise ValueError("no graph") from error
     graph = model.graph
     nodes = [*graph.node, *(node for function in model.functions for node in function.node)]
@@ -76,7 +76,7 @@ def _initializer(draw: Random, graph: Any) -> str:
             return f"{tensor.name} without its place"
         tensor.raw_data = draw.randbytes(draw.choice([0, 1, 8]))
         tensor.data_location = 0
-        return f"{tensor.name} with {len(tensor.raw_data)} bytes of its own"
+        return f"{tensor.name} with {len(tensor.raw_data)} inline bytes"
     if what == 8:
         tensor.name = draw.choice([draw.choice(list(graph.initializer)).name, "", "x"])
         return f"an initializer named {tensor.name}"

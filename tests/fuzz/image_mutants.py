@@ -45,7 +45,7 @@ class Images:
         if draw.random() < 0.1:
             array, change = _array(draw)
             color: Any = draw.choice(["rgb", "rgb", "bgr", "BGR", 3, None])
-            return Mutant((change, f"color {color!r}"), lambda: _see(array, color))
+            return Mutant((change, f"color {color!r}"), lambda: _decode(array, color))
         name = draw.choice(sorted(self.files))
         content, changes = self.files[name], [name]
         for _ in range(draw.choice([1, 1, 1, 2, 4])):
@@ -60,13 +60,13 @@ def _of_file(path: Path, content: bytes, changes: tuple[str, ...]) -> Mutant:
     path.write_bytes(content)
 
     def command(_: argparse.Namespace) -> int:
-        _see(str(path), "rgb")
+        _decode(str(path), "rgb")
         return 0
 
     return Mutant(changes, lambda: run_command(command, argparse.Namespace()))  # as fusion-run does
 
 
-def _see(image: Any, color: Any) -> None:
+def _decode(image: Any, color: Any) -> None:
     cut_crops(load_image(image, color))
 
 
@@ -79,9 +79,9 @@ def _files() -> dict[str, bytes]:
     exif[ExifTags.Base.Orientation] = 6
     frames = [color.rotate(angle) for angle in (90, 180)]
 
-    def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
         file = io.BytesIO()
-        image.save(file, form, **options)
+        image.save(file, image_format, **options)
         return file.getvalue()
 
     return {

@@ -53,6 +53,7 @@ class Kind(Protocol):
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         """Return a random mutant with its files in ``folder``. ``draw=None``: the unchanged input."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Captured:
 
 @dataclass
 class Judge:
-    """Runs mutants in this process, a child that may die."""
+    """Runs mutants in this process, a child that may crash."""
 
     kind: Kind
     name: str
@@ -112,8 +113,8 @@ class Judge:
     def judge(self, seed: int | None, patience: float = 1, keep: bool = False) -> Verdict:
         """Run the mutant of a seed, or the unchanged input for None.
 
-        This process ends after ``patience`` times the seconds that a mutant has, by the clock; until then the time
-        counts in which it did not wait for a processor.
+        This process ends after ``patience`` times the time limit of a mutant, by the clock. Until then, the time spent
+        waiting for a processor does not count.
         """
         folder = self.folder / "mutant"
         (folder / OUTPUT).mkdir(parents=True)
@@ -129,32 +130,32 @@ class Judge:
         seconds, growth = _busy_seconds() - started, _peak() - base
         written = self.errors.take()
         if not failure:
-            failure, detail = _told(code, written)
-            place = _general(detail)
+            failure, detail = _check_output(code, written)
+            place = _without_details(detail)
         if not failure and seconds > self.kind.seconds:
             failure, detail = "hang", f"{seconds:.1f} s"
             place = re.sub(r"[\d=].*", "", " ".join(mutant.changes))
         if not failure and growth > self.kind.growth:
             failure, detail = "memory", f"{growth >> 20} MB more than before"
             place = re.sub(r"[\d=].*", "", " ".join(mutant.changes))
-        left = _left(folder / OUTPUT, self.temporary, mutant.results if code == 0 else frozenset())
+        left = _leftover_names(folder / OUTPUT, self.temporary, mutant.results if code == 0 else frozenset())
         if not failure and left:
-            failure, detail, place = "files", f"left behind: {', '.join(left)}", _general(left[0])
+            failure, detail, place = "files", f"left behind: {', '.join(left)}", _without_details(left[0])
         if not keep:
             shutil.rmtree(folder)
         for path in self.temporary.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         accepted = not failure and code == 0
-        told = failure, detail, place, written[-2000:]
-        return Verdict(seed or 0, mutant.changes, *told, accepted, round(seconds, 4), growth)
+        result = failure, detail, place, written[-2000:]
+        return Verdict(seed or 0, mutant.changes, *result, accepted, round(seconds, 4), growth)
 
 
 def _run(call: Callable[[], int | None]) -> tuple[int, str, str, str]:
     """Return exit code, failure, detail and place of a call. A FusionError is exit code 1."""
     try:
-        with warnings.catch_warnings():  # each mutant's are shown, whatever was shown before
+        with warnings.catch_warnings():  # show a repeated warning again
             return call() or 0, "", "", ""
-    except FusionError as error:  # told as the commands tell it
+    except FusionError as error:  # reported as the commands do
         sys.stderr.write(f"error: {error}\n")
         return 1, "", "", ""
     except SystemExit as stop:  # argparse
@@ -162,10 +163,10 @@ def _run(call: Callable[[], int | None]) -> tuple[int, str, str, str]:
     except BaseException as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != HERE]
         last = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].name}" if frames else ""
-        return 1, "exception", traceback.format_exc(), f"{type(error).__name__} {last}: {_general(str(error))}"
+        return 1, "exception", traceback.format_exc(), f"{type(error).__name__} {last}: {_without_details(str(error))}"
 
 
-def _told(code: int, written: str) -> tuple[str, str]:
+def _check_output(code: int, written: str) -> tuple[str, str]:
     """Return failure and detail, by the exit code and standard error."""
     lines = written.splitlines()
     if code == 0:
@@ -180,13 +181,13 @@ def _told(code: int, written: str) -> tuple[str, str]:
     return "", ""
 
 
-def _general(text: str) -> str:
+def _without_details(text: str) -> str:
     """Return a message without the parts that differ between mutants."""
     first = (text.strip().splitlines() or [""])[0]
     return re.sub(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+|/\S+|tmp\w+", "_", first)[:120]
 
 
-def _left(output: Path, temporary: Path, allowed: frozenset[str]) -> list[str]:
+def _leftover_names(output: Path, temporary: Path, allowed: frozenset[str]) -> list[str]:
     found = [path.name for path in output.iterdir() if path.name not in allowed]
     return found + [f"a temporary file {path.name}" for path in temporary.iterdir()]
 

@@ -1,7 +1,6 @@
 """Helpers of all kinds: damage values, JSON trees and bytes with a seeded generator.
 
-Every function draws from ``random.Random`` alone, so a seed gives the same mutant again, and returns what it changed
-as a few words.
+Every function draws from ``random.Random`` alone, so a seed reproduces its mutant.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ def to_json_bytes(draw: Random, tree: Json) -> tuple[bytes, str]:
         depth = draw.choice([100, 100_000])
         return content[:-1] + b',"deep":' + b"[" * depth + b"]" * depth + content[-1:], f", nested {depth} deep"
     if what == 3:
-        return content + draw.choice([b"\0", b"{}", b" ", b"\xff"]), ", something behind it"
+        return content + draw.choice([b"\0", b"{}", b" ", b"\xff"]), ", trailing bytes"
     if what == 4:
         return content[:-1] + b',"model_type":1,"files":[]' + content[-1:], ", a key twice"
     if what == 5:
@@ -170,17 +169,17 @@ def mutate_bytes(draw: Random, content: bytes) -> tuple[bytes, str]:
         return bytes(data), f"{number:#x} in {width} bytes at {at}"
     if what == 5:
         data[at : at + length] = draw.choice([b"\0", b"\xff", b"\x80"]) * length
-        return bytes(data), f"{length} bytes alike at {at}"
+        return bytes(data), f"{length} bytes overwritten at {at}"
     if what == 6:
         del data[at : at + length]
-        return bytes(data), f"{length} bytes taken out at {at}"
+        return bytes(data), f"{length} bytes removed at {at}"
     if what == 7:
         data[at:at] = draw.randbytes(draw.choice([1, 4, 100]))
-        return bytes(data), f"bytes put in at {at}"
+        return bytes(data), f"bytes inserted at {at}"
     if what == 8:
         data[at:at] = data[at : at + length] * draw.choice([1, 2, 20])
-        return bytes(data), f"{length} bytes again at {at}"
-    return draw.choice([b"", LFS_POINTER, b"\0" * min(size, 4096), b"<html></html>"]), "another content"
+        return bytes(data), f"{length} bytes repeated at {at}"
+    return draw.choice([b"", LFS_POINTER, b"\0" * min(size, 4096), b"<html></html>"]), "content replaced"
 
 
 def tried(change: Callable[..., str], draw: Random, *arguments: Any) -> str:

@@ -1,4 +1,4 @@
-"""Planted faults of every sort, which the campaign must find."""
+"""Planted faults of every kind, which the campaign must find."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def _refuses(_: Path) -> None:
     raise UsageError("The question is empty; ask something about the image.")
 
 
-def _tells_too_much(_: Path) -> None:
+def _writes_two_lines(_: Path) -> None:
     sys.stderr.write("A line before the error.\n")
     raise FusionError("The error.")
 
 
 def _allocates(_: Path) -> None:
-    b"x" * (GROWTH + (8 << 20))
+    _large = b"x" * (GROWTH + (8 << 20))
 
 
 def _warns(_: Path) -> None:
@@ -67,14 +67,14 @@ def _leaves(output: Path) -> None:
 
 def _leaves_half_a_bundle(output: Path) -> int:
     (output / "bundle").mkdir()
-    return _told(1)
+    return _exit_with(1)
 
 
 def _leaves_a_temporary_file(_: Path) -> None:
     tempfile.mkstemp()
 
 
-def _told(code: int) -> int:
+def _exit_with(code: int) -> int:
     sys.stderr.write("error: The bundle is damaged; export it again.\n")
     return code
 
@@ -91,17 +91,21 @@ FAULTS: Mapping[str, tuple[str, Run]] = {
     "allocates": ("memory", _allocates),
     "warns": ("stderr", _warns),
     "writes from C": ("stderr", _writes_from_c),
-    "tells too much": ("stderr", _tells_too_much),
-    "fails without a word": ("stderr", lambda _: 1),
+    "writes two lines": ("stderr", _writes_two_lines),
+    "fails silently": ("stderr", lambda _: 1),
     "aborts": ("abort", lambda _: os.abort()),
     "reads address 0": ("abort", lambda _: len(ctypes.string_at(0))),
     "ends the process": ("abort", lambda _: os._exit(0)),
-    "exit code": ("exit code", lambda _: _told(3)),
+    "exit code": ("exit code", lambda _: _exit_with(3)),
     "leaves a folder": ("files", _leaves),
     "leaves half a bundle": ("files", _leaves_half_a_bundle),
     "leaves a temporary file": ("files", _leaves_a_temporary_file),
 }
 """Expected failure and planted fault, by name."""
 
-RIGHT: Mapping[str, Run] = {"answers": lambda _: 0, "refuses": _refuses, "refuses as a command": lambda _: _told(1)}
+RIGHT: Mapping[str, Run] = {
+    "answers": lambda _: 0,
+    "refuses": _refuses,
+    "refuses as a command": lambda _: _exit_with(1),
+}
 """Correct behavior."""

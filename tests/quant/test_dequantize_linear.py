@@ -68,6 +68,6 @@ def operator(
     graph = helper.make_graph([node], "one", [], [result], [weight, scale])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (computed,) = session.run(None, {})
-    array: npt.NDArray[np.float32] = computed
+    outputs: Any = session.run(None, {})
+    array: npt.NDArray[np.float32] = outputs[0]
     return array

@@ -16,7 +16,7 @@ import pytest
 from fakes.fake_backend import FakeBackend
 
 from fusion_edge.runtime import Fusion, FusionError, Sampling, Turn, UsageError, load
-from fusion_edge.runtime.arguments import shown
+from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.cli import run as cli_run
@@ -50,7 +50,7 @@ def fusion(tiny_bundle: Path) -> Iterator[Fusion]:
 
 
 def refused(call: Any, beginning: str) -> None:
-    """Assert that a call raises a ``UsageError`` with one line that begins with ``start``."""
+    """Assert that a call raises a ``UsageError`` with one line that starts with ``beginning``."""
     with pytest.raises(UsageError) as raised:
         call()
     message = str(raised.value)
@@ -97,7 +97,7 @@ def test_stop_strings(stop: Any) -> None:
     refused(lambda: Sampling(stop=stop), "stop is ")
 
 
-def test_a_long_stop_string_takes_no_time(fusion: Fusion) -> None:
+def test_a_long_stop_string_is_fast(fusion: Fusion) -> None:
     stream = Detokenizer(fusion.tokenizer, ["a" * 1_000_000, "b" * 1_000_000 + "c"])
     started = time.perf_counter()
     for _ in range(500):
@@ -137,7 +137,7 @@ def test_folders(folder: Any) -> None:
     refused(lambda: load(folder), "The bundle is of type ")
 
 
-def test_paths_that_are_no_text(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_that_are_not_valid_text(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
     copy.symlink_to(tiny_bundle)
     missing = Path(os.fsdecode(os.fsencode(tmp_path) + b"/missing\xff"))
@@ -178,29 +178,29 @@ def test_texts(fusion: Fusion, text: Any) -> None:
     refused(lambda: conversation.answer("What?"), "The history is ")
 
 
-def test_a_tuple_is_a_history_and_numpys_texts_are_texts(fusion: Fusion) -> None:
+def test_tuples_and_numpy_strings_are_accepted(fusion: Fusion) -> None:
     turns = [Turn("a", "b")]
     expected = fusion.answer(PICTURE, "What?", history=turns, sampling=SHORT).token_ids
     assert fusion.answer(PICTURE, np.str_("What?"), history=tuple(turns), sampling=SHORT).token_ids == expected
 
 
 @pytest.mark.parametrize("sampling", ["greedy", 0, {"temperature": 1}, Sampling, Unprintable()])
-def test_no_sampling(fusion: Fusion, sampling: Any) -> None:
+def test_wrong_types_of_sampling(fusion: Fusion, sampling: Any) -> None:
     refused(lambda: fusion.stream(PICTURE, "What?", sampling=sampling), "sampling is of type ")
     refused(lambda: fusion.conversation(PICTURE).answer("What?", sampling=sampling), "sampling is of type ")
 
 
-def test_values_are_shown_on_one_short_line() -> None:
-    assert shown(3) == "3"
-    assert shown("a\nb") == r"'a\nb'"
-    assert shown(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
-    assert shown(Unprintable()) == "of type Unprintable"
-    assert len(shown("x" * 10**6)) == 83
-    assert "\n" not in shown(10**5000)
+def test_values_are_formatted_on_one_short_line() -> None:
+    assert short_repr(3) == "3"
+    assert short_repr("a\nb") == r"'a\nb'"
+    assert short_repr(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
+    assert short_repr(Unprintable()) == "of type Unprintable"
+    assert len(short_repr("x" * 10**6)) == 83
+    assert "\n" not in short_repr(10**5000)
 
 
 def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
-    """Also if the checkpoint's settings name only another token, or one outside the vocabulary."""
+    """Even if the checkpoint names only other end tokens, or one outside the vocabulary."""
     bundle = open_bundle(tiny_bundle)
     with load(tiny_bundle, threads=1) as loaded:
         tokenizer = loaded.tokenizer
@@ -220,7 +220,7 @@ def test_the_templates_end_of_turn_ends_an_answer(tiny_bundle: Path) -> None:
         assert (len(answer.token_ids), answer.finish_reason) == (1, "stop")
 
 
-def test_a_token_outside_the_table(tiny_bundle: Path) -> None:
+def test_a_token_id_outside_the_embedding_table(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     rows = bundle.manifest.model.language.vocab_size
     with pytest.raises(FusionError, match=f"gives ids up to {rows} and the token table has {rows} rows"):

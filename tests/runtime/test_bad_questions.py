@@ -79,18 +79,16 @@ def test_images_that_cannot_be_read(refuse: Refuse, image: Path, tmp_path: Path)
     }
     for name, (data, message) in files.items():
         (tmp_path / name).write_bytes(data)
-        told = refuse(image=tmp_path / name)
-        assert message in told
-        assert name in told
+        error = refuse(image=tmp_path / name)
+        assert message in error
+        assert name in error
     assert "missing.png' does not exist; check the path" in refuse(image=tmp_path / "missing.png")
     assert "is a directory; pass the path of an image file" in refuse(image=tmp_path)
     assert "File name too long" in refuse(image="x" * 300)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "I;16", "1", "P"])
-def test_every_mode_is_answered(
-    tiny_bundle: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_pillow_mode(tiny_bundle: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "image.tif"
     (Image.new("I;16", (9, 4), 40_000) if mode == "I;16" else picture().convert(mode)).save(path)
     options = ["--ask=What?", "--max-new-tokens=2", "--threads=1"]
@@ -100,7 +98,7 @@ def test_every_mode_is_answered(
     assert err == ""
 
 
-def test_turned_and_tiny_pictures(fusion: Fusion, tmp_path: Path) -> None:
+def test_rotated_and_tiny_images(fusion: Fusion, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     picture().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
@@ -124,7 +122,7 @@ def test_turned_and_tiny_pictures(fusion: Fusion, tmp_path: Path) -> None:
         [[0]],
     ],
 )
-def test_what_is_no_picture(fusion: Fusion, wrong: Any) -> None:
+def test_wrong_types_of_images(fusion: Fusion, wrong: Any) -> None:
     with pytest.raises(UsageError, match="The image"):
         fusion.ask(wrong, "What?")
     with pytest.raises(UsageError, match="The image"):
@@ -143,11 +141,13 @@ def test_an_empty_question(refuse: Refuse, ask: str) -> None:
     assert "The question is empty; ask something about the image" in refuse(ask=ask, code=2)
 
 
-def test_bytes_that_are_no_text(refuse: Refuse) -> None:
+def test_a_question_with_invalid_utf_8(refuse: Refuse) -> None:
     assert "The question is not valid Unicode: character 1 is half" in refuse(ask=os.fsdecode(b"a\xff?"), code=2)
 
 
-def test_a_question_that_does_not_fit(refuse: Refuse, tiny_checkpoint: Path, image: Path, tmp_path: Path) -> None:
+def test_a_question_that_exceeds_the_context(
+    refuse: Refuse, tiny_checkpoint: Path, image: Path, tmp_path: Path
+) -> None:
     message = refuse(ask="why " * 1000)
     assert "(16 of them image tokens), and the context holds 512 with the answer; ask a shorter question" in message
     assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "small"), "--max-context", "64"]) == 0
@@ -187,13 +187,13 @@ def test_a_history_that_cannot_be_read(refuse: Refuse, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("history", [["a"], [("a", "b")], [{"question": "a", "answer": "b"}], "ab", 3, None])
-def test_what_is_no_history(fusion: Fusion, history: Any) -> None:
+def test_wrong_types_of_the_history(fusion: Fusion, history: Any) -> None:
     with pytest.raises(UsageError, match=r"The history is .*; expected a list of Turn\(question, answer\)"):
         fusion.ask(picture(), "What?", history=history)
 
 
 @pytest.mark.parametrize("question", [None, 3, b"What?", ["What?"]])
-def test_what_is_no_question(fusion: Fusion, question: Any) -> None:
+def test_wrong_types_of_the_question(fusion: Fusion, question: Any) -> None:
     with pytest.raises(UsageError, match="The question is of type"):
         fusion.ask(picture(), question)
     with pytest.raises(UsageError, match="The question is of type"):
@@ -249,7 +249,7 @@ def test_wrong_arguments(fusion: Fusion, sampling: Any) -> None:
 # Streams ----------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_that_was_given_up(fusion: Fusion) -> None:
+def test_an_answer_that_another_question_ended(fusion: Fusion) -> None:
     first = fusion.stream(picture(), "What?", sampling=SHORT)
     next(first)
     with pytest.raises(UsageError, match="The question is empty"):
@@ -257,7 +257,7 @@ def test_an_answer_that_was_given_up(fusion: Fusion) -> None:
     next(first)  # a refused question does not end the stream
     second = fusion.stream(picture(), "Where?", sampling=SHORT)
     for _ in range(2):
-        with pytest.raises(FusionError, match="was given up when another question was asked"):
+        with pytest.raises(FusionError, match="ended because another question was asked"):
             next(first)
     with pytest.raises(UsageError, match="The answer is not complete; take every piece of the stream first"):
         _ = first.answer
@@ -266,13 +266,13 @@ def test_an_answer_that_was_given_up(fusion: Fusion) -> None:
     assert second.answer.token_ids == fusion.answer(picture(), "Where?", sampling=SHORT).token_ids
 
 
-def test_a_model_that_was_closed(tiny_bundle: Path) -> None:
+def test_a_closed_model(tiny_bundle: Path) -> None:
     with load(tiny_bundle, threads=1) as fusion:
         stream = fusion.stream(picture(), "What?", sampling=SHORT)
         conversation = fusion.conversation(picture())
         next(stream)
         fusion.close()
-        with pytest.raises(FusionError, match="or the model closed"):
+        with pytest.raises(FusionError, match="or the model was closed"):
             next(stream)
         for ask in (lambda: fusion.ask(picture(), "What?"), lambda: conversation.answer("What?")):
             with pytest.raises(UsageError, match="has been closed; load the bundle again"):
@@ -299,7 +299,7 @@ def test_questions_from_standard_input(
     assert capsys.readouterr() == ("", "")
 
 
-def test_bytes_from_standard_input_that_are_no_text(
+def test_invalid_utf_8_on_standard_input(
     tiny_bundle: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert interactive(tiny_bundle, image, b"What\xff?\nWhere?\n", monkeypatch) == 2
@@ -319,7 +319,7 @@ def test_ctrl_c(
 
 
 @pytest.mark.parametrize("output", ["closed pipe", "/dev/full", "ascii"])
-def test_an_output_that_takes_nothing(tiny_bundle: Path, image: Path, output: str) -> None:
+def test_standard_output_that_cannot_be_written(tiny_bundle: Path, image: Path, output: str) -> None:
     code = "import sys; from fusion_edge.runtime.cli import run; sys.exit(run.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(tiny_bundle), "--image", str(image), "--ask=What?", "--ask=No?"]
     encoding = {"PYTHONIOENCODING": "ascii"} if output == "ascii" else {}
@@ -343,7 +343,7 @@ def test_an_output_that_takes_nothing(tiny_bundle: Path, image: Path, output: st
     assert done.stderr.count(b"\n") == done.returncode
 
 
-def test_streams_that_are_closed(tiny_bundle: Path, image: Path) -> None:
+def test_closed_standard_streams(tiny_bundle: Path, image: Path) -> None:
     code = "import sys; from fusion_edge.runtime.cli import run; sys.exit(run.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(tiny_bundle), "--image", str(image), "--threads=1", "--max-new-tokens=2"]
     shell = ["sh", "-c", 'exec "$@" <&- >&-', "sh"]
@@ -352,7 +352,7 @@ def test_streams_that_are_closed(tiny_bundle: Path, image: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_real_ctrl_c(tiny_bundle: Path, image: Path) -> None:
+def test_ctrl_c_in_a_process(tiny_bundle: Path, image: Path) -> None:
     code = "import sys; from fusion_edge.runtime.cli import run; sys.exit(run.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(tiny_bundle), "--image", str(image), "--threads=1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -40,12 +40,12 @@ for code in sys.argv[3:]:
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        told = "nothing"
+        outcome = "nothing"
         try:
             exec(code)
         except FusionError as error:
-            told = f"{type(error).__name__}: {error}"
-        print(told)
+            outcome = f"{type(error).__name__}: {error}"
+        print(outcome)
         sys.exit(3)  # a normal exit, with the destructors of libraries
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 3, (code, status)
@@ -67,6 +67,7 @@ IN_CHILD = {  # call and start of its error
     'conversation.answer("What?")': "FusionError",
     'next(conversation.ask("What?"))': "FusionError",
     "fusion.conversation(picture)": "FusionError",
+    "fusion.encode_image(picture)": "FusionError",
 }
 
 
@@ -76,8 +77,8 @@ def test_a_fork(tiny_bundle: Path, parent: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     *children, last = done.stdout.splitlines() or [""]
     assert last == "parent done", done.stderr
-    for told, expected in zip(children, IN_CHILD.values(), strict=True):
-        assert told.partition(":")[0] == expected
+    for outcome, expected in zip(children, IN_CHILD.values(), strict=True):
+        assert outcome.partition(":")[0] == expected
         if expected != "nothing":
-            assert told.startswith("FusionError: This process is a fork of process ")
-            assert told.endswith(", which loaded the model; load the bundle after the fork.")
+            assert outcome.startswith("FusionError: This process is a fork of process ")
+            assert outcome.endswith(", which loaded the model; load the bundle after the fork.")

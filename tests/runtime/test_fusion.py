@@ -43,7 +43,7 @@ def crops_encoded(fusion: Fusion) -> list[int]:
     return [len(pixels) for pixels, *_ in calls(fusion, "encode")]
 
 
-def test_what_depends_on_the_image_alone_is_computed_once(fusion: Fusion) -> None:
+def test_image_features_are_computed_once_per_image(fusion: Fusion) -> None:
     frame = picture(0)
     for question in ("What is it?", "And why?"):
         fusion.answer(frame, question, sampling=SHORT)
@@ -58,14 +58,38 @@ def test_what_depends_on_the_image_alone_is_computed_once(fusion: Fusion) -> Non
     assert len(calls(fusion, "align")) == 1
 
 
-def test_a_frame_leaves_nothing_for_the_next(fusion: Fusion, tiny_bundle: Path) -> None:
+def test_encode_image_runs_the_vision_encoder_ahead_of_the_question(fusion: Fusion) -> None:
+    fusion.encode_image(picture(0))
+    assert crops_encoded(fusion) == [4]
+    fusion.encode_image(picture(0)[..., ::-1], color="bgr")
+    fusion.answer(picture(0), "What is it?", sampling=SHORT)
+    assert crops_encoded(fusion) == [1]
+
+
+def test_encode_image_does_not_end_a_stream(fusion: Fusion) -> None:
+    expected = fusion.answer(picture(0), "What is it?", sampling=SHORT)
+    stream = fusion.stream(picture(0), "What is it?", sampling=SHORT)
+    next(stream)
+    fusion.encode_image(picture(1))
+    list(stream)
+    assert stream.answer.token_ids == expected.token_ids
+
+
+def test_clear_image_cache_encodes_the_same_image_again(fusion: Fusion) -> None:
+    fusion.encode_image(picture(0))
+    fusion.clear_image_cache()
+    fusion.answer(picture(0), "What is it?", sampling=SHORT)
+    assert crops_encoded(fusion) == [4, 4, 1]
+
+
+def test_an_answer_does_not_depend_on_the_previous_image(fusion: Fusion, tiny_bundle: Path) -> None:
     fusion.answer(picture(0), "What is it?", sampling=SHORT)
     second = fusion.answer(picture(1), "What is it?", sampling=SHORT)
     fresh = Fusion(fusion.manifest, FakeBackend(fusion.config), fusion.tokenizer, fusion.embed)
     assert fresh.answer(picture(1), "What is it?", sampling=SHORT).token_ids == second.token_ids
 
 
-def test_the_local_crop_is_encoded_under_every_question_so_far(fusion: Fusion) -> None:
+def test_the_local_crop_is_encoded_with_all_questions(fusion: Fusion) -> None:
     fusion.answer(picture(0), "Why?", history=[Turn("What?", "A circle.")], sampling=SHORT)
     crops = normalize(cut_crops(load_image(picture(0), "rgb")))
     (pixels, no_text, no_mask), (local, text, mask) = calls(fusion, "encode")
@@ -78,7 +102,7 @@ def test_the_local_crop_is_encoded_under_every_question_so_far(fusion: Fusion) -
     assert np.array_equal(mask, (ids != 0)[None])
 
 
-def test_the_prompt_holds_image_and_latents_where_it_says(fusion: Fusion) -> None:
+def test_image_tokens_and_latents_are_at_their_positions(fusion: Fusion) -> None:
     answer = fusion.answer(picture(0), "Why?", history=[Turn("What?", "A circle.")], sampling=SHORT, query_length=4)
     ((rows, image, latents, questions, capacity),) = calls(fusion, "prefill")
     assert len(rows) == answer.prompt_tokens
@@ -96,7 +120,7 @@ def test_the_prompt_holds_image_and_latents_where_it_says(fusion: Fusion) -> Non
     assert starts[0] + patches <= latents[0, 0]
 
 
-def test_a_step_is_given_the_token_before(fusion: Fusion) -> None:
+def test_a_decode_step_embeds_the_previous_token(fusion: Fusion) -> None:
     answer = fusion.answer(picture(0), "What?", sampling=SHORT)
     steps = [row for (row,) in calls(fusion, "decode")]
     assert len(steps) == len(answer.token_ids) - 1
@@ -104,8 +128,8 @@ def test_a_step_is_given_the_token_before(fusion: Fusion) -> None:
         assert np.array_equal(row, fusion.embed(np.array([token]))[0])
 
 
-def test_a_backend_with_room_for_less_than_the_bundle(fusion: Fusion) -> None:
-    """As with engines for a smaller context: answers end there, and longer prompts are refused."""
+def test_a_backend_with_a_smaller_context_than_the_bundle(fusion: Fusion) -> None:
+    """Engines may have a smaller context: answers end there, and longer prompts are refused."""
     prompt = fusion.answer(picture(0), "What is it?", sampling=SHORT).prompt_tokens
     fusion.backend.max_context = prompt + 1
     answer = fusion.answer(picture(0), "What is it?", sampling=Sampling(max_new_tokens=512))
@@ -115,7 +139,7 @@ def test_a_backend_with_room_for_less_than_the_bundle(fusion: Fusion) -> None:
         fusion.answer(picture(0), "What is it?")
 
 
-def test_a_backend_of_your_own_is_the_device(fusion: Fusion) -> None:
+def test_a_custom_backend_is_the_device(fusion: Fusion) -> None:
     assert fusion.device.name == "fake"
     assert not fusion.device.not_taken
 

@@ -59,7 +59,7 @@ def test_histories_that_are_refused(
     assert time.monotonic() - started < 5
 
 
-def test_a_history_without_end(options: list[str], refused: Refuse) -> None:
+def test_an_endless_history(options: list[str], refused: Refuse) -> None:
     assert "more than any context" in refused(cli_run.main, *options, "--ask=What?", "--history", "/dev/zero")
 
 

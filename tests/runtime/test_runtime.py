@@ -56,7 +56,7 @@ def test_bgr_is_rgb_reversed(fusion: Fusion) -> None:
     assert fusion.answer(picture(0)[..., ::-1], "What?", sampling=SHORT, color="bgr").token_ids == rgb.token_ids
 
 
-def test_a_conversation_is_its_history(fusion: Fusion) -> None:
+def test_a_conversation_equals_a_question_with_history(fusion: Fusion) -> None:
     conversation = fusion.conversation(picture(0))
     first = conversation.answer("What is it?", sampling=SHORT)
     second = conversation.answer("Why?", sampling=SHORT)
@@ -86,7 +86,7 @@ def test_the_context_bounds_the_answer(tiny_checkpoint: Path, tmp_path: Path) ->
         assert answer.prompt_tokens + len(answer.token_ids) == 96
 
 
-def test_an_int8_cache_answers_nearly_alike(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_int8_cache_gives_similar_logits(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The first token's logits are equal; later ones differ only by the quantization of the cache."""
     steps: dict[str, list[np.ndarray[Any, Any]]] = {}
     for cache in ("float", "int8"):
@@ -102,7 +102,7 @@ def test_an_int8_cache_answers_nearly_alike(tiny_checkpoint: Path, tmp_path: Pat
         assert not np.array_equal(rounded, exact)
 
 
-def test_float16_graphs_compute_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_float16_graphs_give_similar_logits(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A CUDA bundle on the CPU provider differs only by float16 rounding."""
     answers = []
     for target, folder in (("cpu", tmp_path / "cpu"), ("cuda", tmp_path / "cuda")):
@@ -129,7 +129,7 @@ def test_command_line_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Cap
     assert len(answers[0]["token_ids"]) <= 5
 
 
-def test_a_short_prompt_behind_a_long_one_sees_nothing_of_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_short_prompt_does_not_read_values_of_an_earlier_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The int8 cache keeps old values after a prompt; no decode step may read them."""
     assert export_cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--kv-cache", "int8"]) == 0
     with load(tmp_path / "b") as fusion:

@@ -43,13 +43,13 @@ def test_values_in_range() -> None:
 
 @settings(deadline=None)
 @given(LOGITS)
-def test_greedy_takes_the_first_of_the_largest(logits: np.ndarray[Any, Any]) -> None:
+def test_greedy_returns_the_first_of_equal_maxima(logits: np.ndarray[Any, Any]) -> None:
     assert Sampler(Sampling())(logits) == logits.tolist().index(max(logits.tolist()))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [[0, np.nan, 3], [np.nan] * 3, [0, np.inf, 1], [-np.inf] * 3])
-def test_logits_that_are_no_numbers(temperature: float, bad: list[float]) -> None:
+def test_logits_that_are_not_finite(temperature: float, bad: list[float]) -> None:
     with pytest.raises(FusionError, match="logits contain"):
         Sampler(Sampling(temperature=temperature))(np.array(bad, np.float32))
 
@@ -63,7 +63,7 @@ def reference(logits: np.ndarray[Any, Any], temperature: float, top_k: int) -> t
 
 @settings(deadline=None, max_examples=300)
 @given(LOGITS, st.floats(0.05, 5), st.floats(0.01, 1), st.integers(0, 45))
-def test_distribution_is_the_plain_one(
+def test_distribution_equals_the_reference(
     logits: np.ndarray[Any, Any], temperature: float, top_p: float, top_k: int
 ) -> None:
     order, probabilities = reference(logits, temperature, top_k)
@@ -85,7 +85,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_its_mass() -> None:
         assert distribution(logits, Sampling(temperature=1, top_p=top_p))[0].tolist() == expected
 
 
-def test_nucleus_keeps_exactly_what_reaches_it_among_equals() -> None:
+def test_nucleus_with_equal_logits() -> None:
     logits = np.zeros(4, np.float32)
     for top_p, kept in [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (1.0, 4)]:
         candidates, _ = distribution(logits, Sampling(temperature=1, top_p=top_p))
@@ -109,7 +109,7 @@ def test_draws_follow_the_distribution() -> None:
 
 @settings(deadline=None)
 @given(LOGITS, st.integers(0, 2**64))
-def test_the_same_seed_draws_the_same(logits: np.ndarray[Any, Any], seed: int) -> None:
+def test_equal_seeds_give_equal_tokens(logits: np.ndarray[Any, Any], seed: int) -> None:
     one, other = (Sampler(Sampling(temperature=1.5, seed=seed)) for _ in range(2))
     assert [one(logits) for _ in range(10)] == [other(logits) for _ in range(10)]
 

@@ -32,7 +32,7 @@ class Subject:
         return self.manifest.model.language.hidden_size
 
     def encode(self, crops: int, words: int) -> npt.ArrayLike:
-        """Return features of random crops and texts; their first ones do not depend on the numbers."""
+        """Return features of random crops and texts. More crops or words do not change the first ones."""
         pixels = _random(1, GLOBAL_CROPS, 3, IMAGE_SIZE, IMAGE_SIZE)[:crops]
         text = _random(2, GLOBAL_CROPS, 8, self.width)[:crops, :words]
         return self.backend.encode(pixels, text, np.ones((crops, words), np.bool_))
@@ -81,7 +81,7 @@ class BackendContract:
         patches = subject.manifest.model.vision.patches
         assert_floats(np.asarray(subject.encode(crops, words)), crops, patches, subject.width)
 
-    def test_every_crop_is_encoded_alone(self, subject: Subject) -> None:
+    def test_crops_are_encoded_independently(self, subject: Subject) -> None:
         together = np.asarray(subject.encode(GLOBAL_CROPS, 3))
         subject.assert_close(np.asarray(subject.encode(1, 3))[0], together[0])
         assert not np.array_equal(together[0], together[1])
@@ -89,8 +89,8 @@ class BackendContract:
     def test_words_change_features(self, subject: Subject) -> None:
         assert not np.array_equal(np.asarray(subject.encode(1, 0)), np.asarray(subject.encode(1, 7)))
 
-    def test_features_last(self, subject: Subject) -> None:
-        """The next image does not overwrite the alignment of the image before."""
+    def test_features_stay_valid(self, subject: Subject) -> None:
+        """The next run does not overwrite the features of an image."""
         first = subject.encode(GLOBAL_CROPS, 0)
         before = np.array(first)
         subject.encode(GLOBAL_CROPS, 7)
@@ -101,13 +101,13 @@ class BackendContract:
         for length in subject.manifest.query_lengths:
             assert_floats(subject.align(features, length).latents, length, subject.width)
 
-    def test_alignment_takes_features_from_the_host(self, subject: Subject) -> None:
+    def test_alignment_accepts_features_on_the_host(self, subject: Subject) -> None:
         length = min(subject.manifest.query_lengths)
         features = subject.encode(GLOBAL_CROPS, 0)
         latents = subject.align(features, length).latents
         assert np.array_equal(subject.align(np.asarray(features), length).latents, latents)
 
-    def test_alignments_last(self, subject: Subject) -> None:
+    def test_alignments_stay_valid(self, subject: Subject) -> None:
         """The alignment of an image is valid after the alignment of another."""
         image = subject.image()
         prompt = subject.prompt(image, 1)
@@ -131,7 +131,7 @@ class BackendContract:
         subject.assert_close(_prefill(subject, image, (rows, *swapped)), expected)
         assert not np.array_equal(_prefill(subject, image, (rows, latents, swapped[1])), expected)
 
-    def test_steps_are_a_longer_prompt(self, subject: Subject) -> None:
+    def test_decode_steps_equal_a_longer_prompt(self, subject: Subject) -> None:
         image = subject.image()
         rows, latents, questions = subject.prompt(image, 2)
         _prefill(subject, image, (rows[:-3], latents, questions))

@@ -18,7 +18,7 @@ needs_cpu_kernels = pytest.mark.skipif(
 
 @contextmanager
 def streams(enabled: bool) -> Iterator[None]:
-    """Have GEMV read weights in several streams, or in one. By default the processor decides."""
+    """Make GEMV read weights in several streams, or in one. The default depends on the processor."""
     kernels = ctypes.CDLL(str(cpu_kernels.library()))
     before = kernels.use_streams(enabled)
     try:
@@ -29,7 +29,7 @@ def streams(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def exact_attention() -> Iterator[None]:
-    """Have attention compute in float32, where the default is bfloat16."""
+    """Make attention compute in float32 instead of bfloat16."""
     path = cpu_kernels.library()
     kernels = None if path is None else ctypes.CDLL(str(path))
     if kernels is not None:

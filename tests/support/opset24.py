@@ -1,4 +1,4 @@
-"""Skip mark for ONNX Runtime 1.23, the last for Python 3.10: it lacks opset 24, that of graphs for TensorRT."""
+"""Skip mark for ONNX Runtime 1.23, the last for Python 3.10: it lacks opset 24, which TensorRT graphs use."""
 
 from __future__ import annotations
 

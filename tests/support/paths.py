@@ -1,4 +1,4 @@
-"""Where the tests' data lie."""
+"""Folders of the tests and their data."""
 
 from pathlib import Path
 

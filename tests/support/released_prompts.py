@@ -1,4 +1,4 @@
-"""Prompts as the released code makes them, every earlier one from its beginning: what the runtime must give.
+"""Prompts of the released code, the reference for the runtime. Every earlier prompt is tokenized from its start.
 
 Spellings of control tokens in questions and answers are control tokens there, and image markers are removed.
 """
@@ -16,7 +16,7 @@ from fusion_edge.runtime.prompts.prompt import MARKER_IDS, VISION_END, VISION_ST
 
 
 def render_prompt(template: Template, history: Sequence[Turn], question: str) -> str:
-    """The conversation's text up to where the answer to ``question`` begins, with its markers."""
+    """Return the text of a conversation, with markers, up to the start of the answer to ``question``."""
     text = template.system
     for number, turn in enumerate([*history, Turn(question, "")]):
         text += f"{template.question_start}{VISION_START}<latent_image>{VISION_END}"
@@ -29,7 +29,7 @@ def render_prompt(template: Template, history: Sequence[Turn], question: str) ->
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, history: Sequence[Turn], question: str) -> Prompt:
-    """The conversation as token ids."""
+    """Tokenize a conversation."""
     questions = [*(turn.question for turn in history), question]
     asked = [_encode(tokenizer, render_prompt(template, history[:n], text)) for n, text in enumerate(questions)]
     instruct = _without("".join(map(_clean, questions)), *MARKER_IDS, VISION_START, VISION_END).strip()

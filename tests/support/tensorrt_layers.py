@@ -27,7 +27,7 @@ SHAPES: dict[str, list[tuple[int | str, ...]]] = {
 
 
 def types(plugin: Plugin, dtype: DataType) -> tuple[DataType, ...]:
-    """Shapes of the inputs and the output."""
+    """Return the types of the inputs and the output."""
     return tuple(DataType.INT64 if name == "positions" else dtype for name in (*plugin.inputs, "output"))
 
 

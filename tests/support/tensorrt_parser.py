@@ -1,8 +1,8 @@
 """Expand functions as TensorRT's ONNX parser up to 10.7 does (onnx-tensorrt, ModelImporter and LocalFunctionImporter).
 
-All tensors are in one map by their names. A call binds a parameter to what is passed only if the map has no tensor of
-the parameter's name; else it warns, and the body reads that other tensor. What nodes of the body give is of an inner
-scope, and may have names of the graph. The graph's outputs are in the map from the start.
+One map holds all tensors by name. A call binds a parameter to its argument only if the map has no tensor of the
+parameter's name. Otherwise the parser warns, and the body reads that other tensor. Outputs of nodes in the body belong
+to an inner scope and may repeat names of the graph. The graph's outputs are in the map from the start.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
-MENDED = (10, 8)
+FIRST_CORRECT = (10, 8)
 """First TensorRT version whose parser binds parameters to arguments."""
 
 
 def inlined(model: ModelProto) -> ModelProto:
-    """Return the model without functions, as that parser expands it. Raises ValueError where it would fail."""
+    """Return the model with its functions expanded as by that parser. Raise ``ValueError`` where the parser fails."""
     result = ModelProto()
     result.CopyFrom(model)
     del result.functions[:]

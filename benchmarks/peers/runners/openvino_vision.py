@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, import_engine, report
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, import_engine, read_properties, report
 
 
 class OpenVinoEncoder:
-    """Models ``global.xml`` and ``local.xml`` beside ``properties``, a JSON file of OpenVINO's properties.
+    """Models ``global.xml`` and ``local.xml`` next to ``properties``, a JSON file of OpenVINO's properties.
 
     Shapes are fixed before compilation: dynamic shapes are slower and prevent attention fusion.
     """
@@ -21,15 +20,9 @@ class OpenVinoEncoder:
     def __init__(self, properties: Path, work: vision.VisionWorkload) -> None:
         openvino: Any = import_engine("openvino", "openvino")
         self._numpy: Any = import_engine("numpy", "numpy")
-        try:
-            chosen = json.loads(properties.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CannotRunError(
-                f"{properties} cannot be read ({error}); expected a properties file such as bf16.json in a "
-                "folder written by export_vision.py."
-            ) from None
         # Latency of one image on all cores, not throughput.
-        self.settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": work.threads, **chosen}
+        latency = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": work.threads}
+        self.settings = latency | read_properties(properties)
         core = openvino.Core()
         text = self._model(core, properties.with_name("local.xml"))
         self.hidden_size = text.input("text").partial_shape[2].get_length()

@@ -85,6 +85,15 @@ def import_engine(module: str, package: str) -> ModuleType:
         ) from None
 
 
+def read_properties(path: Path) -> dict[str, Any]:
+    """Read a JSON file of an engine's properties. Raises :class:`CannotRunError`."""
+    try:
+        properties: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CannotRunError(f"{path} cannot be read ({error}); expected a JSON file of properties.") from None
+    return properties
+
+
 def resident() -> int:
     """Return the resident bytes of this process, mapped file pages included."""
     return _status("VmRSS")

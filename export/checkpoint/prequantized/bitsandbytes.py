@@ -62,7 +62,7 @@ class BitsAndBytesLayout:
         name = f"{tensor}.quant_state.bitsandbytes__{self.kind}"
         if name not in checkpoint.tensors:
             raise FusionError(
-                f"Tensor {name} is missing from {checkpoint.folder}; {tensor} needs it. Download or save the "
+                f"Tensor {name} is missing from {checkpoint.folder}, but {tensor} requires it. Download or save the "
                 "checkpoint again."
             )
         return BitsAndBytesTensor(tensor, rows, inputs, self.kind, QuantState.read(checkpoint, name, [rows, inputs]))
@@ -189,7 +189,7 @@ def pack_nibbles(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def unpack_nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Unpack what :func:`pack_nibbles` packed."""
+    """Invert :func:`pack_nibbles`."""
     values = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
     np.right_shift(packed, 4, out=values[:, ::2])
     np.bitwise_and(packed, 15, out=values[:, 1::2])

@@ -1,4 +1,4 @@
-"""Weights of integers with a scale and a zero point per group: what GPTQ and compressed-tensors have in common."""
+"""Weights of integers with a scale and a zero point per group: the common part of GPTQ and compressed-tensors."""
 
 from __future__ import annotations
 

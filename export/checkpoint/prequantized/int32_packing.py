@@ -21,7 +21,7 @@ def pack_int32(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32
 
 
 def unpack_int32(words: npt.NDArray[np.int32], bits: int, count: int) -> npt.NDArray[np.uint8]:
-    """Unpack what :func:`pack_int32` packed: uint8 ``[n,count]``."""
+    """Invert :func:`pack_int32`. Return uint8 ``[n,count]``."""
     stored: npt.NDArray[np.uint8] = np.ascontiguousarray(words, "<i4").view(np.uint8)
     if bits == 8:
         return stored[:, :count]

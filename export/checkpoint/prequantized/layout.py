@@ -62,7 +62,7 @@ class WeightScales:
 
 
 RowReader = Callable[[int, int], QuantizedRows]
-"""Return rows from a first to a last (exclusive). Safe in several threads."""
+"""Return rows from a first to a last (exclusive). Thread-safe."""
 
 
 class PrequantizedTensor(Protocol):

@@ -47,5 +47,5 @@ def _read_without_config(checkpoint: Checkpoint) -> CheckpointLayout | None:
         return GptqLayout.read(fields)
     raise FusionError(
         f"Tensor {quantized} of {checkpoint.folder} is quantized; expected quantization_config in config.json, or "
-        f"{GPTQ_CONFIG}. Add what the quantization tool saved there."
+        f"{GPTQ_CONFIG}. Add the one that the quantization tool saved."
     )

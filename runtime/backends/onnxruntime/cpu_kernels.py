@@ -1,6 +1,6 @@
-"""Our CPU kernels (``kernels/cpu/``): whether ONNX Runtime can use them here.
+"""Find our CPU kernels (``kernels/cpu/``) and check whether they can run a bundle on this machine.
 
-They are a library of custom operators. They replace ONNX Runtime's own operators and functions of the graphs.
+The kernels are a library of custom operators. They replace operators of ONNX Runtime and functions of the graphs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def library() -> Path | None:
 
 
 def unsupported_reason(manifest: Manifest) -> str | None:
-    """Return why the kernels cannot run a bundle on this machine, a sentence; None if they can."""
+    """Return the reason why the kernels cannot run a bundle on this machine, as a sentence; None if they can."""
     if manifest.target != "cpu":
         return f"They compute in float32, and the bundle was exported for {manifest.target}."
     if manifest.accuracy_level != ACCURACY_LEVEL:
@@ -42,9 +42,9 @@ def unsupported_reason(manifest: Manifest) -> str | None:
 
 
 def can_run(manifest: Manifest, graph: str) -> bool:
-    """Return whether the kernels run a graph of a bundle. A graph with float weights alone stays exact without them."""
+    """Return whether the kernels run a graph. A graph with only float weights stays exact without them."""
     is_vision = graph == VISION_ENCODER
-    formats = {form for name, form in manifest.weights.items() if name.startswith("vision.") == is_vision}
+    formats = {kind for name, kind in manifest.weights.items() if name.startswith("vision.") == is_vision}
     return unsupported_reason(manifest) is None and not formats <= FLOATS
 
 

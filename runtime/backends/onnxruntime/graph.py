@@ -193,7 +193,7 @@ def _session(bundle: Bundle, name: str, device: str, threads: int) -> ort.Infere
         if is_out_of_memory(error):
             problem = not_enough_memory(f"load {path}", _needed_bytes(bundle), device == "cpu")
             raise FusionError(
-                f"{problem}; close other programs, take fewer --threads, or export a smaller bundle."
+                f"{problem}; close other programs, use fewer --threads, or export a smaller bundle."
             ) from error
         remedy = "Upgrade onnxruntime"
         if bundle.manifest.cache == "int8":

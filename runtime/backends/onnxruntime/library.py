@@ -84,9 +84,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what ONNX Runtime's libraries print on standard error while they load, before its logger can be set.
+    """Drop the output of ONNX Runtime on standard error while it loads, before its logger can be silenced.
 
-    Output of others is printed afterwards. Does nothing if ONNX Runtime is loaded already.
+    Print other output afterwards. Do nothing if ONNX Runtime is loaded already.
     """
     if "onnxruntime" in sys.modules or sys.stderr is None:
         yield

@@ -20,7 +20,7 @@ class LlmSession:
     """The LLM with its KV cache, which is allocated once and bound as input and output, so updated in place.
 
     A sequence uses the start of the cache's memory, up to its capacity: prefill of an int8 cache copies everything
-    after the prompt. On a CPU, memory that no sequence has reached takes no pages.
+    after the prompt. On a CPU, memory that no sequence has reached has no pages.
 
     Decode steps overwrite the same input tensors and write the same array of logits: a step allocates and binds
     nothing.

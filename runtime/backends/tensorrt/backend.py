@@ -66,7 +66,7 @@ class TensorRTBackend:
                 self._graphs[name] = EngineGraph(name, parts, folder, library, self._runtime, messages)
             self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
             self._prepare()
-            self._decode_graph = self._capture_step()
+            self._decode_graph = self._capture_decode_step()
             self._check_decode(engines)
             self._is_loaded = True
             self._keep_kernels()
@@ -165,9 +165,9 @@ class TensorRTBackend:
 
     def decode(self, embedding: Floats) -> Floats:
         check_capacity(self._length + 1, self._capacity)
-        self._write_step(embedding, self._length)
+        self._write_decode_step(embedding, self._length)
         if self._decode_graph is None:
-            self._step()
+            self._decode_step()
         else:
             self._cuda.launch(self._decode_graph, self._stream)
         self._cuda.wait(self._stream)
@@ -175,33 +175,33 @@ class TensorRTBackend:
         logits: Floats = self._tensors["logits"].host((1, self._config.language.vocab_size))[0]
         return logits
 
-    def _write_step(self, embedding: npt.ArrayLike, position: int) -> None:
+    def _write_decode_step(self, embedding: npt.ArrayLike, position: int) -> None:
         """Write the inputs of a decode step to pinned memory."""
         values = dict(zip(DECODE_INPUTS, (embedding, position, position), strict=True))
         for name, value in values.items():
-            self._tensors[name].host(self._step_shapes[name])[...] = value
+            self._tensors[name].host(self._decode_step_shapes[name])[...] = value
 
     @property
-    def _step_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def _decode_step_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"embeddings": (1, 1, self._config.language.hidden_size), "positions": (1, 1), "write_index": (1,)}
 
-    def _step(self) -> None:
+    def _decode_step(self) -> None:
         """Enqueue a decode step, from pinned memory to pinned memory."""
-        for name, shape in self._step_shapes.items():
+        for name, shape in self._decode_step_shapes.items():
             self._tensors[name].send(shape, self._stream)
         self._graphs[LLM].run(DECODE, self._stream)
         self._tensors["logits"].download((1, self._config.language.vocab_size), self._stream)
 
-    def _capture_step(self) -> Any:
-        """Capture a decode step as a CUDA graph, one launch in place of hundreds; return None if the capture fails."""
+    def _capture_decode_step(self) -> Any:
+        """Capture a decode step as a CUDA graph: one launch instead of hundreds. Return None if the capture fails."""
         self._graphs[LLM].set_dimensions(DECODE, {"positions": 1, "questions": 0, "latents": 0})
-        self._write_step(0, 0)
-        self._step()  # a first run does work that cannot be captured
+        self._write_decode_step(0, 0)
+        self._decode_step()  # a first run does work that cannot be captured
         self._cuda.wait(self._stream)
         self._cuda.begin_capture(self._stream)
         refusal: FusionError | None = None
         try:
-            self._step()
+            self._decode_step()
         except FusionError as error:
             refusal = error
         try:
@@ -241,7 +241,7 @@ class TensorRTBackend:
         if self._kernels is not None and self._is_loaded:
             self._kernels.save()
 
-    # What all graphs share ---------------------------------------------------------------------------------------
+    # Runs, results and close ---------------------------------------------------------------------------------------
 
     def _run(
         self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]], dimensions: Mapping[str, int]

@@ -98,9 +98,9 @@ class EngineGraph:
         for name, size in dimensions.items():
             least, _, largest = self.engines[0].profiles[profile][name]
             if not least <= size <= largest:
-                what = DIMENSION_NAMES.get(name, name)
+                dimension = DIMENSION_NAMES.get(name, name)
                 raise FusionError(
-                    f"The question has {size} {what}, and the engines support {least} to {largest}; ask shorter "
+                    f"The question has {size} {dimension}, and the engines support {least} to {largest}; ask shorter "
                     "questions, drop history, or build with a larger --max-context."
                 )
         for context, engine in zip(self._contexts[profile], self.engines, strict=True):
@@ -108,7 +108,9 @@ class EngineGraph:
                 if any(isinstance(size, str) for size in tensor["shape"]):
                     shape = sized(tensor["shape"], dimensions)
                     if not context.set_input_shape(tensor["name"], shape):
-                        raise FusionError(f"{self.name} does not take {tensor['name']} of {shape}; build it again.")
+                        raise FusionError(
+                            f"{self.name} does not accept {tensor['name']} of shape {shape}; build it again."
+                        )
 
     def run(self, profile: int, stream: int) -> None:
         """Enqueue every partition. Raise :class:`FusionError` if TensorRT fails."""

@@ -60,7 +60,7 @@ class KernelCache:
             return b""
 
     def save(self) -> None:
-        """Save the compiled kernels. If the folder is not writable, the next start takes some seconds longer."""
+        """Save the compiled kernels. If the folder is not writable, the next start compiles them again."""
         content = bytes(memoryview(self._cache.serialize()))
         if content == self._saved:
             return

@@ -20,7 +20,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two modules, imported. Their interfaces differ only by the properties of this class."""
+    """An imported module of TensorRT. The two interfaces differ only by the properties of this class."""
 
     module: ModuleType
 
@@ -67,7 +67,7 @@ def first_library() -> Library:
 
 @dataclass
 class Messages:
-    """Messages of TensorRT's logger: keeps errors, prints all messages if ``verbose``."""
+    """Collects the errors of TensorRT's logger, and prints all of its messages if ``verbose``."""
 
     library: Library
     verbose: bool = False

@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -90,6 +90,28 @@ def test_runners_refuse_other_models(name: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, package, ModuleType(package))
     with pytest.raises(CannotRunError, match=message):
         load(tmp_path, LlmWorkload())
+
+
+def test_openvino_reads_properties_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core:
+        def read_model(self, path: Path) -> str:
+            return str(path)
+
+        def compile_model(self, model: str, device: str, settings: dict[str, object]) -> ModuleType:
+            compiled.append((model, settings["INFERENCE_PRECISION_HINT"]))
+            raise CannotRunError("compiled")
+
+    compiled: list[tuple[str, object]] = []
+    module = importlib.import_module("fusion_edge.benchmarks.peers.runners.openvino_llm")
+    monkeypatch.setattr(module, "import_engine", lambda module, package: SimpleNamespace(Core=Core))
+    monkeypatch.setattr(module, "_keep_last_row", lambda *arguments: None)
+    model, properties = tmp_path / module.MODEL, tmp_path / "f32.json"
+    model.touch()
+    properties.write_text('{"INFERENCE_PRECISION_HINT": "f32"}')
+    for path in (tmp_path, properties):
+        with pytest.raises(CannotRunError, match="compiled"):
+            module.OpenvinoLlm(path, LlmWorkload())
+    assert compiled == [(str(model), "bf16"), (str(model), "f32")]
 
 
 def test_engine_errors_become_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A bundle is complete or absent, whatever is in its place, fails, or kills the export."""
+"""An export leaves a complete bundle or none, after any failure or kill, and with any existing output."""
 
 from __future__ import annotations
 
@@ -15,32 +15,21 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
+from faults import verified_precision
 
 from fusion_edge.export import cli
 from fusion_edge.export.bundle.data_writer import DataWriter
-from fusion_edge.runtime.bundle.manifest import MANIFEST
-from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli import info as cli_info
 
 Refuse = Callable[..., str]
 PRECISIONS = ("int8", "int4")  # of the bundle that is replaced, and of the one that replaces it
 
 
-def whole(folder: Path) -> str:
-    """Return the precision of a bundle after checking all its files."""
-    opened = open_bundle(folder)
-    assert {path.name for path in folder.iterdir()} == {
-        MANIFEST, *(entry.path for entry in opened.manifest.files)
-    }  # fmt: skip
-    verify(opened)
-    return opened.manifest.precision
-
-
 def siblings(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir())
 
 
-# What is in the place already -------------------------------------------------------------------------------
+# Existing outputs -------------------------------------------------------------------------------------------
 
 
 def test_force_replaces_a_bundle(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
@@ -48,18 +37,18 @@ def test_force_replaces_a_bundle(tiny_checkpoint: Path, output: Path, refused: R
     assert f"{output} exists; choose another output or pass --force" in refused(
         cli.main, tiny_checkpoint, "-o", output, "--int4"
     )
-    assert whole(output) == "int8"
+    assert verified_precision(output) == "int8"
     assert cli.main([str(tiny_checkpoint), "-o", str(output), "--int4", "--force"]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
     assert siblings(output) == ["bundle"]
 
 
-def test_force_replaces_the_bundle_behind_a_link(tiny_checkpoint: Path, output: Path) -> None:
+def test_force_replaces_link_target(tiny_checkpoint: Path, output: Path) -> None:
     output.symlink_to("elsewhere")
     for _ in range(2):
         assert cli.main([str(tiny_checkpoint), "-o", str(output), "--force"]) == 0
         assert output.is_symlink()
-        assert whole(output.with_name("elsewhere")) == "int4"
+        assert verified_precision(output.with_name("elsewhere")) == "int4"
     assert siblings(output) == ["bundle", "elsewhere"]
 
 
@@ -67,7 +56,7 @@ def test_force_replaces_an_empty_folder(tiny_checkpoint: Path, output: Path, ref
     output.mkdir()
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
     assert cli.main([str(tiny_checkpoint), "-o", str(output), "--force"]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
 
 
 @pytest.mark.parametrize("make", ["file", "folder", "manifest in a subfolder"])
@@ -78,17 +67,17 @@ def test_force_replaces_nothing_else(tiny_checkpoint: Path, output: Path, make: 
     for options in ([], ["--force"]):
         message = refused(cli.main, tiny_checkpoint, "-o", output, *options)
         assert f"{output} exists" in message
-        assert ("is no bundle, so --force does not replace it" in message) == bool(options)
+        assert ("is not a bundle, so --force does not replace it" in message) == bool(options)
         assert files[make].read_text(encoding="utf-8") == "dear"
     assert siblings(output) == ["bundle"]
 
 
-def test_no_output_is_named(tiny_checkpoint: Path, refused: Refuse) -> None:
+def test_missing_output_option(tiny_checkpoint: Path, refused: Refuse) -> None:
     assert "No output given; add -o BUNDLE" in refused(cli.main, tiny_checkpoint, code=2)
 
 
 @pytest.mark.parametrize("place", ["/", ".", "..", ""])
-def test_folders_that_are_in_use(
+def test_existing_folder_is_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse, place: str
 ) -> None:
     (tmp_path / "work").mkdir()
@@ -97,7 +86,7 @@ def test_folders_that_are_in_use(
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_a_place_in_no_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Refuse) -> None:
+def test_output_without_parent_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Refuse) -> None:
     (tmp_path / "file").touch()
     for parent in ("missing", "missing/below", "file"):
         message = refused(cli.main, tiny_checkpoint, "-o", tmp_path / parent / "bundle")
@@ -106,22 +95,24 @@ def test_a_place_in_no_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Re
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_write_protected(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
+def test_write_protected_folder(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
     output.parent.chmod(0o555)
-    assert f"Cannot write {output}: Permission denied" in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert f"Cannot write {output} (Permission denied); choose another output." in refused(
+        cli.main, tiny_checkpoint, "-o", output
+    )
     output.parent.chmod(0o755)
     assert not siblings(output)
 
 
-def test_a_file_system_that_is_read_only(tiny_checkpoint: Path, refused: Refuse) -> None:
+def test_read_only_file_system(tiny_checkpoint: Path, refused: Refuse) -> None:
     message = refused(cli.main, tiny_checkpoint, "-o", "/proc/bundle")  # no user may make a folder here
-    assert message.startswith("error: Cannot write /proc/bundle: ")
+    assert message.startswith("error: Cannot write /proc/bundle (")
 
 
 # The disk ---------------------------------------------------------------------------------------------------
 
 
-def test_too_small_a_disk_is_told_before_writing(
+def test_small_disk_is_refused_before_writing(
     tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     def never(*_: object) -> NoReturn:
@@ -136,7 +127,7 @@ def test_too_small_a_disk_is_told_before_writing(
 
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "mkdir"])
 @pytest.mark.parametrize("replacing", [False, True])
-def test_a_disk_that_becomes_full(
+def test_disk_becomes_full(
     tiny_checkpoint: Path,
     tiny_bundle: Path,
     output: Path,
@@ -159,23 +150,19 @@ def test_a_disk_that_becomes_full(
         message = refused(cli.main, tiny_checkpoint, "-o", output, "--int8", "--force")
     assert message == f"error: The disk of {output.parent} is full; free some space and export again.\n"
     assert siblings(output) == ["bundle"] * replacing
-    assert not replacing or whole(output) == "int4"
+    assert not replacing or verified_precision(output) == "int4"
 
 
-def test_an_error_of_the_disk(
-    tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
-) -> None:
+def test_disk_error(tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
     def broken(*_: object) -> NoReturn:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "pwrite", broken)
-    assert "bundle: Input/output error." in refused(cli.main, tiny_checkpoint, "-o", output)
+    assert "bundle (Input/output error); choose another output." in refused(cli.main, tiny_checkpoint, "-o", output)
     assert not siblings(output)
 
 
-def test_writes_that_take_less_than_asked(
-    tiny_checkpoint: Path, tiny_bundle: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_writes(tiny_checkpoint: Path, tiny_bundle: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:70_000], offset))
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
@@ -183,7 +170,7 @@ def test_writes_that_take_less_than_asked(
         assert (output / path.name).read_bytes() == path.read_bytes()
 
 
-def test_interrupted(
+def test_signal_during_export(
     tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object) -> NoReturn:
@@ -195,11 +182,11 @@ def test_interrupted(
     assert not siblings(output)
 
 
-# Two at once ------------------------------------------------------------------------------------------------
+# Concurrent exports -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [[], ["--force"]])
-def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options: list[str], refused: Refuse) -> None:
+def test_concurrent_export_is_refused(tiny_checkpoint: Path, output: Path, options: list[str], refused: Refuse) -> None:
     partial = output.with_name(".bundle.partial")
     partial.mkdir()
     (partial / "llm.data").write_bytes(b"half")
@@ -210,12 +197,12 @@ def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options:
     assert (partial / "llm.data").read_bytes() == b"half"
     os.close(descriptor)
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
     assert siblings(output) == ["bundle"]
 
 
 @pytest.mark.parametrize("outcome", ["finished", "failed", "failed and a third began"])
-def test_the_other_export_ends_while_this_one_waits(
+def test_concurrent_export_ends_while_locking(
     tiny_checkpoint: Path, output: Path, outcome: str, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     partial = output.with_name(".bundle.partial")
@@ -234,7 +221,7 @@ def test_the_other_export_ends_while_this_one_waits(
     assert (partial / "llm.data").exists() == (outcome == "failed and a third began")
 
 
-# Killed -----------------------------------------------------------------------------------------------------
+# Kills ------------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -268,14 +255,14 @@ def killed_export(moment: Sequence[object], checkpoint: Path, output: Path, *opt
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed(moment: tuple[str, int], tiny_checkpoint: Path, output: Path) -> None:
+def test_killed_export(moment: tuple[str, int], tiny_checkpoint: Path, output: Path) -> None:
     code = killed_export(moment, tiny_checkpoint, output, "--int8")
     completed = moment == ("rename", 1)
     assert code == (0 if completed else -signal.SIGKILL)
     assert output.exists() == completed
-    assert not completed or whole(output) == "int8"
+    assert not completed or verified_precision(output) == "int8"
     assert cli.main([str(tiny_checkpoint), "-o", str(output), "--int4", "--force"]) == 0
-    assert whole(output) == "int4"
+    assert verified_precision(output) == "int4"
     assert siblings(output) == ["bundle"]
 
 
@@ -289,7 +276,7 @@ def test_killed_while_replacing(
     assert code == (0 if completed else -signal.SIGKILL)
     # Even a refused export recovers.
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
-    assert whole(output) == ("int8" if completed else "int4")
+    assert verified_precision(output) == ("int8" if completed else "int4")
     assert siblings(output) == ["bundle"]
     assert cli_info.main([str(output)]) == 0
 
@@ -298,13 +285,13 @@ def test_killed_while_replacing(
 def test_killed_while_the_replaced_bundle_is_removed(
     moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
 ) -> None:
-    """It was swapped with the new one: there is a bundle at any time."""
+    """The bundles were swapped: there is a bundle at any time."""
     shutil.copytree(tiny_bundle, output)
     engine = output / "engines/tensorrt-10.9-cc8.7-0123456789abcdef/llm.engine"
     engine.parent.mkdir(parents=True)
     engine.touch()
     assert killed_export(moment, tiny_checkpoint, output, "--int8", "--force") == -signal.SIGKILL
-    assert whole(output) == "int8"
+    assert verified_precision(output) == "int8"
     assert siblings(output) == [".bundle.partial", "bundle"]
     assert f"{output} exists" in refused(cli.main, tiny_checkpoint, "-o", output)
     assert siblings(output) == ["bundle"]

@@ -1,4 +1,4 @@
-"""The choice of a device for a bundle, and the reasons against the others."""
+"""The choice of a device for a bundle, and the reasons against better ones."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ WHOLE: dict[str, Any] = {"gpus": 1, "providers": ("CUDAExecutionProvider", "CPUE
         ),
     ],
 )
-def test_what_the_machine_lacks(
+def test_reasons_name_what_the_machine_lacks(
     cuda_bundle: Path, machine: Callable[..., None], found: dict[str, Any], reason: str
 ) -> None:
     machine(**found)
@@ -148,7 +148,7 @@ def test_a_bundle_for_another_target(tiny_bundle: Path, machine: Callable[..., N
 
 
 @pytest.mark.usefixtures("cuda_backend")
-def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None]) -> None:
+def test_auto_chooses_the_best_device(cuda_bundle: Path, machine: Callable[..., None]) -> None:
     machine(**WHOLE)
     for device in ("auto", "cuda"):
         with load(cuda_bundle, device=device, threads=1) as fusion:
@@ -158,7 +158,7 @@ def test_the_best_device_is_taken(cuda_bundle: Path, machine: Callable[..., None
         assert (fusion.device.name, fusion.device.not_taken) == ("cpu", {})  # no other device was tried
 
 
-def test_a_device_that_does_not_start_after_all(
+def test_auto_skips_a_device_that_does_not_start(
     cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
@@ -173,7 +173,7 @@ def test_a_device_that_does_not_start_after_all(
         load(cuda_bundle, device="cuda")
 
 
-def test_a_damaged_bundle_is_no_reason_for_another_device(
+def test_a_damaged_bundle_does_not_select_another_device(
     cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
@@ -208,17 +208,17 @@ def test_without_onnxruntime(
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     with pytest.raises(FusionError) as refusal:
         load(cuda_bundle)
-    told = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
-    told += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
-    assert str(refusal.value) == f"No device of this machine can run {cuda_bundle}. {told}"
+    standard_error = " ".join(f"{name}: {why}" for name, why in NOT_FOR_TENSORRT.items())
+    standard_error += f" cuda: {reason.format('cuda')} cpu: {reason.format('cpu')}"
+    assert str(refusal.value) == f"No device of this machine can run {cuda_bundle}. {standard_error}"
 
 
 # fusion-run -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``told(bundle, *options)`` returns standard error of a question, without notes about this machine's kernels."""
+def standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``standard_error(bundle, *options)`` returns standard error of a question, without notes about CPU kernels."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(bundle: Path, *options: str) -> str:
@@ -237,46 +237,50 @@ def lines(not_taken: Mapping[str, str], taken: str) -> str:
     return "".join(f"not on {name}: {reason}\n" for name, reason in not_taken.items()) + f"running on {taken}\n"
 
 
-def test_a_gpu_bundle_on_the_cpu_is_told(
-    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+def test_a_gpu_bundle_on_the_cpu_is_a_warning(
+    cuda_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str]
 ) -> None:
     machine()
-    assert told(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
-    assert told(cuda_bundle, "--device=cpu") == ""
-    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
+    assert standard_error(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
+    assert standard_error(cuda_bundle, "--device=cpu") == ""
+    assert standard_error(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
 
 
 @needs_opset_24
 @pytest.mark.parametrize("installed", [(), ("tensorrt-rtx",)])
-def test_a_tensorrt_bundle_on_the_cpu_is_told(
-    tensorrt_bundle: Path, machine: Callable[..., None], told: Callable[..., str], installed: tuple[str, ...]
+def test_a_tensorrt_bundle_on_the_cpu_is_a_warning(
+    tensorrt_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str], installed: tuple[str, ...]
 ) -> None:
     """The warning names both libraries that could run it."""
     machine(libraries=installed)
     reasons = NO_TENSORRT | dict.fromkeys(installed, NO_DRIVER)
     line = " ".join(f"not on {name}: {reason}" for name, reason in reasons.items())
-    assert told(tensorrt_bundle) == f"warning: running on cpu, {line}\n"
-    assert told(tensorrt_bundle, "--verbose") == lines(reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu")
+    assert standard_error(tensorrt_bundle) == f"warning: running on cpu, {line}\n"
+    assert standard_error(tensorrt_bundle, "--verbose") == lines(
+        reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu"
+    )
 
 
-def test_a_cpu_bundle_on_the_cpu_is_not(
-    tiny_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+def test_a_cpu_bundle_on_the_cpu_is_no_warning(
+    tiny_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str]
 ) -> None:
     machine()
-    assert told(tiny_bundle) == ""
-    assert told(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
+    assert standard_error(tiny_bundle) == ""
+    assert standard_error(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
 
 
 @pytest.mark.usefixtures("cuda_backend")
-def test_a_gpu_bundle_on_the_gpu_is_not(
-    cuda_bundle: Path, machine: Callable[..., None], told: Callable[..., str]
+def test_a_gpu_bundle_on_the_gpu_is_no_warning(
+    cuda_bundle: Path, machine: Callable[..., None], standard_error: Callable[..., str]
 ) -> None:
     machine(**WHOLE)
-    assert told(cuda_bundle) == ""
-    assert told(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT, "cuda")
+    assert standard_error(cuda_bundle) == ""
+    assert standard_error(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT, "cuda")
 
 
-def test_a_device_asked_for_is_an_error(cuda_bundle: Path, machine: Callable[..., None], refused: Refuse) -> None:
+def test_a_named_device_that_is_missing_is_an_error(
+    cuda_bundle: Path, machine: Callable[..., None], refused: Refuse
+) -> None:
     machine()
     message = refused(cli_run.main, cuda_bundle, "--image=x.png", "--ask=What?", "--device=cuda")
     assert message == f"error: Cannot run {cuda_bundle} on cuda: {NO_DRIVER}\n"
@@ -298,7 +302,7 @@ def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
         ((Path("library.so"), True), None),
     ],
 )
-def test_why_the_kernels_are_not_ours(
+def test_reasons_against_the_cpu_kernels(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[Path | None, bool], reason: str | None
 ) -> None:
     monkeypatch.setattr(cpu_kernels, "library", lambda: found[0])
@@ -310,7 +314,7 @@ def test_why_the_kernels_are_not_ours(
     assert "exported for cuda" in str(cpu_kernels.unsupported_reason(dataclasses.replace(manifest, target="cuda")))
 
 
-def test_the_note_about_the_kernels(
+def test_the_note_about_the_cpu_kernels(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without our kernels ONNX Runtime's run, and a note says so."""

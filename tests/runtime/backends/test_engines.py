@@ -132,7 +132,7 @@ def first_file(manifest: Manifest) -> Manifest:
         (lambda engines: (engines / "llm.engine").unlink(), "llm.engine is missing though engines.json lists it."),
     ],
 )
-def test_damage(folder: Path, damage: Callable[[Path], object], reason: str) -> None:
+def test_damaged_engines(folder: Path, damage: Callable[[Path], object], reason: str) -> None:
     damage(engines_in(folder))
     message = refused(folder)
     assert reason in message
@@ -141,7 +141,7 @@ def test_damage(folder: Path, damage: Callable[[Path], object], reason: str) -> 
 
 
 @pytest.mark.parametrize("damage", [cut, alter, rewrite(lambda manifest: manifest.update(schema_version=2))])
-def test_fusion_build_mends_it(folder: Path, damage: Callable[[Path], object]) -> None:
+def test_fusion_build_repairs_damaged_engines(folder: Path, damage: Callable[[Path], object]) -> None:
     bundle, machine = open_bundle(folder), EnginePlatform(*RTX, "8.6")
     damage(engines_in(folder))
     with pytest.raises(FusionError):
@@ -150,7 +150,7 @@ def test_fusion_build_mends_it(folder: Path, damage: Callable[[Path], object]) -
     open_engines(bundle, machine)
 
 
-# Engines of something else ---------------------------------------------------------------------------------------
+# Engines of another bundle or GPU ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_engines_of_another_machine(folder: Path, library: tuple[str, str], capa
     )
 
 
-def test_engines_of_the_bundle_as_it_was(folder: Path) -> None:
+def test_engines_of_an_earlier_bundle(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     (folder / MANIFEST).write_text(json.dumps(manifest | {"source": "FUSION-other"}), encoding="utf-8")
     only = "(only for tensorrt_rtx 1.7.1.116 and compute capability 8.6, stale)"
@@ -213,7 +213,7 @@ def test_just_enough_memory(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 10_000, 300_000])
-def test_what_would_fit_does(folder: Path, missing: int) -> None:
+def test_the_suggested_context_fits(folder: Path, missing: int) -> None:
     """Engines rebuilt with the context of the error start."""
     bundle, engines = built_engines(folder)
     free = needed_bytes(bundle.manifest.model, engines, engines.max_context) - missing
@@ -227,7 +227,7 @@ def test_what_would_fit_does(folder: Path, missing: int) -> None:
     check_device_memory(bundle.manifest, rebuilt, Cuda(FakeCuda(free=free)))
 
 
-def test_nothing_would_fit(folder: Path) -> None:
+def test_no_context_fits(folder: Path) -> None:
     message = refused(folder, free=1_000_000)
     assert message.startswith("The engines need about 0.35 GB on the device (0.00 GB of weights, 0.00 GB of KV cache ")
     assert message.endswith(

@@ -49,7 +49,8 @@ class PlainRuns:
     def run(self, name: str, **inputs: Array) -> list[Array]:
         feeds = {spec.name: spec.dtype for spec in self._specs[name].inputs if spec.name in inputs}
         arrays = {feed: np.asarray(inputs[feed], dtype) for feed, dtype in feeds.items()}
-        return list(self._sessions[name].run(None, arrays | self.cache if name == graphs.LLM else arrays))
+        outputs: Any = self._sessions[name].run(None, arrays | self.cache if name == graphs.LLM else arrays)
+        return list(outputs)
 
     def llm(self, rows: Array, length: int, is_prefill: bool, **alignment: Array) -> Array:
         """Return the logits of the last of ``rows``; the cache then has ``length`` tokens."""
@@ -79,7 +80,7 @@ def subject(bundle: Bundle) -> Subject:
     return Subject(OnnxRuntimeBackend(bundle, "cpu", 1), bundle.manifest, 0)
 
 
-def test_bound_buffers_give_the_bits_of_plain_runs(bundle: Bundle, subject: Subject) -> None:
+def test_bound_buffers_equal_plain_runs_bit_by_bit(bundle: Bundle, subject: Subject) -> None:
     plain = PlainRuns(bundle)
     features = subject.encode(4, 0)
     image = subject.align(features, 4)
@@ -105,7 +106,7 @@ def test_bound_buffers_give_the_bits_of_plain_runs(bundle: Bundle, subject: Subj
             assert np.array_equal(subject.backend.decode(row), plain.llm(row[None], length, False, **none))
 
 
-def test_features_are_those_of_a_plain_run(bundle: Bundle, subject: Subject) -> None:
+def test_features_equal_a_plain_run(bundle: Bundle, subject: Subject) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(1, 3, 384, 384)).astype(np.float32)
     words = rng.normal(size=(1, 5, subject.width)).astype(np.float32)
@@ -114,7 +115,7 @@ def test_features_are_those_of_a_plain_run(bundle: Bundle, subject: Subject) -> 
     assert np.array_equal(np.asarray(subject.backend.encode(pixels, words, mask)), expected)
 
 
-def test_a_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = start(subject, CAPACITY)
     before = subject.backend.decode(rows[0]).copy()
 
@@ -128,7 +129,7 @@ def test_a_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytes
     assert not np.array_equal(subject.backend.decode(rows[1]), before)
 
 
-def test_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run options slow ONNX Runtime down. Long runs need them to be interruptible."""
     options: list[object] = []
     run = ort.InferenceSession.run_with_iobinding
@@ -146,8 +147,8 @@ def test_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyP
     assert options == [None]
 
 
-def test_a_step_writes_its_own_place_of_the_cache(subject: Subject) -> None:
-    """A step changes the memory of one token only."""
+def test_a_decode_step_writes_one_position_of_the_cache(subject: Subject) -> None:
+    """A decode step changes the memory of one token only."""
     rows = start(subject, CAPACITY)
     language = subject.manifest.model.language
     shape = language.kv_heads, CAPACITY, language.head_dim
@@ -169,7 +170,7 @@ def start(subject: Subject, capacity: int) -> Floats:
     return rows
 
 
-def test_no_step_copies_the_cache(subject: Subject) -> None:
+def test_no_decode_step_copies_the_cache(subject: Subject) -> None:
     """A cache of eight times the capacity does not slow steps down: they touch only used memory."""
     fastest = []
     for capacity in (CAPACITY, subject.manifest.max_context):
@@ -184,7 +185,7 @@ def test_no_step_copies_the_cache(subject: Subject) -> None:
 
 
 def test_a_sequence_fits_the_context(subject: Subject) -> None:
-    """A capacity above the context is refused, and the sequence before continues."""
+    """A capacity above the context is refused, and the previous sequence continues."""
     rows = start(subject, CAPACITY)
     context = subject.manifest.max_context
     with pytest.raises(FusionError, match=f"{context + 1} tokens exceeds the bundle's context of {context}"):
@@ -205,7 +206,7 @@ def test_a_failure_inside_onnxruntime_names_the_graph(subject: Subject) -> None:
         assert str(failure.value).count("ONNX Runtime failed") == 1
 
 
-def test_no_room_for_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_does_not_fit_in_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 50331648")
 
@@ -251,5 +252,5 @@ def test_a_provider_that_does_not_start(
         ("Features\t: fp asimd\n", False),
     ],
 )
-def test_which_processors_multiply_bytes_without_overflow(cpuinfo: str, expected: bool) -> None:
+def test_processors_with_vnni(cpuinfo: str, expected: bool) -> None:
     assert has_vnni(cpuinfo) is expected

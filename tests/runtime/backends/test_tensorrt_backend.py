@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from fakes.fake_cuda import Error, FakeCuda, Misuse
+from fakes.fake_cuda import Error, FakeCuda
 from fakes.fake_tensorrt import FULL, RTX, FakeTensorRT
 from fakes.fake_tensorrt_runtime import IExecutionContext
 from fakes.on_fake_tensorrt import OnFake, build, installed, open_backend, open_on_fake
@@ -26,8 +24,6 @@ from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends import devices
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
-from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
@@ -66,42 +62,11 @@ def start(subject: Subject) -> Floats:
     return rows
 
 
-# Kernels ---------------------------------------------------------------------------------------------------------
-
-
-def test_compiled_kernels_are_kept(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fake = open_on_fake(bundle, *RTX, "--parts=1")
-    (file,) = (tmp_path / "fusion-edge").iterdir()
-    assert file.name.startswith("tensorrt_rtx-")
-    assert fake.trt.kernels is not None
-    fake.trt.kernels.content = b"kernels of a prompt"
-    fake.backend.close()
-    assert file.read_bytes() == b"kernels of a prompt"
-    again = open_backend(bundle, fake.trt)
-    assert fake.trt.kernels.content == b"kernels of a prompt"
-    again.close()
-    file.write_bytes(b"damaged")
-    open_backend(bundle, fake.trt).close()
-    assert fake.trt.kernels.was_given == b"damaged"
-    assert file.read_bytes() == b"kernels"
-
-
-def test_kernels_that_cannot_be_kept(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "fusion-edge").write_text("a file")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fake = open_on_fake(bundle, *RTX, "--parts=1")
-    fake.backend.close()
-    assert capsys.readouterr().err.count("warning: cannot save compiled kernels in") == 1
-
-
 # Lifetimes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("library", [RTX, FULL], ids=lambda library: library[0])
-def test_what_an_object_needs_outlives_it(bundle: Bundle, library: tuple[str, str]) -> None:
+def test_objects_are_freed_after_their_users(bundle: Bundle, library: tuple[str, str]) -> None:
     """Configurations outlive contexts, engines outlive configurations, also during a close."""
     fake = open_on_fake(bundle, *library, "--parts=2")
     start(Subject(fake.backend, bundle.manifest, 0.02))
@@ -113,7 +78,7 @@ def test_what_an_object_needs_outlives_it(bundle: Bundle, library: tuple[str, st
 
 @pytest.mark.parametrize("contexts", [1, 2, 4])
 @pytest.mark.parametrize("library", [RTX, FULL], ids=lambda library: library[0])
-def test_what_an_object_needs_outlives_it_if_a_load_fails(
+def test_objects_are_freed_after_their_users_if_a_load_fails(
     bundle: Bundle, library: tuple[str, str], contexts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory runs out after the given number of contexts."""
@@ -133,26 +98,10 @@ def test_what_an_object_needs_outlives_it_if_a_load_fails(
     trt.cuda.check_all_freed()
 
 
-def test_the_stand_in_notices_a_configuration_that_is_dropped(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    trt = FakeTensorRT(*RTX, FakeCuda())
-    assert build(bundle, trt, "--parts=1") == 0
-    configure = KernelCache.configure
-
-    def forget(self: KernelCache, *arguments: Any) -> Any:
-        configuration = configure(self, *arguments)
-        self._configurations.clear()
-        return configuration
-
-    monkeypatch.setattr(KernelCache, "configure", forget)
-    with pytest.raises(Misuse, match="configuration has been released"):
-        open_backend(bundle, trt)
-    assert "IRuntimeConfig before IExecutionContext" in trt.released_early
+# Wrong results of TensorRT -------------------------------------------------------------------------------------
 
 
-# What TensorRT may get wrong -------------------------------------------------------------------------------------
-
-
-def test_a_cache_that_is_not_updated_in_place_is_noticed(bundle: Bundle) -> None:
+def test_a_cache_that_is_not_updated_in_place_is_detected(bundle: Bundle) -> None:
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt, "--parts=2") == 0
     trt.forgets_caches = True
@@ -165,7 +114,7 @@ def test_a_cache_that_is_not_updated_in_place_is_noticed(bundle: Bundle) -> None
 
 
 @pytest.mark.parametrize("parts", ["1", "3"])
-def test_a_step_is_one_launch(bundle: Bundle, parts: str) -> None:
+def test_a_decode_step_is_one_launch(bundle: Bundle, parts: str) -> None:
     fake = open_on_fake(bundle, *RTX, "--parts", parts)
     subject = Subject(fake.backend, bundle.manifest, 0.02)
     rows = start(subject)
@@ -180,7 +129,7 @@ def test_a_step_is_one_launch(bundle: Bundle, parts: str) -> None:
 
 
 def test_memory_is_allocated_once(on_fake: OnFake, subject: Subject) -> None:
-    """Memory is reused after the first image, unless that image is still in use."""
+    """Later images reuse the memory of the first one, unless it is still in use."""
     rows = start(subject)
     used, count = on_fake.cuda.used, len(on_fake.cuda.allocations)
     for crops, words in ((1, 0), (4, 7)):
@@ -190,7 +139,7 @@ def test_memory_is_allocated_once(on_fake: OnFake, subject: Subject) -> None:
     assert (on_fake.cuda.used, len(on_fake.cuda.allocations)) == (used, count)
 
 
-def test_memory_of_a_dropped_image_serves_the_next(on_fake: OnFake, subject: Subject) -> None:
+def test_memory_of_a_freed_image_is_reused(on_fake: OnFake, subject: Subject) -> None:
     first, second = subject.image(), subject.image()
     pointers = {(image.keys.pointer, image.values.pointer) for image in (first, second)}
     assert len({pointer for pair in pointers for pointer in pair}) == 4
@@ -202,7 +151,7 @@ def test_memory_of_a_dropped_image_serves_the_next(on_fake: OnFake, subject: Sub
     assert len(on_fake.cuda.allocations) == count
 
 
-def test_an_image_after_the_backend_was_closed(bundle: Bundle) -> None:
+def test_an_image_freed_after_the_backend(bundle: Bundle) -> None:
     """Its memory is not freed twice."""
     fake = open_on_fake(bundle, *RTX)
     image = Subject(fake.backend, bundle.manifest, 0.02).image()
@@ -213,7 +162,7 @@ def test_an_image_after_the_backend_was_closed(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("failure", ["TensorRT", "CUDA"])
-def test_steps_without_a_recording(
+def test_decode_steps_without_a_cuda_graph(
     bundle: Bundle, subject: Subject, capsys: pytest.CaptureFixture[str], failure: str
 ) -> None:
     """Without a capture there is one warning, and steps give the same logits."""
@@ -259,11 +208,11 @@ def test_an_incomplete_step_is_not_captured(bundle: Bundle, monkeypatch: pytest.
     trt.cuda.check_all_freed()
 
 
-# What is refused -------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_named(subject: Subject, bundle: Bundle) -> None:
-    """The sequence before continues."""
+def test_sizes_outside_the_profiles_are_refused(subject: Subject, bundle: Bundle) -> None:
+    """The previous sequence continues after a refusal."""
     rows, context = start(subject), bundle.manifest.max_context
     image = subject.image()
     long = np.zeros((context + 1, subject.width), np.float32)
@@ -316,7 +265,7 @@ def test_tensorrt_fails_to_load(bundle: Bundle) -> None:
     trt.cuda.check_all_freed()
 
 
-def test_a_context_that_is_refused(bundle: Bundle) -> None:
+def test_tensorrt_fails_to_create_a_context(bundle: Bundle) -> None:
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt) == 0
     trt.context_error = "Requested amount of GPU memory could not be allocated."
@@ -325,15 +274,15 @@ def test_a_context_that_is_refused(bundle: Bundle) -> None:
     trt.cuda.check_all_freed()
 
 
-def test_an_address_that_is_refused(on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_fails_to_bind_a_tensor(on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, image = start(subject), subject.image()
     monkeypatch.setattr(IExecutionContext, "set_tensor_address", lambda *_: False)
     with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it gives no reason\.$"):
         subject.backend.prefill(rows, image, np.arange(4)[None], np.array([5]), CAPACITY)
 
 
-def test_memory_that_runs_out_while_it_starts(bundle: Bundle) -> None:
-    """Another program took the memory: the backend frees everything."""
+def test_memory_runs_out_during_the_load(bundle: Bundle) -> None:
+    """The backend frees everything it has allocated."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt) == 0
     trt.cuda.failures["cudaMalloc"] = Error.cudaErrorMemoryAllocation
@@ -342,26 +291,15 @@ def test_memory_that_runs_out_while_it_starts(bundle: Bundle) -> None:
     trt.cuda.check_all_freed()
 
 
-def test_no_gpu() -> None:
-    with pytest.raises(DeviceError, match=r"^CUDA finds no GPU; check nvidia-smi\.$"):
-        Cuda(FakeCuda(gpus=0))
-
-
-def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(DeviceError, match=r"^cuda-bindings is not installed; pip install 'cuda-bindings==13"):
-        open_cuda()
-
-
 # Through the commands --------------------------------------------------------------------------------------------
 
 
 def test_a_conversation_through_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo model's answers are right, and those of ONNX Runtime; what the device is called is said.
+    """The demo model's answers are correct, and equal to those of ONNX Runtime. ``--verbose`` names the device.
 
-    The engines' context is smaller than the bundle's: an answer may be as long as it allows.
+    The engines' context is smaller than the bundle's, and limits the answer.
     """
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
     assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--fp16", "--target", "tensorrt"]) == 0
@@ -384,45 +322,3 @@ def test_a_conversation_through_the_commands(
     assert [text for text, _ in answers["auto"]] == [example.answer for example in first]
     assert trt.runs > 0
     trt.cuda.check_all_freed()
-
-
-# The fake itself ---------------------------------------------------------------------------------------------
-
-
-def test_the_stand_in_notices_misuse() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(fake)
-    stream, device, host = cuda.stream(), cuda.allocate(256), cuda.allocate_pinned(256)
-    misuses: list[tuple[str, Callable[[], object]]] = [
-        ("257 bytes at", lambda: cuda.to_device(device, host, 257, stream)),
-        ("8 bytes at", lambda: cuda.to_host(host, device + 250, 8, stream)),
-        ("is not of the host", lambda: cuda.to_device(device, device, 8, stream)),
-        ("There is no memory", lambda: cuda.to_device(1, host, 8, stream)),
-        ("Left: memory", fake.check_all_freed),
-    ]
-    for message, misuse in misuses:
-        with pytest.raises(Misuse, match=message):
-            misuse()
-    cuda.begin_capture(stream)
-    cuda.to_device(device, host, 8, stream)
-    for forbidden in (lambda: cuda.wait(stream), lambda: cuda.allocate(1), lambda: cuda.destroy_stream(stream)):
-        with pytest.raises(Misuse):
-            forbidden()
-    graph = cuda.end_capture(stream)
-    fake.view(host, 8, on_device=False)[...] = 7
-    cuda.launch(graph, stream)
-    assert not fake.view(device, 8).any()  # no work runs before the wait
-    cuda.wait(stream)
-    assert (fake.view(device, 8) == 7).all()
-    cuda.to_host(host, device, 8, stream)
-    cuda.destroy_graph(graph)
-    with pytest.raises(Misuse, match="after it was destroyed"):
-        cuda.launch(graph, stream)
-    cuda.free(device)
-    with pytest.raises(Misuse, match="after it was freed"):
-        fake.view(device, 8)
-    with pytest.raises(Misuse, match="freed again"):
-        cuda.free(device)
-    cuda.free_pinned(host)
-    cuda.destroy_stream(stream)
-    fake.check_all_freed()

@@ -48,9 +48,9 @@ def refuse(broken: Path, tmp_path: Path, refused: Refuse) -> Refuse:
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def run(folder: object = broken) -> str:
-        told = refused(cli_info.main, folder)
-        assert refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1") == told
-        return told
+        message = refused(cli_info.main, folder)
+        assert refused(cli_run.main, folder, "--image", tmp_path / "image.png", "--ask=What?", "--threads=1") == message
+        return message
 
     return run
 
@@ -69,16 +69,16 @@ def flip(path: Path, position: int = -1) -> None:
     path.write_bytes(content)
 
 
-# What is given as a bundle ----------------------------------------------------------------------------------
+# Paths -----------------------------------------------------------------------------------------------------
 
 
-def test_no_folder(refuse: Refuse, tmp_path: Path) -> None:
+def test_a_missing_folder(refuse: Refuse, tmp_path: Path) -> None:
     for folder in (tmp_path / "missing", tmp_path / "image.png", "", "x" * 300):
         expected = "is not a bundle: it has no bundle.json" if folder == "" else "is not a folder; expected a bundle"
         assert expected in refuse(folder)
 
 
-def test_folders_that_are_no_bundle(refuse: Refuse, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_folders_that_are_not_bundles(refuse: Refuse, tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tiny_checkpoint):
         expected = f"{folder} is not a bundle: it has no bundle.json. Pass the folder that fusion-export wrote."
@@ -95,7 +95,7 @@ def test_a_newer_schema(broken: Path, refuse: Refuse) -> None:
 # Files ------------------------------------------------------------------------------------------------------
 
 
-def test_these_are_all_files(tiny_bundle: Path) -> None:
+def test_a_bundle_has_exactly_these_files(tiny_bundle: Path) -> None:
     assert {path.name for path in tiny_bundle.iterdir()} == {MANIFEST, *FILES}
 
 
@@ -165,7 +165,7 @@ def test_a_link_that_leads_outside(broken: Path, refuse: Refuse) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b'"text"', b"\xff", b"[" * 100_000, b"{}"])
-def test_a_manifest_that_is_none(broken: Path, refuse: Refuse, content: bytes) -> None:
+def test_invalid_manifests(broken: Path, refuse: Refuse, content: bytes) -> None:
     (broken / MANIFEST).write_bytes(content)
     message = refuse()
     assert str(broken / MANIFEST) in message
@@ -222,11 +222,13 @@ def put(*path: str | int, value: object) -> Callable[[Json], None]:
         (put("query_lengths", value=[16, 36]), "query_lengths are [16, 36]"),
     ],
 )
-def test_a_value_of_the_manifest(broken: Path, refuse: Refuse, change: Callable[[Json], None], message: str) -> None:
+def test_invalid_values_of_the_manifest(
+    broken: Path, refuse: Refuse, change: Callable[[Json], None], message: str
+) -> None:
     edit(broken, change)
-    told = refuse()
-    assert f"{broken / MANIFEST} does not follow bundle schema 1 (" in told
-    assert message in told
+    message = refuse()
+    assert f"{broken / MANIFEST} does not follow bundle schema 1 (" in message
+    assert message in message
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_a_value_of_the_manifest(broken: Path, refuse: Refuse, change: Callable[
         put("embedding", "values_offset", value=-1),
     ],
 )
-def test_an_embedding_table(broken: Path, change: Callable[[Json], None]) -> None:
+def test_invalid_embedding_tables(broken: Path, change: Callable[[Json], None]) -> None:
     edit(broken, change)
     with pytest.raises(FusionError, match="export the bundle again"):
         load(broken, threads=1)
@@ -290,7 +292,7 @@ def test_any_json_in_place_of_any_value(tiny_bundle: Path, broken: Path, data: s
         put("producer", value=""),
     ],
 )
-def test_what_is_only_told_changes_no_answer(broken: Path, change: Callable[[Json], None]) -> None:
+def test_descriptive_fields_do_not_change_the_answer(broken: Path, change: Callable[[Json], None]) -> None:
     edit(broken, change)
     with load(broken, threads=1) as fusion:
         assert fusion.answer(Image.new("RGB", (8, 8)), "What?", sampling=Sampling(max_new_tokens=2)).token_ids
@@ -318,7 +320,7 @@ def test_wrong_arguments(tiny_bundle: Path, arguments: Json, message: str) -> No
 
 
 @pytest.mark.parametrize("folder", [3, None, b"bundle", ["bundle"]])
-def test_what_is_no_path(folder: Any) -> None:
+def test_wrong_types_of_the_path(folder: Any) -> None:
     with pytest.raises(UsageError, match="expected the path of a folder"):
         load(folder)
 
@@ -330,7 +332,7 @@ def test_an_empty_path(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load("")
 
 
-def test_a_template_of_another_tokenizer(broken: Path) -> None:
+def test_a_template_that_does_not_fit_the_tokenizer(broken: Path) -> None:
     edit(broken, lambda manifest: manifest["model"].update(template="llama_3"))
     with pytest.raises(FusionError, match=r"has no <\|eot_id\|>, which ends an answer in the template llama_3"):
         load(broken)

@@ -131,7 +131,7 @@ def call_in_function(model: ModelProto) -> None:
         (lambda m: m.graph.quantization_annotation.add(), "field 14 in its message graph"),
     ],
 )
-def test_a_graph_that_asks_for_more(copy: Path, change: Change, reason: str) -> None:
+def test_graphs_outside_the_allowlist_are_refused(copy: Path, change: Change, reason: str) -> None:
     (copy / "unlisted.data").write_bytes((copy / "llm.data").read_bytes())
     rewrite(copy, change)
     with pytest.raises(FusionError) as refusal:
@@ -143,13 +143,13 @@ def test_a_graph_that_asks_for_more(copy: Path, change: Change, reason: str) -> 
 @pytest.mark.parametrize(
     "content", [b"\x00", b"\x3a\x05ab", b"\x0b", b"\x38\x01", b"\xff" * 11, b"\x3a" + b"\xff" * 9 + b"\x01", b"<html>"]
 )
-def test_what_is_no_graph(copy: Path, content: bytes) -> None:
+def test_files_that_are_not_graphs(copy: Path, content: bytes) -> None:
     put(copy, content)
     with pytest.raises(FusionError, match="is not a graph that fusion-export wrote"):
         open_bundle(copy)
 
 
-def test_a_graph_of_any_size(copy: Path) -> None:
+def test_large_graphs_are_refused(copy: Path) -> None:
     put(copy, bytes(LARGEST_FILE + 1))
     with pytest.raises(FusionError, match=f"it has more than {LARGEST_FILE} bytes"):
         open_bundle(copy)
@@ -184,7 +184,7 @@ def test_every_kind_of_bundle_opens(tiny_checkpoint: Path, tmp_path: Path, optio
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_a_message_or_a_value_error(message: bytes) -> None:
+def test_arbitrary_bytes_parse_or_raise_value_error(message: bytes) -> None:
     try:
         found = list(fields(message))
     except ValueError:
@@ -193,7 +193,7 @@ def test_any_bytes_are_a_message_or_a_value_error(message: bytes) -> None:
 
 
 @given(st.integers(0, 2**64 - 1), st.text(max_size=300), st.floats(width=32, allow_nan=False))
-def test_fields_are_those_that_protobuf_writes(number: int, text: str, real: float) -> None:
+def test_fields_equal_those_of_protobuf(number: int, text: str, real: float) -> None:
     signed = number - (1 << 64) if number >> 63 else number
     attribute = onnx.AttributeProto(name=text, i=signed, f=real)
     found = dict(fields(attribute.SerializeToString()))
@@ -202,8 +202,8 @@ def test_fields_are_those_that_protobuf_writes(number: int, text: str, real: flo
     assert len(bytes(found[2])) == 4
 
 
-def test_every_cut_is_told(tiny_bundle: Path) -> None:
-    """A cut between two fields gives a valid shorter message."""
+def test_every_truncation_is_detected(tiny_bundle: Path) -> None:
+    """Truncation between two fields gives a valid shorter message."""
     content = (tiny_bundle / "alignment_decoder.onnx").read_bytes()
     whole = len(list(fields(content)))
     for length in range(0, len(content), 97):

@@ -100,7 +100,7 @@ def write(folder: Path, manifest: Json) -> None:
         (("weights",), [{}], "more than there are weights"),
     ],
 )
-def test_a_value_that_cannot_be(
+def test_impossible_values_are_refused(
     copy: Path, refused: Refuse, path: tuple[str | int, ...], values: list[Any], reason: str
 ) -> None:
     for value in values:
@@ -111,11 +111,11 @@ def test_a_value_that_cannot_be(
         else:
             change(copy, path, value)
         started = time.process_time()
-        told = refused(cli_info.main, copy)
+        error = refused(cli_info.main, copy)
         assert time.process_time() - started < 2
-        assert f"{copy / MANIFEST} does not follow bundle schema 1 (" in told
-        assert reason in told
-        assert len(told) < 1000
+        assert f"{copy / MANIFEST} does not follow bundle schema 1 (" in error
+        assert reason in error
+        assert len(error) < 1000
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_value_that_cannot_be(
         (("cache",), "float16"),
     ],
 )
-def test_a_graph_of_other_sizes(copy: Path, path: tuple[str | int, ...], value: object) -> None:
+def test_graphs_that_do_not_match_the_model(copy: Path, path: tuple[str | int, ...], value: object) -> None:
     """The manifest is consistent, but does not match the graph."""
     change(copy, path, value)
     with pytest.raises(FusionError, match=r"bundle.json and \w+.onnx do not belong together"):
@@ -169,7 +169,7 @@ def test_any_value_answers_or_is_refused(tiny_bundle: Path, copy: Path, data: st
         assert len(str(error).splitlines()) == 1  # noqa: PT017
 
 
-# The files themselves ---------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,13 +193,13 @@ def test_json_within_bounds(copy: Path, refused: Refuse, name: str, content: byt
         entry.update(size=len(content), sha256=digest(copy / name))
         (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     started = time.process_time()
-    told = refused(cli_info.main, copy)
-    assert str(copy / name) in told
-    assert reason in told or "is missing" in told or "not an object" in told
+    error = refused(cli_info.main, copy)
+    assert str(copy / name) in error
+    assert reason in error or "is missing" in error or "not an object" in error
     assert time.process_time() - started < 2
 
 
-def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
+def test_a_manifest_that_is_not_a_regular_file(copy: Path, refused: Refuse) -> None:
     """A pipe would block, and a device would never end."""
     (copy / MANIFEST).unlink()
     os.mkfifo(copy / MANIFEST)
@@ -215,13 +215,13 @@ def test_what_is_no_regular_file(copy: Path, refused: Refuse) -> None:
         read_json(copy / MANIFEST)
 
 
-def test_a_terminal_is_told_nothing_else(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_escape_sequences_do_not_reach_the_terminal(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(copy, ("source",), "x\x1b[2Jy\nz\ud800")
     assert cli_info.main([str(copy)]) == 0
     assert "x\\x1b[2Jy\\nz\\ud800\n" in capsys.readouterr().out
 
 
-# Links of the hub cache - -----------------------------------------------------------------------------------
+# Links of the hub cache -------------------------------------------------------------------------------------
 
 
 def in_hub_cache(bundle: Path, root: Path, inside: str = "") -> Path:
@@ -252,7 +252,7 @@ def test_the_root_of_the_hub_cache(tiny_bundle: Path, tmp_path: Path, refused: R
     assert f"It is a repository in the hub cache: pass its snapshot {snapshot}." in refused(cli_info.main, root)
 
 
-def test_a_blob_that_was_altered(tiny_bundle: Path, tmp_path: Path, refused: Refuse) -> None:
+def test_an_altered_blob(tiny_bundle: Path, tmp_path: Path, refused: Refuse) -> None:
     snapshot = in_hub_cache(tiny_bundle, tmp_path / "models--me--bundle")
     content = bytearray((snapshot / "llm.data").read_bytes())
     content[-1] ^= 1
@@ -261,7 +261,7 @@ def test_a_blob_that_was_altered(tiny_bundle: Path, tmp_path: Path, refused: Ref
 
 
 @pytest.mark.parametrize("target", ["../../llm.data", "../../../secret", "/etc/hostname", "../../blobs/../llm.data"])
-def test_other_links_lead_outside(tiny_bundle: Path, tmp_path: Path, refused: Refuse, target: str) -> None:
+def test_other_links_are_refused(tiny_bundle: Path, tmp_path: Path, refused: Refuse, target: str) -> None:
     snapshot = in_hub_cache(tiny_bundle, tmp_path / "models--me--bundle")
     for place in (tmp_path / "models--me--bundle" / "llm.data", tmp_path / "secret"):
         shutil.copy(tiny_bundle / "llm.data", place)

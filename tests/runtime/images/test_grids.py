@@ -20,7 +20,7 @@ TURNS = [
 
 @settings(deadline=None)
 @given(size=st.integers(1, 80), cells=st.integers(1, 80))
-def test_cells_cover_what_an_adaptive_pool_covers(size: int, cells: int) -> None:
+def test_cells_equal_those_of_adaptive_pooling(size: int, cells: int) -> None:
     indices = pooling_cells(size, cells)
     assert indices.dtype == np.int64
     expected = [range(i * size // cells, ((i + 1) * size + cells - 1) // cells) for i in range(cells)]
@@ -98,7 +98,7 @@ def test_resize_to_the_same_side_returns_the_input() -> None:
     assert resize_grid(features, 3) is features
 
 
-def test_resize_refuses_what_is_no_square() -> None:
+def test_resize_refuses_maps_that_are_not_square() -> None:
     with pytest.raises(ValueError, match="8 is not a square"):
         resize_grid(np.ones((8, 2), np.float32), 2)
     with pytest.raises(ValueError, match="side of 0"):

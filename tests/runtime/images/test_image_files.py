@@ -62,7 +62,7 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "ran"
 
 
-def test_postscript_of_any_name_starts_nothing(tmp_path: Path, ghostscript: Path) -> None:
+def test_postscript_starts_no_program(tmp_path: Path, ghostscript: Path) -> None:
     for name in ("image.png", "image.eps"):
         (tmp_path / name).write_bytes(EPS)
         assert "supported format (JPEG, PNG, BMP, GIF, PPM, TIFF, WEBP)" in error(tmp_path / name)
@@ -71,7 +71,7 @@ def test_postscript_of_any_name_starts_nothing(tmp_path: Path, ghostscript: Path
     assert not ghostscript.exists()
 
 
-def test_other_formats_are_refused_unless_they_are_decoded(tmp_path: Path) -> None:
+def test_undecoded_images_of_other_formats_are_refused(tmp_path: Path) -> None:
     photo(20, 10).save(tmp_path / "image.tga")
     assert "supported format" in error(tmp_path / "image.tga")
     with Image.open(tmp_path / "image.tga") as opened:
@@ -92,7 +92,7 @@ def test_large_jpegs_are_decoded_reduced(tmp_path: Path) -> None:
     assert np.abs(pixels(reduced.resize((400, 250))).astype(int) - pixels(expected)).mean() < 3
 
 
-def test_a_turned_jpeg_counts_its_copy(tmp_path: Path) -> None:
+def test_the_limit_counts_the_copy_of_a_rotated_jpeg(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     photo(6000, 4000).save(tmp_path / "turned.jpg", exif=exif)
@@ -102,7 +102,7 @@ def test_a_turned_jpeg_counts_its_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "size"), [({}, (4500, 4000)), ({"progressive": True}, (2250, 2000))])
-def test_coefficients_of_a_progressive_jpeg_count(
+def test_the_limit_counts_the_coefficients_of_a_progressive_jpeg(
     tmp_path: Path, options: dict[str, Any], size: tuple[int, int]
 ) -> None:
     photo(4500, 4000).save(tmp_path / "image.jpg", subsampling=0, **options)
@@ -110,7 +110,7 @@ def test_coefficients_of_a_progressive_jpeg_count(
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_jpegs_have_a_limit(tmp_path: Path) -> None:
+def test_the_largest_jpeg(tmp_path: Path) -> None:
     photo(64, 64).save(tmp_path / "image.jpg")
     content = (tmp_path / "image.jpg").read_bytes()
     frame = content.index(b"\xff\xc0")
@@ -122,7 +122,7 @@ def test_jpegs_have_a_limit(tmp_path: Path) -> None:
     ("mode", "bytes_a_pixel", "options"),
     [("RGB", 4, {}), ("RGBA", 8, {}), ("L", 5, {}), ("RGB", 15, {"format": "WEBP", "lossless": True})],
 )
-def test_the_limit_is_of_bytes(
+def test_the_limit_is_in_bytes(
     mode: str, bytes_a_pixel: int, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "image"
@@ -134,14 +134,14 @@ def test_the_limit_is_of_bytes(
     assert "more than the limit of 9999 for this format; scale it down" in error(path)
 
 
-def test_what_pillow_decodes_slowly_is_small(tmp_path: Path) -> None:
+def test_slow_decoders_have_a_lower_limit(tmp_path: Path) -> None:
     (tmp_path / "image.ppm").write_bytes(b"P3 641 480 255\n" + b"7 " * (641 * 480 * 3))
     assert f"more than the limit of {SLOW_PIXELS} for this format" in error(tmp_path / "image.ppm")
     (tmp_path / "image.ppm").write_bytes(b"P3 2 1 255\n1 2 3 4 5 6\n")
     assert pixels(load_image(tmp_path / "image.ppm")).tolist() == [[[1, 2, 3], [4, 5, 6]]]
 
 
-def test_run_lengths_of_nothing_end(tmp_path: Path) -> None:
+def test_empty_run_lengths_end(tmp_path: Path) -> None:
     head = struct.pack("<IiiHHIIiiII", 40, 640, 480, 1, 8, 1, 0, 0, 0, 256, 0)
     runs = b"\0\2\0\0" * 2_000_000
     start = b"BM" + struct.pack("<IHHI", 1078 + len(runs), 0, 0, 1078)
@@ -179,7 +179,7 @@ def test_jpeg_metadata_without_end(tmp_path: Path) -> None:
     assert "bytes of metadata" in error(path)
 
 
-def test_what_lies_behind_a_picture_is_left_alone(tmp_path: Path) -> None:
+def test_data_after_the_pixels_is_not_read(tmp_path: Path) -> None:
     for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM"):
         photo(20, 10).save(tmp_path / "image", kind)
         alone = pixels(load_image(tmp_path / "image"))
@@ -203,7 +203,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("name", ["image.png", "image.jpg", "progressive.jpg", "image.bmp", "float.tif", "image.webp"])
-def test_decoding_takes_at_most_150_megabytes(name: str, tmp_path: Path) -> None:
+def test_decoding_needs_at_most_150_megabytes(name: str, tmp_path: Path) -> None:
     kinds: dict[str, Callable[[Path], None]] = {
         "image.png": lambda path: Image.new("RGB", (5792, 5792)).save(path),
         "image.jpg": lambda path: Image.new("RGB", (9400, 9500)).save(path),
@@ -219,7 +219,7 @@ def test_decoding_takes_at_most_150_megabytes(name: str, tmp_path: Path) -> None
     assert float(done.stdout) < 150
 
 
-def test_the_file_itself_is_bounded(tmp_path: Path) -> None:
+def test_large_files_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "image.bmp").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
     assert f"has {MAX_BYTES + 1} bytes, more than the limit of {MAX_BYTES}" in error(tmp_path / "image.bmp")
@@ -233,7 +233,7 @@ def test_the_file_itself_is_bounded(tmp_path: Path) -> None:
     ["http://host/x.png", "https://host/x.png?a=b", "file:///tmp/x.png", "rtsp://host:554/s", "HTTP://HOST/x.png",
      "data:image/png;base64,iVBO", "s3://bucket/x.png"],
 )  # fmt: skip
-def test_addresses_are_not_fetched(address: str) -> None:
+def test_urls_are_not_fetched(address: str) -> None:
     assert error(address) == (
         f"The image {address!r} is a URL, which is not fetched; download it and pass the path of the file."
     )
@@ -241,13 +241,13 @@ def test_addresses_are_not_fetched(address: str) -> None:
         assert "is a URL, which is not fetched" in error(Path(address))
 
 
-def test_a_file_whose_name_looks_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_name_looks_like_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     photo(8, 8).save("data:x.png")
     assert load_image("data:x.png").size == (8, 8)
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_invalid_file_names(tmp_path: Path) -> None:
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
     assert "does not exist" in error(path)
     photo(8, 8).save(tmp_path / "image.png")
@@ -259,7 +259,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert "does not exist" in error(tmp_path / "image.png" / "inside")
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert "is a pipe; pass the path of an image file" in error(tmp_path / "fifo")
     assert "is a device" in error("/dev/zero")
@@ -271,7 +271,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["data", "samples"])
-def test_nothing_is_printed_of_a_damaged_tiff(change: str, tmp_path: Path) -> None:
+def test_a_damaged_tiff_prints_nothing(change: str, tmp_path: Path) -> None:
     """Neither libtiff nor a logger without handlers prints anything."""
     photo(40, 40).save(tmp_path / "image.tiff", compression="tiff_adobe_deflate")
     content = bytearray((tmp_path / "image.tiff").read_bytes())

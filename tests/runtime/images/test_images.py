@@ -44,7 +44,7 @@ def test_crops_of_one_pixel_are_that_pixel() -> None:
     assert (crops == [10, 20, 30]).all()
 
 
-def test_normalize_is_the_formula_to_the_last_bit() -> None:
+def test_normalize_equals_the_formula_bit_by_bit() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     levels[..., 1] = levels[..., 1].T[None].reshape(levels[..., 1].shape)
     result = normalize(levels)
@@ -224,7 +224,7 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data
 
 
-def test_too_large_a_file_is_refused_before_decoding(tmp_path: Path) -> None:
+def test_large_images_are_refused_before_decoding(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of_size(60_000, 60_000))
     with pytest.raises(FusionError, match="too large") as caught:
@@ -232,7 +232,7 @@ def test_too_large_a_file_is_refused_before_decoding(tmp_path: Path) -> None:
     assert "3600000000" in str(caught.value)
 
 
-def test_the_limit_holds_when_pillows_guard_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_does_not_depend_on_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of_size(60_000, 60_000))

@@ -64,7 +64,7 @@ def test_large_arrays_are_scaled_block_by_block() -> None:
     ("value", "named"),
     [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf"), (-0.25, "-0.25"), (1.5, "1.5"), (128.0, "128")],
 )
-def test_floats_outside_of_the_range(value: float, named: str, tmp_path: Path) -> None:
+def test_floats_out_of_range(value: float, named: str, tmp_path: Path) -> None:
     array = np.full((40, 40), 0.5, np.float32)
     array[39, 3] = value
     with pytest.raises(UsageError, match=f"The image array holds the value {named}; expected floats from 0 to 1"):
@@ -77,7 +77,7 @@ def test_floats_outside_of_the_range(value: float, named: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["i1", "i2", "i4", "i8", "u4", "u8", "c8", "O", "U1"])
-def test_types_whose_range_is_not_known(kind: Any) -> None:
+def test_dtypes_without_a_known_range(kind: Any) -> None:
     with pytest.raises(UsageError, match="whose range is not known; expected 8 bits"):
         load_image(np.zeros((4, 4, 3), kind))
 
@@ -137,7 +137,7 @@ def test_a_mode_that_pillow_does_not_convert() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_transparency_of_a_palette_is_no_warning(tmp_path: Path) -> None:
+def test_palette_transparency_gives_no_warning(tmp_path: Path) -> None:
     image = Image.fromarray(RGB).convert("P")
     expected = pixels(image.convert("RGB"))
     image.info["transparency"] = bytes(range(256))
@@ -164,7 +164,7 @@ def test_pnm_of_every_range(maximum: int, bands: int, tmp_path: Path) -> None:
         load_image(path)
 
 
-def test_sixteen_bit_colours(tmp_path: Path) -> None:
+def test_sixteen_bit_colors(tmp_path: Path) -> None:
     """Pillow reads the upper 8 bits of PNG and TIFF."""
     path = tmp_path / "image.ppm"
     path.write_bytes(b"P6 5 6 65535\n" + (RGB.astype(np.uint16) * 257).astype(">u2").tobytes())

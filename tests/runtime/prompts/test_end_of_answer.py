@@ -43,7 +43,7 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
         (None, (2, END)),  # without the file, config.json counts
     ],
 )
-def test_the_templates_end_is_among_them(
+def test_end_tokens_include_the_templates_end_of_turn(
     checkpoint: Path, generation: dict[str, object] | None, expected: tuple[int, ...]
 ) -> None:
     path = checkpoint / "generation_config.json"
@@ -54,13 +54,13 @@ def test_the_templates_end_is_among_them(
 
 
 @pytest.mark.parametrize(("folder", "end"), [("FUSION-tiny-Phi", END), ("FUSION-X-tiny-LLaMA", 1004)])
-def test_lists_that_have_it_stay_as_they_are(folder: str, end: int) -> None:
+def test_lists_with_the_end_of_turn_are_unchanged(folder: str, end: int) -> None:
     stored = json.loads((GOLDEN / folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     assert end in stored
     assert end_tokens(GOLDEN / folder) == tuple(stored)
 
 
-def test_a_tokenizer_without_it(checkpoint: Path, refused: Callable[..., str]) -> None:
+def test_a_tokenizer_without_the_end_of_turn(checkpoint: Path, refused: Callable[..., str]) -> None:
     config = checkpoint / "tokenizer_config.json"
     config.write_text(config.read_text(encoding="utf-8").replace("<|end|>", "<|over|>"), encoding="utf-8")
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
@@ -71,14 +71,14 @@ def test_a_tokenizer_without_it(checkpoint: Path, refused: Callable[..., str]) -
 
 
 @pytest.mark.parametrize("value", [-1, 1208, 10**9, True, "1"])
-def test_a_start_outside_of_the_vocabulary(checkpoint: Path, refused: Callable[..., str], value: object) -> None:
+def test_bos_outside_the_vocabulary(checkpoint: Path, refused: Callable[..., str], value: object) -> None:
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"bos_token_id": value}
     path.write_text(json.dumps(config), encoding="utf-8")
     assert f"config.json: bos_token_id is {value!r}; expected" in refused(cli.main, checkpoint, "--dry-run")
 
 
-def test_an_answer_ends_there(tmp_path: Path) -> None:
+def test_an_answer_ends_at_the_end_of_turn(tmp_path: Path) -> None:
     checkpoint = shutil.copytree(DEMO_CHECKPOINT, tmp_path / "demo")
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": 2}', encoding="utf-8")
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "bundle")]) == 0
@@ -87,7 +87,7 @@ def test_an_answer_ends_there(tmp_path: Path) -> None:
     assert (answer.text, answer.finish_reason) == ("two", "stop")
 
 
-def test_a_window_is_the_context(checkpoint: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_the_sliding_window_limits_the_context(checkpoint: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"sliding_window": 100}), encoding="utf-8")

@@ -71,13 +71,13 @@ def test_tokens_and_positions_equal_the_released_code(case: str, turn: int) -> N
     assert len(golden[f"t{turn}_logits_every_16th"]) == (layout.length + 15) // 16
 
 
-def test_the_golden_grid_is_the_image_tokens_given_here() -> None:
+def test_the_golden_image_tokens_are_the_grid() -> None:
     for case, image_tokens in IMAGE_TOKENS.items():
         described, _, _ = conversation(case, 0)
         assert described["image_grid"] in (None, side(image_tokens))
 
 
-def test_beginning_of_text_comes_once_and_only_where_the_tokenizer_adds_it() -> None:
+def test_bos_comes_once_and_only_if_the_tokenizer_adds_it() -> None:
     history = [Turn("What?", "A cat.")]
     llama = encode_prompt(tokenizer("llama_3"), TEMPLATES["llama_3"], history, "Where?")
     assert np.flatnonzero(llama.token_ids == 1000).tolist() == [0]
@@ -87,7 +87,7 @@ def test_beginning_of_text_comes_once_and_only_where_the_tokenizer_adds_it() -> 
     assert 1 not in phi.instruct_ids
 
 
-def test_an_instruct_position_is_where_the_prompt_ended_when_it_was_asked() -> None:
+def test_instruct_positions_are_the_ends_of_earlier_prompts() -> None:
     # "\n\n" after the header and "\n" before the answer tokenize as one text.
     history = [Turn("What?", "\n\nA cat."), Turn("Where?", "")]
     template = TEMPLATES["llama_3"]
@@ -106,7 +106,7 @@ def test_an_instruct_position_is_where_the_prompt_ended_when_it_was_asked() -> N
     answer=st.text(),
     name=st.sampled_from(sorted(TEMPLATES)),
 )
-def test_any_text_gives_one_marker_for_the_image_and_one_a_question(
+def test_any_text_gives_one_image_marker_and_one_latent_marker_per_question(
     questions: list[str], answer: str, name: str
 ) -> None:
     *earlier, question = [f"{text}?" for text in questions]
@@ -122,7 +122,7 @@ def test_any_text_gives_one_marker_for_the_image_and_one_a_question(
 
 
 @pytest.mark.parametrize("text", [None, 7, b"What?", ["What?"], "half \ud800 a pair"])
-def test_what_is_no_text_is_refused(text: Any) -> None:
+def test_texts_that_are_not_unicode_are_refused(text: Any) -> None:
     phi = tokenizer("phi_3"), TEMPLATES["phi_3"]
     with pytest.raises(UsageError, match="question is"):
         encode_prompt(*phi, [], text)

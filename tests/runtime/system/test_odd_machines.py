@@ -46,7 +46,7 @@ def answers(done: subprocess.CompletedProcess[bytes]) -> bool:
 @pytest.mark.parametrize(
     "name", [b"with spaces ", "Gr\u00fc\u00dfe \u4e2d\u6587".encode(), b"a#b%20c?d&e", b"-", b"'\"$(x)", b"n\nl"]
 )
-def test_a_bundle_by_any_name(demo: Path, tmp_path: Path, name: bytes) -> None:
+def test_unusual_bundle_names(demo: Path, tmp_path: Path, name: bytes) -> None:
     folder = shutil.copytree(demo, tmp_path / os.fsdecode(name))
     assert answers(ask(folder))
     assert cli_info.main([str(folder)]) == 0
@@ -66,7 +66,7 @@ def test_a_very_long_path(demo: Path, tmp_path: Path) -> None:
     assert answers(ask(folder))
 
 
-def test_an_environment_of_nothing(demo: Path, tmp_path: Path) -> None:
+def test_an_empty_environment(demo: Path, tmp_path: Path) -> None:
     """No home, locale or path, and a deleted current folder."""
     (tmp_path / "gone").mkdir()
     script = 'cd "$0" && rmdir "$0" && exec "$@"'
@@ -74,7 +74,7 @@ def test_an_environment_of_nothing(demo: Path, tmp_path: Path) -> None:
     assert answers(done)
 
 
-def test_a_machine_to_read_only(demo: Path) -> None:
+def test_a_read_only_file_system(demo: Path) -> None:
     """A read-only file system without temporary folder and ``/sys``."""
     script = (
         "for m in $(awk '{print $2}' /proc/self/mounts); do mount -o remount,bind,ro $m; done 2> /dev/null; "
@@ -82,10 +82,10 @@ def test_a_machine_to_read_only(demo: Path) -> None:
     )
     unshare = ["unshare", "-rm", "--propagation=private", "sh", "-c"]
     if subprocess.run([*unshare, "mount -t tmpfs none /sys"], capture_output=True, check=False).returncode:
-        pytest.skip("no namespaces of one's own here")
+        pytest.skip("namespaces are not available")
     done = ask(demo, *unshare, script, "sh")
     if done.returncode == 9:
-        pytest.skip("mounts cannot be made read-only here")
+        pytest.skip("mounts cannot be made read-only")
     assert answers(done)
 
 
@@ -108,14 +108,14 @@ def test_an_older_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> 
 @pytest.mark.parametrize("version", ["1.23.2", "1.24.0", "1.31.1", "2.0", "1.32.0.dev20260101"])
 def test_a_newer_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     module = ModuleType("onnxruntime")
-    told: list[int] = []
-    module.__dict__.update(InferenceSession=object, __version__=version, set_default_logger_severity=told.append)
+    severities: list[int] = []
+    module.__dict__.update(InferenceSession=object, __version__=version, set_default_logger_severity=severities.append)
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     assert find_onnxruntime() is module
-    assert told == [4]
+    assert severities == [4]
 
 
-def test_the_oldest_onnxruntime_stands_in_pyproject() -> None:
+def test_pyproject_requires_the_oldest_onnxruntime() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for extra in ("cpu", "cuda"):
         assert project["optional-dependencies"][extra][0].endswith(f">={'.'.join(map(str, OLDEST))}")
@@ -131,14 +131,14 @@ BROKEN = {
 
 @pytest.mark.parametrize("code", BROKEN)
 def test_a_broken_onnxruntime(demo: Path, tmp_path: Path, code: str) -> None:
-    """Its output while it loads is dropped; output of others is not."""
+    """Output of ONNX Runtime during the load is dropped; other output is kept."""
     (tmp_path / "onnxruntime.py").write_text(
         "import os\nos.write(2, b'onnxruntime cpuid_info warning: Unknown CPU vendor\\nother\\n')\n" + code,
         encoding="utf-8",
     )
     done = ask(demo, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
-    other, told = done.stderr.decode().splitlines()
+    other, error = done.stderr.decode().splitlines()
     assert other == "other"
-    assert told.startswith("error: ")
-    assert BROKEN[code] in told
+    assert error.startswith("error: ")
+    assert BROKEN[code] in error

@@ -86,7 +86,7 @@ def test_memory(machine: Path, cgroup: str, files: dict[str, str], available: in
     assert available_memory(machine) == (5_120_000_000 if available is None else available)
 
 
-def test_the_limits_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 50 if kind == resource.RLIMIT_AS else -1, -1))
     assert (1 << 50) - (memory_limits.address_space() or 0) == pytest.approx(pages * memory_limits.PAGE_BYTES, rel=0.2)
@@ -99,13 +99,13 @@ def test_this_machine() -> None:
     assert 0 < available_memory() < 1 << 50
 
 
-def test_what_memory_that_ran_out_is_told_as() -> None:
+def test_out_of_memory_errors() -> None:
     for text in ("std::bad_alloc", "Cannot allocate memory", "can't allocate memory", "Failed to allocate 5 bytes"):
         assert is_out_of_memory(RuntimeError(text))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("Invalid rank for input"))
-    told = not_enough_memory("load a.onnx", 1_200_000_000)
-    assert told.startswith("There is not enough memory to load a.onnx (1,200 MB are needed, ")
+    message = not_enough_memory("load a.onnx", 1_200_000_000)
+    assert message.startswith("There is not enough memory to load a.onnx (1,200 MB are needed, ")
     assert not_enough_memory("run llm", None, on_host=False) == "There is not enough memory to run llm"
 
 
@@ -123,7 +123,7 @@ def test_more_threads_than_processors(
     assert "threads is 99999; choose at most 2" in capsys.readouterr().err
 
 
-def test_an_export_takes_the_processors_that_it_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_uses_the_allowed_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pools: list[int | None] = []
     begin = ThreadPoolExecutor.__init__
 
@@ -137,12 +137,14 @@ def test_an_export_takes_the_processors_that_it_may_use(tmp_path: Path, monkeypa
     assert set(pools) == {usable_processors()}
 
 
-# Memory that runs out ---------------------------------------------------------------------------------------
+# Memory limits --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["-v", "-d"])
-def test_every_limit_answers_or_says_so(tmp_path_factory: pytest.TempPathFactory, kind: str, tmp_path: Path) -> None:
-    """Limits from what Python needs to what suffices: never an abort, a traceback or a wrong reason."""
+def test_every_memory_limit_gives_an_answer_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, tmp_path: Path
+) -> None:
+    """Limits from the minimum of Python to a sufficient one: never an abort, a traceback or a wrong reason."""
     bundle = tmp_path / "bundle"
     assert export_cli.main([str(DEMO_CHECKPOINT), "-o", str(bundle)]) == 0
     picture = DEMO_CHECKPOINT.parent / "picture.png"

@@ -37,7 +37,9 @@ def send(number: signal.Signals) -> None:
 
 
 @ends
-def test_a_command_is_ended(number: signal.Signals, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signals_end_a_command(
+    number: signal.Signals, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     cleaned = []
 
     def command(_: Any) -> int:
@@ -57,7 +59,7 @@ def test_a_command_is_ended(number: signal.Signals, code: int, said: str, capsys
     assert [signal.getsignal(each) for each, _code, _said in ENDS] == before
 
 
-def test_signals_wait_for_what_must_not_be_left_half_done() -> None:
+def test_held_signals_wait_for_the_end_of_the_block() -> None:
     done = []
 
     def work() -> None:
@@ -71,7 +73,7 @@ def test_signals_wait_for_what_must_not_be_left_half_done() -> None:
     assert ended.value.code == 143
 
 
-def test_signals_of_others_stay_theirs() -> None:
+def test_handlers_of_the_program_are_kept() -> None:
     """Ignored signals (nohup), signals that a program handles, and all signals in another thread."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -88,7 +90,7 @@ def test_signals_of_others_stay_theirs() -> None:
     assert codes == [7]
 
 
-def test_a_library_takes_no_signals() -> None:
+def test_the_library_installs_no_handlers() -> None:
     program = (
         "import signal, fusion_edge.runtime, fusion_edge.export.cli, fusion_edge.benchmarks, fusion_edge.kernels\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
@@ -99,7 +101,7 @@ def test_a_library_takes_no_signals() -> None:
 
 @ends
 @pytest.mark.parametrize("how", ["command", "module"])
-def test_while_modules_load(number: signal.Signals, code: int, said: str, how: str, tmp_path: Path) -> None:
+def test_signals_while_modules_load(number: signal.Signals, code: int, said: str, how: str, tmp_path: Path) -> None:
     """A module that waits replaces NumPy, the first slow import."""
     (tmp_path / "numpy.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     start = {
@@ -120,7 +122,7 @@ def test_while_modules_load(number: signal.Signals, code: int, said: str, how: s
     assert process.returncode == code
 
 
-def test_what_is_not_begun_is_dropped(
+def test_pending_work_is_canceled(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """During hundreds of blocks of 0.1 s, and during a checksum that takes minutes."""
@@ -154,7 +156,7 @@ def test_what_is_not_begun_is_dropped(
     assert capsys.readouterr().err == "interrupted\nterminated\n"
 
 
-def test_a_calibration_keeps_its_work(tmp_path: Path) -> None:
+def test_a_calibration_keeps_finished_work(tmp_path: Path) -> None:
     def calibrate() -> None:
         with work_folder(tmp_path / "b", "command") as folder:
             (folder / "llm.block.json").touch()
@@ -198,7 +200,7 @@ def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(
 
 
 @ends
-def test_a_question_is_ended_inside_of_the_runtime(
+def test_ctrl_c_ends_a_run_of_onnx_runtime(
     number: signal.Signals,
     code: int,
     said: str,
@@ -226,7 +228,7 @@ def test_a_question_is_ended_inside_of_the_runtime(
     assert capsys.readouterr() == ("", f"{said}\n")
 
 
-def test_a_terminal_that_is_closed_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_terminal_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed:
         def isatty(self) -> bool:
             return True
@@ -243,7 +245,7 @@ def test_a_terminal_that_is_closed_ends_no_work(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "<&-", ">/dev/full", ">/dev/full 2>&1", "2>/dev/full", "| true"])
-def test_streams_that_take_nothing(closed: str, tiny_bundle: Path) -> None:
+def test_standard_streams_that_cannot_be_written(closed: str, tiny_bundle: Path) -> None:
     command = f"'{sys.executable}' -m fusion_edge.runtime.cli.info '{tiny_bundle}' {closed}"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == (1 if ">/dev/full" in closed and not closed.startswith("2") else 0)

@@ -55,7 +55,7 @@ NAMED_IDS = st.sampled_from(TOKENIZERS).flatmap(lambda name: st.tuples(st.just(n
 
 @settings(deadline=None, max_examples=500)
 @given(NAMED_IDS)
-def test_pieces_join_to_the_tokenizers_own_decoding(named_ids: tuple[str, list[int]]) -> None:
+def test_joined_pieces_equal_the_tokenizers_decoding(named_ids: tuple[str, list[int]]) -> None:
     name, ids = named_ids
     pieces, _ = stream(name, ids)
     assert "".join(pieces) == tokenizer(name).decode(ids, skip_special_tokens=True)
@@ -63,7 +63,7 @@ def test_pieces_join_to_the_tokenizers_own_decoding(named_ids: tuple[str, list[i
 
 @settings(deadline=None)
 @given(st.sampled_from(TOKENIZERS), st.text())
-def test_valid_text_survives_and_is_never_split_within_a_character(name: str, text: str) -> None:
+def test_valid_text_is_never_split_within_a_character(name: str, text: str) -> None:
     ids = tokenizer(name).encode(text, add_special_tokens=False).ids
     pieces, _ = stream(name, ids)
     assert "".join(pieces) == tokenizer(name).decode(ids, skip_special_tokens=True)
@@ -123,7 +123,7 @@ def test_stop_strings(named_ids: tuple[str, list[int]], spans: list[tuple[int, i
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(name: str) -> None:
+def test_the_start_of_a_stop_string_is_held_back(name: str) -> None:
     ids = tokenizer(name).encode("the software is the sofa", add_special_tokens=False).ids
     text_stream = Detokenizer(tokenizer(name), ["the sofa", "software of"])
     pieces = [text_stream.push(token_id) for token_id in ids]
@@ -140,7 +140,7 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_work_for_a_token_does_not_grow(name: str) -> None:
+def test_time_per_token_does_not_grow(name: str) -> None:
     ids = tokenizer(name).encode("What color is the license? " * 20, add_special_tokens=False).ids
 
     def seconds(repeats: int) -> float:
