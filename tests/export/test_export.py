@@ -1,4 +1,4 @@
-"""What ``fusion-export`` writes, and what ``--dry-run`` estimates."""
+"""Bundles of ``fusion-export``, and estimates of ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_info_prints_the_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixtu
 
 
 def test_decode_steps_skip_the_interaction_layers(tiny_bundle: Path) -> None:
-    """Their weights are read only in a branch that runs if there are latents."""
+    """Only a branch for latents reads the weights of interaction layers."""
     graph = onnx.load(tiny_bundle / "llm.onnx", load_external_data=False).graph
     assert not [name for node in graph.node for name in node.input if name.startswith("alignment.")]
     branches = [node.attribute for node in graph.node if node.op_type == "If"]

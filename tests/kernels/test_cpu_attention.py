@@ -190,7 +190,7 @@ def test_in_place_cache_keeps_the_rest(library: Path, int8: bool) -> None:
 def test_cached_attention_matches_its_function(
     library: Path, width: int, in_place: tuple[str, ...], past: int, capacity: int, length: int
 ) -> None:
-    """The kernel gives what ONNX Runtime computes with the inlined function."""
+    """The kernel and the inlined function in ONNX Runtime give the same results."""
     sizes = Causal(4, 2, width, width, int8=True)
     feeds = cached_feeds(sizes, past, capacity, length)
     feeds["qkv"][0, :, -1] = 0  # an all-zero channel of the last value: its scale is the smallest

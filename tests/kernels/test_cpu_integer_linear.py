@@ -108,7 +108,7 @@ def test_inlined_functions_compute_the_same(operator: str) -> None:
 
 
 def test_quantization_of_ties_and_extreme_values() -> None:
-    """As QuantizeLinear: rounds to even, saturates at 0 and 255, and the quotient is correctly rounded."""
+    """QuantizeLinear rounds to even, saturates at 0 and 255, and rounds the quotient correctly."""
     scale = np.float32(0.0371)
     x = np.concatenate([
         [np.inf, -np.inf, 3e38, -3e38, 0, -0.0],
@@ -136,7 +136,7 @@ def test_quantization_of_ties_and_extreme_values() -> None:
     [("IntegerProduct", ""), ("GeluIntegerProduct", ""), ("IntegerMlp", "up_"), ("IntegerMlp", "down_")],
 )
 def test_wrong_tensor_sizes(name: str, named: str, operator: str, prefix: str) -> None:
-    """The message is the kernel's own, so the kernel was used."""
+    """The message comes from the kernel, so the kernel runs."""
     generator = np.random.default_rng(0)
     tensors = mlp_tensors(generator, 64, 8, 8, 100) if prefix else integer_tensors(generator, 64, 8, 0.02, 100)
     name = prefix + name

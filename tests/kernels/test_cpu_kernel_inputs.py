@@ -83,7 +83,7 @@ def test_inconsistent_lengths(total: int, last: int | None) -> None:
 
 @pytest.mark.parametrize("value", EXTREME)
 def test_invalid_numbers_of_heads(value: int) -> None:
-    """Three times the largest would overflow 64 bits."""
+    """Three times the largest number of heads overflows 64 bits."""
     library = cpu_kernels.library()
     expected = "is not an integer from 1 to 2147483647"
     for model in (packed_model(value, None), packed_model(value, 3), packed_model(2, value), multi_head_model(value)):
@@ -102,7 +102,7 @@ def test_invalid_matmul_sizes(name: str, value: int) -> None:
 
 
 def test_matmul_sizes_whose_product_overflows_to_zero() -> None:
-    """Otherwise an empty weight would have the right size."""
+    """N * K wraps to 0, the size of an empty weight."""
     nothing: dict[str, Array] = {"values": np.zeros((0, 2, 16), np.uint8), "scales": np.zeros((0, 2), np.float32)}
     with pytest.raises(Exception, match="K is not an integer"):
         matmul_nbits({"N": 2**31 - 1, "K": 2**33}, **nothing)
@@ -128,7 +128,7 @@ def test_empty_zero_points_are_not_missing_ones() -> None:
     ],
 )
 def test_attributes_of_wrong_type_or_not_finite(attributes: dict[str, Any], said: str) -> None:
-    """They must not count as missing, which would give the default value."""
+    """An invalid attribute is not a missing one, which has a default."""
     with pytest.raises(Exception, match=f"MultiHeadAttention: {said}"):
         session(multi_head_model(2, **attributes), cpu_kernels.library())
 
@@ -184,7 +184,7 @@ def test_rows_that_are_not_finite_give_nan(rows: int, value: float) -> None:
 
 
 def test_static_quantization_of_values_that_are_not_finite() -> None:
-    """As ONNX Runtime's QuantizeLinear."""
+    """Results equal those of ONNX Runtime's QuantizeLinear."""
     tensors = integer_tensors(np.random.default_rng(0), 64, 40, 0.02, 100)
     x = np.random.default_rng(1).normal(size=(1, 9, 64)).astype(np.float32)
     x[0, 1, 3:6], x[0, 2, 9], x[0, 3, 10] = np.nan, np.inf, -np.inf
@@ -193,7 +193,7 @@ def test_static_quantization_of_values_that_are_not_finite() -> None:
 
 
 def test_prefill_that_is_not_finite_gives_nan_scales() -> None:
-    """Otherwise later answers would use finite but wrong keys."""
+    """With finite scales, later answers use wrong keys."""
     feeds = cached_feeds(INT8, 0, 8, 4)
     feeds["qkv"][0, 3, 40] = np.nan  # a key
     key_scale = session(cached_model(INT8), cpu_kernels.library()).run(None, feeds)[3]
@@ -229,7 +229,7 @@ def test_external_data_at_any_offset(tmp_path: Path, off: int) -> None:
 
 
 def test_valid_and_invalid_calls_from_many_threads() -> None:
-    """One session, called by more threads than processors."""
+    """More threads than processors call one session."""
     model = session(causal_model(SIZES), cpu_kernels.library(), threads=4)
     feeds = causal_feeds(SIZES, 4, 8, 3)
     expected = model.run(None, feeds)[0]

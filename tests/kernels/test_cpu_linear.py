@@ -189,7 +189,7 @@ def test_invalid_attributes(changed: dict[str, int], named: str) -> None:
 )
 @pytest.mark.parametrize("operator", ["MatMulNBits", "fusion_edge.MatMulNBits", "GeluMatMulNBits"])
 def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> None:
-    """Reads would go beyond their ends. The message names the operator, so its kernel ran, not an inlined function."""
+    """Reads end beyond the tensors. The message names the operator, so its kernel ran, not an inlined function."""
     weight_format = WeightFormat("uint4", 32)
     whole = quantize(np.ones((4, 64), np.float32), weight_format)
     parts = {part: getattr(whole, part) for part in ("values", "scales", "zero_points")}

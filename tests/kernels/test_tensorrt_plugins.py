@@ -88,7 +88,7 @@ def test_inputs_and_output_match_the_function(plugin: Plugin) -> None:
 @every_plugin
 @pytest.mark.usefixtures("compilations")
 def test_formats(plugin: Plugin, compilations: list[tuple[str, str, int, str]]) -> None:
-    """Only the network's type is offered: TensorRT may choose any, and the kernel is compiled for one."""
+    """A plugin offers only the network's type, for which the kernel is compiled."""
     for dtype, name in FLOATS.items():
         layer = tensorrt_layers.layer(plugin, dtype)
         assert layer.types == [types(plugin, dtype)]

@@ -191,7 +191,7 @@ def test_calibration_for_another_target_restarts(
 
 
 class Killed(BaseException):
-    """A kill that nothing may catch."""
+    """A kill, which no handler catches."""
 
 
 @needs_opset_24
@@ -319,7 +319,7 @@ def test_unsupported_formats(
 
 
 def test_odd_outputs() -> None:
-    """Two outputs share a byte."""
+    """TensorRT packs two outputs in a byte."""
     weight = Parameter("llm.lm_head.weight", "linear", (33, 64), ())
     with pytest.raises(UsageError, match=r"^llm.lm_head cannot be int4:64 for TensorRT: its 33 outputs are odd, and "):
         TENSORRT.check_formats({"llm.lm_head": Linear(weight, WeightFormat("int4", 64))})
