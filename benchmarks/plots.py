@@ -88,7 +88,7 @@ def draw(data: Data, svg: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise FusionError("matplotlib is not installed; install it with pip install -e '.[plots]'.") from None
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "fusion-edge",
         "font.family": "sans-serif",

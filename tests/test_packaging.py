@@ -76,7 +76,7 @@ def test_the_readme_names_commands_that_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)]+)\)", readme):
-        assert (ROOT / link).is_file()
+        assert (ROOT / link.partition("#")[0]).exists()
     for script in ("./demo", "./test"):
         assert script in readme
         assert (ROOT / script).stat().st_mode & 0o111

@@ -98,7 +98,7 @@ def _recover_partial(folder: Path, output: Path, content: FolderContent, busy: s
         remove_folder(descriptor, folder, content.is_partial)
 
 
-# By renaming ------------------------------------------------------------------------------------------------------
+# Replace by renaming ----------------------------------------------------------------------------------------------
 
 
 def _recover_replaced(output: Path, content: FolderContent, busy: str) -> None:
@@ -150,7 +150,7 @@ def _swap(folder: Path, output: Path, replaced: Path) -> Path:
     return replaced
 
 
-# By moving files --------------------------------------------------------------------------------------------------
+# Replace by moving files ------------------------------------------------------------------------------------------
 
 
 def _move_files(folder: Path, output: Path, content: FolderContent) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion_edge.runtime.errors import FusionError
 
-LARGEST_JSON = 1_500_000  # bytes: 10,000 tensor names. Parsed JSON takes up to 40 times as much memory
+LARGEST_JSON = 1_500_000  # bytes: 10,000 tensor names. Parsed JSON needs up to 40 times as much memory
 LONGEST_NAME = 500  # characters of a tensor's name; the longest known has 130
 _GIT_LFS = b"version https://git-lfs"
 _WEB_PAGE = "a web page, perhaps of a failed download: download the file again"

@@ -30,7 +30,7 @@ class JsonFields:
         self.data = read_json_object(path) if data is None else data
 
     def invalid(self, name: str, expected: str) -> FusionError:
-        """Return the error for a field that is not what is ``expected``."""
+        """Return the error for a field, with a description of the ``expected`` value."""
         value = repr(self.data[name]) if name in self.data else "missing"
         value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
         return FusionError(f"{self.path}: {self.prefix}{name} is {value}; expected {expected}.")

@@ -22,7 +22,7 @@ from fusion_edge.export.checkpoint.sentencepiece_model import SPACE, merge_rules
 from fusion_edge.export.checkpoint.tokenizer_config import TokenizerConfig
 from fusion_edge.runtime.errors import FusionError
 
-# The start of Llama's and Phi's vocabulary. Its runs of spaces have the lowest score, whatever their ids.
+# The start of Llama's and Phi's vocabulary. Its runs of spaces have the lowest score, independent of their ids.
 _LLAMA_PIECES = {SPACE * 2: 259, f"{SPACE}t": 260, "er": 261}
 
 
@@ -40,8 +40,8 @@ def _adds_bos(content: dict[str, Any], bos: str | None) -> bool:
 def _reordered_merges(content: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the merge rules of a ``tokenizer.json`` in the order of :func:`merge_rules`.
 
-    ``transformers`` 5 writes the splits of a piece with the shortest left part first, SentencePiece takes the longest
-    first. It also ranks every piece by its id.
+    ``transformers`` 5 writes the splits of a piece with the shortest left part first; SentencePiece merges the
+    longest first. ``transformers`` also ranks every piece by its id.
     """
     rules = [tuple(rule.split(" ") if isinstance(rule, str) else rule) for rule in content["model"]["merges"]]
     vocabulary = content["model"]["vocab"]

@@ -116,7 +116,7 @@ def _build(arguments: argparse.Namespace) -> int:
     options = BuildOptions(arguments.workspace, arguments.parts, arguments.kernels, arguments.verbose)
     unsupported_reason = plugins_unsupported_reason(library, platform, options)
     if unsupported_reason is not None and options.kernels is not None:
-        raise UsageError(f"--kernels cannot be used: {unsupported_reason}; leave it out.")
+        raise UsageError(f"--kernels cannot be used ({unsupported_reason}); leave it out.")
     current = (
         None if arguments.force else up_to_date_engines(bundle, platform, max_context, options, unsupported_reason)
     )

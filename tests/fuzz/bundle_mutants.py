@@ -32,6 +32,11 @@ BASES = {
 }
 """Options of ``fusion-export`` by the name of the unchanged bundle."""
 PATHS = ("../secret", "/etc/hostname", "", ".", "bundle.json", "sub/llm.data", "a\0b", "x" * 300, "LLM.DATA", "\ud800")
+SETTINGS = ("max_context", "image_side", "query_lengths", "cache", "activations", "target", "accuracy_level")
+"""Fields of the manifest that the graphs depend on."""
+SETTING_VALUES: tuple[Json, ...] = (
+    "int8", "float16", "float32", "float64", "cpu", "cuda", "tensorrt", 0, 1, 512, 2**31, [4], [9],
+)  # fmt: skip
 MAX_LAYERS = 1000
 """Maximum number of LLM layers for which graphs are written: a huge number would not end."""
 
@@ -119,25 +124,8 @@ def _manifest(draw: Random, path: Path) -> str:
             place[key] = draw.choice([near(draw, held), near(draw, held), draw.choice(NUMBERS)])
         change = f" {section}.{key} = {repr(place[key])[:60]}{_with_graphs(tree)}"
     elif what == 4:
-        key = draw.choice(
-            ["max_context", "image_side", "query_lengths", "cache", "activations", "target", "accuracy_level"]
-        )
-        values: list[Json] = [
-            "int8",
-            "float16",
-            "float32",
-            "float64",
-            "cpu",
-            "cuda",
-            "tensorrt",
-            0,
-            1,
-            512,
-            2**31,
-            [4],
-            [9],
-        ]
-        tree[key] = draw.choice(values)
+        key = draw.choice(SETTINGS)
+        tree[key] = draw.choice(SETTING_VALUES)
         change = f" {key} = {tree[key]}{_with_graphs(tree)}"
     elif what == 5:
         embedding = tree["embedding"]

@@ -111,7 +111,7 @@ class Campaign:
             name = min((n for n in left if left[n] != 0), key=lambda n: given[n] / shares[n])
             rest = left[name]
             size = self.kinds[name].batch if rest is None else min(self.kinds[name].batch, rest)
-            if deadline is not None:  # a batch takes what is left at the most
+            if deadline is not None:  # a batch must end before the deadline
                 size = max(1, min(size, int((deadline - time.monotonic()) / (self._pace(name) or 0.02))))
             start = self.seed * SEEDS + given[name]
             given[name] += size

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run mutants of every input; exit code 1 if any failed.",
     )
     add = parser.add_argument
-    add("--minutes", type=float, metavar="M", help="run time (default: until --count, or one minute)")
+    add("--minutes", type=float, metavar="M", help="run time in minutes (default: until --count, or one minute)")
     add("--count", type=int, metavar="N", help="number of mutants, over all kinds")
     add(
         "--kind",

@@ -137,22 +137,16 @@ def matmul_nbits(random: Random) -> Case:
         margins[np.abs(expected).max(1) > 1e37] = np.inf  # sums may overflow
         return differs(results[0].reshape(rows, -1), expected, margins)
 
-    attributes = {
-        "K": inputs,
-        "N": outputs,
-        "bits": weight_format.bits,
-        "block_size": weight_format.block_size,
-        "accuracy_level": 4,
-    }
+    sizes = {"K": inputs, "N": outputs, "bits": weight_format.bits, "block_size": weight_format.block_size}
     operator = GELU_MATMUL_NBITS if gelu_first else MATMUL_NBITS if has_half_scales else CONTRIBUTED_MATMUL_NBITS
     tensors: dict[str, Array | None]
     tensors = {"values": packed.values, "scales": scales, "zero_points": packed.zero_points, "bias": bias}
     return Case(
         operator,
-        attributes,
+        sizes | {"accuracy_level": 4},
         {"x": x_input, **tensors},
         check,
-        counts=("K", "N", "bits", "block_size"),
+        counts=tuple(sizes),
         dependent=tuple(name for name, array in tensors.items() if array is not None),
         unsupported=("group_indices",),
     )

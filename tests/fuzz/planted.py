@@ -50,7 +50,7 @@ def _writes_two_lines(_: Path) -> None:
 
 
 def _allocates(_: Path) -> None:
-    b"x" * (GROWTH + (8 << 20))
+    _large = b"x" * (GROWTH + (8 << 20))
 
 
 def _warns(_: Path) -> None:

@@ -28,10 +28,10 @@ def tried(kind: str, name: str, calls: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("kinds", [("SIGKILL",), SIGNALS[1:2], ("ENOSPC", SHORT)], ids=["kills", "SIGTERM", "writes"])
-def test_faults_of_an_export(
+def test_export_survives_faults(
     kinds: tuple[str, ...], where: str, tiny_checkpoint: Path, replaced: Path, tmp_path: Path
 ) -> None:
-    """The old or the new bundle is whole, and the next export leaves nothing behind."""
+    """The old or the new bundle is complete, and the next export leaves nothing behind."""
     place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES[where])
     names = trace(place)
     differing = ["rename"] if where == "a folder without exchange" else dict.fromkeys(names)
@@ -46,15 +46,15 @@ def test_faults_of_an_export(
 
 
 @pytest.mark.parametrize("kind", [*SIGNALS[2:], *ERRORS[1:]])
-def test_each_kind_of_fault(kind: str, tiny_checkpoint: Path, replaced: Path, tmp_path: Path) -> None:
+def test_each_fault_kind(kind: str, tiny_checkpoint: Path, replaced: Path, tmp_path: Path) -> None:
     place = Place(tiny_checkpoint, replaced, tmp_path)
     assert inject(kind, trace(place).index("pwrite"), place) == ""
 
 
-def test_a_fault_is_seen(
+def test_inject_detects_a_fault(
     tiny_checkpoint: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """:func:`inject` detects a fault: here the old bundle is not restored."""
+    """An old bundle that is not restored is reported."""
     place = Place(tiny_checkpoint, replaced, tmp_path, *PLACES["a folder without exchange"])
     names = trace(place)
     second = names.index("rename", names.index("rename") + 1)

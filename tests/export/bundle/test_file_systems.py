@@ -36,7 +36,7 @@ def mounted(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return output
 
 
-def test_a_mount_point(tiny_checkpoint: Path, mounted: Path, refused: Refuse) -> None:
+def test_mount_point(tiny_checkpoint: Path, mounted: Path, refused: Refuse) -> None:
     for precision in ("int8", "int4"):
         assert cli.main([str(tiny_checkpoint), "-o", str(mounted), f"--{precision}", "--force"]) == 0
         (mounted / "lost+found").rmdir()
@@ -48,7 +48,7 @@ def test_a_mount_point(tiny_checkpoint: Path, mounted: Path, refused: Refuse) ->
     assert open_bundle(mounted).manifest.precision == "int4"
 
 
-def test_what_a_calibration_keeps_is_in_the_mount_point(mounted: Path) -> None:
+def test_calibration_folder_is_inside_mount_point(mounted: Path) -> None:
     with work_folder(mounted, "command") as folder:
         assert folder == mounted / ".bundle.calibration"
 
@@ -67,7 +67,7 @@ def test_mounts_of_the_same_file_system(tmp_path: Path, monkeypatch: pytest.Monk
     ("number", "said"),
     [("EDQUOT", "quota"), ("EFBIG", "FAT32"), ("EBUSY", "mount point"), ("EROFS", "Read-only file system")],
 )
-def test_what_file_systems_refuse(
+def test_file_system_errors(
     tiny_checkpoint: Path,
     output: Path,
     call: str,
@@ -85,7 +85,7 @@ def test_what_file_systems_refuse(
 
 
 @pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EBADF", "EINVAL"])
-def test_no_locks(
+def test_file_system_without_locks(
     tiny_checkpoint: Path,
     output: Path,
     number: str,
@@ -104,7 +104,7 @@ def test_no_locks(
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "EBADF", "EOPNOTSUPP", "EACCES"])
-def test_folders_that_cannot_be_flushed(
+def test_flush_not_supported(
     tiny_checkpoint: Path, replaceable: Path, number: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsync = os.fsync
@@ -120,7 +120,7 @@ def test_folders_that_cannot_be_flushed(
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "ENOSYS", "EOPNOTSUPP"])
-def test_no_space_is_reserved(
+def test_fallocate_not_supported(
     tiny_checkpoint: Path, tiny_bundle: Path, output: Path, number: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> NoReturn:

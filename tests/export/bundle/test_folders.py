@@ -39,7 +39,7 @@ def tree(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ALL_HIDDEN)
 @pytest.mark.parametrize("make", ["link", "dangling link", "link to a file", "file", "hard link", "pipe"])
-def test_something_in_place_of_a_hidden_folder(
+def test_file_or_link_instead_of_hidden_folder(
     tiny_checkpoint: Path, output: Path, tmp_path: Path, name: str, make: str, refused: Refuse
 ) -> None:
     victim, hidden = tmp_path / "victim", output.with_name(name)
@@ -62,7 +62,7 @@ def test_something_in_place_of_a_hidden_folder(
 
 
 @pytest.mark.parametrize("name", ALL_HIDDEN)
-def test_a_link_to_the_output_itself(tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse) -> None:
+def test_hidden_folder_links_to_output(tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse) -> None:
     replaceable.with_name(name).symlink_to("bundle")
     for options in ([], ["--force"]):
         message = refused(cli.main, tiny_checkpoint, "-o", replaceable, *options)
@@ -70,7 +70,7 @@ def test_a_link_to_the_output_itself(tiny_checkpoint: Path, replaceable: Path, n
     assert verified_precision(replaceable) == "int4"
 
 
-def test_a_link_that_comes_while_the_bundle_is_written(
+def test_link_replaces_partial_folder_during_export(
     tiny_checkpoint: Path, replaceable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     """A link in place of the partial folder: its target is neither published nor changed."""
@@ -94,7 +94,7 @@ def test_a_link_that_comes_while_the_bundle_is_written(
 
 @pytest.mark.parametrize("name", HIDDEN)
 @pytest.mark.parametrize("inside", ["thesis.txt", "llm.data/", "old/llm.data", "engines/llm.engine.txt"])
-def test_a_hidden_folder_with_something_else(
+def test_hidden_folder_with_foreign_files(
     tiny_checkpoint: Path, output: Path, name: str, inside: str, refused: Refuse
 ) -> None:
     hidden = output.with_name(name)
@@ -111,7 +111,7 @@ def test_a_hidden_folder_with_something_else(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder away")
 @pytest.mark.parametrize("name", HIDDEN)
-def test_a_hidden_folder_of_another_user(tiny_checkpoint: Path, output: Path, name: str, refused: Refuse) -> None:
+def test_hidden_folder_of_another_user(tiny_checkpoint: Path, output: Path, name: str, refused: Refuse) -> None:
     hidden = output.with_name(name)
     hidden.mkdir()
     (hidden / "llm.data").write_text("theirs")
@@ -131,8 +131,8 @@ def test_links_in_a_hidden_folder_are_not_followed(tiny_checkpoint: Path, output
     assert (tmp_path / "precious").read_text() == "dear"
 
 
-def test_a_folder_taken_away_meanwhile(output: Path) -> None:
-    """Another export may do it where there are no locks: its folder is neither published nor removed."""
+def test_partial_folder_moved_during_export(output: Path) -> None:
+    """Without locks, another export may take the folder. Its files are neither published nor removed."""
     partial = output.with_name(".bundle.partial")
 
     def write() -> None:
@@ -148,7 +148,7 @@ def test_a_folder_taken_away_meanwhile(output: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["link", "file", "other"])
-def test_a_calibration_folder_that_is_none(tmp_path: Path, make: str) -> None:
+def test_invalid_calibration_folder(tmp_path: Path, make: str) -> None:
     folder, victim = tmp_path / ".b.calibration", tmp_path / "victim"
     victim.mkdir()
     (victim / "data.npy").write_text("dear")
@@ -165,7 +165,7 @@ def test_a_calibration_folder_that_is_none(tmp_path: Path, make: str) -> None:
     assert make != "other" or tree(folder) == ["data.npy", "notes.txt"]
 
 
-def test_patterns_match_folder_by_folder() -> None:
+def test_patterns_match_per_path_component() -> None:
     assert matches("engines/x/llm.engine", "engines/*/*.engine")
     assert not matches("engines/x/y/llm.engine", "engines/*/*.engine")
     assert not matches("engines/x.onnx", "*.onnx")
@@ -178,7 +178,7 @@ def test_patterns_match_folder_by_folder() -> None:
 @pytest.mark.parametrize(
     "name", ["notes.txt", "extra.data", ".a", "sub/llm.data", "engines/README", "engines/a/x", "engines/a/b.engine"]
 )
-def test_files_that_no_bundle_wrote_stay(tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse) -> None:
+def test_foreign_files_are_kept(tiny_checkpoint: Path, replaceable: Path, name: str, refused: Refuse) -> None:
     path = replaceable / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("dear")
@@ -189,7 +189,7 @@ def test_files_that_no_bundle_wrote_stay(tiny_checkpoint: Path, replaceable: Pat
     assert tree(replaceable.parent) == before
 
 
-def test_a_file_that_comes_while_the_bundle_is_written(
+def test_foreign_file_added_during_export(
     tiny_checkpoint: Path, replaceable: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     def late(*arguments: Any) -> str:
@@ -203,7 +203,7 @@ def test_a_file_that_comes_while_the_bundle_is_written(
 
 
 @pytest.mark.parametrize("listed", ["../../victim.data", "/etc/passwd", "notes.txt", "sub/llm.data", "", ".", 7, None])
-def test_a_manifest_that_lists_what_is_no_bundles(
+def test_manifest_lists_foreign_file(
     tiny_checkpoint: Path, replaceable: Path, tmp_path: Path, listed: object, refused: Refuse
 ) -> None:
     (tmp_path / "victim.data").write_text("dear")
@@ -219,7 +219,7 @@ def test_a_manifest_that_lists_what_is_no_bundles(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 9999, '{"files": 1}', '{"files": [1]}', '{"files": [{"path": []}]}'])
-def test_a_folder_whose_manifest_tells_nothing(
+def test_unreadable_manifest_of_replaced_folder(
     tiny_checkpoint: Path, replaceable: Path, text: str, refused: Refuse
 ) -> None:
     (replaceable / MANIFEST).write_text(text)
@@ -228,7 +228,7 @@ def test_a_folder_whose_manifest_tells_nothing(
     assert tree(replaceable) == before
 
 
-def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, refused: Refuse) -> None:
+def test_engines_are_replaced_with_bundle(tiny_checkpoint: Path, replaceable: Path, refused: Refuse) -> None:
     engines = replaceable / "engines/tensorrt-10.9-cc8.7-0123456789abcdef"
     building = engines.with_name(f".{engines.name}.partial")
     for folder in (engines, building):
@@ -244,7 +244,7 @@ def test_engines_go_with_their_bundle(tiny_checkpoint: Path, replaceable: Path, 
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "EXDEV"])
-def test_a_bundle_in_a_layer_of_an_image(
+def test_replace_bundle_in_container_image_layer(
     tiny_checkpoint: Path, replaceable: Path, number: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder can be neither swapped nor renamed. The error of the swap depends on the kernel."""
@@ -268,7 +268,7 @@ def test_a_bundle_in_a_layer_of_an_image(
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "ENOSYS", "EOPNOTSUPP", None])
-def test_folders_that_cannot_be_exchanged(
+def test_exchange_not_supported(
     tiny_checkpoint: Path, replaceable: Path, number: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file system refuses the call, or the C library lacks it."""
@@ -284,8 +284,8 @@ def test_folders_that_cannot_be_exchanged(
     assert [path.name for path in replaceable.parent.iterdir()] == ["bundle"]
 
 
-def test_a_linked_bundle_file_is_replaced_alone(tiny_checkpoint: Path, replaceable: Path, tmp_path: Path) -> None:
-    """As in a hub cache: links are deleted, their targets stay."""
+def test_link_targets_of_replaced_bundle_stay(tiny_checkpoint: Path, replaceable: Path, tmp_path: Path) -> None:
+    """Links, as in a hub cache, are deleted; their targets stay."""
     (replaceable / "llm.data").rename(tmp_path / "blob")
     (replaceable / "llm.data").symlink_to(tmp_path / "blob")
     assert cli.main([str(tiny_checkpoint), "-o", str(replaceable), "--int8", "--force"]) == 0
@@ -293,19 +293,19 @@ def test_a_linked_bundle_file_is_replaced_alone(tiny_checkpoint: Path, replaceab
     assert not (replaceable / "llm.data").is_symlink()
 
 
-def test_a_dry_run_writes_nothing(tiny_checkpoint: Path, output: Path) -> None:
+def test_dry_run_writes_nothing(tiny_checkpoint: Path, output: Path) -> None:
     assert cli.main([str(tiny_checkpoint), "-o", str(output), "--dry-run"]) == 0
     assert not list(output.parent.iterdir())
 
 
-def test_what_was_found_is_named(tmp_path: Path) -> None:
+def test_foreign_path_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "x") in str(ForeignPathError(tmp_path / "x"))
 
 
 # Files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_whole_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "report").write_text("old")
     (tmp_path / "report").chmod(0o600)
     (tmp_path / "link").symlink_to("report")
@@ -335,7 +335,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("missing/x", "is not a folder"),
     ],
 )
-def test_places_for_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+def test_unwritable_output_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FusionError, match=said):
         check_output_file(Path(name))

@@ -1,4 +1,4 @@
-"""A bundle is complete or absent, whatever is in its place, fails, or kills the export."""
+"""An export leaves a complete bundle or none, after any failure or kill, and with any existing output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def siblings(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir())
 
 
-# What is in the place already -------------------------------------------------------------------------------
+# Existing outputs -------------------------------------------------------------------------------------------
 
 
 def test_force_replaces_a_bundle(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
@@ -43,7 +43,7 @@ def test_force_replaces_a_bundle(tiny_checkpoint: Path, output: Path, refused: R
     assert siblings(output) == ["bundle"]
 
 
-def test_force_replaces_the_bundle_behind_a_link(tiny_checkpoint: Path, output: Path) -> None:
+def test_force_replaces_link_target(tiny_checkpoint: Path, output: Path) -> None:
     output.symlink_to("elsewhere")
     for _ in range(2):
         assert cli.main([str(tiny_checkpoint), "-o", str(output), "--force"]) == 0
@@ -72,12 +72,12 @@ def test_force_replaces_nothing_else(tiny_checkpoint: Path, output: Path, make: 
     assert siblings(output) == ["bundle"]
 
 
-def test_no_output_is_named(tiny_checkpoint: Path, refused: Refuse) -> None:
+def test_missing_output_option(tiny_checkpoint: Path, refused: Refuse) -> None:
     assert "No output given; add -o BUNDLE" in refused(cli.main, tiny_checkpoint, code=2)
 
 
 @pytest.mark.parametrize("place", ["/", ".", "..", ""])
-def test_folders_that_are_in_use(
+def test_existing_folder_is_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse, place: str
 ) -> None:
     (tmp_path / "work").mkdir()
@@ -86,7 +86,7 @@ def test_folders_that_are_in_use(
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_a_place_in_no_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Refuse) -> None:
+def test_output_without_parent_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Refuse) -> None:
     (tmp_path / "file").touch()
     for parent in ("missing", "missing/below", "file"):
         message = refused(cli.main, tiny_checkpoint, "-o", tmp_path / parent / "bundle")
@@ -95,7 +95,7 @@ def test_a_place_in_no_folder(tiny_checkpoint: Path, tmp_path: Path, refused: Re
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_write_protected(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
+def test_write_protected_folder(tiny_checkpoint: Path, output: Path, refused: Refuse) -> None:
     output.parent.chmod(0o555)
     assert f"Cannot write {output} (Permission denied); choose another output." in refused(
         cli.main, tiny_checkpoint, "-o", output
@@ -104,7 +104,7 @@ def test_a_folder_that_is_write_protected(tiny_checkpoint: Path, output: Path, r
     assert not siblings(output)
 
 
-def test_a_file_system_that_is_read_only(tiny_checkpoint: Path, refused: Refuse) -> None:
+def test_read_only_file_system(tiny_checkpoint: Path, refused: Refuse) -> None:
     message = refused(cli.main, tiny_checkpoint, "-o", "/proc/bundle")  # no user may make a folder here
     assert message.startswith("error: Cannot write /proc/bundle (")
 
@@ -112,7 +112,7 @@ def test_a_file_system_that_is_read_only(tiny_checkpoint: Path, refused: Refuse)
 # The disk ---------------------------------------------------------------------------------------------------
 
 
-def test_too_small_a_disk_is_told_before_writing(
+def test_small_disk_is_refused_before_writing(
     tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     def never(*_: object) -> NoReturn:
@@ -127,7 +127,7 @@ def test_too_small_a_disk_is_told_before_writing(
 
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "mkdir"])
 @pytest.mark.parametrize("replacing", [False, True])
-def test_a_disk_that_becomes_full(
+def test_disk_becomes_full(
     tiny_checkpoint: Path,
     tiny_bundle: Path,
     output: Path,
@@ -153,9 +153,7 @@ def test_a_disk_that_becomes_full(
     assert not replacing or verified_precision(output) == "int4"
 
 
-def test_an_error_of_the_disk(
-    tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
-) -> None:
+def test_disk_error(tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
     def broken(*_: object) -> NoReturn:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -164,9 +162,7 @@ def test_an_error_of_the_disk(
     assert not siblings(output)
 
 
-def test_writes_that_take_less_than_asked(
-    tiny_checkpoint: Path, tiny_bundle: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_writes(tiny_checkpoint: Path, tiny_bundle: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:70_000], offset))
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
@@ -174,7 +170,7 @@ def test_writes_that_take_less_than_asked(
         assert (output / path.name).read_bytes() == path.read_bytes()
 
 
-def test_interrupted(
+def test_signal_during_export(
     tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object) -> NoReturn:
@@ -186,11 +182,11 @@ def test_interrupted(
     assert not siblings(output)
 
 
-# Two at once ------------------------------------------------------------------------------------------------
+# Concurrent exports -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [[], ["--force"]])
-def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options: list[str], refused: Refuse) -> None:
+def test_concurrent_export_is_refused(tiny_checkpoint: Path, output: Path, options: list[str], refused: Refuse) -> None:
     partial = output.with_name(".bundle.partial")
     partial.mkdir()
     (partial / "llm.data").write_bytes(b"half")
@@ -206,7 +202,7 @@ def test_another_export_is_writing(tiny_checkpoint: Path, output: Path, options:
 
 
 @pytest.mark.parametrize("outcome", ["finished", "failed", "failed and a third began"])
-def test_the_other_export_ends_while_this_one_waits(
+def test_concurrent_export_ends_while_locking(
     tiny_checkpoint: Path, output: Path, outcome: str, monkeypatch: pytest.MonkeyPatch, refused: Refuse
 ) -> None:
     partial = output.with_name(".bundle.partial")
@@ -225,7 +221,7 @@ def test_the_other_export_ends_while_this_one_waits(
     assert (partial / "llm.data").exists() == (outcome == "failed and a third began")
 
 
-# Killed -----------------------------------------------------------------------------------------------------
+# Kills ------------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -259,7 +255,7 @@ def killed_export(moment: Sequence[object], checkpoint: Path, output: Path, *opt
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed(moment: tuple[str, int], tiny_checkpoint: Path, output: Path) -> None:
+def test_killed_export(moment: tuple[str, int], tiny_checkpoint: Path, output: Path) -> None:
     code = killed_export(moment, tiny_checkpoint, output, "--int8")
     completed = moment == ("rename", 1)
     assert code == (0 if completed else -signal.SIGKILL)
@@ -289,7 +285,7 @@ def test_killed_while_replacing(
 def test_killed_while_the_replaced_bundle_is_removed(
     moment: tuple[str, int], tiny_checkpoint: Path, tiny_bundle: Path, output: Path, refused: Refuse
 ) -> None:
-    """It was swapped with the new one: there is a bundle at any time."""
+    """The bundles were swapped: there is a bundle at any time."""
     shutil.copytree(tiny_bundle, output)
     engine = output / "engines/tensorrt-10.9-cc8.7-0123456789abcdef/llm.engine"
     engine.parent.mkdir(parents=True)

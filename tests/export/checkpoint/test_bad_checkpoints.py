@@ -64,7 +64,7 @@ def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
     edit_json(index, weight_map=others | dict.fromkeys(tensors, path.name))
 
 
-# What is given as a checkpoint ------------------------------------------------------------------------------
+# Checkpoint path --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,16 @@ def edit_shard(path: Path, edit: Callable[[Tensors], object]) -> None:
         (GOLDEN, "has no weights; expected model.safetensors"),
     ],
 )
-def test_what_is_no_checkpoint_folder(refuse: Refuse, source: object, message: str) -> None:
+def test_invalid_checkpoint_path(refuse: Refuse, source: object, message: str) -> None:
     assert message in refuse(source=source)
 
 
-def test_a_revision_of_a_folder(refuse: Refuse) -> None:
+def test_revision_of_folder_is_refused(refuse: Refuse) -> None:
     assert "does not apply to the local folder" in refuse("--revision", "main", code=2)
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "llava", None, 3, ["fusion_phi"], {}, ...])
-def test_another_model(checkpoint: Path, refuse: Refuse, model_type: object) -> None:
+def test_checkpoint_of_another_model(checkpoint: Path, refuse: Refuse, model_type: object) -> None:
     edit_json(checkpoint / "config.json", model_type=model_type)
     found = None if model_type is ... else model_type
     assert f"is not a FUSION checkpoint: its model_type is {found!r}" in refuse()
@@ -109,7 +109,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(checkpoint: Pat
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", FIRST])
-def test_a_missing_file(checkpoint: Path, refuse: Refuse, name: str) -> None:
+def test_missing_file(checkpoint: Path, refuse: Refuse, name: str) -> None:
     (checkpoint / name).unlink()
     message = refuse()
     assert name in message
@@ -126,19 +126,19 @@ def test_no_tokenizer_and_no_index(checkpoint: Path, refuse: Refuse) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", INDEX])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000])
-def test_a_json_file_that_is_none(checkpoint: Path, refuse: Refuse, name: str, content: bytes) -> None:
+def test_invalid_json_file(checkpoint: Path, refuse: Refuse, name: str, content: bytes) -> None:
     (checkpoint / name).write_bytes(content)
     assert f"{checkpoint / name} " in refuse()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 200, 100_000, -1])
-def test_a_truncated_shard(checkpoint: Path, refuse: Refuse, keep: int) -> None:
+def test_truncated_shard(checkpoint: Path, refuse: Refuse, keep: int) -> None:
     shard = checkpoint / FIRST
     shard.write_bytes(shard.read_bytes()[:keep])
     assert f"{shard} is truncated" in refuse()
 
 
-def test_a_corrupt_shard(checkpoint: Path, refuse: Refuse) -> None:
+def test_corrupt_shard(checkpoint: Path, refuse: Refuse) -> None:
     shard = checkpoint / FIRST
     content = bytearray(shard.read_bytes())
     content[20] ^= 0x80
@@ -146,7 +146,7 @@ def test_a_corrupt_shard(checkpoint: Path, refuse: Refuse) -> None:
     assert f"{shard} has a corrupt safetensors header" in refuse()
 
 
-def test_a_web_page_in_place_of_a_shard(checkpoint: Path, refuse: Refuse) -> None:
+def test_web_page_instead_of_shard(checkpoint: Path, refuse: Refuse) -> None:
     (checkpoint / FIRST).write_text("<!DOCTYPE html><html>Not Found</html>", encoding="utf-8")
     assert f"{FIRST} is a web page, perhaps of a failed download" in refuse()
 
@@ -154,29 +154,29 @@ def test_a_web_page_in_place_of_a_shard(checkpoint: Path, refuse: Refuse) -> Non
 # Tensors ----------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_tensor(checkpoint: Path, refuse: Refuse) -> None:
+def test_missing_tensor(checkpoint: Path, refuse: Refuse) -> None:
     edit_shard(checkpoint / SECOND, lambda tensors: tensors.pop(NORM))
     assert f"Tensor {NORM} is missing from {checkpoint}; expected shape [32]" in refuse()
 
 
-def test_an_unused_tensor(checkpoint: Path, refuse: Refuse) -> None:
+def test_unused_tensor(checkpoint: Path, refuse: Refuse) -> None:
     extra = {"model.lora.weight": np.zeros(3, np.float16)}
     edit_shard(checkpoint / SECOND, lambda tensors: tensors.update(extra))
     assert "Tensor model.lora.weight of" in refuse()
 
 
-def test_a_wrongly_shaped_tensor(checkpoint: Path, refuse: Refuse) -> None:
+def test_tensor_of_wrong_shape(checkpoint: Path, refuse: Refuse) -> None:
     shape = {NORM: np.ones(33, np.float16)}
     edit_shard(checkpoint / SECOND, lambda tensors: tensors.update(shape))
     assert f"Tensor {NORM} of {checkpoint} has shape [33]; config.json requires [32]" in refuse()
 
 
-def test_a_tensor_of_integers(checkpoint: Path, refuse: Refuse) -> None:
+def test_integer_tensor(checkpoint: Path, refuse: Refuse) -> None:
     edit_shard(checkpoint / SECOND, lambda tensors: tensors.update({NORM: np.ones(32, np.int8)}))
     assert f"Tensor {NORM} of {checkpoint} has the type I8; expected BF16 or F16 or F32" in refuse()
 
 
-def test_a_vision_tower_of_width_zero(checkpoint: Path, refuse: Refuse) -> None:
+def test_vision_tower_of_width_zero(checkpoint: Path, refuse: Refuse) -> None:
     def empty(tensors: Tensors) -> None:
         for name in tensors:
             if "patch_embedding.weight" in name:
@@ -198,7 +198,7 @@ def test_a_vision_tower_of_width_zero(checkpoint: Path, refuse: Refuse) -> None:
         "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight",
     ],
 )
-def test_a_weight_that_is_not_finite(checkpoint: Path, refuse: Refuse, name: str, value: float) -> None:
+def test_weight_not_finite(checkpoint: Path, refuse: Refuse, name: str, value: float) -> None:
     placed = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))["weight_map"]
 
     def spoil(tensors: Tensors) -> None:
@@ -250,7 +250,7 @@ def test_a_weight_that_is_not_finite(checkpoint: Path, refuse: Refuse, name: str
         ("tokenizer_model_max_length", ...),
     ],
 )
-def test_a_config_value(checkpoint: Path, refuse: Refuse, field: str, value: object) -> None:
+def test_invalid_config_value(checkpoint: Path, refuse: Refuse, field: str, value: object) -> None:
     edit_json(checkpoint / "config.json", **{field: value})
     shown = "missing" if value is ... else repr(value)
     assert re.search(rf"config\.json: {field} is {re.escape(shown)}; expected \S", refuse())
@@ -278,14 +278,16 @@ LLAMA3 = {
         ("rope_scaling.original_max_position_embeddings", {**LLAMA3, "original_max_position_embeddings": 0.5}, None),
     ],
 )
-def test_rotary_scaling(checkpoint: Path, refuse: Refuse, field: str, value: object, original: int | None) -> None:
+def test_invalid_rotary_scaling(
+    checkpoint: Path, refuse: Refuse, field: str, value: object, original: int | None
+) -> None:
     longrope = {"rope_scaling": value, "original_max_position_embeddings": original}
     edit_json(checkpoint / "config.json", **longrope)
     assert f"config.json: {field} is " in refuse()
 
 
 @pytest.mark.parametrize("value", ["2", [2, "3"], -1, 1208, [2, 10**9]])
-def test_end_tokens(checkpoint: Path, refuse: Refuse, value: object) -> None:
+def test_invalid_eos_tokens(checkpoint: Path, refuse: Refuse, value: object) -> None:
     edit_json(checkpoint / "generation_config.json", eos_token_id=value)
     assert f"generation_config.json: eos_token_id is {value!r}; expected token ids" in refuse()
 
@@ -310,7 +312,7 @@ def test_any_config_value(
     assert (code, message.count("\n")) in ((0, 0), (1, 1))
 
 
-def test_a_tokenizer_with_more_ids_than_the_model(checkpoint: Path, refuse: Refuse) -> None:
+def test_tokenizer_has_more_ids_than_model(checkpoint: Path, refuse: Refuse) -> None:
     edit_json(checkpoint / "config.json", vocab_size=1207)
 
     def shorten(tensors: Tensors) -> None:
@@ -345,7 +347,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(checkpoint: Path, refuse: Refu
         (["--rule", "llm.embed_tokens=int4"], "llm.embed_tokens cannot be int4"),
     ],
 )
-def test_an_option_that_does_not_fit(refuse: Refuse, options: list[str], message: str) -> None:
+def test_option_contradicts_checkpoint(refuse: Refuse, options: list[str], message: str) -> None:
     assert message in refuse(*options, code=2)
 
 
@@ -387,13 +389,13 @@ def test_wrong_usage(checkpoint: Path, capsys: pytest.CaptureFixture[str], optio
         ("[rules]\n'lm_head' = 'int8'", "Rule 'lm_head' matches no weight"),
     ],
 )
-def test_a_file_of_rules(refuse: Refuse, tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_rules_file(refuse: Refuse, tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "rules.toml").write_text(content, encoding="utf-8")
     code = 2 if "Unknown" in message or "matches" in message else 1
     assert message in refuse("--rules", tmp_path / "rules.toml", code=code)
 
 
-def test_a_file_of_rules_that_cannot_be_read(refuse: Refuse, tmp_path: Path) -> None:
+def test_unreadable_rules_file(refuse: Refuse, tmp_path: Path) -> None:
     assert "No such file" in refuse("--rules", tmp_path / "missing.toml")
     assert "Is a directory" in refuse("--rules", tmp_path)
     (tmp_path / "rules.toml").write_bytes(b"\xff")

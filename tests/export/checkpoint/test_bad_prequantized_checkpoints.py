@@ -41,8 +41,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def refuse(originals: dict[str, Path], tmp_path: Path, refused: Refuse) -> Refuse:
-    """``refuse(layout, edit, *options, **config)``: the message for a checkpoint whose tensors ``edit`` changes, and
-    whose ``quantization_config`` gets the fields of ``config``.
+    """Return ``refuse(layout, edit, *options, **config)``: it returns the error for a changed checkpoint.
+
+    ``edit`` changes the tensors, and ``config`` the fields of ``quantization_config``.
     """
 
     def run(layout: str, edit: Callable[[Tensors], object] | None, *options: str, code: int = 1, **config: Any) -> str:
@@ -89,25 +90,27 @@ def group(**fields: Any) -> dict[str, Any]:
         ("bnb", {"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage is 'bfloat16'; expected 'uint8'"),
     ],
 )
-def test_a_config_that_is_not_supported(refuse: Refuse, layout: str, config: dict[str, Any], message: str) -> None:
+def test_unsupported_quantization_config(refuse: Refuse, layout: str, config: dict[str, Any], message: str) -> None:
     assert message in refuse(layout, None, **config)
 
 
-def test_a_scheme_of_activations(refuse: Refuse) -> None:
+def test_quantized_activations_are_refused(refuse: Refuse) -> None:
     groups = group()
     groups["group_0"]["input_activations"] = {"num_bits": 8}
     assert "group_0.input_activations is {'num_bits': 8}; expected" in refuse("ct", None, config_groups=groups)
 
 
 @pytest.mark.parametrize("value", [3, "gptq", []])
-def test_a_config_that_is_no_object(originals: dict[str, Path], tmp_path: Path, refused: Refuse, value: object) -> None:
+def test_quantization_config_must_be_an_object(
+    originals: dict[str, Path], tmp_path: Path, refused: Refuse, value: object
+) -> None:
     copy = shutil.copytree(originals["gptq"], tmp_path / "broken")
     edit_config(copy, quantization_config=value)
     message = refused(cli.main, copy, "--dry-run")
     assert f"quantization_config is {value!r}; expected an object" in message
 
 
-def test_tensors_without_a_config(originals: dict[str, Path], tmp_path: Path, refused: Refuse) -> None:
+def test_quantized_tensors_without_config(originals: dict[str, Path], tmp_path: Path, refused: Refuse) -> None:
     copy = shutil.copytree(originals["gptq"], tmp_path / "broken")
     edit_config(copy, quantization_config=None)
     message = refused(cli.main, copy, "--dry-run")
@@ -155,7 +158,7 @@ def spoil(name: str, value: float) -> Callable[[Tensors], None]:
         ("bnb", cut(STATE, 20), "is not a quantization state: it is not valid JSON"),
     ],
 )
-def test_damage(refuse: Refuse, layout: str, edit: Callable[[Tensors], object], message: str) -> None:
+def test_damaged_tensors(refuse: Refuse, layout: str, edit: Callable[[Tensors], object], message: str) -> None:
     assert message in refuse(layout, edit)
 
 
@@ -169,7 +172,7 @@ def test_damage(refuse: Refuse, layout: str, edit: Callable[[Tensors], object], 
         ({"nested_offset": 10**400}, "nested_offset is 1000"),
     ],
 )
-def test_a_state_of_bitsandbytes(refuse: Refuse, fields: dict[str, object], message: str) -> None:
+def test_invalid_bitsandbytes_state(refuse: Refuse, fields: dict[str, object], message: str) -> None:
     def edit(tensors: Tensors) -> None:
         state = json.loads(tensors[STATE].numpy().tobytes()) | fields
         tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
@@ -177,7 +180,7 @@ def test_a_state_of_bitsandbytes(refuse: Refuse, fields: dict[str, object], mess
     assert message in refuse("bnb", edit)
 
 
-def test_blocks_that_cannot_be_stored(tmp_path: Path, refused: Refuse) -> None:
+def test_unsupported_block_size(tmp_path: Path, refused: Refuse) -> None:
     fixture = read_fixture("gptq-v1-sym")
     pack = packer("gptq-v1-sym")
     folder = write_quantized(tmp_path / "checkpoint", fixture.config | {"group_size": 24}, fixture.tensors, pack)
@@ -196,7 +199,7 @@ def test_blocks_that_cannot_be_stored(tmp_path: Path, refused: Refuse) -> None:
     assert "has groups of 24 columns; expected a multiple of 16" in message
 
 
-def test_a_range_of_columns_inside_a_group(tmp_path: Path, refused: Refuse) -> None:
+def test_column_range_splits_a_group(tmp_path: Path, refused: Refuse) -> None:
     """``proj_in`` is two matmuls: its halves must not share a group."""
     fixture = read_fixture("gptq-v1-channel")
     pattern = r"model\.(layers|vision_sampler_layers)\."
@@ -212,7 +215,7 @@ def test_a_range_of_columns_inside_a_group(tmp_path: Path, refused: Refuse) -> N
 @pytest.mark.parametrize(
     ("other", "how"), [("gptq-v1-channel", "differ in bits, groups"), (None, "only partly quantized")]
 )
-def test_matrices_of_one_product_that_differ(tmp_path: Path, refused: Refuse, other: str | None, how: str) -> None:
+def test_sources_of_one_matmul_must_agree(tmp_path: Path, refused: Refuse, other: str | None, how: str) -> None:
     model = dataclasses.replace(SMALL, template="llama_3")
     fixture = read_fixture("gptq-v1-sym")
     pattern = r"model\.layers\.(0|1\..*q_proj)" if other is None else r"model\.layers\."
@@ -235,6 +238,6 @@ def test_matrices_of_one_product_that_differ(tmp_path: Path, refused: Refuse, ot
     assert cli.main([str(folder), "--dry-run", "--rule", "llm.layers.1.attention.qkv=int4"]) == 0
 
 
-def test_inputs_that_are_not_whole_blocks(tiny_checkpoint: Path, refused: Refuse) -> None:
+def test_width_must_be_a_multiple_of_the_block(tiny_checkpoint: Path, refused: Refuse) -> None:
     message = refused(cli.main, tiny_checkpoint, "--dry-run", "--nf4", code=2)
     assert "cannot be nf4:64: its 32 inputs are not whole blocks of 64; use a smaller --group-size" in message

@@ -35,7 +35,7 @@ def contents() -> dict[str, str]:
     return {name: tokenizer_json(folder) for name, folder in FOLDERS.items()}
 
 
-def test_what_export_writes_is_accepted(contents: dict[str, str]) -> None:
+def test_exported_tokenizers_are_accepted(contents: dict[str, str]) -> None:
     for content in contents.values():
         assert build_tokenizer(parse_tokenizer(content.encode())).to_str() == content
 
@@ -120,7 +120,9 @@ CHANGES: list[Change] = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_refused(contents: dict[str, str], change: Change, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dangerous_tokenizer_json_is_refused(
+    contents: dict[str, str], change: Change, capfd: pytest.CaptureFixture[str]
+) -> None:
     content = json.loads(contents["llama"])
     change(content)
     with pytest.raises(ValueError, match=r".") as caught:
@@ -129,7 +131,7 @@ def test_what_is_refused(contents: dict[str, str], change: Change, capfd: pytest
     assert "panic" not in capfd.readouterr().err
 
 
-def test_ids_of_a_bundle_have_rows(contents: dict[str, str]) -> None:
+def test_bundle_ids_have_embedding_rows(contents: dict[str, str]) -> None:
     check_tokenizer(json.loads(contents["phi"]), 1208)
     with pytest.raises(ValueError, match="has the id 1207, expected 0 to 1206"):
         check_tokenizer(json.loads(contents["phi"]), 1207)
@@ -141,7 +143,7 @@ def test_ids_of_a_bundle_have_rows(contents: dict[str, str]) -> None:
      b"[" + b"{}," * 200_000 + b"0]", b'{"x": ' + b"9" * 10_000 + b"}", b" " * (33 << 20)],
     ids=lambda content: repr(content[:20]),
 )  # fmt: skip
-def test_no_json(content: bytes) -> None:
+def test_invalid_tokenizer_json(content: bytes) -> None:
     begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"."):
         build_tokenizer(parse_tokenizer(content))
@@ -188,7 +190,7 @@ O200K = (
 
 
 @pytest.mark.parametrize("pattern", [LLAMA_3, GPT_2, O200K, r"\A(?!\z|\s*<\|a\|>|<b>\z)", "a++b", "a*?"])
-def test_patterns_that_are_accepted(pattern: str) -> None:
+def test_accepted_patterns(pattern: str) -> None:
     check_regex(pattern)
 
 
@@ -198,14 +200,14 @@ def test_patterns_that_are_accepted(pattern: str) -> None:
      "(?<=a)b", "(?R)", "a{1,3}+", "**", "((", "[", "x" * 200_000],
     ids=lambda pattern: pattern[:20],
 )  # fmt: skip
-def test_patterns_that_are_refused(pattern: str) -> None:
+def test_refused_patterns(pattern: str) -> None:
     content = json.loads(tokenizer_json(LLAMA))
     content["normalizer"] = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
     with pytest.raises(ValueError, match=r"regular expression|tokenizers"):
         build_tokenizer(content)
 
 
-def test_export_refuses_them_by_name(tmp_path: Path, contents: dict[str, str]) -> None:
+def test_export_names_bad_tokenizer(tmp_path: Path, contents: dict[str, str]) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes((LLAMA / "tokenizer_config.json").read_bytes())
     content = json.loads(contents["llama"])
     content["model"]["vocab"]["3"] = 2_000_000_000
@@ -223,7 +225,7 @@ def test_export_refuses_them_by_name(tmp_path: Path, contents: dict[str, str]) -
         (lambda c: c.update(padding={"strategy": {"Fixed": 10**12}}), "padding"),
     ],
 )
-def test_bundles_of_right_checksums(
+def test_bad_tokenizer_in_bundle_with_correct_checksum(
     tiny_bundle: Path, tmp_path: Path, refused: Callable[..., str], change: Change, named: str
 ) -> None:
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
@@ -246,7 +248,7 @@ def test_bundles_of_right_checksums(
      b"\x22\x02\x08\x00" * (1 << 20), bytes(9 << 20), b"\x0a\x80\x80\x80\x02\x0a\xfb\xff\xff\x01" + b"a" * (4 << 20)],
     ids=lambda model: repr(model[:8]),
 )  # fmt: skip
-def test_sentencepiece_models_of_nothing(tmp_path: Path, model: bytes) -> None:
+def test_empty_sentencepiece_models(tmp_path: Path, model: bytes) -> None:
     write_phi(tmp_path, model)
     begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(FusionError, match=r"tokenizer\.model"):
@@ -255,8 +257,8 @@ def test_sentencepiece_models_of_nothing(tmp_path: Path, model: bytes) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
-def test_two_values_of_one_name(contents: dict[str, str]) -> None:
-    """The library might read the value that was not checked."""
+def test_duplicate_json_keys(contents: dict[str, str]) -> None:
+    """The library might read the value that is not checked."""
     content = contents["phi"].replace('"type":"BPE"', '"type":"BPE","dropout":0.5', 1).encode()
     with pytest.raises(ValueError, match="'dropout' is a duplicate key"):
         parse_tokenizer(content)
@@ -269,8 +271,8 @@ def test_two_values_of_one_name(contents: dict[str, str]) -> None:
         lambda c: c.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
     ],
 )
-def test_a_tokenizer_that_fails_on_a_text(contents: dict[str, str], change: Change) -> None:
-    """The second fails in a panic, for empty matches of Phi's normalizer."""
+def test_tokenizer_fails_on_a_text(contents: dict[str, str], change: Change) -> None:
+    """The second change makes the library panic: Phi's normalizer matches an empty text."""
     content = json.loads(contents["phi"])
     change(content)
     encoder = PromptEncoder(build_tokenizer(content), TEMPLATES["phi_3"])

@@ -66,11 +66,11 @@ def replace_tensors(checkpoint: Path, tensors: Tensors) -> None:
     save_file(tensors, checkpoint / "model.safetensors")
 
 
-# Files that are something else ------------------------------------------------------------------------------
+# Files of other formats -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, FIRST, "tokenizer.model"])
-def test_a_git_lfs_pointer(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
+def test_git_lfs_pointer(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
     (checkpoint / name).write_bytes(LFS)
     assert f"{checkpoint / name} is a Git LFS pointer" in (message := refuse())
     assert "`git lfs pull`" in message
@@ -87,14 +87,14 @@ def test_a_git_lfs_pointer(checkpoint: Path, refuse: Callable[..., str], name: s
         (b"GGUF\x03" + bytes(60), "is a GGUF file"),
     ],
 )
-def test_another_kind_of_file(
+def test_file_of_another_format(
     checkpoint: Path, refuse: Callable[..., str], name: str, content: bytes, what: str
 ) -> None:
     (checkpoint / name).write_bytes(content)
     assert f"{checkpoint / name} {what}" in refuse()
 
 
-def test_files_of_torch_save(checkpoint: Path, refuse: Callable[..., str]) -> None:
+def test_torch_save_file(checkpoint: Path, refuse: Callable[..., str]) -> None:
     torch.save({"a": torch.zeros(3)}, checkpoint / FIRST)
     assert "is a zip archive, perhaps of torch.save" in refuse()
     torch.save({"a": torch.zeros(3)}, checkpoint / FIRST, _use_new_zipfile_serialization=False)
@@ -103,7 +103,7 @@ def test_files_of_torch_save(checkpoint: Path, refuse: Callable[..., str]) -> No
 
 @pytest.mark.parametrize("name", [*JSON_FILES, FIRST, "tokenizer.model"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_no_regular_file(checkpoint: Path, refuse: Callable[..., str], name: str, kind: str) -> None:
+def test_not_a_regular_file(checkpoint: Path, refuse: Callable[..., str], name: str, kind: str) -> None:
     (checkpoint / name).unlink()
     if kind == "pipe":
         os.mkfifo(checkpoint / name)
@@ -116,7 +116,7 @@ def test_no_regular_file(checkpoint: Path, refuse: Callable[..., str], name: str
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
 @pytest.mark.parametrize("name", JSON_FILES)
-def test_encodings_of_json(checkpoint: Path, name: str, encoding: str) -> None:
+def test_json_encodings(checkpoint: Path, name: str, encoding: str) -> None:
     text = (checkpoint / name).read_text(encoding="utf-8")
     (checkpoint / name).write_bytes(text.encode(encoding))
     accepted(checkpoint)
@@ -126,13 +126,13 @@ def test_encodings_of_json(checkpoint: Path, name: str, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
-def test_json_that_is_too_large(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
+def test_json_too_large(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
     (checkpoint / name).write_bytes(b'{"a":' + b"[" * LARGEST_JSON)
     assert f"is too large; expected at most {LARGEST_JSON} bytes" in refuse()
 
 
 @pytest.mark.parametrize("inner", [b"[],", b"{},", b"[[[[]]]],"])
-def test_the_largest_json_takes_little_memory(tmp_path: Path, inner: bytes) -> None:
+def test_largest_json_memory(tmp_path: Path, inner: bytes) -> None:
     content = b'{"a":[' + inner * (LARGEST_JSON // len(inner) - 8) + b"0]}"
     (tmp_path / "config.json").write_bytes(content)
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
@@ -151,7 +151,7 @@ def test_the_largest_json_takes_little_memory(tmp_path: Path, inner: bytes) -> N
     assert int(done.stdout) < 64 << 10  # KiB
 
 
-def test_a_header_of_a_hundred_megabytes(checkpoint: Path, refuse: Callable[..., str]) -> None:
+def test_oversized_header(checkpoint: Path, refuse: Callable[..., str]) -> None:
     with (checkpoint / FIRST).open("wb") as file:
         file.write(struct.pack("<Q", 99_000_000))
         file.truncate(100_000_000)  # sparse
@@ -160,17 +160,17 @@ def test_a_header_of_a_hundred_megabytes(checkpoint: Path, refuse: Callable[...,
     assert time.monotonic() - started < 2
 
 
-def test_a_value_that_is_too_long_to_show(checkpoint: Path, refuse: Callable[..., str]) -> None:
+def test_long_value_is_shortened(checkpoint: Path, refuse: Callable[..., str]) -> None:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     (checkpoint / "config.json").write_text(json.dumps(config | {"query_len": "1" * 100_000}), encoding="utf-8")
     assert len(refuse()) < 1000
 
 
-# Folders that are something else ----------------------------------------------------------------------------
+# Folders without a checkpoint -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
-def test_an_adapter(tmp_path: Path, refuse: Callable[..., str], name: str) -> None:
+def test_lora_adapter(tmp_path: Path, refuse: Callable[..., str], name: str) -> None:
     folder = tmp_path / "tuned"
     folder.mkdir()
     (folder / name).write_bytes(b"{}")
@@ -179,23 +179,23 @@ def test_an_adapter(tmp_path: Path, refuse: Callable[..., str], name: str) -> No
     assert "merge it" in message
 
 
-def test_an_adapter_beside_its_base(checkpoint: Path, refuse: Callable[..., str]) -> None:
+def test_lora_adapter_beside_base_model(checkpoint: Path, refuse: Callable[..., str]) -> None:
     (checkpoint / "adapter_model.safetensors").write_bytes(b"")
     assert "holds a LoRA adapter (adapter_model.safetensors)" in refuse()
 
 
 @pytest.mark.parametrize("name", [f"{QKV}.lora_A.weight", f"{QKV}.base_layer.weight"])
-def test_an_adapter_inside(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
+def test_lora_tensors_inside_checkpoint(checkpoint: Path, refuse: Callable[..., str], name: str) -> None:
     replace_tensors(checkpoint, tensors_of(checkpoint) | {name: np.ones(3, np.float16)})
     assert f"Tensor {name} of {checkpoint} belongs to a LoRA adapter: merge it" in refuse()
 
 
-def test_parts_of_deepspeed(tmp_path: Path, refuse: Callable[..., str]) -> None:
+def test_deepspeed_checkpoint(tmp_path: Path, refuse: Callable[..., str]) -> None:
     (tmp_path / "zero_to_fp32.py").write_bytes(b"")
     assert "is a sharded DeepSpeed checkpoint" in refuse(tmp_path)
 
 
-def test_weights_of_another_name(checkpoint: Path, refuse: Callable[..., str]) -> None:
+def test_weight_file_of_another_name(checkpoint: Path, refuse: Callable[..., str]) -> None:
     replace_tensors(checkpoint, tensors_of(checkpoint))
     (checkpoint / "model.safetensors").rename(checkpoint / "model.fp16.safetensors")
     assert "has safetensors files of other names (model.fp16.safetensors)" in refuse()
@@ -213,7 +213,9 @@ def test_weights_of_another_name(checkpoint: Path, refuse: Callable[..., str]) -
         ({}, ""),
     ],
 )
-def test_another_model(checkpoint: Path, refuse: Callable[..., str], fields: dict[str, object], kind: str) -> None:
+def test_checkpoint_of_another_model(
+    checkpoint: Path, refuse: Callable[..., str], fields: dict[str, object], kind: str
+) -> None:
     (checkpoint / "config.json").write_text(json.dumps(fields | {"hidden_size": 64}), encoding="utf-8")
     expected = f"its model_type is {fields.get('model_type')!r}{kind}; expected 'fusion_phi' or 'fusion_llama'."
     assert expected in refuse()
@@ -238,7 +240,7 @@ def repository(folder: Path, main: str | None, *snapshots: str) -> Path:
 
 
 @pytest.mark.parametrize(("main", "snapshots"), [("b", "abc"), ("b\n", "ab"), (None, "b"), ("gone", "b")])
-def test_a_repository_of_the_cache(tmp_path: Path, main: str | None, snapshots: str) -> None:
+def test_hub_cache_repository(tmp_path: Path, main: str | None, snapshots: str) -> None:
     root = repository(tmp_path, main, *snapshots)
     for source in (root, root / "snapshots"):
         assert resolve_checkpoint(str(source), None) == root / "snapshots" / "b"
@@ -246,7 +248,7 @@ def test_a_repository_of_the_cache(tmp_path: Path, main: str | None, snapshots: 
 
 
 @pytest.mark.parametrize(("main", "snapshots"), [(None, "ab"), ("../../b", "ab"), ("a", "")])
-def test_a_repository_without_a_main_snapshot(tmp_path: Path, main: str | None, snapshots: str) -> None:
+def test_hub_cache_repository_without_main_snapshot(tmp_path: Path, main: str | None, snapshots: str) -> None:
     root = repository(tmp_path, main, *snapshots)
     with pytest.raises(FusionError, match=rf"hub's cache with {len(snapshots)} snapshots, .* a folder of snapshots/"):
         resolve_checkpoint(str(root), None)
@@ -264,13 +266,13 @@ def test_numbered_shards_need_no_index(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [FIRST, SECOND])
-def test_a_missing_shard_without_an_index(checkpoint: Path, refuse: Callable[..., str], missing: str) -> None:
+def test_missing_shard_without_index(checkpoint: Path, refuse: Callable[..., str], missing: str) -> None:
     (checkpoint / INDEX).unlink()
     (checkpoint / missing).unlink()
     assert f"The shard {missing} is missing from {checkpoint}" in refuse()
 
 
-def test_a_tensor_in_two_shards(checkpoint: Path, refuse: Callable[..., str]) -> None:
+def test_tensor_in_two_shards(checkpoint: Path, refuse: Callable[..., str]) -> None:
     (checkpoint / INDEX).unlink()
     shutil.copyfile(checkpoint / FIRST, checkpoint / SECOND)
     assert f"is in both {checkpoint / FIRST} and {checkpoint / SECOND}" in refuse()
@@ -280,7 +282,7 @@ def test_a_tensor_in_two_shards(checkpoint: Path, refuse: Callable[..., str]) ->
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
-def test_a_wrapped_model(checkpoint: Path, prefix: str) -> None:
+def test_wrapped_model(checkpoint: Path, prefix: str) -> None:
     with Checkpoint(checkpoint) as opened:
         expected = opened.read(f"{QKV}.weight")
     replace_tensors(checkpoint, {f"{prefix}{name}": value for name, value in tensors_of(checkpoint).items()})
@@ -298,18 +300,18 @@ def test_a_wrapped_model(checkpoint: Path, prefix: str) -> None:
         ("module.model.embed_tokens.weight", "model.embed_tokens.weight"),
     ],
 )
-def test_names_of_wrappers(stored: str, read: str) -> None:
+def test_strip_wrapper_names(stored: str, read: str) -> None:
     assert strip_wrappers({stored: 1}) == {read: 1}
 
 
 @pytest.mark.parametrize(
     "names", [("a._orig_mod.b", "a.b"), ("model.embed_tokens.weight", "module.model.embed_tokens.weight"), ()]
 )
-def test_names_that_stay(names: tuple[str, ...]) -> None:
+def test_names_without_wrapper_stay(names: tuple[str, ...]) -> None:
     assert strip_wrappers(dict.fromkeys(names, 1)) == dict.fromkeys(names, 1)
 
 
-def test_a_prefix_of_some(checkpoint: Path, refuse: Callable[..., str]) -> None:
+def test_prefix_of_some_tensors_is_kept(checkpoint: Path, refuse: Callable[..., str]) -> None:
     tensors = tensors_of(checkpoint)
     tensors["module.model.norm.weight"] = tensors.pop("model.norm.weight")
     replace_tensors(checkpoint, tensors)
@@ -328,7 +330,7 @@ def test_a_prefix_of_some(checkpoint: Path, refuse: Callable[..., str]) -> None:
     ],
     ids=lambda extra: next(iter(extra)),
 )
-def test_tensors_that_hold_nothing(checkpoint: Path, extra: Tensors) -> None:
+def test_buffers_and_zero_biases_are_ignored(checkpoint: Path, extra: Tensors) -> None:
     replace_tensors(checkpoint, tensors_of(checkpoint) | extra)
     accepted(checkpoint)
 
@@ -344,7 +346,7 @@ def test_tensors_that_hold_nothing(checkpoint: Path, extra: Tensors) -> None:
         ({"model.layers.9.self_attn.qkv_proj.bias": np.zeros(96, np.float16)}, "is not part of a FUSION model"),
     ],
 )
-def test_tensors_that_hold_something(
+def test_unused_tensors_with_values_are_refused(
     checkpoint: Path, refuse: Callable[..., str], extra: Tensors, message: str
 ) -> None:
     replace_tensors(checkpoint, tensors_of(checkpoint) | extra)
@@ -354,7 +356,7 @@ def test_tensors_that_hold_something(
 # Paths ------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_is_not_utf_8(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_path_not_utf_8(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = os.fsdecode(b"caf\xe9")
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / name)
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "bundle")]) == 0

@@ -66,25 +66,25 @@ def error(folder: Path) -> str:
 
 @pytest.mark.parametrize("value", [0, False, "", []])
 @pytest.mark.parametrize("name", ["head_dim", "rope_scaling", "rope_parameters"])
-def test_what_is_false_is_not_null(tmp_path: Path, name: str, value: object) -> None:
+def test_false_is_not_null(tmp_path: Path, name: str, value: object) -> None:
     assert f"{name} is {value!r}; expected" in error(copy(PHI, tmp_path / "model", **{name: value}))
 
 
 @pytest.mark.parametrize("value", [1e-320, 5e-39, 1e39, 1e308])
 @pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta"])
-def test_a_number_that_float32_does_not_hold(tmp_path: Path, name: str, value: float) -> None:
+def test_number_outside_float32(tmp_path: Path, name: str, value: float) -> None:
     message = error(copy(PHI, tmp_path / "model", **{name: value}))
     assert f"{name} is {value!r}; expected a positive number in the range of float32" in message
 
 
-def test_a_field_that_is_given_twice(tmp_path: Path) -> None:
+def test_contradicting_fields_are_refused(tmp_path: Path) -> None:
     folder = copy(PHI, tmp_path / "model")
     text = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(text.rstrip()[:-1] + ', "rope_theta": 500000.0}', encoding="utf-8")
     assert "duplicate field 'rope_theta'" in error(folder)
 
 
-def test_a_start_token_of_generation_config_alone(tmp_path: Path) -> None:
+def test_bos_of_generation_config(tmp_path: Path) -> None:
     folder = copy(PHI, tmp_path / "model", bos_token_id=None)
     edit_json(folder / "generation_config.json", bos_token_id=1)
     assert read(folder) == read(PHI)
@@ -92,7 +92,7 @@ def test_a_start_token_of_generation_config_alone(tmp_path: Path) -> None:
     assert f"{folder / 'generation_config.json'}: bos_token_id is None" in error(folder)
 
 
-def test_an_end_token_twice(tmp_path: Path) -> None:
+def test_duplicate_eos_token(tmp_path: Path) -> None:
     folder = copy(PHI, tmp_path / "model")
     edit_json(folder / "generation_config.json", eos_token_id=[7, 9, 7])
     assert read(folder).eos_token_ids == (7, 9)
@@ -144,7 +144,7 @@ def test_unused_tensors_of_any_type(tmp_path: Path, name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")])
-def test_types_that_are_not_computed_with(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+def test_unsupported_dtypes(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     def edit(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
 
@@ -152,14 +152,14 @@ def test_types_that_are_not_computed_with(tmp_path: Path, dtype: torch.dtype, na
     assert f"has the type {name}; expected BF16 or F16 or F32" in error(folder)
 
 
-def test_a_bias_of_eight_bits(tmp_path: Path) -> None:
+def test_float8_bias_is_refused(tmp_path: Path) -> None:
     bias = {"lm_head.bias": torch.zeros(1007).to(torch.float8_e4m3fn)}
     folder = with_tensors(LLAMA, tmp_path / "model", lambda tensors: tensors.update(bias))
     assert "Tensor lm_head.bias of" in error(folder)
 
 
 @pytest.mark.parametrize("name", ["x" * 501, "a\nb", "\x1b[31m", "\u202e"])
-def test_names_that_are_none(tmp_path: Path, name: str) -> None:
+def test_invalid_tensor_names(tmp_path: Path, name: str) -> None:
     folder = with_tensors(LLAMA, tmp_path / "model", lambda tensors: tensors.update({name: torch.zeros(1)}))
     message = error(folder)
     assert "is not a valid tensor name" in message
@@ -167,7 +167,7 @@ def test_names_that_are_none(tmp_path: Path, name: str) -> None:
     assert message.isprintable()
 
 
-def test_the_largest_release_has_room_in_a_header() -> None:
+def test_largest_release_fits_header_limit() -> None:
     """FUSION-X-LLaMA3.1-8B with every linear in bitsandbytes' layout has the most and longest tensor names."""
     language = LanguageConfig(4096, 32, 32, 8, 128, 14336, 128262, 1e-5, (1.0,) * 64, 1.0)
     model = FusionConfig(
@@ -210,28 +210,28 @@ def scheme(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "target", ["re:.*self_attn.(q|k|v|o|qkv)_proj$", r"re:model\.layers\.\d+\..*", "re:.*layers.*(mlp|attn).*proj"]
 )
-def test_patterns_of_targets(compressed: Path, tmp_path: Path, target: str) -> None:
+def test_target_patterns(compressed: Path, tmp_path: Path, target: str) -> None:
     folder = shutil.copytree(compressed, tmp_path / "model")
     edit_config(folder, quantization_config=scheme(targets=[target, "Linear"]))
     read(folder)
 
 
 @pytest.mark.parametrize("target", ["re:(.*)*x", "re:(a+)+$", "re:" + ".*" * 20 + "z", "re:("])
-def test_patterns_that_take_for_ever(compressed: Path, tmp_path: Path, target: str) -> None:
+def test_slow_target_patterns_are_refused(compressed: Path, tmp_path: Path, target: str) -> None:
     folder = shutil.copytree(compressed, tmp_path / "model")
     edit_config(folder, quantization_config=scheme(targets=[target]))
     assert "expected fast regular expressions" in error(folder)
 
 
 @pytest.mark.parametrize("order", ["group", "dynamic", True])
-def test_an_order_of_columns_that_is_not_there(compressed: Path, tmp_path: Path, order: object) -> None:
+def test_missing_column_order(compressed: Path, tmp_path: Path, order: object) -> None:
     folder = shutil.copytree(compressed, tmp_path / "model")
     weights = scheme()["config_groups"]["group_0"]["weights"]
     edit_config(folder, quantization_config=scheme(weights=weights | {"actorder": order}))
     assert "weight_g_idx is missing" in error(folder)
 
 
-def test_two_versions_of_gptq(tmp_path: Path) -> None:
+def test_contradicting_gptq_versions(tmp_path: Path) -> None:
     fixture = read_fixture("gptq-v2-asym-desc-act")
     folder = write_quantized(tmp_path / "model", fixture.config | {"checkpoint_format": "gptq"}, fixture.tensors)
     assert "format is 'gptq_v2'; expected the value of checkpoint_format, 'gptq'" in error(folder)
@@ -240,14 +240,14 @@ def test_two_versions_of_gptq(tmp_path: Path) -> None:
 # Tokenizers -------------------------------------------------------------------------------------------------
 
 
-def test_a_web_page_in_place_of_a_tokenizer(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_web_page_instead_of_tokenizer(tmp_path: Path, refused: Callable[..., str]) -> None:
     for source, name in ((LLAMA, "tokenizer.json"), (PHI, "tokenizer.model")):
         folder = copy(source, tmp_path / name)
         (folder / name).write_bytes(b"<!DOCTYPE html><html>Not Found</html>")
         assert f"{folder / name} is a web page" in refused(cli.main, folder, "--dry-run")
 
 
-def test_a_slow_tokenizer_without_its_model(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_slow_tokenizer_without_model_file(tmp_path: Path, refused: Callable[..., str]) -> None:
     folder = copy(PHI, tmp_path / "model")
     (folder / "tokenizer.model").unlink()
     content = json.loads((LLAMA / "tokenizer.json").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # --- Local folders --------------------------------------------------------------------------------
 
 
-def test_a_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_used_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_checkpoint(str(tmp_path), None) == tmp_path
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -31,7 +31,7 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resolve_checkpoint("~/org", None) == tmp_path / "org"
 
 
-def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+def test_revision_of_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--revision main does not apply to the local folder"):
         resolve_checkpoint(str(tmp_path), "main")
 
@@ -47,7 +47,7 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
         ("README", "a file"),
     ],
 )
-def test_a_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+def test_file_as_checkpoint_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(FusionError, match=f"{name} is {kind}.*Pass the checkpoint's folder"):
         resolve_checkpoint(str(tmp_path / name), None)
@@ -56,7 +56,7 @@ def test_a_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     "source", ["./org/name", "/org/name", "~/none", "../x", "name", "a/b/c", "org/name/", "", "org/x.gguf", "a b/c"]
 )
-def test_a_path_that_does_not_exist(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_path(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     forbid_the_hub(monkeypatch)
     with pytest.raises(FusionError, match=f"There is no folder '{source}': pass an existing checkpoint folder"):
@@ -64,7 +64,7 @@ def test_a_path_that_does_not_exist(source: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("source", ["https://huggingface.co/org/name", "http://host/org/name/resolve/main/config.json"])
-def test_an_address(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_url_is_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_the_hub(monkeypatch)
     with pytest.raises(FusionError, match="is a URL: pass its hub id, org/name"):
         resolve_checkpoint(source, None)
@@ -80,7 +80,7 @@ def forbid_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- The hub --------------------------------------------------------------------------------------
 
 
-def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_download_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
     def download(hub_id: str, **options: Any) -> str:
@@ -138,7 +138,7 @@ def without_connection() -> Exception:
         (without_connection(), r"org/name at revision v9 could not be downloaded \(refused\): check the network"),
     ],
 )
-def test_errors_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     def fail(*_: Any, **__: Any) -> str:
         raise error
 
@@ -182,7 +182,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
-def test_the_cache_is_enough_offline(cache: Path, revision: str | None) -> None:
+def test_offline_with_complete_cache(cache: Path, revision: str | None) -> None:
     expected = cache / "models--org--name" / "snapshots" / COMMIT
     assert resolve_offline(cache, "org/name", revision) == str(expected)
 
@@ -215,7 +215,7 @@ def test_json_object(tmp_path: Path) -> None:
         (b"[]", "holds a JSON list; expected an object"),
     ],
 )
-def test_json_that_is_none(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_invalid_json(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "config.json"
     if content is not None:
         file.write_bytes(content)

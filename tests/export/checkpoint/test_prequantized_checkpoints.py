@@ -66,7 +66,7 @@ def answer_agrees(bundle: Path, checkpoint: Path) -> None:
 
 
 @each_variant
-def test_weights_are_the_librarys_bit_for_bit_and_logits_agree(variant: str, tmp_path: Path) -> None:
+def test_weights_are_bit_exact_and_logits_agree(variant: str, tmp_path: Path) -> None:
     fixture = read_fixture(variant)
     checkpoint = write_quantized(tmp_path / "checkpoint", fixture.config, fixture.tensors, packer(variant))
     folder = export(checkpoint, tmp_path / "bundle", "--fp32")
@@ -81,7 +81,7 @@ def test_weights_are_the_librarys_bit_for_bit_and_logits_agree(variant: str, tmp
 
 @pytest.mark.parametrize("variant", ["bnb-nf4", "gptq-v1-asym"])
 def test_all_linears_may_be_quantized(variant: str, tmp_path: Path) -> None:
-    """Also with biases, blocks that cross rows, and a shorter last group."""
+    """This includes biases, blocks that cross rows, and a shorter last group."""
     fixture = read_fixture(variant)
     pattern = r"model\.(layers|vision_sampler_layers|vision_tower.*(fc\d|proj)|aux_projector|mm_projector)\b|lm_head"
     source = write_quantized(tmp_path / "source", fixture.config, fixture.tensors, packer(variant), pattern)
@@ -108,7 +108,7 @@ def test_every_variant_is_tested() -> None:
     assert set(FORMATS) == set(VARIANTS)
 
 
-def test_products_with_a_codebook_need_memory_for_the_weight(tmp_path: Path) -> None:
+def test_codebook_matmul_memory_includes_dequantized_weight(tmp_path: Path) -> None:
     """MatMulBnb4 dequantizes the whole weight."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL)
     peaks = []
@@ -118,7 +118,7 @@ def test_products_with_a_codebook_need_memory_for_the_weight(tmp_path: Path) -> 
     assert peaks[1] > peaks[0]
 
 
-# Beside the layouts ---------------------------------------------------------------------------------------------
+# Reports, rules and merged weights ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_quantized(folder, fixture.config, fixture.tensors, packer("gptq-v2-asym-desc-act"))
 
 
-def test_the_report_and_fusion_info_say_where_weights_are_from(
+def test_report_and_info_name_prequantized_weights(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([str(checkpoint), "--int8", "--dry-run", "--json"]) == 0
@@ -149,7 +149,7 @@ def test_the_report_and_fusion_info_say_where_weights_are_from(
     assert f"{len(packed)} in uint4:32" in shown
 
 
-def test_a_rule_has_a_weight_quantized_anew(checkpoint: Path, tmp_path: Path) -> None:
+def test_rule_requantizes_a_weight(checkpoint: Path, tmp_path: Path) -> None:
     name = "llm.layers.0.mlp.down"
     folder = export(checkpoint, tmp_path / "bundle", "--rule", f"{name}=int8:32")
     assert open_bundle(folder).manifest.weights[name] == "int8:32"
@@ -161,7 +161,7 @@ def test_a_rule_has_a_weight_quantized_anew(checkpoint: Path, tmp_path: Path) ->
     assert (np.abs(stored - original) <= 0.51 * steps + 1e-4).all()  # columns in place
 
 
-def test_inputs_are_put_in_order_only_where_columns_are_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_inputs_are_reordered_only_for_reordered_columns(checkpoint: Path, tmp_path: Path) -> None:
     fixture = read_fixture("gptq-v1-sym")
     in_order = write_quantized(tmp_path / "checkpoint", fixture.config, fixture.tensors, packer("gptq-v1-sym"))
     counts = []
@@ -185,8 +185,8 @@ def test_calibration_leaves_quantized_weights_alone(checkpoint: Path, tmp_path: 
     np.testing.assert_array_equal(fitted, plain)
 
 
-def test_three_matrices_become_one_product_and_one_becomes_two(tmp_path: Path) -> None:
-    """Llama's queries, keys and values; the columns of ``proj_in``."""
+def test_merged_and_split_prequantized_weights(tmp_path: Path) -> None:
+    """Llama's queries, keys and values are merged; the columns of ``proj_in`` are split."""
     model = dataclasses.replace(SMALL, template="llama_3", language=dataclasses.replace(SMALL.language, kv_heads=2))
     fixture = read_fixture("gptq-v1-asym")
     pack = packer("gptq-v1-asym")
@@ -204,7 +204,7 @@ def test_three_matrices_become_one_product_and_one_becomes_two(tmp_path: Path) -
             np.testing.assert_array_equal(read_parameter(stored, f"{name}.weight"), expected)
 
 
-def test_one_asymmetric_part_makes_the_product_asymmetric(tmp_path: Path) -> None:
+def test_one_asymmetric_source_makes_the_weight_asymmetric(tmp_path: Path) -> None:
     """A symmetric source gets explicit zero points in an asymmetric weight."""
     model = dataclasses.replace(SMALL, template="llama_3")
     asymmetric, symmetric = packer("gptq-v1-asym"), packer("gptq-v1-sym")
@@ -229,7 +229,7 @@ def test_one_asymmetric_part_makes_the_product_asymmetric(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [[], ["--group-size", "32"], ["--rule", "llm.layers.0.*=fp4:32"]])
-def test_nf4_weights_are_bitsandbytes_and_logits_agree(options: list[str], tmp_path: Path) -> None:
+def test_nf4_weights_match_bitsandbytes_and_logits_agree(options: list[str], tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL)
     folder = export(checkpoint, tmp_path / "bundle", "--nf4", *options)
     bundle = open_bundle(folder)
@@ -239,7 +239,7 @@ def test_nf4_weights_are_bitsandbytes_and_logits_agree(options: list[str], tmp_p
     assert_computes_its_weights(folder, PICTURE, "What is it?")
 
 
-def test_nf4_under_calibration_is_rounded_and_measured(tmp_path: Path) -> None:
+def test_calibration_rounds_and_measures_nf4(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples", 9)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL)
     options = ["--nf4", "--calibrate", str(tmp_path / "samples"), "--held-out", "1"]
@@ -251,14 +251,14 @@ def test_nf4_under_calibration_is_rounded_and_measured(tmp_path: Path) -> None:
 
 
 def test_nf4_in_16_bits(tmp_path: Path) -> None:
-    """For CUDA, absmax has the activations' type."""
+    """For CUDA, absmax is float16, as the activations are."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL)
     folder = export(checkpoint, tmp_path / "bundle", "--nf4", "--target", "cuda")
     model = onnx.load(folder / "llm.onnx", load_external_data=False)
     onnx.shape_inference.infer_shapes(model)
     makers = {output: node for node in model.graph.node for output in node.output}
-    products = [node for node in model.graph.node if node.op_type == "MatMulBnb4"]
-    assert products
-    for node in products:
+    matmuls = [node for node in model.graph.node if node.op_type == "MatMulBnb4"]
+    assert matmuls
+    for node in matmuls:
         cast = makers[node.input[2]]
         assert (cast.op_type, cast.attribute[0].i) == ("Cast", onnx.TensorProto.FLOAT16)

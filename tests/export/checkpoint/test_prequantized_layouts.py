@@ -40,7 +40,7 @@ def words(data: st.DataObject) -> Words:
 
 @each_width
 @given(data=st.data())
-def test_words(bits: int, data: st.DataObject) -> None:
+def test_int32_words(bits: int, data: st.DataObject) -> None:
     values = integers(data, bits)
     packed = pack_int32(values, bits)
     assert packed.dtype == np.int32
@@ -98,7 +98,7 @@ def test_nibbles(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("kind", ["int4", "uint4", "int8", "uint8", "nf4", "fp4", "w8a8"])
 @given(data=st.data())
-def test_bundles(kind: str, data: st.DataObject) -> None:
+def test_bundle_packing(kind: str, data: st.DataObject) -> None:
     form = WeightFormat(kind, 0 if kind == "w8a8" else 16)
     values = integers(data, form.bits, multiple=16)
     np.testing.assert_array_equal(unpack(pack(values, form), form), values)
@@ -109,7 +109,7 @@ def test_bundles(kind: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_the_libraries_packed_is_packed_alike(variant: str) -> None:
+def test_packing_matches_libraries(variant: str) -> None:
     """Packing an unpacked fixture gives its bytes."""
     tensors: dict[str, npt.NDArray[Any]] = {
         name: tensor.numpy() for name, tensor in read_fixture(variant).tensors.items() if tensor.element_size() != 2
@@ -133,8 +133,8 @@ def test_what_the_libraries_packed_is_packed_alike(variant: str) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("block", [32, 64, 128])
-def test_rounding_is_that_of_bitsandbytes(kind: str, block: int) -> None:
-    """Also halfway between two codes, in blocks of zeros, and in blocks of denormal numbers."""
+def test_rounding_matches_bitsandbytes(kind: str, block: int) -> None:
+    """This includes ties between two codes, blocks of zeros, and blocks of denormal numbers."""
     fixture = load_file(QUANTIZED / "bnb-quantizer.safetensors")
     form = WeightFormat(kind, block)
     packed = quantize(fixture["weights"], form)

@@ -57,11 +57,11 @@ def with_biases(tensors: Tensors) -> None:
         tensors[f"{name.removesuffix('scales')}bias"] = torch.zeros(tensors[name].shape[1], dtype=torch.float16)
 
 
-# What may be left out or added ------------------------------------------------------------------------------
+# Optional tensors and files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("edit", [without_groups, with_biases])
-def test_gptq_with_less_or_more(
+def test_gptq_optional_tensors(
     originals: dict[str, Path], copy: Callable[[str], Path], tmp_path: Path, edit: Callable[[Tensors], None]
 ) -> None:
     checkpoint = copy("gptq")
@@ -69,21 +69,21 @@ def test_gptq_with_less_or_more(
     assert language_model(checkpoint, tmp_path / "b") == language_model(originals["gptq"], tmp_path / "a")
 
 
-def test_gptq_out_of_order_needs_its_groups(copy: Callable[[str], Path], refused: Callable[..., str]) -> None:
+def test_gptq_desc_act_requires_g_idx(copy: Callable[[str], Path], refused: Callable[..., str]) -> None:
     checkpoint = copy("gptq")
     edit_tensors(checkpoint, without_groups)
     edit_config(checkpoint, quantization_config=read_fixture("gptq-v1-sym").config | {"desc_act": True})
     assert ".g_idx is missing" in refused(cli.main, checkpoint, "--dry-run")
 
 
-def test_a_bias_of_gptq(copy: Callable[[str], Path], refused: Callable[..., str]) -> None:
+def test_gptq_bias_must_be_zero(copy: Callable[[str], Path], refused: Callable[..., str]) -> None:
     checkpoint = copy("gptq")
     edit_tensors(checkpoint, lambda tensors: tensors.update({f"{DOWN}.bias": torch.full((64,), 0.5)}))
     assert f"Tensor {DOWN}.bias of {checkpoint} is a bias that is not 0" in refused(cli.main, checkpoint, "--dry-run")
 
 
 @pytest.mark.parametrize("method", [{}, {"quant_method": None}, {"quant_method": "gptq"}])
-def test_the_config_of_gptq_apart(
+def test_gptq_quantize_config_file(
     originals: dict[str, Path], copy: Callable[[str], Path], tmp_path: Path, method: dict[str, object]
 ) -> None:
     checkpoint = copy("gptq")
@@ -93,7 +93,7 @@ def test_the_config_of_gptq_apart(
     assert language_model(checkpoint, tmp_path / "b") == language_model(originals["gptq"], tmp_path / "a")
 
 
-def test_a_config_apart_that_is_not_supported(copy: Callable[[str], Path], refused: Callable[..., str]) -> None:
+def test_unsupported_quantize_config(copy: Callable[[str], Path], refused: Callable[..., str]) -> None:
     checkpoint = copy("gptq")
     edit_config(checkpoint, quantization_config=None)
     path = checkpoint / "quantize_config.json"
@@ -103,14 +103,14 @@ def test_a_config_apart_that_is_not_supported(copy: Callable[[str], Path], refus
     assert f"{path}: quant_method is 'awq'; expected 'gptq'" in refused(cli.main, checkpoint, "--dry-run")
 
 
-def test_a_config_apart_of_weights_that_are_floats(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_quantize_config_of_float_weights_is_ignored(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "float")
     (checkpoint / "quantize_config.json").write_text('{"bits": 3}', encoding="utf-8")
     assert cli.main([str(checkpoint), "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("layout", ["gptq", "ct", "bnb"])
-def test_no_config(copy: Callable[[str], Path], refused: Callable[..., str], layout: str) -> None:
+def test_missing_quantization_config(copy: Callable[[str], Path], refused: Callable[..., str], layout: str) -> None:
     checkpoint = copy(layout)
     edit_config(checkpoint, quantization_config=None)
     message = refused(cli.main, checkpoint, "--dry-run")
@@ -143,9 +143,7 @@ def spoil(layout: str, value: float) -> Callable[[Tensors], None]:
         ("nested", float("nan")),
     ],
 )
-def test_a_scale_that_is_none(
-    copy: Callable[[str], Path], refused: Callable[..., str], layout: str, value: float
-) -> None:
+def test_invalid_scale(copy: Callable[[str], Path], refused: Callable[..., str], layout: str, value: float) -> None:
     checkpoint = copy(layout)
     edit_tensors(checkpoint, spoil(layout, value))
     name = f"{DOWN}.weight.absmax" if layout == "nested" else SCALES[layout]
@@ -158,7 +156,7 @@ def test_a_scale_that_is_none(
 
 
 @pytest.mark.parametrize(("value", "taken"), [(1e-9, False), (1e6, False), (1e-6, True), (6e4, True)])
-def test_scales_are_cast_to_what_is_computed_with(
+def test_scales_are_checked_in_the_activation_type(
     copy: Callable[[str], Path], refused: Callable[..., str], value: float, taken: bool
 ) -> None:
     checkpoint = copy("ct")
@@ -172,13 +170,13 @@ def test_scales_are_cast_to_what_is_computed_with(
         assert "expected positive numbers in the range of float16" in message
 
 
-def test_a_rule_rounds_anew_what_has_a_scale_of_zero(copy: Callable[[str], Path]) -> None:
+def test_rule_requantizes_weight_with_zero_scale(copy: Callable[[str], Path]) -> None:
     checkpoint = copy("gptq")
     edit_tensors(checkpoint, spoil("gptq", 0.0))
     assert cli.main([str(checkpoint), "--dry-run", "--rule", "llm.layers.0.mlp.down=int4"]) == 0
 
 
-def test_bitsandbytes_writes_zero_for_a_block_of_zeros(copy: Callable[[str], Path]) -> None:
+def test_zero_absmax_is_accepted(copy: Callable[[str], Path]) -> None:
     checkpoint = copy("bnb")
     edit_tensors(checkpoint, spoil("bnb", 0.0))
     assert cli.main([str(checkpoint), "--dry-run"]) == 0

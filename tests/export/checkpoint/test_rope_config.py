@@ -44,7 +44,7 @@ def refused(fields: JsonFields) -> str:
 
 
 @pytest.mark.parametrize("entry", RELEASES, ids=lambda entry: f"{entry['model']}, {entry['transformers']}")
-def test_frequencies_and_scale_are_those_of_the_release(entry: dict[str, Any]) -> None:
+def test_frequencies_and_scale_match_release(entry: dict[str, Any]) -> None:
     fields = JsonFields(Path("config.json"), entry["config"] | {"tokenizer_model_max_length": 2048})
     language = read_language(fields, 1000)
     # Those of transformers are rounded to float32 several times.
@@ -54,7 +54,7 @@ def test_frequencies_and_scale_are_those_of_the_release(entry: dict[str, Any]) -
     assert read_max_length(fields, language.layers) == window
 
 
-def test_a_table_of_releases() -> None:
+def test_release_table_is_complete() -> None:
     assert {entry["transformers"] for entry in RELEASES} >= {"hub", "4.40.2", "4.48.1", "4.57.6", "5.0.0", "5.23.0"}
 
 
@@ -84,7 +84,7 @@ SLOW = read_rope(config(rope_scaling=LLAMA3 | ORIGINAL), 16)
         ({"rope_scaling": LLAMA3 | ORIGINAL | {"attention_factor": None, "type": "llama3", "mscale": None}}, SLOW),
     ],
 )
-def test_places_and_names_of_the_same(values: dict[str, object], expected: tuple[list[float], float]) -> None:
+def test_equivalent_rope_fields(values: dict[str, object], expected: tuple[list[float], float]) -> None:
     assert read_rope(config(**values), 16) == expected
 
 
@@ -123,7 +123,7 @@ def test_places_and_names_of_the_same(values: dict[str, object], expected: tuple
         ({"attention_chunk_size": 8192}, "attention_chunk_size is 8192; expected"),
     ],
 )
-def test_what_is_not_understood(values: dict[str, object], message: str) -> None:
+def test_unsupported_rope_fields(values: dict[str, object], message: str) -> None:
     assert message in refused(config(**values))
 
 
@@ -135,7 +135,7 @@ def test_what_is_not_understood(values: dict[str, object], message: str) -> None
         {"attn_logit_softcapping": None, "use_qk_norm": False, "window_size": 3, "dtype": "bfloat16"},
     ],
 )
-def test_what_changes_nothing(values: dict[str, object]) -> None:
+def test_ignored_rope_fields(values: dict[str, object]) -> None:
     assert read_language(config(**values), 100) == read_language(config(), 100)
 
 
@@ -152,7 +152,7 @@ def test_what_changes_nothing(values: dict[str, object]) -> None:
         ({"sliding_window": 100, "layer_types": ["full_attention", "sliding_attention"]}, 100),
     ],
 )
-def test_a_window_limits_the_context(values: dict[str, object], positions: int) -> None:
+def test_sliding_window_limits_context(values: dict[str, object], positions: int) -> None:
     assert read_max_length(config(**values), 2) == positions
 
 
@@ -171,7 +171,7 @@ def test_a_window_limits_the_context(values: dict[str, object], positions: int) 
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window is missing; expected an integer"),
     ],
 )
-def test_windows_that_are_not_understood(values: dict[str, object], message: str) -> None:
+def test_invalid_sliding_windows(values: dict[str, object], message: str) -> None:
     with pytest.raises(FusionError) as caught:
         read_max_length(config(**values), 2)
     assert message in str(caught.value)

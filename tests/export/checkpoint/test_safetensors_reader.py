@@ -56,7 +56,7 @@ def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
-def test_golden_checkpoints_as_the_reference_library(folder: Path) -> None:
+def test_golden_checkpoints_match_reference_library(folder: Path) -> None:
     torch = pytest.importorskip("torch")
     reference = pytest.importorskip("safetensors.torch")
     expected = {
@@ -84,7 +84,7 @@ def test_golden_checkpoints_as_the_reference_library(folder: Path) -> None:
     rows=st.data(),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_rows_of_any_bits(
+def test_read_any_rows(
     tmp_path_factory: pytest.TempPathFactory, dtype: str, shape: list[int], seed: int, rows: st.DataObject
 ) -> None:
     bits = np.random.default_rng(seed).integers(0, 256, (*shape, 4 if dtype == "F32" else 2), np.uint8)
@@ -125,7 +125,7 @@ def test_more_than_one_chunk(large: Path) -> None:
         assert np.array_equal(checkpoint.read_rows("tensor", 3, 699).view(np.uint32), expected[3:699])
 
 
-def test_memory_is_the_result_and_one_chunk(large: Path) -> None:
+def test_reading_allocates_result_and_one_chunk(large: Path) -> None:
     with Checkpoint(large) as checkpoint:
         tracemalloc.start()
         result = checkpoint.read("tensor")
@@ -134,7 +134,7 @@ def test_memory_is_the_result_and_one_chunk(large: Path) -> None:
     assert peak < result.nbytes + (1 << 20) + 50_000
 
 
-def test_threads_read_at_once(large: Path) -> None:
+def test_concurrent_reads(large: Path) -> None:
     with Checkpoint(large) as checkpoint:
         expected = checkpoint.read("tensor").view(np.uint32)
         wrong: list[int] = []
@@ -162,7 +162,7 @@ def test_scalar_and_empty_tensors(tmp_path: Path) -> None:
             checkpoint.read_rows("scalar", 0, 1)
 
 
-def test_wrong_rows_names_and_a_closed_checkpoint(large: Path) -> None:
+def test_wrong_rows_or_name_or_closed_checkpoint(large: Path) -> None:
     with Checkpoint(large) as checkpoint:
         for start, stop in ((-1, 2), (3, 2), (0, 701)):
             with pytest.raises(IndexError, match="tensor has shape"):
@@ -221,7 +221,7 @@ TENSOR = entry("F32", [2], 0, 8)
         (f'{{"a": {json.dumps(TENSOR)}, "a": {json.dumps(TENSOR)}}}', bytes(8), "duplicate field 'a'"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, header: dict[str, Any] | str, data: bytes, message: str) -> None:
+def test_damaged_header(tmp_path: Path, header: dict[str, Any] | str, data: bytes, message: str) -> None:
     write_single(tmp_path, header, data)
     with pytest.raises(FusionError, match=re.escape(message)) as caught:
         Checkpoint(tmp_path)
@@ -231,7 +231,7 @@ def test_damage_is_named(tmp_path: Path, header: dict[str, Any] | str, data: byt
 @pytest.mark.parametrize(
     "content", [b"", b"\x02\0\0", (9).to_bytes(8, "little") + b"{}", (2**63).to_bytes(8, "little") + b"{}", bytes(8)]
 )
-def test_header_length_that_is_none(tmp_path: Path, content: bytes) -> None:
+def test_invalid_header_length(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(FusionError, match=r"model\.safetensors is truncated or not a safetensors file"):
         Checkpoint(tmp_path)
@@ -270,7 +270,7 @@ def test_any_damaged_byte_gives_no_traceback(
         assert sum(checkpoint.read(name).size for name in checkpoint.tensors) in range(4, 9)
 
 
-def test_file_that_shrinks_while_open(large: Path, tmp_path: Path) -> None:
+def test_file_shrinks_while_open(large: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes((large / "model.safetensors").read_bytes())
     with Checkpoint(tmp_path) as checkpoint:
@@ -280,7 +280,7 @@ def test_file_that_shrinks_while_open(large: Path, tmp_path: Path) -> None:
             checkpoint.read("tensor")
 
 
-def test_folder_in_the_place_of_the_file(tmp_path: Path) -> None:
+def test_folder_instead_of_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(FusionError, match=r"model\.safetensors is a folder, pipe or device"):
         Checkpoint(tmp_path)
@@ -319,7 +319,7 @@ def test_wrong_index(tmp_path: Path, weight_map: Any, message: str) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
-def test_shard_with_a_tensor_that_the_index_does_not_know(tmp_path: Path) -> None:
+def test_shard_has_tensor_missing_from_index(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     both = {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 4, 8)}
     (tmp_path / "two.safetensors").write_bytes(file_bytes(both, bytes(8)))
@@ -328,7 +328,7 @@ def test_shard_with_a_tensor_that_the_index_does_not_know(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
-def test_index_that_is_no_json_object(tmp_path: Path, content: str) -> None:
+def test_index_must_be_a_json_object(tmp_path: Path, content: str) -> None:
     raw = content.encode("utf-8", "surrogateescape")
     (tmp_path / "model.safetensors.index.json").write_bytes(raw)
     with pytest.raises(FusionError, match=r"model\.safetensors\.index\.json (is not valid JSON|holds a JSON list)"):
@@ -354,7 +354,7 @@ def conversion_command(folder: Path) -> str:
     return str(command)
 
 
-def test_the_conversion_command_works(tmp_path: Path, run_shell: Callable[[str, Path], None]) -> None:
+def test_conversion_command_works(tmp_path: Path, run_shell: Callable[[str, Path], None]) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("safetensors")
     tied = torch.arange(6.0).reshape(2, 3)

@@ -129,7 +129,7 @@ def phi_encode() -> Callable[[str], list[int]]:
 
 @given(text=PLAIN)
 @settings(max_examples=400, deadline=None)
-def test_random_text_as_sentencepiece(
+def test_random_text_matches_sentencepiece(
     tokenizers: dict[str, Tokenizer], phi_encode: Callable[[str], list[int]], text: str
 ) -> None:
     tokenizer = tokenizers[PHI.name]
@@ -168,7 +168,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @given(parts=st.lists(st.one_of(st.sampled_from([*TOKENS, " ", "  ", "\n", "▁", "a"]), PLAIN), max_size=8))
 @settings(max_examples=400, deadline=None)
-def test_added_tokens_as_the_slow_tokenizer(
+def test_added_tokens_match_slow_tokenizer(
     mixed: Tokenizer, phi_encode: Callable[[str], list[int]], parts: list[str]
 ) -> None:
     text = "".join(parts)
@@ -198,7 +198,7 @@ def byte_pair_vocabularies(draw: st.DrawFn) -> list[Piece]:
 
 @given(pieces=byte_pair_vocabularies(), texts=st.lists(st.text("ab c", max_size=24), min_size=5, max_size=20))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_vocabulary_as_sentencepiece(
+def test_any_vocabulary_matches_sentencepiece(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[Piece], texts: list[str]
 ) -> None:
     model = sentencepiece_model(pieces)
@@ -219,7 +219,7 @@ def test_runs_of_spaces_with_one_score(tmp_path: Path) -> None:
         )
 
 
-def test_a_vocabulary_of_32000_pieces_takes_seconds(tmp_path: Path) -> None:
+def test_large_vocabulary_is_fast(tmp_path: Path) -> None:
     words = [f"▁{number:x}" for number in range(31_000)]
     digits: list[Piece] = [(digit, -1e6 - index, NORMAL) for index, digit in enumerate("▁0123456789abcdef")]
     begin = time.process_time()

@@ -40,7 +40,7 @@ def test_bos_and_missing_prefix_space(tmp_path: Path) -> None:
     assert load(write_phi(tmp_path, model, add_prefix_space=False)).encode("a b").tokens == ["a", "▁", "b"]
 
 
-def test_phi_is_converted_even_if_a_tokenizer_json_lies_beside_it(tmp_path: Path) -> None:
+def test_phi_is_rebuilt_despite_tokenizer_json(tmp_path: Path) -> None:
     folder = shutil.copytree(PHI, tmp_path / "phi", ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "tokenizer.json").write_text("{}")
     assert tokenizer_json(folder) == tokenizer_json(PHI)
@@ -58,7 +58,7 @@ def edit_json(file: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-def test_saved_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
+def test_saved_truncation_and_padding_are_disabled(tmp_path: Path) -> None:
     folder = copy_llama(tmp_path)
     saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
     saved.enable_truncation(max_length=2)
@@ -73,7 +73,7 @@ def test_tokens_that_only_the_config_adds(tmp_path: Path) -> None:
     assert load(folder).encode("a<vision_end>b").ids == load(LLAMA).encode("a<vision_end>b").ids
 
 
-def test_ids_that_contradict_each_other(tmp_path: Path) -> None:
+def test_contradicting_token_ids(tmp_path: Path) -> None:
     folder = copy_llama(tmp_path)
     edit_json(
         folder / "tokenizer_config.json",
@@ -97,14 +97,14 @@ def test_no_tokenizer_config(tmp_path: Path) -> None:
         tokenizer_json(tmp_path)
 
 
-def test_tokenizer_json_that_is_none(tmp_path: Path) -> None:
+def test_unreadable_tokenizer_json(tmp_path: Path) -> None:
     folder = copy_llama(tmp_path)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(FusionError, match=r"tokenizer\.json cannot be loaded"):
         tokenizer_json(folder)
 
 
-def test_class_that_is_not_supported(tmp_path: Path) -> None:
+def test_unsupported_tokenizer_class(tmp_path: Path) -> None:
     write_phi(tmp_path, sentencepiece_model([*RESERVED, *LETTERS]), tokenizer_class="T5Tokenizer")
     with pytest.raises(FusionError, match="names T5Tokenizer"):
         tokenizer_json(tmp_path)
@@ -137,7 +137,7 @@ def test_vision_tokens_must_exist(tmp_path: Path, missing: str) -> None:
         ({"pad_token": "<pad>"}, "names the special token <pad>, which has no id"),
     ],
 )
-def test_settings_that_are_not_supported(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_unsupported_tokenizer_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     write_phi(tmp_path, sentencepiece_model([*RESERVED, *LETTERS]), **settings)
     with pytest.raises(FusionError, match=re.escape(message)):
         tokenizer_json(tmp_path)
@@ -162,7 +162,7 @@ def test_settings_that_are_not_supported(tmp_path: Path, settings: dict[str, Any
         (b"not a protocol buffer", "truncated or not a SentencePiece model"),
     ],
 )
-def test_models_that_are_not_supported(tmp_path: Path, model: bytes, message: str) -> None:
+def test_unsupported_sentencepiece_models(tmp_path: Path, model: bytes, message: str) -> None:
     write_phi(tmp_path, model)
     with pytest.raises(FusionError, match=message):
         tokenizer_json(tmp_path)

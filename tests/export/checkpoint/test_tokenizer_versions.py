@@ -104,7 +104,7 @@ def test_bos_of_version_5_is_in_the_template(tmp_path: Path) -> None:
 
 
 def test_runs_of_spaces_of_llamas_vocabulary(tmp_path: Path) -> None:
-    """They have the lowest score, which does not follow from their ids."""
+    """Runs of spaces have the lowest score, independent of their ids."""
     scored: list[Piece] = [("▁▁", -1e9, NORMAL), ("▁t", -1.0, NORMAL), ("er", -2.0, NORMAL), ("▁▁▁▁", -1e9, NORMAL)]
     letters: list[Piece] = [(letter, -1e6 - i, NORMAL) for i, letter in enumerate("▁ter")]
     pieces = [*RESERVED, *scored, *letters]
@@ -141,7 +141,7 @@ def test_added_tokens_of_older_versions(tmp_path: Path) -> None:
             assert older.encode(entry["text"]).ids == entry["ids"]
 
 
-def test_no_added_tokens_anywhere(tmp_path: Path) -> None:
+def test_missing_added_tokens(tmp_path: Path) -> None:
     folder = copy_phi(tmp_path, lambda config: config.pop("added_tokens_decoder"))
     (folder / "added_tokens.json").unlink()
     with pytest.raises(FusionError, match="no valid added_tokens_decoder"):

@@ -59,7 +59,7 @@ def engines_of(bundle: Path) -> list[Path]:
     )
 
 
-# What is built ---------------------------------------------------------------------------------------------------
+# Builds ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def engines_of(bundle: Path) -> list[Path]:
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else None,
 )
-def test_what_computes_the_alignment(
+def test_plugins_or_functions_compute_alignment(
     bundle: Path,
     library: tuple[str, str],
     operator: str,
@@ -118,7 +118,7 @@ def test_what_computes_the_alignment(
     assert any(node.op_type == "AddRows" for config in trt.built for node in config.model.graph.node)
 
 
-def test_what_tensorrt_is_asked_for(bundle: Path) -> None:
+def test_tensorrt_build_configuration(bundle: Path) -> None:
     trt = fake()
     assert build(trt, bundle, "--device=12.0", "--workspace=512MB", "--max-context=256") == 0
     assert [config.pools for config in trt.built] == [{MemoryPoolType.WORKSPACE: 512_000_000}] * 3
@@ -171,7 +171,7 @@ def kernel_folder(folder: Path, *kernels: str) -> Path:
     return folder
 
 
-def test_kernels_that_come_later(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rebuild_when_kernels_become_available(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines without plugins are not up to date once plugins are available."""
     monkeypatch.setattr(tensorrt_plugins, "find_spec", lambda name: None)  # neither torch nor Triton
     with_kernels = f"--kernels={kernel_folder(tmp_path / 'kernels', *KERNELS)}"
@@ -187,8 +187,8 @@ def test_kernels_that_come_later(bundle: Path, tmp_path: Path, monkeypatch: pyte
         assert (read_engines(folder).operator, len(trt.built)) == (operator, engines)
 
 
-def test_kernels_that_are_missing(bundle: Path, tmp_path: Path, refused: Refuse) -> None:
-    """The error comes before anything is built."""
+def test_missing_kernels(bundle: Path, tmp_path: Path, refused: Refuse) -> None:
+    """The error is raised before the build."""
     folder, trt = kernel_folder(tmp_path / "kernels", "add_rows"), fake(FULL)
     with installed(trt):
         message = refused(cli_build.main, bundle, *ON_FULL, "--kernels", folder)
@@ -196,7 +196,7 @@ def test_kernels_that_are_missing(bundle: Path, tmp_path: Path, refused: Refuse)
     assert not trt.built
 
 
-def test_kernels_for_which_there_are_no_plugins(bundle: Path, refused: Refuse) -> None:
+def test_kernels_require_plugins(bundle: Path, refused: Refuse) -> None:
     for trt, reason in (
         (fake(RTX), "TensorRT-RTX has no plugins"),
         (fake(FULL, compute_capability="7.5"), "There are no kernels for sm_75"),
@@ -207,12 +207,12 @@ def test_kernels_for_which_there_are_no_plugins(bundle: Path, refused: Refuse) -
         library = trt.__name__.replace("_", "-")
         with installed(trt):
             message = refused(cli_build.main, bundle, f"--library={library}", "--parts=1", "--kernels=none", code=2)
-        assert message.startswith(f"error: --kernels cannot be used: {reason}")
+        assert message.startswith(f"error: --kernels cannot be used ({reason}")
         shutil.rmtree(folder)
 
 
-def test_the_timing_cache_is_kept(bundle: Path) -> None:
-    """It is kept per version and compute capability, survives the engines, and the next build reads it."""
+def test_timing_cache_is_kept(bundle: Path) -> None:
+    """There is one cache per version and compute capability. It outlives the engines, and the next build reads it."""
     kept = bundle / ENGINES_FOLDER / "tensorrt-10.16.0-cc8.6.timing"
     for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
         assert build(fake(FULL), bundle, "--force") == 0
@@ -227,8 +227,8 @@ def test_the_timing_cache_is_kept(bundle: Path) -> None:
     assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
 
 
-def test_what_fails_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error names the second attempt's reason, not the missing fused attention."""
+def test_failure_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error gives the reason of the second attempt, not the missing fused attention."""
     trt = fake()
     trt.has_fused_attention, trt.build_error = False, "Out of memory."
     assert build(trt, bundle) == 1
@@ -244,11 +244,11 @@ def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     assert told == [f"vision_encoder: {remark}", f"llm: {remark}"]
 
 
-# What fails while it is built ------------------------------------------------------------------------------------
+# Failures during a build -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("failure", ["parse_error", "build_error"])
-def test_tensorrt_gives_up(bundle: Path, failure: str, refused: Refuse) -> None:
+def test_tensorrt_fails_to_build(bundle: Path, failure: str, refused: Refuse) -> None:
     trt = fake(FULL)
     assert build(trt, bundle) == 0
     before = {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()}
@@ -270,7 +270,7 @@ def test_ctrl_c(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_too_small_a_disk(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
+def test_small_disk(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     trt = fake()
     with installed(trt):
@@ -279,7 +279,7 @@ def test_too_small_a_disk(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused
     assert not trt.built
 
 
-def test_a_disk_that_becomes_full(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_disk_becomes_full(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def fail(path: Path) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -299,10 +299,10 @@ def test_two_builds_at_once(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"Another build is writing {folder}; wait for it" in capsys.readouterr().err
 
 
-# What is not begun -----------------------------------------------------------------------------------------------
+# Refused before a build ------------------------------------------------------------------------------------------
 
 
-def test_a_bundle_for_another_target(tiny_bundle: Path, refused: Refuse) -> None:
+def test_bundle_for_another_target_is_refused(tiny_bundle: Path, refused: Refuse) -> None:
     message = refused(cli_build.main, tiny_bundle)
     assert message == (
         f"error: {tiny_bundle} was exported for cpu; expected tensorrt. Run fusion-export FUSION-tiny -o FOLDER "
@@ -323,7 +323,7 @@ def test_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refu
     assert f" tensorrt-rtx is not installed; {rtx}" in message
 
 
-def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
+def test_library_fails_to_load(bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
     def fail(name: str) -> object:
         raise ImportError("libnvinfer.so.10: cannot open shared object file")
 
@@ -358,7 +358,7 @@ def test_a_library_that_does_not_load(bundle: Path, monkeypatch: pytest.MonkeyPa
         (RTX, {}, ["--max-context=513"], 2, "a short question) to 512 (the bundle's)."),
     ],
 )
-def test_what_is_refused(
+def test_unsupported_machines_and_options(
     bundle: Path,
     refused: Refuse,
     library: tuple[str, str],

@@ -25,7 +25,7 @@ OLDEST = (10, 3)
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}
 
 
-def test_what_each_version_does_not_read() -> None:
+def test_unsupported_operators_by_version() -> None:
     assert unsupported_operators(OLDEST) == unsupported_operators((10, 13)) == list(SINCE)
     assert unsupported_operators((10, 14)) == ["RMSNormalization", "RotaryEmbedding", "TensorScatter"]
     assert unsupported_operators((10, 16)) == unsupported_operators((11, 0)) == []
@@ -108,7 +108,7 @@ def older(folder: Path, name: str) -> ModelProto:
     return model
 
 
-def test_no_new_operator_is_left(golden: Path) -> None:
+def test_all_unsupported_operators_are_decomposed(golden: Path) -> None:
     for name in ("vision_encoder", "llm"):
         model = older(golden, name)
         assert not {node.op_type for node in model.graph.node} & set(SINCE)
@@ -116,8 +116,8 @@ def test_no_new_operator_is_left(golden: Path) -> None:
         assert {opset.version for opset in imports if not opset.domain} == {OPSET}
 
 
-def test_tensorrt_reads_them(golden: Path) -> None:
-    """TensorRT-RTX is newer than any version that needs functions, but expands them as an old one does."""
+def test_tensorrt_reads_decomposed_graphs(golden: Path) -> None:
+    """TensorRT-RTX needs no functions, but expands them as an older TensorRT does."""
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     for name in ("vision_encoder", "llm"):
         logger = trt.Logger(trt.Logger.INTERNAL_ERROR)

@@ -91,8 +91,8 @@ def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: 
 
 
 @pytest.mark.parametrize(("checkpoint", "precision"), [("phi", "fp16"), ("llama", "int4")])
-def test_graphs_behind_the_tower(trt: ModuleType, tmp_path: Path, checkpoint: str, precision: str) -> None:
-    """The other formats, without the golden checkpoints' vision towers, which take most of a minute to build."""
+def test_graphs_without_vision_tower(trt: ModuleType, tmp_path: Path, checkpoint: str, precision: str) -> None:
+    """Other formats, without the golden checkpoints' vision towers: building those takes most of a minute."""
     command = [str(CHECKPOINTS[checkpoint]), "-o", str(tmp_path / "b"), "--target=tensorrt"]
     assert cli.main([*command, *PRECISIONS[precision].split()]) == 0
     bundle = open_bundle(tmp_path / "b")
@@ -130,12 +130,12 @@ def network(trt: ModuleType, bundle: Bundle, name: str) -> Mapping[str, list[dic
 
 
 def assert_describes(engine: Engine, parsed: Mapping[str, list[dict[str, Any]]]) -> None:
-    """The manifest's tensors are the network's, and each profile has a range for every dynamic input."""
+    """Check that the manifest has the network's tensors, and each profile a range for every dynamic input."""
     for side, described in (("inputs", engine.inputs), ("outputs", engine.outputs)):
         assert [tensor["name"] for tensor in described] == [tensor["name"] for tensor in parsed[side]]
-        for tensor, seen in zip(described, parsed[side], strict=True):
-            assert tensor["dtype"] == seen["dtype"]
-            assert [-1 if isinstance(size, str) else size for size in tensor["shape"]] == seen["shape"]
+        for tensor, parsed_tensor in zip(described, parsed[side], strict=True):
+            assert tensor["dtype"] == parsed_tensor["dtype"]
+            assert [-1 if isinstance(size, str) else size for size in tensor["shape"]] == parsed_tensor["shape"]
     tensors = (*engine.inputs, *engine.outputs)
     varying = {size for tensor in tensors for size in tensor["shape"] if isinstance(size, str)}
     for profile in engine.profiles:
@@ -195,8 +195,8 @@ def test_int4_engines_are_smaller(built: Built, wide: Path) -> None:
     assert quarter.file.size < 0.6 * half.file.size
 
 
-def test_steps_do_without_the_interaction_layers(built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine for decode only has none of their weights: TensorRT sees that they get no rows."""
+def test_decode_engine_omits_interaction_layers(built: Built, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine for decode only has none of their weights: TensorRT detects that they get no rows."""
     folder, both = built(wide, "fp16", "8.9", "--parts=1")
 
     def steps_alone(manifest: Manifest, limits: EngineLimits) -> dict[str, list[DimensionRanges]]:

@@ -97,7 +97,7 @@ def test_signals(
     assert interruptible.is_abandoned() == bool(exits)
 
 
-def test_any_exception_of_the_waiting_thread(trt: FakeTensorRT, bundle: Path) -> None:
+def test_any_exception_of_waiting_thread_cancels(trt: FakeTensorRT, bundle: Path) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
@@ -113,7 +113,7 @@ def test_any_exception_of_the_waiting_thread(trt: FakeTensorRT, bundle: Path) ->
     assert list((bundle / ENGINES_FOLDER).iterdir()) == []
 
 
-def test_what_the_work_raises_is_raised() -> None:
+def test_interruptible_raises_error_of_work() -> None:
     def fail() -> None:
         raise ValueError("wrong")
 
