@@ -19,6 +19,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -100,17 +101,17 @@ def _main(options: argparse.Namespace) -> int:
     exact = measure(export("float", "--fp32"), 0)
     rows = []
     for size in options.group_size:
-        form = "--int4", "--group-size", str(size)
-        rounded = export(f"rtn-{size}", *form)
+        precision = "--int4", "--group-size", str(size)
+        rounded = export(f"rtn-{size}", *precision)
         calibrate = "--calibrate", str(samples), "--samples", str(options.calibrating), "--held-out", "1"
-        quantized = export(f"gptq-{size}-{options.calibrating}x{options.window}", *form, *calibrate)
+        quantized = export(f"gptq-{size}-{options.calibrating}x{options.window}", *precision, *calibrate)
         for level in (4, 0) if size == IN_FLOAT_TOO else (4,):
             rtn, gptq = measure(rounded, level), measure(quantized, level)
             left = (gptq - exact) / (rtn - exact)
             rows.append({"group_size": size, "accuracy_level": level, "rtn": rtn, "gptq": gptq, "loss_left": left})
     result = {
         "model": gguf.fields["general.name"],
-        "stored_as": {form: list(gguf.formats.values()).count(form) for form in sorted(set(gguf.formats.values()))},
+        "stored_as": dict(sorted(Counter(gguf.formats.values()).items())),
         "text": options.text.name,
         "calibration_tokens": options.calibrating * options.window,
         "evaluated_tokens": sum(map(len, evaluated)),
@@ -174,7 +175,7 @@ def windows(tokenizer: Tokenizer, texts: list[str], length: int, count: int) -> 
     """Return ``count`` windows of ``length`` tokens, spread evenly over the concatenated texts."""
     tokens = np.array([token for text in texts for token in tokenizer.encode(text).ids], np.int64)
     if len(tokens) < count * length:
-        raise UsageError(f"The text has {len(tokens)} tokens, {count} windows of {length} take more; ask for fewer.")
+        raise UsageError(f"The text has {len(tokens)} tokens, {count} windows of {length} need more; ask for fewer.")
     whole = tokens[: len(tokens) // length * length].reshape(-1, length)
     return [whole[i * len(whole) // count] for i in range(count)]
 

@@ -53,7 +53,7 @@ LAYER_TENSORS = {
 
 @dataclass(frozen=True)
 class Gguf:
-    """Llama model in llama.cpp's form."""
+    """Llama model as llama.cpp stores it."""
 
     fields: Mapping[str, Any]
     """Metadata by key."""

@@ -49,19 +49,19 @@ class Fidelity:
 
 def first_logits(fusion: Fusion, image: ImageLike, question: str, history: Sequence[Turn] = ()) -> Floats:
     """Return the backend's float32 logits ``[V]`` after the prompt."""
-    seen: list[Floats] = []
+    logits: list[Floats] = []
     prefill = fusion.backend.prefill
 
     def watch(*inputs: Any) -> Floats:
-        seen.append(prefill(*inputs).copy())
-        return seen[-1]
+        logits.append(prefill(*inputs).copy())
+        return logits[-1]
 
     fusion.backend.prefill = watch  # type: ignore[assignment]
     try:
         fusion.answer(image, question, history=history, sampling=Sampling(max_new_tokens=1))
     finally:
         fusion.backend.prefill = prefill  # type: ignore[method-assign]
-    return seen[0]
+    return logits[0]
 
 
 def compare(folder: Path, asked: Iterable[Example]) -> Fidelity:

@@ -38,7 +38,7 @@ class BenchConfig:
     picture: Path
     """Image file."""
     ask: str | None = None
-    """TimedQuestion; None for a short default."""
+    """Question to ask; None for a short default."""
     prompt_tokens: tuple[int, ...] = (0,)
     new_tokens: tuple[int, ...] = (32,)
     context: tuple[int, ...] = (0,)
@@ -136,14 +136,14 @@ def _times(
     fusion: Fusion, case: Case, asked: TimedQuestion, config: BenchConfig, label: str, reader: BandwidthReader | None
 ) -> Times:
     seconds = config.seconds if config.duration is None else config.duration
-    started = told = time.perf_counter()
+    started = reported = time.perf_counter()
     with Progress(label, round(1000 * seconds), unit=None) as progress:
 
         def is_done(times: Times) -> bool:
-            nonlocal told
+            nonlocal reported
             now = time.perf_counter()
-            progress.advance(round(1000 * (now - told)))
-            told = now
+            progress.advance(round(1000 * (now - reported)))
+            reported = now
             is_over = now - started >= seconds
             return is_over or (config.duration is None and times.are_precise)
 
@@ -168,8 +168,8 @@ def device_peaks(device: str, threads: int, runs: Sequence[CaseRun]) -> Peaks:
     The probe needs as much memory as a bundle, so run it after the bundle is closed.
     """
     peaks = measure_peaks(device, threads)
-    seen = [run.bandwidth for run in runs if run.case.device == device and run.bandwidth is not None]
-    return replace(peaks, bandwidth=statistics.median(seen)) if seen else peaks
+    bandwidths = [run.bandwidth for run in runs if run.case.device == device and run.bandwidth is not None]
+    return replace(peaks, bandwidth=statistics.median(bandwidths)) if bandwidths else peaks
 
 
 def case_result(manifest: Manifest, run: CaseRun, peaks: Peaks) -> CaseResult:

@@ -98,7 +98,7 @@ def _devices(text: str) -> tuple[str, ...]:
     if wrong := [name for name in names if name not in (AUTO, *NAMES)]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is unknown; choose from {', '.join((AUTO, *NAMES))}")
     if AUTO in names and len(names) > 1:
-        raise argparse.ArgumentTypeError(f"{AUTO} stands for one of the others; pass it alone, or list the others")
+        raise argparse.ArgumentTypeError(f"{AUTO} chooses one of the others; pass it alone, or list the others")
     return names
 
 

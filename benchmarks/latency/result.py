@@ -119,7 +119,7 @@ class CaseResult:
     answer: Summary
     """Seconds of a first question from the image's file to its last token: TTFT and ``new_tokens`` decode steps."""
     jitter: float
-    """99th percentile of a decode step over its median, less 1."""
+    """99th percentile of a decode step over its median, minus 1."""
     is_noisy: bool
     """Whether the error of a decode step, of the TTFT or of the follow-up TTFT exceeds 3%."""
     roofline: RooflineUse

@@ -43,8 +43,8 @@ def weight_bytes(manifest: Manifest) -> int:
     bits = 0
     for name, (rows, inputs) in _shapes(manifest).items():
         if name.startswith("llm."):
-            form = WeightFormat.parse(manifest.weights[name], sizes=STORED_GROUP_SIZES)
-            bits += stored_bits((rows, inputs), form) if form.is_quantized else rows * inputs * form.bits
+            stored = WeightFormat.parse(manifest.weights[name], sizes=STORED_GROUP_SIZES)
+            bits += stored_bits((rows, inputs), stored) if stored.is_quantized else rows * inputs * stored.bits
     return bits // 8
 
 

@@ -74,7 +74,7 @@ class TimedQuestion:
 
 
 def make_up_picture(path: Path) -> None:
-    """Write a JPEG of noise on a gradient, which takes a typical time to decode."""
+    """Write a JPEG of noise on a gradient, with a typical decoding time."""
     width, height = PICTURE
     gradient = np.linspace(0, 200, width, dtype=np.float32)[None, :, None]
     noise = np.random.default_rng(0).normal(0, 12, (height, width, 3)).astype(np.float32)
@@ -95,7 +95,7 @@ def question(fusion: Fusion, case: Case, picture: Path, asked: str | None) -> tu
     prompt_tokens = case.prompt_tokens or shortest
     context = case.context or prompt_tokens
     if prompt_tokens < shortest:
-        raise UsageError(f"--prompt-tokens {prompt_tokens} is too small; image, latents and question take {shortest}.")
+        raise UsageError(f"--prompt-tokens {prompt_tokens} is too small; image, latents and question need {shortest}.")
     if context < prompt_tokens:
         raise UsageError(f"--context {context} is less than the prompt's {prompt_tokens} tokens.")
     if context + case.new_tokens > fusion.max_context:

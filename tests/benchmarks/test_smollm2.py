@@ -22,7 +22,7 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, MLP, THETA = 2, 32, 2, 1, 16, 48, 1000.0
 
 @pytest.fixture(scope="module")
 def gguf() -> Gguf:
-    """Return a tiny model in llama.cpp's form."""
+    """Return a tiny model as llama.cpp stores it."""
     tokens = [*RENAMED, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     generator = np.random.default_rng(0)
 

@@ -25,7 +25,7 @@ class BundleEncoder:
     def __init__(self, folder: Path, work: vision.VisionWorkload) -> None:
         bundle = open_bundle(folder)
         model, weights = bundle.manifest.model, bundle.manifest.weights
-        formats = sorted({form for name, form in weights.items() if name.startswith("vision.layers.")})
+        formats = sorted({stored for name, stored in weights.items() if name.startswith("vision.layers.")})
         kernels = cpu_kernels.can_run(bundle.manifest, VISION_ENCODER)
         self.settings: Mapping[str, Any] = {"formats": formats, "own kernels": kernels, "threads": work.threads}
         self.hidden_size = model.language.hidden_size

@@ -12,7 +12,7 @@ from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, import_e
 
 
 class OpenVinoEncoder:
-    """Models ``global.xml`` and ``local.xml`` beside ``properties``, a JSON file of OpenVINO's properties.
+    """Models ``global.xml`` and ``local.xml`` next to ``properties``, a JSON file of OpenVINO's properties.
 
     Shapes are fixed before compilation: dynamic shapes are slower and prevent attention fusion.
     """

@@ -75,7 +75,7 @@ def test_slower_by_a_fifth() -> None:
     assert fail_above(back, 0) == []
 
 
-def test_noise_shows_nothing() -> None:
+def test_noise_gives_no_verdict() -> None:
     """A slowdown of 5% in a noise of 30% gives no verdict, whatever the ratio of the medians is."""
     comparisons = compare(of_one_case(seed=5, noise=0.3), of_one_case(seed=6, speed=1 / 1.05, noise=0.3))
     of_25 = [one for one in comparisons if one.measure != DECODE_STEP]
@@ -84,7 +84,7 @@ def test_noise_shows_nothing() -> None:
     assert fail_above(of_25, 0.05) == []
 
 
-def test_interval_holds_the_ratio_as_often_as_it_says() -> None:
+def test_interval_of_the_ratio_has_its_nominal_coverage() -> None:
     """Coverage is 95% or slightly more for long-tailed times of unequal number and spread."""
     generator = np.random.default_rng(0)
     held = 0
@@ -131,7 +131,7 @@ def test_few_repeats_give_no_verdict() -> None:
     assert line == "1 medians have too few rounds before for a verdict: raise --seconds"
 
 
-def test_what_differs_is_named() -> None:
+def test_differences_are_named() -> None:
     before = samples.result()
     after = samples.result([samples.case_result(samples.case(context=7))], "Other", "Cortex-A78")
     after = replace(after, machine=replace(after.machine, gpu="NVIDIA Orin", versions={"python": "3.12.1"}))

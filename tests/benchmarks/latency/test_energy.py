@@ -143,7 +143,7 @@ def test_rising_power_is_integrated() -> None:
     assert sensor.joules == 5 + 30
 
 
-def test_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_of_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ina3221(tmp_path, 1, NANO)
     with EnergyMeter(None, tmp_path) as meter:
         pass
@@ -160,7 +160,7 @@ def test_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert used.joules == pytest.approx(60)
 
 
-def test_a_machine_without_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "MIN_WINDOW", 0.0)
     with EnergyMeter(None, tmp_path) as meter:
         pass

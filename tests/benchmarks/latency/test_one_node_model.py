@@ -1,4 +1,4 @@
-"""Models written without the package ``onnx``, beside the same ones that it writes."""
+"""Models written without the package ``onnx``, compared with those that it writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from fusion_edge.benchmarks.latency.one_node_model import IR_VERSION, OPSETS, one_node_model
 
 
-def test_a_model_is_what_onnx_writes() -> None:
+def test_models_equal_those_of_onnx() -> None:
     weights: dict[str, npt.NDArray[Any]] = {
         "w": np.arange(300, dtype=np.uint8).reshape(2, 3, 50),
         "s": np.ones((2, 3), np.float32),

@@ -118,7 +118,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def test_a_copy_reads_and_writes(cuda: FakeCuda) -> None:
+def test_copy_bandwidth_counts_reads_and_writes(cuda: FakeCuda) -> None:
     cuda.copy_rate = 5e7  # bytes a millisecond
     assert peaks.gpu_bandwidth() == pytest.approx(2 * 5e7 * 1e3)
     assert cuda.calls.count("cudaMemcpyAsync") == 1 + 7  # a warm-up, and enough for a precise median

@@ -46,7 +46,7 @@ def test_the_interval_of_independent_values_is_exact(count: int) -> None:
 
 @pytest.mark.parametrize("shared", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("rounds", [7, 25])
-def test_the_interval_holds_the_median_as_often_as_it_says(rounds: int, shared: float) -> None:
+def test_interval_of_the_median_has_its_nominal_coverage(rounds: int, shared: float) -> None:
     """Coverage of lognormal steps that share a part of their variance with their round."""
     size, generator = 16, np.random.default_rng(rounds)
     rounds_of, steps = generator.normal(size=(1500, rounds, 1)), generator.normal(size=(1500, rounds, size))
@@ -116,7 +116,7 @@ def test_question_has_the_requested_lengths(fusion: Fusion, picture: Path, promp
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt_tokens": 10}, "--prompt-tokens 10 is too small; image, latents and question take"),
+        ({"prompt_tokens": 10}, "--prompt-tokens 10 is too small; image, latents and question need"),
         ({"prompt_tokens": 100, "context": 99}, "--context 99 is less than the prompt's 100 tokens"),
         ({"context": 510}, "A context of 510 and 3 new tokens exceed the limit of 512 tokens"),
         ({"image_tokens": 5}, "--image-tokens 5 is not a square number up to 16"),
