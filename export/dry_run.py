@@ -1,4 +1,4 @@
-"""``fusion-export --dry-run``: size, memory and, with ``--calibrate``, the effort of calibration."""
+"""``fusion-export --dry-run``: size, memory and, with ``--calibrate``, the cost of calibration."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
     Raises :class:`FusionError` if the bundle does not run in ``fit`` bytes of memory.
     """
     sizes = estimate(plan)
-    effort = None if calibration is None else _effort(plan, calibration)
-    ranges = {} if calibration is None else _ranges(plan)
+    cost = None if calibration is None else _calibration_cost(plan, calibration)
+    ranges = {} if calibration is None else _budget_ranges(plan)
     fits = None if fit is None else sizes.peak <= fit
     if as_json:
         report = dataclasses.asdict(sizes) | {"peak": sizes.peak, "fits": fits}
         report["formats"] = {name: str(fmt) for name, fmt in plan.formats.items()}
-        report["calibration"] = None if effort is None else dataclasses.asdict(effort)
+        report["calibration"] = None if cost is None else dataclasses.asdict(cost)
         report["ranges"] = ranges
         sys.stdout.write(json.dumps(report) + "\n")
     else:
-        sys.stdout.write(_text(plan, sizes, effort, ranges))
+        sys.stdout.write(_text(plan, sizes, cost, ranges))
     if fit is not None:
         check_fit(sizes, fit)
     if fit is not None and not as_json:
@@ -51,7 +51,7 @@ def check_fit(sizes: Estimate, fit: int) -> None:
         )
 
 
-def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
+def _calibration_cost(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEstimate:
     from fusion_edge.export.calibration.driver import check_samples
     from fusion_edge.export.calibration.estimate import estimate_calibration
 
@@ -59,7 +59,7 @@ def _effort(plan: ExportPlan, calibration: CalibrationOptions) -> CalibrationEst
     return estimate_calibration(plan, options)
 
 
-def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
+def _budget_ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
     """Return the smallest and largest useful values of --budget and --bits; empty without 4-bit weights."""
     from fusion_edge.export.calibration.bit_budget import budget_ranges
 
@@ -69,7 +69,7 @@ def _ranges(plan: ExportPlan) -> Mapping[str, tuple[float, float]]:
 def _text(
     plan: ExportPlan,
     sizes: Estimate,
-    effort: CalibrationEstimate | None,
+    cost: CalibrationEstimate | None,
     ranges: Mapping[str, tuple[float, float]],
 ) -> str:
     rows = [("On disk", ""), *((f"  {name}", format_bytes(count)) for name, count in sizes.graphs.items())]
@@ -82,12 +82,12 @@ def _text(
         ("  activations", format_bytes(sizes.activations)),
         ("  peak", format_bytes(sizes.peak)),
     ]
-    if effort is not None:
+    if cost is not None:
         rows += [
             ("Calibration", ""),
-            ("  memory", format_bytes(effort.memory)),
-            ("  disk, temporarily", format_bytes(effort.disk)),
-            ("  time", f"{effort.seconds / 60:.0f} min"),
+            ("  memory", format_bytes(cost.memory)),
+            ("  disk, temporarily", format_bytes(cost.disk)),
+            ("  time", f"{cost.seconds / 60:.0f} min"),
         ]
     for option, (least, most) in ranges.items():
         written = (

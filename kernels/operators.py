@@ -1,7 +1,7 @@
 """Signatures of the operators that the CPU kernels implement (``kernels/cpu/``): names, types, attributes.
 
-Python code takes them from here. The C++ code declares them again, because ONNX Runtime asks the library for them;
-``tests/kernels/test_operators.py`` compares the two.
+Python code uses this table. The C++ code declares the signatures again, because ONNX Runtime reads them from the
+library; ``tests/kernels/test_operators.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DOMAIN = "fusion_edge"
-"""Domain of our operators. A graph defines each of them as an ONNX function too (``kernels/onnx_functions/``)."""
+"""Domain of our operators. A graph also defines each as an ONNX function (``kernels/onnx_functions/``)."""
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's contributed operators, some of which the kernels replace."""
 

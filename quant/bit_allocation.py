@@ -23,8 +23,8 @@ class Promotion:
 def allocate(promotions: Sequence[Promotion], spare_bytes: int) -> list[str]:
     """Return the names of the linears to promote; together they cost at most ``spare_bytes``.
 
-    Greedy, in order of KL divergence per extra byte: the optimum of the fractional knapsack problem. Linears without a
-    measurable KL divergence follow in order of the SQNR of their outputs.
+    Linears are promoted in order of KL divergence per extra byte (the greedy order of the knapsack problem). Linears
+    without a measurable KL divergence follow, in order of the SQNR of their outputs.
     """
 
     def priority(promotion: Promotion) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Coordinate descent on the output error of a quantized linear, from codes and scales that are already good."""
+"""Coordinate descent on the output error of a quantized linear. GPTQ's codes and scales are the starting point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CoordinateDescent:
     """Minimizes ``tr(E^T H E)``, ``E = W^T - (codes - zeros) * scales``, for all rows of W at once.
 
     Each update is the exact minimum along one coordinate of every row, so the error never increases. The gradient
-    ``H E`` is kept current: immediately within a block of columns, and with one GEMM per block for all others.
+    ``H E`` is updated after each column within a block of columns, and with one GEMM per block for the others.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class CoordinateDescent:
         return slice(group * self._group_size, (group + 1) * self._group_size)
 
     def update_scales(self) -> None:
-        """Set each group's scale in turn to the best one for its codes, unless rounding it to float16 costs more."""
+        """Set each group's scale in turn to the optimum for its codes, unless rounding it to float16 costs more."""
         for group in range(len(self.scales)):
             rows, before = self._rows(group), self.scales[group]
             integers = self.codes[rows] - self._zeros[group]
@@ -53,7 +53,7 @@ class CoordinateDescent:
             self.scales[group] += change
 
     def update_codes(self, largest: int) -> None:
-        """Set each weight's code in turn to the best one, from 0 to ``largest``, for its scale."""
+        """Set each weight's code in turn to the optimum for its scale, from 0 to ``largest``."""
         count = len(self.codes)
         for start in range(0, count, COLUMNS_AT_ONCE):
             stop = min(start + COLUMNS_AT_ONCE, count)

@@ -14,7 +14,7 @@ GROUPED = ("int8", "uint8", "int4", "uint4", "nf4", "fp4")
 CODEBOOKS = ("nf4", "fp4")
 """Kinds whose codes index a table of unevenly spaced values (``quant/codebook.py``)."""
 GROUP_SIZES = (32, 64, 128)
-"""Group sizes that a user can ask for, besides :data:`PER_CHANNEL`."""
+"""Group sizes that a user can choose, besides :data:`PER_CHANNEL`."""
 STORED_GROUP_SIZES = (16, *GROUP_SIZES, 256)
 """Group sizes that a bundle can hold: weights of prequantized checkpoints keep their groups."""
 PER_CHANNEL = 0
@@ -22,7 +22,7 @@ PER_CHANNEL = 0
 DEFAULT_GROUP_SIZE = 128
 CODEBOOK_GROUP_SIZE = 64  # default of bitsandbytes
 PER_CHANNEL_BLOCK_SIZE = 128
-"""Block size in which per-channel rows are stored: kernels expect blocks of a power of two, each with a scale."""
+"""Block size of per-channel rows: kernels expect blocks of a power of two, each with a scale."""
 LARGEST_FLOAT16 = 65504.0
 SYMMETRIC_ZERO_POINT = 128
 """Zero point of symmetric uint8 activations. TensorRT supports no other."""
@@ -35,7 +35,7 @@ def group_sizes(sizes: tuple[int, ...] = GROUP_SIZES) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight is stored: a ``kind`` of :data:`BITS`, and the number of input channels that share a scale.
+    """Format of a stored weight: a ``kind`` of :data:`BITS`, and the number of input channels that share a scale.
 
     ``group_size`` is :data:`PER_CHANNEL` for one scale per row, and also for floats and ``w8a8``. ``w8a8`` quantizes
     the linear's activations to 8 bits too, with a scale and a zero point from calibration.
@@ -92,7 +92,7 @@ class WeightFormat:
 
     @property
     def block_size(self) -> int:
-        """Number of channels stored with one scale: a group, or part of a per-channel row; 0 is the row."""
+        """Number of channels stored with one scale: a group, or part of a per-channel row; 0 means the whole row."""
         is_divided = self.kind in GROUPED and self.group_size == PER_CHANNEL
         return PER_CHANNEL_BLOCK_SIZE if is_divided else self.group_size
 
@@ -119,7 +119,7 @@ class WeightFormat:
     def grouped(cls, kind: str, group_size: int | None) -> WeightFormat:
         """Return the format of a kind of :data:`GROUPED`; a ``group_size`` of None is the kind's default.
 
-        Raises :class:`UsageError` for a per-channel codebook: ONNX Runtime has no matmul for it.
+        Raises :class:`UsageError` for a per-channel codebook: ONNX Runtime has no GEMM for it.
         """
         if group_size is None:
             group_size = CODEBOOK_GROUP_SIZE if kind in CODEBOOKS else DEFAULT_GROUP_SIZE

@@ -4,12 +4,12 @@ For a linear ``y = W x`` with Hessian ``H = sum x x^T`` over its inputs, the err
 ``tr((W - Q) H (W - Q)^T)``. Columns are rounded one at a time, most important first; each column's error is compensated
 in the columns that follow. Differences from the paper:
 
-- The scales of all groups are fixed before the first column is rounded ("static groups"). Columns can then be rounded
-  in any order and still be stored in their own: no permutation at run time.
+- The scales of all groups are fixed before the first column is rounded ("static groups"). Columns are rounded in any
+  order and stored in the original order: no permutation at run time.
 - A group's scale is searched. It minimizes the squared error, each input channel weighted by the cost of an error there
   after all other channels compensate, ``1 / [H^-1]_jj``.
-- Coordinate descent on the same error refines the result: scales for fixed codes, then codes for fixed scales. It
-  removes another 6 % of the error (docs/benchmarks.md).
+- Coordinate descent on the same error follows: scales for fixed codes, then codes for fixed scales. It removes another
+  6 % of the error (docs/benchmarks.md).
 - Damping starts small and increases only if the Cholesky factorization fails.
 """
 
@@ -31,7 +31,7 @@ COLUMNS_AT_ONCE = 128
 DAMPING = 0.01  # relative to the mean of H's diagonal; the paper's value
 DAMPING_GROWTH, LARGEST_DAMPING = 10.0, 10.0
 CLIP_RATIOS = {4: (0.5, 1.0, 21), 8: (0.9, 1.0, 11)}
-"""Clipping ratios of a scale search, by bits: least, largest, count. Ratio 1 covers the extremes of a group."""
+"""Clipping ratios of a scale search, by bits: minimum, maximum, count. Ratio 1 covers the extremes of a group."""
 SOLVED_DIRECTLY = 256  # rows of a triangular matrix
 SEARCH_ELEMENTS = 1 << 18  # weights whose scales are searched at once: fits a core's cache
 
@@ -122,16 +122,16 @@ def invert_lower(lower: Tensor) -> Tensor:
 
 
 def gptq(weights: Tensor, hessian: FactorizedHessian, fmt: WeightFormat) -> RoundedRows:
-    """Quantize rows ``[n,K]`` float32 for the inputs of a Hessian. Dead channels become zero."""
+    """Quantize rows ``[n,K]`` float32 with GPTQ. Dead channels become zero."""
     weights = weights.clone()
     weights[:, hessian.dead] = 0
     scales = search_scales(weights, hessian.cost, fmt)
     codes = round_columns(weights, hessian, scales, fmt)
-    return pack_rows(*refine(weights, codes, scales, hessian, fmt), fmt)
+    return pack_rows(*coordinate_descent(weights, codes, scales, hessian, fmt), fmt)
 
 
 def round_columns(weights: Tensor, hessian: FactorizedHessian, groups: GroupScales, fmt: WeightFormat) -> Tensor:
-    """Return codes ``[n,K]`` float32: columns are rounded most important first, errors compensated in those after."""
+    """Return codes ``[n,K]`` float32. Rounds columns, most important first, and compensates errors in later ones."""
     order = hessian.order
     columns = weights[:, order].T.contiguous()
     group = order // fmt.group(weights.shape[1])
@@ -141,7 +141,7 @@ def round_columns(weights: Tensor, hessian: FactorizedHessian, groups: GroupScal
     return codes
 
 
-def refine(
+def coordinate_descent(
     weights: Tensor, codes: Tensor, groups: GroupScales, hessian: FactorizedHessian, fmt: WeightFormat
 ) -> tuple[Tensor, GroupScales]:
     """Return codes ``[n,K]`` uint8 and scales with a lower error, by coordinate descent."""
@@ -205,7 +205,7 @@ def _search(grouped: Tensor, cost: Tensor, fmt: WeightFormat) -> GroupScales:
 
 
 def _extremes(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least (at most 0) and the largest (at least 0) weight of every group."""
+    """Return the minimum (at most 0) and the maximum (at least 0) weight of every group."""
     return grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
 
 
@@ -230,14 +230,14 @@ def output_error(weights: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[f
 
 
 def _grouped(rows: Tensor, fmt: WeightFormat) -> Tensor:
-    """``[n,K]`` -> ``[n, groups, group_size]``; a partial group is padded with zeros."""
+    """Reshape ``[n,K]`` -> ``[n, groups, group_size]``; pad a partial group with zeros."""
     size = fmt.group(rows.shape[1])
     missing = fmt.groups(rows.shape[1]) * size - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing)).reshape(len(rows), -1, size)
 
 
 def _per_weight(part: Tensor, fmt: WeightFormat, columns: int) -> Tensor:
-    """``[n, groups]`` -> float32 ``[n, columns]``."""
+    """Repeat each group's value for its columns: ``[n, groups]`` -> float32 ``[n, columns]``."""
     return part.float().repeat_interleave(fmt.group(columns), 1)[:, :columns]
 
 

@@ -1,4 +1,4 @@
-"""Observer of a linear's activations: a histogram of a few kilobytes that yields the best 8-bit quantization."""
+"""Observer of a linear's activations: a histogram, and the search for the best 8-bit quantization."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def search_quantization(
 
 
 def _covering(minimum: float, maximum: float, symmetric: bool) -> ActivationQuantization:
-    """Return the quantization from ``minimum`` <= 0 to ``maximum`` >= 0; scale in float32, in float16 if symmetric."""
+    """Return the quantization of ``minimum`` <= 0 to ``maximum`` >= 0. The scale is float32; float16 if symmetric."""
     if symmetric:
         ideal = max(-minimum, maximum) / (LARGEST_CODE // 2)
         scale = float(torch.tensor(min(max(ideal, SMALLEST_SCALE), LARGEST_FLOAT16), dtype=torch.float16))

@@ -2,11 +2,11 @@
 
 A group is stored as one block with its scale. A per-channel row is stored as several blocks that repeat the scale.
 
-A code q of b bits means ``(q - zero_point) * scale``; symmetric formats store no zero points, theirs is 2^(b-1). Two
-4-bit codes share a byte, the first in the low nibble. Scales are strictly positive (TensorRT requires it) and are
-rounded to float16 *before* the codes are computed, so that the codes are the best ones for the stored scale.
+A code q of b bits means ``(q - zero_point) * scale``. Symmetric formats store no zero points: it is always 2^(b-1). Two
+4-bit codes share a byte, the first in the low nibble. Scales are strictly positive (TensorRT requires it). They are
+rounded to float16 *before* the codes are computed: the codes are optimal for the stored scale.
 
-With a codebook a code means ``CODES[q] * scale``; MatMulBnb4 stores the first code in the *high* nibble.
+With a codebook, a code means ``CODES[q] * scale``. MatMulBnb4 stores the first code in the *high* nibble.
 
 ``w8a8`` (QuantizeLinear, DequantizeLinear) has one group per row and stores signed bytes.
 """
@@ -97,8 +97,9 @@ def pack_codes(
 
 
 def by_block(values: npt.NDArray[Number], group: int, inputs: int, block: int) -> npt.NDArray[Number]:
-    """``[n, groups]`` -> ``[n, blocks]``: repeat a value per group of ``group`` channels for each of its blocks of
-    ``block`` channels, along ``inputs`` channels.
+    """Repeat each group's value for its blocks: ``[n, groups]`` -> ``[n, blocks]``.
+
+    ``group`` and ``block`` are sizes in channels, of ``inputs`` channels in a row.
     """
     if group == block:
         return values
@@ -120,7 +121,7 @@ def dequantize(packed: Packed, fmt: WeightFormat, inputs: int) -> npt.NDArray[np
 
 
 def pack_zero_points(zero_points: npt.NDArray[np.uint8], fmt: WeightFormat) -> npt.NDArray[np.uint8]:
-    """``[n, blocks]`` -> ``[n, blocks * bits / 8]``, rounded up; the first of two 4-bit values in the low nibble."""
+    """Pack ``[n, blocks]`` -> ``[n, ceil(blocks * bits / 8)]``; the first of two 4-bit values is in the low nibble."""
     if fmt.bits == 8:
         return zero_points
     even = np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2)))

@@ -1,10 +1,10 @@
 """SmoothQuant (Xiao et al. 2023, arXiv:2211.10438): move the range of activation channels into the weights.
 
-One scale for a whole tensor is as coarse as its largest channel requires. Where a linear reads the output of a norm or
-of attention, each channel is linear in some parameters of its *producer*: the norm, or the linear that computes the
-values (attention mixes tokens, never channels). Dividing those parameters by a factor and multiplying the reader's
-column by it leaves the function unchanged in real arithmetic. Channels become alike, weights may become harder to
-quantize, and nothing changes at run time.
+The largest channel of a tensor sets the scale of all channels. Where a linear reads the output of a norm or of
+attention, each channel is linear in some parameters of its *producer*: the norm, or the linear that computes the values
+(attention mixes tokens, never channels). Dividing those parameters by a factor and multiplying the linear's column by
+it preserves the function in real arithmetic. The channels become similar, the weights may become harder to quantize,
+and inference costs the same.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
 from fusion_edge.quant.observer import BINS, search_quantization
 
 ALPHAS = (0.4, 0.6, 0.8)
-"""Values of alpha, the activations' share of a factor, that are tried besides no smoothing. With larger ones the
-extremes of the samples, which are partly chance, weigh too much: the loss by clipping of other inputs was measured."""
+"""Values of alpha to try, besides no smoothing. Alpha is the activations' share of a factor. Larger values depend too
+much on the extremes of the samples: other inputs are clipped (measured)."""
 LARGEST_ERROR_RATIO = 0.8
-"""Smoothing is used only if it reduces the error at least to this ratio: chance alone gains a few percent."""
+"""Upper limit of the error with smoothing, relative to without: chance alone gains a few percent."""
 CHANNEL_BINS = 512
 SMALLEST_BOUND = 2.0**-100  # of a histogram: float32 holds the inverse of its bin width
 CHANNELS_AT_ONCE = 128  # histograms summed at once: bounds memory
 _PRODUCERS = {"attention.qkv": "attention_norm", "attention.out": "attention.qkv", "mlp.up": "mlp_norm"}
-# By linear of a vision encoder layer.
+"""Producer by linear, in a layer of the vision encoder."""
 
 
-def producer(linear: str, formats: Mapping[str, WeightFormat]) -> str | None:
-    """Return the producer of a linear's activations, None if it has none or its activations are not quantized.
+def find_producer(linear: str, formats: Mapping[str, WeightFormat]) -> str | None:
+    """Return the producer of a linear's activations; None if there is none or the activations are not quantized.
 
-    The linear must be the only reader of the producer's outputs. The last K rows of the producer's weight and bias
-    make the K channels. ``formats`` are those of the linears that are being quantized.
+    No other linear reads the producer's outputs. The last K rows of the producer's weight and bias compute the K
+    channels. ``formats`` are those of the linears that the export quantizes.
     """
     parts = linear.split(".", 3)
     if parts[:2] != ["vision", "layers"] or parts[-1] not in _PRODUCERS:
@@ -51,8 +51,9 @@ def producer_parameters(producer: str) -> tuple[str, str]:
 
 
 def float_parameters(producer: str, formats: Mapping[str, WeightFormat]) -> list[str]:
-    """Return the names of those that stay float: all but the weight of a linear, which is quantized."""
-    return [name for name in producer_parameters(producer) if name.removesuffix(".weight") not in formats]
+    """Return the names of those that stay float: all except the weight of a linear, which is quantized."""
+    weight, bias = producer_parameters(producer)
+    return [bias] if producer in formats else [weight, bias]
 
 
 def divide_last_rows(parameter: Tensor, factors: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def smoothing_factors(absmax: Tensor, weights: Tensor, alpha: float) -> Tensor:
 class ChannelHistograms:
     """Histogram of each input channel.
 
-    A channel's histogram is bounded by a power of two, which doubles when a value lies outside: the counts do not
+    The bound of a channel's histogram is a power of two. It doubles when a value lies outside, so the counts do not
     depend on how the inputs are batched.
     """
 

@@ -21,7 +21,7 @@ from fusion_edge.export.calibration.samples import Sample, read_samples
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.observer import fake_quantize
-from fusion_edge.quant.smoothquant import ALPHAS, ChannelHistograms, producer, smoothing_factors
+from fusion_edge.quant.smoothquant import ALPHAS, ChannelHistograms, find_producer, smoothing_factors
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.bundle.quantization_report import sqnr
 from fusion_edge.runtime.cli.command import run_command
@@ -55,7 +55,7 @@ def linear_inputs(fusion: Fusion, backend: EagerBackend, samples: Iterable[Sampl
         for block in layers:
             activations = block.run(ops, prepared, activations)
     formats = dict.fromkeys(ops.inputs, WeightFormat("w8a8"))
-    return {name: torch.cat(parts) for name, parts in ops.inputs.items() if producer(name, formats) is not None}
+    return {name: torch.cat(parts) for name, parts in ops.inputs.items() if find_producer(name, formats) is not None}
 
 
 def output_sqnr(weight: Tensor, samples: Tensor, others: Tensor) -> list[float]:

@@ -93,7 +93,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
 
 @cache
 def _warn(folder: Path) -> None:
-    sys.stderr.write(f"warning: The file system of {folder} has no locks; run no other command on it meanwhile.\n")
+    sys.stderr.write(f"warning: The file system of {folder} has no locks; do not run another command on it.\n")
 
 
 def is_at(descriptor: int, folder: Path) -> bool:

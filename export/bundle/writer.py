@@ -24,6 +24,7 @@ from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER
 from fusion_edge.runtime.bundle.files import FileEntry, digest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.system.progress import Progress
 from fusion_edge.runtime.system.resources import usable_processors
 
@@ -143,6 +144,6 @@ def _check_disk(plan: ExportPlan, output: Path) -> None:
     needed, free = plan.bundle_bytes + DISK_MARGIN_BYTES, shutil.disk_usage(place).free
     if free < needed:
         raise FusionError(
-            f"The disk of {place} has {free / 1e9:.2f} GB free; the bundle needs {needed / 1e9:.2f} GB. "
+            f"The disk of {place} has {format_bytes(free)} free; the bundle needs {format_bytes(needed)}. "
             "Free some space or choose another output."
         )

@@ -15,11 +15,11 @@ from fusion_edge.runtime.bundle.graph_validation import PAGE
 from fusion_edge.runtime.bundle.quantization_report import BitAllocation
 from fusion_edge.runtime.errors import UsageError
 
-REPORT_BYTES, REPORT_BYTES_PER_LINEAR = 4096, 300  # upper bound of what quantization.json adds to the plan's estimate
+REPORT_BYTES, REPORT_BYTES_PER_LINEAR = 4096, 300  # upper bound of quantization.json beyond the plan's estimate
 
 
 def candidates(plan: ExportPlan) -> dict[str, tuple[int, int]]:
-    """Return the shapes ``[outputs, inputs]`` of the 4-bit linears that no rule of the user names."""
+    """Return the 4-bit linears that no rule of the user matches: shape ``[outputs, inputs]`` by name."""
     found = {}
     for name, linear in plan.linears.items():
         is_ruled = any(rule.matches(name) for rule in plan.options.requested.rules)
@@ -50,7 +50,7 @@ def allocate_bits(
 ) -> tuple[tuple[Rule, ...], BitAllocation]:
     """Return the rules that promote linears within the budget, and the report. Raises as :func:`check_budget`.
 
-    Measures the sensitivity of every candidate, resuming from what ``folder`` holds.
+    Measures the sensitivity of every candidate. Resumes from the files in ``folder``.
     """
     check_budget(plan, options)
     shapes = candidates(plan)
@@ -81,7 +81,7 @@ def _promoted(plan: ExportPlan, name: str) -> WeightFormat:
 
 
 def _extra_bytes(plan: ExportPlan, name: str, page: int) -> int:
-    """Return the bytes that 8 bits add, rounded up to pages: an upper bound, as tensors begin at page boundaries."""
+    """Return the bytes that 8 bits add, rounded up to pages: an upper bound, since tensors start at page boundaries."""
     linear = plan.linears[name]
     shape = linear.outputs, linear.inputs
     more = (stored_bits(shape, _promoted(plan, name)) - stored_bits(shape, linear.format)) // 8

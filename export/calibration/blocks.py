@@ -28,7 +28,7 @@ from fusion_edge.runtime.prompts.prompt import encode_prompt
 
 
 class BlockOperations(EagerOperations):
-    """Eager operations of one block, which holds the keys and values of its own interaction layer only."""
+    """Eager operations of one block. Its keys and values are those of one interaction layer."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Block:
     prefixes: tuple[str, ...]
     """Prefixes of the names of its parameters."""
     run: Callable[[BlockOperations, PreparedSample, Activations], Activations]
-    """From the activations before the block to those after it, with the graph outputs it computes (:data:`OUTPUTS`)."""
+    """Return the activations after the block, with the graph outputs it computes (:data:`OUTPUTS`)."""
 
 
 OUTPUTS = {"features": "vision_encoder", "keys": "alignment_decoder", "values": "alignment_decoder", "logits": "llm"}
@@ -153,7 +153,7 @@ def _vision_layer(ops: BlockOperations, prepared: PreparedSample, before: Activa
 
 
 def _vision_states(activations: Activations, part: str) -> list[Tensor]:
-    """Return the layers' outputs that later vision layers read, of the global crops or the local one."""
+    """Return the states of :func:`architecture.vision_layer`, of the global crops or of the local one."""
     return [activations[key] for key in sorted(activations) if key.startswith(part)]
 
 

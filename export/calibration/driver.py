@@ -1,4 +1,4 @@
-"""Driver of a calibrated export: samples, bit allocation, calibration, the check of its accuracy, the bundle."""
+"""Driver of a calibrated export: samples, bit allocation, calibration, accuracy check, bundle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORST_IN_ERROR = 3  # worst weights that an error names
 
 
 class AccuracyError(FusionError):
-    """Quantization costs more accuracy than the user allows; the bundle is not published."""
+    """The accuracy drop exceeds the user's limit; no bundle is written."""
 
     exit_code = 6
 
@@ -58,7 +58,7 @@ def export_calibrated(
 def _calibrate(
     plan: ExportPlan, options: CalibrationOptions, samples: Samples, folder: Path
 ) -> tuple[ExportPlan, CalibratedWeights]:
-    """Allocate bits within the budget, if there is one, and calibrate: the final plan and its weights."""
+    """Allocate bits within the budget, if there is one, and calibrate. Returns the final plan and its weights."""
     allocation = None
     if options.has_budget:
         rules, allocation = allocate_bits(plan, options, samples, folder)
@@ -69,7 +69,7 @@ def _calibrate(
 
 @contextmanager
 def _translate_out_of_memory(device: str) -> Iterator[None]:
-    """Raise :class:`FusionError` in place of torch's error for too little memory."""
+    """Translate torch's out-of-memory errors to :class:`FusionError`."""
     try:
         yield
     except RuntimeError as error:
@@ -100,7 +100,7 @@ def check_samples(plan: ExportPlan, options: CalibrationOptions) -> tuple[Calibr
 
 
 def _check_disk(plan: ExportPlan, options: CalibrationOptions, output: Path) -> None:
-    """Raise :class:`FusionError` unless calibration and bundle fit. Files of an earlier run count as free space."""
+    """Raise :class:`FusionError` unless calibration and bundle fit on disk. Files of an earlier run count as free."""
     needed = calibration_disk(plan, options) + plan.bundle_bytes
     place = hidden_parent(output)
     free = shutil.disk_usage(place).free + folder_bytes(output)

@@ -13,19 +13,19 @@ from fusion_edge.export.calibration.options import SENSITIVITY_SAMPLES, Calibrat
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.quant.gptq import CLIP_RATIOS
-from fusion_edge.quant.smoothquant import ALPHAS, producer
+from fusion_edge.quant.smoothquant import ALPHAS, find_producer
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION
 
-PROCESS_BYTES = 700_000_000  # Python, torch and one sample that passes a block (measured)
-TEXT_TOKENS = 4 * MINIMUM_QUESTION  # of a sample's template, question and answer
+PROCESS_BYTES = 700_000_000  # Python, torch and one sample in a block (measured)
+TEXT_TOKENS = 4 * MINIMUM_QUESTION  # template, question and answer of a sample
 FLOAT_BYTES, DOUBLE_BYTES = 4, 8
 FACTORIZATION_COPIES = 4  # float64 copies of a Hessian during its factorization (FactorizedHessian)
-DESCENT_PASSES = 10  # GEMM operations per weight and input channel of coordinate descent (measured)
-ROUNDING_PASSES = 5  # the same, of rounding and of the reported error
-# Other work, in float32 GEMM operations that take as long (measured):
+DESCENT_PASSES = 10  # GEMM operations of coordinate descent, per weight and input channel (measured)
+ROUNDING_PASSES = 5  # GEMM operations of rounding and of the reported error, likewise
+# Cost of other work, in float32 GEMM operations (measured):
 SCALE_OPERATIONS = 200  # trying one scale for one weight
-COUNT_OPERATIONS = 2000  # counting one value of a channel
-HISTOGRAM_OPERATIONS = 50_000_000  # adding up the histogram of one channel
+COUNT_OPERATIONS = 2000  # adding one value to a channel's histogram
+HISTOGRAM_OPERATIONS = 50_000_000  # merging the histogram of one channel
 PROBE = 2048  # side of the matrices that measure the compute throughput
 
 
@@ -41,7 +41,7 @@ class CalibrationEstimate:
 
 
 def estimate_calibration(plan: ExportPlan, options: CalibrationOptions) -> CalibrationEstimate:
-    """Estimate by the formulas below and the measured compute throughput of this machine."""
+    """Estimate the cost of a calibration from its operations and this machine's measured compute throughput."""
     sequence = blocks(plan.config)
     throughput = _throughput(options.device)
     return CalibrationEstimate(
@@ -53,7 +53,10 @@ def estimate_calibration(plan: ExportPlan, options: CalibrationOptions) -> Calib
 
 
 def calibration_disk(plan: ExportPlan, options: CalibrationOptions) -> int:
-    """Return bytes: activations of all samples before and after a block, held-out ones twice, and finished weights."""
+    """Return the peak bytes of the work folder.
+
+    It holds finished weights, and the activations of all samples before and after a block, twice for held-out ones.
+    """
     sequence = blocks(plan.config)
     activations = max(_activation_bytes(plan, block) for block in sequence)
     weights = sum(_linears_bytes(plan, block) for block in sequence)
@@ -72,13 +75,21 @@ def _quantized(plan: ExportPlan, block: Block) -> list[Linear]:
 
 def _observed(plan: ExportPlan, block: Block) -> list[Linear]:
     """Return the linears with their own Hessian; the LLM's ``up`` shares that of ``gate``."""
-    return [p for p in _quantized(plan, block) if not (p.name.startswith("llm.") and p.name.endswith("mlp.up"))]
+    return [
+        linear
+        for linear in _quantized(plan, block)
+        if not linear.name.startswith("llm.") or not linear.name.endswith("mlp.up")
+    ]
 
 
 def _memory(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
-    """Return the larger of: weights, Hessians and a factorization; both sets of weights while samples pass."""
-    weights = FLOAT_BYTES * sum(p.size for p in _linears(plan, block))
-    sides = [p.inputs for p in _observed(plan, block)]
+    """Return the peak bytes of a block.
+
+    That is the larger of two phases: quantizing (weights, Hessians, a factorization), and running the samples (float
+    and quantized weights).
+    """
+    weights = FLOAT_BYTES * sum(linear.size for linear in _linears(plan, block))
+    sides = [linear.inputs for linear in _observed(plan, block)]
     quantizing = weights + DOUBLE_BYTES * (
         sum(n * n for n in sides) + FACTORIZATION_COPIES * max(sides, default=0) ** 2
     )
@@ -86,8 +97,10 @@ def _memory(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
 
 
 def _sensitivity_bytes(plan: ExportPlan, block: Block, options: CalibrationOptions) -> int:
-    """Return the bytes of activations while sensitivity is measured: of the float model, and of each measured linear
-    before and after a block. All share the windows.
+    """Return the bytes of activations while sensitivity is measured.
+
+    They are those of the float model, and those of each measured linear before and after a block. All share the
+    windows.
     """
     trials = 2 * len(_measured(plan, block)) * _llm_rows(plan) * plan.config.language.hidden_size
     return _sensitivity_samples(options) * (_activation_bytes(plan, block) + FLOAT_BYTES * trials)
@@ -114,7 +127,7 @@ def _activation_bytes(plan: ExportPlan, block: Block) -> int:
 
 
 def _linears_bytes(plan: ExportPlan, block: Block) -> int:
-    return sum(p.size * p.format.bits // 8 for p in _quantized(plan, block))
+    return sum(linear.size * linear.format.bits // 8 for linear in _quantized(plan, block))
 
 
 def _vision_rows(plan: ExportPlan) -> int:
@@ -143,20 +156,20 @@ def _rows(plan: ExportPlan, name: str) -> int:
 
 
 def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> float:
-    """Return the float32 GEMM operations of a block, or what takes as long."""
+    """Return the cost of a block in float32 GEMM operations."""
     passes = 2 * (options.samples + options.held_out)
     total = 0.0
-    for p in _linears(plan, block):
-        total += 2 * passes * _rows(plan, p.name) * p.size
-    for p in _quantized(plan, block):
-        uses_gptq = _uses_gptq(p, options)
-        scales = CLIP_RATIOS[p.format.bits][2] if uses_gptq else 1
+    for linear in _linears(plan, block):
+        total += 2 * passes * _rows(plan, linear.name) * linear.size
+    for linear in _quantized(plan, block):
+        uses_gptq = _uses_gptq(linear, options)
+        scales = CLIP_RATIOS[linear.format.bits][2] if uses_gptq else 1
         gemm_passes = ROUNDING_PASSES + (DESCENT_PASSES if uses_gptq else 0)
-        total += _attempts(plan, p) * p.size * (gemm_passes * p.inputs + SCALE_OPERATIONS * scales)
-    for p in _observed(plan, block):
-        rows, inputs, attempts = _rows(plan, p.name), p.inputs, _attempts(plan, p)
+        total += _attempts(plan, linear) * linear.size * (gemm_passes * linear.inputs + SCALE_OPERATIONS * scales)
+    for linear in _observed(plan, block):
+        rows, inputs, attempts = _rows(plan, linear.name), linear.inputs, _attempts(plan, linear)
         total += 2 * options.samples * rows * inputs**2
-        if _uses_gptq(p, options):
+        if _uses_gptq(linear, options):
             total += attempts * 2 * 4 * inputs**3 / 3  # float64 takes twice as long
         if attempts > 1:
             total += (options.samples * rows * COUNT_OPERATIONS + attempts * HISTOGRAM_OPERATIONS) * inputs
@@ -164,11 +177,11 @@ def _operations(plan: ExportPlan, block: Block, options: CalibrationOptions) -> 
 
 
 def _sensitivity_operations(plan: ExportPlan, options: CalibrationOptions) -> float:
-    """Return the operations of measuring sensitivity: every linear from its block to the end, on every sample."""
+    """Return the cost of measuring sensitivity: each linear runs all samples from its block to the last one."""
     total, passes = 0.0, 2
     for block in blocks(plan.config):
         passes += len(_measured(plan, block))
-        total += passes * sum(2 * _rows(plan, p.name) * p.size for p in _linears(plan, block))
+        total += passes * sum(2 * _rows(plan, linear.name) * linear.size for linear in _linears(plan, block))
     return total * _sensitivity_samples(options)
 
 
@@ -178,8 +191,8 @@ def _uses_gptq(linear: Linear, options: CalibrationOptions) -> bool:
 
 
 def _attempts(plan: ExportPlan, linear: Linear) -> int:
-    """Return how often a linear is quantized: once, or also with each alpha of SmoothQuant."""
-    return 1 if producer(linear.name, plan.quantized_formats) is None else 1 + len(ALPHAS)
+    """Return the number of times a linear is quantized: once, and once for each alpha of SmoothQuant."""
+    return 1 if find_producer(linear.name, plan.quantized_formats) is None else 1 + len(ALPHAS)
 
 
 def _throughput(device: str) -> float:

@@ -1,4 +1,4 @@
-"""Comparison of the quantized with the float model, on held-out samples."""
+"""Comparison of the quantized model with the float model, on held-out samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusion_edge.runtime.bundle.quantization_report import EndToEnd
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """Comparison of one answer: the sample's own, or the float model's first token if the sample has none."""
+    """Comparison on one answer: the sample's, or the float model's first token if the sample has none."""
 
     tokens: int
     same_token: int
@@ -45,7 +45,7 @@ class Evaluation:
         self._latest: tuple[dict[str, list[float]], list[AnswerComparison]] = {}, []
 
     def add(self, number: int, outputs: Activations, reference: Activations) -> None:
-        """Compare the graph outputs that a block computed for held-out sample ``number``."""
+        """Compare the graph outputs of a block for held-out sample ``number``."""
         cosines, answers = self._latest
         for name, graph in OUTPUTS.items():
             if name in outputs:
@@ -54,20 +54,20 @@ class Evaluation:
             answers.append(compare_answers(self._held_out[number], outputs["logits"], reference["logits"]))
 
     def save(self, path: Path) -> None:
-        """Save what was added since the last call."""
+        """Save the comparisons added since the last call."""
         cosines, answers = self._latest
         replace_text(path, json.dumps({"cosines": cosines, "answers": [vars(answer) for answer in answers]}))
         self._latest = {}, []
 
     def load(self, path: Path) -> None:
-        """Load what was saved."""
+        """Load saved comparisons."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         for graph, values in saved["cosines"].items():
             self._cosines.setdefault(graph, []).extend(values)
         self._answers += [AnswerComparison(**answer) for answer in saved["answers"]]
 
     def result(self) -> EndToEnd:
-        """Return the result over everything loaded."""
+        """Return the result over all loaded comparisons."""
         tokens = sum(answer.tokens for answer in self._answers)
         known = [answer for answer in self._answers if answer.right is not None]
 
@@ -91,8 +91,8 @@ class Evaluation:
 def compare_answers(prepared: PreparedSample, logits: Tensor, reference: Tensor) -> AnswerComparison:
     """Compare logits ``[n,V]`` of the quantized and the float model at the rows that predict the answer.
 
-    A model generates an answer exactly if each of its tokens is top-1, given those before it. So no generation is
-    needed to count exact answers.
+    Exact answers are counted without generating: a model generates an answer if each of its tokens is top-1, given
+    those before it.
     """
     log_p, float_log_p = (F.log_softmax(x.double(), dim=-1) for x in (logits, reference))
     best, float_best = logits.argmax(-1), reference.argmax(-1)

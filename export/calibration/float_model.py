@@ -1,4 +1,4 @@
-"""The float model, one block at a time: prepared samples, and the weights of the checkpoint."""
+"""Float model of a plan: the checkpoint's weights, block by block, and tokenized samples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -27,7 +28,7 @@ class FloatModel:
         self.plan = plan
         self.device = device
         self.weights = CheckpointWeights(plan.checkpoint, plan.parameters)
-        self._row = lru_cache(maxsize=None)(self._embedding_row)
+        self._embedding = lru_cache(maxsize=None)(lambda token: torch.from_numpy(self.embedding_row(token)[0]))
 
     def prepare(self, samples: Sequence[Sample]) -> Iterator[PreparedSample]:
         """Tokenize samples, with the bundle's query lengths in turn. Raises :class:`FusionError` for one too long."""
@@ -53,15 +54,16 @@ class FloatModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return embeddings ``[T,D]`` of ids ``[T]``."""
-        return torch.stack([self._row(int(i)) for i in ids]).to(self.device)
+        return torch.stack([self._embedding(int(i)) for i in ids]).to(self.device)
 
     def operations(self) -> BlockOperations:
-        """Return operations for one block. They keep every weight that they read in memory."""
+        """Return operations for one block. They keep the weights that they read in memory."""
         return BlockOperations(self.plan.config, lru_cache(maxsize=None)(self.parameter), self.embed, self.device)
 
     def elements(self, block: Block) -> int:
         """Return the number of elements of a block's parameters."""
         return sum(p.size for p in self.plan.parameters.values() if p.name.startswith(block.prefixes))
 
-    def _embedding_row(self, token: int) -> Tensor:
-        return torch.from_numpy(np.array(self.weights.rows(f"{EMBEDDING}.weight", token, token + 1)[0]))
+    def embedding_row(self, token: int) -> npt.NDArray[np.float32]:
+        """Return the token's row of the checkpoint's token table, ``[1,D]``."""
+        return np.array(self.weights.rows(self.plan.linears[EMBEDDING].weight.name, token, token + 1))

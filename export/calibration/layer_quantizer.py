@@ -1,4 +1,4 @@
-"""Quantize the linears of a block for the inputs that were observed."""
+"""Layer quantizer: GPTQ or rounding, with SmoothQuant, for the inputs that an observer recorded."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ class QuantizedLinear:
 
     rows: list[RoundedRows]
     squares: npt.NDArray[np.float64]
-    """``[4]`` sums of squares: weight error, weights, output error, outputs."""
+    """Sums of squares ``[4]``: weight error, weights, output error, outputs."""
 
 
 @dataclass(frozen=True)
 class SmoothedLinear:
-    """A linear, quantized with its activations smoothed."""
+    """A quantized linear whose activations are quantized, and smoothed if ``alpha`` is not None."""
 
     alpha: float | None
-    """None: not smoothed."""
     factors: Tensor
-    """``[K]``: divisors of the activations."""
+    """Divisors of the activations, ``[K]``."""
     quantized: QuantizedLinear
     activations: ActivationQuantization
     error: float
@@ -66,10 +65,10 @@ class LayerQuantizer:
         self._smoothed: dict[str, Tensor] = {}
 
     def quantize(self, observer: Observer) -> list[LinearReport]:
-        """Quantize and save every linear observed. Frees the Hessians.
+        """Quantize and save every observed linear. Frees the Hessians.
 
-        The last linear comes first: the producer of a smoothed linear's activations is itself quantized after its
-        parameters are divided.
+        Goes from the last linear to the first: smoothing a linear divides the parameters of its producer, which is
+        quantized afterwards.
         """
         reports: list[LinearReport] = []
         for index in reversed(range(len(observer.hessians))):
@@ -100,14 +99,14 @@ class LayerQuantizer:
         return reports
 
     def _smooth(self, name: str, hessian: Tensor, histograms: ChannelHistograms) -> LinearReport:
-        """Quantize and save a linear with the alpha that changes its outputs least, and divide its producer."""
+        """Quantize and save a linear with the alpha of the least output error, and divide its producer's parameters."""
         started = time.monotonic()
         unsmoothed = self._with_alpha(name, None, hessian, histograms)
         tried = (self._with_alpha(name, alpha, hessian, histograms) for alpha in ALPHAS)
         best = min(tried, key=lambda smoothed: smoothed.error, default=unsmoothed)
         if best.error > LARGEST_ERROR_RATIO * unsmoothed.error:
             best = unsmoothed
-        producer = smoothquant.producer(name, self._formats)
+        producer = smoothquant.find_producer(name, self._formats)
         assert producer is not None  # else it would have no channel histograms
         for parameter in smoothquant.producer_parameters(producer):
             self._smoothed[parameter] = smoothquant.divide_last_rows(self._parameter(parameter), best.factors)

@@ -1,7 +1,7 @@
-"""The eager interpreter as an observer: it records statistics of the inputs of every quantized linear.
+"""Observer: the eager interpreter, recording statistics of the inputs of every quantized linear.
 
-In an LLM layer's attention, a row counts by the attention that it receives (RSQ, Sung et al. 2025, arXiv:2503.01820).
-The first row receives most of it although its value barely matters: an error there is added to all rows, yet it is one
+In an LLM layer's ``attention.qkv``, a row's weight in the Hessian grows with the attention that it receives (RSQ, Sung
+et al. 2025, arXiv:2503.01820). The first row receives most of the attention: its error reaches all rows, yet it is one
 row in a thousand. For all other linears, equal weights are better (docs/benchmarks.md).
 """
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from fusion_edge.export.calibration.blocks import BlockOperations
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.observer import HistogramObserver
-from fusion_edge.quant.smoothquant import ChannelHistograms, producer
+from fusion_edge.quant.smoothquant import ChannelHistograms, find_producer
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.errors import FusionError
 
 ATTENTION_WEIGHT = 0.1
-"""Weight of the attention that a row receives, added to the row's own weight of 1. A row receives 1 on average."""
+"""Weight of received attention. A row's weight is 1 plus this times the attention it receives, 1 on average."""
 
 
 class Observer(BlockOperations):
@@ -42,16 +42,16 @@ class Observer(BlockOperations):
         self.hessians: list[Tensor] = []
         """``[K,K]`` float64 each."""
         self.hessian_index: dict[str, int] = {}
-        """Index in ``hessians`` by linear. Linears that read the same input share a Hessian."""
+        """Index in ``hessians``, by linear. Linears that read the same input share a Hessian."""
         self.histograms: dict[str, HistogramObserver] = {}
-        """By linear whose activations are quantized but cannot be smoothed."""
+        """By linear. Its activations are quantized and cannot be smoothed."""
         self.channel_histograms: dict[str, ChannelHistograms] = {}
-        """By linear whose activations are quantized and can be smoothed."""
+        """By linear. Its activations are quantized and can be smoothed."""
 
     def linear(self, x: Tensor, name: str, bias: bool = False) -> Tensor:
         if name in self._formats:
             self._observe(x, name)
-        if producer(name, self._formats) is not None:
+        if find_producer(name, self._formats) is not None:
             self.channel_histograms.setdefault(name, ChannelHistograms(x.shape[-1], x.device)).observe(x)
         elif name in self._formats and self._formats[name].quantizes_activations:
             self.histograms.setdefault(name, HistogramObserver()).observe(x)

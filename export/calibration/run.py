@@ -1,8 +1,8 @@
 """Calibration: block by block, observe the inputs of every linear and quantize its weights for them.
 
-The linears of a block see the samples as the quantized blocks before it pass them on. The last samples are held out:
-the float model runs on them beside the quantized one, and the report compares the two (``evaluation.py``). Every
-finished block is saved in a folder, so a run that was killed resumes there.
+The activations before a block come from the quantized blocks before it. The last samples are held out: the float model
+and the quantized one run on them, and the report compares the two (``evaluation.py``). Every finished block is saved in
+a folder, so a killed run resumes there.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.quant.packing import dequantize, quantize
-from fusion_edge.quant.smoothquant import float_parameters, producer
+from fusion_edge.quant.smoothquant import find_producer, float_parameters
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.progress import Progress
 
 
 def calibrate(plan: ExportPlan, samples: Samples, method: str, device: str, folder: Path) -> CalibratedWeights:
-    """Quantize every linear of a planned bundle for the samples. Resumes from what ``folder`` holds.
+    """Quantize every linear of a planned bundle for the samples. Resumes from the files in ``folder``.
 
     Raises :class:`FusionError` for activations that are not finite, naming the linear.
     """
@@ -65,9 +65,9 @@ class CalibrationRun:
 
     @torch.inference_mode()
     def run(self) -> CalibratedWeights:
-        """Run all blocks that are not finished."""
+        """Run all unfinished blocks. Returns the calibrated weights, with their report."""
         sequence = self._sequence
-        if any(self._is_torn(block) for block in sequence):
+        if any(self._lacks_files(block) for block in sequence):
             raise FusionError(f"{self._folder} has lost files of an earlier run; delete it and start again.")
         start = max(i for i in range(len(sequence) + 1) if i == 0 or is_complete(self.cache_path(i)))
         sizes = [self._float.elements(block) for block in sequence]
@@ -147,11 +147,11 @@ class CalibrationRun:
 
     # Files, weights ----------------------------------------------------------------------------------------------
 
-    def _is_torn(self, block: Block) -> bool:
+    def _lacks_files(self, block: Block) -> bool:
         """Return whether a finished block lacks the weights of a linear or a smoothed parameter."""
         formats = self._plan.quantized_formats
         linears = [linear.name for linear in self._store.finished(block.name) or ()]
-        producers = [found for name in linears if (found := producer(name, formats)) is not None]
+        producers = [found for name in linears if (found := find_producer(name, formats)) is not None]
         smoothed = [name for found in producers for name in float_parameters(found, formats)]
         return any(name not in self._store for name in linears) or any(
             self._store.parameter(name) is None for name in smoothed
@@ -194,5 +194,5 @@ class CalibrationRun:
 
     def _embedding_row(self, token: int) -> Tensor:
         fmt = self._plan.linears[EMBEDDING].format
-        row = self._float.weights.rows(f"{EMBEDDING}.weight", token, token + 1)
+        row = self._float.embedding_row(token)
         return torch.from_numpy(dequantize(quantize(row, fmt), fmt, row.shape[1])[0])

@@ -25,7 +25,7 @@ QUESTIONS = (
 )
 """Questions asked in turn about a folder of images."""
 FEWEST = 8
-"""Minimum number of samples: fewer say too little about the inputs of a linear."""
+"""Minimum number of samples: fewer do not represent the inputs of a linear."""
 
 LARGEST_FILE = 32 << 20  # bytes of a JSONL file: about 100,000 samples
 MOST_NAMED = 10  # unreadable images that an error names
@@ -55,10 +55,12 @@ class Samples:
 def read_samples(data: Path, calibrating: int, held_out: int) -> Samples:
     """Read the samples of a JSONL file, of the one JSONL file in a folder, or of a folder of images.
 
-    The first ``calibrating`` samples calibrate, the next ``held_out`` are held out. Fewer samples are split in
-    proportion. A line is ``{"image": PATH, "question": TEXT, "answer": TEXT}``; the path is relative to the file, the
-    answer optional. Every image is decoded once. Raises :class:`FusionError` for unreadable images, for a file with
-    other content, and for fewer than :data:`FEWEST` samples; :class:`UsageError` for several JSONL files.
+    The first ``calibrating`` samples are for calibration, the next ``held_out`` for evaluation. Fewer samples are split
+    in proportion. A line is ``{"image": PATH, "question": TEXT, "answer": TEXT}``; the path is relative to the file,
+    the answer is optional. Every image is decoded once.
+
+    Raises :class:`FusionError` for unreadable images, for a file with other content, and for fewer than :data:`FEWEST`
+    samples; :class:`UsageError` for several JSONL files.
     """
     if data.is_dir():
         files = sorted(path for path in data.glob("*.jsonl") if not path.name.startswith("."))
@@ -87,7 +89,6 @@ def _images(folder: Path) -> list[Sample]:
 
 
 def _read_lines(file: Path) -> list[Sample]:
-    expected = 'expected {"image": PATH, "question": TEXT} and optionally "answer"'
     samples = []
     try:
         with os.fdopen(open_regular(file), "rb") as opened:
@@ -100,27 +101,32 @@ def _read_lines(file: Path) -> list[Sample]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line, object_pairs_hook=unique_fields)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict) or not {"image", "question"} <= set(value) <= {"image", "question", "answer"}:
-            raise FusionError(f"Line {number} of {file} is not a sample; {expected}.")
-        if not all(isinstance(text, str) for text in value.values()):
-            raise FusionError(f"Line {number} of {file} has a value that is not text; {expected}.")
-        if is_empty(value["question"], any_of(MARKER_IDS)):
-            raise FusionError(f"Line {number} of {file} has an empty question; {expected}.")
-        if any("\ud800" <= character <= "\udfff" for text in value.values() for character in text):
-            raise FusionError(
-                f"Line {number} of {file} has half of a surrogate pair, which is not valid text; {expected}."
-            )
-        if is_url(value["image"]):
-            raise FusionError(
-                f"Line {number} of {file} has the URL {value['image'][:200]!r} as its image, and URLs are not fetched; "
-                "download the image and use the path of the file."
-            )
+        value = _parse_line(line, f"Line {number} of {file}")
         samples.append(Sample(file.parent / value["image"], value["question"], value.get("answer")))
     return samples
+
+
+def _parse_line(line: str, where: str) -> dict[str, str]:
+    """Return the fields of a sample. Raises :class:`FusionError`, which names ``where``, for any other content."""
+    expected = 'expected {"image": PATH, "question": TEXT} and optionally "answer"'
+    try:
+        value = json.loads(line, object_pairs_hook=unique_fields)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not {"image", "question"} <= set(value) <= {"image", "question", "answer"}:
+        raise FusionError(f"{where} is not a sample; {expected}.")
+    if not all(isinstance(text, str) for text in value.values()):
+        raise FusionError(f"{where} has a value that is not text; {expected}.")
+    if is_empty(value["question"], any_of(MARKER_IDS)):
+        raise FusionError(f"{where} has an empty question; {expected}.")
+    if any("\ud800" <= character <= "\udfff" for text in value.values() for character in text):
+        raise FusionError(f"{where} has half of a surrogate pair, which is not valid text; {expected}.")
+    if is_url(value["image"]):
+        raise FusionError(
+            f"{where} has the URL {value['image'][:200]!r} as its image, and URLs are not fetched; download the image "
+            "and use the path of the file."
+        )
+    return value
 
 
 def _check_images(data: Path, samples: list[Sample]) -> None:

@@ -1,7 +1,7 @@
-"""Sensitivity of a linear to 4 bits: run the float model on a few samples with only that linear quantized.
+"""Sensitivity of a linear to 4 bits: the error of the float model with only that linear quantized, on a few samples.
 
-For each block whose linears are measured, the blocks after it run once; they load their weights once for all of these
-linears. Weights are rounded to nearest, which ranks linears closely enough like calibrated weights.
+All linears of a block are measured together: the blocks after it load their weights once. Weights are rounded to
+nearest, which ranks linears nearly like calibrated weights.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fusion_edge.runtime.system.progress import Progress
 def measure_sensitivity(
     plan: ExportPlan, names: Sequence[str], samples: Sequence[Sample], device: str, folder: Path
 ) -> list[Sensitivity]:
-    """Return the sensitivity of each linear in its planned format. Resumes from what ``folder`` holds."""
+    """Return the sensitivity of each linear in its planned format. Resumes from the files in ``folder``."""
     return SensitivityMeasurement(plan, names, samples, device, folder).run()
 
 
 class OneLinearRounded(BlockOperations):
-    """The float model with one linear quantized. Accumulates the squared error of its outputs, and their square."""
+    """The float model with one linear quantized. Accumulates the squared error and squared norm of its outputs."""
 
     def __init__(self, exact: BlockOperations, name: str, fmt: WeightFormat) -> None:
         super().__init__(exact.config, exact.get, exact.embed, exact.device)
@@ -69,8 +69,9 @@ class SensitivityMeasurement:
 
     @torch.inference_mode()
     def run(self) -> list[Sensitivity]:
+        """Measure all blocks that are not measured yet."""
         sizes = [self._model.elements(block) for block in self._sequence]
-        passes = [len(self._of(block)) for block in self._sequence]
+        passes = [len(self._linears_of(block)) for block in self._sequence]
         work = sum(sizes) + sum(size * (1 + sum(passes[: i + 1])) for i, size in enumerate(sizes))
         with Progress("Measuring sensitivity", work * len(self._prepared), "M weights") as progress:
 
@@ -79,16 +80,16 @@ class SensitivityMeasurement:
 
             activations: list[Activations] = [{} for _ in self._prepared]
             for block in self._sequence:
-                activations = self._through(block, [self._model.operations()], [activations], advance)[0]
+                activations = self._run_block(block, [self._model.operations()], [activations], advance)[0]
             reference = [last["logits"] for last in activations]
             found, activations = [], [{} for _ in self._prepared]
             for i, block in enumerate(self._sequence):
                 progress.label = f"Measuring sensitivity of {block.name} ({i + 1} of {len(self._sequence)})"
                 found += self._load_or_measure(i, activations, reference, advance)
-                activations = self._through(block, [self._model.operations()], [activations], advance)[0]
+                activations = self._run_block(block, [self._model.operations()], [activations], advance)[0]
         return found
 
-    def _of(self, block: Block) -> list[str]:
+    def _linears_of(self, block: Block) -> list[str]:
         """Return the linears of a block to measure."""
         return [name for name in self._names if f"{name}.".startswith(block.prefixes)]
 
@@ -96,7 +97,7 @@ class SensitivityMeasurement:
         self, i: int, activations: list[Activations], reference: list[Tensor], advance: Callable[[Block], None]
     ) -> list[Sensitivity]:
         path = self._folder / f"sensitivity-{i}.json"
-        names = self._of(self._sequence[i])
+        names = self._linears_of(self._sequence[i])
         if path.exists():
             for block in self._sequence[i:]:
                 for _ in range(len(names) * len(activations)):
@@ -117,11 +118,11 @@ class SensitivityMeasurement:
         """Measure the linears of block ``i``: from the samples' activations before it to their logits."""
         exact = self._model.operations()
         rounded = [OneLinearRounded(exact, name, self._formats[name]) for name in names]
-        changed = self._through(self._sequence[i], rounded, [activations] * len(names), advance)
+        changed = self._run_block(self._sequence[i], rounded, [activations] * len(names), advance)
         qualities = [sqnr(operations.squared_error, operations.squared_norm) for operations in rounded]
         del exact, rounded  # frees their weights before the next blocks load theirs
         for block in self._sequence[i + 1 :]:
-            changed = self._through(block, [self._model.operations()] * len(names), changed, advance)
+            changed = self._run_block(block, [self._model.operations()] * len(names), changed, advance)
         found = []
         for quality, name, ends in zip(qualities, names, changed, strict=True):
             pairs = zip(self._prepared, ends, reference, strict=True)
@@ -131,7 +132,7 @@ class SensitivityMeasurement:
             found.append(Sensitivity(name, max(divergence, 0.0), quality))
         return found
 
-    def _through(
+    def _run_block(
         self,
         block: Block,
         operations: Sequence[BlockOperations],

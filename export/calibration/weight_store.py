@@ -29,7 +29,7 @@ class WeightStore:
     def __init__(self, folder: Path, formats: Mapping[str, WeightFormat]) -> None:
         self._folder = folder
         self._formats = formats
-        self._lock = Lock()  # np.load parses headers as Python, which some Python 3.11 releases do in one thread only
+        self._lock = Lock()  # np.load parses headers as Python code, which is not thread-safe in some releases of 3.11
 
     def save(self, name: str, rows: list[RoundedRows]) -> None:
         """Save a linear's rows, in order."""
@@ -83,7 +83,7 @@ class WeightStore:
         return dequantize(packed, self._formats[name], inputs)
 
     def _parts(self, name: str) -> tuple[str, ...]:
-        """Return the fields of :class:`Packed` that are stored. ``scales`` are written last."""
+        """Return the stored fields of :class:`Packed`, in order of writing: ``scales`` last."""
         zero_points = () if self._formats[name].is_symmetric else ("zero_points",)
         return "values", *zero_points, "scales"
 

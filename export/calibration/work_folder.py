@@ -23,9 +23,9 @@ _FILES = ("*.json", "*.json.part", "*.npy", "activations-*")
 
 @contextmanager
 def work_folder(output: Path, command: str) -> Iterator[Path]:
-    """Open the work folder for ``output``, with the files of an equal command. Deletes it unless an error occurs.
+    """Open the work folder for ``output``. Keeps the files of an equal command. Deletes it unless an error occurs.
 
-    ``command`` is equal for commands with the same result (:func:`command_text`). Raises :class:`FusionError` while
+    Commands with the same result have the same ``command`` (:func:`command_text`). Raises :class:`FusionError` while
     another calibration uses the folder, or if the folder belongs to another user or holds other files.
     """
     folder = _folder_of(output)
@@ -45,7 +45,7 @@ def _owns(path: str) -> bool:
 
 
 def folder_bytes(output: Path) -> int:
-    """Return the bytes that an earlier run left for ``output``."""
+    """Return the size of the work folder that an earlier run left for ``output``."""
     folder = _folder_of(output)
     return sum(file.lstat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
 
@@ -55,17 +55,17 @@ def _folder_of(output: Path) -> Path:
 
 
 def command_text(plan: ExportPlan, samples: Samples, settings: dict[str, Any]) -> str:
-    """Return everything that calibrated weights depend on, as JSON. Files count by size and time, not by content."""
-    asked = [*samples.calibrating, *samples.held_out]
-    files = [*plan.checkpoint.files, *dict.fromkeys(sample.image for sample in asked)]
+    """Return everything that calibrated weights depend on, as JSON. Files are compared by size and time only."""
+    every = [*samples.calibrating, *samples.held_out]
+    files = [*plan.checkpoint.files, *dict.fromkeys(sample.image for sample in every)]
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     facts = {
         "settings": settings,
         "files": stamps,
         "held_out": len(samples.held_out),
-        "questions": [(str(sample.image), sample.question, sample.answer) for sample in asked],
+        "questions": [(str(sample.image), sample.question, sample.answer) for sample in every],
         "target": plan.options.target.name,  # decides how activations are quantized
-        "formats": {name: str(form) for name, form in plan.formats.items()},
+        "formats": {name: str(fmt) for name, fmt in plan.formats.items()},
         "prequantized": sorted(name for name, linear in plan.linears.items() if linear.prequantized),
         "query_lengths": plan.options.query_lengths,
         "image_tokens": plan.options.image_tokens,

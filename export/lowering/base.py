@@ -1,4 +1,4 @@
-"""Base of the ONNX interpreters: operations that are the same standard operators for every runtime."""
+"""Base of the ONNX interpreters: operations with the same standard operators for every runtime."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class OnnxOperations(Operations[OnnxValue]):
     passes: tuple[Callable[[GraphBuilder], None], ...] = ()
     """Rewrites of a finished graph, in order."""
     stores_int4_by_column: bool = False
-    """Whether 4-bit weights lie as ``[K,N]`` in the data file, not as rows of packed blocks."""
+    """Whether 4-bit weights are ``[K,N]`` in the data file, instead of rows of packed blocks."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class OnnxOperations(Operations[OnnxValue]):
         return self._node("Squeeze", [windows, self.builder.constant([2])])
 
     def _rows(self, x: OnnxValue) -> OnnxValue:
-        """``[1,L,D]`` -> ``[L,D]``."""
+        """Drop axis 0: ``[1,L,D]`` -> ``[L,D]``."""
         return self._node("Squeeze", [x, self.builder.constant([0])])
 
     def take_rows(self, x: OnnxValue, positions: OnnxValue) -> OnnxValue:

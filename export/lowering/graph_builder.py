@@ -28,7 +28,7 @@ ONNX_TYPES = {
 }
 
 Part = Literal["values", "scales", "zero_points", "columns", "input_scale", "input_zero_point"]
-"""Part of a parameter. ``columns``: column of the weight that each stored column is, if not all are in place. The last
+"""Part of a parameter. ``columns`` is the order of stored columns, if a prequantized checkpoint reorders them. The last
 two are scalars of a linear with quantized activations."""
 
 
@@ -44,13 +44,13 @@ class PlannedTensor:
     shape: tuple[int, ...]
     offset: int
     content: npt.NDArray[Any] | None = None
-    """The values, if they are known when the graph is built (rotary tables, column orders)."""
+    """Values that are known when the graph is built: rotary tables, column orders."""
     by_column: bool = False
-    """Whether the tensor stores rows of the parameter as columns."""
+    """Whether rows of the parameter are stored as columns."""
 
     @property
     def storage(self) -> str:
-        """numpy dtype name of the bytes in the data file; uint8 for int4, which numpy has not."""
+        """numpy dtype name of the bytes in the data file; uint8 for int4, which numpy lacks."""
         return "uint8" if self.dtype == "int4" else self.dtype
 
     @property
@@ -143,7 +143,7 @@ class GraphBuilder:
             self.data_bytes += -(-tensor.nbytes // PAGE) * PAGE
 
     def is_topological(self) -> bool:
-        """Return whether every node reads only what precedes it. Branches are not checked."""
+        """Return whether every node follows the nodes it reads. Branches are not checked."""
         known = {"", *self.constants, *self.planned, *(tensor.name for tensor in self.spec.inputs)}
         for node in self.nodes:
             if not known.issuperset(node.input):

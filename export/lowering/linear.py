@@ -1,4 +1,4 @@
-"""A weight matrix of the model: where its values come from and how a bundle stores them."""
+"""A weight matrix of the model: source of its values, and format in the bundle."""
 
 from __future__ import annotations
 
@@ -56,5 +56,5 @@ class Linear:
 
     @property
     def column_order(self) -> tuple[int, ...] | None:
-        """Column of the weight that each stored column is; None if all are in place."""
+        """Index in the weight of each stored column; None if the order is the same."""
         return None if self.prequantized is None else self.prequantized.columns

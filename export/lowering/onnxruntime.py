@@ -1,8 +1,8 @@
 """The ONNX Runtime interpreter: FUSION as graphs of ONNX opset 21 and Microsoft's contributed operators.
 
-Its fastest operators: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook), GroupQueryAttention for
-the LLM, MultiHeadAttention for the vision encoder. Where our CPU kernels fuse several, the graph has a function of them
-(``kernels/onnx_functions/``).
+The graphs use the fastest operators: MatMulNBits for quantized linears (MatMulBnb4 for those with a codebook),
+GroupQueryAttention for the LLM, MultiHeadAttention for the vision encoder. Where a CPU kernel fuses several operators,
+the graph calls a function (``kernels/onnx_functions/``).
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ class OnnxRuntimeOperations(OnnxOperations):
             "scale": language.head_dim**-0.5,
         }
         name = f"llm.layers.{layer}.attention"
-        states = int8_cache.CACHE_TENSORS if self.settings.cache == "int8" else int8_cache.PARTS
-        past, present = ([f"{time}.{layer}.{state}" for state in states] for time in ("past", "present"))
+        parts = int8_cache.CACHE_TENSORS if self.settings.cache == "int8" else int8_cache.PARTS
+        past, present = ([f"{time}.{layer}.{part}" for part in parts] for time in ("past", "present"))
         shared, outputs = ["last_position", "total_length", cos, sin], [name, *present]
         if self.settings.cache == "int8":
             function = int8_cache.attention_function(language.kv_heads, language.head_dim, OPSET)

@@ -1,6 +1,6 @@
-"""Pass: a residual sum and the RMSNorm that reads it become one ``SkipSimplifiedLayerNormalization``.
+"""Pass: fuse each residual sum with the RMSNorm that reads it into one ``SkipSimplifiedLayerNormalization``.
 
-ONNX Runtime then passes over the rows once instead of twice.
+ONNX Runtime reads the rows once instead of twice.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ NORM = "SimplifiedLayerNormalization"
 
 
 def fuse_residual_norms(builder: GraphBuilder) -> None:
-    """Replace each ``Add`` whose sum a norm reads, in its place, and remove the norm.
+    """Replace each ``Add`` whose sum a norm reads by the fused node, and remove the norm.
 
     Precondition: nodes are in topological order, and at most one norm reads a sum. Postcondition: nodes are in
-    topological order, no norm reads a sum, and all sums keep their names. A fused norm's value has the norm's path as
-    its name.
+    topological order, no norm reads a sum, and sums keep their names. The fused norm's value is named after the norm's
+    path.
     """
     assert builder.is_topological()
     sums = {node.output[0]: node for node in builder.nodes if node.op_type == "Add"}

@@ -90,14 +90,14 @@ class Operations(Protocol[T]):
         ...
 
     def self_attention(self, qkv: T, heads: int, key_mask: T, patches: int | None) -> T:
-        """Self-attention: ``[N,L,3W]``, mask ``[N,L]`` -> ``[N,L,W]``.
+        """Compute self-attention: ``[N,L,3W]``, mask ``[N,L]`` -> ``[N,L,W]``.
 
         If ``patches`` is given, only the first ``patches`` rows attend; the others become the mean of all values.
         """
         ...
 
     def attention(self, q: T, k: T, v: T, heads: int, key_mask: T) -> T:
-        """Multi-head attention, scaled by 1/sqrt(width/heads): ``[N,Q,W]``, ``[N,K,W]`` -> ``[N,Q,W]``."""
+        """Compute multi-head attention, scaled by 1/sqrt(width/heads): ``[N,Q,W]``, ``[N,K,W]`` -> ``[N,Q,W]``."""
         ...
 
     def global_map(self, features: T, grid: int) -> T:
@@ -117,7 +117,7 @@ class Operations(Protocol[T]):
         ...
 
     def causal_attention(self, qkv: T, layer: int) -> T:
-        """Causal grouped-query self-attention of an LLM layer, with rotary embeddings and the KV cache."""
+        """Compute causal grouped-query attention of an LLM layer, with rotary embeddings and the KV cache."""
         ...
 
     def if_any(self, positions: T, then: Callable[[], T], otherwise: T) -> T:

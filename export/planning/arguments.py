@@ -1,4 +1,4 @@
-"""Dataclass fields that are command-line options: type, default, flag and help are declared once, at the field."""
+"""Command-line options as dataclass fields: type, default, flag and help are declared once, at the field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEY = "argument"
 
 @dataclass(frozen=True)
 class _Argument:
-    """How a field is set on the command line."""
+    """Command-line option of a field."""
 
     group: str
     """Title of the help section."""
@@ -22,9 +22,9 @@ class _Argument:
     settings: Mapping[str, Any]
     """Further arguments of ``add_argument``."""
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Value by flag, where each flag stands for one."""
+    """Value by flag, for flags without an argument."""
     exclusive: str = ""
-    """Fields with the same name here exclude each other."""
+    """Fields with the same text exclude each other."""
 
 
 def option(
@@ -64,7 +64,7 @@ def _field(default: Any, argument: _Argument) -> Any:
 def add_options(groups: Mapping[str, argparse._ArgumentGroup], options: type) -> None:
     """Add the options that the fields of the dataclass ``options`` declare to their groups.
 
-    An option that is not given leaves no attribute in the namespace: :func:`given` needs to know.
+    The namespace has no attribute for an option that is not given (see :func:`given`).
     """
     sets: dict[str, argparse._MutuallyExclusiveGroup] = {}
     for field, argument in _declared(options):
@@ -97,6 +97,6 @@ def flag_of(options: type, name: str) -> str:
 
 
 def _declared(options: type) -> list[tuple[dataclasses.Field[Any], _Argument]]:
-    """Fields of a dataclass that are options, in order."""
+    """Return the fields of a dataclass that are options, in order."""
     fields = dataclasses.fields(options)
     return [(field, field.metadata[_KEY]) for field in fields if _KEY in field.metadata]

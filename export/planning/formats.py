@@ -10,7 +10,7 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.resolved_options import ResolvedOptions
-from fusion_edge.export.planning.rules import Rule, assign, preset
+from fusion_edge.export.planning.rules import Rule, assign, precision_rules
 from fusion_edge.runtime.errors import UsageError
 
 
@@ -29,7 +29,7 @@ def plan_linears(
         check_scales(weights[name], checkpoint, options.activations)
     layouts = {name: target.stored_layout(layout, weights[name].shape[1]) for name, layout in layouts.items()}
     int8 = target.int8_format(requested.group_size)
-    defaults = preset(options.precision, requested.group_size, options.vision, requested.asymmetric, int8)
+    defaults = precision_rules(options.precision, requested.group_size, options.vision, requested.asymmetric, int8)
     formats = assign(weights, requested.rules, defaults) | {name: layout.format for name, layout in layouts.items()}
     linears = {name: Linear(weights[name], fmt, layouts.get(name)) for name, fmt in formats.items()}
     _check_codebooks(linears)

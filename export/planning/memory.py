@@ -1,4 +1,4 @@
-"""Estimate of a bundle's size, and of its memory where it runs, before it is written."""
+"""Estimate of a bundle's size, and of its memory at run time."""
 
 from __future__ import annotations
 

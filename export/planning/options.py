@@ -1,4 +1,4 @@
-"""What the user asks of an export. Each field is an option of ``fusion-export``."""
+"""Options of an export, as the user gives them. Each field is an option of ``fusion-export``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ExportOptions:
         choices=VISION,
     )
     rules: tuple[Rule, ...] = ()
-    """Formats of single weights; the first match wins, before the rules of ``precision``."""
+    """Rules that precede those of ``precision``; the first match wins."""
     query_lengths: tuple[int, ...] = option(
         "--query-len",
         "query lengths to offer, the default first (default: all of the checkpoint, 144 first)",
@@ -101,4 +101,4 @@ class ExportOptions:
         choices=("float", "int8"),
     )
     is_calibrated: bool = False
-    """Whether samples are given: they settle the ranges of quantized activations."""
+    """Whether samples are given. Quantized activations need them for their ranges."""

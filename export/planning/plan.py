@@ -1,4 +1,4 @@
-"""Decide everything about a bundle before a byte of it is written: formats, graphs, sizes."""
+"""Plan of a bundle: formats, graphs and sizes, decided before a byte is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of weights and the place of every tensor in it."""
+    """A file of weights, with the place of every tensor."""
 
     name: str
     tensors: tuple[PlannedTensor, ...]
@@ -112,8 +112,8 @@ class ExportPlan:
 def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     """Validate checkpoint and options together, and lay out the bundle. Reads no weights.
 
-    Raises :class:`FusionError` for a checkpoint that is not FUSION's, and :class:`UsageError` for an option that does
-    not fit the checkpoint or the target.
+    Raises :class:`FusionError` for an invalid checkpoint, and :class:`UsageError` for an option that does not suit the
+    checkpoint or the target.
     """
     config = read_config(checkpoint)
     parameters = match_parameters(checkpoint, config)

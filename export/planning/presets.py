@@ -1,4 +1,4 @@
-"""Presets: options of an export that suit a device. Its name is a value of ``--target``."""
+"""Presets: default options for a kind of device. The name of a preset is a value of ``--target``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults for one kind of device. An option on the command line overrides each."""
+    """Defaults for one kind of device. Options on the command line override them."""
 
     memory: int
-    """Bytes that the device has for a bundle: what its system and a camera's driver leave."""
+    """Bytes available to a bundle: the device's memory without its system and a camera's driver."""
     max_context: int | None = None
-    """Upper limit in tokens; None: as many as the checkpoint was trained with."""
+    """Upper limit in tokens; None: the checkpoint's context length."""
     image_tokens: int | None = None
     """Upper limit; None: all."""
     vision: str = "fp16"

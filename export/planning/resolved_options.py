@@ -15,12 +15,12 @@ from fusion_edge.runtime.bundle.config import MINIMUM_QUESTION, FusionConfig, si
 from fusion_edge.runtime.errors import UsageError
 
 DEFAULT_QUERY_LENGTH = 144
-"""Upper limit: enough detail, a small share of the prompt."""
+"""Upper limit of the default query length: enough detail for a small share of the prompt."""
 
 
 @dataclass(frozen=True)
 class ResolvedOptions:
-    """What a bundle is planned with."""
+    """Options of a planned bundle."""
 
     requested: ExportOptions
     target: Target
@@ -51,7 +51,7 @@ class ResolvedOptions:
 
 
 def resolve_options(options: ExportOptions, config: FusionConfig) -> ResolvedOptions:
-    """Fill in what the user leaves open. Raises :class:`UsageError` for an option that does not fit the model."""
+    """Fill in every default. Raises :class:`UsageError` for an option that does not suit the model or the target."""
     preset = PRESETS.get(options.target)
     target = TARGETS[options.target] if preset is None else preset.target
     _check_combinations(options, target)
@@ -122,7 +122,7 @@ def _check_image_tokens(tokens: int | None, config: FusionConfig) -> None:
 
 
 def _check_context(context: int | None, config: FusionConfig, needed: int) -> None:
-    """``context`` is None if neither the user nor a preset limits it; ``needed`` tokens are a short prompt."""
+    """Check the limit of the user or the preset, None without one, against the tokens that a short prompt needs."""
     if context is not None and not MINIMUM_CONTEXT <= context <= config.max_length:
         raise UsageError(
             f"A context of {context} tokens is out of range; this checkpoint was trained with {config.max_length}: "
@@ -151,8 +151,10 @@ def _check_combinations(options: ExportOptions, target: Target) -> None:
             f"--vision is for --int4, --nf4 and --int8; --{options.precision} is for vision too: leave it out."
         )
     if options.kv_cache not in target.kv_caches:
+        supported = " or ".join(name for name, other in TARGETS.items() if options.kv_cache in other.kv_caches)
         raise UsageError(
-            f"--kv-cache {options.kv_cache} is for --target cpu; {target.name} has no kernel for it: leave it out."
+            f"--kv-cache {options.kv_cache} is for --target {supported}; {target.name} has no kernel for it: "
+            "leave it out."
         )
 
 

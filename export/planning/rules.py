@@ -1,4 +1,4 @@
-"""Rules: which weight gets which format. Rules are ordered; the first match wins."""
+"""Rules that assign formats to weights. Rules are ordered; the first match wins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "nf4")
 VISION = ("int8", "int8-weights", "fp16")
 EMBEDDING = "llm.embed_tokens"
 
@@ -41,7 +40,7 @@ class Rule:
         return cls(pattern.strip(), WeightFormat.parse(fmt.strip(), group_size))
 
 
-def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
+def vision_rules(vision: str, int8: WeightFormat) -> list[Rule]:
     """Return the rules of ``--vision``. ``int8`` is the format of linears with float activations.
 
     ``--vision int8`` quantizes activations too, except the pixels and the inputs of the projector's last linear.
@@ -57,7 +56,7 @@ def vision_preset(vision: str, int8: WeightFormat) -> list[Rule]:
     return [Rule("vision.*", int8 if vision == "int8-weights" else WeightFormat("fp16"))]
 
 
-def preset(
+def precision_rules(
     precision: str, group_size: int | None, vision: str, asymmetric: bool = False, int8: WeightFormat | None = None
 ) -> list[Rule]:
     """Return the rules of ``--fp32``, ``--fp16``, ``--int8``, ``--int4`` or ``--nf4``.
@@ -72,11 +71,11 @@ def preset(
     int8 = int8 or grouped
     table = Rule(EMBEDDING, grouped)
     if precision == "int8":
-        return [table, *vision_preset(vision, int8), Rule("*", int8)]
+        return [table, *vision_rules(vision, int8), Rule("*", int8)]
     return [
         table,
         Rule("llm.lm_head", int8),
-        *vision_preset(vision, int8),
+        *vision_rules(vision, int8),
         Rule("*", WeightFormat.grouped("uint4" if asymmetric else precision, group_size)),
     ]
 

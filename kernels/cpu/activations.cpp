@@ -9,7 +9,7 @@
 namespace fusion_edge {
 namespace {
 
-constexpr size_t VALUES_PER_TASK = 16 << 10;  // fewer values do not repay a thread
+constexpr size_t VALUES_PER_TASK = 16 << 10;  // a thread costs more than it gains for fewer values
 
 // result[i] = function(values[i]...), for one input array or more.
 template <typename Function, typename... Values>

@@ -1,4 +1,4 @@
-// Attention of a decode step. Bound by memory bandwidth: keys and values are read once, in place.
+// Attention of a decode step, bound by memory bandwidth: keys and values are read once, in place.
 
 #include <algorithm>
 #include <utility>
@@ -34,7 +34,7 @@ __m512 sum_each(const __m512* values) {
 constexpr size_t PREFETCH_DISTANCE = 4096;  // bytes
 constexpr size_t CACHE_LINE = 64;           // bytes
 
-// Prefetches ahead of a row. Not for int8, whose rows take long enough for the hardware prefetcher.
+// Prefetches ahead of a row. The hardware prefetcher is fast enough for int8 rows.
 template <typename T>
 [[gnu::always_inline]] inline void prefetch(const T* row, size_t width) {
     if constexpr (sizeof(T) == sizeof(float))
@@ -42,7 +42,7 @@ template <typename T>
             _mm_prefetch(reinterpret_cast<const char*>(row + i) + PREFETCH_DISTANCE, _MM_HINT_T1);
 }
 
-// Products of one key with queries I, not summed over lanes.
+// Dot products of one key with queries I, not summed over lanes.
 template <typename T, size_t... I>
 [[gnu::always_inline]] inline void dot_products(
     std::index_sequence<I...>, const T* key, size_t width, const float* queries, __m512* products) {
@@ -76,7 +76,7 @@ void combine(float* lanes, Combine combine) {
         for (size_t i = 0; i < distance; ++i) lanes[i] = combine(lanes[i], lanes[i + distance]);
 }
 
-constexpr size_t KEYS_PER_PASS = 4;  // keys
+constexpr size_t KEYS_PER_PASS = 4;
 
 // results [rows, MAX_HEAD_WIDTH] += weights [keys, rows]^T values [keys, width], for keys K and rows I.
 template <typename T, size_t... K, size_t... I>

@@ -14,7 +14,7 @@ namespace {
 
 bool supports_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
-// Default: bfloat16, which takes half the time of float32. Its error is smaller than that of the 8-bit linear layers.
+// Default: bfloat16, in half the time of float32. Its error is below that of the 8-bit linear layers.
 std::atomic<Precision> precision = supports_bfloat16() ? Precision::BFLOAT16 : Precision::FLOAT32;
 
 using Shape = std::vector<int64_t>;
@@ -32,7 +32,7 @@ void expect_width(int64_t width, const char* node) {
                       std::to_string(MAX_HEAD_WIDTH) + ".");
 }
 
-// Fails if the node has an input that only ONNX Runtime's operator of the same name supports.
+// Fails if the node has an input that only ONNX Runtime's own operator supports.
 void expect_missing(const Context& context, size_t index, const char* node, const char* name) {
     if (context.has_input(index)) fail(node, std::string(name) + " is not supported.");
 }
@@ -131,7 +131,7 @@ struct PackedAttention {
     }
 };
 
-// Attributes of every causal params.
+// Attributes that both causal operators have.
 struct CausalAttributes {
     int64_t heads, kv_heads;
     float scale;
@@ -144,7 +144,7 @@ struct CausalAttributes {
     }
 };
 
-// InputPositions of the inputs of a causal params.
+// Positions of the inputs that both causal operators have.
 struct InputPositions {
     size_t past_key, past_value, last_position, total_length, cos, sin, key_scales, value_scales;
 };

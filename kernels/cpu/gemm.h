@@ -1,6 +1,6 @@
 // Linear layers with weights of 4 or 8 bits, in integer arithmetic: x W^T + b.
 //
-// Weights are read in the layout of ONNX Runtime's MatMulNBits, and the result is what it computes at accuracy level 4.
+// Weights have the layout of ONNX Runtime's MatMulNBits, and results are those of its accuracy level 4.
 // Activations are quantized to 8 bits in one of two ways:
 // - dynamically: int8, symmetric, one scale per row and block of weights;
 // - statically: uint8, with one scale and zero point from calibration.
@@ -53,7 +53,7 @@ void gemm(
 void mlp(
     const float* x, size_t rows, const Weights& up, const Weights& down, float* result, const Parallel& parallel);
 
-// Sets whether the GEMV reads weights in several streams, and returns the setting before. By default it does on Intel
+// Sets whether GEMV reads weights in several streams, and returns the previous setting. The default is true on Intel
 // processors only.
 bool use_streams(bool enabled);
 

@@ -19,8 +19,8 @@ constexpr size_t REGISTERS = 3;              // of outputs
 constexpr size_t PANEL = REGISTERS * LANES;  // outputs of a tile
 constexpr size_t MAX_PANELS = 8;             // panels that a thread multiplies with each tile of rows
 
-// Operand with a zero point; it is unsigned and the other is signed. Activations (static quantization), all weights
-// with the same one, or weights with one per block.
+// The operand with a zero point, which is unsigned; the other is signed. Activations have one with static quantization;
+// weights have one for all, or one per block.
 enum class ZeroPoint { OF_ACTIVATIONS, OF_WEIGHTS, OF_BLOCKS };
 
 // Packed weights of PANEL outputs.
@@ -141,8 +141,8 @@ template <ZeroPoint ZERO>
         : "v"(scales), "m"(*x_scale));
 }
 
-// Prefetch of the next tile of rows, a little in each step: from beyond the L2 cache they would arrive late, and all at
-// once they would delay the present loads.
+// Prefetch of the next tile of rows, a few bytes in each step. Without it, rows outside of the L2 cache arrive late;
+// prefetched all at once, they delay the current loads.
 struct NextTile {
     const int8_t* values;
     size_t stride;  // bytes a step

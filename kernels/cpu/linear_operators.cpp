@@ -48,7 +48,7 @@ struct MatMulNBits : FloatOperator<6, 3> {
         const std::vector<int64_t> x = context.shape(0);
         expect(!x.empty() && size_t(x.back()) == shape.inputs, NAME, "K is not the input's width.");
         expect(!context.has_input(4), NAME, "group indices are not supported.");
-        // has_input, not the data pointer, tells whether an input is there: an empty tensor may have none.
+        // An input is missing if has_input is false; the data pointer of an empty tensor may be null, too.
         const auto has = [&](size_t index, size_t count) { return context.count(index) == count; };
         expect(has(1, shape.outputs * shape.row_bytes()), NAME, "the weight's values are not N * K.");
         expect(has(2, shape.outputs * shape.blocks()), NAME, "expected a scale for each block.");

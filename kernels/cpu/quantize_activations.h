@@ -7,7 +7,7 @@
 
 namespace fusion_edge {
 
-constexpr size_t DOT_WIDTH = 4;  // products that VNNI's vpdpbusd adds in each 32-bit lane
+constexpr size_t DOT_WIDTH = 4;  // inputs that VNNI's vpdpbusd multiplies and adds per 32-bit lane
 constexpr size_t TILE_ROWS = 8;  // times 3 registers of outputs: 24 of the 32 registers are sums
 
 // Quantized rows in tiles. A tile interleaves its rows by DOT_WIDTH inputs, so a GEMM reads one stream. With 4-bit

@@ -23,8 +23,8 @@ Values = npt.NDArray[np.float64]
 def context_attention_function(heads: int, head_dim: int, dtype: str, opset: int) -> FunctionProto:
     """Return the attention of each latent to its own nine context rows, for one model's sizes and numpy ``dtype``.
 
-    q ``[R,q,D]``, k and v ``[1,q,9,D]`` -> output ``[R,q,D]``, D = heads * head_dim. Scores are Mul and ReduceSum: a
-    batched MatMul would be R * q * heads tiny matmuls.
+    q ``[R,q,D]``, k and v ``[1,q,9,D]`` -> output ``[R,q,D]``, D = heads * head_dim. Mul and ReduceSum compute the
+    scores: a batched MatMul would be R * q * heads tiny ones.
     """
     one_query = np.array([0, 0, 1, heads, head_dim], dtype=np.int64)
     split = np.array([0, 0, 0, heads, head_dim], dtype=np.int64)

@@ -18,7 +18,7 @@ def packed_attention_function(opset: int) -> FunctionProto:
 
 
 def patch_attention_function(opset: int) -> FunctionProto:
-    """Return :func:`packed_attention_function` for the first rows only, as many as the attribute ``patches`` says.
+    """Return :func:`packed_attention_function` for the first ``patches`` rows only (an attribute).
 
     Each other row becomes the mean of all values (docs/fusion-model.md section 2).
     """

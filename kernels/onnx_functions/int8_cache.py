@@ -21,7 +21,7 @@ from fusion_edge.kernels.onnx_functions.builder import (
 )
 from fusion_edge.kernels.operators import CACHED_ATTENTION, INT8_GROUP_QUERY_ATTENTION, MICROSOFT
 
-HEADROOM = 1.2  # keys and values of the answer may exceed those of the prompt by this factor before they clip
+HEADROOM = 1.2  # keys and values of the answer clip beyond this factor of those of the prompt
 SMALLEST_SCALE = 1e-8
 PARTS = ("key", "value")
 CACHE_TENSORS = (*PARTS, *(f"{part}_scale" for part in PARTS))
@@ -96,7 +96,7 @@ def _quantize(name: str, values: str, past: str) -> list[NodeProto]:
         node("Cast", own("rounded"), "integers", to=TensorProto.INT8),
         helper.make_node("Shape", [values], own("length"), start=2, end=3),
         # The cache after the prompt keeps its content: decode steps read no further than total_length. Slice copies,
-        # so past and present may share memory. Pad would take 5 ms per layer at 900 tokens.
+        # so past and present may share memory. Pad needs 5 ms per layer at 900 tokens.
         helper.make_node("Slice", [past, *own("length"), f"{name}.end", f"{name}.positions"], own("rest")),
         node("Concat", own("integers", "rest"), "cache", axis=2),
     ]

@@ -21,8 +21,8 @@ from fusion_edge.kernels.operators import (
 def matmul_nbits_function(opset: int, gelu: bool = False) -> FunctionProto:
     """Return Microsoft's ``MatMulNBits`` with float16 scales; inputs and attributes are the same.
 
-    ONNX Runtime's operator needs scales of the type of x, float32. It would convert them at load and keep twice the
-    bytes, which every decode step reads. With ``gelu``, x goes through GELU first.
+    ONNX Runtime's operator needs scales of the type of x, float32. Converted at load, they would have twice the bytes,
+    and every decode step reads them. With ``gelu``, GELU is applied to x first.
     """
     operator = GELU_MATMUL_NBITS if gelu else MATMUL_NBITS
     x, values, scales, *others = operator.inputs
@@ -39,8 +39,8 @@ def matmul_nbits_function(opset: int, gelu: bool = False) -> FunctionProto:
 def integer_matmul_function(opset: int, gelu: bool = False) -> FunctionProto:
     """Return a linear layer with 8-bit weights and 8-bit activations of a calibrated scale.
 
-    x ``[...,K]`` float32 and :data:`INTEGER_LINEAR_INPUTS` -> output ``[...,N]`` float32. With ``gelu``, x goes
-    through GELU first.
+    x ``[...,K]`` float32 and :data:`INTEGER_LINEAR_INPUTS` -> output ``[...,N]`` float32. With ``gelu``, GELU
+    is applied to x first.
     """
     nodes = _integer_linear("activated" if gelu else "x", "", "output")
     if gelu:
@@ -59,9 +59,9 @@ def integer_mlp_function(opset: int) -> FunctionProto:
 
 
 def _integer_linear(x: str, prefix: str, output: str) -> list[NodeProto]:
-    """Return the pattern that ONNX Runtime fuses to an integer matmul, once it has folded the Transpose.
+    """Return a pattern that ONNX Runtime fuses to an integer GEMM after it folds the Transpose.
 
-    All other names start with ``prefix``.
+    Names other than ``x`` and ``output`` start with ``prefix``.
     """
     values, scales, *quantization, bias = (prefix + name for name in INTEGER_LINEAR_INPUTS)
     quantized, weights = f"{prefix}rounded", f"{prefix}weights"

@@ -162,8 +162,7 @@ class PromptEncoder:
             asked = self._question(turn.question, control_tokens, budget, ids)
             questions += asked
             piece = (start, asked, f"{template.question_end}{template.answer_start}")
-            # With the answer behind it, the end of an earlier prompt may be tokenized differently. The length that
-            # counts is the one at the time of the question.
+            # The answer may change how the end of the prompt is tokenized. The position is that without the answer.
             as_asked = encoder.encode(piece, control_tokens)
             asked_at.append(len(ids) + len(as_asked) - 1)
             if number == len(turns):

@@ -98,7 +98,7 @@ def _cgroups(controller: str, root: Path) -> Iterator[Path]:
     """
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2, alone or beside version 1
+        if controllers == "":  # version 2, alone or together with version 1
             mounts = ["", "unified"]
         elif controller in controllers.split(","):
             mounts = [controller, controllers]

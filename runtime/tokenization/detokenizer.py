@@ -1,4 +1,4 @@
-"""A streaming detokenizer: token ids to text that never changes once given out."""
+"""A streaming detokenizer: token ids to pieces of text that never change."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All text given out so far."""
+        """All text returned so far."""
         return "".join(self._pieces)
 
     def push(self, token_id: int) -> str:
-        """Append a token and return the text that is certain by now; often empty."""
+        """Append a token and return the text that no later token can change; often empty."""
         token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
         # An id without a token, of a padded vocabulary, decodes to nothing.
         return "" if token is None else self._emit(self._decoder.push(token))

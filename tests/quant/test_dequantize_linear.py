@@ -18,25 +18,25 @@ from fusion_edge.quant.packing import Packed, dequantize, quantize
 
 @st.composite
 def packed(draw: st.DrawFn) -> tuple[Packed, WeightFormat, int]:
-    """Some rows, their format and their inputs."""
+    """Draw packed rows, their format and their number of inputs."""
     if draw(st.booleans()):
-        form = WeightFormat("int4", draw(st.sampled_from([32, 64, 128])))
-        rows, inputs = 2 * draw(st.integers(1, 6)), form.group_size * draw(st.integers(1, 3))
+        fmt = WeightFormat("int4", draw(st.sampled_from([32, 64, 128])))
+        rows, inputs = 2 * draw(st.integers(1, 6)), fmt.group_size * draw(st.integers(1, 3))
     else:
-        form = WeightFormat("int8", PER_CHANNEL)
+        fmt = WeightFormat("int8", PER_CHANNEL)
         rows, inputs = draw(st.integers(1, 6)), draw(st.integers(1, 300))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     exponent = draw(st.sampled_from([0, 9]))  # e^9 times the largest normal number is in the range of every format
     spread = np.exp(generator.uniform(-exponent, exponent, (rows, 1)))
-    return quantize((generator.normal(size=(rows, inputs)) * spread).astype(np.float32), form), form, inputs
+    return quantize((generator.normal(size=(rows, inputs)) * spread).astype(np.float32), fmt), fmt, inputs
 
 
 @given(packed())
 @settings(max_examples=60, deadline=None)
 def test_inverse(one: tuple[Packed, WeightFormat, int]) -> None:
-    stored, form, inputs = one
-    values, scales = to_dequantize_linear(stored, form, inputs)
-    back = from_dequantize_linear(values, scales, form)
+    stored, fmt, inputs = one
+    values, scales = to_dequantize_linear(stored, fmt, inputs)
+    back = from_dequantize_linear(values, scales, fmt)
     assert np.array_equal(back.values, stored.values)
     assert np.array_equal(back.scales, stored.scales)
     assert back.zero_points is None
@@ -44,13 +44,13 @@ def test_inverse(one: tuple[Packed, WeightFormat, int]) -> None:
 
 @given(packed())
 @settings(max_examples=40, deadline=None)
-def test_onnx_reads_the_same(one: tuple[Packed, WeightFormat, int]) -> None:
+def test_matches_onnx_operator(one: tuple[Packed, WeightFormat, int]) -> None:
     """The operator's values equal those of the packed layout bit for bit: each is one float32 multiplication."""
-    stored, form, inputs = one
-    values, scales = to_dequantize_linear(stored, form, inputs)
-    expected = dequantize(stored, form, inputs)
-    if form.bits == 4:
-        actual = operator(values, scales, TensorProto.INT4, (inputs, len(expected)), form.block_size).T
+    stored, fmt, inputs = one
+    values, scales = to_dequantize_linear(stored, fmt, inputs)
+    expected = dequantize(stored, fmt, inputs)
+    if fmt.bits == 4:
+        actual = operator(values, scales, TensorProto.INT4, (inputs, len(expected)), fmt.block_size).T
     else:
         actual = operator(values, scales, TensorProto.INT8, expected.shape, block_size=0)
     assert np.array_equal(actual, expected)
@@ -59,7 +59,7 @@ def test_onnx_reads_the_same(one: tuple[Packed, WeightFormat, int]) -> None:
 def operator(
     values: npt.NDArray[np.uint8], scales: npt.NDArray[np.floating], kind: int, shape: tuple[int, ...], block_size: int
 ) -> npt.NDArray[np.float32]:
-    """DequantizeLinear along axis 0, the bytes of its integers as they are in a data file."""
+    """Compute DequantizeLinear along axis 0. The bytes of ``values`` are those of a data file."""
     weight = helper.make_tensor("values", kind, shape, values.tobytes(), raw=True)
     scale = helper.make_tensor("scales", TensorProto.FLOAT, scales.shape, scales.astype(np.float32).tobytes(), raw=True)
     attributes: dict[str, Any] = {"block_size": block_size} if block_size else {}

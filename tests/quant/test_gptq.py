@@ -15,11 +15,11 @@ from fusion_edge.quant.gptq import (
     CLIP_RATIOS,
     FactorizedHessian,
     GroupScales,
+    coordinate_descent,
     gptq,
     invert_lower,
     output_error,
     pack_rows,
-    refine,
     round_columns,
     round_to_nearest,
     search_scales,
@@ -34,7 +34,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random weights, and the Hessian of correlated inputs of unequal scale."""
+    """Return random weights, and the Hessian of correlated inputs of unequal scale."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(rows, columns, generator=generator)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
@@ -44,7 +44,7 @@ def problem(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def reference(weights: Tensor, factorized: FactorizedHessian, fmt: WeightFormat) -> npt.NDArray[np.float64]:
-    """Equations 2 and 3 of the paper, with a new inverse for every column."""
+    """Quantize by equations 2 and 3 of the paper, with a new inverse for every column."""
     w: npt.NDArray[np.float64] = weights.double().numpy().copy()
     half = 1 << (fmt.bits - 1)
     damped = factorized.matrix.numpy() + factorized.damping * factorized.diagonal.mean().item() * np.eye(w.shape[1])
@@ -64,7 +64,7 @@ def reference(weights: Tensor, factorized: FactorizedHessian, fmt: WeightFormat)
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("columns", [1, 33, 128, 150])
-def test_it_solves_the_formula(fmt: WeightFormat, columns: int) -> None:
+def test_codes_match_reference_equations(fmt: WeightFormat, columns: int) -> None:
     weights, hessian = problem(24, columns, seed=columns)
     factorized = FactorizedHessian(hessian)
     groups = search_scales(weights, factorized.cost, fmt)
@@ -78,12 +78,12 @@ def test_it_solves_the_formula(fmt: WeightFormat, columns: int) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
-def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
+def test_coordinate_descent_never_increases_error(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
     weights, hessian = problem(*shape, seed)
     factorized = FactorizedHessian(hessian)
     groups = search_scales(weights, factorized.cost, fmt)
     codes = round_columns(weights, factorized, groups, fmt)
-    after = pack_rows(*refine(weights, codes, groups, factorized, fmt), fmt)
+    after = pack_rows(*coordinate_descent(weights, codes, groups, factorized, fmt), fmt)
     before = pack_rows(codes.to(torch.uint8), groups, fmt)
     assert (after.packed.scales > 0).all()
     error, start = (output_error(weights, stored.values, factorized.damped.double())[0] for stored in (after, before))
@@ -92,17 +92,17 @@ def test_refining_never_makes_it_worse(shape: tuple[int, int], seed: int, fmt: W
 
 @settings(deadline=None, max_examples=40)
 @given(st.tuples(st.integers(24, 40), st.integers(16, 300)), seeds, st.sampled_from(FORMATS))
-def test_outputs_are_closer_than_by_rounding(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
-    """With many channels; with few, GPTQ can compensate little and chance decides."""
+def test_output_error_is_below_round_to_nearest(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
+    """With many channels. With few, GPTQ compensates little and chance decides."""
     weights, hessian = problem(*shape, seed)
-    fitted = output_error(weights, gptq(weights, FactorizedHessian(hessian), fmt).values, hessian)[0]
+    quantized = output_error(weights, gptq(weights, FactorizedHessian(hessian), fmt).values, hessian)[0]
     rounded = output_error(weights, round_to_nearest(weights, fmt).values, hessian)[0]
-    assert fitted < rounded
+    assert quantized < rounded
 
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
-def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
+def test_packed_rows_dequantize_to_values(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
     weights, hessian = problem(*shape, seed)
     stored = gptq(weights, FactorizedHessian(hessian), fmt)
     assert (stored.packed.scales > 0).all()
@@ -112,7 +112,7 @@ def test_what_is_stored_is_what_was_meant(shape: tuple[int, int], seed: int, fmt
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, seeds, st.sampled_from(FORMATS))
-def test_rounding_is_that_of_packing(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
+def test_round_to_nearest_matches_packing(shape: tuple[int, int], seed: int, fmt: WeightFormat) -> None:
     weights, _ = problem(*shape, seed)
     stored, packed = round_to_nearest(weights, fmt), quantize(weights.numpy(), fmt)
     scales = packed.scales
@@ -152,42 +152,42 @@ def test_cost_of_an_error_after_compensation() -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_dead_channels_are_zero_and_disturb_nothing(fmt: WeightFormat) -> None:
+def test_dead_channels_become_zero(fmt: WeightFormat) -> None:
     weights, hessian = problem(8, 140, seed=1)
     dead = torch.tensor([0, 31, 32, 139])
     hessian[dead] = hessian[:, dead] = 0
-    fitted = gptq(weights, FactorizedHessian(hessian), fmt).values
-    assert (fitted[:, dead] == 0).all()
+    quantized = gptq(weights, FactorizedHessian(hessian), fmt).values
+    assert (quantized[:, dead] == 0).all()
     alive = torch.ones(140, dtype=torch.bool)
     alive[dead] = False
-    error, signal = output_error(weights[:, alive], fitted[:, alive], hessian[alive][:, alive])
+    error, signal = output_error(weights[:, alive], quantized[:, alive], hessian[alive][:, alive])
     assert error < 0.02 * signal
 
 
-def test_nothing_ever_came_in() -> None:
-    fitted = gptq(torch.randn(4, 32), FactorizedHessian(torch.zeros(32, 32, dtype=torch.float64)), FORMATS[0])
-    assert (fitted.values == 0).all()
+def test_all_channels_dead() -> None:
+    quantized = gptq(torch.randn(4, 32), FactorizedHessian(torch.zeros(32, 32, dtype=torch.float64)), FORMATS[0])
+    assert (quantized.values == 0).all()
 
 
 def test_fewer_samples_than_channels() -> None:
-    """Singular Hessian, as of a layer that sees few tokens."""
+    """The Hessian is singular."""
     weights, _ = problem(8, 64, seed=2)
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).double()
     hessian = rows.T @ rows
-    fitted = gptq(weights, FactorizedHessian(hessian), FORMATS[0]).values
+    quantized = gptq(weights, FactorizedHessian(hessian), FORMATS[0]).values
     rounded = round_to_nearest(weights, FORMATS[0]).values
-    assert output_error(weights, fitted, hessian)[0] < output_error(weights, rounded, hessian)[0]
+    assert output_error(weights, quantized, hessian)[0] < output_error(weights, rounded, hessian)[0]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_hessian_that_is_not_finite(value: float) -> None:
+def test_non_finite_hessian(value: float) -> None:
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[3, 3] = value
     with pytest.raises(FusionError, match="not finite"):
         FactorizedHessian(hessian)
 
 
-def test_a_hessian_that_is_indefinite() -> None:
+def test_indefinite_hessian() -> None:
     """Not positive definite at any allowed damping."""
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[0, 1] = hessian[1, 0] = -1e6

@@ -1,4 +1,4 @@
-"""Histogram observer: what it counts, and that its quantization is at least as good as one without clipping."""
+"""Histogram observer: counts, and quantization that is at least as good as one without clipping."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def error(x: torch.Tensor, quantization: ActivationQuantization) -> float:
 
 @settings(deadline=None, max_examples=30)
 @given(seeds, st.floats(-3, 3), st.floats(1e-3, 1e3), st.integers(1, 5))
-def test_it_is_at_least_as_good_as_without_clipping(seed: int, shift: float, scale: float, batches: int) -> None:
+def test_search_is_no_worse_than_no_clipping(seed: int, shift: float, scale: float, batches: int) -> None:
     x = values(seed, 4000, shift * scale, scale)
     observer = HistogramObserver()
     for part in torch.chunk(x, batches):
@@ -38,7 +38,7 @@ def test_it_is_at_least_as_good_as_without_clipping(seed: int, shift: float, sca
 
 @settings(deadline=None, max_examples=30)
 @given(seeds, st.integers(1, 30))
-def test_the_order_of_batches_does_not_matter(seed: int, pieces: int) -> None:
+def test_batch_order_does_not_matter(seed: int, pieces: int) -> None:
     """The histogram's range doubles when a batch exceeds it."""
     batches = [values(seed + i, 500, 0, float(2 ** (i % 6))) for i in range(pieces)]
     found = []
@@ -51,7 +51,7 @@ def test_the_order_of_batches_does_not_matter(seed: int, pieces: int) -> None:
     assert error(x, found[0]) == pytest.approx(error(x, found[1]), rel=0.1)
 
 
-def test_outliers_are_clipped_where_that_helps() -> None:
+def test_outliers_are_clipped() -> None:
     x = torch.cat([values(0, 1_000_000, 0, 1), torch.tensor([40.0])])
     observer = HistogramObserver()
     observer.observe(x)
@@ -75,7 +75,7 @@ def test_memory_does_not_grow() -> None:
     assert observer._counts.sum() == 5000
 
 
-def test_rounding_is_that_of_the_runtime() -> None:
+def test_fake_quantize_matches_onnxruntime() -> None:
     """Against ONNX Runtime's QuantizeLinear and DequantizeLinear, ties and clipping included."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper

@@ -16,7 +16,7 @@ from fusion_edge.export.model.eager import EagerOperations
 from fusion_edge.quant import smoothquant
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.observer import fake_quantize
-from fusion_edge.quant.smoothquant import ChannelHistograms, divide_last_rows, producer, smoothing_factors
+from fusion_edge.quant.smoothquant import ChannelHistograms, divide_last_rows, find_producer, smoothing_factors
 
 LINEAR, NORM = "vision.layers.0.mlp.up", "vision.layers.0.mlp_norm"
 W8A8 = {LINEAR: WeightFormat("w8a8")}
@@ -27,7 +27,7 @@ W8A8 = {LINEAR: WeightFormat("w8a8")}
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("name", ["attention.qkv", "attention.out", "mlp.up"])
-def test_producer_and_linear_stay_the_same_function(layer: int, name: str) -> None:
+def test_smoothing_preserves_the_function(layer: int, name: str) -> None:
     """In both halves of the layers: text rows attend differently in the first."""
     generator = torch.Generator().manual_seed(layer)
     weights = {
@@ -44,7 +44,7 @@ def test_producer_and_linear_stay_the_same_function(layer: int, name: str) -> No
 
     expected, linear = outputs(), f"vision.layers.{layer}.{name}"
     formats = dict.fromkeys((f"vision.layers.{layer}.{part}" for part in smoothquant._PRODUCERS), WeightFormat("w8a8"))
-    source = producer(linear, formats)
+    source = find_producer(linear, formats)
     assert source is not None
     factors = torch.rand(TINY.vision.width, generator=generator, dtype=torch.float64) * 9 + 0.1
     for parameter in smoothquant.producer_parameters(source):
@@ -54,15 +54,15 @@ def test_producer_and_linear_stay_the_same_function(layer: int, name: str) -> No
     torch.testing.assert_close(outputs(), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_only_rounded_inputs_have_a_producer() -> None:
+def test_only_quantized_activations_have_a_producer() -> None:
     out, qkv = "vision.layers.3.attention.out", "vision.layers.3.attention.qkv"
     w8a8, fp16 = WeightFormat("w8a8"), WeightFormat("fp16")
-    assert producer(out, {out: w8a8, qkv: w8a8}) == qkv
-    assert producer(out, {out: w8a8, qkv: fp16}) is None  # written as the checkpoint has it
-    assert producer(out, {out: fp16, qkv: w8a8}) is None
-    assert producer(qkv, {out: fp16, qkv: w8a8}) == "vision.layers.3.attention_norm"
+    assert find_producer(out, {out: w8a8, qkv: w8a8}) == qkv
+    assert find_producer(out, {out: w8a8, qkv: fp16}) is None  # written as the checkpoint has it
+    assert find_producer(out, {out: fp16, qkv: w8a8}) is None
+    assert find_producer(qkv, {out: fp16, qkv: w8a8}) == "vision.layers.3.attention_norm"
     for other in ("vision.layers.0.mlp.down", "vision.projector.up", "llm.layers.0.mlp.up", "alignment.layers.0.key"):
-        assert producer(other, {other: w8a8}) is None
+        assert find_producer(other, {other: w8a8}) is None
 
 
 def test_factors() -> None:
@@ -93,13 +93,13 @@ def test_batches_do_not_matter(seed: int, pieces: int) -> None:
 
 @pytest.mark.parametrize("scales", [torch.ones(64), outliers(64), torch.logspace(-3, 1, 64)])
 @pytest.mark.parametrize("alpha", [None, 0.5, 1.0])
-def test_the_error_told_is_that_of_the_outputs(scales: Tensor, alpha: float | None) -> None:
+def test_predicted_error_matches_output_error(scales: Tensor, alpha: float | None) -> None:
     x, weights = rows(0, 20_000, scales), rows(1, 96, torch.ones(64))
     histograms = ChannelHistograms(64, x.device)
     histograms.observe(x)
     factors = torch.ones(64) if alpha is None else smoothing_factors(histograms.absmax, weights, alpha)
-    grid, error = histograms.quantization(factors, (weights * factors).square().sum(0))
-    rounded = fake_quantize(x / factors, grid) * factors
+    quantization, error = histograms.quantization(factors, (weights * factors).square().sum(0))
+    rounded = fake_quantize(x / factors, quantization) * factors
     actual = float(((rounded - x) @ weights.T).double().square().sum())
     assert error == pytest.approx(actual, rel=0.05)
 
@@ -107,9 +107,9 @@ def test_the_error_told_is_that_of_the_outputs(scales: Tensor, alpha: float | No
 def test_channels_that_are_always_zero() -> None:
     histograms = ChannelHistograms(4, torch.device("cpu"))
     histograms.observe(torch.zeros(3, 4))
-    grid, error = histograms.quantization(torch.ones(4), torch.ones(4))
+    quantization, error = histograms.quantization(torch.ones(4), torch.ones(4))
     assert error == 0
-    assert fake_quantize(torch.zeros(1), grid) == 0
+    assert fake_quantize(torch.zeros(1), quantization) == 0
 
 
 def test_channels_that_are_almost_zero() -> None:
@@ -121,6 +121,8 @@ def test_channels_that_are_almost_zero() -> None:
     assert histograms._counts.sum(1).tolist() == [2008] * 4
     factors = smoothing_factors(histograms.absmax, torch.ones(1, 4), 0.4)
     assert torch.isfinite(factors).all()
-    grid, error = histograms.quantization(factors, torch.ones(4))
-    actual = sum(float(((fake_quantize(y, grid) - y) ** 2).double().sum()) for y in (x / factors, 2 * x / factors))
+    quantization, error = histograms.quantization(factors, torch.ones(4))
+    actual = sum(
+        float(((fake_quantize(y, quantization) - y) ** 2).double().sum()) for y in (x / factors, 2 * x / factors)
+    )
     assert error == pytest.approx(actual, rel=0.05)

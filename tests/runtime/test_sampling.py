@@ -1,3 +1,5 @@
+"""Sampling: checks of its parameters, greedy choice, top-k, nucleus and seeds."""
+
 from __future__ import annotations
 
 import itertools

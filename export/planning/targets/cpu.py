@@ -12,7 +12,7 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 
 
 class CpuTarget(Target):
-    """Arenas shrink after each graph's run, so that the graphs share memory."""
+    """ONNX Runtime on a CPU. Arenas shrink after each graph's run, so the graphs share memory."""
 
     def activation_bytes(self, config: FusionConfig, max_context: int, graph_elements: Sequence[int]) -> int:
         return ARENA_GROWTH * max(graph_elements) * np.dtype(self.activations).itemsize

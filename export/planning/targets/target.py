@@ -1,4 +1,4 @@
-"""What an export does differently for each runtime that a bundle is for."""
+"""Base of the targets: everything that depends on the runtime of a bundle."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ARENA_GROWTH = 2
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime. A subclass overrides what differs in more than a value."""
+    """A runtime. A subclass overrides methods where a value is not enough."""
 
     name: str
     """Value of ``--target`` and of the manifest's field ``target``."""
     lowering: type[OnnxOperations]
-    """Writes the graphs."""
+    """Interpreter that emits the graphs."""
     activations: str
     """numpy dtype name of the values that flow in and between graphs."""
     accuracy_levels: tuple[int, ...]
     """Values of ``--accuracy-level``, the default first."""
     kv_caches: tuple[str, ...] = ("float",)
-    """Values of ``--kv-cache`` that it has kernels for."""
+    """Supported values of ``--kv-cache``, the default first."""
     quantizes_activations: bool = True
-    """Whether it runs w8a8 linears."""
+    """Whether the runtime supports w8a8 linears."""
     symmetric_activations: bool = False
     """Whether quantized activations have no zero point."""
     int8_per_channel: bool = False
@@ -41,7 +41,7 @@ class Target:
     scale_copies: int = 1
     """Copies of each scale that the runtime keeps in memory."""
     context_bytes: int = 0
-    """Memory of a device context, beside that of the process."""
+    """Bytes of a device context, in addition to the process."""
 
     def int8_format(self, group_size: int | None) -> WeightFormat:
         """Return the format of 8-bit weights."""
@@ -52,7 +52,7 @@ class Target:
         return layout
 
     def check_formats(self, linears: Mapping[str, Linear]) -> None:
-        """Raise :class:`UsageError` for a linear in a format that the runtime does not read."""
+        """Raise :class:`UsageError` for a linear in a format that the runtime does not support."""
 
     def activation_bytes(self, config: FusionConfig, max_context: int, graph_elements: Sequence[int]) -> int:
         """Return the memory of intermediate arrays; ``graph_elements`` has the number of elements for each graph."""

@@ -1,4 +1,4 @@
-"""TensorRT, and which weight formats it has GEMMs for."""
+"""TensorRT, and the weight formats of its GEMMs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ TENSORRT = TensorRTTarget(
 
 
 def check_bundle(bundle: Bundle) -> None:
-    """Raise :class:`FusionError` for INT4 blocks that TensorRT does not read; older versions exported such bundles."""
+    """Raise :class:`FusionError` for INT4 blocks that TensorRT does not support, as in bundles of older versions."""
     for name, text in bundle.manifest.weights.items():
         fmt = WeightFormat.parse(text, sizes=STORED_GROUP_SIZES)
         if fmt.kind == "int4" and fmt.block_size not in BLOCK_SIZES:
@@ -71,7 +71,7 @@ def check_bundle(bundle: Bundle) -> None:
 
 
 def _unreadable(linear: Linear) -> str | None:
-    """Return why TensorRT does not read a linear's format, with a remedy; None if it does."""
+    """Return why TensorRT does not support a linear's format, with a remedy; None if it does."""
     fmt = linear.format
     if fmt.has_codebook:
         return "it has no GEMMs with a codebook; use --int4"

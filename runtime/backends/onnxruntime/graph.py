@@ -85,7 +85,7 @@ class Graph:
         return ort.OrtValue.ortvalue_from_numpy(array, self._places[name], 0)
 
     def write(self, name: str, tensor: ort.OrtValue, data: npt.ArrayLike) -> None:
-        """Overwrite the tensor of an input; the shape stays."""
+        """Overwrite the tensor of an input, in its shape."""
         tensor.update_inplace(np.asarray(data, self.inputs[name].dtype, order="C").reshape(tensor.shape()))
 
     def binding(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:

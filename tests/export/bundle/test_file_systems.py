@@ -98,7 +98,7 @@ def test_file_system_without_locks(
     monkeypatch.setattr(fcntl, "flock", flock)
     output.with_name(".bundle.partial").mkdir()
     assert cli.main([str(tiny_checkpoint), "-o", str(output)]) == 0
-    warning = f"warning: The file system of {output.parent} has no locks; run no other command on it meanwhile.\n"
+    warning = f"warning: The file system of {output.parent} has no locks; do not run another command on it.\n"
     assert capsys.readouterr().err == warning
     assert verified_precision(output) == "int4"
 

@@ -121,7 +121,7 @@ def test_small_disk_is_refused_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     monkeypatch.setattr(Path, "write_bytes", never)
     message = refused(cli.main, tiny_checkpoint, "-o", output)
-    assert f"The disk of {output.parent} has 0.00 GB free; the bundle needs 0.02 GB" in message
+    assert f"The disk of {output.parent} has 1.00 MB free; the bundle needs 18.66 MB" in message
     assert not siblings(output)
 
 

@@ -1,4 +1,4 @@
-"""Bit allocation in an export: sensitivities, budgets that are met, and budgets that are refused."""
+"""Bit allocation in an export: sensitivities, budgets, and errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def arguments(checkpoint: Path, data: Path, output: Path, *more: str) -> list[st
 # The measurement -----------------------------------------------------------------------------------------------
 
 
-def test_sensitivity_is_that_of_a_model_with_one_rounded_linear(checkpoint: Path, tmp_path: Path) -> None:
+def test_sensitivity_matches_model_with_one_quantized_linear(checkpoint: Path, tmp_path: Path) -> None:
     name, question = "llm.layers.0.mlp.down", "How many?"
     write_samples(tmp_path, 8)
     picture = tmp_path / "00000.png"
@@ -78,7 +78,7 @@ def test_sensitivity_is_that_of_a_model_with_one_rounded_linear(checkpoint: Path
     assert 5 < found[0].output_sqnr < 40
 
 
-def test_candidates_are_the_four_bit_linears_that_no_rule_names(checkpoint: Path) -> None:
+def test_candidates_are_4_bit_linears_without_a_rule(checkpoint: Path) -> None:
     with Checkpoint(checkpoint) as opened:
         rule = Rule("llm.layers.0.*", WeightFormat("int4", 32))
         plan = plan_export(opened, ExportOptions(group_size=32, rules=(rule,)))
@@ -92,14 +92,16 @@ def test_candidates_are_the_four_bit_linears_that_no_rule_names(checkpoint: Path
 # The bundle ----------------------------------------------------------------------------------------------------
 
 
-def test_bits_are_kept_to(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mean_bits_stay_within_limit(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "bundle"
     assert cli.main(arguments(checkpoint, data, output, "--bits", "6", "--accuracy-level", "0")) == 0
     report = QuantizationReport.read(output / QUANTIZATION)
     weights = open_bundle(output).manifest.weights
     allocation = report.mixed_precision
     assert allocation is not None
-    assert {name for name, form in weights.items() if form == "int8:32"} == {
+    assert {name for name, fmt in weights.items() if fmt == "int8:32"} == {
         *allocation.raised,
         "llm.lm_head",
         "llm.embed_tokens",
@@ -118,7 +120,7 @@ def test_bits_are_kept_to(checkpoint: Path, data: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-def test_a_budget_is_kept_to(checkpoint: Path, data: Path, tmp_path: Path, share: float) -> None:
+def test_bundle_fits_budget(checkpoint: Path, data: Path, tmp_path: Path, share: float) -> None:
     with Checkpoint(checkpoint) as opened:
         least, most = budget_ranges(plan_export(opened, ExportOptions(group_size=32, vision="fp16")))["--budget"]
     budget = int(least + share * (most - least))
@@ -131,7 +133,7 @@ def test_a_budget_is_kept_to(checkpoint: Path, data: Path, tmp_path: Path, share
     assert (len(report["raised"]) == len(report["sensitivities"])) == (share == 1)
 
 
-def test_a_killed_measurement_goes_on(
+def test_killed_measurement_resumes(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
@@ -175,7 +177,7 @@ def test_a_killed_measurement_goes_on(
         (["--sensitivity-samples", "3"], "--budget or --bits"),
     ],
 )
-def test_budgets_that_cannot_be(
+def test_invalid_budgets(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, more: list[str], expected: str
 ) -> None:
     message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", *more), code=2)
@@ -184,13 +186,13 @@ def test_budgets_that_cannot_be(
 
 
 @pytest.mark.parametrize("option", ["--budget", "--bits"])
-def test_a_budget_needs_samples(checkpoint: Path, tmp_path: Path, refused: Refused, option: str) -> None:
+def test_budget_requires_calibration_data(checkpoint: Path, tmp_path: Path, refused: Refused, option: str) -> None:
     message = refused(cli.main, checkpoint, "-o", tmp_path / "b", option, "5", code=2)
     assert option in message
     assert "--calibrate" in message
 
 
-def test_dry_run_tells_what_may_be_asked_for(checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_budget_ranges(checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(checkpoint), "--group-size", "32", "--calibrate", str(data), "--dry-run"]
     assert cli.main(command) == 0
     text = capsys.readouterr().out

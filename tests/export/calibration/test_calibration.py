@@ -1,4 +1,4 @@
-"""Calibration through the real commands: its bundle, what it promises when killed, what it refuses."""
+"""Calibration through the commands: the bundle, resuming after a kill, and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with patches of 24 pixels: hessian have the side of a linear's inputs."""
+    """The tiny checkpoint with patches of 24 pixels: Hessians are small."""
     config = replace(TINY, vision=replace(TINY.vision, patch_size=24))
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-tiny", config)
 
@@ -72,11 +72,11 @@ def content(bundle: Path) -> dict[str, bytes]:
 # The bundle ----------------------------------------------------------------------------------------------------
 
 
-def test_bundle_is_what_its_report_says(calibrated: Path) -> None:
+def test_report_matches_bundle(calibrated: Path) -> None:
     bundle = open_bundle(calibrated)
     report = json.loads((calibrated / QUANTIZATION).read_text(encoding="utf-8"))
     methods = {linear["name"]: linear["method"] for linear in report["linears"]}
-    assert set(methods) == {name for name, form in bundle.manifest.weights.items() if form != "fp16"}
+    assert set(methods) == {name for name, fmt in bundle.manifest.weights.items() if fmt != "fp16"}
     assert {name for name, method in methods.items() if method == "rtn"} == {"llm.embed_tokens"}
     assert report["calibration_samples"] == COUNT - 1
     assert set(report["end_to_end"]["cosine"]) == {"vision_encoder", "alignment_decoder", "llm"}
@@ -84,23 +84,21 @@ def test_bundle_is_what_its_report_says(calibrated: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("--asym",)])
-def test_graphs_compute_with_the_calibrated_weights(
-    checkpoint: Path, data: Path, tmp_path: Path, more: tuple[str, ...]
-) -> None:
+def test_graphs_use_calibrated_weights(checkpoint: Path, data: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     output = tmp_path / "bundle"
     assert cli.main(arguments(checkpoint, data, output, "--accuracy-level", "0", *more)) == 0
     assert_computes_its_weights(output, data / "00000.png")
 
 
-def test_outputs_are_closer_than_by_rounding(checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path) -> None:
+def test_output_error_is_below_round_to_nearest(checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path) -> None:
     assert cli.main(arguments(checkpoint, data, tmp_path / "b", "--method", "rtn")) == 0
 
     def errors(folder: Path) -> dict[str, float]:
         report = json.loads((folder / QUANTIZATION).read_text(encoding="utf-8"))
         return {linear["name"]: linear["output_sqnr"] for linear in report["linears"] if linear["output_sqnr"]}
 
-    fitted, rounded = errors(calibrated), errors(tmp_path / "b")
-    gains = [fitted[name] - rounded[name] for name in fitted if name.startswith(("llm.layers", "alignment"))]
+    gptq, rounded = errors(calibrated), errors(tmp_path / "b")
+    gains = [gptq[name] - rounded[name] for name in gptq if name.startswith(("llm.layers", "alignment"))]
     assert np.median(gains) > 1
 
 
@@ -108,14 +106,14 @@ def test_outputs_are_closer_than_by_rounding(checkpoint: Path, data: Path, calib
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing may catch it."""
+    """A kill, which no handler catches."""
 
 
 @pytest.mark.parametrize(
     ("owner", "stage"), [(LayerQuantizer, "_quantize_rows"), (WeightStore, "save"), (run.CalibrationRun, "_propagate")]
 )
 @pytest.mark.parametrize("number", [0, 3, 6])
-def test_a_killed_run_goes_on(
+def test_killed_run_resumes(
     checkpoint: Path,
     data: Path,
     calibrated: Path,
@@ -155,7 +153,7 @@ def test_a_killed_run_goes_on(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_another_command_starts_anew(
+def test_different_command_restarts(
     checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "bundle"
@@ -174,7 +172,7 @@ def test_another_command_starts_anew(
 # Refused -------------------------------------------------------------------------------------------------------
 
 
-def test_a_drop_that_is_too_large(
+def test_accuracy_drop_above_limit(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", "--max-accuracy-drop", "-1"), code=6)
@@ -191,7 +189,7 @@ def test_a_drop_that_is_too_large(
         (["--max-accuracy-drop", "1"], "--max-accuracy-drop"),
     ],
 )
-def test_options_without_data(
+def test_calibration_options_require_calibrate(
     checkpoint: Path, tmp_path: Path, refused: Refused, more: list[str], expected: str
 ) -> None:
     message = refused(cli.main, checkpoint, "-o", tmp_path / "b", *more, code=2)
@@ -203,20 +201,20 @@ def test_options_without_data(
     ("options", "chosen"),
     [(["--fp16"], "with --fp16 there"), (["--rule", "*=fp16"], "with --int4 and these rules there")],
 )
-def test_nothing_to_fit(
+def test_no_weights_to_quantize(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, options: list[str], chosen: str
 ) -> None:
     assert chosen in refused(cli.main, checkpoint, "-o", tmp_path / "b", *options, "--calibrate", data, code=2)
 
 
-def test_output_is_checked_before_hours_of_work(
+def test_output_is_checked_before_calibration(
     checkpoint: Path, data: Path, calibrated: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run.CalibrationRun, "run", None)
     assert "--force" in refused(cli.main, *arguments(checkpoint, data, calibrated))
 
 
-def test_activations_that_are_not_finite(
+def test_non_finite_activations(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(weights: CheckpointWeights, name: str) -> np.ndarray[Any, Any]:
@@ -229,7 +227,7 @@ def test_activations_that_are_not_finite(
     assert not (tmp_path / "b").exists()
 
 
-def test_memory_that_does_not_suffice(
+def test_out_of_memory(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def allocate(*_: Any) -> None:
@@ -246,7 +244,7 @@ def test_no_gpu(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, 
     assert "--device cpu" in message
 
 
-def test_a_sample_longer_than_the_context(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
+def test_sample_longer_than_context(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
     lines = [{"image": str(data / "00000.png"), "question": "why " * (300 if i == 5 else 1)} for i in range(9)]
     (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     message = refused(cli.main, *arguments(checkpoint, tmp_path / "s.jsonl", tmp_path / "b"))
@@ -254,7 +252,7 @@ def test_a_sample_longer_than_the_context(checkpoint: Path, data: Path, tmp_path
     assert "00000.png" in message
 
 
-def test_lost_weights_of_a_finished_block(
+def test_finished_block_without_its_weights(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> None:
@@ -268,14 +266,14 @@ def test_lost_weights_of_a_finished_block(
     assert "lost files" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
 
 
-def test_a_folder_that_was_half_cleared_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave_something() -> None:
+def test_partly_cleared_work_folder_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave_file() -> None:
         with work_folder(tmp_path / "b", "one") as folder:
             (folder / "left.json").write_text("of one", encoding="utf-8")
             raise Killed
 
     with pytest.raises(Killed):
-        leave_something()
+        leave_file()
 
     def killed(path: str, *, dir_fd: int) -> None:
         if path != "command.json":  # the first file behind the command's
@@ -291,7 +289,7 @@ def test_a_folder_that_was_half_cleared_is_not_gone_on_with(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("points", ["nan", "inf", "much"])
-def test_a_limit_that_is_none(checkpoint: Path, data: Path, tmp_path: Path, points: str) -> None:
+def test_accuracy_limit_must_be_finite(checkpoint: Path, data: Path, tmp_path: Path, points: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments(checkpoint, data, tmp_path / "b", "--max-accuracy-drop", points))
     assert caught.value.code == 2
@@ -302,7 +300,7 @@ def test_one_calibration_at_a_time(checkpoint: Path, data: Path, tmp_path: Path,
         assert "Another calibration" in refused(cli.main, *arguments(checkpoint, data, tmp_path / "b"))
 
 
-def test_a_disk_that_is_too_small(
+def test_disk_too_small(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -310,10 +308,10 @@ def test_a_disk_that_is_too_small(
     assert not list(tmp_path.iterdir())
 
 
-# Vision, told beforehand -------------------------------------------------------------------------------------------
+# Vision encoder ----------------------------------------------------------------------------------------------------
 
 
-def test_the_vision_encoder_multiplies_integers(calibrated: Path, tmp_path: Path) -> None:
+def test_vision_encoder_uses_integer_gemm(calibrated: Path, tmp_path: Path) -> None:
     """ONNX Runtime must recognize the pattern, or it would be slower than float."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -321,17 +319,17 @@ def test_the_vision_encoder_multiplies_integers(calibrated: Path, tmp_path: Path
     optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
     kinds = Counter(node.op_type for node in optimized.graph.node)
     formats = open_bundle(calibrated).manifest.weights
-    assert kinds["MatMulIntegerToFloat"] == sum(form == "w8a8" for form in formats.values()) > 0
+    assert kinds["MatMulIntegerToFloat"] == sum(fmt == "w8a8" for fmt in formats.values()) > 0
     assert kinds["DequantizeLinear"] == 0
     weights_alone = [node for node in optimized.graph.node if node.op_type == "MatMulNBits"]
     assert [node.input[1] for node in weights_alone] == ["vision.projector.down.weight"]
 
 
 @pytest.mark.parametrize("vision", ["int8-weights", "fp16"])
-def test_other_visions(checkpoint: Path, tmp_path: Path, vision: str) -> None:
+def test_vision_formats_without_calibration(checkpoint: Path, tmp_path: Path, vision: str) -> None:
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--vision", vision]) == 0
-    forms = {form for name, form in open_bundle(tmp_path / "b").manifest.weights.items() if name.startswith("vision.")}
-    assert forms == {{"int8-weights": "int8:128"}.get(vision, vision)}
+    formats = {fmt for name, fmt in open_bundle(tmp_path / "b").manifest.weights.items() if name.startswith("vision.")}
+    assert formats == {{"int8-weights": "int8:128"}.get(vision, vision)}
 
 
 @pytest.mark.parametrize(
@@ -344,19 +342,19 @@ def test_other_visions(checkpoint: Path, tmp_path: Path, vision: str) -> None:
         (["--rule", "llm.embed_tokens=w8a8"], "looked up by row"),
     ],
 )
-def test_formats_that_cannot_be(
+def test_unsupported_formats(
     checkpoint: Path, tmp_path: Path, refused: Refused, more: list[str], expected: str
 ) -> None:
     assert expected in refused(cli.main, checkpoint, "-o", tmp_path / "b", *more, code=2)
 
 
-def test_integers_throughout_are_for_cpus(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
+def test_w8a8_is_rejected_for_cuda(checkpoint: Path, data: Path, tmp_path: Path, refused: Refused) -> None:
     more = "--target", "cuda", "--vision", "int8"
     message = refused(cli.main, *arguments(checkpoint, data, tmp_path / "b", *more), code=2)
     assert "does not run on --target cuda; use int8" in message
 
 
-def test_dry_run_tells_the_effort(checkpoint: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_dry_run_prints_calibration_cost(checkpoint: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
     command = [str(checkpoint), "--calibrate", str(data), "--dry-run"]
     assert cli.main(command) == 0
     assert "Calibration" in capsys.readouterr().out
@@ -370,7 +368,7 @@ def test_dry_run_tells_the_effort(checkpoint: Path, data: Path, tmp_path: Path, 
     assert less["disk"] < effort["disk"]
 
 
-def test_json_tells_the_seconds(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_json_includes_seconds(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["quantization"]
     kept = json.loads((tmp_path / "b" / QUANTIZATION).read_text(encoding="utf-8"))
@@ -378,14 +376,14 @@ def test_json_tells_the_seconds(checkpoint: Path, tmp_path: Path, capsys: Captur
     assert printed == kept
 
 
-def test_info_tells_the_outcome(calibrated: Path, capsys: Captured) -> None:
+def test_info_prints_calibration_report(calibrated: Path, capsys: Captured) -> None:
     assert cli_info.main([str(calibrated)]) == 0
     text = capsys.readouterr().out
     assert f"1 by rtn; {COUNT - 1} calibration samples" in text
     assert "Top-1 agreement" in text
 
 
-def test_a_report_that_is_none(calibrated: Path, tmp_path: Path, refused: Refused) -> None:
+def test_invalid_quantization_report(calibrated: Path, tmp_path: Path, refused: Refused) -> None:
     shutil.copytree(calibrated, tmp_path / "b")
     manifest = json.loads((tmp_path / "b" / MANIFEST).read_text(encoding="utf-8"))
     path = tmp_path / "b" / QUANTIZATION

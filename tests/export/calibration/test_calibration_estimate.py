@@ -1,4 +1,4 @@
-"""What a dry run says that a calibration takes: more where there is more to do."""
+"""Estimated cost of a calibration: memory, disk and time grow with the work."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "FUSION-small", config)
 
 
-def told(
+def estimated(
     checkpoint: Path, calibration: CalibrationOptions = OPTIONS, precision: str = "int4", vision: str = "fp16"
 ) -> CalibrationEstimate:
     with Checkpoint(checkpoint) as opened:
         return estimate_calibration(plan_export(opened, ExportOptions(precision, vision=vision)), calibration)
 
 
-def test_what_stays_float_is_neither_observed_nor_kept(checkpoint: Path) -> None:
-    less, more = (told(checkpoint, vision=vision) for vision in ("fp16", "int8-weights"))
+def test_float_weights_need_no_hessian_and_no_disk(checkpoint: Path) -> None:
+    less, more = (estimated(checkpoint, vision=vision) for vision in ("fp16", "int8-weights"))
     assert less.memory < more.memory
     assert less.disk < more.disk
     assert less.seconds < more.seconds
 
 
-def test_what_a_checkpoint_has_quantized_is_neither(tmp_path: Path) -> None:
+def test_prequantized_weights_need_no_hessian_and_no_disk(tmp_path: Path) -> None:
     fixture = read_fixture("gptq-v1-sym")
     packed = write_quantized(tmp_path / "packed", fixture.config, fixture.tensors, packer("gptq-v1-sym"))
-    less, more = (told(folder) for folder in (packed, write_checkpoint(tmp_path / "float", SMALL)))
+    less, more = (estimated(folder) for folder in (packed, write_checkpoint(tmp_path / "float", SMALL)))
     assert less.disk < more.disk
     assert less.seconds < more.seconds
 
 
-def test_codebooks_are_not_solved(checkpoint: Path) -> None:
-    assert told(checkpoint, precision="nf4").seconds < told(checkpoint).seconds
+def test_codebooks_need_no_gptq_time(checkpoint: Path) -> None:
+    assert estimated(checkpoint, precision="nf4").seconds < estimated(checkpoint).seconds
 
 
-def test_sensitivity_takes_memory_and_time_by_its_samples(checkpoint: Path) -> None:
-    without = told(checkpoint)
+def test_sensitivity_cost_grows_with_samples(checkpoint: Path) -> None:
+    without = estimated(checkpoint)
     few, many, all_there_are = (
-        told(checkpoint, replace(OPTIONS, bits=6.0, samples=3000, sensitivity_samples=count))
+        estimated(checkpoint, replace(OPTIONS, bits=6.0, samples=3000, sensitivity_samples=count))
         for count in (1000, 3000, 4000)
     )
     assert without.memory < few.memory < many.memory
     assert without.seconds < few.seconds < many.seconds
     assert many == all_there_are
-    assert told(checkpoint, replace(OPTIONS, samples=3000)).memory == without.memory
+    assert estimated(checkpoint, replace(OPTIONS, samples=3000)).memory == without.memory

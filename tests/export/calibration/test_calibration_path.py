@@ -21,7 +21,7 @@ from fusion_edge.quant.formats import WeightFormat
 
 
 @pytest.mark.parametrize("name", ["FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA"])
-def test_blocks_are_the_model(name: str) -> None:
+def test_blocks_compute_the_model(name: str) -> None:
     """The blocks in sequence compute the logits of the whole model, and read every linear once."""
     sample = Sample(GOLDEN / "phi_one_turn.png", "What is in the picture?")
     with open_checkpoint(GOLDEN / name) as fusion:
@@ -86,7 +86,7 @@ def test_linears_that_share_an_input_share_a_hessian() -> None:
     torch.testing.assert_close(operations.hessians[1], 4 * operations.hessians[0])
 
 
-def test_attention_that_rows_receive() -> None:
+def test_attention_received() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 6, 11, 8, generator=generator), torch.randn(1, 2, 11, 8, generator=generator)
     scores = torch.einsum("hid,hjd->hij", q[0], k[0].repeat_interleave(3, 0)).numpy() / np.sqrt(8)
@@ -97,7 +97,7 @@ def test_attention_that_rows_receive() -> None:
     assert received.sum().item() == pytest.approx(11)
 
 
-def test_rows_of_attention_count_by_what_they_receive() -> None:
+def test_attention_rows_are_weighted_by_received_attention() -> None:
     name = "llm.layers.0.attention.qkv"
     generator = torch.Generator().manual_seed(1)
     with open_checkpoint(GOLDEN / "FUSION-tiny-Phi") as fusion:
@@ -112,4 +112,4 @@ def test_rows_of_attention_count_by_what_they_receive() -> None:
     x = rows[0].double()
     expected = x.T @ ((1 + ATTENTION_WEIGHT * received[:, None]) * x)
     torch.testing.assert_close(operations.hessians[0], expected, rtol=1e-5, atol=1e-4)
-    assert received[0] > 1.5 * received[-1]  # so that what it counts for is seen
+    assert received[0] > 1.5 * received[-1]  # otherwise weighting changes nothing

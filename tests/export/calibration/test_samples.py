@@ -1,4 +1,4 @@
-"""Calibration samples: what is read, and every kind of data that is refused."""
+"""Calibration samples: folders and files that are read, and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def error(data: Path) -> str:
     return str(caught.value)
 
 
-def test_a_folder_of_images(folder: Path) -> None:
+def test_folder_of_images(folder: Path) -> None:
     samples = read_samples(folder, 10, 5)
     everything = [*samples.calibrating, *samples.held_out]
     assert [sample.image.name for sample in everything] == [f"{i:02}.png" for i in range(15)]
@@ -50,7 +50,7 @@ def test_a_folder_of_images(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("given_as_folder", [True, False])
-def test_a_file_of_samples(folder: Path, given_as_folder: bool) -> None:
+def test_jsonl_file(folder: Path, given_as_folder: bool) -> None:
     path = write(folder, lines())
     samples = read_samples(folder if given_as_folder else path, 128, 16)
     assert (len(samples.calibrating), len(samples.held_out)) == (18, 2)
@@ -64,23 +64,23 @@ def test_answers_and_empty_lines_are_optional(folder: Path) -> None:
     assert read_samples(path, 10, 10).calibrating[0].answer is None
 
 
-def test_the_least(folder: Path) -> None:
+def test_minimum_number_of_samples(folder: Path) -> None:
     samples = read_samples(write(folder, lines(FEWEST)), 128, 16)
     assert (len(samples.calibrating), len(samples.held_out)) == (FEWEST - 1, 1)
 
 
-def test_too_few(folder: Path) -> None:
+def test_too_few_samples(folder: Path) -> None:
     message = error(write(folder, lines(FEWEST - 1)))
     assert f"{FEWEST - 1} samples" in message
     assert f"at least {FEWEST}" in message
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_or_empty_folder(tmp_path: Path) -> None:
     assert "does not exist" in error(tmp_path / "absent")
     assert "0 samples" in error(tmp_path)
 
 
-def test_two_files(folder: Path) -> None:
+def test_folder_with_two_jsonl_files(folder: Path) -> None:
     write(folder, lines())
     (folder / "other.jsonl").write_text("", encoding="utf-8")
     assert "2 JSONL files" in error(folder)
@@ -104,35 +104,35 @@ def test_two_files(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_a_line_that_is_no_sample(folder: Path, line: object) -> None:
+def test_invalid_line(folder: Path, line: object) -> None:
     assert "Line 3 of" in error(write(folder, [*lines(2), line, *lines(10)]))
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b'{"image": '])
-def test_a_file_that_is_no_json(folder: Path, content: bytes) -> None:
+def test_file_is_not_json(folder: Path, content: bytes) -> None:
     (folder / "samples.jsonl").write_bytes(content)
     assert "samples.jsonl" in error(folder)
 
 
-def test_fewer_samples_asked_for_than_needed(folder: Path) -> None:
+def test_too_few_samples_requested(folder: Path) -> None:
     with pytest.raises(UsageError, match="add up to 6"):
         read_samples(folder, 4, 2)
 
 
-def test_lines_are_separated_by_newlines_alone(folder: Path) -> None:
+def test_only_newlines_separate_lines(folder: Path) -> None:
     path = write(folder, lines())
     text = path.read_text(encoding="utf-8").replace("3?", "3\u2028\u0085?")
     path.write_text(text, encoding="utf-8-sig")
     assert read_samples(path, 128, 16).calibrating[3].question == "3\u2028\u0085?"
 
 
-def test_a_line_nested_too_deeply(folder: Path) -> None:
+def test_deeply_nested_line(folder: Path) -> None:
     path = write(folder, lines())
     path.write_text("[" * 100_000 + "\n", encoding="utf-8")
     assert "Line 1 of" in error(path)
 
 
-def test_images_that_cannot_be_read(folder: Path, refused: Callable[..., str]) -> None:
+def test_unreadable_images(folder: Path, refused: Callable[..., str]) -> None:
     (folder / "03.png").write_bytes(b"no picture")
     (folder / "05.png").unlink()
     message = error(write(folder, lines()))
@@ -141,7 +141,7 @@ def test_images_that_cannot_be_read(folder: Path, refused: Callable[..., str]) -
 
 
 @pytest.mark.parametrize("hidden", ["._03.png", ".trashed.jpg", "._samples.jsonl", ".DS_Store"])
-def test_hidden_files_are_left_out(folder: Path, hidden: str) -> None:
+def test_hidden_files_are_skipped(folder: Path, hidden: str) -> None:
     (folder / hidden).write_bytes(b"no picture")
     (folder / "Thumbs.db").write_bytes(b"no picture")
     samples = read_samples(folder, 128, 16)
@@ -149,19 +149,19 @@ def test_hidden_files_are_left_out(folder: Path, hidden: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["http://host/x.png", "data:image/png;base64,iVBO"])
-def test_addresses_are_not_fetched(folder: Path, address: str) -> None:
+def test_urls_are_not_fetched(folder: Path, address: str) -> None:
     path = write(folder, [*lines(), {"image": address, "question": "?"}])
     assert f"Line {COUNT + 1} of {path} has the URL {address!r} as its image" in error(path)
 
 
-def test_a_field_given_twice(folder: Path) -> None:
+def test_duplicate_field(folder: Path) -> None:
     path = write(folder, lines())
     path.write_text(path.read_text(encoding="utf-8") + '{"image": "00.png", "image": "01.png", "question": "?"}\n')
     assert f"Line {COUNT + 1} of {path} is not a sample" in error(path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_no_regular_file_of_samples(folder: Path, kind: str) -> None:
+def test_samples_file_must_be_regular(folder: Path, kind: str) -> None:
     path = folder / "samples.jsonl"
     if kind == "pipe":
         os.mkfifo(path)
@@ -172,7 +172,7 @@ def test_no_regular_file_of_samples(folder: Path, kind: str) -> None:
     assert f"{path} is a folder, pipe or device; expected a regular file" in error(folder)
 
 
-def test_a_file_of_samples_that_is_too_large(folder: Path) -> None:
+def test_samples_file_too_large(folder: Path) -> None:
     path = write(folder, lines())
     os.truncate(path, LARGEST_FILE + 1)
     assert f"{path} has more than {LARGEST_FILE} bytes" in error(path)

@@ -1,4 +1,4 @@
-"""Smoothing in calibration: never a larger error, saved and resumed like any weight."""
+"""SmoothQuant in calibration: the error never increases, and smoothed parameters are saved and resumed."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ W8A8 = {LINEAR: WeightFormat("w8a8")}
 # The choice --------------------------------------------------------------------------------------------------------
 
 
-def fit(
+def calibrate(
     scales: Tensor, weight: Tensor, folder: Path, method: str, measured: Tensor | None = None
 ) -> tuple[float | None, float]:
-    """Quantize a linear for inputs of such scales: the alpha chosen, and the SQNR of its outputs.
+    """Calibrate a linear with inputs of the given channel scales. Returns the chosen alpha and the output SQNR.
 
-    They are those of the same inputs, or of ``measured``.
+    The SQNR is measured on the same inputs, or on ``measured``.
     """
     samples = rows(0, 4000, scales)
     given = {f"{LINEAR}.weight": weight, f"{NORM}.weight": torch.ones(len(scales)), f"{NORM}.bias": scales * 0}
@@ -69,9 +69,9 @@ def test_outlier_channels(weight_scales: Tensor, method: str, tmp_path: Path, mo
     """With and without weights that compensate the outliers, as in a trained model."""
     weight = rows(2, 96, weight_scales)
     others = rows(1, 100_000, outliers(64))
-    alpha, smoothed = fit(outliers(64), weight, tmp_path / "smoothed", method, others)
+    alpha, smoothed = calibrate(outliers(64), weight, tmp_path / "smoothed", method, others)
     monkeypatch.setattr(layer_quantizer, "ALPHAS", ())
-    nothing, unsmoothed = fit(outliers(64), weight, tmp_path / "off", method, others)
+    nothing, unsmoothed = calibrate(outliers(64), weight, tmp_path / "off", method, others)
     assert nothing is None
     assert alpha is not None
     assert smoothed > unsmoothed + (3 if weight_scales[OUTLIERS[0]] == 1 else 20)
@@ -80,25 +80,25 @@ def test_outlier_channels(weight_scales: Tensor, method: str, tmp_path: Path, mo
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_never_worse_by_its_measure(method: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_smoothing_never_increases_error(method: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     generator = torch.Generator().manual_seed(seed)
     scales, columns = (torch.randn(64, generator=generator).exp() for _ in range(2))
     folder = tmp_path_factory.mktemp("choice")
     weight = rows(seed + 1, 48, columns)
-    chosen = fit(scales, weight, folder / "a", method)
+    chosen = calibrate(scales, weight, folder / "a", method)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_quantizer, "ALPHAS", ())
-        off = fit(scales, weight, folder / "b", method)
+        off = calibrate(scales, weight, folder / "b", method)
     assert chosen[1] == off[1] if chosen[0] is None else chosen[1] > off[1] + 0.8
 
 
-def test_what_chance_gains_is_no_gain(tmp_path: Path) -> None:
-    """Channels that differ only in the extremes of the samples."""
-    alpha, _ = fit(torch.ones(64), rows(2, 96, torch.ones(64)), tmp_path / "a", "gptq")
+def test_small_gains_do_not_enable_smoothing(tmp_path: Path) -> None:
+    """Channels differ only in the extremes of the samples."""
+    alpha, _ = calibrate(torch.ones(64), rows(2, 96, torch.ones(64)), tmp_path / "a", "gptq")
     assert alpha is None
 
 
-def test_equal_channels_are_left_alone(tmp_path: Path) -> None:
+def test_equal_channels_are_not_smoothed(tmp_path: Path) -> None:
     observer = Observer(None, lambda _: torch.eye(32), None, "cpu", W8A8)  # type: ignore[arg-type]
     observer.linear(torch.cat([torch.eye(32), -torch.eye(32)]), LINEAR)
     norm = {f"{NORM}.weight": torch.full((32,), 3.0), f"{NORM}.bias": torch.ones(32)}
@@ -151,7 +151,7 @@ def report(bundle: Path) -> dict[str, Any]:
     return facts
 
 
-def test_it_is_reported_and_brings_the_bundle_closer(
+def test_smoothing_is_reported_and_reduces_error(
     checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_quantizer, "ALPHAS", ())
@@ -164,13 +164,13 @@ def test_it_is_reported_and_brings_the_bundle_closer(
     assert loss < loss_without / 2
 
 
-def test_the_bundle_computes_what_was_calibrated(checkpoint: Path, data: Path, calibrated: Path) -> None:
+def test_bundle_computes_with_calibrated_weights(checkpoint: Path, data: Path, calibrated: Path) -> None:
     """ONNX Runtime and the eager interpreter agree on the smoothed norms of the bundle."""
     assert_computes_its_weights(calibrated, data / "00000.png")
 
 
 @pytest.mark.parametrize("number", [0, 3, 5, 9])
-def test_a_killed_run_goes_on(
+def test_killed_run_resumes(
     checkpoint: Path, data: Path, calibrated: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after a number of smoothed parameters, five per layer, before their linear is saved."""
@@ -197,7 +197,7 @@ def test_a_killed_run_goes_on(
     }
 
 
-def test_one_thread_at_a_time_reads_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_at_a_time_reads_npy_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some releases of Python 3.11 need it."""
     store, reading, load_file = WeightStore(tmp_path, W8A8), Lock(), np.load
     store.save_parameter("norm.weight", np.ones(8, np.float32))
@@ -220,7 +220,7 @@ def test_one_thread_at_a_time_reads_a_header(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("lost", ["attention_norm.weight", "mlp_norm.bias", "attention.qkv.bias"])
-def test_lost_parameters_of_a_finished_block(
+def test_finished_block_without_its_parameters(
     checkpoint: Path, data: Path, tmp_path: Path, refused: Any, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):

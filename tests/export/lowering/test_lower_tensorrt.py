@@ -122,7 +122,7 @@ def assert_close(actual: npt.ArrayLike, expected: npt.NDArray[Any]) -> None:
     [("demo", ["--fp16"]), *INT4.items()],  # the others in float16: test_released_answers
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
-def test_computes_what_the_eager_interpreter_does(exported: Export, checkpoint: str, options: list[str]) -> None:
+def test_matches_eager_interpreter(exported: Export, checkpoint: str, options: list[str]) -> None:
     """Compares every array: two questions with the shortest query length, one with the longest."""
     folder = exported(checkpoint, *options)
     with load(folder, device="cpu", threads=1) as fusion:
@@ -173,7 +173,7 @@ def test_quantized_activations(integer_bundle: Path) -> None:
     assert np.square(actual - expected).mean() <= (0.05 * expected.std()) ** 2
 
 
-def test_calibration_for_another_target_starts_anew(
+def test_calibration_for_another_target_restarts(
     integer_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All formats are the same, but a CPU's quantized activations have zero points."""
@@ -309,7 +309,7 @@ def test_int4_scales_are_positive(exported: Export) -> None:
         ),
     ],
 )
-def test_formats_that_tensorrt_does_not_read(
+def test_unsupported_formats(
     checkpoint: str, options: str, reason: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     arguments = [CHECKPOINTS[checkpoint], "-o", tmp_path / "b", "--target", "tensorrt", *options.split()]

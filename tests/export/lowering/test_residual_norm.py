@@ -55,7 +55,7 @@ def test_results_stay_the_same() -> None:
     np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
 
 
-def test_a_sum_with_two_norms_is_refused() -> None:
+def test_sum_with_two_norms_is_rejected() -> None:
     builder = built()
     norm(builder, "Add", "another")
     with pytest.raises(AssertionError):

@@ -58,12 +58,12 @@ def test_every_field_is_an_option(options: type) -> None:
     ("flag", "values"),
     [("--nf4", {"precision": "nf4"}), ("--int4", {"precision": "int4"}), ("--asym", {"asymmetric": True})],
 )
-def test_flags_that_are_values(flag: str, values: dict[str, Any]) -> None:
+def test_flags_with_constant_values(flag: str, values: dict[str, Any]) -> None:
     assert given(parser().parse_args(["checkpoint", flag]), ExportOptions) == values
 
 
 @pytest.mark.parametrize("flags", [["--int4", "--nf4"], ["--budget", "1GB", "--bits", "5"]])
-def test_options_that_exclude_each_other(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mutually_exclusive_options(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(["checkpoint", *flags])
     assert caught.value.code == 2

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fusion_edge.export.planning.rules import EMBEDDING, PRECISIONS, Rule, assign, preset, read_rules
+from fusion_edge.export.planning.rules import EMBEDDING, Rule, assign, precision_rules, read_rules
 from fusion_edge.quant.formats import CODEBOOKS, PER_CHANNEL, WeightFormat
+from fusion_edge.runtime.bundle.manifest import PRECISIONS
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 NAMES = [EMBEDDING, "llm.lm_head", "llm.layers.0.mlp.down", "alignment.layers.0.query", "vision.projector.up"]
@@ -15,24 +16,27 @@ NAMES = [EMBEDDING, "llm.lm_head", "llm.layers.0.mlp.down", "alignment.layers.0.
 
 def test_presets_quantize_everything() -> None:
     for precision in PRECISIONS:
-        formats = assign(NAMES, [], preset(precision, 64, "int8-weights"))
+        formats = assign(NAMES, [], precision_rules(precision, 64, "int8-weights"))
         assert set(formats) == set(NAMES)
         if precision.startswith("int"):
-            assert all(form.is_quantized for form in formats.values())
-    formats = assign(NAMES, [], preset("int4", 64, "int8-weights"))
+            assert all(fmt.is_quantized for fmt in formats.values())
+    formats = assign(NAMES, [], precision_rules("int4", 64, "int8-weights"))
     assert [str(formats[name]) for name in NAMES] == ["int8:64", "int8:64", "int4:64", "int4:64", "int8:64"]
 
 
 def test_the_first_rule_that_matches_wins() -> None:
     rules = [Rule.parse("llm.layers.*=int8:32", 128), Rule.parse("llm.*=fp16", 128)]
-    formats = assign(NAMES, rules, preset("int4", 128, "int8-weights"))
+    formats = assign(NAMES, rules, precision_rules("int4", 128, "int8-weights"))
     assert [str(formats[name]) for name in NAMES[:3]] == ["fp16", "fp16", "int8:32"]
 
 
-def test_a_wide_4_bit_rule_passes_over_the_embedding_table() -> None:
-    assert str(assign(NAMES, [Rule.parse("*=int4", 64)], preset("int4", 128, "int8-weights"))[EMBEDDING]) == "int8:128"
+def test_4_bit_wildcard_skips_embedding_table() -> None:
+    assert (
+        str(assign(NAMES, [Rule.parse("*=int4", 64)], precision_rules("int4", 128, "int8-weights"))[EMBEDDING])
+        == "int8:128"
+    )
     with pytest.raises(UsageError, match="looked up by row"):
-        assign(NAMES, [Rule.parse(f"{EMBEDDING}=int4", 64)], preset("int4", 128, "int8-weights"))
+        assign(NAMES, [Rule.parse(f"{EMBEDDING}=int4", 64)], precision_rules("int4", 128, "int8-weights"))
 
 
 def test_rules_from_a_file(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True)
 def float32() -> Iterator[None]:
-    """Attention of prefill in float32, as in decode steps, so that results are equal."""
+    """Compute the attention of prefill in float32, as that of decode steps: results are equal."""
     with exact_attention():
         yield
 
@@ -71,7 +71,7 @@ def on_device(name: str, options: str, tolerance: float) -> Callable[[Export], S
 
 
 def built(name: str, options: str) -> Callable[[Export], Subject]:
-    """As :func:`on_device`, after ``fusion-build``."""
+    """Open a TensorRT device on engines that ``fusion-build`` has built."""
 
     def make(exported: Export) -> Subject:
         (candidate,) = (candidate for candidate in CANDIDATES if candidate.name == name)
@@ -122,7 +122,7 @@ SUBJECTS = {
 
 
 def needs(name: str) -> list[pytest.MarkDecorator]:
-    """Tolerance of the fake of TensorRT, which computes with ONNX Runtime."""
+    """Return the skip marks of a backend that runs TensorRT graphs on ONNX Runtime."""
     return [needs_opset_24] if name.startswith(("onnxruntime-tensorrt", "tensorrt-fake")) else []
 
 
@@ -134,7 +134,7 @@ def subject(request: pytest.FixtureRequest, exported: Export) -> Iterator[Subjec
 
 
 class TestBackends(BackendContract):
-    """See ``backend_contract.py``."""
+    """The tests of ``backend_contract.py``."""
 
 
 def test_every_device_is_tested() -> None:

@@ -1,3 +1,5 @@
+"""Pooling and resizing of feature maps, compared with torch and the golden features."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Images from files, Pillow and arrays to normalized crops, compared with the released code."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""Prompts: token ids and positions, compared with the released code."""
+
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,4 @@
-"""Signals that end commands: exit code, one line, complete cleanup. Also signals that must not."""
+"""Signals end commands with an exit code, one line and a complete cleanup. Other handlers are kept."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_library_installs_no_handlers() -> None:
 @ends
 @pytest.mark.parametrize("how", ["command", "module"])
 def test_signals_while_modules_load(number: signal.Signals, code: int, said: str, how: str, tmp_path: Path) -> None:
-    """A module that waits replaces NumPy, the first slow import."""
+    """A module that sleeps replaces NumPy, the first slow import."""
     (tmp_path / "numpy.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     start = {
         "command": ["-c", "from fusion_edge.runtime.cli.entry import run; run()"],
@@ -125,7 +125,7 @@ def test_signals_while_modules_load(number: signal.Signals, code: int, said: str
 def test_pending_work_is_canceled(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """During hundreds of blocks of 0.1 s, and during a checksum that takes minutes."""
+    """A signal arrives during hundreds of slow blocks, and during an endless checksum."""
     write, calls = DataWriter._write_block, []
 
     def slow(*arguments: Any) -> Any:

@@ -1,3 +1,5 @@
+"""The streaming detokenizer, compared with the decoding of the ``tokenizers`` library."""
+
 from __future__ import annotations
 
 import functools

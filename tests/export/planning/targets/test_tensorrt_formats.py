@@ -177,6 +177,6 @@ def test_tensorrt_does_not_build_blocks_of_32(old_bundle: Bundle, library: tuple
     assert not trt.built
 
 
-def test_tensorrt_rtx_builds_them(old_bundle: Bundle) -> None:
+def test_tensorrt_rtx_builds_blocks_of_32(old_bundle: Bundle) -> None:
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(old_bundle, trt) == 0
