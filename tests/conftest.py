@@ -18,6 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TRITON_INTERPRET"] = "1"
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job ignores SIGINT, and so do its children. Tests of Ctrl-C need Python's own handler.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if (path := config.getoption("--kernels")) is not None:
         cpu_kernels.library = lambda: path.absolute()
 
