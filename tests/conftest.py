@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 
 # Pin each process of pytest-xdist to one core, before any library counts the cores. Otherwise the threads of NumPy,
 # torch and ONNX Runtime in all processes wait for each other far longer than the small tests compute.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
-# A shell's background job ignores SIGINT, and so do its children. Tests of Ctrl-C need Python's own handler.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton reads this when it defines kernels. They run on the CPU, one program after the other.
 os.environ["TRITON_INTERPRET"] = "1"
