@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 GRACE_SECONDS = 0.5
+POLL_SECONDS = 0.2
 Result = TypeVar("Result")
 
 _abandoned: list[Future[Any]] = []
@@ -25,6 +26,8 @@ def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Res
     outcome: Future[Result] = Future()
     try:
         Thread(target=_settle, args=(outcome, work), daemon=True).start()
+        while not wait([outcome], POLL_SECONDS).done:  # a signal right before an endless wait would not end it
+            pass
         return outcome.result()
     except BaseException:
         cancel()
