@@ -30,8 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell's background job ignores SIGINT, and so do its children. Tests of Ctrl-C need Python's own handler.
+    # Background jobs ignore SIGINT, and nohup SIGHUP, also in child processes. Tests of signals need the defaults.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if (path := config.getoption("--kernels")) is not None:
         cpu_kernels.library = lambda: path.absolute()
 
