@@ -28,13 +28,13 @@ from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.devices import AUTO, NAMES, open_device
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.formatting import format_bytes, format_table
-from fusion_edge.runtime.images.grids import pooling_cells
+from fusion_edge.runtime.images.grids import alignment_cells
 from fusion_edge.runtime.system.output_file import write_whole
 
 QUESTION_TOKENS = 24
@@ -117,8 +117,7 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
 
     pixels, words = floats(GLOBAL_CROPS, 3, IMAGE_SIZE, IMAGE_SIZE), floats(1, QUESTION_TOKENS, width)
     nothing, all_words = floats(GLOBAL_CROPS, 0, width), np.ones((1, QUESTION_TOKENS), np.bool_)
-    size, cells = 2 * config.vision.grid, side(latents)
-    tables = pooling_cells(size, cells), pooling_cells(size, cells * config.alignment.window_size)
+    tables = alignment_cells(2 * config.vision.grid, latents, config.alignment.window_size)
     features = backend.encode(pixels, nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
     image = backend.align(features, *tables)
     rows = floats(manifest.image_side**2 + latents + 2 * QUESTION_TOKENS, width)

@@ -30,11 +30,11 @@ from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.export.planning.presets import PRESETS
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.formatting import format_bytes, format_table
-from fusion_edge.runtime.images.grids import pooling_cells
+from fusion_edge.runtime.images.grids import alignment_cells
 
 TERA = 1e12
 
@@ -132,8 +132,8 @@ def operations(plan: ExportPlan) -> tuple[int, int]:
     config, image_tokens = plan.config, plan.options.image_tokens
     latents, width = plan.options.query_lengths[0], config.language.hidden_size
     cells = [
-        torch.from_numpy(pooling_cells(2 * config.vision.grid, count)).to("meta")
-        for count in (side(latents), side(latents) * config.alignment.window_size)
+        torch.from_numpy(cells).to("meta")
+        for cells in alignment_cells(2 * config.vision.grid, latents, config.alignment.window_size)
     ]
     ops = EagerOperations(config, cache(lambda name: _meta(*plan.parameters[name].shape)))
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER, sized
 from fusion_edge.runtime.bundle.manifest import Manifest
-from fusion_edge.runtime.images.grids import pooling_cells
+from fusion_edge.runtime.images.grids import alignment_cells
 
 DimensionRanges = Mapping[str, tuple[int, ...]]
 """Minimum, typical and maximum size by symbolic dimension (``runtime/bundle/graphs.py``)."""
@@ -53,8 +53,8 @@ def optimization_profiles(manifest: Manifest, limits: EngineLimits) -> dict[str,
 
 def _alignment(manifest: Manifest) -> DimensionRanges:
     size, window = 2 * manifest.model.vision.grid, manifest.model.alignment.window_size
-    latents = [pooling_cells(size, side(q)).shape for q in manifest.query_lengths]
-    context = [pooling_cells(size, window * side(q)).shape for q in manifest.query_lengths]
+    cells = [alignment_cells(size, length, window) for length in manifest.query_lengths]
+    latents, context = [latent.shape for latent, _ in cells], [rows.shape for _, rows in cells]
     return {
         "latents": _range(manifest.query_lengths),
         "side": _range([rows for rows, _ in latents]),

@@ -11,9 +11,9 @@ import pytest
 
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, side
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 from fusion_edge.runtime.bundle.manifest import Manifest
-from fusion_edge.runtime.images.grids import pooling_cells
+from fusion_edge.runtime.images.grids import alignment_cells
 
 LENGTH, CAPACITY = 60, 64  # of the prompts in these tests
 
@@ -40,9 +40,8 @@ class Subject:
     def align(self, features: object, length: int) -> ImageAlignment:
         """Return the alignment for a query length."""
         config = self.manifest.model
-        size, cells = 2 * config.vision.grid, side(length)
-        window = config.alignment.window_size
-        return self.backend.align(features, pooling_cells(size, cells), pooling_cells(size, cells * window))
+        cells = alignment_cells(2 * config.vision.grid, length, config.alignment.window_size)
+        return self.backend.align(features, *cells)
 
     def image(self) -> ImageAlignment:
         """Return the alignment for the shortest query length."""
