@@ -12,6 +12,7 @@ import pytest
 from support.paths import ROOT
 
 import fusion_edge
+from fusion_edge import runtime
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,6 +46,7 @@ def test_the_version_is_the_package_version() -> None:
 
 
 def test_public_names_are_found_when_they_are_used() -> None:
+    assert set(fusion_edge.__all__) == {*runtime.__all__, "__version__"}
     assert all(getattr(fusion_edge, name) is not None for name in fusion_edge.__all__)
     assert set(fusion_edge.__all__) <= set(dir(fusion_edge))
 
