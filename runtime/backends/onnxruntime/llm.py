@@ -15,6 +15,9 @@ from fusion_edge.runtime.bundle import graphs
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.errors import FusionError
 
+LONG_STEP_BYTES = 100_000_000
+"""Size of a bundle from which a decode step takes milliseconds, so that it has to be interruptible."""
+
 
 class LlmSession:
     """The LLM with its KV cache, which is allocated once and bound as input and output, so updated in place.
@@ -30,6 +33,7 @@ class LlmSession:
         self._graph = graph
         self._context = manifest.max_context
         self._length = self._capacity = 0
+        self._has_long_steps = manifest.size >= LONG_STEP_BYTES
         self._specs = graphs.cache_specs(manifest.model, manifest.cache)
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
@@ -76,7 +80,7 @@ class LlmSession:
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
             self._decode_binding = self._binding(self._decode_inputs)
             binding = self._binding(self._decode_inputs | tensors)
-        self._graph.run_bound(binding, large=True)
+        self._graph.run_bound(binding)
         logits: Floats = self._logits[0]
         return logits
 
@@ -85,7 +89,7 @@ class LlmSession:
         self._place(self._length, 1, self._capacity)
         self._write("embeddings", embedding)
         assert self._decode_binding is not None  # before the first prefill the capacity is 0
-        self._graph.run_bound(self._decode_binding, large=False)
+        self._graph.run_bound_step(self._decode_binding, self._has_long_steps)
         logits: Floats = self._logits[0]
         return logits
 
