@@ -1,1 +1,1 @@
-"""Accuracy of models: of quantized ones, and of their probabilities."""
+"""Accuracy of quantized models."""

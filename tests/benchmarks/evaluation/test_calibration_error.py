@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fusion_edge.benchmarks.accuracy.calibration_error import Bin, expected_calibration_error, reliability
+from fusion_edge.benchmarks.evaluation.calibration_error import Bin, expected_calibration_error, reliability
 
 ANSWERS = st.lists(st.tuples(st.integers(0, 1000).map(lambda n: n / 1000), st.booleans()), max_size=60)
 
