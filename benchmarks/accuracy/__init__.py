@@ -1,1 +1,1 @@
-"""Accuracy of quantized models."""
+"""Accuracy of models: of quantized ones, and of their probabilities."""
