@@ -47,8 +47,8 @@ def yuv_to_rgb(array: npt.NDArray[Any], color: str) -> Image.Image:
     if array.dtype != np.uint8 or (planes := split(array)) is None:
         shape = list(array.shape)
         raise UsageError(f"The {color} frame has shape {shape} and dtype {array.dtype}; expected uint8 {expected}.")
-    luma, u, v = planes
-    size = (luma.shape[1], luma.shape[0])
+    rows, columns = planes[0].shape
+    size = (columns, rows)
     check_size(size, f"The {color} frame")
     bands = (Image.fromarray(np.ascontiguousarray(plane)).resize(size, Image.Resampling.NEAREST) for plane in planes)
     return Image.merge("RGB", tuple(bands)).convert("RGB", TO_RGB)
