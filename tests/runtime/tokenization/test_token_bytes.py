@@ -66,4 +66,5 @@ def test_a_token_that_only_looks_like_a_byte_is_text(tmp_path: Path) -> None:
     pieces = [*RESERVED, *LETTERS, ("<0xZZ>", -9.0, BYTE - 5)]
     tokenizer = load(write_phi(tmp_path / "phi", sentencepiece_model(pieces)))
     id = tokenizer.token_to_id("<0xZZ>")
+    assert id is not None
     assert token_bytes(tokenizer, id + 1).tokens[id] == b"<0xZZ>" == text_of(tokenizer, [id]).encode()
