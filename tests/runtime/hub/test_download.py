@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +105,22 @@ def test_a_newer_commit_downloads_what_is_new(hub: FakeHub, files: dict[str, byt
     hub.requests.clear()
     assert find_bundle("org/name").commit == commit
     assert [request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")] == ["bundle.json"]
+
+
+def test_several_downloads_at_once(hub: FakeHub, files: dict[str, bytes]) -> None:
+    commit = hub.add("org/name", files)
+    start = Barrier(4)
+
+    def find(_: int) -> BundleSource:
+        start.wait()
+        return find_bundle("org/name")
+
+    with ThreadPoolExecutor(4) as pool:
+        sources = set(pool.map(find, range(4)))
+    assert [source.commit for source in sources] == [commit]
+    verify(open_bundle(sources.pop().folder))
+    fetched = [request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")]
+    assert sorted(fetched) == sorted(listed(files))  # each file once
 
 
 def test_load_and_commands_take_a_hub_id(
