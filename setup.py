@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 CPU_KERNELS = "fusion_edge/kernels/cpu"
 BENCHMARKS = "fusion_edge.benchmarks"
 SHIPPED = ("__init__", "entry")
-"""Modules of ``benchmarks/`` in a wheel, beside ``latency/``: those that ``fusion-bench`` imports."""
+"""Modules of ``benchmarks/`` in a wheel, beside the folders ``evaluation/`` and ``latency/``."""
 
 
 class BuildModules(build_py):

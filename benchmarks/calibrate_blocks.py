@@ -22,13 +22,14 @@ from fusion_edge.export.calibration.blocks import blocks
 from fusion_edge.export.calibration.estimate import estimate_calibration
 from fusion_edge.export.calibration.options import DEVICES, CalibrationOptions
 from fusion_edge.export.calibration.run import CalibrationRun
-from fusion_edge.export.calibration.samples import Sample, Samples
+from fusion_edge.export.calibration.samples import Samples
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.samples import Sample
 from fusion_edge.runtime.system.resources import usable_processors
 
 QUESTION = "What is in front of the camera, and how far away is it?"

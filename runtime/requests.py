@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy.typing as npt
 from PIL import Image
 
+from fusion_edge.runtime.images.preprocessing import Color as Color
 from fusion_edge.runtime.prompts.prompt import Prompt, Turn
 from fusion_edge.runtime.sampling import Sampling
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 """A path of an image file, a Pillow image, or an array ``[H,W,3]``, ``[H,W,1]`` or ``[H,W]``."""
-Color = Literal["rgb", "bgr"]
-"""Channel order of an array ``[H,W,3]``."""
 
 
 class AnswerOptions(TypedDict, total=False):
@@ -34,7 +33,8 @@ class QuestionOptions(AnswerOptions, total=False):
     history: Sequence[Turn]
     """Earlier questions about the same image, with their answers. Default: none."""
     color: Color
-    """Channel order of an array: ``rgb`` (default) or ``bgr``. Files and Pillow images define their own."""
+    """Layout of an array: ``rgb`` (default), ``bgr``, ``nv12``, ``i420`` or ``yuyv``. Files and Pillow images define
+    their own."""
     control_tokens: bool
     """Whether questions and answers may spell control tokens such as ``<|end|>``. Default: such spellings are text."""
 

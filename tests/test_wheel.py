@@ -21,7 +21,7 @@ from fusion_edge.export import cli
 
 RUNTIME_LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "PIL", "pillow")
 """Import names of what the extra ``[cpu]`` installs and the runtime imports, and of folders with their libraries."""
-FOLDERS = ("export", "kernels", "quant", "runtime", "benchmarks/latency")
+FOLDERS = ("export", "kernels", "quant", "runtime", "benchmarks/evaluation", "benchmarks/latency")
 """Folders that ship."""
 HEAVY = ("torch", "onnx", "transformers", "huggingface_hub", "safetensors", "sentencepiece")
 """Libraries that the runtime must not import; ``import-linter`` checks the same in the source."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import BlockOperations, blocks, prepare
-from fusion_edge.export.calibration.samples import Sample, read_samples
+from fusion_edge.export.calibration.samples import read_samples
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.observer import fake_quantize
@@ -27,6 +27,7 @@ from fusion_edge.runtime.bundle.quantization_report import sqnr
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.formatting import format_table
+from fusion_edge.runtime.samples import Sample
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.export.calibration.activation_cache import Activations
-from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.model.eager import EagerOperations
@@ -25,6 +24,7 @@ from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, normalize
 from fusion_edge.runtime.prompts.prompt import encode_prompt
+from fusion_edge.runtime.samples import Sample
 
 
 class BlockOperations(EagerOperations):

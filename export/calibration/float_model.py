@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.export.calibration.blocks import Block, BlockOperations, PreparedSample, prepare
-from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.quant.packing import check_range
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.samples import Sample
 
 
 class FloatModel:

@@ -20,11 +20,11 @@ from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import Block, BlockOperations, PreparedSample, blocks, without_outputs
 from fusion_edge.export.calibration.evaluation import compare_answers
 from fusion_edge.export.calibration.float_model import FloatModel
-from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.quant.gptq import round_to_nearest
 from fusion_edge.runtime.bundle.quantization_report import Sensitivity, sqnr
+from fusion_edge.runtime.samples import Sample
 from fusion_edge.runtime.system.progress import Progress
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.system.regular_file import open_regular
 
 LARGEST_JSON = 1_500_000  # bytes: 10,000 tensor names. Parsed JSON needs up to 40 times as much memory
 LONGEST_NAME = 500  # characters of a tensor's name; the longest known has 130
@@ -27,18 +27,6 @@ _SIGNATURES = {
     b"GGUF": "a GGUF file, which holds no FUSION checkpoint: pass the checkpoint that it was converted from",
 }
 """Description and remedy of a file that has the wrong format, by its first bytes."""
-
-
-def open_regular(path: Path) -> int:
-    """Open a regular file for reading and return its descriptor.
-
-    Raises :class:`FusionError` for a folder, pipe or device, and ``OSError``.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for its writer
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FusionError(f"{path} is a folder, pipe or device; expected a regular file. Replace it by the file.")
-    return descriptor
 
 
 def read_file(path: Path, largest: int) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.export.checkpoint.input_files import open_regular, unreadable
+from fusion_edge.export.checkpoint.input_files import unreadable
 from fusion_edge.export.checkpoint.safetensors_header import (
     FLOAT8_DTYPES,
     FLOAT_DTYPES,
@@ -28,6 +28,7 @@ from fusion_edge.export.checkpoint.safetensors_header import (
 from fusion_edge.export.checkpoint.weight_files import INDEX_FILE, weight_files
 from fusion_edge.export.checkpoint.wrapper_prefixes import strip_wrappers
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.system.regular_file import open_regular
 
 _CHUNK = 1 << 19  # elements converted at a time: the buffer stays in the processor's cache
 

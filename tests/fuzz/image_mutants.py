@@ -44,7 +44,7 @@ class Images:
             return _of_file(folder / "picture.png", self.files["color.png"], ())
         if draw.random() < 0.1:
             array, change = _array(draw)
-            color: Any = draw.choice(["rgb", "rgb", "bgr", "BGR", 3, None])
+            color: Any = draw.choice(["rgb", "rgb", "bgr", "nv12", "i420", "yuyv", "BGR", 3, None])
             return Mutant((change, f"color {color!r}"), lambda: _decode(array, color))
         name = draw.choice(sorted(self.files))
         content, changes = self.files[name], [name]

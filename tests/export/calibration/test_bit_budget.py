@@ -17,7 +17,6 @@ from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration import sensitivity
 from fusion_edge.export.calibration.bit_budget import budget_ranges, candidates
-from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.calibration.sensitivity import measure_sensitivity
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.options import ExportOptions
@@ -31,6 +30,7 @@ from fusion_edge.runtime.bundle.manifest import QUANTIZATION
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
+from fusion_edge.runtime.samples import Sample
 
 Refused = Callable[..., str]
 

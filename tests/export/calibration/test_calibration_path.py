@@ -14,10 +14,10 @@ from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import blocks, prepare
 from fusion_edge.export.calibration.observer import ATTENTION_WEIGHT, Observer, attention_received
-from fusion_edge.export.calibration.samples import Sample
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.reference.eager_backend import EagerBackend, open_checkpoint
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.samples import Sample
 
 
 @pytest.mark.parametrize("name", ["FUSION-tiny-Phi", "FUSION-X-tiny-LLaMA"])

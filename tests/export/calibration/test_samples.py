@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fusion_edge.export.calibration.samples import FEWEST, LARGEST_FILE, QUESTIONS, read_samples
+from fusion_edge.export.calibration.samples import FEWEST, QUESTIONS, read_samples
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.samples import LARGEST_FILE
 
 COUNT = 20
 

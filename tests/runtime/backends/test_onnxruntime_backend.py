@@ -157,7 +157,7 @@ def test_interrupt_and_resume(subject: Subject) -> None:
     assert isinstance(subject.backend, Interruptible)
     subject.backend.interrupt()
     for fail in (subject.image, lambda: subject.backend.prefill(rows, image, latents, questions, CAPACITY)):
-        with pytest.raises(FusionError, match="ONNX Runtime failed while running .*terminate"):
+        with pytest.raises(FusionError, match=r"ONNX Runtime failed while running .*terminate"):
             fail()
     subject.backend.resume()
     assert np.array_equal(subject.backend.prefill(rows, image, latents, questions, CAPACITY), expected)
