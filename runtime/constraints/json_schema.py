@@ -81,6 +81,8 @@ class _Reader:
         self._names: dict[str, str] = {}  # of definitions in the result, by reference
         self._definitions: dict[str, Schema] = {}  # finished ones, by their name in the result
         self._open: set[str] = set()  # names of definitions that were begun
+        self._heights: dict[str, int] = {}  # levels of finished definitions
+        self._deepest = 0  # level reached so far
 
     def read(self) -> Schema:
         for section in _DEFINITIONS:
@@ -90,8 +92,7 @@ class _Reader:
         return result | {"$defs": self._definitions, "x-guidance": _OUTPUT}
 
     def _schema(self, node: object, path: str, depth: int) -> Schema:
-        if depth > _MAX_DEPTH:
-            raise _error(path, f"it is nested more than {_MAX_DEPTH} levels deep")
+        self._reach(depth, path)
         if not isinstance(node, dict):
             raise _error(path, f"{short_repr(node)} is not supported; expected a schema with a type")
         node = {keyword: value for keyword, value in node.items() if keyword not in _ANNOTATIONS}
@@ -114,8 +115,17 @@ class _Reader:
             if name in self._open:
                 raise _error(path, f"$ref {short_repr(reference)} is recursive; expected a schema of bounded depth")
             self._open.add(name)
+            before, self._deepest = self._deepest, depth
             self._definitions[name] = self._schema(section[match[2]], f"$.{match[1]}.{match[2]}", depth + 1)
+            self._heights[name] = self._deepest - depth
+            self._deepest = before
+        self._reach(depth + self._heights[name], path)
         return {"$ref": f"#/$defs/{name}"}
+
+    def _reach(self, depth: int, path: str) -> None:
+        if depth > _MAX_DEPTH:
+            raise _error(path, f"it is nested more than {_MAX_DEPTH} levels deep")
+        self._deepest = max(self._deepest, depth)
 
     def _any_of(self, options: object, path: str, depth: int) -> Schema:
         if not isinstance(options, list) or not 0 < len(options) <= _MAX_OPTIONS:
