@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
+    from fusion_edge.runtime.loop.asker import Asker
+    from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
+    from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
     from fusion_edge.runtime.prompts.prompt import Turn
     from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
@@ -19,14 +22,21 @@ __all__ = [
     "Answer",
     "AnswerOptions",
     "AnswerStream",
+    "Asker",
     "Cancelled",
     "Conversation",
     "DeadlineExceeded",
     "Fusion",
     "FusionError",
+    "Latencies",
+    "Percentiles",
     "QuestionOptions",
+    "QueueFull",
+    "Request",
+    "RequestOptions",
     "Sampling",
     "Stopped",
+    "Superseded",
     "Turn",
     "UsageError",
     "load",
@@ -36,14 +46,21 @@ _MODULES = {
     "Answer": "answer",
     "AnswerOptions": "requests",
     "AnswerStream": "answer_stream",
+    "Asker": "loop.asker",
     "Cancelled": "errors",
     "Conversation": "conversation",
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
     "FusionError": "errors",
+    "Latencies": "loop.latencies",
+    "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",
+    "QueueFull": "loop.request",
+    "Request": "loop.request",
+    "RequestOptions": "loop.request",
     "Sampling": "sampling",
     "Stopped": "errors",
+    "Superseded": "loop.request",
     "Turn": "prompts.prompt",
     "UsageError": "errors",
     "load": "fusion",
