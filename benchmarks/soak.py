@@ -301,9 +301,8 @@ def _main(options: argparse.Namespace) -> int:
     for name, limit in GROWTH.items():
         if is_long and growth[name] > limit:
             robot.problems.append(f"{name} grew by {growth[name]:.0f}, more than {limit}")
-    sys.stdout.write(
-        f"{latencies}\n{dict(sorted(robot.seen.items()))}\ngrowth: {growth}{'' if is_long else ' (too short to judge)'}\n"
-    )
+    remark = "" if is_long else " (too short to judge)"
+    sys.stdout.write(f"{latencies}\n{dict(sorted(robot.seen.items()))}\ngrowth: {growth}{remark}\n")
     if options.json:
         result = {
             "command": ["python", "-m", "fusion_edge.benchmarks.soak", *sys.argv[1:]],

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Turn,
         UsageError,
         load,
-)
+    )
 
 __version__ = "0.1.0"
 __all__ = [

@@ -33,7 +33,7 @@ def two_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_short_soak(demo_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "soak.json"
-    assert soak.main(["--bundle", str(demo_bundle), "--minutes", "0.1", "--json", str(file)]) == 0
+    assert soak.main(["--bundle", str(demo_bundle), "--minutes", "0.05", "--json", str(file)]) == 0
     assert "(too short to judge)" in capsys.readouterr().out
     result = json.loads(file.read_text("utf-8"))
     assert result["problems"] == []
@@ -113,6 +113,6 @@ def test_questions_have_different_answers(demo_bundle: Path) -> None:
     from fusion_edge.runtime import load
 
     with load(demo_bundle) as fusion:
-        script = write_script(fusion, 4)
-    assert len(script.answers) == 4 * len(QUESTIONS)
+        script = write_script(fusion, 2)
+    assert len(script.answers) == 2 * len(QUESTIONS)
     assert len(set(script.answers.values())) >= 5
