@@ -51,7 +51,7 @@ class Even:
         self.accepted: list[int] = []
 
     def mask(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        masked = logits.copy()
+        masked: np.ndarray[Any, Any] = logits.copy()
         masked[1::2] = masked[self.accepted] = -np.inf
         return masked
 

@@ -75,17 +75,13 @@ def test_another_question_in_between_does_not_disturb(fusion: Fusion) -> None:
 
 
 def test_the_token_limit_is_an_error(fusion: Fusion) -> None:
-    conversation = fusion.conversation(FRAME)
-    for ask in (lambda **options: fusion.json(FRAME, "What?", ENDLESS, **options), conversation_json(conversation)):
-        with pytest.raises(
-            FusionError, match=r"^The answer was cut after 5 tokens, within the JSON document; raise max_"
-        ):
-            ask(sampling=Sampling(max_new_tokens=5))
-    assert conversation.history == []
-
-
-def conversation_json(conversation: Any) -> Callable[..., Any]:
-    return lambda **options: conversation.json("What?", ENDLESS, **options)
+    conversation, short = fusion.conversation(FRAME), Sampling(max_new_tokens=5)
+    message = r"^The answer was cut after 5 tokens, within the JSON document; raise max_new_tokens"
+    with pytest.raises(FusionError, match=message):
+        fusion.json(FRAME, "What?", ENDLESS, sampling=short)
+    with pytest.raises(FusionError, match=message):
+        conversation.json("What?", ENDLESS, sampling=short)
+    assert conversation.history == []  # no half of a document
 
 
 def test_a_full_context_is_an_error(fusion: Fusion) -> None:
