@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fusion_edge.runtime.errors import FusionError
@@ -30,18 +31,19 @@ def is_commit(text: str) -> bool:
     return _COMMIT.fullmatch(text) is not None
 
 
-def open_client(hub_id: str) -> HfApi:
-    """Return a client with the user's endpoint, cache and login.
-
-    Raises :class:`FusionError` if ``huggingface_hub`` is not installed.
-    """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
+def check_client(hub_id: str) -> None:
+    """Raise :class:`FusionError` if ``huggingface_hub`` is not installed."""
+    if find_spec("huggingface_hub") is None:
         raise FusionError(
             f"There is no folder {hub_id}, and the hub needs huggingface_hub: run pip install '.[hub]' in a clone of "
             "fusion-edge, or pass an existing folder."
-        ) from None
+        )
+
+
+def open_client() -> HfApi:
+    """Return a client with the user's endpoint, cache and login."""
+    from huggingface_hub import HfApi
+
     return HfApi(library_name="fusion-edge")
 
 
