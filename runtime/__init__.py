@@ -8,6 +8,7 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime.answer import Answer
     from fusion_edge.runtime.answer_stream import AnswerStream
+    from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
@@ -28,6 +29,7 @@ __all__ = [
     "DeadlineExceeded",
     "Fusion",
     "FusionError",
+    "Grammar",
     "Latencies",
     "Percentiles",
     "QuestionOptions",
@@ -52,6 +54,7 @@ _MODULES = {
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
     "FusionError": "errors",
+    "Grammar": "constraints.grammar",
     "Latencies": "loop.latencies",
     "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",

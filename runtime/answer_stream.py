@@ -113,7 +113,8 @@ class AnswerStream(Iterator[str]):
 
     def _tokens(self, question: PreparedQuestion) -> Iterator[int]:
         """Generate the tokens of the answer, without the end token."""
-        pipeline, hook, sampler = self._pipeline, self._control.stage_hook, Sampler(question.sampling)
+        pipeline, hook = self._pipeline, self._control.stage_hook
+        sampler = Sampler(question.sampling, question.constraint)
         prefilled = pipeline.start(question, sampler, hook)
         self._prompt_tokens = prefilled.length
         token, limit = prefilled.token, prefilled.capacity - prefilled.length
