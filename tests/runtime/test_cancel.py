@@ -289,8 +289,12 @@ def test_an_error_of_on_stage_ends_the_question_alone(fusion: Fusion) -> None:
 
 
 def test_a_cancel_from_on_stage(fusion: Fusion) -> None:
+    def cancel(stage: str) -> None:
+        if stage == PREFILL:
+            fusion.cancel()
+
     with pytest.raises(Cancelled):
-        fusion.answer(picture(), "What?", sampling=SHORT, on_stage=lambda stage: stage == PREFILL and fusion.cancel())
+        fusion.answer(picture(), "What?", sampling=SHORT, on_stage=cancel)
 
 
 # Close ---------------------------------------------------------------------------------------------------------------
