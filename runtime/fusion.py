@@ -23,7 +23,8 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.conversation import Conversation
-from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.hub.bundle_source import find_bundle
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.pipeline import Embed, Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
@@ -227,11 +228,16 @@ class Fusion:
         return self.pipeline.request(image, question, **options)
 
 
-def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | None = None) -> Fusion:
+def load(
+    folder: str | os.PathLike[str], *, revision: str | None = None, device: str = AUTO, threads: int | None = None
+) -> Fusion:
     """Load a bundle.
 
     Args:
-        folder: Folder that ``fusion-export`` wrote.
+        folder: Folder that ``fusion-export`` wrote, or a hub id ``org/name``, which is downloaded once. A folder of
+            that name wins. A path object is always a folder.
+        revision: Branch, tag or commit of a hub id. Default: its default branch. A commit that has been downloaded
+            needs no network.
         device: ``tensorrt``, ``tensorrt-rtx``, ``cuda``, ``cpu``, or ``auto`` for the best device that this machine
             has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
             chosen device, and the reasons against better ones.
@@ -242,20 +248,12 @@ def load(folder: str | os.PathLike[str], *, device: str = AUTO, threads: int | N
 
     Raises:
         UsageError: An argument has a wrong type or is out of range.
-        FusionError: The machine lacks the device, or the bundle is damaged, has a newer schema, or does not load.
+        FusionError: The machine lacks the device, the hub cannot provide the bundle, or the bundle is damaged, has a
+            newer schema, or does not load.
     """
     count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
     if count is not None:
         check_threads(count)
-    bundle = open_bundle(_path(folder))
+    bundle = open_bundle(find_bundle(folder, revision).folder)
     chosen, backend = open_device(bundle, device, count)
     return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), chosen)
-
-
-def _path(folder: object) -> str:
-    path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
-    if not isinstance(path, str):
-        raise UsageError(f"The bundle is of type {type(folder).__name__}; expected the path of a folder.")
-    if not path:  # an unset variable of a script; pathlib would read it as the current folder
-        raise UsageError("The bundle's path is empty; expected the path of a folder.")
-    return path

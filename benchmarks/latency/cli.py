@@ -24,6 +24,7 @@ from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.runtime.backends.devices import AUTO, NAMES
 from fusion_edge.runtime.bundle.engines import bundle_digest
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import integer_list, positive_integer
 from fusion_edge.runtime.images.preprocessing import load_image
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="fusion-bench compare A.json B.json compares two results.",
     )
     add = parser.add_argument
-    add("bundle", type=Path, help="bundle folder written by fusion-export")
+    add_bundle(parser)
     for option, default, text in (
         ("--prompt-tokens", defaults.prompt_tokens, "tokens of the prompt, image included (default: a short question)"),
         ("--new-tokens", defaults.new_tokens, "decode steps per round (default: 32)"),
@@ -110,7 +111,7 @@ def _share(text: str) -> float:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    bundle = open_bundle(arguments.bundle)
+    bundle = open_bundle(given_bundle(arguments).folder)
     if arguments.html is not None:
         check_output_file(arguments.html)
     threads = max(arguments.threads)

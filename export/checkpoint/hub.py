@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.hub.client import error_message, is_hub_id
 
 # "*" also matches "/" in these patterns; the second list excludes subfolders (optimizer states, copies).
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model"]
 _NOT_DOWNLOADED = ["*/*"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FILE_KINDS = {
     ".safetensors": "a safetensors file",
     ".gguf": "a GGUF file, which holds no FUSION checkpoint",
@@ -52,7 +52,7 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
         )
     if re.match(r"https?://", source):
         raise FusionError(f"{source} is a URL: pass its hub id, org/name, or the folder of a downloaded checkpoint.")
-    if path is None or not _HUB_ID.fullmatch(source) or path.suffix.lower() in _FILE_KINDS:
+    if path is None or not is_hub_id(source) or path.suffix.lower() in _FILE_KINDS:
         raise FusionError(f"There is no folder '{source}': pass an existing checkpoint folder, or a hub id org/name.")
     return _download(source, revision)
 
@@ -84,39 +84,5 @@ def _download(hub_id: str, revision: str | None) -> Path:
         )
     # Exception: the client also lets errors of its transport through, which differ between its versions.
     except Exception as error:
-        raise FusionError(_hub_message(hub_id, revision, error)) from error
+        raise FusionError(error_message(hub_id, revision, error)) from error
     return Path(folder)
-
-
-def _hub_message(hub_id: str, revision: str | None, error: Exception) -> str:
-    """Return one sentence for an error of the hub client."""
-    from huggingface_hub import constants, errors
-
-    at = f" at revision {revision}" if revision else ""
-    # First, because it is a subclass of RepositoryNotFoundError.
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{hub_id} is a gated repository: accept its terms on its model page, log in with `hf auth login`, and run "
-            "again."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{hub_id} has no revision {revision}: pass an existing branch, tag or commit, or none."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{hub_id} is neither a local folder nor a repository that you can access: check the spelling, or log in "
-            "with `hf auth login` if it is private."
-        )
-    if isinstance(error, errors.HFValidationError):
-        return f"{hub_id}{at} is not a valid hub id: pass org/name or an existing folder."
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"{hub_id}{at} is not complete in the local cache, and HF_HUB_OFFLINE forbids downloading: unset it, or "
-            "pass a local folder."
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # without the client's advice
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"{hub_id}{at} could not be downloaded ({reason.rstrip('.')}): check the network and the free disk space and "
-        "run again, or pass a local folder."
-    )

@@ -23,6 +23,7 @@ from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle, verify
+from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import byte_count, positive_integer
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "any x86-64 machine for a desktop GPU.",
     )
     add = parser.add_argument
-    add("bundle", type=Path, help="bundle exported with fusion-export --target tensorrt")
+    add_bundle(parser, "bundle exported with fusion-export --target tensorrt")
     add("--library", choices=LIBRARIES, help="library to build with (default: the first of these that is installed)")
     add(
         "--device",
@@ -102,7 +103,7 @@ def _compute_capability(text: str) -> str:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    bundle = open_bundle(arguments.bundle)
+    bundle = open_bundle(given_bundle(arguments).folder)
     if bundle.manifest.target != TENSORRT.name:
         raise FusionError(
             f"{bundle.folder} was exported for {bundle.manifest.target}; expected tensorrt. Run "

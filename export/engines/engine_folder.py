@@ -53,12 +53,12 @@ def write_engines(
     building.
     """
     folder = engines_folder(bundle, platform)
-    folder.parent.mkdir(exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     needed = bundle.manifest.size + DISK_MARGIN_BYTES
     if free < needed:
         raise FusionError(
-            f"The disk of {bundle.folder} has {format_bytes(free)} free; the engines need about "
+            f"The disk of {folder.parents[1]} has {format_bytes(free)} free; the engines need about "
             f"{format_bytes(needed)}. Free some space and build again."
         )
     timing_cache = folder.parent / f"{library.name}-{library.version}-cc{platform.compute_capability}.timing"

@@ -65,12 +65,12 @@ def _alignment(manifest: Manifest) -> DimensionRanges:
 
 
 def _llm(manifest: Manifest, limits: EngineLimits) -> Iterator[DimensionRanges]:
-    latents = _range(manifest.query_lengths)
-    prompt = manifest.image_side**2 + latents[1] + 2 * TYPICAL_QUESTION
+    _, latents, most_latents = _range(manifest.query_lengths)
+    prompt = manifest.image_side**2 + latents + 2 * TYPICAL_QUESTION
     yield {
         "positions": (1, min(prompt, limits.max_context), limits.max_context),
-        "questions": (1, 1, limits.max_questions),
-        "latents": latents,
+        "questions": (0, 1, limits.max_questions),  # a prefix has no question, and so no latents
+        "latents": (0, latents, most_latents),
     }
     yield {"positions": (1, 1, 1), "questions": (0, 0, 0), "latents": (0, 0, 0)}
 

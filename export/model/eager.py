@@ -7,7 +7,7 @@ It is the reference of every numerical test, trains the demo model, and runs cal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 class KeyValueCache:
     """Keys and values of every LLM layer, ``[B,kv_heads,L,head_dim]`` each."""
 
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, prefix: Mapping[int, tuple[Tensor, Tensor]] | None = None) -> None:
+        """Start with the layers of ``prefix``, which do not change."""
+        self.layers = dict(prefix or {})
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append new tokens. Returns all keys and values of the layer so far."""
@@ -32,6 +33,12 @@ class KeyValueCache:
             keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
         self.layers[layer] = keys, values
         return keys, values
+
+    def rewind(self, length: int) -> None:
+        """Drop the tokens after the first ``length``."""
+        self.layers = {
+            layer: (keys[:, :, :length], values[:, :, :length]) for layer, (keys, values) in self.layers.items()
+        }
 
 
 class EagerOperations:
@@ -142,7 +149,11 @@ class EagerOperations:
         q, k, v = self.heads(qkv, layer)
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=True)
+        past, mask = k.shape[2] - length, None
+        if past and length > 1:
+            mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(past)
+        is_causal = past == 0 and length > 1
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
         return attended.transpose(1, 2).reshape(batch, length, -1)
 
     def heads(self, qkv: Tensor, layer: int) -> list[Tensor]:

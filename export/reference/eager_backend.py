@@ -23,7 +23,14 @@ from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.runtime import Fusion
-from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
+from fusion_edge.runtime.backends.base import (
+    Floats,
+    ImageAlignment,
+    Integers,
+    KvPrefix,
+    check_capacity,
+    check_rewind,
+)
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
 
@@ -47,7 +54,7 @@ class EagerBackend:
         self.parameter = lru_cache(maxsize=None)(self._parameter)
         self._activation_quantization = lru_cache(maxsize=None)(weights.activation_quantization)
         self._cache = KeyValueCache()
-        self._length = self._capacity = 0
+        self._prefix_length = self._length = self._capacity = 0
 
     def _parameter(self, name: str) -> Tensor:
         return self._tensor(np.array(read_parameter(self._weights, name)))
@@ -88,13 +95,22 @@ class EagerBackend:
         latent_positions: Integers,
         question_positions: Integers,
         capacity: int,
+        prefix: KvPrefix | None = None,
     ) -> Floats:
-        check_capacity(len(embeddings), capacity)
-        self._length, self._capacity = len(embeddings), capacity
-        self._cache = KeyValueCache()
+        before = 0 if prefix is None else prefix.length
+        check_capacity(before + len(embeddings), capacity)
+        self._prefix_length, self._length, self._capacity = before, before + len(embeddings), capacity
+        self._cache = KeyValueCache() if prefix is None else KeyValueCache(prefix.memory)
         positions = self._tensor(latent_positions), self._tensor(question_positions)
         alignment = Alignment(*positions, image.keys, image.values)
         return self._logits(self.hidden(embeddings, alignment))
+
+    @torch.inference_mode()
+    def prefill_prefix(self, embeddings: Floats) -> KvPrefix:
+        self._cache = KeyValueCache()
+        self._prefix_length = self._length = self._capacity = 0
+        self.hidden(embeddings, None)
+        return KvPrefix(len(embeddings), self._cache.layers)
 
     def hidden(self, embeddings: Floats, alignment: Alignment[Tensor] | None) -> Tensor:
         """Return hidden states ``[1,L,D]`` before the final norm. Appends to the KV cache."""
@@ -105,6 +121,11 @@ class EagerBackend:
         check_capacity(self._length + 1, self._capacity)
         self._length += 1
         return self._logits(self.hidden(embedding[None], None))
+
+    def rewind(self, length: int) -> None:
+        check_rewind(length, self._prefix_length, self._length)
+        self._cache.rewind(length)
+        self._length = length
 
     def _logits(self, hidden: Tensor) -> Floats:
         operations = self.operations()

@@ -26,6 +26,16 @@ class ImageAlignment:
     """As ``keys``."""
 
 
+@dataclass(frozen=True, eq=False)
+class KvPrefix:
+    """The start of a prompt in a KV cache. The backend frees its memory when the object is garbage."""
+
+    length: int
+    """Tokens."""
+    memory: Any
+    """Memory of the backend on its device."""
+
+
 class Backend(Protocol):
     """Runs the three graphs. Any thread may call it, one call at a time.
 
@@ -55,19 +65,33 @@ class Backend(Protocol):
         latent_positions: Integers,
         question_positions: Integers,
         capacity: int,
+        prefix: KvPrefix | None = None,
     ) -> Floats:
         """Replace the sequence by ``embeddings`` ``[L,D]`` and return the logits ``[V]`` of the last token.
 
-        The sequence may grow to ``capacity`` tokens. The logits are valid until the next call. ``latent_positions``
-        ``[Q,q]`` are the rows of each question's latents, ``question_positions`` ``[Q]`` its last row. Raises
-        :class:`FusionError` if ``L`` exceeds ``capacity``.
+        With a ``prefix``, the sequence is its tokens and then ``embeddings``. It may grow to ``capacity`` tokens, the
+        prefix included. The logits are valid until the next call. ``latent_positions`` ``[Q,q]`` are the rows of each
+        question's latents in ``embeddings``, ``question_positions`` ``[Q]`` its last row. Raises :class:`FusionError`
+        if the sequence exceeds ``capacity``.
         """
+        ...
+
+    def prefill_prefix(self, embeddings: Floats) -> KvPrefix:
+        """Run the start of prompts, ``[L,D]`` without latents, and keep its KV cache. The sequence ends."""
         ...
 
     def decode(self, embedding: Floats) -> Floats:
         """Append one token's embedding ``[D]`` and return its logits ``[V]``, valid until the next call.
 
         Raises :class:`FusionError` if the sequence is at its capacity.
+        """
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Drop the tokens after the first ``length``; the next decode step continues there.
+
+        Raises :class:`FusionError` unless ``length`` is from 1, or from the length of the prefix, to that of the
+        sequence.
         """
         ...
 
@@ -94,3 +118,10 @@ def check_capacity(length: int, capacity: int) -> None:
         raise FusionError(
             f"The sequence has {length} tokens, more than its capacity of {capacity}; start it with a larger capacity."
         )
+
+
+def check_rewind(length: int, prefix: int, tokens: int) -> None:
+    """Raise :class:`FusionError` unless a sequence of ``tokens`` behind a ``prefix`` of tokens can rewind."""
+    first = max(prefix, 1)
+    if not first <= length <= tokens:
+        raise FusionError(f"The sequence rewinds to {length} tokens; expected from {first} to {tokens}.")

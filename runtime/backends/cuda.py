@@ -97,6 +97,13 @@ class Cuda:
         """Enqueue a copy within device memory."""
         self._call("cudaMemcpyAsync", target, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream)
 
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int, stream: int
+    ) -> None:
+        """Enqueue a copy of rows of ``width`` bytes within device memory. A pitch is the bytes between two rows."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, stream)
+
     def event(self) -> Any:
         """Create an event, which timestamps a point in a stream."""
         return self._call("cudaEventCreate")

@@ -1,7 +1,8 @@
 """Engines of a bundle: folders, and the checks before TensorRT loads one.
 
-They lie in ``engines/<fingerprint>/`` of the bundle's folder, each folder with an ``engines.json``. An engine holds
-code. TensorRT receives only engines whose version, GPU, bundle and checksum match their manifest.
+They lie in ``engines/<fingerprint>/`` of the bundle's folder, each folder with an ``engines.json``. Those of a bundle
+in the hub's cache lie in the user's cache folder: nothing is written to a snapshot, and no engine comes from the hub.
+An engine holds code. TensorRT receives only engines whose version, GPU, bundle and checksum match their manifest.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, SCHEMA_VERSION, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engine_validation import check_engines
-from fusion_edge.runtime.bundle.files import check_digest, check_file, digest
+from fusion_edge.runtime.bundle.files import check_digest, check_file, digest, is_snapshot
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.system.user_cache import cache_folder
 
 ENGINES_FOLDER = "engines"
 
@@ -27,8 +29,16 @@ def bundle_digest(bundle: Bundle) -> str:
 
 def engines_folder(bundle: Bundle, platform: EnginePlatform) -> Path:
     """Return the folder of a bundle's engines for a platform."""
-    fingerprint = f"{platform.library}-{platform.version}-cc{platform.compute_capability}-{bundle_digest(bundle)[:16]}"
-    return bundle.folder / ENGINES_FOLDER / fingerprint
+    fingerprint = f"{platform.library}-{platform.version}-cc{platform.compute_capability}-{_short_digest(bundle)}"
+    return _engines_root(bundle) / fingerprint
+
+
+def _engines_root(bundle: Bundle) -> Path:
+    return (cache_folder() if is_snapshot(bundle.folder) else bundle.folder) / ENGINES_FOLDER
+
+
+def _short_digest(bundle: Bundle) -> str:
+    return bundle_digest(bundle)[:16]
 
 
 def build_command(bundle: Bundle, platform: EnginePlatform) -> str:
@@ -78,7 +88,8 @@ def open_engines(bundle: Bundle, platform: EnginePlatform) -> tuple[Path, Engine
 def all_engines(bundle: Bundle) -> list[tuple[Engines, bool]]:
     """Return the manifests of all engines, each with whether it was built from the bundle's present state."""
     engines_of, current = [], bundle_digest(bundle)
-    for folder in sorted((bundle.folder / ENGINES_FOLDER).glob("*/")):
+    own = f"*-{_short_digest(bundle)}/" if is_snapshot(bundle.folder) else "*/"  # the cache has engines of all bundles
+    for folder in sorted(_engines_root(bundle).glob(own)):
         try:
             engines = read_engines(folder)
         except (OSError, ValueError, RecursionError):

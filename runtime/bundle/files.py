@@ -37,11 +37,25 @@ def digest(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
     return sha256.hexdigest()
 
 
+def leads_outside(path: str) -> bool:
+    """Return whether a listed path is absolute or leads upwards. Links are another question."""
+    relative = PurePosixPath(path)
+    return relative.is_absolute() or ".." in relative.parts
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Return whether a folder is a snapshot of the hub cache, or inside one. Nobody else writes there."""
+    path = folder.resolve()
+    return any(
+        inside.parent.name == SNAPSHOTS and (inside.parents[1] / BLOBS).is_dir()
+        for inside in (path, *path.parents[:-2])
+    )
+
+
 def check_file(folder: Path, entry: FileEntry, listed_in: str, remedy: str) -> None:
     """Raise :class:`FusionError` unless a listed file exists inside ``folder``, or its hub cache, and has its size."""
-    relative = PurePosixPath(entry.path)
-    path = folder / relative
-    if relative.is_absolute() or ".." in relative.parts or not _is_inside(path, folder):
+    path = folder / entry.path
+    if leads_outside(entry.path) or not _is_inside(path, folder):
         raise FusionError(f"{folder / listed_in} lists {entry.path!r}, which leads outside its folder; do not use it.")
     if not os.path.isfile(path):
         raise FusionError(f"{path} is missing though {listed_in} lists it. {remedy}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion_edge.runtime.bundle.files import SNAPSHOTS, check_digest, check_file
+from fusion_edge.runtime.bundle.files import SNAPSHOTS, check_digest, check_file, is_snapshot
 from fusion_edge.runtime.bundle.graph_validation import check_graph
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest, data_file, graph_file
@@ -19,6 +19,7 @@ from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.errors import FusionError
 
 REMEDY = "Copy or export the bundle again."
+SNAPSHOT_REMEDY = "Delete that file, and load the bundle by its hub id: it is downloaded again."
 ALWAYS_VERIFIED_BYTES = 64 << 20
 """Opening a bundle verifies the checksums of files up to this size."""
 
@@ -43,23 +44,19 @@ def open_bundle(folder: str | Path) -> Bundle:
     Raises :class:`FusionError` with the fault and the remedy.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
+    remedy = _remedy(folder)
     for entry in manifest.files:
-        check_file(folder, entry, MANIFEST, REMEDY)
+        check_file(folder, entry, MANIFEST, remedy)
         if entry.size <= ALWAYS_VERIFIED_BYTES:
-            check_digest(folder, entry, MANIFEST, REMEDY)
+            check_digest(folder, entry, MANIFEST, remedy)
     bundle = Bundle(folder, manifest)
     _check_graphs(bundle)
     return bundle
 
 
-def verify(bundle: Bundle, advance: Callable[[int], None] = lambda _: None) -> None:
-    """Check the SHA-256 of every file. ``advance`` receives the bytes read. Raises :class:`FusionError`."""
-    for entry in bundle.manifest.files:
-        check_digest(bundle.folder, entry, MANIFEST, REMEDY, advance)
-
-
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``bundle.json`` of a folder. Raise :class:`FusionError` with the fault and the remedy."""
     path = folder / MANIFEST
     remedy = "Pass the folder that fusion-export wrote."
     if os.fsencode(folder) != str(folder).encode("utf-8", "replace"):
@@ -90,6 +87,17 @@ def _read_manifest(folder: Path) -> Manifest:
             f"{path} does not follow bundle schema {SCHEMA_VERSION} ({error}); export the bundle again."
         ) from None
     return manifest
+
+
+def verify(bundle: Bundle, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Check the SHA-256 of every file. ``advance`` receives the bytes read. Raises :class:`FusionError`."""
+    remedy = _remedy(bundle.folder)
+    for entry in bundle.manifest.files:
+        check_digest(bundle.folder, entry, MANIFEST, remedy, advance)
+
+
+def _remedy(folder: Path) -> str:
+    return SNAPSHOT_REMEDY if is_snapshot(folder) else REMEDY
 
 
 def _check_graphs(bundle: Bundle) -> None:

@@ -8,15 +8,16 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from fusion_edge.runtime.bundle.engines import all_engines
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
+from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError, printable
 from fusion_edge.runtime.formatting import format_bytes
+from fusion_edge.runtime.hub.bundle_source import BundleSource
 from fusion_edge.runtime.system.progress import Progress
 
 
@@ -30,27 +31,29 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusion-info", description="Print a summary of a bundle and verify the checksum of every file."
     )
-    parser.add_argument("bundle", type=Path, help="folder that fusion-export wrote")
+    add_bundle(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     return parser
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    bundle = open_bundle(arguments.bundle)
+    source = given_bundle(arguments)
+    bundle = open_bundle(source.folder)
     with Progress("Verifying", bundle.manifest.size) as progress:
         verify(bundle, progress.advance)
     if arguments.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(bundle.manifest)) + "\n")
     else:
-        sys.stdout.write(_text(bundle))
+        sys.stdout.write(_text(bundle, source))
     return 0
 
 
-def _text(bundle: Bundle) -> str:
+def _text(bundle: Bundle, source: BundleSource) -> str:
     manifest = bundle.manifest
     model, language, vision = manifest.model, manifest.model.language, manifest.model.vision
     rows = [
         ("Bundle", str(bundle.folder)),
+        *([("Hub", f"{source.hub_id} at commit {source.commit}")] if source.hub_id else []),
         ("Made by", manifest.producer),
         ("From", manifest.source),
         ("Target", manifest.target),

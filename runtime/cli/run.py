@@ -12,6 +12,7 @@ from typing import Any
 
 from fusion_edge.runtime.answers import Answer
 from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
+from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.conversation import Conversation
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line parser of ``fusion-run``."""
     parser = argparse.ArgumentParser(prog="fusion-run", description="Ask a bundle questions about an image.")
     add = parser.add_argument
-    add("bundle", type=Path, help="folder that fusion-export wrote")
+    add_bundle(parser)
     add("--image", required=True, metavar="FILE", help="image file")
     add(
         "--ask",
@@ -64,7 +65,11 @@ def parser() -> argparse.ArgumentParser:
         help="CPU threads (default: all processors that this process may use)",
     )
     add("--json", action="store_true", help="print all answers as one JSON object")
-    add("--verbose", action="store_true", help="print the device, and why better ones were skipped, on standard error")
+    add(
+        "--verbose",
+        action="store_true",
+        help="print the bundle, the device, and why better ones were skipped, on standard error",
+    )
     return parser
 
 
@@ -108,7 +113,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.ask is None:
         raise UsageError("--json needs --ask TEXT; add it, or drop --json.")
     history = [] if arguments.history is None else _read_history(arguments.history)
-    with load(arguments.bundle, device=arguments.device, threads=arguments.threads) as fusion:
+    source = given_bundle(arguments)
+    if arguments.verbose:
+        sys.stderr.write(f"bundle: {source}\n")
+    with load(Path(source.folder), device=arguments.device, threads=arguments.threads) as fusion:
         _report_device(fusion, arguments.verbose)
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)

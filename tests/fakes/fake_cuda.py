@@ -230,6 +230,15 @@ class FakeCuda(ModuleType):
         self.enqueue(stream, copy)
         return (Error.cudaSuccess,)
 
+    def cudaMemcpy2DAsync(
+        self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: CopyKind, stream: int
+    ) -> tuple[Error]:
+        if width > min(dpitch, spitch):
+            return (Error.cudaErrorInvalidValue,)
+        for row in range(height):
+            self.cudaMemcpyAsync(dst + row * dpitch, src + row * spitch, width, kind, stream)
+        return (Error.cudaSuccess,)
+
     def cudaEventCreate(self) -> tuple[Error, Event]:
         event = Event()
         self.events.append(event)

@@ -77,7 +77,7 @@ def test_the_fake_module_has_only_names_of_the_module(tensorrt_rtx: ModuleType) 
 
 def test_the_fake_of_cuda_has_the_parameters_of_the_bindings(cuda: ModuleType) -> None:
     functions = [name for name in vars(FakeCuda) if re.match("cuda[A-Z]", name)]
-    assert len(functions) == 23
+    assert len(functions) == 24
     for name in functions:
         wanted = parameters(vars(FakeCuda)[name])
         assert list(inspect.signature(getattr(cuda, name)).parameters) == wanted

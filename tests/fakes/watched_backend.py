@@ -15,7 +15,7 @@ from fakes.fake_backend import FakeBackend
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime import Fusion, FusionError, Sampling
-from fusion_edge.runtime.backends.base import Floats
+from fusion_edge.runtime.backends.base import Floats, KvPrefix
 from fusion_edge.runtime.bundle.manifest import TOKENIZER
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
@@ -60,6 +60,14 @@ class WatchedBackend(FakeBackend):
     def decode(self, embedding: Floats) -> Floats:
         with self._exclusive("decode"):
             return super().decode(embedding)
+
+    def prefill_prefix(self, embeddings: Floats) -> KvPrefix:
+        with self._exclusive("prefill_prefix"):
+            return super().prefill_prefix(embeddings)
+
+    def rewind(self, length: int) -> None:
+        with self._exclusive("rewind"):
+            super().rewind(length)
 
     def close(self) -> None:
         with self._exclusive("close"):

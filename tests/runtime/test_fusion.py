@@ -104,7 +104,7 @@ def test_the_local_crop_is_encoded_with_all_questions(fusion: Fusion) -> None:
 
 def test_image_tokens_and_latents_are_at_their_positions(fusion: Fusion) -> None:
     answer = fusion.answer(picture(0), "Why?", history=[Turn("What?", "A circle.")], sampling=SHORT, query_length=4)
-    ((rows, image, latents, questions, capacity),) = calls(fusion, "prefill")
+    ((rows, image, latents, questions, capacity, _),) = calls(fusion, "prefill")
     assert len(rows) == answer.prompt_tokens
     assert capacity == len(rows) + SHORT.max_new_tokens
     assert latents.shape == (2, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy.typing as npt
 import pytest
 
 from fusion_edge.runtime import FusionError
-from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers, KvPrefix
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.images.grids import alignment_cells
 
 LENGTH, CAPACITY = 60, 64  # of the prompts in these tests
+PREFIX = 60  # tokens: as an image, more than most prompts, so an int8 cache has scales for what follows
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Subject:
         latent_positions = 4 + 24 * np.arange(questions)[:, None] + np.arange(count)
         rows[latent_positions] = image.latents
         return rows, latent_positions, latent_positions[:, -1] + 5
+
+    def prefix(self, seed: int = 7) -> tuple[Floats, KvPrefix]:
+        """Return the rows of a prefix, and the prefix."""
+        rows = _random(seed, PREFIX, self.width)
+        return rows, self.backend.prefill_prefix(rows)
 
     def assert_close(self, actual: npt.ArrayLike, expected: npt.ArrayLike) -> None:
         actual, expected = np.asarray(actual), np.asarray(expected)
@@ -168,10 +175,109 @@ class BackendContract:
         with pytest.raises(FusionError, match=f"{LENGTH} tokens, more than its capacity of {LENGTH - 1}"):
             _prefill(subject, image, prompt, capacity=LENGTH - 1)
 
+    @pytest.mark.parametrize("questions", [1, 2])
+    def test_a_prompt_behind_a_prefix_equals_the_whole_prompt(self, subject: Subject, questions: int) -> None:
+        image = subject.image()
+        rows, latents, asked = subject.prompt(image, questions)
+        before, prefix = subject.prefix()
+        assert prefix.length == PREFIX
+        logits = _behind(subject, prefix, image, (rows, latents, asked))
+        stepped = subject.backend.decode(before[0]).copy()
+        whole = np.concatenate([before, rows]), latents + PREFIX, asked + PREFIX
+        subject.assert_close(logits, _prefill(subject, image, whole, PREFIX + CAPACITY))
+        subject.assert_close(stepped, subject.backend.decode(before[0]))
+
+    def test_prefixes_stay_valid(self, subject: Subject) -> None:
+        """Neither sequences behind a prefix, nor other ones, nor other prefixes change it."""
+        image = subject.image()
+        prompt = subject.prompt(image, 1)
+        prefixes = [subject.prefix(seed)[1] for seed in (7, 8)]
+        rows = _random(5, 2, subject.width)
+        runs: list[list[Floats]] = []
+        for prefix in (*prefixes, *prefixes, prefixes[1], prefixes[0]):
+            runs.append(
+                [_behind(subject, prefix, image, prompt), *(subject.backend.decode(row).copy() for row in rows)]
+            )
+            _behind(subject, prefix, image, subject.prompt(image, 2), subject.backend.max_context)
+            if prefix is prefixes[1]:
+                _prefill(subject, image, subject.prompt(image, 2))
+        first, second = runs[:2]
+        assert not np.array_equal(first[0], second[0])
+        for run, expected in zip(runs, (first, second, first, second, second, first), strict=True):
+            assert np.array_equal(run, expected)
+
+    def test_a_sequence_outlives_its_prefix(self, subject: Subject) -> None:
+        """The memory of a prefix is free when the sequence behind it has ended, too."""
+        image, row = subject.image(), _random(5, subject.width)
+        prompt = subject.prompt(image, 1)
+        _, prefix = subject.prefix()
+        _behind(subject, prefix, image, prompt)
+        expected = subject.backend.decode(row).copy()
+        _behind(subject, prefix, image, prompt)
+        del prefix
+        gc.collect()
+        assert np.array_equal(subject.backend.decode(row), expected)
+
+    def test_a_new_prefix_ends_the_sequence(self, subject: Subject) -> None:
+        image = subject.image()
+        _prefill(subject, image, subject.prompt(image, 1))
+        subject.prefix()
+        with pytest.raises(FusionError, match="1 tokens, more than its capacity of 0"):
+            subject.backend.decode(_random(5, subject.width))
+
+    def test_the_prefix_counts_in_the_capacity(self, subject: Subject) -> None:
+        image, row = subject.image(), _random(6, subject.width)
+        prompt = subject.prompt(image, 1)
+        _, prefix = subject.prefix()
+        with pytest.raises(FusionError, match=f"{PREFIX + LENGTH} tokens, more than its capacity of {LENGTH}"):
+            _behind(subject, prefix, image, prompt, LENGTH)
+        _behind(subject, prefix, image, prompt, PREFIX + LENGTH + 1)
+        subject.backend.decode(row)
+        with pytest.raises(FusionError, match=f"{PREFIX + LENGTH + 2} tokens, more than its capacity"):
+            subject.backend.decode(row)
+
+    @pytest.mark.parametrize("has_prefix", [False, True])
+    def test_a_rewound_sequence_continues_as_if_new(self, subject: Subject, has_prefix: bool) -> None:
+        image, rows = subject.image(), _random(5, 4, subject.width)
+        prompt = subject.prompt(image, 1)
+        prefix = subject.prefix()[1] if has_prefix else None
+        before = 0 if prefix is None else prefix.length
+        _behind(subject, prefix, image, prompt)
+        expected = [subject.backend.decode(row).copy() for row in rows]
+        _behind(subject, prefix, image, prompt)
+        for row in rows[::-1]:
+            subject.backend.decode(row)
+        subject.backend.rewind(before + LENGTH)
+        assert np.array_equal([subject.backend.decode(row).copy() for row in rows], expected)
+        subject.backend.rewind(before + LENGTH + 2)
+        assert np.array_equal([subject.backend.decode(row).copy() for row in rows[2:]], expected[2:])
+
+    @pytest.mark.parametrize("has_prefix", [False, True])
+    def test_a_sequence_does_not_rewind_further_than_its_prefix(self, subject: Subject, has_prefix: bool) -> None:
+        image = subject.image()
+        prefix = subject.prefix()[1] if has_prefix else None
+        first, last = (PREFIX, PREFIX + LENGTH) if has_prefix else (1, LENGTH)
+        _behind(subject, prefix, image, subject.prompt(image, 1))
+        for length in (first - 1, last + 1):
+            with pytest.raises(FusionError, match=f"rewinds to {length} tokens; expected from {first} to {last}"):
+                subject.backend.rewind(length)
+        subject.backend.rewind(first)
+        assert_floats(subject.backend.decode(_random(5, subject.width)), subject.manifest.model.language.vocab_size)
+
 
 def _prefill(
     subject: Subject, image: ImageAlignment, prompt: tuple[Floats, Integers, Integers], capacity: int = CAPACITY
 ) -> Floats:
+    return _behind(subject, None, image, prompt, capacity)
+
+
+def _behind(
+    subject: Subject,
+    prefix: KvPrefix | None,
+    image: ImageAlignment,
+    prompt: tuple[Floats, Integers, Integers],
+    capacity: int = PREFIX + CAPACITY,
+) -> Floats:
     rows, latents, questions = prompt
-    logits: Floats = subject.backend.prefill(rows, image, latents, questions, capacity).copy()
+    logits: Floats = subject.backend.prefill(rows, image, latents, questions, capacity, prefix).copy()
     return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, KvPrefix
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input, Tensor
 from fusion_edge.runtime.backends.onnxruntime.llm import LlmSession
 from fusion_edge.runtime.bundle import graphs
@@ -50,6 +50,7 @@ class OnnxRuntimeBackend:
         latent_positions: Integers,
         question_positions: Integers,
         capacity: int,
+        prefix: KvPrefix | None = None,
     ) -> Floats:
         inputs = {
             "embeddings": embeddings[None],
@@ -58,10 +59,16 @@ class OnnxRuntimeBackend:
             "keys": image.keys,
             "values": image.values,
         }
-        return self._llm.prefill(inputs, len(embeddings), capacity)
+        return self._llm.prefill(inputs, len(embeddings), capacity, prefix)
+
+    def prefill_prefix(self, embeddings: Floats) -> KvPrefix:
+        return self._llm.prefill_prefix(embeddings[None], len(embeddings))
 
     def decode(self, embedding: Floats) -> Floats:
         return self._llm.decode(embedding)
+
+    def rewind(self, length: int) -> None:
+        self._llm.rewind(length)
 
     def interrupt(self) -> None:
         for options in self._large_runs:

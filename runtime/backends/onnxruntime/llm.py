@@ -9,18 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from fusion_edge.runtime.backends.base import Floats, check_capacity
+from fusion_edge.runtime.backends.base import Floats, KvPrefix, check_capacity, check_rewind
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input, translate_errors
 from fusion_edge.runtime.bundle import graphs
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.errors import FusionError
 
+KvMemory = Mapping[str, ort.OrtValue]
+"""Memory of a KV cache of the whole context, by tensor of the cache. On a CPU, unused memory has no pages."""
+
 
 class LlmSession:
-    """The LLM with its KV cache, which is allocated once and bound as input and output, so updated in place.
+    """The LLM with its KV cache, which is bound as input and output, so updated in place.
 
-    A sequence uses the start of the cache's memory, up to its capacity: prefill of an int8 cache copies everything
-    after the prompt. On a CPU, memory that no sequence has reached has no pages.
+    A sequence uses the start of the session's memory, up to its capacity: prefill of an int8 cache copies everything
+    after the prompt. A prefix has memory of its own, and sequences behind it use the rest of it, so nothing is copied.
 
     Decode steps overwrite the same input tensors and write the same array of logits: a step allocates and binds
     nothing.
@@ -29,14 +32,22 @@ class LlmSession:
     def __init__(self, graph: Graph, manifest: Manifest) -> None:
         self._graph = graph
         self._context = manifest.max_context
-        self._length = self._capacity = 0
         self._specs = graphs.cache_specs(manifest.model, manifest.cache)
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
         with translate_errors(graph.name, graph.device):  # a GPU may lack memory
-            self._memory = {spec.name: self._zeros(spec) for spec in self._specs}
+            self._memory = self._new_memory()
             self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._zero_inputs(manifest).items()}
+        self._end()
+
+    def _end(self) -> None:
+        """End the sequence. It held the memory of its prefix."""
+        self._length = self._capacity = 0
+        self._prefix: KvPrefix | None = None
         self._decode_binding: ort.IOBinding | None = None
+
+    def _new_memory(self) -> KvMemory:
+        return {spec.name: self._zeros(spec) for spec in self._specs}
 
     def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
         return self._graph.tensor(f"past.{spec.name}", np.zeros(math.prod(_shape(spec, self._context)), spec.dtype))
@@ -59,26 +70,48 @@ class LlmSession:
         }
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name in self._graph.inputs}
 
-    def prefill(self, inputs: Mapping[str, Input], length: int, capacity: int) -> Floats:
-        """Start a sequence of ``length`` tokens that may grow to ``capacity``; return the logits ``[V]``."""
+    def prefill(
+        self, inputs: Mapping[str, Input], length: int, capacity: int, prefix: KvPrefix | None = None
+    ) -> Floats:
+        """Start a sequence, or continue ``prefix``, with ``length`` tokens; return the logits ``[V]``.
+
+        The sequence may grow to ``capacity`` tokens, the prefix included.
+        """
         if capacity > self._context:
             raise FusionError(
                 f"A sequence of {capacity} tokens exceeds the bundle's context of {self._context}; export with a "
                 "larger --max-context."
             )
-        self._place(0, length, capacity)
+        start = 0 if prefix is None else prefix.length
+        self._place(start, length, capacity)
+        self._prefix = prefix
+        memory, bound = (self._memory, capacity) if prefix is None else (prefix.memory, self._context)
+        with translate_errors(self._graph.name, self._graph.device):
+            self._decode_binding = self._binding(self._decode_inputs, memory, bound)
+        self._run_prompt(inputs, start, length, memory, bound)
+        logits: Floats = self._logits[0]
+        return logits
+
+    def prefill_prefix(self, embeddings: npt.NDArray[np.float32], length: int) -> KvPrefix:
+        """Run the start of prompts, ``[1,L,D]``, in memory of its own. The sequence ends."""
+        self._end()
+        with translate_errors(self._graph.name, self._graph.device):
+            memory = self._new_memory()
+        self._write_places(0, length)
+        self._run_prompt({"embeddings": embeddings}, 0, length, memory, self._context)
+        return KvPrefix(length, memory)
+
+    def _run_prompt(self, inputs: Mapping[str, Input], start: int, length: int, memory: KvMemory, bound: int) -> None:
+        """Run ``length`` tokens from position ``start``, in a cache of ``bound`` tokens."""
         first = dict(inputs)
         if "positions" in self._graph.inputs:
-            first["positions"] = np.arange(length)[None]
-        if "is_prefill" in self._graph.inputs:
+            first["positions"] = np.arange(start, start + length)[None]
+        if "is_prefill" in self._graph.inputs and start == 0:  # later tokens take the scales of the first ones
             first["is_prefill"] = np.ones((), np.bool_)
         with translate_errors(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
-            self._decode_binding = self._binding(self._decode_inputs)
-            binding = self._binding(self._decode_inputs | tensors)
+            binding = self._binding(self._decode_inputs | tensors, memory, bound)
         self._graph.run_bound(binding, large=True)
-        logits: Floats = self._logits[0]
-        return logits
 
     def decode(self, embedding: Floats) -> Floats:
         """Append one token's embedding ``[D]``; return the logits ``[V]``."""
@@ -89,11 +122,20 @@ class LlmSession:
         logits: Floats = self._logits[0]
         return logits
 
+    def rewind(self, length: int) -> None:
+        """Drop the tokens after the first ``length``."""
+        check_rewind(length, 0 if self._prefix is None else self._prefix.length, self._length)
+        self._length = length
+
     def _place(self, start: int, count: int, capacity: int) -> None:
+        """Append ``count`` tokens after ``start`` to the sequence."""
+        check_capacity(start + count, capacity)
+        self._length, self._capacity = start + count, capacity
+        self._write_places(start, count)
+
+    def _write_places(self, start: int, count: int) -> None:
         """Write the inputs that place ``count`` tokens after ``start``."""
         length = start + count
-        check_capacity(length, capacity)
-        self._length, self._capacity = length, capacity
         places = {"total_length": length, "last_position": length - 1, "positions": start, "write_index": start}
         for name in places.keys() & self._decode_inputs.keys():
             self._write(name, places[name])
@@ -101,11 +143,12 @@ class LlmSession:
     def _write(self, name: str, data: npt.ArrayLike) -> None:
         self._graph.write(name, self._decode_inputs[name], data)
 
-    def _binding(self, inputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
+    def _binding(self, inputs: Mapping[str, ort.OrtValue], memory: KvMemory, bound: int) -> ort.IOBinding:
+        """Bind the inputs, the logits, and ``memory`` as a cache of ``bound`` tokens."""
         binding = self._graph.binding(inputs, self._outputs)
         for spec in self._specs:
             names = f"past.{spec.name}", f"present.{spec.name}"
-            self._graph.bind_in_place(binding, *names, self._memory[spec.name], _shape(spec, self._capacity))
+            self._graph.bind_in_place(binding, *names, memory[spec.name], _shape(spec, bound))
         return binding
 
 

@@ -11,12 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Integers, check_capacity
+from fusion_edge.runtime.backends.base import (
+    Floats,
+    ImageAlignment,
+    Integers,
+    KvPrefix,
+    check_capacity,
+    check_rewind,
+)
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
 from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
-from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor
+from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor, KvPrefixes
 from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import open_engines
@@ -57,7 +64,7 @@ class TensorRTBackend:
         self._memory = DeviceMemory(cuda)
         self._graphs: dict[str, EngineGraph] = {}
         self._free_pairs: list[tuple[DeviceTensor, ...]] = []
-        self._length = self._capacity = 0
+        self._prefix_length = self._length = self._capacity = 0
         self._decode_graph: Any = None
         self._kernels = KernelCache(library.module, folder.name) if library.is_rtx else None
         self._is_loaded = False
@@ -65,6 +72,8 @@ class TensorRTBackend:
             for name, parts in engines.engines.items():
                 self._graphs[name] = EngineGraph(name, parts, folder, library, self._runtime, messages)
             self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
+            caches = [tensor for name, tensor in self._tensors.items() if name.startswith("past.")]
+            self._prefixes = KvPrefixes(self._memory, caches)
             self._prepare()
             self._decode_graph = self._capture_decode_step()
             self._check_decode(engines)
@@ -95,10 +104,8 @@ class TensorRTBackend:
         """Create the contexts. They share their scratch memory, because one runs at a time."""
         size = max(graph.scratch_bytes for graph in self._graphs.values())
         scratch = self._memory.device(size)
-        empty = self._memory.device(0)
-        pointers = {name: tensor.pointer for name, tensor in self._tensors.items()} | dict.fromkeys(
-            IMAGE_TENSORS, empty
-        )
+        self._empty = dict.fromkeys(IMAGE_TENSORS, self._memory.device(0))
+        pointers = {name: tensor.pointer for name, tensor in self._tensors.items()} | self._empty
         for graph in self._graphs.values():
             graph.prepare(scratch, size, pointers, self._stream, self._kernels)
         self._cuda.wait(self._stream)
@@ -141,27 +148,51 @@ class TensorRTBackend:
         latent_positions: Integers,
         question_positions: Integers,
         capacity: int,
+        prefix: KvPrefix | None = None,
     ) -> Floats:
         if capacity > self.max_context:
             raise FusionError(
                 f"A sequence of {capacity} tokens exceeds the engines' context of {self.max_context}; build with a "
                 "larger --max-context."
             )
-        check_capacity(len(embeddings), capacity)
-        self._graphs[LLM].bind(PREFILL, {"keys": image.keys.pointer, "values": image.values.pointer})
+        start = 0 if prefix is None else prefix.length
+        check_capacity(start + len(embeddings), capacity)
+        pointers = {"keys": image.keys.pointer, "values": image.values.pointer}
+        self._run_prompt(embeddings, pointers, latent_positions, question_positions, prefix)
+        self._prefix_length, self._length, self._capacity = start, start + len(embeddings), capacity
+        logits: Floats = self._result("logits", (1, self._config.language.vocab_size))[0]
+        return logits
+
+    def prefill_prefix(self, embeddings: Floats) -> KvPrefix:
+        self._prefix_length = self._length = self._capacity = 0
+        self._run_prompt(embeddings, self._empty, np.zeros((0, 0), np.int64), np.zeros(0, np.int64))
+        prefix = self._prefixes.keep(len(embeddings), self._stream)
+        self._cuda.wait(self._stream)
+        return prefix
+
+    def _run_prompt(
+        self,
+        embeddings: Floats,
+        image: Mapping[str, int],
+        latent_positions: Integers,
+        question_positions: Integers,
+        prefix: KvPrefix | None = None,
+    ) -> None:
+        """Enqueue a run of the LLM over several tokens, which follow ``prefix``, with keys and values at ``image``."""
+        start = 0 if prefix is None else prefix.length
         inputs: dict[str, npt.NDArray[Any]] = {
             "embeddings": embeddings[None],
             "latent_positions": latent_positions,
             "question_positions": question_positions,
-            "positions": np.arange(len(embeddings))[None],
-            "write_index": np.zeros(1, np.int64),
+            "positions": np.arange(start, start + len(embeddings))[None],
+            "write_index": np.full(1, start, np.int64),
         }
         questions, latents = latent_positions.shape
         dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents}
-        self._run(LLM, PREFILL, inputs, dimensions)
-        self._length, self._capacity = len(embeddings), capacity
-        logits: Floats = self._result("logits", (1, self._config.language.vocab_size))[0]
-        return logits
+        self._graphs[LLM].set_dimensions(PREFILL, dimensions)
+        self._graphs[LLM].bind(PREFILL, image)
+        self._prefixes.restore(prefix, self._stream)
+        self._enqueue(LLM, PREFILL, inputs)
 
     def decode(self, embedding: Floats) -> Floats:
         check_capacity(self._length + 1, self._capacity)
@@ -174,6 +205,10 @@ class TensorRTBackend:
         self._length += 1
         logits: Floats = self._tensors["logits"].host((1, self._config.language.vocab_size))[0]
         return logits
+
+    def rewind(self, length: int) -> None:
+        check_rewind(length, self._prefix_length, self._length)
+        self._length = length
 
     def _write_decode_step(self, embedding: npt.ArrayLike, position: int) -> None:
         """Write the inputs of a decode step to pinned memory."""
@@ -221,7 +256,7 @@ class TensorRTBackend:
         The test fails if TensorRT does not update caches in place. It guarantees that for TensorScatter only, which
         exists since 10.15; with older operators the result of sharing input and output memory is undefined.
         """
-        latents = engines.engines[LLM][0].profiles[PREFILL]["latents"][0]
+        latents = engines.engines[LLM][0].profiles[PREFILL]["latents"][1]
         rows = np.random.default_rng(0).normal(0, 1, (latents + 3, self._config.language.hidden_size))
         prompt: Floats = rows.astype(np.float32)
         pair = self._image_memory()
@@ -247,6 +282,9 @@ class TensorRTBackend:
         self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]], dimensions: Mapping[str, int]
     ) -> None:
         self._graphs[graph].set_dimensions(profile, dimensions)
+        self._enqueue(graph, profile, inputs)
+
+    def _enqueue(self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
         for name, array in inputs.items():
             self._tensors[name].upload(array, self._stream)
         self._graphs[graph].run(profile, self._stream)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from fusion_edge.runtime.system.user_cache import cache_folder
 
 
 class KernelCache:
@@ -72,9 +73,3 @@ class KernelCache:
         except OSError as error:
             sys.stderr.write(f"warning: cannot save compiled kernels in {self._path.parent}: {error.strerror}\n")
         self._saved = content
-
-
-def cache_folder() -> Path:
-    """Return the cache folder by the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fusion-edge"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.runtime.backends.base import KvPrefix
 from fusion_edge.runtime.backends.cuda import Cuda
 
 ALIGNMENT = 256
@@ -39,6 +41,11 @@ class DeviceMemory:
         self._pinned.append(pointer)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
 
+    def free_device(self, pointer: int) -> None:
+        """Free device memory before the rest."""
+        self._device.remove(pointer)
+        self.cuda.free(pointer)
+
     def close(self) -> None:
         """Free all memory."""
         for pointer in self._device:
@@ -54,6 +61,7 @@ class DeviceTensor:
     def __init__(self, memory: DeviceMemory, dtype: str, shape: Sequence[int], on_host: bool) -> None:
         """Allocate device memory, and with ``on_host`` pinned memory for :meth:`upload` and :meth:`download`."""
         self.dtype = np.dtype(dtype)
+        self.shape = tuple(shape)
         self._cuda = memory.cuda
         self._size = math.prod(shape) * self.dtype.itemsize
         self.pointer = memory.device(self._size)
@@ -82,3 +90,57 @@ class DeviceTensor:
         size = math.prod(shape) * self.dtype.itemsize
         self._cuda.to_host(self._pinned.ctypes.data, self.pointer, size, stream)
         return self.host(shape)
+
+
+class KvPrefixes:
+    """Copies of starts of the KV cache in device memory. Engines read the cache at one address."""
+
+    def __init__(self, memory: DeviceMemory, caches: Sequence[DeviceTensor]) -> None:
+        """``caches`` are ``[1,heads,capacity,width]``."""
+        self._memory = memory
+        self._caches = caches
+        self._resident: Callable[[], KvPrefix | None] = lambda: None
+        self._free: list[tuple[int, int]] = []
+        """Length and pointer of copies whose prefixes are garbage."""
+
+    def keep(self, length: int, stream: int) -> KvPrefix:
+        """Enqueue a copy of the first ``length`` tokens of the cache, and return it as a prefix."""
+        prefix = KvPrefix(length, self._pointer(length))
+        weakref.finalize(prefix, self._free.append, (length, prefix.memory))
+        self._resident = weakref.ref(prefix)
+        for cache, at, pitch, size in self._rows(prefix):
+            self._memory.cuda.copy_rows(at, size, cache.pointer, pitch, size, cache.shape[1], stream)
+        return prefix
+
+    def restore(self, prefix: KvPrefix | None, stream: int) -> None:
+        """Enqueue a copy of a prefix to the cache, unless it is there. None: the cache is about to be overwritten."""
+        is_resident = prefix is not None and self._resident() is prefix
+        self._resident = (lambda: None) if prefix is None else weakref.ref(prefix)
+        if prefix is None or is_resident:
+            return
+        for cache, at, pitch, size in self._rows(prefix):
+            self._memory.cuda.copy_rows(cache.pointer, pitch, at, size, size, cache.shape[1], stream)
+
+    def _rows(self, prefix: KvPrefix) -> Iterator[tuple[DeviceTensor, int, int, int]]:
+        """Yield each cache, the pointer of its copy, and the bytes of a head in the cache and in the copy."""
+        at = prefix.memory
+        for cache in self._caches:
+            _, heads, capacity, width = cache.shape
+            token = width * cache.dtype.itemsize
+            yield cache, at, capacity * token, prefix.length * token
+            at += heads * prefix.length * token
+
+    def _pointer(self, length: int) -> int:
+        """Return memory for a prefix: that of an earlier one of this length, or new. Free all other copies."""
+        found = None
+        while self._free:
+            size, pointer = self._free.pop()
+            if found is None and size == length:
+                found = pointer
+            else:
+                self._memory.free_device(pointer)
+        return self._memory.device(length * self._token_bytes) if found is None else found
+
+    @property
+    def _token_bytes(self) -> int:
+        return sum(cache.shape[1] * cache.shape[3] * cache.dtype.itemsize for cache in self._caches)

@@ -30,7 +30,7 @@ from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
-from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers, KvPrefix
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE
 from fusion_edge.runtime.bundle.reader import open_bundle
@@ -93,10 +93,20 @@ class Compared:
         latent_positions: Integers,
         question_positions: Integers,
         capacity: int,
+        prefix: KvPrefix | None = None,
     ) -> Floats:
-        positions = latent_positions, question_positions
-        actual = self.backend.prefill(embeddings, image, *positions, capacity)
-        return self._same("prefill", actual, self.reference.prefill(embeddings, self._expected, *positions, capacity))
+        rest = latent_positions, question_positions, capacity
+        own, expected = (None, None) if prefix is None else prefix.memory
+        actual = self.backend.prefill(embeddings, image, *rest, own)
+        return self._same("prefill", actual, self.reference.prefill(embeddings, self._expected, *rest, expected))
+
+    def prefill_prefix(self, embeddings: Floats) -> KvPrefix:
+        pair = self.backend.prefill_prefix(embeddings), self.reference.prefill_prefix(embeddings)
+        return KvPrefix(len(embeddings), pair)
+
+    def rewind(self, length: int) -> None:
+        self.backend.rewind(length)
+        self.reference.rewind(length)
 
     def decode(self, embedding: Floats) -> Floats:
         return self._same("decode", self.backend.decode(embedding), self.reference.decode(embedding))

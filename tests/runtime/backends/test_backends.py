@@ -106,6 +106,7 @@ SUBJECTS = {
     "onnxruntime": on_device("cpu", "--int4", EXACT),
     "onnxruntime-float": on_device("cpu", "--fp32", EXACT),
     "onnxruntime-int8-cache": on_device("cpu", "--fp32 --kv-cache int8", INT8_CACHE),
+    "onnxruntime-int4-int8-cache": on_device("cpu", "--int4 --kv-cache int8", INT8_CACHE),
     "onnxruntime-half": on_device("cpu", "--fp16 --target cuda", HALF),
     "onnxruntime-tensorrt": on_device("cpu", "--fp16 --target tensorrt", HALF),
     "onnxruntime-tensorrt-int4": on_device("cpu", TENSORRT_INT4, HALF),

@@ -23,7 +23,7 @@ from fusion_edge.benchmarks.demo.pictures import examples
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends import devices
-from fusion_edge.runtime.backends.base import Floats
+from fusion_edge.runtime.backends.base import Floats, KvPrefix
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
@@ -161,6 +161,38 @@ def test_an_image_freed_after_the_backend(bundle: Bundle) -> None:
     fake.cuda.check_all_freed()
 
 
+def test_a_prefix_is_copied_only_when_it_is_elsewhere(on_fake: OnFake, subject: Subject) -> None:
+    image = subject.image()
+    prompt = subject.prompt(image, 1)
+    (_, first), (_, second) = subject.prefix(), subject.prefix(8)
+
+    def copies(prefix: KvPrefix | None) -> int:
+        """Return the copies of a prompt behind a prefix, in caches."""
+        on_fake.cuda.calls.clear()
+        rows, latents, questions = prompt
+        subject.backend.prefill(rows, image, latents, questions, subject.backend.max_context, prefix)
+        return on_fake.cuda.calls.count("cudaMemcpy2DAsync")
+
+    caches = 2 * subject.manifest.model.language.layers
+    order = (second, second, first, first, None, None, first)
+    assert [copies(prefix) for prefix in order] == [0, 0, caches, 0, 0, 0, caches]
+
+
+def test_memory_of_a_freed_prefix_is_reused(on_fake: OnFake, subject: Subject) -> None:
+    """That of another length is freed first."""
+    (_, first), (_, second) = subject.prefix(), subject.prefix(8)
+    pointers, used, count = {first.memory, second.memory}, on_fake.cuda.used, len(on_fake.cuda.allocations)
+    del first
+    gc.collect()
+    _, third = subject.prefix(9)
+    assert {second.memory, third.memory} == pointers
+    assert (on_fake.cuda.used, len(on_fake.cuda.allocations)) == (used, count)
+    del second, third
+    gc.collect()
+    shorter = subject.backend.prefill_prefix(np.zeros((2, subject.width), np.float32))
+    assert used - on_fake.cuda.used > shorter.length * subject.manifest.model.language.cache_values * 2
+
+
 @pytest.mark.parametrize("failure", ["TensorRT", "CUDA"])
 def test_decode_steps_without_a_cuda_graph(
     bundle: Bundle, subject: Subject, capsys: pytest.CaptureFixture[str], failure: str
@@ -228,12 +260,12 @@ def test_sizes_outside_the_profiles_are_refused(subject: Subject, bundle: Bundle
             np.zeros((1, 497, subject.width), np.float32),
             np.ones((1, 497), np.bool_),
         ),
-        "has 16 questions of the conversation, and the engines support 1 to 15": lambda: prefill(64, many, CAPACITY),
+        "has 16 questions of the conversation, and the engines support 0 to 15": lambda: prefill(64, many, CAPACITY),
         "sequence of 513 tokens exceeds the engines' context of 512; build with a larger --max-context.": (
             lambda: prefill(64, (latents, questions), context + 1)
         ),
-        "has 3 latents per question, and the engines support 4 to 16": (
-            lambda: prefill(64, (latents[:, :3], questions), CAPACITY)
+        "has 17 latents per question, and the engines support 0 to 16": (
+            lambda: prefill(64, (np.arange(17)[None], questions), CAPACITY)
         ),
         "The sequence has 513 tokens, more than its capacity of 512": (
             lambda: prefill(context + 1, (latents, questions), context)

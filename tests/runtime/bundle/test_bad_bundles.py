@@ -73,9 +73,8 @@ def flip(path: Path, position: int = -1) -> None:
 
 
 def test_a_missing_folder(refuse: Refuse, tmp_path: Path) -> None:
-    for folder in (tmp_path / "missing", tmp_path / "image.png", "", "x" * 300):
-        expected = "is not a bundle: it has no bundle.json" if folder == "" else "is not a folder; expected a bundle"
-        assert expected in refuse(folder)
+    for folder in (tmp_path / "missing", tmp_path / "image.png", "x" * 300):
+        assert "is not a folder; expected a bundle" in refuse(folder)
 
 
 def test_folders_that_are_not_bundles(refuse: Refuse, tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -325,11 +324,12 @@ def test_wrong_types_of_the_path(folder: Any) -> None:
         load(folder)
 
 
-def test_an_empty_path(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_path(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse) -> None:
     """An empty path is not the current folder, which may be a bundle."""
     monkeypatch.chdir(tiny_bundle)
     with pytest.raises(UsageError, match="The bundle's path is empty"):
         load("")
+    assert "The bundle's path is empty" in refused(cli_info.main, "", code=2)
 
 
 def test_a_template_that_does_not_fit_the_tokenizer(broken: Path) -> None:

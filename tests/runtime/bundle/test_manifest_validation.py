@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.hub_cache import in_hub_cache
 
 from fusion_edge.runtime import FusionError, Sampling, load
 from fusion_edge.runtime.bundle.files import digest
@@ -222,18 +223,6 @@ def test_escape_sequences_do_not_reach_the_terminal(copy: Path, capsys: pytest.C
 
 
 # Links of the hub cache -------------------------------------------------------------------------------------
-
-
-def in_hub_cache(bundle: Path, root: Path, inside: str = "") -> Path:
-    """Copy a bundle to the layout of ``snapshot_download``: ``blobs`` by content, and links in a snapshot."""
-    blobs, snapshot = root / "blobs", root / "snapshots" / "0123abcd" / inside
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    up = "../" * len(snapshot.relative_to(root).parts)
-    for file in bundle.iterdir():
-        shutil.copy(file, blobs / digest(file))
-        (snapshot / file.name).symlink_to(f"{up}blobs/{digest(file)}")
-    return snapshot
 
 
 @pytest.mark.parametrize("inside", ["", "int4", "a/b"])

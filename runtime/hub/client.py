@@ -1,0 +1,101 @@
+"""The hub's client, imported on first use, and one sentence for each of its errors."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from fusion_edge.runtime.errors import FusionError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_REVISION = re.compile(r"[\w-][\w.+-]*(/[\w-][\w.+-]*)*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether a text has the form ``org/name``."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def is_revision(text: str) -> bool:
+    """Return whether a text may name a branch, a tag or a commit. No part of it is ``..``: it also names a file."""
+    return _REVISION.fullmatch(text) is not None
+
+
+def is_commit(text: str) -> bool:
+    """Return whether a text is the id of a commit, which never changes its files."""
+    return _COMMIT.fullmatch(text) is not None
+
+
+def open_client(hub_id: str) -> HfApi:
+    """Return a client with the user's endpoint, cache and login.
+
+    Raises :class:`FusionError` if ``huggingface_hub`` is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise FusionError(
+            f"There is no folder {hub_id}, and the hub needs huggingface_hub: run pip install '.[hub]' in a clone of "
+            "fusion-edge, or pass an existing folder."
+        ) from None
+    return HfApi(library_name="fusion-edge")
+
+
+def is_offline() -> bool:
+    """Return whether ``HF_HUB_OFFLINE`` forbids the client every connection."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Return whether an error of the client says that the hub does not answer, rather than what it answered."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return not isinstance(error, errors.HFValidationError)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error of the client in one line."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # without the client's advice
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def error_message(hub_id: str, revision: str | None, error: Exception) -> str:
+    """Return one sentence for an error of a download."""
+    from huggingface_hub import errors
+
+    at = f" at revision {revision}" if revision else ""
+    # First, because it is a subclass of RepositoryNotFoundError.
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{hub_id} is a gated repository: accept its terms on its model page, log in with `hf auth login`, and run "
+            "again."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{hub_id} has no revision {revision}: pass an existing branch, tag or commit, or none."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{hub_id} is neither a local folder nor a repository that you can access: check the spelling, or log in "
+            "with `hf auth login` if it is private."
+        )
+    if isinstance(error, errors.HFValidationError):
+        return f"{hub_id}{at} is not a valid hub id: pass org/name or an existing folder."
+    if is_offline():
+        return (
+            f"{hub_id}{at} is not complete in the local cache, and HF_HUB_OFFLINE forbids downloading: unset it, or "
+            "pass a local folder."
+        )
+    return (
+        f"{hub_id}{at} could not be downloaded ({reason_of(error)}): check the network and the free disk space and "
+        "run again, or pass a local folder."
+    )

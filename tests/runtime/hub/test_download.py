@@ -1,0 +1,403 @@
+"""A bundle of the hub: what is downloaded, checked and kept, against a local stand-in of the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes.fake_hub import TOKEN, FakeHub, Repository, fake_hub
+from huggingface_hub import constants
+from support.hub_client import use_hub
+
+from fusion_edge.runtime.bundle.reader import open_bundle, verify
+from fusion_edge.runtime.cli import info as cli_info
+from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.fusion import load
+from fusion_edge.runtime.hub import download
+from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
+
+Refuse = Callable[..., str]
+NOT_OF_THE_BUNDLE = {"README.md": b"---\nlicense: mit\n---\n", ".gitattributes": b"", "engines/x/llm.engine": b"code"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
+    with fake_hub() as hub:
+        use_hub(monkeypatch, hub, cache)
+        yield hub
+
+
+@pytest.fixture
+def files(tiny_bundle: Path) -> dict[str, bytes]:
+    """The files of a repository with a bundle and some others."""
+    return {file.name: file.read_bytes() for file in tiny_bundle.iterdir()} | NOT_OF_THE_BUNDLE
+
+
+def listed(files: dict[str, bytes]) -> set[str]:
+    return set(files) - set(NOT_OF_THE_BUNDLE)
+
+
+def edit(files: dict[str, bytes], change: Callable[[Any], object]) -> None:
+    manifest = json.loads(files["bundle.json"])
+    change(manifest)
+    files["bundle.json"] = json.dumps(manifest).encode()
+
+
+def content(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# What is downloaded ------------------------------------------------------------------------------------------
+
+
+def test_only_the_listed_files_are_downloaded(hub: FakeHub, files: dict[str, bytes], cache: Path) -> None:
+    commit = hub.add("org/name", files)
+    source = find_bundle("org/name")
+    folder = cache / "models--org--name" / "snapshots" / commit
+    assert source == BundleSource(str(folder), "org/name", commit)
+    assert str(source) == f"org/name at commit {commit[:12]}, in {folder}"
+    assert content(folder) == listed(files)
+    assert {request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")} == listed(files)
+    verify(open_bundle(folder))
+    assert all(path.is_symlink() for path in folder.iterdir())
+
+
+def test_a_second_use_downloads_nothing(hub: FakeHub, files: dict[str, bytes]) -> None:
+    commit = hub.add("org/name", files)
+    first = find_bundle("org/name")
+    hub.requests.clear()
+    assert find_bundle("org/name") == first
+    assert hub.requests == ["GET /api/models/org/name"]
+    hub.requests.clear()
+    assert find_bundle("org/name", commit) == first  # a commit never changes
+    assert hub.requests == []
+
+
+def test_revisions(hub: FakeHub, files: dict[str, bytes], tiny_tensorrt_bundle: Path) -> None:
+    old = hub.add("org/name", files)
+    new = hub.add("org/name", {file.name: file.read_bytes() for file in tiny_tensorrt_bundle.iterdir()}, "jetson/orin")
+    for revision, commit, target in ((None, old, "cpu"), ("jetson/orin", new, "tensorrt"), (new, new, "tensorrt")):
+        source = find_bundle("org/name", revision)
+        assert source.commit == commit
+        assert open_bundle(source.folder).manifest.target == target
+
+
+def test_a_newer_commit_downloads_what_is_new(hub: FakeHub, files: dict[str, bytes]) -> None:
+    hub.add("org/name", files)
+    find_bundle("org/name")
+    edit(files, lambda manifest: manifest.update(source="another"))
+    commit = hub.add("org/name", files)
+    hub.requests.clear()
+    assert find_bundle("org/name").commit == commit
+    assert [request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")] == ["bundle.json"]
+
+
+def test_load_and_commands_take_a_hub_id(
+    hub: FakeHub, files: dict[str, bytes], capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    commit = hub.add("org/name", files)
+    with load("org/name", revision="main", threads=1) as fusion:
+        assert fusion.manifest.target == "cpu"
+    assert cli_info.main(["org/name", "--revision", commit]) == 0
+    printed = capsys.readouterr()
+    assert f"org/name at commit {commit}\n" in printed.out
+    assert str(cache / "models--org--name/snapshots" / commit) in printed.out
+    assert printed.err == ""  # not a terminal: no progress
+
+
+def test_a_local_folder_wins(hub: FakeHub, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org/name").symlink_to(tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    source = find_bundle("org/name")
+    assert (source.folder, source.hub_id, str(source)) == ("org/name", "", "local folder org/name")
+    with pytest.raises(UsageError, match="The revision v1 does not apply to the local folder org/name: leave it out"):
+        find_bundle("org/name", "v1")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("source", ["./org/name", "/org/name", "../x", "name", "a/b/c", "org/name/", Path("org/name")])
+def test_paths_never_ask_the_hub(
+    hub: FakeHub, source: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FusionError, match="is not a folder; expected a bundle"):
+        load(source)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("revision", ["", "..", "../x", "a/../b", "a//b", "/a", "a b", "-x y", "é", "refs/../../x"])
+def test_wrong_revisions(hub: FakeHub, revision: str) -> None:
+    with pytest.raises(UsageError, match="expected a branch, tag or commit"):
+        find_bundle("org/name", revision)
+    assert hub.requests == []
+
+
+def test_wrong_arguments(hub: FakeHub) -> None:
+    revision: Any = 3
+    with pytest.raises(UsageError, match="The revision is of type int; expected a branch, tag or commit"):
+        find_bundle("org/name", revision)
+    with pytest.raises(FusionError, match=r"https://huggingface\.co/org/name is a URL: pass its hub id"):
+        find_bundle("https://huggingface.co/org/name")
+    with pytest.raises(FusionError, match="org/a--b is not a valid hub id: pass org/name or an existing folder"):
+        find_bundle("org/a--b")
+
+
+# What the hub refuses ----------------------------------------------------------------------------------------
+
+
+def test_unknown_repositories_and_revisions(hub: FakeHub, files: dict[str, bytes], refused: Refuse) -> None:
+    hub.add("org/name", files)
+    assert "org/none is neither a local folder nor a repository that you can access" in refused(
+        cli_info.main, "org/none"
+    )
+    assert "org/name has no revision v9: pass an existing branch, tag or commit, or none." in refused(
+        cli_info.main, "org/name", "--revision=v9"
+    )
+
+
+def test_gated_and_private(hub: FakeHub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    hub.add("org/name", files)
+    hub.repositories["org/name"].gated = True
+    with pytest.raises(FusionError, match=r"org/name is a gated repository: accept its terms .* `hf auth login`"):
+        find_bundle("org/name")
+    hub.repositories["org/name"].private = True
+    with pytest.raises(FusionError, match=r"neither .* nor a repository that you can access: .* if it is private"):
+        find_bundle("org/name")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert open_bundle(find_bundle("org/name").folder)
+
+
+def test_a_checkpoint(hub: FakeHub, refused: Refuse) -> None:
+    hub.add("org/model", {"config.json": b"{}", "model.safetensors": b"\0" * 9000})
+    assert "org/model is a checkpoint, not a bundle: run fusion-export org/model -o BUNDLE" in refused(
+        cli_info.main, "org/model"
+    )
+    hub.add("org/text", {"README.md": b""})
+    assert "org/text is not a bundle: it has no bundle.json." in refused(cli_info.main, "org/text")
+    assert not hub.asked("resolve")
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_hub_that_does_not_answer(hub: FakeHub, files: dict[str, bytes], refused: Refuse, status: int) -> None:
+    """Without a cached bundle it is an error; with one, the bundle is used and a note says so."""
+    commit = hub.add("org/name", files)
+    hub.broken["GET /api/models"] = status
+    message = refused(cli_info.main, "org/name")
+    assert message.startswith("error: org/name could not be downloaded (")
+    assert str(status) in message
+    hub.broken.clear()
+    find_bundle("org/name")
+    hub.broken["GET /api/models"] = status
+    source = find_bundle("org/name")
+    assert (source.commit, str(status) in source.unreachable) == (commit, True)
+
+
+def test_no_network(
+    hub: FakeHub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("org/name", files)
+    find_bundle("org/name")
+    with fake_hub() as gone:
+        pass
+    monkeypatch.setattr(constants, "ENDPOINT", gone.url)
+    with pytest.raises(FusionError, match=r"org/other could not be downloaded \(.+\): check the network"):
+        find_bundle("org/other")
+    assert cli_info.main(["org/name"]) == 0
+    assert capsys.readouterr().err.startswith("note: the hub cannot be reached (")
+
+
+def test_a_refusal_is_not_hidden_by_the_cache(hub: FakeHub, files: dict[str, bytes]) -> None:
+    hub.add("org/name", files)
+    find_bundle("org/name")
+    del hub.repositories["org/name"]
+    with pytest.raises(FusionError, match="neither a local folder nor a repository"):
+        find_bundle("org/name")
+
+
+def test_an_answer_without_a_commit(hub: FakeHub, files: dict[str, bytes]) -> None:
+    hub.repositories["org/name"] = Repository({"../../x": files}, {"main": "../../x"})
+    with pytest.raises(FusionError, match=r"could not be downloaded \(the hub gave '../../x' for a commit\)"):
+        find_bundle("org/name")
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FusionError, match=r"There is no folder org/name, and the hub needs huggingface_hub: run pip"):
+        find_bundle("org/name")
+
+
+# What the manifest may list ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["../evil", "a/../../evil", "/tmp/evil"])
+def test_paths_that_lead_outside(hub: FakeHub, files: dict[str, bytes], cache: Path, path: str) -> None:
+    edit(files, lambda manifest: manifest["files"][0].update(path=path))
+    hub.add("org/name", files | {path: b"evil"})
+    with pytest.raises(FusionError, match="which leads outside its folder; do not use it"):
+        find_bundle("org/name")
+    assert len(hub.asked("^GET .*/resolve/")) == 1  # bundle.json
+    assert not list(cache.parent.rglob("evil"))
+
+
+@pytest.mark.parametrize("change", ["missing", "size", "sha256"])
+def test_a_repository_that_is_not_what_its_manifest_says(hub: FakeHub, files: dict[str, bytes], change: str) -> None:
+    """What the hub tells about its files is compared before they are downloaded."""
+    data = files.pop("llm.data")
+    if change != "missing":
+        files["llm.data"] = data + b"x" if change == "size" else data[:-1] + bytes([data[-1] ^ 1])
+    hub.add("org/name", files)
+    expected = "which the repository lacks" if change == "missing" else "but the repository holds another file"
+    with pytest.raises(FusionError, match=f"bundle.json of org/name lists 'llm.data', {expected}.*push the bundle"):
+        find_bundle("org/name")
+    assert len(hub.asked("^GET .*/resolve/")) == 1
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (b"{}", "does not follow bundle schema"),
+        (b"[" * 5000, "cannot be read"),
+        (b" " * (3 << 20), "has a bundle.json of 3145728 bytes; expected at most 2097152"),
+    ],
+)
+def test_bad_manifests(hub: FakeHub, manifest: bytes, message: str) -> None:
+    hub.add("org/name", {"bundle.json": manifest})
+    with pytest.raises(FusionError, match=message):
+        find_bundle("org/name")
+
+
+# Damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llm.data", "tokenizer.json", "quantization.json"])
+def test_a_damaged_download(hub: FakeHub, files: dict[str, bytes], cache: Path, name: str) -> None:
+    """It is found by its SHA-256 and deleted; the next run downloads that file alone."""
+    commit = hub.add("org/name", files)
+    hub.altered[name] = bytes([files[name][0] ^ 1]) + files[name][1:]
+    with pytest.raises(FusionError, match=rf"{name} has been altered: its SHA-256 .* It is deleted. Run again"):
+        find_bundle("org/name")
+    snapshot = cache / "models--org--name/snapshots" / commit
+    assert name not in content(snapshot)
+    assert not (cache / "models--org--name/refs/main").exists()
+    hub.altered.clear()
+    hub.requests.clear()
+    verify(open_bundle(find_bundle("org/name").folder))
+    assert [request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")] == [name]
+
+
+def test_a_cut_download(hub: FakeHub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's retries
+    hub.add("org/name", files)
+    hub.cut.add("llm.data")
+    with pytest.raises(FusionError, match=r"org/name could not be downloaded \("):
+        find_bundle("org/name")
+    assert not list(cache.rglob("*.incomplete"))
+    hub.cut.clear()
+    verify(open_bundle(find_bundle("org/name").folder))
+
+
+@pytest.mark.parametrize("name", ["llm.data", "bundle.json"])
+def test_a_file_of_the_cache_that_was_cut(hub: FakeHub, files: dict[str, bytes], name: str) -> None:
+    """As a power failure may leave it: empty. It is downloaded again."""
+    hub.add("org/name", files)
+    folder = Path(find_bundle("org/name").folder)
+    (folder / name).resolve().write_bytes(b"")
+    verify(open_bundle(find_bundle("org/name").folder))
+    assert (folder / name).read_bytes() == files[name]
+
+
+def test_a_blob_that_changed_later(hub: FakeHub, files: dict[str, bytes], refused: Refuse) -> None:
+    hub.add("org/name", files)
+    folder = Path(find_bundle("org/name").folder)
+    (folder / "llm.data").resolve().write_bytes(bytes(len(files["llm.data"])))
+    message = refused(cli_info.main, "org/name")
+    assert f"{folder}/llm.data has been altered" in message
+    assert "Delete that file, and load the bundle by its hub id: it is downloaded again." in message
+    (folder / "llm.data").unlink()
+    assert "It is deleted. Run again" in refused(cli_info.main, "org/name")  # the blob is still the altered one
+    assert cli_info.main(["org/name"]) == 0
+
+
+@pytest.mark.parametrize("stage", ["_fetch", "check_digest"])
+def test_ctrl_c(
+    hub: FakeHub,
+    files: dict[str, bytes],
+    tiny_tensorrt_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+    stage: str,
+) -> None:
+    """The earlier bundle stays in use; nothing unverified stays in the new snapshot."""
+    old = hub.add("org/name", files)
+    find_bundle("org/name")
+    new = hub.add("org/name", {file.name: file.read_bytes() for file in tiny_tensorrt_bundle.iterdir()})
+    place: Any = download._Download if stage == "_fetch" else download
+    original = getattr(place, stage)
+    calls: list[object] = []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(place, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_bundle("org/name")
+    repository = cache / "models--org--name"
+    assert (repository / "refs/main").read_text() == old
+    assert len(content(repository / "snapshots" / new)) == (1 if stage == "_fetch" else 4)  # verified ones stay
+    assert not list(cache.rglob("*.incomplete"))
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert find_bundle("org/name").commit == old
+    monkeypatch.setattr(place, stage, original)
+    assert find_bundle("org/name").commit == new
+    assert (repository / "refs/main").read_text() == new
+
+
+def test_a_full_disk(hub: FakeHub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/name", files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
+    with pytest.raises(FusionError, match=r"has 200.00 kB free; org/name needs .* set HF_HUB_CACHE"):
+        find_bundle("org/name")
+
+
+# Offline -----------------------------------------------------------------------------------------------------
+
+
+def test_offline(hub: FakeHub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    commit = hub.add("org/name", files)
+    find_bundle("org/name")
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        assert find_bundle("org/name", revision).commit == commit
+    for hub_id, revision in (("org/other", None), ("org/name", "v2")):
+        with pytest.raises(FusionError, match="is not complete in the local cache, and HF_HUB_OFFLINE forbids"):
+            find_bundle(hub_id, revision)
+    (cache / "models--org--name/snapshots" / commit / "llm.onnx").unlink()
+    with pytest.raises(FusionError, match="is not complete in the local cache, and HF_HUB_OFFLINE forbids"):
+        find_bundle("org/name")
+    assert hub.requests == []
+
+
+def test_a_cache_that_is_only_readable(hub: FakeHub, files: dict[str, bytes], cache: Path) -> None:
+    """A complete snapshot is used even if the branch cannot be noted."""
+    commit = hub.add("org/name", files)
+    find_bundle("org/name")
+    shutil.rmtree(cache / "models--org--name/refs")
+    (cache / "models--org--name/refs").write_bytes(b"")  # no folder can be made there, even by root
+    assert find_bundle("org/name").commit == commit
