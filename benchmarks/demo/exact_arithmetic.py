@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fusion_edge.benchmarks.evaluation import cli
 from fusion_edge.benchmarks.evaluation.models import open_model
@@ -31,7 +32,7 @@ def _models(options: argparse.Namespace) -> cli.Models:
         eager = EagerBackend(bundle.manifest.model, BundleWeights(bundle))
         return Fusion(bundle.manifest, eager, load_tokenizer(bundle), eager.embed)
 
-    return lambda: open_model(options.bundle, options.device, options.threads), reference
+    return lambda: open_model(Path(options.bundle), options.device, options.threads), reference
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _models(options: argparse.Namespace) -> cli.Models:
-    return lambda: open_checkpoint(options.bundle, WithoutAlignment), None
+    return lambda: open_checkpoint(Path(options.bundle), WithoutAlignment), None
 
 
 if __name__ == "__main__":

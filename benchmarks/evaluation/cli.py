@@ -22,9 +22,11 @@ from fusion_edge.benchmarks.latency.machine.info import MachineInfo, machine_inf
 from fusion_edge.benchmarks.latency.machine.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.result_file import header
 from fusion_edge.runtime.backends.devices import AUTO, NAMES
+from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer, positive_seconds
 from fusion_edge.runtime.errors import AccuracyError
+from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
 from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.resources import check_threads
 
@@ -56,11 +58,10 @@ def parser() -> argparse.ArgumentParser:
         "with a reference.",
     )
     add = parser.add_argument
-    add("bundle", type=Path, help="bundle folder written by fusion-export, or a checkpoint folder")
+    add_bundle(parser, "folder that fusion-export wrote, or a checkpoint folder")
     add("data", type=Path, help='JSONL file of {"image", "question", "answer"}, as for fusion-export --calibrate')
     add(
         "--reference",
-        type=Path,
         metavar="FOLDER",
         help="bundle or checkpoint of the same model, to compare answers and log-probabilities with",
     )
@@ -112,10 +113,11 @@ def percentage(text: str) -> float:
 
 
 def _models(arguments: argparse.Namespace) -> Models:
-    def opener(folder: Path) -> OpenModel:
-        return lambda: open_model(folder, arguments.device, arguments.threads)
+    def opener(source: BundleSource) -> OpenModel:
+        return partial(open_model, Path(source.folder), arguments.device, arguments.threads)
 
-    return opener(arguments.bundle), None if arguments.reference is None else opener(arguments.reference)
+    reference = None if arguments.reference is None else opener(find_bundle(arguments.reference))
+    return opener(given_bundle(arguments)), reference
 
 
 def _eval(arguments: argparse.Namespace, models: Models) -> int:
