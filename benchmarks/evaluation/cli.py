@@ -25,7 +25,7 @@ from fusion_edge.runtime.backends.devices import AUTO, NAMES
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer, positive_seconds
-from fusion_edge.runtime.errors import AccuracyError
+from fusion_edge.runtime.errors import AccuracyError, UsageError
 from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
 from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.resources import check_threads
@@ -68,8 +68,14 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--match",
         choices=(EXACT, CONTAINS),
-        default=EXACT,
-        help="what makes an answer right, for --min-accuracy and the calibration error (default: %(default)s)",
+        help="what makes an answer right, for --min-accuracy and the calibration error (default: exact)",
+    )
+    add(
+        "--choices",
+        type=choice_list,
+        default=(),
+        metavar="TEXT,TEXT[,...]",
+        help="score these answers instead of generating one; every sample's answer is one of them",
     )
     add("--limit", type=positive_integer, metavar="N", help="use the first N samples (default: all)")
     add("--min-accuracy", type=percentage, metavar="PERCENT", help="exit with code 6 below this accuracy, e.g. 95%%")
@@ -104,6 +110,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def choice_list(text: str) -> tuple[str, ...]:
+    """Parse a comma-separated list of texts."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 def percentage(text: str) -> float:
     """Parse a percentage from 0 to 100, with or without its sign; return a share."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%?", text, re.ASCII)
@@ -123,6 +134,8 @@ def _models(arguments: argparse.Namespace) -> Models:
 def _eval(arguments: argparse.Namespace, models: Models) -> int:
     if arguments.threads is not None:
         check_threads(arguments.threads, "--threads")
+    if arguments.choices and arguments.match is not None:
+        raise UsageError("--match judges generated answers; leave it out, or drop --choices.")
     samples = answered_samples(arguments.data, arguments.limit)
     machine = machine_info(find_gpu())
     open_model, open_reference = models
@@ -130,6 +143,7 @@ def _eval(arguments: argparse.Namespace, models: Models) -> int:
         settings,
         query_length=arguments.query_len,
         max_new_tokens=arguments.max_new_tokens,
+        choices=arguments.choices,
         deadline=arguments.deadline,
         threads=arguments.threads,
     )
@@ -143,7 +157,7 @@ def _eval(arguments: argparse.Namespace, models: Models) -> int:
 
 
 def _result(evaluation: Evaluation, arguments: argparse.Namespace, machine: MachineInfo) -> EvalResult:
-    cases = evaluation.cases
+    cases, judged_by = evaluation.cases, CHOICE if arguments.choices else arguments.match or EXACT
     first, follow_up = (
         summary.latency([case for case in cases if case.is_follow_up is kind]) for kind in (False, True)
     )
@@ -153,10 +167,10 @@ def _result(evaluation: Evaluation, arguments: argparse.Namespace, machine: Mach
         model=evaluation.model,
         data=arguments.data.name,
         settings=evaluation.settings,
-        judged_by=arguments.match,
+        judged_by=judged_by,
         accuracy=summary.accuracy(cases),
         late=sum(case.finish_reason == "deadline" for case in cases),
-        calibration=summary.calibration(cases, arguments.match),
+        calibration=summary.calibration(cases, judged_by),
         first=first,
         follow_up=follow_up,
         comparison=summary.comparison(cases, evaluation.reference),

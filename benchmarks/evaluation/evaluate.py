@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from fusion_edge.benchmarks.evaluation.asking import Response, respond
+import numpy as np
+
+from fusion_edge.benchmarks.evaluation.asking import Questioner, Response
 from fusion_edge.benchmarks.evaluation.reference import (
-    LogProbabilities,
+    LogProbabilityFile,
     ReferenceAnswer,
     check_comparable,
     divergences,
-    force,
-    generate,
     vocabulary,
 )
 from fusion_edge.benchmarks.evaluation.result import (
+    CHOICE,
     CONTAINS,
     EXACT,
     CaseComparison,
@@ -28,9 +29,9 @@ from fusion_edge.benchmarks.evaluation.result import (
     Settings,
 )
 from fusion_edge.benchmarks.evaluation.scores import contains, is_exact
-from fusion_edge.runtime import Fusion, Sampling
-from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.requests import PreparedQuestion
+from fusion_edge.runtime import Fusion
+from fusion_edge.runtime.arguments import short_repr
+from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.samples import Sample, check_images, read_lines, samples_file
 from fusion_edge.runtime.system.progress import Progress
 
@@ -80,23 +81,34 @@ def evaluate(
     """
     with open_model() as fusion:
         model, settings, words = _info(fusion), settings_of(fusion), vocabulary(fusion)
+        check_answers(samples, settings.choices)
         if open_reference is None:
-            answers = [respond(fusion, sample, settings) for sample in _progress("Evaluating", samples)]
-            return Evaluation(model, None, settings, tuple(_cases(samples, answers, [None] * len(samples))))
-    with LogProbabilities(len(words)) as kept:
+            questioner = Questioner(fusion, settings)
+            answers = [questioner.respond(sample) for sample in _progress("Evaluating", samples)]
+            return Evaluation(model, None, settings, tuple(_cases(samples, answers, [None] * len(samples), settings)))
+    with LogProbabilityFile(len(words)) as kept:
         with open_reference() as fusion:
             reference = _info(fusion)
             check_comparable(fusion, words, model.source)
-            expected = [
-                generate(fusion, _prepared(fusion, sample, settings), kept)
-                for sample in _progress("Asking the reference", samples)
-            ]
+            expected = _ask_reference(fusion, samples, replace(settings, deadline=None), kept)
         answers, comparisons = [], []
         with open_model() as fusion:
-            for sample, answer in zip(_progress("Evaluating", samples), expected, strict=True):
-                answers.append(respond(fusion, sample, settings))
-                comparisons.append(_compare(fusion, sample, settings, answers[-1], answer, kept))
-    return Evaluation(model, reference, settings, tuple(_cases(samples, answers, comparisons)))
+            questioner = Questioner(fusion, settings)
+            for sample, theirs in zip(_progress("Evaluating", samples), expected, strict=True):
+                answers.append(questioner.respond(sample))
+                comparisons.append(_compare(questioner, sample, answers[-1], theirs, kept))
+    return Evaluation(model, reference, settings, tuple(_cases(samples, answers, comparisons, settings)))
+
+
+def check_answers(samples: Sequence[Sample], choices: Sequence[str]) -> None:
+    """Raise :class:`UsageError` for a sample whose answer is none of the ``choices``, if there are choices."""
+    expected = {choice.strip() for choice in choices}
+    for number, sample in enumerate(samples, 1):
+        if choices and (sample.answer or "").strip() not in expected:
+            raise UsageError(
+                f"Sample {number} has the answer {short_repr(sample.answer)}, which is none of the choices; add it to "
+                "--choices, or leave out the sample."
+            )
 
 
 def _info(fusion: Fusion) -> ModelInfo:
@@ -111,39 +123,50 @@ def _progress(label: str, items: Sequence[T]) -> Iterator[T]:
             progress.advance(1)
 
 
-def _prepared(fusion: Fusion, sample: Sample, settings: Settings) -> PreparedQuestion:
-    return fusion.pipeline.prepare(
-        sample.load(),
-        sample.question,
-        sampling=Sampling(max_new_tokens=settings.max_new_tokens),
-        query_length=settings.query_length,
-    )
+def _ask_reference(
+    fusion: Fusion, samples: Sequence[Sample], settings: Settings, kept: LogProbabilityFile
+) -> list[ReferenceAnswer] | list[Response]:
+    """Return the reference's answers or choices."""
+    questioner, asked = Questioner(fusion, settings), _progress("Asking the reference", samples)
+    if settings.choices:
+        return [questioner.respond(sample) for sample in asked]
+    return [questioner.generate(sample, kept) for sample in asked]
 
 
 def _compare(
-    fusion: Fusion,
+    questioner: Questioner,
     sample: Sample,
-    settings: Settings,
     given: Response,
-    reference: ReferenceAnswer,
-    kept: LogProbabilities,
-) -> CaseComparison:
-    """Run the reference's tokens through the model, and compare the log-probabilities of each."""
-    theirs = kept.read(reference.rows)
-    ours = force(fusion, _prepared(fusion, sample, settings), reference.token_ids, len(reference.rows))
+    reference: ReferenceAnswer | Response,
+    kept: LogProbabilityFile,
+) -> CaseComparison | None:
+    """Compare the choices' probabilities, or the log-probabilities of each of the reference's tokens."""
+    if isinstance(reference, Response):
+        if not given.probabilities:
+            return None
+        with np.errstate(divide="ignore"):  # a probability of 0
+            ours, theirs = (np.log([list(one.probabilities.values())]) for one in (given, reference))
+        is_same = given.text == reference.text
+        return CaseComparison(reference.text, is_same, int(is_same), tuple(divergences(theirs, ours).tolist()))
+    kept_rows = kept.read(reference.rows)
+    rows = questioner.force(sample, reference.token_ids, len(reference.rows))
     return CaseComparison(
         answer=reference.text,
         is_same=given.token_ids == reference.token_ids,
-        same_tokens=int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
-        kl_divergences=tuple(divergences(theirs, ours).tolist()),
+        same_tokens=int((rows.argmax(-1) == kept_rows.argmax(-1)).sum()),
+        kl_divergences=tuple(divergences(kept_rows, rows).tolist()),
     )
 
 
 def _cases(
-    samples: Sequence[Sample], answers: Iterable[Response], comparisons: Iterable[CaseComparison | None]
+    samples: Sequence[Sample],
+    answers: Iterable[Response],
+    comparisons: Iterable[CaseComparison | None],
+    settings: Settings,
 ) -> Iterator[CaseResult]:
     images = [None, *(sample.image for sample in samples)]
     follow_ups = (before == image for before, image in pairwise(images))
+    judges = {CHOICE: is_exact} if settings.choices else {EXACT: is_exact, CONTAINS: contains}
     for sample, given, comparison, is_follow_up in zip(samples, answers, comparisons, follow_ups, strict=True):
         expected = sample.answer or ""
         yield CaseResult(
@@ -152,7 +175,7 @@ def _cases(
             expected=expected,
             answer=given.text,
             finish_reason=given.finish_reason,
-            is_right={EXACT: is_exact(given.text, expected), CONTAINS: contains(given.text, expected)},
+            is_right={way: judge(given.text, expected) for way, judge in judges.items()},
             confidence=given.confidence,
             is_follow_up=is_follow_up,
             seconds=given.seconds,

@@ -54,7 +54,7 @@ class Recorder(Sampler):
         return likeliest if self._forced is None or done >= len(self._forced) else self._forced[done]
 
 
-class LogProbabilities:
+class LogProbabilityFile:
     """Rows of log-probabilities, float32 ``[V]``, in a temporary file."""
 
     def __init__(self, vocabulary: int) -> None:
@@ -62,7 +62,7 @@ class LogProbabilities:
         self._count = 0
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (open until __exit__)
 
-    def __enter__(self) -> LogProbabilities:
+    def __enter__(self) -> LogProbabilityFile:
         return self
 
     def __exit__(
@@ -99,7 +99,7 @@ def check_comparable(reference: Fusion, words: tuple[str, ...], source: str) -> 
         )
 
 
-def generate(fusion: Fusion, question: PreparedQuestion, kept: LogProbabilities) -> ReferenceAnswer:
+def generate(fusion: Fusion, question: PreparedQuestion, kept: LogProbabilityFile) -> ReferenceAnswer:
     """Generate an answer greedily, and keep its log-probabilities."""
     recorder, control = Recorder(), RunControl()
 
