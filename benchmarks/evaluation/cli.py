@@ -17,7 +17,7 @@ from fusion_edge.benchmarks.evaluation.models import open_model
 from fusion_edge.benchmarks.evaluation.report.page import html_report
 from fusion_edge.benchmarks.evaluation.report.rows import percent
 from fusion_edge.benchmarks.evaluation.report.table import text
-from fusion_edge.benchmarks.evaluation.result import CONTAINS, EXACT, SCHEMA, EvalResult
+from fusion_edge.benchmarks.evaluation.result import CHOICE, CONTAINS, EXACT, SCHEMA, EvalResult
 from fusion_edge.benchmarks.latency.machine.info import MachineInfo, machine_info
 from fusion_edge.benchmarks.latency.machine.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.result_file import header
@@ -157,7 +157,8 @@ def _eval(arguments: argparse.Namespace, models: Models) -> int:
 
 
 def _result(evaluation: Evaluation, arguments: argparse.Namespace, machine: MachineInfo) -> EvalResult:
-    cases, judged_by = evaluation.cases, CHOICE if arguments.choices else arguments.match or EXACT
+    cases = evaluation.cases
+    judged_by = CHOICE if arguments.choices else arguments.match or EXACT
     first, follow_up = (
         summary.latency([case for case in cases if case.is_follow_up is kind]) for kind in (False, True)
     )

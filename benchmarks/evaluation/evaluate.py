@@ -125,7 +125,7 @@ def _progress(label: str, items: Sequence[T]) -> Iterator[T]:
 
 def _ask_reference(
     fusion: Fusion, samples: Sequence[Sample], settings: Settings, kept: LogProbabilityFile
-) -> list[ReferenceAnswer] | list[Response]:
+) -> Sequence[ReferenceAnswer | Response]:
     """Return the reference's answers or choices."""
     questioner, asked = Questioner(fusion, settings), _progress("Asking the reference", samples)
     if settings.choices:

@@ -18,8 +18,8 @@ SCHEMA = Schema("fusion-eval", 1, "fusion-eval --json")
 EXACT, CONTAINS, CHOICE = "exact", "contains", "choice"
 """Ways to judge an answer: the same text; the expected words within it; the same choice."""
 IMAGE_DECODE, TTFT, TOTAL = "image decode", "TTFT", "total"
-"""Measures beside the stages of :attr:`Answer.timings_ms`: reading the image, time to first token, the whole answer. The
-last two include the first."""
+"""Measures beside the stages of :attr:`Answer.timings_ms`: reading the image, time to first token, the whole answer.
+The last two include the first."""
 
 
 @dataclass(frozen=True)
