@@ -18,8 +18,9 @@ from typing import Any
 
 from fusion_edge.benchmarks.demo.samples import SAMPLES, write_samples
 from fusion_edge.benchmarks.evaluation.asking import settings
-from fusion_edge.benchmarks.evaluation.evaluate import answered_samples, evaluate
+from fusion_edge.benchmarks.evaluation.evaluate import evaluate
 from fusion_edge.benchmarks.evaluation.result import EXACT
+from fusion_edge.benchmarks.evaluation.samples import answered_samples
 from fusion_edge.benchmarks.evaluation.summary import accuracy
 from fusion_edge.export import cli
 from fusion_edge.runtime import load

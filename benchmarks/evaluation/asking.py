@@ -8,8 +8,14 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from fusion_edge.benchmarks.evaluation.reference import Floats, LogProbabilityFile, ReferenceAnswer, force, generate
-from fusion_edge.benchmarks.evaluation.result import IMAGE_DECODE, TOTAL, TTFT, Settings
+from fusion_edge.benchmarks.evaluation.result import IMAGE_DECODE, TOTAL, TTFT, ModelInfo, Settings
+from fusion_edge.benchmarks.evaluation.teacher_forcing import (
+    Floats,
+    LogProbabilityFile,
+    ReferenceAnswer,
+    force,
+    generate,
+)
 from fusion_edge.runtime import Answer, Choice, DeadlineExceeded, Fusion, Sampling
 from fusion_edge.runtime.requests import PreparedQuestion
 from fusion_edge.runtime.samples import Sample
@@ -51,6 +57,12 @@ def settings(
         deadline=deadline,
         threads=threads,
     )
+
+
+def model_info(fusion: Fusion) -> ModelInfo:
+    """Describe an opened model."""
+    manifest = fusion.manifest
+    return ModelInfo(manifest.source, manifest.target, manifest.precision, manifest.size, fusion.device.name)
 
 
 class Questioner:

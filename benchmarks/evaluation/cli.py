@@ -12,12 +12,13 @@ from pathlib import Path
 
 from fusion_edge.benchmarks.evaluation import summary
 from fusion_edge.benchmarks.evaluation.asking import MAX_NEW_TOKENS, settings
-from fusion_edge.benchmarks.evaluation.evaluate import Evaluation, OpenModel, answered_samples, evaluate
+from fusion_edge.benchmarks.evaluation.evaluate import Evaluation, OpenModel, evaluate
 from fusion_edge.benchmarks.evaluation.models import open_model
 from fusion_edge.benchmarks.evaluation.report.page import html_report
 from fusion_edge.benchmarks.evaluation.report.rows import percent
 from fusion_edge.benchmarks.evaluation.report.table import text
 from fusion_edge.benchmarks.evaluation.result import CHOICE, CONTAINS, EXACT, SCHEMA, EvalResult
+from fusion_edge.benchmarks.evaluation.samples import answered_samples
 from fusion_edge.benchmarks.latency.machine.info import MachineInfo, machine_info
 from fusion_edge.benchmarks.latency.machine.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.result_file import header

@@ -11,8 +11,9 @@ from support.paths import DEMO_CHECKPOINT
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.benchmarks.demo.without_alignment import WithoutAlignment
 from fusion_edge.benchmarks.evaluation.asking import settings
-from fusion_edge.benchmarks.evaluation.evaluate import OpenModel, answered_samples, evaluate
+from fusion_edge.benchmarks.evaluation.evaluate import OpenModel, evaluate
 from fusion_edge.benchmarks.evaluation.result import EXACT
+from fusion_edge.benchmarks.evaluation.samples import answered_samples
 from fusion_edge.benchmarks.evaluation.summary import accuracy
 from fusion_edge.export import cli
 from fusion_edge.export.reference.eager_backend import open_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from support.paths import DEMO_CHECKPOINT
 
-from fusion_edge.benchmarks.evaluation.reference import (
+from fusion_edge.benchmarks.evaluation.reference import check_comparable, vocabulary
+from fusion_edge.benchmarks.evaluation.teacher_forcing import (
     LogProbabilityFile,
-    check_comparable,
     divergences,
     force,
     generate,
     log_softmax,
-    vocabulary,
 )
 from fusion_edge.export.reference.eager_backend import open_checkpoint
 from fusion_edge.runtime import Fusion, Sampling, load
@@ -37,7 +37,7 @@ def prepared(fusion: Fusion, tokens: int) -> PreparedQuestion:
 def test_rows_are_kept_in_order() -> None:
     rng = np.random.default_rng(0)
     rows = [rng.normal(size=(count, 7)).astype(np.float32) for count in (1, 3, 2)]
-    with LogProbabilityFile(7) as kept:
+    with closing(LogProbabilityFile(7)) as kept:
         numbers = [kept.append(list(some)) for some in rows]
         for some, number in reversed(list(zip(rows, numbers, strict=True))):
             np.testing.assert_array_equal(kept.read(number), some)
@@ -67,7 +67,7 @@ def test_divergence_is_never_negative(logits: np.ndarray, data: st.DataObject) -
 
 
 def test_own_tokens_give_the_same_rows(tiny_bundle: Path) -> None:
-    with load(tiny_bundle) as fusion, LogProbabilityFile(fusion.config.language.vocab_size) as kept:
+    with load(tiny_bundle) as fusion, closing(LogProbabilityFile(fusion.config.language.vocab_size)) as kept:
         answer = generate(fusion, prepared(fusion, 6), kept)
         expected = fusion.answer(PICTURE, "How many?", sampling=Sampling(max_new_tokens=6))
         assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text)

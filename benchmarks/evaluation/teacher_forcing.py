@@ -1,23 +1,16 @@
-"""Comparison with a reference model: the tokens it generates, and its log-probabilities for each of them.
-
-The reference answers first and is closed before the other model loads, so one model is in memory at a time. Its
-log-probabilities wait in a temporary file. The other model then gets the reference's tokens as its own (teacher
-forcing), so both predict every token from the same ones.
-"""
+"""Log-probabilities of a reference's tokens: its own, and another model's after the same tokens (teacher forcing)."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime import Fusion
-from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.requests import PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
 from fusion_edge.runtime.sampling import Sampler, Sampling
@@ -60,14 +53,10 @@ class LogProbabilityFile:
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self._count = 0
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (open until __exit__)
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (open until close)
 
-    def __enter__(self) -> LogProbabilityFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Delete the file."""
         self._file.close()
 
     def append(self, rows: Sequence[Floats]) -> range:
@@ -82,21 +71,6 @@ class LogProbabilityFile:
         self._file.seek(4 * self._vocabulary * rows.start)
         content = self._file.read(4 * self._vocabulary * len(rows))
         return np.frombuffer(content, "<f4").reshape(len(rows), self._vocabulary)
-
-
-def vocabulary(fusion: Fusion) -> tuple[str, ...]:
-    """Return what each row of the logits stands for, in order. Rows without a token have an empty name."""
-    tokens = {number: token for token, number in fusion.tokenizer.get_vocab().items()}
-    return tuple(tokens.get(number, "") for number in range(fusion.config.language.vocab_size))
-
-
-def check_comparable(reference: Fusion, words: tuple[str, ...], source: str) -> None:
-    """Raise :class:`UsageError` unless a reference has the vocabulary ``words`` of the model from ``source``."""
-    if vocabulary(reference) != words:
-        raise UsageError(
-            f"The reference {reference.manifest.source} has another vocabulary than {source}; pass a bundle or "
-            "checkpoint of the same model."
-        )
 
 
 def generate(fusion: Fusion, question: PreparedQuestion, kept: LogProbabilityFile) -> ReferenceAnswer:
