@@ -163,6 +163,54 @@ def test_page_without_wrong_answers(tiny_bundle: Path, samples: Path, tmp_path: 
     assert "Every answer is right." in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
+CHOICES = ("yes", "no", "perhaps")
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny_bundle: Path, data: Path) -> Path:
+    """Four samples: the answers to three are the bundle's choices, the last one's is not."""
+    with load(tiny_bundle) as fusion:
+        best = [fusion.choose(data.parent / "0.png", question, CHOICES).text for question in QUESTIONS]
+    best[3] = next(choice for choice in CHOICES if choice != best[3])
+    lines = [{"image": "0.png", "question": QUESTIONS[i], "answer": best[i]} for i in range(4)]
+    file = data.parent / "chosen.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def test_choices(tiny_bundle: Path, chosen: Path, evaluated: Evaluated) -> None:
+    result = evaluated(tiny_bundle, chosen, "--choices", ",".join(CHOICES), "--reference", tiny_bundle)
+    assert result["accuracy"].keys() == {"choice"}
+    assert (result["accuracy"]["choice"]["count"], result["accuracy"]["choice"]["total"]) == (3, 4)
+    assert all(1 / 3 < case["confidence"] <= 1 for case in result["cases"])
+    comparison = result["comparison"]
+    assert comparison["same_answer"]["share"] == comparison["same_token"]["share"] == 1
+    assert (comparison["kl_first_token"], comparison["same_token"]["total"]) == (0, 4)
+
+
+def test_choices_against_the_checkpoint(
+    tiny_bundle: Path, tiny_checkpoint: Path, chosen: Path, evaluated: Evaluated
+) -> None:
+    result = evaluated(tiny_bundle, chosen, "--choices", ",".join(CHOICES), "--reference", tiny_checkpoint)
+    assert 0 < result["comparison"]["kl_first_token"] < 1
+
+
+def test_a_deadline_before_a_choice(tiny_bundle: Path, chosen: Path, evaluated: Evaluated) -> None:
+    options = ("--choices", "yes,no,perhaps", "--deadline", 1e-6, "--reference", tiny_bundle)
+    result = evaluated(tiny_bundle, chosen, *options)
+    assert (result["late"], result["accuracy"]["choice"]["count"], result["comparison"]) == (4, 0, None)
+
+
+def test_answers_are_choices(tiny_bundle: Path, samples: Path, refused: Callable[..., str]) -> None:
+    message = refused(main, tiny_bundle, samples, "--choices", "yes,no", code=2)
+    assert re.match("error: Sample 1 has the answer '.*', which is none of the choices; add it to --choices", message)
+
+
+def test_choices_are_judged_as_choices(tiny_bundle: Path, samples: Path, refused: Callable[..., str]) -> None:
+    message = refused(main, tiny_bundle, samples, "--choices", "yes,no", "--match", "exact", code=2)
+    assert "--match judges generated answers" in message
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
