@@ -6,10 +6,17 @@ import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.tokenization.errors import tokenizer_errors
+from fusion_edge.runtime.tokenization.token_bytes import (
+    ANCHOR,
+    byte_level_bytes,
+    fallback_byte,
+    is_byte_level,
+    special_ids,
+)
 
 
 class Detokenizer:
@@ -24,10 +31,8 @@ class Detokenizer:
         if not all(stop):
             raise UsageError("A stop string is empty; pass at least one character, or drop it.")
         self._tokenizer = tokenizer
-        self._skipped = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._decoder: _TokenDecoder = (
-            _ByteLevel() if isinstance(tokenizer.decoder, decoders.ByteLevel) else _ByteFallback(tokenizer)
-        )
+        self._skipped = special_ids(tokenizer)
+        self._decoder: _TokenDecoder = _ByteLevel() if is_byte_level(tokenizer) else _ByteFallback(tokenizer)
         self._stop = tuple(stop)
         self._held = ""  # decoded text that may begin a stop string
         self._pieces: list[str] = []
@@ -96,11 +101,7 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: str) -> str:
-        try:
-            data = bytes(map(_BYTE_OF_CHARACTER.__getitem__, token))
-        except KeyError:  # an added token is plain text
-            data = token.encode()
-        return self._utf8.decode(data)
+        return self._utf8.decode(byte_level_bytes(token))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -113,8 +114,6 @@ class _ByteFallback:
     U+FFFD.
     """
 
-    _ANCHOR = "a"
-
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decoder = tokenizer.decoder
         self._begun = False
@@ -122,24 +121,13 @@ class _ByteFallback:
 
     def push(self, token: str) -> str:
         self._waiting.append(token)
-        is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        return "" if is_byte else self.finish()
+        return "" if fallback_byte(token) else self.finish()
 
     @tokenizer_errors()
     def finish(self) -> str:
         # The decoder strips a space from the first token only, so an anchor precedes later ones.
-        anchor = [self._ANCHOR] if self._begun else []
+        anchor = [ANCHOR] if self._begun else []
         text: str = self._decoder.decode(anchor + self._waiting)
         self._begun = self._begun or bool(self._waiting)
         self._waiting = []
         return text[len(anchor) :]
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Return byte-level BPE's alphabet: printable Latin-1 bytes stand for themselves, the others start at U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_of_character()

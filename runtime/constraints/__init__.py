@@ -1,0 +1,1 @@
+"""Constrained answers: grammars, and masks of the tokens that a grammar allows."""
