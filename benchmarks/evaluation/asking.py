@@ -89,7 +89,7 @@ class Questioner:
             probability = given.probabilities[given.text]
             return Response(given.text, (), "stop", probability, given.probabilities, seconds)
         seconds[TTFT] = decoded + sum(time for stage, time in stages.items() if stage != DECODE)
-        confidence = given.confidence if given.token_ids else None
+        confidence = given.confidence if given.token_ids or given.is_complete else None
         return Response(given.text, given.token_ids, given.finish_reason, confidence, {}, seconds)
 
     def generate(self, sample: Sample, kept: LogProbabilityFile) -> ReferenceAnswer:
