@@ -5,8 +5,11 @@ Python runs signal handlers only in the main thread, between its own instruction
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -39,6 +42,16 @@ def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Res
 def is_abandoned() -> bool:
     """Return whether abandoned work still runs."""
     return not all(outcome.done() for outcome in _abandoned)
+
+
+def leave_abandoned(code: int) -> int:
+    """Return a command's exit code, or end the process with it: a normal exit would wait for abandoned work."""
+    if is_abandoned():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # the terminal may be closed
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _settle(outcome: Future[Result], work: Callable[[], Result]) -> None:

@@ -121,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         routes: tuple[tuple[str, Any], ...] = (
             (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._file),
             (r"GET /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
+            (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
             (r"GET /api/whoami-v2", self._whoami),
             (r"GET /api/models/([^/]+/[^/]+)/auth-check/write", self._write_check),
             (r"POST /api/repos/create", lambda: self._create(json.loads(body))),
@@ -216,6 +217,15 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def _tree(self, hub_id: str, revision: str) -> None:
+        _, files = self._files(hub_id, revision)
+        self._json(
+            [
+                {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}
+                for name, content in files.items()
+            ]
+        )
+
     # Write
 
     def _whoami(self) -> None:
@@ -236,7 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._writer()
         hub_id = f"{wish['organization']}/{wish['name']}"
         if hub_id in self.state.repositories:
-            raise _Refused(409, message="You already created this model repo")
+            self._json({"error": "You already created this model repo", "url": f"{self.state.url}/{hub_id}"}, 409)
+            return
         self.state.add(hub_id, {".gitattributes": b""})
         self.state.repositories[hub_id].private = wish.get("visibility") == "private" or bool(wish.get("private"))
         self._json({"url": f"{self.state.url}/{hub_id}"})
