@@ -1,9 +1,8 @@
-"""Accuracy of the demo model on held-out questions, by weight format, guide and detail.
+"""Accuracy of the demo model's bundles on held-out questions, by weight format and detail.
 
     python -m fusion_edge.benchmarks.demo.accuracy --work FOLDER --json FILE
 
-Formats are compared with the checkpoint. Guides and details are compared with the INT4 bundle at full detail, whose
-questions are their own guides. Existing bundles and samples in ``--work`` are reused.
+Formats are compared with the checkpoint, details with the INT4 bundle at full detail. Existing bundles and samples in ``--work`` are reused.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.demo.samples import SAMPLES, write_samples
-from fusion_edge.benchmarks.demo.without_alignment import WithoutAlignment
 from fusion_edge.benchmarks.evaluation import summary
 from fusion_edge.benchmarks.evaluation.asking import settings
 from fusion_edge.benchmarks.evaluation.evaluate import ask
@@ -39,46 +36,32 @@ from fusion_edge.runtime.system.output_file import write_whole
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 FEWEST_LATENTS, MOST_LATENTS = 4, 16
-GENERIC_GUIDE = "What is in the picture?"
-"""No question of the training, which is about colors, shapes, counts and places."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: a model, and how it is asked."""
+    """A row of a table: a bundle, and how it is asked."""
 
     name: str
-    export: tuple[str, ...] | None = ("--int4",)
-    """Options of ``fusion-export``; None for the checkpoint."""
+    export: tuple[str, ...] = ("--int4",)
+    """Options of ``fusion-export``."""
     query_length: int = FEWEST_LATENTS
-    guide: str | None = None
-    without_alignment: bool = False
 
 
 FORMATS = (
-    Row("checkpoint", None),
     Row("fp32", ("--fp32",)),
     Row("int8:128", ("--int8",)),
     Row("int4:128"),
-    Row("int4:64", ("--int4", "--group-size", "64")),
     Row("int4:32", ("--int4", "--group-size", "32")),
     Row("nf4:64", ("--nf4",)),
-    Row("int4:128, INT8 KV cache", ("--int4", "--kv-cache", "int8")),
     Row("int4:128 for TensorRT, on ONNX Runtime", ("--int4", "--target", "tensorrt")),
-    Row("checkpoint without interaction layers", None, without_alignment=True),
-)
-GUIDES = (
-    Row("the question itself"),
-    Row("generic", guide=GENERIC_GUIDE),
-    Row("empty", guide=""),
 )
 DETAILS = tuple(
     Row(f"{tokens} image tokens, {latents} latents", ("--int4", "--image-tokens", str(tokens)), latents)
     for tokens in (64, 25, 16)
     for latents in (MOST_LATENTS, FEWEST_LATENTS)
 )
-TABLES = {"formats": FORMATS, "guides": GUIDES, "details": DETAILS}
-REFERENCES = {"formats": Row("checkpoint", None), "guides": GUIDES[0], "details": DETAILS[0]}
+TABLES = {"formats": FORMATS, "details": DETAILS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,6 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--work", type=Path, required=True, help="folder for samples and bundles; existing ones are reused")
     add("--table", choices=TABLES, action="append", help="what to measure, repeatable (default: all)")
     add("--questions", type=positive_integer, default=1000, help="number of questions (default: %(default)s)")
+    add(
+        "--compared",
+        type=positive_integer,
+        default=200,
+        help="number of questions to compare with the reference (default: %(default)s)",
+    )
     add("--json", type=output_file, metavar="FILE", help="also write the result to a file")
     return run_command(_main, parser.parse_args(arguments))
 
@@ -98,33 +87,32 @@ def _main(options: argparse.Namespace) -> int:
         write_samples(folder, options.questions, held_out=True)
     samples = answered_samples(folder)
     machine = asdict(machine_info(None))
-    tables = {
-        name: list(_measure(TABLES[name], REFERENCES[name], samples, options.work)) for name in options.table or TABLES
-    }
-    result = {"questions": options.questions, "machine": machine, "tables": tables}
+    tables = {name: list(_measure(name, samples, options)) for name in options.table or TABLES}
+    result = {"questions": options.questions, "compared": options.compared, "machine": machine, "tables": tables}
     if options.json is not None:
         write_whole(options.json, json.dumps(result, indent=1) + "\n")
     sys.stdout.write("\n".join(table(name, rows) for name, rows in tables.items()))
     return 0
 
 
-def _measure(rows: Sequence[Row], reference: Row, samples: Sequence[Sample], work: Path) -> Iterable[dict[str, Any]]:
-    """Yield the figures of each row."""
-    with _open(reference, work) as fusion:
-        compared = Reference(fusion, samples, settings(fusion, reference.query_length))
-    with compared:
+def _measure(name: str, samples: Sequence[Sample], options: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """Yield the figures of each row of a table."""
+    rows, work = TABLES[name], options.work
+    compared, others = samples[: options.compared], samples[options.compared :]
+    with open_checkpoint(CHECKPOINT) if name == "formats" else _open(rows[0], work) as fusion:
+        reference = Reference(fusion, compared, settings(fusion, rows[0].query_length))
+    with reference:
         for row in rows:
             with _open(row, work) as fusion:
-                asked = settings(fusion, row.query_length, guide=row.guide)
-                cases = ask(fusion, samples, asked, compared).cases
-            comparison = summary.comparison(cases, compared.model)
+                asked = settings(fusion, row.query_length)
+                cases = [*ask(fusion, compared, asked, reference).cases, *ask(fusion, others, asked).cases]
+            comparison = summary.comparison(cases, reference.model)
             assert comparison is not None
             yield {
                 "name": row.name,
                 "export": row.export,
                 "query_length": row.query_length,
                 "image_tokens": asked.image_tokens,
-                "guide": row.guide,
                 "accuracy": asdict(summary.accuracy(cases)[EXACT]),
                 "calibration_error": summary.calibration(cases, EXACT).error,
                 "same_answer": asdict(comparison.same_answer),
@@ -133,9 +121,7 @@ def _measure(rows: Sequence[Row], reference: Row, samples: Sequence[Sample], wor
             }
 
 
-def _open(row: Row, work: Path) -> AbstractContextManager[Fusion]:
-    if row.export is None:
-        return open_checkpoint(CHECKPOINT, WithoutAlignment) if row.without_alignment else open_checkpoint(CHECKPOINT)
+def _open(row: Row, work: Path) -> Fusion:
     bundle = work / "-".join(option.removeprefix("--") for option in row.export)
     if not bundle.exists() and cli.main([str(CHECKPOINT), "-o", str(bundle), *row.export]) != 0:
         raise FusionError(f"Export of {bundle} failed; see its error above.")
