@@ -2,7 +2,8 @@
 
     python -m fusion_edge.benchmarks.demo.accuracy --work FOLDER --json FILE
 
-Formats are compared with the checkpoint, details with the INT4 bundle at full detail. Existing bundles and samples in ``--work`` are reused.
+Formats are compared with the checkpoint, details with the INT4 bundle at full detail. Existing bundles and samples in
+``--work`` are reused.
 """
 
 from __future__ import annotations
