@@ -109,6 +109,7 @@ def _measure(name: str, samples: Sequence[Sample], options: argparse.Namespace) 
                 cases = [*ask(fusion, compared, asked, reference).cases, *ask(fusion, others, asked).cases]
             comparison = summary.comparison(cases, reference.model)
             assert comparison is not None
+            sys.stderr.write(f"{row.name}\n")
             yield {
                 "name": row.name,
                 "export": row.export,
@@ -126,7 +127,7 @@ def _open(row: Row, work: Path) -> Fusion:
     bundle = work / "-".join(option.removeprefix("--") for option in row.export)
     if not bundle.exists() and cli.main([str(CHECKPOINT), "-o", str(bundle), *row.export]) != 0:
         raise FusionError(f"Export of {bundle} failed; see its error above.")
-    return load(bundle)
+    return load(bundle, threads=1)  # threads of so small a model only wait for each other
 
 
 def table(name: str, rows: Iterable[dict[str, Any]]) -> str:
