@@ -84,13 +84,14 @@ class Questioner:
             given = late.partial
         total = time.perf_counter() - started
         stages = {stage: milliseconds / 1000 for stage, milliseconds in given.timings_ms.items()}
-        seconds = {IMAGE_DECODE: decoded, **stages, TOTAL: total}
+        seconds = {IMAGE_DECODE: decoded, **stages}
         if isinstance(given, Choice):
             probability = given.probabilities[given.text]
-            return Response(given.text, (), "stop", probability, given.probabilities, seconds)
-        seconds[TTFT] = decoded + sum(time for stage, time in stages.items() if stage != DECODE)
+            return Response(given.text, (), "stop", probability, given.probabilities, seconds | {TOTAL: total})
+        if given.token_ids:
+            seconds[TTFT] = decoded + sum(time for stage, time in stages.items() if stage != DECODE)
         confidence = given.confidence if given.token_ids or given.is_complete else None
-        return Response(given.text, given.token_ids, given.finish_reason, confidence, {}, seconds)
+        return Response(given.text, given.token_ids, given.finish_reason, confidence, {}, seconds | {TOTAL: total})
 
     def generate(self, sample: Sample, kept: LogProbabilityFile) -> ReferenceAnswer:
         """Answer as a reference, and keep the log-probabilities."""
