@@ -53,12 +53,19 @@ def is_offline() -> bool:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Return whether an error of the client says that the hub does not answer, rather than what it answered."""
+    """Return whether an error of the client says that the hub did not answer: no network, a proxy's page, an outage."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return not isinstance(error, errors.HFValidationError)
+    answers = (
+        errors.BadRequestError,
+        errors.DisabledRepoError,
+        errors.EntryNotFoundError,
+        errors.HFValidationError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+    )
+    is_forbidden = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
+    return not (is_forbidden or isinstance(error, answers))
 
 
 def reason_of(error: Exception) -> str:
@@ -67,7 +74,8 @@ def reason_of(error: Exception) -> str:
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # without the client's advice
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = " ".join(str(error).split()).partition(" For more information check: ")[0]  # a page about HTTP
+    return text.rstrip(".") or type(error).__name__
 
 
 def error_message(hub_id: str, revision: str | None, error: Exception) -> str:

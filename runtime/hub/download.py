@@ -174,7 +174,9 @@ class _Download:
         try:
             with Progress(f"Downloading {self.hub_id}", total) as progress:
                 for entry in missing:
-                    _discard(folder / entry.path)
+                    path = folder / entry.path
+                    if path.is_file() and path.stat().st_size != entry.size:  # not: another process has just got it
+                        _discard(path)
                     unverified.append(entry)
                     before = progress.done
                     self._fetch(entry.path, progress)

@@ -26,7 +26,7 @@ def environment(hub: FakeHub, cache: Path, token: str = "") -> dict[str, str]:
         "HF_ENDPOINT": hub.url,
         "HF_HUB_CACHE": str(cache),
         "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_OFFLINE": "",
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": token,
     }
