@@ -8,9 +8,13 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime.answer import Answer
     from fusion_edge.runtime.answer_stream import AnswerStream
+    from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
+    from fusion_edge.runtime.loop.asker import Asker
+    from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
+    from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
     from fusion_edge.runtime.prompts.prompt import Turn
     from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
@@ -19,14 +23,22 @@ __all__ = [
     "Answer",
     "AnswerOptions",
     "AnswerStream",
+    "Asker",
     "Cancelled",
     "Conversation",
     "DeadlineExceeded",
     "Fusion",
     "FusionError",
+    "Grammar",
+    "Latencies",
+    "Percentiles",
     "QuestionOptions",
+    "QueueFull",
+    "Request",
+    "RequestOptions",
     "Sampling",
     "Stopped",
+    "Superseded",
     "Turn",
     "UsageError",
     "load",
@@ -36,14 +48,22 @@ _MODULES = {
     "Answer": "answer",
     "AnswerOptions": "requests",
     "AnswerStream": "answer_stream",
+    "Asker": "loop.asker",
     "Cancelled": "errors",
     "Conversation": "conversation",
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
     "FusionError": "errors",
+    "Grammar": "constraints.grammar",
+    "Latencies": "loop.latencies",
+    "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",
+    "QueueFull": "loop.request",
+    "Request": "loop.request",
+    "RequestOptions": "loop.request",
     "Sampling": "sampling",
     "Stopped": "errors",
+    "Superseded": "loop.request",
     "Turn": "prompts.prompt",
     "UsageError": "errors",
     "load": "fusion",

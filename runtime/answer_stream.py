@@ -71,10 +71,10 @@ class AnswerStream(Iterator[str]):
             raise UsageError("The answer is not complete; take every piece of the stream first.")
         return self._answer
 
-    def complete(self) -> Answer:
-        """Generate the rest and return the answer. Call it in the queue."""
-        while self._advance() is not None:
-            pass
+    def complete(self, when_piece: Callable[[str], object] = lambda _: None) -> Answer:
+        """Generate the rest, pass each piece to ``when_piece``, and return the answer. Call it in the queue."""
+        while (piece := self._advance()) is not None:
+            when_piece(piece)
         return self.answer
 
     def _advance(self) -> str | None:
@@ -113,7 +113,8 @@ class AnswerStream(Iterator[str]):
 
     def _tokens(self, question: PreparedQuestion) -> Iterator[int]:
         """Generate the tokens of the answer, without the end token."""
-        pipeline, hook, sampler = self._pipeline, self._control.stage_hook, Sampler(question.sampling)
+        pipeline, hook = self._pipeline, self._control.stage_hook
+        sampler = Sampler(question.sampling, question.constraint)
         prefilled = pipeline.start(question, sampler, hook)
         self._prompt_tokens = prefilled.length
         token, limit = prefilled.token, prefilled.capacity - prefilled.length

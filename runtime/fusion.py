@@ -11,7 +11,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -31,6 +31,7 @@ from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
 from fusion_edge.runtime.stages import ENCODE_GLOBAL
+from fusion_edge.runtime.structured import document, document_sampling
 from fusion_edge.runtime.system.resources import check_threads
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
 from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
@@ -188,9 +189,19 @@ class Fusion:
             UsageError: As in :meth:`ask`.
             FusionError: As in :meth:`ask`.
         """
-        control = RunControl(deadline, on_stage)
+        return self.answer_under(RunControl(deadline, on_stage), lambda _: None, image, question, **options)
+
+    def answer_under(
+        self,
+        control: RunControl,
+        when_piece: Callable[[str], object],
+        image: ImageLike,
+        question: str,
+        **options: Unpack[QuestionOptions],
+    ) -> Answer:
+        """Answer as :meth:`answer` does, under the caller's control, and pass each piece to ``when_piece``."""
         prepared = self._prepare(image, question, **options)
-        return self.queue.run(lambda: self._start(prepared, control).complete(), control)
+        return self.queue.run(lambda: self._start(prepared, control).complete(when_piece), control)
 
     def stream(
         self,
@@ -220,6 +231,40 @@ class Fusion:
         control = RunControl(deadline, on_stage)
         prepared = self._prepare(image, question, **options)
         return self.queue.run(lambda: self._start(prepared, control), control)
+
+    def json(
+        self,
+        image: ImageLike,
+        question: str,
+        schema: dict[str, Any],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[QuestionOptions],
+    ) -> Any:
+        """Ask a question and return the answer as a JSON document that ``schema`` allows.
+
+        The model does not see the schema: ask for its content in the question. Needs the extra ``constrained``.
+
+        Args:
+            image: As in :meth:`ask`.
+            question: The question.
+            schema: A JSON schema, as in :meth:`Grammar.json`.
+            deadline: Seconds from the call until the question stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`QuestionOptions`.
+
+        Returns:
+            The document as Python objects.
+
+        Raises:
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`answer`.
+            DeadlineExceeded: The deadline passed before the document was complete.
+            Cancelled: The question was canceled before the document was complete.
+            FusionError: The document needs more than :attr:`Sampling.max_new_tokens`, or as in :meth:`answer`.
+        """
+        options["sampling"] = document_sampling(options, schema)
+        return document(self.answer(image, question, deadline=deadline, on_stage=on_stage, **options))
 
     def conversation(self, image: ImageLike, color: Color = "rgb", *, control_tokens: bool = False) -> Conversation:
         """Start a conversation about one image.

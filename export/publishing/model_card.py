@@ -137,7 +137,7 @@ def checkpoint_license(folder: Path | None, source: str) -> dict[str, Any]:
     if not is_hub_id(source):
         return {}
     try:
-        card = open_client(source).model_info(source).card_data
+        card = open_client().model_info(source).card_data
     except HfHubHTTPError:  # the checkpoint is no longer there, or not for this user
         return {}
     fields = {} if card is None else {name: card.get(name) for name in ("license", "license_name", "license_link")}

@@ -14,7 +14,7 @@ from fusion_edge.export.publishing.model_card import MARK, checkpoint_license, m
 from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.hub.client import is_hub_id, is_offline, is_revision, open_client, reason_of
+from fusion_edge.runtime.hub.client import check_client, is_hub_id, is_offline, is_revision, open_client, reason_of
 from fusion_edge.runtime.system.interruptible import interruptible
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def prepare_destination(destination: Destination) -> None:
     Raises :class:`FusionError` without a token, without the right to write, or if a repository that must be private is
     public.
     """
-    api = open_client(destination.hub_id)
+    check_client("--push-to-hub")
+    api = open_client()
     if is_offline():
         raise FusionError("HF_HUB_OFFLINE forbids --push-to-hub; unset it, or leave --push-to-hub out.")
     with _access_errors(destination.hub_id):
@@ -84,7 +85,7 @@ def push_bundle(folder: Path, destination: Destination, checkpoint: Path | None 
         FusionError: The bundle is damaged, or the upload fails. Then nothing is published.
     """
     bundle = open_bundle(folder)
-    api = open_client(destination.hub_id)
+    api = open_client()
     names = [entry.path for entry in bundle.manifest.files] + [MANIFEST]
     with _upload_errors(folder, destination):
         earlier, has_own_card = _earlier(api, destination)

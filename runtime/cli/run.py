@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
+from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
 from fusion_edge.runtime.cli.stage_display import StageDisplay
+from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import Fusion, load
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
+from fusion_edge.runtime.structured import document, with_grammar
 from fusion_edge.runtime.system import signals
 
 if TYPE_CHECKING:
@@ -108,6 +111,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, metavar="N", help="random seed, for reproducible sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string, which ends the answer; repeatable")
+    add("--schema", type=Path, metavar="FILE", help="answer with JSON of this JSON schema")
+    add("--regex", metavar="PATTERN", help="answer with a text that this regular expression matches")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -119,6 +124,8 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
+    schema = None if arguments.schema is None else _read_schema(arguments.schema)
+    sampling = with_grammar(sampling, schema=schema, regex=arguments.regex)
     if arguments.json and arguments.ask is None:
         raise UsageError("--json needs --ask TEXT; add it, or drop --json.")
     history = [] if arguments.history is None else _read_history(arguments.history)
@@ -132,13 +139,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
         options: AnswerOptions = {"sampling": sampling, "query_length": arguments.query_len}
 
+        def ask(question: str) -> Answer:
+            answer = _ask(conversation, question, arguments.deadline, options)
+            if schema is not None:
+                document(answer)  # an incomplete one is an error
+            return answer
+
         def say(question: str) -> None:
-            _say(conversation, question, arguments.deadline, options)
+            if schema is None:
+                _say(conversation, question, arguments.deadline, options)
+            else:
+                sys.stdout.write(f"{ask(question).text}\n")
+                sys.stdout.flush()
 
         if arguments.ask is None:
             return _interactive(say)
         if arguments.json:
-            answers = [_ask(conversation, question, arguments.deadline, options) for question in arguments.ask]
+            answers = [ask(question) for question in arguments.ask]
             sys.stdout.write(json.dumps({"answers": list(map(_answer_json, answers))}) + "\n")
         else:
             for question in arguments.ask:
@@ -219,6 +236,13 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "timings_ms": {stage: round(ms, 3) for stage, ms in answer.timings_ms.items()},
         "tokens_per_second": round(answer.tokens_per_second, 3),
     }
+
+
+def _read_schema(path: Path) -> Grammar:
+    try:
+        return Grammar.json(read_json(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FusionError(f"Cannot read the JSON schema in {path} ({error}); expected a JSON object.") from None
 
 
 def _read_history(path: Path) -> list[Turn]:
