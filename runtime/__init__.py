@@ -6,9 +6,10 @@ from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
-    from fusion_edge.runtime.answers import Answer, AnswerStream
+    from fusion_edge.runtime.answer import Answer
+    from fusion_edge.runtime.answer_stream import AnswerStream
     from fusion_edge.runtime.conversation import Conversation
-    from fusion_edge.runtime.errors import FusionError, UsageError
+    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.prompts.prompt import Turn
     from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
@@ -18,25 +19,31 @@ __all__ = [
     "Answer",
     "AnswerOptions",
     "AnswerStream",
+    "Cancelled",
     "Conversation",
+    "DeadlineExceeded",
     "Fusion",
     "FusionError",
     "QuestionOptions",
     "Sampling",
+    "Stopped",
     "Turn",
     "UsageError",
     "load",
 ]
 
 _MODULES = {
-    "Answer": "answers",
+    "Answer": "answer",
     "AnswerOptions": "requests",
-    "AnswerStream": "answers",
+    "AnswerStream": "answer_stream",
+    "Cancelled": "errors",
     "Conversation": "conversation",
+    "DeadlineExceeded": "errors",
     "Fusion": "fusion",
     "FusionError": "errors",
     "QuestionOptions": "requests",
     "Sampling": "sampling",
+    "Stopped": "errors",
     "Turn": "prompts.prompt",
     "UsageError": "errors",
     "load": "fusion",

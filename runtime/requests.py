@@ -40,7 +40,7 @@ class QuestionOptions(AnswerOptions, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class PreparedQuestion:
     """A question whose arguments have been checked."""
 
     picture: Image.Image

@@ -8,20 +8,23 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fusion_edge.runtime.answers import Answer
+from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.options import positive_integer
+from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
+from fusion_edge.runtime.cli.stage_display import StageDisplay
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import Fusion, load
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.system import signals
-from fusion_edge.runtime.system.interruptible import interruptible
+
+if TYPE_CHECKING:
+    from fusion_edge.runtime.requests import AnswerOptions
 
 LARGEST_INPUT = 2**21
 """Limit of a history file in bytes and of a question in characters, above the size of any context."""
@@ -50,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
         type=positive_integer,
         metavar="N",
         help="query length, one that the bundle offers (default: the first)",
+    )
+    add(
+        "--deadline",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="end each answer after this time (default: never)",
     )
     _add_sampling_options(parser)
     add(
@@ -121,24 +130,19 @@ def _run(arguments: argparse.Namespace) -> int:
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)
 
-        def ask(question: str) -> Answer:
-            return conversation.answer(question, sampling=sampling, query_length=arguments.query_len)
+        options: AnswerOptions = {"sampling": sampling, "query_length": arguments.query_len}
 
         def say(question: str) -> None:
-            _say(conversation, question, sampling, arguments.query_len)
+            _say(conversation, question, arguments.deadline, options)
 
         if arguments.ask is None:
             return _interactive(say)
-
-        def answer() -> None:
-            if arguments.json:
-                answers = [_answer_json(ask(question)) for question in arguments.ask]
-                sys.stdout.write(json.dumps({"answers": answers}) + "\n")
-            else:
-                for question in arguments.ask:
-                    say(question)
-
-        interruptible(answer, fusion.close)  # a prompt is one long call of the runtime
+        if arguments.json:
+            answers = [_ask(conversation, question, arguments.deadline, options) for question in arguments.ask]
+            sys.stdout.write(json.dumps({"answers": list(map(_answer_json, answers))}) + "\n")
+        else:
+            for question in arguments.ask:
+                say(question)
     return 0
 
 
@@ -155,13 +159,24 @@ def _report_device(fusion: Fusion, verbose: bool) -> None:
         sys.stderr.write(f"warning: running on {device.name}, {' '.join(skipped)}\n")
 
 
-def _say(conversation: Conversation, question: str, sampling: Sampling, query_length: int | None) -> None:
-    """Print an answer while it is generated."""
-    for piece in conversation.ask(question, sampling=sampling, query_length=query_length):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+def _ask(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> Answer:
+    """Return the answer to a question, and show its stages meanwhile."""
+    with StageDisplay() as display:
+        return conversation.answer(question, deadline=deadline, on_stage=display.enter, **options)
+
+
+def _say(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> None:
+    """Print an answer while it is generated, and its stages until then."""
+    with StageDisplay() as display:
+        stream = conversation.stream(question, deadline=deadline, on_stage=display.enter, **options)
+        for piece in stream:
+            display.hide()
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if stream.answer.finish_reason == "deadline":
+        sys.stderr.write(f"note: the deadline of {deadline:g} s ended the answer\n")
 
 
 def _interactive(say: Callable[[str], None]) -> int:
