@@ -8,11 +8,12 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime.answer import Answer
     from fusion_edge.runtime.answer_stream import AnswerStream
+    from fusion_edge.runtime.choices import Choice
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.prompts.prompt import Turn
-    from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
+    from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "AnswerOptions",
     "AnswerStream",
     "Cancelled",
+    "Choice",
+    "ChoiceOptions",
     "Conversation",
     "DeadlineExceeded",
     "Fusion",
@@ -37,6 +40,8 @@ _MODULES = {
     "AnswerOptions": "requests",
     "AnswerStream": "answer_stream",
     "Cancelled": "errors",
+    "Choice": "choices",
+    "ChoiceOptions": "requests",
     "Conversation": "conversation",
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",

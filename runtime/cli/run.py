@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
+from fusion_edge.runtime.cli.choices import ChoosingConversation, choice_list
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
 from fusion_edge.runtime.cli.stage_display import StageDisplay
@@ -46,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="TEXT",
         help="question; repeat it to continue the conversation; without it, questions come from standard input",
+    )
+    add(
+        "--choices",
+        type=choice_list,
+        metavar="LIST",
+        help="answer with one of these texts, such as yes,no, and its probability; quote a text that has commas",
     )
     add("--history", type=Path, metavar="FILE", help='earlier turns: a JSON list of {"question", "answer"}')
     add(
@@ -119,6 +126,8 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
+    if arguments.choices is not None and sampling != Sampling():
+        raise UsageError("--choices generates no answer; drop --max-new-tokens, --stop and the options of sampling.")
     if arguments.json and arguments.ask is None:
         raise UsageError("--json needs --ask TEXT; add it, or drop --json.")
     history = [] if arguments.history is None else _read_history(arguments.history)
@@ -135,11 +144,17 @@ def _run(arguments: argparse.Namespace) -> int:
         def say(question: str) -> None:
             _say(conversation, question, arguments.deadline, options)
 
+        def ask(question: str) -> dict[str, Any]:
+            return _answer_json(_ask(conversation, question, arguments.deadline, options))
+
+        if arguments.choices is not None:
+            choosing = ChoosingConversation(conversation, arguments.choices, arguments.deadline, arguments.query_len)
+            say, ask = choosing.say, choosing.ask_json
+
         if arguments.ask is None:
             return _interactive(say)
         if arguments.json:
-            answers = [_ask(conversation, question, arguments.deadline, options) for question in arguments.ask]
-            sys.stdout.write(json.dumps({"answers": list(map(_answer_json, answers))}) + "\n")
+            sys.stdout.write(json.dumps({"answers": [ask(question) for question in arguments.ask]}) + "\n")
         else:
             for question in arguments.ask:
                 say(question)
@@ -218,6 +233,8 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "timings_ms": {stage: round(ms, 3) for stage, ms in answer.timings_ms.items()},
         "tokens_per_second": round(answer.tokens_per_second, 3),
+        "logprobs": [round(logprob, 6) for logprob in answer.logprobs],
+        "confidence": round(answer.confidence, 6),
     }
 
 
