@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.answer import Answer
     from fusion_edge.runtime.answer_stream import AnswerStream
     from fusion_edge.runtime.choices import Choice
+    from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
@@ -27,6 +28,7 @@ __all__ = [
     "DeadlineExceeded",
     "Fusion",
     "FusionError",
+    "Grammar",
     "QuestionOptions",
     "Sampling",
     "Stopped",
@@ -46,6 +48,7 @@ _MODULES = {
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
     "FusionError": "errors",
+    "Grammar": "constraints.grammar",
     "QuestionOptions": "requests",
     "Sampling": "sampling",
     "Stopped": "errors",

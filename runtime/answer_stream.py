@@ -40,7 +40,7 @@ class AnswerStream(Iterator[str]):
         self._answer: Answer | None = None
         self._error: Stopped | None = None
         self._text = Detokenizer(pipeline.tokenizer, question.sampling.stop)
-        self._sampler = Sampler(question.sampling)
+        self._sampler = Sampler(question.sampling, question.constraint)
         self._token_ids: list[int] = []
         self._prompt_tokens = self._steps = 0
         self._is_ended = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -14,6 +14,7 @@ from fusion_edge.runtime.pipeline import Pipeline
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.structured import document, document_sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,6 +156,40 @@ class Conversation:
         self.history.append(Turn(question, choice.text))
         return choice
 
+    def json(
+        self,
+        question: str,
+        schema: dict[str, Any],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Any:
+        """Ask a question and return the answer as a JSON document that ``schema`` allows.
+
+        The model does not see the schema: ask for its content in the question. Needs the extra ``constrained``.
+
+        The turn is appended to :attr:`history` if the document is complete.
+
+        Args:
+            question: The question.
+            schema: A JSON schema, as in :meth:`Grammar.json`.
+            deadline: Seconds from the call until the question stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`AnswerOptions`.
+
+        Returns:
+            The document as Python objects.
+
+        Raises:
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`Fusion.answer`.
+            DeadlineExceeded: The deadline passed before the document was complete.
+            Cancelled: The question was canceled before the document was complete.
+            FusionError: The document needs more than :attr:`Sampling.max_new_tokens`, or as in :meth:`Fusion.answer`.
+        """
+        options["sampling"] = document_sampling(options, schema)
+        return document(self.answer(question, deadline=deadline, on_stage=on_stage, **options))
+
     def _start(self, question: str, control: RunControl, **options: Unpack[AnswerOptions]) -> AnswerStream:
         """Start an answer with the present history. Call it in the queue."""
         self._queue.check_open()
@@ -163,7 +198,8 @@ class Conversation:
         )
 
         def append(answer: Answer) -> None:
-            self.history.append(Turn(question, answer.text))
+            if prepared.constraint is None or answer.finish_reason == "stop":  # no half of a document
+                self.history.append(Turn(question, answer.text))
 
         return AnswerStream(self._pipeline, self._queue, prepared, control, append)
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from tokenizers import Tokenizer
 
@@ -33,6 +33,7 @@ from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
 from fusion_edge.runtime.stages import ENCODE_GLOBAL
+from fusion_edge.runtime.structured import document, document_sampling
 from fusion_edge.runtime.system.resources import check_threads
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
 from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
@@ -287,6 +288,40 @@ class Fusion:
         prepared = prepare_choices(self.pipeline, image, questions, choices, **options)
         chosen = [self.queue.run(partial(self._choose, one, control), control) for one in prepared]
         return chosen if questions is question else chosen[0]
+
+    def json(
+        self,
+        image: ImageLike,
+        question: str,
+        schema: dict[str, Any],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[QuestionOptions],
+    ) -> Any:
+        """Ask a question and return the answer as a JSON document that ``schema`` allows.
+
+        The model does not see the schema: ask for its content in the question. Needs the extra ``constrained``.
+
+        Args:
+            image: As in :meth:`ask`.
+            question: The question.
+            schema: A JSON schema, as in :meth:`Grammar.json`.
+            deadline: Seconds from the call until the question stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`QuestionOptions`.
+
+        Returns:
+            The document as Python objects.
+
+        Raises:
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`answer`.
+            DeadlineExceeded: The deadline passed before the document was complete.
+            Cancelled: The question was canceled before the document was complete.
+            FusionError: The document needs more than :attr:`Sampling.max_new_tokens`, or as in :meth:`answer`.
+        """
+        options["sampling"] = document_sampling(options, schema)
+        return document(self.answer(image, question, deadline=deadline, on_stage=on_stage, **options))
 
     def conversation(self, image: ImageLike, color: Color = "rgb", *, control_tokens: bool = False) -> Conversation:
         """Start a conversation about one image.

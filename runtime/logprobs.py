@@ -13,22 +13,16 @@ from fusion_edge.runtime.errors import FusionError
 class LogProbabilities:
     """Natural logarithms of the softmax of ``logits`` ``[V]``, computed for the tokens that are asked for.
 
-    Valid as long as ``logits``. Raises :class:`FusionError` if the largest logit is not finite.
+    Valid as long as ``logits``. Raises :class:`FusionError` as :func:`likeliest` does.
     """
 
     def __init__(self, logits: npt.NDArray[np.float32]) -> None:
         self._logits = logits
-        self.likeliest = int(logits.argmax())
-        """Token of the largest logit, the first of equal ones."""
-        largest = float(logits[self.likeliest])  # a NaN, if there is one
-        if not math.isfinite(largest):
-            raise FusionError(
-                f"The model's logits contain {largest}: the bundle overflows on this device; export it with "
-                "a higher precision."
-            )
-        weights = logits - logits[self.likeliest]
+        self.likeliest = likeliest(logits)
+        largest = logits[self.likeliest]
+        weights = logits - largest
         np.exp(weights, out=weights)
-        self._normalizer = largest + math.log(np.add.reduce(weights))
+        self._normalizer = float(largest) + math.log(np.add.reduce(weights))
 
     def __getitem__(self, token: int) -> float:
         return min(0.0, float(self._logits[token]) - self._normalizer)  # rounding may exceed 0
@@ -37,6 +31,20 @@ class LogProbabilities:
         """Return the ``count`` likeliest tokens, likeliest first, without those of probability 0."""
         tokens = top_tokens(self._logits, count)
         return {token: self[token] for token in tokens.tolist() if self._logits[token] > -np.inf}
+
+
+def likeliest(logits: npt.NDArray[np.float32]) -> int:
+    """Return the token of the largest logit, the first of equal ones.
+
+    Raises :class:`FusionError` if that logit is not finite.
+    """
+    token = int(logits.argmax())
+    if not math.isfinite(logits[token]):  # a NaN, if there is one
+        raise FusionError(
+            f"The model's logits contain {logits[token]}: the bundle overflows on this device; export it with "
+            "a higher precision."
+        )
+    return token
 
 
 def top_tokens(logits: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:

@@ -5,7 +5,7 @@ A stage hook observes the stages: ``hook(name)`` returns a context manager that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, I
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.templates import TEMPLATES
+from fusion_edge.runtime.constraints.compiler import GrammarCompiler
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
@@ -34,6 +35,7 @@ from fusion_edge.runtime.stages import (
     StageHook,
     no_hook,
 )
+from fusion_edge.runtime.structured import with_grammar
 
 Embed = Callable[[Integers], Floats]
 """Token ids ``[n]`` to embeddings ``[n,D]``."""
@@ -88,6 +90,7 @@ class Pipeline:
             )
         self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
         """Tokens that end an answer: the checkpoint's, and always the template's end of turn."""
+        self._grammars = GrammarCompiler(tokenizer, self.end_ids, self.config.language.vocab_size)
         self._latest: EncodedImage | None = None
 
     @property
@@ -109,16 +112,17 @@ class Pipeline:
         query_length: int | None = None,
         color: Color = "rgb",
         control_tokens: bool = False,
+        regex: str | None = None,
+        choices: Iterable[str] | None = None,
     ) -> PreparedQuestion:
         """Check the arguments of a question, load its image and tokenize its prompt. Runs no graph."""
-        sampling = Sampling() if sampling is None else sampling
-        if not isinstance(sampling, Sampling):
-            raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
+        sampling = with_grammar(sampling, regex=regex, choices=choices)
+        constraint = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
         length = self.query_length(query_length)
         budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
         is_markup = check_flag("control_tokens", control_tokens)
         prompt = self.prompts.encode(history, question, control_tokens=is_markup, budget=budget)
-        return PreparedQuestion(load_image(image, color), prompt, sampling, length)
+        return PreparedQuestion(load_image(image, color), prompt, sampling, length, constraint)
 
     def query_length(self, length: int | None = None) -> int:
         """Return the query length, by default the bundle's first. Raise :class:`UsageError` if it is not offered."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime.arguments import check_integer, check_number, short_repr
+from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.logprobs import LogProbabilities, likeliest_first, top_tokens
+from fusion_edge.runtime.logprobs import LogProbabilities, likeliest, likeliest_first, top_tokens
+
+if TYPE_CHECKING:
+    from fusion_edge.runtime.constraints.compiler import Constraint
 
 MAX_LOGPROBS = 20
 """Limit of :attr:`Sampling.logprobs`."""
@@ -35,6 +40,8 @@ class Sampling:
     """Random seed; None for a new one each time."""
     stop: tuple[str, ...] = ()
     """Stop strings, which end the answer and are not part of it."""
+    grammar: Grammar | None = None
+    """What the answer may be; it excludes ``stop``. Default: any text."""
     logprobs: int = 0
     """Number of likeliest tokens in :attr:`Answer.top_logprobs`, at most 20; 0 is off."""
 
@@ -57,33 +64,46 @@ class Sampling:
             object.__setattr__(self, name, number)
         if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
             raise UsageError(f"stop is {short_repr(self.stop)}; expected a tuple of strings, none of them empty.")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise UsageError(f"grammar is {short_repr(self.grammar)}; expected a Grammar, or None.")
+        if self.grammar is not None and self.stop:
+            raise UsageError("stop and grammar exclude each other: the grammar says where an answer ends; drop stop.")
 
 
 class Sampler:
     """Samples the tokens of one answer with its random generator, and keeps their log-probabilities."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
+        """Start an answer. ``constraint`` is that of ``sampling.grammar``."""
         self._sampling = sampling
+        self._constraint = constraint
         self._generator = np.random.default_rng(sampling.seed)
         self.logprobs: list[float] = []
-        """Log-probability of every sampled token, at temperature 1 and before top-k and top-p."""
+        """Log-probability of every sampled token, at temperature 1, before grammar, top-k and top-p."""
         self.top_logprobs: list[dict[int, float]] = []
         """For every sampled token the likeliest ones and itself; empty without :attr:`Sampling.logprobs`."""
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
         """Return a token id for ``logits`` ``[V]``: greedy, or sampled after temperature, top-k and top-p.
 
-        The first of equal logits ranks highest. A logit of minus infinity is never sampled. Raises ``FusionError`` if
-        the largest logit is not finite.
+        Tokens that the grammar forbids are left out first. The first of equal logits ranks highest. A logit of minus
+        infinity is never sampled. Raises ``FusionError`` if the largest logit is not finite.
         """
         logprobs = LogProbabilities(logits)
-        token = logprobs.likeliest if self._sampling.temperature == 0 else self._draw(logits)
+        if self._constraint is None:
+            token = self._choose(logits, logprobs.likeliest)
+        else:
+            allowed = self._constraint.mask(logits)
+            token = self._choose(allowed, likeliest(allowed))
+            self._constraint.accept(token)
         self.logprobs.append(logprobs[token])
         if self._sampling.logprobs:
             self.top_logprobs.append(logprobs.top(self._sampling.logprobs) | {token: logprobs[token]})
         return token
 
-    def _draw(self, logits: npt.NDArray[np.float32]) -> int:
+    def _choose(self, logits: npt.NDArray[np.float32], likeliest: int) -> int:
+        if self._sampling.temperature == 0:
+            return likeliest
         candidates, probabilities = distribution(logits, self._sampling)
         # Inverse transform sampling. random() is below 1, so the index is always valid.
         cumulative = np.cumsum(probabilities)

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
+from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.choices import ChoosingConversation, choice_list
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
 from fusion_edge.runtime.cli.stage_display import StageDisplay
+from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import Fusion, load
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
+from fusion_edge.runtime.structured import document, with_grammar
 from fusion_edge.runtime.system import signals
 
 if TYPE_CHECKING:
@@ -115,6 +118,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, metavar="N", help="random seed, for reproducible sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string, which ends the answer; repeatable")
+    add("--schema", type=Path, metavar="FILE", help="answer with JSON of this JSON schema")
+    add("--regex", metavar="PATTERN", help="answer with a text that this regular expression matches")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -126,8 +131,12 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
+    schema = None if arguments.schema is None else _read_schema(arguments.schema)
+    sampling = with_grammar(sampling, schema=schema, regex=arguments.regex)
     if arguments.choices is not None and sampling != Sampling():
-        raise UsageError("--choices generates no answer; drop --max-new-tokens, --stop and the options of sampling.")
+        raise UsageError(
+            "--choices generates no answer; drop --schema, --regex, --max-new-tokens, --stop and options of sampling."
+        )
     if arguments.json and arguments.ask is None:
         raise UsageError("--json needs --ask TEXT; add it, or drop --json.")
     history = [] if arguments.history is None else _read_history(arguments.history)
@@ -139,18 +148,12 @@ def _run(arguments: argparse.Namespace) -> int:
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)
 
-        options: AnswerOptions = {"sampling": sampling, "query_length": arguments.query_len}
-
-        def say(question: str) -> None:
-            _say(conversation, question, arguments.deadline, options)
-
-        def ask(question: str) -> dict[str, Any]:
-            return _answer_json(_ask(conversation, question, arguments.deadline, options))
-
-        if arguments.choices is not None:
+        if arguments.choices is None:
+            options: AnswerOptions = {"sampling": sampling, "query_length": arguments.query_len}
+            say, ask = _answering(conversation, arguments.deadline, options, is_document=schema is not None)
+        else:
             choosing = ChoosingConversation(conversation, arguments.choices, arguments.deadline, arguments.query_len)
             say, ask = choosing.say, choosing.ask_json
-
         if arguments.ask is None:
             return _interactive(say)
         if arguments.json:
@@ -172,6 +175,27 @@ def _report_device(fusion: Fusion, verbose: bool) -> None:
         sys.stderr.write(f"note: {device.remark}\n" if device.remark else "")
     elif device.name == "cpu" and (skipped := [reasons[name] for name in exported_for if name in reasons]):
         sys.stderr.write(f"warning: running on {device.name}, {' '.join(skipped)}\n")
+
+
+def _answering(
+    conversation: Conversation, deadline: float | None, options: AnswerOptions, is_document: bool
+) -> tuple[Callable[[str], None], Callable[[str], dict[str, Any]]]:
+    """Return functions of a question: one prints the answer, the other returns it as JSON values."""
+
+    def answer(question: str) -> Answer:
+        answer = _ask(conversation, question, deadline, options)
+        if is_document:
+            document(answer)  # an incomplete one is an error
+        return answer
+
+    def say(question: str) -> None:
+        if is_document:
+            sys.stdout.write(f"{answer(question).text}\n")
+            sys.stdout.flush()
+        else:
+            _say(conversation, question, deadline, options)
+
+    return say, lambda question: _answer_json(answer(question))
 
 
 def _ask(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> Answer:
@@ -236,6 +260,13 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "logprobs": [round(logprob, 6) for logprob in answer.logprobs],
         "confidence": round(answer.confidence, 6),
     }
+
+
+def _read_schema(path: Path) -> Grammar:
+    try:
+        return Grammar.json(read_json(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FusionError(f"Cannot read the JSON schema in {path} ({error}); expected a JSON object.") from None
 
 
 def _read_history(path: Path) -> list[Turn]:

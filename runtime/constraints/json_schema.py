@@ -36,7 +36,7 @@ _ROOT = frozenset(("$schema", "$id", *_DEFINITIONS))
 _FORMATS = ("date-time", "date", "time", "uuid", "ipv4", "ipv6", "email", "hostname", "uri")
 _FORMAT_LENGTH = 256  # the format of a time has digits without end
 _RANGE = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_KEYWORDS: dict[str, tuple[str, ...]] = {
+KEYWORDS: dict[str, tuple[str, ...]] = {
     "null": (),
     "boolean": (),
     "integer": (*_RANGE, "multipleOf"),
@@ -134,7 +134,7 @@ class _Reader:
 
     def _typed(self, node: Schema, path: str, depth: int) -> Schema:
         types = _types(node, path)
-        _only(node, ("type", *(keyword for name in types for keyword in _KEYWORDS[name])), path)
+        _only(node, ("type", *(keyword for name in types for keyword in KEYWORDS[name])), path)
         result: Schema = {"type": types}
         if "string" in types:
             result |= _string(node, path)
@@ -179,9 +179,9 @@ class _Reader:
 def _types(node: Schema, path: str) -> list[str]:
     given = node.get("type")
     types = [given] if isinstance(given, str) else given
-    if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in _KEYWORDS for t in types):
+    if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in KEYWORDS for t in types):
         missing = "has no type" if "type" not in node else f"has the type {short_repr(given)}"
-        raise _error(path, f"it {missing}; expected one of {', '.join(_KEYWORDS)}, or enum, const, anyOf or $ref")
+        raise _error(path, f"it {missing}; expected one of {', '.join(KEYWORDS)}, or enum, const, anyOf or $ref")
     return types
 
 

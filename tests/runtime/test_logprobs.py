@@ -78,3 +78,25 @@ def test_the_sampler_keeps_the_models_own_probabilities(
         expected = [logprobs.top(kept) | {token: logprobs[token]} for token in tokens]
         assert sampler.top_logprobs == expected
         assert all(token in top for token, top in zip(tokens, sampler.top_logprobs, strict=True))
+
+
+def test_a_grammar_changes_the_choice_but_not_the_probability() -> None:
+    """The log-probability of a token tells how likely it was before others were forbidden."""
+
+    class Second:
+        """Allows the second token alone."""
+
+        def mask(self, logits: Logits) -> Logits:
+            return np.where(np.arange(len(logits)) == 1, logits, -np.inf).astype(np.float32)
+
+        def accept(self, token: int) -> None:
+            assert token == 1
+
+    constraint: Any = Second()
+    logits = np.array([5, 1, 0], np.float32)
+    sampler = Sampler(Sampling(logprobs=1), constraint)
+    assert sampler(logits) == 1
+    assert sampler.logprobs == [LogProbabilities(logits)[1]]
+    assert list(sampler.top_logprobs[0]) == [0, 1]
+    with pytest.raises(FusionError, match="logits contain -inf"):
+        sampler(np.array([5, -np.inf, 0], np.float32))

@@ -106,7 +106,7 @@ def test_choices_that_cannot_be_compared(command: list[str], refused: Refuse) ->
         assert message in refused(cli_run.main, *command[:-1], choices, *ASKED, code=2)
 
 
-@pytest.mark.parametrize("option", ["--temperature=1", "--max-new-tokens=5", "--stop=x"])
+@pytest.mark.parametrize("option", ["--temperature=1", "--max-new-tokens=5", "--stop=x", "--regex=yes"])
 def test_options_without_effect(command: list[str], option: str, refused: Refuse) -> None:
     message = refused(cli_run.main, *command, *ASKED, option, code=2)
-    assert "--choices generates no answer; drop --max-new-tokens, --stop and the options of sampling" in message
+    assert "--choices generates no answer; drop --schema, --regex, --max-new-tokens, --stop" in message

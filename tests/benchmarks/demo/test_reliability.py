@@ -11,6 +11,7 @@ import pytest
 from fusion_edge.benchmarks.demo import reliability_plot
 from fusion_edge.benchmarks.demo.pictures import KINDS, examples
 from fusion_edge.benchmarks.demo.reliability import CHOICES, Asked, held_out, summary, table
+from fusion_edge.benchmarks.plots import plotted_data
 
 
 def test_the_right_answer_is_always_among_the_choices() -> None:
@@ -63,4 +64,4 @@ def test_drawing_gives_the_same_file(tmp_path: Path) -> None:
     for file in (first, second):
         assert reliability_plot.main(["--output", str(file)]) == 0
     assert first.read_text() == second.read_text()
-    assert reliability_plot.plotted_data(first) == json.loads(json.dumps(reliability_plot.read_data()))
+    assert plotted_data(first) == json.loads(json.dumps(reliability_plot.read_data()))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from tokenizers import Tokenizer
 from fusion_edge.benchmarks.random_schemas import random_schema
 from fusion_edge.runtime.constraints.compiler import GrammarCompiler
 from fusion_edge.runtime.constraints.grammar import Grammar
+from fusion_edge.runtime.constraints.json_schema import KEYWORDS
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.tokenization.token_bytes import TokenBytes, token_bytes
 
@@ -113,7 +117,7 @@ def test_answers_match_their_pattern(model: Model, pattern: str) -> None:
         assert any(re.fullmatch(pattern, space + text) for space in ("", " ")), text
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_documents_of_random_schemas_are_valid(model: Model, seed: int) -> None:
     schema = random_schema(seed)
     text = model.answer(Grammar.json(schema), seed)
@@ -130,6 +134,36 @@ def test_random_schemas_are_valid_and_use_every_keyword() -> None:
     texts = ("minLength", "maxLength", "pattern", "format", "enum", "const")
     parts = ("items", "prefixItems", "minItems", "maxItems", "required", "anyOf", "$ref", "$defs")
     assert all(f'"{keyword}"' in text for keyword in (*numbers, *texts, *parts))
+
+
+ODD: list[Any] = [None, True, False, 0, -1, 2, 0.5, 1e30, "", "a", "[", "date", "null", "#/$defs/a", [], ["string"]]
+ODD += [["number", "null"], {}, {"type": "null"}, [{"type": "null"}], {"a": {"type": "boolean"}}, [1, "1"]]
+NAMES = ["type", "enum", "const", "anyOf", "$ref", *(name for names in KEYWORDS.values() for name in names)]
+
+
+def places(node: Any) -> Iterator[Any]:
+    """Yield every object and list of a schema."""
+    if isinstance(node, dict | list):
+        yield node
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from places(part)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_mutants_of_schemas_are_refused_or_give_valid_documents(model: Model, seed: int) -> None:
+    source = random.Random(seed)
+    schema = random_schema(seed)
+    for _ in range(source.randint(1, 2)):
+        place = source.choice(list(places(schema)))
+        keys = [*place, source.choice(NAMES)] if isinstance(place, dict) else list(range(len(place)))
+        if keys:
+            place[source.choice(keys)] = copy.deepcopy(source.choice(ODD))
+    try:
+        text = model.answer(Grammar.json(schema), seed, limit=150)
+    except UsageError:
+        return
+    if text is not None:  # else the mutant has no bounds
+        Draft202012Validator(schema).validate(json.loads(text, parse_constant=pytest.fail))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fusion_edge.runtime.prompts.prompt import PromptEncoder, Turn
 from fusion_edge.runtime.tokenization.text_encoder import is_empty
 
 QUESTION = "Is the path clear?"
-HISTORIES = ([], [Turn("What is it?", "A door.")])
+HISTORIES: tuple[list[Turn], ...] = ([], [Turn("What is it?", "A door.")])
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
     ["yes", "No, it is not.", "<|end|> x", "<image>1", "é", "🙂", "▁yes", "a\nb"]
 )
