@@ -24,6 +24,7 @@ from fusion_edge.benchmarks.latency.machine.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.result_file import header
 from fusion_edge.runtime.backends.devices import AUTO, NAMES
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
+from fusion_edge.runtime.cli.choices import choice_list
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer, positive_seconds
 from fusion_edge.runtime.errors import AccuracyError, UsageError
@@ -109,11 +110,6 @@ def parser() -> argparse.ArgumentParser:
         help="write an HTML report with the worst cases, one self-contained file",
     )
     return parser
-
-
-def choice_list(text: str) -> tuple[str, ...]:
-    """Parse a comma-separated list of texts."""
-    return tuple(part.strip() for part in text.split(","))
 
 
 def percentage(text: str) -> float:
