@@ -41,6 +41,7 @@ class AnswerStream(Iterator[str]):
         self._partial: Answer | None = None
         """What a question reached that stopped with an error. The error itself would keep frames, and they pictures."""
         self._text = Detokenizer(pipeline.tokenizer, question.sampling.stop)
+        self._sampler = Sampler(question.sampling, question.constraint)
         self._token_ids: list[int] = []
         self._prompt_tokens = self._steps = 0
         self._is_ended = False
@@ -114,8 +115,7 @@ class AnswerStream(Iterator[str]):
 
     def _tokens(self, question: PreparedQuestion) -> Iterator[int]:
         """Generate the tokens of the answer, without the end token."""
-        pipeline, hook = self._pipeline, self._control.stage_hook
-        sampler = Sampler(question.sampling, question.constraint)
+        pipeline, hook, sampler = self._pipeline, self._control.stage_hook, self._sampler
         prefilled = pipeline.start(question, sampler, hook)
         self._prompt_tokens = prefilled.length
         token, limit = prefilled.token, prefilled.capacity - prefilled.length
@@ -130,7 +130,7 @@ class AnswerStream(Iterator[str]):
 
     def _reached(self, finish_reason: FinishReason) -> Answer:
         """Return the answer so far."""
-        timings = self._control.timings_ms
+        timings, count = self._control.timings_ms, len(self._token_ids)
         return Answer(
             text=self._text.text.strip(),  # as in the released code
             token_ids=tuple(self._token_ids),
@@ -138,4 +138,6 @@ class AnswerStream(Iterator[str]):
             finish_reason=finish_reason,
             timings_ms=dict(timings),
             tokens_per_second=1000 * self._steps / timings["decode"] if self._steps else 0.0,
+            logprobs=tuple(self._sampler.logprobs[:count]),  # without the end token
+            top_logprobs=tuple(self._sampler.top_logprobs[:count]),
         )
