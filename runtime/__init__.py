@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
+    from fusion_edge.runtime.loop.asker import Asker
+    from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
+    from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
     from fusion_edge.runtime.prompts.prompt import Turn
     from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
@@ -21,6 +24,7 @@ __all__ = [
     "Answer",
     "AnswerOptions",
     "AnswerStream",
+    "Asker",
     "Cancelled",
     "Choice",
     "ChoiceOptions",
@@ -29,9 +33,15 @@ __all__ = [
     "Fusion",
     "FusionError",
     "Grammar",
+    "Latencies",
+    "Percentiles",
     "QuestionOptions",
+    "QueueFull",
+    "Request",
+    "RequestOptions",
     "Sampling",
     "Stopped",
+    "Superseded",
     "Turn",
     "UsageError",
     "load",
@@ -41,6 +51,7 @@ _MODULES = {
     "Answer": "answer",
     "AnswerOptions": "requests",
     "AnswerStream": "answer_stream",
+    "Asker": "loop.asker",
     "Cancelled": "errors",
     "Choice": "choices",
     "ChoiceOptions": "requests",
@@ -49,9 +60,15 @@ _MODULES = {
     "Fusion": "fusion",
     "FusionError": "errors",
     "Grammar": "constraints.grammar",
+    "Latencies": "loop.latencies",
+    "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",
+    "QueueFull": "loop.request",
+    "Request": "loop.request",
+    "RequestOptions": "loop.request",
     "Sampling": "sampling",
     "Stopped": "errors",
+    "Superseded": "loop.request",
     "Turn": "prompts.prompt",
     "UsageError": "errors",
     "load": "fusion",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fusion_edge.runtime.answer import Answer, FinishReason
-from fusion_edge.runtime.errors import FusionError, Stopped, UsageError
+from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.pipeline import Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import PreparedQuestion
@@ -38,7 +38,8 @@ class AnswerStream(Iterator[str]):
         self._control = control
         self._when_complete = when_complete
         self._answer: Answer | None = None
-        self._error: Stopped | None = None
+        self._partial: Answer | None = None
+        """What a question reached that stopped with an error. The error itself would keep frames, and they pictures."""
         self._text = Detokenizer(pipeline.tokenizer, question.sampling.stop)
         self._sampler = Sampler(question.sampling, question.constraint)
         self._token_ids: list[int] = []
@@ -72,18 +73,18 @@ class AnswerStream(Iterator[str]):
             raise UsageError("The answer is not complete; take every piece of the stream first.")
         return self._answer
 
-    def complete(self) -> Answer:
-        """Generate the rest and return the answer. Call it in the queue."""
-        while self._advance() is not None:
-            pass
+    def complete(self, when_piece: Callable[[str], object] = lambda _: None) -> Answer:
+        """Generate the rest, pass each piece to ``when_piece``, and return the answer. Call it in the queue."""
+        while (piece := self._advance()) is not None:
+            when_piece(piece)
         return self.answer
 
     def _advance(self) -> str | None:
         """Return the next piece; None after the last one."""
         if self._answer is not None:  # another thread took the last piece
             return None
-        if self._error is not None:
-            raise self._error
+        if self._partial is not None:
+            raise self._control.error(self._partial)
         if not self._queue.is_current(self._control):
             raise FusionError("This answer ended because another question was asked; take all pieces first.")
         piece = next(self._pieces, None)
@@ -107,8 +108,8 @@ class AnswerStream(Iterator[str]):
             self._answer = self._reached("stop" if self._text.stopped or self._is_ended else "length")
             self._when_complete(self._answer)
         elif self._control.reason == "closed" or not self._token_ids:
-            self._error = self._control.error(self._reached(finish_reason))
-            raise self._error
+            self._partial = self._reached(finish_reason)
+            raise self._control.error(self._partial)
         else:
             self._answer = self._reached(finish_reason)
 

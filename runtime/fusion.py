@@ -191,9 +191,19 @@ class Fusion:
             UsageError: As in :meth:`ask`.
             FusionError: As in :meth:`ask`.
         """
-        control = RunControl(deadline, on_stage)
+        return self.answer_under(RunControl(deadline, on_stage), lambda _: None, image, question, **options)
+
+    def answer_under(
+        self,
+        control: RunControl,
+        when_piece: Callable[[str], object],
+        image: ImageLike,
+        question: str,
+        **options: Unpack[QuestionOptions],
+    ) -> Answer:
+        """Answer as :meth:`answer` does, under the caller's control, and pass each piece to ``when_piece``."""
         prepared = self._prepare(image, question, **options)
-        return self.queue.run(lambda: self._start(prepared, control).complete(), control)
+        return self.queue.run(lambda: self._start(prepared, control).complete(when_piece), control)
 
     def stream(
         self,

@@ -76,7 +76,9 @@ class RequestQueue:
             self._running = None
 
     def stop(self, control: RunControl, reason: StopReason) -> None:
-        """Stop a question, within a graph if it runs."""
+        """Stop a question, within a graph if it runs. Do nothing in a forked process."""
+        if self.is_inherited:
+            return
         with self._guard:
             control.stop(reason)
             if self._running is control and isinstance(self._backend, Interruptible):

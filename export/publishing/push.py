@@ -14,7 +14,7 @@ from fusion_edge.export.publishing.model_card import MARK, checkpoint_license, m
 from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.hub.client import is_hub_id, is_offline, is_revision, open_client, reason_of
+from fusion_edge.runtime.hub.client import check_client, is_hub_id, is_offline, is_revision, open_client, reason_of
 from fusion_edge.runtime.system.interruptible import interruptible
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def prepare_destination(destination: Destination) -> None:
     Raises :class:`FusionError` without a token, without the right to write, or if a repository that must be private is
     public.
     """
+    check_client("--push-to-hub")
     api = open_client()
     if is_offline():
         raise FusionError("HF_HUB_OFFLINE forbids --push-to-hub; unset it, or leave --push-to-hub out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from fusion_edge.runtime.errors import FusionError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+OLDEST_CLIENT = (1, 8)
+"""Oldest version of ``huggingface_hub``, the one of the extra ``hub``."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _REVISION = re.compile(r"[\w-][\w.+-]*(/[\w-][\w.+-]*)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -31,13 +34,23 @@ def is_commit(text: str) -> bool:
     return _COMMIT.fullmatch(text) is not None
 
 
-def check_client(hub_id: str) -> None:
-    """Raise :class:`FusionError` if ``huggingface_hub`` is not installed."""
-    if find_spec("huggingface_hub") is None:
-        raise FusionError(
-            f"There is no folder {hub_id}, and the hub needs huggingface_hub: run pip install '.[hub]' in a clone of "
-            "fusion-edge, or pass an existing folder."
-        )
+def check_client(needed_by: str) -> None:
+    """Raise :class:`FusionError` if ``huggingface_hub`` is not installed, or too old, which other packages allow.
+
+    ``needed_by`` begins the message.
+    """
+    if find_spec("huggingface_hub") is not None:
+        installed = version("huggingface_hub")
+        if tuple(map(int, installed.split(".")[:2])) >= OLDEST_CLIENT:
+            return
+        found = f", not {installed}"
+    else:
+        found = ""
+    oldest = ".".join(map(str, OLDEST_CLIENT))
+    raise FusionError(
+        f"{needed_by} needs huggingface_hub {oldest} or newer{found}: run pip install '.[hub]' in a clone of "
+        "fusion-edge."
+    )
 
 
 def open_client() -> HfApi:

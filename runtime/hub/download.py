@@ -62,7 +62,7 @@ def download_bundle(hub_id: str, revision: str | None) -> Snapshot:
     """
     if revision is not None and not is_revision(revision):
         raise UsageError(f"The revision is {revision[:80]!r}; expected a branch, tag or commit.")
-    check_client(hub_id)
+    check_client(f"There is no folder {hub_id}, and the hub")
     cached = _cached(hub_id, revision)
     if cached is not None and (is_commit(revision or "") or is_offline()):
         return cached

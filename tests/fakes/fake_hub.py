@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +47,8 @@ class FakeHub:
     """Method and path of every request."""
     broken: dict[str, int] = field(default_factory=dict)
     """Status to answer, by a regular expression of method and path."""
+    before: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """What to do before an answer, by a regular expression of method and path."""
     altered: dict[str, bytes] = field(default_factory=dict)
     """Content to send in place of a file's, by name."""
     cut: set[str] = field(default_factory=set)
@@ -109,6 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.requests.append(request)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
+            for pattern, action in self.state.before.items():
+                if re.search(pattern, request):
+                    action()
             for pattern, status in self.state.broken.items():
                 if re.search(pattern, request):
                     raise _Refused(status, message="broken on purpose")

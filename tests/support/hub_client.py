@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from huggingface_hub import constants
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, cache: Path, token: str = "") -> None:
     """Turn the client, which has read its environment when it was imported, to a stand-in."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # as in commands
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from fusion_edge.export import cli
 from fusion_edge.export.publishing.model_card import MARK
 from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.hub.bundle_source import find_bundle
+from fusion_edge.runtime.system import interruptible
 
 Refuse = Callable[..., str]
 PUSH = "--push-to-hub=org/name"
@@ -263,6 +267,31 @@ def test_a_failed_upload(
     hub.broken.clear()
     assert cli.main([str(output), PUSH, "--hub-branch", "v1"]) == 0
     assert "llm.data" in pushed(hub, "v1")
+
+
+def test_ctrl_c_during_the_upload(
+    hub: FakeHub, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends the command, although the client's threads wait for the network; nothing is published."""
+    released, exits = Event(), list[int]()
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's retries
+
+    first = Lock()
+
+    def interrupt() -> None:
+        if first.acquire(blocking=False):  # one signal; the client uploads several files at once
+            os.kill(os.getpid(), signal.SIGINT)
+        released.wait(30)
+
+    hub.before["^PUT"] = interrupt
+    assert cli.main([str(tiny_bundle), PUSH]) == 130
+    assert exits == [130]
+    assert capsys.readouterr().err == "interrupted\n"
+    hub.broken["."] = 500  # this process lives on, and so do the client's threads
+    released.set()
+    assert interruptible._abandoned[-1].exception(30) is not None
+    assert pushed(hub) == {".gitattributes": b""}
 
 
 def test_a_damaged_bundle(hub: FakeHub, tiny_bundle: Path, tmp_path: Path, refused: Refuse) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,13 @@ import pytest
 from fakes.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from huggingface_hub import constants
 from support.hub_client import environment, use_hub
+from support.paths import ROOT
 
 from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli import info as cli_info
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import load
-from fusion_edge.runtime.hub import download
+from fusion_edge.runtime.hub import client, download
 from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
 
 Refuse = Callable[..., str]
@@ -280,9 +282,19 @@ def test_an_answer_without_a_commit(hub: FakeHub, files: dict[str, bytes]) -> No
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = "There is no folder org/name, and the hub needs huggingface_hub 1.8 or newer"
+    with monkeypatch.context() as old:
+        old.setattr(client, "version", lambda _: "0.36.2")
+        with pytest.raises(FusionError, match=re.escape(f"{needed}, not 0.36.2: run pip install '.[hub]' in a clone")):
+            find_bundle("org/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FusionError, match=r"There is no folder org/name, and the hub needs huggingface_hub: run pip"):
+    with pytest.raises(FusionError, match=re.escape(f"{needed}: run pip install '.[hub]' in a clone")):
         find_bundle("org/name")
+
+
+def test_the_oldest_client_is_that_of_the_extra() -> None:
+    requirement = f"huggingface_hub>={'.'.join(map(str, client.OLDEST_CLIENT))}"
+    assert f'hub = ["{requirement}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 # What the manifest may list ----------------------------------------------------------------------------------
