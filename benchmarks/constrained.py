@@ -2,7 +2,7 @@
 
     python -m fusion_edge.benchmarks.constrained --bundle BUNDLE --tokenizer 32064:tokenizer.json --json FILE
 
-Every fifth document is first interrupted at a random moment, by a deadline or a cancel: it must be an error or complete.
+Every fifth document is first interrupted at a random moment by a deadline or a cancel: it is an error or complete.
 """
 
 from __future__ import annotations
