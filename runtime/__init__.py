@@ -8,6 +8,7 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime.answer import Answer
     from fusion_edge.runtime.answer_stream import AnswerStream
+    from fusion_edge.runtime.choices import Choice
     from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
     from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
     from fusion_edge.runtime.prompts.prompt import Turn
-    from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
+    from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "AnswerStream",
     "Asker",
     "Cancelled",
+    "Choice",
+    "ChoiceOptions",
     "Conversation",
     "DeadlineExceeded",
     "Fusion",
@@ -50,6 +53,8 @@ _MODULES = {
     "AnswerStream": "answer_stream",
     "Asker": "loop.asker",
     "Cancelled": "errors",
+    "Choice": "choices",
+    "ChoiceOptions": "requests",
     "Conversation": "conversation",
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
