@@ -37,8 +37,17 @@ import numpy as np
 from fusion_edge.benchmarks.latency.machine.info import machine_info
 from fusion_edge.benchmarks.latency.machine.memory import resident
 from fusion_edge.benchmarks.latency.machine.procfs import BackgroundSampler
-from fusion_edge.benchmarks.simulated_cameras import QUESTIONS, SAMPLING, Camera, Frame, Script, write_script
-from fusion_edge.runtime import Answer, Asker, Fusion, FusionError, Request, Stopped, load
+from fusion_edge.benchmarks.simulated_cameras import (
+    CHOICES,
+    CHOOSING,
+    QUESTIONS,
+    SAMPLING,
+    Camera,
+    Frame,
+    Script,
+    write_script,
+)
+from fusion_edge.runtime import Answer, Asker, Choice, Fusion, FusionError, Request, Stopped, load
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer, positive_seconds
 from fusion_edge.runtime.system.output_file import write_whole
@@ -101,6 +110,10 @@ class Robot:
 
     def camera_frame(self, name: str, draw: random.Random, number: int, frame: Frame) -> None:
         """Submit a frame; some requests have a deadline, a cancel, or consumers that fail."""
+        if draw.random() < 0.1:
+            choice = self.asker.submit_choose(frame, CHOOSING, CHOICES, key=name, deadline=2.0)
+            choice.add_done_callback(partial(self._camera_choice, self.script.choices[number]))
+            return
         question = draw.choice(QUESTIONS)
         request = self.asker.submit(
             frame,
@@ -120,6 +133,15 @@ class Robot:
     def _camera_answer(self, expected: tuple[int, ...], request: Request[Answer]) -> None:
         self.guarded("camera", lambda: self.check("camera", request.result(), expected))
 
+    def _camera_choice(self, expected: str, request: Request[Choice]) -> None:
+        self.guarded("camera choice", lambda: self.check_choice(request.result(), expected))
+
+    def check_choice(self, choice: Choice, expected: str) -> None:
+        """Compare a choice with the table."""
+        self.seen["choice"] += 1
+        if choice.text != expected:
+            self.problem(f"choice: {choice}, expected {expected}")
+
     def cancel(self, draw: random.Random) -> None:
         """Cancel an old request, or whatever runs."""
         while self._cancel_later:
@@ -133,6 +155,9 @@ class Robot:
         deadline = draw.choice((None, 0.05, 1.0))
         answer = self.fusion.answer(self.script.frames[number], question, sampling=SAMPLING, deadline=deadline)
         self.check("answer", answer, self.script.answers[number, question])
+        self.check_choice(
+            self.fusion.choose(self.script.frames[number], CHOOSING, CHOICES), self.script.choices[number]
+        )
 
     def stream(self, draw: random.Random) -> None:
         """Take some pieces of a stream, and abandon it or cancel it."""
