@@ -8,15 +8,23 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime.answer import Answer
     from fusion_edge.runtime.answer_stream import AnswerStream
+    from fusion_edge.runtime.choices import Choice
     from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.loop.asker import Asker
     from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
-    from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
+    from fusion_edge.runtime.loop.request import (
+        ChoiceRequestOptions,
+        QueueFull,
+        QueueOptions,
+        Request,
+        RequestOptions,
+        Superseded,
+    )
     from fusion_edge.runtime.prompts.prompt import Turn
-    from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
+    from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
 
 __all__ = [
@@ -25,6 +33,9 @@ __all__ = [
     "AnswerStream",
     "Asker",
     "Cancelled",
+    "Choice",
+    "ChoiceOptions",
+    "ChoiceRequestOptions",
     "Conversation",
     "DeadlineExceeded",
     "Fusion",
@@ -34,6 +45,7 @@ __all__ = [
     "Percentiles",
     "QuestionOptions",
     "QueueFull",
+    "QueueOptions",
     "Request",
     "RequestOptions",
     "Sampling",
@@ -50,6 +62,9 @@ _MODULES = {
     "AnswerStream": "answer_stream",
     "Asker": "loop.asker",
     "Cancelled": "errors",
+    "Choice": "choices",
+    "ChoiceOptions": "requests",
+    "ChoiceRequestOptions": "loop.request",
     "Conversation": "conversation",
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
@@ -59,6 +74,7 @@ _MODULES = {
     "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",
     "QueueFull": "loop.request",
+    "QueueOptions": "loop.request",
     "Request": "loop.request",
     "RequestOptions": "loop.request",
     "Sampling": "sampling",

@@ -81,7 +81,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.embed = embed
         template = TEMPLATES[self.config.template]
-        self._prompts = PromptEncoder(tokenizer, template)
+        self.prompts = PromptEncoder(tokenizer, template)
         end_of_turn = tokenizer.token_to_id(template.answer_end)
         if end_of_turn is None:
             raise FusionError(
@@ -121,7 +121,7 @@ class Pipeline:
         length = self.query_length(query_length)
         budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
         is_markup = check_flag("control_tokens", control_tokens)
-        prompt = self._prompts.encode(history, question, control_tokens=is_markup, budget=budget)
+        prompt = self.prompts.encode(history, question, control_tokens=is_markup, budget=budget)
         return PreparedQuestion(load_image(image, color), prompt, sampling, length, constraint)
 
     def query_length(self, length: int | None = None) -> int:
@@ -138,6 +138,13 @@ class Pipeline:
 
     def start(self, question: PreparedQuestion, sampler: Sampler, hook: StageHook = no_hook) -> Prefilled:
         """Run every stage up to the first token of the answer."""
+        length, capacity, logits = self.run_prompt(question, hook)
+        with hook(SAMPLING):
+            token = sampler(logits)
+        return Prefilled(length, capacity, token)
+
+    def run_prompt(self, question: PreparedQuestion, hook: StageHook = no_hook) -> tuple[int, int, Floats]:
+        """Run every stage up to the logits of the prompt's last token. Return what :meth:`prefill` returns."""
         with hook(PREPROCESS):
             crops = cut_crops(question.picture)
         with hook(ENCODE_GLOBAL):
@@ -147,19 +154,18 @@ class Pipeline:
         with hook(ALIGNMENT):
             aligned = self.align(image, question.query_length)
         with hook(PREFILL):
-            length, capacity, logits = self.prefill(
-                question.prompt, image_tokens, aligned, question.sampling.max_new_tokens
-            )
-        with hook(SAMPLING):
-            token = sampler(logits)
-        return Prefilled(length, capacity, token)
+            return self.prefill(question.prompt, image_tokens, aligned, question.sampling.max_new_tokens)
 
     def decode(self, token: int, sampler: Sampler, hook: StageHook = no_hook) -> int:
         """Append ``token`` to the sequence and return the next one."""
-        with hook(DECODE_STEP):
-            logits = self.backend.decode(self.embed(np.array([token]))[0])
+        logits = self.step(token, hook)
         with hook(SAMPLING):
             return sampler(logits)
+
+    def step(self, token: int, hook: StageHook = no_hook) -> Floats:
+        """Append ``token`` to the sequence and return the logits ``[V]`` of the next one, valid until the next step."""
+        with hook(DECODE_STEP):
+            return self.backend.decode(self.embed(np.array([token]))[0])
 
     def encode_image(self, crops: npt.NDArray[np.uint8]) -> EncodedImage:
         """Return the features of ``crops`` ``[5,S,S,3]``, from the cache if it holds the same pixels."""
