@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.loop.asker import Asker
     from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
-    from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
+    from fusion_edge.runtime.loop.request import (
+        ChoiceRequestOptions,
+        QueueFull,
+        QueueOptions,
+        Request,
+        RequestOptions,
+        Superseded,
+    )
     from fusion_edge.runtime.prompts.prompt import Turn
     from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
@@ -28,6 +35,7 @@ __all__ = [
     "Cancelled",
     "Choice",
     "ChoiceOptions",
+    "ChoiceRequestOptions",
     "Conversation",
     "DeadlineExceeded",
     "Fusion",
@@ -37,6 +45,7 @@ __all__ = [
     "Percentiles",
     "QuestionOptions",
     "QueueFull",
+    "QueueOptions",
     "Request",
     "RequestOptions",
     "Sampling",
@@ -55,6 +64,7 @@ _MODULES = {
     "Cancelled": "errors",
     "Choice": "choices",
     "ChoiceOptions": "requests",
+    "ChoiceRequestOptions": "loop.request",
     "Conversation": "conversation",
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
@@ -64,6 +74,7 @@ _MODULES = {
     "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",
     "QueueFull": "loop.request",
+    "QueueOptions": "loop.request",
     "Request": "loop.request",
     "RequestOptions": "loop.request",
     "Sampling": "sampling",

@@ -292,12 +292,22 @@ class Fusion:
             DeadlineExceeded: The deadline passed before the last choice was made.
             Cancelled: The question was canceled, or the model was closed.
         """
-        control = RunControl(deadline, on_stage)
-        self.queue.check_open()
         questions = question if isinstance(question, list | tuple) else (question,)
-        prepared = prepare_choices(self.pipeline, image, questions, choices, **options)
-        chosen = [self.queue.run(partial(self._choose, one, control), control) for one in prepared]
+        chosen = self.choose_under(RunControl(deadline, on_stage), image, questions, choices, **options)
         return chosen if questions is question else chosen[0]
+
+    def choose_under(
+        self,
+        control: RunControl,
+        image: ImageLike,
+        questions: Sequence[str],
+        choices: Sequence[str],
+        **options: Unpack[ChoiceOptions],
+    ) -> list[Choice]:
+        """Choose as :meth:`choose` does, under the caller's control."""
+        self.queue.check_open()
+        prepared = prepare_choices(self.pipeline, image, questions, choices, **options)
+        return [self.queue.run(partial(self._choose, one, control), control) for one in prepared]
 
     def json(
         self,
