@@ -1,0 +1,141 @@
+"""A scene: many questions about one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fusion_edge.runtime.answer import Answer
+from fusion_edge.runtime.answer_stream import AnswerStream
+from fusion_edge.runtime.image_cache import CacheEntry
+from fusion_edge.runtime.pipeline import Pipeline
+from fusion_edge.runtime.request_queue import RequestQueue
+from fusion_edge.runtime.requests import PreparedQuestion
+from fusion_edge.runtime.run_control import RunControl
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fusion_edge.runtime.requests import SceneOptions
+
+
+class Scene:
+    """A picture that the model has looked at, for many questions.
+
+    :meth:`Fusion.look` returns one. With a guide, image tokens and the KV cache up to them are computed under the guide
+    and shared by all questions: an answer is that of :meth:`Fusion.ask` if the guide is its question (in a conversation,
+    all questions so far, without a separator). Without a guide each question is its own.
+
+    Several threads may ask. The scene is cached until :meth:`close`, or until later pictures take its place.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, queue: RequestQueue, entry: CacheEntry, guide: str | None, query_length: int
+    ) -> None:
+        self.guide = guide
+        """Text that guided the vision encoder; None if each question guides it."""
+        self.query_length = query_length
+        """Latents per question."""
+        self._pipeline = pipeline
+        self._queue = queue
+        self._entry = entry
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the KV cache of the scene, at the next question if one is running. Its picture stays cached.
+
+        Closing again does nothing. Any thread may call this; it does not wait.
+        """
+        self._entry.close()
+
+    def ask(
+        self,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[SceneOptions],
+    ) -> Iterator[str]:
+        """Ask a question about the scene and return the answer piece by piece, as :meth:`Fusion.ask`.
+
+        Args:
+            question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`SceneOptions`.
+
+        Returns:
+            Pieces of text. Their concatenation is the answer; a returned piece never changes.
+
+        Raises:
+            UsageError: An argument has a wrong type or is out of range, or the scene or the model is closed.
+            SceneEvicted: Later pictures took the place of the scene.
+            FusionError: The conversation does not fit the context.
+            DeadlineExceeded: The deadline passed before the answer began.
+            Cancelled: The question was canceled before the answer began, or the model was closed.
+        """
+        return self.stream(question, deadline=deadline, on_stage=on_stage, **options)
+
+    def answer(
+        self,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[SceneOptions],
+    ) -> Answer:
+        """Ask a question about the scene and return the answer, as :meth:`Fusion.answer`.
+
+        Args:
+            question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`SceneOptions`.
+
+        Raises:
+            UsageError: As in :meth:`ask`.
+            FusionError: As in :meth:`ask`.
+        """
+        control = RunControl(deadline, on_stage)
+        prepared = self._prepare(question, **options)
+        return self._queue.run(lambda: self._start(prepared, control).complete(), control)
+
+    def stream(
+        self,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[SceneOptions],
+    ) -> AnswerStream:
+        """Ask a question about the scene and return a stream of the answer's pieces, as :meth:`Fusion.stream`.
+
+        Args:
+            question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`SceneOptions`.
+
+        Raises:
+            UsageError: As in :meth:`ask`.
+            FusionError: As in :meth:`ask`.
+        """
+        control = RunControl(deadline, on_stage)
+        prepared = self._prepare(question, **options)
+        return self._queue.run(lambda: self._start(prepared, control), control)
+
+    def _prepare(self, question: str, **options: Unpack[SceneOptions]) -> PreparedQuestion:
+        self._queue.check_open()
+        self._entry.scene()
+        return self._pipeline.prepare(self._entry, question, query_length=self.query_length, **options)
+
+    def _start(self, prepared: PreparedQuestion, control: RunControl) -> AnswerStream:
+        return AnswerStream(self._pipeline, self._queue, prepared, control)
