@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from fusion_edge.export.bundle.writer import write_bundle
+from fusion_edge.export.bundle.writer import check_output, resolve_output, write_bundle
 from fusion_edge.export.calibration.options import CALIBRATION, CalibrationOptions
 from fusion_edge.export.checkpoint.hub import resolve_checkpoint
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
@@ -19,21 +21,26 @@ from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.options import PRECISION, SHAPES, TARGET, ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.export.planning.rules import Rule, read_rules
+from fusion_edge.export.publishing.options import HUB, add_hub_options, given_bundle, given_destination
+from fusion_edge.export.publishing.push import Destination, prepare_destination, push_bundle
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import byte_count
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.formatting import format_bytes
+from fusion_edge.runtime.system.interruptible import leave_abandoned
+from fusion_edge.runtime.system.progress import Progress
 
 OUTPUT = "output"
 """Group of options in ``--help``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code."""
+    """Run the command. Returns the exit code; does not return after an interrupt inside a long upload."""
     arguments = parser().parse_args(argv)
-    return run_command(_export, arguments)
+    return leave_abandoned(run_command(_export, arguments))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help="folder of a FUSION checkpoint, or a hub id such as org/name")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    groups = {name: parser.add_argument_group(name) for name in (OUTPUT, PRECISION, SHAPES, TARGET, CALIBRATION)}
+    groups = {name: parser.add_argument_group(name) for name in (OUTPUT, HUB, PRECISION, SHAPES, TARGET, CALIBRATION)}
     _add_output(groups[OUTPUT])
+    add_hub_options(groups[HUB])
     groups[CALIBRATION].add_argument(
         "--calibrate",
         type=Path,
@@ -86,6 +94,9 @@ def _add_rules(group: argparse._ArgumentGroup) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output
+    destination = given_destination(arguments)
+    if destination is not None and (existing := given_bundle(arguments)) is not None:
+        return _publish(arguments, existing, destination)
     if arguments.output is None and not arguments.dry_run:
         raise UsageError("No output given; add -o BUNDLE, or --dry-run to see sizes only.")
     calibration = _calibration(arguments)
@@ -97,12 +108,44 @@ def _export(arguments: argparse.Namespace) -> int:
             return dry_run(plan, calibration, fit, arguments.json)
         if fit is not None:
             check_fit(estimate(plan), fit)
+        if destination is not None:
+            check_output(resolve_output(output), arguments.force)
+            prepare_destination(destination)  # before the work of hours
         if calibration is None:
             manifest, report = write_bundle(plan, output, arguments.force)
         else:
             manifest, report = _export_calibrated(plan, calibration, arguments)
-    _print(arguments, plan, manifest, report)
+        result: dict[str, Any] = {"bundle": str(output), "bytes": manifest.size, "precision": manifest.precision}
+        if not arguments.json:
+            sys.stdout.write(_text(arguments, plan, manifest, report))
+            sys.stdout.flush()
+        if destination is not None:
+            result |= _push(arguments, output, destination, checkpoint.folder)
+    if arguments.json:
+        sys.stdout.write(json.dumps(result | {"quantization": report.to_json(with_seconds=True)}) + "\n")
     return 0
+
+
+def _publish(arguments: argparse.Namespace, folder: Path, destination: Destination) -> int:
+    """Publish a bundle that exists already."""
+    bundle = open_bundle(folder)
+    with Progress("Verifying", bundle.manifest.size) as progress:
+        verify(bundle, progress.advance)
+    prepare_destination(destination)
+    result: dict[str, Any] = {"bundle": str(folder)} | _push(arguments, folder, destination, None)
+    if arguments.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def _push(
+    arguments: argparse.Namespace, bundle: Path, destination: Destination, checkpoint: Path | None
+) -> dict[str, Any]:
+    """Publish a bundle, and return its part of the result."""
+    published = push_bundle(bundle, destination, checkpoint)
+    if not arguments.json:
+        sys.stdout.write(f"{bundle}: published as {published.url} at commit {published.commit}\n")
+    return {"hub": dataclasses.asdict(published)}
 
 
 def _export_calibrated(
@@ -113,15 +156,10 @@ def _export_calibrated(
     return export_calibrated(plan, calibration, arguments.output, arguments.force)
 
 
-def _print(arguments: argparse.Namespace, plan: ExportPlan, manifest: Manifest, report: QuantizationReport) -> None:
-    written = manifest.size
-    if arguments.json:
-        result = {"bundle": str(arguments.output), "bytes": written, "precision": manifest.precision}
-        sys.stdout.write(json.dumps(result | {"quantization": report.to_json(with_seconds=True)}) + "\n")
-        return
-    sys.stdout.write(report.table() if report.linears else "")
-    sizes = f"{format_bytes(written)} from {format_bytes(plan.source_bytes)}"
-    sys.stdout.write(f"{arguments.output}: {sizes}, {manifest.precision}, {manifest.target}\n")
+def _text(arguments: argparse.Namespace, plan: ExportPlan, manifest: Manifest, report: QuantizationReport) -> str:
+    table = report.table() if report.linears else ""
+    sizes = f"{format_bytes(manifest.size)} from {format_bytes(plan.source_bytes)}"
+    return f"{table}{arguments.output}: {sizes}, {manifest.precision}, {manifest.target}\n"
 
 
 def _calibration(arguments: argparse.Namespace) -> CalibrationOptions | None:

@@ -6,10 +6,15 @@ from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
-    from fusion_edge.runtime.answers import Answer, AnswerStream
+    from fusion_edge.runtime.answer import Answer
+    from fusion_edge.runtime.answer_stream import AnswerStream
+    from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
-    from fusion_edge.runtime.errors import FusionError, UsageError
+    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
+    from fusion_edge.runtime.loop.asker import Asker
+    from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
+    from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
     from fusion_edge.runtime.prompts.prompt import Turn
     from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
     from fusion_edge.runtime.sampling import Sampling
@@ -18,25 +23,47 @@ __all__ = [
     "Answer",
     "AnswerOptions",
     "AnswerStream",
+    "Asker",
+    "Cancelled",
     "Conversation",
+    "DeadlineExceeded",
     "Fusion",
     "FusionError",
+    "Grammar",
+    "Latencies",
+    "Percentiles",
     "QuestionOptions",
+    "QueueFull",
+    "Request",
+    "RequestOptions",
     "Sampling",
+    "Stopped",
+    "Superseded",
     "Turn",
     "UsageError",
     "load",
 ]
 
 _MODULES = {
-    "Answer": "answers",
+    "Answer": "answer",
     "AnswerOptions": "requests",
-    "AnswerStream": "answers",
+    "AnswerStream": "answer_stream",
+    "Asker": "loop.asker",
+    "Cancelled": "errors",
     "Conversation": "conversation",
+    "DeadlineExceeded": "errors",
     "Fusion": "fusion",
     "FusionError": "errors",
+    "Grammar": "constraints.grammar",
+    "Latencies": "loop.latencies",
+    "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",
+    "QueueFull": "loop.request",
+    "Request": "loop.request",
+    "RequestOptions": "loop.request",
     "Sampling": "sampling",
+    "Stopped": "errors",
+    "Superseded": "loop.request",
     "Turn": "prompts.prompt",
     "UsageError": "errors",
     "load": "fusion",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from fusion_edge.runtime.answers import Answer, AnswerStream
+from fusion_edge.runtime.answer import Answer
+from fusion_edge.runtime.answer_stream import AnswerStream
 from fusion_edge.runtime.pipeline import Pipeline
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.request_queue import RequestQueue
+from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.structured import document, document_sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,7 +25,7 @@ class Conversation:
     """Questions about one image, each with the earlier ones as its history.
 
     :meth:`Fusion.conversation` returns one. Several threads may ask. The history of a question holds every turn that is
-    complete when the model starts to answer.
+    complete when the model starts to answer. An answer that a deadline or a cancel cuts short is not in the history.
     """
 
     def __init__(
@@ -35,13 +38,22 @@ class Conversation:
         self._image = image
         self._control_tokens = control_tokens
 
-    def ask(self, question: str, **options: Unpack[AnswerOptions]) -> Iterator[str]:
+    def ask(
+        self,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Iterator[str]:
         """Ask a question and return the answer piece by piece, as it is generated.
 
         Taking the first piece asks the question. Taking the last piece appends the turn to :attr:`history`.
 
         Args:
             question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
             **options: See :class:`AnswerOptions`.
 
         Returns:
@@ -51,41 +63,114 @@ class Conversation:
             UsageError: As in :meth:`Fusion.ask`, at the first piece.
             FusionError: As in :meth:`Fusion.ask`, at the first piece.
         """
-        return _Pieces(self._queue, lambda: self._start(question, **options))
+        control = RunControl(deadline, on_stage)
+        return _Pieces(self._queue, control, lambda: self._start(question, control, **options))
 
-    def answer(self, question: str, **options: Unpack[AnswerOptions]) -> Answer:
-        """Ask a question, return the complete answer and append the turn to :attr:`history`.
+    def stream(
+        self,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> AnswerStream:
+        """Ask a question and return a stream of the answer's pieces, which :meth:`AnswerStream.cancel` ends.
+
+        Taking the last piece appends the turn to :attr:`history`.
 
         Args:
             question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
             **options: See :class:`AnswerOptions`.
 
         Raises:
             UsageError: As in :meth:`Fusion.ask`.
             FusionError: As in :meth:`Fusion.ask`.
         """
-        return self._queue.run(lambda: self._start(question, **options).complete())
+        control = RunControl(deadline, on_stage)
+        return self._queue.run(lambda: self._start(question, control, **options), control)
 
-    def _start(self, question: str, **options: Unpack[AnswerOptions]) -> AnswerStream:
+    def answer(
+        self,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Answer:
+        """Ask a question, return the complete answer and append the turn to :attr:`history`.
+
+        Args:
+            question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`AnswerOptions`.
+
+        Raises:
+            UsageError: As in :meth:`Fusion.ask`.
+            FusionError: As in :meth:`Fusion.ask`.
+        """
+        control = RunControl(deadline, on_stage)
+        return self._queue.run(lambda: self._start(question, control, **options).complete(), control)
+
+    def json(
+        self,
+        question: str,
+        schema: dict[str, Any],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Any:
+        """Ask a question and return the answer as a JSON document that ``schema`` allows.
+
+        The model does not see the schema: ask for its content in the question. Needs the extra ``constrained``.
+
+        The turn is appended to :attr:`history` if the document is complete.
+
+        Args:
+            question: The question.
+            schema: A JSON schema, as in :meth:`Grammar.json`.
+            deadline: Seconds from the call until the question stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`AnswerOptions`.
+
+        Returns:
+            The document as Python objects.
+
+        Raises:
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`Fusion.answer`.
+            DeadlineExceeded: The deadline passed before the document was complete.
+            Cancelled: The question was canceled before the document was complete.
+            FusionError: The document needs more than :attr:`Sampling.max_new_tokens`, or as in :meth:`Fusion.answer`.
+        """
+        options["sampling"] = document_sampling(options, schema)
+        return document(self.answer(question, deadline=deadline, on_stage=on_stage, **options))
+
+    def _start(self, question: str, control: RunControl, **options: Unpack[AnswerOptions]) -> AnswerStream:
         """Start an answer with the present history. Call it in the queue."""
         self._queue.check_open()
-        request = self._pipeline.request(
+        prepared = self._pipeline.prepare(
             self._image, question, self.history, control_tokens=self._control_tokens, **options
         )
-        return AnswerStream(
-            self._pipeline, self._queue, request, lambda answer: self.history.append(Turn(question, answer.text))
-        )
+
+        def append(answer: Answer) -> None:
+            if prepared.constraint is None or answer.finish_reason == "stop":  # no half of a document
+                self.history.append(Turn(question, answer.text))
+
+        return AnswerStream(self._pipeline, self._queue, prepared, control, append)
 
 
 class _Pieces(Iterator[str]):
     """Pieces of an answer that starts when a thread takes the first one."""
 
-    def __init__(self, queue: RequestQueue, start: Callable[[], AnswerStream]) -> None:
-        self._queue, self._start = queue, start
+    def __init__(self, queue: RequestQueue, control: RunControl, start: Callable[[], AnswerStream]) -> None:
+        self._queue, self._control, self._start = queue, control, start
         self._stream: AnswerStream | None = None
 
     def __next__(self) -> str:
-        return next(self._stream or self._queue.run(self._started))
+        return next(self._stream or self._queue.run(self._started, self._control))
 
     def _started(self) -> AnswerStream:
         self._stream = self._stream or self._start()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusion_edge.runtime.answer import Answer
+
 
 class FusionError(Exception):
     """An invalid input, or something that the machine lacks.
@@ -25,6 +30,25 @@ class UsageError(FusionError):
 
 class DeviceError(FusionError):
     """A device that cannot start on this machine. Another device may run the bundle."""
+
+
+class Stopped(FusionError):
+    """A question that stopped before its answer was complete."""
+
+    def __init__(self, message: str, stage: str, partial: Answer) -> None:
+        super().__init__(message)
+        self.stage = stage
+        """Stage in which the question stopped."""
+        self.partial = partial
+        """What was reached: the text so far, often empty, and the timings of the stages."""
+
+
+class Cancelled(Stopped):
+    """A question that ``cancel()`` or ``close()`` stopped."""
+
+
+class DeadlineExceeded(Stopped):
+    """A question whose deadline passed."""
 
 
 def printable(text: str) -> str:

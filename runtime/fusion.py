@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from fusion_edge.runtime.answers import Answer, AnswerStream
+from fusion_edge.runtime.answer import Answer
+from fusion_edge.runtime.answer_stream import AnswerStream
 from fusion_edge.runtime.arguments import check_flag, check_integer
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
@@ -23,12 +24,14 @@ from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.conversation import Conversation
-from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.hub.bundle_source import find_bundle
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.pipeline import Embed, Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
-from fusion_edge.runtime.requests import Color, ImageLike, Request
+from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
+from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.stages import ENCODE_GLOBAL
+from fusion_edge.runtime.structured import document, document_sampling
 from fusion_edge.runtime.system.resources import check_threads
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
 from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
@@ -102,12 +105,27 @@ class Fusion:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Free the model's memory, and return when it is free. Closing again does nothing.
+    def cancel(self) -> None:
+        """Cancel the question that runs, and the current stream. Any thread may call this; it does not wait.
 
-        A question that is running in another thread ends with :class:`FusionError`.
+        A graph ends within a fraction of a second. What was computed for the image stays cached. Questions that wait
+        for their turn are not canceled.
         """
-        self.queue.close()
+        self.queue.stop_all("cancelled")
+
+    def close(self, timeout: float | None = None) -> None:
+        """Cancel what runs, wait for its end, and free the model's memory. Closing again does nothing.
+
+        A question that runs in another thread raises :class:`Cancelled`.
+
+        Args:
+            timeout: Limit of the wait in seconds. Default: none.
+
+        Raises:
+            UsageError: ``timeout`` is no number from 0.
+            FusionError: The question runs longer than ``timeout``. The model is closed, and is freed when it ends.
+        """
+        self.queue.close(timeout)
         if not self.queue.is_inherited:
             self.pipeline.clear_image_cache()
 
@@ -117,13 +135,23 @@ class Fusion:
         if queue is not None and queue.is_inherited:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.__dict__))
 
-    def ask(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> Iterator[str]:
+    def ask(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[QuestionOptions],
+    ) -> Iterator[str]:
         """Ask a question about an image and return the answer piece by piece, as it is generated.
 
         Args:
             image: Path of an image file, Pillow image, or array: ``[H,W,3]``, ``[H,W,1]`` or ``[H,W]`` of uint8,
                 uint16, booleans, or floats from 0 to 1.
             question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
             **options: See :class:`QuestionOptions`.
 
         Returns:
@@ -132,25 +160,58 @@ class Fusion:
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
             FusionError: The image cannot be read, or the conversation does not fit the context.
+            DeadlineExceeded: The deadline passed before the answer began.
+            Cancelled: The question was canceled before the answer began, or the model was closed.
         """
-        return self.stream(image, question, **options)
+        return self.stream(image, question, deadline=deadline, on_stage=on_stage, **options)
 
-    def answer(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """Ask a question about an image and return the complete answer.
+    def answer(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[QuestionOptions],
+    ) -> Answer:
+        """Ask a question about an image and return the answer.
+
+        A deadline or a cancel ends the answer early; :attr:`Answer.finish_reason` says so.
 
         Args:
             image: As in :meth:`ask`.
             question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
             **options: See :class:`QuestionOptions`.
 
         Raises:
             UsageError: As in :meth:`ask`.
             FusionError: As in :meth:`ask`.
         """
-        request = self._request(image, question, **options)
-        return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request).complete())
+        return self.answer_under(RunControl(deadline, on_stage), lambda _: None, image, question, **options)
 
-    def stream(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> AnswerStream:
+    def answer_under(
+        self,
+        control: RunControl,
+        when_piece: Callable[[str], object],
+        image: ImageLike,
+        question: str,
+        **options: Unpack[QuestionOptions],
+    ) -> Answer:
+        """Answer as :meth:`answer` does, under the caller's control, and pass each piece to ``when_piece``."""
+        prepared = self._prepare(image, question, **options)
+        return self.queue.run(lambda: self._start(prepared, control).complete(when_piece), control)
+
+    def stream(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[QuestionOptions],
+    ) -> AnswerStream:
         """Ask a question about an image and return a stream of the answer's pieces.
 
         After the last piece, :attr:`AnswerStream.answer` is the complete answer. A question that raises an error does
@@ -159,14 +220,51 @@ class Fusion:
         Args:
             image: As in :meth:`ask`.
             question: The question.
+            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
             **options: See :class:`QuestionOptions`.
 
         Raises:
             UsageError: As in :meth:`ask`.
             FusionError: As in :meth:`ask`.
         """
-        request = self._request(image, question, **options)
-        return self.queue.run(lambda: AnswerStream(self.pipeline, self.queue, request))
+        control = RunControl(deadline, on_stage)
+        prepared = self._prepare(image, question, **options)
+        return self.queue.run(lambda: self._start(prepared, control), control)
+
+    def json(
+        self,
+        image: ImageLike,
+        question: str,
+        schema: dict[str, Any],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[QuestionOptions],
+    ) -> Any:
+        """Ask a question and return the answer as a JSON document that ``schema`` allows.
+
+        The model does not see the schema: ask for its content in the question. Needs the extra ``constrained``.
+
+        Args:
+            image: As in :meth:`ask`.
+            question: The question.
+            schema: A JSON schema, as in :meth:`Grammar.json`.
+            deadline: Seconds from the call until the question stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`QuestionOptions`.
+
+        Returns:
+            The document as Python objects.
+
+        Raises:
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`answer`.
+            DeadlineExceeded: The deadline passed before the document was complete.
+            Cancelled: The question was canceled before the document was complete.
+            FusionError: The document needs more than :attr:`Sampling.max_new_tokens`, or as in :meth:`answer`.
+        """
+        options["sampling"] = document_sampling(options, schema)
+        return document(self.answer(image, question, deadline=deadline, on_stage=on_stage, **options))
 
     def conversation(self, image: ImageLike, color: Color = "rgb", *, control_tokens: bool = False) -> Conversation:
         """Start a conversation about one image.
@@ -201,19 +299,18 @@ class Fusion:
         self.queue.check_open()
         crops = cut_crops(load_image(image, color))
 
+        control = RunControl()
+
         def encode() -> None:
             self.queue.check_open()
-            try:
+            with control.stage_hook(ENCODE_GLOBAL):
                 self.pipeline.encode_image(crops)
-            except FusionError:
-                self.queue.check_open()  # close() may have interrupted the run
-                raise
 
-        self.queue.run(encode)
+        self.queue.run(encode, control)
 
     def clear_image_cache(self) -> None:
         """Drop the cached features of the latest image, so the next question encodes its image again."""
-        self.queue.run(self.pipeline.clear_image_cache)
+        self.queue.run(self.pipeline.clear_image_cache, RunControl())
 
     def query_length(self, length: int | None = None) -> int:
         """Return ``length``, or the bundle's default query length for None.
@@ -223,9 +320,12 @@ class Fusion:
         """
         return self.pipeline.query_length(length)
 
-    def _request(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> Request:
+    def _prepare(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> PreparedQuestion:
         self.queue.check_open()
-        return self.pipeline.request(image, question, **options)
+        return self.pipeline.prepare(image, question, **options)
+
+    def _start(self, prepared: PreparedQuestion, control: RunControl) -> AnswerStream:
+        return AnswerStream(self.pipeline, self.queue, prepared, control)
 
 
 def load(

@@ -5,8 +5,7 @@ A stage hook observes the stages: ``hook(name)`` returns a context manager that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,31 +17,28 @@ from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, I
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.templates import TEMPLATES
+from fusion_edge.runtime.constraints.compiler import GrammarCompiler
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
 from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, Turn
-from fusion_edge.runtime.requests import Color, ImageLike, Request
+from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
 from fusion_edge.runtime.sampling import Sampler, Sampling
-
-PREPROCESS = "preprocess"
-ENCODE_GLOBAL = "encode global crops"
-ENCODE_LOCAL = "encode local crop"
-ALIGNMENT = "alignment"
-PREFILL = "prefill"
-DECODE_STEP = "decode step"
-SAMPLING = "sampling"
+from fusion_edge.runtime.stages import (
+    ALIGNMENT,
+    DECODE_STEP,
+    ENCODE_GLOBAL,
+    ENCODE_LOCAL,
+    PREFILL,
+    PREPROCESS,
+    SAMPLING,
+    StageHook,
+    no_hook,
+)
+from fusion_edge.runtime.structured import with_grammar
 
 Embed = Callable[[Integers], Floats]
 """Token ids ``[n]`` to embeddings ``[n,D]``."""
-StageHook = Callable[[str], AbstractContextManager[None]]
-
-_NO_HOOK = nullcontext()
-
-
-def no_hook(_stage: str) -> AbstractContextManager[None]:
-    """Observe nothing."""
-    return _NO_HOOK
 
 
 @dataclass(eq=False)
@@ -94,6 +90,7 @@ class Pipeline:
             )
         self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
         """Tokens that end an answer: the checkpoint's, and always the template's end of turn."""
+        self._grammars = GrammarCompiler(tokenizer, self.end_ids, self.config.language.vocab_size)
         self._latest: EncodedImage | None = None
 
     @property
@@ -106,7 +103,7 @@ class Pipeline:
         """Size of the KV cache in tokens, prompt and answer together."""
         return min(self.manifest.max_context, self.backend.max_context)
 
-    def request(
+    def prepare(
         self,
         image: ImageLike,
         question: str,
@@ -115,16 +112,17 @@ class Pipeline:
         query_length: int | None = None,
         color: Color = "rgb",
         control_tokens: bool = False,
-    ) -> Request:
+        regex: str | None = None,
+        choices: Iterable[str] | None = None,
+    ) -> PreparedQuestion:
         """Check the arguments of a question, load its image and tokenize its prompt. Runs no graph."""
-        sampling = Sampling() if sampling is None else sampling
-        if not isinstance(sampling, Sampling):
-            raise UsageError(f"sampling is of type {type(sampling).__name__}; expected a Sampling.")
+        sampling = with_grammar(sampling, regex=regex, choices=choices)
+        constraint = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
         length = self.query_length(query_length)
         budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
         is_markup = check_flag("control_tokens", control_tokens)
         prompt = self._prompts.encode(history, question, control_tokens=is_markup, budget=budget)
-        return Request(load_image(image, color), prompt, sampling, length)
+        return PreparedQuestion(load_image(image, color), prompt, sampling, length, constraint)
 
     def query_length(self, length: int | None = None) -> int:
         """Return the query length, by default the bundle's first. Raise :class:`UsageError` if it is not offered."""
@@ -138,19 +136,19 @@ class Pipeline:
             )
         return int(length)
 
-    def start(self, request: Request, sampler: Sampler, hook: StageHook = no_hook) -> Prefilled:
+    def start(self, question: PreparedQuestion, sampler: Sampler, hook: StageHook = no_hook) -> Prefilled:
         """Run every stage up to the first token of the answer."""
         with hook(PREPROCESS):
-            crops = cut_crops(request.picture)
+            crops = cut_crops(question.picture)
         with hook(ENCODE_GLOBAL):
             image = self.encode_image(crops)
         with hook(ENCODE_LOCAL):
-            image_tokens = self.encode_image_tokens(image, request.prompt.instruct_ids)
+            image_tokens = self.encode_image_tokens(image, question.prompt.instruct_ids)
         with hook(ALIGNMENT):
-            aligned = self.align(image, request.query_length)
+            aligned = self.align(image, question.query_length)
         with hook(PREFILL):
             length, capacity, logits = self.prefill(
-                request.prompt, image_tokens, aligned, request.sampling.max_new_tokens
+                question.prompt, image_tokens, aligned, question.sampling.max_new_tokens
             )
         with hook(SAMPLING):
             token = sampler(logits)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy.typing as npt
 from PIL import Image
@@ -13,6 +13,9 @@ from PIL import Image
 from fusion_edge.runtime.images.preprocessing import Color as Color
 from fusion_edge.runtime.prompts.prompt import Prompt, Turn
 from fusion_edge.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from fusion_edge.runtime.constraints.compiler import Constraint
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 """A path of an image file, a Pillow image, or an array ``[H,W,3]``, ``[H,W,1]`` or ``[H,W]``."""
@@ -25,6 +28,10 @@ class AnswerOptions(TypedDict, total=False):
     """Length limit and sampling parameters. Default: greedy, at most 512 tokens."""
     query_length: int | None
     """Number of latents, one of the bundle's query lengths. Default: the first."""
+    regex: str | None
+    """Regular expression that matches the whole answer, as in :meth:`Grammar.regex`. Default: any answer."""
+    choices: Iterable[str] | None
+    """Texts of which the answer is one, as in :meth:`Grammar.choices`. Default: any answer."""
 
 
 class QuestionOptions(AnswerOptions, total=False):
@@ -40,7 +47,7 @@ class QuestionOptions(AnswerOptions, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class PreparedQuestion:
     """A question whose arguments have been checked."""
 
     picture: Image.Image
@@ -48,3 +55,5 @@ class Request:
     prompt: Prompt
     sampling: Sampling
     query_length: int
+    constraint: Constraint | None = None
+    """Constraint of one answer, of ``sampling.grammar``."""

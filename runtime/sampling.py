@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime.arguments import check_integer, check_number, short_repr
+from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.errors import FusionError, UsageError
+
+if TYPE_CHECKING:
+    from fusion_edge.runtime.constraints.compiler import Constraint
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Sampling:
     """Random seed; None for a new one each time."""
     stop: tuple[str, ...] = ()
     """Stop strings, which end the answer and are not part of it."""
+    grammar: Grammar | None = None
+    """What the answer may be; it excludes ``stop``. Default: any text."""
 
     def __post_init__(self) -> None:
         numbers = {
@@ -48,21 +55,34 @@ class Sampling:
             object.__setattr__(self, name, number)
         if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
             raise UsageError(f"stop is {short_repr(self.stop)}; expected a tuple of strings, none of them empty.")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise UsageError(f"grammar is {short_repr(self.grammar)}; expected a Grammar, or None.")
+        if self.grammar is not None and self.stop:
+            raise UsageError("stop and grammar exclude each other: the grammar says where an answer ends; drop stop.")
 
 
 class Sampler:
     """Samples the tokens of one answer with its random generator."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
+        """Start an answer. ``constraint`` is that of ``sampling.grammar``."""
         self._sampling = sampling
+        self._constraint = constraint
         self._generator = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
         """Return a token id for ``logits`` ``[V]``: greedy, or sampled after temperature, top-k and top-p.
 
-        The first of equal logits ranks highest. A logit of minus infinity is never sampled. Raises ``FusionError`` if
-        the largest logit is not finite.
+        Tokens that the grammar forbids are left out first. The first of equal logits ranks highest. A logit of minus
+        infinity is never sampled. Raises ``FusionError`` if the largest logit is not finite.
         """
+        if self._constraint is None:
+            return self._choose(logits)
+        token = self._choose(self._constraint.mask(logits))
+        self._constraint.accept(token)
+        return token
+
+    def _choose(self, logits: npt.NDArray[np.float32]) -> int:
         likeliest = int(np.argmax(logits))  # a NaN, if there is one
         if not np.isfinite(logits[likeliest]):
             raise FusionError(

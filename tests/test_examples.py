@@ -42,9 +42,53 @@ def test_ask_picture(demo_bundle: Path) -> None:
 
 def test_camera_loop(demo_bundle: Path) -> None:
     result = run("camera_loop.py", demo_bundle, "What color is the circle?", "--frames", 5, "--rate", 5)
-    answers = result.stdout.splitlines()
+    *answers, latencies = result.stdout.splitlines()
     assert 1 <= len(answers) <= 5
-    assert all(answer.startswith("red (") for answer in answers)
+    assert all(answer.startswith("red (stop, frame ") for answer in answers)
+    assert f", {len(answers)} answered" in latencies
+
+
+CAMERA = """
+import numpy as np
+CAP_GSTREAMER, CAP_PROP_BUFFERSIZE = 1800, 38
+class VideoCapture:
+    def __init__(self, source, backend=None):
+        print("opened", repr(source), backend)
+        self.left = 3
+    def isOpened(self):
+        return True
+    def set(self, name, value):
+        print("set", name, value)
+    def read(self):
+        self.left -= 1
+        return self.left >= 0, np.full((72, 64), 128, np.uint8)
+    def release(self):
+        print("released")
+"""
+"""A stand-in for OpenCV: a camera with three gray frames in NV12."""
+
+
+@pytest.mark.parametrize(
+    ("source", "opened"),
+    [("0", "0 None"), ("drive.mp4", "'drive.mp4' None"), ("v4l2src ! appsink", "'v4l2src ! appsink' 1800")],
+)
+def test_camera_loop_with_a_camera(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, opened: str
+) -> None:
+    (tmp_path / "cv2.py").write_text(CAMERA, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run("camera_loop.py", demo_bundle, "How many shapes are there?", "--camera", source, "--color", "nv12")
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [f"opened {opened}", "set 38 1"]
+    assert "released" in lines
+    assert "failed" not in lines[-1]
+
+
+def test_asyncio_robot(demo_bundle: Path) -> None:
+    result = run("asyncio_robot.py", demo_bundle, "What color is the circle?", "--seconds", 3)
+    *answers, summary = result.stdout.splitlines()
+    assert set(answers) == {"front: red (stop)", "rear: blue (stop)"}
+    assert summary.startswith("longest delay of a tick: ")
 
 
 def test_folder_to_jsonl(demo_bundle: Path, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import Bundle
-from fusion_edge.runtime.pipeline import DECODE_STEP, PREFILL, SAMPLING
 from fusion_edge.runtime.sampling import Sampler, Sampling
+from fusion_edge.runtime.stages import DECODE_STEP, PREFILL, SAMPLING
 from fusion_edge.runtime.system.progress import Progress
 
 ENERGY_SECONDS = energy.MIN_WINDOW + 2

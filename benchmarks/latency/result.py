@@ -14,7 +14,7 @@ from fusion_edge.benchmarks.latency.machine.energy import EnergyUse
 from fusion_edge.benchmarks.latency.machine.memory import MemoryUse
 from fusion_edge.benchmarks.latency.result_file import ResultFile, Schema, read_result_file
 from fusion_edge.benchmarks.latency.statistics import Summary
-from fusion_edge.runtime.pipeline import (
+from fusion_edge.runtime.stages import (
     ALIGNMENT,
     DECODE_STEP,
     ENCODE_GLOBAL,

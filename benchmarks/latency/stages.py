@@ -17,10 +17,10 @@ from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.images.preprocessing import load_image
-from fusion_edge.runtime.pipeline import ALIGNMENT, DECODE_STEP, ENCODE_GLOBAL
 from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
-from fusion_edge.runtime.requests import Request
+from fusion_edge.runtime.requests import PreparedQuestion
 from fusion_edge.runtime.sampling import Sampler, Sampling
+from fusion_edge.runtime.stages import ALIGNMENT, DECODE_STEP, ENCODE_GLOBAL
 
 PICTURE = (1280, 720)
 """Width and height of the generated camera frame in pixels."""
@@ -152,10 +152,10 @@ def _round(
     started = time.perf_counter()
     with times.of(IMAGE_DECODE):
         picture = load_image(asked.picture)
-    pipeline.start(_request(case, picture, asked.prompt), sampler, times.of)
+    pipeline.start(_prepared(case, picture, asked.prompt), sampler, times.of)
     times.ttft.append(time.perf_counter() - started)
     if case.context != case.prompt_tokens:
-        pipeline.start(_request(case, picture, asked.long_prompt), sampler)
+        pipeline.start(_prepared(case, picture, asked.long_prompt), sampler)
     if around_decode:
         around_decode()
     started = time.perf_counter()
@@ -164,18 +164,18 @@ def _round(
     if around_decode:
         around_decode()
     started = time.perf_counter()
-    pipeline.start(_request(case, picture, asked.prompt), sampler, times.of_followup)
+    pipeline.start(_prepared(case, picture, asked.prompt), sampler, times.of_followup)
     times.followup_ttft.append(time.perf_counter() - started)
 
 
-def _request(case: Case, picture: Image.Image, prompt: Prompt) -> Request:
-    return Request(picture, prompt, Sampling(max_new_tokens=case.new_tokens), case.query_length)
+def _prepared(case: Case, picture: Image.Image, prompt: Prompt) -> PreparedQuestion:
+    return PreparedQuestion(picture, prompt, Sampling(max_new_tokens=case.new_tokens), case.query_length)
 
 
 def prefill(fusion: Fusion, case: Case, asked: TimedQuestion, new_tokens: int) -> None:
     """Run a prompt as long as the context, with room for ``new_tokens`` decode steps."""
     case = replace(case, new_tokens=new_tokens)
-    fusion.pipeline.start(_request(case, load_image(asked.picture), asked.long_prompt), Sampler(Sampling()))
+    fusion.pipeline.start(_prepared(case, load_image(asked.picture), asked.long_prompt), Sampler(Sampling()))
 
 
 def run_steps(fusion: Fusion, count: int, sampler: Sampler, times: Times) -> None:

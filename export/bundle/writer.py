@@ -98,7 +98,7 @@ def check_output(output: Path, force: bool) -> None:
         finally:
             os.close(descriptor)
     except (NotADirectoryError, ForeignPathError) as error:
-        if isinstance(error, ForeignPathError) and _listed(manifest):
+        if isinstance(error, ForeignPathError) and listed_files(manifest):
             raise FusionError(
                 f"{error.path} does not belong to the bundle in {output}, so --force does not replace the "
                 "bundle; move the file elsewhere or choose another output."
@@ -111,7 +111,7 @@ def check_output(output: Path, force: bool) -> None:
             pass
 
 
-def _listed(manifest: Path) -> Collection[str]:
+def listed_files(manifest: Path) -> Collection[str]:
     """Return the files that ``bundle.json`` lists, in any schema version; none if it cannot be read."""
     try:
         return {entry["path"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["files"]}
@@ -124,7 +124,7 @@ BUNDLE = FolderContent(
     "export",
     (bundle.graph_file("*"), bundle.data_file("*"), bundle.TOKENIZER, bundle.QUANTIZATION),
     bundle.MANIFEST,
-    _listed,
+    listed_files,
     (
         f"{ENGINES_FOLDER}/",
         f"{_BUILT}/",

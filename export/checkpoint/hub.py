@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from fusion_edge.runtime.bundle.files import SNAPSHOTS
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.hub.client import error_message, is_hub_id
 
@@ -57,12 +58,21 @@ def resolve_checkpoint(source: str, revision: str | None) -> Path:
     return _download(source, revision)
 
 
+def checkpoint_name(folder: Path) -> str:
+    """Return ``org/name`` for a snapshot of the hub's cache, or the name of another folder."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == SNAPSHOTS and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)  # names contain no --
+    return os.fsencode(folder.name).decode("utf-8", "replace")
+
+
 def _snapshot(folder: Path) -> Path:
     """Return ``folder``, or for a repository in the hub's cache the snapshot of ``main`` or the only one."""
-    root = folder.parent if folder.name == "snapshots" else folder
-    if (folder / "config.json").exists() or not (root / "snapshots").is_dir():
+    root = folder.parent if folder.name == SNAPSHOTS else folder
+    if (folder / "config.json").exists() or not (root / SNAPSHOTS).is_dir():
         return folder
-    snapshots = sorted(path for path in (root / "snapshots").iterdir() if path.is_dir())
+    snapshots = sorted(path for path in (root / SNAPSHOTS).iterdir() if path.is_dir())
     main = root / "refs" / "main"
     name = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
     chosen = [path for path in snapshots if path.name == name] or snapshots

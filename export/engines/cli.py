@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
@@ -28,7 +26,7 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import byte_count, positive_integer
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
 from fusion_edge.runtime.formatting import format_bytes, format_table
-from fusion_edge.runtime.system.interruptible import is_abandoned
+from fusion_edge.runtime.system.interruptible import leave_abandoned
 from fusion_edge.runtime.system.progress import Progress
 
 CURRENT_DEVICE = "current"
@@ -38,13 +36,7 @@ OLDEST_DEVICE = (7, 5)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Does not return after an interrupt inside a long call of TensorRT."""
-    code = run_command(_build, parser().parse_args(argv))
-    if is_abandoned():
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # the terminal may be closed
-                stream.flush()
-        os._exit(code)  # a normal exit would wait for the thread that is inside TensorRT
-    return code
+    return leave_abandoned(run_command(_build, parser().parse_args(argv)))
 
 
 def parser() -> argparse.ArgumentParser:

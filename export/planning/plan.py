@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.hub import checkpoint_name
 from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
@@ -80,7 +80,7 @@ class ExportPlan:
         return bundle.Manifest(
             schema_version=bundle.SCHEMA_VERSION,
             producer=bundle.producer(),
-            source=os.fsencode(self.checkpoint.folder.resolve().name).decode("utf-8", "replace"),
+            source=checkpoint_name(self.checkpoint.folder),
             target=options.target.name,
             precision=options.precision,
             max_context=options.max_context,

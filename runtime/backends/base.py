@@ -102,13 +102,17 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Interruptible(Protocol):
-    """A backend that can end a long run early."""
+    """A backend that can end a run early."""
 
     def interrupt(self) -> None:
-        """Make the current run and every later one fail; a decode step may finish first.
+        """Make the current run and later ones fail soon, until :meth:`resume`.
 
-        Any thread may call this at any time, also during :meth:`Backend.close`, which always follows.
+        Any thread may call this at any time, also during :meth:`Backend.close`.
         """
+        ...
+
+    def resume(self) -> None:
+        """Let runs succeed again. Call it while nothing runs."""
         ...
 
 

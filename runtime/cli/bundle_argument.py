@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
@@ -20,7 +19,6 @@ def given_bundle(arguments: argparse.Namespace) -> BundleSource:
 
     Raises :class:`UsageError` or :class:`FusionError` as :func:`find_bundle`.
     """
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the client's hints; ours name the remedy
     source = find_bundle(arguments.bundle, arguments.revision)
     if source.unreachable:
         sys.stderr.write(f"note: the hub cannot be reached ({source.unreachable}): using {source}\n")

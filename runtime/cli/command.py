@@ -27,6 +27,7 @@ def run_command(command: Callable[[argparse.Namespace], int], arguments: argpars
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:  # warnings of libraries are for developers
         warnings.simplefilter("ignore")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         with signals.raising():
             code = command(arguments)

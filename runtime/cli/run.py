@@ -8,20 +8,26 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fusion_edge.runtime.answers import Answer
+from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
+from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.options import positive_integer
+from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
+from fusion_edge.runtime.cli.stage_display import StageDisplay
+from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import Fusion, load
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
+from fusion_edge.runtime.structured import document, with_grammar
 from fusion_edge.runtime.system import signals
-from fusion_edge.runtime.system.interruptible import interruptible
+
+if TYPE_CHECKING:
+    from fusion_edge.runtime.requests import AnswerOptions
 
 LARGEST_INPUT = 2**21
 """Limit of a history file in bytes and of a question in characters, above the size of any context."""
@@ -50,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
         type=positive_integer,
         metavar="N",
         help="query length, one that the bundle offers (default: the first)",
+    )
+    add(
+        "--deadline",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="end each answer after this time (default: never)",
     )
     _add_sampling_options(parser)
     add(
@@ -99,6 +111,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, metavar="N", help="random seed, for reproducible sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string, which ends the answer; repeatable")
+    add("--schema", type=Path, metavar="FILE", help="answer with JSON of this JSON schema")
+    add("--regex", metavar="PATTERN", help="answer with a text that this regular expression matches")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -110,6 +124,8 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )
+    schema = None if arguments.schema is None else _read_schema(arguments.schema)
+    sampling = with_grammar(sampling, schema=schema, regex=arguments.regex)
     if arguments.json and arguments.ask is None:
         raise UsageError("--json needs --ask TEXT; add it, or drop --json.")
     history = [] if arguments.history is None else _read_history(arguments.history)
@@ -121,24 +137,29 @@ def _run(arguments: argparse.Namespace) -> int:
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)
 
+        options: AnswerOptions = {"sampling": sampling, "query_length": arguments.query_len}
+
         def ask(question: str) -> Answer:
-            return conversation.answer(question, sampling=sampling, query_length=arguments.query_len)
+            answer = _ask(conversation, question, arguments.deadline, options)
+            if schema is not None:
+                document(answer)  # an incomplete one is an error
+            return answer
 
         def say(question: str) -> None:
-            _say(conversation, question, sampling, arguments.query_len)
+            if schema is None:
+                _say(conversation, question, arguments.deadline, options)
+            else:
+                sys.stdout.write(f"{ask(question).text}\n")
+                sys.stdout.flush()
 
         if arguments.ask is None:
             return _interactive(say)
-
-        def answer() -> None:
-            if arguments.json:
-                answers = [_answer_json(ask(question)) for question in arguments.ask]
-                sys.stdout.write(json.dumps({"answers": answers}) + "\n")
-            else:
-                for question in arguments.ask:
-                    say(question)
-
-        interruptible(answer, fusion.close)  # a prompt is one long call of the runtime
+        if arguments.json:
+            answers = [ask(question) for question in arguments.ask]
+            sys.stdout.write(json.dumps({"answers": list(map(_answer_json, answers))}) + "\n")
+        else:
+            for question in arguments.ask:
+                say(question)
     return 0
 
 
@@ -155,13 +176,24 @@ def _report_device(fusion: Fusion, verbose: bool) -> None:
         sys.stderr.write(f"warning: running on {device.name}, {' '.join(skipped)}\n")
 
 
-def _say(conversation: Conversation, question: str, sampling: Sampling, query_length: int | None) -> None:
-    """Print an answer while it is generated."""
-    for piece in conversation.ask(question, sampling=sampling, query_length=query_length):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+def _ask(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> Answer:
+    """Return the answer to a question, and show its stages meanwhile."""
+    with StageDisplay() as display:
+        return conversation.answer(question, deadline=deadline, on_stage=display.enter, **options)
+
+
+def _say(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> None:
+    """Print an answer while it is generated, and its stages until then."""
+    with StageDisplay() as display:
+        stream = conversation.stream(question, deadline=deadline, on_stage=display.enter, **options)
+        for piece in stream:
+            display.hide()
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if stream.answer.finish_reason == "deadline":
+        sys.stderr.write(f"note: the deadline of {deadline:g} s ended the answer\n")
 
 
 def _interactive(say: Callable[[str], None]) -> int:
@@ -204,6 +236,13 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "timings_ms": {stage: round(ms, 3) for stage, ms in answer.timings_ms.items()},
         "tokens_per_second": round(answer.tokens_per_second, 3),
     }
+
+
+def _read_schema(path: Path) -> Grammar:
+    try:
+        return Grammar.json(read_json(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FusionError(f"Cannot read the JSON schema in {path} ({error}); expected a JSON object.") from None
 
 
 def _read_history(path: Path) -> list[Turn]:

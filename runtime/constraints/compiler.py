@@ -6,6 +6,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,6 @@ class GrammarCompiler:
         self._end_ids = end_ids
         self._vocab_size = vocab_size
         self._lock = Lock()
-        self._vocabulary: _Vocabulary | None = None
-        self._ll_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
     def start(self, grammar: Grammar) -> Constraint:
@@ -59,23 +58,25 @@ class GrammarCompiler:
             self._compiled.move_to_end(grammar)
             return Constraint(self._compiled[grammar].deep_copy(), grammar, self._end_ids, self._vocab_size)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    @cached_property
+    def _vocabulary(self) -> _Vocabulary:
+        return _Vocabulary(self._tokenizer, self._end_ids, self._vocab_size)
+
+    @cached_property
+    def _ll_tokenizer(self) -> LLTokenizer:
         try:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError:
             raise FusionError(
                 "Grammars need llguidance; run pip install '.[constrained]' in a clone of fusion-edge."
             ) from None
-        if self._vocabulary is None:
-            self._vocabulary = _Vocabulary(self._tokenizer, self._end_ids, self._vocab_size)
-            ends = self._vocabulary.special_token_ids
-            self._ll_tokenizer = LLTokenizer(TokenizerWrapper(self._vocabulary), eos_token=ends)
-        assert self._ll_tokenizer is not None
+        return LLTokenizer(TokenizerWrapper(self._vocabulary), eos_token=self._vocabulary.special_token_ids)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
         matcher = _matcher(self._ll_tokenizer, grammar)
         first = matcher.deep_copy()
         first.compute_bitmask()
-        if first.is_stopped() and not first.is_accepting():
-            raise UsageError(f"{grammar.title} cannot be used: no text fits it.")
+        _check(first, grammar)
         if self._vocabulary.drops_first_space:  # answers begin with tokens such as "▁yes"
             return _matcher(self._ll_tokenizer, grammar, start='" "? answer')
         return matcher
@@ -94,17 +95,18 @@ class Constraint:
     def mask(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return ``logits`` ``[V]`` with minus infinity for each forbidden token. The next call overwrites the result.
 
-        End tokens are allowed where the answer may end, and they alone where nothing else fits.
+        End tokens are allowed where the answer may end, and they alone where nothing else fits. NaN stays NaN.
 
         Raises:
-            FusionError: The grammar turns out to be too complex.
+            UsageError: The grammar turns out to be too complex.
         """
         self._matcher.unsafe_compute_mask_ptr(self._allowed.ctypes.data, self._allowed.nbytes)
         _check(self._matcher, self._grammar)
         allowed = np.unpackbits(self._allowed.view(np.uint8), count=len(self._masked), bitorder="little")
-        self._masked.fill(-np.inf)
-        np.copyto(self._masked, logits, where=allowed.view(np.bool_))
-        return self._masked
+        # Bounds of plus and minus infinity: without branches, which masks of half the vocabulary would mispredict.
+        np.subtract(allowed, np.float32(0.5), out=self._masked)
+        np.multiply(self._masked, np.float32(np.inf), out=self._masked)
+        return np.minimum(self._masked, logits, out=self._masked)
 
     def accept(self, token: int) -> None:
         """Append an allowed token to the answer."""
@@ -158,6 +160,6 @@ def _reason(message: str) -> str:
     cause = re.search(r"^error: (.*)$", message, re.MULTILINE)
     reason = cause[1] if cause else message.splitlines()[0]
     reason = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", reason)
-    reason = re.sub(r"^NoExtension.*", "no token continues the answer", reason)
+    reason = re.sub(r"^NoExtension.*", "no text fits it", reason)
     reason = re.sub(r"^(lexer error|Parser Error): (.*)$", r"it is too complex (\2)", reason)
     return reason.strip().rstrip(".:")

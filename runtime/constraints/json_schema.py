@@ -36,7 +36,7 @@ _ROOT = frozenset(("$schema", "$id", *_DEFINITIONS))
 _FORMATS = ("date-time", "date", "time", "uuid", "ipv4", "ipv6", "email", "hostname", "uri")
 _FORMAT_LENGTH = 256  # the format of a time has digits without end
 _RANGE = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_KEYWORDS: dict[str, tuple[str, ...]] = {
+KEYWORDS: dict[str, tuple[str, ...]] = {
     "null": (),
     "boolean": (),
     "integer": (*_RANGE, "multipleOf"),
@@ -81,6 +81,8 @@ class _Reader:
         self._names: dict[str, str] = {}  # of definitions in the result, by reference
         self._definitions: dict[str, Schema] = {}  # finished ones, by their name in the result
         self._open: set[str] = set()  # names of definitions that were begun
+        self._heights: dict[str, int] = {}  # levels of finished definitions
+        self._deepest = 0  # level reached so far
 
     def read(self) -> Schema:
         for section in _DEFINITIONS:
@@ -90,8 +92,7 @@ class _Reader:
         return result | {"$defs": self._definitions, "x-guidance": _OUTPUT}
 
     def _schema(self, node: object, path: str, depth: int) -> Schema:
-        if depth > _MAX_DEPTH:
-            raise _error(path, f"it is nested more than {_MAX_DEPTH} levels deep")
+        self._reach(depth, path)
         if not isinstance(node, dict):
             raise _error(path, f"{short_repr(node)} is not supported; expected a schema with a type")
         node = {keyword: value for keyword, value in node.items() if keyword not in _ANNOTATIONS}
@@ -114,8 +115,17 @@ class _Reader:
             if name in self._open:
                 raise _error(path, f"$ref {short_repr(reference)} is recursive; expected a schema of bounded depth")
             self._open.add(name)
+            before, self._deepest = self._deepest, depth
             self._definitions[name] = self._schema(section[match[2]], f"$.{match[1]}.{match[2]}", depth + 1)
+            self._heights[name] = self._deepest - depth
+            self._deepest = before
+        self._reach(depth + self._heights[name], path)
         return {"$ref": f"#/$defs/{name}"}
+
+    def _reach(self, depth: int, path: str) -> None:
+        if depth > _MAX_DEPTH:
+            raise _error(path, f"it is nested more than {_MAX_DEPTH} levels deep")
+        self._deepest = max(self._deepest, depth)
 
     def _any_of(self, options: object, path: str, depth: int) -> Schema:
         if not isinstance(options, list) or not 0 < len(options) <= _MAX_OPTIONS:
@@ -124,7 +134,7 @@ class _Reader:
 
     def _typed(self, node: Schema, path: str, depth: int) -> Schema:
         types = _types(node, path)
-        _only(node, ("type", *(keyword for name in types for keyword in _KEYWORDS[name])), path)
+        _only(node, ("type", *(keyword for name in types for keyword in KEYWORDS[name])), path)
         result: Schema = {"type": types}
         if "string" in types:
             result |= _string(node, path)
@@ -169,9 +179,9 @@ class _Reader:
 def _types(node: Schema, path: str) -> list[str]:
     given = node.get("type")
     types = [given] if isinstance(given, str) else given
-    if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in _KEYWORDS for t in types):
+    if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in KEYWORDS for t in types):
         missing = "has no type" if "type" not in node else f"has the type {short_repr(given)}"
-        raise _error(path, f"it {missing}; expected one of {', '.join(_KEYWORDS)}, or enum, const, anyOf or $ref")
+        raise _error(path, f"it {missing}; expected one of {', '.join(KEYWORDS)}, or enum, const, anyOf or $ref")
     return types
 
 

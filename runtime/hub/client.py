@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fusion_edge.runtime.errors import FusionError
@@ -10,6 +12,8 @@ from fusion_edge.runtime.errors import FusionError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+OLDEST_CLIENT = (1, 8)
+"""Oldest version of ``huggingface_hub``, the one of the extra ``hub``."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _REVISION = re.compile(r"[\w-][\w.+-]*(/[\w-][\w.+-]*)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -30,18 +34,29 @@ def is_commit(text: str) -> bool:
     return _COMMIT.fullmatch(text) is not None
 
 
-def open_client(hub_id: str) -> HfApi:
-    """Return a client with the user's endpoint, cache and login.
+def check_client(needed_by: str) -> None:
+    """Raise :class:`FusionError` if ``huggingface_hub`` is not installed, or too old, which other packages allow.
 
-    Raises :class:`FusionError` if ``huggingface_hub`` is not installed.
+    ``needed_by`` begins the message.
     """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise FusionError(
-            f"There is no folder {hub_id}, and the hub needs huggingface_hub: run pip install '.[hub]' in a clone of "
-            "fusion-edge, or pass an existing folder."
-        ) from None
+    if find_spec("huggingface_hub") is not None:
+        installed = version("huggingface_hub")
+        if tuple(map(int, installed.split(".")[:2])) >= OLDEST_CLIENT:
+            return
+        found = f", not {installed}"
+    else:
+        found = ""
+    oldest = ".".join(map(str, OLDEST_CLIENT))
+    raise FusionError(
+        f"{needed_by} needs huggingface_hub {oldest} or newer{found}: run pip install '.[hub]' in a clone of "
+        "fusion-edge."
+    )
+
+
+def open_client() -> HfApi:
+    """Return a client with the user's endpoint, cache and login."""
+    from huggingface_hub import HfApi
+
     return HfApi(library_name="fusion-edge")
 
 
@@ -53,12 +68,19 @@ def is_offline() -> bool:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Return whether an error of the client says that the hub does not answer, rather than what it answered."""
+    """Return whether an error of the client says that the hub did not answer: no network, a proxy's page, an outage."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return not isinstance(error, errors.HFValidationError)
+    answers = (
+        errors.BadRequestError,
+        errors.DisabledRepoError,
+        errors.EntryNotFoundError,
+        errors.HFValidationError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+    )
+    is_forbidden = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
+    return not (is_forbidden or isinstance(error, answers))
 
 
 def reason_of(error: Exception) -> str:
@@ -67,7 +89,8 @@ def reason_of(error: Exception) -> str:
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # without the client's advice
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = " ".join(str(error).split()).partition(" For more information check: ")[0]  # a page about HTTP
+    return text.rstrip(".") or type(error).__name__
 
 
 def error_message(hub_id: str, revision: str | None, error: Exception) -> str:

@@ -20,6 +20,7 @@ from fusion_edge.runtime.bundle.reader import read_manifest
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.hub.client import (
+    check_client,
     error_message,
     is_commit,
     is_offline,
@@ -61,12 +62,12 @@ def download_bundle(hub_id: str, revision: str | None) -> Snapshot:
     """
     if revision is not None and not is_revision(revision):
         raise UsageError(f"The revision is {revision[:80]!r}; expected a branch, tag or commit.")
-    api = open_client(hub_id)
+    check_client(f"There is no folder {hub_id}, and the hub")
     cached = _cached(hub_id, revision)
     if cached is not None and (is_commit(revision or "") or is_offline()):
         return cached
     try:
-        return _Download(api, hub_id, revision).run()
+        return _Download(open_client(), hub_id, revision).run()
     except FusionError:
         raise
     # Exception: the client also lets errors of its transport through, which differ between its versions.
@@ -174,7 +175,9 @@ class _Download:
         try:
             with Progress(f"Downloading {self.hub_id}", total) as progress:
                 for entry in missing:
-                    _discard(folder / entry.path)
+                    path = folder / entry.path
+                    if path.is_file() and path.stat().st_size != entry.size:  # not: another process has just got it
+                        _discard(path)
                     unverified.append(entry)
                     before = progress.done
                     self._fetch(entry.path, progress)

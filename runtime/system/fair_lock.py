@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
+POLL_SECONDS = 0.05
+"""Time between two checks of a waiting thread."""
 T = TypeVar("T")
+
+
+class _Turn:
+    """The place of a thread in the queue."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held until the work is done, or its thread gives up."""
+        self.before: _Turn | None = None
+        """The turn that the thread waited for when it gave up. The next thread waits for it instead."""
 
 
 class FairLock:
     """Runs one piece of work at a time, in order of arrival.
 
     All locks are Python's own, held by ``with`` statements, so an exception at any moment, such as Ctrl-C, leaves none
-    locked.
+    locked that another thread waits for.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        """Held by the thread that works. The other locks only order the threads."""
-        self._last = threading.Lock()
-        """Held by the latest arrival until its work is done."""
+        """Held by the thread that works. The turns only order the threads."""
+        self._last = _Turn()
+        """The latest arrival."""
         self._guard = threading.Lock()
         self._owner: int | None = None
 
@@ -29,22 +44,47 @@ class FairLock:
         """Whether this thread holds the lock, and would wait for itself."""
         return self._lock.locked() and self._owner == threading.get_ident()
 
-    def run(self, work: Callable[[], T]) -> T:
-        """Return ``work()``, called after all earlier work."""
-        mine = threading.Lock()
-        with mine:
+    def run(self, work: Callable[[], T], check: Callable[[], None] = lambda: None, due: float = math.inf) -> T:
+        """Return ``work()``, called after all earlier work.
+
+        While the thread waits, it calls ``check`` now and then, and at ``due`` (seconds of ``time.monotonic``). An
+        exception of ``check`` ends the wait.
+        """
+        mine = _Turn()
+        with mine.lock:
             with self._guard:
                 before, self._last = self._last, mine
-            with before:
-                pass
+            _wait(before, mine, check, due)
             return self.run_next(work)
 
-    def run_next(self, work: Callable[[], T]) -> T:
-        """Return ``work()``, called after the current work and ahead of the queue."""
+    def run_next(self, work: Callable[[], T], timeout: float | None = None) -> T:
+        """Return ``work()``, called after the current work and ahead of the queue.
+
+        Raises ``TimeoutError`` if the current work takes longer than ``timeout`` seconds.
+        """
         me = threading.get_ident()
+        if timeout is not None:
+            if not self._lock.acquire(timeout=timeout):
+                raise TimeoutError
+            self._lock.release()
         with self._lock:
             self._owner = me
             try:
                 return work()
             finally:
                 self._owner = None
+
+
+def _wait(before: _Turn | None, mine: _Turn, check: Callable[[], None], due: float) -> None:
+    """Wait for the end of a turn, and of those that it stands for."""
+    while before is not None:
+        try:
+            while not before.lock.acquire(timeout=min(POLL_SECONDS, max(0.0, due - time.monotonic()))):
+                check()
+        except BaseException:
+            mine.before = before
+            with suppress(RuntimeError):  # not acquired
+                before.lock.release()
+            raise
+        before.lock.release()
+        before = before.before

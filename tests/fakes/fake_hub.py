@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +47,8 @@ class FakeHub:
     """Method and path of every request."""
     broken: dict[str, int] = field(default_factory=dict)
     """Status to answer, by a regular expression of method and path."""
+    before: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """What to do before an answer, by a regular expression of method and path."""
     altered: dict[str, bytes] = field(default_factory=dict)
     """Content to send in place of a file's, by name."""
     cut: set[str] = field(default_factory=set)
@@ -109,6 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.requests.append(request)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
+            for pattern, action in self.state.before.items():
+                if re.search(pattern, request):
+                    action()
             for pattern, status in self.state.broken.items():
                 if re.search(pattern, request):
                     raise _Refused(status, message="broken on purpose")
@@ -121,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         routes: tuple[tuple[str, Any], ...] = (
             (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._file),
             (r"GET /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
+            (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
             (r"GET /api/whoami-v2", self._whoami),
             (r"GET /api/models/([^/]+/[^/]+)/auth-check/write", self._write_check),
             (r"POST /api/repos/create", lambda: self._create(json.loads(body))),
@@ -216,6 +222,15 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def _tree(self, hub_id: str, revision: str) -> None:
+        _, files = self._files(hub_id, revision)
+        self._json(
+            [
+                {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}
+                for name, content in files.items()
+            ]
+        )
+
     # Write
 
     def _whoami(self) -> None:
@@ -236,7 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._writer()
         hub_id = f"{wish['organization']}/{wish['name']}"
         if hub_id in self.state.repositories:
-            raise _Refused(409, message="You already created this model repo")
+            self._json({"error": "You already created this model repo", "url": f"{self.state.url}/{hub_id}"}, 409)
+            return
         self.state.add(hub_id, {".gitattributes": b""})
         self.state.repositories[hub_id].private = wish.get("visibility") == "private" or bool(wish.get("private"))
         self._json({"url": f"{self.state.url}/{hub_id}"})

@@ -86,15 +86,6 @@ def test_close_at_any_moment(fusion: Fusion) -> None:
         assert backend(other).closed == 1
 
 
-def test_onnx_runtime_can_be_interrupted(tiny_bundle: Path) -> None:
-    """All later runs fail, and a close still frees the memory."""
-    with load(tiny_bundle, threads=1) as fusion:
-        fusion.backend.interrupt()  # type: ignore[attr-defined]
-        with pytest.raises(FusionError, match=r"ONNX Runtime failed while running vision_encoder: .*terminate"):
-            fusion.answer(picture(), "What?", sampling=SHORT)
-    fusion.backend.interrupt()  # type: ignore[attr-defined]
-
-
 def test_onnx_runtime_closed_at_any_moment(tiny_bundle: Path) -> None:
     for seed in range(8):
         fusion = load(tiny_bundle, threads=1)

@@ -59,6 +59,7 @@ os._exit(0)
 """
 IN_CHILD = {  # call and start of its error
     "fusion.close(); fusion.close()": "nothing",
+    "fusion.cancel(); stream.cancel()": "nothing",
     "leave()": "nothing",
     "drop()": "nothing",
     'fusion.answer(picture, "What?")': "FusionError",

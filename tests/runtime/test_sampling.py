@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.sampling import Sampler, Sampling, distribution
 
@@ -29,12 +30,44 @@ LOGITS = arrays(
         ("top_k", [-1, 2.0, None, False]),
         ("seed", [-1, 0.5, "seed", True]),
         ("stop", ["###", ["###"], ("",), ("ok", ""), (1,), None]),
+        ("grammar", ["[0-9]+", {"type": "integer"}, 3]),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(field: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(UsageError, match=f"^{field} is .*; expected"):
             Sampling(**{field: value})
+
+
+def test_a_grammar_excludes_stop_strings() -> None:
+    with pytest.raises(UsageError, match=r"^stop and grammar exclude each other"):
+        Sampling(grammar=Grammar.regex("a"), stop=("b",))
+
+
+class Even:
+    """A constraint in place of :class:`Constraint`: even tokens, each once."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def mask(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        masked: np.ndarray[Any, Any] = logits.copy()
+        masked[1::2] = masked[self.accepted] = -np.inf
+        return masked
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.01}])
+def test_a_constraint_comes_before_temperature_top_k_and_top_p(options: dict[str, Any]) -> None:
+    constraint: Any = Even()
+    sampler = Sampler(Sampling(**options), constraint)
+    logits = np.array([1, 9, 3, 8, 2, 7], np.float32)
+    assert [sampler(logits) for _ in range(3)] == [2, 4, 0]
+    assert constraint.accepted == [2, 4, 0]
+    with pytest.raises(FusionError, match="logits contain -inf"):  # nothing is left
+        sampler(logits)
 
 
 def test_values_in_range() -> None:

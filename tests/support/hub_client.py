@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from huggingface_hub import constants
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, cache: Path, token: str = "") -> None:
     """Turn the client, which has read its environment when it was imported, to a stand-in."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # as in commands
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -26,7 +28,7 @@ def environment(hub: FakeHub, cache: Path, token: str = "") -> dict[str, str]:
         "HF_ENDPOINT": hub.url,
         "HF_HUB_CACHE": str(cache),
         "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_OFFLINE": "",
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": token,
     }

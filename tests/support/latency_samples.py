@@ -22,7 +22,7 @@ from fusion_edge.benchmarks.latency.result import (
     Utilization,
 )
 from fusion_edge.benchmarks.latency.statistics import summarize
-from fusion_edge.runtime.pipeline import (
+from fusion_edge.runtime.stages import (
     ALIGNMENT,
     DECODE_STEP,
     ENCODE_GLOBAL,

@@ -10,7 +10,7 @@ from fusion_edge.benchmarks.latency.report.charts import Markup, element, join
 from fusion_edge.benchmarks.latency.result import IMAGE_DECODE, BenchResult, CaseResult, Peaks, RooflineUse, Utilization
 from fusion_edge.benchmarks.latency.statistics import Summary, percentile
 from fusion_edge.runtime.formatting import format_bytes
-from fusion_edge.runtime.pipeline import (
+from fusion_edge.runtime.stages import (
     ALIGNMENT,
     DECODE_STEP,
     ENCODE_GLOBAL,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fusion_edge.benchmarks.latency.result import BenchResult, BundleInfo, Case, CaseResult
 from fusion_edge.benchmarks.latency.statistics import Summary
-from fusion_edge.runtime.pipeline import DECODE_STEP, ENCODE_LOCAL, PREFILL, PREPROCESS, SAMPLING
+from fusion_edge.runtime.stages import DECODE_STEP, ENCODE_LOCAL, PREFILL, PREPROCESS, SAMPLING
 
 OTHER = "other"
 """Time to first token outside the timed stages."""

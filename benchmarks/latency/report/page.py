@@ -12,7 +12,7 @@ from fusion_edge.benchmarks.latency.report.style import CSS
 from fusion_edge.benchmarks.latency.result import BenchResult, Case, CaseResult
 from fusion_edge.benchmarks.latency.statistics import TARGET_ERROR
 from fusion_edge.runtime.formatting import format_bytes
-from fusion_edge.runtime.pipeline import DECODE_STEP
+from fusion_edge.runtime.stages import DECODE_STEP
 
 _SERIES_COLORS = ("blue", "orange", "green", "pink", "sky", "red", "yellow")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -27,7 +27,7 @@ class OnnxRuntimeBackend:
         self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)
         llm = Graph(bundle, graphs.LLM, device, threads)
         self._llm = LlmSession(llm, bundle.manifest)
-        self._large_runs = [graph.large_run for graph in (self._vision, self._alignment, llm)]
+        self._graphs = [self._vision, self._alignment, llm]
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Tensor:
         inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}
@@ -71,8 +71,13 @@ class OnnxRuntimeBackend:
         self._llm.rewind(length)
 
     def interrupt(self) -> None:
-        for options in self._large_runs:
-            options.terminate = True
+        for graph in self._graphs:
+            graph.interrupt()
+
+    def resume(self) -> None:
+        for graph in self._graphs:
+            graph.interrupt(False)
 
     def close(self) -> None:
         del self._vision, self._alignment, self._llm
+        self._graphs = []

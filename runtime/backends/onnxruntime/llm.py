@@ -15,6 +15,8 @@ from fusion_edge.runtime.bundle import graphs
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.errors import FusionError
 
+LONG_STEP_BYTES = 100_000_000
+"""Size of a bundle from which a decode step takes milliseconds, so that it has to be interruptible."""
 KvMemory = Mapping[str, ort.OrtValue]
 """Memory of a KV cache of the whole context, by tensor of the cache. On a CPU, unused memory has no pages."""
 
@@ -32,6 +34,7 @@ class LlmSession:
     def __init__(self, graph: Graph, manifest: Manifest) -> None:
         self._graph = graph
         self._context = manifest.max_context
+        self._has_long_steps = manifest.size >= LONG_STEP_BYTES
         self._specs = graphs.cache_specs(manifest.model, manifest.cache)
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
@@ -111,14 +114,14 @@ class LlmSession:
         with translate_errors(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
             binding = self._binding(self._decode_inputs | tensors, memory, bound)
-        self._graph.run_bound(binding, large=True)
+        self._graph.run_bound(binding)
 
     def decode(self, embedding: Floats) -> Floats:
         """Append one token's embedding ``[D]``; return the logits ``[V]``."""
         self._place(self._length, 1, self._capacity)
         self._write("embeddings", embedding)
         assert self._decode_binding is not None  # before the first prefill the capacity is 0
-        self._graph.run_bound(self._decode_binding, large=False)
+        self._graph.run_bound_step(self._decode_binding, self._has_long_steps)
         logits: Floats = self._logits[0]
         return logits
 

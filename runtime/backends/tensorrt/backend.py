@@ -67,7 +67,7 @@ class TensorRTBackend:
         self._prefix_length = self._length = self._capacity = 0
         self._decode_graph: Any = None
         self._kernels = KernelCache(library.module, folder.name) if library.is_rtx else None
-        self._is_loaded = False
+        self._is_loaded = self._is_interrupted = False
         try:
             for name, parts in engines.engines.items():
                 self._graphs[name] = EngineGraph(name, parts, folder, library, self._runtime, messages)
@@ -196,6 +196,7 @@ class TensorRTBackend:
 
     def decode(self, embedding: Floats) -> Floats:
         check_capacity(self._length + 1, self._capacity)
+        self._check_interrupted()
         self._write_decode_step(embedding, self._length)
         if self._decode_graph is None:
             self._decode_step()
@@ -281,13 +282,29 @@ class TensorRTBackend:
     def _run(
         self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]], dimensions: Mapping[str, int]
     ) -> None:
+        self._check_interrupted()
         self._graphs[graph].set_dimensions(profile, dimensions)
         self._enqueue(graph, profile, inputs)
 
     def _enqueue(self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
         for name, array in inputs.items():
             self._tensors[name].upload(array, self._stream)
-        self._graphs[graph].run(profile, self._stream)
+        self._graphs[graph].run(profile, self._stream, self._between_partitions)
+
+    def _between_partitions(self) -> None:
+        """Wait for a partition. Raise :class:`FusionError` after :meth:`interrupt`: nothing stops a running engine."""
+        self._cuda.wait(self._stream)
+        self._check_interrupted()
+
+    def _check_interrupted(self) -> None:
+        if self._is_interrupted:
+            raise FusionError("The run was interrupted; ask the question again.")
+
+    def interrupt(self) -> None:
+        self._is_interrupted = True
+
+    def resume(self) -> None:
+        self._is_interrupted = False
 
     def _result(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """Return an output on the host. The next run overwrites it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,12 @@ class EngineGraph:
                             f"{self.name} does not accept {tensor['name']} of shape {shape}; build it again."
                         )
 
-    def run(self, profile: int, stream: int) -> None:
-        """Enqueue every partition. Raise :class:`FusionError` if TensorRT fails."""
+    def run(self, profile: int, stream: int, between: Callable[[], None] = lambda: None) -> None:
+        """Enqueue every partition, and call ``between`` between two. Raise :class:`FusionError` if TensorRT fails."""
         self._messages.errors.clear()
-        for context in self._contexts[profile]:
+        for number, context in enumerate(self._contexts[profile]):
+            if number:
+                between()
             self._check(context.execute_async_v3(stream), "run")
 
     def free_contexts(self) -> None:

@@ -28,7 +28,7 @@ from fusion_edge.benchmarks.latency.report import labels
 from fusion_edge.benchmarks.latency.result import BenchResult
 from fusion_edge.benchmarks.latency.statistics import summarize
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.pipeline import DECODE_STEP
+from fusion_edge.runtime.stages import DECODE_STEP
 
 CASE = samples.case()
 

@@ -22,7 +22,7 @@ from fusion_edge.benchmarks.latency.result import STAGES, BenchResult, Peaks, re
 from fusion_edge.benchmarks.latency.stages import Times
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from fusion_edge.runtime.pipeline import DECODE_STEP, SAMPLING
+from fusion_edge.runtime.stages import DECODE_STEP, SAMPLING
 
 FEW = ("--new-tokens", "3", "--threads", "1", "--backend", "cpu")
 SHORT = ("--seconds", "1")

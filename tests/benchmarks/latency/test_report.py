@@ -21,7 +21,7 @@ from fusion_edge.benchmarks.latency.report.charts import Axis, Markup, element
 from fusion_edge.benchmarks.latency.report.page import html_report
 from fusion_edge.benchmarks.latency.result import SCHEMA, BenchResult, Case, read_result
 from fusion_edge.benchmarks.latency.statistics import summarize
-from fusion_edge.runtime.pipeline import DECODE_STEP
+from fusion_edge.runtime.stages import DECODE_STEP
 
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome-headless-shell")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -19,7 +19,7 @@ from fusion_edge.benchmarks.latency.stages import for_case, make_up_picture, mea
 from fusion_edge.benchmarks.latency.statistics import MIN_ROUNDS, Summary, repeat, summarize
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.errors import UsageError
-from fusion_edge.runtime.pipeline import DECODE_STEP, ENCODE_LOCAL, PREFILL, PREPROCESS, SAMPLING
+from fusion_edge.runtime.stages import DECODE_STEP, ENCODE_LOCAL, PREFILL, PREPROCESS, SAMPLING
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60))

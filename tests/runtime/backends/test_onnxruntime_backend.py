@@ -17,7 +17,7 @@ from support.backend_contract import CAPACITY, Subject
 
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError
-from fusion_edge.runtime.backends.base import Floats, ImageAlignment
+from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Interruptible
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph, has_vnni
@@ -129,7 +129,8 @@ def test_a_decode_step_binds_and_allocates_nothing(subject: Subject, monkeypatch
     assert not np.array_equal(subject.backend.decode(rows[1]), before)
 
 
-def test_decode_steps_run_without_options(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("are_long", [False, True])
+def test_options_of_decode_steps(subject: Subject, monkeypatch: pytest.MonkeyPatch, are_long: bool) -> None:
     """Run options slow ONNX Runtime down. Long runs need them to be interruptible."""
     options: list[object] = []
     run = ort.InferenceSession.run_with_iobinding
@@ -139,12 +140,27 @@ def test_decode_steps_run_without_options(subject: Subject, monkeypatch: pytest.
         run(session, binding, run_options)
 
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", watched)
+    monkeypatch.setattr(subject.backend._llm, "_has_long_steps", are_long)  # type: ignore[attr-defined]
     rows = start(subject, CAPACITY)
     assert options
     assert all(isinstance(one, ort.RunOptions) for one in options)
     options.clear()
     subject.backend.decode(rows[0])
-    assert options == [None]
+    assert [isinstance(one, ort.RunOptions) for one in options] == [are_long]
+
+
+def test_interrupt_and_resume(subject: Subject) -> None:
+    """Runs fail between the two calls, and an interrupted sequence starts again with the same logits."""
+    image = subject.image()
+    rows, latents, questions = subject.prompt(image, 1)
+    expected = subject.backend.prefill(rows, image, latents, questions, CAPACITY).copy()
+    assert isinstance(subject.backend, Interruptible)
+    subject.backend.interrupt()
+    for fail in (subject.image, lambda: subject.backend.prefill(rows, image, latents, questions, CAPACITY)):
+        with pytest.raises(FusionError, match=r"ONNX Runtime failed while running .*terminate"):
+            fail()
+    subject.backend.resume()
+    assert np.array_equal(subject.backend.prefill(rows, image, latents, questions, CAPACITY), expected)
 
 
 def test_a_decode_step_writes_one_position_of_the_cache(subject: Subject) -> None:

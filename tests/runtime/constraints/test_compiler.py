@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +21,9 @@ from tokenizers import Tokenizer
 from fusion_edge.benchmarks.random_schemas import random_schema
 from fusion_edge.runtime.constraints.compiler import GrammarCompiler
 from fusion_edge.runtime.constraints.grammar import Grammar
+from fusion_edge.runtime.constraints.json_schema import KEYWORDS
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.tokenization.token_bytes import token_bytes
+from fusion_edge.runtime.tokenization.token_bytes import TokenBytes, token_bytes
 
 PADDING = 13  # logits without a token, which need not be a multiple of anything
 ENDS = {PHI: ("<|end|>", "<|endoftext|>"), LLAMA: ("<|eot_id|>", "<|end_of_text|>")}
@@ -32,12 +36,15 @@ class Model:
     tokenizer: Tokenizer
     compiler: GrammarCompiler
     end_ids: frozenset[int]
-    vocab_size: int
+    vocabulary: TokenBytes
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary.tokens)
 
     def answer(self, grammar: Grammar, seed: int, limit: int = 600, liked: tuple[bytes, ...] = ()) -> str | None:
         """Return an answer; None if it does not end within ``limit`` tokens. ``liked`` tokens are likelier."""
-        vocabulary = token_bytes(self.tokenizer, self.vocab_size).tokens
-        bias = 9 * np.array([content in liked for content in vocabulary], np.float32)
+        bias = 9 * np.array([content in liked for content in self.vocabulary.tokens], np.float32)
         source = np.random.default_rng(seed)
         constraint = self.compiler.start(grammar)
         tokens: list[int] = []
@@ -66,7 +73,7 @@ def model(request: pytest.FixtureRequest) -> Model:
     size = tokenizer.get_vocab_size() + PADDING
     ends = frozenset(found for name in ENDS[request.param] if (found := tokenizer.token_to_id(name)) is not None)
     assert ends
-    return Model(tokenizer, GrammarCompiler(tokenizer, ends, size), ends, size)
+    return Model(tokenizer, GrammarCompiler(tokenizer, ends, size), ends, token_bytes(tokenizer, size))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +81,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 )
 def test_masks_equal_a_search_through_the_vocabulary(model: Model, texts: tuple[str, ...]) -> None:
     """After every token of every spelling: exactly the tokens that lead to a choice, and the end after a choice."""
-    vocabulary = token_bytes(model.tokenizer, model.vocab_size)
+    vocabulary = model.vocabulary
     spaces = (b"", b" ") if vocabulary.drops_first_space else (b"",)
     accepted = [space + text.encode() for space in spaces for text in texts]
     grammar, checked = Grammar.choices(texts), 0
@@ -110,7 +117,7 @@ def test_answers_match_their_pattern(model: Model, pattern: str) -> None:
         assert any(re.fullmatch(pattern, space + text) for space in ("", " ")), text
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_documents_of_random_schemas_are_valid(model: Model, seed: int) -> None:
     schema = random_schema(seed)
     text = model.answer(Grammar.json(schema), seed)
@@ -127,6 +134,36 @@ def test_random_schemas_are_valid_and_use_every_keyword() -> None:
     texts = ("minLength", "maxLength", "pattern", "format", "enum", "const")
     parts = ("items", "prefixItems", "minItems", "maxItems", "required", "anyOf", "$ref", "$defs")
     assert all(f'"{keyword}"' in text for keyword in (*numbers, *texts, *parts))
+
+
+ODD: list[Any] = [None, True, False, 0, -1, 2, 0.5, 1e30, "", "a", "[", "date", "null", "#/$defs/a", [], ["string"]]
+ODD += [["number", "null"], {}, {"type": "null"}, [{"type": "null"}], {"a": {"type": "boolean"}}, [1, "1"]]
+NAMES = ["type", "enum", "const", "anyOf", "$ref", *(name for names in KEYWORDS.values() for name in names)]
+
+
+def places(node: Any) -> Iterator[Any]:
+    """Yield every object and list of a schema."""
+    if isinstance(node, dict | list):
+        yield node
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from places(part)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_mutants_of_schemas_are_refused_or_give_valid_documents(model: Model, seed: int) -> None:
+    source = random.Random(seed)
+    schema = random_schema(seed)
+    for _ in range(source.randint(1, 2)):
+        place = source.choice(list(places(schema)))
+        keys = [*place, source.choice(NAMES)] if isinstance(place, dict) else list(range(len(place)))
+        if keys:
+            place[source.choice(keys)] = copy.deepcopy(source.choice(ODD))
+    try:
+        text = model.answer(Grammar.json(schema), seed, limit=150)
+    except UsageError:
+        return
+    if text is not None:  # else the mutant has no bounds
+        Draft202012Validator(schema).validate(json.loads(text, parse_constant=pytest.fail))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +207,7 @@ def test_whitespace_is_bounded(model: Model) -> None:
     schema = {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}}
     grammar = Grammar.json(schema | {"minItems": 2, "maxItems": 2})
     constraint, written = model.compiler.start(grammar), ""
-    vocabulary = token_bytes(model.tokenizer, model.vocab_size)
+    vocabulary = model.vocabulary
     spaces = np.array([content.count(b" ") for content in vocabulary.tokens], np.float32)
     for _ in range(100):
         token = int(np.argmax(constraint.mask(spaces)))
@@ -223,7 +260,7 @@ def test_a_grammar_is_compiled_once_and_threads_share_it(model: Model) -> None:
     compiler = GrammarCompiler(model.tokenizer, model.end_ids, model.vocab_size)
     first = Grammar.choices(["yes"])
     answers: list[str | None] = []
-    shared = Model(model.tokenizer, compiler, model.end_ids, model.vocab_size)
+    shared = Model(model.tokenizer, compiler, model.end_ids, model.vocabulary)
     threads = [threading.Thread(target=lambda: answers.append(shared.answer(first, 0))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -251,6 +288,19 @@ def test_constraints_of_one_grammar_are_independent(model: Model) -> None:
         one.mask(zeros)
         one.accept(token)
     assert np.array_equal(two.mask(zeros), before)
+
+
+def test_masked_logits_are_the_logits_or_minus_infinity(model: Model) -> None:
+    logits = np.random.default_rng(0).standard_normal(model.vocab_size).astype(np.float32)
+    logits[7], logits[8] = np.nan, np.inf  # of a bundle that overflows
+    constraint = model.compiler.start(Grammar.regex("[a-z]+"))
+    allowed = list(model.allowed(Grammar.regex("[a-z]+"), []))
+    masked = constraint.mask(logits).copy()
+    assert np.array_equal(masked[allowed], logits[allowed])
+    assert np.isnan(masked[7])
+    forbidden = np.setdiff1d(np.arange(model.vocab_size), [*allowed, 7])
+    assert 8 in forbidden
+    assert np.all(masked[forbidden] == -np.inf)
 
 
 def test_a_missing_package_is_named(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,15 @@ def test_definitions_are_kept_once() -> None:
     assert len(json.dumps(read)) < 3000
 
 
+def test_depth_counts_through_definitions_that_were_read_before() -> None:
+    """``a`` is read at level 1, and ``b`` around it later."""
+    parts = {"a": nested(20, {"type": "null"}), "b": nested(9, {"$ref": "#/$defs/a"})}
+    first = {"type": "array", "prefixItems": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": parts}
+    assert len(bounded_schema(first)["$defs"]) == 2
+    parts["b"] = nested(10, {"$ref": "#/$defs/a"})
+    assert refused(first).startswith("is not supported at $.$defs.b.items.items.items.items.items.items.items.items.i")
+
+
 def test_both_sections_of_definitions() -> None:
     both = {"$defs": {"a": {"type": "null"}}, "definitions": {"a": {"type": "boolean"}}}
     read = bounded_schema({"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/definitions/a"}], **both})

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from huggingface_hub import constants
-from support.hub_client import use_hub
+from support.hub_client import environment, use_hub
+from support.paths import ROOT
 
 from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli import info as cli_info
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.fusion import load
-from fusion_edge.runtime.hub import download
+from fusion_edge.runtime.hub import client, download
 from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
 
 Refuse = Callable[..., str]
@@ -103,6 +109,22 @@ def test_a_newer_commit_downloads_what_is_new(hub: FakeHub, files: dict[str, byt
     assert [request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")] == ["bundle.json"]
 
 
+def test_several_downloads_at_once(hub: FakeHub, files: dict[str, bytes]) -> None:
+    commit = hub.add("org/name", files)
+    start = Barrier(4)
+
+    def find(_: int) -> BundleSource:
+        start.wait()
+        return find_bundle("org/name")
+
+    with ThreadPoolExecutor(4) as pool:
+        sources = set(pool.map(find, range(4)))
+    assert [source.commit for source in sources] == [commit]
+    verify(open_bundle(sources.pop().folder))
+    fetched = [request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")]
+    assert sorted(fetched) == sorted(listed(files))  # each file once
+
+
 def test_load_and_commands_take_a_hub_id(
     hub: FakeHub, files: dict[str, bytes], capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
@@ -154,6 +176,19 @@ def test_wrong_arguments(hub: FakeHub) -> None:
         find_bundle("org/a--b")
 
 
+def test_a_command_in_the_environment_of_its_user(hub: FakeHub, files: dict[str, bytes], cache: Path) -> None:
+    """The client reads its settings when it is imported."""
+    commit = hub.add("org/name", files)
+    command = [sys.executable, "-m", "fusion_edge.runtime.cli.info", "org/name"]
+    outputs = [
+        subprocess.run(command, env=os.environ | environment(hub, cache) | more, check=True, capture_output=True)
+        for more in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1"})
+    ]
+    for output in outputs:
+        assert f"org/name at commit {commit}\n" in output.stdout.decode()
+        assert output.stderr == b""
+
+
 # What the hub refuses ----------------------------------------------------------------------------------------
 
 
@@ -189,7 +224,7 @@ def test_a_checkpoint(hub: FakeHub, refused: Refuse) -> None:
     assert not hub.asked("resolve")
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [404, 429, 500, 503])
 def test_a_hub_that_does_not_answer(hub: FakeHub, files: dict[str, bytes], refused: Refuse, status: int) -> None:
     """Without a cached bundle it is an error; with one, the bundle is used and a note says so."""
     commit = hub.add("org/name", files)
@@ -221,9 +256,23 @@ def test_no_network(
 def test_a_refusal_is_not_hidden_by_the_cache(hub: FakeHub, files: dict[str, bytes]) -> None:
     hub.add("org/name", files)
     find_bundle("org/name")
+    hub.broken["GET /api/models"] = 403
+    with pytest.raises(FusionError, match=r"org/name could not be downloaded \(403 Forbidden: broken on purpose"):
+        find_bundle("org/name")
+    hub.broken.clear()
     del hub.repositories["org/name"]
     with pytest.raises(FusionError, match="neither a local folder nor a repository"):
         find_bundle("org/name")
+
+
+def test_an_update_that_fails(hub: FakeHub, files: dict[str, bytes], tiny_tensorrt_bundle: Path) -> None:
+    """The earlier bundle is used."""
+    old = hub.add("org/name", files)
+    find_bundle("org/name")
+    hub.add("org/name", {file.name: file.read_bytes() for file in tiny_tensorrt_bundle.iterdir()})
+    hub.broken["GET .*/llm.data"] = 500
+    source = find_bundle("org/name")
+    assert (source.commit, "500" in source.unreachable) == (old, True)
 
 
 def test_an_answer_without_a_commit(hub: FakeHub, files: dict[str, bytes]) -> None:
@@ -233,9 +282,19 @@ def test_an_answer_without_a_commit(hub: FakeHub, files: dict[str, bytes]) -> No
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = "There is no folder org/name, and the hub needs huggingface_hub 1.8 or newer"
+    with monkeypatch.context() as old:
+        old.setattr(client, "version", lambda _: "0.36.2")
+        with pytest.raises(FusionError, match=re.escape(f"{needed}, not 0.36.2: run pip install '.[hub]' in a clone")):
+            find_bundle("org/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FusionError, match=r"There is no folder org/name, and the hub needs huggingface_hub: run pip"):
+    with pytest.raises(FusionError, match=re.escape(f"{needed}: run pip install '.[hub]' in a clone")):
         find_bundle("org/name")
+
+
+def test_the_oldest_client_is_that_of_the_extra() -> None:
+    requirement = f"huggingface_hub>={'.'.join(map(str, client.OLDEST_CLIENT))}"
+    assert f'hub = ["{requirement}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 # What the manifest may list ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import onnxruntime as ort
 import pytest
 from support.paths import DEMO_CHECKPOINT
 from support.uninterruptible_wait import UninterruptibleWait
@@ -20,10 +21,9 @@ from support.uninterruptible_wait import UninterruptibleWait
 from fusion_edge.export import cli as export_cli
 from fusion_edge.export.bundle.data_writer import DataWriter
 from fusion_edge.export.calibration.work_folder import work_folder
-from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.graph import Graph
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system import signals
 from fusion_edge.runtime.system.progress import Progress
 
@@ -208,20 +208,20 @@ def test_ctrl_c_ends_a_run_of_onnx_runtime(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Prefill is one call of ONNX Runtime, during which Python handles no signals."""
+    """A graph is one call of ONNX Runtime, during which Python handles no signals."""
     wait, sent = UninterruptibleWait(polls=False), []
 
-    def prefill(*_: Any) -> NoReturn:
+    def run(*_: Any) -> NoReturn:
         wait.until_refused(None)
-        raise FusionError("terminated by request")
+        raise RuntimeError("terminated by request")
 
     def send_in_the_middle() -> None:
         assert wait.began.wait(60)
         sent.append(time.monotonic())
         send(number)
 
-    monkeypatch.setattr(OnnxRuntimeBackend, "prefill", prefill)
-    monkeypatch.setattr(OnnxRuntimeBackend, "interrupt", lambda _: wait.end())
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", run)
+    monkeypatch.setattr(Graph, "interrupt", lambda _, terminate=True: wait.end() if terminate else None)
     threading.Thread(target=send_in_the_middle).start()
     assert cli_run.main([str(tiny_bundle), "--image", str(DEMO_PICTURE), "--ask", "What is it?"]) == code
     assert time.monotonic() - sent[0] < 1

@@ -1,0 +1,1 @@
+"""``fusion-export --push-to-hub``: publish a bundle on the Hugging Face hub."""

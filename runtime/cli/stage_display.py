@@ -1,0 +1,66 @@
+"""The stage of a question as a line on standard error; nothing if that is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from fusion_edge.runtime.stages import ALIGNMENT, DECODE_STEP, ENCODE_GLOBAL, ENCODE_LOCAL, PREFILL, PREPROCESS
+
+REFRESH_SECONDS = 0.2
+STEPS = (PREPROCESS, ENCODE_GLOBAL, ENCODE_LOCAL, ALIGNMENT, PREFILL)
+"""Stages before the first token, in order."""
+
+
+class StageDisplay:
+    """Shows the stage with its number and seconds in a ``with`` block, until the first token."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._stage, self._since = "", 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="fusion-edge display", daemon=True)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StageDisplay:
+        if self._is_terminal:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        if self._is_terminal:
+            self._thread.join()
+            self._show("")
+
+    def enter(self, stage: str) -> None:
+        """Show another stage. Pass this as ``on_stage``."""
+        with self._lock:
+            self._stage, self._since = stage, time.monotonic()
+        if stage == DECODE_STEP or stage not in STEPS:
+            self.hide()
+
+    def hide(self) -> None:
+        """Clear the line, and show nothing until the next stage."""
+        with self._lock:
+            self._stage = ""
+            if self._is_terminal:
+                self._show("")
+
+    def _refresh(self) -> None:
+        while not self._end.wait(REFRESH_SECONDS):
+            with self._lock:
+                if self._stage:
+                    number, seconds = STEPS.index(self._stage) + 1, time.monotonic() - self._since
+                    self._show(f"[{number}/{len(STEPS)}] {self._stage} {seconds:.0f} s")
+
+    def _show(self, line: str) -> None:
+        try:
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+        except OSError:  # the terminal is closed; the answer continues
+            self._is_terminal = False
