@@ -10,14 +10,15 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.answer_stream import AnswerStream
     from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
-    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
+    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, SceneEvicted, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.loop.asker import Asker
     from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
     from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
     from fusion_edge.runtime.prompts.prompt import Turn
-    from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
+    from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions, SceneOptions
     from fusion_edge.runtime.sampling import Sampling
+    from fusion_edge.runtime.scene import Scene
 
 __all__ = [
     "Answer",
@@ -37,6 +38,9 @@ __all__ = [
     "Request",
     "RequestOptions",
     "Sampling",
+    "Scene",
+    "SceneEvicted",
+    "SceneOptions",
     "Stopped",
     "Superseded",
     "Turn",
@@ -62,6 +66,9 @@ _MODULES = {
     "Request": "loop.request",
     "RequestOptions": "loop.request",
     "Sampling": "sampling",
+    "Scene": "scene",
+    "SceneEvicted": "errors",
+    "SceneOptions": "requests",
     "Stopped": "errors",
     "Superseded": "loop.request",
     "Turn": "prompts.prompt",

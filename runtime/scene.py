@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class Scene:
     """A picture that the model has looked at, for many questions.
 
-    :meth:`Fusion.look` returns one. With a guide, image tokens and the KV cache up to them are computed under the guide
-    and shared by all questions: an answer is that of :meth:`Fusion.ask` if the guide is its question (in a conversation,
-    all questions so far, without a separator). Without a guide each question is its own.
+    :meth:`Fusion.look` returns one. With a guide, all questions share the image tokens under that guide, and the KV
+    cache up to them. If the guide is the question, the answer is that of :meth:`Fusion.ask`; in a conversation, the
+    guide is all questions so far, without a separator. Without a guide each question is its own guide.
 
-    Several threads may ask. The scene is cached until :meth:`close`, or until later pictures take its place.
+    Several threads may ask. A scene is cached until later pictures take its place.
     """
 
     def __init__(

@@ -72,9 +72,10 @@ class PromptLayout:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A conversation of Q questions as token ids, or with Q = 0 the start of every prompt. All arrays are int64 ``[n]``.
+    """A conversation of Q questions as token ids. All arrays are int64 ``[n]``.
 
-    Rows up to the image tokens, the first marker, depend on the image and ``instruct_ids`` alone.
+    With Q = 0 it is the start of every prompt. Rows up to the image tokens depend on the image and ``instruct_ids``
+    alone.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -122,6 +123,12 @@ class ContextBudget:
         length = prompt.layout(self.image_tokens, self.query_length).length
         if length >= self.capacity:
             raise self._too_long(str(length))
+
+    def check_guide(self, prompt: Prompt) -> None:
+        """Raise :class:`FusionError` if a guide is longer than any question can be."""
+        room = self.capacity - prompt.layout(self.image_tokens, self.query_length).length
+        if (length := len(prompt.instruct_ids)) > room:
+            raise FusionError(f"The guide has {length} tokens, and a question at most {room}; shorten it.")
 
     def left(self, token_ids: Sequence[int]) -> int:
         """Return the tokens left after a prompt's first ids. Raise :class:`FusionError` if they exceed the context."""
@@ -200,7 +207,10 @@ class PromptEncoder:
         """
         ids = self._start()
         text = self._valid_text(guide, "The guide", budget, ids).strip()
-        return self._prompt([*ids, MARKER_IDS[LATENT_MARKER]], text, [], False, budget)
+        prompt = self._prompt([*ids, MARKER_IDS[LATENT_MARKER]], text, [], False, budget)
+        if budget is not None:
+            budget.check_guide(prompt)
+        return prompt
 
     @property
     def _question_start(self) -> str:
