@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 
 from fusion_edge.benchmarks.latency.machine.info import machine_info
 from fusion_edge.export.planning.presets import DETAILS, Detail
+from fusion_edge.runtime.bundle.config import side
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.formatting import format_table
@@ -36,11 +38,10 @@ ONE_TOKEN = Sampling(max_new_tokens=1)
 
 @dataclasses.dataclass(frozen=True)
 class DetailTimes:
-    """Seconds of every round, and what is in a prompt."""
+    """Seconds of every round."""
 
     image_tokens: int
     latents: int
-    prompt_tokens: int
     first_token: list[float]
     """First question about a picture."""
     exact_followup: list[float]
@@ -93,28 +94,25 @@ def measure(fusion: Fusion, detail: Detail, rounds: int) -> DetailTimes:
     """Measure a level of detail. The weights of a bundle do not depend on it."""
     patches = fusion.config.vision.patches
     tokens = min(detail.image_tokens or patches, patches)
-    manifest = dataclasses.replace(fusion.manifest, image_side=round(tokens**0.5))
+    manifest = dataclasses.replace(fusion.manifest, image_side=side(tokens))
     model = Fusion(manifest, fusion.backend, fusion.tokenizer, fusion.embed)
-    first, second = QUESTIONS
-    times = DetailTimes(tokens, detail.latents, 0, [], [], [], [])
-    prompt_tokens = 0
-    for number in range(rounds + 1):
-        picture = _picture(number)
+    _round(model, detail.latents, _picture(0))  # warms up
+    measured = [_round(model, detail.latents, _picture(number + 1)) for number in range(rounds)]
+    return DetailTimes(tokens, detail.latents, *(list(seconds) for seconds in zip(*measured, strict=True)))
 
-        def ask(question: str) -> int:
-            answer = model.answer(picture, question, sampling=ONE_TOKEN, query_length=detail.latents)
-            return answer.prompt_tokens
 
-        seconds = [_seconds(lambda: ask(first)), _seconds(lambda: ask(second))]
-        prompt_tokens = ask(second)
-        seconds.append(_seconds(lambda: model.look(picture, GUIDE, query_length=detail.latents)))
-        scene = model.look(picture, GUIDE, query_length=detail.latents)
-        seconds.append(_seconds(lambda: scene.answer(second, sampling=ONE_TOKEN)))
-        if number:  # the first round warms up
-            kept = (times.first_token, times.exact_followup, times.look, times.scene_followup)
-            for one, value in zip(kept, seconds, strict=True):
-                one.append(value)
-    return dataclasses.replace(times, prompt_tokens=prompt_tokens)
+def _round(model: Fusion, latents: int, picture: Image.Image) -> tuple[float, float, float, float]:
+    """Return the seconds of two questions about a picture, of a look at it, and of a question behind the scene."""
+
+    def ask(question: str) -> None:
+        model.answer(picture, question, sampling=ONE_TOKEN, query_length=latents)
+
+    first, second = (_seconds(partial(ask, question)) for question in QUESTIONS)
+    started = time.perf_counter()
+    with model.look(picture, GUIDE, query_length=latents) as scene:
+        looked = time.perf_counter() - started
+        behind = _seconds(lambda: scene.answer(QUESTIONS[1], sampling=ONE_TOKEN))
+    return first, second, looked, behind
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -129,7 +127,8 @@ def _picture(seed: int) -> Image.Image:
 
 def table(times: dict[str, DetailTimes]) -> str:
     """Format the medians."""
-    rows = [("detail", "image tokens", "latents", "first token", "exact follow-up", "look", "behind a scene", "ratio")]
+    header = ("detail", "image tokens", "latents", "first token", "exact follow-up", "look", "behind a scene", "ratio")
+    rows: list[tuple[str, ...]] = [header]
     for name, one in times.items():
         seconds = (one.first_token, one.exact_followup, one.look, one.scene_followup)
         medians = (f"{statistics.median(values):.2f} s" for values in seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.answer_stream import AnswerStream
@@ -13,6 +13,7 @@ from fusion_edge.runtime.pipeline import Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.structured import document, document_sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,6 +132,36 @@ class Scene:
         control = RunControl(deadline, on_stage)
         prepared = self._prepare(question, **options)
         return self._queue.run(lambda: self._start(prepared, control), control)
+
+    def json(
+        self,
+        question: str,
+        schema: dict[str, Any],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[SceneOptions],
+    ) -> Any:
+        """Ask a question about the scene and return the answer as a JSON document, as :meth:`Fusion.json`.
+
+        Args:
+            question: The question.
+            schema: A JSON schema, as in :meth:`Grammar.json`.
+            deadline: Seconds from the call until the question stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`SceneOptions`.
+
+        Returns:
+            The document as Python objects.
+
+        Raises:
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`ask`.
+            DeadlineExceeded: The deadline passed before the document was complete.
+            Cancelled: The question was canceled before the document was complete.
+            FusionError: The document needs more than :attr:`Sampling.max_new_tokens`, or as in :meth:`ask`.
+        """
+        options["sampling"] = document_sampling(options, schema)
+        return document(self.answer(question, deadline=deadline, on_stage=on_stage, **options))
 
     def _prepare(self, question: str, **options: Unpack[SceneOptions]) -> PreparedQuestion:
         self._queue.check_open()

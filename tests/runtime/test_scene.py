@@ -329,7 +329,7 @@ def test_bad_looks(fusion: Fusion) -> None:
         ({"on_stage": 1}, "^on_stage is 1"),
     ):
         with pytest.raises(FusionError, match=expected):
-            fusion.look(picture(), **arguments)  # type: ignore[arg-type]
+            fusion.look(picture(), **arguments)
     assert calls(fusion) == []
 
 
