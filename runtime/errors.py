@@ -28,6 +28,12 @@ class UsageError(FusionError):
     exit_code = 2
 
 
+class AccuracyError(FusionError):
+    """A model less accurate than the user allows (exit code 6)."""
+
+    exit_code = 6
+
+
 class DeviceError(FusionError):
     """A device that cannot start on this machine. Another device may run the bundle."""
 

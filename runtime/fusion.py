@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from tokenizers import Tokenizer
 
@@ -23,6 +24,7 @@ from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.choices import Choice, PreparedChoices, choose, prepare_choices
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.hub.bundle_source import find_bundle
 from fusion_edge.runtime.image_cache import CacheEntry
@@ -41,7 +43,7 @@ from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fusion_edge.runtime.requests import QuestionOptions
+    from fusion_edge.runtime.requests import ChoiceOptions, QuestionOptions
 
 
 class Fusion:
@@ -238,6 +240,81 @@ class Fusion:
         prepared = self._prepare(image, question, **options)
         return self.queue.run(lambda: self._start(prepared, control), control)
 
+    @overload
+    def choose(
+        self,
+        image: ImageLike,
+        question: str,
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[ChoiceOptions],
+    ) -> Choice: ...
+
+    @overload
+    def choose(
+        self,
+        image: ImageLike,
+        question: list[str] | tuple[str, ...],
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[ChoiceOptions],
+    ) -> list[Choice]: ...
+
+    def choose(
+        self,
+        image: ImageLike,
+        question: str | list[str] | tuple[str, ...],
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[ChoiceOptions],
+    ) -> Choice | list[Choice]:
+        """Ask which of several answers is right, and how sure the model is. Generates no answer.
+
+        The probability of a choice is the product of its tokens' probabilities behind the prompt, without length
+        normalization, divided by that of all choices. It costs one prefill, and a decode step for every token that is
+        not the last one of a choice; common first tokens of choices share theirs.
+
+        Args:
+            image: As in :meth:`ask`.
+            question: The question, or a list of questions, which are asked one after another.
+            choices: 2 to 256 answers. None may be the start of another. Whitespace around them does not count.
+            deadline: Seconds from the call until it stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`ChoiceOptions`.
+
+        Returns:
+            The choice; for a list, one per question.
+
+        Raises:
+            UsageError: As in :meth:`ask`, or the choices cannot be compared: one is empty, equal to another, or the
+                start of another.
+            FusionError: As in :meth:`ask`, or a choice does not fit the context.
+            DeadlineExceeded: The deadline passed before the last choice was made.
+            Cancelled: The question was canceled, or the model was closed.
+        """
+        questions = question if isinstance(question, list | tuple) else (question,)
+        chosen = self.choose_under(RunControl(deadline, on_stage), image, questions, choices, **options)
+        return chosen if questions is question else chosen[0]
+
+    def choose_under(
+        self,
+        control: RunControl,
+        image: ImageLike,
+        questions: Sequence[str],
+        choices: Sequence[str],
+        **options: Unpack[ChoiceOptions],
+    ) -> list[Choice]:
+        """Choose as :meth:`choose` does, under the caller's control."""
+        self.queue.check_open()
+        prepared = prepare_choices(self.pipeline, image, questions, choices, **options)
+        return [self.queue.run(partial(self._choose, one, control), control) for one in prepared]
+
     def json(
         self,
         image: ImageLike,
@@ -371,6 +448,10 @@ class Fusion:
     def _prepare(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> PreparedQuestion:
         self.queue.check_open()
         return self.pipeline.prepare(image, question, **options)
+
+    def _choose(self, prepared: PreparedChoices, control: RunControl) -> Choice:
+        self.queue.start(control)
+        return choose(self.pipeline, prepared, control)
 
     def _start(self, prepared: PreparedQuestion, control: RunControl) -> AnswerStream:
         return AnswerStream(self.pipeline, self.queue, prepared, control)

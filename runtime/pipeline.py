@@ -43,6 +43,11 @@ Embed = Callable[[Integers], Floats]
 """Token ids ``[n]`` to embeddings ``[n,D]``."""
 
 
+def load_subject(image: ImageLike | CacheEntry, color: Color) -> Image.Image | CacheEntry:
+    """Return a scene as it is, and load any other image."""
+    return image if isinstance(image, CacheEntry) else load_image(image, color)
+
+
 @dataclass(frozen=True, eq=False)
 class Prefilled:
     """A sequence after its prompt."""
@@ -70,7 +75,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.embed = embed
         template = TEMPLATES[self.config.template]
-        self._prompts = PromptEncoder(tokenizer, template)
+        self.prompts = PromptEncoder(tokenizer, template)
         end_of_turn = tokenizer.token_to_id(template.answer_end)
         if end_of_turn is None:
             raise FusionError(
@@ -110,16 +115,15 @@ class Pipeline:
         length = self.query_length(query_length)
         budget = self._budget(length)
         is_markup = check_flag("control_tokens", control_tokens)
-        prompt = self._prompts.encode(history, question, control_tokens=is_markup, budget=budget)
-        subject = image if isinstance(image, CacheEntry) else load_image(image, color)
-        return PreparedQuestion(subject, prompt, sampling, length, constraint)
+        prompt = self.prompts.encode(history, question, control_tokens=is_markup, budget=budget)
+        return PreparedQuestion(load_subject(image, color), prompt, sampling, length, constraint)
 
     def prepare_look(
         self, image: ImageLike, guide: str | None, query_length: int | None = None, color: Color = "rgb"
     ) -> PreparedLook:
         """Check the arguments of a look, load its image and tokenize its guide."""
         length = self.query_length(query_length)
-        start = None if guide is None else self._prompts.encode_start(guide, budget=self._budget(length))
+        start = None if guide is None else self.prompts.encode_start(guide, budget=self._budget(length))
         return PreparedLook(load_image(image, color), start, length)
 
     def _budget(self, query_length: int) -> ContextBudget:
@@ -139,6 +143,13 @@ class Pipeline:
 
     def start(self, question: PreparedQuestion, sampler: Sampler, hook: StageHook = no_hook) -> Prefilled:
         """Run every stage up to the first token of the answer."""
+        length, capacity, logits = self.run_prompt(question, hook)
+        with hook(SAMPLING):
+            token = sampler(logits)
+        return Prefilled(length, capacity, token)
+
+    def run_prompt(self, question: PreparedQuestion, hook: StageHook = no_hook) -> tuple[int, int, Floats]:
+        """Run every stage up to the logits of the prompt's last token. Return what :meth:`prefill` returns."""
         image, prefix = self._subject(question.subject, hook)
         seen: Floats | KvPrefix | None = prefix
         if seen is None:
@@ -147,17 +158,18 @@ class Pipeline:
         with hook(ALIGNMENT):
             aligned = self.align(image, question.query_length)
         with hook(PREFILL):
-            length, capacity, logits = self.prefill(question.prompt, seen, aligned, question.sampling.max_new_tokens)
-        with hook(SAMPLING):
-            token = sampler(logits)
-        return Prefilled(length, capacity, token)
+            return self.prefill(question.prompt, seen, aligned, question.sampling.max_new_tokens)
 
     def decode(self, token: int, sampler: Sampler, hook: StageHook = no_hook) -> int:
         """Append ``token`` to the sequence and return the next one."""
-        with hook(DECODE_STEP):
-            logits = self.backend.decode(self.embed(np.array([token]))[0])
+        logits = self.step(token, hook)
         with hook(SAMPLING):
             return sampler(logits)
+
+    def step(self, token: int, hook: StageHook = no_hook) -> Floats:
+        """Append ``token`` to the sequence and return the logits ``[V]`` of the next one, valid until the next step."""
+        with hook(DECODE_STEP):
+            return self.backend.decode(self.embed(np.array([token]))[0])
 
     def look(self, look: PreparedLook, hook: StageHook = no_hook) -> CacheEntry:
         """Cache a scene: run every stage that its questions share. Each stage that is complete stays cached."""

@@ -35,8 +35,8 @@ class AnswerOptions(TypedDict, total=False):
     """Texts of which the answer is one, as in :meth:`Grammar.choices`. Default: any answer."""
 
 
-class QuestionOptions(AnswerOptions, total=False):
-    """Keyword arguments of :meth:`Fusion.ask`, :meth:`Fusion.answer` and :meth:`Fusion.stream`."""
+class PromptOptions(TypedDict, total=False):
+    """Keyword arguments that describe a question and its image."""
 
     history: Sequence[Turn]
     """Earlier questions about the same image, with their answers. Default: none."""
@@ -45,6 +45,17 @@ class QuestionOptions(AnswerOptions, total=False):
     their own."""
     control_tokens: bool
     """Whether questions and answers may spell control tokens such as ``<|end|>``. Default: such spellings are text."""
+
+
+class QuestionOptions(AnswerOptions, PromptOptions, total=False):
+    """Keyword arguments of :meth:`Fusion.ask`, :meth:`Fusion.answer` and :meth:`Fusion.stream`."""
+
+
+class ChoiceOptions(PromptOptions, total=False):
+    """Keyword arguments of :meth:`Fusion.choose`."""
+
+    query_length: int | None
+    """Number of latents, one of the bundle's query lengths. Default: the first."""
 
 
 class SceneOptions(TypedDict, total=False):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.answer_stream import AnswerStream
+from fusion_edge.runtime.choices import Choice, PreparedChoices, choose, prepare_choices
 from fusion_edge.runtime.image_cache import CacheEntry
 from fusion_edge.runtime.pipeline import Pipeline
+from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
@@ -133,6 +136,76 @@ class Scene:
         prepared = self._prepare(question, **options)
         return self._queue.run(lambda: self._start(prepared, control), control)
 
+    @overload
+    def choose(
+        self,
+        question: str,
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        history: Sequence[Turn] = (),
+        control_tokens: bool = False,
+    ) -> Choice: ...
+
+    @overload
+    def choose(
+        self,
+        question: list[str] | tuple[str, ...],
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        history: Sequence[Turn] = (),
+        control_tokens: bool = False,
+    ) -> list[Choice]: ...
+
+    def choose(
+        self,
+        question: str | list[str] | tuple[str, ...],
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        history: Sequence[Turn] = (),
+        control_tokens: bool = False,
+    ) -> Choice | list[Choice]:
+        """Ask about the scene which of several answers is right, as :meth:`Fusion.choose`.
+
+        Args:
+            question: The question, or a list of questions, which are asked one after another.
+            choices: As in :meth:`Fusion.choose`.
+            deadline: Seconds from the call until it stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            history: Earlier questions about the scene, with their answers. Default: none.
+            control_tokens: As in :class:`QuestionOptions`.
+
+        Returns:
+            The choice; for a list, one per question.
+
+        Raises:
+            UsageError: As in :meth:`ask`, or the choices cannot be compared.
+            FusionError: As in :meth:`ask`, or a choice does not fit the context.
+        """
+        control = RunControl(deadline, on_stage)
+        questions = question if isinstance(question, list | tuple) else (question,)
+        self._check()
+        prepared = prepare_choices(
+            self._pipeline,
+            self._entry,
+            questions,
+            choices,
+            history,
+            self.query_length,
+            control_tokens=control_tokens,
+        )
+        chosen = [self._queue.run(partial(self._choose, one, control), control) for one in prepared]
+        return chosen if questions is question else chosen[0]
+
+    def _choose(self, prepared: PreparedChoices, control: RunControl) -> Choice:
+        self._queue.start(control)
+        return choose(self._pipeline, prepared, control)
+
     def json(
         self,
         question: str,
@@ -164,9 +237,13 @@ class Scene:
         return document(self.answer(question, deadline=deadline, on_stage=on_stage, **options))
 
     def _prepare(self, question: str, **options: Unpack[SceneOptions]) -> PreparedQuestion:
+        self._check()
+        return self._pipeline.prepare(self._entry, question, query_length=self.query_length, **options)
+
+    def _check(self) -> None:
+        """Raise an error if the model or the scene is closed, or the scene is evicted."""
         self._queue.check_open()
         self._entry.scene()
-        return self._pipeline.prepare(self._entry, question, query_length=self.query_length, **options)
 
     def _start(self, prepared: PreparedQuestion, control: RunControl) -> AnswerStream:
         return AnswerStream(self._pipeline, self._queue, prepared, control)

@@ -231,6 +231,57 @@ class PromptEncoder:
             budget.check(prompt)
         return prompt
 
+    def encode_choices(
+        self,
+        history: Sequence[Turn],
+        question: str,
+        choices: Sequence[str],
+        *,
+        control_tokens: bool = False,
+        room: int,
+    ) -> list[tuple[int, ...]]:
+        """Tokenize choices of an answer to the last question, as answers in the history of the next question are.
+
+        Whitespace around a choice is dropped, as in a model's answers.
+
+        Raises ``UsageError`` for a choice that is not valid Unicode, has no visible character, or changes the tokens
+        of the prompt, and ``FusionError`` for one with more than ``room`` tokens, before tokenizing it.
+        """
+        template, encoder = self._template, self._encoder
+        start = VISION_END if history else f"{VISION_END}\n"
+        asked = self._question(question, control_tokens, None, ())
+        piece = (start, asked, f"{template.question_end}{template.answer_start}")
+        prompt, end = encoder.encode(piece, control_tokens), encoder.plain(template.answer_end)
+        encoded = []
+        for choice in choices:
+            text = self._choice(choice, control_tokens, room)
+            ids = encoder.encode((*piece, text, template.answer_end), control_tokens)
+            tokens = ids[len(prompt) : len(ids) - len(end)]
+            if not tokens or [*prompt, *tokens, *end] != ids:
+                raise UsageError(
+                    f"The tokenizer joins the choice {short_repr(choice)} with the text around it; word it differently."
+                )
+            if len(tokens) > room:
+                raise self._too_long_choice(choice, str(len(tokens)), room)
+            encoded.append(tuple(tokens))
+        return encoded
+
+    def _choice(self, choice: str, control_tokens: bool, room: int) -> str:
+        text = self._valid_text(choice, "A choice", None, ()).strip()
+        if (least := len(text) // self._encoder.longest_token) > room:
+            raise self._too_long_choice(choice, f"at least {least}", room)
+        if control_tokens:
+            text = _without(text, *MARKER_IDS).strip()
+        if is_empty(text, self._ignored):
+            raise UsageError(f"The choice {short_repr(choice)} is empty; write an answer to the question.")
+        return text
+
+    def _too_long_choice(self, choice: str, length: str, room: int) -> FusionError:
+        return FusionError(
+            f"The choice {short_repr(choice)} has {length} tokens, and the context has room for {room} behind the "
+            "prompt; shorten it, drop history, or export with a larger --max-context."
+        )
+
     def _question(
         self, question: str, control_tokens: bool, budget: ContextBudget | None, before: Sequence[int]
     ) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +28,7 @@ from fakes.watched_backend import (
 
 from fusion_edge.runtime import (
     Answer,
+    AnswerStream,
     Cancelled,
     DeadlineExceeded,
     Fusion,
@@ -370,3 +373,19 @@ def test_a_superseded_stream_is_not_a_canceled_one(fusion: Fusion) -> None:
     with pytest.raises(FusionError, match=ENDED) as caught:
         next(stream)
     assert not isinstance(caught.value, Stopped)
+
+
+def test_a_stopped_question_is_no_cycle_that_keeps_its_picture(fusion: Fusion) -> None:
+    def stopped_stream() -> weakref.ref[AnswerStream]:
+        stream = fusion.stream(picture(), "What?", sampling=SHORT)
+        stream.cancel()
+        for _ in range(2):
+            with pytest.raises(Cancelled):
+                next(stream)
+        return weakref.ref(stream)
+
+    gc.disable()
+    try:
+        assert stopped_stream()() is None
+    finally:
+        gc.enable()
