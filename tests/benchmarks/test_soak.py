@@ -72,7 +72,7 @@ def answer(*token_ids: int, **values: Any) -> Answer:
 def robot(monkeypatch: pytest.MonkeyPatch) -> soak.Robot:
     monkeypatch.setattr(soak, "Asker", lambda *_, **__: None)
     fusion: Any = FakeFusion()
-    return soak.Robot(fusion, Script((), {}), 0)
+    return soak.Robot(fusion, Script((), {}, ()), 0)
 
 
 @pytest.mark.parametrize(

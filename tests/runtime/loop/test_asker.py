@@ -590,3 +590,31 @@ def test_an_unusable_schema_is_refused_at_once(asker: Asker) -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(UsageError):
         asker.submit_json(picture(), "What?", {"type": "no type"})
+
+
+def test_choices(fusion: Fusion, make: MakeAsker) -> None:
+    asker = make(skip_unchanged=True)
+    expected = fusion.choose(picture(), "Is the path clear?", ("yes", "no"))
+    request = asker.submit_choose(picture(), "Is the path clear?", ["yes", "no"], key="front")
+    choice = request.result(20)
+    assert (choice.text, choice.probabilities) == (expected.text, expected.probabilities)
+    assert list(request) == []
+    again = asker.submit_choose(picture(), "Is the path clear?", ("yes", "no"), key="front")
+    assert again.result(20) is choice
+    assert again.is_unchanged
+    other = asker.submit_choose(picture(), "Is the path clear?", ("no", "yes"), key="front")
+    assert other.result(20).text == expected.text
+    assert not other.is_unchanged
+    for wrong in (("yes",), ("yes", "yes"), 3):
+        with pytest.raises(UsageError):
+            asker.submit_choose(picture(), "Is the path clear?", wrong).result(20)  # type: ignore[arg-type]
+
+
+def test_a_choice_is_canceled(fusion: Fusion, asker: Asker) -> None:
+    call = BlockedCall(fusion, "prefill")
+    request = asker.submit_choose(picture(), "What?", ("yes", "no"))
+    assert call.reached.wait(20)
+    request.cancel()
+    call.release()
+    with pytest.raises(Cancelled, match="prefill"):
+        request.result(20)
