@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fusion_edge.runtime.answer import Answer, FinishReason
-from fusion_edge.runtime.errors import FusionError, Stopped, UsageError
+from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.pipeline import Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import PreparedQuestion
@@ -38,7 +38,8 @@ class AnswerStream(Iterator[str]):
         self._control = control
         self._when_complete = when_complete
         self._answer: Answer | None = None
-        self._error: Stopped | None = None
+        self._stopped: Answer | None = None
+        """What was reached when the question stopped before the answer began."""
         self._text = Detokenizer(pipeline.tokenizer, question.sampling.stop)
         self._token_ids: list[int] = []
         self._prompt_tokens = self._steps = 0
@@ -81,8 +82,8 @@ class AnswerStream(Iterator[str]):
         """Return the next piece; None after the last one."""
         if self._answer is not None:  # another thread took the last piece
             return None
-        if self._error is not None:
-            raise self._error
+        if self._stopped is not None:
+            raise self._control.error(self._stopped)
         if not self._queue.is_current(self._control):
             raise FusionError("This answer ended because another question was asked; take all pieces first.")
         piece = next(self._pieces, None)
@@ -106,8 +107,8 @@ class AnswerStream(Iterator[str]):
             self._answer = self._reached("stop" if self._text.stopped or self._is_ended else "length")
             self._when_complete(self._answer)
         elif self._control.reason == "closed" or not self._token_ids:
-            self._error = self._control.error(self._reached(finish_reason))
-            raise self._error
+            self._stopped = self._reached(finish_reason)
+            raise self._control.error(self._stopped)
         else:
             self._answer = self._reached(finish_reason)
 

@@ -85,7 +85,7 @@ class Fusion:
         self.tokenizer = tokenizer
         self.embed = embed
         self.pipeline = Pipeline(manifest, backend, tokenizer, embed)
-        self.queue = RequestQueue(backend)
+        self.queue = RequestQueue(backend, self.pipeline.close)
 
     @property
     def config(self) -> FusionConfig:
@@ -126,8 +126,6 @@ class Fusion:
             FusionError: The question runs longer than ``timeout``. The model is closed, and is freed when it ends.
         """
         self.queue.close(timeout)
-        if not self.queue.is_inherited:
-            self.pipeline.clear_image_cache()
 
     def __del__(self) -> None:
         """Keep everything in a forked process: ONNX Runtime would wait for threads that only its parent has."""
@@ -295,6 +293,7 @@ class Fusion:
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
             FusionError: The image cannot be read.
+            Cancelled: The encoding was canceled, or the model was closed.
         """
         self.queue.check_open()
         crops = cut_crops(load_image(image, color))

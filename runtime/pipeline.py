@@ -176,6 +176,11 @@ class Pipeline:
         """Drop the cached image, so the next question encodes its image again."""
         self._latest = None
 
+    def close(self) -> None:
+        """Free the cached image and the backend."""
+        self.clear_image_cache()
+        self.backend.close()
+
     def encode_image_tokens(self, image: EncodedImage, instruct_ids: Integers) -> Floats:
         """Return the local crop's features ``[P',D]``, guided by the questions (docs/fusion-model.md section 2).
 

@@ -24,9 +24,10 @@ class RequestQueue:
     The model has one KV cache, so a new question ends the one before it. Only the latest question is current.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        """Take ownership of ``backend``: the queue closes it once, while nothing runs."""
+    def __init__(self, backend: Backend, free: Callable[[], None]) -> None:
+        """``free`` closes the backend. The queue calls it once, while nothing runs."""
         self._backend = backend
+        self._free = free
         self._lock = FairLock()
         self._guard = threading.RLock()
         """Held while ``_running`` changes, so an interrupt never reaches the run of another question."""
@@ -48,7 +49,9 @@ class RequestQueue:
         """
         self._check_process()
         if self._lock.is_mine:
-            raise UsageError("A signal handler cannot ask the model that it interrupted; ask after its answer.")
+            raise UsageError(
+                "A signal handler or on_stage cannot ask the model that it interrupted; ask after the answer."
+            )
         try:
             return self._lock.run(lambda: self._serve(work, control), control.check, control.due)
         except StopSignal:
@@ -73,7 +76,8 @@ class RequestQueue:
                     self._backend.resume()
             yield
         finally:
-            self._running = None
+            if self._running is control:  # after Ctrl-C this may be late
+                self._running = None
 
     def stop(self, control: RunControl, reason: StopReason) -> None:
         """Stop a question, within a graph if it runs. Do nothing in a forked process."""
@@ -91,8 +95,12 @@ class RequestQueue:
                 self.stop(control, reason)
 
     def start(self, control: RunControl) -> None:
-        """Make a question the current one, which ends the one before. Raise as :meth:`check_open`."""
+        """Make a question the current one, which ends the one before. Raise as :meth:`check_open`.
+
+        A question that has to stop leaves the one before as it is.
+        """
         self.check_open()
+        control.check()
         self._current = control
 
     def is_current(self, control: RunControl) -> bool:
@@ -132,7 +140,7 @@ class RequestQueue:
     def _free_once(self) -> None:
         if not self._is_freed:
             self._is_freed = True
-            self._backend.close()
+            self._free()
 
     def _check_process(self) -> None:
         if self.is_inherited:
