@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -33,7 +34,8 @@ class RequestQueue:
         """Held while ``_running`` changes, so an interrupt never reaches the run of another question."""
         self._process = os.getpid()
         self._running: RunControl | None = None
-        self._current: RunControl | None = None
+        self._current: Callable[[], RunControl | None] = lambda: None
+        """Weak: a question that nobody can continue is gone, with what its ``on_stage`` holds."""
         self._is_closed = self._is_freed = False
 
     @property
@@ -90,7 +92,7 @@ class RequestQueue:
 
     def stop_all(self, reason: StopReason) -> None:
         """Stop what runs, and the current question, which may have pieces left."""
-        for control in (self._running, self._current):
+        for control in (self._running, self._current()):
             if control is not None:
                 self.stop(control, reason)
 
@@ -101,11 +103,11 @@ class RequestQueue:
         """
         self.check_open()
         control.check()
-        self._current = control
+        self._current = weakref.ref(control)
 
     def is_current(self, control: RunControl) -> bool:
         """Return whether no later question was asked."""
-        return self._current is control
+        return self._current() is control
 
     def check_open(self) -> None:
         """Raise :class:`UsageError` once the model is closed, :class:`FusionError` in a forked process."""

@@ -323,7 +323,9 @@ def test_close_with_a_timeout(fusion: Fusion) -> None:
         blocked.release()
         assert isinstance(running.exception(20), FusionError)
     assert backend(fusion).closed == 1
+    assert fusion.pipeline._latest is None
     fusion.close(timeout=5)
+    fusion.close(timeout=1e300)
     for timeout in (-1, math.nan, "1"):
         with pytest.raises(UsageError, match=r"timeout is .*; expected a number of seconds from 0, or None"):
             fusion.close(timeout=timeout)  # type: ignore[arg-type]
@@ -370,3 +372,13 @@ def test_a_superseded_stream_is_not_a_canceled_one(fusion: Fusion) -> None:
     with pytest.raises(FusionError, match=ENDED) as caught:
         next(stream)
     assert not isinstance(caught.value, Stopped)
+
+
+def test_a_late_question_leaves_the_stream_before_it(fusion: Fusion) -> None:
+    expected = fusion.answer(picture(), "What?", sampling=SHORT).text
+    stream = fusion.stream(picture(), "What?", sampling=SHORT)
+    for ask in (fusion.answer, fusion.stream):
+        with pytest.raises(DeadlineExceeded, match="before the first stage") as caught:
+            ask(picture(), "Where?", deadline=1e-9)
+        assert caught.value.stage == WAITING
+    assert "".join(stream).strip() == expected

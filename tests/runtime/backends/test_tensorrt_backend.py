@@ -185,7 +185,8 @@ def test_an_interrupt_acts_between_partitions(bundle: Bundle, monkeypatch: pytes
     rows, latents, questions = subject.prompt(image, 1)
 
     def prefill() -> Floats:
-        return subject.backend.prefill(rows, image, latents, questions, CAPACITY).copy()
+        logits: Floats = subject.backend.prefill(rows, image, latents, questions, CAPACITY).copy()
+        return logits
 
     expected, used, runs = prefill(), fake.cuda.used, fake.trt.runs
     for partitions in (1, 2):
