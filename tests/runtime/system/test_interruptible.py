@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import signal
 import threading
+import time
 import weakref
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 import pytest
 from fakes.watched_backend import interrupt_main, on_alarm
 
+from fusion_edge.runtime.system import interruptible
 from fusion_edge.runtime.system.interruptible import run_interruptible
 
 
 class Work:
-    """Runs until it is canceled, and a little longer."""
+    """Runs until it is canceled. With ``interrupts`` it sends a signal before and after that."""
 
-    def __init__(self, seconds: float = 20, rest: float = 0) -> None:
-        self.seconds, self.rest, self.is_running = seconds, rest, False
-        self._end = threading.Event()
+    def __init__(self, seconds: float = 20, interrupts: bool = False) -> None:
+        self.seconds, self.interrupts, self.is_running = seconds, interrupts, False
+        self._ends: SimpleQueue[None] = SimpleQueue()  # without a lock that Ctrl-C could leave locked
 
     def run(self) -> str:
         self.is_running = True
-        self._end.wait(self.seconds)
-        time.sleep(self.rest)
+        self._interrupt()
+        with suppress(Empty):
+            self._ends.get(timeout=self.seconds)
+        self._interrupt()
         self.is_running = False
         return "done"
+
+    def _interrupt(self) -> None:
+        if self.interrupts:
+            os.kill(os.getpid(), signal.SIGALRM)
+            time.sleep(0.2)
 
     def fail(self) -> None:
         raise ZeroDivisionError
 
     def cancel(self) -> None:
-        self._end.set()
+        self._ends.put(None)
 
 
 def test_a_result_and_an_error() -> None:
@@ -44,17 +55,14 @@ def test_a_result_and_an_error() -> None:
 
 def test_ctrl_c_cancels_and_waits() -> None:
     """Also if it comes again meanwhile."""
-    work, signals = Work(rest=0.2), []
+    work, signals = Work(interrupts=True), []
 
     def interrupt() -> None:
         signals.append(work.is_running)
         interrupt_main()
 
-    with on_alarm(interrupt):
-        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.15)
-        with pytest.raises(KeyboardInterrupt):
-            run_interruptible(work.run, work.cancel)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    with on_alarm(interrupt), pytest.raises(KeyboardInterrupt):
+        run_interruptible(work.run, work.cancel)
     assert not work.is_running
     assert signals == [True, True]
 
@@ -77,12 +85,11 @@ def test_nothing_holds_work_that_has_ended() -> None:
     gc.collect()
     gc.disable()
     try:
-        done, failed, interrupted = Work(0), Work(), Work()
+        done, failed, interrupted = Work(0), Work(), Work(interrupts=True)
         run_interruptible(done.run, done.cancel)
         with pytest.raises(ZeroDivisionError):
             run_interruptible(failed.fail, failed.cancel)
-        with on_alarm(interrupt_main), pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with on_alarm(interrupt_main), pytest.raises(KeyboardInterrupt):
             run_interruptible(interrupted.run, interrupted.cancel)
         held = [weakref.ref(work) for work in (done, failed, interrupted)]
         del done, failed, interrupted
@@ -93,8 +100,6 @@ def test_nothing_holds_work_that_has_ended() -> None:
 
 
 def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusion_edge.runtime.system import interruptible
-
     def fail(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
