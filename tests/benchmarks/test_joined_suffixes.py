@@ -11,7 +11,18 @@ from fusion_edge.benchmarks import joined_suffixes
 
 
 def test_result(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--bundle", str(tiny_bundle), "--questions", "3", "--query-length", "4", "--rounds", "1", "--json", str(tmp_path / "r.json")]
+    arguments = [
+        "--bundle",
+        str(tiny_bundle),
+        "--questions",
+        "3",
+        "--query-length",
+        "4",
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     assert joined_suffixes.main(arguments) == 0
     result = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert (result["questions"], result["latents"], result["prefix_rows"]) == (3, 4, 36)
