@@ -14,7 +14,8 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -71,18 +72,21 @@ def _median(contestant: Mapping[str, Any], figure: str) -> float:
     return float(statistics.median(turn[figure] for turn in contestant["turns"]))
 
 
-def plotted_data(svg: Path) -> Data:
+def plotted_data(svg: Path) -> Any:
     """Read the data that a plot was drawn from. Raises :class:`FusionError` for a file without data."""
     text = svg.read_text("utf-8") if svg.is_file() else ""
     found = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
     if found is None:
-        raise FusionError(f"{svg} is not a plot with data; draw it with python -m fusion_edge.benchmarks.plots.")
-    data: Data = json.loads(unescape(found[1]))
-    return data
+        raise FusionError(f"{svg} is not a plot with data; draw it again, without --check.")
+    return json.loads(unescape(found[1]))
 
 
-def draw(data: Data, svg: Path) -> None:
-    """Draw the plot. Raises :class:`FusionError` without matplotlib."""
+@contextmanager
+def svg_figure(svg: Path, size: tuple[float, float], data: object, title: str) -> Iterator[Any]:
+    """Yield an empty figure of ``size`` in inches, and save it with the ``data`` that it shows.
+
+    Raises :class:`FusionError` without matplotlib.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -96,15 +100,21 @@ def draw(data: Data, svg: Path) -> None:
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), TEXT),
     }
     with matplotlib.rc_context(style):
-        heights = [len(next(iter(measures.values()))) for measures in data.values()]
-        figure = Figure(figsize=(9, 0.36 * sum(heights) + 1.5), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        metadata = {"Description": json.dumps(data), "Title": title, "Date": None}
+        figure.savefig(svg, format="svg", transparent=True, metadata=metadata)
+
+
+def draw(data: Data, svg: Path) -> None:
+    """Draw the plot. Raises :class:`FusionError` without matplotlib."""
+    heights = [len(next(iter(measures.values()))) for measures in data.values()]
+    with svg_figure(svg, (9, 0.36 * sum(heights) + 1.5), data, "LLM speed, higher is better") as figure:
         grid = figure.subplots(len(data), len(MEASURES), sharex="col", height_ratios=heights)
         for row, (machine, measures) in zip(grid, data.items(), strict=True):
             for axes, (measure, values) in zip(row, measures.items(), strict=True):
                 _bars(axes, values, has_names=measure == MEASURES[0])
                 axes.set_title(f"{machine}: {measure}", loc="left", fontsize=11, fontweight="bold")
-        metadata = {"Description": json.dumps(data), "Title": "LLM speed, higher is better", "Date": None}
-        figure.savefig(svg, format="svg", transparent=True, metadata=metadata)
 
 
 def _bars(axes: Any, values: Mapping[str, float], has_names: bool) -> None:

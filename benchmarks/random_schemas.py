@@ -51,11 +51,11 @@ class _Generator:
         low = source.choice((-1000, -3, 0, 5, 0.25, -0.5))
         if source.random() < 0.7:
             schema[source.choice(("minimum", "exclusiveMinimum"))] = low
-        if source.random() < 0.7:
-            schema[source.choice(("maximum", "exclusiveMaximum"))] = low + source.choice((2, 17, 99.5, 10**6))
-        if source.random() < 0.3:
+        if source.random() < 0.3:  # without a maximum, so that some number fits
             # Quarters are exact as floats, so that a validator's division is exact, too.
             schema["multipleOf"] = source.choice((1, 2, 5) if kind == "integer" else (0.25, 0.5, 2))
+        elif source.random() < 0.7:
+            schema[source.choice(("maximum", "exclusiveMaximum"))] = low + source.choice((2, 17, 99.5, 10**6))
         return schema
 
     def _string(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ SIZE = (1280, 720)
 """Width and height of a frame."""
 SAMPLING = Sampling(max_new_tokens=16)
 QUESTIONS = ("How many shapes are there?", "What color is the circle?", "What shape is red?", "Is there a blue square?")
+CHOOSING, CHOICES = "Is there a blue square?", ("yes", "no")
 
 Frame = npt.NDArray[np.uint8]
 
@@ -31,6 +32,8 @@ class Script:
     """RGB ``[720,1280,3]``."""
     answers: dict[tuple[int, str], tuple[int, ...]]
     """Token ids by number of the frame and question."""
+    choices: tuple[str, ...]
+    """The choice between :data:`CHOICES` about :data:`CHOOSING`, by number of the frame."""
 
 
 def frames(count: int, seed: int = 0) -> tuple[Frame, ...]:
@@ -44,7 +47,8 @@ def write_script(fusion: Fusion, count: int) -> Script:
     shown = frames(count)
     asked = itertools.product(range(count), QUESTIONS)
     answers = {(n, q): fusion.answer(shown[n], q, sampling=SAMPLING).token_ids for n, q in asked}
-    return Script(shown, answers)
+    choices = tuple(fusion.choose(frame, CHOOSING, CHOICES).text for frame in shown)
+    return Script(shown, answers, choices)
 
 
 class Camera:

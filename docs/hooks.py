@@ -24,6 +24,7 @@ COMMANDS = {
         ("fusion_edge.benchmarks.latency.cli", "parser"),
         ("fusion_edge.benchmarks.latency.cli", "compare_parser"),
     ),
+    "fusion-eval": (("fusion_edge.benchmarks.evaluation.cli", "parser"),),
 }
 """Module and function of every parser, by command."""
 TITLES = {"positional arguments": "Arguments", "options": "Options"}

@@ -8,16 +8,25 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
 if TYPE_CHECKING:
     from fusion_edge.runtime.answer import Answer
     from fusion_edge.runtime.answer_stream import AnswerStream
+    from fusion_edge.runtime.choices import Choice
     from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
-    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
+    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, SceneEvicted, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.loop.asker import Asker
     from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
-    from fusion_edge.runtime.loop.request import QueueFull, Request, RequestOptions, Superseded
+    from fusion_edge.runtime.loop.request import (
+        ChoiceRequestOptions,
+        QueueFull,
+        QueueOptions,
+        Request,
+        RequestOptions,
+        Superseded,
+    )
     from fusion_edge.runtime.prompts.prompt import Turn
-    from fusion_edge.runtime.requests import AnswerOptions, QuestionOptions
+    from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions, SceneOptions
     from fusion_edge.runtime.sampling import Sampling
+    from fusion_edge.runtime.scene import Scene
 
 __all__ = [
     "Answer",
@@ -25,6 +34,9 @@ __all__ = [
     "AnswerStream",
     "Asker",
     "Cancelled",
+    "Choice",
+    "ChoiceOptions",
+    "ChoiceRequestOptions",
     "Conversation",
     "DeadlineExceeded",
     "Fusion",
@@ -34,9 +46,13 @@ __all__ = [
     "Percentiles",
     "QuestionOptions",
     "QueueFull",
+    "QueueOptions",
     "Request",
     "RequestOptions",
     "Sampling",
+    "Scene",
+    "SceneEvicted",
+    "SceneOptions",
     "Stopped",
     "Superseded",
     "Turn",
@@ -50,6 +66,9 @@ _MODULES = {
     "AnswerStream": "answer_stream",
     "Asker": "loop.asker",
     "Cancelled": "errors",
+    "Choice": "choices",
+    "ChoiceOptions": "requests",
+    "ChoiceRequestOptions": "loop.request",
     "Conversation": "conversation",
     "DeadlineExceeded": "errors",
     "Fusion": "fusion",
@@ -59,9 +78,13 @@ _MODULES = {
     "Percentiles": "loop.latencies",
     "QuestionOptions": "requests",
     "QueueFull": "loop.request",
+    "QueueOptions": "loop.request",
     "Request": "loop.request",
     "RequestOptions": "loop.request",
     "Sampling": "sampling",
+    "Scene": "scene",
+    "SceneEvicted": "errors",
+    "SceneOptions": "requests",
     "Stopped": "errors",
     "Superseded": "loop.request",
     "Turn": "prompts.prompt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,16 @@ class Answer:
     was not reached."""
     tokens_per_second: float
     """Decode rate; 0 without a decode step."""
+    logprobs: tuple[float, ...] = ()
+    """Natural logarithm of the model's probability of each token of ``token_ids``, at temperature 1."""
+    top_logprobs: tuple[dict[int, float], ...] = ()
+    """For each token the likeliest token ids, likeliest first, and the chosen one, with their log-probabilities. Empty
+    without :attr:`Sampling.logprobs`."""
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the tokens' probabilities, from 0 to 1; 0 for an empty answer."""
+        return math.exp(math.fsum(self.logprobs) / len(self.logprobs)) if self.logprobs else 0.0
 
     @property
     def is_complete(self) -> bool:

@@ -38,9 +38,10 @@ class AnswerStream(Iterator[str]):
         self._control = control
         self._when_complete = when_complete
         self._answer: Answer | None = None
-        self._stopped: Answer | None = None
-        """What was reached when the question stopped before the answer began."""
+        self._partial: Answer | None = None
+        """What a question reached that stopped with an error. The error itself would keep frames, and they pictures."""
         self._text = Detokenizer(pipeline.tokenizer, question.sampling.stop)
+        self._sampler = Sampler(question.sampling, question.constraint)
         self._token_ids: list[int] = []
         self._prompt_tokens = self._steps = 0
         self._is_ended = False
@@ -82,8 +83,8 @@ class AnswerStream(Iterator[str]):
         """Return the next piece; None after the last one."""
         if self._answer is not None:  # another thread took the last piece
             return None
-        if self._stopped is not None:
-            raise self._control.error(self._stopped)
+        if self._partial is not None:
+            raise self._control.error(self._partial)
         if not self._queue.is_current(self._control):
             raise FusionError("This answer ended because another question was asked; take all pieces first.")
         piece = next(self._pieces, None)
@@ -107,15 +108,14 @@ class AnswerStream(Iterator[str]):
             self._answer = self._reached("stop" if self._text.stopped or self._is_ended else "length")
             self._when_complete(self._answer)
         elif self._control.reason == "closed" or not self._token_ids:
-            self._stopped = self._reached(finish_reason)
-            raise self._control.error(self._stopped)
+            self._partial = self._reached(finish_reason)
+            raise self._control.error(self._partial)
         else:
             self._answer = self._reached(finish_reason)
 
     def _tokens(self, question: PreparedQuestion) -> Iterator[int]:
         """Generate the tokens of the answer, without the end token."""
-        pipeline, hook = self._pipeline, self._control.stage_hook
-        sampler = Sampler(question.sampling, question.constraint)
+        pipeline, hook, sampler = self._pipeline, self._control.stage_hook, self._sampler
         prefilled = pipeline.start(question, sampler, hook)
         self._prompt_tokens = prefilled.length
         token, limit = prefilled.token, prefilled.capacity - prefilled.length
@@ -130,7 +130,7 @@ class AnswerStream(Iterator[str]):
 
     def _reached(self, finish_reason: FinishReason) -> Answer:
         """Return the answer so far."""
-        timings = self._control.timings_ms
+        timings, count = self._control.timings_ms, len(self._token_ids)
         return Answer(
             text=self._text.text.strip(),  # as in the released code
             token_ids=tuple(self._token_ids),
@@ -138,4 +138,6 @@ class AnswerStream(Iterator[str]):
             finish_reason=finish_reason,
             timings_ms=dict(timings),
             tokens_per_second=1000 * self._steps / timings["decode"] if self._steps else 0.0,
+            logprobs=tuple(self._sampler.logprobs[:count]),  # without the end token
+            top_logprobs=tuple(self._sampler.top_logprobs[:count]),
         )

@@ -26,9 +26,10 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_integer(name: str, value: object, smallest: int, expected: str) -> int:
-    """Return ``value`` as an int. Raise ``UsageError`` unless it is an integer of at least ``smallest``."""
-    if not (isinstance(value, Integral) and is_integer(value) and int(value) >= smallest):
+def check_integer(name: str, value: object, smallest: int, expected: str, largest: int | None = None) -> int:
+    """Return ``value`` as an int. Raise ``UsageError`` unless it is an integer from ``smallest`` to ``largest``."""
+    limit = math.inf if largest is None else largest
+    if not (isinstance(value, Integral) and is_integer(value) and smallest <= int(value) <= limit):
         raise UsageError(f"{name} is {short_repr(value)}; expected {expected}.")
     return int(value)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.answer_stream import AnswerStream
+from fusion_edge.runtime.choices import Choice, choose, prepare_choices
 from fusion_edge.runtime.pipeline import Pipeline
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.request_queue import RequestQueue
@@ -113,6 +114,47 @@ class Conversation:
         """
         control = RunControl(deadline, on_stage)
         return self._queue.run(lambda: self._start(question, control, **options).complete(), control)
+
+    def choose(
+        self,
+        question: str,
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        query_length: int | None = None,
+    ) -> Choice:
+        """Ask which of several answers is right, and append the turn with the likeliest one to :attr:`history`.
+
+        Args:
+            question: The question.
+            choices: As in :meth:`Fusion.choose`.
+            deadline: Seconds from the call until it stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            query_length: Number of latents, one of the bundle's query lengths. Default: the first.
+
+        Raises:
+            UsageError: As in :meth:`Fusion.choose`.
+            FusionError: As in :meth:`Fusion.choose`.
+        """
+        control = RunControl(deadline, on_stage)
+        return self._queue.run(lambda: self._choose(question, choices, control, query_length), control)
+
+    def _choose(self, question: str, choices: Sequence[str], control: RunControl, query_length: int | None) -> Choice:
+        self._queue.check_open()
+        (prepared,) = prepare_choices(
+            self._pipeline,
+            self._image,
+            [question],
+            choices,
+            self.history,
+            query_length,
+            control_tokens=self._control_tokens,
+        )
+        self._queue.start(control)
+        choice = choose(self._pipeline, prepared, control)
+        self.history.append(Turn(question, choice.text))
+        return choice
 
     def json(
         self,

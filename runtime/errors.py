@@ -28,8 +28,18 @@ class UsageError(FusionError):
     exit_code = 2
 
 
+class AccuracyError(FusionError):
+    """A model less accurate than the user allows (exit code 6)."""
+
+    exit_code = 6
+
+
 class DeviceError(FusionError):
     """A device that cannot start on this machine. Another device may run the bundle."""
+
+
+class SceneEvicted(FusionError):
+    """A question about a scene that is no longer cached. Look at its picture again."""
 
 
 class Stopped(FusionError):

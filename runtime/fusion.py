@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from tokenizers import Tokenizer
 
@@ -23,13 +24,16 @@ from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.choices import Choice, PreparedChoices, choose, prepare_choices
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.hub.bundle_source import find_bundle
+from fusion_edge.runtime.image_cache import CacheEntry
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.pipeline import Embed, Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.scene import Scene
 from fusion_edge.runtime.stages import ENCODE_GLOBAL
 from fusion_edge.runtime.structured import document, document_sampling
 from fusion_edge.runtime.system.resources import check_threads
@@ -39,7 +43,7 @@ from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fusion_edge.runtime.requests import QuestionOptions
+    from fusion_edge.runtime.requests import ChoiceOptions, QuestionOptions
 
 
 class Fusion:
@@ -48,8 +52,8 @@ class Fusion:
     Several threads may ask. Their questions run one at a time, in order of arrival. A new question ends an
     :class:`AnswerStream` that has pieces left.
 
-    The features of the latest image are cached, so a follow-up question about the same pixels skips most of the vision
-    encoder.
+    The features of the latest images are cached, so a follow-up question about the same pixels skips most of the vision
+    encoder. :meth:`look` also keeps what the image tokens need.
 
     After a fork the child cannot use the model: :meth:`close` does nothing there, and everything else raises
     :class:`FusionError`.
@@ -62,6 +66,7 @@ class Fusion:
         tokenizer: Tokenizer,
         embed: Embed,
         device: Device | None = None,
+        cached_images: int = 1,
     ) -> None:
         """Wrap a custom backend. To load a bundle, use :func:`load`.
 
@@ -71,8 +76,10 @@ class Fusion:
             tokenizer: The bundle's tokenizer.
             embed: Maps token ids int64 ``[n]`` to embeddings float32 ``[n,D]``.
             device: What runs the graphs. Default: a device with the backend's name.
+            cached_images: As in :func:`load`.
 
         Raises:
+            UsageError: ``cached_images`` is no integer from 1.
             FusionError: The tokenizer does not fit the bundle's template.
         """
         self.manifest = manifest
@@ -84,7 +91,8 @@ class Fusion:
         """
         self.tokenizer = tokenizer
         self.embed = embed
-        self.pipeline = Pipeline(manifest, backend, tokenizer, embed)
+        images = check_integer("cached_images", cached_images, 1, "an integer from 1")
+        self.pipeline = Pipeline(manifest, backend, tokenizer, embed, images)
         self.queue = RequestQueue(backend, self.pipeline.close)
 
     @property
@@ -230,6 +238,81 @@ class Fusion:
         prepared = self._prepare(image, question, **options)
         return self.queue.run(lambda: self._start(prepared, control), control)
 
+    @overload
+    def choose(
+        self,
+        image: ImageLike,
+        question: str,
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[ChoiceOptions],
+    ) -> Choice: ...
+
+    @overload
+    def choose(
+        self,
+        image: ImageLike,
+        question: list[str] | tuple[str, ...],
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[ChoiceOptions],
+    ) -> list[Choice]: ...
+
+    def choose(
+        self,
+        image: ImageLike,
+        question: str | list[str] | tuple[str, ...],
+        choices: Sequence[str],
+        *,
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: Unpack[ChoiceOptions],
+    ) -> Choice | list[Choice]:
+        """Ask which of several answers is right, and how sure the model is. Generates no answer.
+
+        The probability of a choice is the product of its tokens' probabilities behind the prompt, without length
+        normalization, divided by that of all choices. It costs one prefill, and a decode step for every token that is
+        not the last one of a choice; common first tokens of choices share theirs.
+
+        Args:
+            image: As in :meth:`ask`.
+            question: The question, or a list of questions, which are asked one after another.
+            choices: 2 to 256 answers. None may be the start of another. Whitespace around them does not count.
+            deadline: Seconds from the call until it stops, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+            **options: See :class:`ChoiceOptions`.
+
+        Returns:
+            The choice; for a list, one per question.
+
+        Raises:
+            UsageError: As in :meth:`ask`, or the choices cannot be compared: one is empty, equal to another, or the
+                start of another.
+            FusionError: As in :meth:`ask`, or a choice does not fit the context.
+            DeadlineExceeded: The deadline passed before the last choice was made.
+            Cancelled: The question was canceled, or the model was closed.
+        """
+        questions = question if isinstance(question, list | tuple) else (question,)
+        chosen = self.choose_under(RunControl(deadline, on_stage), image, questions, choices, **options)
+        return chosen if questions is question else chosen[0]
+
+    def choose_under(
+        self,
+        control: RunControl,
+        image: ImageLike,
+        questions: Sequence[str],
+        choices: Sequence[str],
+        **options: Unpack[ChoiceOptions],
+    ) -> list[Choice]:
+        """Choose as :meth:`choose` does, under the caller's control."""
+        self.queue.check_open()
+        prepared = prepare_choices(self.pipeline, image, questions, choices, **options)
+        return [self.queue.run(partial(self._choose, one, control), control) for one in prepared]
+
     def json(
         self,
         image: ImageLike,
@@ -280,11 +363,53 @@ class Fusion:
         is_markup = check_flag("control_tokens", control_tokens)
         return Conversation(self.pipeline, self.queue, load_image(image, color), is_markup)
 
+    def look(
+        self,
+        image: ImageLike,
+        guide: str | None = None,
+        *,
+        query_length: int | None = None,
+        color: Color = "rgb",
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Scene:
+        """Look at an image, for many questions about it.
+
+        With a guide, a question of the scene then runs little more than its own tokens; a stream that has pieces left
+        ends. A look that stops early leaves the image's features cached.
+
+        Args:
+            image: As in :meth:`ask`.
+            guide: Text that guides the vision encoder in place of the questions, also an empty one. Default: each
+                question is its own guide, as in :meth:`ask`.
+            query_length: Number of latents, one of the bundle's query lengths. Default: the first.
+            color: Layout of an array, as in :class:`QuestionOptions`.
+            deadline: Seconds from the call until the look ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+
+        Raises:
+            UsageError: An argument has a wrong type or is out of range, or the model is closed.
+            FusionError: The image cannot be read, or the guide does not fit the context.
+            DeadlineExceeded: The deadline passed.
+            Cancelled: The look was canceled, or the model was closed.
+        """
+        control = RunControl(deadline, on_stage)
+        self.queue.check_open()
+        prepared = self.pipeline.prepare_look(image, guide, query_length, color)
+
+        def look() -> CacheEntry:
+            self.queue.check_open()
+            if guide is not None:
+                self.queue.start(control)  # the sequence ends
+            return self.pipeline.look(prepared, control.stage_hook)
+
+        entry = self.queue.run(look, control)
+        return Scene(self.pipeline, self.queue, entry, guide, prepared.query_length)
+
     def encode_image(self, image: ImageLike, color: Color = "rgb") -> None:
         """Encode an image ahead of the first question about it, and cache its features.
 
-        A question about the same pixels then skips most of the vision encoder. The cache holds one image. A stream that
-        has pieces left continues.
+        A question about the same pixels then skips most of the vision encoder. A stream that has pieces left continues.
 
         Args:
             image: As in :meth:`ask`.
@@ -308,7 +433,7 @@ class Fusion:
         self.queue.run(encode, control)
 
     def clear_image_cache(self) -> None:
-        """Drop the cached features of the latest image, so the next question encodes its image again."""
+        """Drop all cached images and scenes, so the next question encodes its image again."""
         self.queue.run(self.pipeline.clear_image_cache, RunControl())
 
     def query_length(self, length: int | None = None) -> int:
@@ -323,24 +448,35 @@ class Fusion:
         self.queue.check_open()
         return self.pipeline.prepare(image, question, **options)
 
+    def _choose(self, prepared: PreparedChoices, control: RunControl) -> Choice:
+        self.queue.start(control)
+        return choose(self.pipeline, prepared, control)
+
     def _start(self, prepared: PreparedQuestion, control: RunControl) -> AnswerStream:
         return AnswerStream(self.pipeline, self.queue, prepared, control)
 
 
 def load(
-    folder: str | os.PathLike[str], *, revision: str | None = None, device: str = AUTO, threads: int | None = None
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str = AUTO,
+    threads: int | None = None,
+    cached_images: int = 1,
 ) -> Fusion:
     """Load a bundle.
 
     Args:
         folder: Folder that ``fusion-export`` wrote, or a hub id ``org/name``, which is downloaded once. A folder of
             that name wins. A path object is always a folder.
-        revision: Branch, tag or commit of a hub id. Default: its default branch. A commit that has been downloaded
-            needs no network.
+        revision: Branch, tag or commit of a hub id. Default: its default branch. If the hub does not answer, the
+            latest download of the branch is used. A commit that has been downloaded needs no network.
         device: ``tensorrt``, ``tensorrt-rtx``, ``cuda``, ``cpu``, or ``auto`` for the best device that this machine
             has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
             chosen device, and the reasons against better ones.
         threads: CPU threads. Default: every processor that this process may use, which is also the limit.
+        cached_images: Limit of cached images and scenes: one a camera, so that cameras do not evict each other's.
+            ``fusion-info`` gives their bytes.
 
     Returns:
         The loaded model. Use it as a context manager, or call :meth:`Fusion.close`.
@@ -353,6 +489,7 @@ def load(
     count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
     if count is not None:
         check_threads(count)
+    images = check_integer("cached_images", cached_images, 1, "an integer from 1")
     bundle = open_bundle(find_bundle(folder, revision).folder)
     chosen, backend = open_device(bundle, device, count)
-    return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), chosen)
+    return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), chosen, images)

@@ -10,10 +10,14 @@ import numpy.typing as npt
 
 from fusion_edge.runtime.arguments import check_integer, check_number, short_repr
 from fusion_edge.runtime.constraints.grammar import Grammar
-from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.logprobs import LogProbabilities, likeliest, likeliest_first, top_tokens
 
 if TYPE_CHECKING:
     from fusion_edge.runtime.constraints.compiler import Constraint
+
+MAX_LOGPROBS = 20
+"""Limit of :attr:`Sampling.logprobs`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Sampling:
     """Stop strings, which end the answer and are not part of it."""
     grammar: Grammar | None = None
     """What the answer may be; it excludes ``stop``. Default: any text."""
+    logprobs: int = 0
+    """Number of likeliest tokens in :attr:`Answer.top_logprobs`, at most 20; 0 is off."""
 
     def __post_init__(self) -> None:
         numbers = {
@@ -50,6 +56,9 @@ class Sampling:
             ),
             "top_k": check_integer("top_k", self.top_k, 0, "an integer from 0 (off)"),
             "seed": None if self.seed is None else check_integer("seed", self.seed, 0, "an integer from 0, or None"),
+            "logprobs": check_integer(
+                "logprobs", self.logprobs, 0, f"an integer from 0 (off) to {MAX_LOGPROBS}", MAX_LOGPROBS
+            ),
         }
         for name, number in numbers.items():  # converts NumPy scalars
             object.__setattr__(self, name, number)
@@ -62,13 +71,17 @@ class Sampling:
 
 
 class Sampler:
-    """Samples the tokens of one answer with its random generator."""
+    """Samples the tokens of one answer with its random generator, and keeps their log-probabilities."""
 
     def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
         """Start an answer. ``constraint`` is that of ``sampling.grammar``."""
         self._sampling = sampling
         self._constraint = constraint
         self._generator = np.random.default_rng(sampling.seed)
+        self.logprobs: list[float] = []
+        """Log-probability of every sampled token, at temperature 1, before grammar, top-k and top-p."""
+        self.top_logprobs: list[dict[int, float]] = []
+        """For every sampled token the likeliest ones and itself; empty without :attr:`Sampling.logprobs`."""
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
         """Return a token id for ``logits`` ``[V]``: greedy, or sampled after temperature, top-k and top-p.
@@ -76,19 +89,19 @@ class Sampler:
         Tokens that the grammar forbids are left out first. The first of equal logits ranks highest. A logit of minus
         infinity is never sampled. Raises ``FusionError`` if the largest logit is not finite.
         """
+        logprobs = LogProbabilities(logits)
         if self._constraint is None:
-            return self._choose(logits)
-        token = self._choose(self._constraint.mask(logits))
-        self._constraint.accept(token)
+            token = self._choose(logits, logprobs.likeliest)
+        else:
+            allowed = self._constraint.mask(logits)
+            token = self._choose(allowed, likeliest(allowed))
+            self._constraint.accept(token)
+        self.logprobs.append(logprobs[token])
+        if self._sampling.logprobs:
+            self.top_logprobs.append(logprobs.top(self._sampling.logprobs) | {token: logprobs[token]})
         return token
 
-    def _choose(self, logits: npt.NDArray[np.float32]) -> int:
-        likeliest = int(np.argmax(logits))  # a NaN, if there is one
-        if not np.isfinite(logits[likeliest]):
-            raise FusionError(
-                f"The model's logits contain {logits[likeliest]}: the bundle overflows on this device; export it with "
-                "a higher precision."
-            )
+    def _choose(self, logits: npt.NDArray[np.float32], likeliest: int) -> int:
         if self._sampling.temperature == 0:
             return likeliest
         candidates, probabilities = distribution(logits, self._sampling)
@@ -109,21 +122,15 @@ def distribution(
         scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     candidates = np.arange(len(logits), dtype=np.int64)
     if 0 < sampling.top_k < len(logits):
-        threshold = np.partition(logits, -sampling.top_k)[-sampling.top_k]
-        candidates = _likeliest_first(logits, np.flatnonzero(logits >= threshold))[: sampling.top_k]
+        candidates = top_tokens(logits, sampling.top_k)
     weights = np.exp(scaled[candidates])
     probabilities = weights / weights.sum()
     if sampling.top_p < 1:
         # All tokens below this threshold sum to less than 1 - top_p, so the nucleus lies above it. Sorting those few
         # instead of the vocabulary keeps top-p fast.
         probable = np.flatnonzero(probabilities >= (1 - sampling.top_p) / len(probabilities))
-        order = _likeliest_first(logits[candidates], probable)
+        order = likeliest_first(logits[candidates], probable)
         reached = np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p, side="left")
         order = order[: reached + 1]
         candidates, probabilities = candidates[order], probabilities[order] / probabilities[order].sum()
     return candidates, probabilities
-
-
-def _likeliest_first(logits: npt.NDArray[np.float32], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    # Sort by the logits: scaled logits and probabilities may round different values to equal ones.
-    return indices[np.argsort(-logits[indices], kind="stable")]

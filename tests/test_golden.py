@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from support.logits import first_logits
 from support.paths import GOLDEN
 from torch import Tensor
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export import cli as export_cli
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment

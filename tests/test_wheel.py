@@ -139,6 +139,16 @@ def test_a_robot_measures_a_bundle(robot: Path, bundle: Path) -> None:
     assert not any(device["not_measured"] for device in peaks)
 
 
+def test_a_robot_evaluates_a_bundle(robot: Path, bundle: Path, tmp_path: Path) -> None:
+    sample = {"image": f"{ROOT}/benchmarks/demo/picture.png", "question": "What color is the circle?", "answer": "blue"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample))
+    command_line = (robot / "fusion-eval", bundle, tmp_path, "--min-accuracy", "100", "--html", tmp_path / "page.html")
+    evaluated = command(*command_line, "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["accuracy"]["exact"]["count"] == 1
+    assert "Every answer is right." in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize("name", ["fusion-export", "fusion-build"])
 def test_a_missing_extra_is_one_line(robot: Path, name: str) -> None:
     refused = command(robot / name, "checkpoint")

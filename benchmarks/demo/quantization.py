@@ -12,11 +12,16 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.benchmarks.demo.evaluate import answerer, evaluate, held_out
-from fusion_edge.benchmarks.demo.samples import write_samples
+from fusion_edge.benchmarks.demo.samples import SAMPLES, write_samples
+from fusion_edge.benchmarks.evaluation.asking import settings
+from fusion_edge.benchmarks.evaluation.evaluate import evaluate
+from fusion_edge.benchmarks.evaluation.result import EXACT
+from fusion_edge.benchmarks.evaluation.samples import answered_samples
+from fusion_edge.benchmarks.evaluation.summary import accuracy
 from fusion_edge.export import cli
 from fusion_edge.runtime import load
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION
@@ -73,8 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     samples: Path = options.work / f"samples-{options.held_out}"
-    if not (samples / "samples.jsonl").exists():  # written last
+    questions: Path = options.work / f"questions-{options.questions}"
+    if not (samples / SAMPLES).exists():  # written last
         write_samples(samples, CALIBRATING + options.held_out)
+    if not (questions / SAMPLES).exists():
+        write_samples(questions, options.questions, held_out=True)
     rows: list[dict[str, Any]] = []
     reports: dict[tuple[str, str], QuantizationReport] = {}
     formats = options.format or list(FORMATS)
@@ -84,9 +92,10 @@ def _main(options: argparse.Namespace) -> int:
         bundle = options.work / f"{variant.name}-{options.held_out}"
         _export(bundle, variant, samples, options.held_out)
         report = reports[variant.format, variant.method] = QuantizationReport.read(bundle / QUANTIZATION)
-        with load(bundle) as fusion:
-            score = evaluate(answerer(fusion, QUERY_LENGTH), held_out(options.questions))
-        rows.append(_row(variant, report, score.accuracy))
+        evaluation = evaluate(
+            partial(load, bundle), answered_samples(questions), partial(settings, query_length=QUERY_LENGTH)
+        )
+        rows.append(_row(variant, report, accuracy(evaluation.cases)[EXACT].share))
     result = {
         "calibrating": CALIBRATING,
         "held_out": options.held_out,
@@ -107,7 +116,7 @@ def _export(bundle: Path, variant: Variant, samples: Path, held_out_samples: int
         raise FusionError(f"Export of {bundle} failed; see its error above.")
 
 
-def _row(variant: Variant, report: QuantizationReport, accuracy: float) -> dict[str, Any]:
+def _row(variant: Variant, report: QuantizationReport, exact: float) -> dict[str, Any]:
     end_to_end = report.end_to_end
     assert end_to_end is not None
     return {
@@ -116,7 +125,7 @@ def _row(variant: Variant, report: QuantizationReport, accuracy: float) -> dict[
         "cosine": dict(end_to_end.cosine),
         "kl_divergence": end_to_end.kl_divergence,
         "top1_agreement": end_to_end.top1_agreement,
-        "accuracy": accuracy,
+        "accuracy": exact,
     }
 
 

@@ -1,6 +1,9 @@
-"""Write calibration samples of the demo task for ``fusion-export --calibrate``: pictures, and a JSONL file.
+"""Write samples of the demo task: pictures, and a JSONL file of questions with answers.
 
-python -m fusion_edge.benchmarks.demo.samples --output FOLDER --count 144
+    python -m fusion_edge.benchmarks.demo.samples --output FOLDER --count 144
+    python -m fusion_edge.benchmarks.demo.samples --output FOLDER --count 1000 --held-out
+
+Those of training are for ``fusion-export --calibrate``, held-out ones for ``fusion-eval``.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from PIL import Image
@@ -18,18 +22,29 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.system.output_file import write_whole
 
-SPLIT, SEED = "train", 1  # disjoint from the evaluation
+SAMPLES = "samples.jsonl"
+TRAINING = ("train", 1, 1)
+HELD_OUT = ("held_out", 0, 5)
+"""Split, seed and questions a picture. Training itself uses other seeds."""
 
 
-def write_samples(folder: Path, count: int) -> None:
-    """Write ``samples.jsonl`` and one picture per line."""
+def write_samples(folder: Path, count: int, held_out: bool = False) -> float:
+    """Write :data:`SAMPLES` and its pictures.
+
+    Returns the share of samples that the most frequent answer of each kind of question answers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, example in enumerate(itertools.islice(examples(SPLIT, SEED, 1), count)):
-        name = f"{number:05}.png"
-        Image.fromarray(example.picture).save(folder / name)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    split, seed, questions = HELD_OUT if held_out else TRAINING
+    for number, example in enumerate(itertools.islice(examples(split, seed, questions), count)):
+        name = f"{number // questions:05}.png"
+        if number % questions == 0:
+            Image.fromarray(example.picture).save(folder / name)
         lines.append(json.dumps({"image": name, "question": example.question, "answer": example.answer}))
-    write_whole(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+        answers[example.kind][example.answer] += 1
+    write_whole(folder / SAMPLES, "".join(f"{line}\n" for line in lines))
+    return sum(max(counts.values()) for counts in answers.values()) / count
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,12 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=positive_integer, default=144, help="number of samples (default: %(default)s)")
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="write samples that are not of training, five questions a picture (default: of training, one a picture)",
+    )
     return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
-    write_samples(options.output, options.count)
-    sys.stdout.write(f"{options.output}: {options.count} samples\n")
+    guessed = write_samples(options.output, options.count, options.held_out)
+    sys.stdout.write(f"{options.output / SAMPLES}: {options.count} samples\n")
+    sys.stdout.write(f"The most frequent answer of each kind of question is right for {guessed:.1%}.\n")
     return 0
 
 

@@ -22,16 +22,10 @@ from fusion_edge.export.calibration.work_folder import command_text, folder_byte
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.runtime.bundle.manifest import Manifest, producer
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
-from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.errors import AccuracyError, FusionError, UsageError
 from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_memory, usable_processors
 
 WORST_IN_ERROR = 3  # worst weights that an error names
-
-
-class AccuracyError(FusionError):
-    """The accuracy drop exceeds the user's limit; no bundle is written."""
-
-    exit_code = 6
 
 
 def export_calibrated(

@@ -14,6 +14,7 @@ from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
+from fusion_edge.runtime.cli.choices import ChoosingConversation, choice_list
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
 from fusion_edge.runtime.cli.stage_display import StageDisplay
@@ -49,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="TEXT",
         help="question; repeat it to continue the conversation; without it, questions come from standard input",
+    )
+    add(
+        "--choices",
+        type=choice_list,
+        metavar="LIST",
+        help="answer with one of these texts, such as yes,no, and its probability; quote a text that has commas",
     )
     add("--history", type=Path, metavar="FILE", help='earlier turns: a JSON list of {"question", "answer"}')
     add(
@@ -126,6 +133,10 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     schema = None if arguments.schema is None else _read_schema(arguments.schema)
     sampling = with_grammar(sampling, schema=schema, regex=arguments.regex)
+    if arguments.choices is not None and sampling != Sampling():
+        raise UsageError(
+            "--choices generates no answer; drop --schema, --regex, --max-new-tokens, --stop and options of sampling."
+        )
     if arguments.json and arguments.ask is None:
         raise UsageError("--json needs --ask TEXT; add it, or drop --json.")
     history = [] if arguments.history is None else _read_history(arguments.history)
@@ -137,26 +148,16 @@ def _run(arguments: argparse.Namespace) -> int:
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)
 
-        options: AnswerOptions = {"sampling": sampling, "query_length": arguments.query_len}
-
-        def ask(question: str) -> Answer:
-            answer = _ask(conversation, question, arguments.deadline, options)
-            if schema is not None:
-                document(answer)  # an incomplete one is an error
-            return answer
-
-        def say(question: str) -> None:
-            if schema is None:
-                _say(conversation, question, arguments.deadline, options)
-            else:
-                sys.stdout.write(f"{ask(question).text}\n")
-                sys.stdout.flush()
-
+        if arguments.choices is None:
+            options: AnswerOptions = {"sampling": sampling, "query_length": arguments.query_len}
+            say, ask = _answering(conversation, arguments.deadline, options, is_document=schema is not None)
+        else:
+            choosing = ChoosingConversation(conversation, arguments.choices, arguments.deadline, arguments.query_len)
+            say, ask = choosing.say, choosing.ask_json
         if arguments.ask is None:
             return _interactive(say)
         if arguments.json:
-            answers = [ask(question) for question in arguments.ask]
-            sys.stdout.write(json.dumps({"answers": list(map(_answer_json, answers))}) + "\n")
+            sys.stdout.write(json.dumps({"answers": [ask(question) for question in arguments.ask]}) + "\n")
         else:
             for question in arguments.ask:
                 say(question)
@@ -174,6 +175,27 @@ def _report_device(fusion: Fusion, verbose: bool) -> None:
         sys.stderr.write(f"note: {device.remark}\n" if device.remark else "")
     elif device.name == "cpu" and (skipped := [reasons[name] for name in exported_for if name in reasons]):
         sys.stderr.write(f"warning: running on {device.name}, {' '.join(skipped)}\n")
+
+
+def _answering(
+    conversation: Conversation, deadline: float | None, options: AnswerOptions, is_document: bool
+) -> tuple[Callable[[str], None], Callable[[str], dict[str, Any]]]:
+    """Return functions of a question: one prints the answer, the other returns it as JSON values."""
+
+    def answer(question: str) -> Answer:
+        answer = _ask(conversation, question, deadline, options)
+        if is_document:
+            document(answer)  # an incomplete one is an error
+        return answer
+
+    def say(question: str) -> None:
+        if is_document:
+            sys.stdout.write(f"{answer(question).text}\n")
+            sys.stdout.flush()
+        else:
+            _say(conversation, question, deadline, options)
+
+    return say, lambda question: _answer_json(answer(question))
 
 
 def _ask(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> Answer:
@@ -243,6 +265,8 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "timings_ms": {stage: round(ms, 3) for stage, ms in answer.timings_ms.items()},
         "tokens_per_second": round(answer.tokens_per_second, 3),
+        "logprobs": [round(logprob, 6) for logprob in answer.logprobs],
+        "confidence": round(answer.confidence, 6),
     }
 
 

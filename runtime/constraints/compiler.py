@@ -161,5 +161,7 @@ def _reason(message: str) -> str:
     reason = cause[1] if cause else message.splitlines()[0]
     reason = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", reason)
     reason = re.sub(r"^NoExtension.*", "no text fits it", reason)
+    reason = re.sub(r"Regex is empty: .*", "no text fits its keywords", reason)
+    reason = re.sub(r"^Unable to determine if regex is empty: .*", "its strings are too complex", reason)
     reason = re.sub(r"^(lexer error|Parser Error): (.*)$", r"it is too complex (\2)", reason)
     return reason.strip().rstrip(".:")

@@ -35,6 +35,9 @@ _DEFINITIONS = ("$defs", "definitions")
 _ROOT = frozenset(("$schema", "$id", *_DEFINITIONS))
 _FORMATS = ("date-time", "date", "time", "uuid", "ipv4", "ipv6", "email", "hostname", "uri")
 _FORMAT_LENGTH = 256  # the format of a time has digits without end
+_UNESCAPED = r"^[^\x00-\x1f\x22\x5c\x7f]*$"
+"""Strings that JSON writes without escapes. llguidance 1.9 lets an escaped quote or backslash pass every class of
+characters that has all control characters, such as ``[^"]``: so a string with a pattern has no escapes."""
 _RANGE = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KEYWORDS: dict[str, tuple[str, ...]] = {
     "null": (),
@@ -210,6 +213,8 @@ def _string(node: Schema, path: str) -> Schema:
             if not is_supported(node[keyword]):
                 raise _error(path, f"{keyword} {short_repr(node[keyword])} is not supported; expected {expected}")
             result[keyword] = node[keyword]
+    if "pattern" in result:
+        result["allOf"] = [{"pattern": _UNESCAPED}]
     return {"maxLength": _FORMAT_LENGTH, **result} if "format" in result else result
 
 

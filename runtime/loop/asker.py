@@ -7,29 +7,34 @@ with fusion_edge.load("BUNDLE") as fusion, fusion_edge.Asker(fusion) as asker:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.arguments import check_flag, check_integer, is_integer, short_repr
+from fusion_edge.runtime.choices import Choice
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.loop.last_answers import LastAnswers
 from fusion_edge.runtime.loop.latencies import Latencies
-from fusion_edge.runtime.loop.request import Request, RequestOptions, Run
+from fusion_edge.runtime.loop.request import ChoiceRequestOptions, Request, RequestOptions, Run
 from fusion_edge.runtime.loop.waiting_queue import WhenFull
 from fusion_edge.runtime.loop.worker import Worker
 from fusion_edge.runtime.requests import ImageLike
 from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.structured import document, document_sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fusion_edge.runtime.requests import QuestionOptions
+
+T = TypeVar("T")
+Ask = Callable[[Fusion, ImageLike, str, dict[str, Any], Request[T]], T]
+"""Asks the question of a request, with options."""
 
 
 class Asker:
@@ -99,9 +104,51 @@ class Asker:
             QueueFull: The queue is full, with ``refuse``.
             FusionError: This process is a fork of the one that made the asker.
         """
-        request = self._request(image, question, **options)
-        self._worker.submit(request, may_block=True)
-        return request
+        return self._submit(_answer, image, question, {**options})
+
+    def submit_json(
+        self, image: ImageLike, question: str, schema: dict[str, Any], **options: Unpack[RequestOptions]
+    ) -> Request[Any]:
+        """Queue a question whose result is a JSON document, as :meth:`Fusion.json` returns it.
+
+        Args:
+            image: As in :meth:`submit`.
+            question: The question.
+            schema: As in :meth:`Fusion.json`.
+            **options: See :class:`RequestOptions`.
+
+        Returns:
+            The request. It has no pieces.
+
+        Raises:
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`submit`.
+            QueueFull: As in :meth:`submit`.
+            FusionError: As in :meth:`submit`.
+        """
+        options["sampling"] = document_sampling(options, schema)
+        return self._submit(_json, image, question, {**options})
+
+    def submit_choose(
+        self, image: ImageLike, question: str, choices: Sequence[str], **options: Unpack[ChoiceRequestOptions]
+    ) -> Request[Choice]:
+        """Queue a choice between answers, as :meth:`Fusion.choose` makes it.
+
+        Args:
+            image: As in :meth:`submit`.
+            question: The question.
+            choices: As in :meth:`Fusion.choose`.
+            **options: See :class:`ChoiceRequestOptions`.
+
+        Returns:
+            The request. It has no pieces. :meth:`Request.result` raises the errors of the choices, too.
+
+        Raises:
+            UsageError: As in :meth:`submit`.
+            QueueFull: As in :meth:`submit`.
+            FusionError: As in :meth:`submit`.
+        """
+        fixed = tuple(choices) if isinstance(choices, list) else choices
+        return self._submit(_choose, image, question, {**options, "choices": fixed})
 
     async def ask(self, image: ImageLike, question: str, **options: Unpack[RequestOptions]) -> Answer:
         """Ask a question in an event loop, and return the answer. Canceling the task cancels the question.
@@ -118,8 +165,7 @@ class Asker:
             QueueFull: As in :meth:`submit`.
             FusionError: As in :meth:`Request.result`.
         """
-        request = self._request(image, question, **options)
-        self._worker.submit(request, may_block=False)
+        request = self._submit(_answer, image, question, {**options}, may_block=False)
         try:
             return await request
         finally:
@@ -141,38 +187,42 @@ class Asker:
         """
         self._worker.close(timeout)
 
-    def _request(
-        self,
-        image: ImageLike,
-        question: str,
-        *,
-        key: Hashable = None,
-        deadline: float | None = None,
-        priority: int = 0,
-        on_stage: Callable[[str], None] | None = None,
-        **options: Unpack[QuestionOptions],
-    ) -> Request[Answer]:
-        """Check the arguments that concern the queue, and copy what the caller may change."""
+    def _submit(
+        self, ask: Ask[T], image: ImageLike, question: str, options: dict[str, Any], may_block: bool = True
+    ) -> Request[T]:
+        """Check the arguments that concern the queue, copy what the caller may change, and queue the request."""
         self._worker.check_open()
+        key, priority = options.pop("key", None), options.pop("priority", 0)
+        control = RunControl(options.pop("deadline", None), options.pop("on_stage", None))
         _check_key(key)
-
         if not is_integer(priority):
             raise UsageError(f"priority is {short_repr(priority)}; expected an integer.")
-        control = RunControl(deadline, on_stage)
-        if isinstance(image, np.ndarray):
-            image = image.copy()  # 0.7 ms for 1920 x 1080; cutting the crops here would take 70 ms
         if isinstance(history := options.get("history"), list):
             options["history"] = history.copy()
-        run: Run[Answer] = partial(_answer, self._fusion, image, question, options)
+        if isinstance(image, np.ndarray):
+            image = image.copy()  # 0.7 ms for 1920 x 1080; cutting the crops here would take 70 ms
+        run: Run[T] = partial(ask, self._fusion, image, question, options)
         if self._last is not None and key is not None and isinstance(image, np.ndarray):
-            run = partial(self._last.once, run, key, image, (question, options))
-        return Request(self._worker, run, key, priority, control)
+            run = partial(self._last.once, run, key, image, (ask, question, options))
+        request = Request(self._worker, run, key, int(priority), control)
+        self._worker.submit(request, may_block)
+        return request
 
 
 def _answer(
-    fusion: Fusion, image: ImageLike, question: str, options: QuestionOptions, request: Request[Answer]
+    fusion: Fusion, image: ImageLike, question: str, options: dict[str, Any], request: Request[Answer]
 ) -> Answer:
     return fusion.answer_under(request.control, request.push, image, question, **options)
+
+
+def _json(fusion: Fusion, image: ImageLike, question: str, options: dict[str, Any], request: Request[Any]) -> Any:
+    return document(fusion.answer_under(request.control, lambda _: None, image, question, **options))
+
+
+def _choose(
+    fusion: Fusion, image: ImageLike, question: str, options: dict[str, Any], request: Request[Choice]
+) -> Choice:
+    return fusion.choose_under(request.control, image, [question], **options)[0]
 
 
 def _check_key(key: Hashable) -> None:

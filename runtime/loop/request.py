@@ -8,13 +8,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Hashable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypedDict, TypeVar, cast
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.arguments import check_number
 from fusion_edge.runtime.errors import FusionError, Stopped
 from fusion_edge.runtime.loop.latencies import Outcome
-from fusion_edge.runtime.requests import QuestionOptions
+from fusion_edge.runtime.requests import ChoiceOptions, QuestionOptions
 from fusion_edge.runtime.run_control import RunControl
 
 T = TypeVar("T")
@@ -25,8 +25,8 @@ EXPIRY_SLACK = 0.001
 """Seconds by which a timer fires after a deadline, because event loops may be early by their clock's resolution."""
 
 
-class RequestOptions(QuestionOptions, total=False):
-    """Keyword arguments of :meth:`Asker.submit` and :meth:`Asker.ask`."""
+class QueueOptions(TypedDict, total=False):
+    """Keyword arguments of every request."""
 
     key: Hashable
     """Camera or purpose, such as ``"front"`` or ``("front", "people")``. A newer request of an equal key replaces one
@@ -37,6 +37,14 @@ class RequestOptions(QuestionOptions, total=False):
     """Higher runs earlier. What runs is not interrupted. Default: 0."""
     on_stage: Callable[[str], None] | None
     """Called in the asker's thread with the name of each stage as it begins. An exception ends the request."""
+
+
+class RequestOptions(QuestionOptions, QueueOptions, total=False):
+    """Keyword arguments of :meth:`Asker.submit`, :meth:`Asker.ask` and :meth:`Asker.submit_json`."""
+
+
+class ChoiceRequestOptions(ChoiceOptions, QueueOptions, total=False):
+    """Keyword arguments of :meth:`Asker.submit_choose`."""
 
 
 class Superseded(Stopped):

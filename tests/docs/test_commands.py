@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fusion_edge.benchmarks.evaluation import cli as evaluation
 from fusion_edge.benchmarks.latency import cli as bench
 from fusion_edge.export import cli as export
 from fusion_edge.export.engines import cli as build
@@ -24,6 +25,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "fusion-info": info.parser,
     "fusion-bench": bench.parser,
     "fusion-bench compare": bench.compare_parser,
+    "fusion-eval": evaluation.parser,
 }
 
 

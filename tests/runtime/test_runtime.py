@@ -124,7 +124,8 @@ def test_command_line_json(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Cap
     answers = json.loads(capsys.readouterr().out)["answers"]
     assert len(answers) == 2
     assert answers[0].keys() == {
-        "text", "token_ids", "prompt_tokens", "finish_reason", "timings_ms", "tokens_per_second"
+        "text", "token_ids", "prompt_tokens", "finish_reason", "timings_ms", "tokens_per_second", "logprobs",
+        "confidence",
     }  # fmt: skip
     assert len(answers[0]["token_ids"]) <= 5
 

@@ -29,6 +29,7 @@ LOGITS = arrays(
         ("top_p", [0, 0.0, 1.01, -1, float("nan"), None, "1"]),
         ("top_k", [-1, 2.0, None, False]),
         ("seed", [-1, 0.5, "seed", True]),
+        ("logprobs", [-1, 21, 1.0, True, None, "5"]),
         ("stop", ["###", ["###"], ("",), ("ok", ""), (1,), None]),
         ("grammar", ["[0-9]+", {"type": "integer"}, 3]),
     ],
@@ -71,7 +72,7 @@ def test_a_constraint_comes_before_temperature_top_k_and_top_p(options: dict[str
 
 
 def test_values_in_range() -> None:
-    Sampling(max_new_tokens=1, temperature=0, top_p=1, top_k=0, seed=0, stop=("###", "\n"))
+    Sampling(max_new_tokens=1, temperature=0, top_p=1, top_k=0, seed=0, stop=("###", "\n"), logprobs=20)
     numpy_values: dict[str, Any] = {"top_k": np.int64(3), "temperature": np.float32(0.5), "seed": np.int32(1)}
     assert Sampler(Sampling(**numpy_values))(np.array([0, 1], np.float32)) in (0, 1)
 

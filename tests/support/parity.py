@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from support.logits import first_logits
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime import Fusion, load

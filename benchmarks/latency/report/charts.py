@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _GRID = 1000
 """Side of the square in which paths are drawn before they are stretched over the plot."""
 
-_VOID = frozenset({"meta", "link"})
+_VOID = frozenset({"img", "link", "meta"})
 Format = Callable[[float], str]
 
 

@@ -47,6 +47,11 @@ def html_report(result: BenchResult) -> str:
         body += [element("h2", "Cases side by side"), _comparison(result), _over_context(result)]
         body += [element("h2", "All cases"), *_folded(result)]
     body += [element("h2", "Setup"), _facts(result), _command(result)]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str], css: str = "") -> str:
+    """Return a whole file with its style sheet, and ``css`` after it."""
     head = [
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -54,7 +59,7 @@ def html_report(result: BenchResult) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("link", rel="icon", href="data:,"),
         element("title", title),
-        element("style", Markup(CSS)),
+        element("style", Markup(CSS + css)),
     ]
     page = element("html", element("head", *head), element("body", *body), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
@@ -193,7 +198,7 @@ def _facts(result: BenchResult) -> Markup:
         for name, peak, unit in (("Bandwidth", peaks.bandwidth, "B/s"), ("Compute", peaks.compute, "MAC/s")):
             where[f"{name} of {device}"] = None if peak is None else labels.rate(peak, unit)
     lists: dict[str, Mapping[str, str | None]] = {"Bundle": what, "Machine": where, "Versions": machine.versions}
-    cards = (element("div", element("h3", name), _list(facts), class_="card") for name, facts in lists.items())
+    cards = (element("div", element("h3", name), facts(one), class_="card") for name, one in lists.items())
     return element("div", *cards, class_="charts")
 
 
@@ -202,9 +207,9 @@ def _clock(rates: Sequence[float]) -> str:
     return f"{median} ({low} to {high})"
 
 
-def _list(facts: Mapping[str, str | None]) -> Markup:
-    """Return a definition list of the facts that are not None."""
-    known = [(name, value) for name, value in facts.items() if value is not None]
+def facts(values: Mapping[str, str | None]) -> Markup:
+    """Return a definition list of the values that are not None."""
+    known = [(name, value) for name, value in values.items() if value is not None]
     return element("dl", *(join([element("dt", name), element("dd", value)]) for name, value in known))
 
 

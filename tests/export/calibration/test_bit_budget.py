@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import TINY, write_checkpoint
+from support.logits import first_logits
 from support.parity import assert_computes_its_weights
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration import sensitivity

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from support.logits import first_logits
 from support.paths import GOLDEN
 from torch import Tensor
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import blocks, prepare
 from fusion_edge.export.calibration.observer import ATTENTION_WEIGHT, Observer, attention_received

@@ -11,11 +11,11 @@ import onnx
 import pytest
 import torch
 from support.checkpoints import write_checkpoint
+from support.logits import first_logits
 from support.parity import assert_computes_its_weights
 from support.paths import GOLDEN
 from support.prequantized_checkpoints import SMALL, VARIANTS, edit_config, packer, read_fixture, write_quantized
 
-from fusion_edge.benchmarks.demo.fidelity import first_logits
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.config import read_config

@@ -190,6 +190,32 @@ def test_numbers_are_short_finite_and_in_range(model: Model, schema: dict[str, A
             Draft202012Validator(schema).validate(value)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            r'^[^"]*$',
+            r"^[^\\]+$",
+            r"^[^\x22\x5c]{1,3}$",
+            r"^[^ -~]{2}$",
+            r"^[\x00-\x20a-z]+$",
+            "^(?:[\x00-\x1f]|[a-z])+$",
+        ),
+        *("^.{1,3}$", r"^\S+$", "a", "^a|b$", "^(left|right)( turn)?$", "^[A-Zäöü]+/$", ""),
+    ],
+)
+@pytest.mark.parametrize("limits", [{}, {"minLength": 2}, {"type": ["string", "null"]}])
+def test_strings_match_their_pattern(model: Model, pattern: str, limits: dict[str, Any]) -> None:
+    """The string of the parsed document, also if the model prefers escapes; other types need not match."""
+    schema = {"type": "string", "pattern": pattern, "maxLength": 6} | limits
+    grammar = Grammar.json(schema)
+    texts = [model.answer(grammar, seed, 100, liked=(b"\\", b'"', b'\\"', b"\\\\")) for seed in range(8)]
+    texts += [model.answer(grammar, seed, 100) for seed in range(4)]
+    for text in texts:
+        assert text is not None
+        Draft202012Validator(schema).validate(json.loads(text))
+
+
 def test_strings_are_valid_unicode(model: Model) -> None:
     """Escapes too: no half of a surrogate pair, no control character as itself."""
     grammar = Grammar.json({"type": "string", "minLength": 9, "maxLength": 9})
@@ -232,6 +258,13 @@ def test_whitespace_is_bounded(model: Model) -> None:
         (Grammar.json({"type": "string", "minLength": 3, "maxLength": 2}), "Unsatisfiable schema"),
         (Grammar.json({"type": "array", "items": {"type": "null"}, "minItems": 3, "maxItems": 2}), "Unsatisfiable"),
         (Grammar.json({"type": "string", "enum": [1]}), "Unsatisfiable schema"),
+        (Grammar.json({"enum": ["a", "b"], "const": "c"}), "no text fits its keywords."),
+        (Grammar.json({"type": "string", "pattern": '^"$'}), "no text fits its keywords."),
+        (Grammar.json({"type": "string", "format": "date", "minLength": 11}), "no text fits its keywords."),
+        (
+            Grammar.json({"type": "string", "pattern": "(.*a.{15}b.*c.{15}d)", "maxLength": 9999}),
+            "its strings are too complex.",
+        ),
     ],
 )
 def test_unusable_grammars_are_refused_before_the_first_token(model: Model, grammar: Grammar, reason: str) -> None:
