@@ -214,7 +214,7 @@ class Pipeline:
         self._images.clear()
 
     def close(self) -> None:
-        """Free the cached image and the backend."""
+        """Free the cached images and scenes, and the backend."""
         self.clear_image_cache()
         self.backend.close()
 
