@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -520,6 +522,22 @@ def test_an_asker_that_is_garbage_answers_and_ends(fusion: Fusion) -> None:
         del asker
         gc.collect()
     assert request.result(20).text == text(fusion)
+
+
+def test_a_forked_process_makes_its_own_asker(fusion: Fusion, asker: Asker) -> None:
+    read, write = os.pipe()
+    if os.fork() == 0:  # the child
+        try:
+            asker.close()  # does nothing
+            asker.submit(picture(), "What?")
+        except BaseException as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as pipe:
+        assert re.fullmatch(r"This process is a fork of process \d+, .*; make one after the fork\.", pipe.read())
+    assert asker.submit(picture(), "What?", sampling=SHORT).result(20).text == text(fusion)
 
 
 @pytest.mark.parametrize(
