@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.choices import Choice
     from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
-    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
+    from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, SceneEvicted, Stopped, UsageError
     from fusion_edge.runtime.fusion import Fusion, load
     from fusion_edge.runtime.loop.asker import Asker
     from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
         Superseded,
     )
     from fusion_edge.runtime.prompts.prompt import Turn
-    from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions
+    from fusion_edge.runtime.requests import AnswerOptions, ChoiceOptions, QuestionOptions, SceneOptions
     from fusion_edge.runtime.sampling import Sampling
+    from fusion_edge.runtime.scene import Scene
 
 __all__ = [
     "Answer",
@@ -49,6 +50,9 @@ __all__ = [
     "Request",
     "RequestOptions",
     "Sampling",
+    "Scene",
+    "SceneEvicted",
+    "SceneOptions",
     "Stopped",
     "Superseded",
     "Turn",
@@ -78,6 +82,9 @@ _MODULES = {
     "Request": "loop.request",
     "RequestOptions": "loop.request",
     "Sampling": "sampling",
+    "Scene": "scene",
+    "SceneEvicted": "errors",
+    "SceneOptions": "requests",
     "Stopped": "errors",
     "Superseded": "loop.request",
     "Turn": "prompts.prompt",

@@ -10,9 +10,9 @@ from itertools import pairwise
 from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.images.preprocessing import load_image
+from fusion_edge.runtime.image_cache import CacheEntry
 from fusion_edge.runtime.logprobs import LogProbabilities
-from fusion_edge.runtime.pipeline import Pipeline
+from fusion_edge.runtime.pipeline import Pipeline, load_subject
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
@@ -53,7 +53,7 @@ class PreparedChoices:
 
 def prepare_choices(
     pipeline: Pipeline,
-    image: ImageLike,
+    image: ImageLike | CacheEntry,
     questions: Sequence[str],
     choices: Sequence[str],
     history: Sequence[Turn] = (),
@@ -61,7 +61,7 @@ def prepare_choices(
     color: Color = "rgb",
     control_tokens: bool = False,
 ) -> list[PreparedChoices]:
-    """Check the arguments of questions about one image, and tokenize their prompts and the choices. Runs no graph.
+    """Check the arguments of questions about one image or scene, and tokenize prompts and choices. Runs no graph.
 
     Raises as :meth:`Pipeline.prepare`, :class:`UsageError` for choices that cannot be compared or no questions, and
     :class:`FusionError` for a choice longer than the rest of the context.
@@ -69,10 +69,10 @@ def prepare_choices(
     texts = check_choices(choices)
     if not questions:
         raise UsageError("The list of questions is empty; ask at least one.")
-    picture = load_image(image, color)
+    subject = load_subject(image, color)
 
     def prepared(question: str) -> PreparedChoices:
-        asked = pipeline.prepare(picture, question, history, query_length=query_length, control_tokens=control_tokens)
+        asked = pipeline.prepare(subject, question, history, query_length=query_length, control_tokens=control_tokens)
         layout = asked.prompt.layout(pipeline.manifest.image_side**2, asked.query_length)
         encode, room = pipeline.prompts.encode_choices, pipeline.max_context - layout.length
         sequences = encode(history, question, texts, control_tokens=control_tokens, room=room)

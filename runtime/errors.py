@@ -38,6 +38,10 @@ class DeviceError(FusionError):
     """A device that cannot start on this machine. Another device may run the bundle."""
 
 
+class SceneEvicted(FusionError):
+    """A question about a scene that is no longer cached. Look at its picture again."""
+
+
 class Stopped(FusionError):
     """A question that stopped before its answer was complete."""
 

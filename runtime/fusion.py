@@ -27,11 +27,13 @@ from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.choices import Choice, PreparedChoices, choose, prepare_choices
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.hub.bundle_source import find_bundle
+from fusion_edge.runtime.image_cache import CacheEntry
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.pipeline import Embed, Pipeline
 from fusion_edge.runtime.request_queue import RequestQueue
 from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.scene import Scene
 from fusion_edge.runtime.stages import ENCODE_GLOBAL
 from fusion_edge.runtime.structured import document, document_sampling
 from fusion_edge.runtime.system.resources import check_threads
@@ -50,8 +52,8 @@ class Fusion:
     Several threads may ask. Their questions run one at a time, in order of arrival. A new question ends an
     :class:`AnswerStream` that has pieces left.
 
-    The features of the latest image are cached, so a follow-up question about the same pixels skips most of the vision
-    encoder.
+    The features of the latest images are cached, so a follow-up question about the same pixels skips most of the vision
+    encoder. :meth:`look` also keeps what the image tokens need.
 
     After a fork the child cannot use the model: :meth:`close` does nothing there, and everything else raises
     :class:`FusionError`.
@@ -64,6 +66,7 @@ class Fusion:
         tokenizer: Tokenizer,
         embed: Embed,
         device: Device | None = None,
+        cached_images: int = 1,
     ) -> None:
         """Wrap a custom backend. To load a bundle, use :func:`load`.
 
@@ -73,8 +76,10 @@ class Fusion:
             tokenizer: The bundle's tokenizer.
             embed: Maps token ids int64 ``[n]`` to embeddings float32 ``[n,D]``.
             device: What runs the graphs. Default: a device with the backend's name.
+            cached_images: As in :func:`load`.
 
         Raises:
+            UsageError: ``cached_images`` is no integer from 1.
             FusionError: The tokenizer does not fit the bundle's template.
         """
         self.manifest = manifest
@@ -86,7 +91,8 @@ class Fusion:
         """
         self.tokenizer = tokenizer
         self.embed = embed
-        self.pipeline = Pipeline(manifest, backend, tokenizer, embed)
+        images = check_integer("cached_images", cached_images, 1, "an integer from 1")
+        self.pipeline = Pipeline(manifest, backend, tokenizer, embed, images)
         self.queue = RequestQueue(backend)
 
     @property
@@ -359,11 +365,53 @@ class Fusion:
         is_markup = check_flag("control_tokens", control_tokens)
         return Conversation(self.pipeline, self.queue, load_image(image, color), is_markup)
 
+    def look(
+        self,
+        image: ImageLike,
+        guide: str | None = None,
+        *,
+        query_length: int | None = None,
+        color: Color = "rgb",
+        deadline: float | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Scene:
+        """Look at an image, for many questions about it.
+
+        With a guide, a question of the scene then runs little more than its own tokens; a stream that has pieces left
+        ends. A look that stops early leaves the image's features cached.
+
+        Args:
+            image: As in :meth:`ask`.
+            guide: Text that guides the vision encoder in place of the questions, also an empty one. Default: each
+                question is its own guide, as in :meth:`ask`.
+            query_length: Number of latents, one of the bundle's query lengths. Default: the first.
+            color: Layout of an array, as in :class:`QuestionOptions`.
+            deadline: Seconds from the call until the look ends, also within a graph. Default: none.
+            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
+
+        Raises:
+            UsageError: An argument has a wrong type or is out of range, or the model is closed.
+            FusionError: The image cannot be read, or the guide does not fit the context.
+            DeadlineExceeded: The deadline passed.
+            Cancelled: The look was canceled, or the model was closed.
+        """
+        control = RunControl(deadline, on_stage)
+        self.queue.check_open()
+        prepared = self.pipeline.prepare_look(image, guide, query_length, color)
+
+        def look() -> CacheEntry:
+            self.queue.check_open()
+            if guide is not None:
+                self.queue.start(control)  # the sequence ends
+            return self.pipeline.look(prepared, control.stage_hook)
+
+        entry = self.queue.run(look, control)
+        return Scene(self.pipeline, self.queue, entry, guide, prepared.query_length)
+
     def encode_image(self, image: ImageLike, color: Color = "rgb") -> None:
         """Encode an image ahead of the first question about it, and cache its features.
 
-        A question about the same pixels then skips most of the vision encoder. The cache holds one image. A stream that
-        has pieces left continues.
+        A question about the same pixels then skips most of the vision encoder. A stream that has pieces left continues.
 
         Args:
             image: As in :meth:`ask`.
@@ -386,7 +434,7 @@ class Fusion:
         self.queue.run(encode, control)
 
     def clear_image_cache(self) -> None:
-        """Drop the cached features of the latest image, so the next question encodes its image again."""
+        """Drop all cached images and scenes, so the next question encodes its image again."""
         self.queue.run(self.pipeline.clear_image_cache, RunControl())
 
     def query_length(self, length: int | None = None) -> int:
@@ -410,7 +458,12 @@ class Fusion:
 
 
 def load(
-    folder: str | os.PathLike[str], *, revision: str | None = None, device: str = AUTO, threads: int | None = None
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str = AUTO,
+    threads: int | None = None,
+    cached_images: int = 1,
 ) -> Fusion:
     """Load a bundle.
 
@@ -423,6 +476,8 @@ def load(
             has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
             chosen device, and the reasons against better ones.
         threads: CPU threads. Default: every processor that this process may use, which is also the limit.
+        cached_images: Limit of cached images and scenes: one a camera, so that cameras do not evict each other's.
+            ``fusion-info`` gives their bytes.
 
     Returns:
         The loaded model. Use it as a context manager, or call :meth:`Fusion.close`.
@@ -435,6 +490,7 @@ def load(
     count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
     if count is not None:
         check_threads(count)
+    images = check_integer("cached_images", cached_images, 1, "an integer from 1")
     bundle = open_bundle(find_bundle(folder, revision).folder)
     chosen, backend = open_device(bundle, device, count)
-    return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), chosen)
+    return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), chosen, images)

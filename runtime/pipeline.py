@@ -6,23 +6,25 @@ A stage hook observes the stages: ``hook(name)`` returns a context manager that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from tokenizers import Tokenizer
 
 from fusion_edge.runtime.arguments import check_flag, is_integer, short_repr
-from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers
+from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers, KvPrefix
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.constraints.compiler import GrammarCompiler
 from fusion_edge.runtime.errors import FusionError, UsageError
+from fusion_edge.runtime.image_cache import CacheEntry, EncodedImage, ImageCache
 from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
-from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, Turn
-from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
+from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, PromptLayout, Turn
+from fusion_edge.runtime.requests import Color, ImageLike, PreparedLook, PreparedQuestion
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.stages import (
     ALIGNMENT,
@@ -41,18 +43,9 @@ Embed = Callable[[Integers], Floats]
 """Token ids ``[n]`` to embeddings ``[n,D]``."""
 
 
-@dataclass(eq=False)
-class EncodedImage:
-    """An image with its features, which do not depend on a question."""
-
-    crops: npt.NDArray[np.uint8]
-    """``[5,S,S,3]``."""
-    local_pixels: Floats
-    """``[1,3,S,S]``: the local crop, normalized."""
-    global_features: npt.ArrayLike
-    """``[4,P,D]``: a tensor of the backend."""
-    alignments: dict[int, ImageAlignment] = field(default_factory=dict)
-    """Alignments by query length."""
+def load_subject(image: ImageLike | CacheEntry, color: Color) -> Image.Image | CacheEntry:
+    """Return a scene as it is, and load any other image."""
+    return image if isinstance(image, CacheEntry) else load_image(image, color)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +63,12 @@ class Prefilled:
 class Pipeline:
     """The stages of a question on a backend. One call at a time.
 
-    The features, latents, keys and values of the latest image stay cached. The pixels identify an image, so a reused
-    camera buffer is never mistaken for the frame it held before.
+    The features, latents, keys and values of the latest images stay cached, and the KV cache of scenes.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, embed: Embed) -> None:
+    def __init__(
+        self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, embed: Embed, cached_images: int = 1
+    ) -> None:
         """Raise :class:`FusionError` if the tokenizer does not fit the bundle's template."""
         self.manifest = manifest
         self.backend = backend
@@ -91,7 +85,7 @@ class Pipeline:
         self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
         """Tokens that end an answer: the checkpoint's, and always the template's end of turn."""
         self._grammars = GrammarCompiler(tokenizer, self.end_ids, self.config.language.vocab_size)
-        self._latest: EncodedImage | None = None
+        self._images = ImageCache(cached_images)
 
     @property
     def config(self) -> FusionConfig:
@@ -105,7 +99,7 @@ class Pipeline:
 
     def prepare(
         self,
-        image: ImageLike,
+        image: ImageLike | CacheEntry,
         question: str,
         history: Sequence[Turn] = (),
         sampling: Sampling | None = None,
@@ -115,14 +109,25 @@ class Pipeline:
         regex: str | None = None,
         choices: Iterable[str] | None = None,
     ) -> PreparedQuestion:
-        """Check the arguments of a question, load its image and tokenize its prompt. Runs no graph."""
+        """Check the arguments of a question, load its image unless it is a scene, and tokenize its prompt."""
         sampling = with_grammar(sampling, regex=regex, choices=choices)
         constraint = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
         length = self.query_length(query_length)
-        budget = ContextBudget(self.max_context, self.manifest.image_side**2, length)
+        budget = self._budget(length)
         is_markup = check_flag("control_tokens", control_tokens)
         prompt = self.prompts.encode(history, question, control_tokens=is_markup, budget=budget)
-        return PreparedQuestion(load_image(image, color), prompt, sampling, length, constraint)
+        return PreparedQuestion(load_subject(image, color), prompt, sampling, length, constraint)
+
+    def prepare_look(
+        self, image: ImageLike, guide: str | None, query_length: int | None = None, color: Color = "rgb"
+    ) -> PreparedLook:
+        """Check the arguments of a look, load its image and tokenize its guide."""
+        length = self.query_length(query_length)
+        start = None if guide is None else self.prompts.encode_start(guide, budget=self._budget(length))
+        return PreparedLook(load_image(image, color), start, length)
+
+    def _budget(self, query_length: int) -> ContextBudget:
+        return ContextBudget(self.max_context, self.manifest.image_side**2, query_length)
 
     def query_length(self, length: int | None = None) -> int:
         """Return the query length, by default the bundle's first. Raise :class:`UsageError` if it is not offered."""
@@ -145,16 +150,15 @@ class Pipeline:
 
     def run_prompt(self, question: PreparedQuestion, hook: StageHook = no_hook) -> tuple[int, int, Floats]:
         """Run every stage up to the logits of the prompt's last token. Return what :meth:`prefill` returns."""
-        with hook(PREPROCESS):
-            crops = cut_crops(question.picture)
-        with hook(ENCODE_GLOBAL):
-            image = self.encode_image(crops)
-        with hook(ENCODE_LOCAL):
-            image_tokens = self.encode_image_tokens(image, question.prompt.instruct_ids)
+        image, prefix = self._subject(question.subject, hook)
+        seen: Floats | KvPrefix | None = prefix
+        if seen is None:
+            with hook(ENCODE_LOCAL):
+                seen = self.encode_image_tokens(image, question.prompt.instruct_ids)
         with hook(ALIGNMENT):
             aligned = self.align(image, question.query_length)
         with hook(PREFILL):
-            return self.prefill(question.prompt, image_tokens, aligned, question.sampling.max_new_tokens)
+            return self.prefill(question.prompt, seen, aligned, question.sampling.max_new_tokens)
 
     def decode(self, token: int, sampler: Sampler, hook: StageHook = no_hook) -> int:
         """Append ``token`` to the sequence and return the next one."""
@@ -167,20 +171,47 @@ class Pipeline:
         with hook(DECODE_STEP):
             return self.backend.decode(self.embed(np.array([token]))[0])
 
+    def look(self, look: PreparedLook, hook: StageHook = no_hook) -> CacheEntry:
+        """Cache a scene: run every stage that its questions share. Each stage that is complete stays cached."""
+        image, _ = self._subject(look.picture, hook)
+        with hook(ALIGNMENT):
+            self.align(image, look.query_length)
+        entry = self._images.entry_for_scene(image)
+        if look.start is not None:
+            with hook(ENCODE_LOCAL):
+                image_tokens = self.encode_image_tokens(image, look.start.instruct_ids)
+            with hook(PREFILL):
+                layout = look.start.layout(len(image_tokens), look.query_length)
+                entry.prefix = self.backend.prefill_prefix(self._rows(layout, image_tokens))
+        entry.is_scene = True
+        return entry
+
+    def _subject(self, subject: Image.Image | CacheEntry, hook: StageHook) -> tuple[EncodedImage, KvPrefix | None]:
+        """Return the features of a picture or scene, and the scene's prefix if it has a guide."""
+        if isinstance(subject, CacheEntry):
+            found = subject.scene()
+            self._images.use(subject)
+            return found
+        with hook(PREPROCESS):
+            crops = cut_crops(subject)
+        with hook(ENCODE_GLOBAL):
+            return self.encode_image(crops), None
+
     def encode_image(self, crops: npt.NDArray[np.uint8]) -> EncodedImage:
         """Return the features of ``crops`` ``[5,S,S,3]``, from the cache if it holds the same pixels."""
-        image = self._latest
-        if image is None or not np.array_equal(image.crops, crops):
+        image = self._images.find(crops)
+        if image is None:
             pixels = normalize(crops)
             no_text = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
-            image = self._latest = None  # frees its memory before the new image needs as much
+            self._images.make_room()
             features = self.backend.encode(pixels[:GLOBAL_CROPS], no_text, np.zeros((GLOBAL_CROPS, 0), np.bool_))
-            image = self._latest = EncodedImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
+            image = EncodedImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
+            self._images.add(image)
         return image
 
     def clear_image_cache(self) -> None:
-        """Drop the cached image, so the next question encodes its image again."""
-        self._latest = None
+        """Drop the cached images and scenes, so the next question encodes its image again."""
+        self._images.clear()
 
     def encode_image_tokens(self, image: EncodedImage, instruct_ids: Integers) -> Floats:
         """Return the local crop's features ``[P',D]``, guided by the questions (docs/fusion-model.md section 2).
@@ -200,14 +231,27 @@ class Pipeline:
         return image.alignments[query_length]
 
     def prefill(
-        self, prompt: Prompt, image_tokens: Floats, aligned: ImageAlignment, max_new_tokens: int
+        self, prompt: Prompt, image: Floats | KvPrefix, aligned: ImageAlignment, max_new_tokens: int
     ) -> tuple[int, int, Floats]:
-        """Run the prompt. Return its length, the sequence's capacity, and the logits ``[V]`` of the last token."""
-        layout = prompt.layout(len(image_tokens), len(aligned.latents))
+        """Run a prompt with the image tokens ``[P',D]``, or behind a prefix that ends with them.
+
+        Returns its length, the sequence's capacity, and the logits ``[V]`` of the last token.
+        """
+        layout = prompt.layout(self.manifest.image_side**2, len(aligned.latents))
+        length, capacity = layout.length, min(self.max_context, layout.length + max_new_tokens)
+        if isinstance(image, KvPrefix):
+            prefix, layout = image, layout.after_image()
+            rows = self._rows(layout)
+        else:
+            prefix, rows = None, self._rows(layout, image)
+        rows[layout.latent_positions] = aligned.latents
+        places = layout.latent_positions, layout.instruct_positions
+        return length, capacity, self.backend.prefill(rows, aligned, *places, capacity, prefix)
+
+    def _rows(self, layout: PromptLayout, image_tokens: Floats | None = None) -> Floats:
+        """Return the LLM's input ``[L,D]`` without its latents."""
         rows = np.empty((layout.length, self.config.language.hidden_size), np.float32)
         rows[layout.text_positions] = self.embed(layout.text_ids)
-        rows[layout.image_start : layout.image_start + len(image_tokens)] = image_tokens
-        rows[layout.latent_positions] = aligned.latents
-        capacity = min(self.max_context, layout.length + max_new_tokens)
-        logits = self.backend.prefill(rows, aligned, layout.latent_positions, layout.instruct_positions, capacity)
-        return layout.length, capacity, logits
+        if image_tokens is not None:
+            rows[layout.image_start : layout.image_end] = image_tokens
+        return rows

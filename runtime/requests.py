@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy.typing as npt
 from PIL import Image
 
+from fusion_edge.runtime.image_cache import CacheEntry
 from fusion_edge.runtime.images.preprocessing import Color as Color
 from fusion_edge.runtime.prompts.prompt import Prompt, Turn
 from fusion_edge.runtime.sampling import Sampling
@@ -57,14 +58,40 @@ class ChoiceOptions(PromptOptions, total=False):
     """Number of latents, one of the bundle's query lengths. Default: the first."""
 
 
+class SceneOptions(TypedDict, total=False):
+    """Keyword arguments of :meth:`Scene.ask`, :meth:`Scene.answer` and :meth:`Scene.stream`."""
+
+    sampling: Sampling | None
+    """As in :class:`AnswerOptions`."""
+    history: Sequence[Turn]
+    """Earlier questions about the scene, with their answers. Default: none."""
+    control_tokens: bool
+    """As in :class:`QuestionOptions`."""
+    regex: str | None
+    """As in :class:`AnswerOptions`."""
+    choices: Iterable[str] | None
+    """As in :class:`AnswerOptions`."""
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedQuestion:
     """A question whose arguments have been checked."""
 
-    picture: Image.Image
-    """RGB."""
+    subject: Image.Image | CacheEntry
+    """An RGB picture, or a scene."""
     prompt: Prompt
     sampling: Sampling
     query_length: int
     constraint: Constraint | None = None
     """Constraint of one answer, of ``sampling.grammar``."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedLook:
+    """A look at an image whose arguments have been checked."""
+
+    picture: Image.Image
+    """RGB."""
+    start: Prompt | None
+    """Start of every prompt, with the guide's tokens; None without a guide."""
+    query_length: int

@@ -25,7 +25,7 @@ FORMATS = {"fp32": (OTHERS, "s"), "int4": (OURS, "o")}
 """Color and marker by format."""
 PANELS = {"clear": "Pictures as trained", "degraded": "Dark, blurred, noisy pictures"}
 """Title by kind of pictures."""
-LEAST = 5
+LEAST = 10
 """Answers from which a bin is drawn."""
 
 Data = Mapping[str, Mapping[str, Mapping[str, Any]]]

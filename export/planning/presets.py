@@ -1,4 +1,4 @@
-"""Presets: default options for a kind of device. The name of a preset is a value of ``--target``."""
+"""Presets: default options for a kind of device (values of ``--target``), and levels of detail (``--detail``)."""
 
 from __future__ import annotations
 
@@ -30,3 +30,15 @@ PRESETS = {
     "jetson-thor": Preset(memory=110_000_000_000),
     "rtx": Preset(memory=7_000_000_000),  # GPUs with 8 GB or more
 }
+
+
+@dataclass(frozen=True)
+class Detail:
+    """How much of a picture the LLM sees: FUSION-L."""
+
+    image_tokens: int | None
+    """None: all."""
+    latents: int
+
+
+DETAILS = {"full": Detail(None, 144), "balanced": Detail(256, 64), "fast": Detail(144, 16)}

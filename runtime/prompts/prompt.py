@@ -48,15 +48,35 @@ class PromptLayout:
     """``[T]``: row of each text token."""
     image_start: int
     """First row of the image tokens, which are consecutive."""
+    image_end: int
+    """Row after the image tokens."""
     latent_positions: npt.NDArray[np.int64]
     """``[Q,q]``: rows of the latents before each question."""
     instruct_positions: npt.NDArray[np.int64]
     """``[Q]``: last row of the prompt when each question was asked."""
 
+    def after_image(self) -> PromptLayout:
+        """Return the rows after the image tokens, which stay where they are if the rows before do not change."""
+        first = self.image_end
+        is_after = self.text_positions >= first
+        return PromptLayout(
+            length=self.length - first,
+            text_ids=self.text_ids[is_after],
+            text_positions=self.text_positions[is_after] - first,
+            image_start=0,
+            image_end=0,
+            latent_positions=self.latent_positions - first,
+            instruct_positions=self.instruct_positions - first,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A conversation of Q questions as token ids. All arrays are int64 ``[n]``."""
+    """A conversation of Q questions as token ids. All arrays are int64 ``[n]``.
+
+    With Q = 0 it is the start of every prompt. Rows up to the image tokens depend on the image and ``instruct_ids``
+    alone.
+    """
 
     token_ids: npt.NDArray[np.int64]
     """Text tokens, with Q + 1 markers (:data:`MARKER_IDS`) in place of image tokens and latents."""
@@ -82,6 +102,7 @@ class Prompt:
             text_ids=self.token_ids[~is_marker],
             text_positions=starts[~is_marker],
             image_start=int(starts[image_marker]),
+            image_end=int(ends[image_marker]),
             latent_positions=starts[latent_markers][:, None] + np.arange(query_length),
             instruct_positions=starts[self.instruct_indices],
         )
@@ -102,6 +123,12 @@ class ContextBudget:
         length = prompt.layout(self.image_tokens, self.query_length).length
         if length >= self.capacity:
             raise self._too_long(str(length))
+
+    def check_guide(self, prompt: Prompt) -> None:
+        """Raise :class:`FusionError` if a guide is longer than any question can be."""
+        room = self.capacity - prompt.layout(self.image_tokens, self.query_length).length
+        if (length := len(prompt.instruct_ids)) > room:
+            raise FusionError(f"The guide has {length} tokens, and a question at most {room}; shorten it.")
 
     def left(self, token_ids: Sequence[int]) -> int:
         """Return the tokens left after a prompt's first ids. Raise :class:`FusionError` if they exceed the context."""
@@ -149,8 +176,7 @@ class PromptEncoder:
         """
         turns = check_history(history)
         template, encoder = self._template, self._encoder
-        next_question = f"{template.question_start}{VISION_START}"  # before its latents
-        ids = [*encoder.beginning(), *encoder.plain(template.system + next_question)]
+        ids = self._start()
         asked_at: list[int] = []
         questions = ""
         for number, turn in enumerate((*turns, Turn(question, ""))):
@@ -169,9 +195,36 @@ class PromptEncoder:
                 ids += as_asked
             else:
                 answer = self._answer(turn.answer, control_tokens, budget, ids)
-                ids += encoder.encode((*piece, answer, f"{template.answer_end}{next_question}"), control_tokens)
+                ids += encoder.encode((*piece, answer, f"{template.answer_end}{self._question_start}"), control_tokens)
         if control_tokens:
             questions = _without(questions, *MARKER_IDS, VISION_START, VISION_END)
+        return self._prompt(ids, questions, asked_at, control_tokens, budget)
+
+    def encode_start(self, guide: str, *, budget: ContextBudget | None = None) -> Prompt:
+        """Tokenize the start of every prompt, up to the image tokens, and the text that guides the vision encoder.
+
+        An empty guide is valid. Raises as :meth:`encode`.
+        """
+        ids = self._start()
+        text = self._valid_text(guide, "The guide", budget, ids).strip()
+        prompt = self._prompt([*ids, MARKER_IDS[LATENT_MARKER]], text, [], False, budget)
+        if budget is not None:
+            budget.check_guide(prompt)
+        return prompt
+
+    @property
+    def _question_start(self) -> str:
+        """Text before the latents of a question."""
+        return f"{self._template.question_start}{VISION_START}"
+
+    def _start(self) -> list[int]:
+        """Return the tokens before the first marker."""
+        return [*self._encoder.beginning(), *self._encoder.plain(self._template.system + self._question_start)]
+
+    def _prompt(
+        self, ids: list[int], questions: str, asked_at: list[int], control_tokens: bool, budget: ContextBudget | None
+    ) -> Prompt:
+        encoder = self._encoder
         instruct = [*encoder.beginning(), *encoder.encode(("", questions.strip()), control_tokens)]
         prompt = Prompt(*(np.array(values, np.int64) for values in (ids, instruct, asked_at)))
         if budget is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -45,4 +47,4 @@ class Embeddings:
             return rows
         rows -= ZERO_POINT
         rows *= self._scales[token_ids].astype(np.float32)[..., None]
-        return rows.reshape(len(rows), -1)[:, : self._columns]
+        return rows.reshape(len(rows), math.prod(rows.shape[1:]))[:, : self._columns]

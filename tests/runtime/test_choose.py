@@ -233,6 +233,20 @@ def test_a_deadline_that_is_over_at_once(fusion: Fusion) -> None:
     assert names(fusion) == []
 
 
+def test_a_conversation_continues_with_the_choice(fusion: Fusion) -> None:
+    conversation = fusion.conversation(picture())
+    first = conversation.choose(QUESTION, ("yes", "no"))
+    assert conversation.history == [Turn(QUESTION, first.text)]
+    second = conversation.choose("Why?", CHOICES)
+    again = fusion.choose(picture(), "Why?", CHOICES, history=[Turn(QUESTION, first.text)])
+    assert second.logprobs == again.logprobs
+    with pytest.raises(Cancelled):
+        conversation.choose("And now?", CHOICES, on_stage=lambda stage: fusion.cancel())
+    with pytest.raises(UsageError, match="expected at least two"):
+        conversation.choose("And now?", ["yes"])
+    assert [turn.question for turn in conversation.history] == [QUESTION, "Why?"]
+
+
 def test_a_choice_ends_a_stream(fusion: Fusion) -> None:
     stream = fusion.stream(picture(), QUESTION, sampling=Sampling(max_new_tokens=6))
     next(stream)

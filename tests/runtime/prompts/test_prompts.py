@@ -66,7 +66,8 @@ def test_tokens_and_positions_equal_the_released_code(case: str, turn: int) -> N
     np.testing.assert_array_equal(layout.latent_positions.ravel(), golden[f"t{turn}_vision_pos"])
     np.testing.assert_array_equal(layout.instruct_positions, golden[f"t{turn}_instruct_pos"])
     # Every row has exactly one use, and the prefill has the same number of rows.
-    image_rows = range(layout.image_start, layout.image_start + image_tokens)
+    image_rows = range(layout.image_start, layout.image_end)
+    assert len(image_rows) == image_tokens
     rows = [*layout.text_positions, *image_rows, *layout.latent_positions.ravel()]
     assert sorted(rows) == list(range(layout.length))
     assert layout.instruct_positions[-1] == layout.length - 1
