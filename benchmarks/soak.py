@@ -7,9 +7,9 @@ them clients hold conversations, look at scenes, abandon streams, await answers 
 clear the image cache and pass unusable frames. The bundle is the demo model's.
 
 Every answer is compared with a table that was computed beforehand; one that was cut short must be its beginning.
-Memory, Python's blocks, threads and file descriptors are sampled. A wrong answer, an unexpected error or growth is an error
-(exit code 1). Buffers from 1 MiB are mapped (``mallopt``), so the memory is what is in use: by default the C library
-keeps freed frames in the arenas of a dozen threads, 0.5 GB after some minutes.
+Memory, Python's blocks, threads and file descriptors are sampled. A wrong answer, an unexpected error or growth is an
+error (exit code 1). Buffers from 1 MiB are mapped (``mallopt``), so the memory is what is in use: by default the C
+library keeps freed frames in the arenas of a dozen threads, 0.5 GB after some minutes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.options import PRECISION, SHAPES, TARGET, ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.export.planning.rules import Rule, read_rules
-from fusion_edge.export.publishing.options import HUB, add_hub_options, given_bundle, given_destination
+from fusion_edge.export.publishing.options import HUB, add_hub_options, existing_bundle, given_destination
 from fusion_edge.export.publishing.push import Destination, prepare_destination, push_bundle
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
@@ -95,7 +95,7 @@ def _add_rules(group: argparse._ArgumentGroup) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output
     destination = given_destination(arguments)
-    if destination is not None and (existing := given_bundle(arguments)) is not None:
+    if destination is not None and (existing := existing_bundle(arguments)) is not None:
         return _publish(arguments, existing, destination)
     if arguments.output is None and not arguments.dry_run:
         raise UsageError("No output given; add -o BUNDLE, or --dry-run to see sizes only.")

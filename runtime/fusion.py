@@ -470,8 +470,8 @@ def load(
     Args:
         folder: Folder that ``fusion-export`` wrote, or a hub id ``org/name``, which is downloaded once. A folder of
             that name wins. A path object is always a folder.
-        revision: Branch, tag or commit of a hub id. Default: its default branch. A commit that has been downloaded
-            needs no network.
+        revision: Branch, tag or commit of a hub id. Default: its default branch. If the hub does not answer, the
+            latest download of the branch is used. A commit that has been downloaded needs no network.
         device: ``tensorrt``, ``tensorrt-rtx``, ``cuda``, ``cpu``, or ``auto`` for the best device that this machine
             has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
             chosen device, and the reasons against better ones.

@@ -118,7 +118,7 @@ class Scene:
         **options: Unpack[SceneOptions],
     ) -> Answer:
         """Answer as :meth:`answer` does, under the caller's control, and pass each piece to ``when_piece``."""
-        prepared = self._prepare(question, **options)
+        prepared = self.prepare(question, **options)
         return self._queue.run(lambda: self._start(prepared, control).complete(when_piece), control)
 
     def stream(
@@ -142,7 +142,7 @@ class Scene:
             FusionError: As in :meth:`ask`.
         """
         control = RunControl(deadline, on_stage)
-        prepared = self._prepare(question, **options)
+        prepared = self.prepare(question, **options)
         return self._queue.run(lambda: self._start(prepared, control), control)
 
     @overload
@@ -261,7 +261,17 @@ class Scene:
         options["sampling"] = document_sampling(options, schema)
         return document(self.answer(question, deadline=deadline, on_stage=on_stage, **options))
 
-    def _prepare(self, question: str, **options: Unpack[SceneOptions]) -> PreparedQuestion:
+    def prepare(self, question: str, **options: Unpack[SceneOptions]) -> PreparedQuestion:
+        """Check the arguments of a question and tokenize its prompt, for :attr:`Fusion.pipeline`. Runs no graph.
+
+        Args:
+            question: The question.
+            **options: See :class:`SceneOptions`.
+
+        Raises:
+            UsageError: As in :meth:`ask`.
+            FusionError: As in :meth:`ask`.
+        """
         self._check()
         return self._pipeline.prepare(self._entry, question, query_length=self.query_length, **options)
 

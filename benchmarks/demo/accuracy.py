@@ -1,9 +1,9 @@
-"""Accuracy of the demo model's bundles on held-out questions, by weight format and detail.
+"""Accuracy of the demo model's bundles on held-out questions, by weight format, guide and detail.
 
     python -m fusion_edge.benchmarks.demo.accuracy --work FOLDER --json FILE
 
-Formats are compared with the checkpoint, details with the INT4 bundle at full detail. Existing bundles and samples in
-``--work`` are reused.
+Formats are compared with the checkpoint. Guides and details are compared with the INT4 bundle at full detail, whose
+questions are their own guides. Existing bundles and samples in ``--work`` are reused.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from fusion_edge.runtime.system.output_file import write_whole
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 FEWEST_LATENTS, MOST_LATENTS = 4, 16
+GENERIC_GUIDE = "What is in the picture?"
+"""No question of the training, which is about colors, shapes, counts and places."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Row:
     export: tuple[str, ...] = ("--int4",)
     """Options of ``fusion-export``."""
     query_length: int = FEWEST_LATENTS
+    guide: str | None = None
 
 
 FORMATS = (
@@ -57,12 +60,17 @@ FORMATS = (
     Row("nf4:64", ("--nf4",)),
     Row("int4:128 for TensorRT, on ONNX Runtime", ("--int4", "--target", "tensorrt")),
 )
+GUIDES = (
+    Row("the question itself"),
+    Row("generic", guide=GENERIC_GUIDE),
+    Row("empty", guide=""),
+)
 DETAILS = tuple(
     Row(f"{tokens} image tokens, {latents} latents", ("--int4", "--image-tokens", str(tokens)), latents)
     for tokens in (64, 25, 16)
     for latents in (MOST_LATENTS, FEWEST_LATENTS)
 )
-TABLES = {"formats": FORMATS, "details": DETAILS}
+TABLES = {"formats": FORMATS, "guides": GUIDES, "details": DETAILS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,7 +113,7 @@ def _measure(name: str, samples: Sequence[Sample], options: argparse.Namespace) 
     with reference:
         for row in rows:
             with _open(row, work) as fusion:
-                asked = settings(fusion, row.query_length)
+                asked = settings(fusion, row.query_length, guide=row.guide)
                 cases = [*ask(fusion, compared, asked, reference).cases, *ask(fusion, others, asked).cases]
             comparison = summary.comparison(cases, reference.model)
             assert comparison is not None
@@ -115,6 +123,7 @@ def _measure(name: str, samples: Sequence[Sample], options: argparse.Namespace) 
                 "export": row.export,
                 "query_length": row.query_length,
                 "image_tokens": asked.image_tokens,
+                "guide": row.guide,
                 "accuracy": asdict(summary.accuracy(cases)[EXACT]),
                 "calibration_error": summary.calibration(cases, EXACT).error,
                 "same_answer": asdict(comparison.same_answer),

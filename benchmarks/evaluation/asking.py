@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
-from fusion_edge.benchmarks.evaluation.result import IMAGE_DECODE, TOTAL, TTFT, ModelInfo, Settings
+from fusion_edge.benchmarks.evaluation.result import IMAGE_DECODE, LOOK, TOTAL, TTFT, ModelInfo, Settings
 from fusion_edge.benchmarks.evaluation.teacher_forcing import (
     Floats,
     LogProbabilityFile,
@@ -16,7 +17,7 @@ from fusion_edge.benchmarks.evaluation.teacher_forcing import (
     force,
     generate,
 )
-from fusion_edge.runtime import Answer, Choice, DeadlineExceeded, Fusion, Sampling
+from fusion_edge.runtime import Answer, Choice, DeadlineExceeded, Fusion, Sampling, Scene
 from fusion_edge.runtime.requests import PreparedQuestion
 from fusion_edge.runtime.samples import Sample
 
@@ -44,6 +45,7 @@ def settings(
     fusion: Fusion,
     query_length: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    guide: str | None = None,
     choices: tuple[str, ...] = (),
     deadline: float | None = None,
     threads: int | None = None,
@@ -53,6 +55,7 @@ def settings(
         query_length=fusion.query_length(query_length),
         image_tokens=fusion.manifest.image_side**2,
         max_new_tokens=max_new_tokens,
+        guide=guide,
         choices=choices,
         deadline=deadline,
         threads=threads,
@@ -66,30 +69,30 @@ def model_info(fusion: Fusion) -> ModelInfo:
 
 
 class Questioner:
-    """Asks a model one sample after another."""
+    """Asks a model one sample after another. With a guide, samples of one image in a row share a scene."""
 
     def __init__(self, fusion: Fusion, settings: Settings) -> None:
         self._fusion = fusion
         self._settings = settings
         self._sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+        self._scene: Scene | None = None
+        self._scene_of: Path | None = None
 
     def respond(self, sample: Sample) -> Response:
-        """Answer the question of a sample."""
-        started = time.perf_counter()
-        picture = sample.load()
-        decoded = time.perf_counter() - started
+        """Answer the question of a sample. A deadline counts from the question on, after a look at the image."""
+        subject, seconds = self._see(sample)
+        before, started = sum(seconds.values()), time.perf_counter()
         try:
-            given = self._ask(picture, sample.question)
+            given = self._ask(subject, sample.question)
         except DeadlineExceeded as late:
             given = late.partial
-        total = time.perf_counter() - started
-        stages = {stage: milliseconds / 1000 for stage, milliseconds in given.timings_ms.items()}
-        seconds = {IMAGE_DECODE: decoded, **stages}
+        total = before + time.perf_counter() - started
+        seconds |= {stage: milliseconds / 1000 for stage, milliseconds in given.timings_ms.items()}
         if isinstance(given, Choice):
             probability = given.probabilities[given.text]
             return Response(given.text, (), "stop", probability, given.probabilities, seconds | {TOTAL: total})
         if given.token_ids:
-            seconds[TTFT] = decoded + sum(time for stage, time in stages.items() if stage != DECODE)
+            seconds[TTFT] = sum(time for stage, time in seconds.items() if stage != DECODE)
         confidence = given.confidence if given.token_ids or given.is_complete else None
         return Response(given.text, given.token_ids, given.finish_reason, confidence, {}, seconds | {TOTAL: total})
 
@@ -101,13 +104,33 @@ class Questioner:
         """Return the log-probabilities ``[count,V]`` of the first token and of each one that follows ``tokens``."""
         return force(self._fusion, self._prepare(sample), tokens, count)
 
-    def _prepare(self, sample: Sample) -> PreparedQuestion:
-        return self._fusion.pipeline.prepare(
-            sample.load(), sample.question, sampling=self._sampling, query_length=self._settings.query_length
-        )
+    def _see(self, sample: Sample) -> tuple[Image.Image | Scene, dict[str, float]]:
+        """Return the picture of a sample, or its scene if there is a guide, and the seconds that this took by stage."""
+        guide = self._settings.guide
+        if guide is not None and self._scene is not None and self._scene_of == sample.image:
+            return self._scene, {}
+        started = time.perf_counter()
+        picture = sample.load()
+        decoded = time.perf_counter()
+        if guide is None:
+            return picture, {IMAGE_DECODE: decoded - started}
+        self._scene = self._fusion.look(picture, guide, query_length=self._settings.query_length)
+        self._scene_of = sample.image
+        return self._scene, {IMAGE_DECODE: decoded - started, LOOK: time.perf_counter() - decoded}
 
-    def _ask(self, picture: Image.Image, question: str) -> Answer | Choice:
-        length, deadline = self._settings.query_length, self._settings.deadline
-        if choices := self._settings.choices:
-            return self._fusion.choose(picture, question, choices, query_length=length, deadline=deadline)
-        return self._fusion.answer(picture, question, sampling=self._sampling, query_length=length, deadline=deadline)
+    def _prepare(self, sample: Sample) -> PreparedQuestion:
+        subject, _ = self._see(sample)
+        if isinstance(subject, Scene):
+            return subject.prepare(sample.question, sampling=self._sampling)
+        length = self._settings.query_length
+        return self._fusion.pipeline.prepare(subject, sample.question, sampling=self._sampling, query_length=length)
+
+    def _ask(self, subject: Image.Image | Scene, question: str) -> Answer | Choice:
+        length, deadline, choices = self._settings.query_length, self._settings.deadline, self._settings.choices
+        if isinstance(subject, Scene):
+            if choices:
+                return subject.choose(question, choices, deadline=deadline)
+            return subject.answer(question, sampling=self._sampling, deadline=deadline)
+        if choices:
+            return self._fusion.choose(subject, question, choices, query_length=length, deadline=deadline)
+        return self._fusion.answer(subject, question, sampling=self._sampling, query_length=length, deadline=deadline)

@@ -79,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT,TEXT[,...]",
         help="score these answers instead of generating one; every sample's answer is one of them",
     )
+    add(
+        "--guide",
+        metavar="TEXT",
+        help="look at each image once under this text, and ask all its questions behind it; the text may be empty "
+        "(default: each question is its own guide)",
+    )
     add("--limit", type=positive_integer, metavar="N", help="use the first N samples (default: all)")
     add("--min-accuracy", type=percentage, metavar="PERCENT", help="exit with code 6 below this accuracy, e.g. 95%%")
     add(
@@ -140,6 +146,7 @@ def _eval(arguments: argparse.Namespace, models: Models) -> int:
         settings,
         query_length=arguments.query_len,
         max_new_tokens=arguments.max_new_tokens,
+        guide=arguments.guide,
         choices=arguments.choices,
         deadline=arguments.deadline,
         threads=arguments.threads,

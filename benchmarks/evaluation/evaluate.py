@@ -42,10 +42,11 @@ def evaluate(
     settings_of: Callable[[Fusion], Settings],
     open_reference: OpenModel | None = None,
 ) -> Evaluation:
-    """Ask a model every question; first a reference, if there is one. Only one model is open at a time.
+    """Ask a model every question; first a reference, if there is one, which takes each question as its own guide.
 
-    ``settings_of`` returns the settings for the opened model. Raises :class:`UsageError` for a reference of another
-    model and for samples that do not fit the choices, :class:`FusionError` for a question that is too long.
+    Only one model is open at a time. ``settings_of`` returns the settings for the opened model. Raises
+    :class:`UsageError` for a reference of another model and for samples that do not fit the choices,
+    :class:`FusionError` for a question that is too long.
     """
     with open_model() as fusion:
         settings = settings_of(fusion)
@@ -55,7 +56,7 @@ def evaluate(
         source, words = fusion.manifest.source, vocabulary(fusion)
     with open_reference() as fusion:
         check_comparable(fusion, words, source)
-        reference = Reference(fusion, samples, replace(settings, deadline=None))
+        reference = Reference(fusion, samples, replace(settings, guide=None, deadline=None))
     with reference, open_model() as fusion:
         return ask(fusion, samples, settings, reference)
 

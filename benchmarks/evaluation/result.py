@@ -17,9 +17,9 @@ SCHEMA = Schema("fusion-eval", 1, "fusion-eval --json")
 
 EXACT, CONTAINS, CHOICE = "exact", "contains", "choice"
 """Ways to judge an answer: the same text; the expected words within it; the same choice."""
-IMAGE_DECODE, TTFT, TOTAL = "image decode", "TTFT", "total"
-"""Measures beside the stages of :attr:`Answer.timings_ms`: reading the image, time to first token, the whole answer.
-The last two include the first."""
+IMAGE_DECODE, LOOK, TTFT, TOTAL = "image decode", "look", "TTFT", "total"
+"""Measures beside the stages of :attr:`Answer.timings_ms`: reading the image, a scene's look at it, time to first
+token, the whole answer. The last two include the first two."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Settings:
     query_length: int
     image_tokens: int
     max_new_tokens: int
+    guide: str | None
+    """Guide of the scenes; None where each question is its own guide."""
     choices: tuple[str, ...]
     """Choices that were scored; empty for generated answers."""
     deadline: float | None

@@ -41,7 +41,7 @@ def given_destination(arguments: argparse.Namespace) -> Destination | None:
     return Destination(arguments.push_to_hub, arguments.hub_branch, arguments.private)
 
 
-def given_bundle(arguments: argparse.Namespace) -> Path | None:
+def existing_bundle(arguments: argparse.Namespace) -> Path | None:
     """Return the folder if a bundle is given in place of a checkpoint. Raise :class:`UsageError` for other options."""
     folder = Path(os.path.expanduser(arguments.checkpoint))
     if not arguments.checkpoint or not (folder / MANIFEST).is_file():

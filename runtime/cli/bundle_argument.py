@@ -21,5 +21,5 @@ def given_bundle(arguments: argparse.Namespace) -> BundleSource:
     """
     source = find_bundle(arguments.bundle, arguments.revision)
     if source.unreachable:
-        sys.stderr.write(f"note: the hub cannot be reached ({source.unreachable}): using {source}\n")
+        sys.stderr.write(f"note: no update from the hub ({source.unreachable}): using {source}\n")
     return source

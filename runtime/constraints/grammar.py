@@ -17,7 +17,7 @@ _MAX_CHOICES = 1000
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the text of an answer may be: :meth:`json`, :meth:`regex` or :meth:`choices`.
+    """What the text of an answer may be. Make it with :meth:`json`, :meth:`regex` or :meth:`choices`, which check it.
 
     Pass it as :attr:`Sampling.grammar`. Tokens that break the grammar are never sampled, and the answer ends only
     where the grammar allows it. Needs llguidance, the extra ``constrained``.

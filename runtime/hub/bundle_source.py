@@ -21,7 +21,7 @@ class BundleSource:
     """Empty for a local folder."""
     commit: str = ""
     unreachable: str = ""
-    """Why the hub could not be asked for a newer commit; empty if it was, or need not be."""
+    """Why a newer commit could not be looked up or downloaded; empty if it was, or need not be."""
 
     def __str__(self) -> str:
         """Describe the source, such as ``org/name at commit 0123456789ab, in FOLDER``."""

@@ -68,9 +68,10 @@ def is_offline() -> bool:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Return whether an error of the client says that the hub did not answer: no network, a proxy's page, an outage."""
+    """Return whether an error of the client is no answer of the hub: no network, a proxy's page, an outage."""
     from huggingface_hub import errors
 
+    error = _cause_of(error)
     answers = (
         errors.BadRequestError,
         errors.DisabledRepoError,
@@ -84,13 +85,18 @@ def is_unreachable(error: Exception) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error of the client in one line."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # without the client's advice
+    """Return an error of the client in one line, without its advice."""
+    error = _cause_of(error)
     text = " ".join(str(error).split()).partition(" For more information check: ")[0]  # a page about HTTP
     return text.rstrip(".") or type(error).__name__
+
+
+def _cause_of(error: Exception) -> Exception:
+    """Return what made the client look for a file in its cache, in vain; or the error itself."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    return cause if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, Exception) else error
 
 
 def error_message(hub_id: str, revision: str | None, error: Exception) -> str:

@@ -47,7 +47,7 @@ class Snapshot:
     folder: Path
     commit: str
     unreachable: str = ""
-    """Why the hub could not be asked whether there is a newer commit; empty if it was, or need not be."""
+    """Why a newer commit could not be looked up or downloaded; empty if it was, or need not be."""
 
 
 def download_bundle(hub_id: str, revision: str | None) -> Snapshot:

@@ -159,6 +159,7 @@ def _setup(result: EvalResult) -> Markup:
         "Image tokens": str(settings.image_tokens),
         "Latents": str(settings.query_length),
         "New tokens": f"at most {settings.max_new_tokens}",
+        "Guide": None if settings.guide is None else repr(settings.guide),
         "Choices": ", ".join(settings.choices) or None,
         "Deadline": None if settings.deadline is None else f"{settings.deadline:g} s",
     }

@@ -21,6 +21,8 @@ def asked(result: EvalResult) -> str:
     settings = result.settings
     parts = [f"{len(result.cases):,} samples of {result.data} on {result.model.device}"]
     parts += [f"{settings.image_tokens} image tokens", f"{settings.query_length} latents"]
+    if settings.guide is not None:
+        parts.append(f"guide {settings.guide!r}")
     if settings.choices:
         parts.append(f"choices {', '.join(settings.choices)}")
     return ", ".join(parts)

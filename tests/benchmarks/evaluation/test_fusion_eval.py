@@ -211,6 +211,36 @@ def test_choices_are_judged_as_choices(tiny_bundle: Path, samples: Path, refused
     assert "--match judges generated answers" in message
 
 
+def test_own_question_as_guide_changes_nothing(
+    tiny_bundle: Path, data: Path, answers: list[str], evaluated: Evaluated
+) -> None:
+    """Two questions about two images: each scene has the question as its guide."""
+    line = [{"image": f"{i}.png", "question": QUESTIONS[0], "answer": answers[4 * i]} for i in range(2)]
+    file = data.parent / "guided.jsonl"
+    file.write_text("".join(f"{json.dumps(one)}\n" for one in line), encoding="utf-8")
+    result = evaluated(tiny_bundle, file, "--guide", QUESTIONS[0], "--reference", tiny_bundle)
+    assert result["accuracy"]["exact"]["count"] == 2
+    assert result["comparison"]["kl_per_position"] < 1e-6
+
+
+@pytest.mark.parametrize("guide", ["What else?", ""])
+def test_guide(tiny_bundle: Path, samples: Path, guide: str, evaluated: Evaluated) -> None:
+    result = evaluated(tiny_bundle, samples, "--guide", guide, "--reference", tiny_bundle)
+    assert result["settings"]["guide"] == guide
+    assert 0 < result["comparison"]["kl_first_token"] < 10
+    assert result["first"]["look"]["count"] == 2
+    assert result["follow_up"].keys() & {"look", "image decode"} == set()
+    assert all(
+        case["seconds"]["total"] > sum(case["seconds"].get(one, 0) for one in ("look", "prefill"))
+        for case in result["cases"]
+    )
+
+
+def test_choices_under_a_guide(tiny_bundle: Path, chosen: Path, evaluated: Evaluated) -> None:
+    options = ("--choices", ",".join(CHOICES), "--reference", tiny_bundle, "--guide", "What else?")
+    assert 0 < evaluated(tiny_bundle, chosen, *options)["comparison"]["kl_first_token"] < 10
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

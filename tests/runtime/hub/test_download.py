@@ -250,7 +250,7 @@ def test_no_network(
     with pytest.raises(FusionError, match=r"org/other could not be downloaded \(.+\): check the network"):
         find_bundle("org/other")
     assert cli_info.main(["org/name"]) == 0
-    assert capsys.readouterr().err.startswith("note: the hub cannot be reached (")
+    assert capsys.readouterr().err.startswith("note: no update from the hub (")
 
 
 def test_a_refusal_is_not_hidden_by_the_cache(hub: FakeHub, files: dict[str, bytes]) -> None:
@@ -265,14 +265,25 @@ def test_a_refusal_is_not_hidden_by_the_cache(hub: FakeHub, files: dict[str, byt
         find_bundle("org/name")
 
 
-def test_an_update_that_fails(hub: FakeHub, files: dict[str, bytes], tiny_tensorrt_bundle: Path) -> None:
+@pytest.mark.parametrize("broken", ["GET .*/llm.data", "HEAD .*/llm.data", "HEAD .*/bundle.json"])
+def test_an_update_that_fails(
+    hub: FakeHub,
+    files: dict[str, bytes],
+    tiny_tensorrt_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+) -> None:
     """The earlier bundle is used."""
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's retries
     old = hub.add("org/name", files)
     find_bundle("org/name")
     hub.add("org/name", {file.name: file.read_bytes() for file in tiny_tensorrt_bundle.iterdir()})
-    hub.broken["GET .*/llm.data"] = 500
+    hub.broken[broken] = 500
     source = find_bundle("org/name")
     assert (source.commit, "500" in source.unreachable) == (old, True)
+    hub.broken[broken] = 403
+    with pytest.raises(FusionError, match=r"org/name could not be downloaded \(403 Forbidden: broken on purpose"):
+        find_bundle("org/name")
 
 
 def test_an_answer_without_a_commit(hub: FakeHub, files: dict[str, bytes]) -> None:
