@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     machine = machine_info(None)
     with load(options.bundle, device="cpu") as fusion:
+        measure(fusion, DETAILS["fast"], 1)  # reads the weights
         times = {
             name: measure(fusion, detail, options.rounds)
             for name, detail in DETAILS.items()
@@ -96,8 +97,7 @@ def measure(fusion: Fusion, detail: Detail, rounds: int) -> DetailTimes:
     tokens = min(detail.image_tokens or patches, patches)
     manifest = dataclasses.replace(fusion.manifest, image_side=side(tokens))
     model = Fusion(manifest, fusion.backend, fusion.tokenizer, fusion.embed)
-    _round(model, detail.latents, _picture(0))  # warms up
-    measured = [_round(model, detail.latents, _picture(number + 1)) for number in range(rounds)]
+    measured = [_round(model, detail.latents, _picture(number)) for number in range(rounds)]
     return DetailTimes(tokens, detail.latents, *(list(seconds) for seconds in zip(*measured, strict=True)))
 
 

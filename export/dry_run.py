@@ -78,9 +78,10 @@ def _text(
         ("In memory", ""),
         ("  weights", format_bytes(sizes.weights)),
         (f"  KV cache, {plan.options.max_context} tokens", format_bytes(sizes.key_value_cache)),
-        (f"  alignment of one image, {plan.options.query_lengths[0]} latents", format_bytes(sizes.alignment_cache)),
+        (f"  a cached image, {plan.options.query_lengths[0]} latents", format_bytes(sizes.cached_image)),
         ("  activations", format_bytes(sizes.activations)),
         ("  peak", format_bytes(sizes.peak)),
+        ("  KV cache of a scene, in addition", format_bytes(sizes.scene_prefix)),
     ]
     if cost is not None:
         rows += [

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, VISION_HEADS
+from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, VISION_HEADS
+from fusion_edge.runtime.bundle.image_memory import image_memory
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
 PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8}
 """Bits of a stored integer, by numpy dtype name."""
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class Estimate:
     """Weights of the three graphs in memory, and the pages of the embedding table."""
     key_value_cache: int
     """KV cache of a full context. It fills as the conversation grows."""
-    alignment_cache: int
-    """Features, latents, keys and values of one image at the default query length."""
+    cached_image: int
+    """Pixels, features, latents, keys and values of one image at the default query length."""
+    scene_prefix: int
+    """KV cache that a scene with a guide keeps. No part of the peak: a program may do without scenes."""
     activations: int
     """Intermediate arrays: those of the largest graph if graphs share memory, else of all."""
     runtime: int
@@ -38,7 +41,7 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Sum of everything in memory."""
-        return self.runtime + self.weights + self.key_value_cache + self.alignment_cache + self.activations
+        return self.runtime + self.weights + self.key_value_cache + self.cached_image + self.activations
 
 
 def estimate(plan: ExportPlan) -> Estimate:
@@ -52,7 +55,7 @@ def estimate(plan: ExportPlan) -> Estimate:
         bundle=plan.bundle_bytes,
         weights=_weights(plan),
         key_value_cache=_key_value_cache(plan),
-        alignment_cache=_alignment_cache(plan),
+        **dataclasses.asdict(image_memory(plan.manifest(()))),
         activations=_activations(plan),
         runtime=RUNTIME_BYTES + plan.options.target.context_bytes,
     )
@@ -77,15 +80,6 @@ def _weights(plan: ExportPlan) -> int:
 
 def _key_value_cache(plan: ExportPlan) -> int:
     return plan.config.language.cache_values * plan.options.max_context * _item(plan.options.cache)
-
-
-def _alignment_cache(plan: ExportPlan) -> int:
-    config, q = plan.config, plan.options.query_lengths[0]
-    rows = config.alignment.layers * 2 * q * config.alignment.window_size**2 + q
-    features = GLOBAL_CROPS * config.vision.patches
-    crop = 3 * IMAGE_SIZE**2
-    pixels = (GLOBAL_CROPS + 1) * crop + crop * FLOAT_BYTES  # all crops as bytes, the local crop as floats
-    return (rows + features) * config.language.hidden_size * _item(plan.options.activations) + pixels
 
 
 def _activations(plan: ExportPlan) -> int:

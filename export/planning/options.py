@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from fusion_edge.export.planning.arguments import choice, option, switch
-from fusion_edge.export.planning.presets import PRESETS
+from fusion_edge.export.planning.presets import DETAILS, PRESETS
 from fusion_edge.export.planning.rules import VISION, Rule
 from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.quant.formats import group_sizes
@@ -71,6 +71,13 @@ class ExportOptions:
         group=SHAPES,
         type=positive_integer,
         metavar="N",
+    )
+    detail: str | None = option(
+        "--detail",
+        "FUSION-L by level: all image tokens with 144 latents, 256 with 64, or 144 with 16; in place of --image-tokens "
+        "and --query-len",
+        group=SHAPES,
+        choices=tuple(DETAILS),
     )
     max_context: int | None = option(
         "--max-context",

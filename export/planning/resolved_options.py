@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusion_edge.export.checkpoint.language_config import MINIMUM_CONTEXT
 from fusion_edge.export.planning.options import ExportOptions
-from fusion_edge.export.planning.presets import PRESETS, Preset
+from fusion_edge.export.planning.presets import DETAILS, PRESETS, Preset
 from fusion_edge.export.planning.targets import TARGETS
 from fusion_edge.export.planning.targets.target import Target
 from fusion_edge.quant.formats import PER_CHANNEL
@@ -52,6 +52,7 @@ class ResolvedOptions:
 
 def resolve_options(options: ExportOptions, config: FusionConfig) -> ResolvedOptions:
     """Fill in every default. Raises :class:`UsageError` for an option that does not suit the model or the target."""
+    options = _with_detail(options, config)
     preset = PRESETS.get(options.target)
     target = TARGETS[options.target] if preset is None else preset.target
     _check_combinations(options, target)
@@ -74,6 +75,19 @@ def resolve_options(options: ExportOptions, config: FusionConfig) -> ResolvedOpt
         accuracy_level=target.accuracy_levels[0] if options.accuracy_level is None else options.accuracy_level,
         memory=None if preset is None else preset.memory,
     )
+
+
+def _with_detail(options: ExportOptions, config: FusionConfig) -> ExportOptions:
+    """Replace the level of detail by its image tokens and query length."""
+    if options.detail is None:
+        return options
+    if options.image_tokens is not None or options.query_lengths:
+        raise UsageError(
+            f"--detail {options.detail} sets image tokens and query length; leave out --image-tokens and --query-len."
+        )
+    detail = DETAILS[options.detail]
+    tokens = config.vision.patches if detail.image_tokens is None else detail.image_tokens
+    return replace(options, image_tokens=tokens, query_lengths=(detail.latents,))
 
 
 # Defaults ---------------------------------------------------------------------------------------------------

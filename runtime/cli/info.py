@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fusion_edge.runtime.bundle.engines import all_engines
+from fusion_edge.runtime.bundle.image_memory import image_memory
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Manifest
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
@@ -32,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
         prog="fusion-info", description="Print a summary of a bundle and verify the checksum of every file."
     )
     add_bundle(parser)
-    parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
+    parser.add_argument(
+        "--json", action="store_true", help="print the manifest and the memory of an image as one JSON object"
+    )
     return parser
 
 
@@ -42,7 +45,8 @@ def _info(arguments: argparse.Namespace) -> int:
     with Progress("Verifying", bundle.manifest.size) as progress:
         verify(bundle, progress.advance)
     if arguments.json:
-        sys.stdout.write(json.dumps(dataclasses.asdict(bundle.manifest)) + "\n")
+        report = dataclasses.asdict(bundle.manifest) | {"memory": dataclasses.asdict(image_memory(bundle.manifest))}
+        sys.stdout.write(json.dumps(report) + "\n")
     else:
         sys.stdout.write(_text(bundle, source))
     return 0
@@ -51,6 +55,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def _text(bundle: Bundle, source: BundleSource) -> str:
     manifest = bundle.manifest
     model, language, vision = manifest.model, manifest.model.language, manifest.model.vision
+    memory = image_memory(manifest)
     rows = [
         ("Bundle", str(bundle.folder)),
         *([("Hub", f"{source.hub_id} at commit {source.commit}")] if source.hub_id else []),
@@ -64,6 +69,8 @@ def _text(bundle: Bundle, source: BundleSource) -> str:
         ("Image tokens", str(manifest.image_side**2)),
         ("Query lengths", ", ".join(map(str, manifest.query_lengths))),
         ("Context", f"{manifest.max_context} tokens, {manifest.cache} KV cache"),
+        ("Cached image", f"{format_bytes(memory.cached_image)} with {manifest.query_lengths[0]} latents"),
+        ("Scene", f"{format_bytes(memory.scene_prefix)} of KV cache in addition"),
         *_weight_rows(manifest),
         *_quantization_rows(bundle),
         *((entry.path, format_bytes(entry.size)) for entry in manifest.files),

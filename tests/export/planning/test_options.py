@@ -24,6 +24,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "vision": ("fp16", "fp16"),
     "query_lengths": ("16,4", (16, 4)),
     "image_tokens": ("9", 9),
+    "detail": ("fast", "fast"),
     "max_context": ("300", 300),
     "target": ("rtx", "rtx"),
     "accuracy_level": ("0", 0),
@@ -72,6 +73,35 @@ def test_mutually_exclusive_options(flags: list[str], capsys: pytest.CaptureFixt
 
 def test_the_runtime_accepts_every_target() -> None:
     assert set(TARGETS) == set(manifest.TARGETS)
+
+
+LEVELS = [("full", None, 144), ("balanced", 256, 64), ("fast", 144, 16)]
+
+
+@pytest.mark.parametrize(("patch", "patches"), [(14, 729), (16, 576)])
+@pytest.mark.parametrize(
+    ("detail", "tokens", "latents"), [("full", None, 144), ("balanced", 256, 64), ("fast", 144, 16)]
+)
+def test_levels_of_detail(detail: str, tokens: int | None, latents: int, patch: int, patches: int) -> None:
+    vision = dataclasses.replace(TINY.vision, patch_size=patch)
+    alignment = dataclasses.replace(TINY.alignment, query_lengths=(4, 16, 36, 64, 144))
+    config = dataclasses.replace(TINY, vision=vision, alignment=alignment, max_length=4096)
+    for target in ("cpu", "rtx"):
+        resolved = resolve_options(ExportOptions(target=target, precision="int8", detail=detail), config)
+        assert (resolved.image_tokens, resolved.query_lengths) == (tokens or patches, (latents,))
+
+
+@pytest.mark.parametrize("others", [{"image_tokens": 9}, {"query_lengths": (16,)}])
+def test_a_level_of_detail_excludes_the_exact_options(others: dict[str, Any]) -> None:
+    with pytest.raises(
+        UsageError, match=r"^--detail fast sets image tokens and query length; leave out --image-tokens"
+    ):
+        resolve_options(ExportOptions(detail="fast", **others), TINY)
+
+
+def test_a_level_of_detail_that_the_checkpoint_lacks() -> None:
+    with pytest.raises(UsageError, match=r"^Query length 144 is not offered by this checkpoint; choose from"):
+        resolve_options(ExportOptions(detail="full"), TINY)
 
 
 @pytest.mark.parametrize("target", [*TARGETS, *PRESETS])
