@@ -21,7 +21,8 @@ from fusion_edge.runtime.cli.stage_display import StageDisplay
 from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.structured import document, with_grammar
