@@ -27,7 +27,8 @@ from fusion_edge.runtime.bundle.config import side
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.formatting import format_table
-from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.system.output_file import write_whole
 
