@@ -82,7 +82,7 @@ class Fusion:
         self.embed = embed
         images = check_integer("cached_images", cached_images, 1, "an integer from 1")
         self.pipeline = Pipeline(manifest, backend, tokenizer, embed, images)
-        self.queue = RequestQueue(backend)
+        self.queue = RequestQueue(backend, self.pipeline.close)
 
     @property
     def config(self) -> FusionConfig:
@@ -123,8 +123,6 @@ class Fusion:
             FusionError: The question runs longer than ``timeout``. The model is closed, and is freed when it ends.
         """
         self.queue.close(timeout)
-        if not self.queue.is_inherited:
-            self.pipeline.clear_image_cache()
 
     def __del__(self) -> None:
         """Keep everything in a forked process: ONNX Runtime would wait for threads that only its parent has."""
@@ -409,6 +407,7 @@ class Fusion:
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
             FusionError: The image cannot be read.
+            Cancelled: The encoding was canceled, or the model was closed.
         """
         self.queue.check_open()
         crops = cut_crops(load_image(image, color))

@@ -207,12 +207,20 @@ def _ask(conversation: Conversation, question: str, deadline: float | None, opti
 
 def _say(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> None:
     """Print an answer while it is generated, and its stages until then."""
-    with StageDisplay() as display:
-        stream = conversation.stream(question, deadline=deadline, on_stage=display.enter, **options)
-        for piece in stream:
-            display.hide()
-            sys.stdout.write(piece)
+    has_text = False
+    try:
+        with StageDisplay() as display:
+            stream = conversation.stream(question, deadline=deadline, on_stage=display.enter, **options)
+            for piece in stream:
+                display.hide()
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                has_text = True
+    except (FusionError, KeyboardInterrupt, signals.Terminated):
+        if has_text:  # a message follows
+            sys.stdout.write("\n")
             sys.stdout.flush()
+        raise
     sys.stdout.write("\n")
     sys.stdout.flush()
     if stream.answer.finish_reason == "deadline":
