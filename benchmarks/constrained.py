@@ -29,7 +29,8 @@ from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.constraints.compiler import GrammarCompiler
 from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded
-from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.system.output_file import write_whole
 

@@ -21,7 +21,8 @@ from fusion_edge.runtime.backends.base import ImageAlignment
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
-from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.system.output_file import write_whole
 

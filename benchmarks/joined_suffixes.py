@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--bundle", type=Path, required=True, help="bundle folder")
     add("--questions", type=positive_integer, default=2, help="questions of the joined run (default: %(default)s)")
+    add("--query-length", type=positive_integer, metavar="N", help="latents (default: the first that is offered)")
     add("--rounds", type=positive_integer, default=3, help="rounds of both ways (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="also write the result to this JSON file")
     return run_command(_main, parser.parse_args(arguments))
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     with load(options.bundle, device="cpu") as fusion:
-        result = measure(fusion, options.questions, options.rounds)
+        result = measure(fusion, options.questions, options.rounds, options.query_length)
     sys.stdout.write(
         f"{result['latents']} latents: {options.questions} questions take {result['separate_seconds']:.2f} s one after "
         f"another, {result['joined_seconds']:.2f} s joined: {result['joined_over_separate']:.2f} x\n"
@@ -55,9 +56,9 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(fusion: Fusion, questions: int, rounds: int) -> dict[str, Any]:
+def measure(fusion: Fusion, questions: int, rounds: int, query_length: int | None = None) -> dict[str, Any]:
     """Time both ways in turns, with random rows."""
-    image = _image(fusion)
+    image = _image(fusion, fusion.query_length(query_length))
     prefix_rows, latents = fusion.manifest.image_side**2 + 20, len(image.latents)
     prefix = fusion.backend.prefill_prefix(_rows(fusion, prefix_rows))
 
@@ -93,12 +94,12 @@ def _rows(fusion: Fusion, count: int) -> Floats:
     return np.random.default_rng(0).normal(0, 0.02, (count, width)).astype(np.float32)
 
 
-def _image(fusion: Fusion) -> ImageAlignment:
-    """Return the alignment of random features, for the default query length."""
+def _image(fusion: Fusion, query_length: int) -> ImageAlignment:
+    """Return the alignment of random features."""
     config = fusion.config
     shape = (GLOBAL_CROPS, config.vision.patches, config.language.hidden_size)
     features = np.random.default_rng(1).normal(0, 1, shape).astype(np.float32)
-    cells = alignment_cells(2 * config.vision.grid, fusion.query_length(), config.alignment.window_size)
+    cells = alignment_cells(2 * config.vision.grid, query_length, config.alignment.window_size)
     return fusion.backend.align(features, *cells)
 
 

@@ -26,8 +26,10 @@ from fusion_edge.export.planning.presets import DETAILS, Detail
 from fusion_edge.runtime.bundle.config import side
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
+from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.formatting import format_table
-from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.system.output_file import write_whole
 
@@ -69,12 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     machine = machine_info(None)
     with load(options.bundle, device="cpu") as fusion:
-        measure(fusion, DETAILS["fast"], 1)  # reads the weights
-        times = {
-            name: measure(fusion, detail, options.rounds)
-            for name, detail in DETAILS.items()
-            if detail.latents in fusion.manifest.query_lengths
-        }
+        offered = fusion.manifest.query_lengths
+        details = {name: detail for name, detail in DETAILS.items() if detail.latents in offered}
+        if not details:
+            raise UsageError(f"The bundle offers {', '.join(map(str, offered))} latents; expected 144, 64 or 16.")
+        measure(fusion, list(details.values())[-1], 1)  # reads the weights
+        times = {name: measure(fusion, detail, options.rounds) for name, detail in details.items()}
         cache, precision = fusion.manifest.cache, fusion.manifest.precision
     sys.stdout.write(table(times))
     if options.json:

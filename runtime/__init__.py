@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from fusion_edge.runtime.constraints.grammar import Grammar
     from fusion_edge.runtime.conversation import Conversation
     from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, SceneEvicted, Stopped, UsageError
-    from fusion_edge.runtime.fusion import Fusion, load
+    from fusion_edge.runtime.fusion import Fusion
+    from fusion_edge.runtime.loading import load
     from fusion_edge.runtime.loop.asker import Asker
     from fusion_edge.runtime.loop.latencies import Latencies, Percentiles
     from fusion_edge.runtime.loop.request import (
@@ -89,7 +90,7 @@ _MODULES = {
     "Superseded": "loop.request",
     "Turn": "prompts.prompt",
     "UsageError": "errors",
-    "load": "fusion",
+    "load": "loading",
 }
 
 

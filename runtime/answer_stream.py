@@ -46,8 +46,8 @@ class AnswerStream(Iterator[str]):
         self._prompt_tokens = self._steps = 0
         self._is_ended = False
         """Whether an end token ended the answer."""
-        self._pieces = self._generate(question)
         queue.start(control)
+        self._pieces = self._generate(question)
 
     def __next__(self) -> str:
         if self._answer is None and (piece := self._queue.run(self._advance, self._control)) is not None:

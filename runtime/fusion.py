@@ -1,14 +1,8 @@
-"""Load a bundle and ask questions about images.
-
-with load("bundle") as fusion:
-    for piece in fusion.ask("frame.jpg", "Is the path clear?"):
-        print(piece, end="", flush=True)
-"""
+"""A loaded model, which answers questions about images."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
@@ -20,13 +14,11 @@ from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.answer_stream import AnswerStream
 from fusion_edge.runtime.arguments import check_flag, check_integer
 from fusion_edge.runtime.backends.base import Backend
-from fusion_edge.runtime.backends.devices import AUTO, Device, open_device
+from fusion_edge.runtime.backends.devices import Device
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.manifest import Manifest
-from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.choices import Choice, PreparedChoices, choose, prepare_choices
 from fusion_edge.runtime.conversation import Conversation
-from fusion_edge.runtime.hub.bundle_source import find_bundle
 from fusion_edge.runtime.image_cache import CacheEntry
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.pipeline import Embed, Pipeline
@@ -36,9 +28,6 @@ from fusion_edge.runtime.run_control import RunControl
 from fusion_edge.runtime.scene import Scene
 from fusion_edge.runtime.stages import ENCODE_GLOBAL
 from fusion_edge.runtime.structured import document, document_sampling
-from fusion_edge.runtime.system.resources import check_threads
-from fusion_edge.runtime.tokenization.embeddings import Embeddings
-from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,7 +82,7 @@ class Fusion:
         self.embed = embed
         images = check_integer("cached_images", cached_images, 1, "an integer from 1")
         self.pipeline = Pipeline(manifest, backend, tokenizer, embed, images)
-        self.queue = RequestQueue(backend)
+        self.queue = RequestQueue(backend, self.pipeline.close)
 
     @property
     def config(self) -> FusionConfig:
@@ -134,8 +123,6 @@ class Fusion:
             FusionError: The question runs longer than ``timeout``. The model is closed, and is freed when it ends.
         """
         self.queue.close(timeout)
-        if not self.queue.is_inherited:
-            self.pipeline.clear_image_cache()
 
     def __del__(self) -> None:
         """Keep everything in a forked process: ONNX Runtime would wait for threads that only its parent has."""
@@ -420,6 +407,7 @@ class Fusion:
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
             FusionError: The image cannot be read.
+            Cancelled: The encoding was canceled, or the model was closed.
         """
         self.queue.check_open()
         crops = cut_crops(load_image(image, color))
@@ -455,42 +443,3 @@ class Fusion:
 
     def _start(self, prepared: PreparedQuestion, control: RunControl) -> AnswerStream:
         return AnswerStream(self.pipeline, self.queue, prepared, control)
-
-
-def load(
-    folder: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    device: str = AUTO,
-    threads: int | None = None,
-    cached_images: int = 1,
-) -> Fusion:
-    """Load a bundle.
-
-    Args:
-        folder: Folder that ``fusion-export`` wrote, or a hub id ``org/name``, which is downloaded once. A folder of
-            that name wins. A path object is always a folder.
-        revision: Branch, tag or commit of a hub id. Default: its default branch. If the hub does not answer, the
-            latest download of the branch is used. A commit that has been downloaded needs no network.
-        device: ``tensorrt``, ``tensorrt-rtx``, ``cuda``, ``cpu``, or ``auto`` for the best device that this machine
-            has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
-            chosen device, and the reasons against better ones.
-        threads: CPU threads. Default: every processor that this process may use, which is also the limit.
-        cached_images: Limit of cached images and scenes: one a camera, so that cameras do not evict each other's.
-            ``fusion-info`` gives their bytes.
-
-    Returns:
-        The loaded model. Use it as a context manager, or call :meth:`Fusion.close`.
-
-    Raises:
-        UsageError: An argument has a wrong type or is out of range.
-        FusionError: The machine lacks the device, the hub cannot provide the bundle, or the bundle is damaged, has a
-            newer schema, or does not load.
-    """
-    count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
-    if count is not None:
-        check_threads(count)
-    images = check_integer("cached_images", cached_images, 1, "an integer from 1")
-    bundle = open_bundle(find_bundle(folder, revision).folder)
-    chosen, backend = open_device(bundle, device, count)
-    return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), chosen, images)

@@ -213,6 +213,11 @@ class Pipeline:
         """Drop the cached images and scenes, so the next question encodes its image again."""
         self._images.clear()
 
+    def close(self) -> None:
+        """Free the cached images and scenes, and the backend."""
+        self.clear_image_cache()
+        self.backend.close()
+
     def encode_image_tokens(self, image: EncodedImage, instruct_ids: Integers) -> Floats:
         """Return the local crop's features ``[P',D]``, guided by the questions (docs/fusion-model.md section 2).
 

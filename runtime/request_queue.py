@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -24,15 +25,17 @@ class RequestQueue:
     The model has one KV cache, so a new question ends the one before it. Only the latest question is current.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        """Take ownership of ``backend``: the queue closes it once, while nothing runs."""
+    def __init__(self, backend: Backend, free: Callable[[], None]) -> None:
+        """``free`` closes the backend. The queue calls it once, while nothing runs."""
         self._backend = backend
+        self._free = free
         self._lock = FairLock()
         self._guard = threading.RLock()
         """Held while ``_running`` changes, so an interrupt never reaches the run of another question."""
         self._process = os.getpid()
         self._running: RunControl | None = None
-        self._current: RunControl | None = None
+        self._current: Callable[[], RunControl | None] = lambda: None
+        """Weak: a question that nobody can continue is gone, with what its ``on_stage`` holds."""
         self._is_closed = self._is_freed = False
 
     @property
@@ -48,7 +51,9 @@ class RequestQueue:
         """
         self._check_process()
         if self._lock.is_mine:
-            raise UsageError("A signal handler cannot ask the model that it interrupted; ask after its answer.")
+            raise UsageError(
+                "A signal handler or on_stage cannot ask the model that it interrupted; ask after the answer."
+            )
         try:
             return self._lock.run(lambda: self._serve(work, control), control.check, control.due)
         except StopSignal:
@@ -73,7 +78,8 @@ class RequestQueue:
                     self._backend.resume()
             yield
         finally:
-            self._running = None
+            if self._running is control:  # after Ctrl-C this may be late
+                self._running = None
 
     def stop(self, control: RunControl, reason: StopReason) -> None:
         """Stop a question, within a graph if it runs. Do nothing in a forked process."""
@@ -86,18 +92,22 @@ class RequestQueue:
 
     def stop_all(self, reason: StopReason) -> None:
         """Stop what runs, and the current question, which may have pieces left."""
-        for control in (self._running, self._current):
+        for control in (self._running, self._current()):
             if control is not None:
                 self.stop(control, reason)
 
     def start(self, control: RunControl) -> None:
-        """Make a question the current one, which ends the one before. Raise as :meth:`check_open`."""
+        """Make a question the current one, which ends the one before. Raise as :meth:`check_open`.
+
+        A question that has to stop leaves the one before as it is.
+        """
         self.check_open()
-        self._current = control
+        control.check()
+        self._current = weakref.ref(control)
 
     def is_current(self, control: RunControl) -> bool:
         """Return whether no later question was asked."""
-        return self._current is control
+        return self._current() is control
 
     def check_open(self) -> None:
         """Raise :class:`UsageError` once the model is closed, :class:`FusionError` in a forked process."""
@@ -132,7 +142,7 @@ class RequestQueue:
     def _free_once(self) -> None:
         if not self._is_freed:
             self._is_freed = True
-            self._backend.close()
+            self._free()
 
     def _check_process(self) -> None:
         if self.is_inherited:

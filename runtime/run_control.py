@@ -97,7 +97,7 @@ class RunControl:
         """Return the error of a question that has stopped, with the part of its answer that was reached."""
         if partial is None:
             partial = Answer("", (), 0, self.finish_reason, self.timings_ms, 0.0)
-        stage = "while the question waited for its turn" if self.stage == WAITING else f"in stage {self.stage!r}"
+        stage = "before the first stage" if self.stage == WAITING else f"in stage {self.stage!r}"
         if self._reason == "deadline":
             message = f"The deadline of {self.deadline:g} s passed {stage}; allow more time."
             return DeadlineExceeded(message, self.stage, partial)

@@ -108,9 +108,18 @@ class Scene:
             UsageError: As in :meth:`ask`.
             FusionError: As in :meth:`ask`.
         """
-        control = RunControl(deadline, on_stage)
+        return self.answer_under(RunControl(deadline, on_stage), lambda _: None, question, **options)
+
+    def answer_under(
+        self,
+        control: RunControl,
+        when_piece: Callable[[str], object],
+        question: str,
+        **options: Unpack[SceneOptions],
+    ) -> Answer:
+        """Answer as :meth:`answer` does, under the caller's control, and pass each piece to ``when_piece``."""
         prepared = self.prepare(question, **options)
-        return self._queue.run(lambda: self._start(prepared, control).complete(), control)
+        return self._queue.run(lambda: self._start(prepared, control).complete(when_piece), control)
 
     def stream(
         self,
@@ -187,8 +196,21 @@ class Scene:
             UsageError: As in :meth:`ask`, or the choices cannot be compared.
             FusionError: As in :meth:`ask`, or a choice does not fit the context.
         """
-        control = RunControl(deadline, on_stage)
         questions = question if isinstance(question, list | tuple) else (question,)
+        control = RunControl(deadline, on_stage)
+        chosen = self.choose_under(control, questions, choices, history=history, control_tokens=control_tokens)
+        return chosen if questions is question else chosen[0]
+
+    def choose_under(
+        self,
+        control: RunControl,
+        questions: Sequence[str],
+        choices: Sequence[str],
+        *,
+        history: Sequence[Turn] = (),
+        control_tokens: bool = False,
+    ) -> list[Choice]:
+        """Choose as :meth:`choose` does, under the caller's control."""
         self._check()
         prepared = prepare_choices(
             self._pipeline,
@@ -199,8 +221,11 @@ class Scene:
             self.query_length,
             control_tokens=control_tokens,
         )
-        chosen = [self._queue.run(partial(self._choose, one, control), control) for one in prepared]
-        return chosen if questions is question else chosen[0]
+        return [self._queue.run(partial(self._choose, one, control), control) for one in prepared]
+
+    def is_of(self, queue: RequestQueue) -> bool:
+        """Return whether this is a scene of the model that ``queue`` serves."""
+        return self._queue is queue
 
     def _choose(self, prepared: PreparedChoices, control: RunControl) -> Choice:
         self._queue.start(control)

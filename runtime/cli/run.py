@@ -21,7 +21,8 @@ from fusion_edge.runtime.cli.stage_display import StageDisplay
 from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.conversation import Conversation
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.fusion import Fusion, load
+from fusion_edge.runtime.fusion import Fusion
+from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.prompts.prompt import Turn
 from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.structured import document, with_grammar
@@ -206,12 +207,20 @@ def _ask(conversation: Conversation, question: str, deadline: float | None, opti
 
 def _say(conversation: Conversation, question: str, deadline: float | None, options: AnswerOptions) -> None:
     """Print an answer while it is generated, and its stages until then."""
-    with StageDisplay() as display:
-        stream = conversation.stream(question, deadline=deadline, on_stage=display.enter, **options)
-        for piece in stream:
-            display.hide()
-            sys.stdout.write(piece)
+    has_text = False
+    try:
+        with StageDisplay() as display:
+            stream = conversation.stream(question, deadline=deadline, on_stage=display.enter, **options)
+            for piece in stream:
+                display.hide()
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                has_text = True
+    except (FusionError, KeyboardInterrupt, signals.Terminated):
+        if has_text:  # a message follows
+            sys.stdout.write("\n")
             sys.stdout.flush()
+        raise
     sys.stdout.write("\n")
     sys.stdout.flush()
     if stream.answer.finish_reason == "deadline":

@@ -7,7 +7,7 @@ import threading
 import time
 from types import TracebackType
 
-from fusion_edge.runtime.stages import ALIGNMENT, DECODE_STEP, ENCODE_GLOBAL, ENCODE_LOCAL, PREFILL, PREPROCESS
+from fusion_edge.runtime.stages import ALIGNMENT, ENCODE_GLOBAL, ENCODE_LOCAL, PREFILL, PREPROCESS
 
 REFRESH_SECONDS = 0.2
 STEPS = (PREPROCESS, ENCODE_GLOBAL, ENCODE_LOCAL, ALIGNMENT, PREFILL)
@@ -19,6 +19,7 @@ class StageDisplay:
 
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
+        self._is_shown = False
         self._stage, self._since = "", 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="fusion-edge display", daemon=True)
@@ -35,30 +36,34 @@ class StageDisplay:
         self._end.set()
         if self._is_terminal:
             self._thread.join()
-            self._show("")
+            self._clear()
 
     def enter(self, stage: str) -> None:
         """Show another stage. Pass this as ``on_stage``."""
         with self._lock:
             self._stage, self._since = stage, time.monotonic()
-        if stage == DECODE_STEP or stage not in STEPS:
-            self.hide()
+            if stage not in STEPS:
+                self._stage = ""
+                self._clear()
 
     def hide(self) -> None:
         """Clear the line, and show nothing until the next stage."""
-        with self._lock:
-            self._stage = ""
-            if self._is_terminal:
-                self._show("")
+        self.enter("")
+
+    def _clear(self) -> None:
+        if self._is_shown:  # otherwise the line is the answer's
+            self._is_shown = False
+            self._write("")
 
     def _refresh(self) -> None:
         while not self._end.wait(REFRESH_SECONDS):
             with self._lock:
                 if self._stage:
                     number, seconds = STEPS.index(self._stage) + 1, time.monotonic() - self._since
-                    self._show(f"[{number}/{len(STEPS)}] {self._stage} {seconds:.0f} s")
+                    self._is_shown = True
+                    self._write(f"[{number}/{len(STEPS)}] {self._stage} {seconds:.0f} s")
 
-    def _show(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         try:
             sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()

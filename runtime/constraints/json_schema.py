@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
+from math import ceil, floor
 from typing import Any
 
 from fusion_edge.runtime.arguments import short_repr
@@ -219,31 +221,54 @@ def _string(node: Schema, path: str) -> Schema:
 
 
 def _number(node: Schema, path: str, has_fraction: bool) -> Schema:
-    bounds: Schema = {keyword: _exact(node[keyword], keyword, path) for keyword in _RANGE if keyword in node}
-    largest = _LARGEST_NUMBER if has_fraction else _LARGEST_INTEGER
-    if not {"minimum", "exclusiveMinimum"} & bounds.keys():
-        bounds["minimum"] = -largest
-    if not {"maximum", "exclusiveMaximum"} & bounds.keys():
-        bounds["maximum"] = largest
-    if "multipleOf" in node:
-        return bounds | {"multipleOf": _multiple(node["multipleOf"], path)}
-    if has_fraction:
-        digits = len(str(int(max(map(abs, bounds.values())))))
-        bounds["multipleOf"] = float(f"1e-{max(0, min(_DECIMALS, _SIGNIFICANT_DIGITS - digits))}")
-    return bounds
+    """Read a number. The bounds of the result are inclusive: llguidance lets ``-0`` and others pass exclusive ones."""
+    given = {keyword: Fraction(str(_exact(node[keyword], keyword, path))) for keyword in _RANGE if keyword in node}
+    largest = Fraction(_LARGEST_NUMBER if has_fraction else _LARGEST_INTEGER)
+    if not {"minimum", "exclusiveMinimum"} & given.keys():
+        given["minimum"] = -largest
+    if not {"maximum", "exclusiveMaximum"} & given.keys():
+        given["maximum"] = largest
+    step = _step(node, max(map(abs, given.values())), path, has_fraction)
+    rounded = {
+        "minimum": lambda bound: ceil(bound / step),
+        "exclusiveMinimum": lambda bound: floor(bound / step) + 1,
+        "maximum": lambda bound: floor(bound / step),
+        "exclusiveMaximum": lambda bound: ceil(bound / step) - 1,
+    }
+    steps = {keyword: rounded[keyword](bound) for keyword, bound in given.items()}
+    result: Schema = {
+        "minimum": _plain(step * max(steps[keyword] for keyword in _RANGE[::2] if keyword in steps)),
+        "maximum": _plain(step * min(steps[keyword] for keyword in _RANGE[1::2] if keyword in steps)),
+    }
+    return result | {"multipleOf": _plain(step)} if has_fraction or "multipleOf" in node else result
 
 
-def _multiple(value: object, path: str) -> float:
-    number = _exact(value, "multipleOf", path)
-    decimal = Decimal(repr(number)).normalize()
+def _step(node: Schema, largest: Fraction, path: str, has_fraction: bool) -> Fraction:
+    """Return the number of which all numbers up to ``largest`` are multiples."""
+    if "multipleOf" not in node:
+        decimals = min(_DECIMALS, _SIGNIFICANT_DIGITS - len(str(int(largest))))
+        return Fraction(1, 10 ** max(0, decimals)) if has_fraction else Fraction(1)
+    value = _exact(node["multipleOf"], "multipleOf", path)
+    decimal = Decimal(repr(value)).normalize()
     decimals = max(0, -int(decimal.as_tuple().exponent))
-    if not (number > 0 and decimals <= _DECIMALS and decimal.scaleb(decimals) <= _MAX_MULTIPLE):
+    if not (value > 0 and decimals <= _DECIMALS and decimal.scaleb(decimals) <= _MAX_MULTIPLE):
         raise _error(
             path,
             f"multipleOf {short_repr(value)} is not supported; expected up to {_MAX_MULTIPLE}, counting its digits "
             f"without the point, and at most {_DECIMALS} decimals",
         )
-    return number
+    if decimals and largest > 10 ** (_SIGNIFICANT_DIGITS - decimals):
+        raise _error(
+            path,
+            f"multipleOf {short_repr(value)} needs bounds of at most 10^{_SIGNIFICANT_DIGITS - decimals}, so that "
+            "floats are exact",
+        )
+    return Fraction(decimal)
+
+
+def _plain(number: Fraction) -> int | float:
+    """Return a number for JSON. One of few digits stays exact."""
+    return int(number) if number.denominator == 1 else float(number)
 
 
 def _exact(value: object, name: str, path: str) -> float:

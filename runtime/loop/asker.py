@@ -26,6 +26,7 @@ from fusion_edge.runtime.loop.waiting_queue import WhenFull
 from fusion_edge.runtime.loop.worker import Worker
 from fusion_edge.runtime.requests import ImageLike
 from fusion_edge.runtime.run_control import RunControl
+from fusion_edge.runtime.scene import Scene
 from fusion_edge.runtime.structured import document, document_sampling
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-Ask = Callable[[Fusion, ImageLike, str, dict[str, Any], Request[T]], T]
+Source = ImageLike | Scene
+"""What a question is about."""
+Ask = Callable[[Fusion, Source, str, dict[str, Any], Request[T]], T]
 """Asks the question of a request, with options."""
 
 
@@ -86,12 +89,12 @@ class Asker:
     ) -> None:
         self.close()
 
-    def submit(self, image: ImageLike, question: str, **options: Unpack[RequestOptions]) -> Request[Answer]:
+    def submit(self, source: Source, question: str, **options: Unpack[RequestOptions]) -> Request[Answer]:
         """Queue a question, and return at once (but see ``when_full``).
 
         Args:
-            image: As in :meth:`Fusion.ask`. An array is copied, so the camera may reuse its buffer. Anything else must
-                stay unchanged until the request has ended.
+            source: An image as in :meth:`Fusion.ask`, or a scene of the model. An array is copied, so the camera may
+                reuse its buffer. Anything else must stay unchanged until the request has ended.
             question: The question.
             **options: See :class:`RequestOptions`.
 
@@ -104,15 +107,15 @@ class Asker:
             QueueFull: The queue is full, with ``refuse``.
             FusionError: This process is a fork of the one that made the asker.
         """
-        return self._submit(_answer, image, question, {**options})
+        return self._submit(_answer, source, question, {**options})
 
     def submit_json(
-        self, image: ImageLike, question: str, schema: dict[str, Any], **options: Unpack[RequestOptions]
+        self, source: Source, question: str, schema: dict[str, Any], **options: Unpack[RequestOptions]
     ) -> Request[Any]:
         """Queue a question whose result is a JSON document, as :meth:`Fusion.json` returns it.
 
         Args:
-            image: As in :meth:`submit`.
+            source: As in :meth:`submit`.
             question: The question.
             schema: As in :meth:`Fusion.json`.
             **options: See :class:`RequestOptions`.
@@ -126,15 +129,15 @@ class Asker:
             FusionError: As in :meth:`submit`.
         """
         options["sampling"] = document_sampling(options, schema)
-        return self._submit(_json, image, question, {**options})
+        return self._submit(_json, source, question, {**options})
 
     def submit_choose(
-        self, image: ImageLike, question: str, choices: Sequence[str], **options: Unpack[ChoiceRequestOptions]
+        self, source: Source, question: str, choices: Sequence[str], **options: Unpack[ChoiceRequestOptions]
     ) -> Request[Choice]:
         """Queue a choice between answers, as :meth:`Fusion.choose` makes it.
 
         Args:
-            image: As in :meth:`submit`.
+            source: As in :meth:`submit`.
             question: The question.
             choices: As in :meth:`Fusion.choose`.
             **options: See :class:`ChoiceRequestOptions`.
@@ -148,15 +151,15 @@ class Asker:
             FusionError: As in :meth:`submit`.
         """
         fixed = tuple(choices) if isinstance(choices, list) else choices
-        return self._submit(_choose, image, question, {**options, "choices": fixed})
+        return self._submit(_choose, source, question, {**options, "choices": fixed})
 
-    async def ask(self, image: ImageLike, question: str, **options: Unpack[RequestOptions]) -> Answer:
+    async def ask(self, source: Source, question: str, **options: Unpack[RequestOptions]) -> Answer:
         """Ask a question in an event loop, and return the answer. Canceling the task cancels the question.
 
         The loop is never blocked, also with ``wait``.
 
         Args:
-            image: As in :meth:`submit`.
+            source: As in :meth:`submit`.
             question: The question.
             **options: See :class:`RequestOptions`.
 
@@ -165,7 +168,7 @@ class Asker:
             QueueFull: As in :meth:`submit`.
             FusionError: As in :meth:`Request.result`.
         """
-        request = self._submit(_answer, image, question, {**options}, may_block=False)
+        request = self._submit(_answer, source, question, {**options}, may_block=False)
         try:
             return await request
         finally:
@@ -188,7 +191,7 @@ class Asker:
         self._worker.close(timeout)
 
     def _submit(
-        self, ask: Ask[T], image: ImageLike, question: str, options: dict[str, Any], may_block: bool = True
+        self, ask: Ask[T], source: Source, question: str, options: dict[str, Any], may_block: bool = True
     ) -> Request[T]:
         """Check the arguments that concern the queue, copy what the caller may change, and queue the request."""
         self._worker.check_open()
@@ -199,30 +202,43 @@ class Asker:
             raise UsageError(f"priority is {short_repr(priority)}; expected an integer.")
         if isinstance(history := options.get("history"), list):
             options["history"] = history.copy()
-        if isinstance(image, np.ndarray):
-            image = image.copy()  # 0.7 ms for 1920 x 1080; cutting the crops here would take 70 ms
-        run: Run[T] = partial(ask, self._fusion, image, question, options)
-        if self._last is not None and key is not None and isinstance(image, np.ndarray):
-            run = partial(self._last.once, run, key, image, (ask, question, options))
+        if isinstance(source, Scene) and not source.is_of(self._fusion.queue):
+            raise UsageError("The scene is of another model than the asker's; look with this model.")
+        if isinstance(source, np.ndarray):
+            source = source.copy()  # 0.7 ms for 1920 x 1080; cutting the crops here would take 70 ms
+        run: Run[T] = partial(ask, self._fusion, source, question, options)
+        if self._last is not None and key is not None and isinstance(source, np.ndarray):
+            run = partial(self._last.once, run, key, source, (ask, question, options))
         request = Request(self._worker, run, key, int(priority), control)
         self._worker.submit(request, may_block)
         return request
 
 
-def _answer(
-    fusion: Fusion, image: ImageLike, question: str, options: dict[str, Any], request: Request[Answer]
+def _answer(fusion: Fusion, source: Source, question: str, options: dict[str, Any], request: Request[Answer]) -> Answer:
+    return _answer_in_pieces(fusion, source, question, options, request.control, request.push)
+
+
+def _json(fusion: Fusion, source: Source, question: str, options: dict[str, Any], request: Request[Any]) -> Any:
+    return document(_answer_in_pieces(fusion, source, question, options, request.control, lambda _: None))
+
+
+def _answer_in_pieces(
+    fusion: Fusion,
+    source: Source,
+    question: str,
+    options: dict[str, Any],
+    control: RunControl,
+    when_piece: Callable[[str], object],
 ) -> Answer:
-    return fusion.answer_under(request.control, request.push, image, question, **options)
+    if isinstance(source, Scene):
+        return source.answer_under(control, when_piece, question, **options)
+    return fusion.answer_under(control, when_piece, source, question, **options)
 
 
-def _json(fusion: Fusion, image: ImageLike, question: str, options: dict[str, Any], request: Request[Any]) -> Any:
-    return document(fusion.answer_under(request.control, lambda _: None, image, question, **options))
-
-
-def _choose(
-    fusion: Fusion, image: ImageLike, question: str, options: dict[str, Any], request: Request[Choice]
-) -> Choice:
-    return fusion.choose_under(request.control, image, [question], **options)[0]
+def _choose(fusion: Fusion, source: Source, question: str, options: dict[str, Any], request: Request[Choice]) -> Choice:
+    if isinstance(source, Scene):
+        return source.choose_under(request.control, [question], **options)[0]
+    return fusion.choose_under(request.control, source, [question], **options)[0]
 
 
 def _check_key(key: Hashable) -> None:

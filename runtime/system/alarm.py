@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+
+from fusion_edge.runtime.system.daemon_thread import DaemonThread
 
 
 class AlarmThread:
-    """Calls functions when their time has come."""
+    """Calls functions when their time has come.
+
+    It has no lock that Ctrl-C could leave locked: its dictionary and its queue are atomic.
+    """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
         self._calls: dict[object, tuple[float, Callable[[], None]]] = {}
         self._wakes_at = math.inf
-        self._thread: threading.Thread | None = None
+        self._changes: SimpleQueue[None] = SimpleQueue()
+        self._thread = DaemonThread("fusion-edge alarm", self._watch)
 
     @contextmanager
     def calling(self, when: float, function: Callable[[], None]) -> Iterator[None]:
@@ -31,18 +36,12 @@ class AlarmThread:
         key = object()
         try:
             self._calls[key] = when, function
-            self._wake_by(when)
+            self._thread.start()
+            if when < self._wakes_at:
+                self._changes.put(None)
             yield
         finally:
             self._calls.pop(key, None)
-
-    def _wake_by(self, when: float) -> None:
-        with self._condition:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="fusion-edge alarm", daemon=True)
-                self._thread.start()
-            elif when < self._wakes_at:
-                self._condition.notify()
 
     def _watch(self) -> None:
         while True:
@@ -51,15 +50,17 @@ class AlarmThread:
 
     def _wait(self) -> None:
         """Wait until a call is due, or the first one may be another."""
-        with self._condition:
-            self._wakes_at = min((when for when, _ in list(self._calls.values())), default=math.inf)
-            left = self._wakes_at - time.monotonic()
-            if left > 0:
-                self._condition.wait(None if left == math.inf else left)
+        self._wakes_at = math.inf  # a call that is added from here on is announced
+        self._wakes_at = min((when for when, _ in self._calls.copy().values()), default=math.inf)
+        left = self._wakes_at - time.monotonic()
+        try:
+            self._changes.get(timeout=None if left == math.inf else max(0.0, left))
+        except Empty:  # a call is due
+            return
 
     def _call(self) -> None:
         now = time.monotonic()
-        for key, (when, function) in list(self._calls.items()):
+        for key, (when, function) in self._calls.copy().items():
             if when <= now and self._calls.pop(key, None) is not None:
                 function()
 

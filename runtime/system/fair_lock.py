@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TypeVar
 
 POLL_SECONDS = 0.05
@@ -21,7 +20,7 @@ class _Turn:
         self.lock = threading.RLock()
         """Held until the work is done, or its thread gives up."""
         self.before: _Turn | None = None
-        """The turn that the thread waited for when it gave up. The next thread waits for it instead."""
+        """The turn that the thread still waits for. If it gives up, the next thread waits for that instead."""
 
 
 class FairLock:
@@ -53,8 +52,10 @@ class FairLock:
         mine = _Turn()
         with mine.lock:
             with self._guard:
-                before, self._last = self._last, mine
-            _wait(before, mine, check, due)
+                mine.before, self._last = self._last, mine
+            while (before := mine.before) is not None:
+                _wait(before.lock, check, due)
+                mine.before = before.before
             return self.run_next(work)
 
     def run_next(self, work: Callable[[], T], timeout: float | None = None) -> T:
@@ -64,9 +65,7 @@ class FairLock:
         """
         me = threading.get_ident()
         if timeout is not None:
-            if not self._lock.acquire(timeout=timeout):
-                raise TimeoutError
-            self._lock.release()
+            self._wait(timeout)
         with self._lock:
             self._owner = me
             try:
@@ -74,17 +73,22 @@ class FairLock:
             finally:
                 self._owner = None
 
+    def _wait(self, timeout: float) -> None:
+        """Wait until nothing works. ``acquire`` with a timeout could leave the lock locked after Ctrl-C."""
+        due = time.monotonic() + timeout
+        while self._lock.locked():
+            if time.monotonic() >= due:
+                raise TimeoutError
+            time.sleep(0.005)
 
-def _wait(before: _Turn | None, mine: _Turn, check: Callable[[], None], due: float) -> None:
-    """Wait for the end of a turn, and of those that it stands for."""
-    while before is not None:
-        try:
-            while not before.lock.acquire(timeout=min(POLL_SECONDS, max(0.0, due - time.monotonic()))):
-                check()
-        except BaseException:
-            mine.before = before
-            with suppress(RuntimeError):  # not acquired
-                before.lock.release()
-            raise
-        before.lock.release()
-        before = before.before
+
+def _wait(lock: threading.RLock, check: Callable[[], None], due: float) -> None:
+    """Wait until another thread releases ``lock``."""
+    try:
+        while not lock.acquire(timeout=min(POLL_SECONDS, max(0.0, due - time.monotonic()))):
+            check()
+    finally:
+        try:  # noqa: SIM105  # a context manager's own calls would be moments for Ctrl-C to leave it locked
+            lock.release()
+        except RuntimeError:  # not acquired
+            pass

@@ -13,7 +13,9 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+from fusion_edge.runtime.system.daemon_thread import DaemonThread
 
 GRACE_SECONDS = 0.5
 POLL_SECONDS = 0.2
@@ -49,46 +51,89 @@ def run_interruptible(work: Callable[[], Result], cancel: Callable[[], None]) ->
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    outcome: Future[Result] = Future()
+    _WORKER.start()
+    job = _Job(work)
     try:
-        _WORKER.submit(outcome, work)
-        while not wait([outcome], POLL_SECONDS).done:
-            pass
+        _WORKER.put(job)
+        job.wait()
     except BaseException:
-        if not outcome.cancel():  # it runs
-            cancel()
-            _wait_for_end(outcome)
+        _end(job, cancel)
         raise
-    return outcome.result()
+    return job.outcome()
 
 
-def _wait_for_end(outcome: Future[Any]) -> None:
-    while not outcome.done():
+def _end(job: _Job[Any], cancel: Callable[[], None]) -> None:
+    """End a job, if it was put at all: the worker reaches the next one after it."""
+    while True:
         try:
-            wait([outcome])
+            job.work = None
+            cancel()
+            after = _Job(lambda: None)
+            _WORKER.put(after)
+            after.wait()
+            job.error = None  # its traceback holds the job
+            return
         except BaseException:  # a second signal ends nothing that the first has not ended
             continue
 
 
+class _Job(Generic[Result]):
+    """Work of the main thread for the worker, and its outcome. No lock that Ctrl-C could leave locked."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self.work: Callable[[], Result] | None = work
+        """None to skip it."""
+        self.error: BaseException | None = None
+        self._results: list[Result] = []
+        self._running = threading.Lock()
+        self._running.acquire()
+
+    def run(self) -> None:
+        """Do the work. Call it once."""
+        try:
+            if (work := self.work) is not None:
+                self._results.append(work())
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._running.release()
+
+    def wait(self) -> None:
+        """Wait for the end of the work, while this thread handles signals."""
+        while not self._running.acquire(timeout=POLL_SECONDS):  # a signal right before an endless wait would not end it
+            pass
+
+    def outcome(self) -> Result:
+        """Return the result of the work, or raise its error, which no longer holds the job afterwards."""
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+            return self._results[0]
+        finally:
+            del error
+
+
 class _Worker:
-    """A daemon thread that works for the main thread. It starts with the first work."""
+    """A daemon thread that works for the main thread."""
 
     def __init__(self) -> None:
-        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        self._thread: Thread | None = None
+        self._jobs: SimpleQueue[_Job[Any]] = SimpleQueue()
+        self._thread = DaemonThread("fusion-edge worker", self._serve)
 
-    def submit(self, outcome: Future[Any], work: Callable[[], Any]) -> None:
-        if self._thread is None:
-            self._thread = Thread(target=self._run, name="fusion-edge worker", daemon=True)
-            self._thread.start()
-        self._work.put((outcome, work))
+    def start(self) -> None:
+        """Start the thread unless it runs."""
+        self._thread.start()
 
-    def _run(self) -> None:
+    def put(self, job: _Job[Any]) -> None:
+        """Have the thread do a job after all earlier ones."""
+        self._jobs.put(job)
+
+    def _serve(self) -> None:
         while True:
-            outcome, work = self._work.get()
-            if outcome.set_running_or_notify_cancel():
-                _settle(outcome, work)
-            del outcome, work  # they may hold a model
+            job = self._jobs.get()
+            job.run()
+            del job  # it may hold a model
 
 
 _WORKER = _Worker()

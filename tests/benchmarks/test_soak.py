@@ -38,7 +38,7 @@ def test_a_short_soak(demo_bundle: Path, tmp_path: Path, capsys: pytest.CaptureF
     result = json.loads(file.read_text("utf-8"))
     assert result["problems"] == []
     assert result["seen"]["camera: stop"] > 0
-    assert set(result["growth"]) == {"resident_bytes", "objects", "threads", "descriptors"}
+    assert set(result["growth"]) == {"resident_bytes", "blocks", "threads", "descriptors"}
 
 
 def test_wrong_answers_are_found(
@@ -105,8 +105,8 @@ def test_unexpected_errors_are_problems(robot: soak.Robot) -> None:
 def test_growth_compares_medians_after_the_warm_up() -> None:
     monitor = soak.Monitor()
     sizes = [0.0] * 20 + [10.0] * 16 + [99.0] + [random.random() for _ in range(47)] + [30.0] * 15 + [0.0]
-    monitor.samples = [{"resident_bytes": size, "objects": 7, "threads": 3, "descriptors": 5} for size in sizes]
-    assert monitor.growth() == {"resident_bytes": 20, "objects": 0, "threads": 0, "descriptors": 0}
+    monitor.samples = [{"resident_bytes": size, "blocks": 7, "threads": 3, "descriptors": 5} for size in sizes]
+    assert monitor.growth() == {"resident_bytes": 20, "blocks": 0, "threads": 0, "descriptors": 0}
 
 
 def test_questions_have_different_answers(demo_bundle: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_deadline_passes_while_a_question_waits(fusion: Fusion) -> None:
         for number in (1, 2):
             futures.append(pool.submit(ask, number))
             time.sleep(0.02)
-        with pytest.raises(DeadlineExceeded, match="passed while the question waited for its turn") as caught:
+        with pytest.raises(DeadlineExceeded, match="passed before the first stage") as caught:
             late.result(20)
         assert caught.value.stage == WAITING
         assert order == []
@@ -326,7 +326,9 @@ def test_close_with_a_timeout(fusion: Fusion) -> None:
         blocked.release()
         assert isinstance(running.exception(20), FusionError)
     assert backend(fusion).closed == 1
+    assert not fusion.pipeline._images._entries
     fusion.close(timeout=5)
+    fusion.close(timeout=1e300)
     for timeout in (-1, math.nan, "1"):
         with pytest.raises(UsageError, match=r"timeout is .*; expected a number of seconds from 0, or None"):
             fusion.close(timeout=timeout)  # type: ignore[arg-type]
@@ -373,6 +375,16 @@ def test_a_superseded_stream_is_not_a_canceled_one(fusion: Fusion) -> None:
     with pytest.raises(FusionError, match=ENDED) as caught:
         next(stream)
     assert not isinstance(caught.value, Stopped)
+
+
+def test_a_late_question_leaves_the_stream_before_it(fusion: Fusion) -> None:
+    expected = fusion.answer(picture(), "What?", sampling=SHORT).text
+    stream = fusion.stream(picture(), "What?", sampling=SHORT)
+    for ask in (fusion.answer, fusion.stream):
+        with pytest.raises(DeadlineExceeded, match="before the first stage") as caught:
+            ask(picture(), "Where?", deadline=1e-9)
+        assert caught.value.stage == WAITING
+    assert "".join(stream).strip() == expected
 
 
 def test_a_stopped_question_is_no_cycle_that_keeps_its_picture(fusion: Fusion) -> None:

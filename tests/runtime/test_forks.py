@@ -17,6 +17,7 @@ picture, short = np.zeros((5, 7, 3), np.uint8), Sampling(max_new_tokens=6)
 os.sched_setaffinity(0, range(os.cpu_count()))
 fusion = load(sys.argv[1])
 expected = fusion.answer(picture, "What?", sampling=short).text
+scene = fusion.look(picture, "What?")
 conversation, stream = fusion.conversation(picture), fusion.stream(picture, "What?", sampling=short)
 next(stream)
 stop = threading.Event()
@@ -32,8 +33,8 @@ def leave():
         pass
 
 def drop():
-    global fusion, conversation, stream
-    fusion = conversation = stream = None
+    global fusion, conversation, stream, scene
+    fusion = conversation = stream = scene = None
     gc.collect()
 
 for code in sys.argv[3:]:
@@ -69,6 +70,9 @@ IN_CHILD = {  # call and start of its error
     'next(conversation.ask("What?"))': "FusionError",
     "fusion.conversation(picture)": "FusionError",
     "fusion.encode_image(picture)": "FusionError",
+    "fusion.look(picture)": "FusionError",
+    'scene.answer("What?")': "FusionError",
+    "scene.close()": "nothing",
 }
 
 

@@ -112,7 +112,7 @@ def test_a_signal_handler_that_closes_while_its_thread_waits(fusion: Fusion) -> 
 def test_a_signal_handler_that_asks(fusion: Fusion) -> None:
     def ask(name: str) -> None:
         if name == "prefill":
-            with pytest.raises(UsageError, match="A signal handler cannot ask the model that it interrupted"):
+            with pytest.raises(UsageError, match="A signal handler or on_stage cannot ask the model"):
                 fusion.answer(picture(), "Where?")
 
     backend(fusion).before = ask

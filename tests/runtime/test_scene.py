@@ -108,6 +108,26 @@ def test_pieces_and_streams_are_those_of_the_answer(fusion: Fusion) -> None:
     assert stream.answer.token_ids == answer.token_ids
 
 
+def test_choices_behind_a_scene(fusion: Fusion) -> None:
+    expected = fusion.choose(picture(), "Where?", ("left", "on the right"))
+    scene = fusion.look(picture(), "Where?")
+    calls(fusion)
+    chosen = scene.choose(["Where?", "Why?", "Where?"], ("left", "on the right"))
+    assert calls(fusion).count("prefill") == 3
+    assert [choice.probabilities for choice in chosen[::2]] == [expected.probabilities] * 2
+    assert scene.choose("Where?", ("left", "on the right")).logprobs == expected.logprobs
+    scene.close()
+    with pytest.raises(UsageError, match=CLOSED):
+        scene.choose("Where?", ("yes", "no"))
+
+
+def test_documents_behind_a_scene(fusion: Fusion) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    schema = {"enum": ["left", "right"]}
+    expected = fusion.json(picture(), "Where?", schema)
+    assert fusion.look(picture(), "Where?").json("Where?", schema) == expected
+
+
 def test_stages_of_a_scene(fusion: Fusion) -> None:
     stages: list[str] = []
     scene = fusion.look(picture(), "Where?", on_stage=stages.append)

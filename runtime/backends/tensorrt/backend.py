@@ -122,12 +122,16 @@ class TensorRTBackend:
         count = len(latent_cells) ** 2
         pair = self._image_memory()
         pointers = {name: tensor.pointer for name, tensor in zip(IMAGE_TENSORS, pair, strict=True)}
-        self._graphs[ALIGNMENT_DECODER].bind(PREFILL, pointers)
         inputs = {"features": np.asarray(features), "latent_cells": latent_cells, "context_cells": context_cells}
         cells = (*latent_cells.shape, *context_cells.shape)
         dimensions = dict(zip(("side", "latent_rows", "context_side", "context_rows"), cells, strict=True))
-        self._run(ALIGNMENT_DECODER, PREFILL, inputs, dimensions | {"latents": count})
-        latents = self._result("latents", (1, count, self._config.language.hidden_size))[0].astype(np.float32)
+        try:
+            self._graphs[ALIGNMENT_DECODER].bind(PREFILL, pointers)
+            self._run(ALIGNMENT_DECODER, PREFILL, inputs, dimensions | {"latents": count})
+            latents = self._result("latents", (1, count, self._config.language.hidden_size))[0].astype(np.float32)
+        except BaseException:  # such as an interrupt
+            self._free_pairs.append(pair)
+            raise
         aligned = ImageAlignment(latents, *pair)
         weakref.finalize(aligned, self._free_pairs.append, pair)
         return aligned

@@ -161,6 +161,76 @@ def test_an_image_freed_after_the_backend(bundle: Bundle) -> None:
     fake.cuda.check_all_freed()
 
 
+def interrupt_in(on_fake: OnFake, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object], after: int) -> None:
+    """Interrupt ``run`` after the given number of partitions or decode steps, and resume."""
+    wait, waits = on_fake.cuda.cudaStreamSynchronize, itertools.count(1)
+
+    def interrupting(stream: int) -> object:
+        if next(waits) == after:
+            on_fake.backend.interrupt()
+        return wait(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(on_fake.cuda, "cudaStreamSynchronize", interrupting)
+        with pytest.raises(FusionError, match=r"^The run was interrupted; ask the question again\.$"):
+            run()
+    on_fake.backend.resume()
+
+
+def test_an_interrupt_acts_between_partitions(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later runs give the same results in the same memory."""
+    fake = open_on_fake(bundle, *RTX, "--parts=3")
+    subject = Subject(fake.backend, bundle.manifest, 0.02)
+    image = subject.image()
+    rows, latents, questions = subject.prompt(image, 1)
+
+    def prefill() -> Floats:
+        logits: Floats = subject.backend.prefill(rows, image, latents, questions, CAPACITY).copy()
+        return logits
+
+    expected, used, runs = prefill(), fake.cuda.used, fake.trt.runs
+    for partitions in (1, 2):
+        interrupt_in(fake, monkeypatch, prefill, partitions)
+        runs += partitions
+        assert fake.trt.runs == runs
+    assert np.array_equal(prefill(), expected)
+    assert fake.cuda.used == used
+    fake.backend.close()
+    fake.cuda.check_all_freed()
+
+
+def test_an_interrupt_acts_between_decode_steps(
+    on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = start(subject)
+    expected = [subject.backend.decode(row).copy() for row in rows[:3]]
+
+    def decode() -> None:
+        for row in rows[:3]:
+            subject.backend.decode(row)
+
+    start(subject)
+    runs = on_fake.trt.runs
+    interrupt_in(on_fake, monkeypatch, decode, 2)
+    assert on_fake.trt.runs == runs + 2
+    start(subject)
+    for row, logits in zip(rows[:3], expected, strict=True):
+        assert np.array_equal(subject.backend.decode(row), logits)
+
+
+def test_an_interrupted_alignment_leaks_no_memory(on_fake: OnFake, subject: Subject) -> None:
+    features = subject.encode(4, 0)
+    subject.align(features, 4)
+    used = on_fake.cuda.used
+    for _ in range(3):
+        on_fake.backend.interrupt()
+        with pytest.raises(FusionError, match="The run was interrupted"):
+            subject.align(features, 4)
+        on_fake.backend.resume()
+    subject.align(features, 4)
+    assert on_fake.cuda.used == used
+
+
 def test_a_prefix_is_copied_only_when_it_is_elsewhere(on_fake: OnFake, subject: Subject) -> None:
     image = subject.image()
     prompt = subject.prompt(image, 1)

@@ -216,6 +216,16 @@ def test_strings_match_their_pattern(model: Model, pattern: str, limits: dict[st
         Draft202012Validator(schema).validate(json.loads(text))
 
 
+@pytest.mark.parametrize("bounds", [(1, 1.823), (-0.5, 0), (0, 0.25), (-2, -1.5), (0.3, 0.30001)])
+def test_exclusive_bounds_are_never_reached(model: Model, bounds: tuple[float, float]) -> None:
+    """Also if the model prefers to end soon, as with ``-0`` and ``1``."""
+    grammar = Grammar.json({"type": "number", "exclusiveMinimum": bounds[0], "exclusiveMaximum": bounds[1]})
+    for seed in range(30):
+        text = model.answer(grammar, seed, liked=(b"", b"-", b"0") if seed % 2 else (b"", b"-", b"0", b"1", b"2"))
+        assert text is not None
+        assert bounds[0] < json.loads(text) < bounds[1], text
+
+
 def test_strings_are_valid_unicode(model: Model) -> None:
     """Escapes too: no half of a surrogate pair, no control character as itself."""
     grammar = Grammar.json({"type": "string", "minLength": 9, "maxLength": 9})

@@ -104,6 +104,7 @@ def test_other_keywords_are_refused_by_name_and_place(keyword: str) -> None:
         ({"type": "number", "multipleOf": 1e-7}, "$", "at most 6 decimals"),
         ({"type": "number", "multipleOf": 10_000}, "$", "expected up to 1000"),
         ({"type": "number", "multipleOf": 1.001}, "$", "expected up to 1000"),
+        ({"type": "number", "multipleOf": 0.003, "maximum": 1e13}, "$", "0.003 needs bounds of at most 10^12, so that"),
         ({"enum": []}, "$", "enum is []"),
         ({"enum": "a"}, "$", "enum is 'a'"),
         ({"enum": [["a"]]}, "$", "the value ['a'] is not supported"),
@@ -187,7 +188,17 @@ def test_both_sections_of_definitions() -> None:
     ("schema", "expected"),
     [
         ({"type": "integer"}, {"minimum": -(2**53) + 1, "maximum": 2**53 - 1}),
-        ({"type": "integer", "exclusiveMinimum": 3}, {"exclusiveMinimum": 3, "maximum": 2**53 - 1}),
+        ({"type": "integer", "exclusiveMinimum": 3}, {"minimum": 4, "maximum": 2**53 - 1}),
+        ({"type": "integer", "minimum": 0.5, "exclusiveMaximum": 2.5}, {"minimum": 1, "maximum": 2}),
+        ({"type": "integer", "minimum": 1, "exclusiveMinimum": 1, "maximum": 9}, {"minimum": 2, "maximum": 9}),
+        (
+            {"type": "number", "exclusiveMinimum": -1, "exclusiveMaximum": 0},
+            {"minimum": -0.999999, "maximum": -1e-6, "multipleOf": 1e-6},
+        ),
+        (
+            {"type": "number", "minimum": -1, "exclusiveMaximum": 0.35, "multipleOf": 0.3},
+            {"minimum": -0.9, "maximum": 0.3, "multipleOf": 0.3},
+        ),
         ({"type": "number"}, {"minimum": -(10**9), "maximum": 10**9, "multipleOf": 1e-5}),
         ({"type": "number", "minimum": 0, "maximum": 1}, {"minimum": 0, "maximum": 1, "multipleOf": 1e-6}),
         ({"type": "number", "maximum": 10**12, "minimum": 1}, {"minimum": 1, "maximum": 10**12, "multipleOf": 1e-2}),

@@ -24,9 +24,9 @@ from support.paths import ROOT
 from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli import info as cli_info
 from fusion_edge.runtime.errors import FusionError, UsageError
-from fusion_edge.runtime.fusion import load
 from fusion_edge.runtime.hub import client, download
 from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
+from fusion_edge.runtime.loading import load
 
 Refuse = Callable[..., str]
 NOT_OF_THE_BUNDLE = {"README.md": b"---\nlicense: mit\n---\n", ".gitattributes": b"", "engines/x/llm.engine": b"code"}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes.watched_backend import QUESTIONS, SHORT, BlockedCall, backend, in_threads, picture
+from fakes.watched_backend import QUESTIONS, SHORT, BlockedCall, backend, in_threads, picture, watched_fusion
 
 from fusion_edge.runtime import (
     Answer,
@@ -522,6 +525,22 @@ def test_an_asker_that_is_garbage_answers_and_ends(fusion: Fusion) -> None:
     assert request.result(20).text == text(fusion)
 
 
+def test_a_forked_process_makes_its_own_asker(fusion: Fusion, asker: Asker) -> None:
+    read, write = os.pipe()
+    if os.fork() == 0:  # the child
+        try:
+            asker.close()  # does nothing
+            asker.submit(picture(), "What?")
+        except BaseException as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as pipe:
+        assert re.fullmatch(r"This process is a fork of process \d+, .*; make one after the fork\.", pipe.read())
+    assert asker.submit(picture(), "What?", sampling=SHORT).result(20).text == text(fusion)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -618,3 +637,19 @@ def test_a_choice_is_canceled(fusion: Fusion, asker: Asker) -> None:
     call.release()
     with pytest.raises(Cancelled, match="prefill"):
         request.result(20)
+
+
+def test_scenes(fusion: Fusion, make: MakeAsker) -> None:
+    asker = make(skip_unchanged=True)
+    with fusion.look(picture(), guide="What?") as scene:
+        request = asker.submit(scene, "What?", key="front", sampling=SHORT)
+        assert "".join(request).strip() == request.result(20).text == text(fusion)
+        choice = asker.submit_choose(scene, "What?", ("yes", "no")).result(20)
+        assert choice.probabilities == pytest.approx(fusion.choose(picture(), "What?", ("yes", "no")).probabilities)
+    with pytest.raises(UsageError, match="closed"):
+        asker.submit(scene, "What?").result(20)
+
+
+def test_a_scene_of_another_model_is_refused(asker: Asker, tiny_bundle: Path) -> None:
+    with watched_fusion(tiny_bundle) as other, pytest.raises(UsageError, match="The scene is of another model"):
+        asker.submit(other.look(picture()), "What?")
