@@ -60,9 +60,9 @@ class Fusion:
         """Wrap a custom backend. To load a bundle, use :func:`load`.
 
         Args:
-            manifest: The bundle's manifest.
+            manifest: Manifest of the bundle.
             backend: Runs the graphs. :meth:`close` closes it.
-            tokenizer: The bundle's tokenizer.
+            tokenizer: Tokenizer of the bundle.
             embed: Maps token ids int64 ``[n]`` to embeddings float32 ``[n,D]``.
             device: What runs the graphs. Default: a device with the backend's name.
             cached_images: As in :func:`load`.
@@ -171,18 +171,8 @@ class Fusion:
     ) -> Answer:
         """Ask a question about an image and return the answer.
 
-        A deadline or a cancel ends the answer early; :attr:`Answer.finish_reason` says so.
-
-        Args:
-            image: As in :meth:`ask`.
-            question: The question.
-            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
-            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
-            **options: See :class:`QuestionOptions`.
-
-        Raises:
-            UsageError: As in :meth:`ask`.
-            FusionError: As in :meth:`ask`.
+        A deadline or a cancel ends it early; :attr:`Answer.finish_reason` says so. Arguments and errors are those of
+        :meth:`ask`.
         """
         return self.answer_under(RunControl(deadline, on_stage), lambda _: None, image, question, **options)
 
@@ -210,18 +200,7 @@ class Fusion:
         """Ask a question about an image and return a stream of the answer's pieces.
 
         After the last piece, :attr:`AnswerStream.answer` is the complete answer. A question that raises an error does
-        not end the previous stream.
-
-        Args:
-            image: As in :meth:`ask`.
-            question: The question.
-            deadline: Seconds from the call until the answer ends, also within a graph. Default: none.
-            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
-            **options: See :class:`QuestionOptions`.
-
-        Raises:
-            UsageError: As in :meth:`ask`.
-            FusionError: As in :meth:`ask`.
+        not end the previous stream. Arguments and errors are those of :meth:`ask`.
         """
         control = RunControl(deadline, on_stage)
         prepared = self._prepare(image, question, **options)
@@ -267,23 +246,16 @@ class Fusion:
         normalization, divided by that of all choices. It costs one prefill, and a decode step for every token that is
         not the last one of a choice; common first tokens of choices share theirs.
 
-        Args:
-            image: As in :meth:`ask`.
-            question: The question, or a list of questions, which are asked one after another.
-            choices: 2 to 256 answers. None may be the start of another. Whitespace around them does not count.
-            deadline: Seconds from the call until it stops, also within a graph. Default: none.
-            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
-            **options: See :class:`ChoiceOptions`.
+        A list of questions is asked one after another. ``choices`` are 2 to 256 answers; none may be the start of
+        another, and whitespace around them does not count. Other arguments are those of :meth:`ask`; for ``options``
+        see :class:`ChoiceOptions`.
 
         Returns:
             The choice; for a list, one per question.
 
         Raises:
-            UsageError: As in :meth:`ask`, or the choices cannot be compared: one is empty, equal to another, or the
-                start of another.
+            UsageError: As in :meth:`ask`, or a choice is empty, equal to another, or the start of another.
             FusionError: As in :meth:`ask`, or a choice does not fit the context.
-            DeadlineExceeded: The deadline passed before the last choice was made.
-            Cancelled: The question was canceled, or the model was closed.
         """
         questions = question if isinstance(question, list | tuple) else (question,)
         chosen = self.choose_under(RunControl(deadline, on_stage), image, questions, choices, **options)
@@ -316,22 +288,15 @@ class Fusion:
 
         The model does not see the schema: ask for its content in the question. Needs the extra ``constrained``.
 
-        Args:
-            image: As in :meth:`ask`.
-            question: The question.
-            schema: A JSON schema, as in :meth:`Grammar.json`.
-            deadline: Seconds from the call until the question stops, also within a graph. Default: none.
-            on_stage: Called with the name of each stage as it begins, in the thread that asks. Default: none.
-            **options: See :class:`QuestionOptions`.
+        ``schema`` is a JSON schema, as in :meth:`Grammar.json`. Other arguments are those of :meth:`ask`.
 
         Returns:
             The document as Python objects.
 
         Raises:
-            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`answer`.
-            DeadlineExceeded: The deadline passed before the document was complete.
-            Cancelled: The question was canceled before the document was complete.
-            FusionError: The document needs more than :attr:`Sampling.max_new_tokens`, or as in :meth:`answer`.
+            UsageError: The schema is invalid or has an unsupported keyword, or as in :meth:`ask`.
+            FusionError: The document was not complete at :attr:`Sampling.max_new_tokens`, at the deadline
+                (:class:`DeadlineExceeded`) or when it was canceled (:class:`Cancelled`), or as in :meth:`ask`.
         """
         options["sampling"] = document_sampling(options, schema)
         return document(self.answer(image, question, deadline=deadline, on_stage=on_stage, **options))
@@ -341,7 +306,7 @@ class Fusion:
 
         Args:
             image: As in :meth:`ask`.
-            color: Channel order of an array: ``rgb`` or ``bgr``.
+            color: Layout of an array, as in :class:`QuestionOptions`.
             control_tokens: As in :class:`QuestionOptions`, for every question.
 
         Raises:
@@ -379,8 +344,7 @@ class Fusion:
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
             FusionError: The image cannot be read, or the guide does not fit the context.
-            DeadlineExceeded: The deadline passed.
-            Cancelled: The look was canceled, or the model was closed.
+            DeadlineExceeded, Cancelled: The look was stopped.
         """
         control = RunControl(deadline, on_stage)
         self.queue.check_open()
@@ -402,7 +366,7 @@ class Fusion:
 
         Args:
             image: As in :meth:`ask`.
-            color: Channel order of an array: ``rgb`` or ``bgr``.
+            color: Layout of an array, as in :class:`QuestionOptions`.
 
         Raises:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
@@ -410,9 +374,7 @@ class Fusion:
             Cancelled: The encoding was canceled, or the model was closed.
         """
         self.queue.check_open()
-        crops = cut_crops(load_image(image, color))
-
-        control = RunControl()
+        crops, control = cut_crops(load_image(image, color)), RunControl()
 
         def encode() -> None:
             self.queue.check_open()
@@ -424,14 +386,6 @@ class Fusion:
     def clear_image_cache(self) -> None:
         """Drop all cached images and scenes, so the next question encodes its image again."""
         self.queue.run(self.pipeline.clear_image_cache, RunControl())
-
-    def query_length(self, length: int | None = None) -> int:
-        """Return ``length``, or the bundle's default query length for None.
-
-        Raises:
-            UsageError: The bundle does not offer the length.
-        """
-        return self.pipeline.query_length(length)
 
     def _prepare(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> PreparedQuestion:
         self.queue.check_open()

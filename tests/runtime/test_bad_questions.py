@@ -272,7 +272,7 @@ def test_a_closed_model(tiny_bundle: Path) -> None:
         conversation = fusion.conversation(picture())
         next(stream)
         fusion.close()
-        with pytest.raises(FusionError, match="or the model was closed"):
+        with pytest.raises(FusionError, match="The model was closed in stage"):
             next(stream)
         for ask in (lambda: fusion.ask(picture(), "What?"), lambda: conversation.answer("What?")):
             with pytest.raises(UsageError, match="has been closed; load the bundle again"):

@@ -178,10 +178,10 @@ def test_a_deadline_before_the_answer_begins(stoppable: Fusion, method: str) -> 
     block(stoppable, method)
     started = time.monotonic()
     with pytest.raises(
-        DeadlineExceeded, match=r"The deadline of 0.1 s passed in stage '.*'; allow more time"
+        DeadlineExceeded, match=r"The deadline of 1.5 s passed in stage '.*'; allow more time"
     ) as caught:
-        stoppable.answer(picture(), "What?", sampling=SHORT, deadline=0.1)
-    assert 0.1 <= time.monotonic() - started < 5
+        stoppable.answer(picture(), "What?", sampling=SHORT, deadline=1.5)
+    assert 1.5 <= time.monotonic() - started < 15
     assert caught.value.stage == STAGES[method]
     assert caught.value.partial.finish_reason == "deadline"
 
@@ -190,8 +190,8 @@ def test_a_deadline_within_the_answer(stoppable: Fusion) -> None:
     expected = stoppable.answer(picture(), "What?", sampling=SHORT)
     block(stoppable, "decode")
     for answer in (
-        stoppable.answer(picture(), "What?", sampling=SHORT, deadline=0.5),
-        stoppable.conversation(picture()).answer("What?", sampling=SHORT, deadline=0.5),
+        stoppable.answer(picture(), "What?", sampling=SHORT, deadline=1.5),
+        stoppable.conversation(picture()).answer("What?", sampling=SHORT, deadline=1.5),
     ):
         assert answer.finish_reason == "deadline"
         assert answer.token_ids == expected.token_ids[:1]
@@ -202,7 +202,7 @@ def test_a_deadline_within_the_answer(stoppable: Fusion) -> None:
 def test_an_answer_cut_short_is_not_in_the_history(stoppable: Fusion) -> None:
     conversation = stoppable.conversation(picture())
     block(stoppable, "decode")
-    stream = conversation.stream("What?", sampling=SHORT, deadline=0.5)
+    stream = conversation.stream("What?", sampling=SHORT, deadline=1.5)
     list(stream)
     assert stream.answer.finish_reason == "deadline"
     assert conversation.history == []
@@ -212,9 +212,9 @@ def test_an_answer_cut_short_is_not_in_the_history(stoppable: Fusion) -> None:
 
 
 def test_a_deadline_passes_between_two_pieces(fusion: Fusion) -> None:
-    stream = fusion.stream(picture(), "What?", sampling=Sampling(max_new_tokens=40), deadline=0.3)
+    stream = fusion.stream(picture(), "What?", sampling=Sampling(max_new_tokens=40), deadline=2)
     next(stream)
-    time.sleep(0.35)
+    time.sleep(2.05)
     list(stream)
     assert stream.answer.finish_reason == "deadline"
     assert 1 <= len(stream.answer.token_ids) < 40
@@ -232,7 +232,7 @@ def test_a_deadline_passes_while_a_question_waits(fusion: Fusion) -> None:
     with ThreadPoolExecutor(4) as pool:
         futures: list[Future[Any]] = [pool.submit(ask, 0)]
         assert blocked.reached.wait(20)
-        late = pool.submit(fusion.answer, picture(), "Why?", sampling=SHORT, deadline=0.15)
+        late = pool.submit(fusion.answer, picture(), "Why?", sampling=SHORT, deadline=1)
         time.sleep(0.05)
         for number in (1, 2):
             futures.append(pool.submit(ask, number))
