@@ -26,9 +26,9 @@ QUERY_LENGTH = 4
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    """Held-out questions; the most frequent answer of each kind of question gives 0.44."""
+    """Held-out questions; guessing the most frequent answer of each kind is right for 0.475 of them."""
     folder = tmp_path_factory.mktemp("held-out")
-    assert write_samples(folder, QUESTIONS, held_out=True) == 0.44
+    assert write_samples(folder, QUESTIONS, held_out=True) == 0.475
     return answered_samples(folder)
 
 
