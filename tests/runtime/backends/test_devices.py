@@ -232,9 +232,10 @@ def standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callab
     return run
 
 
-def lines(not_taken: Mapping[str, str], taken: str) -> str:
+def lines(bundle: Path, not_taken: Mapping[str, str], taken: str) -> str:
     """Return the output of ``--verbose``."""
-    return "".join(f"not on {name}: {reason}\n" for name, reason in not_taken.items()) + f"running on {taken}\n"
+    reasons = "".join(f"not on {name}: {reason}\n" for name, reason in not_taken.items())
+    return f"bundle: local folder {bundle}\n{reasons}running on {taken}\n"
 
 
 def test_a_gpu_bundle_on_the_cpu_is_a_warning(
@@ -243,7 +244,7 @@ def test_a_gpu_bundle_on_the_cpu_is_a_warning(
     machine()
     assert standard_error(cuda_bundle) == f"warning: running on cpu, not on cuda: {NO_DRIVER}\n"
     assert standard_error(cuda_bundle, "--device=cpu") == ""
-    assert standard_error(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
+    assert standard_error(cuda_bundle, "--verbose") == lines(cuda_bundle, NOT_FOR_TENSORRT | {"cuda": NO_DRIVER}, "cpu")
 
 
 @needs_opset_24
@@ -257,7 +258,7 @@ def test_a_tensorrt_bundle_on_the_cpu_is_a_warning(
     line = " ".join(f"not on {name}: {reason}" for name, reason in reasons.items())
     assert standard_error(tensorrt_bundle) == f"warning: running on cpu, {line}\n"
     assert standard_error(tensorrt_bundle, "--verbose") == lines(
-        reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu"
+        tensorrt_bundle, reasons | {"cuda": other_target("tensorrt", "cuda")}, "cpu"
     )
 
 
@@ -266,7 +267,7 @@ def test_a_cpu_bundle_on_the_cpu_is_no_warning(
 ) -> None:
     machine()
     assert standard_error(tiny_bundle) == ""
-    assert standard_error(tiny_bundle, "--device=cpu", "--verbose") == "running on cpu\n"
+    assert standard_error(tiny_bundle, "--device=cpu", "--verbose") == lines(tiny_bundle, {}, "cpu")
 
 
 @pytest.mark.usefixtures("cuda_backend")
@@ -275,7 +276,7 @@ def test_a_gpu_bundle_on_the_gpu_is_no_warning(
 ) -> None:
     machine(**WHOLE)
     assert standard_error(cuda_bundle) == ""
-    assert standard_error(cuda_bundle, "--verbose") == lines(NOT_FOR_TENSORRT, "cuda")
+    assert standard_error(cuda_bundle, "--verbose") == lines(cuda_bundle, NOT_FOR_TENSORRT, "cuda")
 
 
 def test_a_named_device_that_is_missing_is_an_error(
