@@ -35,7 +35,7 @@ def test_float_bundle_computes_its_weights(
     assert exact_arithmetic.main([str(tmp_path / "b"), str(samples), *OPTIONS]) == 0
     comparison = output(capsys)["comparison"]
     assert comparison["same_answer"]["share"] == 1
-    assert comparison["kl_first_token"] < 1e-8
+    assert comparison["kl_first_token"] < 1e-7  # float32 rounds differently in the two; INT4 weights give 1e-4
 
 
 def test_interaction_layers_are_left_out(
