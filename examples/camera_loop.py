@@ -27,7 +27,7 @@ Frame = npt.NDArray[np.uint8]
 
 def camera(source: str) -> Iterator[Frame]:
     """Yield the frames of a device number, a file or a GStreamer pipeline, until it ends."""
-    import cv2
+    import cv2  # pyright: ignore[reportMissingImports]
 
     capture = cv2.VideoCapture(source, cv2.CAP_GSTREAMER) if "!" in source else cv2.VideoCapture(device(source))
     if not capture.isOpened():

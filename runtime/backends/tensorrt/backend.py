@@ -33,7 +33,7 @@ from fusion_edge.runtime.errors import DeviceError, FusionError
 
 PREFILL, DECODE = 0, 1
 """Profiles of the LLM. Other graphs have the first one only."""
-IMAGE_TENSORS = ("keys", "values")
+IMAGE_TENSORS: tuple[str, ...] = ("keys", "values")
 """Outputs of the alignment decoder that stay on the device for the LLM."""
 HOST_TENSORS = {
     *("pixel_values", "text_embeds", "text_mask", "features", "latent_cells", "context_cells", "latents"),
