@@ -35,6 +35,8 @@ class CacheEntry:
     """The start of every prompt, if the scene has a guide."""
     is_scene: bool = False
     """Whether it is an open scene."""
+    is_closed: bool = False
+    """Whether it is a scene that has been closed, and no question has asked about its picture since."""
 
     def scene(self) -> tuple[EncodedImage, KvPrefix | None]:
         """Return image and prefix. Raise :class:`UsageError` once closed, :class:`SceneEvicted` once evicted."""
@@ -50,7 +52,7 @@ class CacheEntry:
 
     def close(self) -> None:
         """Close the scene: its image stays cached."""
-        self.is_scene, self.prefix = False, None
+        self.is_scene, self.is_closed, self.prefix = False, True, None
 
     def evict(self) -> None:
         """Drop everything."""
@@ -60,8 +62,8 @@ class CacheEntry:
 class ImageCache:
     """The latest images and scenes, at most ``size`` of them. One call at a time.
 
-    The pixels identify an image, so a reused camera buffer is never mistaken for the frame it held before. The least
-    recently used entry is evicted first, and before a new one needs as much memory.
+    The pixels identify an image, so a reused camera buffer is never mistaken for the frame it held before. A closed
+    scene is evicted first, then the least recently used entry, and before a new one needs as much memory.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,6 +76,7 @@ class ImageCache:
         for entry in reversed(self._entries):
             if entry.image is not None and np.array_equal(entry.image.crops, crops):
                 self.use(entry)
+                entry.is_closed = False
                 return entry.image
         return None
 
@@ -85,7 +88,9 @@ class ImageCache:
     def make_room(self) -> None:
         """Evict entries until another one has room."""
         while len(self._entries) >= self.size:
-            self._entries.pop(0).evict()
+            entry = next((one for one in self._entries if one.is_closed), self._entries[0])
+            self._entries.remove(entry)
+            entry.evict()
 
     def add(self, image: EncodedImage) -> CacheEntry:
         """Add an image, which has room."""

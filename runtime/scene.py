@@ -54,8 +54,9 @@ class Scene:
         self.close()
 
     def close(self) -> None:
-        """Free the KV cache of the scene, at the next question if one is running. Its picture stays cached.
+        """Free the KV cache of the scene, but with the next question if the latest one was about this scene.
 
+        Its picture stays cached until the place is needed: a closed scene is evicted before any other picture.
         Closing again does nothing. Any thread may call this; it does not wait.
         """
         self._entry.close()

@@ -188,6 +188,27 @@ def test_later_pictures_evict_the_least_recently_used_scene(fusion_of_two: Fusio
     third.answer("Where?", sampling=SHORT)
 
 
+def test_a_closed_scene_is_evicted_first(fusion_of_two: Fusion) -> None:
+    """A camera that closes its scene before it looks again leaves that of another camera alone."""
+    front, back = (fusion_of_two.look(picture(camera), "Where?") for camera in range(2))
+    expected = back.answer("Where?", sampling=SHORT)
+    for frame in range(2, 5):
+        front.answer("Where?", sampling=SHORT)  # now the latest used
+        front.close()
+        front = fusion_of_two.look(picture(frame), "Where?")
+    assert back.answer("Where?", sampling=SHORT).token_ids == expected.token_ids
+
+
+def test_a_question_keeps_the_picture_of_a_closed_scene(fusion_of_two: Fusion) -> None:
+    fusion_of_two.encode_image(picture(1))
+    fusion_of_two.look(picture(0), "Where?").close()
+    fusion_of_two.answer(picture(0), "Where?", sampling=SHORT)
+    fusion_of_two.encode_image(picture(2))  # in place of the first
+    calls(fusion_of_two)
+    fusion_of_two.answer(picture(0), "Where?", sampling=SHORT)
+    assert calls(fusion_of_two) == ["encode 1", "prefill"]
+
+
 def test_scenes_of_one_picture_share_its_features(fusion_of_two: Fusion) -> None:
     scenes = [fusion_of_two.look(picture(), guide) for guide in ("Where?", "Why?")]
     assert calls(fusion_of_two).count("encode 4") == 1
