@@ -153,7 +153,7 @@ class Conversation:
         )
         self._queue.start(control)
         choice = choose(self._pipeline, prepared, control)
-        self.history.append(Turn(question, choice.text))
+        self.history.append(Turn(question, choice.text.strip()))  # as it was scored
         return choice
 
     def json(

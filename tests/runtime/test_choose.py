@@ -247,6 +247,13 @@ def test_a_conversation_continues_with_the_choice(fusion: Fusion) -> None:
     assert [turn.question for turn in conversation.history] == [QUESTION, "Why?"]
 
 
+def test_whitespace_around_a_choice_is_not_in_the_history(fusion: Fusion) -> None:
+    conversation = fusion.conversation(picture())
+    choice = conversation.choose(QUESTION, ("yes" + 2000 * " ", "no" + 2000 * " "))
+    assert conversation.history == [Turn(QUESTION, choice.text.strip())]
+    conversation.choose("Why?", ("yes", "no"))
+
+
 def test_a_choice_ends_a_stream(fusion: Fusion) -> None:
     stream = fusion.stream(picture(), QUESTION, sampling=Sampling(max_new_tokens=6))
     next(stream)
