@@ -114,12 +114,14 @@ class KvPrefixes:
 
     def restore(self, prefix: KvPrefix | None, stream: int) -> None:
         """Enqueue a copy of a prefix to the cache, unless it is there. None: the cache is about to be overwritten."""
-        is_resident = prefix is not None and self._resident() is prefix
-        self._resident = (lambda: None) if prefix is None else weakref.ref(prefix)
-        if prefix is None or is_resident:
+        if prefix is not None and self._resident() is prefix:
+            return
+        self._resident = lambda: None  # also if a copy fails
+        if prefix is None:
             return
         for cache, at, pitch, size in self._rows(prefix):
             self._memory.cuda.copy_rows(cache.pointer, pitch, at, size, size, cache.shape[1], stream)
+        self._resident = weakref.ref(prefix)
 
     def _rows(self, prefix: KvPrefix) -> Iterator[tuple[DeviceTensor, int, int, int]]:
         """Yield each cache, the pointer of its copy, and the bytes of a head in the cache and in the copy."""

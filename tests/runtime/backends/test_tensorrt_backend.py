@@ -248,6 +248,29 @@ def test_a_prefix_is_copied_only_when_it_is_elsewhere(on_fake: OnFake, subject: 
     assert [copies(prefix) for prefix in order] == [0, 0, caches, 0, 0, 0, caches]
 
 
+def test_a_prefix_whose_copy_failed_is_copied_again(on_fake: OnFake, subject: Subject) -> None:
+    """Neither it nor the one before is taken for what the cache holds."""
+    image = subject.image()
+    rows, latents, questions = subject.prompt(image, 1)
+    (_, first), (_, second) = subject.prefix(), subject.prefix(8)
+
+    def logits(prefix: KvPrefix) -> Floats:
+        capacity = subject.backend.max_context
+        found: Floats = subject.backend.prefill(rows, image, latents, questions, capacity, prefix).copy()
+        return found
+
+    expected = logits(first), logits(second)
+    for prefix, behind in zip((first, second), expected, strict=True):
+        on_fake.cuda.failures["cudaMemcpy2DAsync"] = Error.cudaErrorInvalidValue
+        with pytest.raises(FusionError):
+            logits(first)
+        on_fake.cuda.failures.clear()
+        on_fake.cuda.calls.clear()
+        assert np.array_equal(logits(prefix), behind)
+        assert "cudaMemcpy2DAsync" in on_fake.cuda.calls
+        logits(second)
+
+
 def test_memory_of_a_freed_prefix_is_reused(on_fake: OnFake, subject: Subject) -> None:
     """That of another length is freed first."""
     (_, first), (_, second) = subject.prefix(), subject.prefix(8)
