@@ -75,9 +75,6 @@ def test_the_runtime_accepts_every_target() -> None:
     assert set(TARGETS) == set(manifest.TARGETS)
 
 
-LEVELS = [("full", None, 144), ("balanced", 256, 64), ("fast", 144, 16)]
-
-
 @pytest.mark.parametrize(("patch", "patches"), [(14, 729), (16, 576)])
 @pytest.mark.parametrize(
     ("detail", "tokens", "latents"), [("full", None, 144), ("balanced", 256, 64), ("fast", 144, 16)]
