@@ -59,7 +59,8 @@ class Owner(Protocol):
     """The worker, as its requests see it."""
 
     lock: threading.RLock
-    """Guards the state of all requests."""
+    """Guards the state of all requests. Taken by ``with``, never through a condition: its ``__enter__`` is Python code,
+    where Ctrl-C could leave the lock locked."""
 
     def cancel(self, request: Request[Any]) -> None:
         """End a waiting request; have a running one end soon."""
@@ -67,6 +68,10 @@ class Owner(Protocol):
 
     def expire(self) -> None:
         """End waiting requests whose deadline has passed."""
+        ...
+
+    def check_process(self) -> None:
+        """Raise :class:`FusionError` in a forked process, which has no worker: a wait there would never end."""
         ...
 
     def check_may_wait(self) -> None:
@@ -119,6 +124,8 @@ class Request(Generic[T]):
     @property
     def done(self) -> bool:
         """Whether the request has ended, with a result or an error."""
+        if self.is_waiting and self.control.reason == "deadline":
+            self._owner.expire()
         return self.outcome is not None
 
     def cancel(self) -> None:
@@ -144,7 +151,8 @@ class Request(Generic[T]):
         if timeout is not None:
             seconds = check_number("timeout", timeout, lambda value: value >= 0, "a number of seconds from 0, or None")
             limit = time.monotonic() + min(seconds, threading.TIMEOUT_MAX / 2)
-        with self._changed:
+        self._owner.check_process()
+        with self._owner.lock:
             self._wait(lambda: self.done, limit)
             return self._ended()
 
@@ -153,15 +161,18 @@ class Request(Generic[T]):
 
         Keep it short: the next question waits for it. It may submit, but not wait. An exception is logged.
         """
-        with self._changed:
-            self._callbacks.append(callback)
-            if self.done:
-                self._call_back()
+        self._owner.check_process()
+        with self._owner.lock:
+            if not self.done:
+                self._callbacks.append(callback)
+                return
+        self._owner.call(partial(callback, self))  # without the lock: once the thread has ended, it calls here
 
     def __iter__(self) -> Iterator[str]:
+        self._owner.check_process()
         position = 0
         while True:
-            with self._changed:
+            with self._owner.lock:
                 self._wait(partial(self._has, position), None)
                 piece = self._piece(position)
             if piece is None:
@@ -196,7 +207,7 @@ class Request(Generic[T]):
 
     def push(self, piece: str) -> None:
         """Append a piece of the answer. Needs no lock."""
-        with self._changed:
+        with self._owner.lock:
             self.first_piece = self.first_piece or time.monotonic()
             self._pieces.append(piece)
             self._notify()
@@ -212,16 +223,14 @@ class Request(Generic[T]):
         self.outcome, self._value, self._error = outcome, value, error
         self.run = None
         self._notify()
-        self._call_back()
+        for callback in self._callbacks:
+            self._owner.call(partial(callback, self))
+        self._callbacks.clear()
 
     def _notify(self) -> None:
         self._changed.notify_all()
-        for wake in self._listeners:
+        for wake in tuple(self._listeners):  # garbage collection may remove one meanwhile
             wake()
-
-    def _call_back(self) -> None:
-        while self._callbacks:
-            self._owner.call(partial(self._callbacks.pop(0), self))
 
     def _has(self, position: int) -> bool:
         return self.done or len(self._pieces) > position
@@ -258,6 +267,7 @@ class Request(Generic[T]):
         """Wait in an event loop. A deadline ends a request that waits."""
         import asyncio  # only programs that use it spend the time
 
+        self._owner.check_process()
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -266,7 +276,7 @@ class Request(Generic[T]):
 
         seconds = self.seconds_left
         timer = None if seconds is None else loop.call_later(seconds + EXPIRY_SLACK, self._owner.expire)
-        with self._changed:
+        with self._owner.lock:
             self._listeners.append(wake)
         try:
             while not is_ready():
@@ -275,7 +285,7 @@ class Request(Generic[T]):
         finally:
             if timer is not None:
                 timer.cancel()
-            with self._changed:
+            with self._owner.lock:
                 self._listeners.remove(wake)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -70,7 +71,8 @@ class Worker:
         try:
             while self._queue.is_beyond(request):
                 self.check_may_wait()
-                self._room.wait(request.seconds_left)
+                due = min(waiting.control.due for waiting in self._queue)  # one that ends makes room
+                self._room.wait(None if due == math.inf else max(0.0, due - time.monotonic()))
                 self.expire()
         except BaseException:
             self.cancel(request)
@@ -83,7 +85,9 @@ class Worker:
         self._end(request, outcome, error=kind(message, stopped.stage, stopped.partial))
 
     def cancel(self, request: Request[Any]) -> None:
-        """End a waiting request, and have a running one end soon."""
+        """End a waiting request, and have a running one end soon. Do nothing in a forked process."""
+        if self.is_inherited:
+            return
         with self.lock:
             if self._queue.remove(request):
                 request.control.stop("cancelled")
@@ -93,7 +97,9 @@ class Worker:
         self._stop(request.control, "cancelled")  # without the lock: the model has its own
 
     def expire(self) -> None:
-        """End waiting requests whose deadline has passed."""
+        """End waiting requests whose deadline has passed. Do nothing in a forked process."""
+        if self.is_inherited:
+            return
         with self.lock:
             for request in self._queue:
                 if request.control.reason == "deadline":
@@ -106,13 +112,22 @@ class Worker:
             raise UsageError("A callback cannot wait: the asker's thread, which runs it, would wait for itself.")
 
     def check_open(self) -> None:
-        """Raise :class:`UsageError` once the asker is closed, :class:`FusionError` in a forked process."""
-        if os.getpid() != self._process:
+        """Raise :class:`UsageError` once the asker is closed, and as :meth:`check_process`."""
+        self.check_process()
+        if self._is_closed:
+            raise UsageError("This asker has been closed; make another.")
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked process: it lacks the thread, which may have held the lock forever."""
+        return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Raise :class:`FusionError` in a forked process."""
+        if self.is_inherited:
             raise FusionError(
                 f"This process is a fork of process {self._process}, which made the asker; make one after the fork."
             )
-        if self._is_closed:
-            raise UsageError("This asker has been closed; make another.")
 
     def call(self, callback: Callable[[], object]) -> None:
         """Have the thread call ``callback``; call it here once the thread has ended."""
@@ -124,12 +139,15 @@ class Worker:
         _call(callback)
 
     def latencies(self) -> Latencies:
-        """Return the figures of all requests that have ended."""
+        """Return the figures of all requests that have ended. Raise as :meth:`check_process`."""
+        self.check_process()
         with self.lock:
             return self._recorder.latencies()
 
     def abandon(self) -> None:
-        """End the thread after the requests that wait."""
+        """End the thread after the requests that wait. Do nothing in a forked process."""
+        if self.is_inherited:
+            return
         with self.lock:
             self._is_abandoned = True
             self._work.notify()
@@ -142,7 +160,7 @@ class Worker:
         if timeout is not None:
             timeout = check_number("timeout", timeout, lambda value: value >= 0, "a number of seconds from 0, or None")
             timeout = min(timeout, threading.TIMEOUT_MAX)
-        if os.getpid() != self._process:
+        if self.is_inherited:
             return
         with self.lock:
             self._is_closed = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,6 +187,20 @@ def test_wait_ends_at_the_deadline(fusion: Fusion, make: MakeAsker) -> None:
             request.result(0)
 
 
+def test_wait_ends_when_another_request_s_deadline_makes_room(
+    fusion: Fusion, make: MakeAsker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker = make(capacity=1, when_full="wait")
+    with busy(fusion, asker):
+        late = asker.submit(picture(), "What?", deadline=0.5)
+        thread, requests = blocked_submit(asker, monkeypatch)
+        thread.join(10)
+        assert not thread.is_alive()
+        with pytest.raises(DeadlineExceeded):
+            late.result(0)
+    assert requests[0].result(20).text == text(fusion)
+
+
 def test_close_ends_a_submit_that_waits(fusion: Fusion, make: MakeAsker, monkeypatch: pytest.MonkeyPatch) -> None:
     asker = make(capacity=1, when_full="wait")
     with busy(fusion, asker):
@@ -207,6 +223,15 @@ def test_a_deadline_passes_while_a_request_waits(fusion: Fusion, asker: Asker) -
         with pytest.raises(DeadlineExceeded):
             list(asker.submit(picture(), "What?", deadline=0.01))
     assert asker.latencies().late == 2
+
+
+def test_a_deadline_passes_while_a_loop_polls(fusion: Fusion, asker: Asker) -> None:
+    with busy(fusion, asker) as running:
+        request = asker.submit(picture(), "What?", deadline=60)
+        assert not request.done
+        request.control.due = running.control.due = 0.0  # now
+        assert request.done
+        assert not running.done  # its thread ends it
 
 
 def test_a_deadline_passes_while_a_request_runs(fusion: Fusion, asker: Asker) -> None:
@@ -497,6 +522,40 @@ def test_close_in_a_callback(fusion: Fusion, make: MakeAsker) -> None:
         waiting.result(20)
 
 
+def test_a_callback_after_close_may_wait_for_other_threads(asker: Asker) -> None:
+    request = asker.submit(picture(), "What?", sampling=SHORT)
+    expected = request.result(20)
+    asker.close()
+    found: list[Answer] = []
+
+    def wait(done: Request[Answer]) -> None:
+        thread = threading.Thread(target=lambda: found.append(done.result()), daemon=True)
+        thread.start()
+        thread.join(5)
+
+    request.add_done_callback(wait)
+    assert found == [expected]
+
+
+class NoContext(threading.Condition):
+    """A condition whose ``__enter__`` Ctrl-C would interrupt, with the lock taken."""
+
+    def __enter__(self) -> bool:
+        raise AssertionError
+
+
+def test_ctrl_c_leaves_no_lock_behind(asker: Asker) -> None:
+    request = asker.submit(picture(), "What?", sampling=SHORT)
+    for conditions in (request, asker._worker):
+        for name, value in vars(conditions).items():
+            if isinstance(value, threading.Condition):
+                value.__class__ = NoContext
+                assert isinstance(getattr(conditions, name), NoContext)
+    request.add_done_callback(lambda _: None)
+    assert request.result(20).text == "".join(request).strip()
+    assert asker.submit(picture(), "What?", sampling=SHORT).result(20) is not None
+
+
 def test_a_model_that_is_closed_fails_the_requests(fusion: Fusion, asker: Asker) -> None:
     fusion.close()
     with pytest.raises(UsageError, match="This model has been closed"):
@@ -525,20 +584,58 @@ def test_an_asker_that_is_garbage_answers_and_ends(fusion: Fusion) -> None:
     assert request.result(20).text == text(fusion)
 
 
-def test_a_forked_process_makes_its_own_asker(fusion: Fusion, asker: Asker) -> None:
+def in_a_fork(work: Callable[[], object]) -> str:
+    """Call ``work`` in a forked process, 20 seconds at most. Return its value, or its error, as text."""
     read, write = os.pipe()
     if os.fork() == 0:  # the child
         try:
-            asker.close()  # does nothing
-            asker.submit(picture(), "What?")
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            os.write(write, str(work()).encode())
         except BaseException as error:
             os.write(write, str(error).encode())
         finally:
             os._exit(0)
     os.close(write)
     with os.fdopen(read, encoding="utf-8") as pipe:
-        assert re.fullmatch(r"This process is a fork of process \d+, .*; make one after the fork\.", pipe.read())
+        return pipe.read()
+
+
+def test_a_forked_process_makes_its_own_asker(fusion: Fusion, asker: Asker) -> None:
+    request = asker.submit(picture(), "What?", deadline=60, sampling=SHORT)
+    assert request.result(20)
+    refused: list[Callable[[], object]] = [
+        lambda: asker.submit(picture(), "What?"),
+        asker.latencies,
+        request.result,
+        lambda: list(request),
+        lambda: request.add_done_callback(print),
+        lambda: asyncio.run(_result(request)),
+    ]
+    harmless: list[Callable[[], object]] = [asker.close, request.cancel, asker._worker.abandon, lambda: request.done]
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with asker._worker.lock:
+            held.set()
+            assert over.wait(60)
+
+    thread = threading.Thread(target=hold)  # the fork inherits the lock, but not the thread that would release it
+    thread.start()
+    assert held.wait(20)
+    try:
+        for work in refused:
+            expected = r"This process is a fork of process \d+, which made the asker; make one after the fork\."
+            assert re.fullmatch(expected, in_a_fork(work))
+        assert [in_a_fork(work) for work in harmless] == ["None", "None", "None", "True"]
+    finally:
+        over.set()
+        thread.join(20)
     assert asker.submit(picture(), "What?", sampling=SHORT).result(20).text == text(fusion)
+
+
+async def _result(request: Request[Answer]) -> Answer:
+    return await request
 
 
 @pytest.mark.parametrize(
