@@ -58,7 +58,7 @@ def _main(options: argparse.Namespace) -> int:
 
 def measure(fusion: Fusion, questions: int, rounds: int, query_length: int | None = None) -> dict[str, Any]:
     """Time both ways in turns, with random rows."""
-    image = _image(fusion, fusion.pipeline.query_length(query_length))
+    image = _image(fusion, fusion.query_length(query_length))
     prefix_rows, latents = fusion.manifest.image_side**2 + 20, len(image.latents)
     prefix = fusion.backend.prefill_prefix(_rows(fusion, prefix_rows))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from numbers import Integral, Real
 
 from fusion_edge.runtime.errors import UsageError
 
+LONGEST_WAIT = threading.TIMEOUT_MAX / 2
+"""Limit of a wait in seconds: a longer one overflows, also after a later start."""
 MAX_CHARACTERS = 80
 """Limit of characters of a value in a message."""
 
@@ -43,6 +46,17 @@ def check_number(name: str, value: object, in_range: Callable[[float], bool], ex
     if not (math.isfinite(number) and in_range(number)):
         raise UsageError(f"{name} is {short_repr(value)}; expected {expected}.")
     return number
+
+
+def check_timeout(value: object) -> float | None:
+    """Return a timeout in seconds, at most what a lock can wait; None for none.
+
+    Raise ``UsageError`` unless it is None or a finite number from 0.
+    """
+    if value is None:
+        return None
+    number = check_number("timeout", value, lambda seconds: seconds >= 0, "a number of seconds from 0, or None")
+    return min(number, LONGEST_WAIT)
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -64,7 +64,7 @@ class Fusion:
             backend: Runs the graphs. :meth:`close` closes it.
             tokenizer: Tokenizer of the bundle.
             embed: Maps token ids int64 ``[n]`` to embeddings float32 ``[n,D]``.
-            device: What runs the graphs. Default: a device with the backend's name.
+            device: Runs the graphs. Default: a device with the backend's name.
             cached_images: As in :func:`load`.
 
         Raises:
@@ -74,10 +74,7 @@ class Fusion:
         self.manifest = manifest
         self.backend = backend
         self.device = Device(backend.name) if device is None else device
-        """Device that runs the model.
-
-        ``not_taken`` has the reasons against better devices, ``remark`` why this one is slower than possible.
-        """
+        """Device that runs the model, with the reasons against better ones."""
         self.tokenizer = tokenizer
         self.embed = embed
         images = check_integer("cached_images", cached_images, 1, "an integer from 1")
@@ -156,7 +153,7 @@ class Fusion:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
             FusionError: The image cannot be read, or the conversation does not fit the context.
             DeadlineExceeded: The deadline passed before the answer began.
-            Cancelled: The question was canceled before the answer began, or the model was closed.
+            Cancelled: The question was canceled then, or the model was closed.
         """
         return self.stream(image, question, deadline=deadline, on_stage=on_stage, **options)
 
@@ -386,6 +383,10 @@ class Fusion:
     def clear_image_cache(self) -> None:
         """Drop all cached images and scenes, so the next question encodes its image again."""
         self.queue.run(self.pipeline.clear_image_cache, RunControl())
+
+    def query_length(self, length: int | None = None) -> int:
+        """Return ``length``, by default the bundle's first. Raise :class:`UsageError` if the bundle lacks it."""
+        return self.pipeline.query_length(length)
 
     def _prepare(self, image: ImageLike, question: str, **options: Unpack[QuestionOptions]) -> PreparedQuestion:
         self.queue.check_open()

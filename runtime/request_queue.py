@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from fusion_edge.runtime.arguments import check_number
+from fusion_edge.runtime.arguments import check_timeout
 from fusion_edge.runtime.backends.base import Backend, Interruptible
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.run_control import RunControl, StopReason, StopSignal
@@ -124,8 +124,7 @@ class RequestQueue:
         Raises :class:`UsageError` for an invalid ``timeout``, and :class:`FusionError` if the wait ends by it; the
         question then frees the model.
         """
-        if timeout is not None:
-            timeout = check_number("timeout", timeout, lambda value: value >= 0, "a number of seconds from 0, or None")
+        timeout = check_timeout(timeout)
         if self.is_inherited:
             return
         self._is_closed = True

@@ -22,55 +22,55 @@ ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 """A path of an image file, a Pillow image, or an array ``[H,W,3]``, ``[H,W,1]`` or ``[H,W]``."""
 
 
-class AnswerOptions(TypedDict, total=False):
-    """Keyword arguments of :meth:`Conversation.ask` and :meth:`Conversation.answer`."""
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments that concern the answer alone."""
 
     sampling: Sampling | None
     """Length limit and sampling parameters. Default: greedy, at most 512 tokens."""
-    query_length: int | None
-    """Number of latents, one of the bundle's query lengths. Default: the first."""
     regex: str | None
     """Regular expression that matches the whole answer, as in :meth:`Grammar.regex`. Default: any answer."""
     choices: Iterable[str] | None
     """Texts of which the answer is one, as in :meth:`Grammar.choices`. Default: any answer."""
 
 
-class PromptOptions(TypedDict, total=False):
-    """Keyword arguments that describe a question and its image."""
-
-    history: Sequence[Turn]
-    """Earlier questions about the same image, with their answers. Default: none."""
-    color: Color
-    """Layout of an array: ``rgb`` (default), ``bgr``, ``nv12``, ``i420`` or ``yuyv``. Files and Pillow images define
-    their own."""
-    control_tokens: bool
-    """Whether questions and answers may spell control tokens such as ``<|end|>``. Default: such spellings are text."""
-
-
-class QuestionOptions(AnswerOptions, PromptOptions, total=False):
-    """Keyword arguments of :meth:`Fusion.ask`, :meth:`Fusion.answer` and :meth:`Fusion.stream`."""
-
-
-class ChoiceOptions(PromptOptions, total=False):
-    """Keyword arguments of :meth:`Fusion.choose`."""
+class LatentOptions(TypedDict, total=False):
+    """Keyword arguments that concern the latents."""
 
     query_length: int | None
     """Number of latents, one of the bundle's query lengths. Default: the first."""
 
 
-class SceneOptions(TypedDict, total=False):
-    """Keyword arguments of :meth:`Scene.ask`, :meth:`Scene.answer` and :meth:`Scene.stream`."""
+class HistoryOptions(TypedDict, total=False):
+    """Keyword arguments that concern the prompt."""
 
-    sampling: Sampling | None
-    """As in :class:`AnswerOptions`."""
     history: Sequence[Turn]
-    """Earlier questions about the scene, with their answers. Default: none."""
+    """Earlier questions about the same image, with their answers. Default: none."""
     control_tokens: bool
-    """As in :class:`QuestionOptions`."""
-    regex: str | None
-    """As in :class:`AnswerOptions`."""
-    choices: Iterable[str] | None
-    """As in :class:`AnswerOptions`."""
+    """Whether questions and answers may spell control tokens such as ``<|end|>``. Default: such spellings are text."""
+
+
+class ImageOptions(TypedDict, total=False):
+    """Keyword arguments that concern the image."""
+
+    color: Color
+    """Layout of an array: ``rgb`` (default), ``bgr``, ``nv12``, ``i420`` or ``yuyv``. Files and Pillow images define
+    their own."""
+
+
+class AnswerOptions(SamplingOptions, LatentOptions, total=False):
+    """Keyword arguments of :meth:`Conversation.ask` and :meth:`Conversation.answer`."""
+
+
+class QuestionOptions(AnswerOptions, HistoryOptions, ImageOptions, total=False):
+    """Keyword arguments of :meth:`Fusion.ask`, :meth:`Fusion.answer` and :meth:`Fusion.stream`."""
+
+
+class ChoiceOptions(LatentOptions, HistoryOptions, ImageOptions, total=False):
+    """Keyword arguments of :meth:`Fusion.choose`."""
+
+
+class SceneOptions(SamplingOptions, HistoryOptions, total=False):
+    """Keyword arguments of :meth:`Scene.ask`, :meth:`Scene.answer` and :meth:`Scene.stream`."""
 
 
 @dataclass(frozen=True, eq=False)

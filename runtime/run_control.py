@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from fusion_edge.runtime.answer import Answer, FinishReason
-from fusion_edge.runtime.arguments import check_number, short_repr
+from fusion_edge.runtime.arguments import LONGEST_WAIT, check_number, short_repr
 from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
 from fusion_edge.runtime.stages import SAMPLING, TIMINGS, WAITING
 
-LONGEST_WAIT = threading.TIMEOUT_MAX / 2
-"""Limit of a deadline in seconds: a wait that is longer overflows."""
 StopReason = Literal["deadline", "cancelled", "closed"]
 
 

@@ -14,7 +14,7 @@ from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.stages import DECODE_STEP
 
 if TYPE_CHECKING:
-    from fusion_edge.runtime.requests import AnswerOptions, SceneOptions
+    from fusion_edge.runtime.requests import SamplingOptions
 
 
 def with_grammar(
@@ -40,7 +40,7 @@ def with_grammar(
     return replace(sampling, grammar=grammars[given[0]]) if given else sampling
 
 
-def document_sampling(options: AnswerOptions | SceneOptions, schema: dict[str, Any]) -> Sampling:
+def document_sampling(options: SamplingOptions, schema: dict[str, Any]) -> Sampling:
     """Return the sampling of a document: that of ``options``, with ``schema`` as its only grammar."""
     sampling, regex, choices = options.get("sampling"), options.get("regex"), options.get("choices")
     return with_grammar(sampling, schema=Grammar.json(schema), regex=regex, choices=choices)

@@ -52,7 +52,7 @@ def settings(
 ) -> Settings:
     """Return the settings of an opened model. Raise :class:`UsageError` for a query length that it does not offer."""
     return Settings(
-        query_length=fusion.pipeline.query_length(query_length),
+        query_length=fusion.query_length(query_length),
         image_tokens=fusion.manifest.image_side**2,
         max_new_tokens=max_new_tokens,
         guide=guide,

@@ -105,7 +105,7 @@ def bench(bundle: Bundle, device: str, threads: int, config: BenchConfig, gpu: G
 
 
 def _cases(fusion: Fusion, threads: int, config: BenchConfig) -> Iterator[Case]:
-    lengths = [fusion.pipeline.query_length(length) for length in config.query_lengths or (None,)]
+    lengths = [fusion.query_length(length) for length in config.query_lengths or (None,)]
     images = config.image_tokens or (fusion.manifest.image_side**2,)
     matrix = product(lengths, images, config.prompt_tokens, config.new_tokens, config.context)
     for query_length, image_tokens, prompt_tokens, new_tokens, context in dict.fromkeys(matrix):

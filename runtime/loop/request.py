@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypedDict, TypeVar, cast
 
 from fusion_edge.runtime.answer import Answer
-from fusion_edge.runtime.arguments import check_number
+from fusion_edge.runtime.arguments import check_timeout
 from fusion_edge.runtime.errors import FusionError, Stopped
 from fusion_edge.runtime.loop.latencies import Outcome
 from fusion_edge.runtime.requests import ChoiceOptions, QuestionOptions
@@ -147,10 +147,8 @@ class Request(Generic[T]):
             UsageError: ``timeout`` is not a number from 0, an argument of the question is wrong, or a callback waits.
             FusionError: As in :meth:`Fusion.ask`.
         """
-        limit = None
-        if timeout is not None:
-            seconds = check_number("timeout", timeout, lambda value: value >= 0, "a number of seconds from 0, or None")
-            limit = time.monotonic() + min(seconds, threading.TIMEOUT_MAX / 2)
+        seconds = check_timeout(timeout)
+        limit = None if seconds is None else time.monotonic() + seconds
         self._owner.check_process()
         with self._owner.lock:
             self._wait(lambda: self.done, limit)

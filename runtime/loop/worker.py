@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusion_edge.runtime.answer import Answer
-from fusion_edge.runtime.arguments import check_number
+from fusion_edge.runtime.arguments import check_timeout
 from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError, Stopped, UsageError
 from fusion_edge.runtime.loop.latencies import Latencies, LatencyRecorder, Outcome
 from fusion_edge.runtime.loop.request import QueueFull, Request, Superseded
@@ -157,9 +157,7 @@ class Worker:
 
         Raises :class:`UsageError` for a wrong ``timeout``, and :class:`FusionError` if the wait ends by it.
         """
-        if timeout is not None:
-            timeout = check_number("timeout", timeout, lambda value: value >= 0, "a number of seconds from 0, or None")
-            timeout = min(timeout, threading.TIMEOUT_MAX)
+        timeout = check_timeout(timeout)
         if self.is_inherited:
             return
         with self.lock:

@@ -107,10 +107,10 @@ def test_a_long_stop_string_is_fast(fusion: Fusion) -> None:
 
 def test_query_length(fusion: Fusion, tiny_bundle: Path) -> None:
     for wrong in (*NO_INTEGERS, 0, -4, 5, 10**5000, np.int64(5)):
-        refused(lambda wrong=wrong: fusion.pipeline.query_length(wrong), "Query length ")
+        refused(lambda wrong=wrong: fusion.query_length(wrong), "Query length ")
         refused(lambda wrong=wrong: fusion.answer(PICTURE, "What?", query_length=wrong), "Query length ")
         refused(lambda wrong=wrong: next(fusion.conversation(PICTURE).ask("?", query_length=wrong)), "Query length ")
-    assert type(fusion.pipeline.query_length(np.int64(4))) is int
+    assert type(fusion.query_length(np.int64(4))) is int
     expected = fusion.answer(PICTURE, "What?", query_length=4, sampling=SHORT)
     numpys = fusion.answer(PICTURE, "What?", query_length=np.int16(4), sampling=SHORT)
     assert (numpys.token_ids, numpys.prompt_tokens) == (expected.token_ids, expected.prompt_tokens)
