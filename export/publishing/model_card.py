@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Manifest
-from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.quantization_report import read_report
 from fusion_edge.runtime.bundle.reader import Bundle
-from fusion_edge.runtime.errors import FusionError, printable
+from fusion_edge.runtime.errors import printable
 from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.hub.client import is_hub_id, open_client
 
@@ -110,13 +110,9 @@ def _formats(manifest: Manifest) -> str:
 
 
 def _quantization(bundle: Bundle) -> list[tuple[str, str]]:
-    if all(entry.path != QUANTIZATION for entry in bundle.manifest.files):
+    report = read_report(bundle)
+    if report is None:
         return []
-    path = bundle.path(QUANTIZATION)
-    try:
-        report = QuantizationReport.read(path)
-    except (ValueError, RecursionError) as error:
-        raise FusionError(f"{path} is not a quantization report ({error}); export the bundle again.") from None
     samples = report.calibration_samples
     return [("Calibration", f"{samples} samples" if samples else "none"), *report.rows()]
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.runtime.bundle.json_file import read_json
+from fusion_edge.runtime.bundle.manifest import QUANTIZATION
+from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.bundle.schema import from_json
+from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.formatting import format_table
 
 WORST = 12  # rows of the table
@@ -188,3 +191,14 @@ def sqnr(noise: float, signal: float) -> float:
     if noise <= 0:
         return 200.0
     return round(min(10 * math.log10(max(signal, 1e-300) / noise), 200.0), 2)
+
+
+def read_report(bundle: Bundle) -> QuantizationReport | None:
+    """Return the report of a bundle; None if it has none. Raise :class:`FusionError` if it is invalid."""
+    if all(entry.path != QUANTIZATION for entry in bundle.manifest.files):
+        return None
+    path = bundle.path(QUANTIZATION)
+    try:
+        return QuantizationReport.read(path)
+    except (ValueError, RecursionError) as error:
+        raise FusionError(f"{path} is not a quantization report ({error}); export the bundle again.") from None

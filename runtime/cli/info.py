@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from fusion_edge.runtime.bundle.engines import all_engines
 from fusion_edge.runtime.bundle.image_memory import image_memory
-from fusion_edge.runtime.bundle.manifest import QUANTIZATION, Manifest
-from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.bundle.manifest import Manifest
+from fusion_edge.runtime.bundle.quantization_report import read_report
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.errors import FusionError, printable
+from fusion_edge.runtime.errors import printable
 from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.hub.bundle_source import BundleSource
 from fusion_edge.runtime.system.progress import Progress
@@ -103,13 +103,9 @@ def _engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
 
 def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:
     """Summarize the quantization report, if the bundle has one. Raise :class:`FusionError` if it is invalid."""
-    if all(entry.path != QUANTIZATION for entry in bundle.manifest.files):
+    report = read_report(bundle)
+    if report is None:
         return []
-    path = bundle.path(QUANTIZATION)
-    try:
-        report = QuantizationReport.read(path)
-    except (ValueError, RecursionError) as error:
-        raise FusionError(f"{path} is not a quantization report ({error}); export the bundle again.") from None
     methods = Counter(linear.method for linear in report.linears)
     summary = ", ".join(f"{count} by {method}" for method, count in methods.items())
     rows = [("Quantized", f"{summary}; {report.calibration_samples} calibration samples")]
