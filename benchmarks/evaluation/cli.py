@@ -22,11 +22,11 @@ from fusion_edge.benchmarks.evaluation.samples import answered_samples
 from fusion_edge.benchmarks.latency.machine.info import MachineInfo, machine_info
 from fusion_edge.benchmarks.latency.machine.nvidia import find_gpu
 from fusion_edge.benchmarks.latency.result_file import header
-from fusion_edge.runtime.backends.devices import AUTO, NAMES
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.choices import choice_list
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.options import output_file, positive_integer, positive_seconds
+from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options
+from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import AccuracyError, UsageError
 from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
 from fusion_edge.runtime.system.output_file import write_whole
@@ -95,19 +95,8 @@ def parser() -> argparse.ArgumentParser:
         help="limit of generated tokens (default: %(default)s)",
     )
     add("--query-len", type=positive_integer, metavar="N", help="query length (default: the bundle's first)")
-    add(
-        "--deadline",
-        type=positive_seconds,
-        metavar="SECONDS",
-        help="end each answer after this time (default: never)",
-    )
-    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="device (default: the best for the bundle)")
-    add(
-        "--threads",
-        type=positive_integer,
-        metavar="N",
-        help="CPU threads (default: all processors that this process may use)",
-    )
+    add_deadline_option(parser)
+    add_device_options(parser)
     add("--json", action="store_true", help="print the result as one JSON object")
     add(
         "--html",

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_edge.runtime.answer import Answer
-from fusion_edge.runtime.backends.devices import AUTO, CANDIDATES, NAMES
+from fusion_edge.runtime.backends.devices import CANDIDATES
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.choices import ChoosingConversation, choice_list
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
+from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.cli.stage_display import StageDisplay
 from fusion_edge.runtime.constraints.grammar import Grammar
 from fusion_edge.runtime.conversation import Conversation
@@ -65,25 +66,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="query length, one that the bundle offers (default: the first)",
     )
-    add(
-        "--deadline",
-        type=positive_seconds,
-        metavar="SECONDS",
-        help="end each answer after this time (default: never)",
-    )
+    add_deadline_option(parser)
     _add_sampling_options(parser)
     add(
         "--control-tokens",
         action="store_true",
         help="read spellings such as <|end|> in questions and history as control tokens (default: as text)",
     )
-    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="device (default: the best for the bundle)")
-    add(
-        "--threads",
-        type=positive_integer,
-        metavar="N",
-        help="CPU threads (default: all processors that this process may use)",
-    )
+    add_device_options(parser)
     add("--json", action="store_true", help="print all answers as one JSON object")
     add(
         "--verbose",

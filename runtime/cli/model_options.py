@@ -1,0 +1,30 @@
+"""Options of the commands that run a model."""
+
+from __future__ import annotations
+
+import argparse
+
+from fusion_edge.runtime.backends.devices import AUTO, NAMES
+from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
+
+
+def add_deadline_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--deadline``, in seconds."""
+    parser.add_argument(
+        "--deadline",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="end each answer after this time (default: never)",
+    )
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--threads``."""
+    add = parser.add_argument
+    add("--device", choices=(AUTO, *NAMES), default=AUTO, help="device (default: the best for the bundle)")
+    add(
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="CPU threads (default: all processors that this process may use)",
+    )
