@@ -14,15 +14,16 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "assets" / "peers.svg"
@@ -128,24 +129,34 @@ def _bars(axes: Any, values: Mapping[str, float], has_names: bool) -> None:
     axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
 
 
+def run_plot(
+    argv: Sequence[str] | None,
+    module: str,
+    what: str,
+    plot: Path,
+    read: Callable[[], T],
+    draw: Callable[[T, Path], None],
+) -> int:
+    """Run the command that draws ``plot`` from ``read()``, or checks its data, and return the exit code."""
+    prog = f"python -m fusion_edge.benchmarks.{module}"
+    parser = argparse.ArgumentParser(prog=prog, description=f"Draw the {what} from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="only compare the plot's data with the results")
+    parser.add_argument("--output", type=Path, default=plot, metavar="FILE", help=f"default: docs/assets/{plot.name}")
+
+    def run(arguments: argparse.Namespace) -> int:
+        data = read()
+        if not arguments.check:
+            draw(data, arguments.output)
+        elif plotted_data(arguments.output) != data:
+            raise FusionError(f"{arguments.output} is outdated; draw it again with {prog}.")
+        return 0
+
+    return run_command(run, parser.parse_args(argv))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fusion_edge.benchmarks.plots",
-        description="Draw the plot of LLM speed against other engines from benchmarks/results.",
-    )
-    parser.add_argument("--check", action="store_true", help="only compare the plot's data with the results")
-    parser.add_argument("--output", type=Path, default=PLOT, metavar="FILE", help="default: docs/assets/peers.svg")
-    return run_command(_main, parser.parse_args(argv))
-
-
-def _main(arguments: argparse.Namespace) -> int:
-    data = read_data()
-    if not arguments.check:
-        draw(data, arguments.output)
-    elif plotted_data(arguments.output) != data:
-        raise FusionError(f"{arguments.output} is outdated; draw it again with python -m fusion_edge.benchmarks.plots.")
-    return 0
+    return run_plot(argv, "plots", "plot of LLM speed against other engines", PLOT, read_data, draw)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ The result is that of ``benchmarks.demo.reliability``. The SVG holds the data it
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_edge.benchmarks.plots import OTHERS, OURS, RESULTS, ROOT, TEXT, plotted_data, svg_figure
-from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.benchmarks.plots import OTHERS, OURS, RESULTS, ROOT, TEXT, run_plot, svg_figure
 
 RESULT = RESULTS / "demo_reliability.json"
 PLOT = ROOT / "docs" / "assets" / "reliability.svg"
@@ -79,24 +76,7 @@ def draw(data: Data, svg: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fusion_edge.benchmarks.demo.reliability_plot",
-        description="Draw the reliability plot of the demo model from benchmarks/results.",
-    )
-    parser.add_argument("--check", action="store_true", help="only compare the plot's data with the result")
-    parser.add_argument(
-        "--output", type=Path, default=PLOT, metavar="FILE", help="default: docs/assets/reliability.svg"
-    )
-    return run_command(_main, parser.parse_args(argv))
-
-
-def _main(arguments: argparse.Namespace) -> int:
-    data = read_data()
-    if not arguments.check:
-        draw(data, arguments.output)
-    elif plotted_data(arguments.output) != data:
-        raise FusionError(f"{arguments.output} is outdated; draw it again, without --check.")
-    return 0
+    return run_plot(argv, "demo.reliability_plot", "reliability plot of the demo model", PLOT, read_data, draw)
 
 
 if __name__ == "__main__":
