@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from types import TracebackType
 
 from fusion_edge.runtime.stages import ALIGNMENT, ENCODE_GLOBAL, ENCODE_LOCAL, PREFILL, PREPROCESS
+from fusion_edge.runtime.system.status_line import StatusLine
 
 REFRESH_SECONDS = 0.2
 STEPS = (PREPROCESS, ENCODE_GLOBAL, ENCODE_LOCAL, ALIGNMENT, PREFILL)
@@ -18,7 +18,7 @@ class StageDisplay:
     """Shows the stage with its number and seconds in a ``with`` block, until the first token."""
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
+        self._line = StatusLine()
         self._is_shown = False
         self._stage, self._since = "", 0.0
         self._end = threading.Event()
@@ -26,7 +26,7 @@ class StageDisplay:
         self._lock = threading.Lock()
 
     def __enter__(self) -> StageDisplay:
-        if self._is_terminal:
+        if self._line.is_terminal:
             self._thread.start()
         return self
 
@@ -34,7 +34,7 @@ class StageDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end.set()
-        if self._is_terminal:
+        if self._thread.ident is not None:
             self._thread.join()
             self._clear()
 
@@ -53,7 +53,7 @@ class StageDisplay:
     def _clear(self) -> None:
         if self._is_shown:  # otherwise the line is the answer's
             self._is_shown = False
-            self._write("")
+            self._line.show("")
 
     def _refresh(self) -> None:
         while not self._end.wait(REFRESH_SECONDS):
@@ -61,11 +61,4 @@ class StageDisplay:
                 if self._stage:
                     number, seconds = STEPS.index(self._stage) + 1, time.monotonic() - self._since
                     self._is_shown = True
-                    self._write(f"[{number}/{len(STEPS)}] {self._stage} {seconds:.0f} s")
-
-    def _write(self, line: str) -> None:
-        try:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-        except OSError:  # the terminal is closed; the answer continues
-            self._is_terminal = False
+                    self._line.show(f"[{number}/{len(STEPS)}] {self._stage} {seconds:.0f} s")

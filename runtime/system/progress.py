@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from concurrent.futures import CancelledError
 from types import TracebackType
+
+from fusion_edge.runtime.system.status_line import StatusLine
 
 REFRESH_SECONDS = 0.2
 
@@ -24,7 +25,7 @@ class Progress:
         self._shown = self._start  # shorter work shows nothing
         self._is_canceled = False
         self._lock = threading.Lock()
-        self._terminal = sys.stderr.isatty()
+        self._line = StatusLine()
 
     def __enter__(self) -> Progress:
         return self
@@ -32,8 +33,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._terminal:
-            self._show("")
+        self._line.show("")
 
     def extend(self, count: int) -> None:
         """Add ``count`` to the total."""
@@ -51,18 +51,11 @@ class Progress:
         with self._lock:
             self.done += count
             now = time.monotonic()
-            if not self._terminal or now - self._shown < REFRESH_SECONDS:
+            if not self._line.is_terminal or now - self._shown < REFRESH_SECONDS:
                 return
             self._shown = now
             elapsed = now - self._start
             left = elapsed * (self.total - self.done) / max(self.done, 1)
             share, rate = self.done / max(self.total, 1), self.done / 1e6 / elapsed
             speed = "" if self.unit is None else f" {rate:.0f} {self.unit}/s,"
-            self._show(f"{self.label}: {share:4.0%},{speed} {left:.0f} s left")
-
-    def _show(self, line: str) -> None:
-        try:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-        except OSError:  # the terminal is closed; the work continues
-            self._terminal = False
+            self._line.show(f"{self.label}: {share:4.0%},{speed} {left:.0f} s left")
