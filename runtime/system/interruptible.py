@@ -5,11 +5,12 @@ Python runs signal handlers only in the main thread, between its own instruction
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
@@ -21,7 +22,7 @@ GRACE_SECONDS = 0.5
 POLL_SECONDS = 0.2
 Result = TypeVar("Result")
 
-_abandoned: list[Future[Any]] = []
+_abandoned: list[_Job[Any]] = []
 
 
 def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
@@ -30,17 +31,16 @@ def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Res
     An exception that ends the wait, such as Ctrl-C's, calls ``cancel`` and gives the work :data:`GRACE_SECONDS` to end.
     Work that takes longer is abandoned: nothing can stop a thread.
     """
-    outcome: Future[Result] = Future()
+    job = _Job(work)
     try:
-        Thread(target=_settle, args=(outcome, work), daemon=True).start()
-        while not wait([outcome], POLL_SECONDS).done:  # a signal right before an endless wait would not end it
-            pass
-        return outcome.result()
+        Thread(target=job.run, daemon=True).start()
+        job.wait()
     except BaseException:
         cancel()
-        _abandoned.append(outcome)
-        wait([outcome], GRACE_SECONDS)
+        _abandoned.append(job)
+        job.wait(GRACE_SECONDS)
         raise
+    return job.outcome()
 
 
 def run_interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
@@ -98,10 +98,18 @@ class _Job(Generic[Result]):
         finally:
             self._running.release()
 
-    def wait(self) -> None:
-        """Wait for the end of the work, while this thread handles signals."""
-        while not self._running.acquire(timeout=POLL_SECONDS):  # a signal right before an endless wait would not end it
-            pass
+    @property
+    def is_done(self) -> bool:
+        """Whether the work has ended."""
+        return not self._running.locked()
+
+    def wait(self, seconds: float = math.inf) -> None:
+        """Wait for the end of the work, at most ``seconds``, while this thread handles signals."""
+        due = time.monotonic() + seconds
+        while (left := due - time.monotonic()) > 0:  # a signal right before an endless wait would not end it
+            if self._running.acquire(timeout=min(POLL_SECONDS, left)):
+                self._running.release()
+                return
 
     def outcome(self) -> Result:
         """Return the result of the work, or raise its error, which no longer holds the job afterwards."""
@@ -142,7 +150,7 @@ os.register_at_fork(after_in_child=_WORKER.__init__)  # type: ignore[misc]  # th
 
 def is_abandoned() -> bool:
     """Return whether abandoned work still runs."""
-    return not all(outcome.done() for outcome in _abandoned)
+    return not all(job.is_done for job in _abandoned)
 
 
 def leave_abandoned(code: int) -> int:
@@ -153,10 +161,3 @@ def leave_abandoned(code: int) -> int:
                 stream.flush()
         os._exit(code)
     return code
-
-
-def _settle(outcome: Future[Result], work: Callable[[], Result]) -> None:
-    try:
-        outcome.set_result(work())
-    except BaseException as error:
-        outcome.set_exception(error)

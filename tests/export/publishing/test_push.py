@@ -290,7 +290,10 @@ def test_ctrl_c_during_the_upload(
     assert capsys.readouterr().err == "interrupted\n"
     hub.broken["."] = 500  # this process lives on, and so do the client's threads
     released.set()
-    assert interruptible._abandoned[-1].exception(30) is not None
+    job = interruptible._abandoned[-1]
+    job.wait(30)
+    assert job.is_done
+    assert job.error is not None
     assert pushed(hub) == {".gitattributes": b""}
 
 
