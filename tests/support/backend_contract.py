@@ -61,6 +61,13 @@ class Subject:
         rows = _random(seed, PREFIX, self.width)
         return rows, self.backend.prefill_prefix(rows)
 
+    def start(self, capacity: int = CAPACITY) -> Floats:
+        """Start a sequence of one question, and return its rows."""
+        image = self.image()
+        rows, latents, questions = self.prompt(image, 1)
+        self.backend.prefill(rows, image, latents, questions, capacity)
+        return rows
+
     def assert_close(self, actual: npt.ArrayLike, expected: npt.ArrayLike) -> None:
         actual, expected = np.asarray(actual), np.asarray(expected)
         assert actual.shape == expected.shape

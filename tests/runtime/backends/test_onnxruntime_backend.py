@@ -17,7 +17,7 @@ from support.backend_contract import CAPACITY, Subject
 
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError
-from fusion_edge.runtime.backends.base import Floats, ImageAlignment, Interruptible
+from fusion_edge.runtime.backends.base import ImageAlignment, Interruptible
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph, has_vnni
@@ -116,7 +116,7 @@ def test_features_equal_a_plain_run(bundle: Bundle, subject: Subject) -> None:
 
 
 def test_a_decode_step_binds_and_allocates_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = start(subject, CAPACITY)
+    rows = subject.start()
     before = subject.backend.decode(rows[0]).copy()
 
     def refuse(*_: object) -> None:
@@ -141,7 +141,7 @@ def test_options_of_decode_steps(subject: Subject, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", watched)
     monkeypatch.setattr(subject.backend._llm, "_has_long_steps", are_long)  # type: ignore[attr-defined]
-    rows = start(subject, CAPACITY)
+    rows = subject.start()
     assert options
     assert all(isinstance(one, ort.RunOptions) for one in options)
     options.clear()
@@ -165,7 +165,7 @@ def test_interrupt_and_resume(subject: Subject) -> None:
 
 def test_a_decode_step_writes_one_position_of_the_cache(subject: Subject) -> None:
     """A decode step changes the memory of one token only."""
-    rows = start(subject, CAPACITY)
+    rows = subject.start()
     language = subject.manifest.model.language
     shape = language.kv_heads, CAPACITY, language.head_dim
     decoder = subject.backend._llm  # type: ignore[attr-defined]
@@ -178,19 +178,11 @@ def test_a_decode_step_writes_one_position_of_the_cache(subject: Subject) -> Non
     assert np.array_equal(after[used:], before[used:])
 
 
-def start(subject: Subject, capacity: int) -> Floats:
-    """Start a sequence and return its rows."""
-    image = subject.image()
-    rows, latents, questions = subject.prompt(image, 1)
-    subject.backend.prefill(rows, image, latents, questions, capacity)
-    return rows
-
-
 def test_no_decode_step_copies_the_cache(subject: Subject) -> None:
     """A cache of eight times the capacity does not slow steps down: they touch only used memory."""
     fastest = []
     for capacity in (CAPACITY, subject.manifest.max_context):
-        rows = start(subject, capacity)
+        rows = subject.start(capacity)
         seconds = []
         for _ in range(4):
             begun = time.perf_counter()
@@ -202,10 +194,10 @@ def test_no_decode_step_copies_the_cache(subject: Subject) -> None:
 
 def test_a_sequence_fits_the_context(subject: Subject) -> None:
     """A capacity above the context is refused, and the previous sequence continues."""
-    rows = start(subject, CAPACITY)
+    rows = subject.start()
     context = subject.manifest.max_context
     with pytest.raises(FusionError, match=f"{context + 1} tokens exceeds the bundle's context of {context}"):
-        start(subject, context + 1)
+        subject.start(context + 1)
     assert np.isfinite(subject.backend.decode(rows[0])).all()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,40 +26,9 @@ from fusion_edge.runtime.backends import devices
 from fusion_edge.runtime.backends.base import Floats, KvPrefix
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
-from fusion_edge.runtime.errors import DeviceError
 
 pytestmark = needs_opset_24  # the fake of TensorRT computes with it
 STEP = ["cudaGraphLaunch", "cudaStreamSynchronize"]
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    assert cli.main([str(tiny_checkpoint), "-o", str(folder), "--fp16", "--target", "tensorrt"]) == 0
-    return open_bundle(folder)
-
-
-@pytest.fixture
-def on_fake(bundle: Bundle) -> Iterator[OnFake]:
-    """An open backend; afterwards all memory is free."""
-    fake = open_on_fake(bundle, *RTX, "--parts=1")
-    yield fake
-    fake.backend.close()
-    fake.cuda.check_all_freed()
-    assert fake.trt.released_early == []
-
-
-@pytest.fixture
-def subject(on_fake: OnFake, bundle: Bundle) -> Subject:
-    return Subject(on_fake.backend, bundle.manifest, 0.02)
-
-
-def start(subject: Subject) -> Floats:
-    """Start a sequence and return its rows."""
-    image = subject.image()
-    rows, latents, questions = subject.prompt(image, 1)
-    subject.backend.prefill(rows, image, latents, questions, CAPACITY)
-    return rows
 
 
 # Lifetimes -------------------------------------------------------------------------------------------------------
@@ -69,7 +38,7 @@ def start(subject: Subject) -> Floats:
 def test_objects_are_freed_after_their_users(bundle: Bundle, library: tuple[str, str]) -> None:
     """Configurations outlive contexts, engines outlive configurations, also during a close."""
     fake = open_on_fake(bundle, *library, "--parts=2")
-    start(Subject(fake.backend, bundle.manifest, 0.02))
+    Subject(fake.backend, bundle.manifest, 0.02).start()
     gc.collect()
     assert fake.trt.released_early == []
     fake.backend.close()
@@ -117,7 +86,7 @@ def test_a_cache_that_is_not_updated_in_place_is_detected(bundle: Bundle) -> Non
 def test_a_decode_step_is_one_launch(bundle: Bundle, parts: str) -> None:
     fake = open_on_fake(bundle, *RTX, "--parts", parts)
     subject = Subject(fake.backend, bundle.manifest, 0.02)
-    rows = start(subject)
+    rows = subject.start()
     runs = fake.trt.runs
     for count in range(1, 4):
         fake.cuda.calls.clear()
@@ -130,11 +99,11 @@ def test_a_decode_step_is_one_launch(bundle: Bundle, parts: str) -> None:
 
 def test_memory_is_allocated_once(on_fake: OnFake, subject: Subject) -> None:
     """Later images reuse the memory of the first one, unless it is still in use."""
-    rows = start(subject)
+    rows = subject.start()
     used, count = on_fake.cuda.used, len(on_fake.cuda.allocations)
     for crops, words in ((1, 0), (4, 7)):
         subject.encode(crops, words)
-        start(subject)
+        subject.start()
         subject.backend.decode(rows[0])
     assert (on_fake.cuda.used, len(on_fake.cuda.allocations)) == (used, count)
 
@@ -202,18 +171,18 @@ def test_an_interrupt_acts_between_partitions(bundle: Bundle, monkeypatch: pytes
 def test_an_interrupt_acts_between_decode_steps(
     on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = start(subject)
+    rows = subject.start()
     expected = [subject.backend.decode(row).copy() for row in rows[:3]]
 
     def decode() -> None:
         for row in rows[:3]:
             subject.backend.decode(row)
 
-    start(subject)
+    subject.start()
     runs = on_fake.trt.runs
     interrupt_in(on_fake, monkeypatch, decode, 2)
     assert on_fake.trt.runs == runs + 2
-    start(subject)
+    subject.start()
     for row, logits in zip(rows[:3], expected, strict=True):
         assert np.array_equal(subject.backend.decode(row), logits)
 
@@ -301,8 +270,8 @@ def test_decode_steps_without_a_cuda_graph(
     capsys.readouterr()
     backend = open_backend(bundle, trt)
     assert capsys.readouterr().err == f"warning: decode steps run without a CUDA graph: {reason}\n"
-    rows = start(subject)
-    start(Subject(backend, bundle.manifest, 0.02))
+    rows = subject.start()
+    Subject(backend, bundle.manifest, 0.02).start()
     for row in rows[:2]:
         assert np.array_equal(backend.decode(row), subject.backend.decode(row))
     backend.close()
@@ -326,93 +295,10 @@ def test_an_incomplete_step_is_not_captured(bundle: Bundle, monkeypatch: pytest.
     monkeypatch.setattr(trt.cuda, "cudaStreamBeginCapture", refuse_from_here)
     monkeypatch.setattr(trt.cuda, "cudaStreamEndCapture", refuse_no_longer)
     backend = open_backend(bundle, trt)
-    rows, runs = start(Subject(backend, bundle.manifest, 0.02)), trt.runs
+    rows, runs = Subject(backend, bundle.manifest, 0.02).start(), trt.runs
     backend.decode(rows[0])
     assert trt.runs == runs + 1
     backend.close()
-    trt.cuda.check_all_freed()
-
-
-# Errors -------------------------------------------------------------------------------------------------
-
-
-def test_sizes_outside_the_profiles_are_refused(subject: Subject, bundle: Bundle) -> None:
-    """The previous sequence continues after a refusal."""
-    rows, context = start(subject), bundle.manifest.max_context
-    image = subject.image()
-    long = np.zeros((context + 1, subject.width), np.float32)
-    latents, questions = np.arange(4)[None], np.array([5])
-    many = np.tile(latents, (16, 1)), np.arange(16)
-
-    def prefill(length: int, places: tuple[object, object], capacity: int) -> None:
-        subject.backend.prefill(long[:length], image, *places, capacity)  # type: ignore[arg-type]
-
-    refusals: dict[str, Callable[[], object]] = {
-        "has 497 tokens of all questions, and the engines support 0 to 496": lambda: subject.backend.encode(
-            np.zeros((1, 3, 384, 384), np.float32),
-            np.zeros((1, 497, subject.width), np.float32),
-            np.ones((1, 497), np.bool_),
-        ),
-        "has 16 questions of the conversation, and the engines support 0 to 15": lambda: prefill(64, many, CAPACITY),
-        "sequence of 513 tokens exceeds the engines' context of 512; build with a larger --max-context.": (
-            lambda: prefill(64, (latents, questions), context + 1)
-        ),
-        "has 17 latents per question, and the engines support 0 to 16": (
-            lambda: prefill(64, (np.arange(17)[None], questions), CAPACITY)
-        ),
-        "The sequence has 513 tokens, more than its capacity of 512": (
-            lambda: prefill(context + 1, (latents, questions), context)
-        ),
-    }
-    for message, refused in refusals.items():
-        with pytest.raises(FusionError, match=message):
-            refused()
-    assert np.isfinite(subject.backend.decode(rows[0])).all()
-
-
-def test_tensorrt_fails_to_run(on_fake: OnFake, subject: Subject) -> None:
-    on_fake.trt.run_error = "Cuda Runtime (an illegal instruction was encountered)"
-    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to run vision_encoder: Cuda Runtime \(.*\)\.$"):
-        subject.encode(1, 0)
-    on_fake.trt.run_error = None
-    start(subject)
-
-
-def test_tensorrt_fails_to_load(bundle: Bundle) -> None:
-    trt = FakeTensorRT(*RTX, FakeCuda())
-    assert build(bundle, trt) == 0
-    trt.load_error = "Cannot allocate\n  memory."
-    with pytest.raises(
-        FusionError,
-        match=r"cannot load .*vision_encoder\.engine: Cannot allocate memory\. If memory ran out, close other programs",
-    ):
-        open_backend(bundle, trt)
-    trt.cuda.check_all_freed()
-
-
-def test_tensorrt_fails_to_create_a_context(bundle: Bundle) -> None:
-    trt = FakeTensorRT(*RTX, FakeCuda())
-    assert build(bundle, trt) == 0
-    trt.context_error = "Requested amount of GPU memory could not be allocated."
-    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to prepare vision_encoder: Requested amount of GPU"):
-        open_backend(bundle, trt)
-    trt.cuda.check_all_freed()
-
-
-def test_tensorrt_fails_to_bind_a_tensor(on_fake: OnFake, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, image = start(subject), subject.image()
-    monkeypatch.setattr(IExecutionContext, "set_tensor_address", lambda *_: False)
-    with pytest.raises(FusionError, match=r"^tensorrt_rtx failed to bind the tensors of llm: it gives no reason\.$"):
-        subject.backend.prefill(rows, image, np.arange(4)[None], np.array([5]), CAPACITY)
-
-
-def test_memory_runs_out_during_the_load(bundle: Bundle) -> None:
-    """The backend frees everything it has allocated."""
-    trt = FakeTensorRT(*RTX, FakeCuda())
-    assert build(bundle, trt) == 0
-    trt.cuda.failures["cudaMalloc"] = Error.cudaErrorMemoryAllocation
-    with pytest.raises(DeviceError, match=r"^CUDA's cudaMalloc failed: cudaErrorMemoryAllocation of the fake\.$"):
-        open_backend(bundle, trt)
     trt.cuda.check_all_freed()
 
 
