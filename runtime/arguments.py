@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from fusion_edge.runtime.errors import UsageError
 
 LONGEST_WAIT = threading.TIMEOUT_MAX / 2
-"""Limit of a wait in seconds: a longer one overflows, also after a later start."""
+"""Limit of a wait in seconds: a longer one overflows when it is added to the clock."""
 MAX_CHARACTERS = 80
 """Limit of characters of a value in a message."""
 

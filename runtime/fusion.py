@@ -74,7 +74,7 @@ class Fusion:
         self.manifest = manifest
         self.backend = backend
         self.device = Device(backend.name) if device is None else device
-        """Device that runs the model, with the reasons against better ones."""
+        """Device that runs the model. ``not_taken`` has the reasons against better ones, ``remark`` why it is slow."""
         self.tokenizer = tokenizer
         self.embed = embed
         images = check_integer("cached_images", cached_images, 1, "an integer from 1")
@@ -153,7 +153,7 @@ class Fusion:
             UsageError: An argument has a wrong type or is out of range, or the model is closed.
             FusionError: The image cannot be read, or the conversation does not fit the context.
             DeadlineExceeded: The deadline passed before the answer began.
-            Cancelled: The question was canceled then, or the model was closed.
+            Cancelled: The question was canceled before the answer began, or the model was closed.
         """
         return self.stream(image, question, deadline=deadline, on_stage=on_stage, **options)
 

@@ -40,11 +40,11 @@ class LatentOptions(TypedDict, total=False):
     """Number of latents, one of the bundle's query lengths. Default: the first."""
 
 
-class HistoryOptions(TypedDict, total=False):
+class PromptOptions(TypedDict, total=False):
     """Keyword arguments that concern the prompt."""
 
     history: Sequence[Turn]
-    """Earlier questions about the same image, with their answers. Default: none."""
+    """Earlier questions about the same image or scene, with their answers. Default: none."""
     control_tokens: bool
     """Whether questions and answers may spell control tokens such as ``<|end|>``. Default: such spellings are text."""
 
@@ -61,15 +61,15 @@ class AnswerOptions(SamplingOptions, LatentOptions, total=False):
     """Keyword arguments of :meth:`Conversation.ask` and :meth:`Conversation.answer`."""
 
 
-class QuestionOptions(AnswerOptions, HistoryOptions, ImageOptions, total=False):
+class QuestionOptions(AnswerOptions, PromptOptions, ImageOptions, total=False):
     """Keyword arguments of :meth:`Fusion.ask`, :meth:`Fusion.answer` and :meth:`Fusion.stream`."""
 
 
-class ChoiceOptions(LatentOptions, HistoryOptions, ImageOptions, total=False):
+class ChoiceOptions(LatentOptions, PromptOptions, ImageOptions, total=False):
     """Keyword arguments of :meth:`Fusion.choose`."""
 
 
-class SceneOptions(SamplingOptions, HistoryOptions, total=False):
+class SceneOptions(SamplingOptions, PromptOptions, total=False):
     """Keyword arguments of :meth:`Scene.ask`, :meth:`Scene.answer` and :meth:`Scene.stream`."""
 
 

@@ -78,14 +78,16 @@ def _end(job: _Job[Any], cancel: Callable[[], None]) -> None:
 
 
 class _Job(Generic[Result]):
-    """Work of the main thread for the worker, and its outcome. No lock that Ctrl-C could leave locked."""
+    """Work in another thread, and its outcome."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self.work: Callable[[], Result] | None = work
         """None to skip it."""
         self.error: BaseException | None = None
+        self.is_done = False
+        """Whether the work has ended."""
         self._results: list[Result] = []
-        self._running = threading.Lock()
+        self._running = threading.Lock()  # Ctrl-C may leave it locked, so it tells nothing but when to look
         self._running.acquire()
 
     def run(self) -> None:
@@ -96,20 +98,16 @@ class _Job(Generic[Result]):
         except BaseException as error:
             self.error = error
         finally:
+            self.work = None  # it may hold a model
+            self.is_done = True
             self._running.release()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the work has ended."""
-        return not self._running.locked()
 
     def wait(self, seconds: float = math.inf) -> None:
         """Wait for the end of the work, at most ``seconds``, while this thread handles signals."""
         due = time.monotonic() + seconds
-        while (left := due - time.monotonic()) > 0:  # a signal right before an endless wait would not end it
-            if self._running.acquire(timeout=min(POLL_SECONDS, left)):
-                self._running.release()
-                return
+        while not self.is_done and (left := due - time.monotonic()) > 0:
+            # A signal right before an endless wait would not end it.
+            self._running.acquire(timeout=min(POLL_SECONDS, left))
 
     def outcome(self) -> Result:
         """Return the result of the work, or raise its error, which no longer holds the job afterwards."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes.watched_backend import watched_fusion
+from support.askers import MakeAsker
 
 from fusion_edge.runtime import Asker, Fusion
-
-MakeAsker = Callable[..., Asker]
 
 
 @pytest.fixture

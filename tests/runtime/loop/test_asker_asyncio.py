@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 from fakes.watched_backend import SHORT, BlockedCall, picture
+from support.askers import MakeAsker
 
 from fusion_edge.runtime import (
     Answer,
@@ -19,8 +19,6 @@ from fusion_edge.runtime import (
     Sampling,
     Superseded,
 )
-
-MakeAsker = Callable[..., Asker]
 
 
 def test_ask_and_pieces(fusion: Fusion, asker: Asker) -> None:

@@ -11,6 +11,7 @@ import time
 import weakref
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 from fakes.watched_backend import interrupt_main, on_alarm
@@ -79,6 +80,33 @@ def test_ctrl_c_at_any_moment() -> None:
             assert not work.is_running
             assert run_interruptible(Work(0).run, lambda: None) == "done"
     assert sum(thread.name == "fusion-edge worker" for thread in threading.enumerate()) == 1
+
+
+def test_ctrl_c_within_the_end_of_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves the job's lock locked. The work has ended all the same."""
+
+    class Lock:
+        def __init__(self) -> None:
+            self._lock, self._interrupts = threading.Lock(), True
+
+        def acquire(self, timeout: float = -1) -> bool:
+            taken = self._lock.acquire(timeout=timeout)
+            if timeout > 0 and taken and self._interrupts:
+                self._interrupts = False
+                raise KeyboardInterrupt
+            return taken
+
+        def release(self) -> None:
+            self._lock.release()
+
+    monkeypatch.setattr(interruptible, "threading", SimpleNamespace(Lock=Lock))
+    monkeypatch.setattr(interruptible, "_abandoned", [])
+    work = Work(0.05)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible.interruptible(work.run, work.cancel)
+    assert time.monotonic() - started < interruptible.GRACE_SECONDS
+    assert not interruptible.is_abandoned()
 
 
 def test_nothing_holds_work_that_has_ended() -> None:
