@@ -44,7 +44,7 @@ class Reference:
         """
         reference = self._answers[number]
         if isinstance(reference, Response):
-            return _compare_choices(given, reference)
+            return compare_choices(given, reference)
         theirs = self._kept.read(reference.rows)
         ours = questioner.force(sample, reference.token_ids, len(reference.rows))
         return CaseComparison(
@@ -55,11 +55,12 @@ class Reference:
         )
 
 
-def _compare_choices(given: Response, reference: Response) -> CaseComparison | None:
+def compare_choices(given: Response, reference: Response) -> CaseComparison | None:
+    """Compare the probabilities of the same choices; None without them. Every divergence is finite."""
     if not given.probabilities:
         return None
-    with np.errstate(divide="ignore"):  # a probability of 0
-        ours, theirs = (np.log([list(one.probabilities.values())]) for one in (given, reference))
+    tiny = np.finfo(np.float64).tiny  # in place of 0, whose divergence is infinite and no number in JSON
+    ours, theirs = (np.log([[max(p, tiny) for p in one.probabilities.values()]]) for one in (given, reference))
     is_same = given.text == reference.text
     return CaseComparison(reference.text, is_same, int(is_same), tuple(divergences(theirs, ours).tolist()))
 
