@@ -20,6 +20,7 @@ matrices = arrays.arrays(
 
 @given(rows=matrices, fmt=st.sampled_from(FORMATS))
 @example(rows=np.array([[0.33789062, -7.8125]], np.float32), fmt=WeightFormat("uint8", 32))
+@example(rows=np.array([[-0.00033776]], np.float32), fmt=WeightFormat("int8", 32))  # its scale is subnormal
 def test_round_trip_error_is_at_most_half_a_step(rows: np.ndarray, fmt: WeightFormat) -> None:
     packed = quantize(rows, fmt)
     scales = packed.scales
@@ -28,10 +29,11 @@ def test_round_trip_error_is_at_most_half_a_step(rows: np.ndarray, fmt: WeightFo
     assert (scales > 0).all()
     restored = dequantize(packed, fmt, rows.shape[1])
     step = np.repeat(scales.astype(np.float64), fmt.block_size, axis=1)[:, : rows.shape[1]]
-    # Rounding a scale to float16 clips a group's extreme by at most 2^-11 of the steps between it and zero; in an
-    # asymmetric format, of the steps between both extremes, as the zero point is rounded to fit the other one.
+    # Rounding a scale to float16 changes it by at most 2^-11 of it, or by 2^-25 if it is subnormal. It clips a group's
+    # extreme by that for each step between it and zero; in an asymmetric format, between both extremes, as the zero
+    # point is rounded to fit the other one.
     steps = 1 << (fmt.bits - fmt.is_symmetric)
-    tolerance = step * (0.5 + steps * 2.0**-11) + 1e-7
+    tolerance = step * 0.5 + steps * np.maximum(step * 2.0**-11, 2.0**-25) + 1e-7
     assert (np.abs(restored - rows) <= tolerance).all()
 
 
