@@ -205,10 +205,17 @@ def seconds(runs: list[Run]) -> list[float]:
 
 
 def report(name: str, make: Callable[[Path | None], Run], library: Path, layers: int, work: float, unit: str) -> None:
-    """Print one row. ``work`` of one layer is in 10^9 operations or bytes, as ``unit`` says."""
-    theirs, ours = (each / layers for each in seconds([make(None), make(library)]))
-    rate = f"{work / ours:6.1f} {unit}"
-    sys.stdout.write(f"{name:48} {theirs * 1e3:9.2f} ms {ours * 1e3:9.2f} ms {theirs / ours:6.2f} x {rate}\n")
+    """Print a row for each tier. ``work`` of one layer is in 10^9 operations or bytes, as ``unit`` says."""
+    ours, names = make(library), cpu_kernels.tiers()
+
+    def run(tier: str) -> None:
+        cpu_kernels.use_tier(tier)
+        ours()
+
+    theirs, *times = (each / layers for each in seconds([make(None), *(partial(run, tier) for tier in names)]))
+    for tier, own in zip(names, times, strict=True):
+        rate = f"{work / own:6.1f} {unit}"
+        sys.stdout.write(f"{name:48} {theirs * 1e3:9.2f} ms {own * 1e3:9.2f} ms {theirs / own:6.2f} x {rate}, {tier}\n")
     sys.stdout.flush()
 
 

@@ -43,7 +43,7 @@ struct Weights {
     size_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
 };
 
-// result [rows, outputs] = activation(x [rows, inputs]) W^T + bias.
+// result [rows, outputs] = activation(x [rows, inputs]) W^T + bias. There is at least one row.
 void gemm(
     const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
     const Parallel& parallel);

@@ -1,4 +1,4 @@
-// Kernels of linear layers: GEMV for one row, tiled GEMM for more.
+// Kernels of linear layers: GEMV for one row, GEMMs of each tier for more.
 
 #pragma once
 
@@ -12,15 +12,17 @@ constexpr size_t CHUNK = 64;  // bytes of weights in one register
 // result [outputs] of one row.
 void gemv(const QuantizedActivations& x, const Weights& weights, float* result, const Parallel& parallel);
 
-// result [rows, outputs].
-void gemm_tiles(
-    const QuantizedActivations& x, size_t rows, const Weights& weights, float* result, const Parallel& parallel);
+// Signatures of gemm.h.
+using Gemm = decltype(&gemm);
+using Mlp = decltype(&mlp);
 
-// Returns GELU(x W^T + b), quantized for the next layer, in memory that the calling thread keeps. Missing rows of the
-// last tile are undefined.
-QuantizedActivations gemm_gelu(
-    const QuantizedActivations& x, size_t rows, const Weights& weights, const ActivationQuantization& quantization,
-    const Parallel& parallel);
+// GEMMs of a tier, for more than one row. Those of AMX are for static quantization.
+struct GemmKernels {
+    Gemm gemm;
+    Mlp mlp;
+};
+
+extern const GemmKernels VNNI_GEMM, AMX_GEMM;
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")

@@ -6,6 +6,7 @@
 #include "custom_op.h"
 #include "gemm.h"
 #include "operators.h"
+#include "tier.h"
 
 namespace fusion_edge {
 namespace {
@@ -28,12 +29,11 @@ Operators concatenate(std::initializer_list<Operators> parts) {
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// Returns whether this processor runs the kernels.
-EXPORTED bool is_supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
-}
+// Returns the name of the fastest tier of this processor, or null if it cannot run the kernels.
+EXPORTED const char* tier() { return fusion_edge::name(fusion_edge::fastest_tier()); }
+
+// For tests and benchmarks: uses the tier of a name, and returns whether this processor has it.
+EXPORTED bool use_tier(const char* name) { return fusion_edge::use_tier(name); }
 
 // For tests: attention in float32 (operators.h).
 EXPORTED void use_bfloat16(bool enabled) { fusion_edge::use_bfloat16(enabled); }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from support.cpu_kernel_switches import needs_cpu_kernels
+from support.cpu_kernel_switches import needs_cpu_kernels, tier
 from support.linear_references import integer_linear, integer_tensors, one_step
 from support.one_node import gelu, session_of
 
 from fusion_edge.kernels.onnx_functions.linear import integer_matmul_function, integer_mlp_function
 from fusion_edge.kernels.operators import INTEGER_LINEAR_INPUTS
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
 pytestmark = needs_cpu_kernels
@@ -29,6 +30,12 @@ INTEGER_FUNCTIONS = {
         integer_mlp_function(21),
     )
 }
+
+
+@pytest.fixture(scope="module", params=cpu_kernels.TIERS, autouse=True)
+def each_tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    with tier(request.param):
+        yield
 
 
 def integer_session(
@@ -49,7 +56,7 @@ def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, output
 
 @given(
     gelu_first=st.booleans(),
-    rows=st.sampled_from([1, 3, 7, 8, 12, 25]),
+    rows=st.sampled_from([1, 3, 7, 8, 12, 25, 40]),
     inputs=st.integers(1, 700),
     outputs=st.integers(1, 90),
     scale=st.sampled_from([0.003, 0.01, 0.1]),
@@ -57,6 +64,8 @@ def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, output
     seed=st.integers(0, 2**32 - 1),
 )
 @example(False, 13, 257, 1600, 0.02, 128, 0)
+@example(False, 1100, 700, 40, 0.02, 128, 2)  # several blocks of rows and inputs
+@example(True, 33, 1200, 600, 0.02, 30, 3)
 @example(True, 12, 4304, 64, 0.02, 10, 1)
 @example(True, 4000, 64, 1600, 0.02, 10, 2)  # the result exceeds the caches: streaming stores
 @example(False, 4000, 64, 1601, 0.02, 10, 3)  # the same, without the alignment that these need

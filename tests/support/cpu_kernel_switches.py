@@ -17,6 +17,19 @@ needs_cpu_kernels = pytest.mark.skipif(
 
 
 @contextmanager
+def tier(name: str) -> Iterator[None]:
+    """Make the kernels use a tier. Skip the test if this processor lacks it."""
+    if not cpu_kernels.use_tier(name):
+        pytest.skip(f"this processor lacks {name}")
+    try:
+        yield
+    finally:
+        fastest = cpu_kernels.tier()
+        assert fastest is not None
+        cpu_kernels.use_tier(fastest)
+
+
+@contextmanager
 def streams(enabled: bool) -> Iterator[None]:
     """Make GEMV read weights in several streams, or in one. The default depends on the processor."""
     kernels = ctypes.CDLL(str(cpu_kernels.library()))

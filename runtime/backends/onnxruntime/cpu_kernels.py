@@ -14,6 +14,8 @@ from fusion_edge.runtime.bundle.manifest import Manifest
 LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
 """Accuracy of the kernels, as ``MatMulNBits`` defines it: 4 is int8 GEMM. Their attention computes in bfloat16."""
+TIERS = ("AVX-512 VNNI", "AMX")
+"""Tiers of instructions that the kernels are written for, the fastest last."""
 FLOATS = frozenset({"fp32", "fp16"})
 """Formats of unquantized weights."""
 
@@ -36,7 +38,7 @@ def unsupported_reason(manifest: Manifest) -> str | None:
     try:
         if not is_supported():
             return "They need an x86-64 processor with AVX-512 VNNI."
-    except OSError as error:  # the library was built for another system
+    except (OSError, AttributeError) as error:  # the library is of another system, or older than these files
         return f"They cannot be loaded ({error}); install fusion-edge again."
     return None
 
@@ -50,6 +52,28 @@ def can_run(manifest: Manifest, graph: str) -> bool:
 
 def is_supported() -> bool:
     """Return whether this processor can run the library, which must be installed."""
-    function = ctypes.CDLL(str(library())).is_supported
+    return tier() is not None
+
+
+def tier() -> str | None:
+    """Return the fastest tier of instructions that this processor and the library have; None if there is none.
+
+    The library must be installed. Raises OSError if it was built for another system.
+    """
+    function = ctypes.CDLL(str(library())).tier
+    function.restype = ctypes.c_char_p
+    found: bytes | None = function()
+    return None if found is None else found.decode()
+
+
+def tiers() -> tuple[str, ...]:
+    """Return the tiers that this processor and the library have, the fastest last."""
+    fastest = tier()
+    return TIERS[: TIERS.index(fastest) + 1] if fastest else ()
+
+
+def use_tier(name: str) -> bool:
+    """Make the kernels use a tier of :data:`TIERS`, for tests and benchmarks; return whether this processor has it."""
+    function = ctypes.CDLL(str(library())).use_tier
     function.restype = ctypes.c_bool
-    return bool(function())
+    return bool(function(name.encode()))

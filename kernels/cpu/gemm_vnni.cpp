@@ -1,4 +1,4 @@
-// Tiled GEMM: 8 rows of activations times a panel of 48 outputs.
+// Micro-kernel of GEMM for AVX-512 VNNI: 8 rows of activations times a panel of 48 outputs.
 //
 // A panel interleaves its outputs by DOT_WIDTH inputs. Each broadcast of a row's inputs serves three registers of
 // outputs; a tile of 12 rows by 32 outputs would be bound by loads instead.
@@ -7,8 +7,9 @@
 #include <array>
 #include <utility>
 
-#include "simd_activations.h"
+#include "gemm_driver.h"
 #include "gemm_kernels.h"
+#include "simd_activations.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 
@@ -17,7 +18,6 @@ namespace {
 
 constexpr size_t REGISTERS = 3;              // of outputs
 constexpr size_t PANEL = REGISTERS * LANES;  // outputs of a tile
-constexpr size_t MAX_PANELS = 8;             // panels that a thread multiplies with each tile of rows
 
 // The operand with a zero point, which is unsigned; the other is signed. Activations have one with static quantization;
 // weights have one for all, or one per block.
@@ -215,64 +215,22 @@ const std::array<MatmulTile, TILE_ROWS>& matmul_tiles(const Weights& weights) {
     return weights.static_quantization ? ACTIVATIONS : weights.zero_points ? BLOCKS : ALL_WEIGHTS;
 }
 
-// Writes sums + bias to the result, with STREAMS past the caches.
-template <bool STREAMS>
-void write_tile(const float* sums, const float* bias, size_t rows, size_t count, size_t stride, float* result) {
-    for (size_t i = 0; i < rows; ++i)
-        for (size_t j = 0; j < count; j += LANES) {
-            const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * PANEL + j), _mm512_load_ps(bias + j));
-            float* to = result + i * stride + j;
-            if (STREAMS) _mm512_stream_ps(to, sum);
-            else _mm512_mask_storeu_ps(to, lane_mask(count - j), sum);
-        }
-}
-
-// Output of the tiles' sums.
-class TileWriter {
-  public:
-    virtual ~TileWriter() = default;
-    // Writes sums [rows, PANEL] of rows from `row` on and outputs from `output` on; bias [PANEL].
-    virtual void write(const float* sums, const float* bias, size_t row, size_t rows, size_t output) const = 0;
-    // Prefetches the memory of the next write.
-    virtual void prefetch(size_t row, size_t rows, size_t output) const = 0;
-};
-
-// Writes float32 [rows, outputs]. Streams past the caches if the result exceeds them.
-class FloatWriter final : public TileWriter {
-  public:
-    FloatWriter(float* result, size_t rows, size_t outputs) : result_(result), outputs_(outputs) {
-        constexpr size_t CACHED = 16 << 20;  // bytes
-        streams_ = rows * outputs * sizeof(float) > CACHED && outputs % LANES == 0 &&
-                   reinterpret_cast<uintptr_t>(result) % CHUNK == 0;
-    }
-
-    void write(const float* sums, const float* bias, size_t row, size_t rows, size_t output) const override {
-        const size_t count = std::min(PANEL, outputs_ - output);
-        float* const to = result_ + row * outputs_ + output;
-        if (streams_) write_tile<true>(sums, bias, rows, count, outputs_, to);
-        else write_tile<false>(sums, bias, rows, count, outputs_, to);
-    }
-
-    void prefetch(size_t row, size_t rows, size_t output) const override {
-        for (size_t i = 0; i < rows && !streams_; ++i)
-            for (size_t j = 0; j < PANEL; j += LANES)
-                __builtin_prefetch(result_ + (row + i) * outputs_ + output + j, 1);
-    }
-
-  private:
-    float* result_;
-    size_t outputs_;
-    bool streams_;
-};
-
 // Writes GELU of the results, quantized, as the next layer's activations.
-class QuantizedGeluWriter final : public TileWriter {
+class GeluWriter final : public TileWriter {
   public:
-    QuantizedGeluWriter(const QuantizedActivations& next, const ActivationQuantization& quantization)
-        : next_(next), quantizer_(quantization) {}
+    // Missing rows of the last tile are undefined.
+    GeluWriter(size_t rows, const Weights& weights, const ActivationQuantization& quantization)
+        : quantizer_(quantization) {
+        static thread_local Scratch<int8_t> values;
+        static thread_local Scratch<float> scales;
+        static thread_local Scratch<int32_t> sums;
+        const size_t all = round_up(rows, TILE_ROWS), steps = round_up(weights.outputs, PANEL) / DOT_WIDTH;
+        hidden = {values.of(all * steps * DOT_WIDTH), scales.of(all), sums.of(all), steps, 1};
+        std::fill(hidden.scales, hidden.scales + all, quantization.scale);
+    }
 
     void write(const float* sums, const float* bias, size_t row, size_t, size_t output) const override {
-        int8_t* to = next_.tile(row / TILE_ROWS, TILE_ROWS).values + output * TILE_ROWS;
+        int8_t* to = hidden.tile(row / TILE_ROWS, TILE_ROWS).values + output * TILE_ROWS;
         for (size_t j = 0; j < PANEL; j += LANES, to += LANES * TILE_ROWS) {
             const __m512i low = four_rows(sums + j, bias + j), high = four_rows(sums + 4 * PANEL + j, bias + j);
             const __m512i start = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
@@ -283,9 +241,11 @@ class QuantizedGeluWriter final : public TileWriter {
     }
 
     void prefetch(size_t row, size_t, size_t output) const override {
-        const int8_t* to = next_.tile(row / TILE_ROWS, TILE_ROWS).values + output * TILE_ROWS;
+        const int8_t* to = hidden.tile(row / TILE_ROWS, TILE_ROWS).values + output * TILE_ROWS;
         for (size_t i = 0; i < PANEL * TILE_ROWS; i += CHUNK) __builtin_prefetch(to + i, 1);
     }
+
+    QuantizedActivations hidden;
 
   private:
     // 16 outputs of four rows: each quarter of the register has four outputs of each row.
@@ -299,70 +259,61 @@ class QuantizedGeluWriter final : public TileWriter {
     }
 
     static_assert(TILE_ROWS == 8 && DOT_WIDTH == 4);
-    QuantizedActivations next_;
     ActivationQuantizer quantizer_;
 };
 
-// Multiplies all rows with the panels of outputs from `start` to `end`. Each tile of rows is read once for all of them.
-void gemm_panels(
-    const QuantizedActivations& x, size_t rows, const Weights& weights, size_t start, size_t end,
-    const TileWriter& writer) {
-    static thread_local std::array<PanelScratch, MAX_PANELS> scratch;
-    const auto& matmul = matmul_tiles(weights);
-    std::array<Panel, MAX_PANELS> panels;
-    for (size_t output = start, i = 0; output < end; output += PANEL, ++i)
-        panels[i] = pack(weights, output, scratch[i]);
-    const size_t count = (end - start + PANEL - 1) / PANEL, stride = (DOT_WIDTH * TILE_ROWS + count - 1) / count;
-    const size_t steps = weights.blocks() * (weights.block_size / DOT_WIDTH);
-    alignas(64) float sums[TILE_ROWS * PANEL] = {};
-    for (size_t row = 0; row < rows; row += TILE_ROWS) {
-        const size_t here = std::min(TILE_ROWS, rows - row);
-        const QuantizedActivations tile = x.tile(row / TILE_ROWS, TILE_ROWS);
-        const size_t size = row + TILE_ROWS < rows ? tile.steps * DOT_WIDTH * TILE_ROWS : 0;
-        NextTile next{tile.values + size, size ? stride : 0};
-        for (size_t output = start; output < end; output += PANEL) {
-            const Panel& panel = panels[(output - start) / PANEL];
-            writer.prefetch(row, here, output);
-            matmul[here - 1](panel, tile, weights.block_size, next, sums);
-            next.values += steps * next.stride;
-            writer.write(sums, panel.bias, row, here, output);
+class VnniKernel {
+  public:
+    static constexpr size_t ROWS = TILE_ROWS, OUTPUTS = PANEL, BLOCK_ROWS = ROWS;
+    using Inputs = QuantizedActivations;
+    using HiddenWriter = GeluWriter;
+
+    static Inputs pack_rows(
+        const float* x, size_t rows, const Weights& weights, Activation activation, const Parallel& parallel) {
+        return quantize_activations(x, rows, ROWS, weights, activation, parallel);
+    }
+    static size_t cached_panels(const Inputs& x) {
+        constexpr size_t CACHE = 512 << 10;
+        return CACHE / (x.steps * DOT_WIDTH * OUTPUTS);
+    }
+    static size_t min_tasks() { return 16; }
+
+    VnniKernel(const Inputs& x, size_t rows, const Weights& weights, size_t output, size_t panels)
+        : x_(x),
+          rows_(rows),
+          count_(panels),
+          block_size_(weights.block_size),
+          steps_(weights.blocks() * (weights.block_size / DOT_WIDTH)),
+          matmul_(matmul_tiles(weights)) {
+        static thread_local std::array<PanelScratch, MAX_PANELS> scratch;
+        for (size_t i = 0; i < panels; ++i) panels_[i] = pack(weights, output + i * OUTPUTS, scratch[i]);
+    }
+
+    const float* bias(size_t panel) const { return panels_[panel].bias; }
+
+    template <class Output>
+    void multiply(size_t row, size_t rows, const Output& output) const {
+        const QuantizedActivations tile = x_.tile(row / ROWS, ROWS);
+        const size_t size = row + ROWS < rows_ ? tile.steps * DOT_WIDTH * ROWS : 0;
+        NextTile next{tile.values + size, size ? (DOT_WIDTH * ROWS + count_ - 1) / count_ : 0};
+        alignas(64) float sums[ROWS * OUTPUTS] = {};
+        for (size_t i = 0; i < count_; ++i) {
+            output.prefetch(i, row, rows);
+            matmul_[rows - 1](panels_[i], tile, block_size_, next, sums);
+            next.values += steps_ * next.stride;
+            output.write(sums, i, row, rows);
         }
     }
-    _mm_sfence();  // makes streaming stores visible to other threads
-}
 
-void gemm_all_panels(
-    const QuantizedActivations& x, size_t rows, const Weights& weights, const TileWriter& writer,
-    const Parallel& parallel) {
-    // As many panels per task as the L2 cache holds, to read the rows less often, but at least TASKS tasks.
-    constexpr size_t CACHE = 512 << 10, TASKS = 16;
-    const size_t panels = (weights.outputs + PANEL - 1) / PANEL;
-    const size_t fitting = std::min(CACHE / (x.steps * DOT_WIDTH * PANEL), panels / TASKS);
-    const size_t per_task = std::clamp<size_t>(fitting, 1, MAX_PANELS) * PANEL;
-    parallel((weights.outputs + per_task - 1) / per_task, [&](size_t group) {
-        const size_t start = group * per_task, end = std::min(weights.outputs, start + per_task);
-        gemm_panels(x, rows, weights, start, end, writer);
-    });
-}
+  private:
+    Inputs x_;
+    size_t rows_, count_, block_size_, steps_;
+    std::array<Panel, MAX_PANELS> panels_;
+    const std::array<MatmulTile, TILE_ROWS>& matmul_;
+};
 
 }  // namespace
 
-void gemm_tiles(
-    const QuantizedActivations& x, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
-    gemm_all_panels(x, rows, weights, FloatWriter(result, rows, weights.outputs), parallel);
-}
-
-QuantizedActivations gemm_gelu(
-    const QuantizedActivations& x, size_t rows, const Weights& weights, const ActivationQuantization& quantization,
-    const Parallel& parallel) {
-    static thread_local Scratch<int8_t> values;
-    static thread_local Scratch<float> scales;
-    static thread_local Scratch<int32_t> sums;
-    const size_t all = round_up(rows, TILE_ROWS), steps = round_up(weights.outputs, PANEL) / DOT_WIDTH;
-    const QuantizedActivations next{values.of(all * steps * DOT_WIDTH), scales.of(all), sums.of(all), steps, 1};
-    std::fill(next.scales, next.scales + all, quantization.scale);
-    gemm_all_panels(x, rows, weights, QuantizedGeluWriter(next, quantization), parallel);
-    return next;
-}
+const GemmKernels VNNI_GEMM = {gemm_rows<VnniKernel>, mlp_rows<VnniKernel>};
 
 }  // namespace fusion_edge
