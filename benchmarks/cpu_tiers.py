@@ -11,16 +11,14 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.benchmarks.latency.machine.info import machine_info
+from fusion_edge.benchmarks.rounds import rounds_parser, write_result
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.fusion import Fusion
@@ -35,11 +33,7 @@ Times = dict[str, list[float]]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("bundle", type=Path, help="bundle folder")
-    parser.add_argument("--rounds", type=positive_integer, default=3, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the result to this JSON file")
-    return run_command(_main, parser.parse_args(arguments))
+    return run_command(_main, rounds_parser(__doc__, 3).parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -61,14 +55,7 @@ def _main(options: argparse.Namespace) -> int:
                     progress.advance(1)
     sys.stdout.write(table(times))
     if options.json:
-        result = {
-            "command": f"python -m fusion_edge.benchmarks.cpu_tiers BUNDLE --rounds {options.rounds}",
-            "processor": machine.processor,
-            "cores": machine.cores,
-            "load_average": machine.load_average,
-            "seconds": times,
-        }
-        write_json(options.json, result)
+        write_result(options.json, "cpu_tiers", options.rounds, machine, {"seconds": times})
     return 0
 
 

@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fusion_edge.benchmarks.latency.machine.info import machine_info
+from fusion_edge.benchmarks.rounds import rounds_parser, write_result
 from fusion_edge.export.planning.presets import DETAILS, Detail
 from fusion_edge.runtime.bundle.config import side
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.sampling import Sampling
-from fusion_edge.runtime.system.output_file import write_whole
 
 GUIDE = "Is the path in front of the robot clear, and what is on it?"
 QUESTIONS = ("Is the path clear?", "How many people do you see?")
@@ -61,11 +58,7 @@ class DetailTimes:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("bundle", type=Path, help="bundle folder")
-    parser.add_argument("--rounds", type=positive_integer, default=5, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the result to this JSON file")
-    return run_command(_main, parser.parse_args(arguments))
+    return run_command(_main, rounds_parser(__doc__, 5).parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -80,16 +73,9 @@ def _main(options: argparse.Namespace) -> int:
         cache, precision = fusion.manifest.cache, fusion.manifest.precision
     sys.stdout.write(table(times))
     if options.json:
-        result = {
-            "command": f"python -m fusion_edge.benchmarks.scenes BUNDLE --rounds {options.rounds}",
-            "processor": machine.processor,
-            "cores": machine.cores,
-            "load_average": machine.load_average,
-            "precision": precision,
-            "cache": cache,
-            "details": {name: dataclasses.asdict(one) | {"ratio": one.ratio} for name, one in times.items()},
-        }
-        write_whole(options.json, json.dumps(result, indent=1) + "\n")
+        results = {name: dataclasses.asdict(one) | {"ratio": one.ratio} for name, one in times.items()}
+        measured = {"precision": precision, "cache": cache, "details": results}
+        write_result(options.json, "scenes", options.rounds, machine, measured)
     return 0
 
 

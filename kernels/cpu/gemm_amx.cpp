@@ -2,6 +2,7 @@
 //
 // With static quantization, where both factors are bytes and one int32 sum goes over all inputs.
 
+#include <array>
 #include <thread>
 
 #include "amx.h"

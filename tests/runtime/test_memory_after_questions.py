@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fakes.watched_backend import SHORT, picture, watched_fusion
 
-from fusion_edge.runtime import Fusion, FusionError, Stopped
+from fusion_edge.runtime import AnswerStream, Cancelled, Fusion, FusionError, Stopped
 from fusion_edge.runtime.stages import DECODE_STEP, PREFILL
 
 
@@ -69,3 +69,17 @@ def test_a_dropped_model_is_freed(tiny_bundle: Path, ask: Callable[[Fusion], Non
     pipeline = weakref.ref(fusion.pipeline)
     del fusion
     assert pipeline() is None
+
+
+def test_a_stopped_stream_is_no_cycle_that_keeps_its_picture(tiny_bundle: Path) -> None:
+    fusion = watched_fusion(tiny_bundle)
+
+    def stopped() -> weakref.ref[AnswerStream]:
+        stream = fusion.stream(picture(), "What?", sampling=SHORT)
+        stream.cancel()
+        for _ in range(2):
+            with pytest.raises(Cancelled):
+                next(stream)
+        return weakref.ref(stream)
+
+    assert stopped()() is None

@@ -12,16 +12,7 @@ import numpy as np
 import pytest
 from fakes.watched_backend import SHORT, backend, in_threads, picture, watched_fusion
 
-from fusion_edge.runtime import (
-    Cancelled,
-    DeadlineExceeded,
-    Fusion,
-    FusionError,
-    SceneEvicted,
-    Turn,
-    UsageError,
-    load,
-)
+from fusion_edge.runtime import Cancelled, DeadlineExceeded, Fusion, FusionError, SceneEvicted, Turn, UsageError, load
 
 EVICTED, CLOSED = r"^This scene is no longer cached: later pictures", r"^This scene has been closed; look"
 
