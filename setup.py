@@ -42,8 +42,8 @@ class BuildWheel(bdist_wheel):
 
 kernels = Extension(
     "fusion_edge.kernels.cpu_operators",
-    sources=sorted(glob(f"{CPU_KERNELS}/*.cpp")),
-    depends=sorted(glob(f"{CPU_KERNELS}/*.h")),
+    sources=sorted(glob(f"{CPU_KERNELS}/**/*.cpp", recursive=True)),
+    depends=sorted(glob(f"{CPU_KERNELS}/**/*.h", recursive=True)),
     extra_compile_args=[
         "-std=c++17",
         "-O3",

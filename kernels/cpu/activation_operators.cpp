@@ -1,5 +1,5 @@
-#include "activations.h"
 #include "custom_op.h"
+#include "kernels.h"
 #include "operators.h"
 
 namespace fusion_edge {
@@ -22,7 +22,7 @@ struct QuickGelu : FloatOperator<1> {
 
     void compute(Context& context) const {
         compute_elements(context, [this](const float* x, size_t count, float* result, const Parallel& parallel) {
-            swish(x, count, alpha, result, parallel);
+            kernels()->swish(x, count, alpha, result, parallel);
         });
     }
 };
@@ -35,7 +35,9 @@ struct FastGelu : FloatOperator<2, 1> {
 
     void compute(Context& context) const {
         expect(!context.has_input(1), NAME, "a bias is not supported.");
-        compute_elements(context, gelu);
+        compute_elements(context, [](const float* x, size_t count, float* result, const Parallel& parallel) {
+            kernels()->gelu(x, count, result, parallel);
+        });
     }
 };
 
@@ -49,7 +51,7 @@ struct SwiGlu : FloatOperator<2> {
         expect(context.shape(0) == context.shape(1), NAME, "expected gate and up of the same shape.");
         const float* up = context.input<float>(1);
         compute_elements(context, [up](const float* gate, size_t count, float* result, const Parallel& parallel) {
-            swiglu(gate, up, count, result, parallel);
+            kernels()->swiglu(gate, up, count, result, parallel);
         });
     }
 };

@@ -1,11 +1,9 @@
-// Attention of float32 queries: softmax(scale q k^T) v.
+// Operands of attention of float32 queries: softmax(scale q k^T) v.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-
-#include "parallel.h"
 
 namespace fusion_edge {
 
@@ -24,11 +22,6 @@ struct MultiHeadParams {
     float scale, masked;
 };
 
-void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel);
-
-// Sets the result's rows after the first `queries` to the mean of the values of their batch.
-void fill_with_mean(const MultiHeadParams& params, const Parallel& parallel);
-
 // Causal attention with rotary embedding and a KV cache of element type T (float or int8_t). The `length` new tokens
 // follow the `total - length` cached ones.
 template <typename T>
@@ -43,19 +36,10 @@ struct CausalParams {
     float scale;
 };
 
-template <typename T>
-void attend(const CausalParams<T>& params, Precision precision, const Parallel& parallel);
-
 // Quantization of an int8 cache: scale of a channel = max(largest magnitude * factor, smallest).
 struct CacheQuantization {
     float factor, smallest;
     float *keys, *values;  // [kv_heads, width]: output of the scales
 };
-
-// Prefill from position 0 with an int8 cache: attends to float32 keys and values, then quantizes them into the cache.
-// The cache after them keeps the content of the past.
-void prefill_int8_cache(
-    const CausalParams<int8_t>& params, const CacheQuantization& quantization, Precision precision,
-    const Parallel& parallel);
 
 }  // namespace fusion_edge

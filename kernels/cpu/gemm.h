@@ -1,4 +1,4 @@
-// Linear layers with weights of 4 or 8 bits, in integer arithmetic: x W^T + b.
+// Operands of linear layers with weights of 4 or 8 bits, in integer arithmetic: x W^T + b.
 //
 // Weights have the layout of ONNX Runtime's MatMulNBits, and results are those of its accuracy level 4.
 // Activations are quantized to 8 bits in one of two ways:
@@ -10,8 +10,6 @@
 
 #include <cstddef>
 #include <cstdint>
-
-#include "parallel.h"
 
 namespace fusion_edge {
 
@@ -42,19 +40,5 @@ struct Weights {
     size_t row_bytes() const { return static_quantization ? inputs : blocks() * block_size * bits / 8; }
     size_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
 };
-
-// result [rows, outputs] = activation(x [rows, inputs]) W^T + bias. There is at least one row.
-void gemm(
-    const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
-    const Parallel& parallel);
-
-// result [rows, down.outputs] = down(GELU(up(x))), both with static quantization. With more than one row, the hidden
-// activations are stored as 8-bit integers only.
-void mlp(
-    const float* x, size_t rows, const Weights& up, const Weights& down, float* result, const Parallel& parallel);
-
-// Sets whether GEMV reads weights in several streams, and returns the previous setting. The default is true on Intel
-// processors only.
-bool use_streams(bool enabled);
 
 }  // namespace fusion_edge

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "custom_op.h"
-#include "gemm.h"
+#include "kernels.h"
 #include "operators.h"
 
 namespace fusion_edge {
@@ -62,7 +62,7 @@ struct MatMulNBits : FloatOperator<6, 3> {
         weights.zero_points = context.input<uint8_t>(3);
         weights.bias = context.input<float>(5);
         const auto run = [&](const float* x, size_t rows, float* result, const Parallel& parallel) {
-            gemm(x, rows, weights, ACTIVATION, result, parallel);
+            kernels()->gemm(x, rows, weights, ACTIVATION, result, parallel);
         };
         compute_rows(context, weights.inputs, weights.outputs, run);
     }
@@ -138,7 +138,7 @@ struct IntegerMatMul : IntegerOperator<1> {
         ActivationQuantization quantization;
         const Weights weights = integer_weights(context, 1, width(context), NAME, quantization);
         const auto run = [&](const float* x, size_t rows, float* result, const Parallel& parallel) {
-            gemm(x, rows, weights, ACTIVATION, result, parallel);
+            kernels()->gemm(x, rows, weights, ACTIVATION, result, parallel);
         };
         compute_rows(context, weights.inputs, weights.outputs, run);
     }
@@ -155,7 +155,7 @@ struct IntegerMlp : IntegerOperator<2> {
         const Weights up = integer_weights(context, 1, width(context), NAME, of_up);
         const Weights down = integer_weights(context, 1 + INTEGER_INPUTS, up.outputs, NAME, of_down);
         const auto run = [&](const float* x, size_t rows, float* result, const Parallel& parallel) {
-            mlp(x, rows, up, down, result, parallel);
+            kernels()->mlp(x, rows, up, down, result, parallel);
         };
         compute_rows(context, up.inputs, down.outputs, run);
     }

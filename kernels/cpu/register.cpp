@@ -4,9 +4,8 @@
 #include <vector>
 
 #include "custom_op.h"
-#include "gemm.h"
+#include "kernels.h"
 #include "operators.h"
-#include "tier.h"
 
 namespace fusion_edge {
 namespace {
@@ -29,8 +28,8 @@ Operators concatenate(std::initializer_list<Operators> parts) {
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// Returns the name of the fastest tier of this processor, or null if it cannot run the kernels.
-EXPORTED const char* tier() { return fusion_edge::name(fusion_edge::fastest_tier()); }
+// Returns the names of the tiers of this processor, the fastest last, then null. Without any it cannot run the kernels.
+EXPORTED const char* const* tiers() { return fusion_edge::tiers(); }
 
 // For tests and benchmarks: uses the tier of a name, and returns whether this processor has it.
 EXPORTED bool use_tier(const char* name) { return fusion_edge::use_tier(name); }
@@ -38,7 +37,7 @@ EXPORTED bool use_tier(const char* name) { return fusion_edge::use_tier(name); }
 // For tests: attention in float32 (operators.h).
 EXPORTED void use_bfloat16(bool enabled) { fusion_edge::use_bfloat16(enabled); }
 
-// For tests: GEMV with or without streams on any processor (gemm.h).
+// For tests: GEMV with or without streams on any processor (kernels.h).
 EXPORTED bool use_streams(bool enabled) { return fusion_edge::use_streams(enabled); }
 
 // ONNX Runtime calls this when a session registers the library.
@@ -51,6 +50,7 @@ EXPORTED onnxruntime::Status* RegisterCustomOps(
     if (!api) api = base->get_api(API_VERSION);
     if (!api) return base->get_api(1)->create_status(FAIL, "The kernels need ONNX Runtime 1.23 or newer.");
     return to_status("fusion-edge's kernels", [&] {
+        expect(kernels(), "fusion-edge's kernels", "this processor has none of the instructions that they need.");
         if (domains.empty())
             domains = {
                 // In place of ONNX Runtime's own operators. Recent bundles hold functions instead of some of them.

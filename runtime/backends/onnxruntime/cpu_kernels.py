@@ -6,6 +6,7 @@ The kernels are a library of custom operators. They replace operators of ONNX Ru
 from __future__ import annotations
 
 import ctypes
+import itertools
 from pathlib import Path
 
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
@@ -14,8 +15,8 @@ from fusion_edge.runtime.bundle.manifest import Manifest
 LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
 """Accuracy of the kernels, as ``MatMulNBits`` defines it: 4 is int8 GEMM. Their attention computes in bfloat16."""
-TIERS = ("AVX-512 VNNI", "AMX")
-"""Tiers of instructions that the kernels are written for, the fastest last."""
+TIERS = ("AVX2", "AVX-VNNI", "AVX-512 VNNI", "AMX", "NEON dot product", "NEON i8mm")
+"""Tiers of instructions that the kernels are written for, on x86-64 and on aarch64, the fastest of each last."""
 FLOATS = frozenset({"fp32", "fp16"})
 """Formats of unquantized weights."""
 
@@ -37,7 +38,7 @@ def unsupported_reason(manifest: Manifest) -> str | None:
         return "They are not installed; on x86-64 with a C++ compiler, install fusion-edge again."
     try:
         if not is_supported():
-            return "They need an x86-64 processor with AVX-512 VNNI."
+            return "They need an x86-64 processor with AVX2."
     except (OSError, AttributeError) as error:  # the library is of another system, or older than these files
         return f"They cannot be loaded ({error}); install fusion-edge again."
     return None
@@ -60,16 +61,18 @@ def tier() -> str | None:
 
     The library must be installed. Raises OSError if it was built for another system.
     """
-    function = ctypes.CDLL(str(library())).tier
-    function.restype = ctypes.c_char_p
-    found: bytes | None = function()
-    return None if found is None else found.decode()
+    return found[-1] if (found := tiers()) else None
 
 
 def tiers() -> tuple[str, ...]:
-    """Return the tiers that this processor and the library have, the fastest last."""
-    fastest = tier()
-    return TIERS[: TIERS.index(fastest) + 1] if fastest else ()
+    """Return the tiers that this processor and the library have, the fastest last.
+
+    The library must be installed. Raises OSError if it was built for another system.
+    """
+    function = ctypes.CDLL(str(library())).tiers
+    function.restype = ctypes.POINTER(ctypes.c_char_p)
+    names = function()  # None ends them
+    return tuple(name.decode() for name in itertools.takewhile(bool, (names[i] for i in itertools.count())))
 
 
 def use_tier(name: str) -> bool:

@@ -1,61 +1,53 @@
-#include "attention.h"
+// Attention operators: rotary embedding, the KV cache, and the choice of an attention kernel.
 
-#include <algorithm>
+#pragma once
 
-#include "attention_kernels.h"
-#include "simd.h"
+#include "attention_decode.h"
+#include "attention_flash.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+namespace fusion_edge::SIMD {
 
-namespace fusion_edge {
-namespace {
-
-constexpr size_t PREFETCH_DISTANCE = 16;  // rows
-constexpr float MIN_BIAS = -1e38f;        // keeps differences of scores finite
-
-// Calls function(i, mask) for every register of up to 16 of `count` values.
-template <typename Function>
-[[gnu::always_inline]] inline void for_lanes(size_t count, Function function) {
-    for (size_t i = 0; i < count; i += LANES) function(i, lane_mask(count - i));
-}
+constexpr size_t ROWS_AHEAD = 16;   // of a prefetch
+constexpr float MIN_BIAS = -1e38f;  // keeps differences of scores finite
 
 // Rotary embedding: rotates the pair of channels (i, i + rotary / 2) by the angle with cos[i] and sin[i].
-void rotate(const float* from, size_t width, size_t rotary, const float* cos, const float* sin, float* to) {
+inline void rotate(const float* from, size_t width, size_t rotary, const float* cos, const float* sin, float* to) {
     const size_t half = rotary / 2;
-    for_lanes(half, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
-        const __m512 x = load(from + i, mask), y = load(from + half + i, mask);
-        const __m512 c = load(cos + i, mask), s = load(sin + i, mask);
-        _mm512_mask_storeu_ps(to + i, mask, _mm512_fmsub_ps(x, c, _mm512_mul_ps(y, s)));
-        _mm512_mask_storeu_ps(to + half + i, mask, _mm512_fmadd_ps(y, c, _mm512_mul_ps(x, s)));
-    });
+    for (size_t i = 0; i < half; i += LANES) {
+        const size_t count = half - i;
+        const Floats x = load(from + i, count), y = load(from + half + i, count);
+        const Floats c = load(cos + i, count), s = load(sin + i, count);
+        store(to + i, fms(x, c, mul(y, s)), count);
+        store(to + half + i, fma(y, c, mul(x, s)), count);
+    }
     std::copy(from + rotary, from + width, to + rotary);
 }
 
 // to = from * scale * scales; null scales are 1.
-void scale_row(const float* from, size_t width, float scale, const float* scales, float* to) {
-    for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
-        __m512 product = _mm512_mul_ps(load(from + i, mask), _mm512_set1_ps(scale));
-        if (scales) product = _mm512_mul_ps(product, load(scales + i, mask));
-        _mm512_mask_storeu_ps(to + i, mask, product);
-    });
+inline void scale_row(const float* from, size_t width, float scale, const float* scales, float* to) {
+    for (size_t i = 0; i < width; i += LANES) {
+        Floats product = mul(load(from + i, width - i), broadcast(scale));
+        if (scales) product = mul(product, load(scales + i, width - i));
+        store(to + i, product, width - i);
+    }
 }
 
-void write_row(const float* from, size_t width, const float*, float* to) { std::copy(from, from + width, to); }
+inline void write_row(const float* from, size_t width, const float*, float* to) { std::copy(from, from + width, to); }
 
 // Quantizes to int8: rounds to nearest even, saturates.
-void write_row(const float* from, size_t width, const float* scales, int8_t* to) {
-    const __m512 limit = _mm512_set1_ps(128);
-    for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
-        const __m512 value = _mm512_maskz_div_ps(mask, load(from + i, mask), load(scales + i, mask));
-        const __m512 near = _mm512_max_ps(_mm512_min_ps(value, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
-        _mm_mask_storeu_epi8(to + i, mask, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(near)));
-    });
+inline void write_row(const float* from, size_t width, const float* scales, int8_t* to) {
+    const Floats limit = broadcast(128);
+    for (size_t i = 0; i < width; i += LANES) {
+        const Floats value = div(load(from + i, width - i), load(scales + i, width - i));
+        const Floats near = max(min(value, limit), sub(broadcast(0), limit));
+        store_int8(to + i, to_ints(near), width - i);
+    }
 }
 
 // Rows of one head are far apart in the packed qkv, so the hardware prefetcher misses them.
-void prefetch(const float* row, size_t width) {
-    for (size_t i = 0; i < width; i += LANES) _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(row + width - 1), _MM_HINT_T0);
+inline void prefetch_row(const float* row, size_t width) {
+    for (size_t i = 0; i < width; i += LANES) __builtin_prefetch(row + i);
+    __builtin_prefetch(row + width - 1);
 }
 
 // Copies a head's cached keys or values to the present cache and zeroes it after `total`. No-op if both share memory.
@@ -76,7 +68,7 @@ void attend_head(const CausalParams<T>& params, size_t kv_head, T* keys, T* valu
     // Returns token `index` of qkv from `channel` on.
     const auto channels = [&](size_t index, size_t channel) {
         const float* row = params.qkv + index * row_width + channel;
-        if (index + PREFETCH_DISTANCE < params.length) prefetch(row + PREFETCH_DISTANCE * row_width, width);
+        if (index + ROWS_AHEAD < params.length) prefetch_row(row + ROWS_AHEAD * row_width, width);
         return row;
     };
     const auto rotated = [&](size_t index, size_t channel, float* to) {
@@ -109,25 +101,23 @@ void attend_head(const CausalParams<T>& params, size_t kv_head, T* keys, T* valu
 }
 
 // Writes the scales of a head's channels, its quantized rows, and after them the past's content.
-void quantize_cache(
+inline void quantize_cache(
     const float* rows, const CausalParams<int8_t>& params, const CacheQuantization& quantization, float* scales,
     const int8_t* past, int8_t* cache) {
     const size_t count = params.length, width = params.width;
-    for_lanes(width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
-        __m512 largest = _mm512_setzero_ps();
+    for (size_t i = 0; i < width; i += LANES) {
+        Floats largest = broadcast(0);
         for (size_t row = 0; row < count; ++row)
-            largest = max_abs(largest, load(rows + row * width + i, mask));
-        const __m512 fitting = _mm512_mul_ps(largest, _mm512_set1_ps(quantization.factor));
-        // max_ps returns its second operand if either is NaN, so NaN reaches the scale.
-        _mm512_mask_storeu_ps(scales + i, mask, _mm512_max_ps(_mm512_set1_ps(quantization.smallest), fitting));
-    });
+            largest = max_abs(largest, load(rows + row * width + i, width - i));
+        const Floats fitting = mul(largest, broadcast(quantization.factor));
+        // max returns its second operand if either is NaN, so NaN reaches the scale.
+        store(scales + i, max(broadcast(quantization.smallest), fitting), width - i);
+    }
     for (size_t row = 0; row < count; ++row) write_row(rows + row * width, width, scales, cache + row * width);
     if (past != cache) std::copy(past + count * width, past + params.capacity * width, cache + count * width);
 }
 
-}  // namespace
-
-void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel) {
+inline void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel) {
     const size_t width = params.width, row_width = params.heads * width;
     parallel(params.batch * params.heads, [&](size_t index) {
         static thread_local Scratch<float> biases;
@@ -142,7 +132,7 @@ void attend(const MultiHeadParams& params, Precision precision, const Parallel& 
         rows.count = params.queries;
         rows.query = [&](size_t row, float* to) {
             const float* from = params.q + (query + row) * params.stride + channel;
-            if (row + PREFETCH_DISTANCE < params.queries) prefetch(from + PREFETCH_DISTANCE * params.stride, width);
+            if (row + ROWS_AHEAD < params.queries) prefetch_row(from + ROWS_AHEAD * params.stride, width);
             scale_row(from, width, params.scale * LOG2_E, nullptr, to);
         };
         rows.visible = [&](size_t) { return params.keys; };
@@ -151,20 +141,20 @@ void attend(const MultiHeadParams& params, Precision precision, const Parallel& 
     });
 }
 
-void fill_with_mean(const MultiHeadParams& params, const Parallel& parallel) {
+inline void fill_with_mean(const MultiHeadParams& params, const Parallel& parallel) {
     const size_t row_width = params.heads * params.width;
     if (params.query_rows == params.queries) return;
     parallel(params.batch, [&](size_t batch) {
         const float* values = params.v + batch * params.keys * params.stride;
         float* const first_row = params.result + (batch * params.query_rows + params.queries) * row_width;
-        for_lanes(row_width, [&](size_t i, __mmask16 mask) __attribute__((always_inline)) {
-            __m512 sum = _mm512_setzero_ps();
-            for (size_t key = 0; key < params.keys; ++key)
-                sum = _mm512_add_ps(sum, load(values + key * params.stride + i, mask));
-            sum = _mm512_div_ps(sum, _mm512_set1_ps(float(params.keys)));
+        for (size_t i = 0; i < row_width; i += LANES) {
+            const size_t count = row_width - i;
+            Floats sum = broadcast(0);
+            for (size_t key = 0; key < params.keys; ++key) sum = add(sum, load(values + key * params.stride + i, count));
+            sum = div(sum, broadcast(float(params.keys)));
             for (size_t row = 0; row < params.query_rows - params.queries; ++row)
-                _mm512_mask_storeu_ps(first_row + row * row_width + i, mask, sum);
-        });
+                store(first_row + row * row_width + i, sum, count);
+        }
     });
 }
 
@@ -176,7 +166,7 @@ void attend(const CausalParams<T>& params, Precision precision, const Parallel& 
     });
 }
 
-void prefill_int8_cache(
+inline void prefill_int8_cache(
     const CausalParams<int8_t>& params, const CacheQuantization& quantization, Precision precision,
     const Parallel& parallel) {
     CausalParams<float> floats{};
@@ -204,7 +194,4 @@ void prefill_int8_cache(
     });
 }
 
-template void attend(const CausalParams<float>&, Precision, const Parallel&);
-template void attend(const CausalParams<int8_t>&, Precision, const Parallel&);
-
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

@@ -1,103 +1,77 @@
 // Attention of many rows: blocks of keys, online softmax (https://arxiv.org/abs/2205.14135).
 
+#pragma once
+
 #include <algorithm>
 #include <array>
 #include <utility>
 
 #include "attention_kernels.h"
-#include "simd.h"
+#include "gemm_tile.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
-
-namespace fusion_edge {
-namespace {
+namespace fusion_edge::SIMD {
 
 // Both matmuls (scores, results) multiply tiles of rows with panels. Factors are words of four bytes: a float32, or two
-// bfloat16 that are adjacent along the sum. Each word of a row is broadcast and multiplied with the lanes of a panel.
-constexpr size_t TILE_ROWS = 8;                  // times 3 registers of lanes: 24 of the 32 registers are sums
-constexpr size_t MAX_REGISTERS = 3;              // of a panel
-constexpr size_t PANEL = MAX_REGISTERS * LANES;  // lanes of a panel: keys (scores) or channels (results)
-constexpr size_t KEY_BLOCK = 288;                // keys per block: the scores of a tile stay in the L1 cache
-constexpr size_t STRIDE = KEY_BLOCK + LANES;     // of a tile's rows; a power of two would conflict in the cache
-constexpr float MIN_SCORE = -3e38f;              // maximum before the first key
+// bfloat16 that are adjacent along the sum. Each word of a row is broadcast and multiplied with the lanes of a panel:
+// keys (scores) or channels (results).
+constexpr size_t KEY_BLOCK = 288;             // keys per block: the scores of a tile stay in the L1 cache
+constexpr size_t STRIDE = KEY_BLOCK + LANES;  // of a tile's rows; a power of two would conflict in the cache
+constexpr float MIN_SCORE = -3e38f;           // maximum before the first key
 static_assert(MAX_HEAD_WIDTH <= KEY_BLOCK && KEY_BLOCK % PANEL == 0);
 
 constexpr size_t values_per_word(Precision precision) { return precision == Precision::BFLOAT16 ? 2 : 1; }
 
-// Inline assembly: with intrinsics GCC 12 copies each accumulator.
-[[gnu::always_inline]] inline __m512 broadcast(const uint32_t* word) {
-    __m512 words;
-    asm("vbroadcastss %1, %0" : "=v"(words) : "m"(*word));
-    return words;
-}
-
-template <Precision PRECISION>
-[[gnu::always_inline]] inline void multiply_add(__m512& sums, __m512 panel, __m512 words) {
-    if constexpr (PRECISION == Precision::BFLOAT16) asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(panel), "v"(words));
-    else asm("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(panel), "v"(words));
-}
-
-// totals += word * lanes, for one word of a row.
-template <Precision PRECISION, size_t REGISTERS>
-[[gnu::always_inline]] inline void multiply_add_row(
-    __m512 (&totals)[REGISTERS], const __m512 (&lanes)[REGISTERS], const uint32_t* word) {
-    const __m512 words = broadcast(word);
-#pragma GCC unroll 3
-    for (size_t i = 0; i < REGISTERS; ++i) multiply_add<PRECISION>(totals[i], lanes[i], words);
-}
-
-// 32 floats as bfloat16, rounded to nearest even.
-inline __m512i to_bfloat16(__m512 low, __m512 high) {
-    __m512i rounded;
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(low), "v"(high));
-    return rounded;
-}
-
 // sums = start + rows * panel, for rows [I, STRIDE]. Row stride of `start` is `start_stride`, of `sums` it is STRIDE.
 // Row indices I are compile-time constants, so GCC keeps the accumulators in registers.
-template <Precision PRECISION, size_t REGISTERS, size_t... I>
-void matmul_rows(
+template <Precision PRECISION, size_t WIDTH, size_t... I>
+void multiply_rows(
     std::index_sequence<I...>, const uint32_t* rows, const float* panel, size_t steps, const float* start,
     size_t start_stride, float* sums) {
-    __m512 totals[sizeof...(I)][REGISTERS];
+    Floats totals[sizeof...(I)][WIDTH];
 #pragma GCC unroll 3
-    for (size_t i = 0; i < REGISTERS; ++i)
-        ((totals[I][i] = _mm512_loadu_ps(start + I * start_stride + i * LANES)), ...);
-    for (size_t step = 0; step < steps; ++step, ++rows, panel += REGISTERS * LANES) {
-        __m512 lanes[REGISTERS];
+    for (size_t i = 0; i < WIDTH; ++i) ((totals[I][i] = load(start + I * start_stride + i * LANES)), ...);
+    for (size_t step = 0; step < steps; ++step, ++rows, panel += WIDTH * LANES) {
+        Floats lanes[WIDTH];
 #pragma GCC unroll 3
-        for (size_t i = 0; i < REGISTERS; ++i) lanes[i] = _mm512_load_ps(panel + i * LANES);
-        (multiply_add_row<PRECISION>(totals[I], lanes, rows + I * STRIDE), ...);
+        for (size_t i = 0; i < WIDTH; ++i) lanes[i] = load(panel + i * LANES);
+        (multiply_add_row<PRECISION == Precision::BFLOAT16>(totals[I], lanes, WIDTH, rows + I * STRIDE), ...);
     }
 #pragma GCC unroll 3
-    for (size_t i = 0; i < REGISTERS; ++i) (_mm512_store_ps(sums + I * STRIDE + i * LANES, totals[I][i]), ...);
+    for (size_t i = 0; i < WIDTH; ++i) (store(sums + I * STRIDE + i * LANES, totals[I][i]), ...);
 }
 
-using MatmulTile = void (*)(const uint32_t*, const float*, size_t, const float*, size_t, float*);
+using MultiplyTile = void (*)(const uint32_t*, const float*, size_t, const float*, size_t, float*);
 
-template <Precision PRECISION, size_t REGISTERS, size_t ROWS>
-void matmul_tile(
+template <Precision PRECISION, size_t WIDTH, size_t ROWS>
+void multiply_tile(
     const uint32_t* rows, const float* panel, size_t steps, const float* start, size_t start_stride, float* sums) {
-    matmul_rows<PRECISION, REGISTERS>(
-        std::make_index_sequence<ROWS>(), rows, panel, steps, start, start_stride, sums);
+    multiply_rows<PRECISION, WIDTH>(std::make_index_sequence<ROWS>(), rows, panel, steps, start, start_stride, sums);
 }
 
 // Index: number of rows - 1.
-template <Precision PRECISION, size_t REGISTERS, size_t... I>
-constexpr std::array<MatmulTile, TILE_ROWS> matmul_tiles(std::index_sequence<I...>) {
-    return {matmul_tile<PRECISION, REGISTERS, I + 1>...};
+using MultiplyTiles = std::array<MultiplyTile, TILE_ROWS>;
+
+template <Precision PRECISION, size_t WIDTH, size_t... I>
+constexpr MultiplyTiles multiply_tiles(std::index_sequence<I...>) {
+    return {multiply_tile<PRECISION, WIDTH, I + 1>...};
+}
+
+// Index: number of registers of the panel - 1.
+template <Precision PRECISION, size_t... I>
+constexpr std::array<MultiplyTiles, REGISTERS> multiply_panels(std::index_sequence<I...>) {
+    return {multiply_tiles<PRECISION, I + 1>(std::make_index_sequence<TILE_ROWS>())...};
 }
 
 // Converts a row to words, padded with zeros to a multiple of LANES words.
 template <Precision PRECISION, typename T>
 void pack_row(const T* row, size_t width, float* words) {
     for (size_t i = 0; i < width; i += values_per_word(PRECISION) * LANES, words += LANES) {
-        const __m512 low = load(row + i, lane_mask(width - i));
+        const Floats low = load(row + i, width - i);
         if constexpr (PRECISION == Precision::BFLOAT16) {
-            const __m512 high = i + LANES < width ? load(row + i + LANES, lane_mask(width - i - LANES)) : __m512{};
-            _mm512_storeu_si512(words, to_bfloat16(low, high));
+            const Floats high = i + LANES < width ? load(row + i + LANES, width - i - LANES) : broadcast(0);
+            store(words, as_floats(to_bfloat16(low, high)));
         } else {
-            _mm512_storeu_ps(words, low);
+            store(words, low);
         }
     }
 }
@@ -110,18 +84,18 @@ struct Panels {
 };
 
 // Number of lanes of the panel that holds `index`, of `count`: the last panel may have fewer registers.
-size_t panel_lanes(size_t index, size_t count) {
+inline size_t panel_lanes(size_t index, size_t count) {
     return std::min(PANEL, round_up(count - index / PANEL * PANEL, LANES));
 }
 
 // Copies a 16 x 16 matrix of words, transposed.
-void copy_transposed(const float* values, size_t stride, float* results, size_t result_stride) {
-    __m512i rows[LANES];
+inline void copy_transposed(const float* values, size_t stride, float* results, size_t result_stride) {
+    Ints rows[LANES];
 #pragma GCC unroll 16
-    for (size_t i = 0; i < LANES; ++i) rows[i] = _mm512_loadu_si512(values + i * stride);
+    for (size_t i = 0; i < LANES; ++i) rows[i] = as_ints(load(values + i * stride));
     transpose(rows);
 #pragma GCC unroll 16
-    for (size_t i = 0; i < LANES; ++i) _mm512_store_si512(results + i * result_stride, rows[i]);
+    for (size_t i = 0; i < LANES; ++i) store(results + i * result_stride, as_floats(rows[i]));
 }
 
 template <Precision PRECISION, typename T>
@@ -145,24 +119,18 @@ const float* pack_values(const KvHead<T>& head, size_t steps) {
     static thread_local Scratch<float> memory;
     const size_t lanes = round_up(head.width, LANES);
     float* const panels = memory.of(lanes * steps);
-    const __m512i pairs = _mm512_or_si512(  // indices 0, 16, 1, 17 ...
-        _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
-        _mm512_slli_epi32(
-            _mm512_cvtepu16_epi32(
-                _mm256_setr_epi16(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)),
-            16));
     for (size_t step = 0; step < steps; ++step) {
         const T* row = head.values + step * values_per_word(PRECISION) * head.stride;
         const bool has_second = step * values_per_word(PRECISION) + 1 < head.count;
         for (size_t i = 0; i < lanes; i += LANES) {
-            const __mmask16 mask = lane_mask(head.width - i);
+            const size_t count = head.width - i;
             float* to = panels + i / PANEL * PANEL * steps + step * panel_lanes(i, lanes) + i % PANEL;
-            const __m512 low = load(row + i, mask);
+            const Floats low = load(row + i, count);
             if constexpr (PRECISION == Precision::BFLOAT16) {
-                const __m512 high = has_second ? load(row + head.stride + i, mask) : __m512{};
-                _mm512_store_si512(to, _mm512_permutexvar_epi16(pairs, to_bfloat16(low, high)));
+                const Floats high = has_second ? load(row + head.stride + i, count) : broadcast(0);
+                store(to, as_floats(to_bfloat16_pairs(low, high)));
             } else {
-                _mm512_store_ps(to, low);
+                store(to, low);
             }
         }
     }
@@ -183,41 +151,37 @@ struct alignas(64) Tile {
 template <Precision PRECISION>
 void softmax_block(Tile& tile, size_t row, size_t visible, size_t count, size_t width) {
     float* scores = tile.scores + row * STRIDE;
-    __m512 largest = _mm512_set1_ps(tile.largest[row]);
-    for (size_t i = 0; i < visible; i += LANES)
-        largest = _mm512_mask_max_ps(largest, lane_mask(visible - i), largest, _mm512_load_ps(scores + i));
     const float before = tile.largest[row];
-    tile.largest[row] = _mm512_reduce_max_ps(largest);
-    largest = _mm512_set1_ps(tile.largest[row]);
+    Floats largest = broadcast(before);
+    for (size_t i = 0; i < visible; i += LANES) largest = max_first(largest, load(scores + i), visible - i);
+    tile.largest[row] = reduce_max(largest);
+    largest = broadcast(tile.largest[row]);
     const auto weights = [&](size_t i) __attribute__((always_inline)) {
-        const __mmask16 mask = i < visible ? lane_mask(visible - i) : 0;
-        return _mm512_maskz_mov_ps(mask, exp2(_mm512_sub_ps(_mm512_load_ps(scores + i), largest)));
+        return keep_first(exp2(sub(load(scores + i), largest)), i < visible ? visible - i : 0);
     };
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = broadcast(0);
     for (size_t i = 0; i < count; i += 2 * LANES) {
-        const __m512 low = weights(i), high = weights(i + LANES);
-        sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+        const Floats low = weights(i), high = weights(i + LANES);
+        sum = add(sum, add(low, high));
         if constexpr (PRECISION == Precision::BFLOAT16) {
-            _mm512_store_si512(scores + i / 2, to_bfloat16(low, high));
+            store(scores + i / 2, as_floats(to_bfloat16(low, high)));
         } else {
-            _mm512_store_ps(scores + i, low);
-            _mm512_store_ps(scores + i + LANES, high);
+            store(scores + i, low);
+            store(scores + i + LANES, high);
         }
     }
-    const __m512 rescale = exp2(_mm512_sub_ps(_mm512_set1_ps(before), largest));
-    tile.sums[row] = tile.sums[row] * _mm512_cvtss_f32(rescale) + _mm512_reduce_add_ps(sum);
+    alignas(64) float rescale[LANES];
+    store(rescale, exp2(sub(broadcast(before), largest)));
+    tile.sums[row] = tile.sums[row] * rescale[0] + reduce_add(sum);
     if (tile.largest[row] == before) return;
     float* results = tile.results + row * STRIDE;
-    for (size_t i = 0; i < width; i += LANES)
-        _mm512_store_ps(results + i, _mm512_mul_ps(_mm512_load_ps(results + i), rescale));
+    for (size_t i = 0; i < width; i += LANES) store(results + i, mul(load(results + i), broadcast(rescale[0])));
 }
 
 // Attention of the first `rows` rows of a tile to all keys that any of them sees.
 template <Precision PRECISION>
 void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bias, size_t width) {
-    constexpr auto ROWS = std::make_index_sequence<TILE_ROWS>();
-    static constexpr std::array<std::array<MatmulTile, TILE_ROWS>, MAX_REGISTERS> MATMUL = {
-        matmul_tiles<PRECISION, 1>(ROWS), matmul_tiles<PRECISION, 2>(ROWS), matmul_tiles<PRECISION, 3>(ROWS)};
+    static constexpr auto MATMUL = multiply_panels<PRECISION>(std::make_index_sequence<REGISTERS>());
     const auto words = [](const float* from) { return reinterpret_cast<const uint32_t*>(from); };
     const size_t visible = *std::max_element(tile.visible, tile.visible + rows);
     for (size_t start = 0; start < visible; start += KEY_BLOCK) {
@@ -242,7 +206,7 @@ void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bia
 }
 
 template <Precision PRECISION, typename T>
-void attend(const KvHead<T>& head, const QueryRows& rows) {
+void flash_rows(const KvHead<T>& head, const QueryRows& rows) {
     static thread_local Scratch<Tile> scratch;
     static thread_local Scratch<float> biases;
     Panels panels{nullptr, nullptr, head.count, 0, 0};
@@ -268,26 +232,24 @@ void attend(const KvHead<T>& head, const QueryRows& rows) {
         attend_tile<PRECISION>(tile, here, panels, bias, head.width);
         for (size_t i = 0; i < here; ++i) {
             float* result = rows.result(row + i);
-            const __m512 inverse = _mm512_set1_ps(1 / tile.sums[i]);
+            const Floats inverse = broadcast(1 / tile.sums[i]);
             for (size_t j = 0; j < head.width; j += LANES) {
-                const __mmask16 mask = lane_mask(head.width - j);
-                __m512 value = _mm512_mul_ps(_mm512_load_ps(tile.results + i * STRIDE + j), inverse);
-                if (head.value_scales) value = _mm512_mul_ps(value, load(head.value_scales + j, mask));
-                _mm512_mask_storeu_ps(result + j, mask, value);
+                const size_t count = head.width - j;
+                Floats value = mul(load(tile.results + i * STRIDE + j), inverse);
+                if (head.value_scales) value = mul(value, load(head.value_scales + j, count));
+                store(result + j, value, count);
             }
         }
     }
 }
 
-}  // namespace
-
+// Computes in float32 where the processor lacks bfloat16.
 template <typename T>
 void flash_attention(const KvHead<T>& head, const QueryRows& rows, Precision precision) {
-    if (precision == Precision::BFLOAT16) attend<Precision::BFLOAT16>(head, rows);
-    else attend<Precision::FLOAT32>(head, rows);
+    if constexpr (HAS_BFLOAT16)
+        if (precision == Precision::BFLOAT16 && has_bfloat16())
+            return flash_rows<Precision::BFLOAT16>(head, rows);
+    flash_rows<Precision::FLOAT32>(head, rows);
 }
 
-template void flash_attention(const KvHead<float>&, const QueryRows&, Precision);
-template void flash_attention(const KvHead<int8_t>&, const QueryRows&, Precision);
-
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

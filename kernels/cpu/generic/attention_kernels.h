@@ -1,11 +1,11 @@
-// Attention kernels for the query rows of one KV head: one for decode steps, one for prefill and vision.
+// Operands of attention kernels: the query rows and the keys and values of one KV head.
 
 #pragma once
 
 #include <cstddef>
 #include <functional>
 
-#include "attention.h"
+#include "../attention.h"
 
 namespace fusion_edge {
 
@@ -25,14 +25,5 @@ struct QueryRows {
     std::function<size_t(size_t row)> visible;            // number of keys, from the first on, that the row sees: >= 1
     std::function<float*(size_t row)> result;             // [width]
 };
-
-// Prefill and vision: blockwise attention with an online softmax (https://arxiv.org/abs/2205.14135), in tiles of rows.
-// Repacks keys and values first.
-template <typename T>
-void flash_attention(const KvHead<T>& head, const QueryRows& rows, Precision precision);
-
-// Decode: few rows that see every key. Reads keys and values once, in place. `head.bias` must be null.
-template <typename T>
-void decode_attention(const KvHead<T>& head, const QueryRows& rows);
 
 }  // namespace fusion_edge

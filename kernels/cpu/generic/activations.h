@@ -1,13 +1,10 @@
-#include "activations.h"
+// Activation functions of arrays.
 
-#include <algorithm>
+#pragma once
 
-#include "simd_activations.h"
+#include "functions.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
-
-namespace fusion_edge {
-namespace {
+namespace fusion_edge::SIMD {
 
 constexpr size_t VALUES_PER_TASK = 16 << 10;  // a thread costs more than it gains for fewer values
 
@@ -16,30 +13,26 @@ template <typename Function, typename... Values>
 void apply(size_t count, float* result, const Parallel& parallel, Function function, const Values*... values) {
     parallel((count + VALUES_PER_TASK - 1) / VALUES_PER_TASK, [&](size_t group) {
         const size_t end = std::min(count, (group + 1) * VALUES_PER_TASK);
-        for (size_t i = group * VALUES_PER_TASK; i < end; i += LANES) {
-            const __mmask16 mask = lane_mask(end - i);
-            _mm512_mask_storeu_ps(result + i, mask, function(_mm512_maskz_loadu_ps(mask, values + i)...));
-        }
+        for (size_t i = group * VALUES_PER_TASK; i < end; i += LANES)
+            store(result + i, function(load(values + i, end - i)...), end - i);
     });
 }
-
-}  // namespace
 
 // Each lambda captures something: GCC inlines a lambda into the loop, but not the function pointer it would decay to.
 
 void swish(const float* x, size_t count, float slope, float* result, const Parallel& parallel) {
-    apply(count, result, parallel, [=](__m512 x) __attribute__((always_inline)) { return swish(x, slope); }, x);
+    apply(count, result, parallel, [=](Floats x) __attribute__((always_inline)) { return swish(x, slope); }, x);
 }
 
 void swiglu(const float* gate, const float* up, size_t count, float* result, const Parallel& parallel) {
-    const auto function = [slope = 1.0f](__m512 gate, __m512 up) __attribute__((always_inline)) {
-        return _mm512_mul_ps(swish(gate, slope), up);
+    const auto function = [slope = 1.0f](Floats gate, Floats up) __attribute__((always_inline)) {
+        return mul(swish(gate, slope), up);
     };
     apply(count, result, parallel, function, gate, up);
 }
 
 void gelu(const float* x, size_t count, float* result, const Parallel& parallel) {
-    apply(count, result, parallel, [=](__m512 x) __attribute__((always_inline)) { return gelu(x); }, x);
+    apply(count, result, parallel, [=](Floats x) __attribute__((always_inline)) { return gelu(x); }, x);
 }
 
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

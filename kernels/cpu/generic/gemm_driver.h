@@ -15,13 +15,9 @@
 
 #include <algorithm>
 
-#include "gemm.h"
-#include "simd.h"
+#include "functions.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
-
-namespace fusion_edge {
+namespace fusion_edge::SIMD {
 
 constexpr size_t MAX_PANELS = 8;  // panels that a thread multiplies with each tile of rows
 
@@ -49,10 +45,10 @@ class FloatWriter final : public TileWriter {
         const size_t count = std::min(OUTPUTS, outputs_ - output);
         for (size_t i = 0; i < rows; ++i)
             for (size_t j = 0; j < count; j += LANES) {
-                const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * OUTPUTS + j), _mm512_load_ps(bias + j));
+                const Floats sum = add(load(sums + i * OUTPUTS + j), load(bias + j));
                 float* to = result_ + (row + i) * outputs_ + output + j;
-                if (streams_) _mm512_stream_ps(to, sum);
-                else _mm512_mask_storeu_ps(to, lane_mask(count - j), sum);
+                if (streams_) stream(to, sum);
+                else store(to, sum, count - j);
             }
     }
 
@@ -94,7 +90,7 @@ void multiply_panels(
     const size_t block_rows = round_up((rows + blocks - 1) / blocks, Kernel::ROWS);
     for (size_t row = 0; row < rows; row += block_rows)
         kernel.multiply(row, std::min(block_rows, rows - row), output);
-    _mm_sfence();  // makes streaming stores visible to other threads
+    finish_streams();
 }
 
 template <class Kernel>
@@ -132,6 +128,4 @@ void mlp_rows(
     multiply<Kernel>(writer.hidden, rows, down, FloatWriter<Kernel::OUTPUTS>(result, rows, down.outputs), parallel);
 }
 
-}  // namespace fusion_edge
-
-#pragma GCC pop_options
+}  // namespace fusion_edge::SIMD

@@ -1,14 +1,13 @@
 // GEMV: one row of activations. Bound by memory bandwidth: each weight is read once, in place, in chunks of 64 bytes.
 
+#pragma once
+
 #include <algorithm>
-#include <atomic>
+#include <thread>
 
-#include "gemm_kernels.h"
+#include "gemm_tile.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
-
-namespace fusion_edge {
-namespace {
+namespace fusion_edge::SIMD {
 
 // A row of quantized activations, in the order of the weights.
 struct Row {
@@ -18,7 +17,7 @@ struct Row {
 };
 
 // Reorders 4-bit inputs for GEMV and computes the corrections.
-Row prepare(const QuantizedActivations& x, const Weights& weights) {
+inline Row prepare(const QuantizedActivations& x, const Weights& weights) {
     static thread_local Scratch<int8_t> values;
     static thread_local Scratch<float> corrections;
     const size_t blocks = weights.blocks();
@@ -28,37 +27,30 @@ Row prepare(const QuantizedActivations& x, const Weights& weights) {
     if (weights.bits == 8) return {x.values, x.scales, correction};
     const size_t chunks = round_up(weights.row_bytes(), CHUNK) / CHUNK;
     int8_t* halves = values.of(chunks * 2 * CHUNK);
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
-    for (size_t i = 0; i < chunks * 2 * CHUNK; i += 2 * CHUNK) {
-        const __m512i left = _mm512_loadu_si512(x.values + i);
-        const __m512i right = _mm512_loadu_si512(x.values + i + CHUNK);
-        _mm512_store_si512(halves + i, _mm512_permutex2var_epi32(left, even, right));
-        _mm512_store_si512(halves + i + CHUNK, _mm512_permutex2var_epi32(left, odd, right));
-    }
+    for (size_t i = 0; i < chunks * 2 * CHUNK; i += 2 * CHUNK)
+        for (size_t word = 0; word < CHUNK; word += WORD) {
+            std::memcpy(halves + i + word, x.values + i + 2 * word, WORD);
+            std::memcpy(halves + i + CHUNK + word, x.values + i + 2 * word + WORD, WORD);
+        }
     return {halves, x.scales, correction};
 }
 
 // Zero points of up to 16 blocks of an output; 1 if all blocks have the same one, which the sums already include.
-__m512 zero_points(const Weights& weights, size_t output, size_t block) {
-    if (!weights.zero_points) return _mm512_set1_ps(1);
+inline Floats zero_points(const Weights& weights, size_t output, size_t block) {
+    if (!weights.zero_points) return broadcast(1);
     const uint8_t* row = weights.zero_points + output * weights.zero_point_bytes() + block * weights.bits / 8;
-    const size_t bytes = (std::min(LANES, weights.blocks() - block) * weights.bits + 7) / 8;
-    __m128i points = _mm_maskz_loadu_epi8(lane_mask(bytes), row);
-    if (weights.bits == 4) {
-        const __m128i half = _mm_set1_epi8(15);
-        points = _mm_unpacklo_epi8(_mm_and_si128(points, half), _mm_and_si128(_mm_srli_epi16(points, 4), half));
-    }
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(points));
+    const size_t count = std::min(LANES, weights.blocks() - block);
+    if (weights.bits == 8) return sub(load(row, count), broadcast(float(UNSIGNED_OFFSET)));
+    uint8_t points[LANES];
+    for (size_t i = 0; i < count; ++i) points[i] = row[i / 2] >> (i % 2 * 4) & 15;
+    return load(points, count);
 }
 
 template <int BITS>
-__m512i dot(__m512i sums, __m512i weights, const int8_t* x) {
-    if (BITS == 8) return _mm512_dpbusd_epi32(sums, weights, _mm512_loadu_si512(x));
-    const __m512i half = _mm512_set1_epi8(15);
-    sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(weights, half), _mm512_loadu_si512(x));
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(weights, 4), half);
-    return _mm512_dpbusd_epi32(sums, high, _mm512_loadu_si512(x + CHUNK));
+[[gnu::always_inline]] inline Ints dot_chunk(Ints sums, Bytes weights, const int8_t* x) {
+    if constexpr (BITS == 8) return dot<8>(sums, less_offset(weights), load_bytes(x));
+    sums = dot<4>(sums, low_halves(weights), load_bytes(x));
+    return dot<4>(sums, high_halves(weights), load_bytes(x + CHUNK));
 }
 
 // Number of outputs read in turns, each a separate stream in memory. Measured: on Zen 4, one stream is fastest (two take
@@ -67,24 +59,22 @@ __m512i dot(__m512i sums, __m512i weights, const int8_t* x) {
 constexpr size_t MAX_STREAMS = 4;
 constexpr size_t PREFETCH_DISTANCE = 1024;  // bytes
 
-std::atomic<bool> reads_streams = bool(__builtin_cpu_is("intel"));
-
 // Prefetches ahead in a stream, if there are several.
 template <size_t STREAMS>
 [[gnu::always_inline]] inline void prefetch(const uint8_t* values) {
-    if constexpr (STREAMS > 1) _mm_prefetch(reinterpret_cast<const char*>(values) + PREFETCH_DISTANCE, _MM_HINT_T0);
+    if constexpr (STREAMS > 1) __builtin_prefetch(values + PREFETCH_DISTANCE);
 }
 
 // Writes the factor of each block's integer sum. Returns the correction for the zero points, not summed over lanes.
-__m512 scale_blocks(const Row& row, const Weights& weights, size_t output, float* factors) {
+inline Floats scale_blocks(const Row& row, const Weights& weights, size_t output, float* factors) {
     const size_t blocks = weights.blocks();
-    __m512 total = _mm512_setzero_ps();
+    Floats total = broadcast(0);
     for (size_t block = 0; block < blocks; block += LANES) {
-        const __mmask16 mask = lane_mask(blocks - block);
-        const __m512 scale = load_scales(weights, output * blocks + block, mask);
-        _mm512_storeu_ps(factors + block, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, row.scales + block)));
-        const __m512 correction = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, row.corrections + block));
-        total = _mm512_fmadd_ps(correction, zero_points(weights, output, block), total);
+        const size_t count = blocks - block;
+        const Floats scale = load_scales(weights, output * blocks + block, count);
+        store(factors + block, mul(scale, load(row.scales + block, count)));
+        const Floats correction = mul(scale, load(row.corrections + block, count));
+        total = fma(correction, zero_points(weights, output, block), total);
     }
     return total;
 }
@@ -98,11 +88,9 @@ void gemv_streams(const Row& row, const Weights& weights, size_t output, size_t 
     static thread_local Scratch<float> scratch;
     float* const factors = scratch.of(STREAMS * stride);
     const size_t lanes = weights.block_size * LANES / WIDTH;  // per block, if a chunk has several
-    const __m512i block_of_lane = _mm512_srl_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm_cvtsi32_si128(__builtin_ctzll(lanes | LANES)));
+    const Spread spread(lanes ? std::min(lanes, LANES) : LANES);
     for (size_t end = output + count; output < end; ++output) {
-        __m512 totals[STREAMS];
+        Floats totals[STREAMS];
         const uint8_t* values[STREAMS];
         for (size_t i = 0; i < STREAMS; ++i) {
             totals[i] = scale_blocks(row, weights, output + i * count, factors + i * stride);
@@ -112,30 +100,28 @@ void gemv_streams(const Row& row, const Weights& weights, size_t output, size_t 
         for (size_t start = 0, block = 0; start < bytes; start += std::max(CHUNKS, 1) * CHUNK, ++block) {
 #pragma GCC unroll 4
             for (size_t i = 0; i < STREAMS; ++i) {
-                __m512i sums = _mm512_setzero_si512();
-                __m512 scale;
+                Ints sums = broadcast_int(0);
+                Floats scale;
                 if constexpr (CHUNKS > 0) {
 #pragma GCC unroll 4
                     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                         const uint8_t* from = values[i] + start + chunk * CHUNK;
                         prefetch<STREAMS>(from);
-                        sums = dot<BITS>(sums, _mm512_loadu_si512(from), x + chunk * WIDTH);
+                        sums = dot_chunk<BITS>(sums, load_bytes(from), x + chunk * WIDTH);
                     }
-                    scale = _mm512_set1_ps(factors[i * stride + block]);
+                    scale = broadcast(factors[i * stride + block]);
                 } else {
-                    const __mmask64 mask = bytes - start >= CHUNK ? ~0ull : (1ull << (bytes - start)) - 1;
                     prefetch<STREAMS>(values[i] + start);
-                    sums = dot<BITS>(sums, _mm512_maskz_loadu_epi8(mask, values[i] + start), x);
-                    const float* block_factors = factors + i * stride + block * (LANES / lanes);
-                    scale = _mm512_permutexvar_ps(block_of_lane, _mm512_loadu_ps(block_factors));
+                    sums = dot_chunk<BITS>(sums, load_bytes(values[i] + start, bytes - start), x);
+                    scale = spread(factors + i * stride + block * (LANES / lanes));
                 }
-                totals[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, totals[i]);
+                totals[i] = fma(to_floats(sums), scale, totals[i]);
             }
             x += std::max(CHUNKS, 1) * WIDTH;
         }
         for (size_t i = 0; i < STREAMS; ++i) {
             const size_t index = output + i * count;
-            result[index] = _mm512_reduce_add_ps(totals[i]) + (weights.bias ? weights.bias[index] : 0);
+            result[index] = reduce_add(totals[i]) + (weights.bias ? weights.bias[index] : 0);
         }
     }
 }
@@ -143,7 +129,7 @@ void gemv_streams(const Row& row, const Weights& weights, size_t output, size_t 
 // Computes outputs from `output` to `end`.
 template <int BITS, int CHUNKS>
 void gemv_rows(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
-    if (reads_streams) {
+    if (reads_streams()) {
         const size_t count = (end - output) / MAX_STREAMS;
         gemv_streams<BITS, CHUNKS, MAX_STREAMS>(row, weights, output, count, result);
         output += count * MAX_STREAMS;
@@ -163,34 +149,29 @@ void gemv_rows(const Row& row, const Weights& weights, size_t output, size_t end
 
 // Static quantization: unsigned inputs times signed weights. The sums of the weights are computed along with the dot
 // products, for the zero point.
-void gemv_static(
+inline void gemv_static(
     const QuantizedActivations& x, const Weights& weights, size_t output, size_t end, float* result) {
-    const __m512i ones = _mm512_set1_epi8(1);
+    const Bytes ones = broadcast_byte(1);
+    const int64_t zero_point = weights.static_quantization->zero_point - UNSIGNED_OFFSET;
     for (; output < end; ++output) {
         const uint8_t* values = weights.values + output * weights.inputs;
-        __m512i dots = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
+        Ints dots = broadcast_int(0), sums = broadcast_int(0);
         for (size_t start = 0; start < weights.inputs; start += CHUNK) {
-            const size_t count = weights.inputs - start;
-            const __mmask64 mask = count >= CHUNK ? ~0ull : (1ull << count) - 1;
-            const __m512i chunk = _mm512_maskz_loadu_epi8(mask, values + start);
-            dots = _mm512_dpbusd_epi32(dots, _mm512_loadu_si512(x.values + start), chunk);
-            sums = _mm512_dpbusd_epi32(sums, ones, chunk);
+            const Bytes chunk = load_bytes(values + start, weights.inputs - start);
+            dots = dot<8>(dots, load_bytes(x.values + start), chunk);
+            sums = dot<8>(sums, ones, chunk);
         }
-        const int64_t dot = int64_t(_mm512_reduce_add_epi32(dots)) -
-                            int64_t(weights.static_quantization->zero_point) * _mm512_reduce_add_epi32(sums);
-        const float scale = _mm512_cvtss_f32(load_scales(weights, output, 1)) * weights.static_quantization->scale;
-        result[output] = float(dot) * scale + weights.bias[output];
+        const int64_t dot = reduce_add_ints(dots) - zero_point * reduce_add_ints(sums);
+        alignas(64) float scale[LANES];
+        store(scale, load_scales(weights, output, 1));
+        result[output] = float(dot) * (scale[0] * weights.static_quantization->scale) + weights.bias[output];
     }
 }
 
-}  // namespace
-
-bool use_streams(bool enabled) { return reads_streams.exchange(enabled); }
-
-void gemv(const QuantizedActivations& x, const Weights& weights, float* result, const Parallel& parallel) {
-    // Few large tasks: each starts a new stream from memory. TASKS threads saturate memory bandwidth, so more threads
-    // than tasks would not help.
-    constexpr size_t TASKS = 16, MIN_OUTPUTS = 64;
+inline void gemv(const QuantizedActivations& x, const Weights& weights, float* result, const Parallel& parallel) {
+    // Few large tasks: each starts a new stream from memory.
+    static const size_t TASKS = round_up(16, std::max(std::thread::hardware_concurrency(), 1u));
+    constexpr size_t MIN_OUTPUTS = 64;
     const size_t per_task = std::max(MIN_OUTPUTS, round_up(weights.outputs, TASKS) / TASKS);
     const Row row = weights.static_quantization ? Row{} : prepare(x, weights);
     parallel((weights.outputs + per_task - 1) / per_task, [&](size_t group) {
@@ -201,4 +182,23 @@ void gemv(const QuantizedActivations& x, const Weights& weights, float* result, 
     });
 }
 
-}  // namespace fusion_edge
+// Kernels of linear layers: GEMV for one row, GEMM for more.
+
+template <class Kernel>
+void gemm(
+    const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
+    const Parallel& parallel) {
+    if (rows > 1) return gemm_rows<Kernel>(x, rows, weights, activation, result, parallel);
+    gemv(quantize_activations(x, rows, 1, weights, activation, parallel), weights, result, parallel);
+}
+
+template <class Kernel>
+void mlp(const float* x, size_t rows, const Weights& up, const Weights& down, float* result, const Parallel& parallel) {
+    if (rows > 1) return mlp_rows<Kernel>(x, rows, up, down, result, parallel);
+    static thread_local Scratch<float> memory;
+    float* const hidden = memory.of(up.outputs);
+    gemm<Kernel>(x, rows, up, Activation::NONE, hidden, parallel);
+    gemm<Kernel>(hidden, rows, down, Activation::GELU, result, parallel);
+}
+
+}  // namespace fusion_edge::SIMD

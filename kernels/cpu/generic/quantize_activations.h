@@ -1,0 +1,193 @@
+// Quantization of activations to 8 bits, in the layout that GEMV and GEMM read.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "functions.h"
+
+namespace fusion_edge::SIMD {
+
+constexpr size_t MAX_BLOCK = 256;       // inputs per scale of dynamic quantization
+constexpr float MIN_MAGNITUDE = 1e-30f;  // a block below it becomes 0: 127 / magnitude would overflow
+
+// Number of inputs in a word of a tile of rows. Rows of GEMV (tiles of one row) have bytes.
+inline size_t word_inputs(const Weights& weights, size_t tile_rows) {
+    return tile_rows == 1 ? WORD : weights.bits == 4 ? DOT_WIDTH<4> : DOT_WIDTH<8>;
+}
+
+// Offset of unsigned bytes: of weights of 8 bits, or with static quantization of activations.
+inline int32_t unsigned_offset(const Weights& weights) { return weights.bits == 8 ? UNSIGNED_OFFSET : 0; }
+
+// Quantized rows in tiles. A tile interleaves the words of its rows, so a GEMM reads one stream. With 4-bit weights, of
+// every 8 inputs those at even positions precede those at odd ones, as in the halves of weight bytes.
+struct QuantizedActivations {
+    // [tiles, steps, rows of a tile, WORD]. Dynamic: signed, zero after the last input. Static: unsigned minus
+    // UNSIGNED_OFFSET, undefined after the last input, where weights are zero.
+    int8_t* values;
+    float* scales;  // [tiles, blocks, rows of a tile]
+    // [tiles, blocks, rows of a tile]: minus the sum of a block's values, times the zero point of the weights if it is
+    // the same for all. Undefined with static quantization.
+    int32_t* sums;
+    size_t steps, blocks;  // steps: words of a row
+
+    // Returns tile `index` of tiles with `rows` rows.
+    QuantizedActivations tile(size_t index, size_t rows) const {
+        return {
+            values + index * steps * rows * WORD, scales + index * blocks * rows, sums + index * blocks * rows,
+            steps, blocks};
+    }
+};
+
+// Static quantization, with the results of ONNX's QuantizeLinear.
+class ActivationQuantizer {
+  public:
+    [[gnu::always_inline]] explicit ActivationQuantizer(const ActivationQuantization& quantization)
+        : scale_(broadcast(quantization.scale)),
+          inverse_(broadcast(1 / quantization.scale)),
+          extent_(broadcast(256 * quantization.scale)),
+          zero_point_(broadcast_int(quantization.zero_point - UNSIGNED_OFFSET)) {}
+
+    // Writes 16 values.
+    [[gnu::always_inline]] void store(int8_t* to, Floats x) const {
+        const Floats near = min(max(x, sub(broadcast(0), extent_)), extent_);
+        // Correctly rounded quotient x / scale without a division, which costs as much as ten other instructions: the
+        // residual corrects the product with the inverse (https://doi.org/10.1147/rd.341.0111).
+        const Floats quotient = mul(near, inverse_);
+        const Floats exact = fma(fnma(quotient, scale_, near), inverse_, quotient);
+        const Ints integers = add_ints(to_ints(exact), zero_point_);
+        if constexpr (UNSIGNED_OFFSET > 0) store_int8(to, integers);
+        else store_uint8(reinterpret_cast<uint8_t*>(to), integers);
+    }
+
+  private:
+    Floats scale_, inverse_, extent_;
+    Ints zero_point_;
+};
+
+// Output of the quantization of one block: inputs of a row that share a scale.
+struct Block {
+    int8_t* values;
+    float* scale;
+    int32_t* sum;
+};
+
+// Returns the activated inputs in `buffer`, or `x` itself without an activation.
+inline const float* activate(const float* x, size_t count, Activation activation, float* buffer) {
+    if (activation == Activation::NONE) return x;
+    for (size_t i = 0; i < count; i += LANES) store(buffer + i, gelu(load(x + i, count - i)), count - i);
+    return buffer;
+}
+
+// Symmetric int8 with scale = largest magnitude / 127. If an input is not finite, the scale is NaN, and so is the row's
+// result.
+inline void quantize_dynamic(const float* x, size_t count, const Weights& weights, const Block& block) {
+    Floats largest = broadcast(0);
+    for (size_t i = 0; i < count; i += LANES) largest = max_abs(largest, load(x + i, count - i));
+    float magnitude = reduce_max_abs(largest);
+    if (!std::isfinite(magnitude)) {
+        std::fill_n(block.values, weights.block_size, int8_t(0));
+        *block.scale = std::numeric_limits<float>::quiet_NaN();
+        *block.sum = 0;
+        return;
+    }
+    if (magnitude < MIN_MAGNITUDE) magnitude = 0;
+    const Floats inverse = broadcast(magnitude > 0 ? 127 / magnitude : 0);
+    Ints total = broadcast_int(0);
+    for (size_t i = 0; i < weights.block_size; i += LANES) {
+        const Floats values = i < count ? load(x + i, count - i) : broadcast(0);
+        const Ints quantized = to_ints(mul(values, inverse));
+        total = add_ints(total, quantized);
+        store_int8(block.values + i, quantized);
+    }
+    *block.scale = magnitude / 127;
+    const int32_t zero_point = (1 << (weights.bits - 1)) - unsigned_offset(weights);
+    *block.sum = -reduce_add_ints(total) * (weights.zero_points ? 1 : zero_point);
+}
+
+// 8 bits with the calibrated scale and zero point.
+inline void quantize_static(const float* x, size_t count, const Weights& weights, const Block& block) {
+    const ActivationQuantizer quantizer(*weights.static_quantization);
+    for (size_t i = 0; i < count; i += LANES) quantizer.store(block.values + i, load(x + i, count - i));
+    *block.scale = weights.static_quantization->scale;
+}
+
+// Moves the inputs at even positions of every 8 before those at odd ones. `count` is a multiple of 16.
+inline void separate_even(int8_t* values, size_t count) {
+    typedef int8_t Bytes16 __attribute__((vector_size(16)));
+    for (size_t i = 0; i < count; i += 16) {
+        Bytes16 bytes;
+        std::memcpy(&bytes, values + i, 16);
+        bytes = __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+        std::memcpy(values + i, &bytes, 16);
+    }
+}
+
+// Interleaves the words of a block of a tile's rows, of `row_words` words each.
+inline void interleave(const int32_t* rows, size_t row_words, size_t count, int8_t* values) {
+    for (size_t start = 0; start < count; start += LANES) {
+        Ints columns[LANES];
+        for (size_t i = 0; i < LANES; ++i) columns[i] = load_ints(rows + i * row_words + start);
+        transpose(columns);
+        for (size_t i = 0; i < std::min(LANES, count - start); ++i, values += TILE_ROWS * WORD)
+            store_ints(reinterpret_cast<int32_t*>(values), columns[i], TILE_ROWS);
+    }
+}
+
+// Rows of a block before they are interleaved.
+struct alignas(64) RowBuffer {
+    int8_t bytes[LANES * MAX_BLOCK];
+    int16_t shorts[LANES * MAX_BLOCK];
+
+    void write(const Weights& weights, size_t count, int8_t* to) {
+        if (word_inputs(weights, TILE_ROWS) == WORD)
+            return interleave(reinterpret_cast<const int32_t*>(bytes), MAX_BLOCK / WORD, count / WORD, to);
+        for (size_t i = 0; i < TILE_ROWS * MAX_BLOCK; ++i)
+            shorts[i] = weights.static_quantization ? int16_t(uint8_t(bytes[i])) : int16_t(bytes[i]);
+        interleave(reinterpret_cast<const int32_t*>(shorts), MAX_BLOCK / 2, count / 2, to);
+    }
+};
+
+// Quantizes x [rows, inputs] into tiles of `tile_rows` rows (1 or TILE_ROWS), in memory that the calling thread keeps.
+// Missing rows of the last tile are undefined.
+inline QuantizedActivations quantize_activations(
+    const float* x, size_t rows, size_t tile_rows, const Weights& weights, Activation activation,
+    const Parallel& parallel) {
+    static thread_local Scratch<int8_t> values;
+    static thread_local Scratch<float> scales;
+    static thread_local Scratch<int32_t> sums;
+    const size_t blocks = weights.blocks(), tiles = (rows + tile_rows - 1) / tile_rows, all = tiles * tile_rows;
+    // Inputs quantized at a time: a block, or a part of the only block with static quantization.
+    const size_t piece = weights.static_quantization ? MAX_BLOCK : weights.block_size;
+    const size_t width = word_inputs(weights, tile_rows);
+    const size_t end = round_up(weights.inputs, piece), steps = round_up(end, 128) / width;
+    const QuantizedActivations quantized{
+        values.of(all * steps * WORD), scales.of(all * blocks), sums.of(all * blocks), steps, blocks};
+    parallel(tiles, [&](size_t index) {
+        const QuantizedActivations tile = quantized.tile(index, tile_rows);
+        const size_t here = std::min(tile_rows, rows - index * tile_rows);
+        const float* from = x + index * tile_rows * weights.inputs;
+        static thread_local RowBuffer buffer;
+        alignas(64) float activated[MAX_BLOCK];
+        for (size_t start = 0; start < end; start += piece) {
+            const size_t count = std::min(piece, weights.inputs - start);
+            const size_t block_offset = weights.static_quantization ? 0 : start / piece * tile_rows;
+            int8_t* to = tile.values + start / width * WORD * tile_rows;
+            for (size_t i = 0; i < here; ++i) {
+                const float* row = activate(from + i * weights.inputs + start, count, activation, activated);
+                int8_t* const row_values = tile_rows == 1 ? to : buffer.bytes + i * MAX_BLOCK;
+                const Block block{row_values, tile.scales + block_offset + i, tile.sums + block_offset + i};
+                if (weights.static_quantization) quantize_static(row, count, weights, block);
+                else quantize_dynamic(row, count, weights, block);
+                if (weights.bits == 4) separate_even(row_values, piece);
+            }
+            if (tile_rows > 1) buffer.write(weights, piece, to);
+        }
+        const size_t step = end / width;
+        std::fill_n(tile.values + step * WORD * tile_rows, (steps - step) * WORD * tile_rows, int8_t(0));
+    });
+    return quantized;
+}
+
+}  // namespace fusion_edge::SIMD

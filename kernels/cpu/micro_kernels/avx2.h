@@ -1,0 +1,96 @@
+// Micro-kernels of AVX2, with and without VNNI.
+
+#pragma once
+
+#include "dot_steps.h"
+
+namespace fusion_edge::SIMD {
+
+#ifdef __AVXVNNI__
+
+template <int BITS>
+[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t, Bytes words, bool) { store_bytes(to, words); }
+
+template <int BITS, bool UNSIGNED_X>
+[[gnu::always_inline]] inline void dot_row(
+    Ints (&sums)[REGISTERS], const Bytes (&weights)[REGISTERS], const int8_t* word) {
+    const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(word));
+    const __m256i low = weights[0].low, high = weights[0].high;
+    sums[0].low = UNSIGNED_X ? dot<BITS>(sums[0].low, x, low) : dot<BITS>(sums[0].low, low, x);
+    sums[0].high = UNSIGNED_X ? dot<BITS>(sums[0].high, x, high) : dot<BITS>(sums[0].high, high, x);
+}
+
+template <int BITS, bool UNSIGNED_X, size_t... I>
+[[gnu::always_inline]] inline void dot_steps(
+    std::index_sequence<I...> rows, Ints (&sums)[sizeof...(I)][REGISTERS], const uint8_t*& weights, const int8_t*& x,
+    size_t steps, NextTile& next) {
+    dot_words<BITS, UNSIGNED_X>(rows, sums, weights, x, steps, next);
+}
+
+#else
+
+// Bytes of 8 bits become int16, in two steps of a panel.
+template <int BITS>
+[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t step_bytes, Bytes words, bool is_signed) {
+    if constexpr (BITS == 4) return store_bytes(to, words);
+    for (const int first : {0, 2}) {
+        // Of each word; 0x80 and more make zero.
+        const __m256i places = _mm256_add_epi8(
+            _mm256_set1_epi32(first << 8 | (first + 1) << 24 | 0x00800080),
+            _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C)));
+        const auto widen = [&](__m256i half) {
+            const __m256i shorts = _mm256_shuffle_epi8(half, places);  // in the high halves
+            return is_signed ? _mm256_srai_epi16(shorts, 8) : _mm256_srli_epi16(shorts, 8);
+        };
+        store_bytes(to + first / 2 * step_bytes, {widen(words.low), widen(words.high)});
+    }
+}
+
+template <int BITS, bool UNSIGNED_X>
+[[gnu::always_inline]] inline void dot_row(
+    Ints (&sums)[REGISTERS], const Bytes (&weights)[REGISTERS], const int8_t* word) {
+    const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(word));
+    if constexpr (BITS == 8) {
+        sums[0] = {add_products(sums[0].low, weights[0].low, x), add_products(sums[0].high, weights[0].high, x)};
+    } else {
+        // int16 sums.
+        sums[0].low = _mm256_add_epi16(sums[0].low, _mm256_maddubs_epi16(weights[0].low, x));
+        sums[0].high = _mm256_add_epi16(sums[0].high, _mm256_maddubs_epi16(weights[0].high, x));
+    }
+}
+
+// With 4 bits, sums int16 over some steps before it adds them to int32.
+template <int BITS, bool UNSIGNED_X, size_t... I>
+[[gnu::always_inline]] inline void dot_steps(
+    std::index_sequence<I...> rows, Ints (&sums)[sizeof...(I)][REGISTERS], const uint8_t*& weights, const int8_t*& x,
+    size_t steps, NextTile& next) {
+    if constexpr (BITS == 8) return dot_words<BITS, UNSIGNED_X>(rows, sums, weights, x, steps, next);
+    constexpr size_t STEPS = 8;  // each adds up to 2 * 15 * 127 to a sum
+    static_assert(STEPS * 2 * 15 * 127 <= 32767);
+    for (size_t step = 0; step < steps; step += STEPS) {
+        Ints shorts[sizeof...(I)][REGISTERS] = {(void(I), zero_bytes())...};
+        dot_words<BITS, UNSIGNED_X>(rows, shorts, weights, x, std::min(STEPS, steps - step), next);
+        const __m256i ones = _mm256_set1_epi16(1);
+        ((sums[I][0] = {add_products(sums[I][0].low, shorts[I][0].low, ones),
+                        add_products(sums[I][0].high, shorts[I][0].high, ones)}), ...);
+    }
+}
+
+#endif
+
+// totals += float(sums) * scales * x_scale.
+[[gnu::always_inline]] inline void add_scaled(Ints sums, Floats scales, const float* x_scale, float* totals) {
+    store(totals, fma(to_floats(sums), mul(scales, broadcast(*x_scale)), load(totals)));
+}
+
+// sums += word * lanes, for a float32 of a row that is broadcast.
+template <bool BFLOAT16>
+[[gnu::always_inline]] inline void multiply_add_row(
+    Floats* sums, const Floats* lanes, size_t registers, const uint32_t* word) {
+    const __m256 x = _mm256_broadcast_ss(reinterpret_cast<const float*>(word));
+#pragma GCC unroll 3
+    for (size_t i = 0; i < registers; ++i)
+        sums[i] = {_mm256_fmadd_ps(x, lanes[i].low, sums[i].low), _mm256_fmadd_ps(x, lanes[i].high, sums[i].high)};
+}
+
+}  // namespace fusion_edge::SIMD
