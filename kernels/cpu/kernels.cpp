@@ -5,6 +5,7 @@
 #include <vector>
 
 #ifdef __linux__
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -50,6 +51,20 @@ std::vector<const Kernels*> detect() {
 }
 
 bool is_intel() { return __builtin_cpu_is("intel"); }
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+std::vector<const Kernels*> detect() {
+    // https://docs.kernel.org/arch/arm64/elf_hwcaps.html
+    constexpr unsigned long DOT_PRODUCT = 1 << 20, INT8_MATRICES = 1 << 13;
+    const bool has_dot_product = getauxval(AT_HWCAP) & DOT_PRODUCT;
+    std::vector<const Kernels*> found;
+    if (has_dot_product) found.push_back(&neon_dot_kernels());
+    if (has_dot_product && getauxval(AT_HWCAP2) & INT8_MATRICES) found.push_back(&neon_i8mm_kernels());
+    return found;
+}
+
+bool is_intel() { return false; }
 
 #else
 

@@ -1,6 +1,6 @@
 // Functions of 16 lanes, over those that each instruction set defines (simd/).
 //
-// A file of simd/ defines, in the namespace SIMD:
+// A file of simd/ (or, what depends on the micro-kernel, of micro_kernels/) defines, in the namespace SIMD:
 //   Floats, Ints, Bytes         16 float32, 16 int32, 64 of 8 bits (16 words)
 //   load, store                 of Floats; with a count, of the first lanes only, the others are zero. Also load of 8-bit
 //                               integers and load_half of float16
@@ -16,14 +16,15 @@
 //                               unsigned are below 16
 //   Spread, transpose           of 16 x 16 words
 //   REGISTERS, TILE_ROWS        size of a tile of sums that fits the registers: REGISTERS * 16 outputs by TILE_ROWS rows
-//   DOT_WIDTH<BITS>             8-bit inputs in a word of a tile, each of 4 / DOT_WIDTH bytes
+//   WORD                        bytes of a word of a tile, what a micro-kernel reads of a row at a time: 4 or 8
+//   DOT_WIDTH<BITS>             8-bit inputs in a word of a tile, each of WORD / DOT_WIDTH bytes
 //   UNSIGNED_OFFSET             what is subtracted from unsigned bytes because dot takes signed ones only
 
 #pragma once
 
 namespace fusion_edge::SIMD {
 
-constexpr size_t WORD = 4;  // bytes of a word: a lane of Bytes
+constexpr size_t LANE_BYTES = 4;                     // of a lane of Bytes
 constexpr float LOG2_E = 1.44269504f;               // e^x = 2^(x log2 e)
 constexpr float TWO_ROOT_TWO_OVER_PI = 1.59576912f;  // 2 sqrt(2 / pi)
 constexpr float MIN_EXPONENT = -160;                 // 2^-160 is 0 in float32; the bound keeps infinities out of exp2

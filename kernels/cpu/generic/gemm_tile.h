@@ -39,21 +39,10 @@ struct PanelScratch {
     alignas(64) float bias[PANEL];
 };
 
-// Writes words of 16 outputs, each of 4 bytes of weights, to the steps of a panel.
-template <int BITS>
-[[gnu::always_inline]] inline void store_steps(uint8_t* to, Bytes words, bool is_signed) {
-    if constexpr (BITS == 8) {
-        store_words<8>(to, WORD * PANEL, words, is_signed);
-    } else {
-        store_words<4>(to, WORD * PANEL, low_halves(words), false);
-        store_words<4>(to + WORD * PANEL, WORD * PANEL, high_halves(words), false);
-    }
-}
-
 // Packs the values of `count` outputs and, with static quantization, sums the values of each.
 template <int BITS>
 void pack_values(const Weights& weights, size_t output, size_t count, uint8_t* to, int32_t* sums) {
-    constexpr size_t STEPS = BITS == 4 ? 2 : WORD / DOT_WIDTH<8>;  // of four bytes
+    constexpr size_t STEP = WORD * PANEL, EIGHT_INPUTS = 8 / DOT_WIDTH<BITS> * STEP;  // bytes
     const size_t bytes = weights.row_bytes();
     const bool is_signed = weights.static_quantization;
     const Bytes ones = broadcast_byte(1);
@@ -72,8 +61,10 @@ void pack_values(const Weights& weights, size_t output, size_t count, uint8_t* t
                 if (is_signed) totals[one] = dot<8>(totals[one], ones, rows[i]);
             }
             transpose(rows);
-            for (size_t i = 0; i < LANES; ++i)
-                store_steps<BITS>(to + (start / WORD + i) * STEPS * WORD * PANEL + side * CHUNK, rows[i], is_signed);
+            uint8_t* eight = to + start / BITS * EIGHT_INPUTS + side * CHUNK;
+            for (size_t i = 0; i < LANES; i += BITS / 4, eight += EIGHT_INPUTS)
+                if constexpr (BITS == 8) store_words<8>(eight, STEP, rows[i], rows[i + 1], is_signed);
+                else store_words<4>(eight, STEP, low_halves(rows[i]), high_halves(rows[i]), false);
         }
     for (size_t i = 0; is_signed && i < PANEL; ++i) sums[i] = reduce_add_ints(totals[i]);
 }
@@ -154,7 +145,7 @@ void matmul_rows(
             }
         }
         constexpr bool UNSIGNED_X = ZERO == ZeroPoint::OF_ACTIVATIONS;
-        dot_steps<BITS, UNSIGNED_X>(rows, sums, weight, x, block_size / DOT_WIDTH<BITS>, next);
+        dot_steps<BITS, UNSIGNED_X>(rows, sums, weight, x, count_words(block_size, DOT_WIDTH<BITS>), next);
         float* totals = result;
         asm("" : "+r"(totals));  // one base address for all stores
 #pragma GCC unroll 3
@@ -264,7 +255,7 @@ class TileKernel {
           rows_(rows),
           count_(panels),
           block_size_(weights.block_size),
-          steps_(weights.blocks() * (weights.block_size / word_inputs(weights, ROWS))),
+          steps_(weights.blocks() * count_words(weights.block_size, word_inputs(weights, ROWS))),
           matmul_(matmul_tiles(weights)) {
         static thread_local std::array<PanelScratch, MAX_PANELS> scratch;
         for (size_t i = 0; i < panels; ++i) panels_[i] = pack(weights, output + i * OUTPUTS, scratch[i]);

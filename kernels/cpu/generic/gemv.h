@@ -28,9 +28,9 @@ inline Row prepare(const QuantizedActivations& x, const Weights& weights) {
     const size_t chunks = round_up(weights.row_bytes(), CHUNK) / CHUNK;
     int8_t* halves = values.of(chunks * 2 * CHUNK);
     for (size_t i = 0; i < chunks * 2 * CHUNK; i += 2 * CHUNK)
-        for (size_t word = 0; word < CHUNK; word += WORD) {
-            std::memcpy(halves + i + word, x.values + i + 2 * word, WORD);
-            std::memcpy(halves + i + CHUNK + word, x.values + i + 2 * word + WORD, WORD);
+        for (size_t lane = 0; lane < CHUNK; lane += LANE_BYTES) {
+            std::memcpy(halves + i + lane, x.values + i + 2 * lane, LANE_BYTES);
+            std::memcpy(halves + i + CHUNK + lane, x.values + i + 2 * lane + LANE_BYTES, LANE_BYTES);
         }
     return {halves, x.scales, correction};
 }

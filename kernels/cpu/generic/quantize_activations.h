@@ -17,6 +17,9 @@ inline size_t word_inputs(const Weights& weights, size_t tile_rows) {
     return tile_rows == 1 ? WORD : weights.bits == 4 ? DOT_WIDTH<4> : DOT_WIDTH<8>;
 }
 
+// Number of words of a block.
+inline size_t count_words(size_t inputs, size_t width) { return (inputs + width - 1) / width; }
+
 // Offset of unsigned bytes: of weights of 8 bits, or with static quantization of activations.
 inline int32_t unsigned_offset(const Weights& weights) { return weights.bits == 8 ? UNSIGNED_OFFSET : 0; }
 
@@ -124,11 +127,16 @@ inline void separate_even(int8_t* values, size_t count) {
     }
 }
 
-// Interleaves the words of a block of a tile's rows, of `row_words` words each.
-inline void interleave(const int32_t* rows, size_t row_words, size_t count, int8_t* values) {
+// Interleaves the words of a block of a tile's rows, which are `row_lanes` lanes apart and have `count` each.
+inline void interleave(const int32_t* rows, size_t row_lanes, size_t count, int8_t* values) {
+    if (WORD > LANE_BYTES) {
+        for (size_t start = 0; start < count; start += WORD / LANE_BYTES)
+            for (size_t i = 0; i < TILE_ROWS; ++i, values += WORD) std::memcpy(values, rows + i * row_lanes + start, WORD);
+        return;
+    }
     for (size_t start = 0; start < count; start += LANES) {
         Ints columns[LANES];
-        for (size_t i = 0; i < LANES; ++i) columns[i] = load_ints(rows + i * row_words + start);
+        for (size_t i = 0; i < LANES; ++i) columns[i] = load_ints(rows + i * row_lanes + start);
         transpose(columns);
         for (size_t i = 0; i < std::min(LANES, count - start); ++i, values += TILE_ROWS * WORD)
             store_ints(reinterpret_cast<int32_t*>(values), columns[i], TILE_ROWS);
@@ -142,7 +150,7 @@ struct alignas(64) RowBuffer {
 
     void write(const Weights& weights, size_t count, int8_t* to) {
         if (word_inputs(weights, TILE_ROWS) == WORD)
-            return interleave(reinterpret_cast<const int32_t*>(bytes), MAX_BLOCK / WORD, count / WORD, to);
+            return interleave(reinterpret_cast<const int32_t*>(bytes), MAX_BLOCK / LANE_BYTES, count / LANE_BYTES, to);
         for (size_t i = 0; i < TILE_ROWS * MAX_BLOCK; ++i)
             shorts[i] = weights.static_quantization ? int16_t(uint8_t(bytes[i])) : int16_t(bytes[i]);
         interleave(reinterpret_cast<const int32_t*>(shorts), MAX_BLOCK / 2, count / 2, to);

@@ -9,7 +9,10 @@ namespace fusion_edge::SIMD {
 #ifdef AVX_VNNI
 
 template <int BITS>
-[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t, Bytes words, bool) { store_bytes(to, words); }
+[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t step_bytes, Bytes first, Bytes second, bool) {
+    store_bytes(to, first);
+    store_bytes(to + step_bytes, second);
+}
 
 template <int BITS, bool UNSIGNED_X>
 [[gnu::always_inline]] inline void dot_row(
@@ -32,10 +35,8 @@ template <int BITS, bool UNSIGNED_X, size_t... I>
 
 #else
 
-// Bytes of 8 bits become int16, in two steps of a panel.
-template <int BITS>
-[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t step_bytes, Bytes words, bool is_signed) {
-    if constexpr (BITS == 4) return store_bytes(to, words);
+// Writes bytes as int16 to two steps of a panel.
+[[gnu::always_inline]] inline void store_shorts(uint8_t* to, size_t step_bytes, Bytes words, bool is_signed) {
     for (const int first : {0, 2}) {
         // Of each word; 0x80 and more make zero.
         const __m256i places = _mm256_add_epi8(
@@ -46,6 +47,18 @@ template <int BITS>
             return is_signed ? _mm256_srai_epi16(shorts, 8) : _mm256_srli_epi16(shorts, 8);
         };
         store_bytes(to + first / 2 * step_bytes, {widen(words.low), widen(words.high)});
+    }
+}
+
+template <int BITS>
+[[gnu::always_inline]] inline void store_words(
+    uint8_t* to, size_t step_bytes, Bytes first, Bytes second, bool is_signed) {
+    if constexpr (BITS == 4) {
+        store_bytes(to, first);
+        store_bytes(to + step_bytes, second);
+    } else {
+        store_shorts(to, step_bytes, first, is_signed);
+        store_shorts(to + 2 * step_bytes, step_bytes, second, is_signed);
     }
 }
 

@@ -7,9 +7,11 @@
 
 namespace fusion_edge::SIMD {
 
-// Writes words of 16 outputs to a panel.
 template <int BITS>
-[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t, Bytes words, bool) { store_bytes(to, words); }
+[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t step_bytes, Bytes first, Bytes second, bool) {
+    store_bytes(to, first);
+    store_bytes(to + step_bytes, second);
+}
 
 // vpdpbusd takes the unsigned operand first.
 template <int BITS, bool UNSIGNED_X>

@@ -16,6 +16,10 @@ struct NextTile {
     }
 };
 
+// Writes eight inputs of 16 outputs, which each have two times four bytes, to one panel or several steps of it.
+template <int BITS>
+void store_words(uint8_t* to, size_t step_bytes, Bytes first, Bytes second, bool is_signed);
+
 template <int BITS, bool UNSIGNED_X>
 void dot_row(Ints (&sums)[REGISTERS], const Bytes (&weights)[REGISTERS], const int8_t* word);
 

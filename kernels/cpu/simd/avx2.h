@@ -1,4 +1,4 @@
-// 16 lanes in two registers of AVX2. Functions are described in simd.h.
+// 16 lanes in two registers of AVX2. Functions are described in generic/functions.h.
 
 #pragma once
 
@@ -18,6 +18,7 @@ constexpr size_t LANES = 16, HALF = 8;
 constexpr bool HAS_BFLOAT16 = false;
 constexpr size_t REGISTERS = 1;  // pairs of registers of outputs in a tile of sums
 constexpr size_t TILE_ROWS = 6;  // 12 of the 16 registers are sums
+constexpr size_t WORD = 4;       // bytes that are broadcast
 #ifdef AVX_VNNI
 template <int BITS>
 constexpr size_t DOT_WIDTH = 4;  // bytes that vpdpbusd multiplies and adds per lane

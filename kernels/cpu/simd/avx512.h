@@ -1,4 +1,4 @@
-// 16 lanes in one register of AVX-512. Functions are described in simd.h.
+// 16 lanes in one register of AVX-512. Functions are described in generic/functions.h.
 
 #pragma once
 
@@ -17,6 +17,7 @@ constexpr size_t LANES = 16;
 constexpr bool HAS_BFLOAT16 = true;  // where has_bfloat16 says so
 constexpr size_t REGISTERS = 3;      // of outputs in a tile of sums: with 8 rows, 24 of the 32 registers are sums
 constexpr size_t TILE_ROWS = 8;
+constexpr size_t WORD = 4;            // bytes that are broadcast
 template <int BITS>
 constexpr size_t DOT_WIDTH = 4;          // bytes that vpdpbusd multiplies and adds per lane
 constexpr int32_t UNSIGNED_OFFSET = 0;   // vpdpbusd takes an unsigned and a signed operand
