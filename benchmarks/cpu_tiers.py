@@ -55,7 +55,7 @@ def _main(options: argparse.Namespace) -> int:
                     progress.advance(1)
     sys.stdout.write(table(times))
     if options.json:
-        write_result(options.json, "cpu_tiers", options.rounds, machine, {"seconds": times})
+        write_result(options.json, "cpu_tiers BUNDLE", options.rounds, machine, {"seconds": times})
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from fusion_edge.runtime.arguments import check_integer
+from fusion_edge.runtime.arguments import check_flag, check_integer
 from fusion_edge.runtime.backends.devices import AUTO, open_device
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.fusion import Fusion
@@ -25,6 +25,7 @@ def load(
     revision: str | None = None,
     device: str = AUTO,
     threads: int | None = None,
+    spin: bool = False,
     cached_images: int = 1,
 ) -> Fusion:
     """Load a bundle.
@@ -38,6 +39,8 @@ def load(
             has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
             chosen device, and the reasons against better ones.
         threads: CPU threads. Default: every processor that this process may use, which is also the limit.
+        spin: Whether idle CPU threads spin for up to a millisecond instead of going to sleep. It takes processors from
+            everything else, and is no faster in general. TensorRT has no such threads and refuses it.
         cached_images: Limit of cached images and scenes: one a camera, so that cameras do not evict each other's.
             ``fusion-info`` gives their bytes.
 
@@ -52,7 +55,8 @@ def load(
     count = None if threads is None else check_integer("threads", threads, 1, "an integer from 1, or None")
     if count is not None:
         check_threads(count)
+    spins = check_flag("spin", spin)
     images = check_integer("cached_images", cached_images, 1, "an integer from 1")
     bundle = open_bundle(find_bundle(folder, revision).folder)
-    chosen, backend = open_device(bundle, device, count)
+    chosen, backend = open_device(bundle, device, count, spins)
     return Fusion(bundle.manifest, backend, load_tokenizer(bundle), Embeddings(bundle), chosen, images)

@@ -39,17 +39,22 @@ class DeviceCandidate:
     """Bundle target that the device runs best."""
     reason: Callable[[Bundle], str | None]
     """Return the reason why the device cannot run a bundle, as a sentence with the remedy; None if it can."""
-    open: Callable[[Bundle, int | None], Backend]
-    """Open the backend with a number of threads. Raises :class:`DeviceError` if the device does not start."""
+    open: Callable[[Bundle, int | None, bool], Backend]
+    """Open the backend with a number of threads that spin or sleep when idle.
+
+    Raises :class:`DeviceError` if the device does not start."""
     remark: Callable[[Bundle], str | None] = lambda _: None
     """Return :attr:`Device.remark`."""
 
 
-def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) -> tuple[Device, Backend]:
+def open_device(
+    bundle: Bundle, name: str = AUTO, threads: int | None = None, spin: bool = False
+) -> tuple[Device, Backend]:
     """Open the named device, or with ``auto`` the best one for the bundle, and return it with its backend.
 
-    A device chosen by name is never replaced by another. Raises :class:`UsageError` for an unknown name,
-    :class:`FusionError` if the device, or with ``auto`` every device, cannot run the bundle.
+    A device chosen by name is never replaced by another. Raises :class:`UsageError` for an unknown name, or ``spin`` on
+    a device without CPU threads, :class:`FusionError` if the device, or with ``auto`` every device, cannot run the
+    bundle.
     """
     if not isinstance(name, str) or name not in (AUTO, *NAMES):
         raise UsageError(f"Unknown device {name!r}; expected {', '.join((AUTO, *NAMES[:-1]))} or {NAMES[-1]}.")
@@ -60,7 +65,7 @@ def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) ->
         reason = candidate.reason(bundle)
         if reason is None:
             try:
-                backend = candidate.open(bundle, threads)
+                backend = candidate.open(bundle, threads, spin)
                 return Device(candidate.name, not_taken, candidate.remark(bundle)), backend
             except DeviceError as error:
                 reason = str(error)
@@ -129,14 +134,16 @@ def _no_cuda_provider() -> str | None:
     return f"The installed onnxruntime {fault}; {reinstall_command('cuda')}."
 
 
-def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backend:
+def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None, spin: bool) -> Backend:
     # Imports onnxruntime, which takes 0.1 s.
     from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, device, threads)
+    return OnnxRuntimeBackend(bundle, device, threads, spin)
 
 
-def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend:
+def _open_tensorrt(library: str, bundle: Bundle, threads: int | None, spin: bool) -> Backend:
+    if spin:
+        raise UsageError("spin is for ONNX Runtime's threads, and TensorRT has none; drop it, or choose device cpu.")
     from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
 
     return TensorRTBackend(bundle, find_library(library), open_cuda())

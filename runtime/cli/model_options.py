@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TypedDict
 
 from fusion_edge.runtime.backends.devices import AUTO, NAMES
 from fusion_edge.runtime.cli.options import positive_integer, positive_seconds
@@ -19,7 +20,7 @@ def add_deadline_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device`` and ``--threads``."""
+    """Add the options that :func:`load_options` returns."""
     add = parser.add_argument
     add("--device", choices=(AUTO, *NAMES), default=AUTO, help="device (default: the best for the bundle)")
     add(
@@ -28,3 +29,17 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads (default: all processors that this process may use)",
     )
+    add("--spin", action="store_true", help="let idle CPU threads spin instead of sleep (default: sleep)")
+
+
+class LoadOptions(TypedDict):
+    """Arguments of :func:`load` that commands offer."""
+
+    device: str
+    threads: int | None
+    spin: bool
+
+
+def load_options(arguments: argparse.Namespace) -> LoadOptions:
+    """Return the parsed options of :func:`add_device_options`."""
+    return LoadOptions(device=arguments.device, threads=arguments.threads, spin=arguments.spin)

@@ -16,7 +16,7 @@ from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.choices import ChoosingConversation, choice_list
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options
+from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options, load_options
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.cli.stage_display import StageDisplay
 from fusion_edge.runtime.constraints.grammar import Grammar
@@ -134,7 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
     source = given_bundle(arguments)
     if arguments.verbose:
         sys.stderr.write(f"bundle: {source}\n")
-    with load(Path(source.folder), device=arguments.device, threads=arguments.threads) as fusion:
+    with load(Path(source.folder), **load_options(arguments)) as fusion:
         _report_device(fusion, arguments.verbose)
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)

@@ -60,15 +60,15 @@ Input = npt.NDArray[Any] | Tensor
 class Graph:
     """A loaded graph. Its inputs lie on the device that reads them, so no run copies them."""
 
-    def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None) -> None:
-        """Load a graph. ``threads`` defaults to every processor that this process may use.
+    def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None, spin: bool = False) -> None:
+        """Load a graph. ``threads`` defaults to every processor that this process may use; idle ones ``spin`` or sleep.
 
         On a CPU our own kernels replace ONNX Runtime's if they can run the graph (``cpu_kernels.py``). Raises
         :class:`DeviceError` if the device does not start, :class:`FusionError` if the graph does not load.
         """
         self.name = name
         self.device = device
-        self._session = _session(bundle, name, device, threads or usable_processors())
+        self._session = _session(bundle, name, device, threads or usable_processors(), spin)
         self.large_run, self.small_run = _run_options(device), _run_options()
         """Options of runs. Setting ``terminate`` ends a run at its next node."""
         spec = _spec(bundle.manifest, name)
@@ -193,11 +193,11 @@ def _requested(error: Exception) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _session(bundle: Bundle, name: str, device: str, threads: int) -> ort.InferenceSession:
+def _session(bundle: Bundle, name: str, device: str, threads: int, spin: bool) -> ort.InferenceSession:
     path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
     missing = _load_cuda_libraries() if device == "cuda" else []
     provider, settings = PROVIDERS[device]
-    options = _session_options(bundle.manifest, threads)
+    options = _session_options(bundle.manifest, threads, spin)
     try:
         if device == "cpu" and cpu_kernels.can_run(bundle.manifest, name):
             options.register_custom_ops_library(str(cpu_kernels.library()))
@@ -231,11 +231,13 @@ def _load_cuda_libraries() -> list[str]:
     return re.findall(r"^Failed to load ([^:\s]+)", printed.getvalue(), re.MULTILINE)
 
 
-def _session_options(manifest: Manifest, threads: int) -> ort.SessionOptions:
+def _session_options(manifest: Manifest, threads: int, spin: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     # ONNX Runtime's default counts physical cores, and finds one on virtual machines.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Each session has threads of its own. Those that spin take processors from the next graph and from other programs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.log_severity_level = FATAL
     if manifest.target == "tensorrt":
         # ONNX Runtime fuses INT4 MatMuls; they compute in float, as TensorRT does.

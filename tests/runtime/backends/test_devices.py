@@ -96,8 +96,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open the device ``cuda`` as the same backend on the CPU."""
 
-    def open_backend(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
-        return OnnxRuntimeBackend(bundle, "cpu", threads)
+    def open_backend(bundle: Bundle, threads: int | None, spin: bool) -> OnnxRuntimeBackend:
+        return OnnxRuntimeBackend(bundle, "cpu", threads, spin)
 
     replace_cuda(monkeypatch, open_backend)
 
@@ -161,7 +161,7 @@ def test_auto_chooses_the_best_device(cuda_bundle: Path, machine: Callable[..., 
 def test_auto_skips_a_device_that_does_not_start(
     cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+    def fail(bundle: Bundle, threads: int | None, spin: bool) -> OnnxRuntimeBackend:
         raise DeviceError("It needs libcudnn.so.9; install it.")
 
     machine(**WHOLE)
@@ -176,7 +176,7 @@ def test_auto_skips_a_device_that_does_not_start(
 def test_a_damaged_bundle_does_not_select_another_device(
     cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+    def fail(bundle: Bundle, threads: int | None, spin: bool) -> OnnxRuntimeBackend:
         raise FusionError("It cannot be loaded.")
 
     machine(**WHOLE)

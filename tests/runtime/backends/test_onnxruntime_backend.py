@@ -16,13 +16,14 @@ import pytest
 from support.backend_contract import CAPACITY, Subject
 
 from fusion_edge.export import cli
-from fusion_edge.runtime import FusionError
+from fusion_edge.runtime import FusionError, load
 from fusion_edge.runtime.backends.base import ImageAlignment, Interruptible
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph, has_vnni
 from fusion_edge.runtime.bundle import graphs
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 from fusion_edge.runtime.images.grids import pooling_cells
 
@@ -222,6 +223,23 @@ def test_the_cache_does_not_fit_in_memory(bundle: Bundle, monkeypatch: pytest.Mo
     told = r"not enough memory to run llm \(50 MB are needed, [\d,]+ MB are available\); .* a smaller --max-context"
     with pytest.raises(FusionError, match=told):
         OnnxRuntimeBackend(bundle, "cpu", 1)
+
+
+@pytest.mark.parametrize("spin", [False, True])
+def test_idle_threads_spin_only_on_request(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, spin: bool) -> None:
+    """In every graph's session, through ``load`` and ``fusion-run``."""
+    spinning, session = [], ort.InferenceSession
+
+    def record(path: str, options: ort.SessionOptions, **others: Any) -> ort.InferenceSession:
+        spinning.append(options.get_session_config_entry("session.intra_op.allow_spinning"))
+        return session(path, options, **others)
+
+    monkeypatch.setattr(ort, "InferenceSession", record)
+    given: Any = {"spin": True} if spin else {}
+    load(tiny_bundle, device="cpu", **given).close()
+    question = ["--image", "absent.png", "--ask=What?", *(["--spin"] if spin else [])]
+    assert cli_run.main([str(tiny_bundle), *question]) == 1
+    assert spinning == 6 * ["1" if spin else "0"]
 
 
 # The CUDA provider -------------------------------------------------------------------------------------------

@@ -329,6 +329,9 @@ def test_a_conversation_through_the_commands(
             printed = capsys.readouterr()
             answers[device] = [(one["text"], one["token_ids"]) for one in json.loads(printed.out)["answers"]]
             assert f"running on {'tensorrt-rtx' if device == 'auto' else device}\n" in printed.err
+        question = ["--image", str(tmp_path / "image.png"), *asked, "--threads=1"]
+        assert cli_run.main([str(bundle.folder), *question, "--spin"]) == 2
+        assert "spin is for ONNX Runtime's threads, and TensorRT has none" in capsys.readouterr().err
     assert answers["auto"] == answers["cpu"]
     assert [text for text, _ in answers["auto"]] == [example.answer for example in first]
     assert trt.runs > 0
