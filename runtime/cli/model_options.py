@@ -30,6 +30,8 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="CPU threads (default: all processors that this process may use)",
     )
     add("--spin", action="store_true", help="let idle CPU threads spin instead of sleep (default: sleep)")
+    add("--preload", action="store_true", help="read the weights in before the first question (default: on first use)")
+    add("--lock-memory", action="store_true", help="preload the weights and lock them in memory, within ulimit -l")
 
 
 class LoadOptions(TypedDict):
@@ -38,8 +40,16 @@ class LoadOptions(TypedDict):
     device: str
     threads: int | None
     spin: bool
+    preload: bool
+    lock_memory: bool
 
 
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
     """Return the parsed options of :func:`add_device_options`."""
-    return LoadOptions(device=arguments.device, threads=arguments.threads, spin=arguments.spin)
+    return LoadOptions(
+        device=arguments.device,
+        threads=arguments.threads,
+        spin=arguments.spin,
+        preload=arguments.preload,
+        lock_memory=arguments.lock_memory,
+    )

@@ -123,8 +123,10 @@ def test_threads(tiny_bundle: Path) -> None:
 
 
 def test_flags_of_load(tiny_bundle: Path) -> None:
-    for wrong in (0, 1, None, "yes", np.True_):
-        refused(lambda wrong=wrong: load(tiny_bundle, spin=wrong), "spin is ")
+    for name in ("spin", "preload", "lock_memory"):
+        for wrong in (0, 1, None, "yes", np.True_):
+            arguments: Any = {name: wrong}
+            refused(lambda arguments=arguments: load(tiny_bundle, **arguments), f"{name} is ")
 
 
 @pytest.mark.parametrize("device", [None, 3, b"cpu", ["cpu"], "CPU", "", Unprintable])
