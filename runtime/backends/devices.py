@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.cuda import open_cuda
@@ -28,6 +29,8 @@ class Device:
     """With ``auto``: the reason against each better device by its name, as a sentence."""
     remark: str | None = None
     """Reason why the device is slower than possible, as a sentence."""
+    kernels: str | None = None
+    """Tier of instructions of our CPU kernels, such as ``AMX``; None if they do not run."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class DeviceCandidate:
     Raises :class:`DeviceError` if the device does not start."""
     remark: Callable[[Bundle], str | None] = lambda _: None
     """Return :attr:`Device.remark`."""
+    kernels: Callable[[Bundle], str | None] = lambda _: None
+    """Return :attr:`Device.kernels`."""
 
 
 def open_device(
@@ -66,7 +71,7 @@ def open_device(
         if reason is None:
             try:
                 backend = candidate.open(bundle, threads, spin)
-                return Device(candidate.name, not_taken, candidate.remark(bundle)), backend
+                return Device(candidate.name, not_taken, candidate.remark(bundle), candidate.kernels(bundle)), backend
             except DeviceError as error:
                 reason = str(error)
         not_taken[candidate.name] = reason
@@ -88,7 +93,19 @@ def _cpu(bundle: Bundle) -> str | None:
 
 def _cpu_remark(bundle: Bundle) -> str | None:
     reason = cpu_kernels.unsupported_reason(bundle.manifest)
+    if reason == cpu_kernels.NOT_COMPILED:
+        _warn_of_missing_kernels()
     return reason and f"MatMul and attention run on ONNX Runtime's kernels instead of faster ones. {reason}"
+
+
+@cache
+def _warn_of_missing_kernels() -> None:
+    """Warn once in a process, at the call of :func:`load`."""
+    warnings.warn(f"fusion-edge runs without its CPU kernels. {cpu_kernels.NOT_COMPILED}", RuntimeWarning, stacklevel=5)
+
+
+def _cpu_tier(bundle: Bundle) -> str | None:
+    return None if cpu_kernels.unsupported_reason(bundle.manifest) else cpu_kernels.tier()
 
 
 def _tensorrt(library: str, bundle: Bundle) -> str | None:
@@ -152,6 +169,6 @@ def _open_tensorrt(library: str, bundle: Bundle, threads: int | None, spin: bool
 CANDIDATES = (
     *(DeviceCandidate(name, "tensorrt", partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
     DeviceCandidate("cuda", "cuda", _cuda, partial(_open_onnxruntime, "cuda")),
-    DeviceCandidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _cpu_remark),
+    DeviceCandidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _cpu_remark, _cpu_tier),
 )
 NAMES = tuple(candidate.name for candidate in CANDIDATES)
