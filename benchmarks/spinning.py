@@ -1,4 +1,4 @@
-"""Measure what spinning threads of ONNX Runtime win and cost, on a quiet machine and beside a busy program.
+"""Measure what spinning threads of ONNX Runtime win and cost, beside a busy program and without one.
 
     python -m fusion_edge.benchmarks.spinning BUNDLE --questions 2 --json FILE
 

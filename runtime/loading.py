@@ -43,8 +43,8 @@ def load(
             has for the bundle. A device chosen by name is never replaced by another. :attr:`Fusion.device` gives the
             chosen device, and the reasons against better ones.
         threads: CPU threads. Default: every processor that this process may use, which is also the limit.
-        spin: Whether idle CPU threads spin for up to a millisecond instead of going to sleep. It takes processors from
-            everything else, and is no faster in general. TensorRT has no such threads and refuses it.
+        spin: Whether idle CPU threads spin for tens of milliseconds, as ONNX Runtime's do by default, in place of
+            0.1 ms. It takes processors from everything else. TensorRT has no such threads and refuses it.
         preload: Whether to read in the weights that stay in files, with progress on a terminal, so that the first
             question does not wait for them. On a GPU this is the token table alone: other weights lie in its memory.
         lock_memory: Whether to preload those weights and keep their pages in memory until :meth:`Fusion.close`, so that

@@ -29,7 +29,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads (default: all processors that this process may use)",
     )
-    add("--spin", action="store_true", help="let idle CPU threads spin instead of sleep (default: sleep)")
+    add("--spin", action="store_true", help="let idle CPU threads spin for tens of milliseconds (default: 0.1 ms)")
     add("--preload", action="store_true", help="read the weights in before the first question (default: on first use)")
     add("--lock-memory", action="store_true", help="preload the weights and lock them in memory, within ulimit -l")
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime.library import FATAL
+from fusion_edge.runtime.backends.onnxruntime.library import FATAL, release_numbers
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec, graph_specs
 from fusion_edge.runtime.bundle.manifest import MANIFEST, Manifest, data_file, graph_file
 from fusion_edge.runtime.bundle.reader import Bundle
@@ -40,6 +40,10 @@ TYPES = {
     "bool": "tensor(bool)",
 }
 """ONNX Runtime's type names by numpy dtype name."""
+SHORT_SPIN = 100
+"""Microseconds until an idle thread sleeps."""
+FIRST_WITH_DURATION = (1, 26)
+"""Release of ONNX Runtime that can limit the time of spinning; in older ones it is all or nothing."""
 DEVICES = {"Cpu": "cpu", "Cuda": "cuda"}
 """Device names by the name of ONNX Runtime's memory."""
 
@@ -61,7 +65,8 @@ class Graph:
     """A loaded graph. Its inputs lie on the device that reads them, so no run copies them."""
 
     def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None, spin: bool = False) -> None:
-        """Load a graph. ``threads`` defaults to every processor that this process may use; idle ones ``spin`` or sleep.
+        """Load a graph. ``threads`` defaults to every processor that this process may use; idle ones ``spin`` or
+        sleep soon.
 
         On a CPU our own kernels replace ONNX Runtime's if they can run the graph (``cpu_kernels.py``). Raises
         :class:`DeviceError` if the device does not start, :class:`FusionError` if the graph does not load.
@@ -236,8 +241,12 @@ def _session_options(manifest: Manifest, threads: int, spin: bool) -> ort.Sessio
     # ONNX Runtime's default counts physical cores, and finds one on virtual machines.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Each session has threads of its own. Those that spin take processors from the next graph and from other programs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    if not spin:
+        # Each session has threads of its own. By default they spin for tens of milliseconds after a run, and take
+        # processors from the next graph and from other programs. Within a run, operators follow sooner than SHORT_SPIN.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SHORT_SPIN))
+        if release_numbers(ort.__version__) < FIRST_WITH_DURATION:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = FATAL
     if manifest.target == "tensorrt":
         # ONNX Runtime fuses INT4 MatMuls; they compute in float, as TensorRT does.

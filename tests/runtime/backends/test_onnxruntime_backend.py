@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +226,25 @@ def test_the_cache_does_not_fit_in_memory(bundle: Bundle, monkeypatch: pytest.Mo
         OnnxRuntimeBackend(bundle, "cpu", 1)
 
 
-@pytest.mark.parametrize("spin", [False, True])
-def test_idle_threads_spin_only_on_request(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, spin: bool) -> None:
-    """In every graph's session, through ``load`` and ``fusion-run``."""
+@pytest.mark.parametrize(
+    ("spin", "version", "expected"),
+    [
+        (False, "1.31.1", {"spin_duration_us": "100"}),
+        (False, "1.26.0", {"spin_duration_us": "100"}),
+        (False, "1.25.1", {"spin_duration_us": "100", "allow_spinning": "0"}),
+        (True, "1.31.1", {}),
+        (True, "1.25.1", {}),
+    ],
+)
+def test_idle_threads_sleep_soon(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, spin: bool, version: str, expected: dict[str, str]
+) -> None:
+    """In every graph's session, through ``load`` and ``fusion-run``; older releases have no time limit of spinning."""
+    monkeypatch.setattr(ort, "__version__", version)
     spinning, session = [], ort.InferenceSession
 
     def record(path: str, options: ort.SessionOptions, **others: Any) -> ort.InferenceSession:
-        spinning.append(options.get_session_config_entry("session.intra_op.allow_spinning"))
+        spinning.append({name: value for name in NAMES if (value := entry(options, name)) is not None})
         return session(path, options, **others)
 
     monkeypatch.setattr(ort, "InferenceSession", record)
@@ -239,7 +252,17 @@ def test_idle_threads_spin_only_on_request(tiny_bundle: Path, monkeypatch: pytes
     load(tiny_bundle, device="cpu", **given).close()
     question = ["--image", "absent.png", "--ask=What?", *(["--spin"] if spin else [])]
     assert cli_run.main([str(tiny_bundle), *question]) == 1
-    assert spinning == 6 * ["1" if spin else "0"]
+    assert spinning == 6 * [expected]
+
+
+NAMES = ("spin_duration_us", "allow_spinning")
+
+
+def entry(options: ort.SessionOptions, name: str) -> str | None:
+    """Return an option of idle threads; None if it has its default."""
+    with suppress(RuntimeError):  # not set
+        return str(options.get_session_config_entry(f"session.intra_op.{name}"))
+    return None
 
 
 # The CUDA provider -------------------------------------------------------------------------------------------

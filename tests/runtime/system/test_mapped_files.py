@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.locked_memory import locked_bytes
 
 from fusion_edge.runtime import Fusion, FusionError, load
 from fusion_edge.runtime.cli import run as cli_run
@@ -38,11 +39,6 @@ def smaps(path: Path) -> Iterator[dict[str, int]]:
     for entry in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE):
         if entry.partition("\n")[0].endswith(name):
             yield {name: 1024 * int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", entry, re.MULTILINE)}
-
-
-def locked_bytes() -> int:
-    """Return the bytes that this process has locked."""
-    return 1024 * int(re.findall(r"^VmLck:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[0])
 
 
 @pytest.mark.parametrize("name", ["weights.data", "two words.data", "a\nb.data", "\udcff.data"])
