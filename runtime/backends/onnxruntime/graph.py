@@ -65,11 +65,11 @@ class Graph:
     """A loaded graph. Its inputs lie on the device that reads them, so no run copies them."""
 
     def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None, spin: bool = False) -> None:
-        """Load a graph. ``threads`` defaults to every processor that this process may use; idle ones ``spin`` or
-        sleep soon.
+        """Load a graph. ``threads`` defaults to every processor that this process may use.
 
-        On a CPU our own kernels replace ONNX Runtime's if they can run the graph (``cpu_kernels.py``). Raises
-        :class:`DeviceError` if the device does not start, :class:`FusionError` if the graph does not load.
+        Idle threads ``spin`` for tens of milliseconds, or sleep soon. On a CPU our own kernels replace ONNX Runtime's
+        if they can run the graph (``cpu_kernels.py``). Raises :class:`DeviceError` if the device does not start,
+        :class:`FusionError` if the graph does not load.
         """
         self.name = name
         self.device = device
