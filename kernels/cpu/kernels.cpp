@@ -39,7 +39,7 @@ bool tiles_are_granted() {
 
 bool has_amx() {
     return has_avx512_vnni() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-           tiles_are_granted();
+           __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_are_granted();
 }
 
 std::vector<const Kernels*> detect() {
@@ -47,6 +47,7 @@ std::vector<const Kernels*> detect() {
     if (has_avx2()) found.push_back(&avx2_kernels());
     if (has_avx_vnni()) found.push_back(&avx_vnni_kernels());
     if (has_avx512_vnni()) found.push_back(&avx512_vnni_kernels());
+    if (has_amx()) found.push_back(&amx_kernels());
     return found;
 }
 

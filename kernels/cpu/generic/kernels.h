@@ -9,7 +9,7 @@
 
 namespace fusion_edge::SIMD {
 
-// `Gemm` is a micro-kernel of gemm_driver.h. `Flash::kernel<T>(precision)` returns a FlashKernel.
+// `Gemm::gemm` and `Gemm::mlp` are GEMMs of more than one row. `Flash::kernel<T>(precision)` returns a FlashKernel.
 template <class Gemm, class Flash>
 class TierKernels final : public Kernels {
   public:

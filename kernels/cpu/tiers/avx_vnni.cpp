@@ -18,7 +18,7 @@
 namespace fusion_edge {
 
 const Kernels& avx_vnni_kernels() {
-    static const SIMD::TierKernels<SIMD::TileKernel, SIMD::TileFlash> kernels("AVX-VNNI");
+    static const SIMD::TierKernels<SIMD::TileGemm, SIMD::TileFlash> kernels("AVX-VNNI");
     return kernels;
 }
 
