@@ -1,13 +1,11 @@
-// Micro-kernel of GEMM for AMX: 32 rows times a panel of 32 outputs, two by two tiles.
-//
-// With static quantization, where both factors are bytes and one int32 sum goes over all inputs.
+// Micro-kernel of GEMM for AMX: panels of 32 outputs times 32 rows, two by two tiles.
 
 #include <array>
 #include <thread>
+#include <type_traits>
 
-#include "amx.h"
+#include "amx_panels.h"
 #include "gemm_driver.h"
-#include "gemm_kernels.h"
 #include "simd_activations.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8")
@@ -15,100 +13,127 @@
 namespace fusion_edge {
 namespace {
 
-constexpr size_t SIDES = 2;                 // tiles beside each other in a panel
-constexpr size_t PANEL = SIDES * AMX_ROWS;  // outputs
-constexpr size_t TILE_PAIR = 2 * AMX_ROWS;  // rows
+constexpr size_t PANEL = AMX_PANEL;
+constexpr size_t TILE_PAIR = 2 * AMX_ROWS;       // rows
+constexpr size_t TILE = PANEL * TILE_PAIR;       // sums of a panel and two tiles of rows
+constexpr size_t STEP_PREFETCH = 4;              // lines of 64 bytes
+using Tile = int32_t[TILE];  // sums [PANEL, TILE_PAIR]
 
-// Activations in tiles [pairs of tiles, 2, steps], as multiply_tiles reads them. Missing rows and inputs are undefined.
-struct TiledRows {
-    uint8_t* values;
-    size_t steps;
+enum class Sums { INTEGER, SCALED, SCALED_WITH_ZERO_POINTS };
 
-    uint8_t* row(size_t index) const {
-        return values + index / AMX_ROWS * steps * AMX_TILE + index % AMX_ROWS * AMX_BYTES;
-    }
-    // First byte of the tiles that begin with a row.
-    const uint8_t* tiles(size_t row) const { return values + row / AMX_ROWS * steps * AMX_TILE; }
-};
+// Sums of a superblock, to be added to totals [PANEL, TILE_PAIR].
+struct Pending {
+    int32_t* sums;
+    void* totals;
+    const float *scales, *zero_points;  // [PANEL]
+    const float *x_scales, *x_sums;     // [AMX_ROWS] of the first tile of rows
+    size_t x_stride;                    // from the first to the second tile
+    __mmask16 added;                    // 0: the totals are undefined yet
 
-TiledRows allocate_rows(Scratch<uint8_t>& memory, size_t rows, size_t steps) {
-    return {memory.of(round_up(rows, TILE_PAIR) * steps * AMX_BYTES), steps};
-}
-
-// Loads 16 words of 4 bytes of 16 outputs and transposes them: register i has word i of each output.
-void load_words(const Weights& weights, size_t output, size_t count, size_t start, __m512i* words) {
-    const size_t bytes = weights.row_bytes();
-    const __mmask64 mask = bytes - start >= CHUNK ? ~0ull : (1ull << (bytes - start)) - 1;
-    const uint8_t* from = weights.values + output * bytes + start;
-    for (size_t i = 0; i < LANES; ++i, from += bytes) {
-        if (i < count) _mm_prefetch(from + CHUNK, _MM_HINT_T1);  // rows are far apart: no prefetch by the hardware
-        words[i] = i < count ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
-    }
-    transpose(words);
-}
-
-// A thread's packed panels, and what scales their sums.
-class Panels {
-  public:
-    Panels(const Weights& weights, size_t output, size_t panels)
-        : steps_(round_up(weights.inputs, CHUNK) / CHUNK) {
-        static thread_local Scratch<uint8_t> memory;
-        values_ = memory.of(panels * steps_ * SIDES * AMX_TILE);
-        for (size_t i = 0; i < panels; ++i)
-            for (size_t side = 0; side < SIDES; ++side) pack_side(weights, output, i, side);
-    }
-
-    // Tiles [steps, SIDES] of a panel.
-    const uint8_t* tiles(size_t panel) const { return values_ + panel * steps_ * SIDES * AMX_TILE; }
-
-    // Writes sums [rows, PANEL] of a panel as float32.
-    void scale(size_t panel, const int32_t* sums, size_t rows, float* scaled) const {
-        for (size_t i = 0; i < rows * PANEL; i += LANES) {
-            const size_t output = panel * PANEL + i % PANEL;
-            const __m512i zero = _mm512_load_si512(zero_points_ + output);
-            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + i), zero);
-            _mm512_store_ps(scaled + i, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_load_ps(scales_ + output)));
-        }
-    }
-
-  private:
-    void pack_side(const Weights& weights, size_t output, size_t panel, size_t side) {
-        const ActivationQuantization& quantization = *weights.static_quantization;
-        const size_t index = panel * PANEL + side * LANES, first = output + index;
-        const size_t count = weights.outputs > first ? std::min(LANES, weights.outputs - first) : 0;
-        uint8_t* to = values_ + (panel * steps_ * SIDES + side) * AMX_TILE;
-        __m512i totals = _mm512_setzero_si512();
-        for (size_t start = 0; start < weights.inputs; start += CHUNK, to += SIDES * AMX_TILE) {
-            __m512i words[LANES];
-            load_words(weights, first, count, start, words);
-            for (size_t i = 0; i < LANES; ++i) {
-                totals = _mm512_dpbusd_epi32(totals, _mm512_set1_epi8(1), words[i]);
-                _mm512_store_si512(to + i * AMX_BYTES, words[i]);
+    // Adds those of outputs from `output` to `end`.
+    template <Sums KIND, int ROW_TILES>
+    [[gnu::always_inline]] void add(size_t output, size_t end) const {
+        const int32_t* from = sums + output * TILE_PAIR;
+        if constexpr (KIND == Sums::INTEGER) {
+            int32_t* to = static_cast<int32_t*>(totals) + output * TILE_PAIR;
+            for (; output < end; ++output, from += TILE_PAIR, to += TILE_PAIR)
+#pragma GCC unroll 2
+                for (int i = 0; i < ROW_TILES; ++i) {
+                    const __m512i sum = _mm512_load_si512(from + i * LANES);
+                    _mm512_store_si512(to + i * LANES, _mm512_add_epi32(sum, _mm512_maskz_load_epi32(added, to + i * LANES)));
+                }
+        } else {
+            float* to = static_cast<float*>(totals) + output * TILE_PAIR;
+            __m512 row_scales[ROW_TILES], row_sums[ROW_TILES];
+#pragma GCC unroll 2
+            for (int i = 0; i < ROW_TILES; ++i) {
+                row_scales[i] = _mm512_load_ps(x_scales + i * x_stride);
+                row_sums[i] = _mm512_load_ps(x_sums + i * x_stride);
+            }
+            for (; output < end; ++output, from += TILE_PAIR, to += TILE_PAIR) {
+#pragma GCC unroll 2
+                for (int i = 0; i < ROW_TILES; ++i) {
+                    __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(from + i * LANES));
+                    if constexpr (KIND == Sums::SCALED_WITH_ZERO_POINTS)
+                        sum = _mm512_fnmadd_ps(row_sums[i], _mm512_set1_ps(zero_points[output]), sum);
+                    const __m512 factor = _mm512_mul_ps(row_scales[i], _mm512_set1_ps(scales[output]));
+                    _mm512_store_ps(to + i * LANES, _mm512_fmadd_ps(sum, factor, _mm512_maskz_load_ps(added, to + i * LANES)));
+                }
             }
         }
-        const __m512i zero_point = _mm512_set1_epi32(-quantization.zero_point);
-        _mm512_store_si512(zero_points_ + index, _mm512_mullo_epi32(totals, zero_point));
-        const __m512 scales = load_scales(weights, first, lane_mask(count));
-        _mm512_store_ps(scales_ + index, _mm512_mul_ps(scales, _mm512_set1_ps(quantization.scale)));
     }
-
-    size_t steps_;
-    uint8_t* values_;
-    alignas(64) float scales_[MAX_PANELS * PANEL];         // of an output's sum
-    alignas(64) int32_t zero_points_[MAX_PANELS * PANEL];  // minus the zero point times the sum of an output's weights
 };
 
-// Writes a row, activated and as uint8, to its place in the tiles. Weights of inputs after its end are zero.
-void pack_row(const float* x, const Weights& weights, Activation activation, size_t steps, uint8_t* to) {
-    const ActivationQuantizer quantizer(*weights.static_quantization);
-    for (size_t step = 0, start = 0; step < steps; ++step, to += AMX_TILE)
-        for (size_t i = 0; i < AMX_BYTES; i += LANES, start += LANES) {
-            const __mmask16 mask = start < weights.inputs ? lane_mask(weights.inputs - start) : 0;
-            const __m512 values = _mm512_maskz_loadu_ps(mask, x + start);
-            const __m512 activated = activation == Activation::GELU ? gelu(values) : values;
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + i), quantizer.bytes(activated));
-        }
+// Stores a tile of sums, if there are any, and sets it to zero.
+template <int TILE>
+[[gnu::always_inline]] inline void renew(AmxTiles& tiles, int32_t* sums) {
+    constexpr size_t STRIDE = TILE_PAIR * sizeof(int32_t);
+    if (sums) tiles.store<TILE>(sums + TILE / 2 * AMX_ROWS * TILE_PAIR + TILE % 2 * LANES, STRIDE);
+    tiles.zero<TILE>();
 }
+
+// Tiles 0 ... 3 [2, 2] = weights * rows. `weights` are steps of a panel; `rows` ROW_TILES sequences of `steps` tiles,
+// `stride` bytes apart. The tiles before are stored and added to their totals meanwhile: a part of the pending sums in
+// each step. Prefetches `next`.
+template <Sums KIND, int ROW_TILES>
+void multiply_tiles(
+    AmxTiles& tiles, const uint8_t* weights, const uint8_t* rows, size_t stride, size_t steps, const uint8_t*& next,
+    const Pending& pending) {
+    constexpr bool UNSIGNED = KIND == Sums::INTEGER;
+    const uint8_t* second = rows + stride;
+    const auto multiply = [&](auto first) __attribute__((always_inline)) {
+        for (size_t i = 0; i < STEP_PREFETCH; ++i, next += AMX_BYTES) _mm_prefetch(next, _MM_HINT_T1);
+        tiles.load<6>(rows);
+        tiles.load<4>(weights);
+        if constexpr (first) renew<0>(tiles, pending.sums);
+        tiles.multiply_add<0, 4, 6, UNSIGNED>();
+        tiles.load<5>(weights + AMX_TILE);
+        if constexpr (first) renew<2>(tiles, pending.sums);
+        tiles.multiply_add<2, 5, 6, UNSIGNED>();
+        if constexpr (ROW_TILES == 2) {
+            tiles.load<7>(second);
+            if constexpr (first) renew<1>(tiles, pending.sums);
+            tiles.multiply_add<1, 4, 7, UNSIGNED>();
+            if constexpr (first) renew<3>(tiles, pending.sums);
+            tiles.multiply_add<3, 5, 7, UNSIGNED>();
+        }
+        rows += AMX_TILE;
+        second += AMX_TILE;
+        weights += AMX_STEP;
+    };
+    multiply(std::true_type());
+    const size_t part = (PANEL + steps - 2) / std::max<size_t>(steps - 1, 1);
+    for (size_t step = 1, output = 0; step < steps; ++step, output += part) {
+        multiply(std::false_type());
+        if (pending.sums) pending.add<KIND, ROW_TILES>(std::min(output, PANEL), std::min(output + part, PANEL));
+    }
+    if (steps == 1 && pending.sums) pending.add<KIND, ROW_TILES>(0, PANEL);
+}
+
+// Writers take sums [OUTPUTS, ROWS].
+
+class TransposingWriter final : public TileWriter {
+  public:
+    TransposingWriter(float* result, size_t rows, size_t outputs) : writer_(result, rows, outputs) {}
+
+    void write(const float* sums, const float* bias, size_t row, size_t rows, size_t output) const override {
+        alignas(64) float transposed[AMX_ROWS * PANEL];
+        for (size_t i = 0; i < rows; i += AMX_ROWS) {
+            for (size_t j = 0; j < PANEL; j += AMX_ROWS) {
+                __m512i words[LANES];
+                for (size_t k = 0; k < LANES; ++k) words[k] = _mm512_load_si512(sums + (j + k) * TILE_PAIR + i);
+                transpose(words);
+                for (size_t k = 0; k < LANES; ++k) _mm512_store_si512(transposed + k * PANEL + j, words[k]);
+            }
+            writer_.write(transposed, bias, row + i, std::min(AMX_ROWS, rows - i), output);
+        }
+    }
+
+    void prefetch(size_t row, size_t rows, size_t output) const override { writer_.prefetch(row, rows, output); }
+
+  private:
+    FloatWriter<PANEL> writer_;
+};
 
 // Writes GELU of the results, quantized, as the next layer's activations.
 class GeluWriter final : public TileWriter {
@@ -116,45 +141,49 @@ class GeluWriter final : public TileWriter {
     GeluWriter(size_t rows, const Weights& weights, const ActivationQuantization& quantization)
         : quantizer_(quantization) {
         static thread_local Scratch<uint8_t> memory;
-        hidden = allocate_rows(memory, rows, round_up(weights.outputs, AMX_BYTES) / AMX_BYTES);
+        hidden = allocate_amx_rows(memory, rows, round_up(weights.outputs, AMX_BYTES));
     }
 
     void write(const float* sums, const float* bias, size_t row, size_t rows, size_t output) const override {
-        for (size_t i = 0; i < rows; ++i)
-            for (size_t j = 0; j < PANEL; j += LANES) {
-                const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * PANEL + j), _mm512_load_ps(bias + j));
-                _mm_store_si128(reinterpret_cast<__m128i*>(place(row + i, output + j)), quantizer_.bytes(gelu(sum)));
+        for (size_t i = 0; i < rows; i += AMX_ROWS) {
+            uint8_t* to = hidden.tile((row + i) / AMX_ROWS) + output * AMX_ROWS;
+            for (size_t j = 0; j < PANEL; j += 4, to += AMX_BYTES) {
+                __m512i words = _mm512_setzero_si512();
+#pragma GCC unroll 4
+                for (size_t k = 0; k < 4; ++k) {
+                    const __m512 sum = _mm512_load_ps(sums + (j + k) * TILE_PAIR + i);
+                    const __m512i integers = quantizer_.integers(gelu(_mm512_add_ps(sum, _mm512_set1_ps(bias[j + k]))));
+                    const __m512i bytes = _mm512_min_epi32(
+                        _mm512_max_epi32(integers, _mm512_setzero_si512()), _mm512_set1_epi32(255));
+                    words = _mm512_or_si512(words, _mm512_slli_epi32(bytes, 8 * k));
+                }
+                _mm512_store_si512(to, words);
             }
+        }
     }
 
-    TiledRows hidden;
+    AmxRows hidden;
 
   private:
-    uint8_t* place(size_t row, size_t output) const {
-        return hidden.row(row) + output / AMX_BYTES * AMX_TILE + output % AMX_BYTES;
-    }
-
     ActivationQuantizer quantizer_;
 };
 
+template <Sums KIND>
 class AmxKernel {
   public:
     static constexpr size_t ROWS = TILE_PAIR, OUTPUTS = PANEL;
-    // The sums of a block of rows stay in the L2 cache while blocks of steps are added. Blocks of steps of two tiles of
-    // rows stay in the L1 cache for all panels. So few rows come from the L3 cache, which is slow.
-    static constexpr size_t BLOCK_ROWS = 480, BLOCK_STEPS = 8;
-    using Inputs = TiledRows;
+    // Blocks of rows and inputs: with 256 outputs, sums, weights and rows stay in an L2 cache of 2 MB, and two tiles of
+    // rows in the L1 cache. So few rows come from the L3 cache, which is slow.
+    static constexpr size_t BLOCK_ROWS = 480, BLOCK_INPUTS = 512;
+    static constexpr size_t FEW_ROWS = 64;     // up to here weights are read in the order of memory, a panel at a time
+    static constexpr size_t KEPT = 800 << 10;  // bytes of unpacked weights that all blocks of rows share
+    using Inputs = AmxRows;
+    using ResultWriter = TransposingWriter;
     using HiddenWriter = GeluWriter;
 
     static Inputs pack_rows(
         const float* x, size_t rows, const Weights& weights, Activation activation, const Parallel& parallel) {
-        static thread_local Scratch<uint8_t> memory;
-        const Inputs inputs = allocate_rows(memory, rows, round_up(weights.inputs, CHUNK) / CHUNK);
-        parallel((rows + ROWS - 1) / ROWS, [&](size_t index) {
-            for (size_t row = index * ROWS; row < std::min(rows, (index + 1) * ROWS); ++row)
-                pack_row(x + row * weights.inputs, weights, activation, inputs.steps, inputs.row(row));
-        });
-        return inputs;
+        return pack_amx_rows(x, rows, weights, activation, parallel);
     }
     static size_t cached_panels(const Inputs&) { return MAX_PANELS; }
     static size_t min_tasks() {
@@ -163,7 +192,7 @@ class AmxKernel {
     }
 
     AmxKernel(const Inputs& x, size_t, const Weights& weights, size_t output, size_t panels)
-        : x_(x), count_(panels), panels_(weights, output, panels) {
+        : x_(x), steps_(weights), count_(panels), panels_(weights, output, panels), tiles_(steps_.depth) {
         std::fill_n(bias_, panels * OUTPUTS, 0.0f);
         const size_t outputs = std::min(panels * OUTPUTS, weights.outputs - output);
         if (weights.bias) std::copy_n(weights.bias + output, outputs, bias_);
@@ -174,48 +203,114 @@ class AmxKernel {
     template <class Output>
     void multiply(size_t row, size_t rows, const Output& output) {
         static thread_local Scratch<int32_t> memory;
-        constexpr size_t TILE = ROWS * OUTPUTS;
-        int32_t* const sums = memory.of(round_up(rows, ROWS) * count_ * OUTPUTS);  // [tiles of rows, panels, TILE]
-        for (size_t step = 0; step < x_.steps; step += BLOCK_STEPS)
-            add_block(row, rows, step, std::min(BLOCK_STEPS, x_.steps - step), sums);
-        alignas(64) float scaled[TILE];
-        const int32_t* tile = sums;
-        for (size_t i = 0; i < rows; i += ROWS)
-            for (size_t j = 0; j < count_; ++j, tile += TILE) {
-                const size_t here = std::min(ROWS, rows - i);
-                panels_.scale(j, tile, here, scaled);
-                output.write(scaled, j, row + i, here);
+        const bool is_few = rows <= FEW_ROWS;
+        const size_t panels = is_few ? 1 : count_, width = steps_.width;
+        // Inputs unpacked at a time.
+        const size_t part = is_few || panels * OUTPUTS * width <= KEPT ? width : BLOCK_INPUTS;
+        int32_t* const totals = memory.of(round_up(rows, ROWS) * panels * OUTPUTS);  // [pairs, panels, TILE]
+        for (size_t panel = 0; panel < count_; panel += panels) {
+            for (size_t start = 0; start < width; start += part) {
+                const size_t end = std::min(start + part, width), block = is_few ? width : BLOCK_INPUTS;
+                if (part < width || is_few || row == 0) unpacked_ = panels_.unpack(panel, panels, start, end);
+                for (size_t from = start; from < end; from += block)
+                    add_block(
+                        {from, std::min(from + block, end), unpacked_ + (from - start) / AMX_BYTES * AMX_STEP,
+                         (end - start) / AMX_BYTES * AMX_STEP},
+                        row, rows, panel, panels, totals);
             }
-    }
-
-  private:
-    // Adds a block of steps to the sums.
-    void add_block(size_t row, size_t rows, size_t step, size_t steps, int32_t* sums) {
-        constexpr auto MULTIPLY = std::array{
-            std::array{multiply_tiles<1, false>, multiply_tiles<1, true>},
-            std::array{multiply_tiles<2, false>, multiply_tiles<2, true>}};
-        const size_t row_stride = x_.steps * AMX_TILE, column = step * SIDES * AMX_TILE;
-        const size_t lines = steps * AMX_STEP_PREFETCH * AMX_BYTES;  // bytes that a call prefetches
-        for (size_t i = 0; i < rows; i += ROWS) {
-            const uint8_t* const tiles = x_.tiles(row + i) + step * AMX_TILE;
-            for (size_t j = 0; j < count_; ++j, sums += ROWS * OUTPUTS) {
-                // The next block of these rows, in eight parts, one a panel: four of each tile.
-                const uint8_t* next = tiles + steps * AMX_TILE + j % 4 * lines + j / 4 % 2 * row_stride;
-                MULTIPLY[rows - i > AMX_ROWS][step > 0](
-                    tiles_, tiles, row_stride, panels_.tiles(j) + column, steps, sums, next);
-            }
+            write(row, rows, panel, panels, totals, output);
         }
     }
 
+  private:
+    // Inputs of unpacked panels, `stride` bytes apart.
+    struct Block {
+        size_t start, end;
+        const uint8_t* weights;
+        size_t stride;
+    };
+
+    void add_block(const Block& block, size_t row, size_t rows, size_t panel, size_t panels, int32_t* totals) {
+        for (size_t i = 0; i < rows; i += ROWS, totals += panels * TILE) {
+            const auto run = rows - i > AMX_ROWS ? &AmxKernel::multiply_rows<2> : &AmxKernel::multiply_rows<1>;
+            (this->*run)(block, (row + i) / AMX_ROWS, panel, panels, totals);
+        }
+    }
+
+    template <int ROW_TILES>
+    void multiply_rows(const Block& block, size_t tile, size_t panel, size_t panels, int32_t* totals) {
+        const size_t stride = x_.width * AMX_ROWS, scale_stride = x_.superblocks * AMX_ROWS;
+        const uint8_t* const x = x_.tile(tile);
+        const uint8_t* next = x + block.end * AMX_ROWS;  // the next inputs of these rows
+        Pending pending{};
+        for (size_t j = 0; j < panels; ++j, totals += TILE) {
+            if (j == panels / 2 && j > 0) next = x + stride + block.end * AMX_ROWS;
+            const float* const scales = panels_.scales(panel + j);
+            const float* const zero_points = panels_.zero_points(panel + j);
+            size_t superblock = block.start / steps_.superblock;
+            for (size_t from = block.start; from < block.end; from += steps_.superblock, ++superblock) {
+                const size_t inputs = std::min(steps_.superblock, block.end - from), offset = from - block.start;
+                const uint8_t* const weights = block.weights + j * block.stride + offset / AMX_BYTES * AMX_STEP;
+                multiply_tiles<KIND, ROW_TILES>(
+                    tiles_, weights + offset % AMX_BYTES, x + from * AMX_ROWS, stride,
+                    (inputs + AMX_BYTES - 1) / AMX_BYTES, next, pending);
+                const size_t column = superblock * PANEL, x_column = tile * scale_stride + superblock * AMX_ROWS;
+                pending = {
+                    sums_, totals, scales + column, zero_points + column, x_.scales + x_column, x_.sums + x_column,
+                    scale_stride, __mmask16(from ? -1 : 0)};
+            }
+        }
+        renew<0>(tiles_, sums_);
+        renew<2>(tiles_, sums_);
+        if constexpr (ROW_TILES == 2) {
+            renew<1>(tiles_, sums_);
+            renew<3>(tiles_, sums_);
+        }
+        pending.add<KIND, ROW_TILES>(0, PANEL);
+    }
+
+    template <class Output>
+    void write(size_t row, size_t rows, size_t panel, size_t panels, int32_t* totals, const Output& output) {
+        for (size_t i = 0; i < rows; i += ROWS)
+            for (size_t j = 0; j < panels; ++j, totals += TILE) {
+                float* const scaled = reinterpret_cast<float*>(totals);
+                if constexpr (KIND == Sums::INTEGER) {
+                    const float* const scales = panels_.scales(panel + j);
+                    const int32_t* const zero_points = panels_.corrections(panel + j);
+                    for (size_t k = 0; k < TILE; k += LANES) {
+                        const __m512i zero = _mm512_set1_epi32(zero_points[k / TILE_PAIR]);
+                        const __m512i sum = _mm512_add_epi32(_mm512_load_si512(totals + k), zero);
+                        const __m512 scale = _mm512_set1_ps(scales[k / TILE_PAIR]);
+                        _mm512_store_ps(scaled + k, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+                    }
+                }
+                const size_t here = std::min(ROWS, rows - i);
+                if (j + 1 < panels) output.prefetch(panel + j + 1, row + i, here);
+                output.write(scaled, panel + j, row + i, here);
+            }
+    }
+
     Inputs x_;
+    AmxSteps steps_;
     size_t count_;
-    Panels panels_;
+    AmxPanels panels_;
+    const uint8_t* unpacked_ = nullptr;
     alignas(64) float bias_[MAX_PANELS * PANEL];
+    alignas(64) Tile sums_;
     AmxTiles tiles_;
 };
 
+void gemm_amx(
+    const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
+    const Parallel& parallel) {
+    const auto run = weights.static_quantization                   ? gemm_rows<AmxKernel<Sums::INTEGER>>
+                     : weights.bits == 8 && weights.zero_points ? gemm_rows<AmxKernel<Sums::SCALED_WITH_ZERO_POINTS>>
+                                                                   : gemm_rows<AmxKernel<Sums::SCALED>>;
+    run(x, rows, weights, activation, result, parallel);
+}
+
 }  // namespace
 
-const GemmKernels AMX_GEMM = {gemm_rows<AmxKernel>, mlp_rows<AmxKernel>};
+const GemmKernels AMX_GEMM = {gemm_amx, mlp_rows<AmxKernel<Sums::INTEGER>>};
 
 }  // namespace fusion_edge

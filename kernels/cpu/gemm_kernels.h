@@ -16,7 +16,7 @@ void gemv(const QuantizedActivations& x, const Weights& weights, float* result, 
 using Gemm = decltype(&gemm);
 using Mlp = decltype(&mlp);
 
-// GEMMs of a tier, for more than one row. Those of AMX are for static quantization.
+// GEMMs of a tier, for more than one row.
 struct GemmKernels {
     Gemm gemm;
     Mlp mlp;

@@ -266,6 +266,7 @@ class VnniKernel {
   public:
     static constexpr size_t ROWS = TILE_ROWS, OUTPUTS = PANEL, BLOCK_ROWS = ROWS;
     using Inputs = QuantizedActivations;
+    using ResultWriter = FloatWriter<OUTPUTS>;
     using HiddenWriter = GeluWriter;
 
     static Inputs pack_rows(
