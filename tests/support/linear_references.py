@@ -47,7 +47,8 @@ def requantized(packed: Packed, fmt: WeightFormat, inputs: int) -> Array:
         ratios = np.rint(scales / shared * RATIO_ONE).astype(int)
         steps = (steps * 16 * ratios[:, :, None] + (1 << 14)) >> 15  # half up
     assert np.abs(steps).max() <= 127
-    return (steps * shared.astype(np.float64)[:, :, None]).reshape(outputs, -1)[:, :inputs]
+    result: Array = (steps * shared.astype(np.float64)[:, :, None]).reshape(outputs, -1)[:, :inputs]
+    return result
 
 
 def superblock_scales(scales: Array, zeros: Array, fmt: WeightFormat) -> Array:
