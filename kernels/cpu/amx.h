@@ -1,11 +1,12 @@
-// AMX: eight tiles of 16 rows by 64 bytes. TDPBUSD adds products of uint8 rows and int8 columns to 16 x 16 sums.
+// AMX: eight tiles of 16 rows by 64 bytes. TDPBUSD adds products of uint8 rows and int8 columns to 16 x 16 sums,
+// TDPBF16PS those of bfloat16.
 
 #pragma once
 
 #include "simd.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8,amx-bf16")
 
 namespace fusion_edge {
 
@@ -45,6 +46,10 @@ class AmxTiles {
     template <int SUMS, int ROWS, int COLUMNS>
     [[gnu::always_inline]] void multiply_add() {
         asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
+    }
+    template <int SUMS, int ROWS, int COLUMNS>
+    [[gnu::always_inline]] void multiply_add_bfloat16() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
     }
 };
 

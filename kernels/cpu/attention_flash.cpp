@@ -5,7 +5,9 @@
 #include <utility>
 
 #include "attention_kernels.h"
+#include "bfloat16.h"
 #include "simd.h"
+#include "tier.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 
@@ -44,13 +46,6 @@ template <Precision PRECISION, size_t REGISTERS>
     const __m512 words = broadcast(word);
 #pragma GCC unroll 3
     for (size_t i = 0; i < REGISTERS; ++i) multiply_add<PRECISION>(totals[i], lanes[i], words);
-}
-
-// 32 floats as bfloat16, rounded to nearest even.
-inline __m512i to_bfloat16(__m512 low, __m512 high) {
-    __m512i rounded;
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(low), "v"(high));
-    return rounded;
 }
 
 // sums = start + rows * panel, for rows [I, STRIDE]. Row stride of `start` is `start_stride`, of `sums` it is STRIDE.
@@ -102,11 +97,23 @@ void pack_row(const T* row, size_t width, float* words) {
     }
 }
 
+// Sizes of a head's keys and values as panels.
+struct PanelSizes {
+    size_t count, depth, steps;  // keys; words of a key; words of `count` values
+    size_t key_words;            // of all keys; values follow
+
+    PanelSizes(size_t count, size_t width, Precision precision)
+        : count(count),
+          depth((width + values_per_word(precision) - 1) / values_per_word(precision)),
+          steps((count + values_per_word(precision) - 1) / values_per_word(precision)),
+          key_words(round_up(count, LANES) * round_up(depth, LANES)) {}
+};
+
 // Keys and values of one head as panels.
 struct Panels {
     const float* keys;    // [ceil(count / PANEL), depth rounded up to LANES, lanes of the panel]
     const float* values;  // [ceil(width / PANEL), steps, lanes of the panel]
-    size_t count, depth, steps;  // keys; words of a key; words of `count` values
+    PanelSizes sizes;
 };
 
 // Number of lanes of the panel that holds `index`, of `count`: the last panel may have fewer registers.
@@ -125,10 +132,8 @@ void copy_transposed(const float* values, size_t stride, float* results, size_t 
 }
 
 template <Precision PRECISION, typename T>
-const float* pack_keys(const KvHead<T>& head, size_t depth) {
-    static thread_local Scratch<float> memory;
+void pack_keys(const KvHead<T>& head, size_t depth, float* panels) {
     const size_t words_of_key = round_up(depth, LANES);
-    float* const panels = memory.of(round_up(head.count, LANES) * words_of_key);
     alignas(64) float words[LANES * STRIDE] = {};
     for (size_t key = 0; key < head.count; key += LANES) {
         for (size_t i = 0; i < std::min(LANES, head.count - key); ++i)
@@ -137,20 +142,11 @@ const float* pack_keys(const KvHead<T>& head, size_t depth) {
         const size_t stride = panel_lanes(key, head.count);
         for (size_t i = 0; i < depth; i += LANES) copy_transposed(words + i, STRIDE, to + i * stride, stride);
     }
-    return panels;
 }
 
 template <Precision PRECISION, typename T>
-const float* pack_values(const KvHead<T>& head, size_t steps) {
-    static thread_local Scratch<float> memory;
+void pack_values(const KvHead<T>& head, size_t steps, float* panels) {
     const size_t lanes = round_up(head.width, LANES);
-    float* const panels = memory.of(lanes * steps);
-    const __m512i pairs = _mm512_or_si512(  // indices 0, 16, 1, 17 ...
-        _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
-        _mm512_slli_epi32(
-            _mm512_cvtepu16_epi32(
-                _mm256_setr_epi16(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)),
-            16));
     for (size_t step = 0; step < steps; ++step) {
         const T* row = head.values + step * values_per_word(PRECISION) * head.stride;
         const bool has_second = step * values_per_word(PRECISION) + 1 < head.count;
@@ -160,13 +156,12 @@ const float* pack_values(const KvHead<T>& head, size_t steps) {
             const __m512 low = load(row + i, mask);
             if constexpr (PRECISION == Precision::BFLOAT16) {
                 const __m512 high = has_second ? load(row + head.stride + i, mask) : __m512{};
-                _mm512_store_si512(to, _mm512_permutexvar_epi16(pairs, to_bfloat16(low, high)));
+                _mm512_store_si512(to, bfloat16_pairs(low, high));
             } else {
                 _mm512_store_ps(to, low);
             }
         }
     }
-    return panels;
 }
 
 // State of a tile of query rows between blocks of keys.
@@ -223,8 +218,8 @@ void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bia
     for (size_t start = 0; start < visible; start += KEY_BLOCK) {
         const size_t count = std::min(KEY_BLOCK, visible - start);
         for (size_t key = 0; key < count; key += PANEL)
-            MATMUL[panel_lanes(start + key, panels.count) / LANES - 1][rows - 1](
-                words(tile.queries), panels.keys + (start + key) * round_up(panels.depth, LANES), panels.depth,
+            MATMUL[panel_lanes(start + key, panels.sizes.count) / LANES - 1][rows - 1](
+                words(tile.queries), panels.keys + (start + key) * round_up(panels.sizes.depth, LANES), panels.sizes.depth,
                 bias + start + key, 0, tile.scores + key);
         for (size_t row = 0; row < rows; ++row) {
             const size_t here = std::min(count, tile.visible[row] - std::min(tile.visible[row], start));
@@ -235,28 +230,40 @@ void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bia
         for (size_t i = 0; i < width; i += PANEL) {
             const size_t lanes = panel_lanes(i, width);
             MATMUL[lanes / LANES - 1][rows - 1](
-                words(tile.scores), panels.values + i * panels.steps + step * lanes, steps, tile.results + i, STRIDE,
+                words(tile.scores), panels.values + i * panels.sizes.steps + step * lanes, steps, tile.results + i, STRIDE,
                 tile.results + i);
         }
     }
 }
 
+template <Precision PRECISION>
+size_t packed_bytes(size_t keys, size_t width) {
+    const PanelSizes sizes(keys, width, PRECISION);
+    return (sizes.key_words + round_up(width, LANES) * sizes.steps) * sizeof(float);
+}
+
 template <Precision PRECISION, typename T>
-void attend(const KvHead<T>& head, const QueryRows& rows) {
+void pack(const KvHead<T>& head, void* packed) {
+    const PanelSizes sizes(head.count, head.width, PRECISION);
+    float* const panels = static_cast<float*>(packed);
+    pack_keys<PRECISION>(head, sizes.depth, panels);
+    pack_values<PRECISION>(head, sizes.steps, panels + sizes.key_words);
+}
+
+template <Precision PRECISION, typename T>
+void attend(const KvHead<T>& head, const void* packed, const QueryRows& rows, size_t first, size_t end) {
     static thread_local Scratch<Tile> scratch;
     static thread_local Scratch<float> biases;
-    Panels panels{nullptr, nullptr, head.count, 0, 0};
-    panels.depth = (head.width + values_per_word(PRECISION) - 1) / values_per_word(PRECISION);
-    panels.steps = (head.count + values_per_word(PRECISION) - 1) / values_per_word(PRECISION);
-    panels.keys = pack_keys<PRECISION>(head, panels.depth);
-    panels.values = pack_values<PRECISION>(head, panels.steps);
+    const PanelSizes sizes(head.count, head.width, PRECISION);
+    const float* const keys = static_cast<const float*>(packed);
+    const Panels panels{keys, keys + sizes.key_words, sizes};
     float* bias = biases.of(round_up(head.count, PANEL));
     std::fill(bias, bias + round_up(head.count, PANEL), 0.0f);
     if (head.bias) std::copy(head.bias, head.bias + head.count, bias);
     Tile& tile = *scratch.of(1);
     alignas(64) float query[MAX_HEAD_WIDTH];
-    for (size_t row = 0; row < rows.count; row += TILE_ROWS) {
-        const size_t here = std::min(TILE_ROWS, rows.count - row);
+    for (size_t row = first; row < end; row += TILE_ROWS) {
+        const size_t here = std::min(TILE_ROWS, end - row);
         std::fill(tile.results, tile.results + here * STRIDE, 0.0f);
         std::fill(tile.largest, tile.largest + here, MIN_SCORE);
         std::fill(tile.sums, tile.sums + here, 0.0f);
@@ -282,12 +289,15 @@ void attend(const KvHead<T>& head, const QueryRows& rows) {
 }  // namespace
 
 template <typename T>
-void flash_attention(const KvHead<T>& head, const QueryRows& rows, Precision precision) {
-    if (precision == Precision::BFLOAT16) attend<Precision::BFLOAT16>(head, rows);
-    else attend<Precision::FLOAT32>(head, rows);
+const FlashKernel<T>& flash_kernel(Precision precision) {
+    static constexpr FlashKernel<T>
+        FLOATS = {packed_bytes<Precision::FLOAT32>, pack<Precision::FLOAT32, T>, attend<Precision::FLOAT32, T>},
+        PAIRS = {packed_bytes<Precision::BFLOAT16>, pack<Precision::BFLOAT16, T>, attend<Precision::BFLOAT16, T>};
+    if (precision == Precision::FLOAT32) return FLOATS;
+    return tier() == Tier::AMX ? amx_kernel<T>() : PAIRS;
 }
 
-template void flash_attention(const KvHead<float>&, const QueryRows&, Precision);
-template void flash_attention(const KvHead<int8_t>&, const QueryRows&, Precision);
+template const FlashKernel<float>& flash_kernel(Precision);
+template const FlashKernel<int8_t>& flash_kernel(Precision);
 
 }  // namespace fusion_edge

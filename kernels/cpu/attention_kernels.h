@@ -22,14 +22,26 @@ struct KvHead {
 struct QueryRows {
     size_t count;
     std::function<void(size_t row, float* query)> query;  // writes query * scale * log2(e): softmax is 2^score / sum
-    std::function<size_t(size_t row)> visible;            // number of keys, from the first on, that the row sees: >= 1
-    std::function<float*(size_t row)> result;             // [width]
+    std::function<size_t(size_t row)> visible;  // number of keys, from the first on, that the row sees: >= 1, ascending
+    std::function<float*(size_t row)> result;   // [width]
 };
 
 // Prefill and vision: blockwise attention with an online softmax (https://arxiv.org/abs/2205.14135), in tiles of rows.
-// Repacks keys and values first.
+// Keys and values are repacked first.
 template <typename T>
-void flash_attention(const KvHead<T>& head, const QueryRows& rows, Precision precision);
+struct FlashKernel {
+    size_t (*packed_bytes)(size_t keys, size_t width);
+    void (*pack)(const KvHead<T>&, void* packed);  // memory aligned to 64 bytes
+    // Attends rows from `first` to `end`. Reads the head's packed keys and values, not its own.
+    void (*attend)(const KvHead<T>&, const void* packed, const QueryRows&, size_t first, size_t end);
+};
+
+// The fastest one of the tier in use.
+template <typename T>
+const FlashKernel<T>& flash_kernel(Precision precision);
+
+template <typename T>
+const FlashKernel<T>& amx_kernel();  // bfloat16 tiles
 
 // Decode: few rows that see every key. Reads keys and values once, in place. `head.bias` must be null.
 template <typename T>

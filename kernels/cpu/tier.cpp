@@ -21,7 +21,8 @@ Tier detect() {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
     if (!has_vnni) return Tier::NONE;
-    const bool has_amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8");
+    const bool has_amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+                         __builtin_cpu_supports("amx-bf16");
     return has_amx && tiles_are_granted() ? Tier::AMX : Tier::AVX512_VNNI;
 }
 
