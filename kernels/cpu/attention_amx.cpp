@@ -19,7 +19,7 @@ namespace {
 constexpr size_t SIDES = 2;                   // tiles of queries, and of keys in a step
 constexpr size_t QUERIES = SIDES * AMX_ROWS;  // rows that share a pass over keys and values
 constexpr size_t STEP = AMX_BYTES / 2;        // bfloat16 in a tile's row: channels (scores) or keys (results)
-constexpr size_t BLOCK_STEPS = 8;             // of a block of keys; its scores stay in the L1 cache
+constexpr size_t BLOCK_STEPS = 16;            // of a block of keys; its scores stay in the L1 cache
 constexpr size_t STRIDE = QUERIES * sizeof(float);  // bytes, of scores and results
 constexpr size_t MAX_SUM_TILES = 6;                 // beside one of values and one of weights
 constexpr float MIN_SCORE = -3e38f;                 // of a key that a query does not see
@@ -77,14 +77,23 @@ void pack_values(const T* rows, size_t stride, size_t count, size_t width, uint8
 }
 
 // 2^x with a relative error of 9e-5, below that of rounding to bfloat16: 2^floor(x) times the minimax polynomial of
-// degree 3. 2^0 is exactly 1.
-[[gnu::always_inline]] inline __m512 fast_exp2(__m512 x) {
+// degree 3, of which `constant` is the last term. With 1, 2^0 is exactly 1.
+[[gnu::always_inline]] inline __m512 fast_exp2(__m512 x, float constant) {
     const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
     __m512 power = _mm512_set1_ps(0.07706704f);
     power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.227644995f));
     power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.695116758f));
-    power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(1));
+    power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(constant));
     return _mm512_scalef_ps(power, x);
+}
+
+// Words of 2^low and 2^high as bfloat16, rounded to nearest: half of its last digit is added to the polynomial, and the
+// lower half of the float32 cut off.
+[[gnu::always_inline]] inline __m512i exp2_pairs(__m512 low, __m512 high) {
+    constexpr float ROUNDED_UP = 1 + 0x1p-8f;
+    constexpr __mmask32 LOW = 0x55555555;
+    const __m512i words = _mm512_castps_si512(fast_exp2(high, ROUNDED_UP));
+    return _mm512_mask_mov_epi16(words, LOW, _mm512_srli_epi32(_mm512_castps_si512(fast_exp2(low, ROUNDED_UP)), 16));
 }
 
 // Up to 32 query rows and their state between blocks of keys.
@@ -216,7 +225,7 @@ class Head {
             _mm512_cmp_ps_mask(largest, _mm512_add_ps(before, _mm512_set1_ps(MAX_POWER)), _CMP_GT_OQ);
         if (!raised) return;
         const __m512 reference = _mm512_mask_mov_ps(before, raised, largest);
-        const __m512 factor = fast_exp2(_mm512_sub_ps(before, reference));
+        const __m512 factor = fast_exp2(_mm512_sub_ps(before, reference), 1);
         rows_->reference[side] = reference;
         rows_->sums[side] = _mm512_mul_ps(rows_->sums[side], factor);
         float* results = rows_->results + side * LANES;
@@ -224,14 +233,18 @@ class Head {
             _mm512_store_ps(results, _mm512_mul_ps(_mm512_load_ps(results), factor));
     }
 
-    // Writes the weights of STEP keys of a side, and adds them to the sums.
-    [[gnu::always_inline]] void weigh(const float* scores, __m512 reference, __m512& sum, uint8_t* weights) {
+    // Writes the weights of STEP keys of a side, and adds them to the sums. Prefetches TILES tiles from `next` on.
+    template <size_t TILES>
+    [[gnu::always_inline]] void weigh(
+        const float* scores, __m512 reference, __m512& sum, uint8_t* weights, const uint8_t* next) {
 #pragma GCC unroll 4
         for (size_t i = 0; i < AMX_ROWS; ++i, scores += 2 * QUERIES, weights += AMX_BYTES) {
-            const __m512 low = fast_exp2(_mm512_sub_ps(_mm512_load_ps(scores), reference));
-            const __m512 high = fast_exp2(_mm512_sub_ps(_mm512_load_ps(scores + QUERIES), reference));
-            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-            _mm512_store_si512(weights, bfloat16_pairs(low, high));
+#pragma GCC unroll 6
+            for (size_t tile = 0; tile < TILES; ++tile, next += AMX_BYTES) _mm_prefetch(next, _MM_HINT_T0);
+            const __m512 low = _mm512_sub_ps(_mm512_load_ps(scores), reference);
+            const __m512i pairs = exp2_pairs(low, _mm512_sub_ps(_mm512_load_ps(scores + QUERIES), reference));
+            sum = add_bfloat16_pairs(sum, pairs);
+            _mm512_store_si512(weights, pairs);
         }
     }
 
@@ -248,7 +261,9 @@ class Head {
         __m512 sum = rows_->sums[side];
         (tiles_.load<I>(results + I * AMX_ROWS * QUERIES, STRIDE), ...);
         for (size_t i = 0; i < steps; ++i) {
-            if (channels == 0) weigh(scores + i * STEP * QUERIES, reference, sum, weights);
+            if (channels == 0)
+                weigh<sizeof...(I)>(
+                    scores + i * STEP * QUERIES, reference, sum, weights, values + sizes_.channels * AMX_TILE);
             tiles_.load<WEIGHTS>(weights);
             ((tiles_.load<VALUES>(values + I * AMX_TILE), tiles_.multiply_add_bfloat16<I, VALUES, WEIGHTS>()), ...);
             weights += AMX_TILE;

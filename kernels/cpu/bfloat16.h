@@ -23,6 +23,13 @@ inline __m512i to_bfloat16(__m512 low, __m512 high) {
     return _mm512_permutexvar_epi16(indices, to_bfloat16(low, high));
 }
 
+// sums + both bfloat16 of each word.
+[[gnu::always_inline]] inline __m512 add_bfloat16_pairs(__m512 sums, __m512i words) {
+    const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(words), "v"(ones));
+    return sums;
+}
+
 }  // namespace fusion_edge
 
 #pragma GCC pop_options
