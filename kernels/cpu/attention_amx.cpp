@@ -19,7 +19,7 @@ namespace {
 constexpr size_t SIDES = 2;                   // tiles of queries, and of keys in a step
 constexpr size_t QUERIES = SIDES * AMX_ROWS;  // rows that share a pass over keys and values
 constexpr size_t STEP = AMX_BYTES / 2;        // bfloat16 in a tile's row: channels (scores) or keys (results)
-constexpr size_t BLOCK_STEPS = 16;            // of a block of keys; its scores stay in the L1 cache
+constexpr size_t BLOCK_STEPS = 16;            // of a block of keys, whose scores stay in the L2 cache
 constexpr size_t STRIDE = QUERIES * sizeof(float);  // bytes, of scores and results
 constexpr size_t MAX_SUM_TILES = 6;                 // beside one of values and one of weights
 constexpr float MIN_SCORE = -3e38f;                 // of a key that a query does not see
@@ -233,14 +233,10 @@ class Head {
             _mm512_store_ps(results, _mm512_mul_ps(_mm512_load_ps(results), factor));
     }
 
-    // Writes the weights of STEP keys of a side, and adds them to the sums. Prefetches TILES tiles from `next` on.
-    template <size_t TILES>
-    [[gnu::always_inline]] void weigh(
-        const float* scores, __m512 reference, __m512& sum, uint8_t* weights, const uint8_t* next) {
+    // Writes the weights of STEP keys of a side, and adds them to the sums.
+    [[gnu::always_inline]] static void weigh(const float* scores, __m512 reference, __m512& sum, uint8_t* weights) {
 #pragma GCC unroll 4
         for (size_t i = 0; i < AMX_ROWS; ++i, scores += 2 * QUERIES, weights += AMX_BYTES) {
-#pragma GCC unroll 6
-            for (size_t tile = 0; tile < TILES; ++tile, next += AMX_BYTES) _mm_prefetch(next, _MM_HINT_T0);
             const __m512 low = _mm512_sub_ps(_mm512_load_ps(scores), reference);
             const __m512i pairs = exp2_pairs(low, _mm512_sub_ps(_mm512_load_ps(scores + QUERIES), reference));
             sum = add_bfloat16_pairs(sum, pairs);
@@ -261,9 +257,7 @@ class Head {
         __m512 sum = rows_->sums[side];
         (tiles_.load<I>(results + I * AMX_ROWS * QUERIES, STRIDE), ...);
         for (size_t i = 0; i < steps; ++i) {
-            if (channels == 0)
-                weigh<sizeof...(I)>(
-                    scores + i * STEP * QUERIES, reference, sum, weights, values + sizes_.channels * AMX_TILE);
+            if (channels == 0) weigh(scores + i * STEP * QUERIES, reference, sum, weights);
             tiles_.load<WEIGHTS>(weights);
             ((tiles_.load<VALUES>(values + I * AMX_TILE), tiles_.multiply_add_bfloat16<I, VALUES, WEIGHTS>()), ...);
             weights += AMX_TILE;
