@@ -58,7 +58,7 @@ def multi_head(random: Random) -> Case:
     mask = key_mask(random, batch, keys) if has_mask else np.ones((batch, keys), np.int32)
     scale = float(np.float32(random.uniform(0.05, 0.5))) if random.random() < 0.5 else 0.0
 
-    def check(outputs: list[Array]) -> str | None:
+    def check(outputs: list[Array], _: str) -> str | None:
         own = {name: feeds[name].astype(np.float64) for name in "qkv"} | {"mask": mask}
         own["q"] = own["q"] * (scale * width**0.5 if scale else 1)
         with np.errstate(all="ignore"):
@@ -100,7 +100,7 @@ def packed_attention(random: Random) -> Case:
         qkv = with_extremes(qkv, random)
     mask = key_mask(random, batch, rows)
 
-    def check(outputs: list[Array]) -> str | None:
+    def check(outputs: list[Array], _: str) -> str | None:
         q, k, v = np.split(qkv.astype(np.float64), 3, axis=2)
         with np.errstate(all="ignore"):
             expected = multi_head_reference({"q": q, "k": k, "v": v, "mask": mask}, heads)
@@ -176,7 +176,7 @@ def causal(random: Random) -> Case:
     if has_extremes:
         feeds["qkv"] = with_extremes(feeds["qkv"], random)
 
-    def check(outputs: list[Array]) -> str | None:
+    def check(outputs: list[Array], _: str) -> str | None:
         if has_extremes:
             return None
         for part, present in zip(("key", "value"), outputs[1:], strict=True):
@@ -216,7 +216,7 @@ def cached(random: Random) -> Case:
         feeds["qkv"] = with_extremes(feeds["qkv"], random)
     own = feeds | {f"past_{part}": feeds[f"past.{part}"] for part in int8_cache.PARTS}
 
-    def check(outputs: list[Array]) -> str | None:
+    def check(outputs: list[Array], _: str) -> str | None:
         if has_extremes:
             return None
         present = dict(zip(int8_cache.CACHE_TENSORS, outputs[1:], strict=True))

@@ -11,6 +11,7 @@ import faults
 from support.checkpoints import TINY, write_checkpoint
 
 from fusion_edge.export import cli
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fuzz import kernels
 from fuzz.judge import GROWTH, Mutant
 
@@ -30,12 +31,14 @@ class Kernels:
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         first = 0 if draw is None else draw.randrange(2**40)
+        tiers = cpu_kernels.tiers()
+        tier = tiers[first % len(tiers)]
 
         def run() -> None:
-            failures = kernels.run(first, self.calls)
+            failures = kernels.run(first, self.calls, tier)
             assert not failures, "\n".join(failures)
 
-        return Mutant((f"calls {first} to {first + self.calls - 1}",), run)
+        return Mutant((f"calls {first} to {first + self.calls - 1} on {tier}",), run)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from support.linear_references import integer_linear, integer_tensors, quantized
+from support.linear_references import integer_linear, integer_tensors, linear, scale_block
 from support.one_node import gelu
 
 from fusion_edge.kernels.operators import (
@@ -25,12 +25,12 @@ from fusion_edge.kernels.operators import (
     Operator,
 )
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
-from fusion_edge.quant.packing import Packed, dequantize
+from fusion_edge.quant.packing import Packed
 from fuzz.fake_onnxruntime import Attribute
 
 Array = npt.NDArray[Any]
 Random = np.random.Generator
-Check = Callable[[list[Array]], str | None]
+Check = Callable[[list[Array], str], str | None]
 SUM_ERROR = 4e-6  # relative to the sum of magnitudes: float32 has 24 bits, and a lane sums some tens of terms
 ZERO_ERROR = 1e-25  # inputs below 1e-30 count as 0
 ROWS = (1, 1, 1, 2, 3, 7, 8, 9, 15, 16, 17, 30)
@@ -46,7 +46,7 @@ class Case:
     inputs: Mapping[str, Array | None]
     """By name. None: missing, as is a name that is not there."""
     check: Check | None
-    """Returns a message if the outputs are wrong. None: the call is invalid."""
+    """Returns a message if the outputs of a tier are wrong. None: the call is invalid."""
     counts: tuple[str, ...] = ()
     """Attributes that are sizes."""
     dependent: tuple[str, ...] = ()
@@ -124,16 +124,17 @@ def matmul_nbits(random: Random) -> Case:
         activated = gelu(x.astype(np.float64)).astype(np.float32) if gelu_first else x
     x_input = split_rows(x, random)
 
-    def check(results: list[Array]) -> str | None:
-        weight = dequantize(packed, weight_format, inputs).astype(np.float64)
+    def check(results: list[Array], tier: str) -> str | None:
         usable = np.isfinite(activated).all(1)
         used = np.where(usable[:, None], activated, 0)
-        quantized_x = quantized(used, weight_format.block_size)
+        quantized_x, weight = linear(used, packed, weight_format, tier)
         expected = quantized_x @ weight.T + (0 if bias is None else bias)
         expected[~usable] = np.nan
         magnitudes = np.abs(quantized_x) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
         tolerance = SUM_ERROR * magnitudes.max(1) + ZERO_ERROR
-        margins = tolerance[:, None] + (gelu_ties(used, weight_format, weight) if gelu_first else 0)
+        margins = tolerance[:, None] + (
+            gelu_ties(used, scale_block(weight_format, rows, tier), weight) if gelu_first else 0
+        )
         margins[np.abs(expected).max(1) > 1e37] = np.inf  # sums may overflow
         return differs(results[0].reshape(rows, -1), expected, margins)
 
@@ -152,9 +153,9 @@ def matmul_nbits(random: Random) -> Case:
     )
 
 
-def gelu_ties(activated: Array, weight_format: WeightFormat, weight: Array) -> Array:
+def gelu_ties(activated: Array, block: int, weight: Array) -> Array:
     """Return the error of results where the last bits of GELU may round an activation to the next integer."""
-    block, width = weight_format.block_size, activated.shape[1]
+    width = activated.shape[1]
     padded = np.pad(activated, ((0, 0), (0, -width % block)))
     steps = np.abs(padded.reshape(len(padded), -1, block)).max(-1, keepdims=True) / 127
     steps = np.repeat(steps.reshape(len(padded), -1), block, 1)[:, :width].astype(np.float64)
@@ -170,7 +171,7 @@ def integer_matmul(random: Random) -> Case:
     with np.errstate(all="ignore"):
         activated = gelu(x.astype(np.float64)) if gelu_first else x
 
-    def check(results: list[Array]) -> str | None:
+    def check(results: list[Array], _: str) -> str | None:
         expected, tolerance = integer_reference(tensors, activated, 1e-3 if gelu_first else 0)
         return differs(results[0].reshape(rows, -1), expected, tolerance)
 
@@ -199,7 +200,7 @@ def integer_mlp(random: Random) -> Case:
     second = integer_tensors(random, hidden, outputs, 0.02, int(random.integers(256)))
     x = activations(random, rows, inputs)
 
-    def check(results: list[Array]) -> str | None:
+    def check(results: list[Array], _: str) -> str | None:
         between, tolerance = integer_reference(first, x, 0)
         margin = (np.broadcast_to(1.2 * tolerance, between.shape) + 1e-5) / np.float64(second["x_scale"]) + 1e-3
         return differs(results[0].reshape(rows, -1), *integer_reference(second, gelu(between), margin))
@@ -219,7 +220,7 @@ def activation(random: Random) -> Case:
     up = activations(random, *x.shape) if operator is SWIGLU else None
     alpha = float(np.float32(random.uniform(-1, 2))) if operator is QUICK_GELU else 1.0
 
-    def check(outputs: list[Array]) -> str | None:
+    def check(outputs: list[Array], _: str) -> str | None:
         with np.errstate(all="ignore"):
             wide = x.astype(np.float64)
             expected = gelu(wide) if operator is FAST_GELU else wide / (1 + np.exp(-alpha * wide))

@@ -1,6 +1,6 @@
 """Fuzz the CPU kernels: random calls on memory between guard pages.
 
-    PYTHONPATH=tests .venv/bin/python -m fuzz.kernels FIRST COUNT
+    PYTHONPATH=tests .venv/bin/python -m fuzz.kernels FIRST COUNT TIER
 
 The number of a call seeds it: ``run(number, 1)`` repeats it. Calls run in a child process, so a crash is reported like
 any other failure.
@@ -25,22 +25,22 @@ from fuzz.kernel_calls import draw
 from fuzz.kernel_cases import Array, Case
 
 
-def run(seed: int, count: int) -> list[str]:
-    """Run the calls ``seed`` to ``seed + count - 1`` and return a message for each failure."""
+def run(seed: int, count: int, tier: str) -> list[str]:
+    """Run the calls ``seed`` to ``seed + count - 1`` on a tier and return a message for each failure."""
     library = cpu_kernels.library()
     assert library is not None, "the kernels are not built"
     failures: list[str] = []
     number, end = seed, seed + count
     while number < end:
-        number = _run_in_child(library, number, end, failures)
+        number = _run_in_child(library, tier, number, end, failures)
     return failures
 
 
-def _run_in_child(library: Path, first: int, end: int, failures: list[str]) -> int:
+def _run_in_child(library: Path, tier: str, first: int, end: int, failures: list[str]) -> int:
     """Run calls until one crashes; return the number of the next call."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_run_all, args=(library, first, end, sender))
+    child = context.Process(target=_run_all, args=(library, tier, first, end, sender))
     child.start()
     sender.close()
     number = first
@@ -57,17 +57,18 @@ def _run_in_child(library: Path, first: int, end: int, failures: list[str]) -> i
     return number + 1
 
 
-def _run_all(library: Path, first: int, end: int, sender: Connection) -> None:
+def _run_all(library: Path, tier: str, first: int, end: int, sender: Connection) -> None:
     sys.unraisablehook = lambda _: os._exit(70)  # an exception in a callback of the fake
     runtime = FakeOnnxRuntime(library)
+    runtime.kernels.use_tier(tier.encode())
     for number in range(first, end):
         sender.send((number, None))  # before a crash
         random = np.random.default_rng(number)
-        if failure := _failure(runtime, draw(random), random):
+        if failure := _failure(runtime, tier, draw(random), random):
             sender.send((number, failure))
 
 
-def _failure(runtime: FakeOnnxRuntime, case: Case, random: np.random.Generator) -> str | None:
+def _failure(runtime: FakeOnnxRuntime, tier: str, case: Case, random: np.random.Generator) -> str | None:
     runtime.kernels.use_bfloat16(case.bfloat16)
     runtime.kernels.use_streams(bool(random.integers(2)))
     with GuardedMemory() as memory:
@@ -95,12 +96,12 @@ def _failure(runtime: FakeOnnxRuntime, case: Case, random: np.random.Generator) 
             return None if is_sentence else f"{name} reports {message!r}"
         if case.check is None:
             return f"{name} accepts an invalid call"
-        difference = case.check(outputs)
+        difference = case.check(outputs, tier)
         return f"{name}: {difference}" if difference else None
 
 
 if __name__ == "__main__":
-    first, count = map(int, sys.argv[1:])
-    failures = run(first, count)
+    first, count = map(int, sys.argv[1:3])
+    failures = run(first, count, sys.argv[3])
     print("\n".join([*failures, f"{count} calls, {len(failures)} failures"]))
     sys.exit(bool(failures))

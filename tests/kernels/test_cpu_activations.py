@@ -16,7 +16,7 @@ from fusion_edge.kernels.onnx_functions.activations import swiglu_function
 
 Array = npt.NDArray[Any]
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("each_tier")]
 
 
 def session(operator: str, inputs: int = 1, use_kernels: bool = True, **attributes: Any) -> ort.InferenceSession:

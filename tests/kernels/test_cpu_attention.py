@@ -28,7 +28,7 @@ from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 WIDTHS = (8, 16, 64, 72, 80, 96, 128, 256)
 FLOAT32 = 3e-6  # absolute, for values of a few units
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("each_tier")]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from support.cpu_kernel_switches import needs_cpu_kernels, tier
+from support.cpu_kernel_switches import needs_cpu_kernels
 from support.linear_references import integer_linear, integer_tensors, one_step
 from support.one_node import gelu, session_of
 
 from fusion_edge.kernels.onnx_functions.linear import integer_matmul_function, integer_mlp_function
 from fusion_edge.kernels.operators import INTEGER_LINEAR_INPUTS
-from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("each_tier")]
 INTEGER_FUNCTIONS = {
     function.name: function
     for function in (
@@ -30,12 +29,6 @@ INTEGER_FUNCTIONS = {
         integer_mlp_function(21),
     )
 }
-
-
-@pytest.fixture(scope="module", params=cpu_kernels.TIERS, autouse=True)
-def each_tier(request: pytest.FixtureRequest) -> Iterator[None]:
-    with tier(request.param):
-        yield
 
 
 def integer_session(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from support.cpu_kernel_switches import needs_cpu_kernels, streams, tier
+from support.cpu_kernel_switches import needs_cpu_kernels, streams
 from support.linear_references import linear
 from support.one_node import gelu, session_of
 
@@ -32,12 +32,6 @@ Array = npt.NDArray[Any]
 def test_the_library_was_built() -> None:
     """The library is optional, so nothing else fails if it does not compile."""
     assert cpu_kernels.library() is not None
-
-
-@pytest.fixture(scope="module", params=cpu_kernels.TIERS)
-def on_tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    with tier(request.param):
-        yield request.param
 
 
 def session(
@@ -95,7 +89,7 @@ def session(
 @example("uint8", 32, True, True, 500, 1100, 270, 7)
 @settings(max_examples=150, deadline=None)
 def test_matmul_nbits(
-    on_tier: str,
+    each_tier: str,
     kind: str,
     group_size: int,
     has_bias: bool,
@@ -111,7 +105,7 @@ def test_matmul_nbits(
     packed = quantize((generator.normal(0.1, size=(outputs, inputs)) * spread).astype(np.float32), weight_format)
     bias = generator.normal(size=outputs).astype(np.float32) if has_bias else None
     x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
-    activations, weight = linear(x, packed, weight_format, on_tier)
+    activations, weight = linear(x, packed, weight_format, each_tier)
     expected = activations @ weight.T + (0 if bias is None else bias)
     one = session(packed, weight_format, inputs, bias, half_scales=half_scales)
     size = np.abs(activations) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
@@ -127,12 +121,12 @@ def test_matmul_nbits(
 @needs_cpu_kernels
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("kind", [("int8", 128), ("int4", 32), ("uint4", 256), ("uint8", 16)])
-def test_gelu_matmul_nbits(on_tier: str, rows: int, kind: tuple[str, int]) -> None:
+def test_gelu_matmul_nbits(each_tier: str, rows: int, kind: tuple[str, int]) -> None:
     weight_format = WeightFormat(*kind)
     generator = np.random.default_rng(rows)
     packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), weight_format)
     bias, x = generator.normal(size=70).astype(np.float32), generator.normal(size=(rows, 300)).astype(np.float32)
-    inputs, weight = linear(gelu(x.astype(np.float64)).astype(np.float32), packed, weight_format, on_tier)
+    inputs, weight = linear(gelu(x.astype(np.float64)).astype(np.float32), packed, weight_format, each_tier)
     expected = inputs @ weight.T + bias
     for use_kernels in (True, False):
         one = session(packed, weight_format, 300, bias, use_kernels, half_scales=True, gelu_first=True)
@@ -143,7 +137,7 @@ def test_gelu_matmul_nbits(on_tier: str, rows: int, kind: tuple[str, int]) -> No
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-@pytest.mark.usefixtures("on_tier")
+@pytest.mark.usefixtures("each_tier")
 def test_zero_rows_and_no_rows(kind: str) -> None:
     weight_format = WeightFormat(kind, 32)
     packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), weight_format)
@@ -155,7 +149,7 @@ def test_zero_rows_and_no_rows(kind: str) -> None:
 
 
 @needs_cpu_kernels
-@pytest.mark.usefixtures("on_tier")
+@pytest.mark.usefixtures("each_tier")
 @pytest.mark.parametrize("kind", ["int4", "uint4", "int8", "uint8"])
 def test_a_row_does_not_depend_on_other_rows(kind: str) -> None:
     """A prompt behind a prefix has fewer rows than the whole prompt, and the same values."""
@@ -172,7 +166,7 @@ def test_a_row_does_not_depend_on_other_rows(kind: str) -> None:
 
 
 @needs_cpu_kernels
-@pytest.mark.usefixtures("on_tier")
+@pytest.mark.usefixtures("each_tier")
 @pytest.mark.parametrize("kind", ["int4", "uint8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_infinite_input_makes_its_row_nan(kind: str, value: float) -> None:
@@ -188,7 +182,7 @@ def test_an_infinite_input_makes_its_row_nan(kind: str, value: float) -> None:
 
 
 @needs_cpu_kernels
-@pytest.mark.usefixtures("on_tier")
+@pytest.mark.usefixtures("each_tier")
 def test_close_to_onnxruntime() -> None:
     """Both quantize to int8; AMX with larger blocks."""
     weight_format = WeightFormat("int4", 128)
@@ -252,7 +246,7 @@ def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> Non
 
 
 @needs_cpu_kernels
-@pytest.mark.usefixtures("on_tier")
+@pytest.mark.usefixtures("each_tier")
 def test_two_sessions_in_two_threads() -> None:
     """Scratch memory of a thread is not shared between sessions."""
     generator = np.random.default_rng(0)

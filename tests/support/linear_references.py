@@ -29,10 +29,15 @@ def quantized(x: Array, block_size: int) -> Array:
 
 def linear(x: Array, packed: Packed, fmt: WeightFormat, tier: str) -> tuple[Array, Array]:
     """Return the activations and weights that a tier multiplies, after quantization."""
-    inputs = x.shape[1]
-    if tier != "AMX" or len(x) == 1 or fmt.bits == 8:
-        return quantized(x, fmt.block_size), dequantize(packed, fmt, inputs).astype(np.float64)
-    return quantized(x, max(SUPERBLOCK, fmt.block_size)), requantized(packed, fmt, inputs)
+    inputs, block = x.shape[1], scale_block(fmt, len(x), tier)
+    is_exact = block == fmt.block_size
+    weight = dequantize(packed, fmt, inputs).astype(np.float64) if is_exact else requantized(packed, fmt, inputs)
+    return quantized(x, block), weight
+
+
+def scale_block(fmt: WeightFormat, rows: int, tier: str) -> int:
+    """Return the number of inputs that share a scale of the activations."""
+    return fmt.block_size if tier != "AMX" or rows == 1 or fmt.bits == 8 else max(SUPERBLOCK, fmt.block_size)
 
 
 def requantized(packed: Packed, fmt: WeightFormat, inputs: int) -> Array:
