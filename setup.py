@@ -53,7 +53,7 @@ kernels = Extension(
         "-Wno-uninitialized",
     ],
     extra_link_args=["-s"],
-    optional=True,  # without a compiler for x86-64 the package installs all the same, and runs more slowly
+    optional=True,  # without a compiler the package installs all the same, and runs more slowly
 )
 setup(
     ext_modules=[kernels],

@@ -111,11 +111,12 @@ inline Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) 
             zero[block * PANEL + i] = point - unsigned_offset(weights);
         }
     }
-    for (size_t i = 0; i < PANEL; ++i) {
-        scratch.bias[i] = weights.bias && i < count ? weights.bias[output + i] : 0;
-        if (weights.static_quantization)
-            zero[i] = (UNSIGNED_OFFSET - weights.static_quantization->zero_point) * sums[i];
+    for (size_t i = 0; i < PANEL; i += LANES) {
+        const bool has_bias = weights.bias && i < count;
+        store(scratch.bias + i, has_bias ? load(weights.bias + output + i, count - i) : broadcast(0));
     }
+    for (size_t i = 0; weights.static_quantization && i < PANEL; ++i)
+        zero[i] = (UNSIGNED_OFFSET - weights.static_quantization->zero_point) * sums[i];
     return {to, scales, zero, scratch.bias};
 }
 

@@ -190,7 +190,6 @@ struct Causal {
 template <typename T>
 void check_causal(Checks& checks, Precision precision, Causal<T> one) {
     const CausalParams<T>& params = one.params;
-    std::vector<T> both(2 * one.keys.size());
     const auto run = [&](const Parallel& parallel) { checks.kernels.attend(params, precision, parallel); };
     checks.run(one.name, one.result, run);
     const size_t past = params.total - params.length;
@@ -280,31 +279,30 @@ void check_not_finite(Checks& checks) {
         checks.expect(std::isnan(scales[i]) == (i == 38), "scale " + std::to_string(i) + " of a cache with NaN");
 }
 
+void check_heads(Checks& checks, Precision precision, size_t width) {
+    check_multi_head(checks, precision, width, 1, 1, 0);
+    check_multi_head(checks, precision, width, 2, 7, 1);
+    check_multi_head(checks, precision, width, 9, 33, 2);
+    check_multi_head(checks, precision, width, 7, 20, 3);
+    check_multi_head(checks, precision, width, 13, 65, 1);
+    const size_t rotary = width == 72 ? 36 : width / 2 * 2;
+    check_causal(checks, precision, Causal<float>(width, rotary, 4, 2, 0, 1, false));
+    check_causal(checks, precision, Causal<float>(width, rotary, 3, 1, 40, 1, true));
+    check_causal(checks, precision, Causal<float>(width, rotary, 2, 2, 5, 18, false));
+    check_causal(checks, precision, Causal<float>(width, rotary, 7, 1, 13, 9, true));
+    check_causal(checks, precision, Causal<int8_t>(width, rotary, 3, 1, 40, 1, false));
+    check_causal(checks, precision, Causal<int8_t>(width, rotary, 4, 2, 5, 9, true));
+    check_prefill(checks, precision, Causal<int8_t>(width, rotary, 4, 2, 0, 19, false));
+}
+
 }  // namespace
 
 void check_attention(Checks& checks) {
-    for (const Precision precision : {Precision::FLOAT32, Precision::BFLOAT16}) {
-        for (const size_t width : {3, 64, 72, 100, 128, 256}) {
-            check_multi_head(checks, precision, width, 1, 1, 0);
-            check_multi_head(checks, precision, width, 2, 7, 1);
-            check_multi_head(checks, precision, width, 9, 33, 2);
-            check_multi_head(checks, precision, width, 7, 20, 3);
-            check_multi_head(checks, precision, width, 13, 65, 1);
-        }
-        check_multi_head(checks, precision, 40, 17, 330, 1);
-        for (const size_t width : {4, 64, 72, 96, 128}) {
-            const size_t rotary = width == 72 ? 36 : width;
-            check_causal(checks, precision, Causal<float>(width, rotary, 4, 2, 0, 1, false));
-            check_causal(checks, precision, Causal<float>(width, rotary, 3, 1, 40, 1, true));
-            check_causal(checks, precision, Causal<float>(width, rotary, 2, 2, 5, 18, false));
-            check_causal(checks, precision, Causal<float>(width, rotary, 7, 1, 13, 9, true));
-            check_causal(checks, precision, Causal<int8_t>(width, rotary, 3, 1, 40, 1, false));
-            check_causal(checks, precision, Causal<int8_t>(width, rotary, 4, 2, 5, 9, true));
-            check_prefill(checks, precision, Causal<int8_t>(width, rotary, 4, 2, 0, 19, false));
-        }
-        check_causal(checks, precision, Causal<float>(24, 16, 2, 1, 290, 5, true));
-        check_causal(checks, precision, Causal<int8_t>(24, 16, 4, 1, 300, 1, true));
-    }
+    for (const size_t width : {3, 64, 72, 96, 100, 128, 256}) check_heads(checks, Precision::FLOAT32, width);
+    for (const size_t width : {5, 72, 128}) check_heads(checks, Precision::BFLOAT16, width);
+    check_multi_head(checks, Precision::FLOAT32, 24, 8, 330, 1);
+    check_causal(checks, Precision::FLOAT32, Causal<float>(24, 16, 2, 1, 290, 5, true));
+    check_causal(checks, Precision::FLOAT32, Causal<int8_t>(24, 16, 4, 1, 300, 1, true));
     check_not_finite(checks);
 }
 

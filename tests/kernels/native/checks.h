@@ -94,4 +94,7 @@ void check_activations(Checks& checks);
 void check_linear_layers(Checks& checks);
 void check_attention(Checks& checks);
 
+// Compares the emulation of AMX's tiles with those of the processor, if it has them. Returns the number of failures.
+size_t check_tile_emulation();
+
 }  // namespace fusion_edge::checks

@@ -75,17 +75,17 @@ void make_static(Layer& layer, Random& random, size_t inputs, size_t outputs, fl
     set_scales(layer, random, outputs, true);
 }
 
-// Activations after quantization. `doubts`: how far another rounding of an inexact activation would be; else 0.
+// Activations after quantization. `doubts`: 1 where an inexact activation may be rounded to another integer; else 0.
 struct Quantized {
-    std::vector<double> values, doubts;
-    double error = 0;  // relative, of the scale
+    std::vector<int> values, doubts;
+    std::vector<double> scales;  // [rows, blocks]
+    double error = 0;            // relative, of the scales
 
-    // Adds round(quotient) * scale, limited, for a quotient with an error.
-    void add(double quotient, double quotient_error, double scale, double low, double high) {
+    // Adds the rounded quotient, limited.
+    void add(double quotient, double quotient_error, int low, int high) {
         const double rounded = std::nearbyint(quotient);
-        const bool doubtful = std::abs(std::abs(quotient - rounded) - 0.5) <= quotient_error && quotient_error > 0;
-        values.push_back(std::clamp(rounded, low, high) * scale);
-        doubts.push_back(doubtful ? scale : 0);
+        values.push_back(std::clamp(int(rounded), low, high));
+        doubts.push_back(quotient_error > 0 && std::abs(std::abs(quotient - rounded) - 0.5) <= quotient_error);
     }
 };
 
@@ -119,9 +119,9 @@ Quantized quantize(const Activations& x, const Weights& weights) {
             // In float32, as ONNX defines it, unless the activation itself is inexact.
             const double quotient = x.errors[i] > 0 ? x.exact[i] / fixed->scale : x.values[i] / fixed->scale;
             const double error = x.errors[i] > 0 ? x.errors[i] / fixed->scale + 4 * ROUNDOFF * std::abs(quotient) : 0;
-            const double low = -fixed->zero_point;
-            quantized.add(std::clamp(quotient, -1e6, 1e6), error, fixed->scale, low, low + 255);
+            quantized.add(std::clamp(quotient, -1e6, 1e6), error, -fixed->zero_point, 255 - fixed->zero_point);
         }
+        quantized.scales.assign(rows, fixed->scale);
         return quantized;
     }
     for (size_t row = 0; row < rows; ++row)
@@ -137,9 +137,10 @@ Quantized quantize(const Activations& x, const Weights& weights) {
             const float inverse = magnitude > 0 ? 127 / magnitude : 0;
             for (size_t i = first + start; i < first + end; ++i) {
                 const double error = largest_error > 0 ? 2 * 127 * largest_error / magnitude + 300 * ROUNDOFF : 0;
-                quantized.error = std::max(quantized.error, magnitude > 0 ? largest_error / magnitude : 0);
-                quantized.add(x.values[i] * inverse, error, magnitude / 127, -127, 127);
+                quantized.add(x.values[i] * inverse, error, -127, 127);
             }
+            quantized.error = std::max(quantized.error, magnitude > 0 ? largest_error / magnitude : 0);
+            quantized.scales.push_back(magnitude / 127);
         }
     return quantized;
 }
@@ -150,18 +151,25 @@ Expected multiply(const Quantized& x, const Layer& layer) {
     const Weights& weights = layer.weights;
     const size_t rows = x.values.size() / weights.inputs, blocks = weights.blocks();
     const double roundings = double(blocks) + 8;
-    const double zero_points = weights.static_quantization ? 0 : 1 << weights.bits;
+    const int zero_points = weights.static_quantization ? 0 : 1 << weights.bits;
     Expected expected;
     for (size_t row = 0; row < rows; ++row)
         for (size_t output = 0; output < weights.outputs; ++output) {
             double sum = 0, magnitude = 0, doubt = 0;
-            for (size_t input = 0; input < weights.inputs; ++input) {
-                const size_t i = row * weights.inputs + input;
-                const double scale = layer.scale(output, input / weights.block_size);
-                const double weight = layer.value(output, input);
-                sum += x.values[i] * weight * scale;
-                magnitude += std::abs(x.values[i]) * (std::abs(weight) + 2 * zero_points) * scale;
-                doubt += x.doubts[i] * std::abs(weight) * scale;
+            for (size_t block = 0; block < blocks; ++block) {
+                const size_t start = block * weights.block_size;
+                int64_t block_sum = 0, block_magnitude = 0, block_doubt = 0;
+                for (size_t input = start; input < std::min(weights.inputs, start + weights.block_size); ++input) {
+                    const size_t i = row * weights.inputs + input;
+                    const int weight = layer.value(output, input);
+                    block_sum += x.values[i] * weight;
+                    block_magnitude += std::abs(x.values[i]) * (std::abs(weight) + 2 * zero_points);
+                    block_doubt += x.doubts[i] * std::abs(weight);
+                }
+                const double scale = layer.scale(output, block) * x.scales[row * blocks + block];
+                sum += double(block_sum) * scale;
+                magnitude += double(block_magnitude) * scale;
+                doubt += double(block_doubt) * scale;
             }
             const double bias = layer.bias_of(output);
             const double error = roundings * ROUNDOFF * (magnitude + std::abs(bias)) + magnitude * x.error;

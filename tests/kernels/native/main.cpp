@@ -9,7 +9,7 @@
 int main(int count, char** names) {
     using namespace fusion_edge;
     const char* const* tiers = fusion_edge::tiers();
-    size_t failures = 0, found = 0;
+    size_t failures = checks::check_tile_emulation(), found = 0;
     for (; tiers[found]; ++found) {
         use_tier(tiers[found]);
         checks::Checks checks(*kernels());
