@@ -12,7 +12,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -40,15 +41,15 @@ PROMPT, CAPACITY = 900, 1000  # tokens of a prompt, and of its KV cache
 VISION_CROPS, VISION_ROWS, VISION_HEADS, VISION_WIDTH = 4, 729, 16, 72
 INTEGER_LAYERS = ((1152, 3456), (1152, 1152), (1152, 4304, 1152))  # widths of linear layers, and of an MLP
 OPSET = 21
-LINEAR_LAYERS = (  # format, outputs, inputs: three of the LLM, one of the vision encoder
+LINEAR_LAYERS = (  # format, outputs, inputs: two of the LLM, one of the vision encoder
     (WeightFormat("int4", 128), 8192, 3072),
-    (WeightFormat("int4", 128), 3072, 8192),
     (WeightFormat("int4", 32), 8192, 3072),
     (WeightFormat("int8", 128), 4304, 1152),
 )
 LLMS = {"Phi-3.5": (32, 32, 96), "Llama": (32, 8, 128)}  # query heads, KV heads, head width
 ROUNDS = 7
 DECODE_LAYERS = 16  # layers in turns, whose weights or caches exceed the processor's caches
+ONNX_RUNTIME = "ONNX Runtime"
 Run = Callable[[], object]
 
 
@@ -194,70 +195,117 @@ def causal_attention(llm: str, length: int, int8: bool, layers: int, library: Pa
     return lambda: [run() for run in runs]
 
 
-def seconds(runs: list[Run]) -> list[float]:
-    """Return the median CPU time of each run, in seconds, over rounds in which they take turns."""
+def seconds(runs: Sequence[Run], statistic: Callable[[list[float]], float] = median) -> list[float]:
+    """Return a statistic of the CPU time of each run, in seconds, over rounds in which they take turns."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for run, own in zip(runs, times, strict=True):
             start = time.process_time()
             run()
             own.append(time.process_time() - start)
-    return [median(own) for own in times]
+    return [statistic(own) for own in times]
 
 
-def report(name: str, make: Callable[[Path | None], Run], library: Path, layers: int, work: float, unit: str) -> None:
-    """Print a row for each tier. ``work`` of one layer is in 10^9 operations or bytes, as ``unit`` says."""
-    ours, names = make(library), cpu_kernels.tiers()
+@dataclass(frozen=True)
+class Case:
+    """Layers of one kind."""
 
-    def run(tier: str) -> None:
-        cpu_kernels.use_tier(tier)
-        ours()
+    name: str
+    make: Callable[[Path | None], Run]
+    """Makes a run of all layers, with the kernels of a library or ONNX Runtime's."""
+    work: float
+    """Of one layer, in 10^9 operations or bytes."""
+    unit: str
+    layers: int = 1
 
-    theirs, *times = (each / layers for each in seconds([make(None), *(partial(run, tier) for tier in names)]))
-    for tier, own in zip(names, times, strict=True):
-        rate = f"{work / own:6.1f} {unit}"
-        sys.stdout.write(f"{name:48} {theirs * 1e3:9.2f} ms {own * 1e3:9.2f} ms {theirs / own:6.2f} x {rate}, {tier}\n")
-    sys.stdout.flush()
+    def measure(self, library: Path, statistic: Callable[[list[float]], float] = median) -> dict[str, float]:
+        """Return the seconds of one layer in ONNX Runtime's kernel, and in ours on each tier of this processor."""
+        ours, names = self.make(library), cpu_kernels.tiers()
+
+        def run(tier: str) -> None:
+            cpu_kernels.use_tier(tier)
+            ours()
+
+        times = seconds([self.make(None), *(partial(run, tier) for tier in names)], statistic)
+        return {name: one / self.layers for name, one in zip((ONNX_RUNTIME, *names), times, strict=True)}
+
+
+def linear_case(weight_format: WeightFormat, outputs: int, inputs: int, rows: int) -> Case:
+    """Return a linear layer of the LLM or the vision encoder: a GEMV for one row, else a GEMM."""
+    name = f"linear, {weight_format}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"
+    if rows > 1:
+        make = partial(linear, weight_format, outputs, inputs, rows, 1)
+        return Case(name, make, rows * outputs * inputs * 2 / 1e9, "GOP/s")
+    make = partial(linear, weight_format, outputs, inputs, rows, DECODE_LAYERS)
+    return Case(name, make, outputs * inputs * weight_format.bits / 8 / 1e9, "GB/s", DECODE_LAYERS)
+
+
+def integer_case(widths: tuple[int, ...]) -> Case:
+    """Return a linear layer or an MLP of the vision encoder."""
+    rows = VISION_CROPS * VISION_ROWS
+    name = f"{'linear' if len(widths) == 2 else 'MLP'}, w8a8, {' to '.join(map(str, widths))}, {rows} rows"
+    work = 2 * rows * sum(inputs * outputs for inputs, outputs in pairwise(widths)) / 1e9
+    return Case(name, partial(integer_layer, widths), work, "GOP/s")
+
+
+def vision_attention_case() -> Case:
+    """Return the attention of the vision encoder."""
+    return Case(
+        "attention, vision", vision_attention, 4 * VISION_ROWS**2 * VISION_HEADS * VISION_WIDTH / 1e9, "GFLOP/s"
+    )
+
+
+def prefill_attention_case(llm: str) -> Case:
+    """Return the attention of an LLM over a prompt."""
+    heads, _, width = LLMS[llm]
+    make = partial(causal_attention, llm, PROMPT, False, 1)
+    return Case(f"attention, {llm}, prefill", make, 2 * PROMPT**2 * heads * width / 1e9, "GFLOP/s")
+
+
+def decode_attention_case(llm: str, int8: bool) -> Case:
+    """Return the attention of a decode step behind a prompt."""
+    _, kv_heads, width = LLMS[llm]
+    make = partial(causal_attention, llm, 1, int8, DECODE_LAYERS)
+    work = 2 * PROMPT * kv_heads * width * (1 if int8 else 4) / 1e9
+    return Case(f"attention, {llm}, decode, {'int8' if int8 else 'float32'}", make, work, "GB/s", DECODE_LAYERS)
+
+
+def cases() -> Iterator[Case]:
+    """Yield all cases."""
+    for weight_format, outputs, inputs in LINEAR_LAYERS:
+        for rows in (1, PROMPT):
+            yield linear_case(weight_format, outputs, inputs, rows)
+    yield from map(integer_case, INTEGER_LAYERS)
+    yield vision_attention_case()
+    for llm in LLMS:
+        yield prefill_attention_case(llm)
+        for int8 in (False, True):
+            yield decode_attention_case(llm, int8)
+
+
+def expect_library() -> Path:
+    """Return the library of our kernels. Raises :class:`FusionError` if it is not built or cannot run here."""
+    library = cpu_kernels.library()
+    if library is None or not cpu_kernels.is_supported():
+        raise FusionError("The CPU kernels are not built, or this processor cannot run them; see fusion-info.")
+    return library
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rows", type=int, nargs="+", default=[1, PROMPT], help="rows of linear layers; default: %(default)s"
-    )
     return run_command(_main, parser.parse_args(arguments))
 
 
-def _main(options: argparse.Namespace) -> int:
-    library = cpu_kernels.library()
-    if library is None or not cpu_kernels.is_supported():
-        raise FusionError("The CPU kernels are not built, or this processor lacks AVX-512 VNNI; see fusion-info.")
-    sys.stdout.write(f"{'one layer':48} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
-    for weight_format, outputs, inputs in LINEAR_LAYERS:
-        for rows in options.rows:
-            work = rows * outputs * inputs * 2 / 1e9 if rows > 1 else outputs * inputs * weight_format.bits / 8 / 1e9
-            layers = DECODE_LAYERS if rows == 1 else 1
-            name = f"linear, {weight_format}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"
-            make_linear = partial(linear, weight_format, outputs, inputs, rows, layers)
-            report(name, make_linear, library, layers, work, "GOP/s" if rows > 1 else "GB/s")
-    for widths in INTEGER_LAYERS:
-        rows = VISION_CROPS * VISION_ROWS
-        name = f"{'linear' if len(widths) == 2 else 'MLP'}, w8a8, {' to '.join(map(str, widths))}, {rows} rows"
-        work = 2 * rows * sum(inputs * outputs for inputs, outputs in pairwise(widths)) / 1e9
-        report(name, partial(integer_layer, widths), library, 1, work, "GOP/s")
-    work = 4 * VISION_ROWS**2 * VISION_HEADS * VISION_WIDTH / 1e9
-    report("attention, vision", vision_attention, library, 1, work, "GFLOP/s")
-    for llm, (heads, kv_heads, width) in LLMS.items():
-        work = 2 * PROMPT**2 * heads * width / 1e9
-        report(
-            f"attention, {llm}, prefill", partial(causal_attention, llm, PROMPT, False, 1), library, 1, work, "GFLOP/s"
-        )
-        for int8 in (False, True):
-            work = 2 * PROMPT * kv_heads * width * (1 if int8 else 4) / 1e9
-            make = partial(causal_attention, llm, 1, int8, DECODE_LAYERS)
-            name = f"attention, {llm}, decode, {'int8' if int8 else 'float32'}"
-            report(name, make, library, DECODE_LAYERS, work, "GB/s")
+def _main(_: argparse.Namespace) -> int:
+    library = expect_library()
+    sys.stdout.write(f"{'one layer':48} {ONNX_RUNTIME:>12} {'ours':>12} {'':8} one core\n")
+    for case in cases():
+        theirs, *times = case.measure(library).items()
+        for tier, own in times:
+            speedup, rate = f"{theirs[1] / own:6.2f} x", f"{case.work / own:6.1f} {case.unit}"
+            sys.stdout.write(f"{case.name:48} {theirs[1] * 1e3:9.2f} ms {own * 1e3:9.2f} ms {speedup} {rate}, {tier}\n")
+        sys.stdout.flush()
     return 0
 
 

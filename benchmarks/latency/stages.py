@@ -147,15 +147,10 @@ def measure(
 def _round(
     fusion: Fusion, case: Case, asked: TimedQuestion, times: Times, around_decode: Callable[[], None] | None
 ) -> None:
-    pipeline, sampler = fusion.pipeline, Sampler(Sampling())
-    pipeline.clear_image_cache()
-    started = time.perf_counter()
-    with times.of(IMAGE_DECODE):
-        picture = load_image(asked.picture)
-    pipeline.start(_prepared(case, picture, asked.prompt), sampler, times.of)
-    times.ttft.append(time.perf_counter() - started)
+    sampler = Sampler(Sampling())
+    picture = first_token(fusion, case, asked, sampler, times)
     if case.context != case.prompt_tokens:
-        pipeline.start(_prepared(case, picture, asked.long_prompt), sampler)
+        fusion.pipeline.start(_prepared(case, picture, asked.long_prompt), sampler)
     if around_decode:
         around_decode()
     started = time.perf_counter()
@@ -164,8 +159,19 @@ def _round(
     if around_decode:
         around_decode()
     started = time.perf_counter()
-    pipeline.start(_prepared(case, picture, asked.prompt), sampler, times.of_followup)
+    fusion.pipeline.start(_prepared(case, picture, asked.prompt), sampler, times.of_followup)
     times.followup_ttft.append(time.perf_counter() - started)
+
+
+def first_token(fusion: Fusion, case: Case, asked: TimedQuestion, sampler: Sampler, times: Times) -> Image.Image:
+    """Time the first question about an image up to its first token, and return the image."""
+    fusion.pipeline.clear_image_cache()
+    started = time.perf_counter()
+    with times.of(IMAGE_DECODE):
+        picture = load_image(asked.picture)
+    fusion.pipeline.start(_prepared(case, picture, asked.prompt), sampler, times.of)
+    times.ttft.append(time.perf_counter() - started)
+    return picture
 
 
 def _prepared(case: Case, picture: Image.Image, prompt: Prompt) -> PreparedQuestion:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,9 +34,7 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError
 
 QUESTION_TOKENS = 20
-CONTENT = FolderContent("export", ("*.xml", "*.bin", "*.json"), "local.xml")
-PROPERTIES = {"f32.json": "f32", "bf16.json": "bf16"}
-"""Precision hint of OpenVINO's float operations, by properties file."""
+CONTENT = FolderContent("export", ("*.xml", "*.bin"), "local.xml")
 
 
 class FixedActivations(RoundToNearest):
@@ -55,7 +52,7 @@ def bundle_int8(checkpoint: Path, output: Path) -> None:
 
 
 def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:
-    """Write ``global.xml``, ``local.xml`` and the properties files.
+    """Write ``global.xml`` and ``local.xml``.
 
     Uses torch.export, because a trace would run the model and turn sizes into constants.
     """
@@ -72,8 +69,6 @@ def openvino(checkpoint: Path, output: Path, is_int8: bool) -> None:
             if is_int8:
                 model = _quantized(model, inputs)
             peer.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
-        for file, precision in PROPERTIES.items():
-            (folder / file).write_text(json.dumps({"INFERENCE_PRECISION_HINT": precision}) + "\n", encoding="utf-8")
 
 
 def _inputs(config: FusionConfig, crops: int) -> tuple[torch.Tensor, ...]:

@@ -10,13 +10,17 @@ from typing import Any
 from fusion_edge.benchmarks.latency.result_file import ResultFile, Schema, read_result_file
 from fusion_edge.benchmarks.latency.statistics import Summary
 
-SCHEMA = Schema("fusion-edge peers", 1, "python -m fusion_edge.benchmarks.peers --json")
+SCHEMA = Schema("fusion-edge peers", 2, "python -m fusion_edge.benchmarks.peers --json")
 
 
 @dataclass(frozen=True)
 class ContestantResult:
-    """Measurements of one contestant, in the order of the rounds."""
+    """Measurements of one contestant with one setting, in the order of the rounds."""
 
+    label: str
+    """Label that all settings of an engine and a model share."""
+    setting: str
+    """Name of the setting; empty if the engine has one only."""
     runner: str
     model: str
     """Name of the model's file or folder, without its path."""
@@ -35,9 +39,9 @@ class ContestantResult:
 class PeersResult(ResultFile):
     """The whole file."""
 
-    workload: Mapping[str, int]
+    workload: Mapping[str, Any]
     contestants: Mapping[str, ContestantResult]
-    """By label."""
+    """By label and setting. Settings that lead in no phase have the first round only."""
 
 
 def read_result(path: Path) -> PeersResult:

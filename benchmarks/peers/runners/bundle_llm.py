@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, report
-from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.benchmarks.peers.runners.bundle_tier import choose_tier
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, Settings, report
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph, Input
 from fusion_edge.runtime.backends.onnxruntime.llm import LlmSession
 from fusion_edge.runtime.bundle.graphs import LLM
@@ -23,7 +21,7 @@ from fusion_edge.runtime.tokenization.embeddings import Embeddings
 class BundleLlm:
     """LLM of the bundle in ``folder``."""
 
-    def __init__(self, folder: Path, work: llm.LlmWorkload) -> None:
+    def __init__(self, folder: Path, work: llm.LlmWorkload, settings: Settings) -> None:
         bundle = open_bundle(folder)
         model = bundle.manifest.model
         if work.capacity > bundle.manifest.max_context:
@@ -31,10 +29,11 @@ class BundleLlm:
                 f"--capacity {work.capacity} exceeds the context of {folder} ({bundle.manifest.max_context} tokens); "
                 "pass less, or export with a larger --max-context."
             )
-        self.settings: Mapping[str, Any] = {
+        self.settings: Settings = {
             "precision": bundle.manifest.precision,
-            "own kernels": cpu_kernels.can_run(bundle.manifest, LLM),
+            "tier": choose_tier(bundle.manifest, LLM, work.isa),
             "threads": work.threads,
+            **settings,
         }
         self._capacity = work.capacity
         self._decoder = LlmSession(Graph(bundle, LLM, "cpu", work.threads), bundle.manifest)
@@ -58,10 +57,10 @@ class BundleLlm:
         self._token = int(self._decoder.decode(self._embed(np.array([self._token]))[0]).argmax())
 
 
-def measure(folder: Path, work: llm.LlmWorkload) -> Measurement:
+def measure(folder: Path, work: llm.LlmWorkload, settings: Settings) -> Measurement:
     """Measure a bundle. Raises :class:`CannotRunError` for a folder that is no bundle for this machine."""
     try:
-        return llm.measure(BundleLlm, folder, work)
+        return llm.measure(BundleLlm, folder, work, settings)
     except FusionError as error:
         raise CannotRunError(str(error)) from None
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, report
+from fusion_edge.benchmarks.peers.runners.bundle_tier import choose_tier
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, Settings, report
 from fusion_edge.runtime.backends.base import Floats
-from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
 from fusion_edge.runtime.bundle.reader import open_bundle
@@ -22,12 +20,12 @@ from fusion_edge.runtime.errors import FusionError
 class BundleEncoder:
     """Vision encoder of the bundle in ``folder``; the other graphs are not loaded."""
 
-    def __init__(self, folder: Path, work: vision.VisionWorkload) -> None:
+    def __init__(self, folder: Path, work: vision.VisionWorkload, settings: Settings) -> None:
         bundle = open_bundle(folder)
         model, weights = bundle.manifest.model, bundle.manifest.weights
         formats = sorted({stored for name, stored in weights.items() if name.startswith("vision.layers.")})
-        kernels = cpu_kernels.can_run(bundle.manifest, VISION_ENCODER)
-        self.settings: Mapping[str, Any] = {"formats": formats, "own kernels": kernels, "threads": work.threads}
+        tier = choose_tier(bundle.manifest, VISION_ENCODER, work.isa)
+        self.settings: Settings = {"formats": formats, "tier": tier, "threads": work.threads, **settings}
         self.hidden_size = model.language.hidden_size
         self._patches = model.vision.patches
         self._graph = Graph(bundle, VISION_ENCODER, "cpu", work.threads)
@@ -41,10 +39,10 @@ class BundleEncoder:
         return np.asarray(self._graph.run(inputs, {"features": shape})["features"])
 
 
-def measure(folder: Path, work: vision.VisionWorkload) -> Measurement:
+def measure(folder: Path, work: vision.VisionWorkload, settings: Settings) -> Measurement:
     """Measure a bundle. Raises :class:`CannotRunError` for a folder that is no bundle for this machine."""
     try:
-        return vision.measure(BundleEncoder, folder, work)
+        return vision.measure(BundleEncoder, folder, work, settings)
     except FusionError as error:
         raise CannotRunError(str(error)) from None
 

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.worker import import_engine, report
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Settings, import_engine, report
 
 
 class GenaiLlm:
     """Model in ``folder``."""
 
-    def __init__(self, folder: Path, work: llm.LlmWorkload) -> None:
+    def __init__(self, folder: Path, work: llm.LlmWorkload, settings: Settings) -> None:
         genai: Any = import_engine("onnxruntime_genai", "onnxruntime-genai")
         self._numpy: Any = import_engine("numpy", "numpy")
+        if work.isa is not None:
+            raise CannotRunError("onnxruntime-genai cannot be held to an instruction set; leave out --genai or --isa.")
         llm.expect_file(folder, "genai_config.json", "onnxruntime-genai's model builder")
         # Its default number of threads is slower.
-        self.settings = {"intra_op_num_threads": work.threads}
+        self.settings = {"intra_op_num_threads": work.threads, **settings}
         config = genai.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": self.settings}}}))
         model = genai.Model(config)

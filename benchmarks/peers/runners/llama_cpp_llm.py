@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, import_engine, report
+from fusion_edge.benchmarks.peers.runners.instruction_sets import INSTRUCTION_SETS
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Settings, import_engine, report
 
 ERROR = 4  # ggml_log_level
 
@@ -26,22 +27,22 @@ _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_l
 class LlamaCppLlm:
     """Model in ``file``."""
 
-    def __init__(self, file: Path, work: llm.LlmWorkload) -> None:
+    def __init__(self, file: Path, work: llm.LlmWorkload, settings: Settings) -> None:
         self._llama: Any = import_engine("llama_cpp", "llama-cpp-python")
         llama = self._llama
         if not file.is_file():
             raise CannotRunError(f"{file} is not a file; expected a GGUF file such as export_llm.py writes.")
         llama.llama_log_set(_LOG, None)
+        if work.isa is not None:
+            _expect_build(llama.llama_print_system_info().decode(), work.isa)
         context = {
             "n_ctx": work.capacity,
             "n_batch": max(work.prompt, llm.WARM_UP),  # maximum tokens per call
-            "n_ubatch": 512,
             "n_threads": work.threads,
             "n_threads_batch": work.threads,
-            # The default ("auto") enables flash attention, which is slower on the machines of docs/benchmarks.md.
-            "flash_attn_type": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
             "type_k": llama.GGML_TYPE_F16,
             "type_v": llama.GGML_TYPE_F16,
+            **settings,
         }
         # Weights are repacked while loading: mapped file pages would count twice.
         loading = {"load_mode": llama.LLAMA_LOAD_MODE_NONE}
@@ -68,6 +69,19 @@ class LlamaCppLlm:
         if self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(ids))):
             raise CannotRunError("llama.cpp failed to run the model; see its output above.")
         self._token = self._llama.llama_sampler_sample(self._sampler, self._context, -1)
+
+
+def _expect_build(system: str, isa: str) -> None:
+    """Raise :class:`CannotRunError` if llama.cpp, whose instruction sets are fixed when it is built, has others."""
+    chosen = INSTRUCTION_SETS[isa]
+    features = {part.split("=")[0].split()[-1] for part in system.split("|") if "= 1" in part}
+    newer = {feature for feature in features if feature.startswith(chosen.newer)}
+    if chosen.feature not in features or newer:
+        has = ", ".join(sorted(newer)) or f"no {chosen.feature}"
+        raise CannotRunError(
+            f"This llama.cpp has {has}; build one for {isa} with GGML_NATIVE=OFF (docs/benchmarks.md), and name its "
+            "environment with --python."
+        )
 
 
 def _filled(structure: Any, fields: Mapping[str, Any]) -> Any:

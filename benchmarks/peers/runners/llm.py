@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Measurement, option, peak, resident
+from fusion_edge.benchmarks.peers.runners.worker import (
+    CannotRunError,
+    Measurement,
+    Settings,
+    Workload,
+    option,
+    peak,
+    resident,
+)
 
 FIRST_TOKEN, TOKENS = 1000, 1000  # the prompt repeats these ids, which every LLM's vocabulary has
 WARM_UP = 8  # tokens
 
 
 @dataclass(frozen=True)
-class LlmWorkload:
+class LlmWorkload(Workload):
     """Sizes of a run."""
 
     prompt: int = option(900, "tokens of the timed prefill")
     context: int = option(1000, "tokens in the KV cache in the middle of the timed decode steps")
     steps: int = option(32, "timed decode steps")
     capacity: int = option(4096, "tokens of the KV cache in engines that allocate it ahead")
-    threads: int = option(2, "CPU threads")
 
     def fits(self) -> bool:
         """Return whether the timed steps come after the prompt and within the capacity."""
@@ -59,7 +66,7 @@ class Llm(Protocol):
     """Loaded LLM."""
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> Settings:
         """Options passed to the engine."""
         ...
 
@@ -72,11 +79,13 @@ class Llm(Protocol):
         ...
 
 
-def measure(load: Callable[[Path, LlmWorkload], Llm], model: Path, work: LlmWorkload) -> Measurement:
+def measure(
+    load: Callable[[Path, LlmWorkload, Settings], Llm], model: Path, work: LlmWorkload, settings: Settings
+) -> Measurement:
     """Measure in this process. Raises :class:`CannotRunError` for a model that the engine cannot load."""
     start = time.perf_counter()
     try:
-        llm = load(model, work)
+        llm = load(model, work, settings)
     except RuntimeError as error:  # of engines in C++
         raise CannotRunError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from None
     llm.prefill(work.prompt_ids[:WARM_UP])

@@ -8,33 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import llm
-from fusion_edge.benchmarks.peers.runners.worker import import_engine, read_properties, report
+from fusion_edge.benchmarks.peers.runners.worker import Settings, import_engine, report
 
 MODEL = "openvino_model.xml"
 
 
 class OpenvinoLlm:
-    """Model in a folder. Given a JSON file in that folder, its properties replace the default ones.
+    """Model in ``folder``."""
 
-    No setting is the fastest in both phases: compare one contestant per phase. With AMX, prefill is fastest in bfloat16
-    without dynamic quantization, decode in float32.
-    """
-
-    def __init__(self, model: Path, work: llm.LlmWorkload) -> None:
-        properties = read_properties(model) if model.suffix == ".json" else {}
-        folder = model.parent if model.suffix == ".json" else model
+    def __init__(self, folder: Path, work: llm.LlmWorkload, settings: Settings) -> None:
         openvino: Any = import_engine("openvino", "openvino")
         self._numpy: Any = import_engine("numpy", "numpy")
         llm.expect_file(folder, MODEL, "optimum-intel")
-        # The fastest prefill of the settings tried on Zen 4. It takes 1.6 times as long without dynamic quantization or
-        # in float32, and slightly longer with groups of 32. The KV cache is smallest in 8 bits.
         self.settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": work.threads,
-            "INFERENCE_PRECISION_HINT": "bf16",
-            "KV_CACHE_PRECISION": "u8",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128,
-            **properties,
+            "KV_CACHE_PRECISION": "u8",  # the smallest cache
+            **settings,
         }
         core = openvino.Core()
         graph = core.read_model(folder / MODEL)

@@ -8,26 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.peers.runners import vision
-from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, import_engine, read_properties, report
+from fusion_edge.benchmarks.peers.runners.worker import CannotRunError, Settings, import_engine, report
 
 
 class OpenVinoEncoder:
-    """Models ``global.xml`` and ``local.xml`` next to ``properties``, a JSON file of OpenVINO's properties.
+    """Models ``global.xml`` and ``local.xml`` in ``folder``.
 
     Shapes are fixed before compilation: dynamic shapes are slower and prevent attention fusion.
     """
 
-    def __init__(self, properties: Path, work: vision.VisionWorkload) -> None:
+    def __init__(self, folder: Path, work: vision.VisionWorkload, settings: Settings) -> None:
         openvino: Any = import_engine("openvino", "openvino")
         self._numpy: Any = import_engine("numpy", "numpy")
         # Latency of one image on all cores, not throughput.
-        latency = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": work.threads}
-        self.settings = latency | read_properties(properties)
+        self.settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": work.threads, **settings}
         core = openvino.Core()
-        text = self._model(core, properties.with_name("local.xml"))
+        text = self._model(core, folder / "local.xml")
         self.hidden_size = text.input("text").partial_shape[2].get_length()
         text.reshape({"text": [1, work.question_tokens, self.hidden_size], "mask": [1, work.question_tokens]})
-        plain = self._model(core, properties.with_name("global.xml"))
+        plain = self._model(core, folder / "global.xml")
         plain.reshape({"pixels": [work.crops, 3, vision.IMAGE_SIZE, vision.IMAGE_SIZE]})
         self._local, self._global = (
             core.compile_model(model, "CPU", self.settings).create_infer_request() for model in (text, plain)

@@ -6,23 +6,30 @@ Standard library only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion_edge.benchmarks.peers.runners.worker import Measurement, import_engine, option, peak, resident
+from fusion_edge.benchmarks.peers.runners.worker import (
+    Measurement,
+    Settings,
+    Workload,
+    import_engine,
+    option,
+    peak,
+    resident,
+)
 
 IMAGE_SIZE = 384  # pixels, as in runtime/bundle/config.py, which other engines' environments cannot import
 
 
 @dataclass(frozen=True)
-class VisionWorkload:
+class VisionWorkload(Workload):
     """Sizes of a run."""
 
     crops: int = option(4, "global crops, in one batch")
     question_tokens: int = option(20, "text tokens of the local crop")
-    threads: int = option(2, "CPU threads")
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Encoder(Protocol):
     """Loaded vision encoder with its projectors (docs/fusion-model.md, section 2). Arrays are float32 numpy arrays."""
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> Settings:
         """Options passed to the engine."""
         ...
 
@@ -65,11 +72,13 @@ class Encoder(Protocol):
         ...
 
 
-def measure(load: Callable[[Path, VisionWorkload], Encoder], model: Path, work: VisionWorkload) -> Measurement:
+def measure(
+    load: Callable[[Path, VisionWorkload, Settings], Encoder], model: Path, work: VisionWorkload, settings: Settings
+) -> Measurement:
     """Measure in this process."""
     numpy: Any = import_engine("numpy", "numpy")
     start = time.perf_counter()
-    encoder = load(model, work)
+    encoder = load(model, work, settings)
     random = numpy.random.default_rng(0)
     pixels = random.uniform(-1, 1, (work.crops, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(numpy.float32)
     text = random.normal(0, 0.02, (1, work.question_tokens, encoder.hidden_size)).astype(numpy.float32)

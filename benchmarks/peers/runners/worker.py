@@ -5,9 +5,9 @@ A runner is a module that measures one kind of model. It ends with
     if __name__ == "__main__":
         sys.exit(report(measure, LlmWorkload, ("onnxruntime-genai",)))
 
-``harness.py`` runs it as ``python -m MODULE MODEL WORKLOAD`` and reads the last line of its output. Engines live in
-their own environments, so this module imports the standard library only: fusion-edge's dependencies need not be
-installed there and do not count in the engine's memory.
+``harness.py`` runs it as ``python -m MODULE MODEL WORKLOAD SETTINGS`` and reads the last line of its output. Engines
+live in their own environments, so this module imports the standard library only: fusion-edge's dependencies need not
+be installed there and do not count in the engine's memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from fusion_edge.benchmarks.peers.runners.instruction_sets import INSTRUCTION_SETS
+
 STATUS = Path("/proc/self/status")
 
 W = TypeVar("W")
+Settings = Mapping[str, Any]
+"""Options of an engine that a comparison tries, as JSON values."""
 
 
 class CannotRunError(Exception):
@@ -39,8 +43,8 @@ class Measurement:
 
     figures: Any
     """Dataclass of numbers, the same type for all runners of a comparison."""
-    settings: Mapping[str, Any]
-    """Options passed to the engine, as JSON values."""
+    settings: Settings
+    """All options passed to the engine."""
 
 
 def option(default: int, text: str) -> Any:
@@ -48,8 +52,19 @@ def option(default: int, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What every comparison has."""
+
+    threads: int = option(2, "CPU threads")
+    isa: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "hold every engine to an instruction set", "choices": tuple(INSTRUCTION_SETS)},
+    )
+
+
 def report(
-    measure: Callable[[Path, W], Measurement],
+    measure: Callable[[Path, W, Settings], Measurement],
     workload: Callable[..., W],
     packages: Sequence[str],
     argv: Sequence[str] | None = None,
@@ -59,9 +74,9 @@ def report(
     ``workload`` is the dataclass of the request's fields, ``packages`` the distributions whose versions are reported.
     A :class:`CannotRunError` becomes one line on standard error and exit code 1.
     """
-    model, fields = sys.argv[1:] if argv is None else argv
+    model, fields, settings = sys.argv[1:] if argv is None else argv
     try:
-        measurement = measure(Path(model), workload(**json.loads(fields)))
+        measurement = measure(Path(model), workload(**json.loads(fields)), json.loads(settings))
     except CannotRunError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -83,15 +98,6 @@ def import_engine(module: str, package: str) -> ModuleType:
             f"{sys.executable} cannot import {module} ({error}); run pip install {package} there, or name another "
             "environment with --python."
         ) from None
-
-
-def read_properties(path: Path) -> dict[str, Any]:
-    """Read a JSON file of an engine's properties. Raises :class:`CannotRunError`."""
-    try:
-        properties: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CannotRunError(f"{path} cannot be read ({error}); expected a JSON file of properties.") from None
-    return properties
 
 
 def resident() -> int:
