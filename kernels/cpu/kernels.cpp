@@ -32,15 +32,21 @@ bool has_avx512_vnni() {
 }
 
 // Linux grants the state of tiles on request only, once a process (https://docs.kernel.org/arch/x86/xstate.html).
-bool tiles_are_granted() {
+[[maybe_unused]] bool tiles_are_granted() {
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-bool has_amx() {
-    return has_avx512_vnni() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-           __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_are_granted();
+bool has_tiles() {
+#ifdef EMULATES_TILES
+    return true;
+#else
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           __builtin_cpu_supports("amx-bf16") && tiles_are_granted();
+#endif
 }
+
+bool has_amx() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && has_tiles(); }
 
 std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found;

@@ -2,17 +2,22 @@
 
 #pragma once
 
+#ifdef EMULATES_TILES  // in tests
+#include "emulation.h"
+#else
+#include "instructions.h"
+#endif
+
 namespace fusion_edge::SIMD {
+
+#ifdef EMULATES_TILES
+using Instructions = EmulatedTiles;
+#else
+using Instructions = TileInstructions;
+#endif
 
 constexpr size_t AMX_ROWS = 16, AMX_BYTES = 64;  // of a tile
 constexpr size_t AMX_TILE = AMX_ROWS * AMX_BYTES;
-
-// Layout of ldtilecfg's operand.
-struct alignas(64) AmxConfig {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
 
 // The tiles of this thread: 0 to 3 for sums, 4 and 5 for rows of `depth` bytes (left factor), 6 and 7 for depth / 4 rows
 // of 16 words (right factor). Their state is released at the end: it slows context switches.
@@ -21,38 +26,31 @@ class AmxTiles {
     explicit AmxTiles(size_t depth = AMX_BYTES) {
         const uint16_t bytes = uint16_t(depth);
         const uint8_t rows = uint8_t(depth / 4);
-        const AmxConfig config = {
-            1, 0, {}, {64, 64, 64, 64, bytes, bytes, 64, 64}, {16, 16, 16, 16, 16, 16, rows, rows}};
-        _tile_loadconfig(&config);
+        Instructions::configure(
+            {1, 0, {}, {64, 64, 64, 64, bytes, bytes, 64, 64}, {16, 16, 16, 16, 16, 16, rows, rows}});
     }
-    ~AmxTiles() { _tile_release(); }
+    ~AmxTiles() { Instructions::release(); }
     AmxTiles(const AmxTiles&) = delete;
     AmxTiles& operator=(const AmxTiles&) = delete;
 
-    // Inline assembly: the intrinsics of GCC 12 are macros that take literal numbers of tiles.
     template <int TILE>
-    [[gnu::always_inline]] void zero() { asm volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
+    [[gnu::always_inline]] void zero() { Instructions::zero<TILE>(); }
     template <int TILE>
     [[gnu::always_inline]] void load(const void* from, size_t stride = AMX_BYTES) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TILE) : "memory");
+        Instructions::load<TILE>(from, stride);
     }
     template <int TILE>
-    [[gnu::always_inline]] void store(void* to, size_t stride) const {
-        asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(TILE) : "memory");
-    }
+    [[gnu::always_inline]] void store(void* to, size_t stride) const { Instructions::store<TILE>(to, stride); }
+
     // Adds products of int8 on the left with int8, or uint8 if UNSIGNED, on the right.
     template <int SUMS, int LEFT, int RIGHT, bool UNSIGNED>
     [[gnu::always_inline]] void multiply_add() {
-        if constexpr (UNSIGNED)
-            asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(LEFT), "i"(RIGHT));
-        else
-            asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(LEFT), "i"(RIGHT));
+        if constexpr (UNSIGNED) Instructions::multiply_signed_unsigned<SUMS, LEFT, RIGHT>();
+        else Instructions::multiply_signed_signed<SUMS, LEFT, RIGHT>();
     }
     // Adds products of pairs of bfloat16 to float32.
     template <int SUMS, int LEFT, int RIGHT>
-    [[gnu::always_inline]] void multiply_add_bfloat16() {
-        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(LEFT), "i"(RIGHT));
-    }
+    [[gnu::always_inline]] void multiply_add_bfloat16() { Instructions::multiply_bfloat16<SUMS, LEFT, RIGHT>(); }
 };
 
 }  // namespace fusion_edge::SIMD

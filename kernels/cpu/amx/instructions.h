@@ -1,4 +1,4 @@
-// Instructions of AMX's tiles. Functions of the same names in amx_emulation.h do without the processor's.
+// Instructions of AMX's tiles. Functions of the same names in emulation.h do without the processor's.
 
 #pragma once
 
@@ -38,10 +38,6 @@ struct TileInstructions {
     template <int SUMS, int ROWS, int COLUMNS>
     [[gnu::always_inline]] static void multiply_signed_unsigned() {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
-    }
-    template <int SUMS, int ROWS, int COLUMNS>
-    [[gnu::always_inline]] static void multiply_unsigned_signed() {
-        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
     }
     template <int SUMS, int ROWS, int COLUMNS>
     [[gnu::always_inline]] static void multiply_bfloat16() {

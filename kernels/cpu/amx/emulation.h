@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "amx.h"
+#include "instructions.h"
 
 namespace fusion_edge {
 
@@ -35,8 +35,6 @@ struct EmulatedTiles {
     static void multiply_signed_signed() { multiply_bytes<int8_t, int8_t>(SUMS, ROWS, COLUMNS); }
     template <int SUMS, int ROWS, int COLUMNS>
     static void multiply_signed_unsigned() { multiply_bytes<int8_t, uint8_t>(SUMS, ROWS, COLUMNS); }
-    template <int SUMS, int ROWS, int COLUMNS>
-    static void multiply_unsigned_signed() { multiply_bytes<uint8_t, int8_t>(SUMS, ROWS, COLUMNS); }
     template <int SUMS, int ROWS, int COLUMNS>
     static void multiply_bfloat16() { multiply_bfloat16(SUMS, ROWS, COLUMNS); }
 
