@@ -1,8 +1,8 @@
 // Operands of linear layers with weights of 4 or 8 bits, in integer arithmetic: x W^T + b.
 //
-// Weights have the layout of ONNX Runtime's MatMulNBits, and results are those of its accuracy level 4.
-// Activations are quantized to 8 bits in one of two ways:
-// - dynamically: int8, symmetric, one scale per row and block of weights;
+// Weights have the layout of ONNX Runtime's MatMulNBits. Activations are quantized to 8 bits in one of two ways:
+// - dynamically: int8, symmetric, one scale per row and block of weights, as at accuracy level 4 of MatMulNBits. AMX's
+//   blocks have 256 inputs or more (amx/panels.h);
 // - statically: uint8, with one scale and zero point from calibration.
 // Sums of products are int32, and float32 across blocks.
 

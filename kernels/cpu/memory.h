@@ -7,7 +7,20 @@
 #include <memory>
 #include <new>
 
+#include <unistd.h>
+
 namespace fusion_edge {
+
+// Size of a core's L2 cache in bytes.
+inline size_t l2_cache() {
+    constexpr long USUAL = 512 << 10;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1: not known
+    return size > 0 ? size : USUAL;
+#else
+    return USUAL;
+#endif
+}
 
 inline constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 

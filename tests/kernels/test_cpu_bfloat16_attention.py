@@ -86,7 +86,7 @@ def largest_causal_error(sizes: Causal, feeds: dict[str, Array], keys: Array, va
 @example(1, 1, 2, 1, 1, 0)
 @example(256, 1, 33, 513, 1, 1)
 @example(72, 3, 200, 1100, 1, 2)  # parts of rows; several blocks of keys
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_multi_head(width: int, heads: int, queries: int, keys: int, size: float, seed: int) -> None:
     feeds = multi_head_feeds(np.random.default_rng(seed), queries, keys, heads * width, size, batch=2)
     (attended,) = session(multi_head_model(heads), library(), threads=2).run(None, feeds)
@@ -118,7 +118,7 @@ def test_typical_error(each_tier: str, width: int, size: int) -> None:
 )
 @example(48, 2, 1, 0, 700, False)
 @example(64, 2, 4, 749, 163, True)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_causal(half: int, kv_heads: int, group: int, past: int, length: int, int8: bool) -> None:
     sizes = Causal(group * kv_heads, kv_heads, 2 * half, 2 * half, int8)
     feeds = causal_feeds(sizes, past, past + length, length)

@@ -62,7 +62,7 @@ def mlp_tensors(generator: np.random.Generator, inputs: int, hidden: int, output
 @example(True, 12, 4304, 64, 0.02, 10, 1)
 @example(True, 4000, 64, 1600, 0.02, 10, 2)  # the result exceeds the caches: streaming stores
 @example(False, 4000, 64, 1601, 0.02, 10, 3)  # the same, without the alignment that these need
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_integer_matmul(
     gelu_first: bool, rows: int, inputs: int, outputs: int, scale: float, zero_point: int, seed: int
 ) -> None:
@@ -85,7 +85,7 @@ def test_integer_matmul(
     seed=st.integers(0, 2**32 - 1),
 )
 @example(70, 1152, 4304, 96, 10, 0)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_integer_mlp(rows: int, inputs: int, hidden: int, outputs: int, zero_point: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     tensors = mlp_tensors(generator, inputs, hidden, outputs, zero_point)

@@ -87,7 +87,7 @@ def session(
 @example("int4", 128, False, True, 70, 3300, 300, 5)  # several blocks of inputs
 @example("uint4", 16, True, True, 500, 1100, 40, 6)  # several blocks of rows
 @example("uint8", 32, True, True, 500, 1100, 270, 7)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_matmul_nbits(
     each_tier: str,
     kind: str,

@@ -181,10 +181,6 @@ class AmxKernel {
         return pack_amx_rows(x, rows, weights, activation, parallel);
     }
     static size_t cached_panels(const Inputs&) { return MAX_PANELS; }
-    static size_t min_tasks() {
-        static const size_t tasks = 4 * std::max(std::thread::hardware_concurrency(), 1u);
-        return tasks;
-    }
 
     AmxKernel(const Inputs& x, size_t, const Weights& weights, size_t output, size_t panels)
         : x_(x), steps_(weights), count_(panels), panels_(weights, output, panels), tiles_(steps_.depth) {

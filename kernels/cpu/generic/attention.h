@@ -125,10 +125,8 @@ QueryRows query_rows(const CausalParams<T>& params, size_t kv_head) {
 
 // Parts of each head's rows: one where heads keep all threads busy.
 inline size_t parts_per_head(size_t heads, size_t rows) {
-    constexpr size_t TASKS = 4, MIN_ROWS = 64;  // tasks per thread, to even out their times
-    static const size_t threads = std::max(std::thread::hardware_concurrency(), 1u);
-    if (heads % threads == 0 || heads >= TASKS * threads) return 1;
-    return std::clamp<size_t>((TASKS * threads + heads - 1) / heads, 1, std::max<size_t>(rows / MIN_ROWS, 1));
+    constexpr size_t MIN_ROWS = 64;
+    return std::clamp<size_t>((balanced_tasks() + heads - 1) / heads, 1, std::max<size_t>(rows / MIN_ROWS, 1));
 }
 
 // Sizes of heads that attend together.

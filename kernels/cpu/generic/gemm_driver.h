@@ -4,7 +4,7 @@
 //   ROWS, OUTPUTS: size of a tile of the result
 //   Inputs: packed activations
 //   pack_rows(x, rows, weights, activation, parallel) -> Inputs, in memory that the calling thread keeps
-//   cached_panels(inputs): panels of OUTPUTS outputs that the caches hold; min_tasks(): parts for all threads
+//   cached_panels(inputs): panels of OUTPUTS outputs that the caches hold
 //   a constructor from (inputs, rows, weights, output, panels), for a thread's panels from an output on
 //   bias(panel): bias [OUTPUTS] of one of them
 //   ResultWriter(result, rows, outputs): a TileWriter of its sums as float32
@@ -100,7 +100,7 @@ void multiply(
     const Parallel& parallel) {
     // As many panels per task as fit the L2 cache, to read the rows less often, but enough tasks for all processors.
     const size_t panels = (weights.outputs + Kernel::OUTPUTS - 1) / Kernel::OUTPUTS;
-    const size_t fitting = std::min(Kernel::cached_panels(x), panels / Kernel::min_tasks());
+    const size_t fitting = std::min(Kernel::cached_panels(x), panels / balanced_tasks());
     const size_t per_task = std::clamp<size_t>(fitting, 1, MAX_PANELS) * Kernel::OUTPUTS;
     parallel((weights.outputs + per_task - 1) / per_task, [&](size_t task) {
         const size_t start = task * per_task, end = std::min(weights.outputs, start + per_task);

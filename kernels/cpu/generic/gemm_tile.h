@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <thread>
 #include <utility>
 
 #include "gemm_driver.h"
@@ -247,10 +246,8 @@ class TileKernel {
         return quantize_activations(x, rows, ROWS, weights, activation, parallel);
     }
     static size_t cached_panels(const Inputs& x) {
-        constexpr size_t CACHE = 512 << 10;
-        return CACHE / (x.steps * WORD * OUTPUTS);
+        return l2_cache() / 2 / (x.steps * WORD * OUTPUTS);
     }
-    static size_t min_tasks() { return 16; }
 
     TileKernel(const Inputs& x, size_t rows, const Weights& weights, size_t output, size_t panels)
         : x_(x),

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <thread>
 
 #include "gemm_tile.h"
 
@@ -170,9 +169,8 @@ inline void gemv_static(
 
 inline void gemv(const QuantizedActivations& x, const Weights& weights, float* result, const Parallel& parallel) {
     // Few large tasks: each starts a new stream from memory.
-    static const size_t TASKS = round_up(16, std::max(std::thread::hardware_concurrency(), 1u));
     constexpr size_t MIN_OUTPUTS = 64;
-    const size_t per_task = std::max(MIN_OUTPUTS, round_up(weights.outputs, TASKS) / TASKS);
+    const size_t tasks = balanced_tasks(), per_task = std::max(MIN_OUTPUTS, (weights.outputs + tasks - 1) / tasks);
     const Row row = weights.static_quantization ? Row{} : prepare(x, weights);
     parallel((weights.outputs + per_task - 1) / per_task, [&](size_t group) {
         const size_t output = group * per_task, end = std::min(weights.outputs, output + per_task);
