@@ -40,8 +40,9 @@ PROMPT, CAPACITY = 900, 1000  # tokens of a prompt, and of its KV cache
 VISION_CROPS, VISION_ROWS, VISION_HEADS, VISION_WIDTH = 4, 729, 16, 72
 INTEGER_LAYERS = ((1152, 3456), (1152, 1152), (1152, 4304, 1152))  # widths of linear layers, and of an MLP
 OPSET = 21
-LINEAR_LAYERS = (  # format, outputs, inputs: two of the LLM, one of the vision encoder
+LINEAR_LAYERS = (  # format, outputs, inputs: three of the LLM, one of the vision encoder
     (WeightFormat("int4", 128), 8192, 3072),
+    (WeightFormat("int4", 128), 3072, 8192),
     (WeightFormat("int4", 32), 8192, 3072),
     (WeightFormat("int8", 128), 4304, 1152),
 )
@@ -222,16 +223,19 @@ def report(name: str, make: Callable[[Path | None], Run], library: Path, layers:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, PROMPT], help="rows of linear layers; default: %(default)s"
+    )
     return run_command(_main, parser.parse_args(arguments))
 
 
-def _main(_: argparse.Namespace) -> int:
+def _main(options: argparse.Namespace) -> int:
     library = cpu_kernels.library()
     if library is None or not cpu_kernels.is_supported():
         raise FusionError("The CPU kernels are not built, or this processor lacks AVX-512 VNNI; see fusion-info.")
     sys.stdout.write(f"{'one layer':48} {'ONNX Runtime':>12} {'ours':>12} {'':8} one core\n")
     for weight_format, outputs, inputs in LINEAR_LAYERS:
-        for rows in (1, PROMPT):
+        for rows in options.rows:
             work = rows * outputs * inputs * 2 / 1e9 if rows > 1 else outputs * inputs * weight_format.bits / 8 / 1e9
             layers = DECODE_LAYERS if rows == 1 else 1
             name = f"linear, {weight_format}, {inputs} to {outputs}, {rows} {'rows' if rows > 1 else 'row'}"

@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     machine = machine_info(None)
     if cpu_kernels.library() is None or not (names := cpu_kernels.tiers()):
-        raise FusionError("The CPU kernels are not built, or this processor lacks AVX-512 VNNI; see fusion-info.")
+        raise FusionError(
+            f"The CPU kernels are not compiled, or this is not {cpu_kernels.processor_needed()}; see fusion-info."
+        )
     times: dict[str, Times] = {name: defaultdict(list) for name in names}
     with load(options.bundle, device="cpu") as fusion:
         if reason := cpu_kernels.unsupported_reason(fusion.manifest):
@@ -55,7 +57,7 @@ def _main(options: argparse.Namespace) -> int:
                     progress.advance(1)
     sys.stdout.write(table(times))
     if options.json:
-        write_result(options.json, "cpu_tiers", options.rounds, machine, {"seconds": times})
+        write_result(options.json, "cpu_tiers BUNDLE", options.rounds, machine, {"seconds": times})
     return 0
 
 

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     with load(options.bundle, device="cpu") as fusion:
-        _prefill(fusion, options.prompt, options.prompt + WARM_UP + options.steps)
+        prefill(fusion, options.prompt, options.prompt + WARM_UP + options.steps)
         _decode(fusion, WARM_UP)
         whole, inside = _decode(fusion, options.steps)
     share = 1 - inside / whole
@@ -59,7 +59,7 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prefill(fusion: Fusion, length: int, capacity: int) -> None:
+def prefill(fusion: Fusion, length: int, capacity: int) -> None:
     """Prefill random embeddings, without latents."""
     model = fusion.manifest.model
     width, alignment = model.language.hidden_size, model.alignment

@@ -28,7 +28,7 @@ class RequestQueue:
     def __init__(self, backend: Backend, free: Callable[[], None]) -> None:
         """``free`` closes the backend. The queue calls it once, while nothing runs."""
         self._backend = backend
-        self._free = free
+        self._free = [free]
         self._lock = FairLock()
         self._guard = threading.RLock()
         """Held while ``_running`` changes, so an interrupt never reaches the run of another question."""
@@ -109,6 +109,10 @@ class RequestQueue:
         """Return whether no later question was asked."""
         return self._current() is control
 
+    def when_freed(self, free: Callable[[], None]) -> None:
+        """Call ``free`` after the model has been freed."""
+        self._free.append(free)
+
     def check_open(self) -> None:
         """Raise :class:`UsageError` once the model is closed, :class:`FusionError` in a forked process."""
         self._check_process()
@@ -141,7 +145,8 @@ class RequestQueue:
     def _free_once(self) -> None:
         if not self._is_freed:
             self._is_freed = True
-            self._free()
+            for free in self._free:
+                free()
 
     def _check_process(self) -> None:
         if self.is_inherited:

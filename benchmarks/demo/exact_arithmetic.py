@@ -18,6 +18,7 @@ from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.cli.model_options import load_options
 from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 
 
@@ -32,7 +33,7 @@ def _models(options: argparse.Namespace) -> cli.Models:
         eager = EagerBackend(bundle.manifest.model, BundleWeights(bundle))
         return Fusion(bundle.manifest, eager, load_tokenizer(bundle), eager.embed)
 
-    return lambda: open_model(Path(options.bundle), options.device, options.threads), reference
+    return lambda: open_model(Path(options.bundle), **load_options(options)), reference
 
 
 if __name__ == "__main__":

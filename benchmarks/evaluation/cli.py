@@ -25,7 +25,7 @@ from fusion_edge.benchmarks.latency.result_file import header
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.choices import choice_list
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options
+from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options, load_options
 from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import AccuracyError, UsageError
 from fusion_edge.runtime.hub.bundle_source import BundleSource, find_bundle
@@ -117,7 +117,7 @@ def percentage(text: str) -> float:
 
 def _models(arguments: argparse.Namespace) -> Models:
     def opener(source: BundleSource) -> OpenModel:
-        return partial(open_model, Path(source.folder), arguments.device, arguments.threads)
+        return partial(open_model, Path(source.folder), **load_options(arguments))
 
     reference = None if arguments.reference is None else opener(find_bundle(arguments.reference))
     return opener(given_bundle(arguments)), reference

@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.errors import FusionError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fusion_edge.runtime.cli.model_options import LoadOptions
 
 CHECKPOINT_CONFIG = "config.json"
 LIBRARIES = ("torch", "onnx", "huggingface_hub")
@@ -17,13 +23,13 @@ LIBRARIES = ("torch", "onnx", "huggingface_hub")
 
 
 @contextmanager
-def open_model(folder: Path, device: str, threads: int | None) -> Iterator[Fusion]:
-    """Open a bundle on ``device`` with ``threads``, or a checkpoint in torch, in float32 on the CPU.
+def open_model(folder: Path, **options: Unpack[LoadOptions]) -> Iterator[Fusion]:
+    """Open a bundle with ``options`` of :func:`load`, or a checkpoint in torch, in float32 on the CPU.
 
     Raises :class:`FusionError` as :func:`load`, and for a folder that is neither.
     """
     if (folder / MANIFEST).exists() or not (folder / CHECKPOINT_CONFIG).exists():
-        with load(folder, device=device, threads=threads) as fusion:
+        with load(folder, **options) as fusion:
             yield fusion
         return
     if missing := [library for library in LIBRARIES if find_spec(library) is None]:

@@ -38,8 +38,13 @@ bool tiles_are_granted() {
 }
 
 bool has_amx() {
-    return has_avx512_vnni() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-           tiles_are_granted();
+    const bool has_rest = has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
+#ifdef EMULATE_AMX
+    return has_rest;
+#else
+    return has_rest && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           __builtin_cpu_supports("amx-bf16") && tiles_are_granted();
+#endif
 }
 
 std::vector<const Kernels*> detect() {
@@ -47,6 +52,7 @@ std::vector<const Kernels*> detect() {
     if (has_avx2()) found.push_back(&avx2_kernels());
     if (has_avx_vnni()) found.push_back(&avx_vnni_kernels());
     if (has_avx512_vnni()) found.push_back(&avx512_vnni_kernels());
+    if (has_amx()) found.push_back(&amx_kernels());
     return found;
 }
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 from fusion_edge.runtime.backends.base import Backend
 from fusion_edge.runtime.backends.cuda import open_cuda
@@ -28,6 +29,8 @@ class Device:
     """With ``auto``: the reason against each better device by its name, as a sentence."""
     remark: str | None = None
     """Reason why the device is slower than possible, as a sentence."""
+    kernels: str | None = None
+    """Tier of instructions of our CPU kernels, such as ``AMX``; None if they do not run."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,24 @@ class DeviceCandidate:
     """Bundle target that the device runs best."""
     reason: Callable[[Bundle], str | None]
     """Return the reason why the device cannot run a bundle, as a sentence with the remedy; None if it can."""
-    open: Callable[[Bundle, int | None], Backend]
-    """Open the backend with a number of threads. Raises :class:`DeviceError` if the device does not start."""
+    open: Callable[[Bundle, int | None, bool], Backend]
+    """Open the backend with a number of threads that spin or sleep when idle.
+
+    Raises :class:`DeviceError` if the device does not start."""
     remark: Callable[[Bundle], str | None] = lambda _: None
     """Return :attr:`Device.remark`."""
+    kernels: Callable[[Bundle], str | None] = lambda _: None
+    """Return :attr:`Device.kernels`."""
 
 
-def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) -> tuple[Device, Backend]:
+def open_device(
+    bundle: Bundle, name: str = AUTO, threads: int | None = None, spin: bool = False
+) -> tuple[Device, Backend]:
     """Open the named device, or with ``auto`` the best one for the bundle, and return it with its backend.
 
-    A device chosen by name is never replaced by another. Raises :class:`UsageError` for an unknown name,
-    :class:`FusionError` if the device, or with ``auto`` every device, cannot run the bundle.
+    A device chosen by name is never replaced by another. Raises :class:`UsageError` for an unknown name, or ``spin`` on
+    a device without CPU threads, :class:`FusionError` if the device, or with ``auto`` every device, cannot run the
+    bundle.
     """
     if not isinstance(name, str) or name not in (AUTO, *NAMES):
         raise UsageError(f"Unknown device {name!r}; expected {', '.join((AUTO, *NAMES[:-1]))} or {NAMES[-1]}.")
@@ -60,8 +70,8 @@ def open_device(bundle: Bundle, name: str = AUTO, threads: int | None = None) ->
         reason = candidate.reason(bundle)
         if reason is None:
             try:
-                backend = candidate.open(bundle, threads)
-                return Device(candidate.name, not_taken, candidate.remark(bundle)), backend
+                backend = candidate.open(bundle, threads, spin)
+                return Device(candidate.name, not_taken, candidate.remark(bundle), candidate.kernels(bundle)), backend
             except DeviceError as error:
                 reason = str(error)
         not_taken[candidate.name] = reason
@@ -83,7 +93,19 @@ def _cpu(bundle: Bundle) -> str | None:
 
 def _cpu_remark(bundle: Bundle) -> str | None:
     reason = cpu_kernels.unsupported_reason(bundle.manifest)
+    if reason == cpu_kernels.NOT_COMPILED:
+        _warn_of_missing_kernels()
     return reason and f"MatMul and attention run on ONNX Runtime's kernels instead of faster ones. {reason}"
+
+
+@cache
+def _warn_of_missing_kernels() -> None:
+    """Warn once in a process, at the call of :func:`load`."""
+    warnings.warn(f"fusion-edge runs without its CPU kernels. {cpu_kernels.NOT_COMPILED}", RuntimeWarning, stacklevel=5)
+
+
+def _cpu_tier(bundle: Bundle) -> str | None:
+    return None if cpu_kernels.unsupported_reason(bundle.manifest) else cpu_kernels.tier()
 
 
 def _tensorrt(library: str, bundle: Bundle) -> str | None:
@@ -129,14 +151,16 @@ def _no_cuda_provider() -> str | None:
     return f"The installed onnxruntime {fault}; {reinstall_command('cuda')}."
 
 
-def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None) -> Backend:
+def _open_onnxruntime(device: str, bundle: Bundle, threads: int | None, spin: bool) -> Backend:
     # Imports onnxruntime, which takes 0.1 s.
     from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, device, threads)
+    return OnnxRuntimeBackend(bundle, device, threads, spin)
 
 
-def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend:
+def _open_tensorrt(library: str, bundle: Bundle, threads: int | None, spin: bool) -> Backend:
+    if spin:
+        raise UsageError("spin is for ONNX Runtime's threads, and TensorRT has none; drop it, or choose device cpu.")
     from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
 
     return TensorRTBackend(bundle, find_library(library), open_cuda())
@@ -145,6 +169,6 @@ def _open_tensorrt(library: str, bundle: Bundle, threads: int | None) -> Backend
 CANDIDATES = (
     *(DeviceCandidate(name, "tensorrt", partial(_tensorrt, name), partial(_open_tensorrt, name)) for name in LIBRARIES),
     DeviceCandidate("cuda", "cuda", _cuda, partial(_open_onnxruntime, "cuda")),
-    DeviceCandidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _cpu_remark),
+    DeviceCandidate("cpu", "cpu", _cpu, partial(_open_onnxruntime, "cpu"), _cpu_remark, _cpu_tier),
 )
 NAMES = tuple(candidate.name for candidate in CANDIDATES)

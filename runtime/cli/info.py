@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.bundle.engines import all_engines
 from fusion_edge.runtime.bundle.image_memory import image_memory
 from fusion_edge.runtime.bundle.manifest import Manifest
@@ -75,10 +76,17 @@ def _text(bundle: Bundle, source: BundleSource) -> str:
         *_quantization_rows(bundle),
         *((entry.path, format_bytes(entry.size)) for entry in manifest.files),
         ("All checksums", "correct"),
+        ("CPU kernels", _cpu_kernels(manifest)),
         *_engine_rows(bundle),
     ]
     width = max(len(name) for name, _ in rows)
     return "".join(f"{printable(name.ljust(width))}  {printable(value)}\n" for name, value in rows)
+
+
+def _cpu_kernels(manifest: Manifest) -> str:
+    """Name the tier of this machine's processor, or the reason why the bundle runs without our kernels here."""
+    reason = cpu_kernels.unsupported_reason(manifest)
+    return f"not used. {reason}" if reason else f"{cpu_kernels.tier()}, on this machine"
 
 
 def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:

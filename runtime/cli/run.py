@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.devices import CANDIDATES
+from fusion_edge.runtime.backends.onnxruntime.cpu_kernels import NOT_COMPILED
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.choices import ChoosingConversation, choice_list
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options
+from fusion_edge.runtime.cli.model_options import add_deadline_option, add_device_options, load_options
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.cli.stage_display import StageDisplay
 from fusion_edge.runtime.constraints.grammar import Grammar
@@ -134,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
     source = given_bundle(arguments)
     if arguments.verbose:
         sys.stderr.write(f"bundle: {source}\n")
-    with load(Path(source.folder), device=arguments.device, threads=arguments.threads) as fusion:
+    with load(Path(source.folder), **load_options(arguments)) as fusion:
         _report_device(fusion, arguments.verbose)
         conversation = fusion.conversation(arguments.image, control_tokens=arguments.control_tokens)
         conversation.history.extend(history)
@@ -156,15 +157,20 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report_device(fusion: Fusion, verbose: bool) -> None:
-    """Report the choice of the device on standard error, or only that a GPU bundle runs on the CPU."""
+    """Report the choice of the device on standard error, or only what the user can mend: a GPU bundle on the CPU, and
+    CPU kernels that are not compiled."""
     device, target = fusion.device, fusion.manifest.target
     reasons = {name: f"not on {name}: {reason}" for name, reason in device.not_taken.items()}
     exported_for = [candidate.name for candidate in CANDIDATES if candidate.target == target]
     if verbose:
         sys.stderr.write("".join(f"{reason}\n" for reason in reasons.values()))
         sys.stderr.write(f"running on {device.name}\n")
+        sys.stderr.write(f"CPU kernels: {device.kernels}\n" if device.kernels else "")
         sys.stderr.write(f"note: {device.remark}\n" if device.remark else "")
-    elif device.name == "cpu" and (skipped := [reasons[name] for name in exported_for if name in reasons]):
+        return
+    if device.remark is not None and device.remark.endswith(NOT_COMPILED):
+        sys.stderr.write(f"note: {device.remark}\n")
+    if device.name == "cpu" and (skipped := [reasons[name] for name in exported_for if name in reasons]):
         sys.stderr.write(f"warning: running on {device.name}, {' '.join(skipped)}\n")
 
 

@@ -19,7 +19,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def usable_processors(root: Path = ROOT) -> int:
-    """Return the number of processors within affinity and CPU quota, rounded up.
+    """Return the number of processors within affinity, which cpusets limit, and CPU quota, rounded up.
 
     ``root`` holds ``/proc`` and ``/sys``. ``os.cpu_count()`` counts the machine's processors: in a container with one
     core of 128 it would start 128 threads that wait for each other.

@@ -170,7 +170,7 @@ def _check_output(code: int, written: str) -> tuple[str, str]:
     """Return failure and detail, by the exit code and standard error."""
     lines = written.splitlines()
     if code == 0:
-        strange = [line for line in lines if not line.startswith("warning: running on ")]
+        strange = [line for line in lines if not line.startswith(("warning: running on ", "note: MatMul and "))]
         return ("stderr", "\n".join(strange)) if strange else ("", "")
     if code not in (1, 2):
         return "exit code", f"exit code {code}: {written}"

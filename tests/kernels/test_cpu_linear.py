@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
@@ -16,13 +16,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from support.cpu_kernel_switches import needs_cpu_kernels, streams
-from support.linear_references import quantized
+from support.cpu_kernel_switches import needs_cpu_kernels, streams, tier
+from support.linear_references import linear
 from support.one_node import gelu, session_of
 
 from fusion_edge.kernels.onnx_functions.linear import matmul_nbits_function
 from fusion_edge.quant.formats import WeightFormat
-from fusion_edge.quant.packing import Packed, dequantize, quantize
+from fusion_edge.quant.packing import Packed, quantize
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 Array = npt.NDArray[Any]
@@ -32,6 +32,12 @@ Array = npt.NDArray[Any]
 def test_the_library_was_built() -> None:
     """The library is optional, so nothing else fails if it does not compile."""
     assert cpu_kernels.library() is not None
+
+
+@pytest.fixture(scope="module", params=cpu_kernels.TIERS)
+def on_tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    with tier(request.param):
+        yield request.param
 
 
 def session(
@@ -73,7 +79,7 @@ def session(
     group_size=st.sampled_from([16, 32, 64, 128, 256]),
     has_bias=st.booleans(),
     half_scales=st.booleans(),
-    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 14, 29]),
+    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 14, 29, 40]),
     inputs=st.integers(1, 700),
     outputs=st.integers(1, 90),
     seed=st.integers(0, 2**32 - 1),
@@ -84,8 +90,12 @@ def session(
 @example("uint4", 32, True, True, 13, 96, 1600, 3)  # several panels per thread
 @example("int8", 64, True, True, 12, 130, 1600, 3)
 @example("int8", 128, False, False, 1, 200, 1100, 4)
+@example("int4", 128, False, True, 70, 3300, 300, 5)  # several blocks of inputs
+@example("uint4", 16, True, True, 500, 1100, 40, 6)  # several blocks of rows
+@example("uint8", 32, True, True, 500, 1100, 270, 7)
 @settings(max_examples=150, deadline=None)
 def test_matmul_nbits(
+    on_tier: str,
     kind: str,
     group_size: int,
     has_bias: bool,
@@ -101,10 +111,10 @@ def test_matmul_nbits(
     packed = quantize((generator.normal(0.1, size=(outputs, inputs)) * spread).astype(np.float32), weight_format)
     bias = generator.normal(size=outputs).astype(np.float32) if has_bias else None
     x = generator.normal(size=(rows, inputs)).astype(np.float32) * np.exp(generator.uniform(-3, 3, inputs)).astype("f4")
-    weight = dequantize(packed, weight_format, inputs).astype(np.float64)
-    expected = quantized(x, weight_format.block_size) @ weight.T + (0 if bias is None else bias)
+    activations, weight = linear(x, packed, weight_format, on_tier)
+    expected = activations @ weight.T + (0 if bias is None else bias)
     one = session(packed, weight_format, inputs, bias, half_scales=half_scales)
-    size = np.abs(quantized(x, weight_format.block_size)) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
+    size = np.abs(activations) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
     with streams(False):
         (actual,) = one.run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
@@ -117,13 +127,13 @@ def test_matmul_nbits(
 @needs_cpu_kernels
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("kind", [("int8", 128), ("int4", 32), ("uint4", 256), ("uint8", 16)])
-def test_gelu_matmul_nbits(rows: int, kind: tuple[str, int]) -> None:
+def test_gelu_matmul_nbits(on_tier: str, rows: int, kind: tuple[str, int]) -> None:
     weight_format = WeightFormat(*kind)
     generator = np.random.default_rng(rows)
     packed = quantize(generator.normal(size=(70, 300)).astype(np.float32), weight_format)
     bias, x = generator.normal(size=70).astype(np.float32), generator.normal(size=(rows, 300)).astype(np.float32)
-    inputs = quantized(gelu(x.astype(np.float64)).astype(np.float32), weight_format.block_size)
-    expected = inputs @ dequantize(packed, weight_format, 300).astype(np.float64).T + bias
+    inputs, weight = linear(gelu(x.astype(np.float64)).astype(np.float32), packed, weight_format, on_tier)
+    expected = inputs @ weight.T + bias
     for use_kernels in (True, False):
         one = session(packed, weight_format, 300, bias, use_kernels, half_scales=True, gelu_first=True)
         # An error in the last bit of GELU may round to another integer. ONNX Runtime quantizes differently.
@@ -133,6 +143,7 @@ def test_gelu_matmul_nbits(rows: int, kind: tuple[str, int]) -> None:
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.usefixtures("on_tier")
 def test_zero_rows_and_no_rows(kind: str) -> None:
     weight_format = WeightFormat(kind, 32)
     packed = quantize(np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32), weight_format)
@@ -144,8 +155,42 @@ def test_zero_rows_and_no_rows(kind: str) -> None:
 
 
 @needs_cpu_kernels
+@pytest.mark.usefixtures("on_tier")
+@pytest.mark.parametrize("kind", ["int4", "uint4", "int8", "uint8"])
+def test_a_row_does_not_depend_on_other_rows(kind: str) -> None:
+    """A prompt behind a prefix has fewer rows than the whole prompt, and the same values."""
+    weight_format = WeightFormat(kind, 64)
+    generator = np.random.default_rng(0)
+    packed = quantize(generator.normal(size=(100, 800)).astype(np.float32), weight_format)
+    one = session(packed, weight_format, 800)
+    x = generator.normal(size=(500, 800)).astype(np.float32)
+    x[40] = 1e30
+    (all_rows,) = one.run(None, {"x": x[None]})
+    for start, count in ((0, 2), (1, 31), (470, 17), (300, 100), (37, 64)):
+        (rows,) = one.run(None, {"x": x[None, start : start + count]})
+        assert np.array_equal(rows[0], all_rows[0, start : start + count])
+
+
+@needs_cpu_kernels
+@pytest.mark.usefixtures("on_tier")
+@pytest.mark.parametrize("kind", ["int4", "uint8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_infinite_input_makes_its_row_nan(kind: str, value: float) -> None:
+    weight_format = WeightFormat(kind, 32)
+    generator = np.random.default_rng(0)
+    one = session(quantize(generator.normal(size=(40, 300)).astype(np.float32), weight_format), weight_format, 300)
+    x = generator.normal(size=(1, 35, 300)).astype(np.float32)
+    (expected,) = one.run(None, {"x": x})
+    x[0, 20, 299] = value
+    (actual,) = one.run(None, {"x": x})
+    assert np.isnan(actual[0, 20]).all()
+    assert np.array_equal(np.delete(actual, 20, 1), np.delete(expected, 20, 1))
+
+
+@needs_cpu_kernels
+@pytest.mark.usefixtures("on_tier")
 def test_close_to_onnxruntime() -> None:
-    """Both quantize in the same way; only the order of sums differs."""
+    """Both quantize to int8; AMX with larger blocks."""
     weight_format = WeightFormat("int4", 128)
     generator = np.random.default_rng(0)
     packed = quantize(generator.normal(size=(200, 384)).astype(np.float32), weight_format)
@@ -207,6 +252,7 @@ def test_tensors_that_are_too_small(name: str, named: str, operator: str) -> Non
 
 
 @needs_cpu_kernels
+@pytest.mark.usefixtures("on_tier")
 def test_two_sessions_in_two_threads() -> None:
     """Scratch memory of a thread is not shared between sessions."""
     generator = np.random.default_rng(0)

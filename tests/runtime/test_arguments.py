@@ -122,6 +122,13 @@ def test_threads(tiny_bundle: Path) -> None:
     load(tiny_bundle, threads=np.int64(1)).close()
 
 
+def test_flags_of_load(tiny_bundle: Path) -> None:
+    for name in ("spin", "preload", "lock_memory"):
+        for wrong in (0, 1, None, "yes", np.True_):
+            arguments: Any = {name: wrong}
+            refused(lambda arguments=arguments: load(tiny_bundle, **arguments), f"{name} is ")
+
+
 @pytest.mark.parametrize("device", [None, 3, b"cpu", ["cpu"], "CPU", "", Unprintable])
 def test_devices(tiny_bundle: Path, device: Any) -> None:
     refused(lambda: load(tiny_bundle, device=device), "Unknown device ")

@@ -12,7 +12,7 @@ from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 
 needs_cpu_kernels = pytest.mark.skipif(
     cpu_kernels.library() is None or not cpu_kernels.is_supported(),
-    reason="the CPU kernels are not built, or this processor lacks AVX-512 VNNI",
+    reason=f"the CPU kernels are not compiled, or this is not {cpu_kernels.processor_needed()}",
 )
 
 

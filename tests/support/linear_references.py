@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.packing import Packed, dequantize
+
 Array = npt.NDArray[Any]
+SUPERBLOCK = 256
+"""Inputs of 4-bit weights that share a scale in AMX tiles, unless a group has more."""
+RATIO_ONE = 1 << 11
 
 
 def quantized(x: Array, block_size: int) -> Array:
@@ -19,6 +25,47 @@ def quantized(x: Array, block_size: int) -> Array:
     values = np.rint(padded * inverse).astype(np.float64) * (largest / np.float32(127))
     result: Array = values.reshape(len(x), -1)[:, : x.shape[1]]
     return result
+
+
+def linear(x: Array, packed: Packed, fmt: WeightFormat, tier: str) -> tuple[Array, Array]:
+    """Return the activations and weights that a tier multiplies, after quantization."""
+    inputs = x.shape[1]
+    if tier != "AMX" or len(x) == 1 or fmt.bits == 8:
+        return quantized(x, fmt.block_size), dequantize(packed, fmt, inputs).astype(np.float64)
+    return quantized(x, max(SUPERBLOCK, fmt.block_size)), requantized(packed, fmt, inputs)
+
+
+def requantized(packed: Packed, fmt: WeightFormat, inputs: int) -> Array:
+    """Return 4-bit weights as AMX tiles hold them: int8, with a scale per output and superblock."""
+    outputs, groups = packed.scales.shape
+    codes, zeros = nibbles(packed.values).reshape(outputs, groups, -1), np.full((outputs, groups), 8)
+    if packed.zero_points is not None:
+        zeros = nibbles(packed.zero_points)[:, :groups]
+    scales, steps = packed.scales.astype(np.float32), codes - zeros[:, :, None]
+    shared = superblock_scales(scales, zeros, fmt)
+    if fmt.block_size < SUPERBLOCK:
+        ratios = np.rint(scales / shared * RATIO_ONE).astype(int)
+        steps = (steps * 16 * ratios[:, :, None] + (1 << 14)) >> 15  # half up
+    assert np.abs(steps).max() <= 127
+    result: Array = (steps * shared.astype(np.float64)[:, :, None]).reshape(outputs, -1)[:, :inputs]
+    return result
+
+
+def superblock_scales(scales: Array, zeros: Array, fmt: WeightFormat) -> Array:
+    """Return each group's scale in AMX tiles: the smallest one with which its superblock fits int8."""
+    if fmt.block_size >= SUPERBLOCK:
+        return scales
+    levels = (127 // np.maximum(zeros, 15 - zeros)).astype(np.float32)
+    least, count = np.abs(scales) * (1 / levels), SUPERBLOCK // fmt.block_size
+    padded = np.pad(least, ((0, 0), (0, -least.shape[1] % count)))
+    shared = padded.reshape(len(scales), -1, count).max(-1)
+    return np.repeat(shared, count, 1)[:, : scales.shape[1]]
+
+
+def nibbles(values: Array) -> Array:
+    """Return both halves of the bytes of each row, the low one first."""
+    flat = values.reshape(len(values), -1)
+    return np.stack([flat & 15, flat >> 4], -1).reshape(len(values), -1).astype(int)
 
 
 def integer_tensors(generator: np.random.Generator, inputs: int, outputs: int, scale: float, zero_point: int) -> Any:

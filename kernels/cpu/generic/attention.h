@@ -7,8 +7,9 @@
 
 namespace fusion_edge::SIMD {
 
-constexpr size_t ROWS_AHEAD = 16;   // of a prefetch
-constexpr float MIN_BIAS = -1e38f;  // keeps differences of scores finite
+constexpr size_t ROWS_AHEAD = 16;     // of a prefetch
+constexpr size_t PART_MULTIPLE = 32;  // rows
+constexpr float MIN_BIAS = -1e38f;    // keeps differences of scores finite
 
 // Rotary embedding: rotates the pair of channels (i, i + rotary / 2) by the angle with cos[i] and sin[i].
 inline void rotate(const float* from, size_t width, size_t rotary, const float* cos, const float* sin, float* to) {
@@ -58,46 +59,123 @@ void copy_past(const T* past, size_t past_length, size_t total, size_t capacity,
     std::fill(present + total * width, present + capacity * width, T(0));
 }
 
-// Attention of one KV head with all its query heads. Writes the head's new keys and values to `keys` and `values`.
+// Rows of the packed query, key and value.
 template <typename T>
-void attend_head(const CausalParams<T>& params, size_t kv_head, T* keys, T* values, Precision precision) {
-    const size_t width = params.width, group = params.heads / params.kv_heads, past = params.total - params.length;
-    const size_t row_width = (params.heads + 2 * params.kv_heads) * width, half = params.rotary / 2;
+class Tokens {
+  public:
+    explicit Tokens(const CausalParams<T>& params)
+        : params_(params),
+          row_width_((params.heads + 2 * params.kv_heads) * params.width),
+          past_(params.total - params.length) {}
+
+    // Token `index` from `channel` on.
+    const float* channels(size_t index, size_t channel) const {
+        const float* row = params_.qkv + index * row_width_ + channel;
+        if (index + ROWS_AHEAD < params_.length) prefetch_row(row + ROWS_AHEAD * row_width_, params_.width);
+        return row;
+    }
+    void rotated(size_t index, size_t channel, float* to) const {
+        const size_t angle = (past_ + index) * params_.rotary / 2;
+        rotate(
+            channels(index, channel), params_.width, params_.rotary, params_.cos + angle, params_.sin + angle, to);
+    }
+
+  private:
+    const CausalParams<T>& params_;
+    size_t row_width_, past_;
+};
+
+// Writes a head's new keys and values to `keys` and `values`, after those of the past.
+template <typename T>
+KvHead<T> extend_cache(const CausalParams<T>& params, size_t kv_head, T* keys, T* values) {
+    const size_t width = params.width, past = params.total - params.length;
     const float* key_scales = params.key_scales ? params.key_scales + kv_head * width : nullptr;
     const float* value_scales = params.value_scales ? params.value_scales + kv_head * width : nullptr;
-    // Returns token `index` of qkv from `channel` on.
-    const auto channels = [&](size_t index, size_t channel) {
-        const float* row = params.qkv + index * row_width + channel;
-        if (index + ROWS_AHEAD < params.length) prefetch_row(row + ROWS_AHEAD * row_width, width);
-        return row;
-    };
-    const auto rotated = [&](size_t index, size_t channel, float* to) {
-        const size_t angle = (past + index) * half;
-        rotate(channels(index, channel), width, params.rotary, params.cos + angle, params.sin + angle, to);
-    };
     const size_t past_offset = kv_head * params.past_capacity * width;
     copy_past(params.past_keys + past_offset, past, params.total, params.capacity, width, keys);
     copy_past(params.past_values + past_offset, past, params.total, params.capacity, width, values);
+    const Tokens<T> tokens(params);
     for (size_t i = 0; i < params.length; ++i) {
         float key[MAX_HEAD_WIDTH];
-        rotated(i, (params.heads + kv_head) * width, key);
+        tokens.rotated(i, (params.heads + kv_head) * width, key);
         write_row(key, width, key_scales, keys + (past + i) * width);
-        const float* value = channels(i, (params.heads + params.kv_heads + kv_head) * width);
+        const float* value = tokens.channels(i, (params.heads + params.kv_heads + kv_head) * width);
         write_row(value, width, value_scales, values + (past + i) * width);
     }
+    return {keys, values, params.total, width, width, nullptr, value_scales};
+}
+
+// Query rows [length, query heads of the KV head].
+template <typename T>
+QueryRows query_rows(const CausalParams<T>& params, size_t kv_head) {
+    const size_t width = params.width, group = params.heads / params.kv_heads, past = params.total - params.length;
+    const float* key_scales = params.key_scales ? params.key_scales + kv_head * width : nullptr;
     QueryRows rows{};
     rows.count = params.length * group;
-    rows.query = [&](size_t row, float* query) {
-        rotated(row / group, (kv_head * group + row % group) * width, query);
+    rows.query = [=, &params, tokens = Tokens<T>(params)](size_t row, float* query) {
+        tokens.rotated(row / group, (kv_head * group + row % group) * width, query);
         scale_row(query, width, params.scale * LOG2_E, key_scales, query);
     };
-    rows.visible = [&](size_t row) { return past + row / group + 1; };
-    rows.result = [&](size_t row) {
+    rows.visible = [=](size_t row) { return past + row / group + 1; };
+    rows.result = [=, &params](size_t row) {
         return params.result + (row / group * params.heads + kv_head * group + row % group) * width;
     };
-    const KvHead<T> head{keys, values, params.total, width, width, nullptr, value_scales};
-    if (params.length == 1) decode_attention(head, rows);
-    else flash_attention(head, rows, precision);
+    return rows;
+}
+
+// Parts of each head's rows: one where heads keep all threads busy.
+inline size_t parts_per_head(size_t heads, size_t rows) {
+    constexpr size_t TASKS = 4, MIN_ROWS = 64;  // tasks per thread, to even out their times
+    static const size_t threads = std::max(std::thread::hardware_concurrency(), 1u);
+    if (heads % threads == 0 || heads >= TASKS * threads) return 1;
+    return std::clamp<size_t>((TASKS * threads + heads - 1) / heads, 1, std::max<size_t>(rows / MIN_ROWS, 1));
+}
+
+// Sizes of heads that attend together.
+struct HeadSizes {
+    size_t heads, rows, keys, width;
+};
+
+// make_head(i) makes keys and values ready and returns their KvHead<T>; make_rows(i) returns the head's query rows.
+template <class Flash, typename T, typename MakeHead, typename MakeRows>
+void attend_heads(
+    const HeadSizes& sizes, Precision precision, const Parallel& parallel, MakeHead make_head, MakeRows make_rows) {
+    const FlashKernel<T>& kernel = Flash::template kernel<T>(precision);
+    const size_t parts = parts_per_head(sizes.heads, sizes.rows);
+    const size_t bytes = round_up(kernel.packed_bytes(sizes.keys, sizes.width), 64);
+    static thread_local Scratch<uint8_t> memory;
+    if (parts == 1)
+        return parallel(sizes.heads, [&](size_t index) {
+            const KvHead<T> head = make_head(index);
+            uint8_t* const packed = memory.of(bytes);
+            kernel.pack(head, packed);
+            kernel.attend(head, packed, make_rows(index), 0, sizes.rows);
+        });
+    uint8_t* const packed = memory.of(sizes.heads * bytes);
+    static thread_local Scratch<KvHead<T>> head_memory;
+    KvHead<T>* const heads = head_memory.of(sizes.heads);
+    parallel(sizes.heads, [&](size_t index) {
+        heads[index] = make_head(index);
+        kernel.pack(heads[index], packed + index * bytes);
+    });
+    const size_t part_rows = round_up((sizes.rows + parts - 1) / parts, PART_MULTIPLE);
+    parallel(sizes.heads * parts, [&](size_t task) {
+        // The last rows first: with a causal mask they take longest.
+        const size_t index = task % sizes.heads, first = (parts - 1 - task / sizes.heads) * part_rows;
+        if (first >= sizes.rows) return;
+        const size_t end = std::min(sizes.rows, first + part_rows);
+        kernel.attend(heads[index], packed + index * bytes, make_rows(index), first, end);
+    });
+}
+
+template <class Flash, typename T, typename MakeHead>
+void attend_causal(
+    const CausalParams<T>& params, Precision precision, const Parallel& parallel, MakeHead make_head) {
+    const auto make_rows = [&](size_t kv_head) { return query_rows(params, kv_head); };
+    if (params.length == 1)
+        return parallel(params.kv_heads, [&](size_t index) { decode_attention(make_head(index), make_rows(index)); });
+    const size_t rows = params.length * (params.heads / params.kv_heads);
+    attend_heads<Flash, T>({params.kv_heads, rows, params.total, params.width}, precision, parallel, make_head, make_rows);
 }
 
 // Writes the scales of a head's channels, its quantized rows, and after them the past's content.
@@ -117,28 +195,34 @@ inline void quantize_cache(
     if (past != cache) std::copy(past + count * width, past + params.capacity * width, cache + count * width);
 }
 
-inline void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel) {
-    const size_t width = params.width, row_width = params.heads * width;
-    parallel(params.batch * params.heads, [&](size_t index) {
-        static thread_local Scratch<float> biases;
-        const size_t batch = index / params.heads, channel = index % params.heads * width;
-        const int32_t* mask = params.key_mask ? params.key_mask + batch * params.keys : nullptr;
-        float* bias = mask ? biases.of(params.keys) : nullptr;
-        const float masked = std::max(params.masked * LOG2_E, MIN_BIAS);
-        for (size_t i = 0; mask && i < params.keys; ++i) bias[i] = mask[i] ? 0 : masked;
-        const size_t key = batch * params.keys * params.stride + channel, query = batch * params.query_rows;
-        const KvHead<float> head{params.k + key, params.v + key, params.keys, width, params.stride, bias, nullptr};
+template <class Flash>
+void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel) {
+    static thread_local Scratch<float> memory;
+    const size_t width = params.width, row_width = params.heads * width, keys = params.batch * params.keys;
+    float* const biases = params.key_mask ? memory.of(keys) : nullptr;
+    const float masked = std::max(params.masked * LOG2_E, MIN_BIAS);
+    for (size_t i = 0; params.key_mask && i < keys; ++i) biases[i] = params.key_mask[i] ? 0 : masked;
+    const auto make_head = [&, biases](size_t index) -> KvHead<float> {
+        const size_t first = index / params.heads * params.keys, channel = index % params.heads * width;
+        const size_t offset = first * params.stride + channel;
+        const float* const bias = biases ? biases + first : nullptr;
+        return {params.k + offset, params.v + offset, params.keys, width, params.stride, bias, nullptr};
+    };
+    const auto make_rows = [&](size_t index) {
+        const size_t first = index / params.heads * params.query_rows, channel = index % params.heads * width;
         QueryRows rows{};
         rows.count = params.queries;
-        rows.query = [&](size_t row, float* to) {
-            const float* from = params.q + (query + row) * params.stride + channel;
+        rows.query = [=, &params](size_t row, float* to) {
+            const float* from = params.q + (first + row) * params.stride + channel;
             if (row + ROWS_AHEAD < params.queries) prefetch_row(from + ROWS_AHEAD * params.stride, width);
             scale_row(from, width, params.scale * LOG2_E, nullptr, to);
         };
-        rows.visible = [&](size_t) { return params.keys; };
-        rows.result = [&](size_t row) { return params.result + (query + row) * row_width + channel; };
-        flash_attention(head, rows, precision);
-    });
+        rows.visible = [=, &params](size_t) { return params.keys; };
+        rows.result = [=, &params](size_t row) { return params.result + (first + row) * row_width + channel; };
+        return rows;
+    };
+    const HeadSizes sizes{params.batch * params.heads, params.queries, params.keys, width};
+    attend_heads<Flash, float>(sizes, precision, parallel, make_head, make_rows);
 }
 
 inline void fill_with_mean(const MultiHeadParams& params, const Parallel& parallel) {
@@ -158,15 +242,16 @@ inline void fill_with_mean(const MultiHeadParams& params, const Parallel& parall
     });
 }
 
-template <typename T>
+template <class Flash, typename T>
 void attend(const CausalParams<T>& params, Precision precision, const Parallel& parallel) {
-    parallel(params.kv_heads, [&](size_t kv_head) {
+    attend_causal<Flash>(params, precision, parallel, [&](size_t kv_head) {
         const size_t offset = kv_head * params.capacity * params.width;
-        attend_head(params, kv_head, params.keys + offset, params.values + offset, precision);
+        return extend_cache(params, kv_head, params.keys + offset, params.values + offset);
     });
 }
 
-inline void prefill_int8_cache(
+template <class Flash>
+void prefill_int8_cache(
     const CausalParams<int8_t>& params, const CacheQuantization& quantization, Precision precision,
     const Parallel& parallel) {
     CausalParams<float> floats{};
@@ -180,17 +265,18 @@ inline void prefill_int8_cache(
     floats.width = params.width;
     floats.rotary = params.rotary;
     floats.scale = params.scale;
-    parallel(params.kv_heads, [&](size_t kv_head) {
+    attend_causal<Flash>(floats, precision, parallel, [&](size_t kv_head) {
         static thread_local Scratch<float> memory;
         float* const keys = memory.of(2 * params.length * params.width);
         float* const values = keys + params.length * params.width;
-        attend_head(floats, kv_head, keys, values, precision);
+        const KvHead<float> head = extend_cache(floats, kv_head, keys, values);
         const size_t offset = kv_head * params.capacity * params.width, channel = kv_head * params.width;
         quantize_cache(
             keys, params, quantization, quantization.keys + channel, params.past_keys + offset, params.keys + offset);
         quantize_cache(
             values, params, quantization, quantization.values + channel, params.past_values + offset,
             params.values + offset);
+        return head;
     });
 }
 

@@ -76,11 +76,23 @@ void pack_row(const T* row, size_t width, float* words) {
     }
 }
 
+// Sizes of a head's keys and values as panels.
+struct PanelSizes {
+    size_t count, depth, steps;  // keys; words of a key; words of `count` values
+    size_t key_words;            // of all keys; values follow
+
+    PanelSizes(size_t count, size_t width, Precision precision)
+        : count(count),
+          depth((width + values_per_word(precision) - 1) / values_per_word(precision)),
+          steps((count + values_per_word(precision) - 1) / values_per_word(precision)),
+          key_words(round_up(count, LANES) * round_up(depth, LANES)) {}
+};
+
 // Keys and values of one head as panels.
 struct Panels {
     const float* keys;    // [ceil(count / PANEL), depth rounded up to LANES, lanes of the panel]
     const float* values;  // [ceil(width / PANEL), steps, lanes of the panel]
-    size_t count, depth, steps;  // keys; words of a key; words of `count` values
+    PanelSizes sizes;
 };
 
 // Number of lanes of the panel that holds `index`, of `count`: the last panel may have fewer registers.
@@ -99,10 +111,8 @@ inline void copy_transposed(const float* values, size_t stride, float* results, 
 }
 
 template <Precision PRECISION, typename T>
-const float* pack_keys(const KvHead<T>& head, size_t depth) {
-    static thread_local Scratch<float> memory;
+void pack_keys(const KvHead<T>& head, size_t depth, float* panels) {
     const size_t words_of_key = round_up(depth, LANES);
-    float* const panels = memory.of(round_up(head.count, LANES) * words_of_key);
     alignas(64) float words[LANES * STRIDE] = {};
     for (size_t key = 0; key < head.count; key += LANES) {
         for (size_t i = 0; i < std::min(LANES, head.count - key); ++i)
@@ -111,14 +121,11 @@ const float* pack_keys(const KvHead<T>& head, size_t depth) {
         const size_t stride = panel_lanes(key, head.count);
         for (size_t i = 0; i < depth; i += LANES) copy_transposed(words + i, STRIDE, to + i * stride, stride);
     }
-    return panels;
 }
 
 template <Precision PRECISION, typename T>
-const float* pack_values(const KvHead<T>& head, size_t steps) {
-    static thread_local Scratch<float> memory;
+void pack_values(const KvHead<T>& head, size_t steps, float* panels) {
     const size_t lanes = round_up(head.width, LANES);
-    float* const panels = memory.of(lanes * steps);
     for (size_t step = 0; step < steps; ++step) {
         const T* row = head.values + step * values_per_word(PRECISION) * head.stride;
         const bool has_second = step * values_per_word(PRECISION) + 1 < head.count;
@@ -134,7 +141,6 @@ const float* pack_values(const KvHead<T>& head, size_t steps) {
             }
         }
     }
-    return panels;
 }
 
 // State of a tile of query rows between blocks of keys.
@@ -187,9 +193,9 @@ void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bia
     for (size_t start = 0; start < visible; start += KEY_BLOCK) {
         const size_t count = std::min(KEY_BLOCK, visible - start);
         for (size_t key = 0; key < count; key += PANEL)
-            MATMUL[panel_lanes(start + key, panels.count) / LANES - 1][rows - 1](
-                words(tile.queries), panels.keys + (start + key) * round_up(panels.depth, LANES), panels.depth,
-                bias + start + key, 0, tile.scores + key);
+            MATMUL[panel_lanes(start + key, panels.sizes.count) / LANES - 1][rows - 1](
+                words(tile.queries), panels.keys + (start + key) * round_up(panels.sizes.depth, LANES),
+                panels.sizes.depth, bias + start + key, 0, tile.scores + key);
         for (size_t row = 0; row < rows; ++row) {
             const size_t here = std::min(count, tile.visible[row] - std::min(tile.visible[row], start));
             softmax_block<PRECISION>(tile, row, here, count, width);
@@ -199,28 +205,40 @@ void attend_tile(Tile& tile, size_t rows, const Panels& panels, const float* bia
         for (size_t i = 0; i < width; i += PANEL) {
             const size_t lanes = panel_lanes(i, width);
             MATMUL[lanes / LANES - 1][rows - 1](
-                words(tile.scores), panels.values + i * panels.steps + step * lanes, steps, tile.results + i, STRIDE,
-                tile.results + i);
+                words(tile.scores), panels.values + i * panels.sizes.steps + step * lanes, steps, tile.results + i,
+                STRIDE, tile.results + i);
         }
     }
 }
 
+template <Precision PRECISION>
+size_t packed_bytes(size_t keys, size_t width) {
+    const PanelSizes sizes(keys, width, PRECISION);
+    return (sizes.key_words + round_up(width, LANES) * sizes.steps) * sizeof(float);
+}
+
 template <Precision PRECISION, typename T>
-void flash_rows(const KvHead<T>& head, const QueryRows& rows) {
+void pack(const KvHead<T>& head, void* packed) {
+    const PanelSizes sizes(head.count, head.width, PRECISION);
+    float* const panels = static_cast<float*>(packed);
+    pack_keys<PRECISION>(head, sizes.depth, panels);
+    pack_values<PRECISION>(head, sizes.steps, panels + sizes.key_words);
+}
+
+template <Precision PRECISION, typename T>
+void attend_rows(const KvHead<T>& head, const void* packed, const QueryRows& rows, size_t first, size_t end) {
     static thread_local Scratch<Tile> scratch;
     static thread_local Scratch<float> biases;
-    Panels panels{nullptr, nullptr, head.count, 0, 0};
-    panels.depth = (head.width + values_per_word(PRECISION) - 1) / values_per_word(PRECISION);
-    panels.steps = (head.count + values_per_word(PRECISION) - 1) / values_per_word(PRECISION);
-    panels.keys = pack_keys<PRECISION>(head, panels.depth);
-    panels.values = pack_values<PRECISION>(head, panels.steps);
+    const PanelSizes sizes(head.count, head.width, PRECISION);
+    const float* const keys = static_cast<const float*>(packed);
+    const Panels panels{keys, keys + sizes.key_words, sizes};
     float* bias = biases.of(round_up(head.count, PANEL));
     std::fill(bias, bias + round_up(head.count, PANEL), 0.0f);
     if (head.bias) std::copy(head.bias, head.bias + head.count, bias);
     Tile& tile = *scratch.of(1);
     alignas(64) float query[MAX_HEAD_WIDTH];
-    for (size_t row = 0; row < rows.count; row += TILE_ROWS) {
-        const size_t here = std::min(TILE_ROWS, rows.count - row);
+    for (size_t row = first; row < end; row += TILE_ROWS) {
+        const size_t here = std::min(TILE_ROWS, end - row);
         std::fill(tile.results, tile.results + here * STRIDE, 0.0f);
         std::fill(tile.largest, tile.largest + here, MIN_SCORE);
         std::fill(tile.sums, tile.sums + here, 0.0f);
@@ -243,13 +261,17 @@ void flash_rows(const KvHead<T>& head, const QueryRows& rows) {
     }
 }
 
-// Computes in float32 where the processor lacks bfloat16.
-template <typename T>
-void flash_attention(const KvHead<T>& head, const QueryRows& rows, Precision precision) {
-    if constexpr (HAS_BFLOAT16)
-        if (precision == Precision::BFLOAT16 && has_bfloat16())
-            return flash_rows<Precision::BFLOAT16>(head, rows);
-    flash_rows<Precision::FLOAT32>(head, rows);
-}
+template <Precision PRECISION, typename T>
+inline constexpr FlashKernel<T> TILE_FLASH = {packed_bytes<PRECISION>, pack<PRECISION, T>, attend_rows<PRECISION, T>};
+
+struct TileFlash {
+    // Computes in float32 where the processor lacks bfloat16.
+    template <typename T>
+    static const FlashKernel<T>& kernel(Precision precision) {
+        if constexpr (HAS_BFLOAT16)
+            if (precision == Precision::BFLOAT16 && has_bfloat16()) return TILE_FLASH<Precision::BFLOAT16, T>;
+        return TILE_FLASH<Precision::FLOAT32, T>;
+    }
+};
 
 }  // namespace fusion_edge::SIMD

@@ -22,8 +22,18 @@ struct KvHead {
 struct QueryRows {
     size_t count;
     std::function<void(size_t row, float* query)> query;  // writes query * scale * log2(e): softmax is 2^score / sum
-    std::function<size_t(size_t row)> visible;            // number of keys, from the first on, that the row sees: >= 1
-    std::function<float*(size_t row)> result;             // [width]
+    std::function<size_t(size_t row)> visible;  // number of keys, from the first on, that the row sees: >= 1, ascending
+    std::function<float*(size_t row)> result;   // [width]
+};
+
+// Prefill and vision: blockwise attention with an online softmax (https://arxiv.org/abs/2205.14135), in tiles of rows.
+// Keys and values are repacked first.
+template <typename T>
+struct FlashKernel {
+    size_t (*packed_bytes)(size_t keys, size_t width);
+    void (*pack)(const KvHead<T>&, void* packed);  // memory aligned to 64 bytes
+    // Attends rows from `first` to `end`. Reads the head's packed keys and values, not its own.
+    void (*attend)(const KvHead<T>&, const void* packed, const QueryRows&, size_t first, size_t end);
 };
 
 }  // namespace fusion_edge

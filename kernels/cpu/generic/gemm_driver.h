@@ -7,9 +7,10 @@
 //   cached_panels(inputs): panels of OUTPUTS outputs that the caches hold; min_tasks(): parts for all threads
 //   a constructor from (inputs, rows, weights, output, panels), for a thread's panels from an output on
 //   bias(panel): bias [OUTPUTS] of one of them
+//   ResultWriter(result, rows, outputs): a TileWriter of its sums as float32
 //   BLOCK_ROWS: rows that it multiplies with all panels at a time
-//   multiply(row, rows, output): multiplies a block of rows with the panels, and passes float32 sums [ROWS, OUTPUTS] of
-//     each tile to output.write, without bias and aligned to 64 bytes
+//   multiply(row, rows, output): multiplies a block of rows with the panels, and passes float32 sums of each tile to
+//     output.write, without bias and aligned to 64 bytes: [ROWS, OUTPUTS], or as its writers expect
 
 #pragma once
 
@@ -113,7 +114,7 @@ void gemm_rows(
     const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
     const Parallel& parallel) {
     const typename Kernel::Inputs inputs = Kernel::pack_rows(x, rows, weights, activation, parallel);
-    const FloatWriter<Kernel::OUTPUTS> writer(result, rows, weights.outputs);
+    const typename Kernel::ResultWriter writer(result, rows, weights.outputs);
     multiply<Kernel>(inputs, rows, weights, writer, parallel);
 }
 
@@ -125,7 +126,7 @@ void mlp_rows(
     const typename Kernel::Inputs inputs = Kernel::pack_rows(x, rows, up, Activation::NONE, parallel);
     const typename Kernel::HiddenWriter writer(rows, up, *down.static_quantization);
     multiply<Kernel>(inputs, rows, up, writer, parallel);
-    multiply<Kernel>(writer.hidden, rows, down, FloatWriter<Kernel::OUTPUTS>(result, rows, down.outputs), parallel);
+    multiply<Kernel>(writer.hidden, rows, down, typename Kernel::ResultWriter(result, rows, down.outputs), parallel);
 }
 
 }  // namespace fusion_edge::SIMD

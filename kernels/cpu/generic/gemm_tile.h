@@ -239,6 +239,7 @@ class TileKernel {
   public:
     static constexpr size_t ROWS = TILE_ROWS, OUTPUTS = PANEL, BLOCK_ROWS = ROWS;
     using Inputs = QuantizedActivations;
+    using ResultWriter = FloatWriter<OUTPUTS>;
     using HiddenWriter = GeluWriter;
 
     static Inputs pack_rows(
@@ -283,6 +284,12 @@ class TileKernel {
     size_t rows_, count_, block_size_, steps_;
     std::array<Panel, MAX_PANELS> panels_;
     const MatmulTiles& matmul_;
+};
+
+// GEMMs of more than one row.
+struct TileGemm {
+    static constexpr auto gemm = gemm_rows<TileKernel>;
+    static constexpr auto mlp = mlp_rows<TileKernel>;
 };
 
 }  // namespace fusion_edge::SIMD

@@ -184,21 +184,21 @@ inline void gemv(const QuantizedActivations& x, const Weights& weights, float* r
 
 // Kernels of linear layers: GEMV for one row, GEMM for more.
 
-template <class Kernel>
+template <class Gemm>
 void gemm(
     const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
     const Parallel& parallel) {
-    if (rows > 1) return gemm_rows<Kernel>(x, rows, weights, activation, result, parallel);
+    if (rows > 1) return Gemm::gemm(x, rows, weights, activation, result, parallel);
     gemv(quantize_activations(x, rows, 1, weights, activation, parallel), weights, result, parallel);
 }
 
-template <class Kernel>
+template <class Gemm>
 void mlp(const float* x, size_t rows, const Weights& up, const Weights& down, float* result, const Parallel& parallel) {
-    if (rows > 1) return mlp_rows<Kernel>(x, rows, up, down, result, parallel);
+    if (rows > 1) return Gemm::mlp(x, rows, up, down, result, parallel);
     static thread_local Scratch<float> memory;
     float* const hidden = memory.of(up.outputs);
-    gemm<Kernel>(x, rows, up, Activation::NONE, hidden, parallel);
-    gemm<Kernel>(hidden, rows, down, Activation::GELU, result, parallel);
+    gemm<Gemm>(x, rows, up, Activation::NONE, hidden, parallel);
+    gemm<Gemm>(hidden, rows, down, Activation::GELU, result, parallel);
 }
 
 }  // namespace fusion_edge::SIMD

@@ -9,8 +9,8 @@
 
 namespace fusion_edge::SIMD {
 
-// `Gemm` is a micro-kernel of gemm_driver.h.
-template <class Gemm>
+// `Gemm::gemm` and `Gemm::mlp` are GEMMs of more than one row. `Flash::kernel<T>(precision)` returns a FlashKernel.
+template <class Gemm, class Flash>
 class TierKernels final : public Kernels {
   public:
     explicit TierKernels(const char* tier) : tier_(tier) {}
@@ -27,13 +27,13 @@ class TierKernels final : public Kernels {
         SIMD::mlp<Gemm>(x, rows, up, down, result, parallel);
     }
     void attend(const MultiHeadParams& params, Precision precision, const Parallel& parallel) const override {
-        SIMD::attend(params, precision, parallel);
+        SIMD::attend<Flash>(params, precision, parallel);
     }
     void attend(const CausalParams<float>& params, Precision precision, const Parallel& parallel) const override {
-        SIMD::attend(params, precision, parallel);
+        SIMD::attend<Flash>(params, precision, parallel);
     }
     void attend(const CausalParams<int8_t>& params, Precision precision, const Parallel& parallel) const override {
-        SIMD::attend(params, precision, parallel);
+        SIMD::attend<Flash>(params, precision, parallel);
     }
     void fill_with_mean(const MultiHeadParams& params, const Parallel& parallel) const override {
         SIMD::fill_with_mean(params, parallel);
@@ -41,7 +41,7 @@ class TierKernels final : public Kernels {
     void prefill_int8_cache(
         const CausalParams<int8_t>& params, const CacheQuantization& quantization, Precision precision,
         const Parallel& parallel) const override {
-        SIMD::prefill_int8_cache(params, quantization, precision, parallel);
+        SIMD::prefill_int8_cache<Flash>(params, quantization, precision, parallel);
     }
     void swish(const float* x, size_t count, float slope, float* result, const Parallel& parallel) const override {
         SIMD::swish(x, count, slope, result, parallel);

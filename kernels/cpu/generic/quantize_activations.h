@@ -52,16 +52,20 @@ class ActivationQuantizer {
           extent_(broadcast(256 * quantization.scale)),
           zero_point_(broadcast_int(quantization.zero_point - UNSIGNED_OFFSET)) {}
 
-    // Writes 16 values.
-    [[gnu::always_inline]] void store(int8_t* to, Floats x) const {
+    // Before the clamp to 0 ... 255 less UNSIGNED_OFFSET, which values exceed by less than 512.
+    [[gnu::always_inline]] Ints integers(Floats x) const {
         const Floats near = min(max(x, sub(broadcast(0), extent_)), extent_);
         // Correctly rounded quotient x / scale without a division, which costs as much as ten other instructions: the
         // residual corrects the product with the inverse (https://doi.org/10.1147/rd.341.0111).
         const Floats quotient = mul(near, inverse_);
         const Floats exact = fma(fnma(quotient, scale_, near), inverse_, quotient);
-        const Ints integers = add_ints(to_ints(exact), zero_point_);
-        if constexpr (UNSIGNED_OFFSET > 0) store_int8(to, integers);
-        else store_uint8(reinterpret_cast<uint8_t*>(to), integers);
+        return add_ints(to_ints(exact), zero_point_);
+    }
+
+    // Writes 16 values.
+    [[gnu::always_inline]] void store(int8_t* to, Floats x) const {
+        if constexpr (UNSIGNED_OFFSET > 0) store_int8(to, integers(x));
+        else store_uint8(reinterpret_cast<uint8_t*>(to), integers(x));
     }
 
   private:

@@ -19,7 +19,7 @@ constexpr bool HAS_BFLOAT16 = false;
 constexpr size_t REGISTERS = 1;  // pairs of registers of outputs in a tile of sums
 constexpr size_t TILE_ROWS = 6;  // 12 of the 16 registers are sums
 constexpr size_t WORD = 4;       // bytes that are broadcast
-#ifdef __AVXVNNI__
+#ifdef AVX_VNNI
 template <int BITS>
 constexpr size_t DOT_WIDTH = 4;  // bytes that vpdpbusd multiplies and adds per lane
 #else
@@ -236,7 +236,7 @@ inline Bytes low_halves(Bytes x) {
 }
 inline Bytes high_halves(Bytes x) { return low_halves({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
 
-#ifdef __AVXVNNI__
+#ifdef AVX_VNNI
 template <int>
 inline __m256i dot(__m256i sums, __m256i unsigned_values, __m256i signed_values) {
     return _mm256_dpbusd_avx_epi32(sums, unsigned_values, signed_values);

@@ -17,7 +17,7 @@
 namespace fusion_edge {
 
 const Kernels& avx2_kernels() {
-    static const SIMD::TierKernels<SIMD::TileKernel> kernels("AVX2");
+    static const SIMD::TierKernels<SIMD::TileGemm, SIMD::TileFlash> kernels("AVX2");
     return kernels;
 }
 

@@ -17,7 +17,7 @@
 namespace fusion_edge {
 
 const Kernels& avx512_vnni_kernels() {
-    static const SIMD::TierKernels<SIMD::TileKernel> kernels("AVX-512 VNNI");
+    static const SIMD::TierKernels<SIMD::TileGemm, SIMD::TileFlash> kernels("AVX-512 VNNI");
     return kernels;
 }
 

@@ -9,6 +9,7 @@
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 
 #define SIMD avx_vnni
+#define AVX_VNNI  // GCC 12 does not define __AVXVNNI__ after the pragma
 #include "../simd/avx2.h"
 #include "../generic/functions.h"
 #include "../micro_kernels/avx2.h"
@@ -17,7 +18,7 @@
 namespace fusion_edge {
 
 const Kernels& avx_vnni_kernels() {
-    static const SIMD::TierKernels<SIMD::TileKernel> kernels("AVX-VNNI");
+    static const SIMD::TierKernels<SIMD::TileGemm, SIMD::TileFlash> kernels("AVX-VNNI");
     return kernels;
 }
 

@@ -19,7 +19,7 @@
 namespace fusion_edge {
 
 const Kernels& neon_dot_kernels() {
-    static const SIMD::TierKernels<SIMD::TileKernel> kernels("NEON dot product");
+    static const SIMD::TierKernels<SIMD::TileGemm, SIMD::TileFlash> kernels("NEON dot product");
     return kernels;
 }
 

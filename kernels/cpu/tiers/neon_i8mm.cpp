@@ -19,7 +19,7 @@
 namespace fusion_edge {
 
 const Kernels& neon_i8mm_kernels() {
-    static const SIMD::TierKernels<SIMD::TileKernel> kernels("NEON i8mm");
+    static const SIMD::TierKernels<SIMD::TileGemm, SIMD::TileFlash> kernels("NEON i8mm");
     return kernels;
 }
 

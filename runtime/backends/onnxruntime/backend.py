@@ -15,17 +15,17 @@ from fusion_edge.runtime.bundle.reader import Bundle
 class OnnxRuntimeBackend:
     """Implements :class:`fusion_edge.runtime.backends.base.Backend`."""
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
-        """Load all three graphs. ``threads`` defaults to every processor that this process may use.
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None, spin: bool = False) -> None:
+        """Load all three graphs. ``threads`` and ``spin`` are those of :class:`Graph`.
 
         Raises :class:`DeviceError` if the device does not start, :class:`FusionError` if a graph does not load.
         """
         self.name = f"onnxruntime-{device}"
         self.max_context = bundle.manifest.max_context
         self._config = bundle.manifest.model
-        self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads)
-        self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads)
-        llm = Graph(bundle, graphs.LLM, device, threads)
+        self._vision = Graph(bundle, graphs.VISION_ENCODER, device, threads, spin)
+        self._alignment = Graph(bundle, graphs.ALIGNMENT_DECODER, device, threads, spin)
+        llm = Graph(bundle, graphs.LLM, device, threads, spin)
         self._llm = LlmSession(llm, bundle.manifest)
         self._graphs = [self._vision, self._alignment, llm]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import platform
 from pathlib import Path
 
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
@@ -15,8 +16,18 @@ from fusion_edge.runtime.bundle.manifest import Manifest
 LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
 """Accuracy of the kernels, as ``MatMulNBits`` defines it: 4 is int8 GEMM. Their attention computes in bfloat16."""
-TIERS = ("AVX2", "AVX-VNNI", "AVX-512 VNNI", "AMX", "NEON dot product", "NEON i8mm")
-"""Tiers of instructions that the kernels are written for, on x86-64 and on aarch64, the fastest of each last."""
+ARCHITECTURES = {
+    "x86_64": ("AVX2", "AVX-VNNI", "AVX-512 VNNI", "AMX"),
+    "aarch64": ("NEON dot product", "NEON i8mm"),
+}
+"""Tiers of instructions that the kernels are written for, by architecture, the fastest last."""
+TIERS = ARCHITECTURES.get(platform.machine(), ())
+"""Those of this machine's architecture."""
+NOT_COMPILED = (
+    "They are not compiled: prefill takes two to three times as long, and a decode step 1.5 times. Install a C++ "
+    "compiler (Debian: apt install g++), then fusion-edge again."
+)
+"""Reason of an installation without a compiler."""
 FLOATS = frozenset({"fp32", "fp16"})
 """Formats of unquantized weights."""
 
@@ -35,10 +46,10 @@ def unsupported_reason(manifest: Manifest) -> str | None:
     if FLOATS.issuperset(manifest.weights.values()):
         return "They compute in int8 and bfloat16, and the bundle is not quantized."
     if library() is None:
-        return "They are not installed; on x86-64 with a C++ compiler, install fusion-edge again."
+        return NOT_COMPILED if platform.machine() in ARCHITECTURES else f"They need {processor_needed()}."
     try:
         if not is_supported():
-            return "They need an x86-64 processor with AVX2."
+            return f"They need {processor_needed()}."
     except (OSError, AttributeError) as error:  # the library is of another system, or older than these files
         return f"They cannot be loaded ({error}); install fusion-edge again."
     return None
@@ -49,6 +60,11 @@ def can_run(manifest: Manifest, graph: str) -> bool:
     is_vision = graph == VISION_ENCODER
     formats = {kind for name, kind in manifest.weights.items() if name.startswith("vision.") == is_vision}
     return unsupported_reason(manifest) is None and not formats <= FLOATS
+
+
+def processor_needed() -> str:
+    """Return what processor the kernels need, for a message."""
+    return "a processor with " + " or ".join(f"{tiers[0]} ({name})" for name, tiers in ARCHITECTURES.items())
 
 
 def is_supported() -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
-from fusion_edge.runtime.backends.onnxruntime.library import FATAL
+from fusion_edge.runtime.backends.onnxruntime.library import FATAL, release_numbers
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec, graph_specs
 from fusion_edge.runtime.bundle.manifest import MANIFEST, Manifest, data_file, graph_file
 from fusion_edge.runtime.bundle.reader import Bundle
@@ -40,6 +40,10 @@ TYPES = {
     "bool": "tensor(bool)",
 }
 """ONNX Runtime's type names by numpy dtype name."""
+SHORT_SPIN = 100
+"""Microseconds until an idle thread sleeps."""
+FIRST_WITH_DURATION = (1, 26)
+"""Release of ONNX Runtime that can limit the time of spinning; in older ones it is all or nothing."""
 DEVICES = {"Cpu": "cpu", "Cuda": "cuda"}
 """Device names by the name of ONNX Runtime's memory."""
 
@@ -60,15 +64,16 @@ Input = npt.NDArray[Any] | Tensor
 class Graph:
     """A loaded graph. Its inputs lie on the device that reads them, so no run copies them."""
 
-    def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, name: str, device: str, threads: int | None = None, spin: bool = False) -> None:
         """Load a graph. ``threads`` defaults to every processor that this process may use.
 
-        On a CPU our own kernels replace ONNX Runtime's if they can run the graph (``cpu_kernels.py``). Raises
-        :class:`DeviceError` if the device does not start, :class:`FusionError` if the graph does not load.
+        Idle threads ``spin`` for tens of milliseconds, or sleep soon. On a CPU our own kernels replace ONNX Runtime's
+        if they can run the graph (``cpu_kernels.py``). Raises :class:`DeviceError` if the device does not start,
+        :class:`FusionError` if the graph does not load.
         """
         self.name = name
         self.device = device
-        self._session = _session(bundle, name, device, threads or usable_processors())
+        self._session = _session(bundle, name, device, threads or usable_processors(), spin)
         self.large_run, self.small_run = _run_options(device), _run_options()
         """Options of runs. Setting ``terminate`` ends a run at its next node."""
         spec = _spec(bundle.manifest, name)
@@ -193,11 +198,11 @@ def _requested(error: Exception) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _session(bundle: Bundle, name: str, device: str, threads: int) -> ort.InferenceSession:
+def _session(bundle: Bundle, name: str, device: str, threads: int, spin: bool) -> ort.InferenceSession:
     path, _ = bundle.path(graph_file(name)), bundle.path(data_file(name))
     missing = _load_cuda_libraries() if device == "cuda" else []
     provider, settings = PROVIDERS[device]
-    options = _session_options(bundle.manifest, threads)
+    options = _session_options(bundle.manifest, threads, spin)
     try:
         if device == "cpu" and cpu_kernels.can_run(bundle.manifest, name):
             options.register_custom_ops_library(str(cpu_kernels.library()))
@@ -231,11 +236,17 @@ def _load_cuda_libraries() -> list[str]:
     return re.findall(r"^Failed to load ([^:\s]+)", printed.getvalue(), re.MULTILINE)
 
 
-def _session_options(manifest: Manifest, threads: int) -> ort.SessionOptions:
+def _session_options(manifest: Manifest, threads: int, spin: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     # ONNX Runtime's default counts physical cores, and finds one on virtual machines.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    if not spin:
+        # Each session has threads of its own. By default they spin for tens of milliseconds after a run, and take
+        # processors from the next graph and from other programs. Within a run, operators follow sooner than SHORT_SPIN.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SHORT_SPIN))
+        if release_numbers(ort.__version__) < FIRST_WITH_DURATION:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = FATAL
     if manifest.target == "tensorrt":
         # ONNX Runtime fuses INT4 MatMuls; they compute in float, as TensorRT does.

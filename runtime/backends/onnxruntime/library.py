@@ -42,7 +42,7 @@ def find_onnxruntime(extra: str = "cpu") -> ModuleType:
             raise FusionError(f"{not_enough_memory('load ONNX Runtime')}; close other programs.") from None
         raise DeviceError(f"ONNX Runtime cannot be imported ({error}); {reinstall_command(extra)}.") from None
     version = getattr(onnxruntime, "__version__", "of an unknown version")
-    if _numbers(version) < OLDEST:
+    if release_numbers(version) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise DeviceError(
             f"ONNX Runtime {version} is too old, {oldest} or newer is needed; {reinstall_command(extra)}."
@@ -77,7 +77,7 @@ def is_installed(distribution: str) -> bool:
     return True
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def release_numbers(version: str) -> tuple[int, ...]:
     """``1.23.0rc1`` -> (1, 23, 0)."""
     return tuple(map(int, re.findall(r"(?:^|\.)(\d+)", version)[:3]))
 

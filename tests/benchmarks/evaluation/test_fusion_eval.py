@@ -129,6 +129,11 @@ def test_table(tiny_bundle: Path, samples: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"follow-up question about the same image +p50 +p95 +p99 +count\n", table)
 
 
+def test_more_threads_than_processors(tiny_bundle: Path, refused: Callable[..., str]) -> None:
+    message = refused(main, tiny_bundle, "unread.jsonl", "--threads", 100000, code=2)
+    assert message.startswith("error: --threads is 100000; choose at most ")
+
+
 def test_least_accuracy(tiny_bundle: Path, samples: Path, refused: Callable[..., str], evaluated: Evaluated) -> None:
     options = ("--max-new-tokens", TOKENS, "--min-accuracy")
     evaluated(tiny_bundle, samples, "--min-accuracy", "75%")

@@ -74,7 +74,7 @@ def test_int4_gemm_matches_the_weights(use_kernels: bool) -> None:
     inputs = rng.normal(size=(5, 256)).astype(np.float32)
     library = cpu_kernels.library() if use_kernels and cpu_kernels.library() and cpu_kernels.is_supported() else None
     if use_kernels and library is None:
-        pytest.skip("our CPU kernels: not built, or this processor has no AVX-512 VNNI")
+        pytest.skip(f"our CPU kernels: not compiled, or this is not {cpu_kernels.processor_needed()}")
     (outputs,) = peaks.int4_gemm(values, scales, 1, library).run(None, {"x": inputs})
     nibbles = np.stack([values & 15, values >> 4], axis=-1).reshape(48, 2, 128).astype(np.float32) - 8
     exact = inputs @ (nibbles * scales[..., None]).reshape(48, 256).T

@@ -10,10 +10,13 @@
 #include <cmath>
 #include <cstdio>
 
-#include "simd/amx_emulation.h"
+#define SIMD tile_checks
+#include "amx/emulation.h"
 
 namespace fusion_edge::checks {
 namespace {
+
+using namespace SIMD;
 
 constexpr size_t TILE = 1024;  // bytes
 

@@ -79,6 +79,7 @@ void make_static(Layer& layer, Random& random, size_t inputs, size_t outputs, fl
 struct Quantized {
     std::vector<int> values, doubts;
     std::vector<double> scales;  // [rows, blocks]
+    size_t block_size;
     double error = 0;            // relative, of the scales
 
     // Adds the rounded quotient, limited.
@@ -111,8 +112,18 @@ struct Activations {
     }
 };
 
-Quantized quantize(const Activations& x, const Weights& weights) {
+// AMX's tiles hold 4-bit weights as int8 and share a scale between 256 inputs, of activations too. It is the smallest
+// with which all steps fit: a weight's error is 1/16 of a step of the group with the largest scale, and its rounding.
+constexpr size_t SUPERBLOCK = 256;
+constexpr double SUPERBLOCK_ERROR = 0.0635;
+
+bool has_superblocks(const Checks& checks, const Weights& weights, size_t rows) {
+    return std::strcmp(checks.kernels.tier(), "AMX") == 0 && weights.bits == 4 && rows > 1;
+}
+
+Quantized quantize(const Activations& x, const Weights& weights, size_t block_size) {
     Quantized quantized;
+    quantized.block_size = block_size;
     const size_t rows = x.values.size() / weights.inputs;
     if (const ActivationQuantization* fixed = weights.static_quantization) {
         for (size_t i = 0; i < x.values.size(); ++i) {
@@ -125,8 +136,8 @@ Quantized quantize(const Activations& x, const Weights& weights) {
         return quantized;
     }
     for (size_t row = 0; row < rows; ++row)
-        for (size_t start = 0; start < weights.inputs; start += weights.block_size) {
-            const size_t end = std::min(weights.inputs, start + weights.block_size), first = row * weights.inputs;
+        for (size_t start = 0; start < weights.inputs; start += block_size) {
+            const size_t end = std::min(weights.inputs, start + block_size), first = row * weights.inputs;
             float magnitude = 0;
             double largest_error = 0;
             for (size_t i = first + start; i < first + end; ++i) {
@@ -147,7 +158,7 @@ Quantized quantize(const Activations& x, const Weights& weights) {
 
 // x W^T + bias. Integer sums of a block are exact. They are converted to float32, multiplied with the product of two
 // scales, and added up over blocks, registers and the bias. Kernels may correct zero points apart, of up to 2^bits.
-Expected multiply(const Quantized& x, const Layer& layer) {
+Expected multiply(const Quantized& x, const Layer& layer, bool superblocks) {
     const Weights& weights = layer.weights;
     const size_t rows = x.values.size() / weights.inputs, blocks = weights.blocks();
     const double roundings = double(blocks) + 8;
@@ -158,18 +169,25 @@ Expected multiply(const Quantized& x, const Layer& layer) {
             double sum = 0, magnitude = 0, doubt = 0;
             for (size_t block = 0; block < blocks; ++block) {
                 const size_t start = block * weights.block_size;
-                int64_t block_sum = 0, block_magnitude = 0, block_doubt = 0;
+                int64_t block_sum = 0, block_magnitude = 0, block_doubt = 0, block_total = 0;
                 for (size_t input = start; input < std::min(weights.inputs, start + weights.block_size); ++input) {
                     const size_t i = row * weights.inputs + input;
                     const int weight = layer.value(output, input);
                     block_sum += x.values[i] * weight;
+                    block_total += std::abs(x.values[i]);
                     block_magnitude += std::abs(x.values[i]) * (std::abs(weight) + 2 * zero_points);
                     block_doubt += x.doubts[i] * std::abs(weight);
                 }
-                const double scale = layer.scale(output, block) * x.scales[row * blocks + block];
+                const size_t x_blocks = (weights.inputs + x.block_size - 1) / x.block_size;
+                const double x_scale = x.scales[row * x_blocks + start / x.block_size];
+                const double scale = layer.scale(output, block) * x_scale;
+                double largest = 0;  // scale of the superblock
+                for (size_t i = 0; superblocks && i < blocks; ++i)
+                    if (i * weights.block_size / SUPERBLOCK == start / SUPERBLOCK)
+                        largest = std::max(largest, layer.scale(output, i));
                 sum += double(block_sum) * scale;
                 magnitude += double(block_magnitude) * scale;
-                doubt += double(block_doubt) * scale;
+                doubt += double(block_doubt) * scale + SUPERBLOCK_ERROR * largest * x_scale * double(block_total);
             }
             const double bias = layer.bias_of(output);
             const double error = roundings * ROUNDOFF * (magnitude + std::abs(bias)) + magnitude * x.error;
@@ -207,7 +225,10 @@ void check(Checks& checks, Random& random, const Layer& layer, size_t rows, Acti
         checks.expect(result == of_one_stream, name + ", in streams");
     }
     use_streams(streams);
-    checks.expect_near(name, result.data(), multiply(quantize({x, activation}, layer.weights), layer));
+    const bool superblocks = has_superblocks(checks, layer.weights, rows);
+    const size_t block_size = superblocks ? std::max(SUPERBLOCK, layer.weights.block_size) : layer.weights.block_size;
+    const Quantized quantized = quantize({x, activation}, layer.weights, block_size);
+    checks.expect_near(name, result.data(), multiply(quantized, layer, superblocks));
 }
 
 void check_dynamic(Checks& checks) {
@@ -256,8 +277,10 @@ void check_mlp(Checks& checks) {
             checks.run(name, result, [&](const Parallel& parallel) {
                 checks.kernels.mlp(x.data(), rows, up.weights, down.weights, result.data(), parallel);
             });
-            const Expected sums = multiply(quantize({x, Activation::NONE}, up.weights), up);
-            checks.expect_near(name, result.data(), multiply(quantize(Activations(sums), down.weights), down));
+            const Quantized inputs = quantize({x, Activation::NONE}, up.weights, up.weights.block_size);
+            const Activations activations(multiply(inputs, up, false));
+            const Quantized of_hidden = quantize(activations, down.weights, down.weights.block_size);
+            checks.expect_near(name, result.data(), multiply(of_hidden, down, false));
         }
 }
 

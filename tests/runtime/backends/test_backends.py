@@ -65,7 +65,7 @@ def on_device(name: str, options: str, tolerance: float) -> Callable[[Export], S
         bundle = exported(options)
         if reason := candidate.reason(bundle):
             pytest.skip(f"{name}: {reason}")
-        return Subject(candidate.open(bundle, 1), bundle.manifest, tolerance)
+        return Subject(candidate.open(bundle, 1, False), bundle.manifest, tolerance)
 
     return make
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import platform
+import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.cpu_kernel_switches import needs_cpu_kernels
 from support.opset24 import needs_opset_24
 
 from fusion_edge.export import cli as export_cli
@@ -21,6 +25,7 @@ from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.tensorrt.library import INSTALL, LIBRARIES
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.cli import info as cli_info
 from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 
@@ -96,8 +101,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open the device ``cuda`` as the same backend on the CPU."""
 
-    def open_backend(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
-        return OnnxRuntimeBackend(bundle, "cpu", threads)
+    def open_backend(bundle: Bundle, threads: int | None, spin: bool) -> OnnxRuntimeBackend:
+        return OnnxRuntimeBackend(bundle, "cpu", threads, spin)
 
     replace_cuda(monkeypatch, open_backend)
 
@@ -161,7 +166,7 @@ def test_auto_chooses_the_best_device(cuda_bundle: Path, machine: Callable[..., 
 def test_auto_skips_a_device_that_does_not_start(
     cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+    def fail(bundle: Bundle, threads: int | None, spin: bool) -> OnnxRuntimeBackend:
         raise DeviceError("It needs libcudnn.so.9; install it.")
 
     machine(**WHOLE)
@@ -176,7 +181,7 @@ def test_auto_skips_a_device_that_does_not_start(
 def test_a_damaged_bundle_does_not_select_another_device(
     cuda_bundle: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(bundle: Bundle, threads: int | None) -> OnnxRuntimeBackend:
+    def fail(bundle: Bundle, threads: int | None, spin: bool) -> OnnxRuntimeBackend:
         raise FusionError("It cannot be loaded.")
 
     machine(**WHOLE)
@@ -227,7 +232,9 @@ def standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callab
         assert cli_run.main([*arguments, "--max-new-tokens=1", *options]) == 0
         output = capsys.readouterr()
         assert output.out.count("\n") == 1
-        return "".join(line for line in output.err.splitlines(keepends=True) if not line.startswith("note: "))
+        return "".join(
+            line for line in output.err.splitlines(keepends=True) if not line.startswith(("note: ", "CPU kernels: "))
+        )
 
     return run
 
@@ -295,19 +302,43 @@ def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
         assert reason is None or (reason.endswith(".") and ";" in reason)
 
 
+# CPU kernels --------------------------------------------------------------------------------------------------
+
+NOT_COMPILED = (
+    "They are not compiled: prefill takes two to three times as long, and a decode step 1.5 times. Install a C++ "
+    "compiler (Debian: apt install g++), then fusion-edge again."
+)
+NEEDED = "They need a processor with AVX-512 VNNI or better."
+
+
+@pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this an installation without a compiler, in a process that has not warned yet."""
+    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    devices._warn_of_missing_kernels.cache_clear()
+
+
 @pytest.mark.parametrize(
-    ("found", "reason"),
+    ("architecture", "library", "tier", "reason"),
     [
-        ((None, True), "They are not installed; on x86-64 with a C++ compiler, install fusion-edge again."),
-        ((Path("library.so"), False), "They need an x86-64 processor with AVX-512 VNNI."),
-        ((Path("library.so"), True), None),
+        ("x86_64", None, None, NOT_COMPILED),
+        ("aarch64", None, None, NEEDED),
+        ("x86_64", Path("library.so"), None, NEEDED),
+        ("x86_64", Path("library.so"), "AMX", None),
     ],
 )
 def test_reasons_against_the_cpu_kernels(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[Path | None, bool], reason: str | None
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    library: Path | None,
+    tier: str | None,
+    reason: str | None,
 ) -> None:
-    monkeypatch.setattr(cpu_kernels, "library", lambda: found[0])
-    monkeypatch.setattr(cpu_kernels, "is_supported", lambda: found[1])
+    monkeypatch.setattr(platform, "machine", lambda: architecture)
+    monkeypatch.setattr(cpu_kernels, "library", lambda: library)
+    monkeypatch.setattr(cpu_kernels, "tier", lambda: tier)
     manifest = open_bundle(tiny_bundle).manifest
     assert cpu_kernels.unsupported_reason(manifest) == reason
     level = "They compute at accuracy level 4, and the bundle has 0."
@@ -315,13 +346,43 @@ def test_reasons_against_the_cpu_kernels(
     assert "exported for cuda" in str(cpu_kernels.unsupported_reason(dataclasses.replace(manifest, target="cuda")))
 
 
-def test_the_note_about_the_cpu_kernels(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize("options", [[], ["--verbose"]])
+def test_fusion_run_says_once_what_missing_kernels_cost(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    """Without our kernels ONNX Runtime's run, and a note says so."""
-    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
-    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
-    question = ["--image", str(tmp_path / "image.png"), "--ask=What?", "--max-new-tokens=1", "--verbose"]
-    assert cli_run.main([str(tiny_bundle), *question, "--threads=1"]) == 0
-    note = "note: MatMul and attention run on ONNX Runtime's kernels instead of faster ones. They are not"
-    assert note in capsys.readouterr().err
+    assert cli_run.main([str(tiny_bundle), "--image=absent.png", "--ask=What?", "--threads=1", *options]) == 1
+    printed = capsys.readouterr().err
+    note = f"note: MatMul and attention run on ONNX Runtime's kernels instead of faster ones. {NOT_COMPILED}\n"
+    assert printed.count(note) == printed.count("not compiled") == 1
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_load_warns_once_of_missing_kernels(tiny_bundle: Path) -> None:
+    expected = f"fusion-edge runs without its CPU kernels. {NOT_COMPILED}"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with load(tiny_bundle, threads=1) as fusion:
+                assert fusion.device.kernels is None
+    assert [(str(one.message), one.category, one.filename) for one in warned] == [(expected, RuntimeWarning, __file__)]
+
+
+@needs_cpu_kernels
+def test_the_tier_in_use_is_named(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tier = cpu_kernels.tiers()[-1]
+    options = ["--image=absent.png", "--ask=What?", "--threads=1"]
+    assert cli_run.main([str(tiny_bundle), *options, "--verbose"]) == 1
+    assert f"running on cpu\nCPU kernels: {tier}\n" in capsys.readouterr().err
+    assert cli_run.main([str(tiny_bundle), *options]) == 1
+    assert "CPU kernels" not in capsys.readouterr().err
+    assert cli_info.main([str(tiny_bundle)]) == 0
+    assert re.search(rf"^CPU kernels +{tier}, on this machine$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_fusion_info_tells_why_a_bundle_runs_without_the_kernels(
+    cuda_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli_info.main([str(cuda_bundle)]) == 0
+    reason = "They compute in float32, and the bundle was exported for cuda."
+    assert re.search(rf"^CPU kernels +not used\. {reason}$", capsys.readouterr().out, re.MULTILINE)

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import pytest
 from support.backend_contract import CAPACITY, Subject
 
 from fusion_edge.export import cli
-from fusion_edge.runtime import FusionError
+from fusion_edge.runtime import FusionError, load
 from fusion_edge.runtime.backends.base import ImageAlignment, Interruptible
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.onnxruntime.graph import Graph, has_vnni
 from fusion_edge.runtime.bundle import graphs
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.cli import run as cli_run
 from fusion_edge.runtime.errors import DeviceError
 from fusion_edge.runtime.images.grids import pooling_cells
 
@@ -222,6 +224,45 @@ def test_the_cache_does_not_fit_in_memory(bundle: Bundle, monkeypatch: pytest.Mo
     told = r"not enough memory to run llm \(50 MB are needed, [\d,]+ MB are available\); .* a smaller --max-context"
     with pytest.raises(FusionError, match=told):
         OnnxRuntimeBackend(bundle, "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("spin", "version", "expected"),
+    [
+        (False, "1.31.1", {"spin_duration_us": "100"}),
+        (False, "1.26.0", {"spin_duration_us": "100"}),
+        (False, "1.25.1", {"spin_duration_us": "100", "allow_spinning": "0"}),
+        (True, "1.31.1", {}),
+        (True, "1.25.1", {}),
+    ],
+)
+def test_idle_threads_sleep_soon(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, spin: bool, version: str, expected: dict[str, str]
+) -> None:
+    """In every graph's session, through ``load`` and ``fusion-run``; older releases have no time limit of spinning."""
+    monkeypatch.setattr(ort, "__version__", version)
+    spinning, session = [], ort.InferenceSession
+
+    def record(path: str, options: ort.SessionOptions, **others: Any) -> ort.InferenceSession:
+        spinning.append({name: value for name in NAMES if (value := entry(options, name)) is not None})
+        return session(path, options, **others)
+
+    monkeypatch.setattr(ort, "InferenceSession", record)
+    given: Any = {"spin": True} if spin else {}
+    load(tiny_bundle, device="cpu", **given).close()
+    question = ["--image", "absent.png", "--ask=What?", *(["--spin"] if spin else [])]
+    assert cli_run.main([str(tiny_bundle), *question]) == 1
+    assert spinning == 6 * [expected]
+
+
+NAMES = ("spin_duration_us", "allow_spinning")
+
+
+def entry(options: ort.SessionOptions, name: str) -> str | None:
+    """Return an option of idle threads; None if it has its default."""
+    with suppress(RuntimeError):  # not set
+        return str(options.get_session_config_entry(f"session.intra_op.{name}"))
+    return None
 
 
 # The CUDA provider -------------------------------------------------------------------------------------------

@@ -16,14 +16,16 @@ from fakes.fake_tensorrt_runtime import IExecutionContext
 from fakes.on_fake_tensorrt import OnFake, build, installed, open_backend, open_on_fake
 from PIL import Image
 from support.backend_contract import CAPACITY, Subject
+from support.locked_memory import locked_bytes
 from support.opset24 import needs_opset_24
 from support.paths import DEMO_CHECKPOINT
 
 from fusion_edge.benchmarks.demo.pictures import examples
 from fusion_edge.export import cli
-from fusion_edge.runtime import FusionError
+from fusion_edge.runtime import FusionError, load
 from fusion_edge.runtime.backends import devices
 from fusion_edge.runtime.backends.base import Floats, KvPrefix
+from fusion_edge.runtime.bundle.manifest import EMBEDDINGS
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.cli import run as cli_run
 
@@ -329,6 +331,14 @@ def test_a_conversation_through_the_commands(
             printed = capsys.readouterr()
             answers[device] = [(one["text"], one["token_ids"]) for one in json.loads(printed.out)["answers"]]
             assert f"running on {'tensorrt-rtx' if device == 'auto' else device}\n" in printed.err
+        with load(bundle.folder, lock_memory=True) as fusion:
+            assert fusion.device.name == "tensorrt-rtx"
+            table = bundle.path(EMBEDDINGS).stat().st_size
+            assert locked_bytes() >= table > 0  # the fake maps weights of its graphs, too
+        assert locked_bytes() == 0
+        question = ["--image", str(tmp_path / "image.png"), *asked, "--threads=1"]
+        assert cli_run.main([str(bundle.folder), *question, "--spin"]) == 2
+        assert "spin is for ONNX Runtime's threads, and TensorRT has none" in capsys.readouterr().err
     assert answers["auto"] == answers["cpu"]
     assert [text for text, _ in answers["auto"]] == [example.answer for example in first]
     assert trt.runs > 0

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "amx.h"
+#include "instructions.h"
 
-namespace fusion_edge {
+namespace fusion_edge::SIMD {
 
 struct EmulatedTiles {
     static void configure(const TileSizes& sizes) { state = {sizes, {}}; }
@@ -114,4 +114,4 @@ struct EmulatedTiles {
     }
 };
 
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

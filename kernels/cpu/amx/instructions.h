@@ -1,11 +1,11 @@
-// Instructions of AMX's tiles. Functions of the same names in amx_emulation.h do without the processor's.
+// Instructions of AMX's tiles. emulation.h has functions of the same names that need no such processor.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-namespace fusion_edge {
+namespace fusion_edge::SIMD {
 
 // Sizes of the tiles, as ldtilecfg reads them.
 struct alignas(64) TileSizes {
@@ -49,4 +49,4 @@ struct TileInstructions {
     }
 };
 
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD
