@@ -37,11 +37,12 @@ bool has_avx512_vnni() {
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-bool has_tiles() {
-#ifdef EMULATES_TILES
-    return true;
+bool has_amx() {
+    const bool has_rest = has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
+#ifdef EMULATE_AMX
+    return has_rest;
 #else
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+    return has_rest && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
            __builtin_cpu_supports("amx-bf16") && tiles_are_granted();
 #endif
 }

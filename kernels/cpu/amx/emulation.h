@@ -8,7 +8,7 @@
 
 #include "instructions.h"
 
-namespace fusion_edge {
+namespace fusion_edge::SIMD {
 
 struct EmulatedTiles {
     static void configure(const TileSizes& sizes) { state = {sizes, {}}; }
@@ -112,4 +112,4 @@ struct EmulatedTiles {
     }
 };
 
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

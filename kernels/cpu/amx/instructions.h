@@ -1,11 +1,11 @@
-// Instructions of AMX's tiles. Functions of the same names in emulation.h do without the processor's.
+// Instructions of AMX's tiles. emulation.h has functions of the same names that need no such processor.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-namespace fusion_edge {
+namespace fusion_edge::SIMD {
 
 // Sizes of the tiles, as ldtilecfg reads them.
 struct alignas(64) TileSizes {
@@ -40,9 +40,13 @@ struct TileInstructions {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
     }
     template <int SUMS, int ROWS, int COLUMNS>
+    [[gnu::always_inline]] static void multiply_unsigned_signed() {
+        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
+    }
+    template <int SUMS, int ROWS, int COLUMNS>
     [[gnu::always_inline]] static void multiply_bfloat16() {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
     }
 };
 
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

@@ -159,7 +159,7 @@ inline AmxPanels::AmxPanels(const Weights& weights, size_t output, size_t panels
     ratios_ = ratios.of(outputs * groups_);
     offsets_ = offsets.of(outputs * groups_);
     std::fill_n(scales_, outputs * blocks_, 0.0f);
-    std::fill_n(zero_points_, outputs * blocks_, 0.0f);  // not undefined: it may be NaN, and NaN times 0 is NaN
+    std::fill_n(zero_points_, outputs * blocks_, 0.0f);  // also of the padding, whose sums of rows are 0: 0 * NaN is NaN
     std::fill_n(corrections_, outputs, 0);
     for (size_t i = 0; i < std::min(outputs, weights.outputs - output); ++i) set_scales(i);
 }

@@ -141,16 +141,18 @@ void attend_heads(
     const FlashKernel<T>& kernel = Flash::template kernel<T>(precision);
     const size_t parts = parts_per_head(sizes.heads, sizes.rows);
     const size_t bytes = round_up(kernel.packed_bytes(sizes.keys, sizes.width), 64);
-    static thread_local Scratch<uint8_t> memory;
     if (parts == 1)
         return parallel(sizes.heads, [&](size_t index) {
+            // Declared where its threads pass: elsewhere they would use it, but not free it when they end.
+            static thread_local Scratch<uint8_t> memory;
             const KvHead<T> head = make_head(index);
             uint8_t* const packed = memory.of(bytes);
             kernel.pack(head, packed);
             kernel.attend(head, packed, make_rows(index), 0, sizes.rows);
         });
-    uint8_t* const packed = memory.of(sizes.heads * bytes);
+    static thread_local Scratch<uint8_t> memory;
     static thread_local Scratch<KvHead<T>> head_memory;
+    uint8_t* const packed = memory.of(sizes.heads * bytes);
     KvHead<T>* const heads = head_memory.of(sizes.heads);
     parallel(sizes.heads, [&](size_t index) {
         heads[index] = make_head(index);
