@@ -47,8 +47,6 @@ bool has_amx() {
 #endif
 }
 
-bool has_amx() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && has_tiles(); }
-
 std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found;
     if (has_avx2()) found.push_back(&avx2_kernels());
