@@ -15,6 +15,8 @@ Array = npt.NDArray[Any]
 SUPERBLOCK = 256
 """Inputs of 4-bit weights that share a scale in AMX tiles, unless a group has more."""
 RATIO_ONE = 1 << 11
+FEW_ROWS = 4
+"""Rows up to which a layer is a GEMV, with the groups of the weights on every tier."""
 
 
 def quantized(x: Array, block_size: int) -> Array:
@@ -37,7 +39,7 @@ def linear(x: Array, packed: Packed, fmt: WeightFormat, tier: str) -> tuple[Arra
 
 def scale_block(fmt: WeightFormat, rows: int, tier: str) -> int:
     """Return the number of inputs that share a scale of the activations."""
-    return fmt.block_size if tier != "AMX" or rows == 1 or fmt.bits == 8 else max(SUPERBLOCK, fmt.block_size)
+    return fmt.block_size if tier != "AMX" or rows <= FEW_ROWS or fmt.bits == 8 else max(SUPERBLOCK, fmt.block_size)
 
 
 def requantized(packed: Packed, fmt: WeightFormat, inputs: int) -> Array:

@@ -1,4 +1,4 @@
-// GEMV: one row of activations. Bound by memory bandwidth: each weight is read once, in place, in chunks of 64 bytes.
+// GEMV: one row of activations, or few. Bound by memory bandwidth: weights are read once, in place, in chunks of 64 bytes.
 
 #pragma once
 
@@ -15,24 +15,45 @@ struct Row {
     const float* corrections;  // [blocks]: scale * sum, from which the zero points are corrected
 };
 
-// Reorders 4-bit inputs for GEMV and computes the corrections.
-inline Row prepare(const QuantizedActivations& x, const Weights& weights) {
-    static thread_local Scratch<int8_t> values;
-    static thread_local Scratch<float> corrections;
-    const size_t blocks = weights.blocks();
-    float* correction = corrections.of(blocks);
-    for (size_t block = 0; block < blocks; ++block)
-        correction[block] = x.scales[block] * float(x.sums[block]);
-    if (weights.bits == 8) return {x.values, x.scales, correction};
-    const size_t chunks = round_up(weights.row_bytes(), CHUNK) / CHUNK;
-    int8_t* halves = values.of(chunks * 2 * CHUNK);
-    for (size_t i = 0; i < chunks * 2 * CHUNK; i += 2 * CHUNK)
-        for (size_t lane = 0; lane < CHUNK; lane += LANE_BYTES) {
-            std::memcpy(halves + i + lane, x.values + i + 2 * lane, LANE_BYTES);
-            std::memcpy(halves + i + CHUNK + lane, x.values + i + 2 * lane + LANE_BYTES, LANE_BYTES);
-        }
-    return {halves, x.scales, correction};
-}
+constexpr size_t FEW_ROWS = 4;  // that GEMV is faster with than GEMM, which unpacks weights to memory
+
+// Rows of quantized activations for GEMV.
+class GemvRows {
+  public:
+    GemvRows(const QuantizedActivations& x, size_t rows, const Weights& weights) : x_(x), bits_(weights.bits) {
+        if (weights.static_quantization) return;
+        static thread_local Scratch<int8_t> values;
+        static thread_local Scratch<float> corrections;
+        corrections_ = corrections.of(rows * x.blocks);
+        for (size_t i = 0; i < rows * x.blocks; ++i) corrections_[i] = x.scales[i] * float(x.sums[i]);
+        if (weights.bits == 8) return;
+        values_ = values.of(rows * row_bytes());
+        for (size_t row = 0; row < rows; ++row) separate_halves(x.tile(row, 1).values, values_ + row * row_bytes());
+    }
+
+    Row operator[](size_t row) const {
+        const QuantizedActivations one = x_.tile(row, 1);
+        const int8_t* values = bits_ == 8 ? one.values : values_ + row * row_bytes();
+        return {values, one.scales, corrections_ + row * x_.blocks};
+    }
+
+  private:
+    size_t row_bytes() const { return round_up(x_.steps * WORD, 2 * CHUNK); }
+
+    // Reorders 4-bit inputs.
+    void separate_halves(const int8_t* from, int8_t* to) const {
+        for (size_t i = 0; i < x_.steps * WORD; i += 2 * CHUNK)
+            for (size_t lane = 0; lane < CHUNK; lane += LANE_BYTES) {
+                std::memcpy(to + i + lane, from + i + 2 * lane, LANE_BYTES);
+                std::memcpy(to + i + CHUNK + lane, from + i + 2 * lane + LANE_BYTES, LANE_BYTES);
+            }
+    }
+
+    QuantizedActivations x_;
+    int bits_;
+    float* corrections_ = nullptr;
+    int8_t* values_ = nullptr;
+};
 
 // Zero points of up to 16 blocks of an output; 1 if all blocks have the same one, which the sums already include.
 inline Floats zero_points(const Weights& weights, size_t output, size_t block) {
@@ -167,34 +188,43 @@ inline void gemv_static(
     }
 }
 
-inline void gemv(const QuantizedActivations& x, const Weights& weights, float* result, const Parallel& parallel) {
+// result [rows, outputs] of up to FEW_ROWS rows.
+inline void gemv(
+    const QuantizedActivations& x, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
     // Few large tasks: each starts a new stream from memory.
     constexpr size_t MIN_OUTPUTS = 64;
+    constexpr size_t CACHED_OUTPUTS = 16;  // whose weights stay in the L1 cache for the other rows
     const size_t tasks = balanced_tasks(), per_task = std::max(MIN_OUTPUTS, (weights.outputs + tasks - 1) / tasks);
-    const Row row = weights.static_quantization ? Row{} : prepare(x, weights);
+    const GemvRows prepared(x, rows, weights);
     parallel((weights.outputs + per_task - 1) / per_task, [&](size_t group) {
-        const size_t output = group * per_task, end = std::min(weights.outputs, output + per_task);
-        if (weights.static_quantization) gemv_static(x, weights, output, end, result);
-        else if (weights.bits == 4) gemv_rows<4>(row, weights, output, end, result);
-        else gemv_rows<8>(row, weights, output, end, result);
+        const size_t last = std::min(weights.outputs, (group + 1) * per_task);
+        const size_t step = rows == 1 ? per_task : CACHED_OUTPUTS;
+        for (size_t output = group * per_task; output < last; output += step)
+            for (size_t row = 0; row < rows; ++row) {
+                const size_t end = std::min(last, output + step);
+                float* const to = result + row * weights.outputs;
+                if (weights.static_quantization) gemv_static(x.tile(row, 1), weights, output, end, to);
+                else if (weights.bits == 4) gemv_rows<4>(prepared[row], weights, output, end, to);
+                else gemv_rows<8>(prepared[row], weights, output, end, to);
+            }
     });
 }
 
-// Kernels of linear layers: GEMV for one row, GEMM for more.
+// Kernels of linear layers: GEMV for few rows, GEMM for more.
 
 template <class Gemm>
 void gemm(
     const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
     const Parallel& parallel) {
-    if (rows > 1) return Gemm::gemm(x, rows, weights, activation, result, parallel);
-    gemv(quantize_activations(x, rows, 1, weights, activation, parallel), weights, result, parallel);
+    if (rows > FEW_ROWS) return Gemm::gemm(x, rows, weights, activation, result, parallel);
+    gemv(quantize_activations(x, rows, 1, weights, activation, parallel), rows, weights, result, parallel);
 }
 
 template <class Gemm>
 void mlp(const float* x, size_t rows, const Weights& up, const Weights& down, float* result, const Parallel& parallel) {
-    if (rows > 1) return Gemm::mlp(x, rows, up, down, result, parallel);
+    if (rows > FEW_ROWS) return Gemm::mlp(x, rows, up, down, result, parallel);
     static thread_local Scratch<float> memory;
-    float* const hidden = memory.of(up.outputs);
+    float* const hidden = memory.of(rows * up.outputs);
     gemm<Gemm>(x, rows, up, Activation::NONE, hidden, parallel);
     gemm<Gemm>(hidden, rows, down, Activation::GELU, result, parallel);
 }

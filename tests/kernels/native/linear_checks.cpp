@@ -61,6 +61,8 @@ Layer dynamic_layer(
     return layer;
 }
 
+constexpr size_t FEW_ROWS = 4;  // that are multiplied by GEMV
+
 // A layer with 4-bit weights as AMX multiplies it: int8, with one scale for an output and a superblock of inputs. Ratios of
 // scales are multiples of 2^-11.
 Layer requantized(const Layer& layer) {
@@ -241,7 +243,7 @@ void check(Checks& checks, Random& random, const Layer& layer, size_t rows, Acti
         checks.expect(result == of_one_stream, name + ", in streams");
     }
     use_streams(streams);
-    const bool is_requantized = std::strcmp(checks.kernels.tier(), "AMX") == 0 && rows > 1 && layer.weights.bits == 4;
+    const bool is_requantized = std::strcmp(checks.kernels.tier(), "AMX") == 0 && rows > FEW_ROWS && layer.weights.bits == 4;
     const Layer& used = is_requantized ? requantized(layer) : layer;
     checks.expect_near(name, result.data(), multiply(quantize({x, activation}, used.weights), used));
 }
