@@ -1,9 +1,9 @@
-"""Accuracy of the demo model's bundles on held-out questions, by weight format, guide and detail.
+"""Accuracy of the demo model's bundles on held-out questions, by weight format, guide, detail and CPU tier.
 
     python -m fusion_edge.benchmarks.demo.accuracy --work FOLDER --json FILE
 
-Formats are compared with the checkpoint. Guides and details are compared with the INT4 bundle at full detail, whose
-questions are their own guides. Existing bundles and samples in ``--work`` are reused.
+Formats and tiers are compared with the checkpoint. Guides and details are compared with the INT4 bundle at full detail,
+whose questions are their own guides. Existing bundles and samples in ``--work`` are reused.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fusion_edge.benchmarks.latency.machine.info import machine_info
 from fusion_edge.export import cli
 from fusion_edge.export.reference.eager_backend import open_checkpoint
 from fusion_edge.runtime import Fusion, load
+from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError
@@ -50,6 +51,8 @@ class Row:
     """Options of ``fusion-export``."""
     query_length: int = FEWEST_LATENTS
     guide: str | None = None
+    tier: str | None = None
+    """Of the CPU kernels; None: the fastest one."""
 
 
 FORMATS = (
@@ -70,7 +73,9 @@ DETAILS = tuple(
     for tokens in (64, 25, 16)
     for latents in (MOST_LATENTS, FEWEST_LATENTS)
 )
-TABLES = {"formats": FORMATS, "guides": GUIDES, "details": DETAILS}
+TIERS = tuple(Row(tier, tier=tier) for tier in (cpu_kernels.tiers() if cpu_kernels.library() else ()))
+"""Those of this processor."""
+TABLES = {"formats": FORMATS, "guides": GUIDES, "details": DETAILS, "tiers": TIERS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,10 +113,12 @@ def _measure(name: str, samples: Sequence[Sample], options: argparse.Namespace) 
     """Yield the figures of each row of a table."""
     rows, work = TABLES[name], options.work
     compared, others = samples[: options.compared], samples[options.compared :]
-    with open_checkpoint(CHECKPOINT) if name == "formats" else _open(rows[0], work) as fusion:
+    with open_checkpoint(CHECKPOINT) if name in ("formats", "tiers") else _open(rows[0], work) as fusion:
         reference = Reference(fusion, compared, settings(fusion, rows[0].query_length))
     with reference:
         for row in rows:
+            if row.tier is not None:
+                cpu_kernels.use_tier(row.tier)
             with _open(row, work) as fusion:
                 asked = settings(fusion, row.query_length, guide=row.guide)
                 cases = [*ask(fusion, compared, asked, reference).cases, *ask(fusion, others, asked).cases]
