@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from fusion_edge.runtime.arguments import check_timeout
@@ -145,8 +145,9 @@ class RequestQueue:
     def _free_once(self) -> None:
         if not self._is_freed:
             self._is_freed = True
-            for free in self._free:
-                free()
+            with ExitStack() as stack:  # an error of one keeps none from the others
+                for free in reversed(self._free):
+                    stack.callback(free)
 
     def _check_process(self) -> None:
         if self.is_inherited:

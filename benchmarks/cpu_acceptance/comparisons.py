@@ -79,7 +79,7 @@ def measure(models: PeerModels, threads: int, rounds: int) -> list[Comparison]:
     paths = {"vision": models.vision, "llm": models.llm}
     fastest, *held = reversed(cpu_kernels.tiers())
     sets = {chosen.tier: isa for isa, chosen in INSTRUCTION_SETS.items()}
-    runs: list[tuple[str, str | None]] = [(fastest, None), *((tier, sets[tier]) for tier in held)]
+    runs: list[tuple[str, str | None]] = [(fastest, None), *((tier, sets[tier]) for tier in held if tier in sets)]
     comparisons = []
     for tier, isa in runs:
         for kind, path in paths.items():

@@ -1,7 +1,9 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #ifdef __linux__
@@ -33,8 +35,12 @@ bool has_avx512_vnni() {
 
 // Linux grants the state of tiles on request only, once a process (https://docs.kernel.org/arch/x86/xstate.html).
 [[maybe_unused]] bool tiles_are_granted() {
+#ifdef __linux__
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
 }
 
 bool has_amx() {
@@ -91,6 +97,11 @@ std::atomic<const Kernels*>& in_use() {
     return kernels;
 }
 
+std::atomic<size_t>& threads() {
+    static std::atomic<size_t> count = std::max(std::thread::hardware_concurrency(), 1u);
+    return count;
+}
+
 std::atomic<bool>& streams() {
     static std::atomic<bool> enabled = is_intel();
     return enabled;
@@ -117,6 +128,13 @@ bool use_tier(const char* name) {
             return true;
         }
     return false;
+}
+
+void use_threads(size_t count) { threads() = count; }
+
+size_t balanced_tasks() {
+    constexpr size_t TASKS_PER_THREAD = 4;
+    return TASKS_PER_THREAD * threads();
 }
 
 bool reads_streams() { return streams(); }

@@ -17,8 +17,8 @@ class Kernels {
         const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
         const Parallel& parallel) const = 0;
 
-    // result [rows, down.outputs] = down(GELU(up(x))), both with static quantization. With more than one row, the hidden
-    // activations are stored as 8-bit integers only.
+    // result [rows, down.outputs] = down(GELU(up(x))), both with static quantization. With more than a few rows, the
+    // hidden activations are stored as 8-bit integers only.
     virtual void mlp(
         const float* x, size_t rows, const Weights& up, const Weights& down, float* result,
         const Parallel& parallel) const = 0;
@@ -59,6 +59,9 @@ const char* const* tiers();
 
 // Uses the kernels of a tier, and returns whether this processor has it.
 bool use_tier(const char* name);
+
+// Tells how many threads work is divided for. The default is the number of processors.
+void use_threads(size_t count);
 
 // Whether GEMV reads weights in several streams. The default is true on Intel processors only.
 bool reads_streams();

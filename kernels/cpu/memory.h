@@ -9,7 +9,7 @@
 
 #include <unistd.h>
 
-namespace fusion_edge {
+namespace fusion_edge::SIMD {
 
 // Size of a core's L2 cache in bytes.
 inline size_t l2_cache() {
@@ -47,4 +47,4 @@ class Scratch {
     size_t bytes_ = 0;
 };
 
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

@@ -34,6 +34,9 @@ EXPORTED const char* const* tiers() { return fusion_edge::tiers(); }
 // For tests and benchmarks: uses the tier of a name, and returns whether this processor has it.
 EXPORTED bool use_tier(const char* name) { return fusion_edge::use_tier(name); }
 
+// Tells how many threads the sessions have (kernels.h).
+EXPORTED void use_threads(size_t count) { fusion_edge::use_threads(count); }
+
 // For tests: attention in float32 (operators.h).
 EXPORTED void use_bfloat16(bool enabled) { fusion_edge::use_bfloat16(enabled); }
 

@@ -31,6 +31,7 @@ class Kernels:
 
     def mutant(self, draw: Random | None, folder: Path) -> Mutant:
         first = 0 if draw is None else draw.randrange(2**40)
+        assert cpu_kernels.library() is not None, "the kernels are not built"
         tiers = cpu_kernels.tiers()
         tier = tiers[first % len(tiers)]
 

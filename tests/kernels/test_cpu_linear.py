@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import helper
 from support.cpu_kernel_switches import needs_cpu_kernels, streams
-from support.linear_references import linear
+from support.linear_references import FEW_ROWS, linear
 from support.one_node import gelu, session_of
 
 from fusion_edge.kernels.onnx_functions.linear import matmul_nbits_function
@@ -32,6 +32,14 @@ Array = npt.NDArray[Any]
 def test_the_library_was_built() -> None:
     """The library is optional, so nothing else fails if it does not compile."""
     assert cpu_kernels.library() is not None
+
+
+@needs_cpu_kernels
+def test_tiers_are_those_that_tests_run_on() -> None:
+    tiers = cpu_kernels.tiers()
+    assert tiers == tuple(name for name in cpu_kernels.TIERS if name in tiers)
+    assert cpu_kernels.tier() == tiers[-1]
+    assert not cpu_kernels.use_tier("another")
 
 
 def session(
@@ -112,7 +120,7 @@ def test_matmul_nbits(
     with streams(False):
         (actual,) = one.run(None, {"x": x[None]})
     assert np.abs(actual[0] - expected).max() <= 2e-6 * size.max()
-    if rows == 1:
+    if rows <= FEW_ROWS:
         with streams(True):
             (by_turns,) = one.run(None, {"x": x[None]})
         assert np.array_equal(actual, by_turns)

@@ -16,7 +16,6 @@ constexpr size_t STEP = AMX_BYTES / 2;        // bfloat16 in a tile's row: chann
 constexpr size_t BLOCK_STEPS = 16;            // of a block of keys, whose scores stay in the L2 cache
 constexpr size_t STRIDE = QUERIES * sizeof(float);  // bytes, of scores and results
 constexpr size_t MAX_SUM_TILES = 6;                 // beside one of values and one of weights
-constexpr float MIN_SCORE = -3e38f;                 // of a key that a query does not see
 static_assert(STEP == SIDES * AMX_ROWS && AMX_ROWS == LANES);
 
 // Sizes of a head's packed keys, tiles [steps, SIDES, depth], and of the values after them, [steps, channels].

@@ -35,7 +35,8 @@ struct Pending {
 #pragma GCC unroll 2
                 for (int i = 0; i < ROW_TILES; ++i) {
                     const __m512i sum = _mm512_load_si512(from + i * LANES);
-                    _mm512_store_si512(to + i * LANES, _mm512_add_epi32(sum, _mm512_maskz_load_epi32(added, to + i * LANES)));
+                    const __m512i before = _mm512_maskz_load_epi32(added, to + i * LANES);
+                    _mm512_store_si512(to + i * LANES, _mm512_add_epi32(sum, before));
                 }
         } else {
             float* to = static_cast<float*>(totals) + output * TILE_PAIR;
@@ -52,7 +53,8 @@ struct Pending {
                     if constexpr (KIND == Sums::SCALED_WITH_ZERO_POINTS)
                         sum = _mm512_fnmadd_ps(row_sums[i], _mm512_set1_ps(zero_points[output]), sum);
                     const __m512 factor = _mm512_mul_ps(row_scales[i], _mm512_set1_ps(scales[output]));
-                    _mm512_store_ps(to + i * LANES, _mm512_fmadd_ps(sum, factor, _mm512_maskz_load_ps(added, to + i * LANES)));
+                    const __m512 before = _mm512_maskz_load_ps(added, to + i * LANES);
+                    _mm512_store_ps(to + i * LANES, _mm512_fmadd_ps(sum, factor, before));
                 }
             }
         }
@@ -167,10 +169,11 @@ template <Sums KIND>
 class AmxKernel {
   public:
     static constexpr size_t ROWS = TILE_PAIR, OUTPUTS = PANEL;
-    // Blocks of rows and inputs: with 256 outputs, sums, weights and rows stay in an L2 cache of 2 MB, and two tiles of
+    // Blocks of rows and inputs: with 256 outputs, sums, weights and rows stay in the L2 cache, of 2 MB or more in
+    // processors with AMX, and two tiles of
     // rows in the L1 cache. So few rows come from the L3 cache, which is slow.
     static constexpr size_t BLOCK_ROWS = 480, BLOCK_INPUTS = 512;
-    static constexpr size_t FEW_ROWS = 64;     // up to here weights are read in the order of memory, a panel at a time
+    static constexpr size_t STREAMED_ROWS = 64;  // up to here weights are read in memory order, a panel at a time
     static constexpr size_t KEPT = 800 << 10;  // bytes of unpacked weights that all blocks of rows share
     using Inputs = AmxRows;
     using ResultWriter = TransposingWriter;
@@ -194,7 +197,7 @@ class AmxKernel {
     template <class Output>
     void multiply(size_t row, size_t rows, const Output& output) {
         static thread_local Scratch<int32_t> memory;
-        const bool is_few = rows <= FEW_ROWS;
+        const bool is_few = rows <= STREAMED_ROWS;
         const size_t panels = is_few ? 1 : count_, width = steps_.width;
         // Inputs unpacked at a time.
         const size_t part = is_few || panels * OUTPUTS * width <= KEPT ? width : BLOCK_INPUTS;
@@ -247,8 +250,12 @@ class AmxKernel {
                     (inputs + AMX_BYTES - 1) / AMX_BYTES, next, pending);
                 const size_t column = superblock * PANEL, x_column = tile * scale_stride + superblock * AMX_ROWS;
                 pending = {
-                    sums_, totals, scales + column, zero_points + column, x_.scales + x_column, x_.sums + x_column,
-                    scale_stride, __mmask16(from ? -1 : 0)};
+                    sums_, totals, scales + column, zero_points + column, nullptr, nullptr, scale_stride,
+                    __mmask16(from ? -1 : 0)};
+                if constexpr (KIND != Sums::INTEGER) {
+                    pending.x_scales = x_.scales + x_column;
+                    pending.x_sums = x_.sums + x_column;
+                }
             }
         }
         renew<0>(tiles_, sums_);
@@ -265,17 +272,18 @@ class AmxKernel {
         for (size_t i = 0; i < rows; i += ROWS)
             for (size_t j = 0; j < panels; ++j, totals += TILE) {
                 float* const scaled = reinterpret_cast<float*>(totals);
+                const size_t here = std::min(ROWS, rows - i);
                 if constexpr (KIND == Sums::INTEGER) {
                     const float* const scales = panels_.scales(panel + j);
                     const int32_t* const zero_points = panels_.corrections(panel + j);
-                    for (size_t k = 0; k < TILE; k += LANES) {
-                        const __m512i zero = _mm512_set1_epi32(zero_points[k / TILE_PAIR]);
-                        const __m512i sum = _mm512_add_epi32(_mm512_load_si512(totals + k), zero);
-                        const __m512 scale = _mm512_set1_ps(scales[k / TILE_PAIR]);
-                        _mm512_store_ps(scaled + k, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
-                    }
+                    for (size_t k = 0; k < PANEL; ++k)
+                        for (size_t at = k * TILE_PAIR; at < k * TILE_PAIR + here; at += LANES) {
+                            const __m512i zero = _mm512_set1_epi32(zero_points[k]);
+                            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(totals + at), zero);
+                            const __m512 scale = _mm512_set1_ps(scales[k]);
+                            _mm512_store_ps(scaled + at, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+                        }
                 }
-                const size_t here = std::min(ROWS, rows - i);
                 if (j + 1 < panels) output.prefetch(panel + j + 1, row + i, here);
                 output.write(scaled, panel + j, row + i, here);
             }
@@ -295,14 +303,15 @@ class AmxKernel {
 
 namespace fusion_edge::SIMD {
 
-// GEMMs of more than one row.
+// GEMMs of more than FEW_ROWS rows.
 struct AmxGemm {
     static void gemm(
         const float* x, size_t rows, const Weights& weights, Activation activation, float* result,
         const Parallel& parallel) {
         using namespace amx_gemm;
+        constexpr auto WITH_ZERO_POINTS = gemm_rows<AmxKernel<Sums::SCALED_WITH_ZERO_POINTS>>;
         const auto run = weights.static_quantization                ? gemm_rows<AmxKernel<Sums::INTEGER>>
-                         : weights.bits == 8 && weights.zero_points ? gemm_rows<AmxKernel<Sums::SCALED_WITH_ZERO_POINTS>>
+                         : weights.bits == 8 && weights.zero_points ? WITH_ZERO_POINTS
                                                                     : gemm_rows<AmxKernel<Sums::SCALED>>;
         run(x, rows, weights, activation, result, parallel);
     }

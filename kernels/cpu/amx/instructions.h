@@ -16,7 +16,9 @@ struct alignas(64) TileSizes {
 
 // Inline assembly: the intrinsics of GCC 12 are macros that take literal numbers of tiles.
 struct TileInstructions {
-    [[gnu::always_inline]] static void configure(const TileSizes& sizes) { asm volatile("ldtilecfg %0" : : "m"(sizes)); }
+    [[gnu::always_inline]] static void configure(const TileSizes& sizes) {
+        asm volatile("ldtilecfg %0" : : "m"(sizes));
+    }
     [[gnu::always_inline]] static void release() { asm volatile("tilerelease"); }
 
     template <int TILE>
@@ -38,10 +40,6 @@ struct TileInstructions {
     template <int SUMS, int ROWS, int COLUMNS>
     [[gnu::always_inline]] static void multiply_signed_unsigned() {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
-    }
-    template <int SUMS, int ROWS, int COLUMNS>
-    [[gnu::always_inline]] static void multiply_unsigned_signed() {
-        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(ROWS), "i"(COLUMNS));
     }
     template <int SUMS, int ROWS, int COLUMNS>
     [[gnu::always_inline]] static void multiply_bfloat16() {

@@ -53,8 +53,8 @@ inline __m512i groups_of_chunk(size_t group_size) {
     }
 }
 
-// The nibbles of a row and what requantizes them: value = (nibble - zero point) * ratio, in multiples of 1 / RATIO_ONE and
-// rounded half up.
+// The nibbles of a row and what requantizes them: value = (nibble - zero point) * ratio, in multiples of 1 / RATIO_ONE
+// and rounded half up.
 struct Nibbles {
     const uint8_t* values;
     size_t bytes, group_size, prefetch_distance;
@@ -105,7 +105,8 @@ void unpack_nibbles(const Nibbles& nibbles, size_t start, size_t end, uint8_t* t
     };
     const uint8_t* const values = nibbles.values;
     size_t input = start;
-    for (const size_t whole = std::min(end, nibbles.bytes / CHUNK * CHUNK_INPUTS); input < whole; input += CHUNK_INPUTS) {
+    const size_t whole = std::min(end, nibbles.bytes / CHUNK * CHUNK_INPUTS);
+    for (; input < whole; input += CHUNK_INPUTS) {
         _mm_prefetch(values + input / 2 + nibbles.prefetch_distance, _MM_HINT_T1);
         unpack(input, _mm512_loadu_si512(values + input / 2));
     }
@@ -118,8 +119,9 @@ class AmxPanels {
     // For `panels` panels of outputs from `output` on. Keeps a reference to the weights.
     AmxPanels(const Weights& weights, size_t output, size_t panels);
 
-    // Unpacks inputs from `start` to `end` of panels to tiles [panels, (end - start) / 64 steps, AMX_SIDES, 16, 64], in
-    // memory that this thread keeps until the next call. Outputs after the last one are undefined.
+    // Unpacks inputs from `start` to `end` of panels to tiles [panels, (end - start) / 64 steps of AMX_STEP bytes,
+    // AMX_SIDES, 16, 64], in memory that this thread keeps until the next call. Outputs after the last one are
+    // undefined.
     const uint8_t* unpack(size_t panel, size_t panels, size_t start, size_t end);
 
     // [superblocks, AMX_PANEL]: scales of a panel; [1, AMX_PANEL] with static quantization. 0 after the last output.
@@ -159,7 +161,7 @@ inline AmxPanels::AmxPanels(const Weights& weights, size_t output, size_t panels
     ratios_ = ratios.of(outputs * groups_);
     offsets_ = offsets.of(outputs * groups_);
     std::fill_n(scales_, outputs * blocks_, 0.0f);
-    std::fill_n(zero_points_, outputs * blocks_, 0.0f);  // also of the padding, whose sums of rows are 0: 0 * NaN is NaN
+    std::fill_n(zero_points_, outputs * blocks_, 0.0f);  // also the padding, whose row sums are 0: 0 * NaN is NaN
     std::fill_n(corrections_, outputs, 0);
     for (size_t i = 0; i < std::min(outputs, weights.outputs - output); ++i) set_scales(i);
 }
@@ -193,9 +195,10 @@ inline void AmxPanels::set_scales(size_t index) {
             const __m512 ratios = _mm512_mul_ps(_mm512_maskz_div_ps(any, own, scales), _mm512_set1_ps(RATIO_ONE));
             int16_t* const ratio = ratios_ + index * groups_ + group;
             int16_t* const offset = offsets_ + index * groups_ + group;
+            const __m512i distances = _mm512_sub_epi32(points, _mm512_set1_epi32(8));
+            const __m512i offsets = _mm512_mullo_epi32(distances, _mm512_set1_epi32(OFFSET_ONE));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(ratio), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(ratios)));
-            _mm256_storeu_si256(
-                reinterpret_cast<__m256i*>(offset), _mm512_cvtepi32_epi16(_mm512_slli_epi32(_mm512_sub_epi32(points, _mm512_set1_epi32(8)), 4)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(offset), _mm512_cvtepi32_epi16(offsets));
         } else if (weights_.zero_points) {
             _mm512_store_ps(zero_points, _mm512_cvtepi32_ps(_mm512_sub_epi32(points, _mm512_set1_epi32(128))));
             for (size_t i = 0; i < count; ++i) zero_points_[column + (group + i) * AMX_PANEL] = zero_points[i];

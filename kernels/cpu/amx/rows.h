@@ -29,7 +29,9 @@ struct AmxSteps {
 
 // Quantized activations in tiles of 16 rows. Missing rows are undefined, but have scales of 0.
 struct AmxRows {
-    uint8_t* values;  // [tiles, width / 4, 16, 4], zero after the last input. Of 4-bit weights' chunks, even inputs first.
+    // [tiles, width / 4, 16, 4], zero after the last input; undefined with static quantization, where weights are zero.
+    // Of 4-bit weights' chunks, even inputs first.
+    uint8_t* values;
     float* scales;    // [tiles, superblocks, 16]; undefined with static quantization
     float* sums;      // [tiles, superblocks, 16]: sums of the values, as scales
     size_t width, superblocks;

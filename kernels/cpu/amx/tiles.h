@@ -19,8 +19,8 @@ using Amx = EmulatedTiles;
 using Amx = TileInstructions;
 #endif
 
-// The tiles of this thread: 0 to 3 for sums, 4 and 5 for rows of `depth` bytes (left factor), 6 and 7 for depth / 4 rows
-// of 16 words (right factor). Their state is released at the end: it slows context switches.
+// The tiles of this thread: 0 to 3 for sums, 4 and 5 for rows of `depth` bytes (left factor), 6 and 7 for depth / 4
+// rows of 16 words (right factor). Their state is released at the end: it slows context switches.
 class AmxTiles {
   public:
     explicit AmxTiles(size_t depth = AMX_BYTES) {

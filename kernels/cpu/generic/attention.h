@@ -8,7 +8,7 @@
 namespace fusion_edge::SIMD {
 
 constexpr size_t ROWS_AHEAD = 16;     // of a prefetch
-constexpr size_t PART_MULTIPLE = 32;  // rows
+constexpr size_t PART_MULTIPLE = 32;  // rows of a part: whole tiles of AMX
 constexpr float MIN_BIAS = -1e38f;    // keeps differences of scores finite
 
 // Rotary embedding: rotates the pair of channels (i, i + rotary / 2) by the angle with cos[i] and sin[i].
@@ -175,7 +175,8 @@ void attend_causal(
     if (params.length == 1)
         return parallel(params.kv_heads, [&](size_t index) { decode_attention(make_head(index), make_rows(index)); });
     const size_t rows = params.length * (params.heads / params.kv_heads);
-    attend_heads<Flash, T>({params.kv_heads, rows, params.total, params.width}, precision, parallel, make_head, make_rows);
+    const HeadSizes sizes{params.kv_heads, rows, params.total, params.width};
+    attend_heads<Flash, T>(sizes, precision, parallel, make_head, make_rows);
 }
 
 // Writes the scales of a head's channels, its quantized rows, and after them the past's content.
@@ -234,7 +235,8 @@ inline void fill_with_mean(const MultiHeadParams& params, const Parallel& parall
         for (size_t i = 0; i < row_width; i += LANES) {
             const size_t count = row_width - i;
             Floats sum = broadcast(0);
-            for (size_t key = 0; key < params.keys; ++key) sum = add(sum, load(values + key * params.stride + i, count));
+            for (size_t key = 0; key < params.keys; ++key)
+                sum = add(sum, load(values + key * params.stride + i, count));
             sum = div(sum, broadcast(float(params.keys)));
             for (size_t row = 0; row < params.query_rows - params.queries; ++row)
                 store(first_row + row * row_width + i, sum, count);

@@ -85,7 +85,7 @@ void decode_rows(const KvHead<T>& head, const QueryRows& rows, size_t row) {
     for (size_t i = 0; i < ROWS; ++i) rows.query(row + i, queries + i * MAX_HEAD_WIDTH);
     const size_t scores = head.count * ROWS;
     float* weights = memory.of(round_up(scores, LANES));
-    Floats largest = broadcast(-3e38f), sum = broadcast(0);
+    Floats largest = broadcast(MIN_SCORE), sum = broadcast(0);
     for (size_t key = 0; key < head.count; key += KEYS) {
         const Floats block = score<ROWS>(std::make_index_sequence<KEYS>(), head, key, queries);
         store(weights + key * ROWS, block);

@@ -16,7 +16,6 @@ namespace fusion_edge::SIMD {
 // keys (scores) or channels (results).
 constexpr size_t KEY_BLOCK = 288;             // keys per block: the scores of a tile stay in the L1 cache
 constexpr size_t STRIDE = KEY_BLOCK + LANES;  // of a tile's rows; a power of two would conflict in the cache
-constexpr float MIN_SCORE = -3e38f;           // maximum before the first key
 static_assert(MAX_HEAD_WIDTH <= KEY_BLOCK && KEY_BLOCK % PANEL == 0);
 
 constexpr size_t values_per_word(Precision precision) { return precision == Precision::BFLOAT16 ? 2 : 1; }

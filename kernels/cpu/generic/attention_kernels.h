@@ -7,7 +7,9 @@
 
 #include "../attention.h"
 
-namespace fusion_edge {
+namespace fusion_edge::SIMD {
+
+constexpr float MIN_SCORE = -3e38f;  // below every score; finite, as differences of scores must be
 
 // Keys and values of one head. T is float or int8_t.
 template <typename T>
@@ -36,4 +38,4 @@ struct FlashKernel {
     void (*attend)(const KvHead<T>&, const void* packed, const QueryRows&, size_t first, size_t end);
 };
 
-}  // namespace fusion_edge
+}  // namespace fusion_edge::SIMD

@@ -2,11 +2,12 @@
 //
 // A file of simd/ (or, what depends on the micro-kernel, of micro_kernels/) defines, in the namespace SIMD:
 //   Floats, Ints, Bytes         16 float32, 16 int32, 64 of 8 bits (16 words)
-//   load, store                 of Floats; with a count, of the first lanes only, the others are zero. Also load of 8-bit
-//                               integers and load_half of float16
+//   load, store                 of Floats; with a count, of the first lanes only, the others are zero. Also load of
+//                               8-bit integers and load_half of float16
 //   stream                      stores past the caches; finish_streams makes it visible to other threads
-//   add, sub, mul, div, fma (a b + c), fms (a b - c), fnma (c - a b), min, max (the second operand if one is NaN), round (to nearest
-//   even), inverse, multiply_by_power (x 2^n for an integral n <= 0), select_negative, keep_first (zero after them)
+//   add, sub, mul, div, fma (a b + c), fms (a b - c), fnma (c - a b), min, max (the second operand if one is NaN), round
+//                               (to nearest even), inverse, multiply_by_power (x 2^n for an integral n <= 0),
+//                               select_negative, keep_first (zero after them)
 //   max_first                   maximum over the first lanes; the others keep the first operand
 //   max_abs (for a first operand >= 0; unlike max keeps NaN, which is larger than all), reduce_max_abs, reduce_add, ...
 //   sum_each                    lane i is the sum of the lanes of the operand i, of 16
@@ -15,7 +16,7 @@
 //   dot<BITS>                   adds to each lane the products of its bytes; unsigned times signed. With 4 BITS the
 //                               unsigned are below 16
 //   Spread, transpose           of 16 x 16 words
-//   REGISTERS, TILE_ROWS        size of a tile of sums that fits the registers: REGISTERS * 16 outputs by TILE_ROWS rows
+//   REGISTERS, TILE_ROWS        size of a tile of sums that fits the registers: REGISTERS * 16 outputs, TILE_ROWS rows
 //   WORD                        bytes of a word of a tile, what a micro-kernel reads of a row at a time: 4 or 8
 //   DOT_WIDTH<BITS>             8-bit inputs in a word of a tile, each of WORD / DOT_WIDTH bytes
 //   UNSIGNED_OFFSET             what is subtracted from unsigned bytes because dot takes signed ones only

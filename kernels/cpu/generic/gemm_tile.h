@@ -283,7 +283,7 @@ class TileKernel {
     const MatmulTiles& matmul_;
 };
 
-// GEMMs of more than one row.
+// GEMMs of more than FEW_ROWS rows (gemv.h).
 struct TileGemm {
     static constexpr auto gemm = gemm_rows<TileKernel>;
     static constexpr auto mlp = mlp_rows<TileKernel>;

@@ -1,4 +1,5 @@
-// GEMV: one row of activations, or few. Bound by memory bandwidth: weights are read once, in place, in chunks of 64 bytes.
+// GEMV: one row of activations, or few. Bound by memory bandwidth: weights are read once, in place, in chunks of 64
+// bytes.
 
 #pragma once
 
@@ -73,9 +74,9 @@ template <int BITS>
     return dot<4>(sums, high_halves(weights), load_bytes(x + CHUNK));
 }
 
-// Number of outputs read in turns, each a separate stream in memory. Measured: on Zen 4, one stream is fastest (two take
-// twice as long, and software prefetch costs 10 %). On Ice Lake, four streams are 1.25 times as fast as one, and 1.45
-// times with software prefetch.
+// Number of outputs read in turns, each a separate stream in memory. Measured: on Zen 4, one stream is fastest (two
+// take twice as long, and software prefetch costs 10 %). On Ice Lake, four streams are 1.25 times as fast as one, and
+// 1.45 times with software prefetch.
 constexpr size_t MAX_STREAMS = 4;
 constexpr size_t PREFETCH_DISTANCE = 1024;  // bytes
 

@@ -9,7 +9,8 @@
 
 namespace fusion_edge::SIMD {
 
-// `Gemm::gemm` and `Gemm::mlp` are GEMMs of more than one row. `Flash::kernel<T>(precision)` returns a FlashKernel.
+// `Gemm::gemm` and `Gemm::mlp` are GEMMs of more than FEW_ROWS rows. `Flash::kernel<T>(precision)` returns a
+// FlashKernel.
 template <class Gemm, class Flash>
 class TierKernels final : public Kernels {
   public:

@@ -135,7 +135,8 @@ inline void separate_even(int8_t* values, size_t count) {
 inline void interleave(const int32_t* rows, size_t row_lanes, size_t count, int8_t* values) {
     if (WORD > LANE_BYTES) {
         for (size_t start = 0; start < count; start += WORD / LANE_BYTES)
-            for (size_t i = 0; i < TILE_ROWS; ++i, values += WORD) std::memcpy(values, rows + i * row_lanes + start, WORD);
+            for (size_t i = 0; i < TILE_ROWS; ++i, values += WORD)
+                std::memcpy(values, rows + i * row_lanes + start, WORD);
         return;
     }
     for (size_t start = 0; start < count; start += LANES) {

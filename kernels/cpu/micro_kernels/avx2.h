@@ -68,11 +68,13 @@ template <int BITS, bool UNSIGNED_X>
     const int32_t& all = *reinterpret_cast<const int32_t*>(word);
     __m256i x, product;
     if constexpr (BITS == 8)
-        asm("vpbroadcastd %6, %2\n\tvpmaddwd %2, %4, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %5, %3\n\tvpaddd %3, %1, %1"
+        asm("vpbroadcastd %6, %2\n\tvpmaddwd %2, %4, %3\n\tvpaddd %3, %0, %0\n\t"
+            "vpmaddwd %2, %5, %3\n\tvpaddd %3, %1, %1"
             : "+&x"(sums[0].low), "+&x"(sums[0].high), "=&x"(x), "=&x"(product)
             : "x"(weights[0].low), "x"(weights[0].high), "m"(all));
     else  // int16 sums
-        asm("vpbroadcastd %6, %2\n\tvpmaddubsw %2, %4, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %5, %3\n\tvpaddw %3, %1, %1"
+        asm("vpbroadcastd %6, %2\n\tvpmaddubsw %2, %4, %3\n\tvpaddw %3, %0, %0\n\t"
+            "vpmaddubsw %2, %5, %3\n\tvpaddw %3, %1, %1"
             : "+&x"(sums[0].low), "+&x"(sums[0].high), "=&x"(x), "=&x"(product)
             : "x"(weights[0].low), "x"(weights[0].high), "m"(all));
 }

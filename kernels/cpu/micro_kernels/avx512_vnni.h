@@ -1,5 +1,5 @@
-// Micro-kernels of AVX-512 VNNI. Inline assembly: with intrinsics GCC 12 copies each accumulator and keeps totals in two
-// places.
+// Micro-kernels of AVX-512 VNNI. Inline assembly: with intrinsics GCC 12 copies each accumulator and keeps totals in
+// two places.
 
 #pragma once
 

@@ -14,8 +14,8 @@ constexpr size_t DOT_WIDTH = WORD;
     store(totals, fma(to_floats(sums), mul(scales, broadcast(*x_scale)), load(totals)));
 }
 
-// sums += word * lanes, for a float32 of a row. Inline assembly: GCC loads the words of all rows first, and has no registers
-// left for some sums.
+// sums += word * lanes, for a float32 of a row. Inline assembly: GCC loads the words of all rows first, and has no
+// registers left for some sums.
 template <bool BFLOAT16>
 [[gnu::always_inline]] inline void multiply_add_row(
     Floats* sums, const Floats* lanes, size_t, const uint32_t* word) {

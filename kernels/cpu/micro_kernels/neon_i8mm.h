@@ -25,8 +25,8 @@ template <int BITS>
     }
 }
 
-// Exchanges the second half of `a` and the first half of `b`: turns two outputs of two rows each into 2 x 2 matrices, and
-// those into rows.
+// Exchanges the second half of `a` and the first half of `b`: turns two outputs of two rows each into 2 x 2 matrices,
+// and those into rows.
 [[gnu::always_inline]] inline void exchange_halves(int32x4_t& a, int32x4_t& b) {
     const int64x2_t x = vreinterpretq_s64_s32(a), y = vreinterpretq_s64_s32(b);
     a = vreinterpretq_s32_s64(vtrn1q_s64(x, y));

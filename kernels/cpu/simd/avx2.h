@@ -218,7 +218,9 @@ inline void store_uint8(uint8_t* to, Ints x) {
 
 inline Bytes zero_bytes() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Bytes broadcast_byte(int8_t value) { return {_mm256_set1_epi8(value), _mm256_set1_epi8(value)}; }
-inline Bytes load_bytes(const void* from) { return {_mm256_loadu_si256(words(from)), _mm256_loadu_si256(words(from) + 1)}; }
+inline Bytes load_bytes(const void* from) {
+    return {_mm256_loadu_si256(words(from)), _mm256_loadu_si256(words(from) + 1)};
+}
 inline Bytes load_bytes(const void* from, size_t count) {
     if (count >= 64) return load_bytes(from);
     alignas(32) uint8_t buffer[64] = {};

@@ -1,14 +1,14 @@
-// AMX: tiles for more than one row; AVX-512 VNNI for the rest.
+// AMX: tiles for more than a few rows; AVX-512 VNNI for the rest.
 
 #ifdef __x86_64__
 
+#define SIMD amx
 #include "headers.h"
 
 #include "tiers.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c,amx-tile,amx-int8,amx-bf16")
 
-#define SIMD amx
 #include "../simd/avx512.h"
 #include "../generic/functions.h"
 #include "../micro_kernels/avx512_vnni.h"

@@ -2,13 +2,13 @@
 
 #ifdef __x86_64__
 
+#define SIMD avx2
 #include "headers.h"
 
 #include "tiers.h"
 
 #pragma GCC target("avx2,fma,f16c")
 
-#define SIMD avx2
 #include "../simd/avx2.h"
 #include "../generic/functions.h"
 #include "../micro_kernels/avx2.h"

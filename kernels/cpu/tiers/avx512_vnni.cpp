@@ -2,13 +2,13 @@
 
 #ifdef __x86_64__
 
+#define SIMD avx512_vnni
 #include "headers.h"
 
 #include "tiers.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 
-#define SIMD avx512_vnni
 #include "../simd/avx512.h"
 #include "../generic/functions.h"
 #include "../micro_kernels/avx512_vnni.h"

@@ -2,14 +2,14 @@
 
 #ifdef __x86_64__
 
+#define SIMD avx_vnni
+#define AVX_VNNI  // GCC 12 does not define __AVXVNNI__ after the pragma
 #include "headers.h"
 
 #include "tiers.h"
 
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 
-#define SIMD avx_vnni
-#define AVX_VNNI  // GCC 12 does not define __AVXVNNI__ after the pragma
 #include "../simd/avx2.h"
 #include "../generic/functions.h"
 #include "../micro_kernels/avx2.h"

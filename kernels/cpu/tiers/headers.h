@@ -1,5 +1,5 @@
-// Headers of the kernels that are not ours. A tier includes them before it selects its instructions: functions that
-// other tiers share must not be compiled for them.
+// Headers that tiers share. A tier includes them before it selects its instructions: functions that other tiers use,
+// too, must not have them.
 
 #pragma once
 

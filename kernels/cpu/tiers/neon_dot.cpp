@@ -4,13 +4,13 @@
 
 #include <arm_neon.h>
 
+#define SIMD neon_dot
 #include "headers.h"
 
 #include "tiers.h"
 
 #pragma GCC target("arch=armv8.2-a+dotprod")
 
-#define SIMD neon_dot
 #include "../simd/neon.h"
 #include "../generic/functions.h"
 #include "../micro_kernels/neon_dot.h"

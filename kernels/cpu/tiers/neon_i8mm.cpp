@@ -4,13 +4,13 @@
 
 #include <arm_neon.h>
 
+#define SIMD neon_i8mm
 #include "headers.h"
 
 #include "tiers.h"
 
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
 
-#define SIMD neon_i8mm
 #include "../simd/neon.h"
 #include "../generic/functions.h"
 #include "../micro_kernels/neon_i8mm.h"

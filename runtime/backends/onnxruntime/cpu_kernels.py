@@ -15,7 +15,7 @@ from fusion_edge.runtime.bundle.manifest import Manifest
 
 LIBRARY = Path(__file__).parents[3] / "kernels/cpu_operators.so"
 ACCURACY_LEVEL = 4
-"""Accuracy of the kernels, as ``MatMulNBits`` defines it: 4 is int8 GEMM. Their attention computes in bfloat16."""
+"""Accuracy of the kernels, as ``MatMulNBits`` defines it: 4 is int8 GEMM."""
 ARCHITECTURES = {
     "x86_64": ("AVX2", "AVX-VNNI", "AVX-512 VNNI", "AMX"),
     "aarch64": ("NEON dot product", "NEON i8mm"),
@@ -24,8 +24,8 @@ ARCHITECTURES = {
 TIERS = ARCHITECTURES.get(platform.machine(), ())
 """Those of this machine's architecture."""
 NOT_COMPILED = (
-    "They are not compiled: prefill takes two to three times as long, and a decode step 1.5 times. Install a C++ "
-    "compiler (Debian: apt install g++), then fusion-edge again."
+    "They are not compiled: with AVX-512, prefill takes two to three times as long, and a decode step 1.5 times. "
+    "Install GCC 11 or newer (Debian: apt install g++), then fusion-edge again."
 )
 """Reason of an installation without a compiler."""
 FLOATS = frozenset({"fp32", "fp16"})
@@ -44,7 +44,7 @@ def unsupported_reason(manifest: Manifest) -> str | None:
     if manifest.accuracy_level != ACCURACY_LEVEL:
         return f"They compute at accuracy level {ACCURACY_LEVEL}, and the bundle has {manifest.accuracy_level}."
     if FLOATS.issuperset(manifest.weights.values()):
-        return "They compute in int8 and bfloat16, and the bundle is not quantized."
+        return "Their linear layers compute in int8, and the bundle is not quantized."
     if library() is None:
         return NOT_COMPILED if platform.machine() in ARCHITECTURES else f"They need {processor_needed()}."
     try:
@@ -89,6 +89,13 @@ def tiers() -> tuple[str, ...]:
     function.restype = ctypes.POINTER(ctypes.c_char_p)
     names = function()  # None ends them
     return tuple(name.decode() for name in itertools.takewhile(bool, (names[i] for i in itertools.count())))
+
+
+def use_threads(count: int) -> None:
+    """Tell the kernels the number of threads that sessions have, for which they divide work."""
+    function = ctypes.CDLL(str(library())).use_threads
+    function.argtypes = (ctypes.c_size_t,)
+    function(count)
 
 
 def use_tier(name: str) -> bool:

@@ -205,6 +205,7 @@ def _session(bundle: Bundle, name: str, device: str, threads: int, spin: bool) -
     options = _session_options(bundle.manifest, threads, spin)
     try:
         if device == "cpu" and cpu_kernels.can_run(bundle.manifest, name):
+            cpu_kernels.use_threads(threads)
             options.register_custom_ops_library(str(cpu_kernels.library()))
         session = ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises many unrelated types here

@@ -34,7 +34,7 @@ struct Operands {
 // Adds products with each of the instructions to the same sums, and returns the bytes of each result.
 template <class Tiles>
 std::vector<uint8_t> multiply(const Operands& operands) {
-    std::vector<uint8_t> results(4 * TILE);
+    std::vector<uint8_t> results(3 * TILE);
     Tiles::configure(operands.sizes);
     const auto run = [&](size_t index, auto multiply) {
         Tiles::template load<0>(operands.sums.data(), 64);
@@ -45,8 +45,7 @@ std::vector<uint8_t> multiply(const Operands& operands) {
     };
     run(0, [] { Tiles::template multiply_signed_signed<0, 4, 6>(); });
     run(1, [] { Tiles::template multiply_signed_unsigned<0, 4, 6>(); });
-    run(2, [] { Tiles::template multiply_unsigned_signed<0, 4, 6>(); });
-    run(3, [] {
+    run(2, [] {
         Tiles::template zero<1>();
         Tiles::template multiply_bfloat16<1, 4, 6>();
         Tiles::template multiply_bfloat16<0, 4, 6>();
@@ -126,8 +125,9 @@ size_t check_tile_emulation() {
         operands.sizes.rows[6] = uint8_t(depth);
         operands.sizes.row_bytes[6] = uint16_t(4 * columns);
         set_numbers(operands, random, seed % KIND_COUNT);
-        const std::vector<uint8_t> ours = multiply<EmulatedTiles>(operands), real = multiply<TileInstructions>(operands);
-        if (std::memcmp(ours.data(), real.data(), 3 * TILE) == 0 && same(ours, real, 3 * TILE, TILE)) continue;
+        const std::vector<uint8_t> ours = multiply<EmulatedTiles>(operands);
+        const std::vector<uint8_t> real = multiply<TileInstructions>(operands);
+        if (std::memcmp(ours.data(), real.data(), 2 * TILE) == 0 && same(ours, real, 2 * TILE, TILE)) continue;
         ++failures;
         std::printf("FAILED: emulated tiles of case %u differ\n", seed);
     }

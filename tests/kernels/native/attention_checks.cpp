@@ -139,7 +139,8 @@ struct Causal {
         result.resize(length * heads * width);
         const T* const from_keys = in_place ? keys.data() : past_keys.data();
         const T* const from_values = in_place ? values.data() : past_values.data();
-        params = {qkv.data(), cos.data(), sin.data(), from_keys, from_values, keys.data(), values.data(), nullptr, nullptr,
+        params = {qkv.data(), cos.data(), sin.data(), from_keys, from_values, keys.data(), values.data(),
+                  nullptr, nullptr,
                   result.data(), length, past + length, capacity, capacity, heads, kv_heads, width, rotary,
                   1 / std::sqrt(float(width))};
         if (std::is_same_v<T, int8_t>) {

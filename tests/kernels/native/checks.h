@@ -86,8 +86,8 @@ class Checks {
 double swish(double x, double slope);
 double gelu(double x);
 
-// Largest absolute error of these functions in the kernels: 2^x has a relative error of two roundings; the exponent, the
-// sum, the quotient and the products have about one each, and |z| p (1 - p) < 1/4 for the error of the exponent z.
+// Largest absolute error of these functions in the kernels: 2^x has a relative error of two roundings; the exponent,
+// the sum, the quotient and the products have about one each, and |z| p (1 - p) < 1/4 for the error of the exponent z.
 inline double gate_error(double x) { return 8 * ROUNDOFF * std::abs(x) + 1e-37; }
 
 void check_activations(Checks& checks);

@@ -45,7 +45,8 @@ void set_scales(Layer& layer, Random& random, size_t count, bool half) {
 }
 
 Layer dynamic_layer(
-    Random& random, size_t inputs, size_t outputs, int bits, size_t block_size, bool zero_points, bool bias, bool half) {
+    Random& random, size_t inputs, size_t outputs, int bits, size_t block_size, bool zero_points, bool bias,
+    bool half) {
     Layer layer;
     layer.weights.inputs = inputs;
     layer.weights.outputs = outputs;
@@ -63,8 +64,8 @@ Layer dynamic_layer(
 
 constexpr size_t FEW_ROWS = 4;  // that are multiplied by GEMV
 
-// A layer with 4-bit weights as AMX multiplies it: int8, with one scale for an output and a superblock of inputs. Ratios of
-// scales are multiples of 2^-11.
+// A layer with 4-bit weights as AMX multiplies it: int8, with one scale for an output and a superblock of inputs.
+// Ratios of scales are multiples of 2^-11.
 Layer requantized(const Layer& layer) {
     constexpr size_t SUPERBLOCK = 256;
     constexpr int RATIO_BITS = 11;
@@ -214,6 +215,11 @@ Expected multiply(const Quantized& x, const Layer& layer) {
     return expected;
 }
 
+bool is_requantized(const Checks& checks, const Layer& layer, size_t rows) {
+    const bool has_groups = layer.weights.bits == 4 && layer.weights.block_size < 256;
+    return has_groups && rows > FEW_ROWS && std::strcmp(checks.kernels.tier(), "AMX") == 0;
+}
+
 std::string describe(const Layer& layer, size_t rows, Activation activation) {
     const Weights& weights = layer.weights;
     std::string text = weights.static_quantization ? "static int8"
@@ -236,15 +242,14 @@ void check(Checks& checks, Random& random, const Layer& layer, size_t rows, Acti
     };
     const bool streams = use_streams(false);
     checks.run(name, result, run);
-    if (rows == 1) {
+    if (rows <= FEW_ROWS) {
         const std::vector<float> of_one_stream = result;
         use_streams(true);
         run(run_serially);
         checks.expect(result == of_one_stream, name + ", in streams");
     }
     use_streams(streams);
-    const bool is_requantized = std::strcmp(checks.kernels.tier(), "AMX") == 0 && rows > FEW_ROWS && layer.weights.bits == 4;
-    const Layer& used = is_requantized ? requantized(layer) : layer;
+    const Layer used = is_requantized(checks, layer, rows) ? requantized(layer) : layer;
     checks.expect_near(name, result.data(), multiply(quantize({x, activation}, used.weights), used));
 }
 
@@ -261,6 +266,10 @@ void check_dynamic(Checks& checks) {
                     check(checks, random, layer, rows, seed % 5 ? Activation::NONE : Activation::GELU);
                 }
     Random random(0);
+    for (const size_t rows : {70, 500}) {  // several blocks of rows and inputs
+        check(checks, random, dynamic_layer(random, 1100, 270, 4, 128, true, true, true), rows, Activation::NONE);
+        check(checks, random, dynamic_layer(random, 600, 90, 8, 32, true, true, true), rows, Activation::NONE);
+    }
     for (const int bits : {4, 8}) {  // several panels for a thread
         const Layer layer = dynamic_layer(random, 96, 1600, bits, 32, true, true, true);
         check(checks, random, layer, 13, Activation::NONE);
@@ -299,6 +308,22 @@ void check_mlp(Checks& checks) {
         }
 }
 
+// The largest magnitudes everywhere, of which few fit an int16 sum.
+void check_extremes(Checks& checks) {
+    for (const int bits : {4, 8})
+        for (const float sign : {1.0f, -1.0f}) {
+            Random random(7);
+            Layer layer = dynamic_layer(random, 256, 20, bits, 128, false, false, false);
+            std::fill(layer.values.begin(), layer.values.end(), uint8_t(255));
+            const std::vector<float> x(9 * 256, sign);
+            std::vector<float> result(9 * 20);
+            checks.kernels.gemm(x.data(), 9, layer.weights, Activation::NONE, result.data(), run_serially);
+            const Layer used = is_requantized(checks, layer, 9) ? requantized(layer) : layer;
+            const Expected expected = multiply(quantize({x, Activation::NONE}, used.weights), used);
+            checks.expect_near("extremes of " + std::to_string(bits) + " bits", result.data(), expected);
+        }
+}
+
 // A row with NaN or an infinity becomes NaN; others stay.
 void check_not_finite(Checks& checks) {
     Random random(1);
@@ -321,6 +346,7 @@ void check_linear_layers(Checks& checks) {
     check_dynamic(checks);
     check_static(checks);
     check_mlp(checks);
+    check_extremes(checks);
     check_not_finite(checks);
 }
 

@@ -305,8 +305,8 @@ def test_a_reason_is_a_sentence_with_a_remedy(cuda_bundle: Path) -> None:
 # CPU kernels --------------------------------------------------------------------------------------------------
 
 NOT_COMPILED = (
-    "They are not compiled: prefill takes two to three times as long, and a decode step 1.5 times. Install a C++ "
-    "compiler (Debian: apt install g++), then fusion-edge again."
+    "They are not compiled: with AVX-512, prefill takes two to three times as long, and a decode step 1.5 times. "
+    "Install GCC 11 or newer (Debian: apt install g++), then fusion-edge again."
 )
 NEEDED = "They need a processor with AVX2 (x86_64) or NEON dot product (aarch64)."
 
