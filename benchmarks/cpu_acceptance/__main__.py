@@ -57,11 +57,12 @@ def _main(options: argparse.Namespace) -> int:
         _print(format_table(stages.rows(ran)))
     if "peers" in parts:
         models = comparisons.PeerModels(options.bundle, options.openvino_llm, options.openvino_vision, options.python)
-        compared = comparisons.measure(models, usable_processors(), options.rounds)
+        compared = []
+        for one in comparisons.measure(models, usable_processors(), options.rounds):
+            _print(comparisons.text(one))
+            compared.append(one)
         measured["peers"] = [dataclasses.asdict(one) for one in compared]
         goals += comparisons.goals(compared)
-        for one in compared:
-            _print(comparisons.text(one))
     sys.stdout.write(goal_table(goals))
     if options.json:
         measured["goals"] = [dataclasses.asdict(goal) | {"is_met": goal.is_met} for goal in goals]

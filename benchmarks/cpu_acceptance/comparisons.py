@@ -70,8 +70,8 @@ class Comparison:
 KINDS = {"vision": vision.COMPARISON, "llm": llm.COMPARISON}
 
 
-def measure(models: PeerModels, threads: int, rounds: int) -> list[Comparison]:
-    """Run every comparison that has a goal and a model.
+def measure(models: PeerModels, threads: int, rounds: int) -> Iterator[Comparison]:
+    """Run every comparison that has a goal and a model, and yield each as it ends.
 
     Raises:
         FusionError: A runner fails; its output says why.
@@ -80,7 +80,6 @@ def measure(models: PeerModels, threads: int, rounds: int) -> list[Comparison]:
     fastest, *held = reversed(cpu_kernels.tiers())
     sets = {chosen.tier: isa for isa, chosen in INSTRUCTION_SETS.items()}
     runs: list[tuple[str, str | None]] = [(fastest, None), *((tier, sets[tier]) for tier in held if tier in sets)]
-    comparisons = []
     for tier, isa in runs:
         for kind, path in paths.items():
             phases = {column.title for column in KINDS[kind].columns if column.is_phase}
@@ -90,8 +89,7 @@ def measure(models: PeerModels, threads: int, rounds: int) -> list[Comparison]:
             work = KINDS[kind].workload(threads=threads, isa=isa, **sizes)
             contestants = _contestants(kind, models, path, isa)
             ran = run_rounds(contestants, work, 1 if isa else rounds, KINDS[kind].columns)
-            comparisons.append(Comparison(kind, tier, peers_result(contestants, work, ran)))
-    return comparisons
+            yield Comparison(kind, tier, peers_result(contestants, work, ran))
 
 
 def _contestants(kind: str, models: PeerModels, peer: Path, isa: str | None) -> list[Contestant]:
