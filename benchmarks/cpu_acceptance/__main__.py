@@ -67,7 +67,7 @@ def _main(options: argparse.Namespace) -> int:
     if options.json:
         measured["goals"] = [dataclasses.asdict(goal) | {"is_met": goal.is_met} for goal in goals]
         measured["minutes"] = round((time.perf_counter() - started) / 60, 1)
-        write_result(options.json, "cpu_acceptance", options.rounds, machine, measured)
+        write_result(options.json, "cpu_acceptance BUNDLE", options.rounds, machine, measured)
     return 0
 
 

@@ -214,7 +214,7 @@ def test_a_bundle_that_our_kernels_cannot_run(
 ) -> None:
     bundle = tmp_path / "float"
     assert cli.main([str(tiny_checkpoint), "-o", str(bundle), "--fp32"]) == 0
-    assert f"The CPU kernels cannot run {bundle}. They compute in int8" in refused(
+    assert f"The CPU kernels cannot run {bundle}. Their linear layers compute in int8" in refused(
         command.main, bundle, "--only=stages"
     )
 
