@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,12 @@ def measure(options: argparse.Namespace, arguments: dict[str, Any]) -> Times:
     process.start()
     theirs.close()
     try:
-        times = _received(ours)
+        times = _received(ours.recv)
         reader = subprocess.Popen([sys.executable, "-c", READER, str(options.log)], stderr=subprocess.DEVNULL)
         try:
             time.sleep(1)
             ours.send(None)
-            times |= _received(ours)
+            times |= _received(ours.recv)
             if reader.poll() is not None:
                 raise FusionError(f"The other process ended early; give it a file to read, not {options.log}.")
             return times
@@ -95,12 +96,11 @@ def measure(options: argparse.Namespace, arguments: dict[str, Any]) -> Times:
         process.join()
 
 
-def _received(pipe: Connection) -> Times:
+def _received(receive: Callable[[], Times]) -> Times:
     try:
-        times: Times = pipe.recv()
+        return receive()
     except EOFError:
         raise FusionError("The process that decodes has failed; see its error above.") from None
-    return times
 
 
 def _decode(pipe: Connection, bundle: Path, steps: int, arguments: dict[str, Any]) -> None:

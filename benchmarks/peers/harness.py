@@ -175,7 +175,8 @@ def run_worker(contestant: Contestant, workload: Any) -> Round:
         report = from_json(WorkerReport, json.loads(child.stdout.splitlines()[-1]))
     except (IndexError, ValueError) as error:
         raise FusionError(f"{contestant.runner.module} printed no JSON report in its last line: {error}.") from None
-    return Round(report, load_average, round(_seconds_of_others() - others, 2))
+    # At least 0: /proc/stat counts in coarser ticks than getrusage.
+    return Round(report, load_average, max(0.0, round(_seconds_of_others() - others, 2)))
 
 
 def _seconds_of_others() -> float:
