@@ -134,7 +134,7 @@ def compare(
     monkeypatch.setattr(harness, "run_worker", peer)
     monkeypatch.setattr(runtime_kernels, "tiers", lambda: tuple(tiers))
     given = {"llm": None, "vision": None, **models}
-    measured = comparisons.measure(comparisons.PeerModels(Path("ours"), **given, python="python"), 2, 2)
+    measured = list(comparisons.measure(comparisons.PeerModels(Path("ours"), **given, python="python"), 2, 2))
     return peer, {goal.name: (goal.figure, goal.limit) for goal in comparisons.goals(measured)}
 
 
