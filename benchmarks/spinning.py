@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 from PIL import Image
@@ -56,7 +56,7 @@ def _main(options: argparse.Namespace) -> int:
         models = {"spin": spinning, "sleep": sleeping}
         for number in range(options.rounds + 1):
             for place in ("quiet", "busy"):
-                with busy_processor() if place == "busy" else quiet_machine():
+                with busy_processor() if place == "busy" else nullcontext():
                     for name, fusion in models.items():
                         time.sleep(QUIET)
                         found = measure(fusion, options.steps, options.questions, number)
@@ -69,12 +69,6 @@ def _main(options: argparse.Namespace) -> int:
         given = f"spinning BUNDLE --steps {options.steps} --questions {options.questions}"
         write_result(options.json, given, options.rounds, machine, {"seconds": percentiles(times)})
     return 0
-
-
-@contextmanager
-def quiet_machine() -> Iterator[None]:
-    """Run nothing beside the model."""
-    yield
 
 
 @contextmanager

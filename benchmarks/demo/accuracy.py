@@ -73,8 +73,7 @@ DETAILS = tuple(
     for tokens in (64, 25, 16)
     for latents in (MOST_LATENTS, FEWEST_LATENTS)
 )
-TIERS = tuple(Row(tier, tier=tier) for tier in (cpu_kernels.tiers() if cpu_kernels.library() else ()))
-"""Those of this processor."""
+TIERS = tuple(Row(tier, tier=tier) for tier in cpu_kernels.TIERS)
 TABLES = {"formats": FORMATS, "guides": GUIDES, "details": DETAILS, "tiers": TIERS}
 
 
@@ -117,8 +116,9 @@ def _measure(name: str, samples: Sequence[Sample], options: argparse.Namespace) 
         reference = Reference(fusion, compared, settings(fusion, rows[0].query_length))
     with reference:
         for row in rows:
-            if row.tier is not None:
-                cpu_kernels.use_tier(row.tier)
+            if row.tier is not None and not (cpu_kernels.library() and cpu_kernels.use_tier(row.tier)):
+                sys.stderr.write(f"{row.name}: not on this machine\n")
+                continue
             with _open(row, work) as fusion:
                 asked = settings(fusion, row.query_length, guide=row.guide)
                 cases = [*ask(fusion, compared, asked, reference).cases, *ask(fusion, others, asked).cases]

@@ -39,6 +39,10 @@ struct Weights {
     size_t blocks() const { return (inputs + block_size - 1) / block_size; }
     size_t row_bytes() const { return static_quantization ? inputs : blocks() * block_size * bits / 8; }
     size_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
+    uint8_t zero_point(size_t output, size_t block) const {
+        const uint8_t* row = zero_points + output * zero_point_bytes();
+        return bits == 8 ? row[block] : row[block / 2] >> (block % 2 * 4) & 15;
+    }
 };
 
 }  // namespace fusion_edge

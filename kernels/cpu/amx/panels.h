@@ -16,19 +16,6 @@ constexpr size_t CHUNK_GROUPS = 8;          // at most: groups of 16 inputs
 constexpr float RATIO_ONE = 1 << 11;        // a ratio is below 16
 constexpr int OFFSET_ONE = 1 << 4;          // RATIO_ONE * OFFSET_ONE = 2^15, by which vpmulhrsw divides
 
-// Zero points of up to 16 groups of an output from `group` on.
-inline __m512i load_zero_points(const Weights& weights, size_t output, size_t group) {
-    if (!weights.zero_points) return _mm512_set1_epi32(1 << (weights.bits - 1));
-    const uint8_t* row = weights.zero_points + output * weights.zero_point_bytes() + group * weights.bits / 8;
-    const size_t bytes = (std::min(LANES, weights.blocks() - group) * weights.bits + 7) / 8;
-    __m128i points = _mm_maskz_loadu_epi8(lane_mask(bytes), row);
-    if (weights.bits == 4) {
-        const __m128i half = _mm_set1_epi8(15);
-        points = _mm_unpacklo_epi8(_mm_and_si128(points, half), _mm_and_si128(_mm_srli_epi16(points, 4), half));
-    }
-    return _mm512_cvtepu8_epi32(points);
-}
-
 // Largest lane among each `count` lanes, a power of two.
 inline __m512 largest_of(__m512 lanes, size_t count) {
     const __m512i indices = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -181,7 +168,8 @@ inline void AmxPanels::set_scales(size_t index) {
     for (size_t group = 0; group < groups; group += LANES) {
         const size_t count = std::min(LANES, groups - group);
         const __m512 own = load_scales(weights_, output * groups + group, count);
-        const __m512i points = load_zero_points(weights_, output, group);
+        const __m512i points = weights_.zero_points ? to_ints(load_zero_points(weights_, output, group))
+                                                    : broadcast_int(1 << (weights_.bits - 1));
         __m512 scales = own;
         if (shared > 1) {
             const __m512 least = _mm512_mul_ps(own, _mm512_permutexvar_ps(points, inverse_levels));

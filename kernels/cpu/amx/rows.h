@@ -46,45 +46,12 @@ constexpr size_t MAX_PIECE = 512;        // inputs quantized at a time
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(first)), _mm512_cvtepi16_epi8(second), 1);
 }
 
-// Quantizes `count` inputs, of which `valid` exist, to bytes.
-struct DynamicQuantizer {
-    float scale, sum;
-
-    void operator()(const float* x, size_t valid, size_t count, uint8_t* to) {
-        __m512 largest = _mm512_setzero_ps();
-        for (size_t i = 0; i < valid; i += LANES)
-            largest = max_abs(largest, _mm512_maskz_loadu_ps(lane_mask(valid - i), x + i));
-        float magnitude = reduce_max_abs(largest);
-        const bool is_finite = std::isfinite(magnitude);
-        if (magnitude < MIN_MAGNITUDE) magnitude = 0;
-        const __m512 inverse = _mm512_set1_ps(is_finite && magnitude > 0 ? 127 / magnitude : 0);
-        __m512i total = _mm512_setzero_si512();
-        for (size_t i = 0; i < count; i += LANES) {
-            const __mmask16 mask = is_finite && i < valid ? lane_mask(valid - i) : 0;
-            const __m512i quantized = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
-            total = _mm512_add_epi32(total, quantized);
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(quantized));
-        }
-        scale = is_finite ? magnitude / 127 : std::numeric_limits<float>::quiet_NaN();
-        sum = float(_mm512_reduce_add_epi32(total));
-    }
-};
-
-struct StaticQuantizer {
-    ActivationQuantizer quantizer;
-
-    void operator()(const float* x, size_t valid, size_t count, uint8_t* to) {
-        for (size_t i = 0; i < count; i += LANES)
-            quantizer.store(reinterpret_cast<int8_t*>(to + i), load(x + i, i < valid ? valid - i : 0));
-    }
-};
-
 // Interleaves bytes [16, MAX_PIECE] of `count` inputs by four; with `splits`, of each 128 the even ones first.
-inline void interleave(uint8_t* bytes, size_t count, bool splits, uint8_t* to) {
+inline void interleave(int8_t* bytes, size_t count, bool splits, uint8_t* to) {
     if (splits)
         for (size_t row = 0; row < AMX_ROWS; ++row)
             for (size_t i = 0; i < count; i += 2 * AMX_BYTES) {
-                uint8_t* pair = bytes + row * MAX_PIECE + i;
+                int8_t* pair = bytes + row * MAX_PIECE + i;
                 const __m512i first = _mm512_load_si512(pair), second = _mm512_load_si512(pair + AMX_BYTES);
                 _mm512_store_si512(pair, low_bytes(first, second));
                 _mm512_store_si512(
@@ -119,7 +86,7 @@ inline AmxRows pack_amx_rows(
         const size_t tile = index / blocks, start = index % blocks * steps.superblock;
         const size_t count = std::min(steps.superblock, steps.width - start);
         const size_t valid = start < weights.inputs ? std::min(count, weights.inputs - start) : 0;
-        alignas(64) uint8_t bytes[AMX_ROWS * MAX_PIECE];
+        alignas(64) int8_t bytes[AMX_ROWS * MAX_PIECE];
         alignas(64) float activated[MAX_PIECE];
         for (size_t i = 0; i < AMX_ROWS; ++i) {
             float& scale = packed.scales[index * AMX_ROWS + i];
@@ -127,20 +94,14 @@ inline AmxRows pack_amx_rows(
             scale = sum = 0;
             const size_t row = tile * AMX_ROWS + i;
             if (row >= rows) continue;
-            const float* from = x + row * weights.inputs + start;
-            if (activation == Activation::GELU) {
-                for (size_t j = 0; j < valid; j += LANES)
-                    _mm512_store_ps(activated + j, gelu(_mm512_maskz_loadu_ps(lane_mask(valid - j), from + j)));
-                from = activated;
-            }
-            uint8_t* const to = bytes + i * MAX_PIECE;
+            const float* from = activate(x + row * weights.inputs + start, valid, activation, activated);
+            int8_t* const to = bytes + i * MAX_PIECE;
             if (weights.static_quantization) {
-                StaticQuantizer{ActivationQuantizer(*weights.static_quantization)}(from, valid, count, to);
+                quantize_static(from, valid, *weights.static_quantization, to);
             } else {
-                DynamicQuantizer quantizer;
-                quantizer(from, valid, count, to);
-                scale = quantizer.scale;
-                sum = quantizer.sum;
+                const QuantizedBlock block = quantize_dynamic(from, valid, count, to);
+                scale = block.scale;
+                sum = float(block.sum);
             }
         }
         interleave(bytes, count, weights.bits == 4, packed.tile(tile) + start * AMX_ROWS);

@@ -74,6 +74,15 @@ void pack_values(const Weights& weights, size_t output, size_t count, uint8_t* t
     return load_half(static_cast<const uint16_t*>(weights.scales) + index, count);
 }
 
+// 16 zero points of an output from `block` on, as far as they exist.
+inline Floats load_zero_points(const Weights& weights, size_t output, size_t block) {
+    const size_t count = std::min(LANES, weights.blocks() - block);
+    if (weights.bits == 8) return load(weights.zero_points + output * weights.zero_point_bytes() + block, count);
+    uint8_t points[LANES];
+    for (size_t i = 0; i < count; ++i) points[i] = weights.zero_point(output, block + i);
+    return load(points, count);
+}
+
 // Packs the scales [blocks, PANEL] of `count` outputs.
 inline void pack_scales(const Weights& weights, size_t output, size_t count, float* packed) {
     const size_t blocks = weights.blocks();
@@ -103,13 +112,9 @@ inline Panel pack(const Weights& weights, size_t output, PanelScratch& scratch) 
     float* scales = scratch.scales.of(round_up(blocks, LANES) * PANEL);
     pack_scales(weights, output, count, scales);
     int32_t* zero = scratch.zero_points.of(blocks * PANEL);
-    for (size_t i = 0; weights.zero_points && i < count; ++i) {
-        const uint8_t* row = weights.zero_points + (output + i) * weights.zero_point_bytes();
-        for (size_t block = 0; block < blocks; ++block) {
-            const int32_t point = weights.bits == 8 ? row[block] : row[block / 2] >> (block % 2 * 4) & 15;
-            zero[block * PANEL + i] = point - unsigned_offset(weights);
-        }
-    }
+    for (size_t i = 0; weights.zero_points && i < count; ++i)
+        for (size_t block = 0; block < blocks; ++block)
+            zero[block * PANEL + i] = weights.zero_point(output + i, block) - unsigned_offset(weights);
     for (size_t i = 0; i < PANEL; i += LANES) {
         const bool has_bias = weights.bias && i < count;
         store(scratch.bias + i, has_bias ? load(weights.bias + output + i, count - i) : broadcast(0));

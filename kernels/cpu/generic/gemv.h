@@ -59,12 +59,7 @@ class GemvRows {
 // Zero points of up to 16 blocks of an output; 1 if all blocks have the same one, which the sums already include.
 inline Floats zero_points(const Weights& weights, size_t output, size_t block) {
     if (!weights.zero_points) return broadcast(1);
-    const uint8_t* row = weights.zero_points + output * weights.zero_point_bytes() + block * weights.bits / 8;
-    const size_t count = std::min(LANES, weights.blocks() - block);
-    if (weights.bits == 8) return sub(load(row, count), broadcast(float(UNSIGNED_OFFSET)));
-    uint8_t points[LANES];
-    for (size_t i = 0; i < count; ++i) points[i] = row[i / 2] >> (i % 2 * 4) & 15;
-    return load(points, count);
+    return sub(load_zero_points(weights, output, block), broadcast(float(unsigned_offset(weights))));
 }
 
 template <int BITS>

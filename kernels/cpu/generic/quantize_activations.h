@@ -73,11 +73,10 @@ class ActivationQuantizer {
     Ints zero_point_;
 };
 
-// Output of the quantization of one block: inputs of a row that share a scale.
-struct Block {
-    int8_t* values;
-    float* scale;
-    int32_t* sum;
+// A block of inputs of a row that share a scale, after dynamic quantization.
+struct QuantizedBlock {
+    float scale;
+    int32_t sum;  // of the values
 };
 
 // Returns the activated inputs in `buffer`, or `x` itself without an activation.
@@ -87,37 +86,31 @@ inline const float* activate(const float* x, size_t count, Activation activation
     return buffer;
 }
 
-// Symmetric int8 with scale = largest magnitude / 127. If an input is not finite, the scale is NaN, and so is the row's
-// result.
-inline void quantize_dynamic(const float* x, size_t count, const Weights& weights, const Block& block) {
+// Writes `size` values, of which the first `count` inputs exist and the others are zero: symmetric int8 with scale =
+// largest magnitude / 127. If an input is not finite, the scale is NaN, and so is the row's result.
+inline QuantizedBlock quantize_dynamic(const float* x, size_t count, size_t size, int8_t* values) {
     Floats largest = broadcast(0);
     for (size_t i = 0; i < count; i += LANES) largest = max_abs(largest, load(x + i, count - i));
     float magnitude = reduce_max_abs(largest);
     if (!std::isfinite(magnitude)) {
-        std::fill_n(block.values, weights.block_size, int8_t(0));
-        *block.scale = std::numeric_limits<float>::quiet_NaN();
-        *block.sum = 0;
-        return;
+        std::fill_n(values, size, int8_t(0));
+        return {std::numeric_limits<float>::quiet_NaN(), 0};
     }
     if (magnitude < MIN_MAGNITUDE) magnitude = 0;
     const Floats inverse = broadcast(magnitude > 0 ? 127 / magnitude : 0);
     Ints total = broadcast_int(0);
-    for (size_t i = 0; i < weights.block_size; i += LANES) {
-        const Floats values = i < count ? load(x + i, count - i) : broadcast(0);
-        const Ints quantized = to_ints(mul(values, inverse));
+    for (size_t i = 0; i < size; i += LANES) {
+        const Ints quantized = to_ints(mul(i < count ? load(x + i, count - i) : broadcast(0), inverse));
         total = add_ints(total, quantized);
-        store_int8(block.values + i, quantized);
+        store_int8(values + i, quantized);
     }
-    *block.scale = magnitude / 127;
-    const int32_t zero_point = (1 << (weights.bits - 1)) - unsigned_offset(weights);
-    *block.sum = -reduce_add_ints(total) * (weights.zero_points ? 1 : zero_point);
+    return {magnitude / 127, reduce_add_ints(total)};
 }
 
 // 8 bits with the calibrated scale and zero point.
-inline void quantize_static(const float* x, size_t count, const Weights& weights, const Block& block) {
-    const ActivationQuantizer quantizer(*weights.static_quantization);
-    for (size_t i = 0; i < count; i += LANES) quantizer.store(block.values + i, load(x + i, count - i));
-    *block.scale = weights.static_quantization->scale;
+inline void quantize_static(const float* x, size_t count, const ActivationQuantization& quantization, int8_t* values) {
+    const ActivationQuantizer quantizer(quantization);
+    for (size_t i = 0; i < count; i += LANES) quantizer.store(values + i, load(x + i, count - i));
 }
 
 // Moves the inputs at even positions of every 8 before those at odd ones. `count` is a multiple of 16.
@@ -173,6 +166,8 @@ inline QuantizedActivations quantize_activations(
     const size_t blocks = weights.blocks(), tiles = (rows + tile_rows - 1) / tile_rows, all = tiles * tile_rows;
     // Inputs quantized at a time: a block, or a part of the only block with static quantization.
     const size_t piece = weights.static_quantization ? MAX_BLOCK : weights.block_size;
+    // Of weights that share one, which the sums include.
+    const int32_t zero_point = weights.zero_points ? 1 : (1 << (weights.bits - 1)) - unsigned_offset(weights);
     const size_t width = word_inputs(weights, tile_rows);
     const size_t end = round_up(weights.inputs, piece), steps = round_up(end, 128) / width;
     const QuantizedActivations quantized{
@@ -185,14 +180,18 @@ inline QuantizedActivations quantize_activations(
         alignas(64) float activated[MAX_BLOCK];
         for (size_t start = 0; start < end; start += piece) {
             const size_t count = std::min(piece, weights.inputs - start);
-            const size_t block_offset = weights.static_quantization ? 0 : start / piece * tile_rows;
             int8_t* to = tile.values + start / width * WORD * tile_rows;
             for (size_t i = 0; i < here; ++i) {
                 const float* row = activate(from + i * weights.inputs + start, count, activation, activated);
                 int8_t* const row_values = tile_rows == 1 ? to : buffer.bytes + i * MAX_BLOCK;
-                const Block block{row_values, tile.scales + block_offset + i, tile.sums + block_offset + i};
-                if (weights.static_quantization) quantize_static(row, count, weights, block);
-                else quantize_dynamic(row, count, weights, block);
+                if (weights.static_quantization) {
+                    quantize_static(row, count, *weights.static_quantization, row_values);
+                    tile.scales[i] = weights.static_quantization->scale;
+                } else {
+                    const QuantizedBlock block = quantize_dynamic(row, count, piece, row_values);
+                    tile.scales[start / piece * tile_rows + i] = block.scale;
+                    tile.sums[start / piece * tile_rows + i] = -block.sum * zero_point;
+                }
                 if (weights.bits == 4) separate_even(row_values, piece);
             }
             if (tile_rows > 1) buffer.write(weights, piece, to);

@@ -2,17 +2,15 @@
 
 #pragma once
 
+#ifdef AVX_VNNI
+#include "vnni.h"
+#else
 #include "dot_steps.h"
+#endif
 
 namespace fusion_edge::SIMD {
 
 #ifdef AVX_VNNI
-
-template <int BITS>
-[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t step_bytes, Bytes first, Bytes second, bool) {
-    store_bytes(to, first);
-    store_bytes(to + step_bytes, second);
-}
 
 template <int BITS, bool UNSIGNED_X>
 [[gnu::always_inline]] inline void dot_row(
@@ -24,13 +22,6 @@ template <int BITS, bool UNSIGNED_X>
     else
         asm("%{vex%} vpdpbusd %4, %2, %0\n\t%{vex%} vpdpbusd %4, %3, %1"
             : "+&x"(sums[0].low), "+&x"(sums[0].high) : "x"(weights[0].low), "x"(weights[0].high), "x"(x));
-}
-
-template <int BITS, bool UNSIGNED_X, size_t... I>
-[[gnu::always_inline]] inline void dot_steps(
-    std::index_sequence<I...> rows, Ints (&sums)[sizeof...(I)][REGISTERS], const uint8_t*& weights, const int8_t*& x,
-    size_t steps, NextTile& next) {
-    dot_words<BITS, UNSIGNED_X>(rows, sums, weights, x, steps, next);
 }
 
 #else

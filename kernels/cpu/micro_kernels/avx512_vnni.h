@@ -3,15 +3,9 @@
 
 #pragma once
 
-#include "dot_steps.h"
+#include "vnni.h"
 
 namespace fusion_edge::SIMD {
-
-template <int BITS>
-[[gnu::always_inline]] inline void store_words(uint8_t* to, size_t step_bytes, Bytes first, Bytes second, bool) {
-    store_bytes(to, first);
-    store_bytes(to + step_bytes, second);
-}
 
 // vpdpbusd takes the unsigned operand first.
 template <int BITS, bool UNSIGNED_X>
@@ -27,13 +21,6 @@ template <int BITS, bool UNSIGNED_X>
         asm("vpbroadcastd %7, %3\n\tvpdpbusd %3, %4, %0\n\tvpdpbusd %3, %5, %1\n\tvpdpbusd %3, %6, %2"
             : "+&v"(sums[0]), "+&v"(sums[1]), "+&v"(sums[2]), "=&v"(inputs)
             : "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "m"(four));
-}
-
-template <int BITS, bool UNSIGNED_X, size_t... I>
-[[gnu::always_inline]] inline void dot_steps(
-    std::index_sequence<I...> rows, Ints (&sums)[sizeof...(I)][REGISTERS], const uint8_t*& weights, const int8_t*& x,
-    size_t steps, NextTile& next) {
-    dot_words<BITS, UNSIGNED_X>(rows, sums, weights, x, steps, next);
 }
 
 // totals += float(sums) * scales * x_scale.
