@@ -5,8 +5,8 @@
 //   load, store                 of Floats; with a count, of the first lanes only, the others are zero. Also load of
 //                               8-bit integers and load_half of float16
 //   stream                      stores past the caches; finish_streams makes it visible to other threads
-//   add, sub, mul, div, fma (a b + c), fms (a b - c), fnma (c - a b), min, max (the second operand if one is NaN), round
-//                               (to nearest even), inverse, multiply_by_power (x 2^n for an integral n <= 0),
+//   add, sub, mul, div, fma (a b + c), fms (a b - c), fnma (c - a b), min, max (the second operand if one is NaN),
+//                               round (to nearest even), inverse, multiply_by_power (x 2^n for an integral n <= 0),
 //                               select_negative, keep_first (zero after them)
 //   max_first                   maximum over the first lanes; the others keep the first operand
 //   max_abs (for a first operand >= 0; unlike max keeps NaN, which is larger than all), reduce_max_abs, reduce_add, ...
