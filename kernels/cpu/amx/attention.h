@@ -128,6 +128,7 @@ class Head {
             const size_t steps = std::min(BLOCK_STEPS, steps_ - step);
             for (size_t i = 0; i <= steps; ++i) {  // a step behind the tiles, which take longer
                 if (i < steps) multiply_keys(step + i, rows_->scores + i * STEP * QUERIES);
+                prefetch_results(rows, first, count, 2 * (step + i));
                 if (i > 0) find_largest(step + i - 1, rows_->scores + (i - 1) * STEP * QUERIES);
             }
             for (size_t side = 0; side < SIDES; ++side) {
@@ -162,6 +163,15 @@ class Head {
             rows_->sums[side] = _mm512_setzero_ps();
         }
         std::fill_n(rows_->results, sizes_.channels * AMX_ROWS * QUERIES, 0.0f);
+    }
+
+    // Prefetches the memory of two rows of results.
+    void prefetch_results(const QueryRows& rows, size_t first, size_t count, size_t row) const {
+        for (size_t i = row; i < std::min(row + 2, count); ++i) {
+            const float* const result = rows.result(first + i);
+            for (size_t channel = 0; channel < width_; channel += LANES) __builtin_prefetch(result + channel, 1);
+            __builtin_prefetch(result + width_ - 1, 1);
+        }
     }
 
     // scores [STEP, QUERIES] = keys * queries, for the keys of a step.
