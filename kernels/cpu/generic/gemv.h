@@ -121,7 +121,7 @@ struct RowGroup {
 // chunk has several blocks.
 template <int BITS, int CHUNKS, size_t STREAMS, size_t ROWS>
 void gemv_streams(const RowGroup<ROWS>& group, const Weights& weights, size_t output, size_t count) {
-    constexpr size_t WIDTH = CHUNK * 8 / BITS;
+    constexpr size_t WIDTH = CHUNK * 8 / BITS, PASS = std::max(CHUNKS, 1) * CHUNK;  // inputs of a chunk; bytes
     const size_t bytes = weights.row_bytes(), stride = round_up(weights.blocks() + LANES, LANES);
     static thread_local Scratch<float> scratch;
     float* const factors = scratch.of(STREAMS * ROWS * stride);
@@ -137,25 +137,19 @@ void gemv_streams(const RowGroup<ROWS>& group, const Weights& weights, size_t ou
                 totals[i][row] = scale_blocks(group.rows[row], weights, output + i * count, own);
             }
         }
-        size_t input = 0;
-        for (size_t start = 0, block = 0; start < bytes; start += std::max(CHUNKS, 1) * CHUNK, ++block) {
+        for (size_t start = 0, input = 0, block = 0; start < bytes; start += PASS, input += PASS * 8 / BITS, ++block) {
 #pragma GCC unroll 4
             for (size_t i = 0; i < STREAMS; ++i) {
                 Ints sums[ROWS];
                 for (size_t row = 0; row < ROWS; ++row) sums[row] = broadcast_int(0);
-                const uint8_t* from = values[i] + start;
-                const auto multiply = [&](Bytes chunk, size_t offset) __attribute__((always_inline)) {
-                    const Unpacked<BITS> unpacked(chunk);
+#pragma GCC unroll 4
+                for (size_t chunk = 0; chunk < PASS / CHUNK; ++chunk) {
+                    const uint8_t* const from = values[i] + start + chunk * CHUNK;
+                    prefetch<STREAMS>(from);
+                    const Unpacked<BITS> unpacked(CHUNKS ? load_bytes(from) : load_bytes(from, bytes - start));
 #pragma GCC unroll 4
                     for (size_t row = 0; row < ROWS; ++row)
-                        sums[row] = unpacked.dot(sums[row], group.rows[row].values + input + offset);
-                };
-                prefetch<STREAMS>(from);
-                if constexpr (CHUNKS == 0) multiply(load_bytes(from, bytes - start), 0);
-#pragma GCC unroll 4
-                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                    if (chunk > 0) prefetch<STREAMS>(from + chunk * CHUNK);
-                    multiply(load_bytes(from + chunk * CHUNK), chunk * WIDTH);
+                        sums[row] = unpacked.dot(sums[row], group.rows[row].values + input + chunk * WIDTH);
                 }
 #pragma GCC unroll 4
                 for (size_t row = 0; row < ROWS; ++row) {
@@ -164,7 +158,6 @@ void gemv_streams(const RowGroup<ROWS>& group, const Weights& weights, size_t ou
                     totals[i][row] = fma(to_floats(sums[row]), scale, totals[i][row]);
                 }
             }
-            input += std::max(CHUNKS, 1) * WIDTH;
         }
         for (size_t i = 0; i < STREAMS; ++i)
             for (size_t row = 0; row < ROWS; ++row) {
