@@ -44,7 +44,8 @@ def linear(workspace: Workspace, form: str) -> Outcome:
     figures: dict[str, Any] = {}
     weights = operators.INPUTS * operators.OUTPUTS
     for rows in (1, PROMPT):
-        case, label = operators.quantized_linear(form, rows), f"{form} {rows} rows"
+        label = f"{form} {rows} rows"
+        case = operators.quantized_linear(form, rows, operators.INPUTS, operators.OUTPUTS)
         built = build(target, case)
         ran = None if target.cuda is None else run(target, built.plan, case, label, workspace)
         layers = built.layers if ran is None else ran.layers

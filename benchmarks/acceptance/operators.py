@@ -28,7 +28,7 @@ SIGMAS = 6
 Array = npt.NDArray[Any]
 
 
-def quantized_linear(form: str, rows: int, inputs: int = INPUTS, outputs: int = OUTPUTS) -> OperatorCase:
+def quantized_linear(form: str, rows: int, inputs: int, outputs: int) -> OperatorCase:
     """Return ``x [rows,inputs]`` times a quantized weight.
 
     ``form`` is ``int4-64`` or ``int4-128`` (blocks along the inputs), ``int8`` (one scale an output), ``w8a8`` or
