@@ -93,7 +93,7 @@ def test_the_wheel_is_for_every_python(wheel: Path) -> None:
 
 def test_the_wheel_holds_what_ships_and_nothing_else(wheel: Path) -> None:
     modules = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    modules |= {Path("benchmarks/__init__.py"), Path("benchmarks/entry.py"), Path("__init__.py")}
+    modules |= {Path("benchmarks/__init__.py"), Path("benchmarks/entry.py"), Path("__init__.py"), Path("acceptance.py")}
     expected = {f"fusion_edge/{path.as_posix()}" for path in modules}
     expected |= {"fusion_edge/py.typed", "fusion_edge/kernels/cpu_operators.so"}
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

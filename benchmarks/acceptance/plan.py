@@ -48,7 +48,7 @@ def _operators() -> Iterator[Step]:
 
 def _demo() -> Iterator[Step]:
     def step(name: str, function: str, *needs: str, **arguments: Any) -> Step:
-        return Step(name, "demo", f"{PACKAGE}.demo:{function}", arguments, needs, limit=300)
+        return Step(name, "demo", f"{PACKAGE}.demo:{function}", arguments, needs, limit=900)
 
     yield step("demo-export", "export")
     yield step("demo-cpu", "answer_on_cpu", "demo-export")
@@ -62,7 +62,7 @@ def _demo() -> Iterator[Step]:
 
 def _full_size() -> Iterator[Step]:
     def step(name: str, function: str, *needs: str) -> Step:
-        return Step(name, "full-size", f"{PACKAGE}.full_size:{function}", needs=needs, limit=900)
+        return Step(name, "full-size", f"{PACKAGE}.full_size:{function}", needs=needs, limit=1800)
 
     yield step("full-size-export", "export")
     yield step("full-size-build", "build", "full-size-export")
