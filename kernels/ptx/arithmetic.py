@@ -99,7 +99,7 @@ def _floats() -> Iterator[tuple[str, Operation]]:
         yield "max.f32", _same("f32", count, lambda *values: reduce(np.fmax, values))
     yield "neg.f32", _same("f32", 1, np.negative)
     yield "div.full.f32", _same("f32", 2, np.divide)
-    yield "ex2.approx.f32", _same("f32", 1, np.exp2)
+    yield "ex2.approx.f32", _same("f32", 1, lambda values: np.exp2(values.astype(np.float64)).astype(np.float32))
     yield "sqrt.approx.ftz.f32", _same("f32", 1, lambda values: np.sqrt(_flush_subnormals(values)))
 
 

@@ -176,8 +176,8 @@ def compile_kernel(kernel: str, architecture: str, width: int, dtype: str) -> Co
     source = ASTSource(function, signature, constants, aligned)
     major, minor = ARCHITECTURES[architecture]
     target = GPUTarget("cuda", int(architecture), WARP_SIZE)
-    # Threads that hold copies of a sum store it at once, so they must agree. A fused multiply-add rounds its own product
-    # less often than a neighbor's: they agree only where products are exact, as those of 16 bits in float32 are.
+    # Threads that hold copies of a sum store it at once, so they must agree. Fused multiply-adds round a neighbor's
+    # product, but not their own: they agree only where products are exact, as those of 16 bits in float32 are.
     options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": dtype != "fp32"}
     binary = triton.compile(source, target=target, options=options)
     ptx = strip_scratch_parameters(strip_debug_info(binary.asm["ptx"]), len(types))

@@ -29,7 +29,7 @@ class Launch:
 
     def run(self) -> None:
         """Run it in the interpreter. Pointers to inputs, integers, pointers to outputs: TensorRT's order."""
-        arguments = [*self.inputs, *self.integers, self.output]
+        arguments: list[Array | int] = [*self.inputs, *self.integers, self.output]
         run(self.ptx, grid=self.grid, block=self.block, arguments=arguments, shared_bytes=self.shared_bytes)
 
 
