@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
-from fusion_edge.export.engines.decompositions import decompose_operators, unsupported_operators
+from fusion_edge.export.engines.decompositions import allow_decomposition, decompose_operators, unsupported_operators
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
 from fusion_edge.export.engines.optimization_profiles import (
     DimensionRanges,
@@ -119,6 +118,7 @@ class EngineBuilder:
             decompose_operators(model, self.decomposed, groups)
         for function in model.functions:
             qualify_names(function)  # bundles of older versions need it
+        allow_decomposition(model)
         parts = partition_graph(model, self._options.parts) if name == LLM else [model]
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
@@ -136,18 +136,7 @@ class EngineBuilder:
         with Progress(f"Building {label}", 0, unit=None) as progress:
             canceled = Event()
             monitor = _monitor(trt, progress, canceled)
-
-            def build(decompose_attention: bool) -> Any:
-                return interruptible(lambda: self._plan(model, profiles, monitor, decompose_attention), canceled.set)
-
-            # Fused attention first. Where TensorRT has no kernel for it, the build fails early and says so.
-            plan = build(decompose_attention=False)
-            if plan is None and any("dedicated kernel" in error for error in self._messages.errors):
-                sys.stderr.write(
-                    f"{label}: {self._library.name} has no fused attention for this head size; attention is slower.\n"
-                )
-                self._messages.errors.clear()
-                plan = build(decompose_attention=True)
+            plan = interruptible(lambda: self._plan(model, profiles, monitor), canceled.set)
         if plan is None:
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
@@ -157,7 +146,7 @@ class EngineBuilder:
         with file.open("wb") as output:
             output.write(memoryview(plan))
 
-    def _plan(self, model: ModelProto, profiles: list[DimensionRanges], monitor: Any, decompose_attention: bool) -> Any:
+    def _plan(self, model: ModelProto, profiles: list[DimensionRanges], monitor: Any) -> Any:
         """Return the serialized engine (``IHostMemory``), or None if TensorRT cannot build it."""
         trt = self._library.module
         builder = trt.Builder(self._logger)
@@ -167,8 +156,6 @@ class EngineBuilder:
         if not parser.parse(model.SerializeToString(), str(self._bundle.folder / MANIFEST)):
             self._messages.errors.insert(0, str(parser.get_error(0)) if parser.num_errors else "")
             return None
-        if decompose_attention:
-            _decompose_attention(trt, network)
         config = self._config(builder, monitor)
         inputs = [(value.name, tensor_shape(value)) for value in model.graph.input]
         for ranges in profiles:
@@ -205,14 +192,6 @@ class EngineBuilder:
 
 def _tensors(values: Iterable[ValueInfoProto]) -> tuple[Mapping[str, Any], ...]:
     return tuple({"name": value.name, "dtype": tensor_dtype(value), "shape": tensor_shape(value)} for value in values)
-
-
-def _decompose_attention(trt: Any, network: Any) -> None:
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # get_layer returns the base class
-            layer.attention.decomposable = True
 
 
 def _compute_capability(trt: Any, written: str) -> Any:

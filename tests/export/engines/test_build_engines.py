@@ -227,21 +227,22 @@ def test_timing_cache_is_kept(bundle: Path) -> None:
     assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
 
 
-def test_failure_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error gives the reason of the second attempt, not the missing fused attention."""
-    trt = fake()
-    trt.has_fused_attention, trt.build_error = False, "Out of memory."
-    assert build(trt, bundle) == 1
-    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. If" in capsys.readouterr().err
-
-
-def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_without_a_fused_kernel(bundle: Path) -> None:
+    """TensorRT may decompose every Attention."""
     trt = fake()
     trt.has_fused_attention = False
     assert build(trt, bundle) == 0
-    told = capsys.readouterr().err.splitlines()[1:]
-    remark = "tensorrt_rtx has no fused attention for this head size; attention is slower."
-    assert told == [f"vision_encoder: {remark}", f"llm: {remark}"]
+    nodes = [node for config in trt.built for node in config.model.graph.node if node.op_type == "Attention"]
+    assert len(nodes) > 1
+    for node in nodes:
+        assert [one.i for one in node.attribute if one.name == "TRT_decomposable"] == [1]
+
+
+def test_the_bundle_keeps_its_attention(bundle: Path) -> None:
+    """Only the graph that is built has the attribute, which ONNX Runtime does not know."""
+    before = {path.name: path.read_bytes() for path in bundle.glob("*.onnx")}
+    assert build(fake(), bundle) == 0
+    assert {path.name: path.read_bytes() for path in bundle.glob("*.onnx")} == before
 
 
 # Failures during a build -----------------------------------------------------------------------------------------
