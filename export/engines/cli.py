@@ -76,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
         help="partition the LLM into N engines, which divides the memory to build by about N (default: %(default)s)",
     )
     add(
+        "--max-block",
+        type=byte_count,
+        metavar="SIZE",
+        help="cut graphs and linears so that the weights of an engine, and every weight in float16, fit in SIZE, e.g. "
+        "400MB (default: no limit)",
+    )
+    add(
         "--kernels",
         type=Path,
         metavar="FOLDER",
@@ -106,7 +113,9 @@ def _build(arguments: argparse.Namespace) -> int:
     if not library.is_rtx:
         check_bundle(bundle)
     platform = _platform(library, arguments.device)
-    options = BuildOptions(arguments.workspace, arguments.parts, arguments.kernels, arguments.verbose)
+    options = BuildOptions(
+        arguments.workspace, arguments.parts, arguments.max_block, arguments.kernels, arguments.verbose
+    )
     unsupported_reason = plugins_unsupported_reason(library, platform, options)
     if unsupported_reason is not None and options.kernels is not None:
         raise UsageError(f"--kernels cannot be used ({unsupported_reason}); leave it out.")

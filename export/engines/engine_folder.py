@@ -30,8 +30,9 @@ def up_to_date_engines(
         _, built = open_engines(bundle, platform)
     except FusionError:
         return None
-    existing = built.max_context, built.parts, built.workspace, built.operator
-    return built if existing == (max_context, options.parts, options.workspace, _operator(unsupported_reason)) else None
+    existing = built.max_context, built.parts, built.workspace, built.max_block, built.operator
+    wanted = max_context, options.parts, options.workspace, options.max_block, _operator(unsupported_reason)
+    return built if existing == wanted else None
 
 
 def _operator(unsupported_reason: str | None) -> str:
@@ -70,6 +71,7 @@ def write_engines(
         if builder.decomposed:
             names = ", ".join(builder.decomposed)
             sys.stderr.write(f"{library.name} {library.version} does not support {names}: decomposed, and slower.\n")
+        builder.largest_block()  # refuses a --max-block that is too small
         if timing_cache.is_file():
             builder.timing_cache = timing_cache.read_bytes()
         engines = builder.build(partial)
@@ -81,6 +83,7 @@ def write_engines(
             max_context=max_context,
             workspace=options.workspace,
             parts=options.parts,
+            max_block=options.max_block,
             operator=_operator(unsupported_reason),
             engines=engines,
         )
