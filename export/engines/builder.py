@@ -49,6 +49,8 @@ class BuildOptions:
     """Most bytes of a block for weights: of an engine, or of one weight in float16. None: no limit."""
     kernels: Path | None = None
     """Folder of compiled kernels for the plugins. None: Triton compiles them."""
+    checks_memory: bool = True
+    """Whether a small Jetson must have a free block for the weights of every engine."""
     verbose: bool = False
     """Whether TensorRT prints all its messages."""
 

@@ -76,6 +76,8 @@ class Engines:
     """Requested number of partitions of the LLM."""
     max_block: int | None
     """Limit of a block for weights at build time in bytes; None for no limit."""
+    timed_on: str | None
+    """Model of the Jetson whose GPU timed the kernels; None for another machine."""
     operator: str
     """Implementation of the recursive alignment: ``plugin`` or ``function``."""
     engines: Mapping[str, tuple[Engine, ...]]
