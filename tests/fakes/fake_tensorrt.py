@@ -48,11 +48,6 @@ class PreviewFeature(Enum):
     ALIASED_PLUGIN_IO_10_03 = 0
 
 
-class LayerType(Enum):
-    ATTENTION_INPUT = 0
-    MATRIX_MULTIPLY = 1
-
-
 class ComputeCapability(Enum):
     SM75 = 75
     SM86 = 86
@@ -84,7 +79,6 @@ class FakeTensorRT(ModuleType):
     DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
     BuilderFlag = BuilderFlag
     PreviewFeature = PreviewFeature
-    LayerType = LayerType
     ILogger = ILogger
     IProgressMonitor = IProgressMonitor
 
@@ -117,7 +111,6 @@ class FakeTensorRT(ModuleType):
         self.Builder = partial(Builder, self)
         self.OnnxParser = partial(OnnxParser, self)
         self.Runtime = partial(Runtime, self)
-        self.IAttentionInputLayer = IAttentionInputLayer
         if name == "tensorrt_rtx":
             self.ComputeCapability = ComputeCapability
 
@@ -189,35 +182,9 @@ class IBuilderConfig:
         return self._cache
 
 
-class IAttention:
-    decomposable = False
-
-
-class ILayer:
-    type: LayerType
-
-    def __init__(self, type: LayerType) -> None:
-        self.type = type
-        self._attention = IAttention()
-
-
-class IAttentionInputLayer(ILayer):
-    @property
-    def attention(self) -> IAttention:
-        return self._attention
-
-
 class INetworkDefinition:
     def __init__(self) -> None:
         self.model, self.folder = ModelProto(), Path()
-        self.layers: list[ILayer] = []
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    def get_layer(self, index: int) -> ILayer:
-        return self.layers[index]
 
 
 class OnnxParser:
@@ -251,10 +218,6 @@ class OnnxParser:
             if data and (folder / data["location"]).stat().st_size < int(data["offset"]) + int(data["length"]):
                 self._errors.append(f"{tensor.name} is not in {data['location']}.")
         self._network.model, self._network.folder = parsed, folder
-        kinds = {"Attention": LayerType.ATTENTION_INPUT}
-        self._network.layers = [
-            ILayer(kinds.get(node.op_type, LayerType.MATRIX_MULTIPLY)) for node in parsed.graph.node
-        ]
         return not self._errors
 
 
@@ -275,7 +238,8 @@ class Builder:
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
         module, error = self._module, self._module.build_error
         if not module.has_fused_attention and any(
-            layer.type == LayerType.ATTENTION_INPUT and not layer._attention.decomposable for layer in network.layers
+            node.op_type == "Attention" and all(one.name != "TRT_decomposable" for one in node.attribute)
+            for node in network.model.graph.node
         ):
             error = NO_KERNEL
         dynamic = {value.name for value in network.model.graph.input if is_dynamic(value)}

@@ -189,14 +189,15 @@ class IRuntimeConfig:
 def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.InferenceSession:
     """Return the session that computes an engine. Plugin nodes are functions again, from the bundle's graph.
 
+    Attributes that only TensorRT knows are removed.
+
     ``has_scopes``: whether the parser separates a function's parameters from tensors of the graph.
     """
     whole = onnx.load(folder / f"{model.graph.name.split('.')[0]}.onnx", load_external_data=False)
     for node in model.graph.node:
-        if node.domain:
-            kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot")]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+        kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot", "TRT_decomposable")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
     kept_functions = {function.name for function in model.functions}
     model.functions.extend(function for function in whole.functions if function.name not in kept_functions)
     model = model if has_scopes else tensorrt_parser.inlined(model)
