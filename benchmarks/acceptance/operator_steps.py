@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from typing import Any
-
-from onnx import ModelProto, helper
 
 from fusion_edge.benchmarks.acceptance import operators
 from fusion_edge.benchmarks.acceptance.alignment import WIDTH, kernel_source
@@ -22,7 +19,12 @@ from fusion_edge.benchmarks.acceptance.engine import (
     writes_tensor_of,
 )
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
-from fusion_edge.export.engines.decompositions import SINCE, decompose_operators, unsupported_operators
+from fusion_edge.export.engines.decompositions import (
+    SINCE,
+    allow_decomposition,
+    decompose_operators,
+    unsupported_operators,
+)
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.runtime.errors import FusionError
@@ -73,7 +75,8 @@ def attention(workspace: Workspace, dim: int) -> Outcome:
             built, refusal = build(target, case), None
         except FusionError as error:
             refusal = str(error)
-            built = build(target, dataclasses.replace(case, model=_decomposable(case.model)))
+            allow_decomposition(case.model)  # as fusion-build does at once
+            built = build(target, case)
         ran = None if target.cuda is None else run(target, built.plan, case, f"attention-{dim} {name}", workspace)
         figures[name] = _figures(built.layers if ran is None else ran.layers, ran) | {"refusal_as_one_layer": refusal}
     kinds = (f"{name} {'decomposed' if one['refusal_as_one_layer'] else 'one layer'}" for name, one in figures.items())
@@ -126,15 +129,6 @@ def _supported(target: Target, case: OperatorCase) -> OperatorCase:
     if names := _unsupported(target):
         decompose_operators(case.model, names, 1)
     return case
-
-
-def _decomposable(model: ModelProto) -> ModelProto:
-    """Return a copy whose attention the builder may take apart."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for node in (node for node in copy.graph.node if node.op_type == "Attention"):
-        node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
-    return copy
 
 
 def _figures(layers: Layers, ran: EngineRun | None) -> dict[str, Any]:

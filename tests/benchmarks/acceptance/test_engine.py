@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 from fakes.fake_cuda import FakeCuda
@@ -259,7 +258,19 @@ def test_the_rate_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.check_all_freed()
 
 
-def test_the_attribute_that_lets_the_builder_decompose_attention() -> None:
-    model = operator_steps._decomposable(operators.attention(64, 2, 4, heads=1).model)
-    (node,) = model.graph.node
-    assert {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}["TRT_decomposable"] == 1
+def test_attention_without_a_fused_kernel(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is built again, decomposed, and the step says so."""
+    models = []
+
+    def refusing(target: Target, case: engine.OperatorCase) -> engine.BuiltEngine:
+        models.append(case.model.SerializeToString())
+        if b"TRT_decomposable" not in models[-1]:
+            raise FusionError("There is no dedicated kernel.")
+        return engine.BuiltEngine(b"plan", ({"Name": "part"},))
+
+    monkeypatch.setattr(operator_steps, "build", refusing)
+    with installed(FakeTensorRT(*RTX, FakeCuda(gpus=0))):
+        outcome = operator_steps.attention(workspace, 72)
+    assert outcome.summary.startswith("prompt decomposed, decode decomposed; built with tensorrt_rtx")
+    assert outcome.figures["decode"] == {"layers": ["part"], "refusal_as_one_layer": "There is no dedicated kernel."}
+    assert len(models) == 4
