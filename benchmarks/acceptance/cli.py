@@ -83,9 +83,8 @@ def _main(options: argparse.Namespace) -> int:
             sys.stdout.write(f"{result.status:8}{result.name:24}{result.seconds:6.1f} s  {result.summary}\n")
             sys.stdout.flush()
             results.append(result)
-            write_whole(
-                output / RESULT, _text(results, time.monotonic() - started)
-            )  # the next step may stop the machine
+            # Now, because the next step may stop the machine.
+            write_whole(output / RESULT, _text(results, time.monotonic() - started))
     if options.json is not None:
         write_whole(options.json, (output / RESULT).read_bytes())
     archive = output.with_name(f"{output.name}.tar.gz")

@@ -7,7 +7,7 @@ import importlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 
@@ -64,10 +64,11 @@ def export(workspace: Workspace) -> Outcome:
 def answer_on_cpu(workspace: Workspace) -> Outcome:
     """Answer on the CPU, and keep the answer for the comparisons."""
     try:
-        with load(bundle_of(workspace), device="cpu") as fusion:
-            answer = _ask(workspace, fusion)
+        fusion = load(bundle_of(workspace), device="cpu")
     except FusionError as error:
         raise SkippedStep(f"The CPU does not run the bundle: {error}") from None
+    with fusion:
+        answer = _ask(workspace, fusion)
     if workspace.bundle is None and answer.text != ANSWER:
         raise FusionError(f"The demo model answers {answer.text!r} on the CPU, expected {ANSWER!r}.")
     (workspace.scratch / CPU_ANSWER).write_text(json.dumps(dataclasses.asdict(answer)), encoding="utf-8")
@@ -85,7 +86,7 @@ def build(workspace: Workspace, plugins: bool) -> Outcome:
 class _WithoutGraphs(Cuda):
     """CUDA on which no capture succeeds, so that decode steps run kernel by kernel."""
 
-    def end_capture(self, stream: int) -> Any:
+    def end_capture(self, stream: int) -> NoReturn:
         self.destroy_graph(super().end_capture(stream))
         raise DeviceError("graphs are off")
 

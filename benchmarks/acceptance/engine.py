@@ -117,18 +117,18 @@ class _Log:
     """Keeps TensorRT's messages, and writes them to standard error: the step's log."""
 
     def __init__(self, library: Library) -> None:
-        trt, self.messages = library.module, list[str]()
-        messages, self._errors = self.messages, list[str]()
-        errors = self._errors
+        trt, log = library.module, self
+        self.messages: list[str] = []
+        self._errors: list[str] = []
 
         class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                messages.append(message)
+                log.messages.append(message)
                 if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    errors.append(" ".join(message.split()))
+                    log._errors.append(" ".join(message.split()))
                 sys.stderr.write(f"{message}\n")
 
         self.logger = Logger()

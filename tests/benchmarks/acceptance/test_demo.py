@@ -81,6 +81,17 @@ def test_a_wrong_answer_of_the_cpu(exported: Workspace, monkeypatch: pytest.Monk
         demo.answer_on_cpu(exported)
 
 
+def test_a_machine_without_onnxruntime(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or with one that does not know the bundle's opset, as that of Python 3.10."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise FusionError("onnxruntime is not installed.")
+
+    monkeypatch.setattr(demo, "load", missing)
+    with pytest.raises(SkippedStep, match=r"^The CPU does not run the bundle: onnxruntime is not installed\.$"):
+        demo.answer_on_cpu(exported)
+
+
 def answer(token_ids: tuple[int, ...], logprobs: list[dict[int, float]]) -> Answer:
     return Answer("text", token_ids, 1, "stop", {}, 0.0, (), tuple(logprobs))
 
