@@ -60,30 +60,23 @@ def _compute(state: State, active: Active) -> None:
 
 
 def _move(state: State, active: Active) -> None:
-    """Copy a register, split one into a vector, or join a vector to one."""
+    """Copy a register, join a vector to one, or split one into a vector."""
     (kind,) = _opcode(active, r"mov\.(pred|[bu](?:16|32|64))")
     result, source = _operands(active, 2)
+    registers = state.registers
     if isinstance(source, tuple):
-        parts = [state.registers.read(active, one, _part(active, kind, source)) for one in source]
-        values, undefined = np.stack(parts, axis=-1).reshape(-1), _undefined_parts(state, source)
+        part = _part(active, kind, source)
+        values = np.stack([registers.read(active, one, part) for one in source], axis=-1).reshape(-1)
+        registers.write(active, result, values.view(element(kind)), registers.undefined_each(source))
+    elif isinstance(result, tuple):
+        parts = element(_part(active, kind, result))
+        split = registers.read(active, source, kind).view(parts).reshape(-1, len(result))
+        undefined = registers.undefined([source], len(result))
+        for index, one in enumerate(result):
+            mask = None if undefined is None else undefined[:, index : index + 1]
+            registers.write(active, one, split[:, index], mask)
     else:
-        elements = len(result) if isinstance(result, tuple) else 1
-        values, undefined = state.registers.read(active, source, kind), state.registers.undefined([source], elements)
-    if isinstance(result, tuple):
-        parts = list(values.view(element(_part(active, kind, result))).reshape(-1, len(result)).T)
-        for index, (one, value) in enumerate(zip(result, parts, strict=True)):
-            state.registers.write(active, one, value, None if undefined is None else undefined[:, index : index + 1])
-    else:
-        state.registers.write(active, result, values.view(element(kind)), undefined)
-
-
-def _undefined_parts(state: State, vector: tuple[Scalar, ...]) -> Mask | None:
-    """Return where the elements of a vector are undefined, ``[threads, elements]``; None: nowhere."""
-    parts = [state.registers.undefined([one]) for one in vector]
-    if all(part is None for part in parts):
-        return None
-    defined = np.zeros((len(state.phases), 1), bool)
-    return np.hstack([defined if part is None else part for part in parts])
+        registers.write(active, result, registers.read(active, source, kind), registers.undefined([source]))
 
 
 def _part(active: Active, kind: str, vector: tuple[Scalar, ...]) -> str:
@@ -100,10 +93,11 @@ def _load(state: State, active: Active) -> None:
         return _load_parameter(state, active)
     space, count, kind = _access(active)
     result, address = _operands(active, 2)
-    values, is_used = np.zeros((len(active.mask), count), element(kind)), _used_cells(active, count, kind)
+    registers, is_used = _vector(active, result, count), _used_cells(active, count, kind)
+    values = np.zeros((len(active.mask), count), element(kind))
     loaded = state.memory[space].load(active, _addresses(state, active, address), is_used.reshape(-1))
     values[active.mask] = loaded.view(values.dtype)
-    for register, value, known in zip(_vector(active, result, count), values.T, np.all(is_used, axis=1), strict=True):
+    for register, value, known in zip(registers, values.T, np.all(is_used, axis=1), strict=True):
         state.registers.write(active, register, value, None if known else np.ones((len(active.mask), 1), bool))
 
 

@@ -83,12 +83,12 @@ def parse(ptx: str) -> Kernel:
 
 
 def _parameters(declaration: str) -> dict[str, int]:
-    found = [
-        re.fullmatch(r"\s*\.param\s+\.[ubs](32|64)\b.*?([\w$]+)\s*", one, re.DOTALL) for one in declaration.split(",")
-    ]
-    if None in found:
-        raise InvalidPtx(f"Parameters must be of 32 or 64 bits: {' '.join(declaration.split())}.")
-    return {one[2]: int(one[1]) for one in found if one is not None}
+    parameters = {}
+    for one in filter(None, map(str.strip, declaration.split(","))):
+        if (found := re.fullmatch(r"\.param \.[bu](32|64)\b.*?([\w$]+)", one)) is None:
+            raise InvalidPtx(f"A parameter is {one!r}, expected one of 32 or 64 bits.")
+        parameters[found[2]] = int(found[1])
+    return parameters
 
 
 class _Body:

@@ -6,7 +6,7 @@ packed register. It may not store them, branch on them or use them as addresses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -52,6 +52,14 @@ class Registers:
                 mask: Mask = np.any(cells.reshape(self._threads, elements, -1), axis=2)
                 union = mask if union is None else union | mask
         return union
+
+    def undefined_each(self, operands: Sequence[Operand]) -> Mask | None:
+        """Return where each of the operands is undefined, ``[threads, operands]``; None: nowhere."""
+        masks = [self.undefined([operand]) for operand in operands]
+        nowhere = np.zeros((self._threads, 1), bool)
+        if all(mask is None for mask in masks):
+            return None
+        return np.hstack([nowhere if mask is None else mask for mask in masks])
 
     def _undefined_cells(self, name: str) -> Mask | None:
         """Return which 16 bits of a register are undefined, ``[threads, bits / 16]``."""
