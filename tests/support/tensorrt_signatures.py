@@ -35,9 +35,8 @@ def results(signatures: Iterable[Signatures]) -> Results:
     found: dict[str, frozenset[str]] = {}
     for one in signatures:
         for name, signature in one.items():
-            returned = (
-                {name} if signature in (CLASS, ENUMERATION) else set(re.findall(r"-> (\w+)", signature)) & one.keys()
-            )
+            is_class = signature in (CLASS, ENUMERATION)
+            returned = {name} if is_class else set(re.findall(r"-> (\w+)", signature)) & one.keys()
             found[name] = found.get(name, frozenset()) | returned
     return found
 
