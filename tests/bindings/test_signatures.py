@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from threading import Event
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 from support.tensorrt_signatures import OVERLOAD, committed, parameters, problems, read, results
-from support.tensorrt_usage import CONDITIONS, FULL, RTX, Condition, all_uses, uses_of
+from support.tensorrt_usage import CONDITIONS, FULL, MODULES, RTX, Condition, all_uses, sources, uses_of
 
 from fusion_edge.export.engines import builder
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
@@ -121,6 +122,16 @@ def test_a_right_use_is_accepted(source: str) -> None:
 def test_conditions_in_the_source(source: str, libraries: list[str]) -> None:
     (use,) = (use for use in uses_of("ours.py", ast.parse(source), RESULTS) if use.names == ("One",))
     assert [one for one in (FULL, RTX) if use.condition.holds(one, "10.3.0")] == libraries
+
+
+def test_variables_of_the_module_have_the_names_that_are_looked_for() -> None:
+    found = set()
+    for tree in sources().values():
+        found |= {
+            one.arg for one in ast.walk(tree) if isinstance(one, ast.arg) and ast.unparse(one).endswith(": ModuleType")
+        }
+        found |= set(re.findall(r"^\s*\(?(\w+).* = \(?[\w.]*library\.module\b(?!\.)", ast.unparse(tree), re.MULTILINE))
+    assert {"trt", "trtp"} <= found <= MODULES.keys()
 
 
 def test_conditions_by_name() -> None:
