@@ -26,7 +26,8 @@ Not documented: whether TensorRT launches a plugin with empty outputs, and what 
 plugin. So the grid has at least one block (CUDA rejects an empty one), the kernels get the number of rows and return if
 there are none, and ``AddRows`` skips positions outside of the sequence.
 
-The plugins have not run in TensorRT: tests check them against a fake of the module.
+The plugins have not run in an engine. Tests take them through all calls of a builder in that source, of TensorRT 10.9
+to 11 (``tests/bindings/``); only the expressions, which are C++ objects, are stand-ins there.
 """
 
 from __future__ import annotations

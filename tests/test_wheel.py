@@ -176,7 +176,8 @@ def test_the_acceptance_ships(robot: Path) -> None:
 
 def test_the_acceptance_runs_from_a_wheel(robot: Path, tmp_path: Path) -> None:
     """Steps that need the demo checkpoint are skipped."""
-    packages = (path for name in ("onnx", "ml_dtypes", "google", "huggingface_hub", "typing_extensions.py") for path in installed().glob(name))
+    names = ("onnx", "ml_dtypes", "google", "huggingface_hub", "typing_extensions.py")
+    packages = (path for name in names for path in installed().glob(name))
     environment = tmp_path / "packages"
     environment.mkdir()
     for path in packages:

@@ -6,7 +6,6 @@ The result is written last, so a process without one has crashed.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import traceback
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_edge.benchmarks.acceptance.steps import FAIL, PASS, SKIPPED, Outcome, SkippedStep, Step, Workspace
+from fusion_edge.benchmarks.latency.machine.memory import peak
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.output_file import write_whole
 
@@ -46,7 +46,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 def main(task: Path, result: Path) -> None:
     """Run a task and write its result."""
     ended = run_task(json.loads(task.read_text(encoding="utf-8")))
-    ended["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ended["peak_memory"] = peak()  # ru_maxrss would count the parent, too
     write_whole(result, json.dumps(ended))
 
 

@@ -13,9 +13,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import fake_tensorrt_plugin
 from fakes.fake_cuda import FakeCuda
-from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, BuilderFlag, FakeTensorRT, MemoryPoolType, PreviewFeature
+from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import installed
 
 from fusion_edge.export.bundle.folder_lock import locked_folder
@@ -102,14 +101,14 @@ def test_plugins_or_functions_compute_alignment(
     trt = fake(library)
     assert build(trt, bundle) == 0
     assert capsys.readouterr().err == told
-    assert registered == ([(fake_tensorrt_plugin, "86")] if operator == "plugin" else [])
+    assert registered == ([(trt.plugin, "86")] if operator == "plugin" else [])
     (folder,) = engines_of(bundle)
     assert read_engines(folder).operator == operator
     for config in trt.built:
         nodes = [node for node in config.model.graph.node if node.op_type in ("AddRows", "ContextAttention")]
         names = {function.name for function in config.model.functions if function.domain == DOMAIN}
         if operator == "plugin":
-            assert config.features == {PreviewFeature.ALIASED_PLUGIN_IO_10_03}
+            assert config.features == {trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03}
             assert all({"plugin_namespace", "aot"} <= {one.name for one in node.attribute} for node in nodes)
             assert not names & {node.op_type for node in nodes}
         else:
@@ -121,9 +120,9 @@ def test_plugins_or_functions_compute_alignment(
 def test_tensorrt_build_configuration(bundle: Path) -> None:
     trt = fake()
     assert build(trt, bundle, "--device=12.0", "--workspace=512MB", "--max-context=256") == 0
-    assert [config.pools for config in trt.built] == [{MemoryPoolType.WORKSPACE: 512_000_000}] * 3
+    assert [config.pools for config in trt.built] == [{trt.MemoryPoolType.WORKSPACE: 512_000_000}] * 3
     assert [capability.name for config in trt.built for capability in config.capabilities.values()] == ["SM120"] * 3
-    assert [config.flags_set for config in trt.built] == [{BuilderFlag.REQUIRE_USER_ALLOCATION}] * 3
+    assert [config.flags_set for config in trt.built] == [{trt.BuilderFlag.REQUIRE_USER_ALLOCATION}] * 3
     (folder,) = engines_of(bundle)
     assert "-cc12.0-" in folder.name
     built = read_engines(folder)
