@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fusion_edge.benchmarks
@@ -12,11 +12,13 @@ from fusion_edge.benchmarks.acceptance.steps import SkippedStep
 from fusion_edge.export import cli
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import write_engines
+from fusion_edge.export.engines.jetsons import jetson_limits
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.library import Library, first_library
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.system.jetson import this_jetson
 
 DEMO = Path(fusion_edge.benchmarks.__path__[0]) / "demo"
 """Checkpoint and picture of the demo model. A wheel does not hold them."""
@@ -60,11 +62,13 @@ def expect_gpu() -> Gpu:
 
 
 def build(bundle: Path, gpu: Gpu, options: BuildOptions, *, plugins: bool) -> Engines:
-    """Build the engines of a bundle, and replace earlier ones.
+    """Build the engines of a bundle with the limits of ``fusion-build`` on this device, and replace earlier ones.
 
     Raises :class:`SkippedStep` if plugins are wanted and unsupported, and the errors of :func:`write_engines`.
     """
     opened = open_bundle(bundle)
+    limits = jetson_limits(None, this_jetson())
+    options = replace(options, workspace=limits.workspace, max_block=limits.max_block)
     reason = plugins_unsupported_reason(gpu.library, gpu.platform, options)
     if plugins and reason is not None:
         raise SkippedStep(f"{reason}.")

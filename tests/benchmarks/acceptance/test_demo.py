@@ -22,6 +22,7 @@ from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends import devices
 from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.system.jetson import Jetson
 
 pytestmark = needs_opset_24  # the fake of TensorRT computes with it
 
@@ -145,6 +146,15 @@ def test_plugins_without_kernels(exported: Workspace) -> None:
         pytest.raises(SkippedStep, match=r"needs 10\.9"),
     ):
         demo.build(exported, plugins=True)
+
+
+def test_engines_have_the_limits_of_the_device(
+    exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fusion-build has on an Orin Nano with 8 GB."""
+    monkeypatch.setattr(bundles, "this_jetson", lambda: Jetson("NVIDIA Jetson Orin Nano", 7_600_000_000))
+    demo.build(exported, plugins=False)
+    assert {tuple(config.pools.values()) for config in trt.built} == {(512_000_000,)}
 
 
 def test_the_full_size_on_fakes(workspace: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
