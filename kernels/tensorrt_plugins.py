@@ -26,13 +26,14 @@ Not documented: whether TensorRT launches a plugin with empty outputs, and what 
 plugin. So the grid has at least one block (CUDA rejects an empty one), the kernels get the number of rows and return if
 there are none, and ``AddRows`` skips positions outside of the sequence.
 
-The plugins have not run in TensorRT: tests check them against a fake of the module.
+The plugins have not run in an engine. Tests take them through all calls of a builder in that source, of TensorRT 10.9
+to 11 (``tests/bindings/``); only the expressions, which are C++ objects, are stand-ins there.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import GenericAlias, ModuleType
@@ -71,6 +72,16 @@ class Plugin:
     @property
     def inputs(self) -> tuple[str, ...]:
         return KERNELS[self.kernel].inputs
+
+    def launch(
+        self, *shapes: Sequence[Any], maximum: Callable[[Any, int], Any] = max
+    ) -> tuple[tuple[Any, int], tuple[Any, ...]]:
+        """Return the grid, and the kernel's integers, for the shapes of its inputs.
+
+        Sizes are numbers, or TensorRT's expressions of them with their ``maximum``.
+        """
+        integers = self.integers(*shapes)
+        return (maximum(integers[0], 1), self.blocks_per_row), integers
 
 
 PLUGINS = (
@@ -162,10 +173,10 @@ def _implementation(plugin: Plugin, trtp: ModuleType, architecture: str, source:
         if plugin.operator == CONTEXT_ATTENTION and (rows := _constant_size(plugin, inputs, 1, 2)) != CONTEXT_ROWS:
             raise FusionError(f"{plugin.operator}'s kernel has context windows of {CONTEXT_ROWS} rows, not of {rows}.")
         kernel = source(plugin.kernel, architecture, width, _dtype(plugin, inputs[0]))
-        integers = plugin.integers(*(tensor.shape_expr for tensor in inputs))
+        (grid_x, grid_y), integers = plugin.launch(*(tensor.shape_expr for tensor in inputs), maximum=trtp.max)
         launch = trtp.KernelLaunchParams(
-            grid_x=trtp.max(integers[0], 1),
-            grid_y=plugin.blocks_per_row,
+            grid_x=grid_x,
+            grid_y=grid_y,
             block_x=kernel.threads,
             shared_mem=kernel.shared_bytes,
         )

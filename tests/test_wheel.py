@@ -21,7 +21,15 @@ from fusion_edge.export import cli
 
 RUNTIME_LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "PIL", "pillow")
 """Import names of what the extra ``[cpu]`` installs and the runtime imports, and of folders with their libraries."""
-FOLDERS = ("export", "kernels", "quant", "runtime", "benchmarks/evaluation", "benchmarks/latency")
+FOLDERS = (
+    "export",
+    "kernels",
+    "quant",
+    "runtime",
+    "benchmarks/acceptance",
+    "benchmarks/evaluation",
+    "benchmarks/latency",
+)
 """Folders that ship."""
 HEAVY = ("torch", "onnx", "transformers", "huggingface_hub", "safetensors", "sentencepiece")
 """Libraries that the runtime must not import; ``import-linter`` checks the same in the source."""
@@ -85,7 +93,7 @@ def test_the_wheel_is_for_every_python(wheel: Path) -> None:
 
 def test_the_wheel_holds_what_ships_and_nothing_else(wheel: Path) -> None:
     modules = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    modules |= {Path("benchmarks/__init__.py"), Path("benchmarks/entry.py"), Path("__init__.py")}
+    modules |= {Path("benchmarks/__init__.py"), Path("benchmarks/entry.py"), Path("__init__.py"), Path("acceptance.py")}
     expected = {f"fusion_edge/{path.as_posix()}" for path in modules}
     expected |= {"fusion_edge/py.typed", "fusion_edge/kernels/cpu_operators.so"}
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -158,6 +166,34 @@ def test_a_missing_extra_is_one_line(robot: Path, name: str) -> None:
     remedy = "run pip install '.[export]' in a clone of fusion-edge."
     assert refused.stderr == f"error: onnx and huggingface_hub are not installed; {remedy}\n"
     assert (refused.returncode, refused.stdout) == (1, "")
+
+
+def test_the_acceptance_ships(robot: Path) -> None:
+    refused = command(robot / "python", "-m", "fusion_edge.acceptance")
+    assert refused.stderr == "error: onnx is not installed; run pip install '.[export]' in a clone of fusion-edge.\n"
+    assert refused.returncode == 1
+
+
+def test_the_acceptance_runs_from_a_wheel(robot: Path, tmp_path: Path) -> None:
+    """Steps that need the demo checkpoint are skipped."""
+    names = ("onnx", "ml_dtypes", "google", "huggingface_hub", "typing_extensions.py")
+    packages = (path for name in names for path in installed().glob(name))
+    environment = tmp_path / "packages"
+    environment.mkdir()
+    for path in packages:
+        (environment / path.name).symlink_to(path)
+    parts = [f"--only={part}" for part in ("environment", "demo", "full-size")]
+    ended = subprocess.run(
+        [robot / "python", "-m", "fusion_edge.acceptance", *parts],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(environment)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    assert "not part of a wheel; run the command in a clone of fusion-edge, or pass --bundle." in ended.stdout
+    assert "full-size-export" in ended.stdout
 
 
 def test_the_runtime_imports_little(robot: Path) -> None:

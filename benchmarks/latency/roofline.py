@@ -16,6 +16,7 @@ from fusion_edge.runtime.bundle.manifest import Manifest
 HEAD = "llm.lm_head"
 QUESTION_LINEAR = "question_in"
 """Linear of an interaction layer that runs on one token, the question's last."""
+TEXT_PROJECTOR = "vision.text_projector."
 CONTEXT_LINEARS = ("context", "key", "value")
 """Linears of an interaction layer that the alignment decoder runs."""
 
@@ -60,6 +61,18 @@ def prefill_macs(manifest: Manifest, case: Case) -> int:
     for name, (rows, inputs) in _shapes(manifest).items():
         total += rows * inputs * _tokens(name, case)
     return total
+
+
+def encoder_macs(manifest: Manifest, crops: int) -> int:
+    """Return the multiply-adds of the vision encoder for crops without text: all linears, and attention."""
+    vision = manifest.model.vision
+    linears = sum(
+        math.prod(shape)
+        for name, shape in _shapes(manifest).items()
+        if name.startswith("vision.") and not name.startswith(TEXT_PROJECTOR)
+    )
+    attention = 2 * vision.layers * vision.patches * vision.width
+    return crops * vision.patches * (linears + attention)
 
 
 def _tokens(name: str, case: Case) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
-from fusion_edge.export.engines.decompositions import decompose_operators, unsupported_operators
+from fusion_edge.export.engines.decompositions import allow_decomposition, decompose_operators, unsupported_operators
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
+from fusion_edge.export.engines.linear_pieces import Pieces, cut_linears
 from fusion_edge.export.engines.optimization_profiles import (
     DimensionRanges,
     EngineLimits,
     optimization_profiles,
     profile_shapes,
 )
-from fusion_edge.export.engines.partition import partition_graph
+from fusion_edge.export.engines.partition import largest_block, partition_graph
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
@@ -45,8 +45,12 @@ class BuildOptions:
     """Bytes of scratch memory for kernels. None: TensorRT's default."""
     parts: int = 4
     """Number of partitions of the LLM. With four, a build needs less memory than the size of the bundle."""
+    max_block: int | None = None
+    """Most bytes of a block for weights: of an engine, or of one weight in float16. None: no limit."""
     kernels: Path | None = None
     """Folder of compiled kernels for the plugins. None: Triton compiles them."""
+    checks_memory: bool = True
+    """Whether a small Jetson must have a free block for the weights of every engine."""
     verbose: bool = False
     """Whether TensorRT prints all its messages."""
 
@@ -110,7 +114,15 @@ class EngineBuilder:
         profiles = optimization_profiles(self._bundle.manifest, self._limits)
         return {name: tuple(self._engines(name, profiles[name], folder)) for name in self._bundle.manifest.graphs}
 
-    def _engines(self, name: str, profiles: list[DimensionRanges], folder: Path) -> Iterator[Engine]:
+    def largest_block(self) -> int:
+        """Return the bytes of the largest block for weights that an engine needs.
+
+        Raises :class:`FusionError` if no partition keeps it below ``--max-block``.
+        """
+        return max(largest_block(part) for name in self._bundle.manifest.graphs for part in self._parts(name)[0])
+
+    def _parts(self, name: str) -> tuple[list[ModelProto], Pieces]:
+        """Return the partitions of a graph as TensorRT gets them, and the pieces of its linears."""
         model = onnx.load(self._bundle.path(graph_file(name)), load_external_data=False)
         fix_dimension(model, "capacity", self._limits.max_context)
         if self.decomposed:
@@ -119,56 +131,52 @@ class EngineBuilder:
             decompose_operators(model, self.decomposed, groups)
         for function in model.functions:
             qualify_names(function)  # bundles of older versions need it
-        parts = partition_graph(model, self._options.parts) if name == LLM else [model]
+        allow_decomposition(model)
+        count, max_block = self._options.parts if name == LLM else 1, self._options.max_block
+        pieces = Pieces() if max_block is None else cut_linears(model, max_block)
+        return partition_graph(model, count, max_block, pieces.matmuls), pieces
+
+    def _engines(self, name: str, profiles: list[DimensionRanges], folder: Path) -> Iterator[Engine]:
+        parts, pieces = self._parts(name)
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
             file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
             if self._uses_plugins:
                 tensorrt_plugins.use_plugins(part)
-            self._write(part, profiles, label, file)
+            self._write(part, pieces, profiles, label, file)
             entry = FileEntry(file.name, file.stat().st_size, digest(file))
             yield Engine(entry, _tensors(part.graph.input), _tensors(part.graph.output), tuple(profiles))
 
-    def _write(self, model: ModelProto, profiles: list[DimensionRanges], label: str, file: Path) -> None:
+    def _write(
+        self, model: ModelProto, pieces: Pieces, profiles: list[DimensionRanges], label: str, file: Path
+    ) -> None:
         """Build and write one engine. Raises :class:`FusionError`."""
         trt = self._library.module
         self._messages.errors.clear()
         with Progress(f"Building {label}", 0, unit=None) as progress:
             canceled = Event()
             monitor = _monitor(trt, progress, canceled)
-
-            def build(decompose_attention: bool) -> Any:
-                return interruptible(lambda: self._plan(model, profiles, monitor, decompose_attention), canceled.set)
-
-            # Fused attention first. Where TensorRT has no kernel for it, the build fails early and says so.
-            plan = build(decompose_attention=False)
-            if plan is None and any("dedicated kernel" in error for error in self._messages.errors):
-                sys.stderr.write(
-                    f"{label}: {self._library.name} has no fused attention for this head size; attention is slower.\n"
-                )
-                self._messages.errors.clear()
-                plan = build(decompose_attention=True)
+            plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
         if plan is None:
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
                 f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
-                "more --parts, or a smaller --max-context or --workspace."
+                "more --parts, or a smaller --max-block, --max-context or --workspace."
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))
 
-    def _plan(self, model: ModelProto, profiles: list[DimensionRanges], monitor: Any, decompose_attention: bool) -> Any:
+    def _plan(self, model: ModelProto, pieces: Pieces, profiles: list[DimensionRanges], monitor: Any) -> Any:
         """Return the serialized engine (``IHostMemory``), or None if TensorRT cannot build it."""
         trt = self._library.module
         builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
         # The parser looks for the data file in the folder of this path, and maps it into memory.
-        if not parser.parse(model.SerializeToString(), str(self._bundle.folder / MANIFEST)):
+        content, path = pieces.filled(model, self._bundle.folder).SerializeToString(), self._bundle.folder / MANIFEST
+        if not parser.parse(content, str(path)):
             self._messages.errors.insert(0, str(parser.get_error(0)) if parser.num_errors else "")
             return None
-        if decompose_attention:
-            _decompose_attention(trt, network)
         config = self._config(builder, monitor)
         inputs = [(value.name, tensor_shape(value)) for value in model.graph.input]
         for ranges in profiles:
@@ -205,14 +213,6 @@ class EngineBuilder:
 
 def _tensors(values: Iterable[ValueInfoProto]) -> tuple[Mapping[str, Any], ...]:
     return tuple({"name": value.name, "dtype": tensor_dtype(value), "shape": tensor_shape(value)} for value in values)
-
-
-def _decompose_attention(trt: Any, network: Any) -> None:
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # get_layer returns the base class
-            layer.attention.decomposable = True
 
 
 def _compute_capability(trt: Any, written: str) -> Any:

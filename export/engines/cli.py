@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import up_to_date_engines, write_engines
+from fusion_edge.export.engines.jetsons import JETSONS, check_device, jetson_limits
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_bundle
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, Library, find_library, first_library
@@ -27,6 +28,7 @@ from fusion_edge.runtime.cli.options import byte_count, positive_integer
 from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
 from fusion_edge.runtime.formatting import format_bytes, format_table
 from fusion_edge.runtime.system.interruptible import leave_abandoned
+from fusion_edge.runtime.system.jetson import this_jetson
 from fusion_edge.runtime.system.progress import Progress
 
 CURRENT_DEVICE = "current"
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "--workspace",
         type=byte_count,
         metavar="SIZE",
-        help="scratch memory for kernels, e.g. 512MB (default: TensorRT's)",
+        help="scratch memory for kernels, e.g. 512MB (default: 512MB for a Jetson with 8 GB, otherwise TensorRT's)",
     )
     add(
         "--parts",
@@ -75,6 +77,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="partition the LLM into N engines, which divides the memory to build by about N (default: %(default)s)",
     )
+    add(
+        "--max-block",
+        type=byte_count,
+        metavar="SIZE",
+        help="cut graphs and linears so that the weights of an engine, and every weight in float16, fit in SIZE, e.g. "
+        "400MB (default: 400MB for a Jetson with 8 GB, otherwise no limit)",
+    )
+    add(
+        "--for",
+        dest="jetson",
+        choices=JETSONS,
+        help="Jetson that will run the engines, with its limits: build on another Orin, and copy the folder engines/ "
+        "(default: this machine)",
+    )
+    add("--skip-memory-check", action="store_true", help="build on a Jetson even if its contiguous memory is too small")
     add(
         "--kernels",
         type=Path,
@@ -106,7 +123,7 @@ def _build(arguments: argparse.Namespace) -> int:
     if not library.is_rtx:
         check_bundle(bundle)
     platform = _platform(library, arguments.device)
-    options = BuildOptions(arguments.workspace, arguments.parts, arguments.kernels, arguments.verbose)
+    options = _options(arguments, platform)
     unsupported_reason = plugins_unsupported_reason(library, platform, options)
     if unsupported_reason is not None and options.kernels is not None:
         raise UsageError(f"--kernels cannot be used ({unsupported_reason}); leave it out.")
@@ -126,6 +143,22 @@ def _build(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.write(_report(folder, result, state, time.monotonic() - started))
     return 0
+
+
+def _options(arguments: argparse.Namespace, platform: EnginePlatform) -> BuildOptions:
+    """Return the options, with the defaults of a Jetson. Raises :class:`UsageError` if ``--for`` does not fit."""
+    here = this_jetson()
+    if arguments.jetson is not None:
+        check_device(arguments.jetson, platform.compute_capability, here)
+    limits = jetson_limits(arguments.jetson, here)
+    return BuildOptions(
+        workspace=limits.workspace if arguments.workspace is None else arguments.workspace,
+        parts=arguments.parts,
+        max_block=limits.max_block if arguments.max_block is None else arguments.max_block,
+        kernels=arguments.kernels,
+        checks_memory=not arguments.skip_memory_check,
+        verbose=arguments.verbose,
+    )
 
 
 def _max_context(manifest: Manifest, requested: int | None) -> int:

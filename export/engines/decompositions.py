@@ -24,6 +24,8 @@ SINCE = {
 }
 """First TensorRT version that supports each operator."""
 OPSET, IR_VERSION = 21, 10  # the first with blocked DequantizeLinear
+DECOMPOSABLE = "TRT_decomposable"
+"""Attribute of Attention in TensorRT's ONNX parser."""
 BLOCKED = -65504.0  # lowest float16: softmax makes it exactly 0
 
 
@@ -52,6 +54,13 @@ def decompose_operators(model: ModelProto, names: Sequence[str], groups: int) ->
                 opset.version = OPSET
     if all(opset.domain != DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def allow_decomposition(model: ModelProto) -> None:
+    """Let TensorRT compute Attention without a fused kernel where it has none for the head size; else it fails."""
+    for node in model.graph.node:
+        if node.op_type == "Attention" and not node.domain:
+            node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

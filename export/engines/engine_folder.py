@@ -8,6 +8,7 @@ import sys
 from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder
+from fusion_edge.export.engines.jetsons import check_contiguous_memory, is_small
 from fusion_edge.export.engines.optimization_profiles import engine_limits
 from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, SCHEMA_VERSION, EnginePlatform, Engines
@@ -16,6 +17,7 @@ from fusion_edge.runtime.bundle.manifest import producer
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.formatting import format_bytes
+from fusion_edge.runtime.system.jetson import Jetson, contiguous_memory, this_jetson
 from fusion_edge.runtime.system.output_file import write_whole
 
 DISK_MARGIN_BYTES = 64 << 20
@@ -30,8 +32,9 @@ def up_to_date_engines(
         _, built = open_engines(bundle, platform)
     except FusionError:
         return None
-    existing = built.max_context, built.parts, built.workspace, built.operator
-    return built if existing == (max_context, options.parts, options.workspace, _operator(unsupported_reason)) else None
+    existing = built.max_context, built.parts, built.workspace, built.max_block, built.operator
+    wanted = max_context, options.parts, options.workspace, options.max_block, _operator(unsupported_reason)
+    return built if existing == wanted else None
 
 
 def _operator(unsupported_reason: str | None) -> str:
@@ -49,8 +52,8 @@ def write_engines(
 ) -> Engines:
     """Build all engines and write their folder atomically. Return their manifest.
 
-    Raises :class:`FusionError` if the disk is too small, if TensorRT cannot build an engine, or if another process is
-    building.
+    Raises :class:`FusionError` if the disk or a Jetson's contiguous memory is too small, if TensorRT cannot build an
+    engine, or if another process is building.
     """
     folder = engines_folder(bundle, platform)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,7 @@ def write_engines(
             f"{format_bytes(needed)}. Free some space and build again."
         )
     timing_cache = folder.parent / f"{library.name}-{library.version}-cc{platform.compute_capability}.timing"
-    limits = engine_limits(bundle.manifest, max_context)
+    limits, here = engine_limits(bundle.manifest, max_context), this_jetson()
     with atomic_folder(folder, ENGINES) as partial:
         builder = EngineBuilder(bundle, library, platform, limits, options, uses_plugins=unsupported_reason is None)
         if unsupported_reason is not None:
@@ -70,6 +73,7 @@ def write_engines(
         if builder.decomposed:
             names = ", ".join(builder.decomposed)
             sys.stderr.write(f"{library.name} {library.version} does not support {names}: decomposed, and slower.\n")
+        _check_memory(builder, here, options.checks_memory)
         if timing_cache.is_file():
             builder.timing_cache = timing_cache.read_bytes()
         engines = builder.build(partial)
@@ -81,6 +85,8 @@ def write_engines(
             max_context=max_context,
             workspace=options.workspace,
             parts=options.parts,
+            max_block=options.max_block,
+            timed_on=None if here is None or library.is_rtx else here.model,
             operator=_operator(unsupported_reason),
             engines=engines,
         )
@@ -88,3 +94,14 @@ def write_engines(
     if builder.timing_cache:
         write_whole(timing_cache, builder.timing_cache)
     return manifest
+
+
+def _check_memory(builder: EngineBuilder, here: Jetson | None, is_checked: bool) -> None:
+    """Print the contiguous memory of a Jetson. Raise :class:`FusionError` if a small one has too little of it."""
+    largest = builder.largest_block()
+    if here is None:
+        return
+    memory = contiguous_memory()
+    sys.stderr.write(f"largest block for weights: {format_bytes(largest)}; memory: {memory}\n")
+    if is_small(here) and is_checked:
+        check_contiguous_memory(largest, memory)

@@ -176,7 +176,9 @@ def compile_kernel(kernel: str, architecture: str, width: int, dtype: str) -> Co
     source = ASTSource(function, signature, constants, aligned)
     major, minor = ARCHITECTURES[architecture]
     target = GPUTarget("cuda", int(architecture), WARP_SIZE)
-    options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": True}
+    # Threads that hold copies of a sum store it at once, so they must agree. Fused multiply-adds round a neighbor's
+    # product, but not their own: they agree only where products are exact, as those of 16 bits in float32 are.
+    options = {"ptx_version": 10 * major + minor, "enable_fp_fusion": dtype != "fp32"}
     binary = triton.compile(source, target=target, options=options)
     ptx = strip_scratch_parameters(strip_debug_info(binary.asm["ptx"]), len(types))
     return CompiledKernel(binary.metadata.name, ptx, binary.metadata.num_warps * WARP_SIZE, binary.metadata.shared)

@@ -41,7 +41,7 @@ class Engine:
 
     file: FileEntry
     inputs: tuple[Mapping[str, Any], ...]
-    """Name, dtype and shape of each input; a shape may have symbolic dimensions."""
+    """Name, dtype and shape of each input; a shape may have symbolic dimensions, such as ``text`` and ``text+729``."""
     outputs: tuple[Mapping[str, Any], ...]
     """As ``inputs``."""
     profiles: tuple[Mapping[str, tuple[int, ...]], ...]
@@ -74,10 +74,14 @@ class Engines:
     """Limit of scratch memory at build time in bytes; None for TensorRT's default."""
     parts: int
     """Requested number of partitions of the LLM."""
+    max_block: int | None
+    """Limit of a block for weights at build time in bytes; None for no limit."""
+    timed_on: str | None
+    """Model of the Jetson whose GPU timed the kernels; None for another machine."""
     operator: str
     """Implementation of the recursive alignment: ``plugin`` or ``function``."""
     engines: Mapping[str, tuple[Engine, ...]]
-    """By graph name; the partitions of an LLM in execution order."""
+    """By graph name; the partitions of a graph in execution order."""
 
     @property
     def size(self) -> int:

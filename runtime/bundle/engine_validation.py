@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -49,7 +50,13 @@ def _is_tensor(tensor: Mapping[str, Any], dimensions: Collection[str]) -> bool:
         and tensor["dtype"] in DTYPES
         and isinstance(tensor["shape"], list | tuple)
         and all(
-            size in dimensions if isinstance(size, str) else type(size) is int and 0 <= size <= LARGEST
+            _is_dimension(size, dimensions) if isinstance(size, str) else type(size) is int and 0 <= size <= LARGEST
             for size in tensor["shape"]
         )
     )
+
+
+def _is_dimension(text: str, dimensions: Collection[str]) -> bool:
+    """Return whether a text is one of ``dimensions``, or one and a number, as in ``text+729``."""
+    name, plus, added = text.partition("+")
+    return name in dimensions and (not plus or (re.fullmatch(r"[1-9]\d{0,8}", added, re.ASCII) is not None))

@@ -28,9 +28,23 @@ class TensorSpec:
     shape: tuple[Dimension, ...]
 
 
+def split_dimension(dimension: str) -> tuple[str, int]:
+    """Split a symbolic dimension: ``text`` is ``text`` and 0, ``text+729`` is ``text`` and 729.
+
+    Values between the partitions of a graph have such sums. Raises :class:`ValueError` for another text.
+    """
+    name, plus, added = dimension.partition("+")
+    return name, int(added) if plus else 0
+
+
 def sized(dimensions: Iterable[Dimension], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return a shape with the symbolic dimensions replaced by ``sizes``."""
-    return tuple(sizes[dimension] if isinstance(dimension, str) else dimension for dimension in dimensions)
+    return tuple(_size(dimension, sizes) if isinstance(dimension, str) else dimension for dimension in dimensions)
+
+
+def _size(dimension: str, sizes: Mapping[str, int]) -> int:
+    name, added = split_dimension(dimension)
+    return sizes[name] + added
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,13 @@ def available_memory(root: Path = ROOT) -> int:
 
 def kernel_available(meminfo: str) -> int:
     """Return the available bytes in the text of ``/proc/meminfo``: free memory and most of the page cache."""
-    fields = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
-    return 1024 * int(fields["MemAvailable"].removesuffix("kB"))
+    return memory_fields(meminfo)["MemAvailable"]
+
+
+def memory_fields(meminfo: str) -> dict[str, int]:
+    """Return the sizes in the text of ``/proc/meminfo`` in bytes, by name."""
+    lines = (line.split(":", 1) for line in meminfo.splitlines() if line.endswith("kB"))
+    return {name: 1024 * int(size.removesuffix("kB")) for name, size in lines}
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusion_edge.benchmarks import gpu
+from fusion_edge.benchmarks.latency.backend_stages import QUESTION_TOKENS, step_bytes
 from fusion_edge.runtime.bundle.reader import open_bundle
 
 
@@ -31,8 +32,8 @@ def test_decode_step_reads_the_llm_and_its_cache(tiny_bundle: Path) -> None:
     manifest = open_bundle(tiny_bundle).manifest
     language = manifest.model.language
     position = 2 * language.layers * language.kv_heads * language.head_dim * 4
-    whole, prompt = gpu.step_bytes(manifest, manifest.max_context), gpu.step_bytes(manifest)
-    typical = manifest.image_side**2 + manifest.query_lengths[0] + 2 * gpu.QUESTION_TOKENS
+    whole, prompt = step_bytes(manifest, manifest.max_context), step_bytes(manifest)
+    typical = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
     assert whole - prompt == (manifest.max_context - typical) * position
     wide = replace(manifest, weights=dict.fromkeys(manifest.weights, "fp32"))
     llm = sum(
@@ -43,4 +44,4 @@ def test_decode_step_reads_the_llm_and_its_cache(tiny_bundle: Path) -> None:
             language.vocab_size,
         )
     )
-    assert gpu.step_bytes(wide, manifest.max_context) == 4 * llm + manifest.max_context * position
+    assert step_bytes(wide, manifest.max_context) == 4 * llm + manifest.max_context * position

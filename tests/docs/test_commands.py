@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fusion_edge.benchmarks.acceptance import cli as acceptance
 from fusion_edge.benchmarks.evaluation import cli as evaluation
 from fusion_edge.benchmarks.latency import cli as bench
 from fusion_edge.export import cli as export
@@ -26,6 +27,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "fusion-bench": bench.parser,
     "fusion-bench compare": bench.compare_parser,
     "fusion-eval": evaluation.parser,
+    "acceptance": acceptance.parser,
 }
 
 
@@ -38,7 +40,10 @@ def blocks(language: str) -> list[tuple[str, str]]:
 def commands() -> list[str]:
     """Return every command line of fusion-edge's own commands, without what follows a pipe or redirection."""
     text = "\n".join(block.replace("\\\n", " ") for _, block in blocks("sh"))
-    lines = re.findall(r"^(?:/usr/bin/time -v )?(?:taskset -c \d+ )?(fusion-\w+ .+)$", text, re.MULTILINE)
+    text = text.replace("python -m fusion_edge.acceptance", "acceptance")
+    lines = re.findall(
+        r"^(?:/usr/bin/time -v )?(?:taskset -c \d+ )?((?:fusion-\w+|acceptance) .+)$", text, re.MULTILINE
+    )
     return [re.split(r" [|>] | # |\s+#", line)[0] for line in lines]
 
 

@@ -28,7 +28,7 @@ def test_named_paths_exist(page: Path) -> None:
     paths = re.findall(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*)`", text)
     missing = {path for path in paths if not (ROOT / path).exists()}
     for module in re.findall(r"python -m ((?:fusion_edge|tests)[\w.]*)", text):
-        path = ROOT / module.replace("fusion_edge.", "").replace(".", "/")
+        path = ROOT / module.replace(".", "/")
         if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             missing.add(module)
     assert not missing

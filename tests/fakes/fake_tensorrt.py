@@ -2,62 +2,26 @@
 
 It has the names that ``export/engines/builder.py`` uses. ``fake_tensorrt_runtime.py`` has those that
 ``runtime/backends/tensorrt/graph.py`` uses. The fake refuses what TensorRT refuses. ``test_fake_tensorrt.py`` compares
-it with the real module.
+it with the signatures of the real modules, from which the enumerations are made.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from enum import Enum, IntEnum
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from fakes import fake_tensorrt_plugin
 from fakes.fake_cuda import FakeCuda
-from fakes.fake_tensorrt_runtime import (
-    MAGIC,
-    DynamicShapesKernelSpecializationStrategy,
-    ExecutionContextAllocationStrategy,
-    ILogger,
-    Runtime,
-    Shape,
-    is_dynamic,
-)
+from fakes.fake_tensorrt_names import FakePlugins, enumerations, signatures
+from fakes.fake_tensorrt_runtime import MAGIC, ILogger, Runtime, Shape, is_dynamic
 from onnx import ModelProto, helper
 from support.uninterruptible_wait import UninterruptibleWait
 
 RTX, FULL, JETPACK_6 = ("tensorrt_rtx", "1.7.1.116"), ("tensorrt", "10.16.0"), ("tensorrt", "10.3.0")
 NO_KERNEL = "Attention operation was not supported by a dedicated kernel."
-
-
-class NetworkDefinitionCreationFlag(IntEnum):
-    STRONGLY_TYPED = 1
-
-
-class MemoryPoolType(Enum):
-    WORKSPACE = 0
-
-
-class BuilderFlag(Enum):
-    REQUIRE_USER_ALLOCATION = 0
-
-
-class PreviewFeature(Enum):
-    ALIASED_PLUGIN_IO_10_03 = 0
-
-
-class LayerType(Enum):
-    ATTENTION_INPUT = 0
-    MATRIX_MULTIPLY = 1
-
-
-class ComputeCapability(Enum):
-    SM75 = 75
-    SM86 = 86
-    SM89 = 89
-    SM120 = 120
 
 
 class IProgressMonitor:
@@ -78,13 +42,6 @@ class IHostMemory(bytes):
 class FakeTensorRT(ModuleType):
     """The fake module. Its attributes inject failures."""
 
-    NetworkDefinitionCreationFlag = NetworkDefinitionCreationFlag
-    MemoryPoolType = MemoryPoolType
-    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
-    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
-    BuilderFlag = BuilderFlag
-    PreviewFeature = PreviewFeature
-    LayerType = LayerType
     ILogger = ILogger
     IProgressMonitor = IProgressMonitor
 
@@ -117,9 +74,10 @@ class FakeTensorRT(ModuleType):
         self.Builder = partial(Builder, self)
         self.OnnxParser = partial(OnnxParser, self)
         self.Runtime = partial(Runtime, self)
-        self.IAttentionInputLayer = IAttentionInputLayer
-        if name == "tensorrt_rtx":
-            self.ComputeCapability = ComputeCapability
+        self.plugin = FakePlugins(signatures(name, version))
+        for enumeration, members in enumerations(name, version).items():
+            if not hasattr(type(self), enumeration):
+                setattr(self, enumeration, members)
 
 
 # Building --------------------------------------------------------------------------------------------------------
@@ -150,25 +108,25 @@ class IBuilderConfig:
     def __init__(self) -> None:
         self.model = ModelProto()
         """The built model."""
-        self.pools: dict[MemoryPoolType, int] = {}
-        self.capabilities: dict[int, ComputeCapability] = {}
-        self.features: set[PreviewFeature] = set()
-        self.flags_set: set[BuilderFlag] = set()
+        self.pools: dict[Enum, int] = {}
+        self.capabilities: dict[int, Enum] = {}
+        self.features: set[Enum] = set()
+        self.flags_set: set[Enum] = set()
         self.profiles: list[IOptimizationProfile] = []
         self._cache: ITimingCache | None = None
 
-    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
+    def set_memory_pool_limit(self, pool: Enum, pool_size: int) -> None:
         self.pools[pool] = pool_size
 
-    def set_compute_capability(self, compute_capability: ComputeCapability, index: int) -> bool:
+    def set_compute_capability(self, compute_capability: Enum, index: int) -> bool:
         assert 0 <= index < self.num_compute_capabilities
         self.capabilities[index] = compute_capability
         return True
 
-    def set_preview_feature(self, feature: PreviewFeature, enable: bool) -> None:
+    def set_preview_feature(self, feature: Enum, enable: bool) -> None:
         (self.features.add if enable else self.features.discard)(feature)
 
-    def set_flag(self, flag: BuilderFlag) -> None:
+    def set_flag(self, flag: Enum) -> None:
         self.flags_set.add(flag)
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
@@ -185,39 +143,10 @@ class IBuilderConfig:
         self._cache = cache
         return True
 
-    def get_timing_cache(self) -> ITimingCache | None:
-        return self._cache
-
-
-class IAttention:
-    decomposable = False
-
-
-class ILayer:
-    type: LayerType
-
-    def __init__(self, type: LayerType) -> None:
-        self.type = type
-        self._attention = IAttention()
-
-
-class IAttentionInputLayer(ILayer):
-    @property
-    def attention(self) -> IAttention:
-        return self._attention
-
 
 class INetworkDefinition:
     def __init__(self) -> None:
         self.model, self.folder = ModelProto(), Path()
-        self.layers: list[ILayer] = []
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    def get_layer(self, index: int) -> ILayer:
-        return self.layers[index]
 
 
 class OnnxParser:
@@ -240,7 +169,7 @@ class OnnxParser:
         for node in (node for node in parsed.graph.node if node.domain and node.op_type not in functions):
             attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
             plugin = f"{attributes.get('plugin_namespace', b'').decode()}::{node.op_type}"
-            if not attributes.get("aot") or plugin not in fake_tensorrt_plugin.QDP_REGISTRY:
+            if not attributes.get("aot") or plugin not in self._module.plugin.registered:
                 self._errors.append(f"There is no plugin for {node.op_type}.")
         for node in parsed.graph.node if self._module.__name__ == "tensorrt" else ():
             sizes = {helper.get_attribute_value(one) for one in node.attribute if one.name == "block_size"}
@@ -251,10 +180,6 @@ class OnnxParser:
             if data and (folder / data["location"]).stat().st_size < int(data["offset"]) + int(data["length"]):
                 self._errors.append(f"{tensor.name} is not in {data['location']}.")
         self._network.model, self._network.folder = parsed, folder
-        kinds = {"Attention": LayerType.ATTENTION_INPUT}
-        self._network.layers = [
-            ILayer(kinds.get(node.op_type, LayerType.MATRIX_MULTIPLY)) for node in parsed.graph.node
-        ]
         return not self._errors
 
 
@@ -263,7 +188,7 @@ class Builder:
         self._module, self._logger = module, logger
 
     def create_network(self, flags: int) -> INetworkDefinition:
-        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        assert flags == 1 << int(self._module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         return INetworkDefinition()
 
     def create_builder_config(self) -> IBuilderConfig:
@@ -275,7 +200,8 @@ class Builder:
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
         module, error = self._module, self._module.build_error
         if not module.has_fused_attention and any(
-            layer.type == LayerType.ATTENTION_INPUT and not layer._attention.decomposable for layer in network.layers
+            node.op_type == "Attention" and all(one.name != "TRT_decomposable" for one in node.attribute)
+            for node in network.model.graph.node
         ):
             error = NO_KERNEL
         dynamic = {value.name for value in network.model.graph.input if is_dynamic(value)}
@@ -287,7 +213,7 @@ class Builder:
         if not self._advance(config.progress_monitor):
             return None
         if module.__name__ == "tensorrt":
-            cache = config.get_timing_cache()
+            cache = config._cache
             assert cache is not None
             cache.content += f"{network.model.graph.name} ".encode()
         config.model = network.model

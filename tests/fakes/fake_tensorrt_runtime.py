@@ -29,16 +29,6 @@ SCRATCH_BYTES = 4096
 Shape = tuple[int, ...]
 
 
-class ExecutionContextAllocationStrategy(Enum):
-    STATIC = 0
-    USER_MANAGED = 2
-
-
-class DynamicShapesKernelSpecializationStrategy(Enum):
-    LAZY = 0
-    EAGER = 1
-
-
 class ILogger:
     class Severity(Enum):
         INTERNAL_ERROR = 0
@@ -117,19 +107,16 @@ class ICudaEngine:
         must_outlive(self.module, self, config)
         return config
 
-    def create_execution_context(
-        self, runtime_config: ExecutionContextAllocationStrategy | IRuntimeConfig
-    ) -> IExecutionContext | None:
-        strategy = runtime_config
+    def create_execution_context(self, runtime_config: Enum | IRuntimeConfig, /) -> IExecutionContext | None:
+        strategy: Enum | IRuntimeConfig | None = runtime_config
         is_eager = False
         if isinstance(runtime_config, IRuntimeConfig):
-            strategy = runtime_config.get_execution_context_allocation_strategy()
-            cache = runtime_config.get_runtime_cache()
+            strategy, cache = runtime_config._strategy, runtime_config._cache()
             assert cache is not None
             self.module.kernels = cache._kernels
             how = runtime_config.dynamic_shapes_kernel_specialization_strategy
-            is_eager = how == DynamicShapesKernelSpecializationStrategy.EAGER
-        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+            is_eager = how == self.module.DynamicShapesKernelSpecializationStrategy.EAGER
+        assert strategy == self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.module.context_error is not None:
             self.logger.log(ILogger.Severity.ERROR, self.module.context_error)
             return None
@@ -160,18 +147,15 @@ class IRuntimeCache:
 
 
 class IRuntimeConfig:
-    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+    dynamic_shapes_kernel_specialization_strategy: Enum | None = None
 
     def __init__(self, module: FakeTensorRT) -> None:
         self._module = module
-        self._strategy = ExecutionContextAllocationStrategy.STATIC
+        self._strategy: Enum | None = None
         self._cache: Callable[[], IRuntimeCache | None] = lambda: None
 
-    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+    def set_execution_context_allocation_strategy(self, strategy: Enum) -> None:
         self._strategy = strategy
-
-    def get_execution_context_allocation_strategy(self) -> ExecutionContextAllocationStrategy:
-        return self._strategy
 
     def create_runtime_cache(self) -> IRuntimeCache:
         cache = IRuntimeCache()
@@ -182,21 +166,19 @@ class IRuntimeConfig:
         self._cache = weakref.ref(cache)
         return True
 
-    def get_runtime_cache(self) -> IRuntimeCache | None:
-        return self._cache()
-
 
 def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.InferenceSession:
     """Return the session that computes an engine. Plugin nodes are functions again, from the bundle's graph.
+
+    Attributes that only TensorRT knows are removed.
 
     ``has_scopes``: whether the parser separates a function's parameters from tensors of the graph.
     """
     whole = onnx.load(folder / f"{model.graph.name.split('.')[0]}.onnx", load_external_data=False)
     for node in model.graph.node:
-        if node.domain:
-            kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot")]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+        kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot", "TRT_decomposable")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
     kept_functions = {function.name for function in model.functions}
     model.functions.extend(function for function in whole.functions if function.name not in kept_functions)
     model = model if has_scopes else tensorrt_parser.inlined(model)

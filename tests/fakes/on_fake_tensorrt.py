@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-from fakes import fake_tensorrt_plugin
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import FakeTensorRT
 
@@ -31,13 +30,11 @@ class OnFake:
 @contextmanager
 def installed(trt: FakeTensorRT) -> Iterator[None]:
     """Make the fake modules importable, and no other TensorRT or CUDA."""
-    fake_tensorrt_plugin.QDP_REGISTRY.clear()
-    modules = {"cuda.bindings.runtime": trt.cuda, "tensorrt.plugin": fake_tensorrt_plugin, trt.__name__: trt}
+    modules = {"cuda.bindings.runtime": trt.cuda, "tensorrt.plugin": trt.plugin, trt.__name__: trt}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("tensorrt", "tensorrt_rtx", *modules):
             patch.setitem(sys.modules, name, modules.get(name))  # None: it cannot be imported
         yield
-    fake_tensorrt_plugin.QDP_REGISTRY.clear()
 
 
 def build(bundle: Bundle, trt: FakeTensorRT, *options: str) -> int:

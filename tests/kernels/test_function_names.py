@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
-import onnxruntime as ort
 import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import build, open_backend
 from onnx import FunctionProto, GraphProto, ModelProto, helper
 from support.checkpoints import TINY, write_checkpoint
+from support.graph_runs import CAPACITY, computed, graph_of, inputs_of
 from support.opset24 import needs_opset_24
 from support.tensorrt_parser import inlined
 
@@ -33,9 +30,7 @@ from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
-Arrays = dict[str, npt.NDArray[Any]]
 GRAPHS = (VISION_ENCODER, ALIGNMENT_DECODER, LLM)
-CAPACITY, LENGTH = 32, 16
 GROUPED = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, kv_heads=1))
 """A model with grouped-query attention, whose function differs."""
 OPTIONS = {
@@ -66,10 +61,6 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         return bundles[options]
 
     return export
-
-
-def graph_of(bundle: Bundle, name: str) -> ModelProto:
-    return onnx.load(bundle.folder / f"{name}.onnx", load_external_data=False)
 
 
 def decomposed(bundle: Bundle, name: str) -> ModelProto:
@@ -146,43 +137,6 @@ def test_a_missing_input_stays_missing() -> None:
 # Results of the parser -----------------------------------------------------------------------------------
 
 
-def inputs_of(bundle: Bundle, name: str) -> Arrays:
-    """Return random inputs of a graph. All rows of the LLM's prompt are latents, in reverse order."""
-    generator, hidden = np.random.default_rng(0), bundle.manifest.model.language.hidden_size
-    sizes = {"crops": 2, "text": 3, "side": 2, "latent_rows": 3, "context_side": 6, "context_rows": 2}
-    sizes |= {"positions": LENGTH, "questions": 1, "latents": LENGTH, "capacity": CAPACITY}
-    places = {
-        "positions": np.arange(LENGTH)[None],
-        "latent_positions": np.arange(LENGTH)[None, ::-1].copy(),
-        "question_positions": np.array([LENGTH - 1]),
-        "write_index": np.array([0]),
-        "text_mask": np.ones((2, 3), np.int32),
-        "latent_cells": generator.integers(0, 4, (2, 3)),
-        "context_cells": generator.integers(0, 4, (6, 2)),
-    }
-    shapes = {
-        value.name: [d.dim_value or sizes[d.dim_param] for d in value.type.tensor_type.shape.dim]
-        for value in graph_of(bundle, name).graph.input
-    }
-    assert hidden in shapes[next(iter(shapes.keys() & {"embeddings", "text_embeds", "features"}))]
-    random = {other: generator.normal(0, 0.5, shape).astype(np.float16) for other, shape in shapes.items()}
-    return {key: places.get(key, random[key]) for key in shapes}
-
-
-def computed(bundle: Bundle, models: list[ModelProto], given: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Run partitions in order; return their outputs."""
-    values = dict(given)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
-    for model in models:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        names = [one.name for one in session.get_outputs()]
-        feeds = {one.name: values[one.name] for one in session.get_inputs()}
-        values |= dict(zip(names, session.run(names, feeds), strict=True))
-    return {name: value for name, value in values.items() if name not in given}
-
-
 def variants(bundle: Bundle, name: str) -> Iterator[list[ModelProto]]:
     """Yield a graph as it is and decomposed, whole and in partitions."""
     for make in (graph_of, decomposed):
@@ -197,10 +151,10 @@ def test_the_parser_reads_qualified_names(exported: Callable[[str], Bundle], nam
     bundle = exported(OPTIONS["fp16"])
     given = inputs_of(bundle, name)
     for models in variants(bundle, name):
-        expected = computed(bundle, models, given)
+        expected = computed(bundle.folder, models, given)
         read = [inlined(model) for model in models]
         assert not any(node.domain for model in read for node in model.graph.node)
-        actual = computed(bundle, read, given)
+        actual = computed(bundle.folder, read, given)
         assert actual.keys() == expected.keys()
         for key, array in expected.items():
             np.testing.assert_allclose(actual[key], array, atol=2e-3 * array.std(dtype=np.float64), rtol=0)
@@ -212,8 +166,8 @@ def test_the_parser_misreads_unqualified_names(exported: Callable[[str], Bundle]
     bundle = exported(OPTIONS["fp16"])
     given = inputs_of(bundle, LLM)
     for models in variants(bundle, LLM):
-        expected = computed(bundle, models, given)["logits"]
-        actual = computed(bundle, [inlined(unqualified(model)) for model in models], given)["logits"]
+        expected = computed(bundle.folder, models, given)["logits"]
+        actual = computed(bundle.folder, [inlined(unqualified(model)) for model in models], given)["logits"]
         assert np.abs(actual - expected).max() > 0.1 * expected.std()
 
 

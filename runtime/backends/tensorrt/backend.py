@@ -30,6 +30,7 @@ from fusion_edge.runtime.bundle.engines import open_engines
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.system.jetson import this_jetson
 
 PREFILL, DECODE = 0, 1
 """Profiles of the LLM. Other graphs have the first one only."""
@@ -56,6 +57,7 @@ class TensorRTBackend:
         self.name = library.name.replace("_", "-")
         folder, engines = open_engines(bundle, EnginePlatform(library.name, library.version, cuda.compute_capability()))
         check_device_memory(bundle.manifest, engines, cuda)
+        _note_other_device(engines)
         self._config, self.max_context = bundle.manifest.model, engines.max_context
         messages = Messages(library)
         self._logger = messages.logger()  # must outlive every user of it
@@ -328,3 +330,13 @@ class TensorRTBackend:
             graph.close()
         self._memory.close()
         self._cuda.destroy_stream(self._stream)
+
+
+def _note_other_device(engines: Engines) -> None:
+    """Say that kernels were timed on another Jetson of this compute capability. They run here, too."""
+    here = this_jetson()
+    if here is not None and engines.timed_on not in (None, here.model):
+        sys.stderr.write(
+            f"note: kernels were timed on {engines.timed_on}, not on this {here.model}; fusion-build --force times "
+            "them here\n"
+        )

@@ -13,9 +13,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import fake_tensorrt_plugin
 from fakes.fake_cuda import FakeCuda
-from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, BuilderFlag, FakeTensorRT, MemoryPoolType, PreviewFeature
+from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import installed
 
 from fusion_edge.export.bundle.folder_lock import locked_folder
@@ -102,14 +101,14 @@ def test_plugins_or_functions_compute_alignment(
     trt = fake(library)
     assert build(trt, bundle) == 0
     assert capsys.readouterr().err == told
-    assert registered == ([(fake_tensorrt_plugin, "86")] if operator == "plugin" else [])
+    assert registered == ([(trt.plugin, "86")] if operator == "plugin" else [])
     (folder,) = engines_of(bundle)
     assert read_engines(folder).operator == operator
     for config in trt.built:
         nodes = [node for node in config.model.graph.node if node.op_type in ("AddRows", "ContextAttention")]
         names = {function.name for function in config.model.functions if function.domain == DOMAIN}
         if operator == "plugin":
-            assert config.features == {PreviewFeature.ALIASED_PLUGIN_IO_10_03}
+            assert config.features == {trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03}
             assert all({"plugin_namespace", "aot"} <= {one.name for one in node.attribute} for node in nodes)
             assert not names & {node.op_type for node in nodes}
         else:
@@ -121,9 +120,9 @@ def test_plugins_or_functions_compute_alignment(
 def test_tensorrt_build_configuration(bundle: Path) -> None:
     trt = fake()
     assert build(trt, bundle, "--device=12.0", "--workspace=512MB", "--max-context=256") == 0
-    assert [config.pools for config in trt.built] == [{MemoryPoolType.WORKSPACE: 512_000_000}] * 3
+    assert [config.pools for config in trt.built] == [{trt.MemoryPoolType.WORKSPACE: 512_000_000}] * 3
     assert [capability.name for config in trt.built for capability in config.capabilities.values()] == ["SM120"] * 3
-    assert [config.flags_set for config in trt.built] == [{BuilderFlag.REQUIRE_USER_ALLOCATION}] * 3
+    assert [config.flags_set for config in trt.built] == [{trt.BuilderFlag.REQUIRE_USER_ALLOCATION}] * 3
     (folder,) = engines_of(bundle)
     assert "-cc12.0-" in folder.name
     built = read_engines(folder)
@@ -214,34 +213,35 @@ def test_kernels_require_plugins(bundle: Path, refused: Refuse) -> None:
 def test_timing_cache_is_kept(bundle: Path) -> None:
     """There is one cache per version and compute capability. It outlives the engines, and the next build reads it."""
     kept = bundle / ENGINES_FOLDER / "tensorrt-10.16.0-cc8.6.timing"
-    for content in (b"vision_encoder alignment_decoder llm.0 ", b"vision_encoder alignment_decoder llm.0 " * 2):
+    for content in (b"vision_encoder alignment_decoder llm ", b"vision_encoder alignment_decoder llm " * 2):
         assert build(fake(FULL), bundle, "--force") == 0
         assert kept.read_bytes() == content
     for unusable in (b"damaged", b"another GPU's of this compute capability"):
         kept.write_bytes(unusable)
         assert build(fake(FULL), bundle, "--force") == 0
-        assert kept.read_bytes() == b"vision_encoder alignment_decoder llm.0 "
+        assert kept.read_bytes() == b"vision_encoder alignment_decoder llm "
     assert build(fake(FULL, compute_capability="8.7"), bundle) == 0
     assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
     assert build(fake(RTX), bundle) == 0
     assert len(list((bundle / ENGINES_FOLDER).glob("*.timing"))) == 2
 
 
-def test_failure_without_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error gives the reason of the second attempt, not the missing fused attention."""
-    trt = fake()
-    trt.has_fused_attention, trt.build_error = False, "Out of memory."
-    assert build(trt, bundle) == 1
-    assert "cannot build vision_encoder for compute capability 8.6: Out of memory. If" in capsys.readouterr().err
-
-
-def test_no_fused_attention(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_without_a_fused_kernel(bundle: Path) -> None:
+    """TensorRT may decompose every Attention."""
     trt = fake()
     trt.has_fused_attention = False
     assert build(trt, bundle) == 0
-    told = capsys.readouterr().err.splitlines()[1:]
-    remark = "tensorrt_rtx has no fused attention for this head size; attention is slower."
-    assert told == [f"vision_encoder: {remark}", f"llm: {remark}"]
+    nodes = [node for config in trt.built for node in config.model.graph.node if node.op_type == "Attention"]
+    assert len(nodes) > 1
+    for node in nodes:
+        assert [one.i for one in node.attribute if one.name == "TRT_decomposable"] == [1]
+
+
+def test_the_bundle_keeps_its_attention(bundle: Path) -> None:
+    """Only the graph that is built has the attribute, which ONNX Runtime does not know."""
+    before = {path.name: path.read_bytes() for path in bundle.glob("*.onnx")}
+    assert build(fake(), bundle) == 0
+    assert {path.name: path.read_bytes() for path in bundle.glob("*.onnx")} == before
 
 
 # Failures during a build -----------------------------------------------------------------------------------------
@@ -256,7 +256,8 @@ def test_tensorrt_fails_to_build(bundle: Path, failure: str, refused: Refuse) ->
     with installed(trt):
         message = refused(cli_build.main, bundle, *ON_FULL, "--max-context=256")
     assert "tensorrt 10.16.0 cannot build vision_encoder for compute capability 8.6: Internal Error:" in message
-    assert message.endswith("If memory ran out, build with more --parts, or a smaller --max-context or --workspace.\n")
+    remedy = "build with more --parts, or a smaller --max-block, --max-context or --workspace."
+    assert message.endswith(f"If memory ran out, {remedy}\n")
     assert {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()} == before
 
 

@@ -1,0 +1,1 @@
+"""Checks of everything that needs a GPU, in one command for the first person who has one."""

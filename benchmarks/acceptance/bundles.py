@@ -1,0 +1,76 @@
+"""Bundles of the acceptance: export, build, and what is missing for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import fusion_edge.benchmarks
+from fusion_edge.benchmarks.acceptance.device import expect_cuda
+from fusion_edge.benchmarks.acceptance.steps import SkippedStep
+from fusion_edge.export import cli
+from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
+from fusion_edge.export.engines.engine_folder import write_engines
+from fusion_edge.export.engines.jetsons import jetson_limits
+from fusion_edge.runtime.backends.cuda import Cuda
+from fusion_edge.runtime.backends.tensorrt.library import Library, first_library
+from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
+from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.system.jetson import this_jetson
+
+DEMO = Path(fusion_edge.benchmarks.__path__[0]) / "demo"
+"""Checkpoint and picture of the demo model. A wheel does not hold them."""
+ONLY_IN_A_CLONE = "The checkpoint is not part of a wheel; run the command in a clone of fusion-edge"
+FUNCTIONS = "Standard operators are wanted: the recursive alignment runs as functions"
+"""Reason against plugins."""
+
+
+def export(checkpoint: Path, bundle: Path, options: Sequence[str]) -> None:
+    """Export a checkpoint for TensorRT. Raises :class:`FusionError`."""
+    arguments = [str(checkpoint), "-o", str(bundle), "--int4", "--target", "tensorrt", *options]
+    if code := cli.main(arguments):
+        raise FusionError(f"fusion-export {' '.join(arguments)} ended with exit code {code}; the log has its error.")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """This machine's GPU, and the TensorRT that builds for it."""
+
+    cuda: Cuda
+    library: Library
+
+    @property
+    def platform(self) -> EnginePlatform:
+        """Return what an engine depends on."""
+        return EnginePlatform(self.library.name, self.library.version, self.cuda.compute_capability())
+
+    @property
+    def device(self) -> str:
+        """Return the name of the device that runs the engines."""
+        return self.library.name.replace("_", "-")
+
+
+def expect_gpu() -> Gpu:
+    """Return GPU and TensorRT. Raises :class:`SkippedStep` without either."""
+    cuda = expect_cuda()
+    try:
+        return Gpu(cuda, first_library())
+    except DeviceError as error:
+        raise SkippedStep(str(error)) from None
+
+
+def build(bundle: Path, gpu: Gpu, options: BuildOptions, *, plugins: bool) -> Engines:
+    """Build the engines of a bundle with the limits of ``fusion-build`` on this device, and replace earlier ones.
+
+    Raises :class:`SkippedStep` if plugins are wanted and unsupported, and the errors of :func:`write_engines`.
+    """
+    opened = open_bundle(bundle)
+    limits = jetson_limits(None, this_jetson())
+    options = replace(options, workspace=limits.workspace, max_block=limits.max_block)
+    reason = plugins_unsupported_reason(gpu.library, gpu.platform, options)
+    if plugins and reason is not None:
+        raise SkippedStep(f"{reason}.")
+    context = opened.manifest.max_context
+    return write_engines(opened, gpu.library, gpu.platform, context, options, None if plugins else FUNCTIONS)

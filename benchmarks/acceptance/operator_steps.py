@@ -1,0 +1,141 @@
+"""Steps that build an engine of one operator and compare it with float64. Without a GPU they only build."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fusion_edge.benchmarks.acceptance import operators
+from fusion_edge.benchmarks.acceptance.alignment import WIDTH, kernel_source
+from fusion_edge.benchmarks.acceptance.device import copy_rate
+from fusion_edge.benchmarks.acceptance.engine import (
+    EngineRun,
+    Layers,
+    OperatorCase,
+    Target,
+    build,
+    find_target,
+    run,
+    writes_tensor_of,
+)
+from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
+from fusion_edge.export.engines.decompositions import (
+    SINCE,
+    allow_decomposition,
+    decompose_operators,
+    unsupported_operators,
+)
+from fusion_edge.kernels import tensorrt_plugins
+from fusion_edge.kernels.tensorrt_plugins import PLUGINS
+from fusion_edge.runtime.errors import FusionError
+
+PROMPT = 256
+BITS = {"int4-64": 4, "int4-128": 4, "int8": 8, "w8a8": 8, "fp8": 8}
+FP8_SINCE = (8, 9)
+DEQUANTIZED = {True: "dequantized before the GEMM", False: "fused", None: "fusion unknown"}
+
+
+def linear(workspace: Workspace, form: str) -> Outcome:
+    """Check a quantized linear layer: one row, as in a decode step, then many.
+
+    Figures: whether a layer writes the dequantized weights, and the rate at which one row reads the stored ones.
+    """
+    target = find_target()
+    if form == "fp8" and target.capability < FP8_SINCE:
+        raise SkippedStep(f"Compute capability {target.compute_capability} has no FP8; 8.9 and later have.")
+    figures: dict[str, Any] = {}
+    weights = operators.INPUTS * operators.OUTPUTS
+    for rows in (1, PROMPT):
+        label = f"{form} {rows} rows"
+        case = operators.quantized_linear(form, rows, operators.INPUTS, operators.OUTPUTS)
+        built = build(target, case)
+        ran = None if target.cuda is None else run(target, built.plan, case, label, workspace)
+        layers = built.layers if ran is None else ran.layers
+        figures[label] = _figures(layers, ran) | {
+            "plan_bits_a_weight": 8 * len(built.plan) / weights,
+            "writes_dequantized_weights": writes_tensor_of(layers, weights),
+        }
+    one, many = figures.values()
+    fusion = DEQUANTIZED[one["writes_dequantized_weights"]]
+    if target.cuda is None:
+        return _built(target, fusion, figures)
+    rate, figures["copy_bandwidth"] = weights * BITS[form] / 8 / one["seconds"], copy_rate(target.cuda)
+    figures["weight_bytes_a_second"], figures["flops"] = rate, 2 * weights * PROMPT / many["seconds"]
+    share = f"one row {rate / figures['copy_bandwidth']:.0%} of a copy's bandwidth"
+    return Outcome(f"{fusion}; {share}; {PROMPT} rows {figures['flops'] / 1e12:.1f} TFLOP/s", figures)
+
+
+def attention(workspace: Workspace, dim: int) -> Outcome:
+    """Check attention with one head size: a prompt and a decode step. Says whether there is a fused kernel."""
+    target = find_target()
+    figures: dict[str, Any] = {}
+    for name, rows, length in (("prompt", 512, 512), ("decode", 1, operators.CAPACITY)):
+        case = _supported(target, operators.attention(dim, rows, length))
+        try:
+            built, refusal = build(target, case), None
+        except FusionError as error:
+            refusal = str(error)
+            allow_decomposition(case.model)  # as fusion-build does at once
+            built = build(target, case)
+        ran = None if target.cuda is None else run(target, built.plan, case, f"attention-{dim} {name}", workspace)
+        figures[name] = _figures(built.layers if ran is None else ran.layers, ran) | {"refusal_as_one_layer": refusal}
+    kinds = (f"{name} {'decomposed' if one['refusal_as_one_layer'] else 'one layer'}" for name, one in figures.items())
+    summary = ", ".join(kinds)
+    if target.cuda is None:
+        return _built(target, summary, figures)
+    times = ", ".join(f"{1e6 * one['seconds']:.0f} us" for one in figures.values())
+    return Outcome(f"{summary}; {times}", figures)
+
+
+def scatter(workspace: Workspace, is_native: bool) -> Outcome:
+    """Check the update of a KV cache whose input and output share memory: TensorScatter, or its decomposition."""
+    target = find_target()
+    case = operators.tensor_scatter()
+    if not is_native:
+        decompose_operators(case.model, list(SINCE), 1)
+    elif "TensorScatter" in _unsupported(target):
+        raise SkippedStep(f"TensorRT {target.library.version} has no TensorScatter; step scatter-alias counts there.")
+    built = build(target, case)
+    if target.cuda is None:
+        return _built(target, f"{len(built.layers)} layers", _figures(built.layers, None))
+    ran = run(target, built.plan, case, "tensor-scatter" if is_native else "scatter-alias", workspace)
+    cache = case.inputs["past"].nbytes
+    return Outcome(f"{1e6 * ran.seconds:.1f} us; the cache has {cache / 1e6:.1f} MB", _figures(ran.layers, ran))
+
+
+def plugin(workspace: Workspace, operator: str, questions: int, latents: int) -> Outcome:
+    """Check a plugin with a number of rows."""
+    target = find_target()
+    architecture = target.compute_capability.replace(".", "")
+    trt = target.library.module
+    if reason := tensorrt_plugins.unsupported_reason(trt, architecture, workspace.kernels is not None):
+        raise SkippedStep(f"{reason}.")
+    if target.cuda is None:
+        raise SkippedStep("There is no GPU to run it.")
+    module = importlib.import_module(f"{target.library.name}.plugin")
+    tensorrt_plugins.register(module, architecture, kernel_source(workspace, architecture))
+    one = next(plugin for plugin in PLUGINS if plugin.operator == operator)
+    case = operators.plugin(one, questions, latents, WIDTH)
+    ran = run(target, build(target, case).plan, case, f"{operator} {questions * latents} rows", workspace)
+    return Outcome(f"largest error {ran.largest_error:.1e}, {1e6 * ran.seconds:.1f} us", _figures(ran.layers, ran))
+
+
+def _unsupported(target: Target) -> list[str]:
+    return [] if target.library.is_rtx else unsupported_operators(target.library.version_numbers)
+
+
+def _supported(target: Target, case: OperatorCase) -> OperatorCase:
+    """Decompose what this TensorRT does not know, as ``fusion-build`` does."""
+    if names := _unsupported(target):
+        decompose_operators(case.model, names, 1)
+    return case
+
+
+def _figures(layers: Layers, ran: EngineRun | None) -> dict[str, Any]:
+    measured = {} if ran is None else {"largest_error": ran.largest_error, "seconds": ran.seconds}
+    return {"layers": [layer["Name"] for layer in layers], **measured}
+
+
+def _built(target: Target, summary: str, figures: dict[str, Any]) -> Outcome:
+    built = f"built with {target.library.name} {target.library.version} for {target.compute_capability}"
+    return Outcome(f"{summary}; {built}, not run: there is no GPU", figures)

@@ -1,0 +1,180 @@
+"""The steps of the demo model and of the full size, on fakes of TensorRT and CUDA."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt import FULL, FakeTensorRT
+from fakes.on_fake_tensorrt import installed
+from support.opset24 import needs_opset_24
+
+from fusion_edge.benchmarks import full_size_checkpoint
+from fusion_edge.benchmarks.acceptance import bundles, demo, full_size
+from fusion_edge.benchmarks.acceptance.engine import BuiltEngine, EngineRun
+from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
+from fusion_edge.runtime.answer import Answer
+from fusion_edge.runtime.backends import devices
+from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.system.jetson import Jetson
+
+pytestmark = needs_opset_24  # the fake of TensorRT computes with it
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    return Workspace(tmp_path / "output", tmp_path / "scratch", None, None)
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
+    """A machine with TensorRT and a GPU; afterwards all its memory is free."""
+    trt = FakeTensorRT(*FULL, FakeCuda())
+    monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
+    with installed(trt):
+        yield trt
+    trt.cuda.check_all_freed()
+
+
+@pytest.fixture
+def exported(workspace: Workspace) -> Workspace:
+    demo.export(workspace)
+    return workspace
+
+
+def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None:
+    assert demo.answer_on_cpu(exported).figures == {"answer": "blue"}
+    built = demo.build(exported, plugins=False)
+    assert built.figures["engines"] > 0
+    launches = {}
+    for graphs in (True, False):
+        trt.cuda.calls.clear()
+        outcome = demo.run(exported, graphs)
+        assert outcome.figures["answer"] == "blue"
+        assert outcome.figures["decode_step"] > 0
+        assert 0 <= outcome.figures["difference"] < 0.05
+        launches[graphs] = trt.cuda.calls.count("cudaGraphLaunch")
+    assert launches[True] > demo.STEPS
+    assert launches[False] == 0
+    figures = demo.cancel(exported).figures
+    assert figures.keys() == {"prefill", "decode step"}
+    assert all(0 < seconds < 5 for seconds in figures.values())
+
+
+def test_a_wrong_answer_of_the_engines(exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo.build(exported, plugins=False)
+    monkeypatch.setattr(demo, "QUESTION", "What color is the square?")
+    with pytest.raises(FusionError, match=r"^The demo model answers '\w+', expected 'blue'\.$"):
+        demo.run(exported, graphs=True)
+
+
+def test_a_wrong_answer_of_the_cpu(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "QUESTION", "What color is the square?")
+    with pytest.raises(FusionError, match=r"on the CPU, expected 'blue'"):
+        demo.answer_on_cpu(exported)
+
+
+def test_a_machine_without_onnxruntime(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or with one that does not know the bundle's opset, as that of Python 3.10."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise FusionError("onnxruntime is not installed.")
+
+    monkeypatch.setattr(demo, "load", missing)
+    with pytest.raises(SkippedStep, match=r"^The CPU does not run the bundle: onnxruntime is not installed\.$"):
+        demo.answer_on_cpu(exported)
+
+
+def answer(token_ids: tuple[int, ...], logprobs: list[dict[int, float]]) -> Answer:
+    return Answer("text", token_ids, 1, "stop", {}, 0.0, (), tuple(logprobs))
+
+
+def kept(workspace: Workspace, one: Answer) -> None:
+    (workspace.scratch / demo.CPU_ANSWER).write_text(json.dumps(dataclasses.asdict(one)))
+
+
+def test_comparison_with_the_cpu(workspace: Workspace) -> None:
+    ours = answer((3,), [{3: -0.1, 4: -3.0, 5: -4.0}])
+    assert demo.compared(workspace, ours) is None
+    kept(workspace, answer((3,), [{3: -0.2, 4: -3.0, 6: -9.0}]))
+    assert demo.compared(workspace, ours) == pytest.approx(0.1)
+    limit = 0.2 * np.std([-0.2, -3.0])
+    with pytest.raises(FusionError, match=f"by up to 0.6; expected at most {limit:.3g}"):
+        demo.compared(workspace, answer((3,), [{3: -0.8, 4: -3.0}]))
+    with pytest.raises(FusionError, match="by up to nan"):
+        demo.compared(workspace, answer((3,), [{3: float("nan"), 4: -3.0}]))
+    with pytest.raises(FusionError, match="The engines answer 'text', and the CPU 'text'"):
+        demo.compared(workspace, answer((4,), [{4: -0.1}]))
+
+
+def test_a_given_bundle_is_used(workspace: Workspace, tiny_tensorrt_bundle: Path, trt: FakeTensorRT) -> None:
+    given = dataclasses.replace(workspace, bundle=tiny_tensorrt_bundle)
+    assert demo.bundle_of(given) == tiny_tensorrt_bundle
+    assert demo.export(given).summary == f"{tiny_tensorrt_bundle} is given"
+    assert not list(workspace.scratch.iterdir())
+    assert demo.answer_on_cpu(given).figures["answer"] is not None
+    assert demo.picture_of(given).is_file()
+
+
+def test_without_the_checkpoint(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "DEMO", tmp_path / "absent")
+    with pytest.raises(SkippedStep, match="in a clone of fusion-edge, or pass --bundle"):
+        demo.export(workspace)
+    with pytest.raises(SkippedStep, match="in a clone of fusion-edge"):
+        full_size.export(workspace)
+
+
+def test_without_a_gpu(exported: Workspace) -> None:
+    with installed(FakeTensorRT(*FULL, FakeCuda(gpus=0))):
+        with pytest.raises(SkippedStep, match="There is no GPU to run it: CUDA finds no GPU"):
+            demo.build(exported, plugins=False)
+        with pytest.raises(SkippedStep, match="There is no GPU to run it: CUDA finds no GPU"):
+            demo.run(exported, graphs=True)
+
+
+def test_plugins_without_kernels(exported: Workspace) -> None:
+    with (
+        installed(FakeTensorRT("tensorrt", "10.3.0", FakeCuda("8.7"))),
+        pytest.raises(SkippedStep, match=r"needs 10\.9"),
+    ):
+        demo.build(exported, plugins=True)
+
+
+def test_engines_have_the_limits_of_the_device(
+    exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fusion-build has on an Orin Nano with 8 GB."""
+    monkeypatch.setattr(bundles, "this_jetson", lambda: Jetson("NVIDIA Jetson Orin Nano", 7_600_000_000))
+    demo.build(exported, plugins=False)
+    assert {tuple(config.pools.values()) for config in trt.built} == {(512_000_000,)}
+
+
+def test_the_full_size_on_fakes(workspace: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small sizes: what is written, built, loaded and compared with the rooflines."""
+    layout = full_size_checkpoint.LAYOUTS["3b"]
+    small: dict[str, Any] = {"hidden_size": 128, "heads": 4, "kv_heads": 4, "mlp_width": 256, "vocab_size": 1300}
+    vision = dataclasses.replace(layout.vision, width=128, layers=3, mlp_width=256, patch_size=48)
+    sizes = dataclasses.replace(layout, vision=vision, tower="siglip-small-patch48-384", **small)
+    monkeypatch.setattr(full_size_checkpoint, "LAYOUTS", {"3b": sizes})
+    monkeypatch.setattr(full_size, "LAYERS", 2)
+    monkeypatch.setattr(full_size, "QUERY_LENGTH", 16)
+    full_size.export(workspace)
+    assert [path.name for path in workspace.scratch.iterdir()] == ["full-size"]
+    built = full_size.build(workspace).figures
+    assert built["engines"] > 0
+    multiplied = EngineRun(0.0, 1e-3, ())
+    monkeypatch.setattr(full_size, "build_engine", lambda *_: BuiltEngine(b"", ()))
+    monkeypatch.setattr(full_size, "run_engine", lambda *_: multiplied)
+    figures = full_size.run(workspace).figures
+    assert figures["gemm_flops"] == 2 * full_size.GEMM_SIZE**3 / 1e-3
+    assert figures["prompt_tokens"] == 64 + 16 + 48
+    assert all(seconds > 0 for seconds in figures["seconds"].values())
+    assert all(share > 0 for share in figures["roofline_shares"].values())

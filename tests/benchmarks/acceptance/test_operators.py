@@ -1,0 +1,133 @@
+"""Graphs of single operators on ONNX Runtime, against the float64 that engines are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import pytest
+from support.opset24 import needs_opset_24
+
+from fusion_edge.benchmarks.acceptance import operators
+from fusion_edge.benchmarks.acceptance.comparison import ROUNDING, SUMS, largest_error
+from fusion_edge.benchmarks.acceptance.engine import OperatorCase
+from fusion_edge.export.engines.decompositions import SINCE, decompose_operators
+from fusion_edge.kernels.tensorrt_plugins import PLUGINS
+from fusion_edge.runtime.errors import FusionError
+
+FORMS = ("int4-64", "int4-128", "int8", "w8a8", "fp8")
+
+
+def outputs(case: OperatorCase, model: onnx.ModelProto | None = None) -> npt.NDArray[Any]:
+    """Return the only output, computed as the graph says: ONNX Runtime's fusions would quantize activations."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    content = (case.model if model is None else model).SerializeToString()
+    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    (array,) = session.run(None, dict(case.inputs))
+    return np.asarray(array)
+
+
+def error(case: OperatorCase, actual: npt.NDArray[Any]) -> float:
+    ((name, expected),) = case.expected.items()
+    return largest_error(name, actual, expected, case.tolerance)
+
+
+def shifted(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+    return np.roll(array, rows, axis=-2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_linears(form: str, rows: int) -> None:
+    case = operators.quantized_linear(form, rows, 256, 384)
+    computed = outputs(case)
+    assert error(case, computed) <= case.tolerance
+    assert case.tolerance < 0.1 * computed.astype(np.float64).std()  # a wrong scale or row is found
+    for wrong in (computed * np.float16(1.2), np.roll(computed, 1, axis=-1)):
+        with pytest.raises(FusionError, match=r"^y: \d+ of \d+ elements are wrong"):
+            error(case, wrong)
+
+
+@pytest.mark.parametrize(("form", "node", "block"), [("int4-64", "codes", 64), ("int4-128", "codes", 128)])
+def test_int4_has_blocks_along_the_inputs(form: str, node: str, block: int) -> None:
+    """As the exporter writes them."""
+    model = operators.quantized_linear(form, 1, 256, 384).model
+    (dequantize,) = (one for one in model.graph.node if one.op_type == "DequantizeLinear")
+    attributes = {one.name: onnx.helper.get_attribute_value(one) for one in dequantize.attribute}
+    assert attributes == {"axis": 0, "block_size": block}
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    assert shapes == {node: [256, 384], "scales": [256 // block, 384]}
+
+
+@needs_opset_24
+@pytest.mark.parametrize(("rows", "length"), [(16, 16), (1, 40)])
+@pytest.mark.parametrize("dim", [64, 72, 96, 128])
+def test_attention(dim: int, rows: int, length: int) -> None:
+    case = operators.attention(dim, rows, length, heads=2)
+    computed = outputs(case)
+    assert error(case, computed) <= case.tolerance
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, np.roll(computed, 1, axis=1))  # of another head
+
+
+def test_attention_decomposed_for_older_versions() -> None:
+    case = operators.attention(72, 16, 32, heads=2)
+    decompose_operators(case.model, list(SINCE), 1)
+    assert error(case, outputs(case)) <= case.tolerance
+
+
+@needs_opset_24
+def test_tensor_scatter() -> None:
+    case = operators.tensor_scatter(2, 5, heads=2, dim=8)
+    assert error(case, outputs(case)) == 0
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, case.inputs["past"])  # not written
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, shifted(outputs(case), 1))
+
+
+def test_scatter_decomposed_for_older_versions() -> None:
+    case = operators.tensor_scatter(2, 5, heads=2, dim=8)
+    decompose_operators(case.model, list(SINCE), 1)
+    assert error(case, outputs(case)) == 0
+
+
+def test_gemm() -> None:
+    case = operators.gemm(64)
+    assert error(case, outputs(case)) == 0
+
+
+@pytest.mark.parametrize("rows", [(0, 144), (1, 1), (2, 144)])
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.operator)
+def test_plugins_have_symbolic_sizes(plugin: Any, rows: tuple[int, int]) -> None:
+    """One engine takes every number of rows; the parser finds the plugin by the node's attributes."""
+    case = operators.plugin(plugin, *rows, 32)
+    (node,) = case.model.graph.node
+    attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+    assert attributes == {"plugin_namespace": node.domain.encode(), "aot": 1}
+    assert list(case.inputs) == list(plugin.inputs)
+    for value in case.model.graph.input:
+        sizes = [one.dim_param or one.dim_value for one in value.type.tensor_type.shape.dim]
+        for size, actual in zip(sizes, case.inputs[value.name].shape, strict=True):
+            least, _, most = case.ranges[size] if isinstance(size, str) else (size, size, size)
+            assert least <= actual <= most
+    assert case.uses_plugins
+
+
+def test_largest_error() -> None:
+    expected = np.array([1.0, -8.0])
+    assert largest_error("y", np.array([1, -8], np.float16), expected) == 0
+    allowed = ROUNDING * 8 + SUMS * 8
+    assert largest_error("y", np.array([1, -8 + allowed]), expected) == allowed
+    with pytest.raises(FusionError, match=r"^y: 1 of 2 elements are wrong; at \[1\] -7\.99\d*, expected -8 with"):
+        largest_error("y", np.array([1, -8 + 1.01 * allowed]), expected)
+    assert largest_error("y", np.array([1, -8 + 1.01 * allowed]), expected, allowed) > allowed
+    with pytest.raises(FusionError, match=r"^y: 1 of 2 .* at \[0\] nan"):
+        largest_error("y", np.array([np.nan, -8]), expected)
+    with pytest.raises(FusionError, match=r"the shape \[1\], expected \[2\]"):
+        largest_error("y", np.zeros(1), expected)
+    assert largest_error("y", np.zeros((0, 3)), np.zeros((0, 3))) == 0
