@@ -318,6 +318,7 @@ def test_block_must_fit() -> None:
         ("ret 1; not.pred;", InvalidPtx, "it has 0 operands"),
         ("ld.param.b32 %r0, [p7];", InvalidPtx, "there is no such parameter of 32 bits"),
         ("ld.global.b32 %r0, %d0;", InvalidPtx, "expected an address"),
+        ("mov.b16 %h0, 0; ld.global.b32 %r0, [%h0];", InvalidPtx, "an address has 16 bits"),
         ("ld.global.v2.b32 {%r0}, [%d0];", InvalidPtx, "expected a vector of 2"),
         ("bra $nowhere;", InvalidPtx, "it has no label of this kernel"),
         ("mov.u32 %r77, 1;", InvalidPtx, "%r77 is not declared"),
@@ -339,6 +340,8 @@ def test_what_the_interpreter_refuses(body: str, error: type[PtxError], reason: 
         ("", "has 0 kernels with parameters and .reqntid, expected one"),
         (kernel("") * 2, "has 2 kernels"),
         (kernel("").replace("ret;", "bar.sync 0;"), "test does not end with ret"),
+        (kernel("").replace("ret;", "@%p0 ret;"), "test does not end with ret"),
+        (kernel("bra $end;").replace("ret;", "ret; $end:"), "it has no label of this kernel"),
         (kernel("", 16), r"A parameter is '\.param \.u16 p0', expected one of 32 or 64 bits"),
     ],
 )
