@@ -137,6 +137,11 @@ def test_stores_of_several_threads_to_one_place() -> None:
         launch(f"{OWN} st.shared.b32 [shared], %r0;")
     with pytest.raises(DataRace):
         launch(f"{OWN} st.shared.b32 [shared], 7; ld.shared.b32 %r4, [shared];")
+    for last in (0, THREADS - 1):  # one of those that stored is not the only one
+        again = f"setp.eq.u32 %p0, %r0, {last}; @%p0 st.shared.b32 [shared], 8;"
+        launch(f"{OWN} st.shared.b32 [shared], 7; bar.sync 0; {again}")
+        with pytest.raises(DataRace):
+            launch(f"{OWN} st.shared.b32 [shared], 7; {again}")
 
 
 @pytest.mark.parametrize(
