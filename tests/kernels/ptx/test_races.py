@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.handwritten_ptx import THREADS, kernel
 
@@ -70,6 +70,8 @@ def ptx(phases: list[list[Access]]) -> str:
     return kernel("\n".join(lines), 64)
 
 
+@example([[Access(0, 0, None), Access(1, 0, None), Access(1, 0, 1)]])
+@example([[Access(0, 0, 1), Access(1, 0, 1), Access(1, 0, 2)]])
 @given(st.lists(st.lists(accesses(), max_size=4), min_size=1, max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_races(phases: list[list[Access]]) -> None:
