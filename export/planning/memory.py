@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, VISION_HEADS
 from fusion_edge.runtime.bundle.image_memory import image_memory
 
@@ -93,4 +94,7 @@ def _activations(plan: ExportPlan) -> int:
     # MatMulBnb4 dequantizes the whole weight.
     sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
     elements = (tower, pairs, layer + max(sizes, default=0))
-    return plan.options.target.activation_bytes(config, plan.options.max_context, elements)
+    # TensorRT may dequantize an INT8 weight before its GEMM.
+    int8 = [linear.size for linear in plan.linears.values() if linear.format.kind == "int8" and not linear.is_table]
+    dequantized = 2 * max(int8, default=0) if plan.options.target is TENSORRT else 0
+    return plan.options.target.activation_bytes(config, plan.options.max_context, elements) + dequantized

@@ -267,7 +267,7 @@ def test_operators_are_standard(exported: Export, options: list[str]) -> None:
         own |= {node.op_type for node in nodes if node.domain}
         by_operator = Counter(node.op_type for node in model.graph.node)
         assert by_operator["MatMul"] - by_operator["DequantizeLinear"] == (
-            by_operator["MatMul"] if "--fp16" in options else 0
+            by_operator["MatMul"] if "--fp16" in options or name == "vision_encoder" else 0
         )
     assert own == {alignment.CONTEXT_ATTENTION, alignment.ADD_LAYER_NORM, alignment.ADD_ROWS}
 
@@ -287,7 +287,7 @@ def test_the_kv_cache_is_updated_in_place(exported: Export) -> None:
 def test_int4_scales_are_positive(exported: Export) -> None:
     """TensorRT requires positive scales."""
     folder = exported(PHI, *INT4[PHI])
-    for name in ("vision_encoder", "alignment_decoder", "llm"):
+    for name in ("alignment_decoder", "llm"):
         model = onnx.load(folder / f"{name}.onnx")
         tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         dequantized = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]

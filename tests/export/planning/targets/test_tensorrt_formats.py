@@ -90,8 +90,8 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
         ("int4:32", (64, 192), "groups of 64 and 128; use --group-size 64, in a rule int4:64, or use another"),
         ("int4:128", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64, in a rule int4:64"),
         ("int4:channel", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64"),
-        ("int4:32", (64, 96), "its 96 inputs are not whole groups of 64 or 128; give it 8 bits, or use another format"),
-        ("int4:64", (63, 64), "its 63 outputs are odd, and two share a byte; give it 8 bits"),
+        ("int4:32", (64, 96), "its 96 inputs are not whole groups of 64 or 128; keep it in float16, or use another"),
+        ("int4:64", (63, 64), "its 63 outputs are odd, and two share a byte; keep it in float16"),
     ],
 )
 def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
@@ -105,7 +105,7 @@ def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
     for size in BLOCK_SIZES:
         if f"int4:{size}" in reason:
             TENSORRT.check_formats({name: Linear(weight, WeightFormat("int4", size))})
-    TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse("int8:channel"))})
+    TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse("fp16"))})
 
 
 # Prequantized checkpoints ----------------------------------------------------------------------------------------
