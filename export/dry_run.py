@@ -50,7 +50,8 @@ def check_fit(sizes: Estimate, fit: int) -> None:
     if sizes.peak > fit:
         raise FusionError(
             f"It does not fit: the peak is {format_bytes(sizes.peak)}, {format_bytes(sizes.peak - fit)} more than "
-            f"{format_bytes(fit)}; try a smaller --max-context, a smaller --query-len, fewer --image-tokens or --int4."
+            f"{format_bytes(fit)}; try a smaller --max-context, a smaller --query-len, fewer --image-tokens, --int4 "
+            "or 8-bit vision (--calibrate DATA)."
         )
 
 
@@ -111,12 +112,12 @@ def _traffic(plan: ExportPlan) -> dict[str, Traffic]:
 
 
 def _traffic_rows(plan: ExportPlan) -> list[tuple[str, str]]:
-    """Return the lines about bytes that runs move, twice where TensorRT may not fuse weight-only INT8."""
+    """Return the lines about bytes that runs move, twice where TensorRT may not fuse 8-bit weights."""
     rows = [("Moved, at least", "")] if plan.options.target is TENSORRT else []
     for name, run in _traffic(plan).items():
         rows.append((f"  {name}", _moved(run.fused, plan)))
         if run.unfused > run.fused:
-            rows.append(("    if INT8 weights are dequantized first", _moved(run.unfused, plan)))
+            rows.append(("    if 8-bit weights are dequantized first", _moved(run.unfused, plan)))
     return rows
 
 

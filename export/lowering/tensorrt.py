@@ -21,8 +21,10 @@ from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import TensorSpec
 
 OPSET = 24  # the first with TensorScatter
-INT8_STEP = 2.0**-12
-"""Scale of all INT8 weights of the LLM in its GEMMs: exact in float16, and near the usual scales of channels."""
+STEP = 2.0**-12
+"""Scale of all 8-bit weights of the LLM in its GEMMs: exact in float16, and near the usual scales of channels."""
+EIGHT_BITS = {"int8": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
+"""Types of stored weights, by kind."""
 
 
 class TensorRTOperations(OnnxOperations):
@@ -48,12 +50,12 @@ class TensorRTOperations(OnnxOperations):
         if fmt.bits == 4:
             x = self._in_stored_order(x, linear)
             values = self._int4(linear)
-        elif fmt.kind == "int8" and name.startswith("llm."):
+        elif fmt.kind in ("int8", "fp8") and name.startswith("llm."):
             result = self._scaled_by_channel(x, linear)
             return result + self.parameter(f"{name}.bias") if bias else result
         elif fmt.is_quantized:
             x = self._quantized_activations(x, linear) if fmt.quantizes_activations else x
-            values = self._transposed(self._int8(linear))
+            values = self._transposed(self._dequantized_by_row(linear))
         else:
             dtype = "float16" if fmt.kind == "fp16" else "float32"
             stored_values = self._plan(linear, "values", dtype, linear.weight.shape)
@@ -74,23 +76,23 @@ class TensorRTOperations(OnnxOperations):
         return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0, block_size=fmt.block_size)
 
     def _scaled_by_channel(self, x: OnnxValue, linear: Linear) -> OnnxValue:
-        """Multiply by INT8 weights with one scale for all, then scale the channels of the result.
+        """Multiply by 8-bit weights with one scale for all, then scale the channels of the result.
 
         TensorRT-RTX fuses this form with the GEMV of a decode step. With a scale for each channel it dequantizes all
         weights first, which moves five times their bytes.
         """
-        values = self._plan(linear, "values", "int8", linear.weight.shape)
+        values = self._plan(linear, "values", EIGHT_BITS[linear.format.kind], linear.weight.shape)
         scales = self._plan(linear, "scales", "float16", (linear.outputs,))
-        step = self.builder.constant(INT8_STEP, "float16")
+        step = self.builder.constant(STEP, "float16")
         weight = self._transposed(self._node("DequantizeLinear", [values, step], linear.weight.name))
-        # Half of 1 / INT8_STEP at a time: neither the products nor the scales leave float16's range.
-        half = self.builder.constant(INT8_STEP**-0.5, "float16")
+        # Half of 1 / STEP at a time: neither the products nor the scales leave float16's range.
+        half = self.builder.constant(STEP**-0.5, "float16")
         channels = self._node("Mul", [self._cast(scales, "float16"), half], f"{linear.name}.channels")
         return self._node("Mul", [self._node("MatMul", [x, weight], linear.name) * channels, half], linear.name)
 
-    def _int8(self, linear: Linear) -> OnnxValue:
-        """Dequantize ``[N,K]`` with one scale per row."""
-        values = self._plan(linear, "values", "int8", linear.weight.shape)
+    def _dequantized_by_row(self, linear: Linear) -> OnnxValue:
+        """Dequantize ``[N,K]`` of 8 bits with one scale per row."""
+        values = self._plan(linear, "values", EIGHT_BITS[linear.format.kind], linear.weight.shape)
         scales = self._plan(linear, "scales", "float16", (linear.outputs,))
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
         return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0)

@@ -36,6 +36,7 @@ def plan_linears(
     formats = assign(weights, requested.rules, defaults) | {name: layout.format for name, layout in layouts.items()}
     linears = {name: Linear(weights[name], fmt, layouts.get(name)) for name, fmt in formats.items()}
     _check_codebooks(linears)
+    _check_float8(linears, options)
     _check_quantized_activations(linears, options)
     target.check_formats(linears)
     return linears
@@ -63,6 +64,14 @@ def _check_codebooks(linears: Mapping[str, Linear]) -> None:
                 f"{name} cannot be {fmt}: its {linear.inputs} inputs are not whole blocks of {fmt.group_size}; use a "
                 f"smaller --group-size, or another format (--rule '{name}=int4')."
             )
+
+
+def _check_float8(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:
+    first = next((name for name, linear in linears.items() if linear.format.kind == "fp8"), None)
+    if first is not None and not options.target.supports_float8:
+        raise UsageError(
+            f"fp8 ({first}) does not run on --target {options.target.name}; use int8, or --target tensorrt."
+        )
 
 
 def _check_quantized_activations(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:

@@ -15,7 +15,7 @@ from fusion_edge.runtime.bundle.image_memory import image_memory
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
-PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8}
+PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
 """Bits of a stored integer, by numpy dtype name."""
 
 
@@ -94,7 +94,8 @@ def _activations(plan: ExportPlan) -> int:
     # MatMulBnb4 dequantizes the whole weight.
     sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
     elements = (tower, pairs, layer + max(sizes, default=0))
-    # TensorRT may dequantize an INT8 weight before its GEMM.
-    int8 = [linear.size for linear in plan.linears.values() if linear.format.kind == "int8" and not linear.is_table]
-    dequantized = 2 * max(int8, default=0) if plan.options.target is TENSORRT else 0
+    # TensorRT may dequantize an 8-bit weight before its GEMM.
+    kinds = ("int8", "fp8") if plan.options.target is TENSORRT else ()
+    sizes = [linear.size for linear in plan.linears.values() if linear.format.kind in kinds and not linear.is_table]
+    dequantized = 2 * max(sizes, default=0)
     return plan.options.target.activation_bytes(config, plan.options.max_context, elements) + dequantized

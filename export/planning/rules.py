@@ -105,7 +105,7 @@ def read_rules(path: Path, group_size: int | None) -> list[Rule]:
 
 
 def _suits_embedding(fmt: WeightFormat) -> bool:
-    return fmt.bits != 4 and fmt.is_symmetric and not fmt.quantizes_activations
+    return fmt.bits != 4 and fmt.is_symmetric and fmt.kind not in ("w8a8", "fp8")
 
 
 def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[Rule]) -> dict[str, WeightFormat]:

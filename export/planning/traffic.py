@@ -12,7 +12,7 @@ SMALLEST_WINDOW = 512
 SLICE_TRAFFIC = 3
 """Times that a window of the cache crosses the memory bus: TensorRT-RTX copies it before attention reads it."""
 DEQUANTIZED_TRAFFIC = 4
-"""Bytes in addition to each INT8 weight, if a kernel of its own writes it as float16 and the GEMM reads that."""
+"""Bytes in addition to each INT8 or FP8 weight, if a kernel of its own writes it as float16 and the GEMM reads that."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Traffic:
     fused: int
     """If TensorRT fuses every dequantization with its GEMM."""
     unfused: int
-    """If it dequantizes weight-only INT8 to float16 before each GEMM. It documents no fusion of that format."""
+    """If it dequantizes weights of INT8 and FP8 to float16 before each GEMM. It documents no fusion of them."""
 
 
 def decode_windows(capacity: int) -> list[int]:
@@ -54,5 +54,5 @@ def _weights(plan: ExportPlan, prefix: str) -> tuple[int, int]:
     linears = [linear for name, linear in plan.linears.items() if name.startswith(prefix) and not linear.is_table]
     names = {linear.weight.name for linear in linears}
     stored = sum(tensor.nbytes for file in plan.data_files for tensor in file.tensors if tensor.parameter in names)
-    int8 = sum(linear.size for linear in linears if linear.format.kind == "int8")
+    int8 = sum(linear.size for linear in linears if linear.format.kind in ("int8", "fp8"))
     return stored, DEQUANTIZED_TRAFFIC * int8

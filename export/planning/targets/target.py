@@ -34,6 +34,8 @@ class Target:
     """Supported values of ``--kv-cache``, the default first."""
     quantizes_activations: bool = True
     """Whether the runtime supports w8a8 linears."""
+    supports_float8: bool = False
+    """Whether the runtime supports fp8 linears."""
     symmetric_activations: bool = False
     """Whether quantized activations have no zero point."""
     int8_per_channel: bool = False

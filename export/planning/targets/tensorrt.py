@@ -59,11 +59,26 @@ TENSORRT = TensorRTTarget(
     lowering=TensorRTOperations,
     activations="float16",
     accuracy_levels=(0,),
+    supports_float8=True,
     symmetric_activations=True,
     int8_per_channel=True,
     default_vision="fp16",
     context_bytes=memory_estimate.RUNTIME_BYTES,
 )
+
+
+OLDEST_FLOAT8_DEVICE = (8, 9)
+"""Oldest compute capability with FP8."""
+
+
+def check_device(bundle: Bundle, compute_capability: str) -> None:
+    """Raise :class:`FusionError` if a bundle has FP8 weights, and the device has no FP8."""
+    first = next((name for name, text in bundle.manifest.weights.items() if text == "fp8"), None)
+    if first is not None and tuple(map(int, compute_capability.split("."))) < OLDEST_FLOAT8_DEVICE:
+        raise FusionError(
+            f"{bundle.folder} has {first} in fp8, which compute capability {compute_capability} does not have (8.9 and "
+            f"later do); export it with another format, --rule '{first}=int4'."
+        )
 
 
 def check_bundle(bundle: Bundle) -> None:

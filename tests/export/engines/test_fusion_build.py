@@ -216,6 +216,16 @@ def test_decode_engine_omits_interaction_layers(built: Built, wide: Path, monkey
     assert saved > 0.9 * sum(weights.values()) > 1e6
 
 
+def test_float8_weights(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """They build where the GPU has FP8, and are refused elsewhere."""
+    command = [str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--target=tensorrt", "--fp16", "--rule=*=fp8"]
+    assert cli.main(command) == 0
+    for capability in ("8.9", "12.0"):
+        assert cli_build.main([str(tmp_path / "b"), "--library=tensorrt-rtx", f"--device={capability}"]) == 0
+    message = refused(cli_build.main, tmp_path / "b", "--library=tensorrt-rtx", "--device=8.6")
+    assert " in fp8, which compute capability 8.6 does not have (8.9 and later do); export it with " in message
+
+
 def test_json(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     folder, engines = built(DEMO_CHECKPOINT, "int4", "8.6", "--parts=1")
     capsys.readouterr()

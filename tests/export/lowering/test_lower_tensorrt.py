@@ -129,8 +129,12 @@ def assert_close(actual: npt.ArrayLike, expected: npt.NDArray[Any]) -> None:
 @needs_opset_24
 @pytest.mark.parametrize(
     ("checkpoint", "options"),
-    [("demo", ["--fp16"]), *INT4.items()],  # the others in float16: test_released_answers
-    ids=lambda value: value[0] if isinstance(value, list) else value,
+    [
+        ("demo", ["--fp16"]),  # the others in float16: test_released_answers
+        ("demo", ["--fp16", "--rule=*=fp8"]),
+        *INT4.items(),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else value,
 )
 def test_matches_eager_interpreter(exported: Export, checkpoint: str, options: list[str]) -> None:
     """Compares every array: two questions with the shortest query length, one with the longest."""

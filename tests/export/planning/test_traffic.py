@@ -65,7 +65,7 @@ def test_dry_run_tells_both_cases(tiny_checkpoint: Path, capsys: pytest.CaptureF
     assert "dequantized" not in text
     assert cli.main([*command, "--target=tensorrt", INT8[0]]) == 0
     text = capsys.readouterr().out
-    assert text.count("if INT8 weights are dequantized first") == 1
+    assert text.count("if 8-bit weights are dequantized first") == 1
     assert " ms\n" not in text
     assert cli.main([*command, "--target=cpu"]) == 0
     assert "Moved" not in capsys.readouterr().out
