@@ -3,9 +3,9 @@
     python -m fusion_edge.benchmarks.full_size_checkpoint --layout 3b --sparse --output fusion-3b
     python -m fusion_edge.benchmarks.jetson_roofline fusion-3b
 
-Decode is bound by memory bandwidth: a decode step reads the LLM's weights and the whole KV cache. Time to first token
-is bound by float16 compute throughput: GEMMs and attention of vision, alignment and prefill. Operations are counted by
-running the model on meta tensors.
+Decode is bound by memory bandwidth: a decode step reads the LLM's weights and a window of the KV cache. Time to first
+token is bound by float16 compute throughput: GEMMs and attention of vision, alignment and prefill. Operations are
+counted by running the model on meta tensors.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.export.planning.presets import PRESETS
+from fusion_edge.export.planning.traffic import decode_steps
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
@@ -37,6 +38,7 @@ from fusion_edge.runtime.formatting import format_bytes, format_table
 from fusion_edge.runtime.images.grids import alignment_cells
 
 TERA = 1e12
+ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,15 @@ class Jetson:
 
     name: str
     preset: str
-    bandwidth: float
-    """Bytes per second."""
     compute: float
     """Dense float16 operations per second of the GPU's tensor cores."""
 
 
 JETSONS = (
     # Dense float16 is a quarter of sparse INT8 and an eighth of sparse FP4.
-    Jetson("Orin Nano 8 GB", "jetson-orin-nano", 102e9, 67 * TERA / 4),
-    Jetson("AGX Orin 64 GB", "jetson-orin", 204.8e9, 170 * TERA / 4),
-    Jetson("AGX Thor", "jetson-thor", 273e9, 2070 * TERA / 8),
+    Jetson("Orin Nano 8 GB", "jetson-orin-nano", 67 * TERA / 4),
+    Jetson("AGX Orin 64 GB", "jetson-orin", 170 * TERA / 4),
+    Jetson("AGX Thor", "jetson-thor", 2070 * TERA / 8),
 )
 
 
@@ -111,7 +111,10 @@ def _main(options: argparse.Namespace) -> int:
 def jetson_estimate(checkpoint: Checkpoint, jetson: Jetson, max_context: int | None = None) -> JetsonEstimate:
     """Estimate a checkpoint exported with the Jetson's preset. Raises the errors of :func:`plan_export`."""
     plan = plan_export(checkpoint, ExportOptions(target=jetson.preset, max_context=max_context))
-    memory, read = estimate(plan).peak, step_bytes(plan.manifest(()), plan.options.max_context)
+    bandwidth = PRESETS[jetson.preset].bandwidth
+    assert bandwidth is not None  # every preset of a Jetson has it
+    memory, image_and_text = estimate(plan).peak, prompt_tokens(plan) + ANSWER_TOKENS
+    read = next(step.fused for window, step in decode_steps(plan).items() if window >= image_and_text)
     image, question = operations(plan)
     return JetsonEstimate(
         device=jetson.name,
@@ -121,15 +124,20 @@ def jetson_estimate(checkpoint: Checkpoint, jetson: Jetson, max_context: int | N
         step_bytes=read,
         image_operations=image,
         question_operations=question,
-        decode_tokens_per_second=jetson.bandwidth / read,
+        decode_tokens_per_second=bandwidth / read,
         ttft=(image + question) / jetson.compute,
         followup_ttft=question / jetson.compute,
     )
 
 
+def prompt_tokens(plan: ExportPlan) -> int:
+    """Return the tokens of a prompt with a short question: image tokens, latents and text."""
+    return plan.options.image_tokens + plan.options.query_lengths[0] + 2 * QUESTION_TOKENS
+
+
 def operations(plan: ExportPlan) -> tuple[int, int]:
     """Return the floating-point operations per image and per short question, at the default query length."""
-    config, image_tokens = plan.config, plan.options.image_tokens
+    config = plan.config
     latents, width = plan.options.query_lengths[0], config.language.hidden_size
     cells = [
         torch.from_numpy(cells).to("meta")
@@ -148,7 +156,7 @@ def operations(plan: ExportPlan) -> tuple[int, int]:
         encode(1, QUESTION_TOKENS)
         pairs = _meta(config.alignment.layers, latents, config.alignment.window_size**2, width)
         positions = _meta(1, latents).long(), _meta(1).long()
-        prompt = _meta(1, image_tokens + latents + 2 * QUESTION_TOKENS, width)
+        prompt = _meta(1, prompt_tokens(plan), width)
         architecture.llm(ops, config, prompt, architecture.Alignment(*positions, pairs, pairs))
 
     return _counted(of_image), _counted(of_question)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from fusion_edge.export.calibration.options import CalibrationOptions
 from fusion_edge.export.planning.memory import Estimate, estimate
 from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT
+from fusion_edge.export.planning.traffic import Traffic, decode_steps, vision_run
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.formatting import format_bytes, format_table
 
@@ -32,6 +34,7 @@ def dry_run(plan: ExportPlan, calibration: CalibrationOptions | None, fit: int |
         report["formats"] = {name: str(fmt) for name, fmt in plan.formats.items()}
         report["calibration"] = None if cost is None else dataclasses.asdict(cost)
         report["ranges"] = ranges
+        report["traffic"] = {name: dataclasses.asdict(run) for name, run in _traffic(plan).items()}
         sys.stdout.write(json.dumps(report) + "\n")
     else:
         sys.stdout.write(_text(plan, sizes, cost, ranges))
@@ -47,7 +50,8 @@ def check_fit(sizes: Estimate, fit: int) -> None:
     if sizes.peak > fit:
         raise FusionError(
             f"It does not fit: the peak is {format_bytes(sizes.peak)}, {format_bytes(sizes.peak - fit)} more than "
-            f"{format_bytes(fit)}; try a smaller --max-context, a smaller --query-len, fewer --image-tokens or --int4."
+            f"{format_bytes(fit)}; try a smaller --max-context, a smaller --query-len, fewer --image-tokens, --int4 "
+            "or 8-bit vision (--calibrate DATA)."
         )
 
 
@@ -83,6 +87,7 @@ def _text(
         ("  peak", format_bytes(sizes.peak)),
         ("  KV cache of a scene, in addition", format_bytes(sizes.scene_prefix)),
     ]
+    rows += _traffic_rows(plan)
     if cost is not None:
         rows += [
             ("Calibration", ""),
@@ -96,3 +101,27 @@ def _text(
         )
         rows.append((f"  {option} can be", written))
     return format_table(rows)
+
+
+def _traffic(plan: ExportPlan) -> dict[str, Traffic]:
+    """Return the traffic of each kind of run on TensorRT; empty for other targets."""
+    if plan.options.target is not TENSORRT:
+        return {}
+    steps = {f"decode step, up to {window} tokens": step for window, step in decode_steps(plan).items()}
+    return {"vision encoder, weights": vision_run(plan)} | steps
+
+
+def _traffic_rows(plan: ExportPlan) -> list[tuple[str, str]]:
+    """Return the lines about bytes that runs move, twice where TensorRT may not fuse 8-bit weights."""
+    rows = [("Moved, at least", "")] if plan.options.target is TENSORRT else []
+    for name, run in _traffic(plan).items():
+        rows.append((f"  {name}", _moved(run.fused, plan)))
+        if run.unfused > run.fused:
+            rows.append(("    if 8-bit weights are dequantized first", _moved(run.unfused, plan)))
+    return rows
+
+
+def _moved(count: int, plan: ExportPlan) -> str:
+    """Format bytes with their time at the device's bandwidth."""
+    bandwidth = plan.options.bandwidth
+    return format_bytes(count) + ("" if bandwidth is None else f", {1000 * count / bandwidth:.1f} ms")

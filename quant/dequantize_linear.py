@@ -1,7 +1,7 @@
 """Weight layout of ONNX DequantizeLinear, which TensorRT reads: signed integers, no zero points.
 
 INT4 weights are ``[K,N]`` with blocks along K, so that ``x @ w`` needs no transpose; two columns share a byte, the
-first in the low nibble. INT8 weights are ``[N,K]`` bytes with one scale per row.
+first in the low nibble. INT8 and FP8 weights are ``[N,K]`` bytes with one scale per row.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ SIGN_BIT = {4: np.uint8(8), 8: np.uint8(128)}
 def to_dequantize_linear(
     packed: Packed, fmt: WeightFormat, inputs: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]]:
-    """Convert n rows: values and scales ``[K, n/2]``, ``[K/group, n]`` of INT4 (n even); ``[n, K]``, ``[n]`` of INT8.
+    """Convert n rows: values and scales ``[K, n/2]``, ``[K/group, n]`` of INT4 (n even); ``[n, K]``, ``[n]`` of 8 bits.
 
-    The format is symmetric; INT8 has one scale per row.
+    The format is symmetric; 8-bit formats have one scale per row.
     """
+    if fmt.kind == "fp8":
+        return packed.values[:, 0], packed.scales[:, 0]
     codes = unpack(packed.values, fmt).reshape(len(packed.values), -1)[:, :inputs] ^ SIGN_BIT[fmt.bits]
     if fmt.bits == 8:
         return codes, packed.scales[:, 0]
@@ -33,6 +35,8 @@ def from_dequantize_linear(
     values: npt.NDArray[np.uint8], scales: npt.NDArray[np.floating], fmt: WeightFormat
 ) -> Packed:
     """Invert :func:`to_dequantize_linear`. K is a multiple of the block size of an INT4 format."""
+    if fmt.kind == "fp8":
+        return Packed(values[:, None], scales[:, None])
     if fmt.bits == 8:
         rows, inputs = values.shape
         blocks, block = fmt.blocks(inputs), fmt.block(inputs)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fusion_edge.quant import float8
 from fusion_edge.runtime.errors import UsageError
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "nf4": 4, "fp4": 4, "w8a8": 8}
+BITS = {"fp32": 32, "fp16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "nf4": 4, "fp4": 4, "w8a8": 8, "fp8": 8}
 """Bits of a stored value, by kind."""
 GROUPED = ("int8", "uint8", "int4", "uint4", "nf4", "fp4")
 """Kinds with a scale per group of input channels. Those with a ``u`` also have a zero point per group."""
@@ -37,8 +38,9 @@ def group_sizes(sizes: tuple[int, ...] = GROUP_SIZES) -> dict[str, int]:
 class WeightFormat:
     """Format of a stored weight: a ``kind`` of :data:`BITS`, and the number of input channels that share a scale.
 
-    ``group_size`` is :data:`PER_CHANNEL` for one scale per row, and also for floats and ``w8a8``. ``w8a8`` quantizes
-    the linear's activations to 8 bits too, with a scale and a zero point from calibration.
+    ``group_size`` is :data:`PER_CHANNEL` for one scale per row, and also for floats, ``w8a8`` and ``fp8``. ``w8a8``
+    quantizes the linear's activations to 8 bits too, with a scale and a zero point from calibration. ``fp8`` is E4M3
+    (``quant/float8.py``).
     """
 
     kind: str
@@ -51,7 +53,7 @@ class WeightFormat:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether values are integers with scales."""
+        """Whether values are codes of at most 8 bits, with scales."""
         return self.bits <= 8
 
     @property
@@ -65,6 +67,11 @@ class WeightFormat:
         return self.kind in CODEBOOKS
 
     @property
+    def is_integer(self) -> bool:
+        """Whether values are integers with scales, evenly spaced: GPTQ supports no others."""
+        return self.is_quantized and not self.has_codebook and self.kind != "fp8"
+
+    @property
     def scale_dtype(self) -> str:
         """NumPy dtype name of the scales."""
         return "float32" if self.has_codebook else "float16"
@@ -74,6 +81,8 @@ class WeightFormat:
         """Largest absolute weight that the format represents; infinity if float16 limits neither values nor scales."""
         if self.kind == "fp16":
             return LARGEST_FLOAT16
+        if self.kind == "fp8":
+            return LARGEST_FLOAT16 * float(float8.LARGEST)
         has_float16_scales = self.is_quantized and self.scale_dtype == "float16"
         return LARGEST_FLOAT16 * ((1 << (self.bits - 1)) - 1) if has_float16_scales else math.inf
 
@@ -140,7 +149,7 @@ class WeightFormat:
         spellings = group_sizes(sizes)
         if kind not in BITS or (size and (kind not in GROUPED or size not in spellings)):
             raise UsageError(
-                f"Unknown weight format {text!r}; expected fp32, fp16, w8a8, or one of {', '.join(GROUPED)}, "
+                f"Unknown weight format {text!r}; expected fp32, fp16, fp8, w8a8, or one of {', '.join(GROUPED)}, "
                 "optionally with a group size (int4:32, int4:channel)."
             )
         if kind not in GROUPED:

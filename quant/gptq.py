@@ -158,7 +158,7 @@ def coordinate_descent(
 
 def round_to_nearest(weights: Tensor, fmt: WeightFormat) -> RoundedRows:
     """Round rows ``[n,K]`` to the nearest values, with scales that cover the extremes of each group."""
-    if fmt.has_codebook:
+    if not fmt.is_integer:
         packed = quantize(weights.cpu().numpy(), fmt)
         return RoundedRows(packed, torch.from_numpy(dequantize(packed, fmt, weights.shape[1])).to(weights.device))
     groups = _covering(*_extremes(_grouped(weights, fmt)), fmt)

@@ -8,7 +8,8 @@ rounded to float16 *before* the codes are computed: the codes are optimal for th
 
 With a codebook, a code means ``CODES[q] * scale``. MatMulBnb4 stores the first code in the *high* nibble.
 
-``w8a8`` (QuantizeLinear, DequantizeLinear) has one group per row and stores signed bytes.
+``w8a8`` (QuantizeLinear, DequantizeLinear) has one group per row and stores signed bytes. ``fp8`` has one group per row
+and stores E4M3 bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.quant import codebook
+from fusion_edge.quant import codebook, float8
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
 
@@ -57,6 +58,8 @@ def quantize(rows: npt.NDArray[np.float32], fmt: WeightFormat) -> Packed:
     if fmt.has_codebook:
         codes, absmax = codebook.quantize(rows, fmt.kind, fmt.group_size)
         return Packed(pack(codes.reshape(*absmax.shape, -1), fmt), absmax)
+    if fmt.kind == "fp8":
+        return _quantize_float8(rows)
     count, inputs = rows.shape
     groups, half = fmt.groups(inputs), 1 << (fmt.bits - 1)
     if missing := groups * fmt.group(inputs) - inputs:
@@ -78,6 +81,14 @@ def quantize(rows: npt.NDArray[np.float32], fmt: WeightFormat) -> Packed:
     scaled += middle + np.float32(0.5)  # rounds: the cast below truncates
     np.clip(scaled, 0, 2 * half - 1, out=scaled)
     return pack_codes(scaled.astype(np.uint8).reshape(count, -1)[:, :inputs], scales, zeros, fmt)
+
+
+def _quantize_float8(rows: npt.NDArray[np.float32]) -> Packed:
+    """Round ``[n,K]`` to E4M3; the largest value of each row becomes the largest one of the format."""
+    extent = np.abs(rows).max(axis=1, keepdims=True) / float8.LARGEST
+    scales = np.maximum(extent, SMALLEST_SCALE).astype(np.float16)
+    codes = float8.encode(rows / scales.astype(np.float32))
+    return Packed(codes[:, None], scales)
 
 
 def pack_codes(
@@ -110,10 +121,13 @@ def by_block(values: npt.NDArray[Number], group: int, inputs: int, block: int) -
 def dequantize(packed: Packed, fmt: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
     """Return the values of packed rows, float32 ``[n, inputs]``."""
     codes = unpack(packed.values, fmt)
-    values = codebook.CODES[fmt.kind].take(codes) if fmt.has_codebook else codes.astype(np.float32)
+    if fmt.is_integer:
+        values = codes.astype(np.float32)
+    else:
+        values = (float8.VALUES if fmt.kind == "fp8" else codebook.CODES[fmt.kind]).take(codes)
     if packed.zero_points is not None:
         values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1], fmt)[:, :, None]
-    elif not fmt.has_codebook:
+    elif fmt.is_integer:
         values -= np.float32(1 << (fmt.bits - 1))
     values *= packed.scales.astype(np.float32)[:, :, None]
     rows: npt.NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]

@@ -187,7 +187,7 @@ def _sensitivity_operations(plan: ExportPlan, options: CalibrationOptions) -> fl
 
 def _uses_gptq(linear: Linear, options: CalibrationOptions) -> bool:
     """Return whether GPTQ quantizes a linear; codebooks are rounded to nearest."""
-    return options.method == "gptq" and not linear.format.has_codebook
+    return options.method == "gptq" and linear.format.is_integer
 
 
 def _attempts(plan: ExportPlan, linear: Linear) -> int:

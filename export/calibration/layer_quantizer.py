@@ -137,8 +137,8 @@ class LayerQuantizer:
             raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
 
     def _method_of(self, name: str) -> str:
-        """Return the method of a linear: GPTQ does not support codebooks."""
-        return "rtn" if self._formats[name].has_codebook else self._method
+        """Return the method of a linear: GPTQ supports integers only."""
+        return self._method if self._formats[name].is_integer else "rtn"
 
     def _quantize_rows(
         self, name: str, weight: Tensor, factorized: FactorizedHessian | None, hessian: Tensor

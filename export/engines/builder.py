@@ -13,6 +13,7 @@ import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engines.decompositions import allow_decomposition, decompose_operators, unsupported_operators
+from fusion_edge.export.engines.float16 import without_int8
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
 from fusion_edge.export.engines.linear_pieces import Pieces, cut_linears
 from fusion_edge.export.engines.optimization_profiles import (
@@ -157,11 +158,20 @@ class EngineBuilder:
             canceled = Event()
             monitor = _monitor(trt, progress, canceled)
             plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
+            if plan is None and (float16 := without_int8(model, self._bundle.folder)) is not None:
+                sys.stderr.write(
+                    f"{label}: {self._messages.first_error()}. {self._library.name} cannot build INT8 here; float16 of "
+                    "the same weights replaces it. fusion-export --vision fp16 writes unrounded weights.\n"
+                )
+                self._messages.errors.clear()
+                model = float16
+                plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
         if plan is None:
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
                 f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
-                "more --parts, or a smaller --max-block, --max-context or --workspace."
+                "more --parts, or a smaller --max-block, --max-context or --workspace; if INT8 is the reason, export with "
+                "--vision fp16."
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))

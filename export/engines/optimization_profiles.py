@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fusion_edge.export.planning.traffic import decode_windows
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER, sized
 from fusion_edge.runtime.bundle.manifest import Manifest
@@ -40,7 +41,7 @@ def engine_limits(manifest: Manifest, max_context: int) -> EngineLimits:
 
 
 def optimization_profiles(manifest: Manifest, limits: EngineLimits) -> dict[str, list[DimensionRanges]]:
-    """Return the profiles of each graph by name. The LLM has two that share weights: prefill and decode."""
+    """Return the profiles of each graph by name. Those of the LLM share weights: prefill, then decode by window."""
     return {
         VISION_ENCODER: [
             # One profile: TensorRT-RTX would store the weights once per profile.
@@ -71,8 +72,10 @@ def _llm(manifest: Manifest, limits: EngineLimits) -> Iterator[DimensionRanges]:
         "positions": (1, min(prompt, limits.max_context), limits.max_context),
         "questions": (0, 1, limits.max_questions),  # a prefix has no question, and so no latents
         "latents": (0, latents, most_latents),
+        "slots": (1, min(prompt, limits.max_context), limits.max_context),
     }
-    yield {"positions": (1, 1, 1), "questions": (0, 0, 0), "latents": (0, 0, 0)}
+    for size in decode_windows(limits.max_context):
+        yield {"positions": (1, 1, 1), "questions": (0, 0, 0), "latents": (0, 0, 0), "slots": (size, size, size)}
 
 
 def _range(values: Sequence[int]) -> tuple[int, int, int]:

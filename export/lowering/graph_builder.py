@@ -24,6 +24,7 @@ ONNX_TYPES = {
     "int8": TensorProto.INT8,
     "int4": TensorProto.INT4,
     "uint8": TensorProto.UINT8,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
     "bool": TensorProto.BOOL,
 }
 
@@ -50,19 +51,23 @@ class PlannedTensor:
 
     @property
     def storage(self) -> str:
-        """numpy dtype name of the bytes in the data file; uint8 for int4, which numpy lacks."""
-        return "uint8" if self.dtype == "int4" else self.dtype
+        """numpy dtype name of the bytes in the data file; uint8 for types that numpy lacks."""
+        return "uint8" if self.dtype in ("int4", "float8_e4m3fn") else self.dtype
 
     @property
     def nbytes(self) -> int:
         """Size in the data file."""
         count = int(np.prod(self.shape, dtype=np.int64))
-        return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
+        return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.storage).itemsize
 
     @property
     def is_for_dequantize_linear(self) -> bool:
         """Whether the layout is that of ``quant/dequantize_linear.py``."""
-        return self.dtype == "int4" or (self.dtype == "int8" and not self.format.quantizes_activations)
+        if self.part != "values":
+            return False
+        return self.dtype in ("int4", "float8_e4m3fn") or (
+            self.dtype == "int8" and not self.format.quantizes_activations
+        )
 
 
 class GraphBuilder:

@@ -21,6 +21,10 @@ from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import TensorSpec
 
 OPSET = 24  # the first with TensorScatter
+STEP = 2.0**-12
+"""Scale of all 8-bit weights of the LLM in its GEMMs: exact in float16, and near the usual scales of channels."""
+EIGHT_BITS = {"int8": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
+"""Types of stored weights, by kind."""
 
 
 class TensorRTOperations(OnnxOperations):
@@ -46,9 +50,12 @@ class TensorRTOperations(OnnxOperations):
         if fmt.bits == 4:
             x = self._in_stored_order(x, linear)
             values = self._int4(linear)
+        elif fmt.kind in ("int8", "fp8") and name.startswith("llm."):
+            result = self._scaled_by_channel(x, linear)
+            return result + self.parameter(f"{name}.bias") if bias else result
         elif fmt.is_quantized:
             x = self._quantized_activations(x, linear) if fmt.quantizes_activations else x
-            values = self._transposed(self._int8(linear))
+            values = self._transposed(self._dequantized_by_row(linear))
         else:
             dtype = "float16" if fmt.kind == "fp16" else "float32"
             stored_values = self._plan(linear, "values", dtype, linear.weight.shape)
@@ -68,9 +75,24 @@ class TensorRTOperations(OnnxOperations):
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
         return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0, block_size=fmt.block_size)
 
-    def _int8(self, linear: Linear) -> OnnxValue:
-        """Dequantize ``[N,K]`` with one scale per row."""
-        values = self._plan(linear, "values", "int8", linear.weight.shape)
+    def _scaled_by_channel(self, x: OnnxValue, linear: Linear) -> OnnxValue:
+        """Multiply by 8-bit weights with one scale for all, then scale the channels of the result.
+
+        TensorRT-RTX fuses this form with the GEMV of a decode step. With a scale for each channel it dequantizes all
+        weights first, which moves five times their bytes.
+        """
+        values = self._plan(linear, "values", EIGHT_BITS[linear.format.kind], linear.weight.shape)
+        scales = self._plan(linear, "scales", "float16", (linear.outputs,))
+        step = self.builder.constant(STEP, "float16")
+        weight = self._transposed(self._node("DequantizeLinear", [values, step], linear.weight.name))
+        # Half of 1 / STEP at a time: neither the products nor the scales leave float16's range.
+        half = self.builder.constant(STEP**-0.5, "float16")
+        channels = self._node("Mul", [self._cast(scales, "float16"), half], f"{linear.name}.channels")
+        return self._node("Mul", [self._node("MatMul", [x, weight], linear.name) * channels, half], linear.name)
+
+    def _dequantized_by_row(self, linear: Linear) -> OnnxValue:
+        """Dequantize ``[N,K]`` of 8 bits with one scale per row."""
+        values = self._plan(linear, "values", EIGHT_BITS[linear.format.kind], linear.weight.shape)
         scales = self._plan(linear, "scales", "float16", (linear.outputs,))
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
         return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0)
@@ -137,24 +159,30 @@ class TensorRTOperations(OnnxOperations):
         q, k, v = (self._heads(self.input(part), count, dim) for part, count in zip(parts, heads, strict=True))
         tables = [self._rotary_table("cos", np.cos), self._rotary_table("sin", np.sin)]
         q, k = (self._node("RotaryEmbedding", [x, *tables, "positions"], name) for x in (q, k))
-        keys, values = (self._extended(f"{layer}.{part}", new) for part, new in (("key", k), ("value", v)))
+        keys, values = (self._cached(f"{layer}.{part}", new) for part, new in (("key", k), ("value", v)))
         attended = self._node("Attention", [q, keys, values, self._causal_mask()], name, scale=dim**-0.5)
         return self._joined(attended, language.heads * dim)
 
-    def _extended(self, name: str, new: OnnxValue) -> OnnxValue:
-        """Write the new tokens' rows into the cache ``past.{name}`` at ``write_index``."""
+    def _cached(self, name: str, new: OnnxValue) -> OnnxValue:
+        """Write the new tokens' rows into the cache ``past.{name}`` at ``write_index``. Return its first ``slots``.
+
+        TensorScatter requires a cache of a fixed capacity, so attention reads a slice of it: a step of a short sequence
+        does not read the rest.
+        """
         present = f"present.{name}"
         inputs = [f"past.{name}", new.name, "write_index"]
         self.builder.node("TensorScatter", inputs, present, outputs=[present], axis=2)
-        return self.input(present)
+        count = self._node("Shape", ["slots"])  # one for each cache: engines are cut between layers
+        start, axis = self.builder.constant([0]), self.builder.constant([2])
+        used, language = self._node("Slice", [present, start, count, axis], f"{present}.used"), self.config.language
+        shape = (1, language.kv_heads, "slots", language.head_dim)
+        self.builder.described.append(TensorSpec(used.name, self.settings.activations, shape))
+        return used
 
     def _causal_mask(self) -> OnnxValue:
-        """Return the mask ``[1,1,L,capacity]`` bool of cache slots that a token attends to; one for all layers."""
+        """Return the mask ``[1,1,L,slots]`` bool of cache slots that a token attends to; one for all layers."""
         if self._mask is None:
-            size = self._node("Shape", ["past.0.key"], start=2, end=3)
-            stop = self._node("Squeeze", [size, self.builder.constant([0])])
-            slots = self._node("Range", [self.builder.constant(0), stop, self.builder.constant(1)])
             rows = self._node("Unsqueeze", ["positions", self.builder.constant([1, 3])])
-            self._mask = self._node("LessOrEqual", [slots, rows], "llm.causal_mask")
-            self.builder.described.append(TensorSpec(self._mask.name, "bool", (1, 1, "positions", "capacity")))
+            self._mask = self._node("LessOrEqual", ["slots", rows], "llm.causal_mask")
+            self.builder.described.append(TensorSpec(self._mask.name, "bool", (1, 1, "positions", "slots")))
         return self._mask

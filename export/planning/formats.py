@@ -10,7 +10,7 @@ from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.resolved_options import ResolvedOptions
-from fusion_edge.export.planning.rules import Rule, assign, precision_rules
+from fusion_edge.export.planning.rules import LM_HEAD, Rule, assign, precision_rules
 from fusion_edge.runtime.errors import UsageError
 
 
@@ -29,10 +29,14 @@ def plan_linears(
         check_scales(weights[name], checkpoint, options.activations)
     layouts = {name: target.stored_layout(layout, weights[name].shape[1]) for name, layout in layouts.items()}
     int8 = target.int8_format(requested.group_size)
-    defaults = precision_rules(options.precision, requested.group_size, options.vision, requested.asymmetric, int8)
+    lm_head = target.lm_head_format(weights[LM_HEAD].shape, requested.group_size)
+    defaults = precision_rules(
+        options.precision, requested.group_size, options.vision, requested.asymmetric, int8, lm_head
+    )
     formats = assign(weights, requested.rules, defaults) | {name: layout.format for name, layout in layouts.items()}
     linears = {name: Linear(weights[name], fmt, layouts.get(name)) for name, fmt in formats.items()}
     _check_codebooks(linears)
+    _check_float8(linears, options)
     _check_quantized_activations(linears, options)
     target.check_formats(linears)
     return linears
@@ -62,6 +66,14 @@ def _check_codebooks(linears: Mapping[str, Linear]) -> None:
             )
 
 
+def _check_float8(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:
+    first = next((name for name, linear in linears.items() if linear.format.kind == "fp8"), None)
+    if first is not None and not options.target.supports_float8:
+        raise UsageError(
+            f"fp8 ({first}) does not run on --target {options.target.name}; use int8, or --target tensorrt."
+        )
+
+
 def _check_quantized_activations(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:
     first = next((name for name, linear in linears.items() if linear.format.quantizes_activations), None)
     if first is None:
@@ -69,7 +81,7 @@ def _check_quantized_activations(linears: Mapping[str, Linear], options: Resolve
     if not options.requested.is_calibrated:
         raise UsageError(
             f"{first} is w8a8, which needs samples for the range of its activations: add --calibrate DATA, or use "
-            "int8 (--vision int8-weights)."
+            f"--vision {options.target.default_vision}."
         )
     if not options.target.quantizes_activations:
         raise UsageError(

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, VISION_HEADS
 from fusion_edge.runtime.bundle.image_memory import image_memory
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
-PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8}
+PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
 """Bits of a stored integer, by numpy dtype name."""
 
 
@@ -93,4 +94,8 @@ def _activations(plan: ExportPlan) -> int:
     # MatMulBnb4 dequantizes the whole weight.
     sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
     elements = (tower, pairs, layer + max(sizes, default=0))
-    return plan.options.target.activation_bytes(config, plan.options.max_context, elements)
+    # TensorRT may dequantize an 8-bit weight before its GEMM.
+    kinds = ("int8", "fp8") if plan.options.target is TENSORRT else ()
+    sizes = [linear.size for linear in plan.linears.values() if linear.format.kind in kinds and not linear.is_table]
+    dequantized = 2 * max(sizes, default=0)
+    return plan.options.target.activation_bytes(config, plan.options.max_context, elements) + dequantized

@@ -29,7 +29,7 @@ class ExportOptions:
 
     precision: str = choice(
         {
-            "int4": "4-bit LLM and alignment, 8-bit vision, lm_head and embeddings (default)",
+            "int4": "4-bit LLM and alignment; 8-bit vision, lm_head and embeddings (tensorrt: lm_head 4-bit) (default)",
             "nf4": "like --int4, with bitsandbytes' NF4: more accurate, much slower on a CPU",
             "int8": "8-bit weights throughout",
             "fp16": "16-bit weights",
@@ -51,7 +51,7 @@ class ExportOptions:
     vision: str | None = option(
         "--vision",
         "vision encoder: 8-bit weights and activations (int8, needs --calibrate), 8-bit weights only, or 16 bits "
-        "(default: int8 with --calibrate for cpu and tensorrt, else int8-weights)",
+        "(default: int8 with --calibrate for cpu and tensorrt, else fp16 for tensorrt and int8-weights for others)",
         group=PRECISION,
         choices=VISION,
     )

@@ -14,20 +14,20 @@ class Preset:
 
     memory: int
     """Bytes available to a bundle: the device's memory without its system and a camera's driver."""
+    bandwidth: float | None = None
+    """Bytes per second of the memory, from NVIDIA's product pages; None if the devices of the preset differ."""
     max_context: int | None = None
     """Upper limit in tokens; None: the checkpoint's context length."""
     image_tokens: int | None = None
     """Upper limit; None: all."""
-    vision: str = "fp16"
-    """Vision encoder of an export without calibration."""
     target: Target = TENSORRT
 
 
 PRESETS = {
     # 8 GB shared by CPU and GPU, 102 GB/s: the KV cache and the image tokens decide memory and time.
-    "jetson-orin-nano": Preset(memory=6_500_000_000, max_context=1536, image_tokens=256, vision="int8-weights"),
-    "jetson-orin": Preset(memory=28_000_000_000),  # AGX with 32 GB
-    "jetson-thor": Preset(memory=110_000_000_000),
+    "jetson-orin-nano": Preset(memory=6_500_000_000, bandwidth=102e9, max_context=1536, image_tokens=256),
+    "jetson-orin": Preset(memory=28_000_000_000, bandwidth=204.8e9),  # AGX with 32 GB
+    "jetson-thor": Preset(memory=110_000_000_000, bandwidth=273e9),
     "rtx": Preset(memory=7_000_000_000),  # GPUs with 8 GB or more
 }
 

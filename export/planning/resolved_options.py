@@ -38,6 +38,8 @@ class ResolvedOptions:
     """MatMulNBits' attribute: 0 computes in the activations' dtype, 4 quantizes activations to int8 blocks."""
     memory: int | None
     """Bytes that the preset's device has for a bundle; None without a preset."""
+    bandwidth: float | None
+    """Bytes per second of the preset's device; None if it is unknown."""
 
     @property
     def activations(self) -> str:
@@ -67,13 +69,14 @@ def resolve_options(options: ExportOptions, config: FusionConfig) -> ResolvedOpt
         requested=options,
         target=target,
         precision=options.precision,
-        vision=options.vision or _default_vision(options, target, preset),
+        vision=options.vision or _default_vision(options, target),
         query_lengths=lengths,
         image_tokens=image_tokens,
         max_context=context or config.max_length,
         cache=target.activations if options.kv_cache == "float" else options.kv_cache,
         accuracy_level=target.accuracy_levels[0] if options.accuracy_level is None else options.accuracy_level,
         memory=None if preset is None else preset.memory,
+        bandwidth=None if preset is None else preset.bandwidth,
     )
 
 
@@ -93,10 +96,10 @@ def _with_detail(options: ExportOptions, config: FusionConfig) -> ExportOptions:
 # Defaults ---------------------------------------------------------------------------------------------------
 
 
-def _default_vision(options: ExportOptions, target: Target, preset: Preset | None) -> str:
+def _default_vision(options: ExportOptions, target: Target) -> str:
     if options.is_calibrated:
         return "int8" if target.quantizes_activations else "int8-weights"
-    return "int8-weights" if preset is None else preset.vision
+    return target.default_vision
 
 
 def _default_lengths(offered: tuple[int, ...]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ else:
 
 VISION = ("int8", "int8-weights", "fp16")
 EMBEDDING = "llm.embed_tokens"
+LM_HEAD = "llm.lm_head"
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,18 @@ def vision_rules(vision: str, int8: WeightFormat) -> list[Rule]:
 
 
 def precision_rules(
-    precision: str, group_size: int | None, vision: str, asymmetric: bool = False, int8: WeightFormat | None = None
+    precision: str,
+    group_size: int | None,
+    vision: str,
+    asymmetric: bool = False,
+    int8: WeightFormat | None = None,
+    lm_head: WeightFormat | None = None,
 ) -> list[Rule]:
     """Return the rules of ``--fp32``, ``--fp16``, ``--int8``, ``--int4`` or ``--nf4``.
 
     ``vision`` applies to the last three. ``asymmetric`` gives INT4 weights zero points. ``int8`` is the format of 8-bit
     linears; None: in groups of ``group_size``. 4-bit precisions apply to the LLM and the alignment; weights that are
-    read once per image, or are most sensitive, keep 8 bits.
+    read once per image keep 8 bits, and so does ``lm_head`` unless its format is given.
     """
     if precision in ("fp32", "fp16"):
         return [Rule("*", WeightFormat(precision))]
@@ -74,7 +80,7 @@ def precision_rules(
         return [table, *vision_rules(vision, int8), Rule("*", int8)]
     return [
         table,
-        Rule("llm.lm_head", int8),
+        Rule(LM_HEAD, lm_head or int8),
         *vision_rules(vision, int8),
         Rule("*", WeightFormat.grouped("uint4" if asymmetric else precision, group_size)),
     ]
@@ -99,7 +105,7 @@ def read_rules(path: Path, group_size: int | None) -> list[Rule]:
 
 
 def _suits_embedding(fmt: WeightFormat) -> bool:
-    return fmt.bits != 4 and fmt.is_symmetric and not fmt.quantizes_activations
+    return fmt.bits != 4 and fmt.is_symmetric and fmt.kind not in ("w8a8", "fp8")
 
 
 def assign(names: Iterable[str], overrides: Sequence[Rule], defaults: Sequence[Rule]) -> dict[str, WeightFormat]:

@@ -112,7 +112,7 @@ class BundleWeights:
             return whole.reshape(tensor.shape[0], -1)[:, start // packed : stop // packed]
         row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape else tensor.nbytes
         content = _bytes(path, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
-        return np.frombuffer(content, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+        return np.frombuffer(content, tensor.storage).reshape(stop - start, *tensor.shape[1:])
 
 
 def _bytes(path: Path, offset: int, count: int) -> bytes:

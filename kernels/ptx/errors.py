@@ -40,4 +40,4 @@ class DataRace(PtxError):
 
 
 class DivergentThreads(PtxError):
-    """A barrier that not all threads of the block reach, or a warp's instruction without all of its threads."""
+    """A barrier that not all threads of the block reach, or a warp's instruction that not all of the warp do."""

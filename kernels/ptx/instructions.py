@@ -103,11 +103,10 @@ def _load(state: State, active: Active) -> None:
 
 def _used_cells(active: Active, count: int, kind: str) -> Values:
     """Return which cells of a vector load the program uses, ``[elements, cells of one]``."""
-    cells = register_bits(kind) // (8 * CELL)
+    cells = count * register_bits(kind) // (8 * CELL)
     used = active.instruction.used_bytes
-    return np.array([used is None or used >> CELL * cell & 0b11 != 0 for cell in range(count * cells)]).reshape(
-        count, -1
-    )
+    is_used = [used is None or used >> (CELL * cell) & 0b11 != 0 for cell in range(cells)]
+    return np.array(is_used).reshape(count, -1)
 
 
 def _load_parameter(state: State, active: Active) -> None:
@@ -189,9 +188,8 @@ def _barrier(state: State, active: Active) -> None:
     if _operands(active, 1) != (Immediate(0),):
         active.refuse(UnknownInstruction, "the interpreter knows barrier 0 only")
     whole: Mask = np.all(active.mask.reshape(-1, active.launch.block), axis=1)
-    active.require(
-        whole[active.threads // active.launch.block], DivergentThreads, "not all threads of the block reach it"
-    )
+    blocks = active.threads // active.launch.block
+    active.require(whole[blocks], DivergentThreads, "not all threads of the block reach it")
     state.phases[active.mask] += 1
 
 
@@ -240,5 +238,6 @@ def _addresses(state: State, active: Active, address: Operand) -> Indices:
     if not isinstance(address, Address) or isinstance(address.base, str):
         active.refuse(InvalidPtx, "expected an address")
     state.registers.require_defined(active, [address.base])
-    kind = f"s{state.registers.bits(active, address.base)}"
-    return state.registers.read(active, address.base, kind)[active.mask].astype(np.int64) + address.offset
+    if (bits := state.registers.bits(active, address.base)) not in (32, 64):
+        active.refuse(InvalidPtx, f"an address has {bits} bits")
+    return state.registers.read(active, address.base, f"s{bits}")[active.mask].astype(np.int64) + address.offset

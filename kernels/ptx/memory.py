@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,13 +27,47 @@ BUFFER_BASE = 16
 """Triton compiles for pointers that are multiples of 16. A buffer's is no multiple of 32."""
 
 
+@dataclass(frozen=True)
+class _Who:
+    """Who accesses cells: the thread, its block, and the barriers that it has passed, each ``[threads, cells]``."""
+
+    thread: Indices
+    block: Indices
+    phase: Indices
+
+
+class _Accesses:
+    """The last loads, or stores, of each cell."""
+
+    def __init__(self, cells: int) -> None:
+        self._thread, self._block, self._phase = np.full((3, cells), NOBODY)
+        """Thread and block are SEVERAL where more than one accessed the cell, and nothing orders them."""
+
+    def exist(self, at: Indices) -> Mask:
+        """Return which of the cells ``at`` have been accessed."""
+        return np.asarray(self._block[at] != NOBODY)
+
+    def are_unordered(self, at: Indices, who: _Who) -> Mask:
+        """Return which of the cells another thread has accessed, with nothing that orders the two accesses."""
+        block = self._block[at]
+        in_block = (block == who.block) & (self._phase[at] == who.phase) & (self._thread[at] != who.thread)
+        return np.asarray(in_block | ((block != NOBODY) & (block != who.block)))
+
+    def record(self, at: Indices, who: _Who) -> None:
+        """Note an access."""
+        is_unordered, other_blocks = self.are_unordered(at, who), self.exist(at) & (self._block[at] != who.block)
+        self._thread[at], self._block[at], self._phase[at] = who.thread, who.block, who.phase
+        # Of several threads that access one cell at once, the last is found there.
+        self._thread[at[is_unordered | (self._thread[at] != who.thread)]] = SEVERAL
+        self._block[at[other_blocks | (self._block[at] != who.block)]] = SEVERAL
+
+
 class Memory(ABC):
     """Cells of two bytes, and the last accesses to each."""
 
     def __init__(self, cells: int, *, initialized: bool) -> None:
         self._cells, self._initialized = np.zeros(cells, np.uint16), initialized
-        self._writer, self._write_phase = np.full((2, cells), NOBODY)
-        self._reader, self._read_phase, self._reading_block = np.full((3, cells), NOBODY)
+        self._loads, self._stores = _Accesses(cells), _Accesses(cells)
 
     @abstractmethod
     def _offsets(self, active: Active, addresses: Indices, size: int) -> Indices:
@@ -49,44 +84,28 @@ class Memory(ABC):
         at = self._locate(active, addresses, CELL * len(used))
         loaded, at = self._cells[at], at[:, used]
         if not self._initialized:
-            written: Mask = np.all(self._writer[at] != NOBODY, axis=1)
+            written: Mask = np.all(self._stores.exist(at), axis=1)
             active.require(written, Uninitialized, "it reads shared memory that nothing wrote")
-        thread, block, phase = _who(active, at)
-        _require_order(active, self._writer_is_unordered(active, at))
-        readers, blocks = self._reader[at], self._reading_block[at]
-        is_first = (self._read_phase[at] != phase) | (blocks != block)
-        self._reader[at], self._read_phase[at], self._reading_block[at] = thread, phase, block
-        # Of several threads that read one cell at once, the last is found there.
-        several = (self._reader[at] != thread) | (~is_first & (readers != thread))
-        self._reader[at[several]] = SEVERAL
-        several = (self._reading_block[at] != block) | ((blocks != NOBODY) & (blocks != block))
-        self._reading_block[at[several]] = SEVERAL
+        who = _who(active, at)
+        _require_order(active, self._stores.are_unordered(at, who))
+        self._loads.record(at, who)
         return loaded
 
     def store(self, active: Active, addresses: Indices, values: Values) -> None:
         """Write ``values`` ``[threads, cells]`` uint16 at ``addresses``."""
         at = self._locate(active, addresses, CELL * values.shape[1])
-        thread, block, phase = _who(active, at)
-        blocks = self._reading_block[at]
-        read_by_other = (blocks == block) & (self._read_phase[at] == phase) & (self._reader[at] != thread)
-        read_by_other |= (blocks != NOBODY) & (blocks != block)
-        _require_order(active, read_by_other | (self._writer_is_unordered(active, at) & (self._cells[at] != values)))
-        self._cells[at], self._writer[at], self._write_phase[at] = values, thread, phase
+        who = _who(active, at)
+        overwritten = self._stores.are_unordered(at, who) & (self._cells[at] != values)
+        _require_order(active, overwritten | self._loads.are_unordered(at, who))
+        self._stores.record(at, who)
+        self._cells[at] = values
         _require_order(active, self._cells[at] != values)  # of several threads that write one cell at once, one wins
 
-    def _writer_is_unordered(self, active: Active, at: Indices) -> Mask:
-        thread, block, phase = _who(active, at)
-        writer = self._writer[at]
-        unordered = (writer // active.launch.block != block) | (self._write_phase[at] == phase)
-        return np.asarray((writer != NOBODY) & (writer != thread) & unordered)
 
-
-def _who(active: Active, at: Indices) -> tuple[Indices, Indices, Indices]:
-    """Return thread, block and phase, each in the shape of ``at``."""
+def _who(active: Active, at: Indices) -> _Who:
     thread = active.threads
     who = thread, thread // active.launch.block, active.phases[thread]
-    first, second, third = (np.broadcast_to(one[:, None], at.shape) for one in who)
-    return first, second, third
+    return _Who(*(np.broadcast_to(one[:, None], at.shape) for one in who))
 
 
 def _require_order(active: Active, races: Mask) -> None:

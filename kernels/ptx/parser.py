@@ -111,10 +111,10 @@ class _Body:
                 self._directive(one, line)
             elif one:
                 self._instruction(one, line)
-        kernel = Kernel(name, parameters, threads, self._registers, tuple(self._instructions), self._labels)
-        if not kernel.instructions or kernel.instructions[-1].opcode != "ret":
+        if not self._instructions or self._instructions[-1].text != "ret":
             raise InvalidPtx(f"{name} does not end with ret.")
-        return kernel
+        targets = {label: at for label, at in self._labels.items() if at < len(self._instructions)}
+        return Kernel(name, parameters, threads, self._registers, tuple(self._instructions), targets)
 
     def _directive(self, text: str, line: int) -> None:
         if registers := re.fullmatch(r"\.reg \.(pred|b16|b32|b64) (%\w+)<(\d+)>", text):

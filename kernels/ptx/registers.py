@@ -56,9 +56,9 @@ class Registers:
     def undefined_each(self, operands: Sequence[Operand]) -> Mask | None:
         """Return where each of the operands is undefined, ``[threads, operands]``; None: nowhere."""
         masks = [self.undefined([operand]) for operand in operands]
-        nowhere = np.zeros((self._threads, 1), bool)
         if all(mask is None for mask in masks):
             return None
+        nowhere = np.zeros((self._threads, 1), bool)
         return np.hstack([nowhere if mask is None else mask for mask in masks])
 
     def _undefined_cells(self, name: str) -> Mask | None:
@@ -84,12 +84,8 @@ class Registers:
             active.refuse(InvalidPtx, f"{name} cannot hold the result")
         cells = None if undefined is None else np.repeat(undefined, _cells(bits) // undefined.shape[1], axis=1)
         if not active.mask.all():
-            before = self._undefined_cells(name)
+            cells = _chosen(active.mask, cells, self._undefined_cells(name))
             values = np.where(active.mask, values, self._values.get(name, np.zeros_like(values)))
-            if cells is not None or before is not None:
-                none = np.zeros((self._threads, _cells(bits)), bool)
-                new, old = (none if one is None else one for one in (cells, before))
-                cells = np.where(active.mask[:, None], new, old)
         self._values[name] = values
         self._undefined.pop(name, None)
         if cells is not None and cells.any():
@@ -103,3 +99,10 @@ class Registers:
 
 def _cells(bits: int) -> int:
     return max(bits // 16, 1)
+
+
+def _chosen(mask: Mask, new: Mask | None, old: Mask | None) -> Mask | None:
+    """Return ``new`` in the threads of ``mask`` and ``old`` in the others; None is False everywhere."""
+    if new is None:
+        return None if old is None else old & ~mask[:, None]
+    return new & mask[:, None] if old is None else np.where(mask[:, None], new, old)

@@ -45,7 +45,10 @@ class Engine:
     outputs: tuple[Mapping[str, Any], ...]
     """As ``inputs``."""
     profiles: tuple[Mapping[str, tuple[int, ...]], ...]
-    """Minimum, optimum and maximum by symbolic dimension. The LLM has one profile for prefill and one for decode."""
+    """Minimum, optimum and maximum by symbolic dimension.
+
+    The LLM has a profile for prefill, then one for decode by window of the KV cache (``slots``), the smallest first.
+    """
 
     @property
     def tensors(self) -> tuple[Mapping[str, Any], ...]:

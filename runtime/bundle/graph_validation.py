@@ -43,8 +43,8 @@ OPERATORS: Mapping[str, frozenset[str]] = {
 }
 """By domain, the operators that the lowerings write. They only compute."""
 
-BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 22: 4}
-"""Bits per value by the type number of ``TensorProto``: float, uint8, int8, int32, int64, bool, float16, int4."""
+BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 17: 8, 22: 4}
+"""Bits per value by ``TensorProto``'s number: float, uint8, int8, int32, int64, bool, float16, FLOAT8E4M3FN, int4."""
 
 _MODEL = {1: "ir_version", 2: "producer_name", 3: "producer_version", 7: "graph", 8: "opset_import", 25: "functions"}
 _OPSET = {1: "domain", 2: "version"}

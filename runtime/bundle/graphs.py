@@ -104,7 +104,11 @@ def _llm(
     past = [TensorSpec(f"past.{spec.name}", spec.dtype, spec.shape) for spec in cached]
     present = [TensorSpec(f"present.{spec.name}", spec.dtype, spec.shape) for spec in cached]
     if target == "tensorrt":
-        places = [TensorSpec("positions", "int64", (1, "positions")), TensorSpec("write_index", "int64", (1,))]
+        places = [
+            TensorSpec("positions", "int64", (1, "positions")),
+            TensorSpec("write_index", "int64", (1,)),
+            TensorSpec("slots", "int64", ("slots",)),
+        ]
     else:
         places = [TensorSpec("last_position", "int32", (1,)), TensorSpec("total_length", "int32", ())]
     if cache == "int8":

@@ -23,7 +23,7 @@ def packed(draw: st.DrawFn) -> tuple[Packed, WeightFormat, int]:
         fmt = WeightFormat("int4", draw(st.sampled_from([32, 64, 128])))
         rows, inputs = 2 * draw(st.integers(1, 6)), fmt.group_size * draw(st.integers(1, 3))
     else:
-        fmt = WeightFormat("int8", PER_CHANNEL)
+        fmt = WeightFormat(draw(st.sampled_from(["int8", "fp8"])), PER_CHANNEL)
         rows, inputs = draw(st.integers(1, 6)), draw(st.integers(1, 300))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     exponent = draw(st.sampled_from([0, 9]))  # e^9 times the largest normal number is in the range of every format
@@ -52,7 +52,8 @@ def test_matches_onnx_operator(one: tuple[Packed, WeightFormat, int]) -> None:
     if fmt.bits == 4:
         actual = operator(values, scales, TensorProto.INT4, (inputs, len(expected)), fmt.block_size).T
     else:
-        actual = operator(values, scales, TensorProto.INT8, expected.shape, block_size=0)
+        kind = TensorProto.FLOAT8E4M3FN if fmt.kind == "fp8" else TensorProto.INT8
+        actual = operator(values, scales, kind, expected.shape, block_size=0)
     assert np.array_equal(actual, expected)
 
 

@@ -34,10 +34,14 @@ class Target:
     """Supported values of ``--kv-cache``, the default first."""
     quantizes_activations: bool = True
     """Whether the runtime supports w8a8 linears."""
+    supports_float8: bool = False
+    """Whether the runtime supports fp8 linears."""
     symmetric_activations: bool = False
     """Whether quantized activations have no zero point."""
     int8_per_channel: bool = False
     """Whether 8-bit weights have one scale per output channel, whatever the group size."""
+    default_vision: str = "int8-weights"
+    """Precision of the vision encoder without samples, a value of ``--vision``."""
     scale_copies: int = 1
     """Copies of each scale that the runtime keeps in memory."""
     context_bytes: int = 0
@@ -46,6 +50,10 @@ class Target:
     def int8_format(self, group_size: int | None) -> WeightFormat:
         """Return the format of 8-bit weights."""
         return WeightFormat.grouped("int8", PER_CHANNEL if self.int8_per_channel else group_size)
+
+    def lm_head_format(self, shape: tuple[int, ...], group_size: int | None) -> WeightFormat:
+        """Return the format of ``lm_head``, of ``shape`` ``[outputs, inputs]``, beside 4-bit weights."""
+        return self.int8_format(group_size)
 
     def stored_layout(self, layout: StoredLayout, inputs: int) -> StoredLayout:
         """Return the layout in which a prequantized weight with ``inputs`` columns is stored for this target."""

@@ -24,8 +24,15 @@ class TensorRTTarget(Target):
     """TensorRT reads symmetric integers only.
 
     INT4 comes in whole blocks of :data:`BLOCK_SIZES` along the inputs, two outputs per byte, with float16 scales. INT8
-    has one scale per output channel.
+    has one scale per output channel. TensorRT documents INT4 as its only format of weights with float activations, so
+    no other one is a default.
     """
+
+    def lm_head_format(self, shape: tuple[int, ...], group_size: int | None) -> WeightFormat:
+        """Return INT4, in the blocks of the other weights if they fit its inputs, else float16."""
+        sizes = [WeightFormat.grouped("int4", group_size).block_size, *BLOCK_SIZES]
+        fitting = [WeightFormat("int4", size) for size in sizes if _int4_obstacle(shape, size) is None]
+        return next(iter(fitting), WeightFormat("fp16"))
 
     def stored_layout(self, layout: StoredLayout, inputs: int) -> StoredLayout:
         """Split groups larger than a block into blocks, each with the group's scale."""
@@ -40,7 +47,7 @@ class TensorRTTarget(Target):
             if reason is not None:
                 raise UsageError(
                     f"{name} cannot be {linear.format} for TensorRT: {reason}, or use another format "
-                    f"(--rule '{name}=int8:channel')."
+                    f"(--rule '{name}=fp16')."
                 )
 
     def activation_bytes(self, config: FusionConfig, max_context: int, graph_elements: Sequence[int]) -> int:
@@ -52,10 +59,26 @@ TENSORRT = TensorRTTarget(
     lowering=TensorRTOperations,
     activations="float16",
     accuracy_levels=(0,),
+    supports_float8=True,
     symmetric_activations=True,
     int8_per_channel=True,
+    default_vision="fp16",
     context_bytes=memory_estimate.RUNTIME_BYTES,
 )
+
+
+OLDEST_FLOAT8_DEVICE = (8, 9)
+"""Oldest compute capability with FP8."""
+
+
+def check_capability(bundle: Bundle, compute_capability: str) -> None:
+    """Raise :class:`FusionError` if a bundle has FP8 weights, and the device has no FP8."""
+    first = next((name for name, text in bundle.manifest.weights.items() if text == "fp8"), None)
+    if first is not None and tuple(map(int, compute_capability.split("."))) < OLDEST_FLOAT8_DEVICE:
+        raise FusionError(
+            f"{bundle.folder} has {first} in fp8, which compute capability {compute_capability} does not have (8.9 and "
+            f"later do); export it with another format, --rule '{first}=int4'."
+        )
 
 
 def check_bundle(bundle: Bundle) -> None:
@@ -85,19 +108,24 @@ def _unreadable(linear: Linear) -> str | None:
 
 
 def _unreadable_int4(linear: Linear) -> str | None:
-    fmt, outputs, inputs = linear.format, linear.outputs, linear.inputs
-    if outputs % 2:
-        return f"its {outputs} outputs are odd, and two share a byte; give it 8 bits"
+    fmt, inputs = linear.format, linear.inputs
+    obstacle = _int4_obstacle(linear.weight.shape, fmt.block_size)
     fitting = [size for size in BLOCK_SIZES if inputs % size == 0]
-    if not fitting:
-        return f"its {inputs} inputs are not whole groups of 64 or 128; give it 8 bits"
-    if fmt.block_size in fitting:
-        return None
+    if obstacle is None or linear.outputs % 2 or not fitting:
+        return obstacle
     if linear.prequantized:
         everywhere = re.sub(r"\.\d+\.", ".*.", linear.name)
-        remedy = f"quantize it anew (--rule '{everywhere}=int4:{fitting[-1]}')"
-    else:
-        remedy = f"use --group-size {' or '.join(map(str, fitting))}, in a rule int4:{fitting[-1]}"
-    if fmt.block_size in BLOCK_SIZES:
-        return f"its {inputs} inputs are not whole groups of {fmt.block_size}; {remedy}"
-    return f"it has 4-bit GEMMs only for groups of 64 and 128; {remedy}"
+        return f"{obstacle}; quantize it anew (--rule '{everywhere}=int4:{fitting[-1]}')"
+    return f"{obstacle}; use --group-size {' or '.join(map(str, fitting))}, in a rule int4:{fitting[-1]}"
+
+
+def _int4_obstacle(shape: tuple[int, ...], size: int) -> str | None:
+    """Return why a weight ``[outputs, inputs]`` cannot be INT4 in blocks of ``size``; None if it can."""
+    outputs, inputs = shape
+    if outputs % 2:
+        return f"its {outputs} outputs are odd, and two share a byte; keep it in float16"
+    if all(inputs % block for block in BLOCK_SIZES):
+        return f"its {inputs} inputs are not whole groups of 64 or 128; keep it in float16"
+    if size not in BLOCK_SIZES:
+        return "it has 4-bit GEMMs only for groups of 64 and 128"
+    return f"its {inputs} inputs are not whole groups of {size}" if inputs % size else None

@@ -62,12 +62,27 @@ inline Floats zero_points(const Weights& weights, size_t output, size_t block) {
     return sub(load_zero_points(weights, output, block), broadcast(float(unsigned_offset(weights))));
 }
 
+// A chunk of weights, unpacked: 4-bit ones to low and high halves.
 template <int BITS>
-[[gnu::always_inline]] inline Ints dot_chunk(Ints sums, Bytes weights, const int8_t* x) {
-    if constexpr (BITS == 8) return dot<8>(sums, less_offset(weights), load_bytes(x));
-    sums = dot<4>(sums, low_halves(weights), load_bytes(x));
-    return dot<4>(sums, high_halves(weights), load_bytes(x + CHUNK));
-}
+struct Unpacked {
+    Bytes parts[8 / BITS];
+
+    [[gnu::always_inline]] explicit Unpacked(Bytes weights) {
+        if constexpr (BITS == 8) {
+            parts[0] = less_offset(weights);
+        } else {
+            parts[0] = low_halves(weights);
+            parts[1] = high_halves(weights);
+        }
+    }
+
+    // sums + dot products with inputs of a row.
+    [[gnu::always_inline]] Ints dot(Ints sums, const int8_t* x) const {
+        sums = SIMD::dot<BITS>(sums, parts[0], load_bytes(x));
+        if constexpr (BITS == 4) sums = SIMD::dot<4>(sums, parts[1], load_bytes(x + CHUNK));
+        return sums;
+    }
+};
 
 // Number of outputs read in turns, each a separate stream in memory. Measured: on Zen 4, one stream is fastest (two
 // take twice as long, and software prefetch costs 10 %). On Ice Lake, four streams are 1.25 times as fast as one, and
@@ -95,114 +110,133 @@ inline Floats scale_blocks(const Row& row, const Weights& weights, size_t output
     return total;
 }
 
-// Computes STREAMS * count outputs in streams of `count` outputs each. A block has CHUNKS chunks; with 0, a chunk has
-// several blocks.
-template <int BITS, int CHUNKS, size_t STREAMS>
-void gemv_streams(const Row& row, const Weights& weights, size_t output, size_t count, float* result) {
-    constexpr size_t WIDTH = CHUNK * 8 / BITS;
+// Rows that share unpacked weights, and their results.
+template <size_t ROWS>
+struct RowGroup {
+    Row rows[ROWS];
+    float* results[ROWS];
+};
+
+// Computes STREAMS * count outputs of the rows in streams of `count` outputs each. A block has CHUNKS chunks; with 0, a
+// chunk has several blocks.
+template <int BITS, int CHUNKS, size_t STREAMS, size_t ROWS>
+void gemv_streams(const RowGroup<ROWS>& group, const Weights& weights, size_t output, size_t count) {
+    constexpr size_t WIDTH = CHUNK * 8 / BITS, PASS = std::max(CHUNKS, 1) * CHUNK;  // inputs of a chunk; bytes
     const size_t bytes = weights.row_bytes(), stride = round_up(weights.blocks() + LANES, LANES);
     static thread_local Scratch<float> scratch;
-    float* const factors = scratch.of(STREAMS * stride);
+    float* const factors = scratch.of(STREAMS * ROWS * stride);
     const size_t lanes = weights.block_size * LANES / WIDTH;  // per block, if a chunk has several
     const Spread spread(lanes ? std::min(lanes, LANES) : LANES);
     for (size_t end = output + count; output < end; ++output) {
-        Floats totals[STREAMS];
+        Floats totals[STREAMS][ROWS];
         const uint8_t* values[STREAMS];
         for (size_t i = 0; i < STREAMS; ++i) {
-            totals[i] = scale_blocks(row, weights, output + i * count, factors + i * stride);
             values[i] = weights.values + (output + i * count) * bytes;
+            for (size_t row = 0; row < ROWS; ++row) {
+                float* const own = factors + (i * ROWS + row) * stride;
+                totals[i][row] = scale_blocks(group.rows[row], weights, output + i * count, own);
+            }
         }
-        const int8_t* x = row.values;
-        for (size_t start = 0, block = 0; start < bytes; start += std::max(CHUNKS, 1) * CHUNK, ++block) {
+        for (size_t start = 0, input = 0, block = 0; start < bytes; start += PASS, input += PASS * 8 / BITS, ++block) {
 #pragma GCC unroll 4
             for (size_t i = 0; i < STREAMS; ++i) {
-                Ints sums = broadcast_int(0);
-                Floats scale;
-                if constexpr (CHUNKS > 0) {
+                Ints sums[ROWS];
+                for (size_t row = 0; row < ROWS; ++row) sums[row] = broadcast_int(0);
 #pragma GCC unroll 4
-                    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                        const uint8_t* from = values[i] + start + chunk * CHUNK;
-                        prefetch<STREAMS>(from);
-                        sums = dot_chunk<BITS>(sums, load_bytes(from), x + chunk * WIDTH);
-                    }
-                    scale = broadcast(factors[i * stride + block]);
-                } else {
-                    prefetch<STREAMS>(values[i] + start);
-                    sums = dot_chunk<BITS>(sums, load_bytes(values[i] + start, bytes - start), x);
-                    scale = spread(factors + i * stride + block * (LANES / lanes));
+                for (size_t chunk = 0; chunk < PASS / CHUNK; ++chunk) {
+                    const uint8_t* const from = values[i] + start + chunk * CHUNK;
+                    prefetch<STREAMS>(from);
+                    const Unpacked<BITS> unpacked(CHUNKS ? load_bytes(from) : load_bytes(from, bytes - start));
+#pragma GCC unroll 4
+                    for (size_t row = 0; row < ROWS; ++row)
+                        sums[row] = unpacked.dot(sums[row], group.rows[row].values + input + chunk * WIDTH);
                 }
-                totals[i] = fma(to_floats(sums), scale, totals[i]);
+#pragma GCC unroll 4
+                for (size_t row = 0; row < ROWS; ++row) {
+                    const float* const own = factors + (i * ROWS + row) * stride;
+                    const Floats scale = CHUNKS ? broadcast(own[block]) : spread(own + block * (LANES / lanes));
+                    totals[i][row] = fma(to_floats(sums[row]), scale, totals[i][row]);
+                }
             }
-            x += std::max(CHUNKS, 1) * WIDTH;
         }
-        for (size_t i = 0; i < STREAMS; ++i) {
-            const size_t index = output + i * count;
-            result[index] = reduce_add(totals[i]) + (weights.bias ? weights.bias[index] : 0);
-        }
+        for (size_t i = 0; i < STREAMS; ++i)
+            for (size_t row = 0; row < ROWS; ++row) {
+                const size_t index = output + i * count;
+                const float bias = weights.bias ? weights.bias[index] : 0;
+                group.results[row][index] = reduce_add(totals[i][row]) + bias;
+            }
     }
 }
 
-// Computes outputs from `output` to `end`.
-template <int BITS, int CHUNKS>
-void gemv_rows(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
+// Computes outputs from `output` to `end`. With more rows, arithmetic takes longer than the memory.
+template <int BITS, int CHUNKS, size_t ROWS>
+void gemv_rows(const RowGroup<ROWS>& group, const Weights& weights, size_t output, size_t end) {
+    constexpr size_t STREAMS = ROWS == 1 ? MAX_STREAMS : MAX_STREAMS / 2;
     if (reads_streams()) {
-        const size_t count = (end - output) / MAX_STREAMS;
-        gemv_streams<BITS, CHUNKS, MAX_STREAMS>(row, weights, output, count, result);
-        output += count * MAX_STREAMS;
+        const size_t count = (end - output) / STREAMS;
+        gemv_streams<BITS, CHUNKS, STREAMS>(group, weights, output, count);
+        output += count * STREAMS;
     }
-    gemv_streams<BITS, CHUNKS, 1>(row, weights, output, end - output, result);
+    gemv_streams<BITS, CHUNKS, 1>(group, weights, output, end - output);
 }
 
-template <int BITS>
-void gemv_rows(const Row& row, const Weights& weights, size_t output, size_t end, float* result) {
-    const size_t chunks = weights.block_size * BITS / 8 / CHUNK;
-    const auto gemv = chunks == 0   ? gemv_rows<BITS, 0>
-                      : chunks == 1 ? gemv_rows<BITS, 1>
-                      : chunks == 2 ? gemv_rows<BITS, 2>
-                                    : gemv_rows<BITS, 4>;
-    gemv(row, weights, output, end, result);
+template <size_t ROWS>
+void gemv_rows(const RowGroup<ROWS>& group, const Weights& weights, size_t output, size_t end) {
+    const size_t chunks = weights.block_size * weights.bits / 8 / CHUNK;
+    static constexpr auto KERNELS = std::array{
+        std::array{gemv_rows<4, 0, ROWS>, gemv_rows<4, 1, ROWS>, gemv_rows<4, 2, ROWS>},
+        std::array{gemv_rows<8, 0, ROWS>, gemv_rows<8, 1, ROWS>, gemv_rows<8, 2, ROWS>}};
+    const auto gemv = chunks > 2 ? gemv_rows<8, 4, ROWS> : KERNELS[weights.bits == 8][chunks];
+    gemv(group, weights, output, end);
 }
 
 // Static quantization: unsigned inputs times signed weights. The sums of the weights are computed along with the dot
 // products, for the zero point.
-inline void gemv_static(
-    const QuantizedActivations& x, const Weights& weights, size_t output, size_t end, float* result) {
+template <size_t ROWS>
+void gemv_static(const RowGroup<ROWS>& group, const Weights& weights, size_t output, size_t end) {
     const Bytes ones = broadcast_byte(1);
     const int64_t zero_point = weights.static_quantization->zero_point - UNSIGNED_OFFSET;
     for (; output < end; ++output) {
         const uint8_t* values = weights.values + output * weights.inputs;
-        Ints dots = broadcast_int(0), sums = broadcast_int(0);
+        Ints dots[ROWS], sums = broadcast_int(0);
+        for (size_t row = 0; row < ROWS; ++row) dots[row] = broadcast_int(0);
         for (size_t start = 0; start < weights.inputs; start += CHUNK) {
             const Bytes chunk = load_bytes(values + start, weights.inputs - start);
-            dots = dot<8>(dots, load_bytes(x.values + start), chunk);
+#pragma GCC unroll 4
+            for (size_t row = 0; row < ROWS; ++row)
+                dots[row] = dot<8>(dots[row], load_bytes(group.rows[row].values + start), chunk);
             sums = dot<8>(sums, ones, chunk);
         }
-        const int64_t dot = reduce_add_ints(dots) - zero_point * reduce_add_ints(sums);
         alignas(64) float scale[LANES];
         store(scale, load_scales(weights, output, 1));
-        result[output] = float(dot) * (scale[0] * weights.static_quantization->scale) + weights.bias[output];
+        const float factor = scale[0] * weights.static_quantization->scale;
+        for (size_t row = 0; row < ROWS; ++row) {
+            const int64_t dot = reduce_add_ints(dots[row]) - zero_point * reduce_add_ints(sums);
+            group.results[row][output] = float(dot) * factor + weights.bias[output];
+        }
     }
+}
+
+// Computes outputs from `output` to `end` of rows I.
+template <size_t... I>
+void gemv_group(const GemvRows& rows, const Weights& weights, size_t output, size_t end, float* result) {
+    const RowGroup<sizeof...(I)> group{{rows[I]...}, {result + I * weights.outputs...}};
+    if (weights.static_quantization) gemv_static(group, weights, output, end);
+    else gemv_rows(group, weights, output, end);
 }
 
 // result [rows, outputs] of up to FEW_ROWS rows.
 inline void gemv(
     const QuantizedActivations& x, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
-    // Few large tasks: each starts a new stream from memory.
-    constexpr size_t MIN_OUTPUTS = 64;
-    constexpr size_t CACHED_OUTPUTS = 16;  // whose weights stay in the L1 cache for the other rows
+    constexpr size_t MIN_OUTPUTS = 64;  // few large tasks: each starts new streams from memory
+    static constexpr auto GROUPS = std::array{
+        gemv_group<0>, gemv_group<0, 1>, gemv_group<0, 1, 2>, gemv_group<0, 1, 2, 3>};
+    static_assert(GROUPS.size() == FEW_ROWS);
     const size_t tasks = balanced_tasks(), per_task = std::max(MIN_OUTPUTS, (weights.outputs + tasks - 1) / tasks);
     const GemvRows prepared(x, rows, weights);
-    parallel((weights.outputs + per_task - 1) / per_task, [&](size_t group) {
-        const size_t last = std::min(weights.outputs, (group + 1) * per_task);
-        const size_t step = rows == 1 ? per_task : CACHED_OUTPUTS;
-        for (size_t output = group * per_task; output < last; output += step)
-            for (size_t row = 0; row < rows; ++row) {
-                const size_t end = std::min(last, output + step);
-                float* const to = result + row * weights.outputs;
-                if (weights.static_quantization) gemv_static(x.tile(row, 1), weights, output, end, to);
-                else if (weights.bits == 4) gemv_rows<4>(prepared[row], weights, output, end, to);
-                else gemv_rows<8>(prepared[row], weights, output, end, to);
-            }
+    parallel((weights.outputs + per_task - 1) / per_task, [&](size_t task) {
+        const size_t output = task * per_task;
+        GROUPS[rows - 1](prepared, weights, output, std::min(weights.outputs, output + per_task), result);
     });
 }
 

@@ -90,6 +90,8 @@ class LlmSession:
         self._prefix = prefix
         memory, bound = (self._memory, capacity) if prefix is None else (prefix.memory, self._context)
         with translate_errors(self._graph.name, self._graph.device):
+            if "slots" in self._graph.inputs:  # TensorRT bundles only; attention reads the whole cache
+                self._decode_inputs["slots"] = self._graph.tensor("slots", np.arange(bound))
             self._decode_binding = self._binding(self._decode_inputs, memory, bound)
         self._run_prompt(inputs, start, length, memory, bound)
         logits: Floats = self._logits[0]
@@ -109,6 +111,8 @@ class LlmSession:
         first = dict(inputs)
         if "positions" in self._graph.inputs:
             first["positions"] = np.arange(start, start + length)[None]
+        if "slots" in self._graph.inputs:
+            first["slots"] = np.arange(start + length)
         if "is_prefill" in self._graph.inputs and start == 0:  # later tokens take the scales of the first ones
             first["is_prefill"] = np.ones((), np.bool_)
         with translate_errors(self._graph.name, self._graph.device):

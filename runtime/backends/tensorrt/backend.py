@@ -32,17 +32,19 @@ from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.jetson import this_jetson
 
-PREFILL, DECODE = 0, 1
-"""Profiles of the LLM. Other graphs have the first one only."""
+PREFILL, FIRST_DECODE = 0, 1
+"""Profiles of the LLM: prefill, then decode by window of the KV cache. Other graphs have the first one only."""
 IMAGE_TENSORS: tuple[str, ...] = ("keys", "values")
 """Outputs of the alignment decoder that stay on the device for the LLM."""
 HOST_TENSORS = {
     *("pixel_values", "text_embeds", "text_mask", "features", "latent_cells", "context_cells", "latents"),
-    *("embeddings", "latent_positions", "question_positions", "positions", "write_index", "logits"),
+    *("embeddings", "latent_positions", "question_positions", "positions", "write_index", "slots", "logits"),
 }
 """Tensors that the host reads or writes."""
 MAX_DIFFERENCE = 0.2
 """Tolerance between logits of decode and prefill, in standard deviations: ten times that of float16 kernels."""
+SLOT_STEP = 64
+"""Attention of a prefill reads a multiple of so many cache slots: fewer different shapes, each of which has kernels."""
 DECODE_INPUTS = ("embeddings", "positions", "write_index")
 
 
@@ -67,7 +69,7 @@ class TensorRTBackend:
         self._graphs: dict[str, EngineGraph] = {}
         self._free_pairs: list[tuple[DeviceTensor, ...]] = []
         self._prefix_length = self._length = self._capacity = 0
-        self._decode_graph: Any = None
+        self._decode_graphs: list[Any] = []
         self._kernels = KernelCache(library.module, folder.name) if library.is_rtx else None
         self._is_loaded = self._is_interrupted = False
         try:
@@ -77,7 +79,9 @@ class TensorRTBackend:
             caches = [tensor for name, tensor in self._tensors.items() if name.startswith("past.")]
             self._prefixes = KvPrefixes(self._memory, caches)
             self._prepare()
-            self._decode_graph = self._capture_decode_step()
+            self._windows = [profile["slots"][2] for profile in self._graphs[LLM].engines[0].profiles[FIRST_DECODE:]]
+            self._tensors["slots"].upload(np.arange(self.max_context), self._stream)
+            self._decode_graphs = [self._capture_decode_step(number) for number in range(len(self._windows))]
             self._check_decode(engines)
             self._is_loaded = True
             self._keep_kernels()
@@ -194,7 +198,8 @@ class TensorRTBackend:
             "write_index": np.full(1, start, np.int64),
         }
         questions, latents = latent_positions.shape
-        dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents}
+        slots = min(-(-(start + len(embeddings)) // SLOT_STEP) * SLOT_STEP, self.max_context)
+        dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents, "slots": slots}
         self._graphs[LLM].set_dimensions(PREFILL, dimensions)
         self._graphs[LLM].bind(PREFILL, image)
         self._prefixes.restore(prefix, self._stream)
@@ -204,10 +209,11 @@ class TensorRTBackend:
         check_capacity(self._length + 1, self._capacity)
         self._check_interrupted()
         self._write_decode_step(embedding, self._length)
-        if self._decode_graph is None:
-            self._decode_step()
+        number = next(number for number, window in enumerate(self._windows) if window > self._length)
+        if self._decode_graphs[number] is None:
+            self._decode_step(number)
         else:
-            self._cuda.launch(self._decode_graph, self._stream)
+            self._cuda.launch(self._decode_graphs[number], self._stream)
         self._cuda.wait(self._stream)
         self._length += 1
         logits: Floats = self._tensors["logits"].host((1, self._config.language.vocab_size))[0]
@@ -227,23 +233,24 @@ class TensorRTBackend:
     def _decode_step_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"embeddings": (1, 1, self._config.language.hidden_size), "positions": (1, 1), "write_index": (1,)}
 
-    def _decode_step(self) -> None:
-        """Enqueue a decode step, from pinned memory to pinned memory."""
+    def _decode_step(self, number: int) -> None:
+        """Enqueue a decode step with a window of the cache, from pinned memory to pinned memory."""
         for name, shape in self._decode_step_shapes.items():
             self._tensors[name].send(shape, self._stream)
-        self._graphs[LLM].run(DECODE, self._stream)
+        self._graphs[LLM].run(FIRST_DECODE + number, self._stream)
         self._tensors["logits"].download((1, self._config.language.vocab_size), self._stream)
 
-    def _capture_decode_step(self) -> Any:
+    def _capture_decode_step(self, number: int) -> Any:
         """Capture a decode step as a CUDA graph: one launch instead of hundreds. Return None if the capture fails."""
-        self._graphs[LLM].set_dimensions(DECODE, {"positions": 1, "questions": 0, "latents": 0})
+        dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": self._windows[number]}
+        self._graphs[LLM].set_dimensions(FIRST_DECODE + number, dimensions)
         self._write_decode_step(0, 0)
-        self._decode_step()  # a first run does work that cannot be captured
+        self._decode_step(number)  # a first run does work that cannot be captured
         self._cuda.wait(self._stream)
         self._cuda.begin_capture(self._stream)
         refusal: FusionError | None = None
         try:
-            self._decode_step()
+            self._decode_step(number)
         except FusionError as error:
             refusal = error
         try:
@@ -320,8 +327,9 @@ class TensorRTBackend:
 
     def close(self) -> None:
         self._keep_kernels()
-        if self._decode_graph is not None:
-            self._cuda.destroy_graph(self._decode_graph)
+        for captured in self._decode_graphs:
+            if captured is not None:
+                self._cuda.destroy_graph(captured)
         for graph in self._graphs.values():
             graph.free_contexts()
         if self._kernels is not None:

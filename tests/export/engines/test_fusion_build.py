@@ -28,6 +28,7 @@ from fusion_edge.export.engines.optimization_profiles import (
     engine_limits,
     optimization_profiles,
 )
+from fusion_edge.export.planning.traffic import decode_windows
 from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, read_engines
@@ -109,7 +110,8 @@ def check_engines(trt: ModuleType, bundle: Bundle, engines: Mapping[str, tuple[E
     for name, (engine,) in engines.items():
         assert_describes(engine, network(trt, bundle, name))
         assert_holds_names(folder / engine.file.path, engine)
-        assert len(engine.profiles) == (2 if name == LLM else 1)
+        windows = decode_windows(bundle.manifest.max_context)
+        assert len(engine.profiles) == (1 + len(windows) if name == LLM else 1)
 
 
 def network(trt: ModuleType, bundle: Bundle, name: str) -> Mapping[str, list[dict[str, Any]]]:
@@ -212,6 +214,16 @@ def test_decode_engine_omits_interaction_layers(built: Built, wide: Path, monkey
     }
     saved = both.engines[LLM][0].file.size - steps.engines[LLM][0].file.size
     assert saved > 0.9 * sum(weights.values()) > 1e6
+
+
+def test_float8_weights(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """They build where the GPU has FP8, and are refused elsewhere."""
+    command = [str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--target=tensorrt", "--fp16", "--rule=*=fp8"]
+    assert cli.main(command) == 0
+    for capability in ("8.9", "12.0"):
+        assert cli_build.main([str(tmp_path / "b"), "--library=tensorrt-rtx", f"--device={capability}"]) == 0
+    message = refused(cli_build.main, tmp_path / "b", "--library=tensorrt-rtx", "--device=8.6")
+    assert " in fp8, which compute capability 8.6 does not have (8.9 and later do); export it with " in message
 
 
 def test_json(built: Built, capsys: pytest.CaptureFixture[str]) -> None:

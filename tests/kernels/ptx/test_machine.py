@@ -137,6 +137,11 @@ def test_stores_of_several_threads_to_one_place() -> None:
         launch(f"{OWN} st.shared.b32 [shared], %r0;")
     with pytest.raises(DataRace):
         launch(f"{OWN} st.shared.b32 [shared], 7; ld.shared.b32 %r4, [shared];")
+    for last in (0, THREADS - 1):  # one of those that stored is not the only one
+        again = f"setp.eq.u32 %p0, %r0, {last}; @%p0 st.shared.b32 [shared], 8;"
+        launch(f"{OWN} st.shared.b32 [shared], 7; bar.sync 0; {again}")
+        with pytest.raises(DataRace):
+            launch(f"{OWN} st.shared.b32 [shared], 7; {again}")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +323,7 @@ def test_block_must_fit() -> None:
         ("ret 1; not.pred;", InvalidPtx, "it has 0 operands"),
         ("ld.param.b32 %r0, [p7];", InvalidPtx, "there is no such parameter of 32 bits"),
         ("ld.global.b32 %r0, %d0;", InvalidPtx, "expected an address"),
+        ("mov.b16 %h0, 0; ld.global.b32 %r0, [%h0];", InvalidPtx, "an address has 16 bits"),
         ("ld.global.v2.b32 {%r0}, [%d0];", InvalidPtx, "expected a vector of 2"),
         ("bra $nowhere;", InvalidPtx, "it has no label of this kernel"),
         ("mov.u32 %r77, 1;", InvalidPtx, "%r77 is not declared"),
@@ -339,6 +345,8 @@ def test_what_the_interpreter_refuses(body: str, error: type[PtxError], reason: 
         ("", "has 0 kernels with parameters and .reqntid, expected one"),
         (kernel("") * 2, "has 2 kernels"),
         (kernel("").replace("ret;", "bar.sync 0;"), "test does not end with ret"),
+        (kernel("").replace("ret;", "@%p0 ret;"), "test does not end with ret"),
+        (kernel("bra $end;").replace("ret;", "ret; $end:"), "it has no label of this kernel"),
         (kernel("", 16), r"A parameter is '\.param \.u16 p0', expected one of 32 or 64 bits"),
     ],
 )

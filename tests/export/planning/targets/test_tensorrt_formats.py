@@ -90,8 +90,8 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
         ("int4:32", (64, 192), "groups of 64 and 128; use --group-size 64, in a rule int4:64, or use another"),
         ("int4:128", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64, in a rule int4:64"),
         ("int4:channel", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64"),
-        ("int4:32", (64, 96), "its 96 inputs are not whole groups of 64 or 128; give it 8 bits, or use another format"),
-        ("int4:64", (63, 64), "its 63 outputs are odd, and two share a byte; give it 8 bits"),
+        ("int4:32", (64, 96), "its 96 inputs are not whole groups of 64 or 128; keep it in float16, or use another"),
+        ("int4:64", (63, 64), "its 63 outputs are odd, and two share a byte; keep it in float16"),
     ],
 )
 def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
@@ -105,7 +105,42 @@ def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
     for size in BLOCK_SIZES:
         if f"int4:{size}" in reason:
             TENSORRT.check_formats({name: Linear(weight, WeightFormat("int4", size))})
-    TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse("int8:channel"))})
+    TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse("fp16"))})
+
+
+def test_defaults(checkpoint: Path, tmp_path: Path) -> None:
+    """TensorRT documents INT4 alone for weights with float activations."""
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--target=jetson-orin-nano"]) == 0
+    weights = open_bundle(tmp_path / "b").manifest.weights
+    assert weights["llm.lm_head"] == "int4:128"
+    assert {fmt for name, fmt in weights.items() if name.startswith("vision.")} == {"fp16"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "group_size", "fmt"),
+    [
+        ((64, 256), None, "int4:128"),
+        ((64, 256), 64, "int4:64"),
+        ((64, 192), None, "int4:64"),
+        ((64, 96), None, "fp16"),
+        ((63, 128), None, "fp16"),
+    ],
+)
+def test_lm_head(shape: tuple[int, int], group_size: int | None, fmt: str) -> None:
+    assert str(TENSORRT.lm_head_format(shape, group_size)) == fmt
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--target cpu --rule llm.lm_head=fp8", "fp8 (llm.lm_head) does not run on --target cpu; use int8, or"),
+        ("--target tensorrt --rule llm.embed_tokens=fp8", "llm.embed_tokens cannot be fp8: it is looked up by row"),
+        ("--target tensorrt --rule llm.lm_head=fp8:64", "Unknown weight format 'fp8:64'"),
+        ("--target tensorrt --rule vision.*=w8a8", "needs samples for the range of its activations: add --calibrate"),
+    ],
+)
+def test_refused_8_bit_formats(checkpoint: Path, tmp_path: Path, refused: Refuse, options: str, reason: str) -> None:
+    assert reason in refused(cli.main, checkpoint, "-o", tmp_path / "b", *options.split(), code=2)
 
 
 # Prequantized checkpoints ----------------------------------------------------------------------------------------

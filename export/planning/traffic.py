@@ -1,0 +1,58 @@
+"""Bytes that a run on TensorRT moves to and from memory, which bounds the speed of a decode step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusion_edge.export.planning.plan import ExportPlan
+
+SMALLEST_WINDOW = 512
+SLICE_TRAFFIC = 3
+"""Times that a window of the cache crosses the memory bus: TensorRT-RTX copies it before attention reads it."""
+DEQUANTIZED_TRAFFIC = 4
+"""Bytes in addition to each INT8 or FP8 weight, if a kernel of its own writes it as float16 and the GEMM reads that."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a run moves: the weights, and the KV cache of a decode step."""
+
+    fused: int
+    """If TensorRT fuses every dequantization with its GEMM."""
+    unfused: int
+    """If it dequantizes weights of INT8 and FP8 to float16 before each GEMM. It documents no fusion of them."""
+
+
+def decode_windows(capacity: int) -> list[int]:
+    """Return the parts of a KV cache, in tokens, that decode steps may read instead of all; the whole cache is last.
+
+    A window is worth its copy (:data:`SLICE_TRAFFIC`) if it is less than a third of the cache.
+    """
+    windows = [SMALLEST_WINDOW << i for i in range(capacity.bit_length())]
+    return [*(size for size in windows if SLICE_TRAFFIC * size < capacity), capacity]
+
+
+def decode_steps(plan: ExportPlan) -> dict[int, Traffic]:
+    """Return the traffic of a decode step by the window of the cache that it reads, in tokens."""
+    fused, dequantized = _weights(plan, "llm.")
+    token = plan.config.language.cache_values * np.dtype(plan.options.cache).itemsize
+    capacity = plan.options.max_context
+    caches = {size: token * size * (1 if size == capacity else SLICE_TRAFFIC) for size in decode_windows(capacity)}
+    return {size: Traffic(fused + cache, fused + cache + dequantized) for size, cache in caches.items()}
+
+
+def vision_run(plan: ExportPlan) -> Traffic:
+    """Return the traffic of the vision encoder's weights."""
+    fused, dequantized = _weights(plan, "vision.")
+    return Traffic(fused, fused + dequantized)
+
+
+def _weights(plan: ExportPlan, prefix: str) -> tuple[int, int]:
+    """Return the bytes of the linears whose names start with ``prefix``, and those of dequantizing them first."""
+    linears = [linear for name, linear in plan.linears.items() if name.startswith(prefix) and not linear.is_table]
+    names = {linear.weight.name for linear in linears}
+    stored = sum(tensor.nbytes for file in plan.data_files for tensor in file.tensors if tensor.parameter in names)
+    int8 = sum(linear.size for linear in linears if linear.format.kind in ("int8", "fp8"))
+    return stored, DEQUANTIZED_TRAFFIC * int8

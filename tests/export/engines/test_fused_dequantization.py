@@ -1,0 +1,103 @@
+"""Which dequantizations TensorRT-RTX fuses with their GEMM, from the list of layers that its builder prints.
+
+``docs/tensorrt.md`` has the bytes that follow. Nothing runs: the machine has no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from support.checkpoints import TINY
+
+from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.lowering.base import Settings
+from fusion_edge.export.lowering.graph_builder import GraphBuilder
+from fusion_edge.export.lowering.linear import Linear
+from fusion_edge.export.lowering.tensorrt import OPSET, TensorRTOperations
+from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
+
+OUTPUTS, INPUTS = 4096, 3072
+DATA = "g.data"
+LAYER = re.compile(r"\s*Name: .*?, LayerType: .*?, Inputs: \[.*?\], Constants: \[.*?\], Outputs: \[(.*)\]")
+
+
+@pytest.fixture(scope="module")
+def trt() -> ModuleType:
+    module: ModuleType = pytest.importorskip("tensorrt_rtx")
+    return module
+
+
+def linear(name: str, fmt: str, folder: Path) -> onnx.ModelProto:
+    """Return a graph of one linear as bundles for TensorRT have it, with its weights in ``folder``."""
+    sizes = (
+        TensorSpec("x", "float16", (1, "positions", INPUTS)),
+        TensorSpec("y", "float16", (1, "positions", OUTPUTS)),
+    )
+    builder = GraphBuilder(GraphSpec("g", sizes[:1], sizes[1:]), OPSET)
+    weight = Parameter(f"{name}.weight", "linear", (OUTPUTS, INPUTS), ())
+    linears = {name: Linear(weight, WeightFormat.parse(fmt))}
+    settings = Settings("tensorrt", "float16", 0, "float16", TINY.max_length)
+    operations = TensorRTOperations(TINY, builder, {weight.name: weight}, linears, settings)
+    operations.output(operations.linear(operations.input("x"), name), "y")
+    content = np.random.default_rng(0).integers(0, 100, builder.data_bytes, dtype=np.uint8)
+    (folder / DATA).write_bytes(content.tobytes())
+    return builder.model(DATA, "0")
+
+
+def largest_output(trt: ModuleType, model: onnx.ModelProto, folder: Path, rows: int, capability: str) -> int:
+    """Return the number of elements of the largest tensor that a layer writes."""
+    messages: list[str] = []
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            messages.append(message)
+
+    logger = Logger()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString(), str(folder / "g.onnx")), messages
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    profile = builder.create_optimization_profile()
+    profile.set_shape("x", *[(1, rows, INPUTS)] * 3)
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None, messages
+    layers = [found[1] for line in "\n".join(messages).splitlines() if (found := LAYER.match(line))]
+    sizes = re.findall(r"Dimensions: \[([\d,]+)\]", " ".join(layers))
+    return max(math.prod(map(int, size.split(","))) for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "rows", "capability", "is_fused"),
+    [
+        ("llm.lm_head", "int4:128", 1, "8.6", True),
+        ("llm.lm_head", "int4:64", 900, "8.6", True),
+        ("llm.lm_head", "int8:channel", 1, "8.6", True),
+        ("llm.lm_head", "int8:channel", 900, "8.6", True),
+        ("llm.lm_head", "fp8", 1, "8.9", True),
+        ("llm.lm_head", "fp8", 1, "12.0", True),
+        ("vision.projector.up", "int8:channel", 900, "8.6", True),
+        ("vision.projector.up", "int8:channel", 1, "8.6", False),
+        ("vision.projector.up", "fp8", 900, "12.0", True),
+    ],
+)
+def test_weights_are_dequantized_in_the_gemm(
+    trt: ModuleType, tmp_path: Path, name: str, fmt: str, rows: int, capability: str, is_fused: bool
+) -> None:
+    """Otherwise a layer writes the whole weight in float16."""
+    largest = largest_output(trt, linear(name, fmt, tmp_path), tmp_path, rows, capability)
+    assert largest == (rows * OUTPUTS if is_fused else OUTPUTS * INPUTS)

@@ -1,0 +1,71 @@
+"""Bytes that runs on TensorRT move: windows of the KV cache, and INT8 weights fused or dequantized first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.checkpoints import TINY
+
+from fusion_edge.export import cli
+from fusion_edge.export.planning.traffic import DEQUANTIZED_TRAFFIC, SLICE_TRAFFIC, decode_windows
+
+INT8 = ["--rule=llm.lm_head=int8:channel", "--vision=int8-weights"]
+
+
+@given(st.integers(1, 1 << 20))
+def test_windows_cost_less_than_the_whole_cache(capacity: int) -> None:
+    *windows, whole = decode_windows(capacity)
+    assert whole == capacity
+    assert windows == sorted(windows)
+    assert all(SLICE_TRAFFIC * size < capacity for size in windows)
+    assert (capacity <= 1536) == (not windows)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "windows"), [(1536, [1536]), (1537, [512, 1537]), (4096, [512, 1024, 4096]), (64, [64])]
+)
+def test_windows(capacity: int, windows: list[int]) -> None:
+    assert decode_windows(capacity) == windows
+
+
+def traffic(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, dict[str, int]]:
+    assert cli.main([*command, "--dry-run", "--json"]) == 0
+    found: dict[str, dict[str, int]] = json.loads(capsys.readouterr().out)["traffic"]
+    return found
+
+
+def test_traffic_of_a_bundle(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In float16 a step reads two bytes a weight, and the keys and values of every token of the cache."""
+    command = str(tiny_checkpoint), "--target=tensorrt", "--fp16", "--max-context=256"
+    runs = traffic(capsys, *command)
+    language = TINY.language
+    width, mlp = language.hidden_size, language.mlp_width
+    attention = (language.heads + 2 * language.kv_heads) * language.head_dim * width + width * width
+    weights = language.layers * (attention + 3 * width * mlp) + language.vocab_size * width
+    step = 2 * weights + 2 * 256 * language.cache_values
+    assert runs["decode step, up to 256 tokens"] == {"fused": step, "unfused": step}
+    assert len(runs) == 2
+    assert runs["vision encoder, weights"]["fused"] == runs["vision encoder, weights"]["unfused"] > 0
+    head = language.vocab_size * width
+    changed = traffic(capsys, *command, INT8[0])["decode step, up to 256 tokens"]
+    assert changed["fused"] == step - 2 * head + head + 2 * language.vocab_size
+    assert changed["unfused"] - changed["fused"] == DEQUANTIZED_TRAFFIC * head
+
+
+def test_dry_run_tells_both_cases(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(tiny_checkpoint), "--dry-run", "--max-context=256", "--fp16"]
+    assert cli.main([*command, "--target=jetson-orin"]) == 0
+    text = capsys.readouterr().out
+    assert "decode step, up to 256 tokens" in text
+    assert " ms\n" in text
+    assert "dequantized" not in text
+    assert cli.main([*command, "--target=tensorrt", INT8[0]]) == 0
+    text = capsys.readouterr().out
+    assert text.count("if 8-bit weights are dequantized first") == 1
+    assert " ms\n" not in text
+    assert cli.main([*command, "--target=cpu"]) == 0
+    assert "Moved" not in capsys.readouterr().out
