@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusion_edge.benchmarks.latency.backend_stages import QUESTION_TOKENS, step_bytes
+from fusion_edge.benchmarks.latency.backend_stages import QUESTION_TOKENS
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,8 @@ class EngineBuilder:
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
                 f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
-                "more --parts, or a smaller --max-block, --max-context or --workspace; if INT8 is the reason, export with "
-                "--vision fp16."
+                "more --parts, or a smaller --max-block, --max-context or --workspace; if INT8 is the reason, export "
+                "with --vision fp16."
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))

@@ -1,7 +1,7 @@
 """Partition a graph into smaller graphs, which are built and run one after another.
 
-Building an engine needs four times the memory of its weights (docs/benchmarks.md), and TensorRT may allocate them as one
-block. Partitions limit both, and cost a few fused kernels at each cut.
+Building an engine needs four times the memory of its weights (docs/benchmarks.md), and TensorRT may allocate them as
+one block. Partitions limit both, and cost a few fused kernels at each cut.
 """
 
 from __future__ import annotations

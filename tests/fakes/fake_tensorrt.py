@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from fakes.fake_cuda import FakeCuda
-from fakes.fake_tensorrt_names import FakePlugins, enumerations, signatures
+from fakes.fake_tensorrt_names import enumerations
+from fakes.fake_tensorrt_plugin import FakePlugins
 from fakes.fake_tensorrt_runtime import MAGIC, ILogger, Runtime, Shape, is_dynamic
 from onnx import ModelProto, helper
 from support.uninterruptible_wait import UninterruptibleWait
@@ -74,7 +75,7 @@ class FakeTensorRT(ModuleType):
         self.Builder = partial(Builder, self)
         self.OnnxParser = partial(OnnxParser, self)
         self.Runtime = partial(Runtime, self)
-        self.plugin = FakePlugins(signatures(name, version))
+        self.plugin = FakePlugins()
         for enumeration, members in enumerations(name, version).items():
             if not hasattr(type(self), enumeration):
                 setattr(self, enumeration, members)

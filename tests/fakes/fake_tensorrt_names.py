@@ -1,14 +1,12 @@
-"""Enumerations and plugin functions of a version of TensorRT, made from the signatures of the real module."""
+"""Enumerations of a version of TensorRT, made from the signatures of the real module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from functools import cache
-from types import ModuleType
 from typing import Any
 
-from support.tensorrt_signatures import CLASS, ENUMERATION, Signatures, committed
+from support.tensorrt_signatures import ENUMERATION, Signatures, committed
 
 
 class Enumeration(Enum):
@@ -42,28 +40,3 @@ def enumerations(library: str, version: str) -> dict[str, Any]:
         }
         found[name] = Enumeration(name, members)  # type: ignore[call-arg]  # mypy wants members in the source
     return found
-
-
-class FakePlugins(ModuleType):
-    """A fake of ``tensorrt.plugin`` that keeps what is registered. ``tests/bindings/`` runs that in the real one."""
-
-    def __init__(self, known: Signatures) -> None:
-        super().__init__("tensorrt.plugin")
-        self.registered: dict[str, dict[str, Callable[..., Any]]] = {}
-        """Functions by plugin and by the decorator's name."""
-        for name, kind in known.items():
-            inner = name.removeprefix("plugin.")
-            if inner != name and kind == CLASS:
-                setattr(self, inner, type(inner, (), {}))
-
-    def register(self, plugin_id: str) -> Callable[[Callable[..., Any]], None]:
-        return self._decorator("register", plugin_id)
-
-    def autotune(self, plugin_id: str) -> Callable[[Callable[..., Any]], None]:
-        return self._decorator("autotune", plugin_id)
-
-    def aot_impl(self, plugin_id: str) -> Callable[[Callable[..., Any]], None]:
-        return self._decorator("aot_impl", plugin_id)
-
-    def _decorator(self, name: str, plugin_id: str) -> Callable[[Callable[..., Any]], None]:
-        return lambda function: self.registered.setdefault(plugin_id, {}).update({name: function})

@@ -11,6 +11,7 @@ import pytest
 from fakes import fake_cuda, fake_tensorrt, fake_tensorrt_names, fake_tensorrt_runtime
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
+from fakes.fake_tensorrt_plugin import FakePlugins
 from support.tensorrt_signatures import ENUMERATION, OVERLOAD, committed, parameters
 
 CLASSES = [
@@ -60,12 +61,19 @@ def test_classes_have_names_and_parameters_of_the_modules(fake: type) -> None:
             assert any(fits(members[name], one) for one in overloads.split(OVERLOAD))
 
 
+def test_plugins_have_names_of_the_module() -> None:
+    names = {f"plugin.{name}" for name in vars(FakePlugins) if not name.startswith("_")}
+    assert names <= fake_tensorrt_names.signatures(*FULL).keys()
+    registering = ["register", "autotune", "aot_impl"]
+    assert [own_parameters(vars(FakePlugins)[name]) for name in registering] == [["plugin_id"]] * 3
+
+
 @pytest.mark.parametrize("library", [FULL, JETPACK_6, RTX], ids=str)
 def test_the_module_has_the_enumerations_of_the_version(library: tuple[str, str]) -> None:
     fake, known = FakeTensorRT(*library, FakeCuda()), fake_tensorrt_names.signatures(*library)
     for name, kind in known.items():
         outer, _, member = name.rpartition(".")
-        if known.get(outer) == ENUMERATION and kind.isdecimal() and outer != "LayerType":
+        if known.get(outer) == ENUMERATION and kind.isdecimal():
             owner = fake_tensorrt_runtime.ILogger.Severity if outer == "ILogger.Severity" else getattr(fake, outer)
             assert owner[member].value == int(kind)
     assert hasattr(fake, "ComputeCapability") == (library == RTX)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
+from fakes.fake_tensorrt_plugin import FakePlugins
 from support.alignment_cases import Array, Case
 
 from fusion_edge.kernels.ptx.machine import run
@@ -38,25 +37,8 @@ def launch(case: Case, folder: Path, architecture: str) -> Launch:
     (plugin,) = (plugin for plugin in PLUGINS if plugin.operator == case.operator)
     dtype = SimpleNamespace(name=next(name for name, triton in DTYPES.items() if triton == case.dtype))
     tensors = [SimpleNamespace(shape=one.shape, shape_expr=one.shape, dtype=dtype) for one in case.inputs]
-    implement = _implementations(folder, architecture)[plugin.id]
-    _, ptx, parameters, integers = implement(*tensors, None, None)
+    plugins = FakePlugins()
+    register(plugins, architecture, KernelFolder(folder))
+    _, ptx, parameters, integers = plugins.registered[plugin.id]["aot_impl"](*tensors, None, None)
     grid = (parameters.grid_x, parameters.grid_y)
     return Launch(ptx, grid, parameters.block_x, parameters.shared_mem, case.inputs, integers, case.output)
-
-
-def _implementations(folder: Path, architecture: str) -> dict[str, Callable[..., Any]]:
-    """Return what the plugins register with ``tensorrt.plugin`` as ``aot_impl``. Sizes are numbers, not expressions."""
-    registered: dict[str, Callable[..., Any]] = {}
-    module = ModuleType("tensorrt.plugin")
-    vars(module).update(
-        register=lambda _: lambda function: function,
-        autotune=lambda _: lambda function: function,
-        aot_impl=lambda identifier: lambda function: registered.__setitem__(identifier, function),
-        TensorDesc=SimpleNamespace,
-        KernelLaunchParams=SimpleNamespace,
-        SymIntExprs=SimpleNamespace(from_tuple=tuple),
-        SymInt32=int,
-        max=max,
-    )
-    register(module, architecture, KernelFolder(folder))
-    return registered

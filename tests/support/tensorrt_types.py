@@ -57,8 +57,6 @@ class Types:
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 self._bind(target, node.value)
-                if isinstance(target, ast.Attribute) and target.attr == "__class__":
-                    self._add(_key(target.value), frozenset({self._dotted(node.value) or ""}))
         elif isinstance(node, (ast.For, ast.comprehension)):
             self._bind(node.target, node.iter)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append":

@@ -181,7 +181,8 @@ class _Reader:
 def _branches(test: ast.expr, condition: Condition) -> tuple[Condition, Condition]:
     """Return the conditions of both branches of an ``if``."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return _branches(test.operand, condition)[::-1]
+        then, otherwise = _branches(test.operand, condition)
+        return otherwise, then
     if isinstance(test, ast.Attribute) and test.attr == "is_rtx":
         return replace(condition, library=RTX), replace(condition, library=FULL)
     return condition, condition
