@@ -80,7 +80,7 @@ def _main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
         bundle, kernels = (None if path is None else path.absolute() for path in (options.bundle, options.kernels))
         for result in run_steps(steps(options.only or PARTS), Workspace(output, Path(scratch), bundle, kernels)):
-            sys.stdout.write(f"{result.status:8}{result.name:24}{result.seconds:6.1f} s  {result.summary}\n")
+            sys.stdout.write(f"{result.status:8}{result.name:27}{result.seconds:6.1f} s  {result.summary}\n")
             sys.stdout.flush()
             results.append(result)
             # Now, because the next step may stop the machine.
