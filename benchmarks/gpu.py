@@ -24,6 +24,7 @@ import torch
 
 from fusion_edge.benchmarks.latency.roofline import cache_bytes, weight_bytes
 from fusion_edge.benchmarks.latency.statistics import timed
+from fusion_edge.export.planning.traffic import moved_tokens
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime.backends.base import Backend
@@ -80,7 +81,10 @@ def _main(options: argparse.Namespace) -> int:
     device, backend = open_device(bundle, options.device)
     loaded = time.perf_counter() - started
     measured = [measure(backend, bundle.manifest, loaded, before, options.steps)]
-    cached_tokens = backend.max_context if device.name.startswith("tensorrt") else None
+    cached_tokens = None
+    if device.name.startswith("tensorrt"):
+        last = prompt_tokens(bundle.manifest) + options.steps
+        cached_tokens = moved_tokens(min(last, backend.max_context), backend.max_context)
     backend.close()
     if options.eager:
         gpu = "cpu" if device.name == "cpu" else "cuda"
@@ -120,7 +124,7 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
     tables = alignment_cells(2 * config.vision.grid, latents, config.alignment.window_size)
     features = backend.encode(pixels, nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
     image = backend.align(features, *tables)
-    rows = floats(manifest.image_side**2 + latents + 2 * QUESTION_TOKENS, width)
+    rows = floats(prompt_tokens(manifest), width)
     places = np.arange(len(rows) - latents - QUESTION_TOKENS, len(rows) - QUESTION_TOKENS)[None]
     last, capacity = np.array([len(rows) - 1]), min(backend.max_context, len(rows) + steps)
 
@@ -145,10 +149,15 @@ def measure(backend: Backend, manifest: Manifest, loaded: float, memory_before: 
     )
 
 
+def prompt_tokens(manifest: Manifest) -> int:
+    """Return the tokens of a typical prompt."""
+    return manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
+
+
 def step_bytes(manifest: Manifest, cached_tokens: int | None = None) -> int:
     """Return the bytes that a decode step reads: LLM weights and KV cache, by default that of a typical prompt."""
     if cached_tokens is None:
-        cached_tokens = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
+        cached_tokens = prompt_tokens(manifest)
     return weight_bytes(manifest) + cache_bytes(manifest, cached_tokens)
 
 
