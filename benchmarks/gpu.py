@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from fusion_edge.benchmarks.latency.backend_stages import StageMedians, measure, median_seconds, step_bytes
+from fusion_edge.benchmarks.latency.backend_stages import (
+    StageMedians,
+    measure,
+    median_seconds,
+    prompt_tokens,
+    step_bytes,
+)
+from fusion_edge.export.planning.traffic import moved_tokens
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime.backends.devices import AUTO, NAMES, open_device
@@ -51,7 +58,10 @@ def _main(options: argparse.Namespace) -> int:
     device, backend = open_device(bundle, options.device)
     loaded = time.perf_counter() - started
     measured = [measure(backend, bundle.manifest, loaded, options.steps, partial(_memory_beyond, before))]
-    cached_tokens = backend.max_context if device.name.startswith("tensorrt") else None
+    cached_tokens = None
+    if device.name.startswith("tensorrt"):
+        last = prompt_tokens(bundle.manifest) + options.steps
+        cached_tokens = moved_tokens(min(last, backend.max_context), backend.max_context)
     backend.close()
     if options.eager:
         gpu = "cpu" if device.name == "cpu" else "cuda"

@@ -26,9 +26,9 @@ from fusion_edge.benchmarks.latency.backend_stages import QUESTION_TOKENS
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
-from fusion_edge.export.planning.memory import estimate
+from fusion_edge.export.planning.memory import estimate, plan_for_memory
 from fusion_edge.export.planning.options import ExportOptions
-from fusion_edge.export.planning.plan import ExportPlan, plan_export
+from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.export.planning.presets import PRESETS
 from fusion_edge.export.planning.traffic import decode_steps
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
@@ -109,8 +109,8 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def jetson_estimate(checkpoint: Checkpoint, jetson: Jetson, max_context: int | None = None) -> JetsonEstimate:
-    """Estimate a checkpoint exported with the Jetson's preset. Raises the errors of :func:`plan_export`."""
-    plan = plan_export(checkpoint, ExportOptions(target=jetson.preset, max_context=max_context))
+    """Estimate a checkpoint exported with the Jetson's preset. Raises the errors of :func:`plan_for_memory`."""
+    plan = plan_for_memory(checkpoint, ExportOptions(target=jetson.preset, max_context=max_context), None)
     bandwidth = PRESETS[jetson.preset].bandwidth
     assert bandwidth is not None  # every preset of a Jetson has it
     memory, image_and_text = estimate(plan).peak, prompt_tokens(plan) + ANSWER_TOKENS

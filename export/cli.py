@@ -17,9 +17,9 @@ from fusion_edge.export.checkpoint.hub import resolve_checkpoint
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.dry_run import check_fit, dry_run
 from fusion_edge.export.planning.arguments import add_options, flag_of, given
-from fusion_edge.export.planning.memory import estimate
+from fusion_edge.export.planning.memory import estimate, plan_for_memory
 from fusion_edge.export.planning.options import PRECISION, SHAPES, TARGET, ExportOptions
-from fusion_edge.export.planning.plan import ExportPlan, plan_export
+from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.export.planning.rules import Rule, read_rules
 from fusion_edge.export.publishing.options import HUB, add_hub_options, existing_bundle, given_destination
 from fusion_edge.export.publishing.push import Destination, prepare_destination, push_bundle
@@ -102,7 +102,7 @@ def _export(arguments: argparse.Namespace) -> int:
     calibration = _calibration(arguments)
     options = _options(arguments, is_calibrated=calibration is not None)
     with Checkpoint(resolve_checkpoint(arguments.checkpoint, arguments.revision)) as checkpoint:
-        plan = plan_export(checkpoint, options)
+        plan = plan_for_memory(checkpoint, options, arguments.fit)
         fit = plan.options.memory if arguments.fit is None else arguments.fit
         if arguments.dry_run:
             return dry_run(plan, calibration, fit, arguments.json)

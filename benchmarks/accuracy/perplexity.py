@@ -39,11 +39,12 @@ class TextModel:
         self._cache = graphs.cache_specs(manifest.model, manifest.cache)
         alignment, hidden = manifest.model.alignment, manifest.model.language.hidden_size
         context = np.zeros((alignment.layers, 0, alignment.window_size**2, hidden), np.float32)
+        self._activations = manifest.activations
         self._no_image = {
             "latent_positions": np.zeros((0, 0), np.int64),
             "question_positions": np.zeros(0, np.int64),
-            "keys": context,
-            "values": context,
+            "keys": context.astype(self._activations),
+            "values": context.astype(self._activations),
         }
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -60,14 +61,18 @@ class TextModel:
         length = len(tokens)
         inputs = {
             **self._no_image,
-            "embeddings": self._embeddings(tokens)[None],
+            "embeddings": self._embeddings(tokens)[None].astype(self._activations),
             "last_position": np.array([length - 1], np.int32),
             "total_length": np.array(length, np.int32),
+            "positions": np.arange(length)[None],  # TensorRT bundles only, as the two below
+            "write_index": np.zeros(1, np.int64),
+            "slots": np.arange(length),
         }
         for spec in self._cache:
             shape = [length if isinstance(size, str) else size for size in spec.shape]
             inputs[f"past.{spec.name}"] = np.zeros(shape, spec.dtype)
-        outputs: Any = self._session.run(["logits"], inputs)
+        known = {one.name for one in self._session.get_inputs()}
+        outputs: Any = self._session.run(["logits"], {name: inputs[name] for name in known})
         rows: Floats = outputs[0][0]
         return rows
 

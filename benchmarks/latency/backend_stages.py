@@ -58,7 +58,7 @@ def measure(
     tables = alignment_cells(2 * config.vision.grid, latents, config.alignment.window_size)
     features = backend.encode(pixels, nothing, np.zeros((GLOBAL_CROPS, 0), np.bool_))
     image = backend.align(features, *tables)
-    rows = floats(manifest.image_side**2 + latents + 2 * QUESTION_TOKENS, width)
+    rows = floats(prompt_tokens(manifest), width)
     places = np.arange(len(rows) - latents - QUESTION_TOKENS, len(rows) - QUESTION_TOKENS)[None]
     last, capacity = np.array([len(rows) - 1]), min(backend.max_context, len(rows) + steps)
 
@@ -83,10 +83,15 @@ def measure(
     )
 
 
+def prompt_tokens(manifest: Manifest) -> int:
+    """Return the tokens of a typical prompt."""
+    return manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
+
+
 def step_bytes(manifest: Manifest, cached_tokens: int | None = None) -> int:
     """Return the bytes that a decode step reads: LLM weights and KV cache, by default that of a typical prompt."""
     if cached_tokens is None:
-        cached_tokens = manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
+        cached_tokens = prompt_tokens(manifest)
     return weight_bytes(manifest) + cache_bytes(manifest, cached_tokens)
 
 

@@ -29,7 +29,7 @@ def plan_linears(
         check_scales(weights[name], checkpoint, options.activations)
     layouts = {name: target.stored_layout(layout, weights[name].shape[1]) for name, layout in layouts.items()}
     int8 = target.int8_format(requested.group_size)
-    lm_head = target.lm_head_format(weights[LM_HEAD].shape, requested.group_size)
+    lm_head = target.lm_head_format(weights[LM_HEAD].shape, requested.group_size, requested.is_small)
     defaults = precision_rules(
         options.precision, requested.group_size, options.vision, requested.asymmetric, int8, lm_head
     )

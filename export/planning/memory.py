@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusion_edge.export.planning.plan import ExportPlan
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, VISION_HEADS
 from fusion_edge.runtime.bundle.image_memory import image_memory
@@ -43,6 +45,18 @@ class Estimate:
     def peak(self) -> int:
         """Sum of everything in memory."""
         return self.runtime + self.weights + self.key_value_cache + self.cached_image + self.activations
+
+
+def plan_for_memory(checkpoint: Checkpoint, options: ExportOptions, fit: int | None) -> ExportPlan:
+    """Plan an export, with smaller weights if it needs more than ``fit`` bytes; None: the memory of the preset.
+
+    Raises as :func:`plan_export`.
+    """
+    plan = plan_export(checkpoint, options)
+    limit = plan.options.memory if fit is None else fit
+    if limit is None or estimate(plan).peak <= limit:
+        return plan
+    return plan_export(checkpoint, dataclasses.replace(options, is_small=True))
 
 
 def estimate(plan: ExportPlan) -> Estimate:

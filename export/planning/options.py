@@ -29,7 +29,7 @@ class ExportOptions:
 
     precision: str = choice(
         {
-            "int4": "4-bit LLM and alignment; 8-bit vision, lm_head and embeddings (tensorrt: lm_head 4-bit) (default)",
+            "int4": "4-bit LLM and alignment; 8-bit vision, lm_head and embeddings; tensorrt: 16-bit lm_head (default)",
             "nf4": "like --int4, with bitsandbytes' NF4: more accurate, much slower on a CPU",
             "int8": "8-bit weights throughout",
             "fp16": "16-bit weights",
@@ -107,5 +107,7 @@ class ExportOptions:
         default="float",
         choices=("float", "int8"),
     )
+    is_small: bool = False
+    """Whether weights that are float16 for quality alone are as small as the target allows."""
     is_calibrated: bool = False
     """Whether samples are given. Quantized activations need them for their ranges."""

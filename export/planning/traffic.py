@@ -34,12 +34,18 @@ def decode_windows(capacity: int) -> list[int]:
     return [*(size for size in windows if SLICE_TRAFFIC * size < capacity), capacity]
 
 
+def moved_tokens(length: int, capacity: int) -> int:
+    """Return the tokens of a KV cache that a decode step moves, for a sequence of ``length`` tokens."""
+    window = next(size for size in decode_windows(capacity) if size >= length)
+    return window if window == capacity else SLICE_TRAFFIC * window
+
+
 def decode_steps(plan: ExportPlan) -> dict[int, Traffic]:
     """Return the traffic of a decode step by the window of the cache that it reads, in tokens."""
     fused, dequantized = _weights(plan, "llm.")
     token = plan.config.language.cache_values * np.dtype(plan.options.cache).itemsize
     capacity = plan.options.max_context
-    caches = {size: token * size * (1 if size == capacity else SLICE_TRAFFIC) for size in decode_windows(capacity)}
+    caches = {size: token * moved_tokens(size, capacity) for size in decode_windows(capacity)}
     return {size: Traffic(fused + cache, fused + cache + dequantized) for size, cache in caches.items()}
 
 

@@ -1,7 +1,8 @@
 """Inputs and outputs of the three graphs of a bundle: names, dtypes and shapes.
 
 The exporter writes them, ``bundle.json`` lists them, the backends feed them. Symbolic dimensions: ``crops``,
-``text`` (tokens), ``latents`` (q), ``questions``, ``positions`` (tokens), ``side`` (sqrt q) and rows of pooling cells.
+``text`` (tokens), ``latents`` (q), ``questions``, ``positions`` (tokens), ``capacity`` of the KV cache, ``slots`` of it
+that attention reads (TensorRT), ``side`` (sqrt q) and rows of pooling cells.
 """
 
 from __future__ import annotations

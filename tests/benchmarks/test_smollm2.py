@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.opset24 import needs_opset_24
 from tokenizers import Tokenizer, pre_tokenizers
 
 from fusion_edge.benchmarks.accuracy.perplexity import ROWS_AT_ONCE, TextModel, negative_log_likelihood, perplexity
@@ -132,6 +133,22 @@ def test_perplexity_covers_the_windows_after_the_prompt(gguf: Gguf, tmp_path: Pa
     assert perplexity(model, prompt, windows) == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
+@needs_opset_24
+def test_graphs_for_tensorrt(gguf: Gguf, tmp_path: Path) -> None:
+    """In float16 they give the logits of the float32 graph."""
+    write_checkpoint(gguf, tmp_path / "checkpoint")
+    tokens, logits = np.array([5, 9, 17, 40, 41, 42]), []
+    for options in (["--fp32"], ["--fp16", "--target=tensorrt"]):
+        bundle = tmp_path / options[0]
+        assert cli.main([str(tmp_path / "checkpoint"), "-o", str(bundle), "--image-tokens=1", *options]) == 0
+        logits.append(TextModel(bundle, threads=1, accuracy_level=0).logits(tokens))
+    assert np.abs(logits[1] - logits[0]).max() <= 0.02 * logits[0].std()
+
+
 def test_table_shows_the_remaining_loss() -> None:
     row = {"group_size": 64, "accuracy_level": 4, "rtn": 24.0, "gptq": 17.0, "loss_left": 0.125}
     assert "| 64 | 4 | 24.00 | 17.00 | 12.5% |" in table({"float": 16.0, "quantized": [row]})
+
+
+def test_table_of_formats() -> None:
+    assert "| fp8 | 16.125 |" in table({"float": 16.0, "quantized": [{"format": "fp8", "rtn": 16.125}]})

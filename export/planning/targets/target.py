@@ -51,8 +51,11 @@ class Target:
         """Return the format of 8-bit weights."""
         return WeightFormat.grouped("int8", PER_CHANNEL if self.int8_per_channel else group_size)
 
-    def lm_head_format(self, shape: tuple[int, ...], group_size: int | None) -> WeightFormat:
-        """Return the format of ``lm_head``, of ``shape`` ``[outputs, inputs]``, beside 4-bit weights."""
+    def lm_head_format(self, shape: tuple[int, ...], group_size: int | None, is_small: bool) -> WeightFormat:
+        """Return the format of ``lm_head``, of ``shape`` ``[outputs, inputs]``, beside 4-bit weights.
+
+        ``is_small``: whether memory matters more than quality.
+        """
         return self.int8_format(group_size)
 
     def stored_layout(self, layout: StoredLayout, inputs: int) -> StoredLayout:

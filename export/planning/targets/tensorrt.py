@@ -28,8 +28,10 @@ class TensorRTTarget(Target):
     no other one is a default.
     """
 
-    def lm_head_format(self, shape: tuple[int, ...], group_size: int | None) -> WeightFormat:
-        """Return INT4, in the blocks of the other weights if they fit its inputs, else float16."""
+    def lm_head_format(self, shape: tuple[int, ...], group_size: int | None, is_small: bool) -> WeightFormat:
+        """Return float16; if ``is_small``, INT4 in the blocks of the other weights, or in those that fit its inputs."""
+        if not is_small:
+            return WeightFormat("fp16")
         sizes = [WeightFormat.grouped("int4", group_size).block_size, *BLOCK_SIZES]
         fitting = [WeightFormat("int4", size) for size in sizes if _int4_obstacle(shape, size) is None]
         return next(iter(fitting), WeightFormat("fp16"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.checkpoints import TINY
 
 from fusion_edge.export import cli
-from fusion_edge.export.planning.traffic import DEQUANTIZED_TRAFFIC, SLICE_TRAFFIC, decode_windows
+from fusion_edge.export.planning.traffic import DEQUANTIZED_TRAFFIC, SLICE_TRAFFIC, decode_windows, moved_tokens
 
 INT8 = ["--rule=llm.lm_head=int8:channel", "--vision=int8-weights"]
 
@@ -30,6 +30,13 @@ def test_windows_cost_less_than_the_whole_cache(capacity: int) -> None:
 )
 def test_windows(capacity: int, windows: list[int]) -> None:
     assert decode_windows(capacity) == windows
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens"), [(1, 1536), (512, 1536), (513, 3072), (1024, 3072), (1025, 4096), (4096, 4096)]
+)
+def test_a_window_is_copied(length: int, tokens: int) -> None:
+    assert moved_tokens(length, 4096) == tokens
 
 
 def traffic(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, dict[str, int]]:

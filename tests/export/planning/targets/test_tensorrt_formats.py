@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,27 @@ def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
     TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse("fp16"))})
 
 
-def test_defaults(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", PRESETS)
+def test_defaults(checkpoint: Path, tmp_path: Path, target: str) -> None:
     """TensorRT documents INT4 alone for weights with float activations."""
-    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), "--target=jetson-orin-nano"]) == 0
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "b"), f"--target={target}"]) == 0
     weights = open_bundle(tmp_path / "b").manifest.weights
-    assert weights["llm.lm_head"] == "int4:128"
+    assert weights["llm.lm_head"] == "fp16"
     assert {fmt for name, fmt in weights.items() if name.startswith("vision.")} == {"fp16"}
+
+
+def test_lm_head_is_small_where_memory_needs_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(checkpoint), "--target=tensorrt", "--dry-run", "--json"]
+
+    def planned(*more: str) -> Any:
+        assert cli.main([*command, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    large = planned()
+    small = planned(f"--fit={large['peak'] - 1}")
+    assert (large["formats"]["llm.lm_head"], small["formats"]["llm.lm_head"]) == ("fp16", "int4:128")
+    assert small["peak"] < large["peak"]
+    assert planned(f"--fit={large['peak']}")["formats"] == large["formats"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +143,8 @@ def test_defaults(checkpoint: Path, tmp_path: Path) -> None:
     ],
 )
 def test_lm_head(shape: tuple[int, int], group_size: int | None, fmt: str) -> None:
-    assert str(TENSORRT.lm_head_format(shape, group_size)) == fmt
+    assert str(TENSORRT.lm_head_format(shape, group_size, is_small=True)) == fmt
+    assert str(TENSORRT.lm_head_format(shape, group_size, is_small=False)) == "fp16"
 
 
 @pytest.mark.parametrize(
