@@ -108,17 +108,11 @@ def kernel_source(workspace: Workspace, architecture: str) -> KernelSource:
     return compile_kernel
 
 
-def grid_and_integers(plugin: Plugin, inputs: Sequence[npt.NDArray[Any]]) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Return the grid and the integers that the plugin has TensorRT pass."""
-    integers = plugin.integers(*(array.shape for array in inputs))
-    return (max(integers[0], 1), plugin.blocks_per_row), integers
-
-
 def interpreted(plugin: Plugin, kernel: CompiledKernel, case: AlignmentCase) -> npt.NDArray[Any]:
     """Run a kernel in the PTX interpreter and return its output."""
     inputs = [array.copy() for array in case.inputs]
     output: npt.NDArray[Any] = inputs[0] if plugin.in_place else np.full_like(inputs[0], np.nan)
-    grid, integers = grid_and_integers(plugin, inputs)
+    grid, integers = plugin.launch(*(array.shape for array in inputs))
     arguments = [*inputs, *integers, output]
     run(kernel.ptx, grid=grid, block=kernel.threads, arguments=arguments, shared_bytes=kernel.shared_bytes)
     return output
@@ -145,7 +139,7 @@ def _pointers(memory: DeviceMemory, plugin: Plugin, case: AlignmentCase, stream:
 
 
 def _enqueue(function: DriverKernel, plugin: Plugin, case: AlignmentCase, pointers: Sequence[int], stream: int) -> None:
-    grid, integers = grid_and_integers(plugin, case.inputs)
+    grid, integers = plugin.launch(*(array.shape for array in case.inputs))
     function.launch(grid, pointers[:-1], integers, pointers[-1], stream)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from fakes.fake_cuda_driver import MILLISECONDS, FakeCudaDriver
 from support.paths import ROOT
 
 from fusion_edge.benchmarks.acceptance import alignment, device
-from fusion_edge.benchmarks.acceptance.alignment import Arrays
 from fusion_edge.benchmarks.acceptance.device import DriverKernel
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin
@@ -104,13 +104,13 @@ def test_bytes_moved() -> None:
 def test_a_wrong_kernel_is_found(plugin: Plugin, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block too few."""
     monkeypatch.setattr(alignment, "find_cuda", lambda: None)
-    launch = alignment.grid_and_integers
+    launch = Plugin.launch
 
-    def one_less(one: Plugin, inputs: Arrays) -> tuple[tuple[int, int], tuple[int, ...]]:
-        (rows, heads), integers = launch(one, inputs)
+    def one_less(one: Plugin, *shapes: Sequence[int]) -> tuple[tuple[int, int], tuple[int, ...]]:
+        (rows, heads), integers = launch(one, *shapes)
         return (max(rows - 1, 1), heads), integers
 
-    monkeypatch.setattr(alignment, "grid_and_integers", one_less)
+    monkeypatch.setattr(Plugin, "launch", one_less)
     with pytest.raises(FusionError, match=f"{plugin.kernel} of 6 rows: .* elements are wrong"):
         alignment.check(workspace, plugin.kernel)
 
