@@ -30,7 +30,7 @@ from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.runtime.errors import FusionError
 
 PROMPT = 256
-BITS = {"int4-64": 4, "int4-128": 4, "int8": 8, "w8a8": 8, "fp8": 8}
+BITS = {"int4-64": 4, "int4-128": 4, "int8": 8, "int8-one-scale": 8, "w8a8": 8, "fp8": 8}
 FP8_SINCE = (8, 9)
 DEQUANTIZED = {True: "dequantized before the GEMM", False: "fused", None: "fusion unknown"}
 

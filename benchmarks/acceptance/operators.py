@@ -31,8 +31,9 @@ Array = npt.NDArray[Any]
 def quantized_linear(form: str, rows: int, inputs: int, outputs: int) -> OperatorCase:
     """Return ``x [rows,inputs]`` times a quantized weight.
 
-    ``form`` is ``int4-64`` or ``int4-128`` (blocks along the inputs), ``int8`` (one scale an output), ``w8a8`` or
-    ``fp8`` (activations quantized, too). There x consists of values that quantization keeps.
+    ``form`` is ``int4-64`` or ``int4-128`` (blocks along the inputs), ``int8`` (one scale an output),
+    ``int8-one-scale`` (one for all, then one an output behind the GEMM), ``w8a8`` or ``fp8`` (activations quantized,
+    too). There x consists of values that quantization keeps.
     """
     rng = np.random.default_rng(0)
     if form.startswith("int4"):
@@ -44,6 +45,8 @@ def quantized_linear(form: str, rows: int, inputs: int, outputs: int) -> Operato
     nodes, constants, weight = (_fp8 if form == "fp8" else _int8)(rng, inputs, outputs)
     if form == "int8":
         return _linear(x, nodes, constants, weight)
+    if form == "int8-one-scale":
+        return _one_scale(rng, x, outputs)
     kind = TensorProto.FLOAT8E4M3FN if form == "fp8" else TensorProto.INT8
     zero = helper.make_tensor("zero", kind, (), [0])
     pair = ["x", "x_scale", "zero"], ["x_codes", "x_scale", "zero"]
@@ -79,6 +82,19 @@ def _int8(rng: np.random.Generator, inputs: int, outputs: int) -> tuple[list[Nod
     return nodes, constants, (codes * scales.astype(np.float64)[:, None]).T
 
 
+def _one_scale(rng: np.random.Generator, x: Array, outputs: int) -> OperatorCase:
+    codes, scale = rng.integers(-127, 128, (outputs, x.shape[1])).astype(np.int8), np.float16(2.0**-10)
+    channels = rng.uniform(0.5, 1, outputs).astype(np.float16)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["by_row"]),
+        helper.make_node("Transpose", ["by_row"], ["w"], perm=[1, 0]),
+    ]
+    arrays = {"codes": codes, "scale": np.array(scale), "channels": channels}
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    weight = (codes * float(scale) * channels.astype(np.float64)[:, None]).T
+    return _linear(x, nodes, constants, weight, channels="channels")
+
+
 def _fp8(rng: np.random.Generator, inputs: int, outputs: int) -> tuple[list[NodeProto], list[TensorProto], Array]:
     codes, scale = rng.integers(-8, 9, (inputs, outputs)), np.float16(2.0**-7)
     constants = [
@@ -89,16 +105,24 @@ def _fp8(rng: np.random.Generator, inputs: int, outputs: int) -> tuple[list[Node
 
 
 def _linear(
-    x: Array, nodes: Sequence[NodeProto], constants: Sequence[TensorProto], weight: Array, activations: str = "x"
+    x: Array,
+    nodes: Sequence[NodeProto],
+    constants: Sequence[TensorProto],
+    weight: Array,
+    activations: str = "x",
+    channels: str | None = None,
 ) -> OperatorCase:
-    """Return the case of ``x @ weight``.
+    """Return the case of ``x @ weight``, whose outputs are multiplied by the constant ``channels``.
 
     The tolerance covers weights rounded to float16 and, at worst, sums in float16: each rounds by 2^-11 of a partial
     sum, and tensor cores round once for 16 terms. Errors of random signs add up as a random walk.
     """
     outputs = weight.shape[1]
+    gemm = [helper.make_node("MatMul", [activations, "w"], ["y" if channels is None else "product"])]
+    if channels is not None:
+        gemm.append(helper.make_node("Mul", ["product", channels], ["y"]))
     model = _model(
-        [*nodes, helper.make_node("MatMul", [activations, "w"], ["y"])],
+        [*nodes, *gemm],
         {"x": x},
         {"y": (len(x), outputs)},
         constants,
