@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +43,39 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     expect_library()
     started, machine = time.perf_counter(), machine_info(None)
-    parts = options.only or PARTS
     measured: dict[str, Any] = {}
     goals: list[Goal] = []
-    if "kernels" in parts:
+    try:
+        for part in options.only or PARTS:
+            for figures, reached in _measure(part, options):
+                measured[part] = figures
+                goals += reached
+    finally:  # a peer that fails takes no other figure with it
+        if options.json and measured:
+            measured["goals"] = [dataclasses.asdict(goal) | {"is_met": goal.is_met} for goal in goals]
+            measured["minutes"] = round((time.perf_counter() - started) / 60, 1)
+            write_result(options.json, "cpu_acceptance BUNDLE", options.rounds, machine, measured)
+    sys.stdout.write(goal_table(goals))
+    return 0
+
+
+def _measure(part: str, options: argparse.Namespace) -> Iterator[tuple[Any, Iterable[Goal]]]:
+    """Measure a part and print it. Yield its figures so far, and the goals of the last ones."""
+    if part == "kernels":
         layers = kernels.measure()
-        measured["kernels"] = dataclasses.asdict(layers)
-        goals += kernels.goals(layers)
         _print(format_table(kernels.rows(layers)))
-    if "stages" in parts:
+        yield dataclasses.asdict(layers), kernels.goals(layers)
+    elif part == "stages":
         ran = stages.measure(options.bundle, options.rounds)
-        measured["stages"] = [dataclasses.asdict(one) for one in ran]
-        goals += stages.goals(ran)
         _print(format_table(stages.rows(ran)))
-    if "peers" in parts:
+        yield [dataclasses.asdict(one) for one in ran], stages.goals(ran)
+    else:
         models = comparisons.PeerModels(options.bundle, options.openvino_llm, options.openvino_vision, options.python)
-        compared = []
+        compared: list[dict[str, Any]] = []
         for one in comparisons.measure(models, usable_processors(), options.rounds):
             _print(comparisons.text(one))
-            compared.append(one)
-        measured["peers"] = [dataclasses.asdict(one) for one in compared]
-        goals += comparisons.goals(compared)
-    sys.stdout.write(goal_table(goals))
-    if options.json:
-        measured["goals"] = [dataclasses.asdict(goal) | {"is_met": goal.is_met} for goal in goals]
-        measured["minutes"] = round((time.perf_counter() - started) / 60, 1)
-        write_result(options.json, "cpu_acceptance BUNDLE", options.rounds, machine, measured)
-    return 0
+            compared.append(dataclasses.asdict(one))
+            yield compared, comparisons.goals([one])
 
 
 def _print(table: str) -> None:

@@ -21,6 +21,7 @@ from fusion_edge.benchmarks.peers import harness
 from fusion_edge.benchmarks.peers.harness import Contestant, Round, WorkerReport
 from fusion_edge.export import cli
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels as runtime_kernels
+from fusion_edge.runtime.errors import FusionError
 
 ORT, VNNI, AMX = cpu_kernels.ONNX_RUNTIME, "AVX-512 VNNI", "AMX"
 
@@ -206,6 +207,27 @@ def test_parts(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert command.main([str(tiny_bundle), "--rounds=1", "--only=stages"]) == 0
     header, *_ = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["tier", "threads", "vision"]
+
+
+@needs_cpu_kernels
+def test_a_peer_that_fails_takes_no_other_figure_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    peer = Peer()
+
+    def run(contestant: Contestant, workload: Any) -> Round:
+        if workload.isa is not None:
+            raise FusionError("OpenVINO crashed.")
+        return peer(contestant, workload)
+
+    monkeypatch.setattr(harness, "run_worker", run)
+    monkeypatch.setattr(runtime_kernels, "tiers", lambda: ("AVX2", AMX))
+    file = tmp_path / "result.json"
+    options = ["--only=peers", "--rounds=1", f"--json={file}", f"--openvino-vision={tmp_path}"]
+    assert refused(command.main, "bundle", *options) == "error: OpenVINO crashed.\n"
+    result = json.loads(file.read_text())
+    assert [(one["kind"], one["tier"]) for one in result["peers"]] == [("vision", AMX)]
+    assert [goal["name"] for goal in result["goals"]] == ["vision of an image, AMX, speedup over OpenVINO"]
 
 
 @needs_cpu_kernels
