@@ -150,12 +150,13 @@ def inputs_of(bundle: Bundle, name: str) -> Arrays:
     """Return random inputs of a graph. All rows of the LLM's prompt are latents, in reverse order."""
     generator, hidden = np.random.default_rng(0), bundle.manifest.model.language.hidden_size
     sizes = {"crops": 2, "text": 3, "side": 2, "latent_rows": 3, "context_side": 6, "context_rows": 2}
-    sizes |= {"positions": LENGTH, "questions": 1, "latents": LENGTH, "capacity": CAPACITY}
+    sizes |= {"positions": LENGTH, "questions": 1, "latents": LENGTH, "capacity": CAPACITY, "slots": CAPACITY}
     places = {
         "positions": np.arange(LENGTH)[None],
         "latent_positions": np.arange(LENGTH)[None, ::-1].copy(),
         "question_positions": np.array([LENGTH - 1]),
         "write_index": np.array([0]),
+        "slots": np.arange(CAPACITY),
         "text_mask": np.ones((2, 3), np.int32),
         "latent_cells": generator.integers(0, 4, (2, 3)),
         "context_cells": generator.integers(0, 4, (6, 2)),
