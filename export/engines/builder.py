@@ -14,7 +14,7 @@ import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from fusion_edge.export.engines.decompositions import allow_decomposition, decompose_operators, unsupported_operators
-from fusion_edge.export.engines.float16 import without_int8
+from fusion_edge.export.engines.float16 import has_int8, without_int8
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
 from fusion_edge.export.engines.linear_pieces import Pieces, cut_linears
 from fusion_edge.export.engines.optimization_profiles import (
@@ -168,11 +168,11 @@ class EngineBuilder:
                 model = float16
                 plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
         if plan is None:
+            int8 = " If INT8 is the reason, export with --vision fp16." if has_int8(model) else ""
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
                 f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
-                "more --parts, or a smaller --max-block, --max-context or --workspace; if INT8 is the reason, export "
-                "with --vision fp16."
+                f"more --parts, or a smaller --max-block, --max-context or --workspace.{int8}"
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))

@@ -15,6 +15,11 @@ LARGEST_MODEL = 1_900_000_000
 """Bytes of float16 weights in a model, which protobuf limits to 2 GB."""
 
 
+def has_int8(model: ModelProto) -> bool:
+    """Return whether a model has INT8 weights."""
+    return any(tensor.data_type == TensorProto.INT8 and tensor.dims for tensor in model.graph.initializer)
+
+
 def without_int8(model: ModelProto, folder: Path) -> ModelProto | None:
     """Return the model with INT8 weights dequantized inside it, and without quantized activations.
 

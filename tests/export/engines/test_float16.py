@@ -121,9 +121,17 @@ def test_a_failed_build_is_repeated_in_float16(
 
 
 def test_what_float16_cannot_replace(
-    tiny_checkpoint: Path, tmp_path: Path, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    trt: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(float16, "LARGEST_MODEL", 0)
+    capsys.readouterr()
     command = [str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--target=tensorrt", "--fp16"]
     assert cli.main([*command, "--rule=vision.*=int8:channel"]) == 0
     assert build(open_bundle(tmp_path / "b"), trt) == 1
+    message = capsys.readouterr().err
+    assert MESSAGE in message
+    assert message.endswith("or --workspace. If INT8 is the reason, export with --vision fp16.\n")

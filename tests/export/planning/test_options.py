@@ -39,7 +39,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "sensitivity_samples": ("3", 3),
 }
 """Text and value of the options that have one, by field."""
-NOT_ON_THE_COMMAND_LINE = {"rules", "is_calibrated", "data"}
+NOT_ON_THE_COMMAND_LINE = {"rules", "is_calibrated", "is_small", "data"}
 
 
 def test_nothing_is_given_by_default() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -27,8 +28,8 @@ HALF = 0.02
 
 
 @pytest.fixture
-def bundle(tiny_tensorrt_bundle: Path) -> Bundle:
-    return open_bundle(tiny_tensorrt_bundle)
+def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Bundle:
+    return open_bundle(Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "b")))
 
 
 @pytest.mark.parametrize("version", [RTX, JETPACK_6], ids=lambda version: version[1])
@@ -39,7 +40,7 @@ def test_the_smallest_window_that_holds_the_sequence(
     monkeypatch.setattr(traffic, "SMALLEST_WINDOW", 64)
     assert traffic.decode_windows(bundle.manifest.max_context) == [64, 128, 512]
     trt = FakeTensorRT(*version, FakeCuda())
-    assert build(bundle, trt, "--force", "--parts=2") == 0
+    assert build(bundle, trt, "--parts=2") == 0
     profiles: list[int] = []
     run = EngineGraph.run
 
