@@ -115,7 +115,7 @@ def test_no_archive_holds_a_link(distributions: Path, wheel: Path) -> None:
 def test_the_library_of_kernels_is_stripped(wheel: Path) -> None:
     library = zipfile.ZipFile(wheel).read("fusion_edge/kernels/cpu_operators.so")
     assert b".debug_info" not in library
-    assert len(library) < 1_500_000
+    assert len(library) < 2_000_000
 
 
 def test_the_wheel_runs_with_glibc_228(wheel: Path) -> None:

@@ -217,26 +217,31 @@ void gemv_static(const RowGroup<ROWS>& group, const Weights& weights, size_t out
     }
 }
 
-// Computes outputs from `output` to `end` of rows I.
-template <size_t... I>
-void gemv_group(const GemvRows& rows, const Weights& weights, size_t output, size_t end, float* result) {
-    const RowGroup<sizeof...(I)> group{{rows[I]...}, {result + I * weights.outputs...}};
+// Computes outputs from `output` to `end` of rows from `row` on.
+template <size_t ROWS>
+void gemv_group(
+    const GemvRows& rows, size_t row, const Weights& weights, size_t output, size_t end, float* result) {
+    RowGroup<ROWS> group;
+    for (size_t i = 0; i < ROWS; ++i) {
+        group.rows[i] = rows[row + i];
+        group.results[i] = result + (row + i) * weights.outputs;
+    }
     if (weights.static_quantization) gemv_static(group, weights, output, end);
     else gemv_rows(group, weights, output, end);
 }
 
-// result [rows, outputs] of up to FEW_ROWS rows.
+// result [rows, outputs] of up to FEW_ROWS rows. Groups of one, two and four rows keep the library small.
 inline void gemv(
     const QuantizedActivations& x, size_t rows, const Weights& weights, float* result, const Parallel& parallel) {
     constexpr size_t MIN_OUTPUTS = 64;  // few large tasks: each starts new streams from memory
-    static constexpr auto GROUPS = std::array{
-        gemv_group<0>, gemv_group<0, 1>, gemv_group<0, 1, 2>, gemv_group<0, 1, 2, 3>};
-    static_assert(GROUPS.size() == FEW_ROWS);
     const size_t tasks = balanced_tasks(), per_task = std::max(MIN_OUTPUTS, (weights.outputs + tasks - 1) / tasks);
     const GemvRows prepared(x, rows, weights);
     parallel((weights.outputs + per_task - 1) / per_task, [&](size_t task) {
-        const size_t output = task * per_task;
-        GROUPS[rows - 1](prepared, weights, output, std::min(weights.outputs, output + per_task), result);
+        const size_t output = task * per_task, end = std::min(weights.outputs, output + per_task);
+        size_t row = 0;
+        for (; row + 4 <= rows; row += 4) gemv_group<4>(prepared, row, weights, output, end, result);
+        for (; row + 2 <= rows; row += 2) gemv_group<2>(prepared, row, weights, output, end, result);
+        for (; row < rows; ++row) gemv_group<1>(prepared, row, weights, output, end, result);
     });
 }
 
