@@ -25,7 +25,6 @@ from fusion_edge.export.engines.optimization_profiles import (
 )
 from fusion_edge.export.engines.partition import largest_block, partition_graph
 from fusion_edge.kernels import tensorrt_plugins
-from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import KernelFolder
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
@@ -131,8 +130,6 @@ class EngineBuilder:
             language = self._bundle.manifest.model.language
             groups = language.heads // language.kv_heads if name == LLM else 1
             decompose_operators(model, self.decomposed, groups)
-        for function in model.functions:
-            qualify_names(function)  # bundles of older versions need it
         allow_decomposition(model)
         count, max_block = self._options.parts if name == LLM else 1, self._options.max_block
         pieces = Pieces() if max_block is None else cut_linears(model, max_block)
@@ -175,6 +172,9 @@ class EngineBuilder:
                 f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
                 f"more --parts, or a smaller --max-block, --max-context or --workspace.{int8}"
             )
+        with file.open("wb") as output:
+            output.write(memoryview(plan))
+
     def _in_float16(self, model: ModelProto) -> ModelProto | None:
         """Return a failed vision encoder without INT8; None for another graph, and after memory ran out.
 
@@ -182,9 +182,6 @@ class EngineBuilder:
         """
         is_whole = model.graph.name == VISION_ENCODER and self._options.max_block is None
         return without_int8(model, self._bundle.folder) if is_whole and not self._messages.out_of_memory else None
-
-        with file.open("wb") as output:
-            output.write(memoryview(plan))
 
     def _plan(self, model: ModelProto, pieces: Pieces, profiles: list[DimensionRanges], monitor: Any) -> Any:
         """Return the serialized engine (``IHostMemory``), or None if TensorRT cannot build it."""
