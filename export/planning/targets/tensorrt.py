@@ -79,7 +79,7 @@ def check_capability(bundle: Bundle, compute_capability: str) -> None:
     if first is not None and tuple(map(int, compute_capability.split("."))) < OLDEST_FLOAT8_DEVICE:
         raise FusionError(
             f"{bundle.folder} has {first} in fp8, which compute capability {compute_capability} does not have (8.9 and "
-            f"later do); export it with another format, --rule '{first}=int4'."
+            f"later do); export it with another format, --rule '{first}=fp16'."
         )
 
 
