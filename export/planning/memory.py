@@ -108,8 +108,7 @@ def _activations(plan: ExportPlan) -> int:
     # MatMulBnb4 dequantizes the whole weight.
     sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
     elements = (tower, pairs, layer + max(sizes, default=0))
-    # TensorRT may dequantize an 8-bit weight before its GEMM.
-    kinds = ("int8", "fp8") if plan.options.target is TENSORRT else ()
-    sizes = [linear.size for linear in plan.linears.values() if linear.format.kind in kinds and not linear.is_table]
+    linears = plan.linears.values() if plan.options.target is TENSORRT else ()
+    sizes = [linear.size for linear in linears if linear.format.is_weight_only_8_bit and not linear.is_table]
     dequantized = 2 * max(sizes, default=0)
     return plan.options.target.activation_bytes(config, plan.options.max_context, elements) + dequantized
