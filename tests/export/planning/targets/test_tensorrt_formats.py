@@ -117,15 +117,20 @@ def test_defaults(checkpoint: Path, tmp_path: Path, target: str) -> None:
 def test_lm_head_is_small_where_memory_needs_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(checkpoint), "--target=tensorrt", "--dry-run", "--json"]
 
-    def planned(*more: str) -> Any:
+    def planned(*more: str) -> tuple[Any, str]:
         assert cli.main([*command, *more]) == 0
-        return json.loads(capsys.readouterr().out)
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
 
-    large = planned()
-    small = planned(f"--fit={large['peak'] - 1}")
+    large, silence = planned()
+    small, note = planned(f"--fit={large['peak'] - 1}")
+    assert silence == ""
+    assert note.startswith("note: llm.lm_head is int4:128, less accurate than fp16, with which the peak of ")
+    assert note.count("\n") == 1
     assert (large["formats"]["llm.lm_head"], small["formats"]["llm.lm_head"]) == ("fp16", "int4:128")
     assert small["peak"] < large["peak"]
-    assert planned(f"--fit={large['peak']}")["formats"] == large["formats"]
+    same, silence = planned(f"--fit={large['peak']}")
+    assert (same["formats"], silence) == (large["formats"], "")
 
 
 @pytest.mark.parametrize(
