@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
         "--fit",
         type=byte_count,
         metavar="SIZE",
-        help="refuse a bundle that does not run in this memory, e.g. 8GB (default: the memory of --target's device)",
+        help="refuse a bundle that does not run in this memory, e.g. 8GB; tensorrt: where a 16-bit lm_head does not "
+        "fit, it has 4 bits (default: the memory of --target's device)",
     )
     return parser
 

@@ -72,6 +72,11 @@ class WeightFormat:
         return self.is_quantized and not self.has_codebook and self.kind != "fp8"
 
     @property
+    def is_weight_only_8_bit(self) -> bool:
+        """Whether symmetric 8-bit weights meet float activations. TensorRT may dequantize them before the GEMM."""
+        return self.bits == 8 and self.is_symmetric and not self.quantizes_activations
+
+    @property
     def scale_dtype(self) -> str:
         """NumPy dtype name of the scales."""
         return "float32" if self.has_codebook else "float16"

@@ -25,13 +25,12 @@ from fusion_edge.export.engines.optimization_profiles import (
 )
 from fusion_edge.export.engines.partition import largest_block, partition_graph
 from fusion_edge.kernels import tensorrt_plugins
-from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 from fusion_edge.kernels.triton.kernel_folder import KernelFolder
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform
 from fusion_edge.runtime.bundle.files import FileEntry, digest
-from fusion_edge.runtime.bundle.graphs import LLM
+from fusion_edge.runtime.bundle.graphs import LLM, VISION_ENCODER
 from fusion_edge.runtime.bundle.manifest import MANIFEST, graph_file
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
@@ -131,8 +130,6 @@ class EngineBuilder:
             language = self._bundle.manifest.model.language
             groups = language.heads // language.kv_heads if name == LLM else 1
             decompose_operators(model, self.decomposed, groups)
-        for function in model.functions:
-            qualify_names(function)  # bundles of older versions need it
         allow_decomposition(model)
         count, max_block = self._options.parts if name == LLM else 1, self._options.max_block
         pieces = Pieces() if max_block is None else cut_linears(model, max_block)
@@ -159,16 +156,17 @@ class EngineBuilder:
             canceled = Event()
             monitor = _monitor(trt, progress, canceled)
             plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
-            if plan is None and (float16 := without_int8(model, self._bundle.folder)) is not None:
+            if plan is None and (float16 := self._in_float16(model)) is not None:
                 sys.stderr.write(
-                    f"{label}: {self._messages.first_error()}. {self._library.name} cannot build INT8 here; float16 of "
-                    "the same weights replaces it. fusion-export --vision fp16 writes unrounded weights.\n"
+                    f"note: {label} failed ({self._messages.first_error()}); building it in float16 of the same "
+                    "weights\n"
                 )
                 self._messages.errors.clear()
                 model = float16
                 plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
         if plan is None:
-            int8 = " If INT8 is the reason, export with --vision fp16." if has_int8(model) else ""
+            is_vision = label.startswith(VISION_ENCODER)
+            int8 = " If INT8 is the reason, fusion-export --vision fp16." if is_vision and has_int8(model) else ""
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
                 f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
@@ -176,6 +174,14 @@ class EngineBuilder:
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))
+
+    def _in_float16(self, model: ModelProto) -> ModelProto | None:
+        """Return a failed vision encoder without INT8; None for another graph, and after memory ran out.
+
+        None also with ``--max-block``: float16 weights lie inside the graph, where nothing cuts them.
+        """
+        is_whole = model.graph.name == VISION_ENCODER and self._options.max_block is None
+        return without_int8(model, self._bundle.folder) if is_whole and not self._messages.out_of_memory else None
 
     def _plan(self, model: ModelProto, pieces: Pieces, profiles: list[DimensionRanges], monitor: Any) -> Any:
         """Return the serialized engine (``IHostMemory``), or None if TensorRT cannot build it."""

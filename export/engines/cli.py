@@ -15,7 +15,7 @@ from pathlib import Path
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import up_to_date_engines, write_engines
 from fusion_edge.export.engines.jetsons import JETSONS, check_device, jetson_limits
-from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_bundle, check_capability
+from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_capability
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, Library, find_library, first_library
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
@@ -120,8 +120,6 @@ def _build(arguments: argparse.Namespace) -> int:
         )
     max_context = _max_context(bundle.manifest, arguments.max_context)
     library = first_library() if arguments.library is None else find_library(arguments.library)
-    if not library.is_rtx:
-        check_bundle(bundle)
     platform = _platform(library, arguments.device)
     check_capability(bundle, platform.compute_capability)
     options = _options(arguments, platform)

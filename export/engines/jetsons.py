@@ -24,7 +24,7 @@ class JetsonLimits:
 
 NO_LIMITS = JetsonLimits()
 JETSONS = {
-    # The kernel of an Orin Nano grants a CMA of at most 950 MB; a GEMM of TensorRT 10.3 asked for 1.5 times its weight.
+    # Two such blocks fit in a CMA of 950 MB, the most that the kernel of an Orin Nano granted (docs/jetson.md).
     "orin-nano": JetsonLimits("8.7", max_block=400_000_000, workspace=512_000_000)
 }
 """By value of ``--for``."""

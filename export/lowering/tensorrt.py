@@ -50,7 +50,7 @@ class TensorRTOperations(OnnxOperations):
         if fmt.bits == 4:
             x = self._in_stored_order(x, linear)
             values = self._int4(linear)
-        elif fmt.kind in ("int8", "fp8") and name.startswith("llm."):
+        elif fmt.is_weight_only_8_bit and name.startswith("llm."):
             result = self._scaled_by_channel(x, linear)
             return result + self.parameter(f"{name}.bias") if bias else result
         elif fmt.is_quantized:
@@ -85,10 +85,10 @@ class TensorRTOperations(OnnxOperations):
         scales = self._plan(linear, "scales", "float16", (linear.outputs,))
         step = self.builder.constant(STEP, "float16")
         weight = self._transposed(self._node("DequantizeLinear", [values, step], linear.weight.name))
-        # Half of 1 / STEP at a time: neither the products nor the scales leave float16's range.
-        half = self.builder.constant(STEP**-0.5, "float16")
-        channels = self._node("Mul", [self._cast(scales, "float16"), half], f"{linear.name}.channels")
-        return self._node("Mul", [self._node("MatMul", [x, weight], linear.name) * channels, half], linear.name)
+        # The square root of 1 / STEP at a time: neither the products nor the scales leave float16's range.
+        root = self.builder.constant(STEP**-0.5, "float16")
+        channels = self._node("Mul", [self._cast(scales, "float16"), root], f"{linear.name}.channels")
+        return self._node("Mul", [self._node("MatMul", [x, weight], linear.name) * channels, root], linear.name)
 
     def _dequantized_by_row(self, linear: Linear) -> OnnxValue:
         """Dequantize ``[N,K]`` of 8 bits with one scale per row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,9 +12,11 @@ import numpy as np
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
+from fusion_edge.export.planning.rules import LM_HEAD
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, VISION_HEADS
 from fusion_edge.runtime.bundle.image_memory import image_memory
+from fusion_edge.runtime.formatting import format_bytes
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
@@ -50,13 +53,20 @@ class Estimate:
 def plan_for_memory(checkpoint: Checkpoint, options: ExportOptions, fit: int | None) -> ExportPlan:
     """Plan an export, with smaller weights if it needs more than ``fit`` bytes; None: the memory of the preset.
 
-    Raises as :func:`plan_export`.
+    Notes a smaller ``lm_head`` on standard error. Raises as :func:`plan_export`.
     """
     plan = plan_export(checkpoint, options)
     limit = plan.options.memory if fit is None else fit
-    if limit is None or estimate(plan).peak <= limit:
+    if limit is None or (peak := estimate(plan).peak) <= limit:
         return plan
-    return plan_export(checkpoint, dataclasses.replace(options, is_small=True))
+    small = plan_export(checkpoint, dataclasses.replace(options, is_small=True))
+    before, after = plan.formats[LM_HEAD], small.formats[LM_HEAD]
+    if before != after:
+        sys.stderr.write(
+            f"note: {LM_HEAD} is {after}, less accurate than {before}, with which the peak of {format_bytes(peak)} "
+            f"exceeds {format_bytes(limit)}\n"
+        )
+    return small
 
 
 def estimate(plan: ExportPlan) -> Estimate:
@@ -108,8 +118,7 @@ def _activations(plan: ExportPlan) -> int:
     # MatMulBnb4 dequantizes the whole weight.
     sizes = [linear.size for linear in plan.linears.values() if linear.format.has_codebook]
     elements = (tower, pairs, layer + max(sizes, default=0))
-    # TensorRT may dequantize an 8-bit weight before its GEMM.
-    kinds = ("int8", "fp8") if plan.options.target is TENSORRT else ()
-    sizes = [linear.size for linear in plan.linears.values() if linear.format.kind in kinds and not linear.is_table]
+    linears = plan.linears.values() if plan.options.target is TENSORRT else ()
+    sizes = [linear.size for linear in linears if linear.format.is_weight_only_8_bit and not linear.is_table]
     dequantized = 2 * max(sizes, default=0)
     return plan.options.target.activation_bytes(config, plan.options.max_context, elements) + dequantized

@@ -29,7 +29,8 @@ class ExportOptions:
 
     precision: str = choice(
         {
-            "int4": "4-bit LLM and alignment; 8-bit vision, lm_head and embeddings; tensorrt: 16-bit lm_head (default)",
+            "int4": "4-bit LLM and alignment; 8-bit vision, lm_head and embeddings; tensorrt: 16-bit lm_head, and "
+            "16-bit vision without --calibrate (default)",
             "nf4": "like --int4, with bitsandbytes' NF4: more accurate, much slower on a CPU",
             "int8": "8-bit weights throughout",
             "fp16": "16-bit weights",

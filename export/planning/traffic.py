@@ -9,6 +9,7 @@ import numpy as np
 from fusion_edge.export.planning.plan import ExportPlan
 
 SMALLEST_WINDOW = 512
+"""Tokens. It holds 144 latents, a question and an answer; each smaller window would add a profile to every engine."""
 SLICE_TRAFFIC = 3
 """Times that a window of the cache crosses the memory bus: TensorRT-RTX copies it before attention reads it."""
 DEQUANTIZED_TRAFFIC = 4
@@ -60,5 +61,5 @@ def _weights(plan: ExportPlan, prefix: str) -> tuple[int, int]:
     linears = [linear for name, linear in plan.linears.items() if name.startswith(prefix) and not linear.is_table]
     names = {linear.weight.name for linear in linears}
     stored = sum(tensor.nbytes for file in plan.data_files for tensor in file.tensors if tensor.parameter in names)
-    int8 = sum(linear.size for linear in linears if linear.format.kind in ("int8", "fp8"))
+    int8 = sum(linear.size for linear in linears if linear.format.is_weight_only_8_bit)
     return stored, DEQUANTIZED_TRAFFIC * int8

@@ -46,12 +46,12 @@ def subgraph(name: str, nodes: Sequence[NodeProto], outputs: Iterable[str]) -> G
 def qualify_names(function: FunctionProto) -> FunctionProto:
     """Prefix all names in ``function`` with its own, as in ``AddRows::positions``; return ``function``.
 
-    Names with the prefix stay, so the call is idempotent. No tensor of a graph has a colon in its name. TensorRT's
+    No tensor of a graph has a colon in its name. TensorRT's
     ONNX parser up to 10.7 has no scope for function parameters: a parameter that has the name of a tensor around the
     call is resolved to that tensor, whatever the call passes.
     """
     prefix = f"{function.name}::"
     nodes = [names for node in function.node for names in (node.input, node.output)]
     for names in (function.input, function.output, *nodes):
-        names[:] = [name if not name or name.startswith(prefix) else prefix + name for name in names]
+        names[:] = [name and prefix + name for name in names]
     return function

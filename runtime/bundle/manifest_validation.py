@@ -51,7 +51,9 @@ def check_values(manifest: Manifest) -> None:
     specs = {spec.name: spec for spec in graph_specs(model, manifest.target, manifest.activations, manifest.cache)}
     for name in specs.keys() | manifest.graphs.keys():
         if name not in specs or manifest.graphs.get(name) != specs[name].to_json():
-            raise ValueError(f"graphs.{name} does not match the model's sizes"[:120])
+            raise ValueError(
+                f"graphs.{name[:40]} does not match the model's sizes, or is of another version of fusion-edge"
+            )
 
 
 def _check_model(model: FusionConfig) -> None:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fusion_edge.quant.formats import CODEBOOKS, GROUPED, PER_CHANNEL, WeightFormat, group_sizes
+from fusion_edge.quant.formats import BITS, CODEBOOKS, GROUPED, PER_CHANNEL, WeightFormat, group_sizes
 from fusion_edge.quant.packing import dequantize, pack_zero_points, quantize, unpack_zero_points
 from fusion_edge.runtime.errors import UsageError
 
@@ -115,3 +115,8 @@ def test_default_group_size() -> None:
     assert [str(WeightFormat.parse("int4", size)) for size in (None, 32, PER_CHANNEL)] == [
         "int4:128", "int4:32", "int4:channel",
     ]  # fmt: skip
+
+
+def test_weight_only_8_bit_formats() -> None:
+    """Codes with zero points, and activations of 8 bits, are other GEMMs."""
+    assert [kind for kind in BITS if WeightFormat(kind).is_weight_only_8_bit] == ["int8", "fp8"]

@@ -10,7 +10,7 @@ from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.tensorrt import TensorRTOperations
 from fusion_edge.export.planning.targets.target import Target
-from fusion_edge.quant.formats import PER_CHANNEL, STORED_GROUP_SIZES, WeightFormat
+from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
 from fusion_edge.runtime.backends.tensorrt import memory_estimate
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.reader import Bundle
@@ -79,20 +79,8 @@ def check_capability(bundle: Bundle, compute_capability: str) -> None:
     if first is not None and tuple(map(int, compute_capability.split("."))) < OLDEST_FLOAT8_DEVICE:
         raise FusionError(
             f"{bundle.folder} has {first} in fp8, which compute capability {compute_capability} does not have (8.9 and "
-            f"later do); export it with another format, --rule '{first}=int4'."
+            f"later do); export it with another format, --rule '{first}=fp16'."
         )
-
-
-def check_bundle(bundle: Bundle) -> None:
-    """Raise :class:`FusionError` for INT4 blocks that TensorRT does not support, as in bundles of older versions."""
-    for name, text in bundle.manifest.weights.items():
-        fmt = WeightFormat.parse(text, sizes=STORED_GROUP_SIZES)
-        if fmt.kind == "int4" and fmt.block_size not in BLOCK_SIZES:
-            raise FusionError(
-                f"{bundle.folder} has {name} in {fmt}; TensorRT has 4-bit GEMMs only for groups of 64 and 128: "
-                f"export it again, fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt --group-size 128 "
-                "(or 64)."
-            )
 
 
 def _unreadable(linear: Linear) -> str | None:

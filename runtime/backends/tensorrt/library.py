@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -16,6 +17,8 @@ INSTALL = {
     "run pip install tensorrt",
     "tensorrt-rtx": "pip install '.[tensorrt-rtx]' in a clone of fusion-edge (x86-64 only)",
 }
+OUT_OF_MEMORY = r"out ?of ?memory|could not be allocated|bad_alloc"
+"""Pattern of errors after which another build would fail, too."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Messages:
                     sys.stderr.write(f"{message}\n")
 
         return Logger()
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether an error says that memory ran out."""
+        return any(re.search(OUT_OF_MEMORY, error, re.IGNORECASE) for error in self.errors)
 
     def first_error(self) -> str:
         """Return the first error, shortened, as the end of a sentence."""

@@ -114,10 +114,40 @@ def test_a_failed_build_is_repeated_in_float16(
     bundle = open_bundle(tmp_path / "b")
     assert build(bundle, trt, "--parts=1") == 0
     said = capsys.readouterr().err
-    assert f"vision_encoder: {MESSAGE}. tensorrt cannot build INT8 here; float16 of the same weights" in said
-    assert "fusion-export --vision fp16" in said
-    assert said.count("INT8") == 1
+    assert f"note: vision_encoder failed ({MESSAGE}); building it in float16 of the same weights\n" in said
+    assert said.count("failed") == 1
     assert len(trt.built) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message", "ending"),
+    [
+        ("vision", ["--max-block=1GB"], MESSAGE, " If INT8 is the reason, fusion-export --vision fp16.\n"),
+        ("vision", [], "Error Code 2: OutOfMemory (Requested size was 9.)", "fusion-export --vision fp16.\n"),
+        ("vision", [], "Error Code 1: Cuda Runtime (out of memory)", "fusion-export --vision fp16.\n"),
+        ("llm", [], MESSAGE, "or --workspace.\n"),
+    ],
+)
+def test_failures_that_float16_does_not_follow(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    trt: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    options: list[str],
+    message: str,
+    ending: str,
+) -> None:
+    """With a limit of blocks, for other graphs than the vision encoder, and after memory ran out."""
+    monkeypatch.setattr(f"{__name__}.MESSAGE", message)
+    command = [str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--target=tensorrt", "--fp16"]
+    assert cli.main([*command, f"--rule={part}.*=int8:channel"]) == 0
+    assert build(open_bundle(tmp_path / "b"), trt, "--parts=1", *options) == 1
+    said = capsys.readouterr().err
+    assert message.rstrip(".") in said
+    assert "building it in float16" not in said
+    assert said.endswith(ending)
 
 
 def test_what_float16_cannot_replace(
@@ -134,4 +164,4 @@ def test_what_float16_cannot_replace(
     assert build(open_bundle(tmp_path / "b"), trt) == 1
     message = capsys.readouterr().err
     assert MESSAGE in message
-    assert message.endswith("or --workspace. If INT8 is the reason, export with --vision fp16.\n")
+    assert message.endswith("or --workspace. If INT8 is the reason, fusion-export --vision fp16.\n")

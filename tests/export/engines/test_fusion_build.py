@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -224,6 +225,11 @@ def test_float8_weights(tmp_path: Path, refused: Callable[..., str]) -> None:
         assert cli_build.main([str(tmp_path / "b"), "--library=tensorrt-rtx", f"--device={capability}"]) == 0
     message = refused(cli_build.main, tmp_path / "b", "--library=tensorrt-rtx", "--device=8.6")
     assert " in fp8, which compute capability 8.6 does not have (8.9 and later do); export it with " in message
+    rule = re.search(r"--rule '(.*=fp16)'", message)
+    assert rule is not None
+    assert cli.main([*command[:-1], "--force", f"--rule={rule[1]}", command[-1]]) == 0
+    message = refused(cli_build.main, tmp_path / "b", "--library=tensorrt-rtx", "--device=8.6")
+    assert f" {rule[1].removesuffix('=fp16')} in fp8" not in message
 
 
 def test_json(built: Built, capsys: pytest.CaptureFixture[str]) -> None:

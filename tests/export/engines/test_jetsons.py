@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import JETPACK_6, RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import build, open_backend
+from hypothesis import given
+from hypothesis import strategies as st
 from support.opset24 import needs_opset_24
 
 from fusion_edge.export.engines import cli as cli_build
@@ -18,6 +21,7 @@ from fusion_edge.runtime.backends.tensorrt import backend
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, read_engines
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.cli.options import byte_count
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.jetson import ContiguousMemory, Jetson
 
@@ -113,6 +117,16 @@ def test_the_refusal_names_the_remedies() -> None:
         "build before anything else; or give a smaller --max-block (such as 250MB). --skip-memory-check builds "
         "nevertheless."
     )
+
+
+@given(st.integers(10_000_000, 10**10), st.integers(0, 1 << 22), st.integers(1, 10**10))
+def test_the_suggested_block_fits(cma_free: int, block: int, excess: int) -> None:
+    memory = ContiguousMemory(block, 1, cma_free, cma_free)
+    with pytest.raises(FusionError) as refusal:
+        check_contiguous_memory(memory.largest + excess, memory)
+    suggested = re.search(r"--max-block \(such as (\w+)\)", str(refusal.value))
+    assert suggested is not None
+    check_contiguous_memory(byte_count(suggested[1]), memory)
 
 
 def test_no_block_that_fits() -> None:

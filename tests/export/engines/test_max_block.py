@@ -146,7 +146,8 @@ def test_pieces_of_a_linear_give_the_same(
     parts = cut(whole, limit, tmp_path)
     assert all(largest_block(part) <= limit for part in parts)
     linears = [node for part in parts for node in part.graph.node if node.op_type == "MatMul"]
-    assert len(linears) == -(-outputs // (limit_rows // ROW_MULTIPLE * ROW_MULTIPLE)) if outputs > limit_rows else 1
+    most = limit_rows // ROW_MULTIPLE * ROW_MULTIPLE
+    assert len(linears) == (-(-outputs // most) if outputs > limit_rows else 1)
     np.testing.assert_array_equal(computed(tmp_path, parts, {"x": x}, is_optimized=False)["y"], expected)
 
 

@@ -230,6 +230,19 @@ def test_invalid_values_of_the_manifest(
     assert message in message
 
 
+def test_a_tensorrt_bundle_of_an_older_version(tiny_tensorrt_bundle: Path, tmp_path: Path, refuse: Refuse) -> None:
+    """Its LLM has no input ``slots``."""
+    folder = Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "old"))
+
+    def without_slots(manifest: Json) -> None:
+        inputs = manifest["graphs"]["llm"]["inputs"]
+        inputs[:] = [tensor for tensor in inputs if tensor["name"] != "slots"]
+
+    edit(folder, without_slots)
+    reason = "graphs.llm does not match the model's sizes, or is of another version of fusion-edge"
+    assert f"({reason}); export the bundle again." in refuse(folder)
+
+
 @pytest.mark.parametrize(
     "change",
     [

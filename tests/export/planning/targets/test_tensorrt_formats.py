@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from fakes.fake_cuda import FakeCuda
-from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
-from fakes.on_fake_tensorrt import build, installed
 from onnx import helper
 from support.checkpoints import TINY, write_checkpoint
 from support.prequantized_checkpoints import packer, read_fixture, write_quantized
@@ -24,13 +21,12 @@ from fusion_edge.export.checkpoint.parameters import match_parameters
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
-from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.planning.targets.tensorrt import BLOCK_SIZES, TENSORRT, TensorRTTarget
+from fusion_edge.export.planning.targets.tensorrt import BLOCK_SIZES, TENSORRT
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
-from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import UsageError
 
 Refuse = Callable[..., str]
@@ -121,15 +117,20 @@ def test_defaults(checkpoint: Path, tmp_path: Path, target: str) -> None:
 def test_lm_head_is_small_where_memory_needs_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(checkpoint), "--target=tensorrt", "--dry-run", "--json"]
 
-    def planned(*more: str) -> Any:
+    def planned(*more: str) -> tuple[Any, str]:
         assert cli.main([*command, *more]) == 0
-        return json.loads(capsys.readouterr().out)
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
 
-    large = planned()
-    small = planned(f"--fit={large['peak'] - 1}")
+    large, silence = planned()
+    small, note = planned(f"--fit={large['peak'] - 1}")
+    assert silence == ""
+    assert note.startswith("note: llm.lm_head is int4:128, less accurate than fp16, with which the peak of ")
+    assert note.count("\n") == 1
     assert (large["formats"]["llm.lm_head"], small["formats"]["llm.lm_head"]) == ("fp16", "int4:128")
     assert small["peak"] < large["peak"]
-    assert planned(f"--fit={large['peak']}")["formats"] == large["formats"]
+    same, silence = planned(f"--fit={large['peak']}")
+    assert (same["formats"], silence) == (large["formats"], "")
 
 
 @pytest.mark.parametrize(
@@ -201,34 +202,3 @@ def test_rows_with_one_scale_are_stored_in_blocks(tmp_path: Path, width: int, bl
             np.testing.assert_array_equal(read_parameter(stored, f"llm.layers.1.{name}.weight"), expected)
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "cpu")]) == 0
     assert open_bundle(tmp_path / "cpu").manifest.weights["llm.layers.1.attention.out"] == "int4:256"
-
-
-# Bundles of older versions ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def old_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    def accept(*_: Mapping[str, Any]) -> None:
-        pass
-
-    folder = tmp_path_factory.mktemp("old") / "b"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TensorRTTarget, "check_formats", accept)
-        assert cli.main([str(checkpoint), "-o", str(folder), "--int4", "--group-size=32", "--target=tensorrt"]) == 0
-    return open_bundle(folder)
-
-
-@pytest.mark.parametrize("library", [FULL, JETPACK_6], ids=lambda library: library[1])
-def test_tensorrt_does_not_build_blocks_of_32(old_bundle: Bundle, library: tuple[str, str], refused: Refuse) -> None:
-    trt = FakeTensorRT(*library, FakeCuda())
-    with installed(trt):
-        message = refused(cli_build.main, old_bundle.folder, "--library=tensorrt")
-    assert f"{old_bundle.folder} has " in message
-    assert " in int4:32; TensorRT has 4-bit GEMMs only for groups of 64 and 128: export it again, " in message
-    assert message.endswith("fusion-export FUSION-wide -o FOLDER --target tensorrt --group-size 128 (or 64).\n")
-    assert not trt.built
-
-
-def test_tensorrt_rtx_builds_blocks_of_32(old_bundle: Bundle) -> None:
-    trt = FakeTensorRT(*RTX, FakeCuda())
-    assert build(old_bundle, trt) == 0
