@@ -286,8 +286,10 @@ class TensorRTBackend:
         fails if TensorRT does not update caches in place. It guarantees that for TensorScatter only, which exists since
         10.15; with older operators the result of sharing input and output memory is undefined.
         """
-        latents = engines.engines[LLM][0].profiles[PREFILL]["latents"][1]
-        length, numbers = latents + 2, np.repeat(range(len(self._windows)), CHECKED_STEPS)
+        numbers = np.repeat(range(len(self._windows)), CHECKED_STEPS)
+        usual = engines.engines[LLM][0].profiles[PREFILL]["latents"][1]
+        latents = min(usual, self._windows[0] - len(numbers) - 2)  # all steps fit the smallest window
+        length = latents + 2
         rows = np.random.default_rng(0).normal(0, 1, (length + len(numbers), self._config.language.hidden_size))
         prompt: Floats = rows.astype(np.float32)
         pair = self._image_memory()

@@ -13,7 +13,7 @@ import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import JETPACK_6, RTX, FakeTensorRT
 from fakes.fake_tensorrt_runtime import IExecutionContext
-from fakes.on_fake_tensorrt import build, open_backend
+from fakes.on_fake_tensorrt import build, open_backend, open_on_fake
 from support.backend_contract import LENGTH, PREFIX, Subject
 from support.opset24 import needs_opset_24
 
@@ -21,7 +21,7 @@ from fusion_edge.export.planning import traffic
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
+from fusion_edge.runtime.backends.tensorrt.backend import CHECKED_STEPS, TensorRTBackend
 from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
 from fusion_edge.runtime.bundle.graphs import LLM
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
@@ -151,6 +151,16 @@ def test_every_window_is_checked(
     with pytest.raises(FusionError, match=rf"^Decode and prefill of tensorrt_rtx .* disagree for {window} slots of"):
         open_backend(bundle, trt)
     trt.cuda.check_all_freed()
+
+
+def test_the_check_fits_the_smallest_window(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompt has fewer latents than a question if these would leave no room for steps."""
+    monkeypatch.setattr(traffic, "SMALLEST_WINDOW", 40)
+    assert traffic.decode_windows(bundle.manifest.max_context) == [40, 80, 160, 512]
+    assert bundle.manifest.query_lengths[0] + 4 * CHECKED_STEPS > 40
+    fake = open_on_fake(bundle, *RTX)
+    fake.backend.close()
+    fake.cuda.check_all_freed()
 
 
 def test_one_warning_for_all_windows(bundle: Bundle, trt: FakeTensorRT, capsys: pytest.CaptureFixture[str]) -> None:
