@@ -282,23 +282,23 @@ class TensorRTBackend:
     def _check_decode(self, engines: Engines) -> None:
         """Raise :class:`FusionError` unless decode steps give the logits of a prompt that includes their tokens.
 
-        Each window runs some steps: the last reads what the others wrote, where no other window has written. The test
-        fails if TensorRT does not update caches in place. It guarantees that for TensorScatter only, which exists since
-        10.15; with older operators the result of sharing input and output memory is undefined.
+        Each window runs some steps for another prompt: the last reads what the others wrote, where the cache holds
+        tokens of the prompt before. The test fails if TensorRT does not update caches in place. It guarantees that for
+        TensorScatter only, which exists since 10.15; with older operators the result of sharing input and output
+        memory is undefined.
         """
-        numbers = np.repeat(range(len(self._windows)), CHECKED_STEPS)
         usual = engines.engines[LLM][0].profiles[PREFILL]["latents"][1]
-        latents = min(usual, self._windows[0] - len(numbers) - 2)  # all steps fit the smallest window
+        latents = min(usual, self._windows[0] - CHECKED_STEPS - 2)  # all steps fit the smallest window
         length = latents + 2
-        rows = np.random.default_rng(0).normal(0, 1, (length + len(numbers), self._config.language.hidden_size))
-        prompt: Floats = rows.astype(np.float32)
+        shape = len(self._windows), length + CHECKED_STEPS, self._config.language.hidden_size
+        prompts: Floats = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
         pair = self._image_memory()
-        image, places, last = ImageAlignment(prompt[:latents], *pair), np.arange(latents)[None], np.array([latents + 1])
-        self.prefill(prompt[:length], image, places, last, len(prompt))
-        steps = [self._decode(row, number).copy() for row, number in zip(prompt[length:], numbers, strict=True)]
-        for window, decoded in zip(self._windows, steps[CHECKED_STEPS - 1 :: CHECKED_STEPS], strict=True):
-            length += CHECKED_STEPS
-            expected = self.prefill(prompt[:length], image, places, last, len(prompt))
+        places, last = np.arange(latents)[None], np.array([latents + 1])
+        for number, (window, prompt) in enumerate(zip(self._windows, prompts, strict=True)):
+            image = ImageAlignment(prompt[:latents], *pair)
+            self.prefill(prompt[:length], image, places, last, len(prompt))
+            decoded = [self._decode(row, number).copy() for row in prompt[length:]][-1]
+            expected = self.prefill(prompt, image, places, last, len(prompt))
             if not np.abs(decoded - expected).max() <= MAX_DIFFERENCE * expected.std():
                 raise FusionError(
                     f"Decode and prefill of {engines.machine} disagree for {window} slots of the KV cache, so "

@@ -155,9 +155,9 @@ def test_every_window_is_checked(
 
 def test_the_check_fits_the_smallest_window(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its prompt has fewer latents than a question if these would leave no room for steps."""
-    monkeypatch.setattr(traffic, "SMALLEST_WINDOW", 40)
-    assert traffic.decode_windows(bundle.manifest.max_context) == [40, 80, 160, 512]
-    assert bundle.manifest.query_lengths[0] + 4 * CHECKED_STEPS > 40
+    monkeypatch.setattr(traffic, "SMALLEST_WINDOW", 24)
+    assert traffic.decode_windows(bundle.manifest.max_context) == [24, 48, 96, 512]
+    assert bundle.manifest.query_lengths[0] + CHECKED_STEPS >= 24
     fake = open_on_fake(bundle, *RTX)
     fake.backend.close()
     fake.cuda.check_all_freed()
