@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusion_edge.benchmarks.latency.backend_stages import QUESTION_TOKENS
+from fusion_edge.benchmarks.latency.backend_stages import QUESTION_TOKENS, prompt_tokens
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
@@ -42,8 +42,8 @@ ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Jetson:
-    """Jetson in its fastest power mode, with figures from NVIDIA's product pages."""
+class Module:
+    """Module of a Jetson in its fastest power mode, with figures from NVIDIA's product pages."""
 
     name: str
     preset: str
@@ -51,17 +51,17 @@ class Jetson:
     """Dense float16 operations per second of the GPU's tensor cores."""
 
 
-JETSONS = (
+MODULES = (
     # Dense float16 is a quarter of sparse INT8 and an eighth of sparse FP4.
-    Jetson("Orin Nano 8 GB", "jetson-orin-nano", 67 * TERA / 4),
-    Jetson("AGX Orin 64 GB", "jetson-orin", 170 * TERA / 4),
-    Jetson("AGX Thor", "jetson-thor", 2070 * TERA / 8),
+    Module("Orin Nano 8 GB", "jetson-orin-nano", 67 * TERA / 4),
+    Module("AGX Orin 64 GB", "jetson-orin", 170 * TERA / 4),
+    Module("AGX Thor", "jetson-thor", 2070 * TERA / 8),
 )
 
 
 @dataclass(frozen=True)
 class JetsonEstimate:
-    """Memory and rooflines of a bundle on one Jetson."""
+    """Memory and rooflines of a bundle on one module."""
 
     device: str
     max_context: int
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     with Checkpoint(options.checkpoint) as checkpoint:
-        estimates = [jetson_estimate(checkpoint, jetson, options.max_context) for jetson in JETSONS]
+        estimates = [jetson_estimate(checkpoint, module, options.max_context) for module in MODULES]
     if options.json:
         sys.stdout.write(json.dumps([asdict(one) for one in estimates], indent=1) + "\n")
         return 0
@@ -108,31 +108,27 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def jetson_estimate(checkpoint: Checkpoint, jetson: Jetson, max_context: int | None = None) -> JetsonEstimate:
-    """Estimate a checkpoint exported with the Jetson's preset. Raises the errors of :func:`plan_for_memory`."""
-    plan = plan_for_memory(checkpoint, ExportOptions(target=jetson.preset, max_context=max_context), None)
-    bandwidth = PRESETS[jetson.preset].bandwidth
+def jetson_estimate(checkpoint: Checkpoint, module: Module, max_context: int | None = None) -> JetsonEstimate:
+    """Estimate a checkpoint exported with the module's preset. Raises the errors of :func:`plan_for_memory`."""
+    plan = plan_for_memory(checkpoint, ExportOptions(target=module.preset, max_context=max_context), None)
+    bandwidth = PRESETS[module.preset].bandwidth
     assert bandwidth is not None  # every preset of a Jetson has it
-    memory, image_and_text = estimate(plan).peak, prompt_tokens(plan) + ANSWER_TOKENS
-    read = next(step.fused for window, step in decode_steps(plan).items() if window >= image_and_text)
+    memory = estimate(plan).peak
+    length = min(prompt_tokens(plan.manifest(())) + ANSWER_TOKENS, plan.options.max_context)
+    read = next(step.fused for window, step in decode_steps(plan).items() if window >= length)
     image, question = operations(plan)
     return JetsonEstimate(
-        device=jetson.name,
+        device=module.name,
         max_context=plan.options.max_context,
         memory=memory,
-        fits=memory <= PRESETS[jetson.preset].memory,
+        fits=memory <= PRESETS[module.preset].memory,
         step_bytes=read,
         image_operations=image,
         question_operations=question,
         decode_tokens_per_second=bandwidth / read,
-        ttft=(image + question) / jetson.compute,
-        followup_ttft=question / jetson.compute,
+        ttft=(image + question) / module.compute,
+        followup_ttft=question / module.compute,
     )
-
-
-def prompt_tokens(plan: ExportPlan) -> int:
-    """Return the tokens of a prompt with a short question: image tokens, latents and text."""
-    return plan.options.image_tokens + plan.options.query_lengths[0] + 2 * QUESTION_TOKENS
 
 
 def operations(plan: ExportPlan) -> tuple[int, int]:
@@ -156,7 +152,7 @@ def operations(plan: ExportPlan) -> tuple[int, int]:
         encode(1, QUESTION_TOKENS)
         pairs = _meta(config.alignment.layers, latents, config.alignment.window_size**2, width)
         positions = _meta(1, latents).long(), _meta(1).long()
-        prompt = _meta(1, prompt_tokens(plan), width)
+        prompt = _meta(1, prompt_tokens(plan.manifest(())), width)
         architecture.llm(ops, config, prompt, architecture.Alignment(*positions, pairs, pairs))
 
     return _counted(of_image), _counted(of_question)

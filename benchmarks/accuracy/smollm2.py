@@ -91,7 +91,7 @@ def _main(options: argparse.Namespace) -> int:
     # One more window: fusion-export needs a held-out sample.
     calibrating = windows(tokenizer, chapters[::2], options.window, options.calibrating + 1)
     evaluated = windows(tokenizer, chapters[1::2], options.window, options.evaluated)
-    prompt = prompt_tokens(tokenizer)
+    prompt = question_prompt(tokenizer)
     samples = write_samples(work, [tokenizer.decode(list(window)) for window in calibrating])
 
     def export(name: str, *more: str) -> Path:
@@ -173,7 +173,7 @@ def read_chapters(archive: Path) -> Iterator[str]:
     yield from texts
 
 
-def prompt_tokens(tokenizer: Tokenizer) -> Integers:
+def question_prompt(tokenizer: Tokenizer) -> Integers:
     """Return the prompt of :data:`QUESTION`; image tokens and latents are line breaks (smollm2_checkpoint.py)."""
     layout = encode_prompt(tokenizer, TEMPLATES[TEMPLATE], [], QUESTION).layout(1, 1)
     tokens = np.full(layout.length, tokenizer.token_to_id(LINE_BREAK), np.int64)

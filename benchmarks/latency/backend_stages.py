@@ -84,7 +84,7 @@ def measure(
 
 
 def prompt_tokens(manifest: Manifest) -> int:
-    """Return the tokens of a typical prompt."""
+    """Return the tokens of a prompt with a short question: image tokens, latents and text."""
     return manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import up_to_date_engines, write_engines
-from fusion_edge.export.engines.jetsons import JETSONS, check_device, jetson_limits
+from fusion_edge.export.engines.jetsons import LIMITS, check_device, jetson_limits
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_capability
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, Library, find_library, first_library
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--for",
         dest="jetson",
-        choices=JETSONS,
+        choices=LIMITS,
         help="Jetson that will run the engines, with its limits: build on another Orin, and copy the folder engines/ "
         "(default: this machine)",
     )

@@ -23,7 +23,7 @@ class JetsonLimits:
 
 
 NO_LIMITS = JetsonLimits()
-JETSONS = {
+LIMITS = {
     # Two such blocks fit in a CMA of 950 MB, the most that the kernel of an Orin Nano granted (docs/jetson.md).
     "orin-nano": JetsonLimits("8.7", max_block=400_000_000, workspace=512_000_000)
 }
@@ -38,8 +38,8 @@ def is_small(here: Jetson | None) -> bool:
 def jetson_limits(requested: str | None, here: Jetson | None) -> JetsonLimits:
     """Return the limits for the ``--for`` of the command, or else for this machine."""
     if requested is not None:
-        return JETSONS[requested]
-    return JETSONS["orin-nano"] if is_small(here) else NO_LIMITS
+        return LIMITS[requested]
+    return LIMITS["orin-nano"] if is_small(here) else NO_LIMITS
 
 
 def check_device(requested: str, compute_capability: str, here: Jetson | None) -> None:
@@ -47,7 +47,7 @@ def check_device(requested: str, compute_capability: str, here: Jetson | None) -
 
     Raises :class:`UsageError` if engines for ``compute_capability`` do not run there at all.
     """
-    needed = JETSONS[requested].compute_capability
+    needed = LIMITS[requested].compute_capability
     if compute_capability != needed:
         raise UsageError(
             f"--for {requested} needs compute capability {needed}, and this build is for {compute_capability}; run "

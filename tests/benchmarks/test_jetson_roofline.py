@@ -9,6 +9,7 @@ import pytest
 
 from fusion_edge.benchmarks import jetson_roofline
 from fusion_edge.benchmarks.full_size_checkpoint import GOLDEN, LAYOUTS, write_checkpoint
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,15 @@ def test_rooflines_of_the_3b_layout(checkpoint: Path, capsys: pytest.CaptureFixt
 def test_smaller_context_reads_less(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert jetson_roofline.main([str(checkpoint), "--max-context", "1100"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(jetson_roofline.JETSONS)
+    assert len(lines) == 1 + len(jetson_roofline.MODULES)
     assert all(line.split("GB", 1)[0] for line in lines[1:])
     assert " 1100 " in lines[1]
     assert "2.50 GB" in lines[1]
+
+
+def test_a_context_that_ends_before_the_answer(checkpoint: Path) -> None:
+    """A step then reads the whole cache of 460 tokens; prompt and answer have 448 + 24."""
+    nano = jetson_roofline.MODULES[0]
+    with Checkpoint(checkpoint) as opened:
+        short, longer = (jetson_roofline.jetson_estimate(opened, nano, context) for context in (460, 461))
+    assert longer.step_bytes - short.step_bytes == 2 * 32 * 3072 * 2

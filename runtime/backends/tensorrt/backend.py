@@ -6,6 +6,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ HOST_TENSORS = {
 """Tensors that the host reads or writes."""
 MAX_DIFFERENCE = 0.2
 """Tolerance between logits of decode and prefill, in standard deviations: ten times that of float16 kernels."""
+CHECKED_STEPS = 8
+"""Decode steps that a load checks, for each window: a cache without so many tokens changes logits beyond tolerance."""
 SLOT_STEP = 64
 """Attention of a prefill reads a multiple of so many cache slots: fewer different shapes, each of which has kernels."""
 DECODE_INPUTS = ("embeddings", "positions", "write_index")
@@ -81,7 +84,7 @@ class TensorRTBackend:
             self._prepare()
             self._windows = [profile["slots"][2] for profile in self._graphs[LLM].engines[0].profiles[FIRST_DECODE:]]
             self._tensors["slots"].upload(np.arange(self.max_context), self._stream)
-            self._decode_graphs = [self._capture_decode_step(number) for number in range(len(self._windows))]
+            self._capture_decode_steps()
             self._check_decode(engines)
             self._is_loaded = True
             self._keep_kernels()
@@ -208,8 +211,12 @@ class TensorRTBackend:
     def decode(self, embedding: Floats) -> Floats:
         check_capacity(self._length + 1, self._capacity)
         self._check_interrupted()
-        self._write_decode_step(embedding, self._length)
         number = next(number for number, window in enumerate(self._windows) if window > self._length)
+        return self._decode(embedding, number)
+
+    def _decode(self, embedding: Floats, number: int) -> Floats:
+        """Run a decode step with a window of the cache, and return its logits."""
+        self._write_decode_step(embedding, self._length)
         if self._decode_graphs[number] is None:
             self._decode_step(number)
         else:
@@ -240,51 +247,66 @@ class TensorRTBackend:
         self._graphs[LLM].run(FIRST_DECODE + number, self._stream)
         self._tensors["logits"].download((1, self._config.language.vocab_size), self._stream)
 
-    def _capture_decode_step(self, number: int) -> Any:
-        """Capture a decode step as a CUDA graph: one launch instead of hundreds. Return None if the capture fails."""
-        dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": self._windows[number]}
-        self._graphs[LLM].set_dimensions(FIRST_DECODE + number, dimensions)
-        self._write_decode_step(0, 0)
-        self._decode_step(number)  # a first run does work that cannot be captured
-        self._cuda.wait(self._stream)
+    def _capture_decode_steps(self) -> None:
+        """Capture a decode step per window as a CUDA graph: one launch instead of hundreds.
+
+        Steps of a window whose capture fails run without one.
+        """
+        refusals = []
+        for number, window in enumerate(self._windows):
+            dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": window}
+            self._graphs[LLM].set_dimensions(FIRST_DECODE + number, dimensions)
+            self._write_decode_step(0, 0)
+            self._decode_step(number)  # a first run does work that cannot be captured
+            self._cuda.wait(self._stream)
+            captured = None
+            try:
+                captured = self._captured_decode_step(number)
+            except FusionError as error:
+                refusals.append(error)
+            self._decode_graphs.append(captured)  # close() frees it, also if the next window fails
+        if refusals:
+            sys.stderr.write(f"warning: decode steps run without a CUDA graph: {refusals[0]}\n")
+
+    def _captured_decode_step(self, number: int) -> Any:
+        """Return a decode step as a CUDA graph. Raises :class:`FusionError` if TensorRT or CUDA refuses."""
         self._cuda.begin_capture(self._stream)
-        refusal: FusionError | None = None
         try:
             self._decode_step(number)
-        except FusionError as error:
-            refusal = error
-        try:
-            captured = self._cuda.end_capture(self._stream)
-        except DeviceError as error:
-            captured, refusal = None, refusal or error
-        if refusal is None:
-            return captured
-        sys.stderr.write(f"warning: decode steps run without a CUDA graph: {refusal}\n")
-        if captured is not None:  # of an incomplete step
-            self._cuda.destroy_graph(captured)
-        return None
+        except BaseException:  # such as an interrupt
+            with suppress(DeviceError):
+                self._cuda.destroy_graph(self._cuda.end_capture(self._stream))  # of an incomplete step
+            raise
+        return self._cuda.end_capture(self._stream)
 
     def _check_decode(self, engines: Engines) -> None:
-        """Raise :class:`FusionError` unless a decode step gives the logits of a prompt that is one token longer.
+        """Raise :class:`FusionError` unless decode steps give the logits of a prompt that includes their tokens.
 
-        The test fails if TensorRT does not update caches in place. It guarantees that for TensorScatter only, which
-        exists since 10.15; with older operators the result of sharing input and output memory is undefined.
+        Each window runs some steps for another prompt: the last reads what the others wrote, where the cache holds
+        tokens of the prompt before. The test fails if TensorRT does not update caches in place. It guarantees that for
+        TensorScatter only, which exists since 10.15; with older operators the result of sharing input and output
+        memory is undefined.
         """
-        latents = engines.engines[LLM][0].profiles[PREFILL]["latents"][1]
-        rows = np.random.default_rng(0).normal(0, 1, (latents + 3, self._config.language.hidden_size))
-        prompt: Floats = rows.astype(np.float32)
+        usual = engines.engines[LLM][0].profiles[PREFILL]["latents"][1]
+        latents = min(usual, self._windows[0] - CHECKED_STEPS - 2)  # all steps fit the smallest window
+        length = latents + 2
+        shape = len(self._windows), length + CHECKED_STEPS, self._config.language.hidden_size
+        prompts: Floats = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
         pair = self._image_memory()
-        image, places, last = ImageAlignment(prompt[:latents], *pair), np.arange(latents)[None], np.array([latents + 1])
-        self.prefill(prompt[:-1], image, places, last, len(prompt))
-        decoded = self.decode(prompt[-1]).copy()
-        expected = self.prefill(prompt, image, places, last, len(prompt))
+        places, last = np.arange(latents)[None], np.array([latents + 1])
+        for number, (window, prompt) in enumerate(zip(self._windows, prompts, strict=True)):
+            image = ImageAlignment(prompt[:latents], *pair)
+            self.prefill(prompt[:length], image, places, last, len(prompt))
+            decoded = [self._decode(row, number).copy() for row in prompt[length:]][-1]
+            expected = self.prefill(prompt, image, places, last, len(prompt))
+            if not np.abs(decoded - expected).max() <= MAX_DIFFERENCE * expected.std():
+                raise FusionError(
+                    f"Decode and prefill of {engines.machine} disagree for {window} slots of the KV cache, so "
+                    "answers would be wrong; run the bundle with --device cpu or another version of TensorRT, and "
+                    "report this."
+                )
         self._free_pairs.append(pair)
         self._length = self._capacity = 0
-        if not np.abs(decoded - expected).max() <= MAX_DIFFERENCE * expected.std():
-            raise FusionError(
-                f"Decode and prefill of {engines.machine} disagree, so answers would be wrong; run the bundle with "
-                "--device cpu or another version of TensorRT, and report this."
-            )
 
     def _keep_kernels(self) -> None:
         if self._kernels is not None and self._is_loaded:

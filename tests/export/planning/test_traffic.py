@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import TINY
+from support.paths import DEMO_CHECKPOINT
 
+from fusion_edge.benchmarks.latency.roofline import weight_bytes
 from fusion_edge.export import cli
-from fusion_edge.export.planning.traffic import DEQUANTIZED_TRAFFIC, SLICE_TRAFFIC, decode_windows, moved_tokens
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
+from fusion_edge.export.planning.traffic import (
+    DEQUANTIZED_TRAFFIC,
+    SLICE_TRAFFIC,
+    decode_steps,
+    decode_windows,
+    moved_tokens,
+    vision_run,
+)
 
 INT8 = ["--rule=llm.lm_head=int8:channel", "--vision=int8-weights"]
 
@@ -61,6 +76,32 @@ def test_traffic_of_a_bundle(tiny_checkpoint: Path, capsys: pytest.CaptureFixtur
     changed = traffic(capsys, *command, INT8[0])["decode step, up to 256 tokens"]
     assert changed["fused"] == step - 2 * head + head + 2 * language.vocab_size
     assert changed["unfused"] - changed["fused"] == DEQUANTIZED_TRAFFIC * head
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "vision"),
+    [
+        *product(("tensorrt",), ("int8", "int4"), ("int8-weights", "float")),
+        *product(("cpu",), ("int8", "int4", "uint4", "nf4"), ("int8-weights", "float")),
+        *product(("tensorrt", "cpu"), ("fp16", "fp32"), (None,)),
+    ],
+)
+def test_weights_have_the_bytes_of_the_bundle(target: str, precision: str, vision: str | None) -> None:
+    """The count from a manifest, and from a plan, is that of the data files. Rows of ``down`` have several blocks."""
+    options = ExportOptions(target=target, precision=precision, vision=vision)
+    with Checkpoint(DEMO_CHECKPOINT) as checkpoint:
+        plan = plan_export(checkpoint, options)
+    stored: Counter[str] = Counter()
+    for file in plan.data_files:
+        for tensor in file.tensors:
+            linear = plan.linear_by_weight.get(tensor.parameter)
+            if linear is not None and not linear.is_table:
+                stored[linear.name.partition(".")[0]] += tensor.nbytes
+    smallest = min(decode_windows(plan.options.max_context))
+    cached = plan.config.language.cache_values * np.dtype(plan.options.cache).itemsize
+    step = decode_steps(plan)[smallest].fused - cached * moved_tokens(smallest, plan.options.max_context)
+    assert step == weight_bytes(plan.manifest(())) == stored["llm"]
+    assert vision_run(plan).fused == stored["vision"]
 
 
 def test_dry_run_tells_both_cases(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
