@@ -28,6 +28,7 @@ from fusion_edge.runtime.system.output_file import write_whole
 
 Layers = Sequence[Mapping[str, Any]]
 """Layers of an engine: ``Name``, ``LayerType``, ``Outputs`` with ``Dimensions``, and more."""
+LAYERS_SUFFIX = ".layers.json"
 WITHOUT_GPU = "8.9"
 """Compute capability to build for without a GPU: the oldest with FP8."""
 
@@ -177,7 +178,7 @@ def run(target: Target, plan: bytes, case: OperatorCase, label: str, workspace: 
     if engine is None:
         raise FusionError(f"TensorRT cannot load the engine that it has built: {log.first_error()}.")
     layers = _layers(trt, engine)
-    write_whole(workspace.output / f"{label.replace(' ', '-')}.layers.json", json.dumps(layers, indent=1) + "\n")
+    write_whole(workspace.output / f"{label.replace(' ', '-')}{LAYERS_SUFFIX}", json.dumps(layers, indent=1) + "\n")
     memory, stream = DeviceMemory(cuda), cuda.stream()
     pointers = {name: uploaded(memory, array, stream) for name, array in case.inputs.items()}
     results = {name: np.full(array.shape, np.nan, np.float16) for name, array in case.expected.items()}
