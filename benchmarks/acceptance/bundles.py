@@ -10,13 +10,14 @@ from pathlib import Path
 
 import fusion_edge.benchmarks
 from fusion_edge.benchmarks.acceptance.device import expect_cuda
+from fusion_edge.benchmarks.acceptance.engine import library_for
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep
 from fusion_edge.export import cli
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import write_engines
 from fusion_edge.export.engines.jetsons import jetson_limits
 from fusion_edge.runtime.backends.cuda import Cuda
-from fusion_edge.runtime.backends.tensorrt.library import Library, first_library
+from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
 from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.bundle.reader import open_bundle
@@ -72,10 +73,10 @@ class Gpu:
 
 
 def expect_gpu() -> Gpu:
-    """Return GPU and TensorRT. Raises :class:`SkippedStep` without either."""
+    """Return GPU and TensorRT. Raises :class:`SkippedStep` without either, or if they do not fit."""
     cuda = expect_cuda()
     try:
-        return Gpu(cuda, first_library())
+        return Gpu(cuda, library_for(cuda))
     except DeviceError as error:
         raise SkippedStep(str(error)) from None
 
