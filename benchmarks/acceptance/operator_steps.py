@@ -7,7 +7,6 @@ from typing import Any
 
 from fusion_edge.benchmarks.acceptance import operators
 from fusion_edge.benchmarks.acceptance.alignment import WIDTH, kernel_source
-from fusion_edge.benchmarks.acceptance.device import copy_rate
 from fusion_edge.benchmarks.acceptance.engine import (
     EngineRun,
     Layers,
@@ -19,6 +18,7 @@ from fusion_edge.benchmarks.acceptance.engine import (
     writes_tensor_of,
 )
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
+from fusion_edge.benchmarks.latency.peaks import copy_bandwidth
 from fusion_edge.export.engines.decompositions import (
     SINCE,
     allow_decomposition,
@@ -60,7 +60,7 @@ def linear(workspace: Workspace, form: str) -> Outcome:
     fusion = _fusion(one["writes_dequantized_weights"], one["plan_bits_a_weight"] / BITS[form])
     if target.cuda is None:
         return _built(target, fusion, figures)
-    rate, figures["copy_bandwidth"] = weights * BITS[form] / 8 / one["seconds"], copy_rate(target.cuda)
+    rate, figures["copy_bandwidth"] = weights * BITS[form] / 8 / one["seconds"], copy_bandwidth(target.cuda)
     figures["weight_bytes_a_second"], figures["flops"] = rate, 2 * weights * PROMPT / many["seconds"]
     share = f"one row {rate / figures['copy_bandwidth']:.0%} of a copy's bandwidth"
     return Outcome(f"{fusion}; {share}; {PROMPT} rows {figures['flops'] / 1e12:.1f} TFLOP/s", figures)

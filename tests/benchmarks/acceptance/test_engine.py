@@ -17,7 +17,7 @@ from fakes.fake_tensorrt import FULL, RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import installed
 from support.opset24 import needs_opset_24
 
-from fusion_edge.benchmarks.acceptance import bundles, device, engine, operator_steps, operators
+from fusion_edge.benchmarks.acceptance import bundles, engine, operator_steps, operators
 from fusion_edge.benchmarks.acceptance.engine import Target, build, find_target, logged_layers, run, writes_tensor_of
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.export.engines.decompositions import SINCE, decompose_operators
@@ -276,14 +276,6 @@ def test_shapes_are_set_for_symbolic_sizes(workspace: Workspace, monkeypatch: py
     monkeypatch.setattr(fake, "_compute", compute)
     run(target_of(fake), b"plan", case, "plugin", workspace)
     assert fake.shapes == {name: array.shape for name, array in case.inputs.items()}
-
-
-def test_the_rate_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda()
-    cuda.copy_rate = 1e6  # bytes per millisecond
-    monkeypatch.setattr(device, "COPY_BYTES", 1 << 20)
-    assert device.copy_rate(Cuda(cuda)) == pytest.approx(2e9)  # it reads and writes
-    cuda.check_all_freed()
 
 
 def test_attention_without_a_fused_kernel(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def on_gpu(
         "find_target": lambda: target,
         "build": runs.build,
         "run": runs.run,
-        "copy_rate": lambda cuda: COPY_RATE,
+        "copy_bandwidth": lambda cuda: COPY_RATE,
     }
     for name, value in replaced.items():
         monkeypatch.setattr(operator_steps, name, value)
