@@ -13,13 +13,13 @@ import numpy.typing as npt
 from fusion_edge.benchmarks.acceptance.comparison import largest_error
 from fusion_edge.benchmarks.acceptance.device import (
     DriverKernel,
-    copy_rate,
     downloaded,
     find_cuda,
     seconds_of,
     uploaded,
 )
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
+from fusion_edge.benchmarks.latency.peaks import copy_bandwidth
 from fusion_edge.kernels.onnx_functions import alignment as references
 from fusion_edge.kernels.ptx.machine import run
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin
@@ -158,7 +158,7 @@ def bandwidth(cuda: Cuda, plugin: Plugin, kernel: CompiledKernel) -> dict[str, f
     function.close()
     memory.close()
     cuda.destroy_stream(stream)
-    return {"seconds": seconds, "bandwidth": moved / seconds, "copy_bandwidth": copy_rate(cuda)}
+    return {"seconds": seconds, "bandwidth": moved / seconds, "copy_bandwidth": copy_bandwidth(cuda)}
 
 
 def bytes_moved(plugin: Plugin, case: AlignmentCase) -> int:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fusion_edge.benchmarks
 from fusion_edge.benchmarks.acceptance.device import expect_cuda
+from fusion_edge.benchmarks.acceptance.engine import library_for
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep
 from fusion_edge.export import cli
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import write_engines
 from fusion_edge.export.engines.jetsons import jetson_limits
 from fusion_edge.runtime.backends.cuda import Cuda
-from fusion_edge.runtime.backends.tensorrt.library import Library, first_library
+from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
+from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.jetson import this_jetson
@@ -32,6 +36,22 @@ def export(checkpoint: Path, bundle: Path, options: Sequence[str]) -> None:
     arguments = [str(checkpoint), "-o", str(bundle), "--int4", "--target", "tensorrt", *options]
     if code := cli.main(arguments):
         raise FusionError(f"fusion-export {' '.join(arguments)} ended with exit code {code}; the log has its error.")
+
+
+def link(bundle: Path, folder: Path) -> None:
+    """Make a bundle of the same files in a new folder, so that engines for it do not replace those of the bundle.
+
+    They are hard links, because no file of a bundle may lead outside of its folder; copies on another file system.
+    Raises :class:`FusionError` for what is no bundle.
+    """
+    entries = open_bundle(bundle).manifest.files
+    for name in (MANIFEST, *(entry.path for entry in entries)):
+        source, target = os.path.realpath(bundle / name), folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, target)
 
 
 @dataclass(frozen=True)
@@ -53,10 +73,10 @@ class Gpu:
 
 
 def expect_gpu() -> Gpu:
-    """Return GPU and TensorRT. Raises :class:`SkippedStep` without either."""
+    """Return GPU and TensorRT. Raises :class:`SkippedStep` without either, or if they do not fit."""
     cuda = expect_cuda()
     try:
-        return Gpu(cuda, first_library())
+        return Gpu(cuda, library_for(cuda))
     except DeviceError as error:
         raise SkippedStep(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""Check everything that needs a GPU, in about ten minutes, and write one archive to send back.
+"""Check everything that needs a GPU, in about ten minutes (estimated), and write one archive to send back.
 
     python -m fusion_edge.acceptance --kernels kernels
 
@@ -9,27 +9,23 @@ step failed. Steps that the machine cannot run are skipped, with the reason.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import tarfile
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from fusion_edge import __version__
+from fusion_edge.benchmarks.acceptance.output_folder import RESULT, SCRATCH, new_output, result_text
 from fusion_edge.benchmarks.acceptance.plan import PARTS, steps
 from fusion_edge.benchmarks.acceptance.runner import run_steps
 from fusion_edge.benchmarks.acceptance.steps import FAIL, PASS, SKIPPED, StepResult, Workspace
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.system.output_file import write_whole
 
-RESULT = "result.json"
 OUTPUT = Path("fusion-acceptance")
 WORDS = {PASS: "passed", FAIL: "failed", SKIPPED: "skipped"}
 
@@ -51,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         "--bundle",
         type=Path,
         metavar="B",
-        help="bundle exported with --target tensorrt; engines are built in it (default: the demo model's, in a clone)",
+        help="bundle exported with --target tensorrt; its own engines stay as they are: new ones are "
+        "built beside links to its files (default: the demo model's, in a clone)",
     )
     add(
         "--kernels",
@@ -73,18 +70,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _main(options: argparse.Namespace) -> int:
-    output = _new_output(options.output)
+    for option, path in (("--bundle", options.bundle), ("--kernels", options.kernels)):
+        if path is not None and not path.is_dir():
+            raise UsageError(f"{option} {path} is not a folder; pass an existing one.")
+    output = new_output(options.output)
     started = time.monotonic()
     results: list[StepResult] = []
-    write_whole(output / RESULT, _text(results, 0))
-    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+    write_whole(output / RESULT, result_text(results, 0))
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=output) as scratch:
         bundle, kernels = (None if path is None else path.absolute() for path in (options.bundle, options.kernels))
         for result in run_steps(steps(options.only or PARTS), Workspace(output, Path(scratch), bundle, kernels)):
             sys.stdout.write(f"{result.status:8}{result.name:27}{result.seconds:6.1f} s  {result.summary}\n")
             sys.stdout.flush()
             results.append(result)
             # Now, because the next step may stop the machine.
-            write_whole(output / RESULT, _text(results, time.monotonic() - started))
+            write_whole(output / RESULT, result_text(results, time.monotonic() - started))
     if options.json is not None:
         write_whole(options.json, (output / RESULT).read_bytes())
     archive = output.with_name(f"{output.name}.tar.gz")
@@ -94,27 +94,3 @@ def _main(options: argparse.Namespace) -> int:
     summary = ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items())
     sys.stdout.write(f"{summary}. Send {archive} back: an issue of fusion-edge, or a mail.\n")
     return 1 if counts[FAIL] else 0
-
-
-def _text(results: Sequence[StepResult], seconds: float) -> str:
-    counts = Counter(result.status for result in results)
-    content = {
-        "fusion_edge": __version__,
-        "seconds": round(seconds),
-        "counts": {status: counts[status] for status in WORDS},
-        "steps": [asdict(result) for result in results],
-    }
-    return json.dumps(content, indent=1) + "\n"
-
-
-def _new_output(folder: Path) -> Path:
-    """Make an empty folder in place of an earlier one. Raises :class:`FusionError` if it holds anything else."""
-    output = folder.absolute()
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / RESULT).is_file():
-            raise FusionError(f"{folder} is not an earlier result of this command; choose another --output.")
-        shutil.rmtree(output)
-    elif output.exists() and not output.is_dir():
-        raise FusionError(f"{folder} is not a folder; choose another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    return output

@@ -1,4 +1,4 @@
-"""The demo bundle, or that of ``--bundle``: engines with functions, then with plugins, against the CPU's answer."""
+"""The demo bundle, or links to that of ``--bundle``: engines with functions, then plugins, against the CPU's answer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.export.engines.builder import BuildOptions
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.cuda import Cuda
+from fusion_edge.runtime.backends.onnxruntime.library import find_onnxruntime, release_numbers
 from fusion_edge.runtime.backends.tensorrt.backend import MAX_DIFFERENCE, TensorRTBackend
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import Cancelled, DeviceError, FusionError
@@ -33,11 +34,15 @@ QUESTION, ANSWER = "What color is the circle?", "blue"
 NEW_TOKENS = 16
 STEPS = 32
 CPU_ANSWER = "cpu-answer.json"
+NO_CPU_ANSWER = "no-cpu-answer.txt"
+"""File with the reason why this machine's CPU does not run the bundle."""
+OPSET_24_SINCE = (1, 24)
+"""First release of ONNX Runtime with the opset of bundles for TensorRT."""
 
 
 def bundle_of(workspace: Workspace) -> Path:
-    """Return the bundle that :func:`export` makes, or that of ``--bundle``."""
-    return workspace.scratch / "demo" if workspace.bundle is None else workspace.bundle
+    """Return the bundle that :func:`export` makes."""
+    return workspace.scratch / "demo"
 
 
 def picture_of(workspace: Workspace) -> Path:
@@ -50,8 +55,9 @@ def picture_of(workspace: Workspace) -> Path:
 
 
 def export(workspace: Workspace) -> Outcome:
-    """Export the demo model for TensorRT."""
+    """Export the demo model for TensorRT, or link the files of ``--bundle``."""
     if workspace.bundle is not None:
+        bundles.link(workspace.bundle, bundle_of(workspace))
         return Outcome(f"{workspace.bundle} is given")
     checkpoint = bundles.DEMO / "checkpoint"
     if not checkpoint.is_dir():
@@ -62,17 +68,27 @@ def export(workspace: Workspace) -> Outcome:
 
 
 def answer_on_cpu(workspace: Workspace) -> Outcome:
-    """Answer on the CPU, and keep the answer for the comparisons."""
-    try:
-        fusion = load(bundle_of(workspace), device="cpu")
-    except FusionError as error:
-        raise SkippedStep(f"The CPU does not run the bundle: {error}") from None
-    with fusion:
+    """Answer on the CPU, and keep the answer for the comparisons, or the reason why there is none."""
+    if reason := _no_onnxruntime_reason():
+        (workspace.scratch / NO_CPU_ANSWER).write_text(reason, encoding="utf-8")
+        raise SkippedStep(f"The CPU does not run the bundle: {reason}")
+    with load(bundle_of(workspace), device="cpu") as fusion:
         answer = _ask(workspace, fusion)
     if workspace.bundle is None and answer.text != ANSWER:
         raise FusionError(f"The demo model answers {answer.text!r} on the CPU, expected {ANSWER!r}.")
     (workspace.scratch / CPU_ANSWER).write_text(json.dumps(dataclasses.asdict(answer)), encoding="utf-8")
     return Outcome(f"{answer.text!r}", {"answer": answer.text})
+
+
+def _no_onnxruntime_reason() -> str | None:
+    """Return why ONNX Runtime cannot run bundles for TensorRT, as a sentence; None if it can."""
+    try:
+        version = find_onnxruntime().__version__
+    except DeviceError as error:
+        return str(error)
+    if release_numbers(version) < OPSET_24_SINCE:
+        return f"ONNX Runtime {version} has no opset 24; 1.24 and later have, for Python 3.11 and later."
+    return None
 
 
 def build(workspace: Workspace, plugins: bool) -> Outcome:
@@ -102,9 +118,8 @@ def run(workspace: Workspace, graphs: bool) -> Outcome:
         answer = _ask(workspace, fusion)
     if workspace.bundle is None and answer.text != ANSWER:
         raise FusionError(f"The demo model answers {answer.text!r}, expected {ANSWER!r}.")
-    difference = compared(workspace, answer)
+    difference, beside = compared(workspace, answer)
     figures = {"answer": answer.text, "decode_step": step, "difference": difference, "timings_ms": answer.timings_ms}
-    beside = "not compared with the CPU" if difference is None else f"largest difference to the CPU {difference:.4f}"
     return Outcome(f"{answer.text!r}, {beside}, decode step {1e3 * step:.2f} ms", figures)
 
 
@@ -113,14 +128,19 @@ def _ask(workspace: Workspace, fusion: Fusion) -> Answer:
     return fusion.answer(picture_of(workspace), QUESTION, sampling=sampling)
 
 
-def compared(workspace: Workspace, answer: Answer) -> float | None:
-    """Return the largest difference of a log-probability to the CPU's, or None if there is no answer of the CPU.
+def compared(workspace: Workspace, answer: Answer) -> tuple[float | None, str]:
+    """Return the largest difference of a log-probability to the CPU's, and words for it.
 
-    Raises :class:`FusionError` for other tokens, or a difference that float16 kernels do not explain.
+    None if this machine's CPU does not run the bundle; the words have the reason. Raises :class:`FusionError` for other
+    tokens, a difference that float16 kernels do not explain, or if the step of the CPU's answer has failed.
     """
-    path = workspace.scratch / CPU_ANSWER
+    path, reason = workspace.scratch / CPU_ANSWER, workspace.scratch / NO_CPU_ANSWER
+    if reason.is_file():
+        return None, f"not compared with the CPU ({reason.read_text(encoding='utf-8').rstrip('.')})"
     if not path.is_file():
-        return None
+        raise FusionError(
+            f"The engines answer {answer.text!r}, and there is no answer of the CPU: step demo-cpu failed."
+        )
     expected = json.loads(path.read_text(encoding="utf-8"))
     if list(answer.token_ids) != expected["token_ids"]:
         raise FusionError(f"The engines answer {answer.text!r}, and the CPU {expected['text']!r}.")
@@ -136,7 +156,7 @@ def compared(workspace: Workspace, answer: Answer) -> float | None:
         raise FusionError(
             f"Log-probabilities differ from the CPU's by up to {difference:.3g}; expected at most {limit:.3g}."
         )
-    return difference
+    return difference, f"largest difference to the CPU {difference:.4f}"
 
 
 def cancel(workspace: Workspace) -> Outcome:

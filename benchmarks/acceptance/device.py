@@ -1,4 +1,4 @@
-"""The GPU of this machine: kernels through CUDA's driver API, times, and the rate of a copy."""
+"""The GPU of this machine: kernels through CUDA's driver API, and times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory
 from fusion_edge.runtime.errors import DeviceError
 
-COPY_BYTES = 128 << 20
 REPEATS = 7
 
 
@@ -68,16 +67,6 @@ def seconds_of(cuda: Cuda, stream: int, work: Callable[[], object]) -> float:
     for event in (start, end):
         cuda.destroy_event(event)
     return statistics.median(seconds[1:])
-
-
-def copy_rate(cuda: Cuda) -> float:
-    """Return the bytes per second that a copy within the device reads and writes."""
-    memory, stream = DeviceMemory(cuda), cuda.stream()
-    source, target = memory.device(COPY_BYTES), memory.device(COPY_BYTES)
-    rate = 2 * COPY_BYTES / seconds_of(cuda, stream, lambda: cuda.copy(target, source, COPY_BYTES, stream))
-    memory.close()
-    cuda.destroy_stream(stream)
-    return rate
 
 
 class DriverKernel:

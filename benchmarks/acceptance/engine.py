@@ -17,6 +17,7 @@ from onnx import ModelProto
 from fusion_edge.benchmarks.acceptance.comparison import largest_error
 from fusion_edge.benchmarks.acceptance.device import downloaded, find_cuda, seconds_of, uploaded
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
+from fusion_edge.export.engines.builder import compute_capability
 from fusion_edge.export.engines.graph_values import tensor_shape
 from fusion_edge.export.engines.optimization_profiles import DimensionRanges, profile_shapes
 from fusion_edge.kernels import tensorrt_plugins
@@ -28,6 +29,7 @@ from fusion_edge.runtime.system.output_file import write_whole
 
 Layers = Sequence[Mapping[str, Any]]
 """Layers of an engine: ``Name``, ``LayerType``, ``Outputs`` with ``Dimensions``, and more."""
+LAYERS_SUFFIX = ".layers.json"
 WITHOUT_GPU = "8.9"
 """Compute capability to build for without a GPU: the oldest with FP8."""
 
@@ -53,9 +55,23 @@ def find_target() -> Target:
     try:
         if cuda is None:
             return Target(find_library("tensorrt-rtx"), WITHOUT_GPU, None)
-        return Target(first_library(), cuda.compute_capability(), cuda)
+        return Target(library_for(cuda), cuda.compute_capability(), cuda)
     except DeviceError as error:
         raise SkippedStep(f"There is no {'GPU, and no ' if cuda is None else ''}TensorRT: {error}") from None
+
+
+def library_for(cuda: Cuda) -> Library:
+    """Return the TensorRT that builds for a GPU.
+
+    Raises :class:`DeviceError` without TensorRT, :class:`SkippedStep` for TensorRT-RTX that does not build for the GPU.
+    """
+    library = first_library()
+    if library.is_rtx:
+        try:
+            compute_capability(library.module, cuda.compute_capability())
+        except FusionError as error:
+            raise SkippedStep(str(error)) from None
+    return library
 
 
 @dataclass(frozen=True)
@@ -97,8 +113,7 @@ def build(target: Target, case: OperatorCase) -> BuiltEngine:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if target.library.is_rtx:
         config.num_compute_capabilities = 1
-        name = f"SM{target.compute_capability.replace('.', '')}"
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+        config.set_compute_capability(compute_capability(trt, target.compute_capability), 0)
     if case.uses_plugins:
         tensorrt_plugins.enable_aliasing(trt, config)
     if case.ranges:
@@ -177,7 +192,7 @@ def run(target: Target, plan: bytes, case: OperatorCase, label: str, workspace: 
     if engine is None:
         raise FusionError(f"TensorRT cannot load the engine that it has built: {log.first_error()}.")
     layers = _layers(trt, engine)
-    write_whole(workspace.output / f"{label.replace(' ', '-')}.layers.json", json.dumps(layers, indent=1) + "\n")
+    write_whole(workspace.output / f"{label.replace(' ', '-')}{LAYERS_SUFFIX}", json.dumps(layers, indent=1) + "\n")
     memory, stream = DeviceMemory(cuda), cuda.stream()
     pointers = {name: uploaded(memory, array, stream) for name, array in case.inputs.items()}
     results = {name: np.full(array.shape, np.nan, np.float16) for name, array in case.expected.items()}

@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 from fusion_edge.benchmarks.acceptance import bundles
-from fusion_edge.benchmarks.acceptance.device import copy_rate
 from fusion_edge.benchmarks.acceptance.engine import Target
 from fusion_edge.benchmarks.acceptance.engine import build as build_engine
 from fusion_edge.benchmarks.acceptance.engine import run as run_engine
 from fusion_edge.benchmarks.acceptance.operators import gemm
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
-from fusion_edge.benchmarks.latency.backend_stages import QUESTION_TOKENS, measure, step_bytes
+from fusion_edge.benchmarks.latency.backend_stages import measure, prompt_tokens, step_bytes
 from fusion_edge.benchmarks.latency.machine.procfs import BackgroundSampler
+from fusion_edge.benchmarks.latency.peaks import copy_bandwidth
 from fusion_edge.benchmarks.latency.result import Case
 from fusion_edge.benchmarks.latency.roofline import encoder_macs, prefill_macs
 from fusion_edge.export.engines.builder import BuildOptions
@@ -88,7 +88,7 @@ def run(workspace: Workspace) -> Outcome:
     target = Target(gpu.library, gpu.platform.compute_capability, gpu.cuda)
     matrices = gemm(GEMM_SIZE)
     multiplied = run_engine(target, build_engine(target, matrices).plan, matrices, "gemm", workspace)
-    bandwidth, throughput = copy_rate(gpu.cuda), 2 * GEMM_SIZE**3 / multiplied.seconds
+    bandwidth, throughput = copy_bandwidth(gpu.cuda), 2 * GEMM_SIZE**3 / multiplied.seconds
     opened = open_bundle(bundle_of(workspace))
     before, started = _used(gpu.cuda), time.perf_counter()
     _, backend = open_device(opened, gpu.device)
@@ -96,7 +96,7 @@ def run(workspace: Workspace) -> Outcome:
     times = measure(backend, opened.manifest, loaded, STEPS, lambda: _used(gpu.cuda) - before)
     backend.close()
     manifest = opened.manifest
-    prompt = manifest.image_side**2 + QUERY_LENGTH + 2 * QUESTION_TOKENS
+    prompt = prompt_tokens(manifest)
     case = Case(gpu.device, 0, QUERY_LENGTH, manifest.image_side**2, prompt, STEPS, prompt)
     shares = {
         "decode_step": step_bytes(manifest, CONTEXT) / bandwidth / times.decode_step,

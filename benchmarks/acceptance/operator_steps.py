@@ -7,7 +7,6 @@ from typing import Any
 
 from fusion_edge.benchmarks.acceptance import operators
 from fusion_edge.benchmarks.acceptance.alignment import WIDTH, kernel_source
-from fusion_edge.benchmarks.acceptance.device import copy_rate
 from fusion_edge.benchmarks.acceptance.engine import (
     EngineRun,
     Layers,
@@ -19,6 +18,7 @@ from fusion_edge.benchmarks.acceptance.engine import (
     writes_tensor_of,
 )
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
+from fusion_edge.benchmarks.latency.peaks import copy_bandwidth
 from fusion_edge.export.engines.decompositions import (
     SINCE,
     allow_decomposition,
@@ -32,7 +32,8 @@ from fusion_edge.runtime.errors import FusionError
 PROMPT = 256
 BITS = {"int4-64": 4, "int4-128": 4, "int8": 8, "int8-one-scale": 8, "w8a8": 8, "fp8": 8}
 FP8_SINCE = (8, 9)
-DEQUANTIZED = {True: "dequantized before the GEMM", False: "fused", None: "fusion unknown"}
+MOST_BITS = 1.5
+"""Bits of an engine for a weight over :data:`BITS`, at most, if it stores the quantized ones: with scales and code."""
 
 
 def linear(workspace: Workspace, form: str) -> Outcome:
@@ -56,13 +57,22 @@ def linear(workspace: Workspace, form: str) -> Outcome:
             "writes_dequantized_weights": writes_tensor_of(layers, weights),
         }
     one, many = figures.values()
-    fusion = DEQUANTIZED[one["writes_dequantized_weights"]]
+    fusion = _fusion(one["writes_dequantized_weights"], one["plan_bits_a_weight"] / BITS[form])
     if target.cuda is None:
         return _built(target, fusion, figures)
-    rate, figures["copy_bandwidth"] = weights * BITS[form] / 8 / one["seconds"], copy_rate(target.cuda)
+    rate, figures["copy_bandwidth"] = weights * BITS[form] / 8 / one["seconds"], copy_bandwidth(target.cuda)
     figures["weight_bytes_a_second"], figures["flops"] = rate, 2 * weights * PROMPT / many["seconds"]
     share = f"one row {rate / figures['copy_bandwidth']:.0%} of a copy's bandwidth"
     return Outcome(f"{fusion}; {share}; {PROMPT} rows {figures['flops'] / 1e12:.1f} TFLOP/s", figures)
+
+
+def _fusion(writes_dequantized_weights: bool | None, bits: float) -> str:
+    """Return how an engine has the weights. ``bits``: those of the engine for a weight over the quantized ones."""
+    if writes_dequantized_weights:
+        return "dequantized before the GEMM"
+    if bits > MOST_BITS:  # no layer dequantizes them, because the builder has
+        return "stored dequantized"
+    return "fusion unknown" if writes_dequantized_weights is None else "fused"
 
 
 def attention(workspace: Workspace, dim: int) -> Outcome:
@@ -78,8 +88,11 @@ def attention(workspace: Workspace, dim: int) -> Outcome:
             allow_decomposition(case.model)  # as fusion-build does at once
             built = build(target, case)
         ran = None if target.cuda is None else run(target, built.plan, case, f"attention-{dim} {name}", workspace)
-        figures[name] = _figures(built.layers if ran is None else ran.layers, ran) | {"refusal_as_one_layer": refusal}
-    kinds = (f"{name} {'decomposed' if one['refusal_as_one_layer'] else 'one layer'}" for name, one in figures.items())
+        figures[name] = _figures(built.layers if ran is None else ran.layers, ran) | {
+            "refusal_as_one_layer": refusal,
+            "is_decomposed": refusal is not None or "Attention" in _unsupported(target),
+        }
+    kinds = (f"{name} {'decomposed' if one['is_decomposed'] else 'one layer'}" for name, one in figures.items())
     summary = ", ".join(kinds)
     if target.cuda is None:
         return _built(target, summary, figures)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from fusion_edge.benchmarks.acceptance.steps import FAIL, PASS, SKIPPED, Step, StepResult, Workspace
@@ -32,11 +33,16 @@ def run_steps(steps: Iterable[Step], workspace: Workspace) -> Iterator[StepResul
         yield result
 
 
+def log_name(step: Step) -> str:
+    """Return the name of a step's log."""
+    return f"{step.name}.log"
+
+
 def run_step(step: Step, workspace: Workspace) -> StepResult:
     """Run a step. Its standard output and error go to a log in the workspace."""
     task, written = (workspace.scratch / f"{step.name}.{kind}.json" for kind in ("task", "result"))
     task.write_text(task_text(step, workspace), encoding="utf-8")
-    log = f"{step.name}.log"
+    log = log_name(step)
     started = time.monotonic()
     with (workspace.output / log).open("wb") as output:
         command = [sys.executable, "-X", "faulthandler", "-m", WORKER, str(task), str(written)]
@@ -65,9 +71,9 @@ def _wait(command: list[str], output: Any, limit: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # the step has left no process
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def _ending(code: int) -> str:

@@ -220,7 +220,7 @@ class EngineBuilder:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._options.workspace)
         if self._library.is_rtx:
             config.num_compute_capabilities = 1
-            config.set_compute_capability(_compute_capability(trt, platform.compute_capability), 0)
+            config.set_compute_capability(compute_capability(trt, platform.compute_capability), 0)
             # CUDA graphs cannot capture a run that allocates memory.
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self._uses_plugins:
@@ -232,7 +232,11 @@ def _tensors(values: Iterable[ValueInfoProto]) -> tuple[Mapping[str, Any], ...]:
     return tuple({"name": value.name, "dtype": tensor_dtype(value), "shape": tensor_shape(value)} for value in values)
 
 
-def _compute_capability(trt: Any, written: str) -> Any:
+def compute_capability(trt: Any, written: str) -> Any:
+    """Return TensorRT-RTX's member for a compute capability such as ``8.9``.
+
+    Raises :class:`FusionError` for one that this version does not build for.
+    """
     name = f"SM{written.replace('.', '')}"
     known = [one for one in dir(trt.ComputeCapability) if one.startswith("SM")]
     if name not in known:

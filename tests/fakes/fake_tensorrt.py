@@ -103,7 +103,7 @@ class ITimingCache:
 
 
 class IBuilderConfig:
-    progress_monitor: IProgressMonitor
+    progress_monitor: IProgressMonitor | None = None
     num_compute_capabilities: int = 0
 
     def __init__(self) -> None:
@@ -162,7 +162,7 @@ class OnnxParser:
     def get_error(self, index: int) -> str:
         return self._errors[index]
 
-    def parse(self, model: bytes, path: str) -> bool:
+    def parse(self, model: bytes, path: str = "") -> bool:
         parsed, folder = ModelProto.FromString(model), Path(path).parent
         if self._module.parse_error is not None:
             self._errors.append(self._module.parse_error)
@@ -213,9 +213,8 @@ class Builder:
             return None
         if not self._advance(config.progress_monitor):
             return None
-        if module.__name__ == "tensorrt":
-            cache = config._cache
-            assert cache is not None
+        if (cache := config._cache) is not None:
+            assert module.__name__ == "tensorrt"
             cache.content += f"{network.model.graph.name} ".encode()
         config.model = network.model
         module.built.append(config)
@@ -223,8 +222,10 @@ class Builder:
         made_by, model = (module.__name__, module.__version__), network.model.SerializeToString()
         return IHostMemory(MAGIC + pickle.dumps((made_by, str(network.folder), model, profiles)))
 
-    def _advance(self, monitor: IProgressMonitor) -> bool:
+    def _advance(self, monitor: IProgressMonitor | None) -> bool:
         """Report progress, and return whether the build continues."""
+        if monitor is None:
+            return True
         if self._module.wait is not None:
             return self._module.wait.until_refused(monitor)
         monitor.phase_start("Building", None, 2)

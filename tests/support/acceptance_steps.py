@@ -45,9 +45,23 @@ def aborting_at_exit(workspace: Workspace) -> Outcome:
     return Outcome("done")
 
 
-def hanging(workspace: Workspace) -> Outcome:
+def _start_child(workspace: Workspace) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (workspace.scratch / "child").write_text(str(child.pid))
+
+
+def aborting_with_a_child(workspace: Workspace) -> Outcome:
+    _start_child(workspace)
+    os.abort()
+
+
+def passing_with_a_child(workspace: Workspace) -> Outcome:
+    _start_child(workspace)
+    return Outcome("done")
+
+
+def hanging(workspace: Workspace) -> Outcome:
+    _start_child(workspace)
     time.sleep(60)
     return Outcome("late")
 

@@ -39,7 +39,7 @@ class Condition:
 
 CONDITIONS = {
     "runtime/backends/tensorrt/kernel_cache.py": Condition(RTX),
-    "export/engines/builder.py:_compute_capability": Condition(RTX),
+    "export/engines/builder.py:compute_capability": Condition(RTX),
     "kernels/tensorrt_plugins.py": Condition(FULL, MINIMUM_VERSION),
 }
 """By file, or by file and function. Elsewhere ``if library.is_rtx`` is the condition, which is found in the source."""

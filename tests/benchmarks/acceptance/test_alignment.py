@@ -16,6 +16,7 @@ from support.paths import ROOT
 from fusion_edge.benchmarks.acceptance import alignment, device
 from fusion_edge.benchmarks.acceptance.device import DriverKernel
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
+from fusion_edge.benchmarks.latency import peaks
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS, Plugin
 from fusion_edge.kernels.triton.kernel_folder import CompiledKernel
 from fusion_edge.runtime.backends.cuda import Cuda
@@ -51,7 +52,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(alignment, "LAUNCHED", ((0, 3), (1, 1), (2, 3)))
     monkeypatch.setattr(alignment, "TIMED", (1, 1))
     monkeypatch.setattr(alignment, "TIMED_BYTES", 1)
-    monkeypatch.setattr(device, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(peaks, "WARM_UP", 0.0)
     monkeypatch.setattr(device, "REPEATS", 1)
     return cuda
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fusion_edge.benchmarks.acceptance import cli, plan
+from fusion_edge.benchmarks.acceptance.output_folder import RESULT, result_text
 from fusion_edge.benchmarks.acceptance.steps import FAIL, PASS, SKIPPED, Step, StepResult, Workspace
 
 
@@ -30,7 +31,7 @@ class Steps:
     def __call__(self, steps: list[Step], workspace: Workspace) -> Iterator[StepResult]:
         self.workspaces.append(workspace)
         for name, status in self.statuses.items():
-            assert json.loads((workspace.output / cli.RESULT).read_text())["steps"] is not None
+            assert json.loads((workspace.output / RESULT).read_text())["steps"] is not None
             (workspace.output / f"{name}.log").write_text("log")
             (workspace.scratch / "large").touch()
             yield result(name, status)
@@ -73,9 +74,9 @@ def test_a_failure_is_exit_code_1(run: Callable[..., int], capsys: pytest.Captur
 
 
 def test_a_later_run_replaces_an_earlier_one(run: Callable[..., int], tmp_path: Path) -> None:
-    assert run({"a": PASS}) == 0
-    assert run({"b": PASS}) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.log", "result.json"]
+    assert run({"demo-cpu": PASS}) == 0
+    assert run({"environment": PASS}) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["environment.log", "result.json"]
 
 
 def test_an_interrupted_run_keeps_what_it_has(run: Callable[..., int], tmp_path: Path) -> None:
@@ -83,31 +84,95 @@ def test_an_interrupted_run_keeps_what_it_has(run: Callable[..., int], tmp_path:
 
     class Stopping(dict[str, str]):
         def items(self) -> Iterator[tuple[str, str]]:  # type: ignore[override]
-            yield "a", PASS
+            yield "environment", PASS
             raise KeyboardInterrupt
 
     assert run(Stopping()) == 130
     (step,) = json.loads((tmp_path / "out" / "result.json").read_text())["steps"]
-    assert step["name"] == "a"
-    assert run({"b": PASS}) == 0
+    assert step["name"] == "environment"
+    assert run({"environment": PASS}) == 0
 
 
-@pytest.mark.parametrize("holds", ["a file", "another folder"])
-def test_other_folders_are_not_replaced(
-    holds: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_files_are_not_replaced(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if holds == "a file":
-        (tmp_path / "out").write_text("mine")
-    else:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine").touch()
-    assert run({"a": PASS}) == 1
-    assert "choose another --output" in capsys.readouterr().err
-    assert (tmp_path / "out").is_file() or (tmp_path / "out" / "mine").is_file()
+    (tmp_path / "out").write_text("mine")
+    assert run({"environment": PASS}) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/out is not a folder; choose another --output.\n"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+RESULT_TEXT = result_text([], 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"mine": ""}, "is not an earlier result of this command"),
+        ({"result.json": "{}"}, "is not an earlier result of this command"),
+        ({"result.json": '{"steps": []}', "model.bin": ""}, "is not an earlier result of this command"),
+        ({"result.json": "no JSON"}, "is not an earlier result of this command"),
+        ({"result.json": RESULT_TEXT, "environment.log": "", "dmesg.log": ""}, "holds dmesg.log, which this command"),
+        ({"result.json": RESULT_TEXT, "folder/mine": ""}, "holds folder, which this command does not write"),
+        ({"result.json": RESULT_TEXT, "environment.log/mine": ""}, "holds environment.log, which this command"),
+    ],
+)
+def test_other_folders_are_not_replaced(
+    files: dict[str, str],
+    reason: str,
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, content in files.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert run({"environment": PASS}) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.endswith("; choose another --output.\n")
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
+
+
+def test_all_that_a_killed_run_leaves_is_replaced(run: Callable[..., int], tmp_path: Path) -> None:
+    left = ("demo-cpu.log", "int4-64-1-rows.layers.json", ".result.json.0a1b", ".gemm.layers.json.0a1b")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    (tmp_path / "out" / ".scratch-a").mkdir(parents=True)
+    (tmp_path / "out" / ".scratch-a" / "link").symlink_to(outside)
+    (tmp_path / "out" / "result.json").write_text(RESULT_TEXT)
+    for name in left:
+        (tmp_path / "out" / name).touch()
+    assert run({"environment": PASS}) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["environment.log", "result.json"]
+    assert (outside / "kept").is_file()
+
+
+def test_a_link_to_a_folder(run: Callable[..., int], tmp_path: Path) -> None:
+    """The archive holds the files, not the link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        assert run({"environment": PASS}) == 0
+    with tarfile.open(tmp_path / "real.tar.gz") as packed:
+        assert sorted(packed.getnames()) == ["real", "real/environment.log", "real/result.json"]
+
+
+@pytest.mark.parametrize("option", ["--bundle", "--kernels"])
+def test_a_missing_folder_is_wrong_usage(
+    option: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run({"environment": PASS}, option, "nope") == 2
+    assert capsys.readouterr().err == f"error: {option} nope is not a folder; pass an existing one.\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_paths_are_absolute_for_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("b", "k"):
+        (tmp_path / name).mkdir()
     steps = Steps({"a": PASS})
     monkeypatch.setattr(cli, "run_steps", steps)
     assert cli.main(["--output", "out", "--bundle", "b", "--kernels", "k"]) == 0
@@ -124,6 +189,13 @@ def test_the_plan() -> None:
     every = plan.steps(plan.PARTS)
     names = [step.name for step in every]
     assert len(set(names)) == len(names)
+    needs = {step.name: step.needs for step in every}
+    assert needs["demo-cpu"] == ("demo-export",)
+    for kind in ("functions", "plugins"):
+        built = f"demo-{kind}-build"
+        assert needs[built] == ("demo-export",)
+        assert [needs[f"demo-{kind}{run}"] for run in ("", "-no-graph", "-cancel")] == [(built,)] * 3
+    assert [needs[f"full-size-{name}"] for name in ("build", "run")] == [("full-size-export",), ("full-size-build",)]
     assert [step.name for step in plan.steps(["environment"])] == ["environment"]
     assert [part for part in plan.PARTS if not plan.steps([part])] == []
     for number, step in enumerate(every):

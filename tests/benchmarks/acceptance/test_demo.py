@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ from fusion_edge.benchmarks.acceptance.engine import BuiltEngine, EngineRun
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends import devices
-from fusion_edge.runtime.errors import FusionError
+from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.jetson import Jetson
 
 pytestmark = needs_opset_24  # the fake of TensorRT computes with it
@@ -64,6 +67,11 @@ def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None
         launches[graphs] = trt.cuda.calls.count("cudaGraphLaunch")
     assert launches[True] > demo.STEPS
     assert launches[False] == 0
+    kept = exported.scratch / demo.CPU_ANSWER
+    expected = json.loads(kept.read_text())
+    kept.write_text(json.dumps(expected | {"token_ids": [1 + token for token in expected["token_ids"]]}))
+    with pytest.raises(FusionError, match=r"^The engines answer 'blue', and the CPU 'blue'\.$"):
+        demo.run(exported, graphs=True)
     figures = demo.cancel(exported).figures
     assert figures.keys() == {"prefill", "decode step"}
     assert all(0 < seconds < 5 for seconds in figures.values())
@@ -82,15 +90,36 @@ def test_a_wrong_answer_of_the_cpu(exported: Workspace, monkeypatch: pytest.Monk
         demo.answer_on_cpu(exported)
 
 
-def test_a_machine_without_onnxruntime(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or with one that does not know the bundle's opset, as that of Python 3.10."""
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "ONNX Runtime is not installed; run pip."),
+        ("1.23.2", "ONNX Runtime 1.23.2 has no opset 24; 1.24 and later have, for Python 3.11 and later."),
+    ],
+)
+def test_a_machine_whose_cpu_does_not_run_the_bundle(
+    version: str | None, reason: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not compared says why."""
 
-    def missing(*_: object, **__: object) -> None:
-        raise FusionError("onnxruntime is not installed.")
+    def found() -> SimpleNamespace:
+        if version is None:
+            raise DeviceError(reason)
+        return SimpleNamespace(__version__=version)
 
-    monkeypatch.setattr(demo, "load", missing)
-    with pytest.raises(SkippedStep, match=r"^The CPU does not run the bundle: onnxruntime is not installed\.$"):
-        demo.answer_on_cpu(exported)
+    monkeypatch.setattr(demo, "find_onnxruntime", found)
+    with pytest.raises(SkippedStep, match=f"^The CPU does not run the bundle: {re.escape(reason)}$"):
+        demo.answer_on_cpu(workspace)
+    words = f"not compared with the CPU ({reason.rstrip('.')})"
+    assert demo.compared(workspace, answer((3,), [{3: -0.1}])) == (None, words)
+
+
+def test_a_bundle_that_the_cpu_refuses_is_a_failure(workspace: Workspace) -> None:
+    demo.bundle_of(workspace).mkdir()
+    with pytest.raises(FusionError, match=r"is not a bundle: it has no bundle\.json"):
+        demo.answer_on_cpu(workspace)
+    with pytest.raises(FusionError, match=r"^The engines answer 'text', and there is no answer of the CPU: step demo-"):
+        demo.compared(workspace, answer((3,), [{3: -0.1}]))
 
 
 def answer(token_ids: tuple[int, ...], logprobs: list[dict[int, float]]) -> Answer:
@@ -103,9 +132,10 @@ def kept(workspace: Workspace, one: Answer) -> None:
 
 def test_comparison_with_the_cpu(workspace: Workspace) -> None:
     ours = answer((3,), [{3: -0.1, 4: -3.0, 5: -4.0}])
-    assert demo.compared(workspace, ours) is None
     kept(workspace, answer((3,), [{3: -0.2, 4: -3.0, 6: -9.0}]))
-    assert demo.compared(workspace, ours) == pytest.approx(0.1)
+    difference, words = demo.compared(workspace, ours)
+    assert difference == pytest.approx(0.1)
+    assert words == "largest difference to the CPU 0.1000"
     limit = 0.2 * np.std([-0.2, -3.0])
     with pytest.raises(FusionError, match=f"by up to 0.6; expected at most {limit:.3g}"):
         demo.compared(workspace, answer((3,), [{3: -0.8, 4: -3.0}]))
@@ -115,13 +145,37 @@ def test_comparison_with_the_cpu(workspace: Workspace) -> None:
         demo.compared(workspace, answer((4,), [{4: -0.1}]))
 
 
-def test_a_given_bundle_is_used(workspace: Workspace, tiny_tensorrt_bundle: Path, trt: FakeTensorRT) -> None:
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_given_bundle_stays_as_it_is(
+    has_links: bool,
+    workspace: Workspace,
+    tiny_tensorrt_bundle: Path,
+    trt: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines are built beside links to its files, or copies."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not has_links:
+        monkeypatch.setattr(bundles.os, "link", refused)  # type: ignore[attr-defined]
+    before = {path: path.stat().st_mtime_ns for path in tiny_tensorrt_bundle.rglob("*")}
     given = dataclasses.replace(workspace, bundle=tiny_tensorrt_bundle)
-    assert demo.bundle_of(given) == tiny_tensorrt_bundle
     assert demo.export(given).summary == f"{tiny_tensorrt_bundle} is given"
-    assert not list(workspace.scratch.iterdir())
+    names = {path.name for path in demo.bundle_of(given).iterdir()}
+    assert names == {path.name for path in before if path.parent == tiny_tensorrt_bundle} - {"engines"}
+    assert (demo.bundle_of(given) / "bundle.json").samefile(tiny_tensorrt_bundle / "bundle.json") is has_links
+    demo.build(given, plugins=False)
+    assert (demo.bundle_of(given) / "engines").is_dir()
+    assert {path: path.stat().st_mtime_ns for path in tiny_tensorrt_bundle.rglob("*")} == before
     assert demo.answer_on_cpu(given).figures["answer"] is not None
     assert demo.picture_of(given).is_file()
+
+
+def test_what_is_no_bundle_fails(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match=r"is not a bundle: it has no bundle\.json"):
+        demo.export(dataclasses.replace(workspace, bundle=tmp_path))
 
 
 def test_without_the_checkpoint(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

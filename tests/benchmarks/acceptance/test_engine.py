@@ -17,7 +17,7 @@ from fakes.fake_tensorrt import FULL, RTX, FakeTensorRT
 from fakes.on_fake_tensorrt import installed
 from support.opset24 import needs_opset_24
 
-from fusion_edge.benchmarks.acceptance import device, engine, operator_steps, operators
+from fusion_edge.benchmarks.acceptance import bundles, engine, operator_steps, operators
 from fusion_edge.benchmarks.acceptance.engine import Target, build, find_target, logged_layers, run, writes_tensor_of
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.export.engines.decompositions import SINCE, decompose_operators
@@ -72,24 +72,16 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("form", "sizes", "is_dequantized"),
-    [("int4-128", (256, 512), False), ("int8", (operators.INPUTS, operators.OUTPUTS), True)],  # of a single row
+    ("form", "fusion"),
+    [("int4-128", "fused"), ("int8", "dequantized before the GEMM")],  # of a single row
 )
-def test_rtx_says_what_it_fuses(
-    form: str,
-    sizes: tuple[int, int],
-    is_dequantized: bool,
-    workspace: Workspace,
-    without_gpu: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rtx_says_what_it_fuses(form: str, fusion: str, workspace: Workspace, without_gpu: None) -> None:
     """For compute capability 8.9."""
-    monkeypatch.setattr(operators, "INPUTS", sizes[0])
-    monkeypatch.setattr(operators, "OUTPUTS", sizes[1])
     outcome = operator_steps.linear(workspace, form)
-    assert outcome.summary.startswith(f"{operator_steps.DEQUANTIZED[is_dequantized]}; built with tensorrt_rtx")
+    assert outcome.summary.startswith(f"{fusion}; built with tensorrt_rtx")
     assert outcome.summary.endswith("for 8.9, not run: there is no GPU")
     figures = outcome.figures[f"{form} 1 rows"]
+    is_dequantized = fusion != "fused"
     assert figures["writes_dequantized_weights"] is is_dequantized
     assert len(figures["layers"]) == 1 + is_dequantized
 
@@ -131,6 +123,38 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
         find_target()
 
 
+def test_an_orin_with_tensorrt_rtx_alone(workspace: Workspace) -> None:
+    """The committed names of TensorRT-RTX have no SM87."""
+    with installed(FakeTensorRT(*RTX, FakeCuda("8.7"))):
+        for find in (find_target, bundles.expect_gpu):
+            with pytest.raises(
+                SkippedStep, match=r"^tensorrt_rtx 1\.7\.1\.116 does not support compute capability 8\.7; "
+            ):
+                find()
+    with installed(FakeTensorRT(*RTX, FakeCuda("8.9"))):
+        assert find_target().library.is_rtx
+        assert bundles.expect_gpu().device == "tensorrt-rtx"
+
+
+def test_plugins_have_aliases_and_profiles() -> None:
+    trt = FakeTensorRT(*FULL, FakeCuda("8.7"))
+    trt.plugin.registered = {plugin.id: {} for plugin in PLUGINS}
+    target = Target(Library(trt), "8.7", None)
+    for case in (operators.plugin(PLUGINS[2], 2, 3, 32), operators.gemm(8)):
+        build(target, case)
+    with_plugin, plain = trt.built
+    assert with_plugin.features == {trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03}
+    assert [profile.shapes for profile in with_plugin.profiles] == [
+        {
+            "x": ((1, 1, 32), (1, 289, 32), (1, 577, 32)),
+            "positions": ((0, 1), (1, 144), (2, 144)),
+            "latents": ((0, 1, 32), (1, 144, 32), (2, 144, 32)),
+            "update": ((0, 1, 32), (1, 144, 32), (2, 144, 32)),
+        }
+    ]
+    assert (plain.features, plain.profiles) == (set(), [])
+
+
 def test_what_a_machine_lacks_is_skipped(workspace: Workspace) -> None:
     with installed(FakeTensorRT("tensorrt", "10.3.0", FakeCuda("8.7"))):
         with pytest.raises(SkippedStep, match=r"^Compute capability 8\.7 has no FP8; 8\.9 and later have\.$"):
@@ -154,6 +178,8 @@ class MiniTensorRT:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.wrong = np.float16(0)
+        self.runs = 0
+        """Run N takes N ms."""
         self.__name__, self.__version__ = "tensorrt", "10.16.0"
 
         class ILogger:
@@ -198,6 +224,8 @@ class MiniTensorRT:
         session = ort.InferenceSession(self.case.model.SerializeToString(), providers=["CPUExecutionProvider"])
         for name, result in zip(self.case.expected, session.run(None, inputs), strict=True):
             view(name, result)[...] = result + self.wrong
+        self.runs += 1
+        self.cuda.clock += self.runs  # milliseconds
 
 
 def target_of(fake: MiniTensorRT) -> Target:
@@ -213,7 +241,7 @@ def test_a_run_on_the_fake(name: str, workspace: Workspace, monkeypatch: pytest.
     fake = MiniTensorRT(FakeCuda(), case)
     ran = run(target_of(fake), b"plan", case, "one operator", workspace)
     assert ran.largest_error == 0
-    assert ran.seconds >= 0
+    assert ran.seconds == 6e-3  # of runs 3 to 9
     assert ran.layers == [{"Name": "one", "Outputs": []}, {"Name": "two"}]
     assert json.loads((workspace.output / "one-operator.layers.json").read_text()) == list(ran.layers)
     shares = {output for output in case.expected if fake.addresses[output] in {fake.addresses[i] for i in case.inputs}}
@@ -250,14 +278,6 @@ def test_shapes_are_set_for_symbolic_sizes(workspace: Workspace, monkeypatch: py
     assert fake.shapes == {name: array.shape for name, array in case.inputs.items()}
 
 
-def test_the_rate_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda()
-    cuda.copy_rate = 1e6  # bytes per millisecond
-    monkeypatch.setattr(device, "COPY_BYTES", 1 << 20)
-    assert device.copy_rate(Cuda(cuda)) == pytest.approx(2e9)  # it reads and writes
-    cuda.check_all_freed()
-
-
 def test_attention_without_a_fused_kernel(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is built again, decomposed, and the step says so."""
     models = []
@@ -272,5 +292,9 @@ def test_attention_without_a_fused_kernel(workspace: Workspace, monkeypatch: pyt
     with installed(FakeTensorRT(*RTX, FakeCuda(gpus=0))):
         outcome = operator_steps.attention(workspace, 72)
     assert outcome.summary.startswith("prompt decomposed, decode decomposed; built with tensorrt_rtx")
-    assert outcome.figures["decode"] == {"layers": ["part"], "refusal_as_one_layer": "There is no dedicated kernel."}
+    assert outcome.figures["decode"] == {
+        "layers": ["part"],
+        "refusal_as_one_layer": "There is no dedicated kernel.",
+        "is_decomposed": True,
+    }
     assert len(models) == 4

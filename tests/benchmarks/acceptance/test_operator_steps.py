@@ -29,12 +29,13 @@ class Runs:
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
+        self.plan_bytes = 0
         self.cases: list[OperatorCase] = []
         self.labels: list[str] = []
 
     def build(self, target: Target, case: OperatorCase) -> BuiltEngine:
         self.cases.append(case)
-        return BuiltEngine(b"plan", ())
+        return BuiltEngine(bytes(self.plan_bytes), ())
 
     def run(self, target: Target, plan: bytes, case: OperatorCase, label: str, workspace: Workspace) -> EngineRun:
         self.labels.append(label)
@@ -60,7 +61,7 @@ def on_gpu(
         "find_target": lambda: target,
         "build": runs.build,
         "run": runs.run,
-        "copy_rate": lambda cuda: COPY_RATE,
+        "copy_bandwidth": lambda cuda: COPY_RATE,
     }
     for name, value in replaced.items():
         monkeypatch.setattr(operator_steps, name, value)
@@ -70,9 +71,10 @@ def on_gpu(
 @pytest.mark.parametrize("form", ["int4-64", "w8a8", "fp8"])
 def test_rates_of_a_linear_layer(form: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = on_gpu(monkeypatch, [1, 128])
-    outcome = operator_steps.linear(workspace, form)
     weights, many = 64 * 128, operator_steps.PROMPT
     bits = operator_steps.BITS[form]
+    runs.plan_bytes = weights * bits // 8
+    outcome = operator_steps.linear(workspace, form)
     assert outcome.figures["weight_bytes_a_second"] == pytest.approx(weights * bits / 8 / 1e-3)
     assert outcome.figures["flops"] == pytest.approx(2 * weights * many / 4e-3)
     assert outcome.summary.startswith("fused; one row 0% of a copy's bandwidth; 256 rows ")
@@ -86,19 +88,44 @@ def test_dequantized_weights_are_seen(workspace: Workspace, monkeypatch: pytest.
     assert outcome.figures["int8 1 rows"]["writes_dequantized_weights"] is True
 
 
+@pytest.mark.parametrize(
+    ("form", "bits", "fusion"),
+    [
+        ("int4-64", 4.25, "fused"),
+        ("int4-64", 6, "fused"),
+        ("int4-64", 6.25, "stored dequantized"),
+        ("int8", 8, "fused"),
+        ("int8", 16, "stored dequantized"),
+    ],
+)
+def test_weights_that_the_builder_has_dequantized(
+    form: str, bits: float, fusion: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No layer writes them, and the engine is as large as that of float16."""
+    runs = on_gpu(monkeypatch, [1, 128])
+    runs.plan_bytes = int(64 * 128 * bits / 8)
+    outcome = operator_steps.linear(workspace, form)
+    assert outcome.figures[f"{form} 1 rows"]["plan_bits_a_weight"] == bits
+    assert outcome.summary.startswith(f"{fusion}; ")
+
+
 def test_layers_without_outputs_tell_nothing(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch)
     assert operator_steps.linear(workspace, "int8").summary.startswith("fusion unknown; ")
 
 
-@pytest.mark.parametrize(("version", "operator"), [("10.3.0", "PlainAttention"), ("10.14.0", "Attention")])
+@pytest.mark.parametrize(
+    ("version", "operator", "kind"),
+    [("10.3.0", "PlainAttention", "decomposed"), ("10.14.0", "Attention", "one layer")],
+)
 def test_attention_has_the_form_of_the_version(
-    version: str, operator: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    version: str, operator: str, kind: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = on_gpu(monkeypatch, [1], version=version)
     outcome = operator_steps.attention(workspace, 96)
     assert [case.model.graph.node[0].op_type for case in runs.cases] == [operator, operator]
-    assert outcome.summary == "prompt one layer, decode one layer; 1000 us, 1000 us"
+    assert outcome.summary == f"prompt {kind}, decode {kind}; 1000 us, 1000 us"
+    assert outcome.figures["prompt"]["refusal_as_one_layer"] is None
     assert outcome.figures["prompt"]["largest_error"] == 0.001
 
 

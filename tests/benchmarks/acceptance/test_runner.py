@@ -82,6 +82,12 @@ def test_a_step_that_hangs_is_killed_with_its_children(workspace: Workspace) -> 
     assert is_gone(int((workspace.scratch / "child").read_text()))
 
 
+@pytest.mark.parametrize(("function", "status"), [("aborting_with_a_child", FAIL), ("passing_with_a_child", PASS)])
+def test_no_child_outlives_a_step(workspace: Workspace, function: str, status: str) -> None:
+    assert run_step(step(function), workspace).status == status
+    assert is_gone(int((workspace.scratch / "child").read_text()))
+
+
 def is_gone(process: int) -> bool:
     """Whether a process ends within ten seconds, or is a zombie that nobody awaits."""
     for _ in range(100):

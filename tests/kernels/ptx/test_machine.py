@@ -75,6 +75,12 @@ def numbers(count: int = THREADS) -> Array:
             Misaligned,
             "a row's address is no multiple of 16 bytes",
         ),
+        (
+            f"{OWN} st.shared.b32 [%r3], 0; shl.b32 %r5, %r0, 3; add.s32 %r6, %r2, %r5; "
+            "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r7}, [%r6];",
+            Misaligned,
+            "a row's address is no multiple of 16 bytes",
+        ),
     ],
 )  # fmt: skip
 def test_what_an_access_must_be(body: str, error: type[PtxError], reason: str) -> None:
@@ -209,6 +215,19 @@ def test_threads_exchange_registers() -> None:
     buffer = numbers()
     launch(f"{ADDRESS} shfl.sync.bfly.b32 %r4, %r0, 5, 31, -1; st.global.b32 [%d1], %r4;", buffer)
     assert buffer.tolist() == [thread ^ 5 for thread in range(THREADS)]
+
+
+def test_an_exchanged_register_without_a_value() -> None:
+    """Only thread 3 has none, so only its partner gets none."""
+    body = (
+        f"{ADDRESS} setp.ne.u32 %p0, %r0, 3; @%p0 mov.b32 %r4, 7; shfl.sync.bfly.b32 %r5, %r4, 5, 31, -1; "
+        "setp.ne.u32 %p1, %r0, PARTNER; @%p1 st.global.b32 [%d1], %r5;"
+    )
+    buffer = numbers()
+    launch(body.replace("PARTNER", "6"), buffer)
+    assert buffer.tolist() == [6 if thread == 6 else 7 for thread in range(THREADS)]
+    with pytest.raises(Uninitialized, match="has no value"):
+        launch(body.replace("PARTNER", "3"), numbers())
 
 
 def test_matrices() -> None:
