@@ -46,6 +46,17 @@ def stored_bits(shape: tuple[int, int], fmt: WeightFormat) -> int:
     return rows * fmt.blocks(inputs) * (fmt.block(inputs) * fmt.bits + overhead)
 
 
+def stored_bytes(shape: tuple[int, int], fmt: WeightFormat, target: str) -> int:
+    """Return the bytes of a linear ``[outputs, inputs]`` in a bundle for ``target``, scales and zero points included."""
+    rows, inputs = shape
+    if not fmt.is_quantized:
+        return rows * inputs * fmt.bits // 8
+    if fmt.bits == 8 and target == "tensorrt":  # one scale a row: TensorRT has groups for 4 bits only
+        return rows * (inputs + np.dtype(fmt.scale_dtype).itemsize)
+    unused = 0 if fmt.is_symmetric else -fmt.blocks(inputs) * fmt.bits % 8  # zero points of a row are whole bytes
+    return (stored_bits(shape, fmt) + rows * unused) // 8
+
+
 def mean_bits(shapes: Mapping[str, tuple[int, int]], formats: Mapping[str, WeightFormat]) -> float:
     """Return the mean bits per weight of the linears in ``shapes``, scales and zero points included."""
     stored = sum(stored_bits(shape, formats[name]) for name, shape in shapes.items())

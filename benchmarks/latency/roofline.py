@@ -9,8 +9,7 @@ import numpy as np
 from fusion_edge.benchmarks.latency.result import Case, Peaks, RooflineUse, Utilization
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.planning.rules import EMBEDDING
-from fusion_edge.export.planning.targets import TARGETS
-from fusion_edge.export.planning.traffic import stored_bytes
+from fusion_edge.quant.bit_allocation import stored_bytes
 from fusion_edge.quant.formats import STORED_GROUP_SIZES, WeightFormat
 from fusion_edge.runtime.bundle.manifest import Manifest
 
@@ -42,9 +41,8 @@ def _utilization(work: int, peak: float | None, seconds: float) -> Utilization:
 
 def weight_bytes(manifest: Manifest) -> int:
     """Return the stored bytes of the LLM's linears, scales included: a decode step reads each once."""
-    target = TARGETS[manifest.target]
     return sum(
-        stored_bytes(shape, WeightFormat.parse(manifest.weights[name], sizes=STORED_GROUP_SIZES), target)
+        stored_bytes(shape, WeightFormat.parse(manifest.weights[name], sizes=STORED_GROUP_SIZES), manifest.target)
         for name, shape in _shapes(manifest).items()
         if name.startswith("llm.")
     )

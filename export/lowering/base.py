@@ -54,8 +54,6 @@ class OnnxOperations(Operations[OnnxValue]):
     """Rewrites of a finished graph, in order."""
     stores_int4_by_column: bool = False
     """Whether 4-bit weights are ``[K,N]`` in the data file, instead of rows of packed blocks."""
-    stores_int8_by_channel: bool = False
-    """Whether 8-bit weights have one scale per row in the data file, and no unused channels behind it."""
 
     def __init__(
         self,

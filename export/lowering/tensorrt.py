@@ -32,7 +32,6 @@ class TensorRTOperations(OnnxOperations):
 
     opset = OPSET
     stores_int4_by_column = True
-    stores_int8_by_channel = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

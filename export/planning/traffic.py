@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion_edge.export.planning.plan import ExportPlan
-from fusion_edge.export.planning.targets.target import Target
-from fusion_edge.quant.bit_allocation import stored_bits
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.bit_allocation import stored_bytes
 
 SMALLEST_WINDOW = 512
 """Tokens. It holds 144 latents, a question and an answer; each smaller window would add a profile to every engine."""
@@ -62,17 +60,6 @@ def vision_run(plan: ExportPlan) -> Traffic:
 def _weights(plan: ExportPlan, prefix: str) -> tuple[int, int]:
     """Return the bytes of the linears whose names start with ``prefix``, and those of dequantizing them first."""
     linears = [linear for name, linear in plan.linears.items() if name.startswith(prefix) and not linear.is_table]
-    stored = sum(stored_bytes((one.outputs, one.inputs), one.format, plan.options.target) for one in linears)
+    stored = sum(stored_bytes((one.outputs, one.inputs), one.format, plan.options.target.name) for one in linears)
     int8 = sum(linear.size for linear in linears if linear.format.is_weight_only_8_bit)
     return stored, DEQUANTIZED_TRAFFIC * int8
-
-
-def stored_bytes(shape: tuple[int, int], fmt: WeightFormat, target: Target) -> int:
-    """Return the bytes of a linear ``[outputs, inputs]`` in a bundle, its scales and zero points included."""
-    rows, inputs = shape
-    if not fmt.is_quantized:
-        return rows * inputs * fmt.bits // 8
-    if fmt.bits == 8 and target.lowering.stores_int8_by_channel:
-        return rows * (inputs + np.dtype(fmt.scale_dtype).itemsize)
-    unused = 0 if fmt.is_symmetric else -fmt.blocks(inputs) * fmt.bits % 8  # zero points of a row are whole bytes
-    return (stored_bits(shape, fmt) + rows * unused) // 8
