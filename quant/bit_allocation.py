@@ -47,7 +47,7 @@ def stored_bits(shape: tuple[int, int], fmt: WeightFormat) -> int:
 
 
 def stored_bytes(shape: tuple[int, int], fmt: WeightFormat, target: str) -> int:
-    """Return the bytes of a linear ``[outputs, inputs]`` in a bundle for ``target``, scales and zero points included."""
+    """Return the bytes of a linear ``[outputs, inputs]`` in a bundle for ``target``, with scales and zero points."""
     rows, inputs = shape
     if not fmt.is_quantized:
         return rows * inputs * fmt.bits // 8
