@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +21,7 @@ from fusion_edge.export.engines.graph_values import tensor_shape
 from fusion_edge.export.engines.optimization_profiles import DimensionRanges, profile_shapes
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.runtime.backends.cuda import Cuda
-from fusion_edge.runtime.backends.tensorrt.library import Library, find_library, first_library
+from fusion_edge.runtime.backends.tensorrt.library import Library, Messages, find_library, first_library
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.output_file import write_whole
@@ -102,10 +101,11 @@ class BuiltEngine:
 def build(target: Target, case: OperatorCase) -> BuiltEngine:
     """Build an engine. Raises :class:`FusionError`."""
     trt = target.library.module
-    log = _Log(target.library)
-    builder = trt.Builder(log.logger)
+    log = BuildLog(target.library, verbose=True)
+    logger = log.logger()
+    builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log.logger)
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse(case.model.SerializeToString()):
         reasons = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise FusionError(f"TensorRT's parser refuses the operator: {reasons or log.first_error()}.")
@@ -125,32 +125,23 @@ def build(target: Target, case: OperatorCase) -> BuiltEngine:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise FusionError(f"TensorRT cannot build the operator: {log.first_error()}.")
-    return BuiltEngine(bytes(memoryview(plan)), logged_layers("\n".join(log.messages)))
+    return BuiltEngine(bytes(memoryview(plan)), log.layers())
 
 
-class _Log:
-    """Keeps TensorRT's messages, and writes them to standard error: the step's log."""
+@dataclass
+class BuildLog(Messages):
+    """Keeps all messages of TensorRT, too."""
 
-    def __init__(self, library: Library) -> None:
-        trt, log = library.module, self
-        self.messages: list[str] = []
-        self._errors: list[str] = []
+    texts: list[str] = field(default_factory=list)
 
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
+    def add(self, message: str, is_error: bool) -> None:
+        """Add a message of the logger."""
+        self.texts.append(message)
+        super().add(message, is_error)
 
-            def log(self, severity: Any, message: str) -> None:
-                log.messages.append(message)
-                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    log._errors.append(" ".join(message.split()))
-                sys.stderr.write(f"{message}\n")
-
-        self.logger = Logger()
-
-    def first_error(self) -> str:
-        """Return the first error as the end of a sentence."""
-        return self._errors[0].rstrip(".") if self._errors else "it gives no reason"
+    def layers(self) -> Layers:
+        """Return the layers that a builder with detailed profiling has listed."""
+        return logged_layers("\n".join(self.texts))
 
 
 LOGGED_LAYER = re.compile(r"^Name: (\S+), LayerType: (\w+), .*?Outputs: \[(.*?)\], TacticName: ([^,]*),", re.MULTILINE)
@@ -186,8 +177,9 @@ def run(target: Target, plan: bytes, case: OperatorCase, label: str, workspace: 
     """Run an engine, compare its outputs, and write its layers to the workspace. Raises :class:`FusionError`."""
     assert target.cuda is not None
     trt, cuda = target.library.module, target.cuda
-    log = _Log(target.library)
-    runtime = trt.Runtime(log.logger)
+    log = Messages(target.library, verbose=True)
+    logger = log.logger()
+    runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise FusionError(f"TensorRT cannot load the engine that it has built: {log.first_error()}.")

@@ -85,12 +85,17 @@ class Messages:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    messages.errors.append(" ".join(message.split()))
-                if messages.verbose:
-                    sys.stderr.write(f"{message}\n")
+                is_error = severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+                messages.add(message, is_error)
 
         return Logger()
+
+    def add(self, message: str, is_error: bool) -> None:
+        """Add a message of the logger."""
+        if is_error:
+            self.errors.append(" ".join(message.split()))
+        if self.verbose:
+            sys.stderr.write(f"{message}\n")
 
     @property
     def out_of_memory(self) -> bool:

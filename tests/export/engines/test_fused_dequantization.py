@@ -6,27 +6,26 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from support.checkpoints import TINY
 
+from fusion_edge.benchmarks.acceptance.engine import BuildLog
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
 from fusion_edge.export.lowering.base import Settings
 from fusion_edge.export.lowering.graph_builder import GraphBuilder
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.tensorrt import OPSET, TensorRTOperations
 from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.runtime.backends.tensorrt.library import find_library
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
 
 OUTPUTS, INPUTS = 4096, 3072
 DATA = "g.data"
-LAYER = re.compile(r"\s*Name: .*?, LayerType: .*?, Inputs: \[.*?\], Constants: \[.*?\], Outputs: \[(.*)\]")
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +53,12 @@ def linear(name: str, fmt: str, folder: Path) -> onnx.ModelProto:
 
 def largest_output(trt: ModuleType, model: onnx.ModelProto, folder: Path, rows: int, capability: str) -> int:
     """Return the number of elements of the largest tensor that a layer writes."""
-    messages: list[str] = []
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            messages.append(message)
-
-    logger = Logger()
+    log = BuildLog(find_library("tensorrt_rtx"))
+    logger = log.logger()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    assert parser.parse(model.SerializeToString(), str(folder / "g.onnx")), messages
+    assert parser.parse(model.SerializeToString(), str(folder / "g.onnx")), log.texts
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
@@ -75,10 +66,9 @@ def largest_output(trt: ModuleType, model: onnx.ModelProto, folder: Path, rows: 
     profile = builder.create_optimization_profile()
     profile.set_shape("x", *[(1, rows, INPUTS)] * 3)
     config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None, messages
-    layers = [found[1] for line in "\n".join(messages).splitlines() if (found := LAYER.match(line))]
-    sizes = re.findall(r"Dimensions: \[([\d,]+)\]", " ".join(layers))
-    return max(math.prod(map(int, size.split(","))) for size in sizes)
+    assert builder.build_serialized_network(network, config) is not None, log.texts
+    sizes: list[int] = [math.prod(output["Dimensions"]) for layer in log.layers() for output in layer["Outputs"]]
+    return max(sizes)
 
 
 @pytest.mark.parametrize(
