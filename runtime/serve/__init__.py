@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server: whatever speaks OpenAI's API asks a bundle about images. Needs the extra ``serve``."""
+"""An OpenAI-compatible HTTP server, so whatever speaks OpenAI's API asks a bundle. Needs the extra ``serve``."""
