@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -38,13 +39,24 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels a
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the source archive, and the wheel that is built from it, of a copy that holds what git holds."""
-    copy, built = tmp_path_factory.mktemp("clone") / "fusion-edge", tmp_path_factory.mktemp("dist")
+    """Folder with the source archive, and the wheel that is built from it: built once for all processes."""
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent
+    with open(run / "dist.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run / "dist").exists():
+            _build(tmp_path_factory.mktemp("clone") / "fusion-edge", tmp_path_factory.mktemp("dist"), run / "dist")
+    return run / "dist"
+
+
+def _build(copy: Path, folder: Path, built: Path) -> None:
+    """Build what a copy of the files in git gives, in ``folder``, and move it to ``built`` once it is complete."""
     untracked = shutil.ignore_patterns(".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "tests", "results")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=untracked)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(copy)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(copy)]
     subprocess.run(command, check=True, capture_output=True)
-    return built
+    folder.rename(built)
 
 
 @pytest.fixture(scope="module")
