@@ -394,15 +394,15 @@ def test_ctrl_c(
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.02, 1))
-def test_the_limit_of_the_divergence_holds_for_equally_wrong_logits(seed: int, relative: float) -> None:
-    """Half the variance of the differences bounds the divergence to first order; a fifth more covers the rest."""
+def test_the_limit_of_the_divergence(seed: int, relative: float) -> None:
+    """Logits that are all wrong by a quarter of the limit have a divergence of a sixteenth, up to what 1,024 vary."""
     generator = np.random.default_rng(seed)
     expected = generator.normal(0, 1, (3, 1024)).astype(np.float32)
     noise = generator.normal(0, relative / 4, expected.shape).astype(np.float32)
     found = engine_check._of_logits("prefill", relative, expected + noise, expected)
-    assert found.relative_error == pytest.approx(relative / 4, rel=0.1)
+    assert found.relative_error == pytest.approx(relative / 4, rel=0.15)
     assert found.logits is not None
-    assert found.logits.kl_divergence <= 1.2 * found.logits.kl_limit / 16
+    assert 1 / 32 < found.logits.kl_divergence / found.logits.kl_limit < 1 / 8
 
 
 def test_relative_error() -> None:
