@@ -16,6 +16,7 @@ from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.onnxruntime.library import opset_24_unsupported_reason
 from fusion_edge.runtime.backends.tensorrt.library import Library
+from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
 from fusion_edge.runtime.bundle.engine_manifest import (
     EngineCheck,
     EnginePlatform,
@@ -30,6 +31,7 @@ from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.logprobs import divergences, log_softmax
 from fusion_edge.runtime.stages import ALIGNMENT, DECODE_STEP, ENCODE_GLOBAL, ENCODE_LOCAL, PREFILL
 from fusion_edge.runtime.system.progress import Progress
+from fusion_edge.runtime.system.resources import available_memory, not_enough_memory
 
 SCENE = "prefill in a scene"
 HALF_ROUNDING = 2.0**-11
@@ -42,6 +44,8 @@ INT8_ROUNDINGS = 4
 """Quantized inputs of a layer."""
 GROWTH = 4
 """Most growth of an error in later layers, and from mean to largest."""
+CPU_MEMORY = 3
+"""Bytes that the CPU needs for a byte of the bundle: ONNX Runtime copies float16 weights as float32 (measured: 2.8)."""
 ACTIVATIONS_8_BIT = "w8a8"
 PREFIXES = {VISION_ENCODER: "vision.", ALIGNMENT_DECODER: "alignment.", LLM: "llm."}
 """Start of the names of a graph's weights."""
@@ -63,7 +67,7 @@ def skipped_reason(platform: EnginePlatform, is_wanted: bool) -> str | None:
 def compare_with_cpu(bundle: Bundle, library: Library, folder: Path, engines: Engines) -> EngineCheck:
     """Run a question on ONNX Runtime's CPU provider, then on the engines in ``folder``, and return the differences.
 
-    The two never lie in memory together. Where the CPU does not run the bundle, or the GPU has too little free memory,
+    The two never lie in memory together. Where the CPU does not run the bundle, or memory does not suffice for either,
     nothing is compared: the engines may be right.
 
     Raises :class:`FusionError` if the engines do not load, or a stage differs by more than rounding.
@@ -71,6 +75,13 @@ def compare_with_cpu(bundle: Bundle, library: Library, folder: Path, engines: En
     from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # imports onnxruntime
     from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
 
+    needed, cuda = CPU_MEMORY * bundle.manifest.size, open_cuda()
+    if needed > available_memory():
+        return EngineCheck(f"{not_enough_memory('run the bundle on the CPU', needed)}.", ())
+    try:
+        check_device_memory(bundle.manifest, engines, cuda)
+    except DeviceError as error:
+        return EngineCheck(str(error), ())
     with Progress("Comparing with the CPU", 2, unit=None) as progress:
         try:
             with closing(OnnxRuntimeBackend(bundle, "cpu")) as reference:
@@ -78,11 +89,7 @@ def compare_with_cpu(bundle: Bundle, library: Library, folder: Path, engines: En
         except FusionError as error:
             return EngineCheck(f"The CPU does not run the bundle: {error}", ())
         progress.advance(1)
-        try:
-            backend = TensorRTBackend(bundle, library, open_cuda(), (folder, engines))
-        except DeviceError as error:
-            return EngineCheck(str(error), ())
-        with closing(backend):
+        with closing(TensorRTBackend(bundle, library, cuda, (folder, engines))) as backend:
             return EngineCheck(None, compare_stages(bundle, engines, backend, expected))
 
 

@@ -350,6 +350,29 @@ def test_a_device_without_room(bundle: Path, capsys: pytest.CaptureFixture[str])
     assert unchecked(bundle, fake(free=1 << 20), capsys).startswith("The engines need about 0.35 GB on the device (")
 
 
+def test_a_machine_without_room(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = 3 * open_bundle(bundle).manifest.size
+    monkeypatch.setattr(engine_check, "available_memory", lambda: needed - 1)
+    reason = unchecked(bundle, fake(), capsys)
+    assert reason.startswith("There is not enough memory to run the bundle on the CPU")
+    monkeypatch.setattr(engine_check, "available_memory", lambda: needed)
+    assert build(fake(), bundle) == 0
+    assert engines_of(bundle).check.skipped is None
+
+
+def test_a_device_that_fails_is_an_error(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its engines may be the reason."""
+    trt = fake()
+    trt.run_error = "an illegal memory access was encountered"
+    assert build(trt, bundle) == 1
+    assert "illegal memory access" in capsys.readouterr().err
+    assert folders(bundle) == []
+
+
 def test_a_cpu_without_memory(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
