@@ -59,3 +59,19 @@ def likeliest_first(logits: npt.NDArray[np.float32], indices: npt.NDArray[np.int
     """Sort indices by their logits; equal ones keep their order."""
     # Not by scaled logits or probabilities, which may round different values to equal ones.
     return indices[np.argsort(-logits[indices], kind="stable")]
+
+
+def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    """Return the log-probabilities ``[...,V]`` of logits."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: npt.NDArray[np.float32] = (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))).astype(np.float32)
+    return result
+
+
+def divergences(reference: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return KL(reference || other) ``[n]`` in nats, for log-probabilities ``[n,V]``."""
+    p = np.exp(reference.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # 0 * (-inf - -inf) counts as 0
+        terms = np.where(p > 0, p * (reference.astype(np.float64) - other), 0.0)
+    sums: npt.NDArray[np.float64] = np.maximum(terms.sum(-1), 0.0)  # rounding may give a tiny negative value
+    return sums

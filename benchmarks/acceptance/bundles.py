@@ -88,7 +88,7 @@ def build(bundle: Path, gpu: Gpu, options: BuildOptions, *, plugins: bool) -> En
     """
     opened = open_bundle(bundle)
     limits = jetson_limits(None, this_jetson())
-    options = replace(options, workspace=limits.workspace, max_block=limits.max_block)
+    options = replace(options, workspace=limits.workspace, max_block=limits.max_block, compares=False)
     reason = plugins_unsupported_reason(gpu.library, gpu.platform, options)
     if plugins and reason is not None:
         raise SkippedStep(f"{reason}.")

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import time
 from pathlib import Path
-from typing import NoReturn
-
-import numpy as np
+from typing import Any, NoReturn
 
 from fusion_edge.benchmarks.acceptance import bundles
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
 from fusion_edge.benchmarks.latency.backend_stages import measure
 from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.export.engines.builder import BuildOptions
+from fusion_edge.export.engines.engine_check import compare_stages
+from fusion_edge.export.engines.stage_outputs import StageOutputs, StageRunner
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.cuda import Cuda
-from fusion_edge.runtime.backends.onnxruntime.library import find_onnxruntime, release_numbers
-from fusion_edge.runtime.backends.tensorrt.backend import MAX_DIFFERENCE, TensorRTBackend
-from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from fusion_edge.runtime.backends.onnxruntime.library import opset_24_unsupported_reason
+from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
+from fusion_edge.runtime.bundle.engine_manifest import Engines
+from fusion_edge.runtime.bundle.engines import open_engines
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.errors import Cancelled, DeviceError, FusionError
 from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.loading import load
-from fusion_edge.runtime.sampling import MAX_LOGPROBS, Sampling
+from fusion_edge.runtime.sampling import Sampling
 from fusion_edge.runtime.stages import DECODE_STEP, PREFILL
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
 from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
@@ -33,11 +35,9 @@ from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 QUESTION, ANSWER = "What color is the circle?", "blue"
 NEW_TOKENS = 16
 STEPS = 32
-CPU_ANSWER = "cpu-answer.json"
-NO_CPU_ANSWER = "no-cpu-answer.txt"
+CPU_OUTPUTS = "cpu-outputs.npz"
+NO_CPU_OUTPUTS = "no-cpu-outputs.txt"
 """File with the reason why this machine's CPU does not run the bundle."""
-OPSET_24_SINCE = (1, 24)
-"""First release of ONNX Runtime with the opset of bundles for TensorRT."""
 
 
 def bundle_of(workspace: Workspace) -> Path:
@@ -68,27 +68,18 @@ def export(workspace: Workspace) -> Outcome:
 
 
 def answer_on_cpu(workspace: Workspace) -> Outcome:
-    """Answer on the CPU, and keep the answer for the comparisons, or the reason why there is none."""
-    if reason := _no_onnxruntime_reason():
-        (workspace.scratch / NO_CPU_ANSWER).write_text(reason, encoding="utf-8")
+    """Answer on the CPU, and keep the outputs of every stage for the comparisons, or the reason why there are none."""
+    if reason := opset_24_unsupported_reason():
+        (workspace.scratch / NO_CPU_OUTPUTS).write_text(reason, encoding="utf-8")
         raise SkippedStep(f"The CPU does not run the bundle: {reason}")
-    with load(bundle_of(workspace), device="cpu") as fusion:
+    opened = open_bundle(bundle_of(workspace))
+    backend = OnnxRuntimeBackend(opened, "cpu")
+    with Fusion(opened.manifest, backend, load_tokenizer(opened), Embeddings(opened)) as fusion:
         answer = _ask(workspace, fusion)
+        StageRunner(opened, opened.manifest.max_context).run(backend).save(workspace.scratch / CPU_OUTPUTS)
     if workspace.bundle is None and answer.text != ANSWER:
         raise FusionError(f"The demo model answers {answer.text!r} on the CPU, expected {ANSWER!r}.")
-    (workspace.scratch / CPU_ANSWER).write_text(json.dumps(dataclasses.asdict(answer)), encoding="utf-8")
     return Outcome(f"{answer.text!r}", {"answer": answer.text})
-
-
-def _no_onnxruntime_reason() -> str | None:
-    """Return why ONNX Runtime cannot run bundles for TensorRT, as a sentence; None if it can."""
-    try:
-        version = find_onnxruntime().__version__
-    except DeviceError as error:
-        return str(error)
-    if release_numbers(version) < OPSET_24_SINCE:
-        return f"ONNX Runtime {version} has no opset 24; 1.24 and later have, for Python 3.11 and later."
-    return None
 
 
 def build(workspace: Workspace, plugins: bool) -> Outcome:
@@ -112,51 +103,39 @@ def run(workspace: Workspace, graphs: bool) -> Outcome:
     gpu = bundles.expect_gpu()
     cuda = gpu.cuda if graphs else _WithoutGraphs(importlib.import_module("cuda.bindings.runtime"))
     opened = open_bundle(bundle_of(workspace))
-    backend = TensorRTBackend(opened, gpu.library, cuda)
-    step = measure(backend, opened.manifest, 0.0, STEPS, lambda: 0).decode_step
+    built = open_engines(opened, gpu.platform)
+    backend = TensorRTBackend(opened, gpu.library, cuda, built)
     with Fusion(opened.manifest, backend, load_tokenizer(opened), Embeddings(opened)) as fusion:
+        step = measure(backend, opened.manifest, 0.0, STEPS, lambda: 0).decode_step
         answer = _ask(workspace, fusion)
-    if workspace.bundle is None and answer.text != ANSWER:
-        raise FusionError(f"The demo model answers {answer.text!r}, expected {ANSWER!r}.")
-    difference, beside = compared(workspace, answer)
-    figures = {"answer": answer.text, "decode_step": step, "difference": difference, "timings_ms": answer.timings_ms}
+        if workspace.bundle is None and answer.text != ANSWER:
+            raise FusionError(f"The demo model answers {answer.text!r}, expected {ANSWER!r}.")
+        differences, beside = compared(workspace, opened, built[1], backend)
+    figures = {"answer": answer.text, "decode_step": step, "differences": differences, "timings_ms": answer.timings_ms}
     return Outcome(f"{answer.text!r}, {beside}, decode step {1e3 * step:.2f} ms", figures)
 
 
 def _ask(workspace: Workspace, fusion: Fusion) -> Answer:
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, logprobs=MAX_LOGPROBS)
-    return fusion.answer(picture_of(workspace), QUESTION, sampling=sampling)
+    return fusion.answer(picture_of(workspace), QUESTION, sampling=Sampling(max_new_tokens=NEW_TOKENS))
 
 
-def compared(workspace: Workspace, answer: Answer) -> tuple[float | None, str]:
-    """Return the largest difference of a log-probability to the CPU's, and words for it.
+def compared(
+    workspace: Workspace, bundle: Bundle, engines: Engines, backend: TensorRTBackend
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the differences from the CPU by stage, and words for the largest.
 
-    None if this machine's CPU does not run the bundle; the words have the reason. Raises :class:`FusionError` for other
-    tokens, a difference that float16 kernels do not explain, or if the step of the CPU's answer has failed.
+    There are none if this machine's CPU does not run the bundle; the words have the reason. Raises :class:`FusionError`
+    for differences that rounding does not explain, or if the step on the CPU has failed.
     """
-    path, reason = workspace.scratch / CPU_ANSWER, workspace.scratch / NO_CPU_ANSWER
+    path, reason = workspace.scratch / CPU_OUTPUTS, workspace.scratch / NO_CPU_OUTPUTS
     if reason.is_file():
-        return None, f"not compared with the CPU ({reason.read_text(encoding='utf-8').rstrip('.')})"
+        return [], f"not compared with the CPU ({reason.read_text(encoding='utf-8').rstrip('.')})"
     if not path.is_file():
-        raise FusionError(
-            f"The engines answer {answer.text!r}, and there is no answer of the CPU: step demo-cpu failed."
-        )
-    expected = json.loads(path.read_text(encoding="utf-8"))
-    if list(answer.token_ids) != expected["token_ids"]:
-        raise FusionError(f"The engines answer {answer.text!r}, and the CPU {expected['text']!r}.")
-    pairs = [
-        (value, theirs[str(token)])
-        for ours, theirs in zip(answer.top_logprobs, expected["top_logprobs"], strict=True)
-        for token, value in ours.items()
-        if str(token) in theirs
-    ]
-    values = np.array(pairs)
-    difference, limit = float(np.abs(values[:, 0] - values[:, 1]).max()), MAX_DIFFERENCE * float(values[:, 1].std())
-    if not difference <= limit:
-        raise FusionError(
-            f"Log-probabilities differ from the CPU's by up to {difference:.3g}; expected at most {limit:.3g}."
-        )
-    return difference, f"largest difference to the CPU {difference:.4f}"
+        raise FusionError("There are no outputs of the CPU to compare with: step demo-cpu failed.")
+    stages = compare_stages(bundle, engines, backend, StageOutputs.load(path))
+    largest = max(stages, key=lambda stage: stage.relative_error / stage.limit)
+    words = f"differs from the CPU by {largest.relative_error:.1e} of at most {largest.limit:.1e} in {largest.stage}"
+    return [dataclasses.asdict(stage) for stage in stages], words
 
 
 def cancel(workspace: Workspace) -> Outcome:

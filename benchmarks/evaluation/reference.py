@@ -10,9 +10,10 @@ import numpy as np
 from fusion_edge.benchmarks.evaluation.asking import Questioner, Response, model_info
 from fusion_edge.benchmarks.evaluation.progress import shown
 from fusion_edge.benchmarks.evaluation.result import CaseComparison, Settings
-from fusion_edge.benchmarks.evaluation.teacher_forcing import LogProbabilityFile, ReferenceAnswer, divergences
+from fusion_edge.benchmarks.evaluation.teacher_forcing import LogProbabilityFile, ReferenceAnswer
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.logprobs import divergences
 from fusion_edge.runtime.samples import Sample
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime import Fusion
+from fusion_edge.runtime.logprobs import log_softmax
 from fusion_edge.runtime.requests import PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
 from fusion_edge.runtime.sampling import Sampler, Sampling
@@ -110,19 +111,3 @@ def force(fusion: Fusion, question: PreparedQuestion, tokens: Sequence[int], cou
 
     fusion.queue.run(run, control)
     return np.stack(recorder.rows)
-
-
-def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
-    """Return log-probabilities ``[V]``."""
-    shifted = logits.astype(np.float64) - logits.max()
-    result: Floats = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
-    return result
-
-
-def divergences(reference: Floats, other: Floats) -> npt.NDArray[np.float64]:
-    """Return KL(reference || other) ``[n]`` in nats, for log-probabilities ``[n,V]``."""
-    p = np.exp(reference.astype(np.float64))
-    with np.errstate(invalid="ignore"):  # 0 * (-inf - -inf) counts as 0
-        terms = np.where(p > 0, p * (reference.astype(np.float64) - other), 0.0)
-    sums: npt.NDArray[np.float64] = np.maximum(terms.sum(-1), 0.0)  # rounding may give a tiny negative value
-    return sums

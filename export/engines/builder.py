@@ -52,6 +52,8 @@ class BuildOptions:
     """Folder of compiled kernels for the plugins. None: Triton compiles them."""
     checks_memory: bool = True
     """Whether a small Jetson must have a free block for the weights of every engine."""
+    compares: bool = True
+    """Whether the engines are compared with the CPU, if this machine can."""
     verbose: bool = False
     """Whether TensorRT prints all its messages."""
 
@@ -142,24 +144,28 @@ class EngineBuilder:
             file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
             if self._uses_plugins:
                 tensorrt_plugins.use_plugins(part)
-            self._write(part, pieces, profiles, label, file)
+            float16_reason = self._write(part, pieces, profiles, label, file)
             entry = FileEntry(file.name, file.stat().st_size, digest(file))
-            yield Engine(entry, _tensors(part.graph.input), _tensors(part.graph.output), tuple(profiles))
+            inputs, outputs = _tensors(part.graph.input), _tensors(part.graph.output)
+            yield Engine(entry, inputs, outputs, tuple(profiles), float16_reason)
 
     def _write(
         self, model: ModelProto, pieces: Pieces, profiles: list[DimensionRanges], label: str, file: Path
-    ) -> None:
-        """Build and write one engine. Raises :class:`FusionError`."""
-        trt = self._library.module
+    ) -> str | None:
+        """Build and write one engine. Return the error for which it has float16 in place of INT8, if there was one.
+
+        Raises :class:`FusionError`.
+        """
+        trt, float16_reason = self._library.module, None
         self._messages.errors.clear()
         with Progress(f"Building {label}", 0, unit=None) as progress:
             canceled = Event()
             monitor = _monitor(trt, progress, canceled)
             plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
             if plan is None and (float16 := self._in_float16(model)) is not None:
+                float16_reason = self._messages.first_error()
                 sys.stderr.write(
-                    f"note: {label} failed ({self._messages.first_error()}); building it in float16 of the same "
-                    "weights\n"
+                    f"note: {label} failed ({float16_reason}); building it in float16 of the same weights\n"
                 )
                 self._messages.errors.clear()
                 model = float16
@@ -174,6 +180,7 @@ class EngineBuilder:
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))
+        return float16_reason
 
     def _in_float16(self, model: ModelProto) -> ModelProto | None:
         """Return a failed vision encoder without INT8; None for another graph, and after memory ran out.

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
-from fusion_edge.export.engines.engine_folder import up_to_date_engines, write_engines
+from fusion_edge.export.engines.engine_check import check_text
+from fusion_edge.export.engines.engine_folder import compare_existing, up_to_date_engines, write_engines
 from fusion_edge.export.engines.jetsons import LIMITS, check_device, jetson_limits
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT, check_capability
 from fusion_edge.runtime.backends.cuda import open_cuda
@@ -25,7 +26,7 @@ from fusion_edge.runtime.bundle.reader import open_bundle, verify
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import byte_count, positive_integer
-from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError
+from fusion_edge.runtime.errors import DeviceError, FusionError, UsageError, printable
 from fusion_edge.runtime.formatting import format_bytes, format_table
 from fusion_edge.runtime.system.interruptible import leave_abandoned
 from fusion_edge.runtime.system.jetson import this_jetson
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "(default: this machine)",
     )
     add("--skip-memory-check", action="store_true", help="build on a Jetson even if its contiguous memory is too small")
+    add("--skip-comparison", action="store_true", help="do not compare the engines with the CPU")
     add(
         "--kernels",
         type=Path,
@@ -135,7 +137,7 @@ def _build(arguments: argparse.Namespace) -> int:
             verify(bundle, progress.advance)
         result, state = write_engines(bundle, library, platform, max_context, options, unsupported_reason), "built"
     else:
-        result, state = current, "up to date"
+        result, state = compare_existing(bundle, library, current, options.compares), "up to date"
     folder = engines_folder(bundle, platform)
     if arguments.json:
         sys.stdout.write(json.dumps({"folder": str(folder), "state": state} | dataclasses.asdict(result)) + "\n")
@@ -156,6 +158,7 @@ def _options(arguments: argparse.Namespace, platform: EnginePlatform) -> BuildOp
         max_block=limits.max_block if arguments.max_block is None else arguments.max_block,
         kernels=arguments.kernels,
         checks_memory=not arguments.skip_memory_check,
+        compares=not arguments.skip_comparison,
         verbose=arguments.verbose,
     )
 
@@ -198,6 +201,9 @@ def _report(folder: Path, built: Engines, state: str, seconds: float) -> str:
         for engine in partitions
     ]
     text = format_table([*rows, ("total", format_bytes(built.size))])
+    for name, reason in built.float16_parts.items():
+        text += printable(f"{name} has float16 in place of INT8, which failed: {reason}") + "\n"
+    text += check_text(built.check)
     if state == "built":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         state = f"built in {seconds:.0f} s, peak memory {format_bytes(peak)}"

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 from fusion_edge.export.bundle.atomic_folder import atomic_folder
 from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder
+from fusion_edge.export.engines.engine_check import compare_with_cpu, skipped_reason
 from fusion_edge.export.engines.jetsons import check_contiguous_memory, is_small
 from fusion_edge.export.engines.optimization_profiles import engine_limits
 from fusion_edge.runtime.backends.tensorrt.library import Library
-from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, SCHEMA_VERSION, EnginePlatform, Engines
+from fusion_edge.runtime.bundle.engine_manifest import (
+    ENGINES_MANIFEST,
+    SCHEMA_VERSION,
+    EngineCheck,
+    EnginePlatform,
+    Engines,
+)
 from fusion_edge.runtime.bundle.engines import bundle_digest, engines_folder, open_engines
 from fusion_edge.runtime.bundle.manifest import producer
 from fusion_edge.runtime.bundle.reader import Bundle
@@ -53,7 +62,7 @@ def write_engines(
     """Build all engines and write their folder atomically. Return their manifest.
 
     Raises :class:`FusionError` if the disk or a Jetson's contiguous memory is too small, if TensorRT cannot build an
-    engine, or if another process is building.
+    engine, if another process is building, or if the engines differ from the CPU: then none is kept.
     """
     folder = engines_folder(bundle, platform)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +86,8 @@ def write_engines(
         if timing_cache.is_file():
             builder.timing_cache = timing_cache.read_bytes()
         engines = builder.build(partial)
+        if builder.timing_cache:
+            write_whole(timing_cache, builder.timing_cache)
         manifest = Engines(
             schema_version=SCHEMA_VERSION,
             producer=producer(),
@@ -89,11 +100,32 @@ def write_engines(
             timed_on=None if here is None or library.is_rtx else here.model,
             operator=_operator(unsupported_reason),
             engines=engines,
+            check=EngineCheck(skipped_reason(platform, options.compares), ()),
         )
+        del builder  # and its memory
+        manifest = _compared(bundle, library, partial, manifest)
         write_whole(partial / ENGINES_MANIFEST, manifest.to_text())
-    if builder.timing_cache:
-        write_whole(timing_cache, builder.timing_cache)
     return manifest
+
+
+def compare_existing(bundle: Bundle, library: Library, built: Engines, is_wanted: bool) -> Engines:
+    """Compare engines with the CPU that could not be compared when they were built, and return their manifest.
+
+    It is written again if that is possible now. Raises :class:`FusionError` if they differ.
+    """
+    if built.check.skipped is None or skipped_reason(built.machine, is_wanted) is not None:
+        return built
+    folder = engines_folder(bundle, built.machine)
+    result = _compared(bundle, library, folder, replace(built, check=EngineCheck(None, ())))
+    write_whole(folder / ENGINES_MANIFEST, result.to_text())
+    return result
+
+
+def _compared(bundle: Bundle, library: Library, folder: Path, engines: Engines) -> Engines:
+    """Return the manifest of the engines in ``folder`` with their comparison, unless it says why there is none."""
+    if engines.check.skipped is not None:
+        return engines
+    return replace(engines, check=compare_with_cpu(bundle, library, folder, engines))
 
 
 def _check_memory(builder: EngineBuilder, here: Jetson | None, is_checked: bool) -> None:

@@ -19,6 +19,8 @@ DimensionRanges = Mapping[str, tuple[int, ...]]
 MAXIMUM_QUESTION_TOKENS = 512
 """Text tokens of the vision encoder. Its memory grows with them, and a robot's questions are short."""
 TYPICAL_QUESTION = 24
+SHORT_PROMPT = 32, 256
+"""Fewest and most tokens of a profile of its own for prompts behind a scene: latents and question."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ def engine_limits(manifest: Manifest, max_context: int) -> EngineLimits:
 
 
 def optimization_profiles(manifest: Manifest, limits: EngineLimits) -> dict[str, list[DimensionRanges]]:
-    """Return the profiles of each graph by name. Those of the LLM share weights: prefill, then decode by window."""
+    """Return the profiles of each graph by name.
+
+    Those of the LLM share weights: short prompts if whole ones are longer, all prompts, then decode by window.
+    """
     return {
         VISION_ENCODER: [
             # One profile: TensorRT-RTX would store the weights once per profile.
@@ -67,13 +72,17 @@ def _alignment(manifest: Manifest) -> DimensionRanges:
 
 def _llm(manifest: Manifest, limits: EngineLimits) -> Iterator[DimensionRanges]:
     _, latents, most_latents = _range(manifest.query_lengths)
-    prompt = manifest.image_side**2 + latents + 2 * TYPICAL_QUESTION
-    yield {
-        "positions": (1, min(prompt, limits.max_context), limits.max_context),
+    short = latents + 2 * TYPICAL_QUESTION
+    whole = min(manifest.image_side**2 + short, limits.max_context)
+    shared = {
         "questions": (0, 1, limits.max_questions),  # a prefix has no question, and so no latents
         "latents": (0, latents, most_latents),
-        "slots": (1, min(prompt, limits.max_context), limits.max_context),
+        "slots": (1, whole, limits.max_context),
     }
+    fewest, most = SHORT_PROMPT
+    if fewest <= short <= most < whole:
+        yield {"positions": (fewest, short, most), **shared}
+    yield {"positions": (1, whole, limits.max_context), **shared}
     for size in decode_windows(limits.max_context):
         yield {"positions": (1, 1, 1), "questions": (0, 0, 0), "latents": (0, 0, 0), "slots": (size, size, size)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -22,6 +23,14 @@ def check_engines(engines: Engines) -> None:
             raise ValueError(f"engines.{graph} is empty"[:80])
         for number, engine in enumerate(parts):
             _check_engine(engine, f"engines.{graph}[{number}]"[:80])
+    if (engines.check.skipped is None) != bool(engines.check.stages):
+        raise ValueError("check has neither stages nor a reason, or both")
+    for number, stage in enumerate(engines.check.stages):
+        figures = [stage.relative_error, stage.limit]
+        if stage.logits is not None:
+            figures += [stage.logits.kl_divergence, stage.logits.kl_limit]
+        if not all(map(math.isfinite, figures)):
+            raise ValueError(f"check.stages[{number}] has figures that are not finite")
 
 
 def _check_engine(engine: Engine, name: str) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
+from fusion_edge.runtime.bundle.engine_manifest import EngineCheck
 from fusion_edge.runtime.bundle.engines import all_engines
 from fusion_edge.runtime.bundle.image_memory import image_memory
 from fusion_edge.runtime.bundle.manifest import Manifest
@@ -98,15 +99,26 @@ def _weight_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
-    """List the engines of the bundle."""
-    return [
-        (
-            "Engines",
-            f"{engines.machine}, {engines.max_context} tokens, {format_bytes(engines.size)}"
-            f"{'' if is_current else '; stale, from an earlier bundle: build them again'}",
-        )
-        for engines, is_current in all_engines(bundle)
-    ]
+    """List the engines of the bundle, each with its comparison with the CPU."""
+    rows = []
+    for engines, is_current in all_engines(bundle):
+        stale = "" if is_current else "; stale, from an earlier bundle: build them again"
+        size = f"{engines.max_context} tokens, {format_bytes(engines.size)}"
+        rows.append(("Engines", f"{engines.machine}, {size}{stale}"))
+        reasons = engines.float16_parts.items()
+        rows += [("In float16", f"{file}, because INT8 failed: {reason}") for file, reason in reasons]
+        rows.append(("Compared", _compared(engines.check)))
+    return rows
+
+
+def _compared(check: EngineCheck) -> str:
+    """List the relative errors of the stages, and the KL divergences of those with logits, or say why there is none."""
+    if check.skipped is not None:
+        return f"no: {check.skipped}"
+    return ", ".join(
+        f"{one.stage} {one.relative_error:.1e}" + (f" (KL {one.logits.kl_divergence:.1e})" if one.logits else "")
+        for one in check.stages
+    )
 
 
 def _quantization_rows(bundle: Bundle) -> list[tuple[str, str]]:

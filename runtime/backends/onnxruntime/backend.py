@@ -43,6 +43,10 @@ class OnnxRuntimeBackend:
         outputs = self._alignment.run(inputs, shapes)
         return ImageAlignment(np.asarray(outputs["latents"])[0], outputs["keys"], outputs["values"])
 
+    def read_alignment(self, image: ImageAlignment) -> tuple[Floats, ...]:
+        """Return an image's keys and values ``[layers,q,9,D]`` on the host."""
+        return np.asarray(image.keys), np.asarray(image.values)
+
     def prefill(
         self,
         embeddings: Floats,

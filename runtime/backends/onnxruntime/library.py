@@ -17,6 +17,8 @@ from fusion_edge.runtime.system.resources import is_out_of_memory, not_enough_me
 
 OLDEST = (1, 23, 2)
 """Oldest supported version, as in pyproject.toml; 1.23.0 lacks functions used here."""
+OPSET_24_SINCE = (1, 24)
+"""First version with the opset of bundles for TensorRT."""
 FATAL = 4
 """Log severity. ONNX Runtime also raises its errors as exceptions, which become messages of ours."""
 OWN_OUTPUT = re.compile(rb"onnxruntime|\bort\b|device_discovery|cpuid_info", re.IGNORECASE)
@@ -51,6 +53,17 @@ def find_onnxruntime(extra: str = "cpu") -> ModuleType:
     _skip_destructors_in_forks()
     module: ModuleType = onnxruntime
     return module
+
+
+def opset_24_unsupported_reason() -> str | None:
+    """Return why ONNX Runtime cannot run bundles for TensorRT on the CPU, as a sentence; None if it can."""
+    try:
+        version = find_onnxruntime().__version__
+    except DeviceError as error:
+        return str(error)
+    if release_numbers(version) < OPSET_24_SINCE:
+        return f"ONNX Runtime {version} has no opset 24; 1.24 and later have, for Python 3.11 and later."
+    return None
 
 
 @functools.cache

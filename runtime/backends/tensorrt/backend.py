@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import traceback
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,14 +29,14 @@ from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor, KvPrefixes
 from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
-from fusion_edge.runtime.bundle.engines import open_engines
+from fusion_edge.runtime.bundle.engines import engines_folder, open_engines
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.jetson import this_jetson
 
-PREFILL, FIRST_DECODE = 0, 1
-"""Profiles of the LLM: prefill, then decode by window of the KV cache. Other graphs have the first one only."""
+ONLY_PROFILE = 0
+"""Profile of the vision encoder and of the alignment decoder."""
 IMAGE_TENSORS: tuple[str, ...] = ("keys", "values")
 """Outputs of the alignment decoder that stay on the device for the LLM."""
 HOST_TENSORS = {
@@ -54,13 +56,14 @@ DECODE_INPUTS = ("embeddings", "positions", "write_index")
 class TensorRTBackend:
     """Implements :class:`fusion_edge.runtime.backends.base.Backend`."""
 
-    def __init__(self, bundle: Bundle, library: Library, cuda: Cuda) -> None:
-        """Load the engines for this machine.
+    def __init__(self, bundle: Bundle, library: Library, cuda: Cuda, built: tuple[Path, Engines] | None = None) -> None:
+        """Load the engines for this machine, or those just ``built``: their folder and manifest.
 
         Raises :class:`FusionError` if the bundle has none for it, or the device has too little memory.
         """
         self.name = library.name.replace("_", "-")
-        folder, engines = open_engines(bundle, EnginePlatform(library.name, library.version, cuda.compute_capability()))
+        platform = EnginePlatform(library.name, library.version, cuda.compute_capability())
+        folder, engines = open_engines(bundle, platform) if built is None else built
         check_device_memory(bundle.manifest, engines, cuda)
         _note_other_device(engines)
         self._config, self.max_context = bundle.manifest.model, engines.max_context
@@ -73,7 +76,7 @@ class TensorRTBackend:
         self._free_pairs: list[tuple[DeviceTensor, ...]] = []
         self._prefix_length = self._length = self._capacity = 0
         self._decode_graphs: list[Any] = []
-        self._kernels = KernelCache(library.module, folder.name) if library.is_rtx else None
+        self._kernels = KernelCache(library.module, engines_folder(bundle, platform).name) if library.is_rtx else None
         self._is_loaded = self._is_interrupted = False
         try:
             for name, parts in engines.engines.items():
@@ -82,7 +85,8 @@ class TensorRTBackend:
             caches = [tensor for name, tensor in self._tensors.items() if name.startswith("past.")]
             self._prefixes = KvPrefixes(self._memory, caches)
             self._prepare()
-            self._windows = [profile["slots"][2] for profile in self._graphs[LLM].engines[0].profiles[FIRST_DECODE:]]
+            self._prompts = engines.prompt_lengths
+            self._windows = engines.decode_windows
             self._tensors["slots"].upload(np.arange(self.max_context), self._stream)
             self._capture_decode_steps()
             self._check_decode(engines)
@@ -123,7 +127,7 @@ class TensorRTBackend:
 
     def encode(self, pixels: Floats, text_embeds: Floats, text_mask: npt.NDArray[np.bool_]) -> Floats:
         inputs = {"pixel_values": pixels, "text_embeds": text_embeds, "text_mask": text_mask}
-        self._run(VISION_ENCODER, PREFILL, inputs, {"crops": len(pixels), "text": text_embeds.shape[1]})
+        self._run(VISION_ENCODER, inputs, {"crops": len(pixels), "text": text_embeds.shape[1]})
         shape = (len(pixels), self._config.vision.patches, self._config.language.hidden_size)
         return self._result("features", shape).astype(np.float32)
 
@@ -135,8 +139,8 @@ class TensorRTBackend:
         cells = (*latent_cells.shape, *context_cells.shape)
         dimensions = dict(zip(("side", "latent_rows", "context_side", "context_rows"), cells, strict=True))
         try:
-            self._graphs[ALIGNMENT_DECODER].bind(PREFILL, pointers)
-            self._run(ALIGNMENT_DECODER, PREFILL, inputs, dimensions | {"latents": count})
+            self._graphs[ALIGNMENT_DECODER].bind(ONLY_PROFILE, pointers)
+            self._run(ALIGNMENT_DECODER, inputs, dimensions | {"latents": count})
             latents = self._result("latents", (1, count, self._config.language.hidden_size))[0].astype(np.float32)
         except BaseException:  # such as an interrupt
             self._free_pairs.append(pair)
@@ -144,6 +148,12 @@ class TensorRTBackend:
         aligned = ImageAlignment(latents, *pair)
         weakref.finalize(aligned, self._free_pairs.append, pair)
         return aligned
+
+    def read_alignment(self, image: ImageAlignment) -> tuple[Floats, ...]:
+        """Return an image's keys and values ``[layers,q,9,D]`` on the host."""
+        alignment, width = self._config.alignment, self._config.language.hidden_size
+        shape = alignment.layers, len(image.latents), alignment.window_size**2, width
+        return tuple(tensor.read(shape, self._stream).astype(np.float32) for tensor in (image.keys, image.values))
 
     def _image_memory(self) -> tuple[DeviceTensor, ...]:
         """Return memory for the keys and values of an image, freed by an earlier image or new."""
@@ -203,10 +213,16 @@ class TensorRTBackend:
         questions, latents = latent_positions.shape
         slots = min(-(-(start + len(embeddings)) // SLOT_STEP) * SLOT_STEP, self.max_context)
         dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents, "slots": slots}
-        self._graphs[LLM].set_dimensions(PREFILL, dimensions)
-        self._graphs[LLM].bind(PREFILL, image)
+        profile = self._prompt_profile(len(embeddings))
+        self._graphs[LLM].set_dimensions(profile, dimensions)
+        self._graphs[LLM].bind(profile, image)
         self._prefixes.restore(prefix, self._stream)
-        self._enqueue(LLM, PREFILL, inputs)
+        self._enqueue(LLM, profile, inputs)
+
+    def _prompt_profile(self, length: int) -> int:
+        """Return the profile for a prompt of ``length`` tokens: the first that has it, or the last, which says so."""
+        fits = (number for number, (least, most) in enumerate(self._prompts) if least <= length <= most)
+        return next(fits, len(self._prompts) - 1)
 
     def decode(self, embedding: Floats) -> Floats:
         check_capacity(self._length + 1, self._capacity)
@@ -244,7 +260,7 @@ class TensorRTBackend:
         """Enqueue a decode step with a window of the cache, from pinned memory to pinned memory."""
         for name, shape in self._decode_step_shapes.items():
             self._tensors[name].send(shape, self._stream)
-        self._graphs[LLM].run(FIRST_DECODE + number, self._stream)
+        self._graphs[LLM].run(len(self._prompts) + number, self._stream)
         self._tensors["logits"].download((1, self._config.language.vocab_size), self._stream)
 
     def _capture_decode_steps(self) -> None:
@@ -255,7 +271,7 @@ class TensorRTBackend:
         refusals = []
         for number, window in enumerate(self._windows):
             dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": window}
-            self._graphs[LLM].set_dimensions(FIRST_DECODE + number, dimensions)
+            self._graphs[LLM].set_dimensions(len(self._prompts) + number, dimensions)
             self._write_decode_step(0, 0)
             self._decode_step(number)  # a first run does work that cannot be captured
             self._cuda.wait(self._stream)
@@ -282,19 +298,21 @@ class TensorRTBackend:
     def _check_decode(self, engines: Engines) -> None:
         """Raise :class:`FusionError` unless decode steps give the logits of a prompt that includes their tokens.
 
-        Each window runs some steps for another prompt: the last reads what the others wrote, where the cache holds
-        tokens of the prompt before. The test fails if TensorRT does not update caches in place. It guarantees that for
-        TensorScatter only, which exists since 10.15; with older operators the result of sharing input and output
-        memory is undefined.
+        Each window runs some steps for prompts of its own, one a profile for prompts: the last step reads what the
+        others wrote, where the cache holds tokens of the prompt before. The test fails if TensorRT does not update
+        caches in place. It guarantees that for TensorScatter only, which exists since 10.15; with older operators the
+        result of sharing input and output memory is undefined.
         """
-        usual = engines.engines[LLM][0].profiles[PREFILL]["latents"][1]
-        latents = min(usual, self._windows[0] - CHECKED_STEPS - 2)  # all steps fit the smallest window
-        length = latents + 2
-        shape = len(self._windows), length + CHECKED_STEPS, self._config.language.hidden_size
-        prompts: Floats = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
-        pair = self._image_memory()
+        usual = engines.engines[LLM][0].profiles[0]["latents"][1]
+        room = self._windows[0] - CHECKED_STEPS  # all steps fit the smallest window
+        latents = min(usual, room - 2)
+        shortest = (self._prompts[0][0], *(most + 1 for _, most in self._prompts[:-1]))
+        lengths = [min(max(latents + 2, length), room) for length in shortest]
+        generator, pair = np.random.default_rng(0), self._image_memory()
         places, last = np.arange(latents)[None], np.array([latents + 1])
-        for number, (window, prompt) in enumerate(zip(self._windows, prompts, strict=True)):
+        for (number, window), length in itertools.product(enumerate(self._windows), lengths):
+            shape = length + CHECKED_STEPS, self._config.language.hidden_size
+            prompt: Floats = generator.normal(0, 1, shape).astype(np.float32)
             image = ImageAlignment(prompt[:latents], *pair)
             self.prefill(prompt[:length], image, places, last, len(prompt))
             decoded = [self._decode(row, number).copy() for row in prompt[length:]][-1]
@@ -314,12 +332,10 @@ class TensorRTBackend:
 
     # Runs, results and close ---------------------------------------------------------------------------------------
 
-    def _run(
-        self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]], dimensions: Mapping[str, int]
-    ) -> None:
+    def _run(self, graph: str, inputs: Mapping[str, npt.NDArray[Any]], dimensions: Mapping[str, int]) -> None:
         self._check_interrupted()
-        self._graphs[graph].set_dimensions(profile, dimensions)
-        self._enqueue(graph, profile, inputs)
+        self._graphs[graph].set_dimensions(ONLY_PROFILE, dimensions)
+        self._enqueue(graph, ONLY_PROFILE, inputs)
 
     def _enqueue(self, graph: str, profile: int, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
         for name, array in inputs.items():

@@ -91,6 +91,17 @@ class DeviceTensor:
         self._cuda.to_host(self._pinned.ctypes.data, self.pointer, size, stream)
         return self.host(shape)
 
+    def read(self, shape: Sequence[int], stream: int) -> npt.NDArray[Any]:
+        """Return a copy on the host, once the stream has done its work. The tensor needs no pinned memory."""
+        size = math.prod(shape) * self.dtype.itemsize
+        pointer = self._cuda.allocate_pinned(size)
+        try:
+            self._cuda.to_host(pointer, self.pointer, size, stream)
+            self._cuda.wait(stream)
+            return np.frombuffer(ctypes.string_at(pointer, size), self.dtype).reshape(shape)
+        finally:
+            self._cuda.free_pinned(pointer)
+
 
 class KvPrefixes:
     """Copies of starts of the KV cache in device memory. Engines read the cache at one address."""

@@ -14,16 +14,11 @@ from hypothesis.extra.numpy import arrays
 from support.paths import DEMO_CHECKPOINT
 
 from fusion_edge.benchmarks.evaluation.reference import check_comparable, vocabulary
-from fusion_edge.benchmarks.evaluation.teacher_forcing import (
-    LogProbabilityFile,
-    divergences,
-    force,
-    generate,
-    log_softmax,
-)
+from fusion_edge.benchmarks.evaluation.teacher_forcing import LogProbabilityFile, force, generate
 from fusion_edge.export.reference.eager_backend import open_checkpoint
 from fusion_edge.runtime import Fusion, Sampling, load
 from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.logprobs import divergences, log_softmax
 from fusion_edge.runtime.requests import PreparedQuestion
 
 PICTURE = DEMO_CHECKPOINT.parent / "picture.png"

@@ -16,7 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from fusion_edge.export import cli
 from fusion_edge.export.engines import float16
 from fusion_edge.export.engines.float16 import without_int8
+from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform
+from fusion_edge.runtime.bundle.engines import open_engines, read_engines
 from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.cli import info as cli_info
 
 ROWS, INPUTS = 6, 8
 MESSAGE = "Could not infer output types for operation: dequantize"
@@ -117,6 +120,16 @@ def test_a_failed_build_is_repeated_in_float16(
     assert f"note: vision_encoder failed ({MESSAGE}); building it in float16 of the same weights\n" in said
     assert said.count("failed") == 1
     assert len(trt.built) == 3
+    folder, engines = open_engines(bundle, EnginePlatform(*FULL, "8.6"))
+    assert engines.float16_parts == {"vision_encoder.engine": MESSAGE}
+    assert build(bundle, trt, "--parts=1") == 0
+    kept = f"vision_encoder.engine has float16 in place of INT8, which failed: {MESSAGE}\n"
+    assert kept in capsys.readouterr().out  # up to date, and the command still says so
+    assert len(trt.built) == 3
+    assert read_engines(folder) == engines
+    assert cli_info.main([str(bundle.folder)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("In float16"))
+    assert line.endswith(f"  vision_encoder.engine, because INT8 failed: {MESSAGE}")
 
 
 @pytest.mark.parametrize(

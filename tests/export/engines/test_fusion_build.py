@@ -29,7 +29,6 @@ from fusion_edge.export.engines.optimization_profiles import (
     engine_limits,
     optimization_profiles,
 )
-from fusion_edge.export.planning.traffic import decode_windows
 from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, read_engines
@@ -111,8 +110,8 @@ def check_engines(trt: ModuleType, bundle: Bundle, engines: Mapping[str, tuple[E
     for name, (engine,) in engines.items():
         assert_describes(engine, network(trt, bundle, name))
         assert_holds_names(folder / engine.file.path, engine)
-        windows = decode_windows(bundle.manifest.max_context)
-        assert len(engine.profiles) == (1 + len(windows) if name == LLM else 1)
+        limits = engine_limits(bundle.manifest, bundle.manifest.max_context)
+        assert list(engine.profiles) == optimization_profiles(bundle.manifest, limits)[name]
 
 
 def network(trt: ModuleType, bundle: Bundle, name: str) -> Mapping[str, list[dict[str, Any]]]:

@@ -24,6 +24,9 @@ from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 from fusion_edge.runtime.errors import DeviceError
 
 Manifest = dict[str, Any]
+STAGE = {"stage": "prefill", "relative_error": 1e-3, "limit": 1e-2} | {
+    "logits": {"kl_divergence": float("inf"), "kl_limit": 1e-4, "same_tokens": 1, "tokens": 1}
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,18 @@ def first_file(manifest: Manifest) -> Manifest:
         (rewrite(lambda manifest: first_input(manifest).pop("name")), "has the tensor {"),
         (rewrite(lambda manifest: first_file(manifest).update(size=-1)), "file.size is -1)"),
         (rewrite(lambda manifest: manifest["engines"].pop("llm")), "engines.json does not fit the bundle in llm;"),
+        (
+            rewrite(lambda manifest: manifest["check"].update(skipped=None)),
+            "(check has neither stages nor a reason, or",
+        ),
+        (
+            rewrite(lambda manifest: manifest["check"].update(stages=[STAGE])),
+            "(check has neither stages nor a reason, or",
+        ),
+        (
+            rewrite(lambda manifest: manifest.update(check={"skipped": None, "stages": [STAGE]})),
+            "(check.stages[0] has figures that are not finite)",
+        ),
         (rewrite(lambda manifest: manifest["machine"].update(version="1.6")), "are for tensorrt_rtx 1.6 and compute"),
         (rewrite(lambda manifest: manifest["machine"].update(compute_capability="8.9")), "capability 8.9, not "),
         (rewrite(lambda manifest: manifest.update(bundle="0" * 64)), "belong to another bundle; build them:"),

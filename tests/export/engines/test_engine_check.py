@@ -1,0 +1,437 @@
+"""``fusion-build`` compares its engines with the CPU, on a fake TensorRT that computes with ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes.fake_cuda import FakeCuda
+from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
+from fakes.fake_tensorrt_runtime import IExecutionContext
+from fakes.on_fake_tensorrt import installed
+from hypothesis import given
+from hypothesis import strategies as st
+from support.opset24 import needs_opset_24
+
+from fusion_edge.export.engines import cli as cli_build
+from fusion_edge.export.engines import engine_check
+from fusion_edge.export.engines.stage_outputs import StageRunner
+from fusion_edge.runtime.backends.onnxruntime import backend as onnxruntime_backend
+from fusion_edge.runtime.backends.onnxruntime import library as onnxruntime_library
+from fusion_edge.runtime.backends.tensorrt.library import Library
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, EngineCheck, Engines
+from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER, read_engines
+from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
+from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.cli import info as cli_info
+from fusion_edge.runtime.errors import DeviceError, FusionError
+
+pytestmark = needs_opset_24
+STAGES = ["encode global crops", "encode local crop", "alignment", "prefill", "decode step", "prefill in a scene"]
+Change = Callable[[np.ndarray[Any, Any]], object]
+
+
+@pytest.fixture
+def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "tiny"))
+
+
+def fake(library: tuple[str, str] = RTX, **machine: Any) -> FakeTensorRT:
+    return FakeTensorRT(*library, FakeCuda(**machine))
+
+
+def build(trt: FakeTensorRT, bundle: Path, *options: str) -> int:
+    """Run ``fusion-build``; afterwards all memory of the device is free."""
+    with installed(trt):
+        code = cli_build.main([str(bundle), f"--library={trt.__name__.replace('_', '-')}", "--parts=2", *options])
+    trt.cuda.check_all_freed()
+    return code
+
+
+def folders(bundle: Path) -> list[Path]:
+    """Return the folders of engines, hidden ones included."""
+    return [path for path in (bundle / ENGINES_FOLDER).iterdir() if path.is_dir()]
+
+
+def engines_of(bundle: Path) -> Engines:
+    (folder,) = folders(bundle)
+    return read_engines(folder)
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, output: str, change: Change, profile: int | None = None) -> None:
+    """Let every run of the engine with an output change that output in place, or only runs of one profile."""
+    compute = IExecutionContext._compute
+
+    def wrong(self: IExecutionContext, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+        compute(self, addresses, shapes)
+        if output in self._engine.outputs and profile in (None, self._profile):
+            value = self._engine.outputs[output]
+            (memory,) = (one for at, one in self._cuda.allocations.items() if at == addresses[output])
+            dtype = np.float16 if value.type.tensor_type.elem_type == 10 else np.float32
+            change(memory.memory.view(dtype))
+
+    monkeypatch.setattr(IExecutionContext, "_compute", wrong)
+
+
+# Engines that are right -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [RTX, FULL, JETPACK_6], ids=lambda library: library[1])
+def test_right_engines(bundle: Path, library: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every stage is compared, printed and kept. Other operators round differently, within the limits."""
+    assert build(fake(library), bundle) == 0
+    printed = capsys.readouterr().out.splitlines()
+    check = engines_of(bundle).check
+    assert check.skipped is None
+    assert [one.stage for one in check.stages] == STAGES
+    for one in check.stages:
+        assert 0 <= one.relative_error < one.limit / 4
+        assert one.limit < 0.05
+        assert any(line.startswith(f"{one.stage} ") and f" {one.relative_error:.1e} " in line for line in printed)
+    assert [one.logits.tokens for one in check.stages if one.logits] == [1, 8, 1]
+    assert all(one.logits.same_tokens == one.logits.tokens for one in check.stages if one.logits)
+    assert all(0 <= one.logits.kl_divergence <= one.logits.kl_limit for one in check.stages if one.logits)
+    assert cli_info.main([str(bundle)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Compared"))
+    assert all(f"{one.stage} {one.relative_error:.1e}" in line for one in check.stages)
+
+
+def test_a_slight_difference_is_measured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that are 1 % larger are 1 % off; the stages behind get those of the CPU."""
+    assert build(fake(), bundle) == 0
+    before = {one.stage: one.relative_error for one in engines_of(bundle).check.stages}
+    monkeypatch.setattr(engine_check, "GROWTH", 8)  # 1 % is within no limit of so few layers
+
+    def larger(features: np.ndarray[Any, Any]) -> None:
+        features *= features.dtype.type(1.01)
+
+    changed(monkeypatch, "features", larger)
+    assert build(fake(), bundle, "--force") == 0
+    after = {one.stage: one.relative_error for one in engines_of(bundle).check.stages}
+    for stage in STAGES[:2]:
+        assert after[stage] == pytest.approx(0.01, abs=2**-11)
+    for stage in STAGES[2:5]:
+        assert after[stage] == before[stage]
+    assert after[STAGES[5]] > before[STAGES[5]]
+
+
+def test_json_and_engines_up_to_date(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(fake(), bundle) == 0
+    written = json.loads((folders(bundle)[0] / ENGINES_MANIFEST).read_text())
+    trt = fake()
+    capsys.readouterr()
+    assert build(trt, bundle, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["check"] == written["check"]
+    assert trt.loaded == 0  # compared once
+    assert build(trt, bundle) == 0
+    assert "prefill in a scene" in capsys.readouterr().out
+
+
+# Engines that are wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tiny_tensorrt_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines that were not compared. Read-only."""
+    folder = Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path_factory.mktemp("built") / "tiny"))
+    assert build(fake(), folder, "--skip-comparison") == 0
+    return folder
+
+
+def compared(built: Path) -> str:
+    """Return the error of the comparison; afterwards all memory of the device is free."""
+    (folder,) = folders(built)
+    trt = fake()
+    with installed(trt), pytest.raises(FusionError) as error:
+        engine_check.compare_with_cpu(open_bundle(built), Library(trt), folder, read_engines(folder))
+    trt.cuda.check_all_freed()
+    return str(error.value)
+
+
+def half(values: np.ndarray[Any, Any]) -> None:
+    values *= values.dtype.type(0.5)
+
+
+def swapped(values: np.ndarray[Any, Any]) -> None:
+    values[:] = np.roll(values, 1)
+
+
+def not_a_number(values: np.ndarray[Any, Any]) -> None:
+    values[3] = math.nan
+
+
+def infinite(values: np.ndarray[Any, Any]) -> None:
+    values[3] = math.inf
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "stage"),
+    [
+        *(("features", change, STAGES[0]) for change in (half, swapped, not_a_number, infinite)),
+        *((name, change, "alignment") for name in ("latents", "keys", "values") for change in (swapped, not_a_number)),
+    ],
+)
+def test_wrong_engines(built: Path, output: str, change: Change, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first wrong stage is named, with the remedy."""
+    changed(monkeypatch, output, change)
+    message = compared(built)
+    assert f" are wrong in {stage}: they differ from the CPU by more than rounding (relative error " in message
+    assert "Run the bundle with --device cpu, or build with another version of TensorRT, and report this. " in message
+    assert ("relative error nan" in message) == (change in (not_a_number, infinite))
+
+
+def change_logits(stage: str, monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    """Change the last logits of a stage behind the backend, which would refuse to load with wrong decode steps."""
+    run, ask = StageRunner.run, StageRunner.ask_scene
+
+    def wrong_run(self: Any, backend: Any, given: Any = None) -> Any:
+        outputs = run(self, backend, given)
+        if given is not None and stage != STAGES[5]:
+            change((outputs.prompt if stage == STAGES[3] else outputs.steps)[-1])
+        return outputs
+
+    def wrong_ask(self: Any, backend: Any) -> Any:
+        logits = ask(self, backend)
+        if stage == STAGES[5]:
+            change(logits[-1])
+        return logits
+
+    monkeypatch.setattr(StageRunner, "run", wrong_run)
+    monkeypatch.setattr(StageRunner, "ask_scene", wrong_ask)
+
+
+@pytest.mark.parametrize("change", [half, not_a_number])
+@pytest.mark.parametrize("stage", STAGES[3:])
+def test_wrong_logits(built: Path, stage: str, change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of the last decode step alone."""
+    change_logits(stage, monkeypatch, change)
+    assert f" are wrong in {stage}: they differ" in compared(built)
+
+
+def test_one_wrong_token_of_many(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A likely token whose logit is off moves the norm by less than its limit; the distributions show it."""
+
+    def raise_likeliest(logits: np.ndarray[Any, Any]) -> None:
+        logits[logits.argmax()] += 0.4
+
+    change_logits(STAGES[3], monkeypatch, raise_likeliest)
+    message = compared(built)
+    assert " are wrong in prefill: they differ from the CPU by more than rounding (KL divergence " in message
+
+
+def test_a_constant_in_logits_means_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(logits: np.ndarray[Any, Any]) -> None:
+        logits += 3
+
+    change_logits(STAGES[3], monkeypatch, add)
+    assert build(fake(), bundle) == 0
+
+
+def test_8_bit_activations_have_a_remedy(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_check, "_formats", lambda *_: {"w8a8"})
+    changed(monkeypatch, "features", half)
+    assert " Run the bundle with --device cpu, or export with --vision fp16, or build with " in compared(built)
+
+
+def test_wrong_engines_are_not_kept(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their timing cache is: the next build is faster."""
+    changed(monkeypatch, "features", half)
+    assert build(fake(FULL), bundle) == 1
+    assert " are wrong in encode global crops: " in capsys.readouterr().err
+    assert [path.suffix for path in (bundle / ENGINES_FOLDER).iterdir()] == [".timing"]
+
+
+def test_engines_of_before_stay(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(fake(), bundle) == 0
+    before = {path: path.read_bytes() for path in folders(bundle)[0].iterdir()}
+    changed(monkeypatch, "features", half)
+    assert build(fake(), bundle, "--force") == 1
+    assert {path: path.read_bytes() for path in folders(bundle)[0].iterdir()} == before
+
+
+def test_float16_in_place_of_8_bit_activations(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the CPU alone rounds to 8 bits: the limit is larger, and for the vision encoder only."""
+    bundle, engines = open_bundle(built), engines_of(built)
+    roundings = [engine_check._squared_roundings(bundle, engines)]
+    monkeypatch.setattr(engine_check, "_formats", lambda _, graph: {"w8a8"} if graph == VISION_ENCODER else {"fp16"})
+    roundings.append(engine_check._squared_roundings(bundle, engines))
+    (vision,) = engines.engines[VISION_ENCODER]
+    replaced = {VISION_ENCODER: (dataclasses.replace(vision, float16_reason="It failed"),)}
+    engines = dataclasses.replace(engines, engines={**engines.engines, **replaced})
+    roundings.append(engine_check._squared_roundings(bundle, engines))
+    assert roundings[0][0] < roundings[1][0] < roundings[2][0]
+    assert roundings[0][1:] == roundings[1][1:] == roundings[2][1:]
+
+
+# Nothing is compared ----------------------------------------------------------------------------------------------
+
+
+def unchecked(bundle: Path, trt: FakeTensorRT, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """Return the reason that is printed and kept."""
+    capsys.readouterr()
+    assert build(trt, bundle, *options) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not compared with the CPU: "))
+    reason = line.removeprefix("not compared with the CPU: ")
+    assert engines_of(bundle).check == EngineCheck(reason, ())
+    assert cli_info.main([str(bundle)]) == 0
+    assert f"  no: {reason}\n" in capsys.readouterr().out
+    return reason
+
+
+def test_not_wanted(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next build compares the engines without building them."""
+    trt = fake()
+    assert unchecked(bundle, trt, capsys, "--skip-comparison") == "It was not wanted."
+    assert trt.loaded == 0
+    assert unchecked(bundle, trt, capsys, "--skip-comparison") == "It was not wanted."
+    built = len(trt.built)
+    assert build(trt, bundle) == 0
+    assert len(trt.built) == built
+    assert [one.stage for one in engines_of(bundle).check.stages] == STAGES
+    assert build(trt, bundle, "--skip-comparison") == 0
+    assert [one.stage for one in engines_of(bundle).check.stages] == STAGES
+
+
+def test_existing_engines_that_are_wrong(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stay, and are still not compared."""
+    assert build(fake(), bundle, "--skip-comparison") == 0
+    before = engines_of(bundle)
+    changed(monkeypatch, "features", half)
+    assert build(fake(), bundle) == 1
+    assert " are wrong in encode global crops: " in capsys.readouterr().err
+    assert engines_of(bundle) == before
+
+
+def test_no_gpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = unchecked(bundle, fake(gpus=0), capsys, "--device=8.6")
+    assert reason == "CUDA finds no GPU; check nvidia-smi."
+
+
+def test_another_gpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = unchecked(bundle, fake(), capsys, "--device=8.9")
+    assert reason == "This machine's GPU has compute capability 8.6, and the engines are for another."
+
+
+@pytest.mark.parametrize("version", [None, "1.23.2"])
+def test_no_onnxruntime(
+    bundle: Path, version: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Jetson may have none, or the last one for its Python 3.10."""
+
+    def found() -> SimpleNamespace:
+        if version is None:
+            raise DeviceError("ONNX Runtime is not installed; run pip.")
+        return SimpleNamespace(__version__=version)
+
+    monkeypatch.setattr(onnxruntime_library, "find_onnxruntime", found)
+    reason = unchecked(bundle, fake(), capsys)
+    assert reason.startswith(
+        "ONNX Runtime is not installed;" if version is None else "ONNX Runtime 1.23.2 has no opset 24"
+    )
+
+
+def test_a_device_without_room(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other programs may use its memory, so the engines are kept."""
+    assert unchecked(bundle, fake(free=1 << 20), capsys).startswith("The engines need about 0.35 GB on the device (")
+
+
+def test_a_machine_without_room(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = 3 * open_bundle(bundle).manifest.size
+    monkeypatch.setattr(engine_check, "available_memory", lambda: needed - 1)
+    reason = unchecked(bundle, fake(), capsys)
+    assert reason.startswith("There is not enough memory to run the bundle on the CPU")
+    monkeypatch.setattr(engine_check, "available_memory", lambda: needed)
+    assert build(fake(), bundle) == 0
+    assert engines_of(bundle).check.skipped is None
+
+
+def test_a_device_that_fails_is_an_error(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its engines may be the reason."""
+    trt = fake()
+    trt.run_error = "an illegal memory access was encountered"
+    assert build(trt, bundle) == 1
+    assert "illegal memory access" in capsys.readouterr().err
+    assert folders(bundle) == []
+
+
+def test_a_cpu_without_memory(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise FusionError("There is not enough memory.")
+
+    monkeypatch.setattr(onnxruntime_backend, "OnnxRuntimeBackend", no_memory)
+    reason = unchecked(bundle, fake(), capsys)
+    assert reason == "The CPU does not run the bundle: There is not enough memory."
+
+
+def test_a_context_without_room_for_the_question(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    least = open_bundle(bundle).manifest.minimum_context
+    reason = unchecked(bundle, fake(), capsys, f"--max-context={least}")
+    assert re.match(
+        rf"The CPU does not run the bundle: The prompt has \d+ tokens .* the context holds {least} ", reason
+    )
+
+
+# Interrupts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_engine", [False, True])
+def test_ctrl_c(
+    bundle: Path, is_engine: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU's side and on the engines'."""
+    run = StageRunner.run
+
+    def interrupted(self: Any, backend: Any, given: Any = None) -> Any:
+        if (given is not None) == is_engine:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(self, backend, given)
+
+    monkeypatch.setattr(StageRunner, "run", interrupted)
+    assert build(fake(), bundle) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert folders(bundle) == []
+
+
+# Figures ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.02, 1))
+def test_the_limit_of_the_divergence(seed: int, relative: float) -> None:
+    """Logits that are all wrong by a quarter of the limit have a divergence of a sixteenth, up to what 1,024 vary."""
+    generator = np.random.default_rng(seed)
+    expected = generator.normal(0, 1, (3, 1024)).astype(np.float32)
+    noise = generator.normal(0, relative / 4, expected.shape).astype(np.float32)
+    found = engine_check._of_logits("prefill", relative, expected + noise, expected)
+    assert found.relative_error == pytest.approx(relative / 4, rel=0.15)
+    assert found.logits is not None
+    assert 1 / 32 < found.logits.kl_divergence / found.logits.kl_limit < 1 / 8
+
+
+def test_relative_error() -> None:
+    ones = np.ones((2, 2), np.float32)
+    assert engine_check.relative_error(ones, ones) == 0
+    assert engine_check.relative_error(1.5 * ones, ones) == 0.5
+    assert engine_check.relative_error(ones, 2 * ones) == 0.5
+    assert math.isnan(engine_check.relative_error(ones, 0 * ones))
+    assert math.isnan(engine_check.relative_error(math.inf * ones, ones))
