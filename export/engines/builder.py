@@ -17,6 +17,7 @@ from fusion_edge.export.engines.decompositions import allow_decomposition, decom
 from fusion_edge.export.engines.float16 import has_int8, without_int8
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
 from fusion_edge.export.engines.linear_pieces import Pieces, cut_linears
+from fusion_edge.export.engines.nvfp4 import use_fp4
 from fusion_edge.export.engines.optimization_profiles import (
     DimensionRanges,
     EngineLimits,
@@ -131,6 +132,7 @@ class EngineBuilder:
             groups = language.heads // language.kv_heads if name == LLM else 1
             decompose_operators(model, self.decomposed, groups)
         allow_decomposition(model)
+        use_fp4(model)
         count, max_block = self._options.parts if name == LLM else 1, self._options.max_block
         pieces = Pieces() if max_block is None else cut_linears(model, max_block)
         return partition_graph(model, count, max_block, pieces.matmuls), pieces

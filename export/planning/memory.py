@@ -20,7 +20,7 @@ from fusion_edge.runtime.formatting import format_bytes
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
-PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
+PACKED_BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
 """Bits of a stored integer, by numpy dtype name."""
 
 
