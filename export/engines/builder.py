@@ -132,7 +132,6 @@ class EngineBuilder:
             groups = language.heads // language.kv_heads if name == LLM else 1
             decompose_operators(model, self.decomposed, groups)
         allow_decomposition(model)
-        use_fp4(model)
         count, max_block = self._options.parts if name == LLM else 1, self._options.max_block
         pieces = Pieces() if max_block is None else cut_linears(model, max_block)
         return partition_graph(model, count, max_block, pieces.matmuls), pieces
@@ -142,6 +141,7 @@ class EngineBuilder:
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
             file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
+            use_fp4(part)
             if self._uses_plugins:
                 tensorrt_plugins.use_plugins(part)
             self._write(part, pieces, profiles, label, file)

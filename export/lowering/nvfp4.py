@@ -1,7 +1,7 @@
 """ONNX functions of NVFP4 linears (``quant/nvfp4.py``), in standard operators that ONNX Runtime computes on a CPU.
 
-ONNX Runtime has no kernels for FLOAT4E2M1, so codes are stored as UINT4, with the same bytes. ``fusion-build`` gives
-the functions TensorRT's own operators, and the codes their type (``export/engines/nvfp4.py``).
+ONNX Runtime has no kernels for FLOAT4E2M1, so codes are stored as UINT4, with the same bytes. ``fusion-build``
+replaces the functions by TensorRT's operators (``export/engines/nvfp4.py``).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def test_stored_scales_are_exact(weights: Floats, by_gptq: bool) -> None:
     tensor = torch.from_numpy(weights)
     hessian = FactorizedHessian(torch.eye(weights.shape[1], dtype=torch.float64)) if by_gptq else None
     scale = nvfp4.tensor_scale(float(np.abs(weights).max()))
-    found = np.concatenate([nvfp4.quantize(part, scale, hessian).packed.scales for part in tensor.split(2)])
+    found = np.concatenate([nvfp4.quantize(part, scale, hessian).packed.scales for part in torch.split(tensor, 2)])
     stored = found / np.float32(nvfp4.common_scale(found))
     np.testing.assert_array_equal(stored.astype(ml_dtypes.float8_e4m3fn).astype(np.float32), stored)
     assert (stored > 0).all()

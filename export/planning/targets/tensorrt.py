@@ -69,6 +69,8 @@ TENSORRT = TensorRTTarget(
 )
 
 
+READS_WINDOWS = re.compile(r"alignment\.layers\.\d+\.(context|key|value)")
+"""Linears whose inputs have four dimensions. TensorRT's quantization to FP4 takes two or three."""
 SINCE = {"fp8": "8.9", "nvfp4": "10.0"}
 """Oldest compute capability by format."""
 
@@ -98,9 +100,17 @@ def _unreadable(linear: Linear) -> str | None:
         return f"its scales are {linear.scale_dtype}, not float16; quantize it anew"
     if fmt.kind == "int8" and fmt.group_size != PER_CHANNEL:
         return "its 8-bit weights have one scale per channel; write int8:channel"
-    if fmt.kind == "nvfp4" and linear.inputs % NVFP4_BLOCK:
-        return f"its {linear.inputs} inputs are not whole blocks of {NVFP4_BLOCK}; keep it in float16"
+    if fmt.kind == "nvfp4":
+        return _unreadable_nvfp4(linear)
     return _unreadable_int4(linear) if fmt.kind == "int4" else None
+
+
+def _unreadable_nvfp4(linear: Linear) -> str | None:
+    if linear.inputs % NVFP4_BLOCK:
+        return f"its {linear.inputs} inputs are not whole blocks of {NVFP4_BLOCK}; keep it in float16"
+    if READS_WINDOWS.fullmatch(linear.name):
+        return "it reads windows of the image, and only matrices are quantized to FP4; use int4"
+    return None
 
 
 def _unreadable_int4(linear: Linear) -> str | None:

@@ -32,7 +32,7 @@ from fusion_edge.runtime.bundle.reader import open_bundle
 
 Refuse = Callable[..., str]
 SCALE = 2.0**-7
-RULES = ["--rule=llm.*=nvfp4", "--rule=vision.layers.*=nvfp4", "--rule=alignment.*=nvfp4"]
+RULES = ["--rule=llm.*=nvfp4", "--rule=vision.layers.*=nvfp4", "--rule=alignment.layers.*.mlp.*=nvfp4"]
 
 
 def run(
