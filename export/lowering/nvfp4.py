@@ -36,7 +36,7 @@ def dequantize_function(opset: int) -> FunctionProto:
         node("DequantizeLinear", ["scales", "tensor_scale"], ["block_scales"]),
         node("Unsqueeze", ["block_scales", "last"], ["column"]),
         node("Mul", ["blocked", "column"], ["scaled"]),
-        node("Shape", ["values"], ["shape"]),
+        node("Shape", ["codes"], ["shape"]),
         node("Reshape", ["scaled", "shape"], ["weights"]),
         node("Cast", ["weights"], ["output"], to=TensorProto.FLOAT16),
     ]

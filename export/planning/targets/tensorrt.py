@@ -71,17 +71,17 @@ TENSORRT = TensorRTTarget(
 
 READS_WINDOWS = re.compile(r"alignment\.layers\.\d+\.(context|key|value)")
 """Linears whose inputs have four dimensions. TensorRT's quantization to FP4 takes two or three."""
-SINCE = {"fp8": "8.9", "nvfp4": "10.0"}
+FORMATS_SINCE = {"fp8": "8.9", "nvfp4": "10.0"}
 """Oldest compute capability by format."""
 
 
 def check_capability(bundle: Bundle, compute_capability: str) -> None:
     """Raise :class:`FusionError` if a bundle has a format that the device does not multiply."""
     for name, fmt in bundle.manifest.weights.items():
-        if fmt in SINCE and _numbers(compute_capability) < _numbers(SINCE[fmt]):
+        if fmt in FORMATS_SINCE and _numbers(compute_capability) < _numbers(FORMATS_SINCE[fmt]):
             raise FusionError(
                 f"{bundle.folder} has {name} in {fmt}, which compute capability {compute_capability} does not have "
-                f"({SINCE[fmt]} and later do); export it with another format, --rule '{name}=fp16'."
+                f"({FORMATS_SINCE[fmt]} and later do); export it with another format, --rule '{name}=fp16'."
             )
 
 
