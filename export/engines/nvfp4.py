@@ -1,7 +1,6 @@
 """TensorRT's operators for NVFP4 linears, in place of the functions that a bundle has for a CPU.
 
-The form is that of TensorRT's documentation ("Working with Quantized Types", double quantization) and of NVIDIA's
-ModelOpt: FP8 scales pass a DequantizeLinear, whose results are the scales of another one. TRT_FP4DynamicQuantize
+The form is that of TensorRT's documentation ("DynamicQuantize", double quantization) and of NVIDIA's ModelOpt: FP8 scales pass a DequantizeLinear, whose results are the scales of another one. TRT_FP4DynamicQuantize
 computes the block scales of activations.
 """
 
