@@ -114,7 +114,8 @@ def _nvfp4(rng: np.random.Generator, rows: int, inputs: int, outputs: int) -> Op
 
     def factors(count: int, tensor_scale: float) -> Array:
         """Return scales of blocks, 0.5 to 1.875: E4M3 times ``tensor_scale``."""
-        return rng.choice(float8.VALUES[0x30:0x40], (count, inputs // NVFP4_BLOCK)) * np.float32(tensor_scale)
+        scales: Array = rng.choice(float8.VALUES[0x30:0x40], (count, inputs // NVFP4_BLOCK)) * np.float32(tensor_scale)
+        return scales
 
     def scaled(codes: Array, scales: Array) -> Array:
         return (float4.VALUES[codes].reshape(*scales.shape, -1) * scales[:, :, None]).reshape(len(codes), -1)

@@ -23,7 +23,8 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,24 @@ IN_FLOAT_TOO = 64  # group size that is also measured at accuracy level 0
 GROUPS = "groups"
 RTN, GPTQ = "rtn", "gptq"
 NVFP4 = "nvfp4"
-FORMATS = {"fp16": (RTN,), "int8:channel": (RTN,), "fp8": (RTN,), "int4:64": (RTN,)}
+FORMATS: dict[str, Sequence[str]] = {"fp16": (RTN,), "int8:channel": (RTN,), "fp8": (RTN,), "int4:64": (RTN,)}
 """Methods of quantization by format."""
+
+
+@dataclass(frozen=True)
+class FormatTable:
+    """Weights of bundles for TensorRT whose other weights are float16."""
+
+    weights: str
+    """Pattern of a rule."""
+    formats: Mapping[str, Sequence[str]]
+    """Methods by format."""
+
+
 TABLES = {
-    "lm-head": ("llm.lm_head", FORMATS),
-    "linears": ("llm.layers.*", FORMATS | {"int4:64": (RTN, GPTQ), NVFP4: (RTN, GPTQ)}),
+    "lm-head": FormatTable("llm.lm_head", FORMATS),
+    "linears": FormatTable("llm.layers.*", FORMATS | {"int4:64": (RTN, GPTQ), NVFP4: (RTN, GPTQ)}),
 }
-"""By table: weights and their formats, in a bundle for TensorRT whose other weights are float16."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,15 +135,16 @@ def _main(options: argparse.Namespace) -> int:
             rtn, gptq = measure(rounded, level), measure(quantized, level)
             left = (gptq - exact) / (rtn - exact)
             rows.append({"group_size": size, "accuracy_level": level, "rtn": rtn, "gptq": gptq, "loss_left": left})
-    pattern, formats = TABLES.get(options.table, ("", {}))
-    for fmt, methods in formats.items():
-        precision = "--fp16", "--target", "tensorrt", "--rule", f"{pattern}={fmt}"
+    of_formats = TABLES.get(options.table, FormatTable("", {}))
+    for fmt, methods in of_formats.formats.items():
+        rule = f"{of_formats.weights}={fmt}"
         row: dict[str, Any] = {"format": fmt}
         for method in methods:
             needs_samples = method == GPTQ or fmt == NVFP4
             more = (*calibrate, "--method", method) if needs_samples else ()
             suffix = "" if method == RTN else f"-{method}"
-            row[method] = measure(export(f"{options.table}-{fmt.replace(':', '-')}{suffix}", *precision, *more), 0)
+            name = f"{options.table}-{fmt.replace(':', '-')}{suffix}"
+            row[method] = measure(export(name, "--fp16", "--target", "tensorrt", "--rule", rule, *more), 0)
         rows.append(row)
     result = {
         "model": gguf.fields["general.name"],
@@ -153,8 +166,9 @@ def table(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
     lines = [f"perplexity in float: {result['float']:.2f}", ""]
     if "format" in result["quantized"][0]:
-        cells = [[f"{row[one]:.3f}" if one in row else "" for one in (RTN, GPTQ)] for row in result["quantized"]]
-        rows = [f"| {row['format']} | {' | '.join(of)} |" for row, of in zip(result["quantized"], cells, strict=True)]
+        figures = [[f"{row[one]:.3f}" if one in row else "" for one in (RTN, GPTQ)] for row in result["quantized"]]
+        named = zip(result["quantized"], figures, strict=True)
+        rows = [f"| {row['format']} | {' | '.join(of_row)} |" for row, of_row in named]
         return "\n".join([*lines, "| format | RTN | GPTQ |", "|---|---|---|", *rows]) + "\n"
     lines += ["| group size | accuracy level | RTN | GPTQ | remaining loss |", "|---|---|---|---|---|"]
     for row in result["quantized"]:

@@ -1,12 +1,14 @@
 """TensorRT's operators for NVFP4 linears, in place of the functions that a bundle has for a CPU.
 
-The form is that of TensorRT's documentation ("DynamicQuantize", double quantization) and of NVIDIA's ModelOpt: FP8 scales pass a DequantizeLinear, whose results are the scales of another one. TRT_FP4DynamicQuantize
-computes the block scales of activations.
+The form is that of TensorRT's documentation ("DynamicQuantize") and of NVIDIA's ModelOpt: FP8 scales pass a
+DequantizeLinear, whose results are the scales of another one. TRT_FP4DynamicQuantize computes the block scales of
+activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
@@ -46,7 +48,7 @@ def _replacement(call: NodeProto) -> Iterator[NodeProto]:
         values, scales, tensor_scale = call.input
     else:
         x, tensor_scale = call.input
-        attributes = {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
+        attributes: dict[str, Any] = {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
         outputs = [values, scales]
         yield helper.make_node(DYNAMIC_QUANTIZE, [x, tensor_scale], outputs, values, domain=TENSORRT, **attributes)
     yield helper.make_node("DequantizeLinear", [scales, tensor_scale], [block_scales], block_scales)
