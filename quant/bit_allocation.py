@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.quantization_report import Sensitivity
 
@@ -42,7 +40,7 @@ def allocate(promotions: Sequence[Promotion], spare_bytes: int) -> list[str]:
 def stored_bits(shape: tuple[int, int], fmt: WeightFormat) -> int:
     """Return the bits of the values, scales and zero points of a linear ``[outputs, inputs]``."""
     rows, inputs = shape
-    overhead = 8 * np.dtype(fmt.scale_dtype).itemsize + (0 if fmt.is_symmetric else fmt.bits)
+    overhead = fmt.scale_bits + (0 if fmt.is_symmetric else fmt.bits)
     return rows * fmt.blocks(inputs) * (fmt.block(inputs) * fmt.bits + overhead)
 
 
@@ -52,7 +50,7 @@ def stored_bytes(shape: tuple[int, int], fmt: WeightFormat, target: str) -> int:
     if not fmt.is_quantized:
         return rows * inputs * fmt.bits // 8
     if fmt.bits == 8 and target == "tensorrt":  # one scale a row: TensorRT has groups for 4 bits only
-        return rows * (inputs + np.dtype(fmt.scale_dtype).itemsize)
+        return rows * (inputs + fmt.scale_bits // 8)
     unused = 0 if fmt.is_symmetric else -fmt.blocks(inputs) * fmt.bits % 8  # zero points of a row are whole bytes
     return (stored_bits(shape, fmt) + rows * unused) // 8
 

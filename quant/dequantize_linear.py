@@ -1,7 +1,8 @@
 """Weight layout of ONNX DequantizeLinear, which TensorRT reads: signed integers, no zero points.
 
 INT4 weights are ``[K,N]`` with blocks along K, so that ``x @ w`` needs no transpose; two columns share a byte, the
-first in the low nibble. INT8 and FP8 weights are ``[N,K]`` bytes with one scale per row.
+first in the low nibble. INT8 and FP8 weights are ``[N,K]`` bytes with one scale per row. NVFP4 weights are ``[N,K]``
+with blocks along K, two inputs in a byte.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ SIGN_BIT = {4: np.uint8(8), 8: np.uint8(128)}
 def to_dequantize_linear(
     packed: Packed, fmt: WeightFormat, inputs: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]]:
-    """Convert n rows: values and scales ``[K, n/2]``, ``[K/group, n]`` of INT4 (n even); ``[n, K]``, ``[n]`` of 8 bits.
+    """Convert n rows: values and scales ``[K, n/2]``, ``[K/group, n]`` of INT4 (n even); ``[n, K]``, ``[n]`` of 8 bits;
+    ``[n, K/2]``, ``[n, K/16]`` of NVFP4.
 
     The format is symmetric; 8-bit formats have one scale per row.
     """
+    if fmt.kind == "nvfp4":
+        return packed.values.reshape(len(packed.values), -1), packed.scales
     if fmt.kind == "fp8":
         return packed.values[:, 0], packed.scales[:, 0]
     codes = unpack(packed.values, fmt).reshape(len(packed.values), -1)[:, :inputs] ^ SIGN_BIT[fmt.bits]
@@ -34,7 +38,9 @@ def to_dequantize_linear(
 def from_dequantize_linear(
     values: npt.NDArray[np.uint8], scales: npt.NDArray[np.floating], fmt: WeightFormat
 ) -> Packed:
-    """Invert :func:`to_dequantize_linear`. K is a multiple of the block size of an INT4 format."""
+    """Invert :func:`to_dequantize_linear`. K is a multiple of the block size of a 4-bit format."""
+    if fmt.kind == "nvfp4":
+        return Packed(values.reshape(*scales.shape, -1), scales)
     if fmt.kind == "fp8":
         return Packed(values[:, None], scales[:, None])
     if fmt.bits == 8:

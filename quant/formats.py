@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusion_edge.quant import float8
 from fusion_edge.runtime.errors import UsageError
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "nf4": 4, "fp4": 4, "w8a8": 8, "fp8": 8}
+BITS = {
+    **{"fp32": 32, "fp16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "nf4": 4, "fp4": 4},
+    **{"w8a8": 8, "fp8": 8, "nvfp4": 4},
+}
 """Bits of a stored value, by kind."""
 GROUPED = ("int8", "uint8", "int4", "uint4", "nf4", "fp4")
 """Kinds with a scale per group of input channels. Those with a ``u`` also have a zero point per group."""
@@ -22,6 +27,8 @@ PER_CHANNEL = 0
 """Group size of one scale per output channel (per row); spelled ``channel``."""
 DEFAULT_GROUP_SIZE = 128
 CODEBOOK_GROUP_SIZE = 64  # default of bitsandbytes
+NVFP4_BLOCK = 16
+"""Group size of ``nvfp4``, the only one that GPUs multiply."""
 PER_CHANNEL_BLOCK_SIZE = 128
 """Block size of per-channel rows: kernels expect blocks of a power of two, each with a scale."""
 LARGEST_FLOAT16 = 65504.0
@@ -40,7 +47,7 @@ class WeightFormat:
 
     ``group_size`` is :data:`PER_CHANNEL` for one scale per row, and also for floats, ``w8a8`` and ``fp8``. ``w8a8``
     quantizes the linear's activations to 8 bits too, with a scale and a zero point from calibration. ``fp8`` is E4M3
-    (``quant/float8.py``).
+    (``quant/float8.py``). ``nvfp4`` has 4-bit weights and activations (``quant/nvfp4.py``), in :data:`NVFP4_BLOCK`.
     """
 
     kind: str
@@ -68,8 +75,13 @@ class WeightFormat:
 
     @property
     def is_integer(self) -> bool:
-        """Whether values are integers with scales, evenly spaced: GPTQ supports no others."""
-        return self.is_quantized and not self.has_codebook and self.kind != "fp8"
+        """Whether values are integers with scales, evenly spaced."""
+        return self.is_quantized and not self.has_codebook and self.kind not in ("fp8", "nvfp4")
+
+    @property
+    def supports_gptq(self) -> bool:
+        """Whether GPTQ rounds to it."""
+        return self.is_integer or self.kind == "nvfp4"
 
     @property
     def is_weight_only_8_bit(self) -> bool:
@@ -78,13 +90,18 @@ class WeightFormat:
 
     @property
     def scale_dtype(self) -> str:
-        """NumPy dtype name of the scales."""
-        return "float32" if self.has_codebook else "float16"
+        """NumPy dtype name of the scales. Those of ``nvfp4`` are products of two, and stored as E4M3."""
+        return "float32" if self.has_codebook or self.kind == "nvfp4" else "float16"
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a stored scale."""
+        return 8 if self.kind == "nvfp4" else 8 * np.dtype(self.scale_dtype).itemsize
 
     @property
     def max_value(self) -> float:
         """Largest absolute weight that the format represents; infinity if float16 limits neither values nor scales."""
-        if self.kind == "fp16":
+        if self.kind in ("fp16", "nvfp4"):  # nvfp4 is dequantized to float16 where no GPU multiplies it
             return LARGEST_FLOAT16
         if self.kind == "fp8":
             return LARGEST_FLOAT16 * float(float8.LARGEST)
@@ -94,7 +111,7 @@ class WeightFormat:
     @property
     def quantizes_activations(self) -> bool:
         """Whether the linear's activations are quantized, too."""
-        return self.kind == "w8a8"
+        return self.kind in ("w8a8", "nvfp4")
 
     def group(self, inputs: int) -> int:
         """Return the number of channels, of ``inputs``, that share a scale."""
@@ -154,11 +171,11 @@ class WeightFormat:
         spellings = group_sizes(sizes)
         if kind not in BITS or (size and (kind not in GROUPED or size not in spellings)):
             raise UsageError(
-                f"Unknown weight format {text!r}; expected fp32, fp16, fp8, w8a8, or one of {', '.join(GROUPED)}, "
-                "optionally with a group size (int4:32, int4:channel)."
+                f"Unknown weight format {text!r}; expected fp32, fp16, fp8, nvfp4, w8a8, or one of "
+                f"{', '.join(GROUPED)}, optionally with a group size (int4:32, int4:channel)."
             )
         if kind not in GROUPED:
-            return cls(kind)
+            return cls(kind, NVFP4_BLOCK if kind == "nvfp4" else PER_CHANNEL)
         return cls.grouped(kind, spellings[size] if size else default_group_size)
 
 
@@ -168,3 +185,14 @@ class ActivationQuantization:
 
     scale: float
     zero_point: int
+
+
+@dataclass(frozen=True)
+class Nvfp4Activations:
+    """Quantization of a linear's activations to NVFP4 (``quant/nvfp4.py``)."""
+
+    scale: float
+    """Of the tensor, a power of two."""
+
+
+InputQuantization = ActivationQuantization | Nvfp4Activations

@@ -15,6 +15,7 @@ in the columns that follow. Differences from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -137,7 +138,12 @@ def round_columns(weights: Tensor, hessian: FactorizedHessian, groups: GroupScal
     group = order // fmt.group(weights.shape[1])
     scales, zeros = (part.float().T.contiguous()[group] for part in (groups.scales, groups.zeros))
     codes = torch.empty_like(weights)
-    codes[:, order] = _round_in_order(columns, hessian.factor, scales, zeros, (1 << fmt.bits) - 1).T
+    largest = (1 << fmt.bits) - 1
+
+    def nearest(scaled: Tensor, zero: Tensor) -> Tensor:
+        return scaled.round_().add_(zero).clamp_(0, largest)
+
+    codes[:, order] = round_in_order(columns, hessian.factor, scales, zeros, nearest).T
     return codes
 
 
@@ -241,8 +247,14 @@ def _per_weight(part: Tensor, fmt: WeightFormat, columns: int) -> Tensor:
     return part.float().repeat_interleave(fmt.group(columns), 1)[:, :columns]
 
 
-def _round_in_order(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, largest: int) -> Tensor:
-    """Return codes ``[K,n]`` float32. All arguments are transposed and in rounding order; overwrites ``columns``."""
+def round_in_order(
+    columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, nearest: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return codes ``[K,n]`` float32, each of which means ``(code - zero) * scale``.
+
+    All tensors are transposed and in rounding order; ``columns`` is overwritten. ``nearest`` returns the codes of a
+    column that is divided by its scales, and may overwrite it; its other argument are the zero points.
+    """
     codes = torch.empty_like(columns)
     for start in range(0, len(columns), COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, len(columns))
@@ -250,7 +262,7 @@ def _round_in_order(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tens
         errors = torch.empty_like(block)
         for i in range(stop - start):
             scale, zero = scales[start + i], zeros[start + i]
-            code = (block[i] / scale).round_().add_(zero).clamp_(0, largest)
+            code = nearest(block[i] / scale, zero)
             codes[start + i] = code
             errors[i] = (block[i] - (code - zero) * scale) / local[i, i]
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusion_edge.quant.formats import LARGEST_FLOAT16, SYMMETRIC_ZERO_POINT, ActivationQuantization
+from fusion_edge.quant import nvfp4
+from fusion_edge.quant.formats import (
+    LARGEST_FLOAT16,
+    SYMMETRIC_ZERO_POINT,
+    ActivationQuantization,
+    InputQuantization,
+    Nvfp4Activations,
+)
 from fusion_edge.quant.packing import SMALLEST_SCALE
 
 BINS = 4096
@@ -13,8 +20,10 @@ CLIP_STEPS = 64  # clipping thresholds tried on either side
 LARGEST_CODE = 255
 
 
-def fake_quantize(x: Tensor, quantization: ActivationQuantization) -> Tensor:
+def fake_quantize(x: Tensor, quantization: InputQuantization) -> Tensor:
     """Quantize and dequantize ``x`` as QuantizeLinear and DequantizeLinear do: ties to even, clipped at both ends."""
+    if isinstance(quantization, Nvfp4Activations):
+        return nvfp4.fake_quantize(x, quantization.scale)
     codes = (x / quantization.scale).round() + quantization.zero_point
     return (codes.clamp(0, LARGEST_CODE) - quantization.zero_point) * quantization.scale
 

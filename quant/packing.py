@@ -9,7 +9,7 @@ rounded to float16 *before* the codes are computed: the codes are optimal for th
 With a codebook, a code means ``CODES[q] * scale``. MatMulBnb4 stores the first code in the *high* nibble.
 
 ``w8a8`` (QuantizeLinear, DequantizeLinear) has one group per row and stores signed bytes. ``fp8`` has one group per row
-and stores E4M3 bytes.
+and stores E4M3 bytes. ``nvfp4`` is packed by ``quant/nvfp4.py``; its scales include the tensor's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fusion_edge.quant import codebook, float8
+from fusion_edge.quant import codebook, float4, float8
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.errors import FusionError
 
+LEVELS = {"fp8": float8.VALUES, "nvfp4": float4.VALUES, **codebook.CODES}
+"""Value of each code, by kind that is no integer."""
 Number = TypeVar("Number", bound=np.generic)
 SMALLEST_SCALE = 2.0**-20  # a float16 subnormal with four significant bits; smaller ones are too coarse
 
@@ -35,7 +37,7 @@ class Packed:
     values: npt.NDArray[np.uint8]
     """``[n, blocks, block size * bits / 8]``."""
     scales: npt.NDArray[np.floating]
-    """``[n, blocks]``; float32 for codebooks and where a prequantized checkpoint has them, else float16."""
+    """``[n, blocks]``; float32 for codebooks, nvfp4 and where a prequantized checkpoint has them, else float16."""
     zero_points: npt.NDArray[np.uint8] | None = None
     """``[n, blocks * bits / 8]``, rounded up: two 4-bit zero points per byte. None if symmetric."""
 
@@ -53,7 +55,8 @@ def quantize(rows: npt.NDArray[np.float32], fmt: WeightFormat) -> Packed:
     """Round ``[n,K]`` to nearest and pack it. Values are within the range of the format (:func:`check_range`).
 
     The scale is the smallest one that covers a group: the larger of max/(2^(b-1)-1) and -min/2^(b-1) if symmetric, else
-    (max-min)/(2^b-1) with 0 between them; at least :data:`SMALLEST_SCALE`.
+    (max-min)/(2^b-1) with 0 between them; at least :data:`SMALLEST_SCALE`. ``nvfp4`` needs all rows of a weight, for
+    their scale (``quant/nvfp4.py``).
     """
     if fmt.has_codebook:
         codes, absmax = codebook.quantize(rows, fmt.kind, fmt.group_size)
@@ -121,10 +124,7 @@ def by_block(values: npt.NDArray[Number], group: int, inputs: int, block: int) -
 def dequantize(packed: Packed, fmt: WeightFormat, inputs: int) -> npt.NDArray[np.float32]:
     """Return the values of packed rows, float32 ``[n, inputs]``."""
     codes = unpack(packed.values, fmt)
-    if fmt.is_integer:
-        values = codes.astype(np.float32)
-    else:
-        values = (float8.VALUES if fmt.kind == "fp8" else codebook.CODES[fmt.kind]).take(codes)
+    values = codes.astype(np.float32) if fmt.is_integer else LEVELS[fmt.kind].take(codes)
     if packed.zero_points is not None:
         values -= unpack_zero_points(packed.zero_points, packed.scales.shape[1], fmt)[:, :, None]
     elif fmt.is_integer:
@@ -153,7 +153,7 @@ def unpack_zero_points(packed: npt.NDArray[np.uint8], blocks: int, fmt: WeightFo
 
 def pack(values: npt.NDArray[np.uint8], fmt: WeightFormat) -> npt.NDArray[np.uint8]:
     """Pack codes: ``[..., block size]`` -> ``[..., block size * bits / 8]``."""
-    if fmt.quantizes_activations:
+    if fmt.kind == "w8a8":
         signed: npt.NDArray[np.uint8] = values ^ np.uint8(128)
         return signed  # q - 128 as a signed byte
     if fmt.bits == 8:
@@ -166,7 +166,7 @@ def pack(values: npt.NDArray[np.uint8], fmt: WeightFormat) -> npt.NDArray[np.uin
 
 def unpack(packed: npt.NDArray[np.uint8], fmt: WeightFormat) -> npt.NDArray[np.uint8]:
     """Invert :func:`pack`."""
-    if fmt.quantizes_activations:
+    if fmt.kind == "w8a8":
         unsigned: npt.NDArray[np.uint8] = packed ^ np.uint8(128)
         return unsigned
     if fmt.bits == 8:

@@ -30,7 +30,7 @@ _PRODUCERS = {"attention.qkv": "attention_norm", "attention.out": "attention.qkv
 
 
 def find_producer(linear: str, formats: Mapping[str, WeightFormat]) -> str | None:
-    """Return the producer of a linear's activations; None if there is none or the activations are not quantized.
+    """Return the producer of a linear's activations; None if there is none or the activations are not 8 bits.
 
     No other linear reads the producer's outputs. The last K rows of the producer's weight and bias compute the K
     channels. ``formats`` are those of the linears that the export quantizes.
@@ -38,7 +38,7 @@ def find_producer(linear: str, formats: Mapping[str, WeightFormat]) -> str | Non
     parts = linear.split(".", 3)
     if parts[:2] != ["vision", "layers"] or parts[-1] not in _PRODUCERS:
         return None
-    if linear not in formats or not formats[linear].quantizes_activations:
+    if linear not in formats or formats[linear].kind != "w8a8":
         return None
     name = ".".join([*parts[:3], _PRODUCERS[parts[-1]]])
     is_norm = name.endswith("_norm")

@@ -25,13 +25,14 @@ from fusion_edge.export.engines.decompositions import (
     decompose_operators,
     unsupported_operators,
 )
+from fusion_edge.export.engines.nvfp4 import use_fp4
+from fusion_edge.export.planning.targets.tensorrt import FORMATS_SINCE
 from fusion_edge.kernels import tensorrt_plugins
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.runtime.errors import FusionError
 
 PROMPT = 256
-BITS = {"int4-64": 4, "int4-128": 4, "int8": 8, "int8-one-scale": 8, "w8a8": 8, "fp8": 8}
-FP8_SINCE = (8, 9)
+BITS = {"int4-64": 4, "int4-128": 4, "int8": 8, "int8-one-scale": 8, "w8a8": 8, "fp8": 8, "nvfp4": 4}
 MOST_BITS = 1.5
 """Bits of an engine for a weight over :data:`BITS`, at most, if it stores the quantized ones: with scales and code."""
 
@@ -42,13 +43,17 @@ def linear(workspace: Workspace, form: str) -> Outcome:
     Figures: whether a layer writes the dequantized weights, and the rate at which one row reads the stored ones.
     """
     target = find_target()
-    if form == "fp8" and target.capability < FP8_SINCE:
-        raise SkippedStep(f"Compute capability {target.compute_capability} has no FP8; 8.9 and later have.")
+    since = FORMATS_SINCE.get(form)
+    if since is not None and target.capability < tuple(map(int, since.split("."))):
+        raise SkippedStep(
+            f"Compute capability {target.compute_capability} has no {form.upper()}; {since} and later have."
+        )
     figures: dict[str, Any] = {}
     weights = operators.INPUTS * operators.OUTPUTS
     for rows in (1, PROMPT):
         label = f"{form} {rows} rows"
         case = operators.quantized_linear(form, rows, operators.INPUTS, operators.OUTPUTS)
+        use_fp4(case.model)
         built = build(target, case)
         ran = None if target.cuda is None else run(target, built.plan, case, label, workspace)
         layers = built.layers if ran is None else ran.layers

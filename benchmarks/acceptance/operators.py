@@ -12,10 +12,13 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from fusion_edge.benchmarks.acceptance.alignment import alignment_case
 from fusion_edge.benchmarks.acceptance.comparison import ROUNDING
 from fusion_edge.benchmarks.acceptance.engine import OperatorCase
+from fusion_edge.export.lowering import nvfp4
 from fusion_edge.export.lowering.tensorrt import OPSET
 from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.tensorrt_plugins import Plugin, use_plugins
 from fusion_edge.kernels.triton.ahead_of_time import CONTEXT_ROWS
+from fusion_edge.quant import float4, float8
+from fusion_edge.quant.formats import NVFP4_BLOCK
 
 INPUTS, OUTPUTS = 3072, 8192
 """Of a linear layer of the 3B model."""
@@ -32,10 +35,12 @@ def quantized_linear(form: str, rows: int, inputs: int, outputs: int) -> Operato
     """Return ``x [rows,inputs]`` times a quantized weight.
 
     ``form`` is ``int4-64`` or ``int4-128`` (blocks along the inputs), ``int8`` (one scale an output),
-    ``int8-one-scale`` (one for all, then one an output behind the GEMM), ``w8a8`` or ``fp8`` (activations quantized,
-    too). There x consists of values that quantization keeps.
+    ``int8-one-scale`` (one for all, then one an output behind the GEMM), ``w8a8``, ``fp8`` or ``nvfp4`` (activations
+    quantized, too). There x consists of values that quantization keeps.
     """
     rng = np.random.default_rng(0)
+    if form == "nvfp4":
+        return _nvfp4(rng, rows, inputs, outputs)
     if form.startswith("int4"):
         x = rng.standard_normal((rows, inputs), np.float32).astype(np.float16)
         nodes, constants, weight = _int4(rng, int(form.removeprefix("int4-")), inputs, outputs)
@@ -102,6 +107,41 @@ def _fp8(rng: np.random.Generator, inputs: int, outputs: int) -> tuple[list[Node
         numpy_helper.from_array(np.array(scale), "scale"),
     ]
     return [helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"])], constants, codes * float(scale)
+
+
+def _nvfp4(rng: np.random.Generator, rows: int, inputs: int, outputs: int) -> OperatorCase:
+    """Return the functions of a bundle, which ``use_fp4`` replaces. Each block of x has the largest FP4 value."""
+
+    def factors(count: int, tensor_scale: float) -> Array:
+        """Return scales of blocks, 0.5 to 1.875: E4M3 times ``tensor_scale``."""
+        scales: Array = rng.choice(float8.VALUES[0x30:0x40], (count, inputs // NVFP4_BLOCK)) * np.float32(tensor_scale)
+        return scales
+
+    def scaled(codes: Array, scales: Array) -> Array:
+        return (float4.VALUES[codes].reshape(*scales.shape, -1) * scales[:, :, None]).reshape(len(codes), -1)
+
+    of_x, of_weight = 2.0**-4, 2.0**-10
+    codes = rng.integers(0, 16, (rows, inputs), np.uint8)
+    codes[:, ::NVFP4_BLOCK] = float4.encode(np.array(float4.LARGEST, np.float32))
+    x = scaled(codes, factors(rows, of_x)).astype(np.float16)
+    codes, scales = rng.integers(0, 16, (outputs, inputs), np.uint8), factors(outputs, of_weight)
+    packed, stored = codes[:, ::2] | codes[:, 1::2] << 4, float8.encode(scales / np.float32(of_weight))
+    constants = [
+        helper.make_tensor("codes", TensorProto.UINT4, codes.shape, packed.tobytes(), raw=True),
+        helper.make_tensor("scales", TensorProto.FLOAT8E4M3FN, stored.shape, stored.tobytes(), raw=True),
+        numpy_helper.from_array(np.array(of_x, np.float32), "x_scale"),
+        numpy_helper.from_array(np.array(of_weight, np.float32), "scale"),
+    ]
+    nodes = [
+        helper.make_node(nvfp4.QUANTIZE, ["x", "x_scale"], ["a"], "quantize", domain=DOMAIN),
+        helper.make_node(nvfp4.DEQUANTIZE, ["codes", "scales", "scale"], ["by_row"], "dequantize", domain=DOMAIN),
+        helper.make_node("Transpose", ["by_row"], ["w"], perm=[1, 0]),
+    ]
+    case = _linear(x, nodes, constants, scaled(codes, scales).T.astype(np.float64), "a")
+    case.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    functions = nvfp4.quantize_function(BASIC_OPSET), nvfp4.dequantize_function(BASIC_OPSET)
+    case.model.functions.extend(functions)
+    return case
 
 
 def _linear(

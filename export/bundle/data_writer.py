@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from fusion_edge.export.bundle.weight_source import WeightSource
 from fusion_edge.export.bundle.worker_pool import worker_pool
 from fusion_edge.export.lowering.graph_builder import Part, PlannedTensor
 from fusion_edge.export.planning.plan import DataFile, ExportPlan
+from fusion_edge.quant import float8
 from fusion_edge.quant.dequantize_linear import to_dequantize_linear
+from fusion_edge.quant.formats import ActivationQuantization
 from fusion_edge.quant.packing import Packed, check_range
 from fusion_edge.runtime.bundle.quantization_report import PREQUANTIZED, LinearReport, QuantizationReport, sqnr
 from fusion_edge.runtime.system.progress import Progress
@@ -43,6 +46,7 @@ class DataWriter:
         self._parameters = plan.parameters
         self._linears = plan.linear_by_weight
         self._source = source
+        self._tensor_scale = lru_cache(maxsize=None)(source.tensor_scale)
         self._progress = progress
         self._columns = _Columns()
         self._reports = {linear.name: linear for linear in source.report.linears}
@@ -82,9 +86,15 @@ class DataWriter:
         return replace(self._source.report, linears=tuple(self._reports.values()))
 
     def _scalar(self, tensor: PlannedTensor) -> npt.NDArray[Any]:
-        """Return the scale or the zero point of a linear's activations."""
-        activations = self._source.activation_quantization(self._linears[tensor.parameter])
-        return np.array(activations.scale if tensor.part == "input_scale" else activations.zero_point, tensor.dtype)
+        """Return the scale of a whole weight, or the scale or the zero point of a linear's activations."""
+        linear = self._linears[tensor.parameter]
+        if tensor.part == "tensor_scale":
+            return np.array(self._tensor_scale(linear), tensor.dtype)
+        activations = self._source.activation_quantization(linear)
+        if tensor.part == "input_scale":
+            return np.array(activations.scale, tensor.dtype)
+        assert isinstance(activations, ActivationQuantization)  # others have no zero points
+        return np.array(activations.zero_point, tensor.dtype)
 
     def _report(self, name: str, total: _Totals) -> None:
         linear = self._linears.get(name)
@@ -124,7 +134,10 @@ class DataWriter:
         """Return the arrays by part, and the rounding error."""
         if values.format.is_quantized:
             rows = self._source.packed_rows(self._linears[name], start, stop)
-            return _parts(rows.packed, values), _Totals(rows.squared_error, rows.squared_norm)
+            parts = _parts(rows.packed, values)
+            if values.format.kind == "nvfp4":
+                parts["scales"] = float8.encode(parts["scales"] / np.float32(self._tensor_scale(self._linears[name])))
+            return parts, _Totals(rows.squared_error, rows.squared_norm)
         floats = self._source.float_rows(name, start, stop)
         check_range(name, floats, values.format)
         return {"values": np.ascontiguousarray(floats, dtype=values.dtype)}, _Totals()

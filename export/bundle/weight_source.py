@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.quant.formats import ActivationQuantization
+from fusion_edge.quant.formats import InputQuantization
 from fusion_edge.quant.packing import Packed, check_range, dequantize, quantize
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
 
@@ -45,8 +45,12 @@ class WeightSource(Protocol):
         """
         ...
 
-    def activation_quantization(self, linear: Linear) -> ActivationQuantization:
-        """Return how a ``w8a8`` linear quantizes its activations."""
+    def activation_quantization(self, linear: Linear) -> InputQuantization:
+        """Return how a ``w8a8`` or ``nvfp4`` linear quantizes its activations."""
+        ...
+
+    def tensor_scale(self, linear: Linear) -> float:
+        """Return the scale of a whole ``nvfp4`` weight."""
         ...
 
 
@@ -75,8 +79,12 @@ class RoundToNearest:
         packed = quantize(rows, fmt)
         return PackedRows(packed, _squares(rows - dequantize(packed, fmt, linear.inputs)), _squares(rows))
 
-    def activation_quantization(self, linear: Linear) -> ActivationQuantization:
-        """Raise ``AssertionError``: planning refuses ``w8a8`` without a calibration."""
+    def activation_quantization(self, linear: Linear) -> InputQuantization:
+        """Raise ``AssertionError``: planning refuses quantized activations without a calibration."""
+        raise AssertionError(f"{linear.name} is {linear.format} in a plan without calibration")
+
+    def tensor_scale(self, linear: Linear) -> float:
+        """Raise ``AssertionError``: ``nvfp4`` quantizes activations."""
         raise AssertionError(f"{linear.name} is {linear.format} in a plan without calibration")
 
 

@@ -18,7 +18,7 @@ from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.architecture import Alignment
 from fusion_edge.export.model.eager import EagerOperations
-from fusion_edge.quant.formats import ActivationQuantization
+from fusion_edge.quant.formats import InputQuantization
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
@@ -36,7 +36,7 @@ class BlockOperations(EagerOperations):
         get: Callable[[str], Tensor],
         embed: Callable[[Tensor], Tensor],
         device: str,
-        activation_quantization: Callable[[str], ActivationQuantization | None] | None = None,
+        activation_quantization: Callable[[str], InputQuantization | None] | None = None,
     ) -> None:
         """``embed`` maps token ids ``[T]`` to embeddings ``[T,D]``."""
         super().__init__(config, get, activation_quantization=activation_quantization)

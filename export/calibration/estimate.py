@@ -186,8 +186,8 @@ def _sensitivity_operations(plan: ExportPlan, options: CalibrationOptions) -> fl
 
 
 def _uses_gptq(linear: Linear, options: CalibrationOptions) -> bool:
-    """Return whether GPTQ quantizes a linear; codebooks are rounded to nearest."""
-    return options.method == "gptq" and linear.format.is_integer
+    """Return whether GPTQ quantizes a linear; other formats are rounded to nearest."""
+    return options.method == "gptq" and linear.format.supports_gptq
 
 
 def _attempts(plan: ExportPlan, linear: Linear) -> int:

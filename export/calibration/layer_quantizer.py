@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fusion_edge.export.calibration.observer import Observer
 from fusion_edge.export.calibration.weight_store import WeightStore
-from fusion_edge.quant import smoothquant
-from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
+from fusion_edge.quant import nvfp4, smoothquant
+from fusion_edge.quant.formats import ActivationQuantization, InputQuantization, Nvfp4Activations, WeightFormat
 from fusion_edge.quant.gptq import FactorizedHessian, RoundedRows, gptq, output_error, round_to_nearest
+from fusion_edge.quant.observer import HistogramObserver
 from fusion_edge.quant.smoothquant import ALPHAS, LARGEST_ERROR_RATIO, ChannelHistograms
 from fusion_edge.runtime.bundle.quantization_report import LinearReport, sqnr
 from fusion_edge.runtime.errors import FusionError
@@ -80,10 +81,14 @@ class LayerQuantizer:
                 reports += self._quantize(names, hessian)
             for name in names:
                 if name in observer.histograms:
-                    activations = observer.histograms[name].quantization(self._symmetric)
-                    self._store.save_activation_quantization(name, activations)
+                    self._store.save_activation_quantization(name, self._activations(name, observer.histograms[name]))
             observer.hessians[index] = hessian.new_zeros(0)  # frees its memory before the next one is factorized
         return reports[::-1]
+
+    def _activations(self, name: str, histogram: HistogramObserver) -> InputQuantization:
+        if self._formats[name].kind == "nvfp4":
+            return Nvfp4Activations(nvfp4.tensor_scale(max(-histogram.minimum, histogram.maximum)))
+        return histogram.quantization(self._symmetric)
 
     def _parameter(self, name: str) -> Tensor:
         return self._smoothed[name] if name in self._smoothed else self._weights(name)
@@ -137,16 +142,20 @@ class LayerQuantizer:
             raise FusionError(f"{names[0]} cannot be calibrated: {error}; check checkpoint and samples.") from None
 
     def _method_of(self, name: str) -> str:
-        """Return the method of a linear: GPTQ supports integers only."""
-        return self._method if self._formats[name].is_integer else "rtn"
+        """Return the method of a linear: GPTQ supports not all formats."""
+        return self._method if self._formats[name].supports_gptq else "rtn"
 
     def _quantize_rows(
         self, name: str, weight: Tensor, factorized: FactorizedHessian | None, hessian: Tensor
     ) -> QuantizedLinear:
         fmt, parts, squares = self._formats[name], [], np.zeros(4)
-        use_gptq = self._method_of(name) == "gptq"
+        used = factorized if self._method_of(name) == "gptq" else None
+        scale = nvfp4.tensor_scale(float(weight.abs().max()))
         for rows in torch.split(weight, ROWS_AT_ONCE):
-            quantized = gptq(rows, factorized, fmt) if factorized and use_gptq else round_to_nearest(rows, fmt)
+            if fmt.kind == "nvfp4":
+                quantized = nvfp4.quantize(rows, scale, used)
+            else:
+                quantized = round_to_nearest(rows, fmt) if used is None else gptq(rows, used, fmt)
             difference = rows - quantized.values
             of_weights = [float(x.square().sum(dtype=torch.float64)) for x in (difference, rows)]
             squares += [*of_weights, *output_error(rows, quantized.values, hessian)]

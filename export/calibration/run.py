@@ -30,7 +30,7 @@ from fusion_edge.export.calibration.samples import Samples
 from fusion_edge.export.calibration.weight_store import CalibratedWeights, WeightStore
 from fusion_edge.export.planning.plan import ExportPlan
 from fusion_edge.export.planning.rules import EMBEDDING
-from fusion_edge.quant.formats import ActivationQuantization
+from fusion_edge.quant.formats import InputQuantization
 from fusion_edge.quant.packing import dequantize, quantize
 from fusion_edge.quant.smoothquant import find_producer, float_parameters
 from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
@@ -169,7 +169,7 @@ class CalibrationRun:
             return {}
         return {name: value.to(self._device) for name, value in before[number].items()}
 
-    def _activation_quantization(self, name: str) -> ActivationQuantization | None:
+    def _activation_quantization(self, name: str) -> InputQuantization | None:
         if not self._plan.linears[name].format.quantizes_activations:
             return None
         return self._store.activation_quantization(name)

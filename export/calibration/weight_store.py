@@ -17,7 +17,8 @@ from fusion_edge.export.bundle.durable_files import replace_text
 from fusion_edge.export.bundle.weight_source import PackedRows, RoundToNearest
 from fusion_edge.export.checkpoint.weights import CheckpointWeights
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
+from fusion_edge.quant import nvfp4
+from fusion_edge.quant.formats import ActivationQuantization, InputQuantization, Nvfp4Activations, WeightFormat
 from fusion_edge.quant.gptq import RoundedRows
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.runtime.bundle.quantization_report import LinearReport, QuantizationReport
@@ -49,13 +50,19 @@ class WeightStore:
             values: npt.NDArray[np.float32] = np.load(path)
         return values
 
-    def save_activation_quantization(self, name: str, quantization: ActivationQuantization) -> None:
+    def save_activation_quantization(self, name: str, quantization: InputQuantization) -> None:
         """Save how a linear quantizes its activations."""
         replace_text(self._activation_file(name), json.dumps(asdict(quantization)))
 
-    def activation_quantization(self, name: str) -> ActivationQuantization:
+    def activation_quantization(self, name: str) -> InputQuantization:
         """Return how a linear quantizes its activations."""
-        return ActivationQuantization(**json.loads(self._activation_file(name).read_text(encoding="utf-8")))
+        kind = Nvfp4Activations if self._formats[name].kind == "nvfp4" else ActivationQuantization
+        return kind(**json.loads(self._activation_file(name).read_text(encoding="utf-8")))
+
+    def tensor_scale(self, name: str) -> float:
+        """Return the scale of a whole NVFP4 weight. Safe in several threads."""
+        with self._lock:
+            return nvfp4.common_scale(np.load(self._file(name, "scales")))
 
     def finish(self, block: str, linears: list[LinearReport]) -> None:
         """Mark a block as finished: all of its linears are saved."""
@@ -128,9 +135,13 @@ class CalibratedWeights(RoundToNearest):
             return PackedRows(self._store.rows(linear.name, start, stop))
         return super().packed_rows(linear, start, stop)
 
-    def activation_quantization(self, linear: Linear) -> ActivationQuantization:
-        """Return how a ``w8a8`` linear quantizes its activations."""
+    def activation_quantization(self, linear: Linear) -> InputQuantization:
+        """Return how a ``w8a8`` or ``nvfp4`` linear quantizes its activations."""
         return self._store.activation_quantization(linear.name)
+
+    def tensor_scale(self, linear: Linear) -> float:
+        """Return the scale of a whole ``nvfp4`` weight."""
+        return self._store.tensor_scale(linear.name)
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fusion_edge.export.checkpoint.prequantized_weights import PrequantizedReader
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter, Source
-from fusion_edge.quant.formats import ActivationQuantization, WeightFormat
+from fusion_edge.quant.formats import InputQuantization, WeightFormat
 from fusion_edge.quant.packing import Packed
 from fusion_edge.runtime.errors import FusionError
 
@@ -29,7 +29,7 @@ class Weights(Protocol):
         """Return rows ``start`` to ``stop`` (exclusive), float32 ``[stop-start, ...]``. Thread-safe."""
         ...
 
-    def activation_quantization(self, linear: str) -> ActivationQuantization | None:
+    def activation_quantization(self, linear: str) -> InputQuantization | None:
         """Return how the inputs of ``linear`` are quantized, or None if they are float."""
         ...
 
@@ -47,7 +47,7 @@ class CheckpointWeights:
         self.parameters = parameters
         self._prequantized = PrequantizedReader(checkpoint)
 
-    def activation_quantization(self, linear: str) -> ActivationQuantization | None:
+    def activation_quantization(self, linear: str) -> InputQuantization | None:
         """Return None: a checkpoint's inputs are float."""
         return None
 

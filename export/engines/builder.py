@@ -17,6 +17,7 @@ from fusion_edge.export.engines.decompositions import allow_decomposition, decom
 from fusion_edge.export.engines.float16 import has_int8, without_int8
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
 from fusion_edge.export.engines.linear_pieces import Pieces, cut_linears
+from fusion_edge.export.engines.nvfp4 import use_fp4
 from fusion_edge.export.engines.optimization_profiles import (
     DimensionRanges,
     EngineLimits,
@@ -142,6 +143,7 @@ class EngineBuilder:
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
             file = folder / f"{label.replace(' ', '-').replace('/', '-of-')}.engine"
+            use_fp4(part)
             if self._uses_plugins:
                 tensorrt_plugins.use_plugins(part)
             float16_reason = self._write(part, pieces, profiles, label, file)

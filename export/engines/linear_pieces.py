@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from fusion_edge.export.lowering.nvfp4 import DEQUANTIZE
+
 FLOAT16_BYTES = 2
 ROW_MULTIPLE = 64
 """Rows of a piece are a multiple: tiles of GEMMs are, and so pieces start at aligned offsets of the file."""
-WEIGHT_OPERATORS = ("DequantizeLinear", "Transpose", "Cast")
+WEIGHT_OPERATORS = ("DequantizeLinear", DEQUANTIZE, "Transpose", "Cast")
 """Operators between initializers and the MatMul that reads them as a weight."""
 
 

@@ -23,14 +23,15 @@ ONNX_TYPES = {
     "int32": TensorProto.INT32,
     "int8": TensorProto.INT8,
     "int4": TensorProto.INT4,
+    "uint4": TensorProto.UINT4,
     "uint8": TensorProto.UINT8,
     "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
     "bool": TensorProto.BOOL,
 }
 
-Part = Literal["values", "scales", "zero_points", "columns", "input_scale", "input_zero_point"]
+Part = Literal["values", "scales", "zero_points", "columns", "tensor_scale", "input_scale", "input_zero_point"]
 """Part of a parameter. ``columns`` is the order of stored columns, if a prequantized checkpoint reorders them. The last
-two are scalars of a linear with quantized activations."""
+three are scalars: of a whole NVFP4 weight, and of a linear with quantized activations."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,20 @@ class PlannedTensor:
     @property
     def storage(self) -> str:
         """numpy dtype name of the bytes in the data file; uint8 for types that numpy lacks."""
-        return "uint8" if self.dtype in ("int4", "float8_e4m3fn") else self.dtype
+        return "uint8" if self.dtype in ("int4", "uint4", "float8_e4m3fn") else self.dtype
 
     @property
     def nbytes(self) -> int:
         """Size in the data file."""
         count = int(np.prod(self.shape, dtype=np.int64))
-        return -(-count // 2) if self.dtype == "int4" else count * np.dtype(self.storage).itemsize
+        return -(-count // 2) if self.dtype in ("int4", "uint4") else count * np.dtype(self.storage).itemsize
 
     @property
     def is_for_dequantize_linear(self) -> bool:
         """Whether the layout is that of ``quant/dequantize_linear.py``."""
         if self.part != "values":
             return False
-        return self.dtype in ("int4", "float8_e4m3fn") or (
-            self.dtype == "int8" and not self.format.quantizes_activations
-        )
+        return self.dtype in ("int4", "uint4", "float8_e4m3fn") or (self.dtype == "int8" and self.format.kind != "w8a8")
 
 
 class GraphBuilder:

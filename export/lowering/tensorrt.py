@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto
 
+from fusion_edge.export.lowering import nvfp4
 from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.kernels.onnx_functions import alignment
@@ -47,7 +48,9 @@ class TensorRTOperations(OnnxOperations):
     def linear(self, x: OnnxValue, name: str, bias: bool = False) -> OnnxValue:
         linear = self.linears[name]
         fmt = linear.format
-        if fmt.bits == 4:
+        if fmt.kind == "nvfp4":
+            x, values = self._nvfp4(x, linear)
+        elif fmt.bits == 4:
             x = self._in_stored_order(x, linear)
             values = self._int4(linear)
         elif fmt.is_weight_only_8_bit and name.startswith("llm."):
@@ -74,6 +77,16 @@ class TensorRTOperations(OnnxOperations):
         scales = self._plan(linear, "scales", "float16", (fmt.blocks(columns), rows), by_column=True)
         inputs: list[OnnxValue | str] = [values, self._cast(scales, "float16")]
         return self._node("DequantizeLinear", inputs, linear.weight.name, axis=0, block_size=fmt.block_size)
+
+    def _nvfp4(self, x: OnnxValue, linear: Linear) -> tuple[OnnxValue, OnnxValue]:
+        """Quantize inputs, and dequantize weights ``[K,N]``: functions that ``export/engines/nvfp4.py`` replaces."""
+        rows, columns = linear.weight.shape
+        values = self._plan(linear, "values", "uint4", (rows, columns))
+        scales = self._plan(linear, "scales", "float8_e4m3fn", (rows, linear.format.blocks(columns)))
+        whole, inputs = (self._plan(linear, part, "float32", ()) for part in ("tensor_scale", "input_scale"))
+        weight = self._function(nvfp4.dequantize_function(OPSET), [values, scales, whole], linear.weight.name)
+        x = self._function(nvfp4.quantize_function(OPSET), [x, inputs], f"{linear.name}.input")
+        return x, self._transposed(weight)
 
     def _scaled_by_channel(self, x: OnnxValue, linear: Linear) -> OnnxValue:
         """Multiply by 8-bit weights with one scale for all, then scale the channels of the result.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusion_edge.export.model.operations import decomposed_self_attention
-from fusion_edge.quant.formats import ActivationQuantization
+from fusion_edge.quant.formats import InputQuantization
 from fusion_edge.quant.observer import fake_quantize
 from fusion_edge.runtime.bundle.config import FusionConfig
 
@@ -49,7 +49,7 @@ class EagerOperations:
         config: FusionConfig,
         get: Callable[[str], Tensor],
         cache: KeyValueCache | None = None,
-        activation_quantization: Callable[[str], ActivationQuantization | None] | None = None,
+        activation_quantization: Callable[[str], InputQuantization | None] | None = None,
     ) -> None:
         """``get`` returns the parameter of a name. Without a cache every call starts at position 0.
 

@@ -13,6 +13,9 @@ from fusion_edge.export.planning.resolved_options import ResolvedOptions
 from fusion_edge.export.planning.rules import LM_HEAD, Rule, assign, precision_rules
 from fusion_edge.runtime.errors import UsageError
 
+FLOAT_KINDS = {"fp8": "int8", "nvfp4": "int4"}
+"""Kinds that not all targets support, with an integer format of as many bits."""
+
 
 def plan_linears(
     checkpoint: Checkpoint, parameters: Mapping[str, Parameter], options: ResolvedOptions
@@ -36,7 +39,7 @@ def plan_linears(
     formats = assign(weights, requested.rules, defaults) | {name: layout.format for name, layout in layouts.items()}
     linears = {name: Linear(weights[name], fmt, layouts.get(name)) for name, fmt in formats.items()}
     _check_codebooks(linears)
-    _check_float8(linears, options)
+    _check_float_kinds(linears, options)
     _check_quantized_activations(linears, options)
     target.check_formats(linears)
     return linears
@@ -66,12 +69,14 @@ def _check_codebooks(linears: Mapping[str, Linear]) -> None:
             )
 
 
-def _check_float8(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:
-    first = next((name for name, linear in linears.items() if linear.format.kind == "fp8"), None)
-    if first is not None and not options.target.supports_float8:
-        raise UsageError(
-            f"fp8 ({first}) does not run on --target {options.target.name}; use int8, or --target tensorrt."
-        )
+def _check_float_kinds(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:
+    for name, linear in linears.items():
+        kind = linear.format.kind
+        if kind in FLOAT_KINDS and kind not in options.target.float_kinds:
+            raise UsageError(
+                f"{kind} ({name}) does not run on --target {options.target.name}; use {FLOAT_KINDS[kind]}, or "
+                "--target tensorrt."
+            )
 
 
 def _check_quantized_activations(linears: Mapping[str, Linear], options: ResolvedOptions) -> None:
@@ -79,9 +84,11 @@ def _check_quantized_activations(linears: Mapping[str, Linear], options: Resolve
     if first is None:
         return
     if not options.requested.is_calibrated:
+        kind = linears[first].format.kind
+        other = "int4" if kind == "nvfp4" else f"--vision {options.target.default_vision}"
         raise UsageError(
-            f"{first} is w8a8, which needs samples for the range of its activations: add --calibrate DATA, or use "
-            f"--vision {options.target.default_vision}."
+            f"{first} is {kind}, which needs samples for the range of its activations: add --calibrate DATA, or use "
+            f"{other}."
         )
     if not options.target.quantizes_activations:
         raise UsageError(

@@ -20,8 +20,8 @@ from fusion_edge.runtime.formatting import format_bytes
 
 RUNTIME_BYTES = 130_000_000
 """Python, numpy, Pillow, tokenizers and ONNX Runtime with its sessions (measured)."""
-PACKED_BITS = {"int4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
-"""Bits of a stored integer, by numpy dtype name."""
+PACKED_BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
+"""Bits of a stored integer or FP8 number, by numpy dtype name."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _weights(plan: ExportPlan) -> int:
     total = 0
     for tensor in (tensor for file in plan.data_files for tensor in file.tensors):
         count = int(np.prod(tensor.shape, dtype=np.int64))
-        is_copied = tensor.part == "scales" and not tensor.format.has_codebook
+        is_copied = tensor.part == "scales" and tensor.dtype not in PACKED_BITS and not tensor.format.has_codebook
         bits = PACKED_BITS.get(tensor.dtype, 8 * wide)
         total += count * scale if is_copied else count * bits // 8
     return total

@@ -23,6 +23,16 @@ def _group_size(text: str) -> int:
     return group_sizes()[text]
 
 
+def _kv_cache(text: str) -> str:
+    """argparse type of ``--kv-cache``: says why there is no FP8."""
+    if text == "fp8":
+        raise argparse.ArgumentTypeError(
+            "TensorRT updates a cache in place in 16 bits only; one in fp8 would be copied in every step, which moves "
+            "at least twice the bytes of float16 (docs/tensorrt.md): leave it out"
+        )
+    return text
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of an export. None leaves the choice to the target, the preset or the model."""
@@ -106,6 +116,7 @@ class ExportOptions:
         "int8: a quarter of the memory and of the reads in decode; needs a recent ONNX Runtime (default: {default})",
         group=TARGET,
         default="float",
+        type=_kv_cache,
         choices=("float", "int8"),
     )
     is_small: bool = False

@@ -21,8 +21,16 @@ from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.planning.plan import embedding_file
 from fusion_edge.export.planning.rules import EMBEDDING
 from fusion_edge.export.planning.targets import TARGETS
+from fusion_edge.quant import float8
 from fusion_edge.quant.dequantize_linear import from_dequantize_linear
-from fusion_edge.quant.formats import STORED_GROUP_SIZES, SYMMETRIC_ZERO_POINT, ActivationQuantization, WeightFormat
+from fusion_edge.quant.formats import (
+    STORED_GROUP_SIZES,
+    SYMMETRIC_ZERO_POINT,
+    ActivationQuantization,
+    InputQuantization,
+    Nvfp4Activations,
+    WeightFormat,
+)
 from fusion_edge.quant.packing import Packed, dequantize
 from fusion_edge.runtime.bundle.manifest import EMBEDDINGS, data_file, graph_file
 from fusion_edge.runtime.bundle.reader import Bundle
@@ -49,7 +57,10 @@ class BundleWeights:
         if not fmt.is_quantized:
             return values.astype(np.float32)
         if tensor.is_for_dequantize_linear:
-            packed = from_dequantize_linear(values.view(np.uint8), self._read(name, "scales", start, stop), fmt)
+            scales = self._read(name, "scales", start, stop)
+            if fmt.kind == "nvfp4":
+                scales = float8.VALUES[scales] * self._read(name, "tensor_scale", 0, 1)[0]
+            packed = from_dequantize_linear(values.view(np.uint8), scales, fmt)
             return self._in_column_order(name, dequantize(packed, fmt, self.parameters[name].shape[1]))
         inputs = self.parameters[name].shape[1]
         shape = fmt.packed_shape(stop - start, inputs)
@@ -66,12 +77,14 @@ class BundleWeights:
         ordered[:, self._read(name, "columns", 0, stored.shape[1])] = stored
         return ordered
 
-    def activation_quantization(self, linear: str) -> ActivationQuantization | None:
+    def activation_quantization(self, linear: str) -> InputQuantization | None:
         """Return how a linear quantizes its activations, None if it does not."""
         name = f"{linear}.weight"
         if (name, "input_scale") not in self._tensors:
             return None
         scale = float(self._read(name, "input_scale", 0, 1)[0])
+        if self._format(linear).kind == "nvfp4":
+            return Nvfp4Activations(scale)
         if (name, "input_zero_point") not in self._tensors:
             return ActivationQuantization(scale, SYMMETRIC_ZERO_POINT)
         return ActivationQuantization(scale, int(self._read(name, "input_zero_point", 0, 1)[0]))
@@ -95,7 +108,7 @@ class BundleWeights:
             fmt = WeightFormat("fp32") if array.kind == "float" else self._format(array.linear)
             shape, offset = tuple(initializer.dims), int(place["offset"])
             name = initializer.name
-            by_column = lowering.stores_int4_by_column and fmt.bits == 4 and len(shape) == 2
+            by_column = lowering.stores_int4_by_column and fmt.kind == "int4" and len(shape) == 2
             tensor = PlannedTensor(name, parameter, part, fmt, dtype, shape, offset, by_column=by_column)
             self._add(data_file(graph), tensor)
 
@@ -112,7 +125,8 @@ class BundleWeights:
             return whole.reshape(tensor.shape[0], -1)[:, start // packed : stop // packed]
         row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape else tensor.nbytes
         content = _bytes(path, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
-        return np.frombuffer(content, tensor.storage).reshape(stop - start, *tensor.shape[1:])
+        shape = (-1,) if tensor.dtype == "uint4" else tensor.shape[1:]
+        return np.frombuffer(content, tensor.storage).reshape(stop - start, *shape)
 
 
 def _bytes(path: Path, offset: int, count: int) -> bytes:

@@ -27,24 +27,25 @@ OPERATORS: Mapping[str, frozenset[str]] = {
     for domain, names in {
         "": """
             Abs Add Attention Cast CastLike Concat Constant DequantizeLinear Div Expand Gather Gelu Greater Identity If
-            LayerNormalization LessOrEqual MatMul Max Mul Pad QuantizeLinear RMSNormalization Range ReduceMax ReduceMean
-            ReduceSum Reshape RotaryEmbedding Round ScatterND Shape Sigmoid SimplifiedLayerNormalization Size Slice
-            Softmax Split Sqrt Squeeze Sub TensorScatter Transpose Unsqueeze Where
+            LayerNormalization Less LessOrEqual MatMul Max Min Mul Pad QuantizeLinear RMSNormalization Range ReduceMax
+            ReduceMean ReduceSum Reshape RotaryEmbedding Round ScatterND Shape Sigmoid SimplifiedLayerNormalization Size
+            Slice Softmax Split Sqrt Squeeze Sub TensorScatter Transpose Unsqueeze Where
         """,
         "com.microsoft": """
             FastGelu FusedMatMul GroupQueryAttention MatMulBnb4 MatMulNBits MultiHeadAttention QuickGelu
             SkipSimplifiedLayerNormalization
         """,
         FUNCTIONS: """
-            AddLayerNorm AddRows CachedAttention ContextAttention GeluIntegerProduct GeluMatMulNBits IntegerMlp
-            IntegerProduct MatMulNBits PackedAttention PatchAttention SwiGlu
+            AddLayerNorm AddRows CachedAttention ContextAttention DequantizeNvfp4 GeluIntegerProduct GeluMatMulNBits
+            IntegerMlp IntegerProduct MatMulNBits PackedAttention PatchAttention QuantizeNvfp4 SwiGlu
         """,
     }.items()
 }
 """By domain, the operators that the lowerings write. They only compute."""
 
-BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 17: 8, 22: 4}
-"""Bits per value by ``TensorProto``'s number: float, uint8, int8, int32, int64, bool, float16, FLOAT8E4M3FN, int4."""
+BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 17: 8, 21: 4, 22: 4}
+"""Bits per value by ``TensorProto``'s number: float, uint8, int8, int32, int64, bool, float16, FLOAT8E4M3FN, uint4,
+int4."""
 
 _MODEL = {1: "ir_version", 2: "producer_name", 3: "producer_version", 7: "graph", 8: "opset_import", 25: "functions"}
 _OPSET = {1: "domain", 2: "version"}

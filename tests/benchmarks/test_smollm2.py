@@ -151,4 +151,7 @@ def test_table_shows_the_remaining_loss() -> None:
 
 
 def test_table_of_formats() -> None:
-    assert "| fp8 | 16.125 |" in table({"float": 16.0, "quantized": [{"format": "fp8", "rtn": 16.125}]})
+    rows = [{"format": "fp8", "rtn": 16.125}, {"format": "nvfp4", "rtn": 19.5, "gptq": 17.25}]
+    printed = table({"float": 16.0, "quantized": rows})
+    assert "| fp8 | 16.125 |  |" in printed
+    assert "| nvfp4 | 19.500 | 17.250 |" in printed

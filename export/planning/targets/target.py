@@ -33,9 +33,9 @@ class Target:
     kv_caches: tuple[str, ...] = ("float",)
     """Supported values of ``--kv-cache``, the default first."""
     quantizes_activations: bool = True
-    """Whether the runtime supports w8a8 linears."""
-    supports_float8: bool = False
-    """Whether the runtime supports fp8 linears."""
+    """Whether the runtime supports linears with quantized activations."""
+    float_kinds: tuple[str, ...] = ()
+    """Kinds of linears in 8 and 4 bits of floating point that the runtime supports."""
     symmetric_activations: bool = False
     """Whether quantized activations have no zero point."""
     int8_per_channel: bool = False

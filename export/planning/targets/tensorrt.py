@@ -10,7 +10,7 @@ from fusion_edge.export.checkpoint.prequantized.layout import StoredLayout
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.tensorrt import TensorRTOperations
 from fusion_edge.export.planning.targets.target import Target
-from fusion_edge.quant.formats import PER_CHANNEL, WeightFormat
+from fusion_edge.quant.formats import NVFP4_BLOCK, PER_CHANNEL, WeightFormat
 from fusion_edge.runtime.backends.tensorrt import memory_estimate
 from fusion_edge.runtime.bundle.config import FusionConfig
 from fusion_edge.runtime.bundle.reader import Bundle
@@ -61,7 +61,7 @@ TENSORRT = TensorRTTarget(
     lowering=TensorRTOperations,
     activations="float16",
     accuracy_levels=(0,),
-    supports_float8=True,
+    float_kinds=("fp8", "nvfp4"),
     symmetric_activations=True,
     int8_per_channel=True,
     default_vision="fp16",
@@ -69,18 +69,24 @@ TENSORRT = TensorRTTarget(
 )
 
 
-OLDEST_FLOAT8_DEVICE = (8, 9)
-"""Oldest compute capability with FP8."""
+READS_WINDOWS = re.compile(r"alignment\.layers\.\d+\.(context|key|value)")
+"""Linears whose inputs have four dimensions. TensorRT's quantization to FP4 takes two or three."""
+FORMATS_SINCE = {"fp8": "8.9", "nvfp4": "10.0"}
+"""Oldest compute capability by format."""
 
 
 def check_capability(bundle: Bundle, compute_capability: str) -> None:
-    """Raise :class:`FusionError` if a bundle has FP8 weights, and the device has no FP8."""
-    first = next((name for name, text in bundle.manifest.weights.items() if text == "fp8"), None)
-    if first is not None and tuple(map(int, compute_capability.split("."))) < OLDEST_FLOAT8_DEVICE:
-        raise FusionError(
-            f"{bundle.folder} has {first} in fp8, which compute capability {compute_capability} does not have (8.9 and "
-            f"later do); export it with another format, --rule '{first}=fp16'."
-        )
+    """Raise :class:`FusionError` if a bundle has a format that the device does not multiply."""
+    for name, fmt in bundle.manifest.weights.items():
+        if fmt in FORMATS_SINCE and _numbers(compute_capability) < _numbers(FORMATS_SINCE[fmt]):
+            raise FusionError(
+                f"{bundle.folder} has {name} in {fmt}, which compute capability {compute_capability} does not have "
+                f"({FORMATS_SINCE[fmt]} and later do); export it with another format, --rule '{name}=fp16'."
+            )
+
+
+def _numbers(compute_capability: str) -> tuple[int, ...]:
+    return tuple(map(int, compute_capability.split(".")))
 
 
 def _unreadable(linear: Linear) -> str | None:
@@ -94,7 +100,17 @@ def _unreadable(linear: Linear) -> str | None:
         return f"its scales are {linear.scale_dtype}, not float16; quantize it anew"
     if fmt.kind == "int8" and fmt.group_size != PER_CHANNEL:
         return "its 8-bit weights have one scale per channel; write int8:channel"
+    if fmt.kind == "nvfp4":
+        return _unreadable_nvfp4(linear)
     return _unreadable_int4(linear) if fmt.kind == "int4" else None
+
+
+def _unreadable_nvfp4(linear: Linear) -> str | None:
+    if linear.inputs % NVFP4_BLOCK:
+        return f"its {linear.inputs} inputs are not whole blocks of {NVFP4_BLOCK}; keep it in float16"
+    if READS_WINDOWS.fullmatch(linear.name):
+        return "it reads windows of the image, and only matrices are quantized to FP4; use int4"
+    return None
 
 
 def _unreadable_int4(linear: Linear) -> str | None:

@@ -18,7 +18,7 @@ from fusion_edge.export.engines.decompositions import SINCE, decompose_operators
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.runtime.errors import FusionError
 
-FORMS = ("int4-64", "int4-128", "int8", "int8-one-scale", "w8a8", "fp8")
+FORMS = ("int4-64", "int4-128", "int8", "int8-one-scale", "w8a8", "fp8", "nvfp4")
 
 
 def outputs(case: OperatorCase, model: onnx.ModelProto | None = None) -> npt.NDArray[Any]:

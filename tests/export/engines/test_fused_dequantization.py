@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -16,11 +17,12 @@ from support.checkpoints import TINY
 
 from fusion_edge.benchmarks.acceptance.engine import BuildLog
 from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.export.engines.nvfp4 import use_fp4
 from fusion_edge.export.lowering.base import Settings
 from fusion_edge.export.lowering.graph_builder import GraphBuilder
 from fusion_edge.export.lowering.linear import Linear
 from fusion_edge.export.lowering.tensorrt import OPSET, TensorRTOperations
-from fusion_edge.quant.formats import WeightFormat
+from fusion_edge.quant.formats import NVFP4_BLOCK, WeightFormat
 from fusion_edge.runtime.backends.tensorrt.library import find_library
 from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
 
@@ -51,8 +53,8 @@ def linear(name: str, fmt: str, folder: Path) -> onnx.ModelProto:
     return builder.model(DATA, "0")
 
 
-def largest_output(trt: ModuleType, model: onnx.ModelProto, folder: Path, rows: int, capability: str) -> int:
-    """Return the number of elements of the largest tensor that a layer writes."""
+def build_log(trt: ModuleType, model: onnx.ModelProto, folder: Path, rows: int, capability: str) -> BuildLog:
+    """Build an engine, and return the builder's messages with its layers."""
     log = BuildLog(find_library("tensorrt_rtx"))
     logger = log.logger()
     builder = trt.Builder(logger)
@@ -67,6 +69,11 @@ def largest_output(trt: ModuleType, model: onnx.ModelProto, folder: Path, rows: 
     profile.set_shape("x", *[(1, rows, INPUTS)] * 3)
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config) is not None, log.texts
+    return log
+
+
+def largest_output(log: BuildLog) -> int:
+    """Return the number of elements of the largest tensor that a layer writes."""
     sizes: list[int] = [math.prod(output["Dimensions"]) for layer in log.layers() for output in layer["Outputs"]]
     return max(sizes)
 
@@ -89,5 +96,20 @@ def test_weights_are_dequantized_in_the_gemm(
     trt: ModuleType, tmp_path: Path, name: str, fmt: str, rows: int, capability: str, is_fused: bool
 ) -> None:
     """Otherwise a layer writes the whole weight in float16."""
-    largest = largest_output(trt, linear(name, fmt, tmp_path), tmp_path, rows, capability)
-    assert largest == (rows * OUTPUTS if is_fused else OUTPUTS * INPUTS)
+    log = build_log(trt, linear(name, fmt, tmp_path), tmp_path, rows, capability)
+    assert largest_output(log) == (rows * OUTPUTS if is_fused else OUTPUTS * INPUTS)
+
+
+@pytest.mark.parametrize("capability", ["12.0", "12.1"])
+@pytest.mark.parametrize("rows", [1, 900])
+def test_nvfp4_is_multiplied_in_4_bits(trt: ModuleType, tmp_path: Path, rows: int, capability: str) -> None:
+    """The GEMM reads both matrices in FP4 and their scales in FP8; no layer writes a dequantized one."""
+    model = linear("llm.lm_head", "nvfp4", tmp_path)
+    use_fp4(model)
+    log = build_log(trt, model, tmp_path, rows, capability)
+    assert largest_output(log) <= max(rows * OUTPUTS, rows * INPUTS, 128 * INPUTS // NVFP4_BLOCK)
+    (gemm,) = (line for text in log.texts for line in text.splitlines() if ", LayerType: gemm," in line)
+    operands = re.findall(r"Dimensions: \[([\d,]*)\][^{}]*Datatype: (FP\w+)", gemm)
+    assert operands[0] == (f"1,{rows},{INPUTS}", "FP4E2M1")
+    assert (f"1,{INPUTS},{OUTPUTS}", "FP4E2M1") in operands
+    assert [kind for _, kind in operands].count("FP8") == 2

@@ -28,7 +28,7 @@ from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.kernels.operators import DOMAIN
-from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, WeightFormat
+from fusion_edge.quant.formats import SYMMETRIC_ZERO_POINT, ActivationQuantization, WeightFormat
 from fusion_edge.runtime import Fusion, Sampling, Turn, load
 from fusion_edge.runtime.backends.base import Backend, Floats, ImageAlignment, Integers, KvPrefix
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -175,9 +175,10 @@ def test_quantized_activations(integer_bundle: Path) -> None:
     weights = BundleWeights(bundle)
     linears = [name for name, fmt in bundle.manifest.weights.items() if fmt == "w8a8"]
     assert linears
-    assert {found and found.zero_point for found in map(weights.activation_quantization, linears)} == {
-        SYMMETRIC_ZERO_POINT
-    }
+    for name in linears:
+        found = weights.activation_quantization(name)
+        assert isinstance(found, ActivationQuantization)
+        assert found.zero_point == SYMMETRIC_ZERO_POINT
     pixels = np.random.default_rng(0).normal(0, 0.5, (1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     text = np.random.default_rng(1).normal(0, 0.5, (1, 5, bundle.manifest.model.language.hidden_size))
     inputs = pixels, text.astype(np.float32), np.ones((1, 5), np.bool_)

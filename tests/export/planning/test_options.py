@@ -71,6 +71,14 @@ def test_mutually_exclusive_options(flags: list[str], capsys: pytest.CaptureFixt
     assert "not allowed with" in capsys.readouterr().err
 
 
+def test_a_cache_in_fp8_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["checkpoint", "--target=tensorrt", "--kv-cache=fp8"])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "--kv-cache: TensorRT updates a cache in place in 16 bits only; one in fp8 would be copied in" in message
+
+
 def test_the_runtime_accepts_every_target() -> None:
     assert set(TARGETS) == set(manifest.TARGETS)
 

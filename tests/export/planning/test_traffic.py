@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from itertools import product
@@ -17,8 +18,10 @@ from support.paths import DEMO_CHECKPOINT
 from fusion_edge.benchmarks.latency.roofline import weight_bytes
 from fusion_edge.export import cli
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
+from fusion_edge.export.planning.memory import estimate
 from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import plan_export
+from fusion_edge.export.planning.rules import Rule
 from fusion_edge.export.planning.traffic import (
     DEQUANTIZED_TRAFFIC,
     SLICE_TRAFFIC,
@@ -27,6 +30,7 @@ from fusion_edge.export.planning.traffic import (
     moved_tokens,
     vision_run,
 )
+from fusion_edge.quant.formats import WeightFormat
 
 INT8 = ["--rule=llm.lm_head=int8:channel", "--vision=int8-weights"]
 
@@ -102,6 +106,22 @@ def test_weights_have_the_bytes_of_the_bundle(target: str, precision: str, visio
     step = decode_steps(plan)[smallest].fused - cached * moved_tokens(smallest, plan.options.max_context)
     assert step == weight_bytes(plan.manifest(())) == stored["llm"]
     assert vision_run(plan).fused == stored["vision"]
+
+
+def test_nvfp4_has_four_and_a_half_bits() -> None:
+    """The two scales of whole tensors are not counted. Memory is the bundle's: scales stay in FP8."""
+    options = ExportOptions(target="tensorrt", precision="fp16", is_calibrated=True)
+    with Checkpoint(DEMO_CHECKPOINT) as checkpoint:
+        plain = plan_export(checkpoint, options)
+        rules = (Rule("llm.layers.*", WeightFormat.parse("nvfp4")),)
+        plan = plan_export(checkpoint, dataclasses.replace(options, rules=rules))
+    linears = [linear for linear in plan.linears.values() if linear.format.kind == "nvfp4"]
+    saved = sum(linear.size for linear in linears) * (16 - 4.5) / 8
+    for before, after in zip(decode_steps(plain).values(), decode_steps(plan).values(), strict=True):
+        assert before.fused - after.fused == saved
+        assert after.unfused == after.fused
+    less = estimate(plain).weights - estimate(plan).weights
+    assert saved - 8 * len(linears) <= less <= saved
 
 
 def test_dry_run_tells_both_cases(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

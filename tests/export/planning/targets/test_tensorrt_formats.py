@@ -89,6 +89,7 @@ def test_blocks_of_bundles(checkpoint: Path, tmp_path: Path, options: str, block
         ("int4:channel", (64, 192), "its 192 inputs are not whole groups of 128; use --group-size 64"),
         ("int4:32", (64, 96), "its 96 inputs are not whole groups of 64 or 128; keep it in float16, or use another"),
         ("int4:64", (63, 64), "its 63 outputs are odd, and two share a byte; keep it in float16"),
+        ("nvfp4", (64, 40), "its 40 inputs are not whole blocks of 16; keep it in float16"),
     ],
 )
 def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
@@ -103,6 +104,18 @@ def test_remedies(fmt: str, shape: tuple[int, int], reason: str) -> None:
         if f"int4:{size}" in reason:
             TENSORRT.check_formats({name: Linear(weight, WeightFormat("int4", size))})
     TENSORRT.check_formats({name: Linear(weight, WeightFormat.parse("fp16"))})
+
+
+def test_windows_are_not_quantized_to_fp4() -> None:
+    """TensorRT takes activations of two and three dimensions."""
+    for name, is_refused in (("context", True), ("key", True), ("value", True), ("query", False), ("mlp.up", False)):
+        weight = Parameter(f"alignment.layers.3.{name}.weight", "linear", (64, 64), ())
+        linears = {weight.linear: Linear(weight, WeightFormat.parse("nvfp4"))}
+        if is_refused:
+            with pytest.raises(UsageError, match=f"{name} cannot be nvfp4 for TensorRT: it reads windows of the image"):
+                TENSORRT.check_formats(linears)
+        else:
+            TENSORRT.check_formats(linears)
 
 
 @pytest.mark.parametrize("target", PRESETS)
