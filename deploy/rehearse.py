@@ -1,4 +1,4 @@
-"""Run the steps of ``deploy/Dockerfile`` without Docker: as root, in chroots made by debootstrap.
+"""Run the steps of ``deploy/Dockerfile`` that build the image, without Docker: as root, in chroots made by debootstrap.
 
 ``debootstrap --variant=minbase bookworm BASE`` makes the base image; ``python3 deploy/rehearse.py FOLDER --base BASE``
 builds the last stage in ``FOLDER/image``. ``--certificates FILE`` adds authorities that downloads need here.
@@ -7,11 +7,11 @@ builds the last stage in ``FOLDER/image``. ``--certificates FILE`` adds authorit
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Stage:
 
 def main() -> None:
     """Build the stages one after the other."""
-    parser = argparse.ArgumentParser(description="Run the steps of deploy/Dockerfile in chroots.")
+    parser = argparse.ArgumentParser(description="Build deploy/Dockerfile in chroots.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--certificates", type=Path)
@@ -45,7 +45,8 @@ def main() -> None:
     stages: dict[str, Stage] = {}
     stage = Stage(arguments.folder)
     for name, text in instructions(ROOT / "deploy/Dockerfile"):
-        print(f"{name} {text}", flush=True)
+        sys.stdout.write(f"{name} {text}\n")
+        sys.stdout.flush()
         if name == "FROM":
             _, _, alias = text.partition(" AS ")
             stage = Stage(arguments.folder / (alias or "image"))
@@ -63,8 +64,6 @@ def main() -> None:
             stage.environment |= dict(item.split("=", 1) for item in shlex.split(text))
         elif name == "USER":
             stage.user = text
-        elif name in ("ENTRYPOINT", "HEALTHCHECK"):
-            print(f"not run: {json.dumps(text)}")
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
