@@ -51,6 +51,7 @@ def main() -> None:
             _, _, alias = text.partition(" AS ")
             stage = Stage(arguments.folder / (alias or "image"))
             stages[alias] = stage
+            stage.folder.mkdir(parents=True)
             subprocess.run(["cp", "-a", f"{arguments.base}/.", stage.folder], check=True)
             if arguments.certificates:
                 target = stage.folder / "etc/ssl/certs/ca-certificates.crt"
