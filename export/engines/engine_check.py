@@ -54,7 +54,7 @@ PREFIXES = {VISION_ENCODER: "vision.", ALIGNMENT_DECODER: "alignment.", LLM: "ll
 def skipped_reason(platform: EnginePlatform, is_wanted: bool) -> str | None:
     """Return why engines for ``platform`` cannot be compared on this machine, as a sentence; None if they can."""
     if not is_wanted:
-        return "It was not wanted."
+        return "--skip-comparison was given."
     try:
         here = open_cuda().compute_capability()
     except DeviceError as error:
