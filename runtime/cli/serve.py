@@ -71,10 +71,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     with listener:
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        sys.stderr.write(f"loading {source}; http://{address}:{port}/health answers\n")
-        sys.stderr.flush()
-        serve(make_app(settings), listener, arguments.drain_seconds, f"serving {name} at http://{address}:{port}/v1")
+        _say(f"loading {source}")
+        ready = f"serving {name} at http://{address}:{port}/v1"
+        serve(make_app(settings), listener, arguments.drain_seconds, lambda: _say(ready))
     return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

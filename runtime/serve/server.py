@@ -8,8 +8,8 @@ import ipaddress
 import os
 import signal
 import socket
-import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -57,24 +57,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def serve(app: Starlette, listener: socket.socket, drain_seconds: float, ready: str) -> None:
-    """Serve an application until a signal ends it, and print ``ready`` once its model is loaded.
+def serve(app: Starlette, listener: socket.socket, drain_seconds: float, when_ready: Callable[[], object]) -> None:
+    """Serve an application until a signal ends it, and call ``when_ready`` once its model is loaded.
 
     The first SIGINT, SIGTERM or SIGHUP drains: requests that run or wait finish, new ones are refused. A second one
     cancels them.
 
     Raises :class:`FusionError` if the model does not load.
     """
-    server = _Server(app, drain_seconds, ready)
+    server = Server(app, drain_seconds, when_ready)
     server.run([listener])
     if server.error is not None:
         raise server.error
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server with a drain before its shutdown."""
 
-    def __init__(self, app: Starlette, drain_seconds: float, ready: str) -> None:
+    def __init__(self, app: Starlette, drain_seconds: float, when_ready: Callable[[], object]) -> None:
         config = uvicorn.Config(
             app,
             http="h11",
@@ -90,7 +90,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._drain_seconds = drain_seconds
-        self._ready = ready
+        self._when_ready = when_ready
         self._tasks: list[asyncio.Task[None]] = []
         self.error: BaseException | None = None
         """Why the model did not load."""
@@ -104,7 +104,8 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals that are not ignored (``nohup``), and do not raise them again: a drain is a success."""
-        numbers = [number for number in MESSAGES if signal.getsignal(number) != signal.SIG_IGN]
+        is_main = threading.current_thread() is threading.main_thread()  # only there are signals handled
+        numbers = [number for number in MESSAGES if is_main and signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
@@ -131,8 +132,7 @@ class _Server(uvicorn.Server):
             self.error = error
             self.should_exit = True
         else:
-            sys.stderr.write(f"{self._ready}\n")
-            sys.stderr.flush()
+            self._when_ready()
 
     async def _drain(self) -> None:
         await self._engine.drain(self._drain_seconds)
