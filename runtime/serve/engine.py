@@ -58,7 +58,7 @@ class Engine:
         self.metrics.read(self.running, self.waiting, self.image_cache)
         self._model: Model | None = None
         self._error: BaseException | None = None
-        self._is_draining = self._is_closed = False
+        self._is_draining = self._is_ending = self._is_closed = False
         self._taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -111,6 +111,8 @@ class Engine:
         self._idle.clear()
         try:
             question = await prepare()
+            if self._is_ending:
+                raise shutting_down()
             if (seconds := due - time.monotonic()) <= 0:
                 self.metrics.late.inc()
                 raise late("before the question was queued")
@@ -148,6 +150,7 @@ class Engine:
         self._is_draining = True
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
+        self._is_ending = True  # for requests that are being prepared
         for request in tuple(self._live):
             request.cancel()
         await self._idle.wait()

@@ -8,12 +8,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.watched_backend import BlockedCall, watched_fusion
+from PIL.Image import Image
 from support.http_servers import MODEL, HttpServer, chat, eventually, http_server
 
 from fusion_edge.runtime import Fusion, FusionError
+from fusion_edge.runtime.images.preprocessing import cut_crops
+from fusion_edge.runtime.serve import pictures
 from fusion_edge.runtime.serve.app import make_app
 from fusion_edge.runtime.serve.settings import ServeSettings
 
@@ -101,6 +105,25 @@ def test_a_drain_cancels_in_the_end(server: HttpServer) -> None:
         drain(server, 0.1)
     for reply in (whole.result(), stream.result()):
         assert (reply.status, reply.error["code"]) == (503, "shutting_down")
+
+
+def test_a_drain_ends_a_request_that_is_being_prepared(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_load, loading = threading.Event(), threading.Event()
+
+    def slow(image: Image) -> Any:
+        loading.set()
+        assert may_load.wait(20)
+        return cut_crops(image)
+
+    monkeypatch.setattr(pictures, "cut_crops", slow)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(server.ask, chat())
+        assert loading.wait(20)
+        drained = pool.submit(drain, server, 0.01)
+        eventually(lambda: server.engine._is_ending)
+        may_load.set()
+        drained.result(20)
+    assert (asked.result().status, asked.result().error["code"]) == (503, "shutting_down")
 
 
 def test_a_drain_ends_a_stream_with_an_event(server: HttpServer) -> None:
