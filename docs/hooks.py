@@ -20,6 +20,7 @@ COMMANDS = {
     "fusion-build": (("fusion_edge.export.engines.cli", "parser"),),
     "fusion-run": (("fusion_edge.runtime.cli.run", "parser"),),
     "fusion-info": (("fusion_edge.runtime.cli.info", "parser"),),
+    "fusion-serve": (("fusion_edge.runtime.cli.serve", "parser"),),
     "fusion-bench": (
         ("fusion_edge.benchmarks.latency.cli", "parser"),
         ("fusion_edge.benchmarks.latency.cli", "compare_parser"),

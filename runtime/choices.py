@@ -14,7 +14,7 @@ from fusion_edge.runtime.image_cache import CacheEntry
 from fusion_edge.runtime.logprobs import LogProbabilities
 from fusion_edge.runtime.pipeline import Pipeline, load_subject
 from fusion_edge.runtime.prompts.prompt import Turn
-from fusion_edge.runtime.requests import Color, ImageLike, PreparedQuestion
+from fusion_edge.runtime.requests import Color, Crops, ImageLike, PreparedQuestion
 from fusion_edge.runtime.run_control import RunControl
 from fusion_edge.runtime.sampling import Sampling
 
@@ -53,7 +53,7 @@ class PreparedChoices:
 
 def prepare_choices(
     pipeline: Pipeline,
-    image: ImageLike | CacheEntry,
+    image: ImageLike | Crops | CacheEntry,
     questions: Sequence[str],
     choices: Sequence[str],
     history: Sequence[Turn] = (),

@@ -70,6 +70,8 @@ class ImageCache:
         self.size = size
         self._entries: list[CacheEntry] = []
         """Least recently used first."""
+        self.hits = self.misses = 0
+        """Searches that found their image, and others."""
 
     def find(self, crops: npt.NDArray[np.uint8]) -> EncodedImage | None:
         """Return the image of these ``crops``, also if a scene holds it. Its entry becomes the latest used."""
@@ -77,7 +79,9 @@ class ImageCache:
             if entry.image is not None and np.array_equal(entry.image.crops, crops):
                 self.use(entry)
                 entry.is_closed = False
+                self.hits += 1
                 return entry.image
+        self.misses += 1
         return None
 
     def use(self, entry: CacheEntry) -> None:

@@ -24,7 +24,7 @@ from fusion_edge.runtime.image_cache import CacheEntry, EncodedImage, ImageCache
 from fusion_edge.runtime.images.grids import alignment_cells, resize_grid
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image, normalize
 from fusion_edge.runtime.prompts.prompt import ContextBudget, Prompt, PromptEncoder, PromptLayout, Turn
-from fusion_edge.runtime.requests import Color, ImageLike, PreparedLook, PreparedQuestion
+from fusion_edge.runtime.requests import Color, Crops, ImageLike, PreparedLook, PreparedQuestion
 from fusion_edge.runtime.sampling import Sampler, Sampling
 from fusion_edge.runtime.stages import (
     ALIGNMENT,
@@ -43,9 +43,9 @@ Embed = Callable[[Integers], Floats]
 """Token ids ``[n]`` to embeddings ``[n,D]``."""
 
 
-def load_subject(image: ImageLike | CacheEntry, color: Color) -> Image.Image | CacheEntry:
-    """Return a scene as it is, and load any other image."""
-    return image if isinstance(image, CacheEntry) else load_image(image, color)
+def load_subject(image: ImageLike | Crops | CacheEntry, color: Color) -> Image.Image | Crops | CacheEntry:
+    """Return crops and a scene as they are, and load any other image."""
+    return image if isinstance(image, Crops | CacheEntry) else load_image(image, color)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ class Pipeline:
             )
         self.end_ids = frozenset(self.config.eos_token_ids) | {end_of_turn}
         """Tokens that end an answer: the checkpoint's, and always the template's end of turn."""
-        self._grammars = GrammarCompiler(tokenizer, self.end_ids, self.config.language.vocab_size)
-        self._images = ImageCache(cached_images)
+        self.grammars = GrammarCompiler(tokenizer, self.end_ids, self.config.language.vocab_size)
+        self.images = ImageCache(cached_images)
 
     @property
     def config(self) -> FusionConfig:
@@ -99,7 +99,7 @@ class Pipeline:
 
     def prepare(
         self,
-        image: ImageLike | CacheEntry,
+        image: ImageLike | Crops | CacheEntry,
         question: str,
         history: Sequence[Turn] = (),
         sampling: Sampling | None = None,
@@ -111,7 +111,7 @@ class Pipeline:
     ) -> PreparedQuestion:
         """Check the arguments of a question, load its image unless it is a scene, and tokenize its prompt."""
         sampling = with_grammar(sampling, regex=regex, choices=choices)
-        constraint = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
+        constraint = None if sampling.grammar is None else self.grammars.start(sampling.grammar)
         length = self.query_length(query_length)
         budget = self._budget(length)
         is_markup = check_flag("control_tokens", control_tokens)
@@ -119,12 +119,13 @@ class Pipeline:
         return PreparedQuestion(load_subject(image, color), prompt, sampling, length, constraint)
 
     def prepare_look(
-        self, image: ImageLike, guide: str | None, query_length: int | None = None, color: Color = "rgb"
+        self, image: ImageLike | Crops, guide: str | None, query_length: int | None = None, color: Color = "rgb"
     ) -> PreparedLook:
         """Check the arguments of a look, load its image and tokenize its guide."""
         length = self.query_length(query_length)
         start = None if guide is None else self.prompts.encode_start(guide, budget=self._budget(length))
-        return PreparedLook(load_image(image, color), start, length)
+        picture = image if isinstance(image, Crops) else load_image(image, color)
+        return PreparedLook(picture, start, length)
 
     def _budget(self, query_length: int) -> ContextBudget:
         return ContextBudget(self.max_context, self.manifest.image_side**2, query_length)
@@ -176,7 +177,7 @@ class Pipeline:
         image, _ = self._subject(look.picture, hook)
         with hook(ALIGNMENT):
             self.align(image, look.query_length)
-        entry = self._images.entry_for_scene(image)
+        entry = self.images.entry_for_scene(image)
         if look.start is not None:
             with hook(ENCODE_LOCAL):
                 image_tokens = self.encode_image_tokens(image, look.start.instruct_ids)
@@ -186,32 +187,34 @@ class Pipeline:
         entry.is_scene = True
         return entry
 
-    def _subject(self, subject: Image.Image | CacheEntry, hook: StageHook) -> tuple[EncodedImage, KvPrefix | None]:
+    def _subject(
+        self, subject: Image.Image | Crops | CacheEntry, hook: StageHook
+    ) -> tuple[EncodedImage, KvPrefix | None]:
         """Return the features of a picture or scene, and the scene's prefix if it has a guide."""
         if isinstance(subject, CacheEntry):
             found = subject.scene()
-            self._images.use(subject)
+            self.images.use(subject)
             return found
         with hook(PREPROCESS):
-            crops = cut_crops(subject)
+            crops = subject.pixels if isinstance(subject, Crops) else cut_crops(subject)
         with hook(ENCODE_GLOBAL):
             return self.encode_image(crops), None
 
     def encode_image(self, crops: npt.NDArray[np.uint8]) -> EncodedImage:
         """Return the features of ``crops`` ``[5,S,S,3]``, from the cache if it holds the same pixels."""
-        image = self._images.find(crops)
+        image = self.images.find(crops)
         if image is None:
             pixels = normalize(crops)
             no_text = np.zeros((GLOBAL_CROPS, 0, self.config.language.hidden_size), np.float32)
-            self._images.make_room()
+            self.images.make_room()
             features = self.backend.encode(pixels[:GLOBAL_CROPS], no_text, np.zeros((GLOBAL_CROPS, 0), np.bool_))
             image = EncodedImage(crops, pixels[GLOBAL_CROPS:].copy(), features)
-            self._images.add(image)
+            self.images.add(image)
         return image
 
     def clear_image_cache(self) -> None:
         """Drop the cached images and scenes, so the next question encodes its image again."""
-        self._images.clear()
+        self.images.clear()
 
     def close(self) -> None:
         """Free the cached images and scenes, and the backend."""

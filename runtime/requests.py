@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
@@ -74,11 +75,19 @@ class SceneOptions(SamplingOptions, PromptOptions, total=False):
 
 
 @dataclass(frozen=True, eq=False)
+class Crops:
+    """A picture that has been decoded and cut."""
+
+    pixels: npt.NDArray[np.uint8]
+    """``[5,S,S,3]``, of :func:`.preprocessing.cut_crops`."""
+
+
+@dataclass(frozen=True, eq=False)
 class PreparedQuestion:
     """A question whose arguments have been checked."""
 
-    subject: Image.Image | CacheEntry
-    """An RGB picture, or a scene."""
+    subject: Image.Image | Crops | CacheEntry
+    """An RGB picture, its crops, or a scene."""
     prompt: Prompt
     sampling: Sampling
     query_length: int
@@ -90,7 +99,7 @@ class PreparedQuestion:
 class PreparedLook:
     """A look at an image whose arguments have been checked."""
 
-    picture: Image.Image
+    picture: Image.Image | Crops
     """RGB."""
     start: Prompt | None
     """Start of every prompt, with the guide's tokens; None without a guide."""

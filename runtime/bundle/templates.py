@@ -17,6 +17,11 @@ class Template:
     answer_start: str
     answer_end: str
 
+    @property
+    def system_text(self) -> str:
+        """The system text alone, without control tokens."""
+        return self.system.removesuffix(self.question_end).rpartition("\n")[2]
+
 
 TEMPLATES: Mapping[str, Template] = MappingProxyType(
     {

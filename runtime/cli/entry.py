@@ -15,6 +15,12 @@ def info() -> int:
     return start("fusion_edge.runtime.cli.info")
 
 
+def serve() -> int:
+    """Run ``fusion-serve`` and return the exit code."""
+    libraries = ("prometheus_client", "pydantic", "starlette", "uvicorn")
+    return start("fusion_edge.runtime.cli.serve", libraries, "serve")
+
+
 def start(module: str, libraries: tuple[str, ...] = (), extra: str = "") -> int:
     """Import the module of a command, call its ``main`` and return the exit code.
 

@@ -58,3 +58,10 @@ def byte_count(text: str) -> int:
     if match is None or match[2].lower() not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 7.4GiB")
     return int(float(match[1]) * units[match[2].lower()])
+
+
+def port_number(text: str) -> int:
+    """Parse a TCP port, from 0 (any free one) to 65535."""
+    if not text.isascii() or not text.isdigit() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)

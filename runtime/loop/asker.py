@@ -153,6 +153,24 @@ class Asker:
         fixed = tuple(choices) if isinstance(choices, list) else choices
         return self._submit(_choose, source, question, {**options, "choices": fixed})
 
+    def submit_run(self, run: Run[T], deadline: float | None = None) -> Request[T]:
+        """Queue a function that asks the model itself, and return at once (but see ``when_full``).
+
+        Args:
+            run: Called with the request in the asker's thread. It obeys :attr:`Request.control`, passes pieces of an
+                answer to :meth:`Request.push` and returns the result.
+            deadline: Seconds from the call until the request ends, waiting or running. Default: none.
+
+        Raises:
+            UsageError: As in :meth:`submit`.
+            QueueFull: As in :meth:`submit`.
+            FusionError: As in :meth:`submit`.
+        """
+        self._worker.check_open()
+        request = Request(self._worker, run, None, 0, RunControl(deadline))
+        self._worker.submit(request, may_block=True)
+        return request
+
     async def ask(self, source: Source, question: str, **options: Unpack[RequestOptions]) -> Answer:
         """Ask a question in an event loop, and return the answer. Canceling the task cancels the question.
 

@@ -15,7 +15,7 @@ from fusion_edge.benchmarks.evaluation import cli as evaluation
 from fusion_edge.benchmarks.latency import cli as bench
 from fusion_edge.export import cli as export
 from fusion_edge.export.engines import cli as build
-from fusion_edge.runtime.cli import info, run
+from fusion_edge.runtime.cli import info, run, serve
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -24,6 +24,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "fusion-build": build.parser,
     "fusion-run": run.parser,
     "fusion-info": info.parser,
+    "fusion-serve": serve.parser,
     "fusion-bench": bench.parser,
     "fusion-bench compare": bench.compare_parser,
     "fusion-eval": evaluation.parser,

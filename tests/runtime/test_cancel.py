@@ -323,7 +323,7 @@ def test_close_with_a_timeout(fusion: Fusion) -> None:
         blocked.release()
         assert isinstance(running.exception(20), FusionError)
     assert backend(fusion).closed == 1
-    assert not fusion.pipeline._images._entries
+    assert not fusion.pipeline.images._entries
     fusion.close(timeout=5)
     fusion.close(timeout=1e300)
     for timeout in (-1, math.nan, "1"):

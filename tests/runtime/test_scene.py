@@ -230,7 +230,7 @@ def test_a_closed_scene_leaves_its_picture_cached(fusion: Fusion) -> None:
 
 def test_memory_is_free_before_a_new_picture_needs_it(fusion: Fusion) -> None:
     scene = fusion.look(picture(), "Where?")
-    (entry,) = fusion.pipeline._images._entries
+    (entry,) = fusion.pipeline.images._entries
     assert entry.image is not None
     assert entry.prefix is not None
     held = [weakref.ref(one) for one in (entry.image, entry.prefix, next(iter(entry.image.alignments.values())))]
@@ -308,7 +308,7 @@ def test_a_failed_prefix_is_no_scene(fusion: Fusion) -> None:
     backend(fusion).before = fail
     with pytest.raises(FusionError, match=r"^no memory$"):
         fusion.look(picture(), "Where?")
-    (entry,) = fusion.pipeline._images._entries
+    (entry,) = fusion.pipeline.images._entries
     assert (entry.is_scene, entry.prefix) == (False, None)
 
 

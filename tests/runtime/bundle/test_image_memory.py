@@ -16,7 +16,7 @@ from fusion_edge.runtime.bundle.reader import open_bundle
 def test_memory_is_what_a_scene_keeps(tiny_bundle: Path) -> None:
     with load(tiny_bundle, device="cpu") as fusion:
         fusion.look(picture(), "Where?")
-        (entry,) = fusion.pipeline._images._entries
+        (entry,) = fusion.pipeline.images._entries
         assert entry.image is not None
         assert entry.prefix is not None
         (aligned,) = entry.image.alignments.values()

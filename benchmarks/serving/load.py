@@ -1,0 +1,161 @@
+"""Load on fusion-serve: what clients get, how the server's memory grows, and what the server adds to an answer.
+
+    python -m fusion_edge.benchmarks.serving.load BUNDLE --seconds 60 --json FILE
+
+Exit code 1: an answer was lost, doubled or wrong, a refusal was no 429, or memory grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fusion_edge.benchmarks.latency.machine.info import machine_info
+from fusion_edge.benchmarks.serving.server_process import (
+    ServerProcess,
+    body,
+    milliseconds,
+    percentile,
+    picture,
+    probing,
+    server_process,
+)
+from fusion_edge.runtime import Fusion, load
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import output_file, positive_integer
+from fusion_edge.runtime.system.output_file import write_whole
+
+QUESTION = "What color is it?"
+PICTURES = 4
+OVERHEAD_QUESTIONS = 200
+WARM_SECONDS = 10
+LIMIT_GROWTH = 8 << 20
+"""Bytes by which memory may grow after the first seconds."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("bundle", type=Path, help="bundle folder")
+    parser.add_argument("--clients", type=positive_integer, default=64, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=positive_integer, default=60, help="(default: %(default)s)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the result to this JSON file")
+    return run_command(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    with load(options.bundle, cached_images=PICTURES) as fusion:
+        expected = [fusion.answer(picture(seed), QUESTION).text for seed in range(PICTURES)]
+        with server_process(options.bundle, ["--cached-images", str(PICTURES)]) as server:
+            idle = server.memory()
+            overhead = measure_overhead(fusion, server)
+    with server_process(options.bundle, ["--queue", "8", "--cached-images", str(PICTURES)]) as server:
+        result, is_right = measure_load(server, expected, options.clients, options.seconds)
+    text = json.dumps(
+        {"machine": asdict(machine_info(None)), "idle_anonymous_bytes": idle, "overhead": overhead, "load": result},
+        indent=2,
+    )
+    sys.stdout.write(text + "\n")
+    if options.json:
+        write_whole(options.json, text + "\n")
+    return 0 if is_right else 1
+
+
+def measure_overhead(fusion: Fusion, server: ServerProcess) -> dict[str, Any]:
+    """Ask the same question in this process and over HTTP, by turns, about a picture that both have encoded."""
+    client, request, pixels = server.client(), body(picture(0), QUESTION), picture(0)
+    direct, served, stages = [], [], []
+    for _ in range(OVERHEAD_QUESTIONS):
+        start = time.perf_counter()
+        answer = fusion.answer(pixels, QUESTION)
+        direct.append(time.perf_counter() - start)
+        stages.append(sum(answer.timings_ms.values()) - answer.timings_ms["preprocess"])
+        response = client.request("POST", "/v1/chat/completions", request)
+        assert json.loads(response.body)["choices"][0]["message"]["content"] == answer.text
+        served.append(response.seconds)
+    return {
+        "answer_ms": milliseconds(direct),
+        "answer_without_preprocessing_ms": round(statistics.median(stages), 2),
+        "http_ms": milliseconds(served),
+        "overhead_p50_ms": round(1000 * (percentile(served, 50) - percentile(direct, 50)), 2),
+    }
+
+
+def measure_load(
+    server: ServerProcess, expected: Sequence[str], clients: int, seconds: int
+) -> tuple[dict[str, Any], bool]:
+    """Have clients ask without a pause. Return the figures, and whether every request had its one right answer."""
+    requests = [body(picture(seed), QUESTION) for seed in range(len(expected))]
+    statuses: Counter[int] = Counter()
+    answered: list[float] = []
+    refused: list[float] = []
+    ids: set[str] = set()
+    wrong = 0
+    lock, due = threading.Lock(), time.monotonic() + seconds
+
+    def ask(number: int) -> None:
+        nonlocal wrong
+        client, turn = server.client(), number
+        while time.monotonic() < due:
+            turn += 1
+            response = client.request("POST", "/v1/chat/completions", requests[turn % len(requests)])
+            content = json.loads(response.body)
+            with lock:
+                statuses[response.status] += 1
+                if response.status == 200:
+                    answered.append(response.seconds)
+                    ids.add(content["id"])
+                    wrong += content["choices"][0]["message"]["content"] != expected[turn % len(requests)]
+                else:
+                    refused.append(response.seconds)
+                    wrong += content["error"]["code"] != "queue_full"
+            if response.status == 429:
+                time.sleep(min(1.0, int(response.headers["retry-after-ms"]) / 1000))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    memory = []
+    with probing(server) as health:
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < due:
+            time.sleep(1)
+            memory.append(server.memory())
+        for thread in threads:
+            thread.join()
+    client = server.client()
+    counted = {"answered": client.metric("request_success_total"), "refused": client.metric("request_refused_total")}
+    warm = max(memory[:WARM_SECONDS])
+    is_right = (
+        wrong == 0
+        and set(statuses) <= {200, 429}
+        and len(ids) == statuses[200] == counted["answered"]
+        and statuses[429] == counted["refused"]
+        and client.metric("num_requests_running") + client.metric("num_requests_waiting") == 0
+        and max(memory) - warm <= LIMIT_GROWTH
+    )
+    result = {
+        "clients": clients,
+        "seconds": seconds,
+        "statuses": dict(statuses),
+        "wrong": wrong,
+        "counted_by_the_server": counted,
+        "answered_ms": milliseconds(answered),
+        "refused_ms": milliseconds(refused),
+        "health_ms": milliseconds(health),
+        "anonymous_bytes": {"first_seconds": warm, "largest": max(memory), "end": memory[-1]},
+        "is_right": is_right,
+    }
+    return result, is_right
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The body of a request: JSON, then a validated :class:`ChatRequest`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from fusion_edge.runtime.arguments import short_repr
+from fusion_edge.runtime.serve.errors import ApiError
+from fusion_edge.runtime.serve.fields import path_of
+
+T = TypeVar("T", bound=BaseModel)
+
+_UNKNOWN = "extra_forbidden"
+_MAX_DIGITS = 400  # a float has at most 309 before the point
+
+
+def parse_body(body: bytes, kind: type[T]) -> T:
+    """Return the object of a JSON body. Raise :class:`ApiError` with the path of a field that is not valid."""
+    try:
+        return kind.model_validate(parse_json(body))
+    except ValidationError as invalid:
+        raise _api_error(invalid) from None
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the value of a JSON text. Duplicate keys and numbers that are not finite are errors."""
+    try:
+        return json.loads(body.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_refuse_constant)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is not UTF-8"
+    except ValueError as error:
+        reason = str(error)
+    raise ApiError(400, f"The body is not valid JSON: {reason}; expected one JSON object.", code="invalid_json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {short_repr(repeated)} is given twice")
+    return result
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _api_error(invalid: ValidationError) -> ApiError:
+    """Return the error of the first unknown field, else of the first invalid one."""
+    errors = invalid.errors(include_url=False, include_input=False)
+    error = next((one for one in errors if one["type"] == _UNKNOWN), errors[0])
+    path = path_of(error["loc"])
+    if error["type"] == _UNKNOWN:
+        return ApiError(400, f"{path} is an unknown field; remove it.", path, "unknown_field")
+    if error["type"] == "missing":
+        return ApiError(400, f"{path} is missing; add it.", path, "missing_field")
+    message = f"{error['msg'][:1].lower()}{error['msg'][1:]}"
+    return ApiError(400, f"{path or 'The body'}: {message}.", path or None, "invalid_value")

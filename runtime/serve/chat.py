@@ -1,0 +1,162 @@
+"""``POST /v1/chat/completions``: from a request to an answer, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fusion_edge.runtime.answer import Answer
+from fusion_edge.runtime.arguments import short_repr
+from fusion_edge.runtime.bundle.templates import TEMPLATES
+from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError
+from fusion_edge.runtime.serve.body import parse_body
+from fusion_edge.runtime.serve.chat_request import LONGEST_DEADLINE_MS, ChatRequest
+from fusion_edge.runtime.serve.chat_response import ChatCompletionChunk
+from fusion_edge.runtime.serve.conversation import read_dialogue
+from fusion_edge.runtime.serve.disconnect import until_disconnect
+from fusion_edge.runtime.serve.engine import Asked, Engine, Model, late, shutting_down
+from fusion_edge.runtime.serve.errors import ApiError
+from fusion_edge.runtime.serve.event_stream import EventStream
+from fusion_edge.runtime.serve.pictures import Pictures
+from fusion_edge.runtime.serve.question import Question, check_fields, prepare
+from fusion_edge.runtime.serve.reply import Reply, Result
+from fusion_edge.runtime.serve.stripped import stripped
+
+DEADLINE_HEADER = "X-Request-Deadline-Ms"
+"""Header with the milliseconds of ``fusion.deadline_ms``; the smaller one counts."""
+_LARGE_BODY = 65_536
+"""Bytes of a body above which a thread parses it, so that other clients do not wait."""
+_LOGGER = logging.getLogger("fusion_edge")
+
+
+class ChatCompletions:
+    """The endpoint, an ASGI application."""
+
+    def __init__(self, model_name: str, pictures: Pictures) -> None:
+        self._model_name = model_name
+        self._pictures = pictures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or raise :class:`ApiError` before anything is sent."""
+        arrived = time.monotonic()
+        http = HttpRequest(scope, receive)
+        _check_content_type(http)
+        header_ms = _deadline_header(http)
+        body = await http.body()
+        if len(body) > _LARGE_BODY:
+            request = await asyncio.to_thread(parse_body, body, ChatRequest)
+        else:
+            request = parse_body(body, ChatRequest)
+        del body
+        field_ms = request.fusion.deadline_ms if request.fusion is not None else None
+        due = arrived + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
+        await until_disconnect(receive, self._respond(request, due, scope, receive, send))
+
+    async def _respond(self, request: ChatRequest, due: float, scope: Scope, receive: Receive, send: Send) -> None:
+        engine: Engine = scope["app"].state.engine
+        if request.model != self._model_name:
+            raise unknown_model(request.model, self._model_name)
+        check_fields(request)
+        model = engine.model()
+        question, asked = await engine.submit(lambda: self._prepare(model, request), due)
+        reply = Reply(request, question, model.logprobs.write)
+        try:
+            if request.stream:
+                await _stream(reply, asked, send)
+            else:
+                completion = reply.completion(await _result(asked))
+                content = completion.model_dump_json(exclude_unset=True)
+                headers = {"X-Request-Id": reply.id}
+                response = Response(content, media_type="application/json", headers=headers)
+                await response(scope, receive, send)
+        finally:
+            asked.cancel()  # the client has left; nothing once it has ended
+
+    async def _prepare(self, model: Model, request: ChatRequest) -> Question:
+        fusion = model.fusion
+        dialogue = read_dialogue(request.messages, TEMPLATES[fusion.config.template].system_text)
+        picture = await self._pictures.load(dialogue.image.url, dialogue.image_path)
+        return await asyncio.to_thread(prepare, fusion, request, dialogue, picture)
+
+
+def unknown_model(given: str, served: str) -> ApiError:
+    """Return the error of a model's id that is not served."""
+    message = f"The model {short_repr(given)} does not exist; this server has {served!r}."
+    return ApiError(404, message, "model", "model_not_found")
+
+
+async def _stream(reply: Reply, asked: Asked, send: Send) -> None:
+    """Send an answer as it is generated. An error before its first piece is raised; a later one is an event."""
+    events = EventStream(send, {"X-Request-Id": reply.id, "X-Accel-Buffering": "no"})
+    try:
+        async for piece in stripped(_pieces(asked)):
+            if not events.has_begun:
+                await events.send(_json(reply.start()))
+            await events.send(_json(reply.piece(piece)))
+        result = await _result(asked)
+        if not events.has_begun:  # an answer without text
+            await events.send(_json(reply.start()))
+        await events.send(_json(reply.end(result)))
+        if (usage := reply.usage(result)) is not None:
+            await events.send(_json(usage))
+        await events.send(b"[DONE]")
+    except Exception as error:
+        if not events.has_begun:
+            raise
+        if not isinstance(error, ApiError):
+            _LOGGER.exception("A stream failed.")
+            error = ApiError(500, "The server failed; see its messages.")
+        await events.send(json.dumps(error.body()).encode())
+    await events.end()
+
+
+async def _pieces(asked: Asked) -> AsyncIterator[str]:
+    with suppress(FusionError):  # :func:`_result` raises it
+        async for piece in asked:
+            yield piece
+
+
+async def _result(asked: Asked) -> Result:
+    """Wait for an answer. Raise :class:`ApiError` for one that a deadline, a shutdown or the model ended."""
+    try:
+        result = await asked
+    except DeadlineExceeded as error:
+        raise late(f"in stage {error.stage!r}") from None
+    except Cancelled:
+        raise shutting_down() from None
+    except FusionError as error:
+        raise ApiError(500, str(error), code="model_error") from None
+    if isinstance(result, Answer) and result.finish_reason == "cancelled":
+        raise shutting_down()
+    return result
+
+
+def _check_content_type(http: HttpRequest) -> None:
+    given = http.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        message = f"The content type is {short_repr(given)}; expected application/json."
+        raise ApiError(415, message, code="unsupported_media_type")
+
+
+def _deadline_header(http: HttpRequest) -> float | None:
+    """Return the milliseconds of the deadline header; None without one."""
+    text = http.headers.get(DEADLINE_HEADER)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= LONGEST_DEADLINE_MS):
+        expected = f"expected an integer from 1 to {LONGEST_DEADLINE_MS}"
+        raise ApiError(400, f"{DEADLINE_HEADER} is {short_repr(text)}; {expected}.", DEADLINE_HEADER, "invalid_value")
+    return float(text)
+
+
+def _json(chunk: ChatCompletionChunk) -> bytes:
+    return chunk.model_dump_json(exclude_unset=True).encode()
