@@ -68,10 +68,22 @@ def open_image(path: str) -> Iterator[ImageFile.ImageFile]:
     name = image_name(path)
     _check_file(path, name)
     try:
-        file = _BoundedFile(path, name)
+        raw = io.FileIO(path)
+        file = _BoundedFile(raw, os.fstat(raw.fileno()).st_size, name)
     except OSError as error:
         raise FusionError(f"{name} cannot be read ({error.strerror}); check its permissions.") from error
     with file, _open(file, name) as opened:
+        yield opened
+
+
+@contextmanager
+def open_encoded(data: bytes, name: str, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """Open an encoded image in memory as :func:`open_image` opens a file, with a limit of its own for the pixels.
+
+    Raises ``FusionError`` for another format, damage, more than ``max_pixels``, and an image that needs more than
+    :data:`MAX_BYTES` to decode.
+    """
+    with _BoundedFile(io.BytesIO(data), len(data), name) as file, _open(file, name, max_pixels) as opened:
         yield opened
 
 
@@ -136,8 +148,9 @@ def _check_file(path: str, name: str) -> None:
 class _BoundedFile(io.BufferedReader):
     """A file that limits reads, because metadata can make Pillow read far more than the pixels."""
 
-    def __init__(self, path: str, name: str) -> None:
-        super().__init__(io.FileIO(path))
+    def __init__(self, raw: io.RawIOBase | io.BytesIO, size: int, name: str) -> None:
+        super().__init__(raw)
+        self.size = size
         self._name = name
         self._bytes, self._reads = METADATA_BYTES, METADATA_READS
 
@@ -171,9 +184,12 @@ def _quiet_libtiff() -> None:
             getattr(library, setter)(None)
 
 
-def _open(file: _BoundedFile, name: str) -> ImageFile.ImageFile:
+def _open(file: _BoundedFile, name: str, max_pixels: int | None = None) -> ImageFile.ImageFile:
     try:
         opened = Image.open(file, formats=FORMATS)
+        if max_pixels is not None and opened.width * opened.height > max_pixels:
+            size = f"{opened.width} x {opened.height} pixels"
+            raise FusionError(f"{name} has {size}, more than the limit of {max_pixels}; scale it down first.")
         _check_cost(opened, file, name)
     except FusionError:
         raise
@@ -201,7 +217,7 @@ def _check_cost(image: ImageFile.ImageFile, file: _BoundedFile, name: str) -> No
     else:
         # A format that is compressed as a whole also holds the file, read or mapped.
         whole = image.format == "WEBP" or (image.format == "TIFF" and _decoders(image) != {"raw"})
-        held = os.fstat(file.fileno()).st_size if whole else 0
+        held = file.size if whole else 0
         check_size(image.size, name, int((MAX_BYTES - held) / _bytes_per_pixel(image)))
 
 

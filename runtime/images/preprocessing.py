@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE
@@ -17,6 +17,7 @@ from fusion_edge.runtime.images.image_files import (
     check_decoded,
     check_size,
     image_name,
+    open_encoded,
     open_image,
     orientation,
     undecodable,
@@ -74,6 +75,16 @@ def load_image(image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], c
             f"The image is of type {type(image).__name__}; expected a path, a Pillow image or a NumPy array."
         )
     return _from_file(path)
+
+
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode an encoded image in memory as :func:`load_image` decodes a file.
+
+    Raises ``FusionError`` for bytes that are not an image, damaged, empty, or of more than ``max_pixels``.
+    """
+    name = "The image"
+    with open_encoded(data, name, max_pixels) as opened:
+        return _upright(opened, name)
 
 
 def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -134,18 +145,23 @@ def _from_pillow(image: Image.Image) -> Image.Image:
 def _from_file(path: str) -> Image.Image:
     name = image_name(path)
     with open_image(path) as opened:
-        if is_pnm_of_other_range(opened):
-            try:
-                return read_pnm(opened)
-            except ValueError as error:
-                raise undecodable(name, error) from error
-        _decode(opened, name)
-        rgb = opened if opened.mode == "RGB" else _to_rgb(opened, name)
-        turn = _UPRIGHT.get(orientation(opened))
-        if turn is None:
-            return rgb
-        check_size(rgb.size, name, MAX_BYTES // 8)  # transposing makes a copy
-        return rgb.transpose(turn)
+        return _upright(opened, name)
+
+
+def _upright(opened: ImageFile.ImageFile, name: str) -> Image.Image:
+    """Decode an opened file to RGB, turned upright."""
+    if is_pnm_of_other_range(opened):
+        try:
+            return read_pnm(opened)
+        except ValueError as error:
+            raise undecodable(name, error) from error
+    _decode(opened, name)
+    rgb = opened if opened.mode == "RGB" else _to_rgb(opened, name)
+    turn = _UPRIGHT.get(orientation(opened))
+    if turn is None:
+        return rgb
+    check_size(rgb.size, name, MAX_BYTES // 8)  # transposing makes a copy
+    return rgb.transpose(turn)
 
 
 def _decode(image: Image.Image, name: str) -> None:

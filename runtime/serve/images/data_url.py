@@ -1,0 +1,61 @@
+"""``data:`` URLs of pictures, RFC 2397 in base64 only."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from fusion_edge.runtime.serve.images.errors import ImageError, Reason
+
+MEDIA_TYPES = (
+    *("image/bmp", "image/gif", "image/jpeg", "image/jpg", "image/png", "image/tiff", "image/webp"),
+    *("image/x-portable-anymap", "image/x-portable-bitmap", "image/x-portable-graymap", "image/x-portable-pixmap"),
+)
+"""Media types of the formats that are decoded. The bytes decide which of them a picture has."""
+
+_HEAD = re.compile(r"data:([^;,]{1,64});base64,", re.IGNORECASE)
+
+
+def is_data_url(url: str) -> bool:
+    """Return whether ``url`` has the scheme ``data``."""
+    return url[:5].lower() == "data:"
+
+
+def decode_data_url(url: str, max_bytes: int) -> bytes:
+    """Return the bytes of a ``data:`` URL. Raises :class:`ImageError`, for too many bytes before it decodes any."""
+    head = _HEAD.match(url)
+    if head is None:
+        raise ImageError(
+            Reason.INVALID_URL,
+            "The data URL has a wrong head; expected data:image/png;base64, followed by the picture.",
+        )
+    if head[1].lower() not in MEDIA_TYPES:
+        raise ImageError(
+            Reason.INVALID_URL, f"The data URL has an unsupported media type; expected {', '.join(MEDIA_TYPES)}."
+        )
+    length = len(url) - head.end()
+    if length > 4 * ((max_bytes + 2) // 3):
+        raise ImageError(
+            Reason.TOO_LARGE, f"The picture has more than {max_bytes} bytes, the limit; scale it down first."
+        )
+    data = _decode(url[head.end() :])
+    if len(data) > max_bytes:
+        raise ImageError(
+            Reason.TOO_LARGE, f"The picture has {len(data)} bytes, more than the limit of {max_bytes}; scale it down."
+        )
+    return data
+
+
+def _decode(text: str) -> bytes:
+    if len(text) % 4 or not text:
+        raise ImageError(
+            Reason.INVALID_URL,
+            f"The data URL has {len(text)} characters of base64; expected a multiple of 4, padded with =.",
+        )
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):  # ValueError: a character outside ASCII
+        raise ImageError(
+            Reason.INVALID_URL, "The data URL is not base64 (A-Z, a-z, 0-9, +, /, and = at the end); encode it again."
+        ) from None

@@ -1,0 +1,24 @@
+"""What pictures a server takes, and from where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Limits of an :class:`.ImageSource`. The default takes pictures that are part of the request, and no others."""
+
+    hosts: tuple[str, ...] = ()
+    """Exact names of hosts, in lower case, that pictures are fetched from by HTTPS."""
+    folder: Path | None = None
+    """Absolute path of the folder that pictures are read from."""
+    max_bytes: int = 12 << 20
+    """Bytes of an encoded picture."""
+    max_pixels: int = 4096 * 3072
+    """Pixels of a picture, checked before it is decompressed. Decoding takes 4 to 12 bytes a pixel."""
+    fetch_seconds: float = 10.0
+    """Seconds to fetch a picture, redirects included."""
+    decodes: int = 2
+    """Pictures decoded at once."""

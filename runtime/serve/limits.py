@@ -1,0 +1,117 @@
+"""Limits of requests, enforced before the application sees one."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fusion_edge.runtime.serve.errors import ApiError
+from fusion_edge.runtime.serve.refusal import refuse
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Limits of requests and connections."""
+
+    body_bytes: int = 17 << 20
+    """Bytes of a body: a picture of 12 MiB in base64, and text."""
+    receiving_bytes: int = 34 << 20
+    """Bytes of all bodies that are being received: they are held in memory until they are complete."""
+    body_seconds: float = 30.0
+    """Seconds from a request's head to the end of its body."""
+    url_bytes: int = 2048
+    """Bytes of path and query."""
+    headers: int = 100
+    """Header lines."""
+    header_bytes: int = 16 << 10
+    """Bytes of all names and values of headers."""
+    head_seconds: float = 10.0
+    """Seconds for the head of a request, from its first byte or from the start of the connection."""
+    write_seconds: float = 30.0
+    """Seconds that a client may leave the response unread."""
+    connections: int = 512
+    """Connections at once. More are closed."""
+
+
+class LimitRequests:
+    """ASGI middleware that receives the whole body of a request within :class:`RequestLimits`, or refuses it."""
+
+    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
+        self._app, self._limits = app, limits
+        self._receiving = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application with the whole body at hand."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_head(scope)
+            body = await asyncio.wait_for(self._body(receive), self._limits.body_seconds)
+        except asyncio.TimeoutError:
+            message = f"The body did not arrive within {self._limits.body_seconds:g} s; send a smaller picture."
+            await refuse(ApiError(408, message, code="request_timeout"), receive, send)
+            return
+        except ApiError as error:
+            await refuse(error, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, _Replay(body, receive), send)
+
+    def _check_head(self, scope: Scope) -> None:
+        limits, headers = self._limits, scope["headers"]
+        if len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"]) > limits.url_bytes:
+            raise ApiError(414, f"The URL has more than {limits.url_bytes} bytes; shorten it.", code="url_too_long")
+        size = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > limits.headers or size > limits.header_bytes:
+            message = f"The request has more than {limits.headers} headers or {limits.header_bytes} bytes of them."
+            raise ApiError(431, f"{message[:-1]}; send fewer.", code="headers_too_large")
+        for name, value in headers:
+            if name == b"content-length" and not (value.isdigit() and len(value) < 20):
+                raise ApiError(400, "Content-Length is not a number of bytes; send the length of the body.")
+            if name == b"content-length" and int(value) > limits.body_bytes:
+                raise self._too_large()
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """Receive the body; return ``None`` if the client leaves before its end."""
+        body = bytearray()
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part = message.get("body", b"")
+                self._receiving += len(part)
+                body += part
+                if len(body) > self._limits.body_bytes:
+                    raise self._too_large()
+                if self._receiving > self._limits.receiving_bytes:
+                    retry = "Too many bytes of requests are being received; try again later."
+                    raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
+                if not message.get("more_body", False):
+                    return bytes(body)
+        finally:
+            self._receiving -= len(body)
+            body.clear()  # an error's traceback would keep it
+
+    def _too_large(self) -> ApiError:
+        message = f"The body has more than {self._limits.body_bytes} bytes, the limit; scale the picture down."
+        return ApiError(413, message, code="request_too_large")
+
+
+class _Replay:
+    """ASGI's ``receive`` for a body that is complete: the body, then what the client does."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
