@@ -33,7 +33,10 @@ def read_dialogue(messages: Sequence[Message], system_text: str) -> Dialogue:
 
     ``system_text`` is the model's own. Raises :class:`ApiError` with the path of the message that does not fit.
     """
-    first = next((i for i, message in enumerate(messages) if isinstance(message, UserMessage | AssistantMessage)), 0)
+    is_turn = [isinstance(message, UserMessage | AssistantMessage) for message in messages]
+    if True not in is_turn:
+        raise ApiError(400, "messages have no question; add a user message.", "messages")
+    first = is_turn.index(True)
     for number, message in enumerate(messages[:first]):
         _check_system(_text(message), f"messages[{number}].content", system_text)
     turns = list(enumerate(messages))[first:]

@@ -49,7 +49,7 @@ class Engine:
     """One model and its queue, for one event loop.
 
     A request takes a place of the queue before its picture is decoded, so a burst of refused requests costs no memory.
-    The worker gives the place back, once, when the request has ended.
+    The place comes back, once, when the worker has ended the request.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -64,6 +64,7 @@ class Engine:
         self._idle.set()
         self._lock = threading.Lock()
         self._live: set[Asked] = set()
+        self._watches: set[asyncio.Task[None]] = set()
         self._seconds = deque[float](maxlen=_RECENT)
         self.loaded: asyncio.Future[Fusion] = asyncio.get_running_loop().create_future()
         """The model, once it is loaded, or the error of the load."""
@@ -111,6 +112,7 @@ class Engine:
         try:
             question = await prepare()
             if (seconds := due - time.monotonic()) <= 0:
+                self.metrics.late.inc()
                 raise late("before the question was queued")
             deadline = None if math.isinf(seconds) else seconds
             request = model.asker.submit_run(partial(model.runner.run, question), deadline)
@@ -121,7 +123,9 @@ class Engine:
             self._give_back()
             raise
         self._live.add(request)
-        request.add_done_callback(partial(self._ended, asyncio.get_running_loop()))
+        watch = asyncio.create_task(self._watch(request))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
         return question, request
 
     def running(self) -> int:
@@ -181,14 +185,15 @@ class Engine:
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(outcome)
 
-    def _ended(self, loop: asyncio.AbstractEventLoop, request: Asked) -> None:
-        """Record a request that has ended, and give its place back. Called in the worker's thread."""
+    async def _watch(self, request: Asked) -> None:
+        """Wait for the end of a request, also if its client has left; then record it, and give its place back."""
+        with suppress(Exception):  # whoever asked gets it, too
+            await request
         if request.started is not None:
             self._seconds.append(time.monotonic() - request.started)
         self._live.discard(request)
+        self._give_back()
         self.metrics.observe(request)
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(self._give_back)
 
     def _give_back(self) -> None:
         self._taken -= 1

@@ -12,6 +12,8 @@ from fusion_edge.runtime.serve.refusal import refuse
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+_BLOCK = 64 << 10
+
 
 @dataclass(frozen=True)
 class RequestLimits:
@@ -78,7 +80,9 @@ class LimitRequests:
 
     async def _body(self, receive: Receive) -> bytes | None:
         """Receive the body; return ``None`` if the client leaves before its end."""
-        body = bytearray()
+        # Blocks instead of one array that grows, because that would be copied; not the parts themselves, because
+        # millions of single bytes need 60 times their size.
+        blocks, size = [bytearray()], 0
         try:
             while True:
                 message = await receive()
@@ -86,17 +90,21 @@ class LimitRequests:
                     return None
                 part = message.get("body", b"")
                 self._receiving += len(part)
-                body += part
-                if len(body) > self._limits.body_bytes:
+                size += len(part)
+                if len(blocks[-1]) < _BLOCK:
+                    blocks[-1] += part
+                else:
+                    blocks.append(bytearray(part))
+                if size > self._limits.body_bytes:
                     raise self._too_large()
                 if self._receiving > self._limits.receiving_bytes:
                     retry = "Too many bytes of requests are being received; try again later."
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
                 if not message.get("more_body", False):
-                    return bytes(body)
+                    return b"".join(blocks)
         finally:
-            self._receiving -= len(body)
-            body.clear()  # an error's traceback would keep it
+            self._receiving -= size
+            blocks.clear()  # an error's traceback would keep them
 
     def _too_large(self) -> ApiError:
         message = f"The body has more than {self._limits.body_bytes} bytes, the limit; scale the picture down."

@@ -39,12 +39,14 @@ class Metrics:
         self._generated = count("generation_tokens", "Generated tokens.")
         self._answered = count("request_success", "Requests that were answered.", "finished_reason")
         self._cancelled = count("request_cancelled", "Requests whose client left, or that a shutdown ended.")
-        self._late = count("request_late", "Requests that their deadline ended.")
+        self.late = count("request_late", "Requests that their deadline ended.")
         self._failed = count("request_failed", "Requests that the model could not answer.")
         self.refused = count("request_refused", "Requests that were not queued.", "reason")
         """Requests that were not queued, by reason: ``queue_full``, ``loading``, ``draining``."""
-        for reason in ("queue_full", "loading", "draining"):
+        for reason in ("queue_full", "loading", "draining"):  # a counter that is absent is not 0
             self.refused.labels(reason)
+        for reason in ("stop", "length"):
+            self._answered.labels(reason)
 
     def read(self, running: Reading, waiting: Reading, images: Callable[[], tuple[int, int]]) -> None:
         """Read these values whenever the metrics are read. ``images`` are the image cache's hits and misses."""
@@ -70,7 +72,7 @@ class Metrics:
         elif request.outcome == "cancelled":
             self._cancelled.inc()
         elif request.outcome == "late":
-            self._late.inc()
+            self.late.inc()
         else:
             self._failed.inc()
 

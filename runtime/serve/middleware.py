@@ -25,7 +25,8 @@ def middleware(settings: SafetySettings) -> list[Middleware]:
                 CORSMiddleware,
                 allow_origins=settings.origins,
                 allow_methods=("GET", "POST"),
-                allow_headers=("Authorization", "Content-Type"),
+                allow_headers=("*",),
+                expose_headers=("Retry-After", "X-Request-Id"),
             )
         ]
     if settings.keys is not None:

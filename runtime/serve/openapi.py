@@ -32,6 +32,8 @@ def openapi(model_name: str, deadline_header: str) -> dict[str, Any]:
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
     )
+    schemas = definitions["$defs"]
+    schemas["ChatRequest"]["properties"]["model"]["enum"] = [model_name]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -54,7 +56,7 @@ def openapi(model_name: str, deadline_header: str) -> dict[str, Any]:
                 )
             },
         },
-        "components": {"schemas": definitions["$defs"]},
+        "components": {"schemas": schemas},
     }
 
 

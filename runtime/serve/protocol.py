@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -96,7 +97,8 @@ class BoundedProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body()).encode()
             headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-            response = h11.Response(status_code=error.status, headers=list(headers.items()))
+            reason = HTTPStatus(error.status).phrase
+            response = h11.Response(status_code=error.status, headers=list(headers.items()), reason=reason)
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

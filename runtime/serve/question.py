@@ -55,7 +55,7 @@ def check_fields(request: ChatRequest) -> None:
     if has_format and request.stop:
         raise ApiError(400, "stop excludes response_format, which says where an answer ends; leave it out.", "stop")
     if request.fusion is not None and request.fusion.choices is not None:
-        given = [name for name in _GENERATION if getattr(request, name) not in (None, False)]
+        given = [name for name in _GENERATION if (value := getattr(request, name)) is not None and value is not False]
         if has_format:
             given.append("response_format")
         if given:

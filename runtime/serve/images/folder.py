@@ -60,10 +60,11 @@ def read_file(folder: Path, parts: list[str], max_bytes: int) -> bytes:
         raise ImageError(
             Reason.NOT_ALLOWED, "The name is of no readable file in the server's folder of pictures, links excluded."
         ) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ImageError(Reason.NOT_ALLOWED, "The name is of a folder, pipe or device; expected a picture.")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(Reason.NOT_ALLOWED, "The name is of a folder, pipe or device; expected a picture.")
         data = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
         if status.st_size > max_bytes or len(data) > max_bytes:  # it may grow meanwhile
             raise ImageError(

@@ -117,7 +117,9 @@ class HttpsFetcher:
         """Check the head of a response; return where it redirects to."""
         headers = {name: value.decode("latin-1") for name, value in response.headers}
         if response.status_code in _REDIRECTS:
-            return redirected(url, headers.get(b"location", ""), self._limits.hosts)
+            if not headers.get(b"location"):
+                raise _unreachable("is redirected to nowhere")
+            return redirected(url, headers[b"location"], self._limits.hosts)
         if response.status_code != 200:
             raise _unreachable(f"is answered with HTTP status {response.status_code}")
         if headers.get(b"content-encoding", "identity").lower() != "identity":

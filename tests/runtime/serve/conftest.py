@@ -16,7 +16,15 @@ from fusion_edge.runtime import Fusion
 @pytest.fixture
 def server(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServer]:
     with http_server(lambda: watched_fusion(tiny_bundle), monkeypatch, queue=2) as server:
-        eventually(lambda: server.engine.state == "ready")
+        eventually(lambda: server.engine.loaded.done())
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared_server(tiny_bundle: Path) -> Iterator[HttpServer]:
+    """A server for all tests of a file, which leave it as it is."""
+    with pytest.MonkeyPatch.context() as patch, http_server(lambda: watched_fusion(tiny_bundle), patch) as server:
+        eventually(lambda: server.engine.loaded.done())
         yield server
 
 
