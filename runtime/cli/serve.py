@@ -12,9 +12,10 @@ from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.model_options import add_device_options, load_options
 from fusion_edge.runtime.cli.options import port_number, positive_integer, positive_seconds
-from fusion_edge.runtime.errors import UsageError
+from fusion_edge.runtime.cli.serve_safety import add_safety_options, safety_settings
+from fusion_edge.runtime.serve import logs
 from fusion_edge.runtime.serve.app import make_app
-from fusion_edge.runtime.serve.server import is_loopback, listen, serve
+from fusion_edge.runtime.serve.server import listen, serve
 from fusion_edge.runtime.serve.settings import ServeSettings
 
 
@@ -55,25 +56,28 @@ def parser() -> argparse.ArgumentParser:
         help="time that requests have to finish after SIGTERM (default: %(default)g)",
     )
     add_device_options(parser)
+    add_safety_options(parser)
     return parser
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    if not is_loopback(arguments.host):
-        raise UsageError(f"--host {arguments.host} is reachable from other machines; pass 127.0.0.1 or ::1.")
+    safety = safety_settings(arguments)
     source = given_bundle(arguments)
     folder = Path(source.folder)
     open_bundle(folder)  # a wrong folder is an error before anything listens
     name = arguments.model_name or source.hub_id or folder.resolve().name
     options = load_options(arguments)
-    settings = ServeSettings(folder, name, queue=arguments.queue, cached_images=arguments.cached_images, **options)
+    settings = ServeSettings(
+        folder, name, queue=arguments.queue, cached_images=arguments.cached_images, safety=safety, **options
+    )
+    logs.configure()
     listener = listen(arguments.host, arguments.port)
     with listener:
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         _say(f"loading {source}")
         ready = f"serving {name} at http://{address}:{port}/v1"
-        serve(make_app(settings), listener, arguments.drain_seconds, lambda: _say(ready))
+        serve(make_app(settings), listener, safety.requests, arguments.drain_seconds, lambda: _say(ready))
     return 0
 
 

@@ -16,8 +16,10 @@ from starlette.routing import Route
 from fusion_edge.runtime.serve.chat import DEADLINE_HEADER, ChatCompletions, unknown_model
 from fusion_edge.runtime.serve.engine import Engine
 from fusion_edge.runtime.serve.errors import ApiError
+from fusion_edge.runtime.serve.images.source import ImageSource
+from fusion_edge.runtime.serve.middleware import middleware
 from fusion_edge.runtime.serve.openapi import openapi
-from fusion_edge.runtime.serve.pictures import DataUrls, Pictures
+from fusion_edge.runtime.serve.pictures import Pictures
 from fusion_edge.runtime.serve.service_responses import ModelInfo, ModelList, Status
 from fusion_edge.runtime.serve.settings import ServeSettings
 
@@ -30,8 +32,9 @@ def make_app(settings: ServeSettings) -> Starlette:
     Its lifespan loads the bundle in the background, and frees it. ``app.state.engine`` is the :class:`.Engine` from the
     startup on. Every app has its own model, queue and metrics.
     """
-    service = _Service(settings)
-    chat = ChatCompletions(settings.model_name, Pictures(DataUrls()))
+    images = ImageSource(settings.safety.images)
+    service = _Service(settings, images)
+    chat = ChatCompletions(settings.model_name, Pictures(images))
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -42,6 +45,7 @@ def make_app(settings: ServeSettings) -> Starlette:
             Route("/metrics", service.metrics),
             Route("/openapi.json", service.document),
         ],
+        middleware=middleware(settings.safety),
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _defect},
         lifespan=service.lifespan,
     )
@@ -50,8 +54,9 @@ def make_app(settings: ServeSettings) -> Starlette:
 class _Service:
     """The endpoints besides chat completions."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, images: ImageSource) -> None:
         self._settings = settings
+        self._images = images
         self._document = JSONResponse(openapi(settings.model_name, DEADLINE_HEADER))
         self._model = ModelInfo(
             id=settings.model_name, object="model", created=int(time.time()), owned_by="fusion-edge"
@@ -64,6 +69,7 @@ class _Service:
         try:
             yield
         finally:
+            self._images.close()
             await engine.close()
 
     async def models(self, request: Request) -> Response:

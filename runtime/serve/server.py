@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import os
 import signal
 import socket
@@ -18,6 +17,9 @@ from starlette.applications import Starlette
 
 from fusion_edge.runtime.errors import FusionError, UsageError
 from fusion_edge.runtime.serve.engine import Engine
+from fusion_edge.runtime.serve.limits import RequestLimits
+from fusion_edge.runtime.serve.notify import feed_watchdog, notify
+from fusion_edge.runtime.serve.protocol import uvicorn_options
 from fusion_edge.runtime.system.first_signals import MESSAGES
 
 KEEP_ALIVE_SECONDS = 5
@@ -49,15 +51,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def serve(app: Starlette, listener: socket.socket, drain_seconds: float, when_ready: Callable[[], object]) -> None:
+def serve(
+    app: Starlette,
+    listener: socket.socket,
+    limits: RequestLimits,
+    drain_seconds: float,
+    when_ready: Callable[[], object],
+) -> None:
     """Serve an application until a signal ends it, and call ``when_ready`` once its model is loaded.
 
     The first SIGINT, SIGTERM or SIGHUP drains: requests that run or wait finish, new ones are refused. A second one
@@ -65,7 +65,7 @@ def serve(app: Starlette, listener: socket.socket, drain_seconds: float, when_re
 
     Raises :class:`FusionError` if the model does not load.
     """
-    server = Server(app, drain_seconds, when_ready)
+    server = Server(app, limits, drain_seconds, when_ready)
     server.run([listener])
     if server.error is not None:
         raise server.error
@@ -74,24 +74,23 @@ def serve(app: Starlette, listener: socket.socket, drain_seconds: float, when_re
 class Server(uvicorn.Server):
     """uvicorn's server with a drain before its shutdown."""
 
-    def __init__(self, app: Starlette, drain_seconds: float, when_ready: Callable[[], object]) -> None:
+    def __init__(
+        self, app: Starlette, limits: RequestLimits, drain_seconds: float, when_ready: Callable[[], object]
+    ) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
             loop="asyncio",
-            ws="none",
             lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            **uvicorn_options(limits),
         )
         super().__init__(config)
         self._app = app
         self._drain_seconds = drain_seconds
         self._when_ready = when_ready
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_draining = False
         self.error: BaseException | None = None
         """Why the model did not load."""
 
@@ -99,7 +98,7 @@ class Server(uvicorn.Server):
         """Start to serve, while the model loads."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._tasks.append(asyncio.create_task(self._report()))
+        self._tasks += [asyncio.create_task(self._report()), asyncio.create_task(feed_watchdog())]
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -115,9 +114,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; at the second signal, end at once."""
-        if not self.started or len(self._tasks) > 1:
+        if not self.started or self._is_draining:
             self.should_exit = self.force_exit = True
         else:
+            self._is_draining = True
             self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain())))
 
     @property
@@ -132,8 +132,10 @@ class Server(uvicorn.Server):
             self.error = error
             self.should_exit = True
         else:
+            notify("READY=1")
             self._when_ready()
 
     async def _drain(self) -> None:
+        notify("STOPPING=1")
         await self._engine.drain(self._drain_seconds)
         self.should_exit = True

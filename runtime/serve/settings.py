@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from fusion_edge.runtime.serve.safety import SafetySettings
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class ServeSettings:
     """Limit of requests that wait, while another one runs."""
     cached_images: int = 4
     """Limit of pictures and scenes whose features stay cached."""
+    safety: SafetySettings = field(default_factory=SafetySettings)
+    """Who may ask, what, and how much."""
     device: str = "auto"
     """As in :func:`fusion_edge.load`, like the four below."""
     threads: int | None = None

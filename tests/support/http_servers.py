@@ -26,6 +26,7 @@ from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.serve import engine as engines
 from fusion_edge.runtime.serve.app import make_app
 from fusion_edge.runtime.serve.engine import Engine
+from fusion_edge.runtime.serve.limits import RequestLimits
 from fusion_edge.runtime.serve.server import Server, listen
 from fusion_edge.runtime.serve.settings import ServeSettings
 
@@ -133,7 +134,7 @@ class HttpServer:
         """Send a request, and return its connection."""
         data = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), 20)
-        lines = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+        lines = ("POST /v1/chat/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json")
         head = "\r\n".join((*lines, f"Content-Length: {len(data)}", "", ""))
         connection.sendall(head.encode() + data)
         return connection
@@ -159,7 +160,7 @@ def http_server(load: Callable[[], Fusion], patch: pytest.MonkeyPatch, **setting
     patch.setattr(engines, "load", lambda *_, **__: load())
     app = make_app(ServeSettings(Path("unused"), MODEL, **settings))
     listener = listen("127.0.0.1", 0)
-    server = Server(app, drain_seconds=0.01, when_ready=lambda: None)
+    server = Server(app, RequestLimits(), drain_seconds=0.01, when_ready=lambda: None)
     started: Future[asyncio.AbstractEventLoop] = Future()
 
     async def run() -> None:

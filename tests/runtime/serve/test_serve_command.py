@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from openai import APIConnectionError, OpenAI
-from support.http_servers import chat, eventually, user
+from support.http_servers import chat
 from support.serve_process import SERVE, serve_process
 
 from fusion_edge.runtime import load
@@ -25,18 +25,20 @@ Refused = Callable[..., str]
 
 
 def test_a_process_answers_and_ends(tiny_bundle: Path) -> None:
-    with serve_process(tiny_bundle, "--model-name", "eyes", "--threads", "1") as (process, url):
-        with OpenAI(base_url=url, api_key="unused", max_retries=0) as client:
-            assert [model.id for model in client.models.list()] == ["eyes"]
-            asked = chat(model="eyes")
-            whole = client.chat.completions.create(**asked).choices[0].message.content
-            chunks = client.chat.completions.create(**asked, stream=True)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
-            process.send_signal(signal.SIGTERM)
-            _, rest = process.communicate(timeout=20)
-            assert (process.returncode, rest) == (0, "")
-            with pytest.raises(APIConnectionError):
-                client.models.list()
+    with (
+        serve_process(tiny_bundle, "--model-name", "eyes", "--threads", "1") as (process, url),
+        OpenAI(base_url=url, api_key="unused", max_retries=0) as client,
+    ):
+        assert [model.id for model in client.models.list()] == ["eyes"]
+        asked = chat(model="eyes")
+        whole = client.chat.completions.create(**asked).choices[0].message.content
+        chunks = client.chat.completions.create(**asked, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=20)
+        assert (process.returncode, rest) == (0, "")
+        with pytest.raises(APIConnectionError):
+            client.models.list()
 
 
 def test_the_answers_are_the_bundle_s(tiny_bundle: Path) -> None:
@@ -66,7 +68,8 @@ def test_a_second_signal_ends_at_once(tiny_bundle: Path) -> None:
         port = int(url.split(":")[2].split("/")[0])
         slow = socket.create_connection(("127.0.0.1", port))
         body = json.dumps(chat(model="tiny", max_tokens=400, stream=True)).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}"
         slow.sendall(head.encode() + b"\r\n\r\n" + body)
         slow.recv(100)
         process.send_signal(signal.SIGTERM)
@@ -92,9 +95,9 @@ def test_a_port_for_root_alone(tiny_bundle: Path, refused: Refused, monkeypatch:
     assert "pass --port with 1024 or more" in refused(serve.main, tiny_bundle, "--port", "80")
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "robot"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7"])
 def test_an_address_that_others_reach(tiny_bundle: Path, refused: Refused, host: str) -> None:
-    assert f"--host {host} is reachable" in refused(serve.main, tiny_bundle, "--host", host, code=2)
+    assert "--api-key-file" in refused(serve.main, tiny_bundle, "--host", host, code=2)
 
 
 def test_an_address_of_no_interface(tiny_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
