@@ -24,10 +24,12 @@ from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from fusion_edge.runtime.serve.api_keys import read_keys
 from fusion_edge.runtime.serve.app import make_app
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.limits import LimitRequests, RequestLimits
 from fusion_edge.runtime.serve.refusal import refuse
+from fusion_edge.runtime.serve.safety import SafetySettings
 from fusion_edge.runtime.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ class Arguments(BaseModel):
     """Limit of requests that wait in a replica."""
     cached_images: int = Field(4, ge=1)
     """Limit of pictures whose features a replica keeps."""
+    api_key_file: Path | None = None
+    """File of API keys, as ``--api-key-file`` of ``fusion-serve``, on the node that runs ``serve run``. Without one, a
+    request must name this machine in its ``Host``."""
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
     """CPU threads of a replica. Default: ``num_cpus``."""
@@ -79,12 +84,18 @@ class Arguments(BaseModel):
 
 
 def app(args: Arguments) -> Application:
-    """Return the application that ``serve run`` starts."""
+    """Return the application that ``serve run`` starts.
+
+    Raises :class:`UsageError` for a wrong file of keys.
+    """
+    keys = None if args.api_key_file is None else read_keys(args.api_key_file)
+    safety = SafetySettings(keys)
     settings = ServeSettings(
         args.bundle.absolute(),
         args.model_name or args.bundle.resolve().name,
         queue=args.queue,
         cached_images=args.cached_images,
+        safety=safety,
         device=args.device,
         threads=args.threads or max(1, int(args.num_cpus)),
     )
@@ -103,7 +114,9 @@ def app(args: Arguments) -> Application:
         max_queued_requests=args.queue,
         **scale,
     )
-    router = serve.deployment(name="Router", max_ongoing_requests=OPEN_REQUESTS)(serve.ingress(_router)())
+    router = serve.deployment(name="Router", max_ongoing_requests=OPEN_REQUESTS)(
+        serve.ingress(lambda: _router(safety.requests))()
+    )
     return router.bind(replicas.bind(settings))
 
 
@@ -159,10 +172,10 @@ def _receive(body: bytes, left: asyncio.Event) -> Receive:
     return receive
 
 
-def _router() -> ASGIApp:
+def _router(limits: RequestLimits) -> ASGIApp:
     """Return the application of the router: the limits of bodies, and the choice of a replica."""
     replicas = serve.get_deployment_handle(REPLICA, serve.get_replica_context().app_name)
-    return LimitRequests(partial(_forward, replicas.options(stream=True)), RequestLimits())
+    return LimitRequests(partial(_forward, replicas.options(stream=True)), limits)
 
 
 async def _forward(replicas: Any, scope: Scope, receive: Receive, send: Send) -> None:
