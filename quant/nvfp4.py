@@ -10,7 +10,6 @@ exact. NVIDIA's tools take the largest value over 6 * 448; here it is rounded up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -118,9 +117,12 @@ def _search(weights: Tensor, cost: Tensor, scale: float) -> Tensor:
 def _round_columns(weights: Tensor, scales: Tensor, hessian: FactorizedHessian) -> Tensor:
     """Return FP4 values ``[n,K]``. Rounds columns, most important first, and compensates errors in later ones."""
     order = hessian.order
-    nearest: Callable[[Tensor, Tensor], Tensor] = lambda scaled, zero: round_to_float4(scaled)  # noqa: E731
     columns = weights[:, order].T.contiguous()
     of_columns = scales.squeeze(-1).T.contiguous()[order // NVFP4_BLOCK]
     values = torch.empty_like(weights)
-    values[:, order] = round_in_order(columns, hessian.factor, of_columns, torch.zeros_like(of_columns), nearest).T
+    values[:, order] = round_in_order(columns, hessian.factor, of_columns, torch.zeros_like(of_columns), _nearest).T
     return values
+
+
+def _nearest(scaled: Tensor, zero: Tensor) -> Tensor:
+    return round_to_float4(scaled)

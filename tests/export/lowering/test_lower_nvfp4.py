@@ -18,6 +18,10 @@ from support.opset24 import needs_opset_24
 from fusion_edge.benchmarks.demo.samples import write_samples
 from fusion_edge.export import cli
 from fusion_edge.export.calibration.samples import FEWEST
+from fusion_edge.export.checkpoint.config import read_config
+from fusion_edge.export.checkpoint.parameters import match_parameters
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
+from fusion_edge.export.checkpoint.weights import CheckpointWeights, read_parameter
 from fusion_edge.export.lowering.nvfp4 import dequantize_function, quantize_function
 from fusion_edge.export.lowering.tensorrt import OPSET
 from fusion_edge.export.reference.bundle_weights import BundleWeights
@@ -27,7 +31,7 @@ from fusion_edge.quant import float8, nvfp4
 from fusion_edge.quant.formats import Nvfp4Activations
 from fusion_edge.runtime import load
 from fusion_edge.runtime.bundle.config import IMAGE_SIZE
-from fusion_edge.runtime.bundle.quantization_report import read_report
+from fusion_edge.runtime.bundle.quantization_report import read_report, sqnr
 from fusion_edge.runtime.bundle.reader import open_bundle
 
 Refuse = Callable[..., str]
@@ -126,6 +130,19 @@ def test_bundle(bundle: Path) -> None:
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert kinds["llm.layers.0.mlp.down.weight"] == TensorProto.UINT4
     assert kinds["llm.layers.0.mlp.down.weight.scales"] == TensorProto.FLOAT8E4M3FN
+
+
+def test_weights_keep_their_accuracy(bundle: Path, tiny_checkpoint: Path) -> None:
+    """What is stored differs from the checkpoint by the error that the calibration reports."""
+    opened = open_bundle(bundle)
+    report, stored = read_report(opened), BundleWeights(opened)
+    assert report is not None
+    with Checkpoint(tiny_checkpoint) as source:
+        original = CheckpointWeights(source, match_parameters(source, read_config(source)))
+        for linear in report.linears:
+            expected, actual = (read_parameter(one, f"{linear.name}.weight") for one in (original, stored))
+            error = np.square(expected.astype(np.float64) - actual).sum()
+            assert linear.weight_sqnr == pytest.approx(sqnr(error, float(np.square(expected).sum())), abs=0.011)
 
 
 @needs_opset_24
