@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from fusion_edge_msgs.action import Ask
-from rclpy.action import ActionServer, CancelResponse, GoalResponse
+from rclpy.action.server import ActionServer, CancelResponse, GoalResponse
 from rclpy.node import Node
 
 from fusion_edge import FusionError, Request

@@ -37,7 +37,7 @@ def node(context: LaunchContext) -> list[LifecycleNode]:
     """Return the node, with the parameters that are given."""
     values = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     given = {name: ParameterValue(values[name], value_type=str) for name in ("bundle", "question") if values[name]}
-    autostart = ParameterValue(values["autostart"], value_type=bool)
+    autostart = ParameterValue(LaunchConfiguration("autostart"), value_type=bool)
     return [
         LifecycleNode(
             package="fusion_edge_ros",

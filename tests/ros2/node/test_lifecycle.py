@@ -15,6 +15,7 @@ from fusion_edge.runtime import Fusion, FusionError
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: run .ci/ros2")
 from fusion_edge_ros.node import FusionEdgeNode
+from fusion_edge_ros.settings import PARAMETERS, settings_of
 from rclpy.exceptions import ParameterException
 from rclpy.parameter import Parameter
 from ros2.node.robot import SECONDS, Robot, node_process, stop
@@ -93,6 +94,16 @@ def test_wrong_parameters(robot: Robot, parameters: dict[str, Any], error: str) 
     overrides = [Parameter(name, value=value) for name, value in {"action": False, **parameters}.items()]
     with pytest.raises((FusionError, ParameterException), match=re.escape(error)):
         FusionEdgeNode(parameter_overrides=overrides)
+
+
+def test_the_file_of_defaults(robot: Robot) -> None:
+    file = Path(__file__).parents[3] / "ros2/fusion_edge_ros/config/fusion_edge.yaml"
+    lines = file.read_text(encoding="utf-8").splitlines()[3:]
+    assert [line.strip(" #").partition(":")[0] for line in lines] == [parameter.name for parameter in PARAMETERS]
+    node = FusionEdgeNode(cli_args=["--ros-args", "--params-file", str(file), "-p", "action:=false"])
+    defaults = {parameter.name: parameter.default for parameter in PARAMETERS}
+    assert node.settings == settings_of({**defaults, "action": False})
+    node.destroy_node()
 
 
 def test_without_interfaces(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
