@@ -9,7 +9,6 @@ import threading
 import time
 
 import rclpy
-from rclpy.action.server import RCLError
 from rclpy.exceptions import ParameterException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
@@ -39,7 +38,7 @@ def main() -> int:
     try:
         if node.settings.autostart and not _start(node):
             return 1
-        _spin(node, executor, stopped)
+        executor.spin_until_future_complete(stopped)
         _finish(node, executor)
     finally:
         node.destroy_node()
@@ -51,15 +50,6 @@ def _start(node: FusionEdgeNode) -> bool:
     """Configure and activate the node; return whether both succeed."""
     steps = (node.trigger_configure, node.trigger_activate)
     return all(step() == TransitionCallbackReturn.SUCCESS for step in steps)
-
-
-def _spin(node: FusionEdgeNode, executor: SingleThreadedExecutor, stopped: Future[None]) -> None:
-    """Run callbacks until a signal. Humble's and Jazzy's rclpy raise what a client did wrong, as a wrong transition."""
-    while not stopped.done():
-        try:
-            executor.spin_until_future_complete(stopped)
-        except RCLError as error:
-            node.get_logger().error(str(error))
 
 
 def _finish(node: FusionEdgeNode, executor: SingleThreadedExecutor) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.srv import ChangeState
+from rclpy.action.server import RCLError
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -37,6 +40,7 @@ class FusionEdgeNode(LifecycleNode):
             rclpy.exceptions.ParameterException: A parameter has a wrong type or is out of range.
         """
         super().__init__("fusion_edge", **options)
+        _refuse_wrong_transitions(self)
         self.settings = declare_settings(self, self._change)
         self.answering: Answering | None = None
         self._fusion: Fusion | None = None
@@ -216,3 +220,19 @@ class FusionEdgeNode(LifecycleNode):
         message = DiagnosticArray(status=[self._diagnostics.status(self.get_name(), latencies)])
         message.header.stamp = self.get_clock().now().to_msg()
         self._statuses.publish(message)
+
+
+def _refuse_wrong_transitions(node: LifecycleNode) -> None:
+    """Answer a transition that the state has not. Humble's and Jazzy's rclpy raise, and call back no more."""
+
+    def guarded(callback: Callable[[Any, Any], Any], request: Any, response: Any) -> Any:
+        try:
+            return callback(request, response)
+        except RCLError as error:
+            node.get_logger().error(str(error))
+            response.success = False
+            return response
+
+    for service in node.services:
+        if service.srv_type is ChangeState:
+            service.callback = partial(guarded, service.callback)

@@ -172,14 +172,6 @@ class Robot:
         request.transition.id = TRANSITIONS[label]
         return bool(self.call(ChangeState, "change_state", request).success)
 
-    def request(self, label: str) -> None:
-        """Request a transition, and do not wait for the response."""
-        client = self.node.create_client(ChangeState, f"{NODE}/change_state")
-        self.until(client.service_is_ready)
-        request = ChangeState.Request()
-        request.transition.id = TRANSITIONS[label]
-        client.call_async(request)
-
     def state(self) -> str:
         return str(self.call(GetState, "get_state", GetState.Request()).current_state.label)
 

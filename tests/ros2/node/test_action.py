@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,9 +128,8 @@ def test_a_cancel_in_mid_answer(client: Client, small: tuple[Frame, ...]) -> Non
     status, result = client.end(handle)
     seconds = time.monotonic() - start
     assert (status, result.finish_reason) == (CANCELED, "cancelled")
-    assert result.text.startswith('"a')
-    assert len(result.text) < 300
-    assert result.error
+    assert re.fullmatch('("a{0,299})?', result.text)
+    assert re.search("cancelled after [1-9][0-9]* tokens, within the JSON document", result.error)
     assert seconds < 1
     # What has ended cannot be canceled, and the node answers the next goal.
     assert len(client.robot.wait(handle.cancel_goal_async()).goals_canceling) == 0
@@ -153,7 +153,9 @@ def test_a_deadline(client: Client, small: tuple[Frame, ...]) -> None:
 
 
 def test_a_full_queue(client: Client, small: tuple[Frame, ...]) -> None:
-    handles = [client.send(image=image(small[0], 1), question=SHAPES, schema=LONG) for _ in range(10)]
+    goal = Ask.Goal(image=image(small[0], 1), question=SHAPES, schema=LONG)
+    futures = [client.action.send_goal_async(goal) for _ in range(10)]
+    handles = [client.robot.wait(future) for future in futures]
     reasons = []
     for handle in reversed(handles):  # the last ones have been refused
         client.robot.wait(handle.cancel_goal_async())

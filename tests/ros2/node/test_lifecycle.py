@@ -28,7 +28,7 @@ def test_transitions(robot: Robot, fusion: Fusion, demo_bundle: Path, small: tup
     with node_process(tmp_path, bundle=str(demo_bundle), question=COLOR, action=False) as process:
         assert robot.state() == "unconfigured"
         assert robot.diagnosis()["message"] == "unconfigured"
-        robot.request("activate")  # which the state has not; rclpy answers from Kilted on
+        assert not robot.transit("activate")  # which the state has not
         assert robot.transit("configure")
         assert robot.state() == "inactive"
         diagnosis = robot.diagnosis()
@@ -107,6 +107,8 @@ def test_the_file_of_defaults(robot: Robot) -> None:
 
 
 def test_without_interfaces(robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fusion_edge_ros.action", raising=False)
     monkeypatch.setitem(sys.modules, "fusion_edge_msgs", None)
+    monkeypatch.setitem(sys.modules, "fusion_edge_msgs.action", None)
     with pytest.raises(FusionError, match="build fusion_edge_msgs, or set the parameter action to false"):
         FusionEdgeNode()
