@@ -40,6 +40,13 @@ class FusionEdgeNode(LifecycleNode):
             rclpy.exceptions.ParameterException: A parameter has a wrong type or is out of range.
         """
         super().__init__("fusion_edge", **options)
+        try:
+            self._set_up()
+        except BaseException:
+            self.destroy_node()
+            raise
+
+    def _set_up(self) -> None:
         _refuse_wrong_transitions(self)
         self.settings = declare_settings(self, self._change)
         self.answering: Answering | None = None
