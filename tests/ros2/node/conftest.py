@@ -15,6 +15,7 @@ from fusion_edge.export import cli
 from fusion_edge.runtime import Fusion, load
 
 if TYPE_CHECKING:
+    from ros2.node.action_client import Client
     from ros2.node.robot import Robot
 
 CHECKPOINT = Path(__file__).parents[3] / "benchmarks/demo/checkpoint"
@@ -57,3 +58,13 @@ def robot() -> Iterator[Robot]:
     yield robot
     robot.close()
     rclpy.shutdown()
+
+
+@pytest.fixture
+def client(robot: Robot) -> Iterator[Client]:
+    """A client of the node's action."""
+    from ros2.node.action_client import Client
+
+    client = Client(robot)
+    yield client
+    client.action.destroy()

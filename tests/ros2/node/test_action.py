@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,11 @@ from fusion_edge.runtime import Fusion
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: run .ci/ros2")
 pytest.importorskip("fusion_edge_msgs", reason="fusion_edge_msgs is not built: run .ci/ros2")
-from action_msgs.msg import GoalStatus
-from fusion_edge_msgs.action import Ask
-from rclpy.action import ActionClient
-from ros2.node.robot import NODE, Robot, image, node_process
+from ros2.node.action_client import ABORTED, SUCCEEDED, Client
+from ros2.node.robot import image, node_process
 from sensor_msgs.msg import CompressedImage
 
 COLOR, SHAPES = QUESTIONS[1], QUESTIONS[0]
-LONG = json.dumps({"type": "string", "pattern": "^a{300}$"})
-"""Schema of an answer that takes some hundred tokens."""
-SUCCEEDED, ABORTED, CANCELED = GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_ABORTED, GoalStatus.STATUS_CANCELED
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,46 +29,6 @@ def active(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """An active node."""
     with node_process(tmp_path_factory.mktemp("node"), bundle=str(demo_bundle), capacity=1, autostart=True):
         yield
-
-
-class Client:
-    """A client of the action."""
-
-    def __init__(self, robot: Robot) -> None:
-        self.robot = robot
-        self.action = ActionClient(robot.node, Ask, f"{NODE}/ask")
-        robot.until(self.action.server_is_ready)
-        self.stages: list[str] = []
-        self.pieces: list[str] = []
-
-    def send(self, **goal: object) -> Any:
-        """Send a goal; return its handle."""
-        future = self.action.send_goal_async(Ask.Goal(**goal), feedback_callback=self.feedback)
-        return self.robot.wait(future)
-
-    def result(self, **goal: object) -> tuple[int, Any]:
-        """Send a goal; return its last status and its result."""
-        return self.end(self.send(**goal))
-
-    def end(self, handle: Any) -> tuple[int, Any]:
-        """Wait for the end of a goal; return its last status and its result."""
-        assert handle.accepted
-        response = self.robot.wait(handle.get_result_async())
-        return response.status, response.result
-
-    def feedback(self, message: Any) -> None:
-        """Keep a stage or a piece."""
-        if message.feedback.piece:
-            self.pieces.append(message.feedback.piece)
-        else:
-            self.stages.append(message.feedback.stage)
-
-
-@pytest.fixture
-def client(robot: Robot) -> Iterator[Client]:
-    client = Client(robot)
-    yield client
-    client.action.destroy()
 
 
 def test_a_picture_of_the_goal(client: Client, fusion: Fusion, small: tuple[Frame, ...]) -> None:
@@ -120,52 +73,6 @@ def test_a_schema(client: Client, fusion: Fusion, small: tuple[Frame, ...]) -> N
     assert (status, json.loads(result.json)) == (SUCCEEDED, fusion.json(small[0], SHAPES, schema))
 
 
-def test_a_cancel_in_mid_answer(client: Client, small: tuple[Frame, ...]) -> None:
-    handle = client.send(image=image(small[0], 1), question=SHAPES, schema=LONG)
-    client.robot.until(lambda: client.stages[-1:] == ["decode step"])
-    start = time.monotonic()
-    response = client.robot.wait(handle.cancel_goal_async())
-    assert len(response.goals_canceling) == 1
-    status, result = client.end(handle)
-    seconds = time.monotonic() - start
-    assert (status, result.finish_reason) == (CANCELED, "cancelled")
-    assert re.fullmatch('("a{0,299})?', result.text)
-    assert re.search("cancelled after [1-9][0-9]* tokens, within the JSON document", result.error)
-    assert seconds < 1
-    # What has ended cannot be canceled, and the node answers the next goal.
-    assert len(client.robot.wait(handle.cancel_goal_async()).goals_canceling) == 0
-    assert client.result(image=image(small[0], 1), question=COLOR)[0] == SUCCEEDED
-
-
-def test_a_cancel_while_it_waits(client: Client, small: tuple[Frame, ...]) -> None:
-    running = client.send(image=image(small[0], 1), question=SHAPES, schema=LONG)
-    waiting = client.send(image=image(small[0], 1), question=COLOR)
-    client.robot.wait(waiting.cancel_goal_async())
-    assert client.end(waiting)[0] == CANCELED
-    assert client.end(running)[0] == SUCCEEDED
-
-
-def test_a_deadline(client: Client, small: tuple[Frame, ...]) -> None:
-    start = time.monotonic()
-    status, result = client.result(image=image(small[0], 1), question=SHAPES, schema=LONG, deadline=0.2)
-    assert (status, result.finish_reason) == (ABORTED, "deadline")
-    assert "deadline" in result.error
-    assert time.monotonic() - start < 2
-
-
-def test_a_full_queue(client: Client, small: tuple[Frame, ...]) -> None:
-    goal = Ask.Goal(image=image(small[0], 1), question=SHAPES, schema=LONG)
-    running = client.action.send_goal_async(goal, feedback_callback=client.feedback)
-    client.robot.until(lambda: client.stages)
-    futures = [running, *(client.action.send_goal_async(goal) for _ in range(2))]
-    handles = [client.robot.wait(future) for future in futures]
-    reasons = []
-    for handle in reversed(handles):  # the last ones have been refused
-        client.robot.wait(handle.cancel_goal_async())
-        reasons.append(client.end(handle)[1].finish_reason)
-    assert sorted(reasons) == ["cancelled", "cancelled", "refused"]
-
-
 @pytest.mark.parametrize(
     ("goal", "error"),
     [
@@ -191,13 +98,3 @@ def test_bad_goals(client: Client, small: tuple[Frame, ...], goal: dict[str, Any
     status, result = client.result(**goal)
     assert (status, result.finish_reason, result.text) == (ABORTED, "failed", "")
     assert error in result.error
-
-
-def test_a_deactivated_node(client: Client, small: tuple[Frame, ...]) -> None:
-    handle = client.send(image=image(small[0], 1), question=SHAPES, schema=LONG)
-    assert client.robot.transit("deactivate")
-    status, result = client.end(handle)
-    assert (status, result.finish_reason) == (ABORTED, "cancelled")
-    assert not client.send(image=image(small[0], 1), question=COLOR).accepted
-    assert client.robot.transit("activate")
-    assert client.result(image=image(small[0], 1), question=COLOR)[0] == SUCCEEDED

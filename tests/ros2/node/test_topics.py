@@ -62,7 +62,7 @@ def test_questions(robot: Robot, fusion: Fusion, small: tuple[Frame, ...]) -> No
     assert answer["json"] == fusion.json(small[3], SHAPES, schema)
     assert json.loads(answer["text"]) == answer["json"]
 
-    answer = robot.ask(question=SHAPES, topic="image", schema=LONG, max_new_tokens=400, deadline=0.3)
+    answer = robot.ask(question=SHAPES, topic="image", schema=LONG, max_new_tokens=400, deadline=0.05)
     assert answer["finish_reason"] == "deadline"
     assert "deadline" in answer["error"]
     answer = robot.ask(question=SHAPES, topic="image", max_new_tokens=1)
