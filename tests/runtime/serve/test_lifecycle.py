@@ -154,8 +154,9 @@ def test_a_model_that_is_loaded_too_late_is_freed(tiny_bundle: Path, monkeypatch
         loaded.append(watched_fusion(tiny_bundle))
         return loaded[0]
 
-    with http_server(load, monkeypatch):
+    with http_server(load, monkeypatch) as server:
         pass
+    assert server.server.error is None
     may_load.set()
     eventually(lambda: bool(loaded) and backend(loaded[0]).closed == 1)
 
