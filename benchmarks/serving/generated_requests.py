@@ -63,16 +63,15 @@ def _main(options: argparse.Namespace) -> int:
         client = server.client()
         answered = client.metric("request_success_total")
         failed = client.metric("request_failed_total")
-    cases = re.search(r"(\d+) generated, (\d+) passed", ran.stdout)
+    cases = re.search(r"(\d+) generated", ran.stdout)
     text = json.dumps(
         {
             "machine": asdict(machine_info(None)),
             "seed": options.seed,
             "cases": int(cases[1]) if cases else 0,
-            "passed": int(cases[2]) if cases else 0,
             "answered_by_the_model": answered,
             "failed_in_the_model": failed,
-            "exit_code": ran.returncode,
+            "findings": re.findall(r"^- (ST\d+ .*)$", ran.stdout, re.MULTILINE),
             "health_ms": milliseconds(health),
         },
         indent=2,

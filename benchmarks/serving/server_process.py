@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -75,6 +76,17 @@ class ServerProcess:
         """Return bytes of a row of the process's status."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition(f"{row}:")[2].split()[0]) << 10
+
+
+def send(port: int, request: bytes) -> socket.socket:
+    """Send a question on a connection of its own, and return that."""
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(request)}\r\n\r\n"
+    )
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(head.encode() + request)
+    return connection
 
 
 @contextmanager

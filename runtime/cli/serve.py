@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     settings = ServeSettings(
         folder, name, queue=arguments.queue, cached_images=arguments.cached_images, safety=safety, **options
     )
-    logs.configure()
+    logs.configure(logging.WARNING)
     listener = listen(arguments.host, arguments.port)
     with listener:
         host, port = listener.getsockname()[:2]

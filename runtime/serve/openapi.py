@@ -63,7 +63,11 @@ def openapi(model_name: str, deadline_header: str) -> dict[str, Any]:
 def _chat(deadline_header: str) -> dict[str, Any]:
     answer = _json("The answer; a stream of chunks with stream: true.", ChatCompletion)
     answer["content"]["text/event-stream"] = {
-        "schema": {"type": "string", "description": "Events of ChatCompletionChunk, then [DONE]."}
+        "schema": {  # of an event
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": "A ChatCompletionChunk, or at last [DONE]."}},
+            "required": ["data"],
+        }
     }
     header = {
         "name": deadline_header,

@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
         self._when_ready = when_ready
         self._tasks: list[asyncio.Task[None]] = []
         self._is_draining = False
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         """Why the model did not load."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -128,7 +128,7 @@ class Server(uvicorn.Server):
     async def _report(self) -> None:
         try:
             await asyncio.shield(self._engine.loaded)
-        except BaseException as error:
+        except Exception as error:
             self.error = error
             self.should_exit = True
         else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import hypothesis
 import schemathesis
 from hypothesis import HealthCheck, Phase
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 
@@ -20,9 +22,11 @@ def check_cases(base_url: str, examples: int) -> Counter[int]:
     statuses: Counter[int] = Counter()
     schema = schemathesis.openapi.from_url(f"{base_url}/openapi.json")
     for found in schema.get_all_operations():
+        assert isinstance(found, Ok)
         operation = found.ok()
         has_arguments = bool(operation.body) or bool(operation.path_parameters)
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)[: 1 + bool(operation.body)]:
+        modes = tuple(map(GenerationMode, ("positive", "negative")))
+        for mode in modes[: 1 + bool(operation.body)]:
 
             @hypothesis.settings(
                 max_examples=examples if has_arguments else 1,
@@ -33,7 +37,7 @@ def check_cases(base_url: str, examples: int) -> Counter[int]:
                 suppress_health_check=list(HealthCheck),
             )
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-            def check(case: schemathesis.Case) -> None:
+            def check(case: schemathesis.Case[Any]) -> None:
                 response = case.call()
                 statuses[response.status_code] += 1
                 case.validate_response(response, excluded_checks=[positive_data_acceptance])

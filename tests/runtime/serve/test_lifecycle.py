@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.watched_backend import BlockedCall, watched_fusion
+from fakes.watched_backend import BlockedCall, backend, watched_fusion
 from PIL.Image import Image
 from support.http_servers import MODEL, HttpServer, chat, eventually, http_server
 
@@ -146,17 +146,19 @@ def test_the_end_of_the_application_frees_the_model(tiny_bundle: Path, monkeypat
 
 
 def test_a_model_that_is_loaded_too_late_is_freed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_load, loaded = threading.Event(), []
+    may_load = threading.Event()
+    loaded: list[Fusion] = []
 
     def load() -> Fusion:
         assert may_load.wait(20)
         loaded.append(watched_fusion(tiny_bundle))
         return loaded[0]
 
-    with http_server(load, monkeypatch):
+    with http_server(load, monkeypatch) as server:
         pass
+    assert server.server.error is None
     may_load.set()
-    eventually(lambda: bool(loaded) and loaded[0].backend.closed == 1)
+    eventually(lambda: bool(loaded) and backend(loaded[0]).closed == 1)
 
 
 def test_applications_share_nothing() -> None:

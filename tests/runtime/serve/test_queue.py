@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fakes.watched_backend import BlockedCall
 from openai import OpenAI, RateLimitError
-from support.http_servers import MODEL, HttpServer, chat, data_url, eventually, user
+from support.http_servers import HttpServer, chat, data_url, eventually
 
 from fusion_edge.runtime.serve.images.source import ImageSource, LoadedImage
 
@@ -73,18 +73,13 @@ def test_retry_after_is_the_time_of_what_waits(server: HttpServer) -> None:
         assert (headers["retry-after"], headers["retry-after-ms"]) == ("14", "14000")
 
 
-def test_a_refused_picture_is_not_decoded(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_picture_is_not_decoded(server: HttpServer) -> None:
+    damaged = chat()
+    damaged["messages"][0]["content"][1]["image_url"]["url"] = "data:image/png;base64,!"
     with ThreadPoolExecutor(QUEUE) as pool, busy(server):
         for seed in range(QUEUE):
             pool.submit(server.ask, chat("What?", seed))
         eventually(lambda: counts(server) == (1, QUEUE))
-        damaged = {
-            "model": MODEL,
-            "messages": [
-                user(seed=None),
-            ],
-        }
-        damaged["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}})
         assert server.ask(damaged).status == 429
     assert server.ask(damaged).status == 400
 
