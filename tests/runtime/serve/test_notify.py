@@ -47,7 +47,7 @@ def test_a_socket_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_
     ("microseconds", "process", "seconds"),
     [
         ("30000000", "", 30.0),
-        ("500000", str(os.getpid()), 0.5),
+        pytest.param("500000", str(os.getpid()), 0.5, id="this process"),
         ("500000", "1", None),
         ("", "", None),
         ("0", "", None),
