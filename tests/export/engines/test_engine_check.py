@@ -317,6 +317,19 @@ def test_existing_engines_that_are_wrong(
     assert engines_of(bundle) == before
 
 
+def test_activations_of_4_bits(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is loaded or run, neither now nor by the next build."""
+    monkeypatch.setattr(engine_check, "ACTIVATIONS_4_BIT", open_bundle(bundle).manifest.weights["llm.lm_head"])
+    monkeypatch.setattr(onnxruntime_backend, "OnnxRuntimeBackend", None)
+    trt = fake()
+    for _ in range(2):
+        reason = unchecked(bundle, trt, capsys)
+        assert reason.startswith("Activations in nvfp4 have 4 bits, so right engines may differ from the CPU as wrong ")
+    assert trt.loaded == 0
+
+
 def test_no_gpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reason = unchecked(bundle, fake(gpus=0), capsys, "--device=8.6")
     assert reason == "CUDA finds no GPU; check nvidia-smi."
