@@ -48,8 +48,8 @@ CPU_MEMORY = 3
 """Bytes that the CPU needs for a byte of the bundle: ONNX Runtime copies float16 weights as float32 (measured: 2.8)."""
 ACTIVATIONS_8_BIT = "w8a8"
 ACTIVATIONS_4_BIT = "nvfp4"
-PREFIXES = {VISION_ENCODER: "vision.", ALIGNMENT_DECODER: "alignment.", LLM: "llm."}
-"""Start of the names of a graph's weights."""
+PREFIXES = {VISION_ENCODER: ("vision.",), ALIGNMENT_DECODER: ("alignment.",), LLM: ("llm.", "alignment.")}
+"""Starts of the names of a graph's weights. The decoder and the LLM share the interaction layers."""
 
 
 def incomparable_reason(bundle: Bundle) -> str | None:

@@ -226,6 +226,15 @@ def test_float16_in_place_of_8_bit_activations(built: Path, monkeypatch: pytest.
     assert roundings[0][1:] == roundings[1][1:] == roundings[2][1:]
 
 
+def test_8_bit_activations_of_interaction_layers(built: Path) -> None:
+    """The LLM runs these layers, too."""
+    bundle, engines = open_bundle(built), engines_of(built)
+    weights = {**bundle.manifest.weights, "alignment.layers.0.mlp.up": "w8a8"}
+    other = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, weights=weights))
+    before, after = (engine_check._squared_roundings(one, engines) for one in (bundle, other))
+    assert [a < b for a, b in zip(before, after, strict=True)] == [False, True, True]
+
+
 # Interrupts -------------------------------------------------------------------------------------------------------
 
 
