@@ -6,6 +6,8 @@ loads no library.
 
 from __future__ import annotations
 
+import os
+
 from fusion_edge.runtime.system.first_signals import leave_while_a_module_loads
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the time to import typing
@@ -90,3 +92,6 @@ def __dir__() -> list[str]:
 
 
 leave_while_a_module_loads()
+# The Linux wheels of ONNX Runtime 1.29 and later record telemetry and send it, unless this is set before their library
+# loads. https://github.com/microsoft/onnxruntime/pull/27379
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -13,7 +13,7 @@ from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Worksp
 from fusion_edge.benchmarks.latency.backend_stages import measure
 from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.export.engines.builder import BuildOptions
-from fusion_edge.export.engines.engine_check import compare_stages
+from fusion_edge.export.engines.engine_check import compare_stages, incomparable_reason
 from fusion_edge.export.engines.stage_outputs import StageOutputs, StageRunner
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.cuda import Cuda
@@ -37,7 +37,7 @@ NEW_TOKENS = 16
 STEPS = 32
 CPU_OUTPUTS = "cpu-outputs.npz"
 NO_CPU_OUTPUTS = "no-cpu-outputs.txt"
-"""File with the reason why this machine's CPU does not run the bundle."""
+"""File with the reason why nothing is compared with this machine's CPU."""
 
 
 def bundle_of(workspace: Workspace) -> Path:
@@ -69,10 +69,11 @@ def export(workspace: Workspace) -> Outcome:
 
 def answer_on_cpu(workspace: Workspace) -> Outcome:
     """Answer on the CPU, and keep the outputs of every stage for the comparisons, or the reason why there are none."""
-    if reason := opset_24_unsupported_reason():
+    folder = bundle_of(workspace)
+    if reason := opset_24_unsupported_reason() or incomparable_reason(open_bundle(folder)):
         (workspace.scratch / NO_CPU_OUTPUTS).write_text(reason, encoding="utf-8")
-        raise SkippedStep(f"The CPU does not run the bundle: {reason}")
-    opened = open_bundle(bundle_of(workspace))
+        raise SkippedStep(f"There is no comparison with the CPU: {reason}")
+    opened = open_bundle(folder)
     backend = OnnxRuntimeBackend(opened, "cpu")
     with Fusion(opened.manifest, backend, load_tokenizer(opened), Embeddings(opened)) as fusion:
         answer = _ask(workspace, fusion)
@@ -124,8 +125,8 @@ def compared(
 ) -> tuple[list[dict[str, Any]], str]:
     """Return the differences from the CPU by stage, and words for the largest.
 
-    There are none if this machine's CPU does not run the bundle; the words have the reason. Raises :class:`FusionError`
-    for differences that rounding does not explain, or if the step on the CPU has failed.
+    There are none if nothing is compared; the words have the reason. Raises :class:`FusionError` for differences that
+    rounding does not explain, or if the step on the CPU has failed.
     """
     path, reason = workspace.scratch / CPU_OUTPUTS, workspace.scratch / NO_CPU_OUTPUTS
     if reason.is_file():

@@ -150,9 +150,9 @@ class LayerQuantizer:
     ) -> QuantizedLinear:
         fmt, parts, squares = self._formats[name], [], np.zeros(4)
         used = factorized if self._method_of(name) == "gptq" else None
-        scale = nvfp4.tensor_scale(float(weight.abs().max()))
+        scale = nvfp4.tensor_scale(float(weight.abs().max())) if fmt.kind == "nvfp4" else None
         for rows in torch.split(weight, ROWS_AT_ONCE):
-            if fmt.kind == "nvfp4":
+            if scale is not None:
                 quantized = nvfp4.quantize(rows, scale, used)
             else:
                 quantized = round_to_nearest(rows, fmt) if used is None else gptq(rows, used, fmt)

@@ -47,14 +47,27 @@ GROWTH = 4
 CPU_MEMORY = 3
 """Bytes that the CPU needs for a byte of the bundle: ONNX Runtime copies float16 weights as float32 (measured: 2.8)."""
 ACTIVATIONS_8_BIT = "w8a8"
-PREFIXES = {VISION_ENCODER: "vision.", ALIGNMENT_DECODER: "alignment.", LLM: "llm."}
-"""Start of the names of a graph's weights."""
+ACTIVATIONS_4_BIT = "nvfp4"
+PREFIXES = {VISION_ENCODER: ("vision.",), ALIGNMENT_DECODER: ("alignment.",), LLM: ("llm.", "alignment.")}
+"""Starts of the names of a graph's weights. The decoder and the LLM share the interaction layers."""
 
 
-def skipped_reason(platform: EnginePlatform, is_wanted: bool) -> str | None:
+def incomparable_reason(bundle: Bundle) -> str | None:
+    """Return why no limit tells right engines of a bundle from wrong ones, as a sentence; None if limits do."""
+    if ACTIVATIONS_4_BIT not in bundle.manifest.weights.values():
+        return None
+    return (
+        "Activations in nvfp4 have 4 bits, so right engines may differ from the CPU as wrong ones do; compare answers "
+        "with those of --device cpu."
+    )
+
+
+def skipped_reason(bundle: Bundle, platform: EnginePlatform, is_wanted: bool) -> str | None:
     """Return why engines for ``platform`` cannot be compared on this machine, as a sentence; None if they can."""
     if not is_wanted:
         return "--skip-comparison was given."
+    if reason := incomparable_reason(bundle):
+        return reason
     try:
         here = open_cuda().compute_capability()
     except DeviceError as error:

@@ -100,7 +100,7 @@ def write_engines(
             timed_on=None if here is None or library.is_rtx else here.model,
             operator=_operator(unsupported_reason),
             engines=engines,
-            check=EngineCheck(skipped_reason(platform, options.compares), ()),
+            check=EngineCheck(skipped_reason(bundle, platform, options.compares), ()),
         )
         del builder  # and its memory
         manifest = _compared(bundle, library, partial, manifest)
@@ -113,7 +113,7 @@ def compare_existing(bundle: Bundle, library: Library, built: Engines, is_wanted
 
     It is written again if that is possible now. Raises :class:`FusionError` if they differ.
     """
-    if built.check.skipped is None or skipped_reason(built.machine, is_wanted) is not None:
+    if built.check.skipped is None or skipped_reason(bundle, built.machine, is_wanted) is not None:
         return built
     folder = engines_folder(bundle, built.machine)
     result = _compared(bundle, library, folder, replace(built, check=EngineCheck(None, ())))

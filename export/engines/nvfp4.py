@@ -27,17 +27,21 @@ def use_fp4(model: ModelProto) -> None:
     The functions themselves could have other bodies, but TensorRT's parser refuses the second call of a function with
     a DequantizeLinear: its layers have the names of the first call's.
     """
-    calls = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in (DEQUANTIZE, QUANTIZE)]
+    calls = list(filter(_is_call, model.graph.node))
     if not calls:
         return
     codes = {node.input[0] for node in calls if node.op_type == DEQUANTIZE}
-    nodes = [one for node in model.graph.node for one in (_replacement(node) if node in calls else [node])]
+    nodes = [one for node in model.graph.node for one in (_replacement(node) if _is_call(node) else [node])]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for tensor in model.graph.initializer:
         if tensor.name in codes:
             tensor.data_type = TensorProto.FLOAT4E2M1
     model.opset_import.append(helper.make_opsetid(TENSORRT, 1))
+
+
+def _is_call(node: NodeProto) -> bool:
+    return node.domain == DOMAIN and node.op_type in (DEQUANTIZE, QUANTIZE)
 
 
 def _replacement(call: NodeProto) -> Iterator[NodeProto]:

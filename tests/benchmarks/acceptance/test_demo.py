@@ -20,9 +20,11 @@ from fusion_edge.benchmarks import full_size_checkpoint
 from fusion_edge.benchmarks.acceptance import bundles, demo, full_size
 from fusion_edge.benchmarks.acceptance.engine import BuiltEngine, EngineRun
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
+from fusion_edge.export.engines import engine_check
 from fusion_edge.export.engines.stage_outputs import StageOutputs
 from fusion_edge.runtime.backends import devices
 from fusion_edge.runtime.backends.onnxruntime import library
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.jetson import Jetson
 
@@ -111,11 +113,19 @@ def test_a_machine_whose_cpu_does_not_run_the_bundle(
         return SimpleNamespace(__version__=version)
 
     monkeypatch.setattr(library, "find_onnxruntime", found)
-    with pytest.raises(SkippedStep, match=f"^The CPU does not run the bundle: {re.escape(reason)}$"):
+    with pytest.raises(SkippedStep, match=f"^There is no comparison with the CPU: {re.escape(reason)}$"):
         demo.answer_on_cpu(workspace)
     words = f"not compared with the CPU ({reason.rstrip('.')})"
     nothing: Any = None  # is not looked at
     assert demo.compared(workspace, nothing, nothing, nothing) == ([], words)
+
+
+def test_engines_that_no_limit_judges(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those with activations of 4 bits."""
+    formats = open_bundle(demo.bundle_of(exported)).manifest.weights
+    monkeypatch.setattr(engine_check, "ACTIVATIONS_4_BIT", formats["llm.lm_head"])
+    with pytest.raises(SkippedStep, match=r"^There is no comparison with the CPU: Activations in nvfp4 have 4 bits, "):
+        demo.answer_on_cpu(exported)
 
 
 def test_a_bundle_that_the_cpu_refuses_is_a_failure(workspace: Workspace) -> None:

@@ -6,82 +6,36 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes.fake_cuda import FakeCuda
-from fakes.fake_tensorrt import FULL, JETPACK_6, RTX, FakeTensorRT
-from fakes.fake_tensorrt_runtime import IExecutionContext
+from fakes.fake_tensorrt import FULL, JETPACK_6, RTX
 from fakes.on_fake_tensorrt import installed
 from hypothesis import given
 from hypothesis import strategies as st
+from support.compared_engines import STAGES, Change, build, changed, engines_of, fake, folders, half
 from support.opset24 import needs_opset_24
 
-from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.export.engines import engine_check
 from fusion_edge.export.engines.stage_outputs import StageRunner
-from fusion_edge.runtime.backends.onnxruntime import backend as onnxruntime_backend
-from fusion_edge.runtime.backends.onnxruntime import library as onnxruntime_library
 from fusion_edge.runtime.backends.tensorrt.library import Library
-from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST, EngineCheck, Engines
+from fusion_edge.runtime.bundle.engine_manifest import ENGINES_MANIFEST
 from fusion_edge.runtime.bundle.engines import ENGINES_FOLDER, read_engines
 from fusion_edge.runtime.bundle.graphs import VISION_ENCODER
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli import info as cli_info
-from fusion_edge.runtime.errors import DeviceError, FusionError
+from fusion_edge.runtime.errors import FusionError
 
 pytestmark = needs_opset_24
-STAGES = ["encode global crops", "encode local crop", "alignment", "prefill", "decode step", "prefill in a scene"]
-Change = Callable[[np.ndarray[Any, Any]], object]
 
 
 @pytest.fixture
 def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_tensorrt_bundle, tmp_path / "tiny"))
-
-
-def fake(library: tuple[str, str] = RTX, **machine: Any) -> FakeTensorRT:
-    return FakeTensorRT(*library, FakeCuda(**machine))
-
-
-def build(trt: FakeTensorRT, bundle: Path, *options: str) -> int:
-    """Run ``fusion-build``; afterwards all memory of the device is free."""
-    with installed(trt):
-        code = cli_build.main([str(bundle), f"--library={trt.__name__.replace('_', '-')}", "--parts=2", *options])
-    trt.cuda.check_all_freed()
-    return code
-
-
-def folders(bundle: Path) -> list[Path]:
-    """Return the folders of engines, hidden ones included."""
-    return [path for path in (bundle / ENGINES_FOLDER).iterdir() if path.is_dir()]
-
-
-def engines_of(bundle: Path) -> Engines:
-    (folder,) = folders(bundle)
-    return read_engines(folder)
-
-
-def changed(monkeypatch: pytest.MonkeyPatch, output: str, change: Change, profile: int | None = None) -> None:
-    """Let every run of the engine with an output change that output in place, or only runs of one profile."""
-    compute = IExecutionContext._compute
-
-    def wrong(self: IExecutionContext, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
-        compute(self, addresses, shapes)
-        if output in self._engine.outputs and profile in (None, self._profile):
-            value = self._engine.outputs[output]
-            (memory,) = (one for at, one in self._cuda.allocations.items() if at == addresses[output])
-            dtype = np.float16 if value.type.tensor_type.elem_type == 10 else np.float32
-            change(memory.memory.view(dtype))
-
-    monkeypatch.setattr(IExecutionContext, "_compute", wrong)
 
 
 # Engines that are right -------------------------------------------------------------------------------------------
@@ -157,10 +111,6 @@ def compared(built: Path) -> str:
         engine_check.compare_with_cpu(open_bundle(built), Library(trt), folder, read_engines(folder))
     trt.cuda.check_all_freed()
     return str(error.value)
-
-
-def half(values: np.ndarray[Any, Any]) -> None:
-    values *= values.dtype.type(0.5)
 
 
 def swapped(values: np.ndarray[Any, Any]) -> None:
@@ -276,120 +226,13 @@ def test_float16_in_place_of_8_bit_activations(built: Path, monkeypatch: pytest.
     assert roundings[0][1:] == roundings[1][1:] == roundings[2][1:]
 
 
-# Nothing is compared ----------------------------------------------------------------------------------------------
-
-
-def unchecked(bundle: Path, trt: FakeTensorRT, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """Return the reason that is printed and kept."""
-    capsys.readouterr()
-    assert build(trt, bundle, *options) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not compared with the CPU: "))
-    reason = line.removeprefix("not compared with the CPU: ")
-    assert engines_of(bundle).check == EngineCheck(reason, ())
-    assert cli_info.main([str(bundle)]) == 0
-    assert f"  no: {reason}\n" in capsys.readouterr().out
-    return reason
-
-
-def test_not_wanted(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The next build compares the engines without building them."""
-    trt = fake()
-    assert unchecked(bundle, trt, capsys, "--skip-comparison") == "--skip-comparison was given."
-    assert trt.loaded == 0
-    assert unchecked(bundle, trt, capsys, "--skip-comparison") == "--skip-comparison was given."
-    built = len(trt.built)
-    assert build(trt, bundle) == 0
-    assert len(trt.built) == built
-    assert [one.stage for one in engines_of(bundle).check.stages] == STAGES
-    assert build(trt, bundle, "--skip-comparison") == 0
-    assert [one.stage for one in engines_of(bundle).check.stages] == STAGES
-
-
-def test_existing_engines_that_are_wrong(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """They stay, and are still not compared."""
-    assert build(fake(), bundle, "--skip-comparison") == 0
-    before = engines_of(bundle)
-    changed(monkeypatch, "features", half)
-    assert build(fake(), bundle) == 1
-    assert " are wrong in encode global crops: " in capsys.readouterr().err
-    assert engines_of(bundle) == before
-
-
-def test_no_gpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reason = unchecked(bundle, fake(gpus=0), capsys, "--device=8.6")
-    assert reason == "CUDA finds no GPU; check nvidia-smi."
-
-
-def test_another_gpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reason = unchecked(bundle, fake(), capsys, "--device=8.9")
-    assert reason == "This machine's GPU has compute capability 8.6, and the engines are for another."
-
-
-@pytest.mark.parametrize("version", [None, "1.23.2"])
-def test_no_onnxruntime(
-    bundle: Path, version: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A Jetson may have none, or the last one for its Python 3.10."""
-
-    def found() -> SimpleNamespace:
-        if version is None:
-            raise DeviceError("ONNX Runtime is not installed; run pip.")
-        return SimpleNamespace(__version__=version)
-
-    monkeypatch.setattr(onnxruntime_library, "find_onnxruntime", found)
-    reason = unchecked(bundle, fake(), capsys)
-    assert reason.startswith(
-        "ONNX Runtime is not installed;" if version is None else "ONNX Runtime 1.23.2 has no opset 24"
-    )
-
-
-def test_a_device_without_room(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other programs may use its memory, so the engines are kept."""
-    assert unchecked(bundle, fake(free=1 << 20), capsys).startswith("The engines need about 0.35 GB on the device (")
-
-
-def test_a_machine_without_room(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    needed = 3 * open_bundle(bundle).manifest.size
-    monkeypatch.setattr(engine_check, "available_memory", lambda: needed - 1)
-    reason = unchecked(bundle, fake(), capsys)
-    assert reason.startswith("There is not enough memory to run the bundle on the CPU")
-    monkeypatch.setattr(engine_check, "available_memory", lambda: needed)
-    assert build(fake(), bundle) == 0
-    assert engines_of(bundle).check.skipped is None
-
-
-def test_a_device_that_fails_is_an_error(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its engines may be the reason."""
-    trt = fake()
-    trt.run_error = "an illegal memory access was encountered"
-    assert build(trt, bundle) == 1
-    assert "illegal memory access" in capsys.readouterr().err
-    assert folders(bundle) == []
-
-
-def test_a_cpu_without_memory(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def no_memory(*_: object) -> None:
-        raise FusionError("There is not enough memory.")
-
-    monkeypatch.setattr(onnxruntime_backend, "OnnxRuntimeBackend", no_memory)
-    reason = unchecked(bundle, fake(), capsys)
-    assert reason == "The CPU does not run the bundle: There is not enough memory."
-
-
-def test_a_context_without_room_for_the_question(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    least = open_bundle(bundle).manifest.minimum_context
-    reason = unchecked(bundle, fake(), capsys, f"--max-context={least}")
-    assert re.match(
-        rf"The CPU does not run the bundle: The prompt has \d+ tokens .* the context holds {least} ", reason
-    )
+def test_8_bit_activations_of_interaction_layers(built: Path) -> None:
+    """The LLM runs these layers, too."""
+    bundle, engines = open_bundle(built), engines_of(built)
+    weights = {**bundle.manifest.weights, "alignment.layers.0.mlp.up": "w8a8"}
+    other = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, weights=weights))
+    before, after = (engine_check._squared_roundings(one, engines) for one in (bundle, other))
+    assert [a < b for a, b in zip(before, after, strict=True)] == [False, True, True]
 
 
 # Interrupts -------------------------------------------------------------------------------------------------------

@@ -97,8 +97,10 @@ def test_pieces(model: ModelProto, tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(model, tmp_path, x), expected)
 
 
-def test_bundles_build(tiny_checkpoint: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    """With TensorRT-RTX for Blackwell; refused for older GPUs."""
+def test_bundles_build(
+    tiny_checkpoint: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With TensorRT-RTX for Blackwell, not compared with the CPU; refused for older GPUs."""
     pytest.importorskip("tensorrt_rtx")
     write_samples(tmp_path / "samples", FEWEST)
     rules = [f"--rule=alignment.layers.*.{name}=fp16" for name in ("context", "key", "value")]
@@ -106,5 +108,6 @@ def test_bundles_build(tiny_checkpoint: Path, tmp_path: Path, refused: Callable[
     options = ["--fp16", *rules, f"--calibrate={tmp_path / 'samples'}", "--method=rtn"]
     assert cli.main([str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--target=tensorrt", *options]) == 0
     assert cli_build.main([str(tmp_path / "b"), "--library=tensorrt-rtx", "--device=12.0", "--max-block=2MB"]) == 0
+    assert "not compared with the CPU: Activations in nvfp4 have 4 bits, " in capsys.readouterr().out
     message = refused(cli_build.main, tmp_path / "b", "--library=tensorrt-rtx", "--device=8.9")
     assert " in nvfp4, which compute capability 8.9 does not have (10.0 and later do); export it with " in message

@@ -25,6 +25,12 @@ def test_a_question_records_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     assert files_after(tmp_path, ASK.format(str(tiny_bundle))) == []
 
 
+def test_a_session_of_the_program_itself_records_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    """One that imports ``onnxruntime`` between ``fusion_edge`` and its first use."""
+    graph = str(tiny_bundle / "alignment_decoder.onnx")
+    assert files_after(tmp_path, "import fusion_edge; " + RECORDS.format(graph)) == []
+
+
 def test_the_check_sees_a_record(tiny_bundle: Path, tmp_path: Path) -> None:
     files = files_after(tmp_path, RECORDS.format(str(tiny_bundle / "alignment_decoder.onnx")))
     if not files:
