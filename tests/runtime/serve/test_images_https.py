@@ -84,6 +84,8 @@ HOSTILE = [
     f"https://evil.example#@{HOST}/x.png",
     f"https://evil.example?@{HOST}/x.png",
     f"https://{HOST}%2eevil.example/x.png",
+    "https://image\u017f.example.com/x.png",
+    f"https://{HOST}/\u212a.png",
     f"https://{HOST}%00.evil.example/x.png",
     f"https://{HOST}\t/x.png",
     f"https://{HOST}/x.png\r\nHost: evil.example",
