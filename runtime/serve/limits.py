@@ -53,7 +53,7 @@ class LimitRequests:
             return
         try:
             self._check_head(scope)
-            body = await asyncio.wait_for(self._body(receive), self._limits.body_seconds)
+            replay = _Replay(await asyncio.wait_for(self._body(receive), self._limits.body_seconds), receive)
         except asyncio.TimeoutError:
             message = f"The body did not arrive within {self._limits.body_seconds:g} s; send a smaller picture."
             await refuse(ApiError(408, message, code="request_timeout"), receive, send)
@@ -61,8 +61,8 @@ class LimitRequests:
         except ApiError as error:
             await refuse(error, receive, send)
             return
-        if body is not None:
-            await self._app(scope, _Replay(body, receive), send)
+        if not replay.has_left:
+            await self._app(scope, replay, send)
 
     def _check_head(self, scope: Scope) -> None:
         limits, headers = self._limits, scope["headers"]
@@ -112,11 +112,13 @@ class LimitRequests:
 
 
 class _Replay:
-    """ASGI's ``receive`` for a body that is complete: the body, then what the client does."""
+    """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does."""
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
+    def __init__(self, body: bytes | None, receive: Receive) -> None:
+        self._body = body
         self._receive = receive
+        self.has_left = body is None
+        """Whether the client left before the end of its body."""
 
     async def __call__(self) -> Message:
         if self._body is None:
