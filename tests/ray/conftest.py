@@ -27,4 +27,4 @@ def port(tiny_bundle: Path) -> Iterator[int]:
     serve.run(app(Arguments(bundle=tiny_bundle, model_name="tiny", replicas=2, queue=4)))
     yield number
     serve.shutdown()
-    ray.shutdown()
+    ray.shutdown()  # type: ignore[no-untyped-call]

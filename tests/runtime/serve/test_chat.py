@@ -67,7 +67,7 @@ def test_a_stream_ends_with_done(server: HttpServer) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities(client: OpenAI, fusion: Fusion, stream: bool) -> None:
     expected = fusion.answer(picture(), "What?", sampling=Sampling(max_new_tokens=LIMIT, logprobs=3))
-    found = client.chat.completions.create(**ASKED, logprobs=True, top_logprobs=3, stream=stream)
+    found: Any = client.chat.completions.create(**ASKED, logprobs=True, top_logprobs=3, stream=stream)
     choice = list(found)[-1].choices[0] if stream else found.choices[0]
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
@@ -118,14 +118,15 @@ SCHEMA = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_json_schema(client: OpenAI, fusion: Fusion, stream: bool) -> None:
     expected = fusion.json(picture(), "What?", SCHEMA, sampling=Sampling(max_new_tokens=100))
-    wanted = {"type": "json_schema", "json_schema": {"name": "color", "schema": SCHEMA, "strict": True}}
-    found = client.chat.completions.create(**(ASKED | {"max_tokens": 100}), response_format=wanted, stream=stream)
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "color", "schema": SCHEMA, "strict": True}}
+    asked = ASKED | {"max_tokens": 100, "response_format": wanted}
+    found: Any = client.chat.completions.create(**asked, stream=stream)
     text = "".join(c.choices[0].delta.content or "" for c in found) if stream else found.choices[0].message.content
     assert json.loads(text) == expected
 
 
 def test_a_json_object(client: OpenAI) -> None:
-    wanted = {"type": "json_object"}
+    wanted: Any = {"type": "json_object"}
     for seed in range(4):
         asked = ASKED | {"max_tokens": 300, "temperature": 2, "seed": seed}
         (choice,) = client.chat.completions.create(**asked, response_format=wanted).choices
@@ -138,7 +139,7 @@ def test_a_json_object(client: OpenAI) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices(client: OpenAI, fusion: Fusion, stream: bool) -> None:
     expected = fusion.choose(picture(), "What?", ("yes", "no"))
-    asked = {"model": MODEL, "messages": [user()], "stream": stream}
+    asked: dict[str, Any] = {"model": MODEL, "messages": [user()], "stream": stream}
     found: Any = client.chat.completions.create(**asked, extra_body={"fusion": {"choices": ["yes", "no"]}})
     if stream:
         chunks = list(found)
@@ -204,18 +205,15 @@ def test_a_guide(client: OpenAI, fusion: Fusion) -> None:
     texts, cached = [], []
     for question in ("What?", "Where?"):
         asked = ASKED | {"messages": [user(question)]}
-        found = client.chat.completions.create(**asked, extra_body={"fusion": {"guide": "Anything?"}})
+        found: Any = client.chat.completions.create(**asked, extra_body={"fusion": {"guide": "Anything?"}})
         texts.append(found.choices[0].message.content)
-        cached.append(found.usage.prompt_tokens_details.cached_tokens)  # type: ignore[union-attr]
+        cached.append(found.usage.prompt_tokens_details.cached_tokens)
     assert texts == expected
     assert cached[0] == 0
     assert 16 < cached[1] < 60
+    again: Any = user("Where?")
     options = {"guide": "Anything?", "choices": ["yes", "no"]}
-    chosen: Any = client.chat.completions.create(
-        model=MODEL,
-        messages=[user("Where?")],
-        extra_body={"fusion": options},  # type: ignore[list-item]
-    )
+    chosen: Any = client.chat.completions.create(model=MODEL, messages=[again], extra_body={"fusion": options})
     assert chosen.choices[0].fusion["probabilities"] == pytest.approx(choice.probabilities)
 
 

@@ -146,7 +146,8 @@ def test_the_end_of_the_application_frees_the_model(tiny_bundle: Path, monkeypat
 
 
 def test_a_model_that_is_loaded_too_late_is_freed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_load, loaded = threading.Event(), []
+    may_load = threading.Event()
+    loaded: list[Any] = []
 
     def load() -> Fusion:
         assert may_load.wait(20)

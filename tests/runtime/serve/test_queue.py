@@ -77,13 +77,8 @@ def test_a_refused_picture_is_not_decoded(server: HttpServer, monkeypatch: pytes
         for seed in range(QUEUE):
             pool.submit(server.ask, chat("What?", seed))
         eventually(lambda: counts(server) == (1, QUEUE))
-        damaged = {
-            "model": MODEL,
-            "messages": [
-                user(seed=None),
-            ],
-        }
-        damaged["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}})
+        damaged: dict[str, Any] = {"model": MODEL, "messages": [user()]}
+        damaged["messages"][0]["content"][1]["image_url"]["url"] = "data:image/png;base64,!"
         assert server.ask(damaged).status == 429
     assert server.ask(damaged).status == 400
 

@@ -119,7 +119,7 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("fields", "param", "message"), FIELDS, ids=lambda value: str(value)[:60])
 def test_a_field(shared_server: HttpServer, fields: dict[str, Any], param: str, message: str) -> None:
     for stream in ({}, {"stream": True})[: 1 + ("stream_options" not in fields)]:
-        reply = shared_server.ask(chat(**stream) | fields)
+        reply = shared_server.ask(chat() | stream | fields)
         assert reply.status == 400, reply.body
         assert reply.error["param"] == param
         assert message in reply.error["message"]
