@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import hypothesis
 import schemathesis
@@ -20,7 +21,7 @@ def check_cases(base_url: str, examples: int) -> Counter[int]:
     statuses: Counter[int] = Counter()
     schema = schemathesis.openapi.from_url(f"{base_url}/openapi.json")
     for found in schema.get_all_operations():
-        operation = found.ok()
+        operation: Any = found.ok()  # type: ignore[union-attr]  # an error raises
         has_arguments = bool(operation.body) or bool(operation.path_parameters)
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)[: 1 + bool(operation.body)]:
 
@@ -33,7 +34,7 @@ def check_cases(base_url: str, examples: int) -> Counter[int]:
                 suppress_health_check=list(HealthCheck),
             )
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-            def check(case: schemathesis.Case) -> None:
+            def check(case: Any) -> None:
                 response = case.call()
                 statuses[response.status_code] += 1
                 case.validate_response(response, excluded_checks=[positive_data_acceptance])

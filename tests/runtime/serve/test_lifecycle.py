@@ -147,7 +147,7 @@ def test_the_end_of_the_application_frees_the_model(tiny_bundle: Path, monkeypat
 
 def test_a_model_that_is_loaded_too_late_is_freed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_load = threading.Event()
-    loaded: list[Any] = []
+    loaded: list[Fusion] = []
 
     def load() -> Fusion:
         assert may_load.wait(20)
@@ -157,7 +157,7 @@ def test_a_model_that_is_loaded_too_late_is_freed(tiny_bundle: Path, monkeypatch
     with http_server(load, monkeypatch):
         pass
     may_load.set()
-    eventually(lambda: bool(loaded) and loaded[0].backend.closed == 1)
+    eventually(lambda: bool(loaded) and loaded[0].backend.closed == 1)  # type: ignore[attr-defined]
 
 
 def test_applications_share_nothing() -> None:
