@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +70,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     settings = ServeSettings(
         folder, name, queue=arguments.queue, cached_images=arguments.cached_images, safety=safety, **options
     )
-    logs.configure(logging.WARNING)
+    logs.configure()
     listener = listen(arguments.host, arguments.port)
     with listener:
         host, port = listener.getsockname()[:2]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 OPEN_PATHS = ("/health", "/ready")
-"""Paths that need no key: what probes of a supervisor ask."""
+"""Paths whose GET needs no key: what probes of a supervisor ask."""
 SHORTEST_KEY = 16
 """Characters of a key."""
 
@@ -113,7 +113,7 @@ def _resolve(host: str) -> list[str]:
 
 
 class RequireKey:
-    """ASGI middleware that lets requests with a key through, and everybody to :data:`OPEN_PATHS`."""
+    """ASGI middleware that lets requests with a key through, and everybody's probes of :data:`OPEN_PATHS`."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app, self._keys = app, keys
@@ -134,7 +134,7 @@ class RequireKey:
             await refuse(error, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD"):
             return True
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")

@@ -66,5 +66,7 @@ def _api_error(invalid: ValidationError) -> ApiError:
         return ApiError(400, f"{path} is an unknown field; remove it.", path, "unknown_field")
     if error["type"] == "missing":
         return ApiError(400, f"{path} is missing; add it.", path, "missing_field")
+    if error["type"] == "model_type":  # pydantic's message names a class of Python
+        return ApiError(400, f"{path or 'The body'}: expected an object.", path or None, "invalid_value")
     message = f"{error['msg'][:1].lower()}{error['msg'][1:]}"
     return ApiError(400, f"{path or 'The body'}: {message}.", path or None, "invalid_value")

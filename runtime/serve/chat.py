@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from starlette.requests import Request as HttpRequest
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -48,15 +48,10 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or raise :class:`ApiError` before anything is sent."""
         arrived = time.monotonic()
-        http = HttpRequest(scope, receive)
-        _check_content_type(http)
-        header_ms = _deadline_header(http)
-        body = await http.body()
-        if len(body) > _LARGE_BODY:
-            request = await asyncio.to_thread(parse_body, body, ChatRequest)
-        else:
-            request = parse_body(body, ChatRequest)
-        del body
+        headers = Headers(scope=scope)
+        _check_content_type(headers)
+        header_ms = _deadline_header(headers)
+        request = await _read(receive)
         field_ms = request.fusion.deadline_ms if request.fusion is not None else None
         due = arrived + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
         await until_disconnect(receive, self._respond(request, due, scope, receive, send))
@@ -140,16 +135,24 @@ async def _result(asked: Asked) -> Result:
     return result
 
 
-def _check_content_type(http: HttpRequest) -> None:
-    given = http.headers.get("content-type", "")
+async def _read(receive: Receive) -> ChatRequest:
+    """Return the request of a body that :class:`.LimitRequests` has received; nothing keeps the body itself."""
+    body: bytes = (await receive())["body"]
+    if len(body) > _LARGE_BODY:
+        return await asyncio.to_thread(parse_body, body, ChatRequest)
+    return parse_body(body, ChatRequest)
+
+
+def _check_content_type(headers: Headers) -> None:
+    given = headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != "application/json":
         message = f"The content type is {short_repr(given)}; expected application/json."
         raise ApiError(415, message, code="unsupported_media_type")
 
 
-def _deadline_header(http: HttpRequest) -> float | None:
+def _deadline_header(headers: Headers) -> float | None:
     """Return the milliseconds of the deadline header; None without one."""
-    text = http.headers.get(DEADLINE_HEADER)
+    text = headers.get(DEADLINE_HEADER)
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= LONGEST_DEADLINE_MS):

@@ -54,7 +54,7 @@ def by_field(name: str, *values: str) -> Discriminator:
         given = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
         return f"<{given}>" if given in values else None
 
-    expected = f"expected an object whose {name} is {', '.join(values)}"
+    expected = f"expected an object whose {name} is {', '.join(values[:-1])} or {values[-1]}"
     return Discriminator(tag, custom_error_type="union", custom_error_message=expected)
 
 

@@ -53,7 +53,7 @@ class LimitRequests:
             return
         try:
             self._check_head(scope)
-            body = await asyncio.wait_for(self._body(receive), self._limits.body_seconds)
+            replay = _Replay(await asyncio.wait_for(self._body(scope, receive), self._limits.body_seconds), receive)
         except asyncio.TimeoutError:
             message = f"The body did not arrive within {self._limits.body_seconds:g} s; send a smaller picture."
             await refuse(ApiError(408, message, code="request_timeout"), receive, send)
@@ -61,8 +61,8 @@ class LimitRequests:
         except ApiError as error:
             await refuse(error, receive, send)
             return
-        if body is not None:
-            await self._app(scope, _Replay(body, receive), send)
+        if not replay.has_left:
+            await self._app(scope, replay, send)
 
     def _check_head(self, scope: Scope) -> None:
         limits, headers = self._limits, scope["headers"]
@@ -75,10 +75,10 @@ class LimitRequests:
         for name, value in headers:
             if name == b"content-length" and not (value.isdigit() and len(value) < 20):
                 raise ApiError(400, "Content-Length is not a number of bytes; send the length of the body.")
-            if name == b"content-length" and int(value) > limits.body_bytes:
-                raise self._too_large()
+            if name == b"content-length" and int(value) > self._most(scope):
+                raise self._too_large(scope)
 
-    async def _body(self, receive: Receive) -> bytes | None:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Receive the body; return ``None`` if the client leaves before its end."""
         # Blocks instead of one array that grows, because that would be copied; not the parts themselves, because
         # millions of single bytes need 60 times their size.
@@ -95,8 +95,8 @@ class LimitRequests:
                     blocks[-1] += part
                 else:
                     blocks.append(bytearray(part))
-                if size > self._limits.body_bytes:
-                    raise self._too_large()
+                if size > self._most(scope):
+                    raise self._too_large(scope)
                 if self._receiving > self._limits.receiving_bytes:
                     retry = "Too many bytes of requests are being received; try again later."
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
@@ -106,17 +106,25 @@ class LimitRequests:
             self._receiving -= size
             blocks.clear()  # an error's traceback would keep them
 
-    def _too_large(self) -> ApiError:
-        message = f"The body has more than {self._limits.body_bytes} bytes, the limit; scale the picture down."
+    def _most(self, scope: Scope) -> int:
+        """Return the limit of a body: none but that of a POST, since probes without a key share ``receiving_bytes``."""
+        return self._limits.body_bytes if scope["method"] == "POST" else 0
+
+    def _too_large(self, scope: Scope) -> ApiError:
+        message = f"The body has more than {self._most(scope)} bytes, the limit; scale the picture down."
+        if scope["method"] != "POST":
+            message = "Only POST takes a body; send none."
         return ApiError(413, message, code="request_too_large")
 
 
 class _Replay:
-    """ASGI's ``receive`` for a body that is complete: the body, then what the client does."""
+    """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does."""
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
+    def __init__(self, body: bytes | None, receive: Receive) -> None:
+        self._body = body
         self._receive = receive
+        self.has_left = body is None
+        """Whether the client left before the end of its body."""
 
     async def __call__(self) -> Message:
         if self._body is None:

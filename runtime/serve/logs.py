@@ -14,19 +14,17 @@ QUIET_LOGGERS = ("fusion_edge", "uvicorn.error")
 """Loggers whose messages contain nothing of a request."""
 
 
-def configure(level: int = logging.INFO) -> None:
-    """Log to standard error.
+def configure() -> None:
+    """Log warnings and errors to standard error.
 
-    At ``INFO`` and above, records of other loggers than :data:`QUIET_LOGGERS` are reduced to the place in the code, and
-    exceptions to types and places. ``DEBUG`` logs everything as it is.
+    Records of other loggers than :data:`QUIET_LOGGERS` are reduced to the place in the code; exceptions, to types and
+    places.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_FORMAT) if level <= logging.DEBUG else ContentFreeFormatter(_FORMAT))
+    handler.setFormatter(ContentFreeFormatter(_FORMAT))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING if level > logging.DEBUG else level)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(level)
+    root.setLevel(logging.WARNING)
 
 
 _FORMAT = "%(levelname)s %(name)s: %(message)s"

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.choices import Choice
-from fusion_edge.runtime.errors import FusionError, Stopped
+from fusion_edge.runtime.errors import Stopped
 from fusion_edge.runtime.loop.request import Request
 
 Reading = Callable[[], int]
@@ -59,7 +59,7 @@ class Metrics:
             reached = request.result()
         except Stopped as stopped:
             reached = stopped.partial
-        except (FusionError, Exception):  # counted as a failure
+        except Exception:  # counted as a failure
             pass
         self._observe_times(request, reached)
         if isinstance(reached, Answer | Choice):

@@ -14,11 +14,17 @@ from fusion_edge.runtime.serve.service_responses import ErrorResponse, ModelInfo
 
 _ERRORS = {
     400: "A field is invalid; param names it.",
+    401: "The API key is missing or wrong.",
+    403: "Web pages of this origin may not ask.",
     404: "The path or the model does not exist.",
     405: "The path has other methods.",
+    408: "The head or the body of the request arrived too slowly.",
     413: "The body is too large.",
+    414: "The URL is too long.",
     415: "The body is not application/json.",
-    429: "The queue is full; Retry-After says when to ask again.",
+    421: "The header Host does not name this machine.",
+    429: "The queue is full, or too many bodies arrive; Retry-After says when to ask again.",
+    431: "The headers are too large.",
     500: "The model or the server failed.",
     501: "The server lacks a package.",
     503: "The model is being loaded, or the server shuts down.",

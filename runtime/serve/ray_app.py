@@ -61,25 +61,25 @@ class Arguments(BaseModel):
     """Folder that ``fusion-export`` wrote; on every node the same."""
     model_name: str | None = None
     """Id of the model in requests. Default: the bundle's name."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
     """Replicas, or the least number of them with ``max_replicas``."""
-    max_replicas: int | None = Field(None, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
     """Most replicas; their number then follows the requests that wait or run."""
-    target_requests: float = Field(2.0, gt=0)
+    target_requests: float = Field(default=2.0, gt=0)
     """Requests for each replica that autoscaling aims at."""
-    queue: int = Field(8, ge=1)
+    queue: int = Field(default=8, ge=1)
     """Limit of requests that wait in a replica."""
-    cached_images: int = Field(4, ge=1)
+    cached_images: int = Field(default=4, ge=1)
     """Limit of pictures whose features a replica keeps."""
     api_key_file: Path | None = None
     """File of API keys, as ``--api-key-file`` of ``fusion-serve``, on the node that runs ``serve run``. Without one, a
     request must name this machine in its ``Host``."""
     device: str = "auto"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of a replica. Default: ``num_cpus``."""
-    num_cpus: float = Field(1, ge=0)
+    num_cpus: float = Field(default=1, ge=0)
     """CPUs that Ray reserves for a replica."""
-    num_gpus: float = Field(0, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for a replica."""
 
 

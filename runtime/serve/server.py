@@ -20,7 +20,7 @@ from fusion_edge.runtime.serve.engine import Engine
 from fusion_edge.runtime.serve.limits import RequestLimits
 from fusion_edge.runtime.serve.notify import feed_watchdog, notify
 from fusion_edge.runtime.serve.protocol import uvicorn_options
-from fusion_edge.runtime.system.first_signals import MESSAGES
+from fusion_edge.runtime.system.first_signals import MESSAGES, leave
 
 KEEP_ALIVE_SECONDS = 5
 """Seconds that an idle connection stays open."""
@@ -60,8 +60,8 @@ def serve(
 ) -> None:
     """Serve an application until a signal ends it, and call ``when_ready`` once its model is loaded.
 
-    The first SIGINT, SIGTERM or SIGHUP drains: requests that run or wait finish, new ones are refused. A second one
-    cancels them.
+    The first SIGINT, SIGTERM or SIGHUP drains: requests that run or wait finish, new ones are refused. A second one, or
+    one while the model loads, ends the process at once.
 
     Raises :class:`FusionError` if the model does not load.
     """
@@ -91,13 +91,13 @@ class Server(uvicorn.Server):
         self._when_ready = when_ready
         self._tasks: list[asyncio.Task[None]] = []
         self._is_draining = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         """Why the model did not load."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve, while the model loads."""
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
         self._tasks += [asyncio.create_task(self._report()), asyncio.create_task(feed_watchdog())]
 
     @contextmanager
@@ -113,9 +113,9 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; at the second signal, end at once."""
-        if not self.started or self._is_draining:
-            self.should_exit = self.force_exit = True
+        """Drain. End at once at the second signal, and while the model loads: its thread cannot be interrupted."""
+        if not self.started or self._is_draining or self._engine.state == "loading":
+            leave(sig, frame)
         else:
             self._is_draining = True
             self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain())))
@@ -126,10 +126,10 @@ class Server(uvicorn.Server):
         return engine
 
     async def _report(self) -> None:
-        try:
-            await asyncio.shield(self._engine.loaded)
-        except Exception as error:
-            self.error = error
+        loaded = self._engine.loaded
+        await asyncio.wait([loaded])
+        self.error = loaded.exception()
+        if self.error is not None:
             self.should_exit = True
         else:
             notify("READY=1")

@@ -26,5 +26,5 @@ def port(tiny_bundle: Path) -> Iterator[int]:
     serve.start(http_options={"host": "127.0.0.1", "port": number})
     serve.run(app(Arguments(bundle=tiny_bundle, model_name="tiny", replicas=2, queue=4)))
     yield number
-    serve.shutdown()
+    serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()

@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"[0-9]+\Z|0x[0-9a-f]*\Z")  # a host that ends so is an IPv
 _URL = re.compile(
     r"https://(?P<host>[A-Za-z0-9.-]+)(?::443)?(?P<target>[/?][A-Za-z0-9._~:/?@!$&'()*+,;=%\[\]-]*)?"
     r"(?:#[A-Za-z0-9._~:/?@!$&'()*+,;=%-]*)?\Z",
-    re.IGNORECASE,
+    re.ASCII | re.IGNORECASE,  # without ASCII, s and k also match U+017F and U+212A
 )
 
 

@@ -146,7 +146,9 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Requests -------------------------------------------------------------------------------------
 
 
-def ask(keys: ApiKeys, path: str, *headers: tuple[bytes, bytes], kind: str = "http") -> list[dict[str, Any]]:
+def ask(
+    keys: ApiKeys, path: str, *headers: tuple[bytes, bytes], kind: str = "http", method: str = "GET"
+) -> list[dict[str, Any]]:
     """Return what is sent; ``[]`` if the application runs."""
     sent: list[dict[str, Any]] = []
 
@@ -159,7 +161,7 @@ def ask(keys: ApiKeys, path: str, *headers: tuple[bytes, bytes], kind: str = "ht
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": kind, "path": path, "headers": list(headers)}
+    scope = {"type": kind, "method": method, "path": path, "headers": list(headers)}
     asyncio.run(RequireKey(application, keys)(scope, receive, send))
     return sent
 
@@ -190,7 +192,8 @@ def test_keys_open_everything(keys: ApiKeys) -> None:
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_probes_need_no_key(keys: ApiKeys, path: str) -> None:
-    assert ask(keys, path) == []
+    assert ask(keys, path) == ask(keys, path, method="HEAD") == []
+    assert ask(keys, path, method="POST")[0]["status"] == 401  # whose body would count
 
 
 @pytest.mark.parametrize(

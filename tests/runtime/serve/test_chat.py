@@ -130,7 +130,7 @@ def test_a_json_schema(client: OpenAI, fusion: Fusion, stream: bool) -> None:
 
 
 def test_a_json_object(client: OpenAI) -> None:
-    wanted = {"type": "json_object"}
+    wanted: Any = {"type": "json_object"}
     for seed in range(4):
         asked = ASKED | {"max_tokens": 300, "temperature": 2, "seed": seed}
         (choice,) = create(client, **asked, response_format=wanted).choices

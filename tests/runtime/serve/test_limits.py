@@ -52,6 +52,12 @@ def test_lengths() -> None:
         assert error(call(LIMITED, "POST", "/", {"content-length": wrong})) == (400, None)
 
 
+def test_only_post_has_a_body() -> None:
+    for headers, parts in (({"content-length": "1"}, [b"x"]), ({}, [b"", b"x"])):
+        assert error(call(LIMITED, "GET", "/health", headers, *parts)) == (413, "request_too_large")
+    assert call(LIMITED, "GET", "/health", {"content-length": "0"})[0] == 200
+
+
 def test_urls() -> None:
     assert call(LIMITED, "GET", "/" + "x" * 29, {})[0] == 200
     assert error(call(LIMITED, "GET", "/" + "x" * 30, {})) == (414, "url_too_long")

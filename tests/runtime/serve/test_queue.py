@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -282,8 +281,3 @@ def test_the_loop_answers_while_the_model_runs(server: HttpServer) -> None:
     with busy(server):
         assert server.get("/health").json == {"status": "ready"}
         assert server.get("/v1/models").status == 200
-
-
-def test_no_thread_is_left(server: HttpServer) -> None:
-    server.ask(chat())
-    assert any(thread.name == "fusion-edge asker" for thread in threading.enumerate())
