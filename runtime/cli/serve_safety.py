@@ -78,6 +78,8 @@ def safety_settings(arguments: argparse.Namespace) -> SafetySettings:
         max_bytes=arguments.max_image_size,
         max_pixels=arguments.max_image_pixels,
     )
+    if not images.max_bytes:
+        raise UsageError("--max-image-size is 0, which no picture fits; expected a size such as 12MiB.")
     body_bytes = 4 * ((images.max_bytes + 2) // 3) + _TEXT_BYTES  # base64
     requests = RequestLimits(body_bytes=body_bytes, receiving_bytes=2 * body_bytes)
     return SafetySettings(keys, tuple(map(_origin, arguments.allow_origin)), requests, images)

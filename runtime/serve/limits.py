@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ class RequestLimits:
     body_bytes: int = 17 << 20
     """Bytes of a body: a picture of 12 MiB in base64, and text."""
     receiving_bytes: int = 34 << 20
-    """Bytes of all bodies that are being received: they are held in memory until they are complete."""
+    """Bytes of all bodies in memory: that are being received, or that the application has not parsed yet."""
     body_seconds: float = 30.0
     """Seconds from a request's head to the end of its body."""
     url_bytes: int = 2048
@@ -44,7 +45,7 @@ class LimitRequests:
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app, self._limits = app, limits
-        self._receiving = 0
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application with the whole body at hand."""
@@ -53,7 +54,7 @@ class LimitRequests:
             return
         try:
             self._check_head(scope)
-            replay = _Replay(await asyncio.wait_for(self._body(scope, receive), self._limits.body_seconds), receive)
+            body = await asyncio.wait_for(self._body(scope, receive), self._limits.body_seconds)
         except asyncio.TimeoutError:
             message = f"The body did not arrive within {self._limits.body_seconds:g} s; send a smaller picture."
             await refuse(ApiError(408, message, code="request_timeout"), receive, send)
@@ -61,8 +62,18 @@ class LimitRequests:
         except ApiError as error:
             await refuse(error, receive, send)
             return
-        if not replay.has_left:
+        if body is None:
+            return
+        replay = _Replay(body, receive, self._hold)
+        del body  # the replay drops it
+        try:
             await self._app(scope, replay, send)
+        finally:
+            replay.release()
+
+    def _hold(self, size: int) -> None:
+        """Count the bytes of a body that is complete; negative once it is dropped."""
+        self._held += size
 
     def _check_head(self, scope: Scope) -> None:
         limits, headers = self._limits, scope["headers"]
@@ -89,7 +100,7 @@ class LimitRequests:
                 if message["type"] == "http.disconnect":
                     return None
                 part = message.get("body", b"")
-                self._receiving += len(part)
+                self._held += len(part)
                 size += len(part)
                 if len(blocks[-1]) < _BLOCK:
                     blocks[-1] += part
@@ -97,13 +108,13 @@ class LimitRequests:
                     blocks.append(bytearray(part))
                 if size > self._most(scope):
                     raise self._too_large(scope)
-                if self._receiving > self._limits.receiving_bytes:
+                if self._held > self._limits.receiving_bytes:
                     retry = "Too many bytes of requests are being received; try again later."
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
                 if not message.get("more_body", False):
                     return b"".join(blocks)
         finally:
-            self._receiving -= size
+            self._held -= size
             blocks.clear()  # an error's traceback would keep them
 
     def _most(self, scope: Scope) -> int:
@@ -120,14 +131,20 @@ class LimitRequests:
 class _Replay:
     """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does."""
 
-    def __init__(self, body: bytes | None, receive: Receive) -> None:
-        self._body = body
+    def __init__(self, body: bytes, receive: Receive, hold: Callable[[int], None]) -> None:
+        self._body: bytes | None = body
         self._receive = receive
-        self.has_left = body is None
-        """Whether the client left before the end of its body."""
+        self._hold, self._size = hold, len(body)
+        hold(self._size)
 
     async def __call__(self) -> Message:
         if self._body is None:
+            self.release()  # whoever waits for the client to leave has parsed the body
             return await self._receive()
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
+
+    def release(self) -> None:
+        """Stop counting the body. Doing so again does nothing."""
+        self._hold(-self._size)
+        self._size = 0

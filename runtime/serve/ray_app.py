@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
@@ -27,7 +27,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from fusion_edge.runtime.serve.api_keys import read_keys
 from fusion_edge.runtime.serve.app import make_app
 from fusion_edge.runtime.serve.errors import ApiError
-from fusion_edge.runtime.serve.limits import LimitRequests, RequestLimits
+from fusion_edge.runtime.serve.middleware import middleware
 from fusion_edge.runtime.serve.refusal import refuse
 from fusion_edge.runtime.serve.safety import SafetySettings
 from fusion_edge.runtime.serve.settings import ServeSettings
@@ -82,6 +82,12 @@ class Arguments(BaseModel):
     num_gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for a replica."""
 
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Arguments:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}; expected at least replicas, {self.replicas}.")
+        return self
+
 
 def app(args: Arguments) -> Application:
     """Return the application that ``serve run`` starts.
@@ -115,7 +121,7 @@ def app(args: Arguments) -> Application:
         **scale,
     )
     router = serve.deployment(name="Router", max_ongoing_requests=OPEN_REQUESTS)(
-        serve.ingress(lambda: _router(safety.requests))()
+        serve.ingress(lambda: _router(safety))()
     )
     return router.bind(replicas.bind(settings))
 
@@ -172,10 +178,13 @@ def _receive(body: bytes, left: asyncio.Event) -> Receive:
     return receive
 
 
-def _router(limits: RequestLimits) -> ASGIApp:
-    """Return the application of the router: the limits of bodies, and the choice of a replica."""
+def _router(safety: SafetySettings) -> ASGIApp:
+    """Return the application of the router: keys and limits of bodies as in a replica, then the choice of a replica."""
     replicas = serve.get_deployment_handle(REPLICA, serve.get_replica_context().app_name)
-    return LimitRequests(partial(_forward, replicas.options(stream=True)), limits)
+    application: ASGIApp = partial(_forward, replicas.options(stream=True))
+    for layer in reversed(middleware(safety)):
+        application = layer.cls(application, *layer.args, **layer.kwargs)
+    return application
 
 
 async def _forward(replicas: Any, scope: Scope, receive: Receive, send: Send) -> None:

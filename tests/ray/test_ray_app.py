@@ -134,3 +134,8 @@ def test_the_digest_is_that_of_the_first_picture() -> None:
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="replica"):
         Arguments.model_validate({"bundle": "b", "replica": "2"})
+
+
+def test_fewer_replicas_at_most_than_at_least_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_replicas is 1"):
+        Arguments.model_validate({"bundle": "b", "replicas": "2", "max_replicas": "1"})

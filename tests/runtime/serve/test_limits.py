@@ -153,6 +153,49 @@ def test_the_application_sees_the_client_leave() -> None:
     assert seen == ["http.request", "http.disconnect"]
 
 
+def test_a_body_counts_until_the_application_has_parsed_it() -> None:
+    async def main() -> tuple[list[int], list[int]]:
+        statuses: list[int] = []
+        is_parsed, may_end = asyncio.Event(), asyncio.Event()
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await is_parsed.wait()
+            await receive()  # waits for the client to leave
+            await may_end.wait()
+            await echo(scope, receive, send)
+
+        limited = LimitRequests(application, LIMITS)
+
+        async def request() -> None:
+            messages = iter([{"type": "http.request", "body": b"x" * 100}])
+
+            async def receive() -> dict[str, Any]:
+                return next(messages, {"type": "http.disconnect"})
+
+            async def send(message: Any) -> None:
+                statuses.append(message.get("status", 0))
+
+            scope = {"type": "http", "path": "/", "query_string": b"", "headers": [], "method": "POST"}
+            await limited(scope, receive, send)
+
+        first = asyncio.create_task(request())
+        await asyncio.sleep(0.01)
+        await request()  # two bodies are over the limit of 150 bytes
+        refused = statuses.copy()
+        is_parsed.set()
+        await asyncio.sleep(0.01)
+        statuses.clear()
+        second = asyncio.create_task(request())
+        may_end.set()
+        await asyncio.gather(first, second, return_exceptions=True)
+        return refused, statuses
+
+    refused, later = asyncio.run(main())
+    assert refused[0] == 429
+    assert 429 not in later
+
+
 @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
 def test_other_scopes_pass(kind: str) -> None:
     seen: list[str] = []

@@ -74,3 +74,7 @@ def test_wrong_origins(origin: str) -> None:
 
 def test_wrong_folders(tmp_path: Path) -> None:
     assert "is no folder" in error("--allow-image-folder", str(tmp_path / "missing"))
+
+
+def test_a_size_that_no_picture_fits() -> None:
+    assert "--max-image-size is 0" in error("--max-image-size", "0")
