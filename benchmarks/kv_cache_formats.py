@@ -181,9 +181,9 @@ def measured(form: str, capability: str) -> Result:
     logger = log.logger()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(FORMS[form]().SerializeToString()):
-        return Result(form, None, _reason(str(parser.get_error(0))))
+    onnx_parser = trt.OnnxParser(network, logger)
+    if not onnx_parser.parse(FORMS[form]().SerializeToString()):
+        return Result(form, None, _reason(str(onnx_parser.get_error(0))))
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(compute_capability(trt, capability), 0)

@@ -38,6 +38,7 @@ class Condition:
 
 
 CONDITIONS = {
+    "benchmarks/kv_cache_formats.py": Condition(RTX),
     "runtime/backends/tensorrt/kernel_cache.py": Condition(RTX),
     "export/engines/builder.py:compute_capability": Condition(RTX),
     "kernels/tensorrt_plugins.py": Condition(FULL, MINIMUM_VERSION),
