@@ -158,6 +158,7 @@ def test_a_defect_ends_the_question(answering: Answering, watched: Fusion) -> No
 
 
 def test_close_ends_all_questions(watched: Fusion) -> None:
+    before = threading.enumerate()
     answering = Answering(watched, capacity=2, max_new_tokens=TOKENS, query_length=None)
     call = BlockedCall(watched, "encode")
     asked = [Ended(), Ended()]
@@ -167,15 +168,17 @@ def test_close_ends_all_questions(watched: Fusion) -> None:
     threading.Timer(0.1, call.release).start()
     answering.close()
     assert [ended.replies[0].finish_reason for ended in asked] == ["cancelled", "cancelled"]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fusion-edge")]
+    started = set(threading.enumerate()) - set(before)
+    assert not [thread for thread in started if thread.name.startswith("fusion-edge")]
 
 
 def test_ask_does_not_wait(answering: Answering, watched: Fusion) -> None:
     call = BlockedCall(watched, "encode")
     start = time.monotonic()
     asked = [Ended(), Ended()]
-    for ended in asked:
-        answering.ask(QUESTION, frame(), ended, key="image")
+    answering.ask(QUESTION, frame(), asked[0], key="image")
+    assert call.reached.wait(20)  # or the second frame would replace the first
+    answering.ask(QUESTION, frame(), asked[1], key="image")
     assert not asked[0].event.is_set()
     assert time.monotonic() - start < 5
     call.release()
