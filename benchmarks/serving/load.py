@@ -8,6 +8,7 @@ Exit code 1: an answer was lost, doubled or wrong, a refusal was no 429, or memo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -60,7 +61,7 @@ def _main(options: argparse.Namespace) -> int:
         with server_process(options.bundle, ["--cached-images", str(PICTURES)]) as server:
             idle = server.memory()
             overhead = measure_overhead(fusion, server)
-            cancels = measure_cancels(server, options.cancels, overhead["http_ms"]["p50"] / 1000)
+            cancels = measure_cancels(server, options.cancels)
     with server_process(options.bundle, ["--queue", "8", "--cached-images", str(PICTURES)]) as server:
         result, is_right = measure_load(server, expected, options.clients, options.seconds)
     text = json.dumps(
@@ -100,15 +101,18 @@ def measure_overhead(fusion: Fusion, server: ServerProcess) -> dict[str, Any]:
     }
 
 
-def measure_cancels(server: ServerProcess, count: int, seconds: float) -> dict[str, Any]:
+def measure_cancels(server: ServerProcess, count: int) -> dict[str, Any]:
     """Close connections at random moments of an answer. Return the times until the worker is free again.
 
-    A time includes the request for the metrics that sees it. ``seconds`` is how long an answer takes.
+    A time includes the request for the metrics that sees it. Every question has a new picture. Clients that leave
+    before their question is queued, or after its answer, do not count.
     """
     client, moments, taken = server.client(), random.Random(0), list[float]()
+    new = (body(picture(seed), QUESTION, stream=True) for seed in itertools.count(PICTURES))
+    seconds = statistics.median(client.request("POST", "/v1/chat/completions", next(new)).seconds for _ in range(5))
     while len(taken) < count:
-        before = client.metric("request_cancelled_total")
-        connection = send(server.port, body(picture(len(taken)), QUESTION, stream=True))
+        before, request = client.metric("request_cancelled_total"), next(new)
+        connection = send(server.port, request)
         time.sleep(moments.uniform(0, seconds))
         start = time.perf_counter()
         connection.close()

@@ -54,7 +54,9 @@ class LimitRequests:
             return
         try:
             self._check_head(scope)
-            body = await asyncio.wait_for(self._body(scope, receive), self._limits.body_seconds)
+            # Only a POST has a body that is read: probes, which need no key, share held bytes with it.
+            is_read = scope["method"] == "POST"
+            body = await asyncio.wait_for(self._body(receive), self._limits.body_seconds) if is_read else b""
         except asyncio.TimeoutError:
             message = f"The body did not arrive within {self._limits.body_seconds:g} s; send a smaller picture."
             await refuse(ApiError(408, message, code="request_timeout"), receive, send)
@@ -86,10 +88,10 @@ class LimitRequests:
         for name, value in headers:
             if name == b"content-length" and not (value.isdigit() and len(value) < 20):
                 raise ApiError(400, "Content-Length is not a number of bytes; send the length of the body.")
-            if name == b"content-length" and int(value) > self._most(scope):
-                raise self._too_large(scope)
+            if name == b"content-length" and int(value) > limits.body_bytes:
+                raise self._too_large()
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _body(self, receive: Receive) -> bytes | None:
         """Receive the body; return ``None`` if the client leaves before its end."""
         # Blocks instead of one array that grows, because that would be copied; not the parts themselves, because
         # millions of single bytes need 60 times their size.
@@ -106,8 +108,8 @@ class LimitRequests:
                     blocks[-1] += part
                 else:
                     blocks.append(bytearray(part))
-                if size > self._most(scope):
-                    raise self._too_large(scope)
+                if size > self._limits.body_bytes:
+                    raise self._too_large()
                 if self._held > self._limits.receiving_bytes:
                     retry = "Too many bytes of requests are being received; try again later."
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
@@ -117,14 +119,8 @@ class LimitRequests:
             self._held -= size
             blocks.clear()  # an error's traceback would keep them
 
-    def _most(self, scope: Scope) -> int:
-        """Return the limit of a body: none but that of a POST, since probes without a key share ``receiving_bytes``."""
-        return self._limits.body_bytes if scope["method"] == "POST" else 0
-
-    def _too_large(self, scope: Scope) -> ApiError:
-        message = f"The body has more than {self._most(scope)} bytes, the limit; scale the picture down."
-        if scope["method"] != "POST":
-            message = "Only POST takes a body; send none."
+    def _too_large(self) -> ApiError:
+        message = f"The body has more than {self._limits.body_bytes} bytes, the limit; scale the picture down."
         return ApiError(413, message, code="request_too_large")
 
 
