@@ -125,7 +125,7 @@ def _nvfp4(rng: np.random.Generator, rows: int, inputs: int, outputs: int) -> Op
     codes[:, ::NVFP4_BLOCK] = float4.encode(np.array(float4.LARGEST, np.float32))
     x = scaled(codes, factors(rows, of_x)).astype(np.float16)
     codes, scales = rng.integers(0, 16, (outputs, inputs), np.uint8), factors(outputs, of_weight)
-    packed, stored = codes[:, ::2] | codes[:, 1::2] << 4, float8.encode(scales / np.float32(of_weight))
+    packed, stored = codes[:, ::2] | codes[:, 1::2] << 4, float8.encode((scales / of_weight).astype(np.float32))
     constants = [
         helper.make_tensor("codes", TensorProto.UINT4, codes.shape, packed.tobytes(), raw=True),
         helper.make_tensor("scales", TensorProto.FLOAT8E4M3FN, stored.shape, stored.tobytes(), raw=True),

@@ -136,7 +136,8 @@ class DataWriter:
             rows = self._source.packed_rows(self._linears[name], start, stop)
             parts = _parts(rows.packed, values)
             if values.format.kind == "nvfp4":
-                parts["scales"] = float8.encode(parts["scales"] / np.float32(self._tensor_scale(self._linears[name])))
+                scales = parts["scales"] / np.float32(self._tensor_scale(self._linears[name]))
+                parts["scales"] = float8.encode(scales.astype(np.float32, copy=False))
             return parts, _Totals(rows.squared_error, rows.squared_norm)
         floats = self._source.float_rows(name, start, stop)
         check_range(name, floats, values.format)

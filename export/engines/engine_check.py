@@ -224,6 +224,7 @@ def check_text(check: EngineCheck) -> str:
     rows = [("compared with the CPU", "error", "limit", "KL", "same token")]
     for one in check.stages:
         logits = one.logits
-        words = ("", "") if logits is None else (f"{logits.kl_divergence:.1e}", f"{logits.same_tokens}/{logits.tokens}")
-        rows.append((printable(one.stage), f"{one.relative_error:.1e}", f"{one.limit:.1e}", *words))
+        divergence = "" if logits is None else f"{logits.kl_divergence:.1e}"
+        same = "" if logits is None else f"{logits.same_tokens}/{logits.tokens}"
+        rows.append((printable(one.stage), f"{one.relative_error:.1e}", f"{one.limit:.1e}", divergence, same))
     return format_table(rows)

@@ -136,7 +136,7 @@ class Replica:
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
         await self._app.state.engine.loaded
         # Ray Serve tells routers the keys of this cache. It evicts the one used longest ago, as the image cache does.
-        self._picture = serve.multiplexed(max_num_models_per_replica=settings.cached_images)(_remember)
+        self._picture: Any = serve.multiplexed(max_num_models_per_replica=settings.cached_images)(_remember)
 
     async def __call__(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """Run the application on a request; yield the messages of its response."""

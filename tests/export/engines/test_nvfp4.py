@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +57,8 @@ def model(tmp_path: Path) -> ModelProto:
 def run(model: ModelProto, folder: Path, x: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
     (folder / "g.onnx").write_bytes(model.SerializeToString())
     session = ort.InferenceSession(folder / "g.onnx", providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {"x": x})
-    result: npt.NDArray[np.float16] = y
+    outputs: Any = session.run(None, {"x": x})
+    result: npt.NDArray[np.float16] = outputs[0]
     return result
 
 

@@ -53,8 +53,8 @@ def run(
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=11)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, inputs)
-    numbers: npt.NDArray[np.float16] = result
+    outputs: Any = session.run(None, inputs)
+    numbers: npt.NDArray[np.float16] = outputs[0]
     return numbers
 
 
