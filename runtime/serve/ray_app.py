@@ -23,12 +23,12 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.responses import JSONResponse
 
 from fusion_edge.runtime.serve.api_keys import read_keys
 from fusion_edge.runtime.serve.app import make_app
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.middleware import middleware
-from fusion_edge.runtime.serve.refusal import refuse
 from fusion_edge.runtime.serve.safety import SafetySettings
 from fusion_edge.runtime.serve.settings import ServeSettings
 
@@ -212,7 +212,7 @@ async def _forward(replicas: Any, scope: Scope, receive: Receive, send: Send) ->
         if has_begun:
             raise  # the proxy closes the connection: the client sees that its response is not complete
         error = ApiError(503, "No replica answers; ask again later.", code="no_replica", headers={"Retry-After": "1"})
-    await refuse(error, receive, send)
+    await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
 
 
 def picture_digest(body: bytes) -> str:
