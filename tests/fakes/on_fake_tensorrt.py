@@ -14,7 +14,9 @@ from fakes.fake_tensorrt import FakeTensorRT
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
+from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
 from fusion_edge.runtime.backends.tensorrt.library import Library
+from fusion_edge.runtime.bundle.graphs import LLM
 from fusion_edge.runtime.bundle.reader import Bundle
 
 
@@ -54,3 +56,16 @@ def open_on_fake(bundle: Bundle, name: str, version: str, *options: str) -> OnFa
     trt = FakeTensorRT(name, version, FakeCuda())
     assert build(bundle, trt, *options) == 0
     return OnFake(open_backend(bundle, trt), trt, trt.cuda)
+
+
+def watch_llm_profiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which each run of the LLM, outside a CUDA graph, appends its profile."""
+    profiles: list[int] = []
+    run = EngineGraph.run
+
+    def watched(self: EngineGraph, profile: int, *rest: object) -> None:
+        profiles.append(profile) if self.name == LLM else None
+        run(self, profile, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EngineGraph, "run", watched)
+    return profiles

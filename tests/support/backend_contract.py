@@ -17,6 +17,8 @@ from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.images.grids import alignment_cells
 
 LENGTH, CAPACITY = 60, 64  # of the prompts in these tests
+HALF = 0.02
+"""Tolerance of float16, in standard deviations."""
 PREFIX = 60  # tokens: as an image, more than most prompts, so an int8 cache has scales for what follows
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fakes.fake_tensorrt import RTX
 from fakes.on_fake_tensorrt import OnFake, open_on_fake
-from support.backend_contract import Subject
+from support.backend_contract import HALF, Subject
 
 from fusion_edge.export import cli
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
@@ -33,4 +33,4 @@ def on_fake(bundle: Bundle) -> Iterator[OnFake]:
 
 @pytest.fixture
 def subject(on_fake: OnFake, bundle: Bundle) -> Subject:
-    return Subject(on_fake.backend, bundle.manifest, 0.02)
+    return Subject(on_fake.backend, bundle.manifest, HALF)

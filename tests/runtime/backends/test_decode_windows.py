@@ -13,8 +13,8 @@ import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import JETPACK_6, RTX, FakeTensorRT
 from fakes.fake_tensorrt_runtime import IExecutionContext
-from fakes.on_fake_tensorrt import build, open_backend, open_on_fake
-from support.backend_contract import LENGTH, PREFIX, Subject
+from fakes.on_fake_tensorrt import build, open_backend, open_on_fake, watch_llm_profiles
+from support.backend_contract import HALF, LENGTH, PREFIX, Subject
 from support.opset24 import needs_opset_24
 
 from fusion_edge.export.planning import traffic
@@ -28,8 +28,6 @@ from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 pytestmark = needs_opset_24
 WINDOWS = [64, 128, 512]
-HALF = 0.02
-"""Tolerance of float16, in standard deviations, as in ``test_backends.py``."""
 
 
 @pytest.fixture
@@ -48,14 +46,7 @@ def trt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
 
 def watched_profiles(backend: TensorRTBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list to which each run of the LLM appends its profile. Decode steps run without CUDA graphs."""
-    profiles: list[int] = []
-    run = EngineGraph.run
-
-    def watched(self: EngineGraph, profile: int, *rest: object) -> None:
-        profiles.append(profile) if self.name == LLM else None
-        run(self, profile, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(EngineGraph, "run", watched)
+    profiles = watch_llm_profiles(monkeypatch)
     for graph in backend._decode_graphs:
         backend._cuda.destroy_graph(graph)
     backend._decode_graphs = [None] * len(WINDOWS)  # a captured step would not call run

@@ -10,22 +10,19 @@ import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import RTX, FakeTensorRT
 from fakes.fake_tensorrt_runtime import IExecutionContext
-from fakes.on_fake_tensorrt import build, open_backend
-from support.backend_contract import Subject
+from fakes.on_fake_tensorrt import build, open_backend, watch_llm_profiles
+from support.backend_contract import HALF, Subject
 from support.opset24 import needs_opset_24
 
 from fusion_edge.export.engines import optimization_profiles
 from fusion_edge.export.engines.optimization_profiles import EngineLimits, engine_limits
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
 from fusion_edge.runtime.bundle.graphs import LLM
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 SHORT = 40, 70
 """Holds the tiny bundle's typical question, 64 tokens, and not its typical prompt, 80."""
-HALF = 0.02
-"""Tolerance of float16, in standard deviations, as in ``test_backends.py``."""
 
 
 @pytest.fixture
@@ -46,14 +43,7 @@ def trt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
 def test_the_profile_that_holds_the_prompt(bundle: Bundle, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of a prefix do not count. Results are those of ONNX Runtime, also of steps that follow."""
     backend = open_backend(bundle, trt)
-    profiles: list[int] = []
-    run = EngineGraph.run
-
-    def watched(self: EngineGraph, profile: int, *rest: object) -> None:
-        profiles.append(profile) if self.name == LLM else None
-        run(self, profile, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(EngineGraph, "run", watched)
+    profiles = watch_llm_profiles(monkeypatch)
     reference = OnnxRuntimeBackend(bundle, "cpu", 1, False)
     subjects = [Subject(one, bundle.manifest, HALF) for one in (backend, reference)]
     generator = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from fakes.fake_tensorrt import FULL, RTX, FakeTensorRT
 from fakes.fake_tensorrt_runtime import IExecutionContext
 from fakes.on_fake_tensorrt import OnFake, build, installed, open_backend, open_on_fake
 from PIL import Image
-from support.backend_contract import CAPACITY, Subject
+from support.backend_contract import CAPACITY, HALF, Subject
 from support.locked_memory import locked_bytes
 from support.opset24 import needs_opset_24
 from support.paths import DEMO_CHECKPOINT
@@ -40,7 +40,7 @@ STEP = ["cudaGraphLaunch", "cudaStreamSynchronize"]
 def test_objects_are_freed_after_their_users(bundle: Bundle, library: tuple[str, str]) -> None:
     """Configurations outlive contexts, engines outlive configurations, also during a close."""
     fake = open_on_fake(bundle, *library, "--parts=2")
-    Subject(fake.backend, bundle.manifest, 0.02).start()
+    Subject(fake.backend, bundle.manifest, HALF).start()
     gc.collect()
     assert fake.trt.released_early == []
     fake.backend.close()
@@ -87,7 +87,7 @@ def test_a_cache_that_is_not_updated_in_place_is_detected(bundle: Bundle) -> Non
 @pytest.mark.parametrize("parts", ["1", "3"])
 def test_a_decode_step_is_one_launch(bundle: Bundle, parts: str) -> None:
     fake = open_on_fake(bundle, *RTX, "--parts", parts)
-    subject = Subject(fake.backend, bundle.manifest, 0.02)
+    subject = Subject(fake.backend, bundle.manifest, HALF)
     rows = subject.start()
     runs = fake.trt.runs
     for count in range(1, 4):
@@ -125,7 +125,7 @@ def test_memory_of_a_freed_image_is_reused(on_fake: OnFake, subject: Subject) ->
 def test_an_image_freed_after_the_backend(bundle: Bundle) -> None:
     """Its memory is not freed twice."""
     fake = open_on_fake(bundle, *RTX)
-    image = Subject(fake.backend, bundle.manifest, 0.02).image()
+    image = Subject(fake.backend, bundle.manifest, HALF).image()
     fake.backend.close()
     del image
     gc.collect()
@@ -151,7 +151,7 @@ def interrupt_in(on_fake: OnFake, monkeypatch: pytest.MonkeyPatch, run: Callable
 def test_an_interrupt_acts_between_partitions(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later runs give the same results in the same memory."""
     fake = open_on_fake(bundle, *RTX, "--parts=3")
-    subject = Subject(fake.backend, bundle.manifest, 0.02)
+    subject = Subject(fake.backend, bundle.manifest, HALF)
     image = subject.image()
     rows, latents, questions = subject.prompt(image, 1)
 
@@ -273,7 +273,7 @@ def test_decode_steps_without_a_cuda_graph(
     backend = open_backend(bundle, trt)
     assert capsys.readouterr().err == f"warning: decode steps run without a CUDA graph: {reason}\n"
     rows = subject.start()
-    Subject(backend, bundle.manifest, 0.02).start()
+    Subject(backend, bundle.manifest, HALF).start()
     for row in rows[:2]:
         assert np.array_equal(backend.decode(row), subject.backend.decode(row))
     backend.close()
@@ -297,7 +297,7 @@ def test_an_incomplete_step_is_not_captured(bundle: Bundle, monkeypatch: pytest.
     monkeypatch.setattr(trt.cuda, "cudaStreamBeginCapture", refuse_from_here)
     monkeypatch.setattr(trt.cuda, "cudaStreamEndCapture", refuse_no_longer)
     backend = open_backend(bundle, trt)
-    rows, runs = Subject(backend, bundle.manifest, 0.02).start(), trt.runs
+    rows, runs = Subject(backend, bundle.manifest, HALF).start(), trt.runs
     backend.decode(rows[0])
     assert trt.runs == runs + 1
     backend.close()
