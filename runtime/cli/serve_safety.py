@@ -9,6 +9,7 @@ from pathlib import Path
 from fusion_edge.runtime.cli.options import byte_count, positive_integer
 from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.serve.api_keys import check_exposure, read_keys
+from fusion_edge.runtime.serve.images.data_url import base64_length
 from fusion_edge.runtime.serve.images.https_url import is_host_name
 from fusion_edge.runtime.serve.images.limits import ImageLimits
 from fusion_edge.runtime.serve.limits import RequestLimits
@@ -80,7 +81,7 @@ def safety_settings(arguments: argparse.Namespace) -> SafetySettings:
     )
     if not images.max_bytes:
         raise UsageError("--max-image-size is 0, which no picture fits; expected a size such as 12MiB.")
-    body_bytes = 4 * ((images.max_bytes + 2) // 3) + _TEXT_BYTES  # base64
+    body_bytes = base64_length(images.max_bytes) + _TEXT_BYTES
     requests = RequestLimits(body_bytes=body_bytes, receiving_bytes=2 * body_bytes)
     return SafetySettings(keys, tuple(map(_origin, arguments.allow_origin)), requests, images)
 

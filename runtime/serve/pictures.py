@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.requests import Crops
+from fusion_edge.runtime.serve.images.data_url import is_data_url
 from fusion_edge.runtime.serve.images.source import ImageSource
 
 CACHED_CROPS = 16
@@ -34,7 +35,7 @@ class Pictures:
 
     async def load(self, url: str, param: str) -> Picture:
         """Return the picture of a URL. Raise :class:`ApiError` about the field ``param``."""
-        is_content = url[:5].lower() == "data:"
+        is_content = is_data_url(url)
         if is_content:
             digest = await asyncio.to_thread(_digest, url)
             if (found := self._find(digest)) is not None:

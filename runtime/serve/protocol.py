@@ -7,7 +7,6 @@ application sees these, so uvicorn's protocol is extended here.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.limits import RequestLimits
+from fusion_edge.runtime.serve.refusal import closing_response
 
 _HEAD_BYTES = 64 << 10  # of a head that h11 waits for
 
@@ -95,10 +95,9 @@ class BoundedProtocol(H11Protocol):
         if self.transport.is_closing():
             return
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(error.body()).encode()
-            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            headers, body = closing_response(error)
             reason = HTTPStatus(error.status).phrase
-            response = h11.Response(status_code=error.status, headers=list(headers.items()), reason=reason)
+            response = h11.Response(status_code=error.status, headers=headers, reason=reason)
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

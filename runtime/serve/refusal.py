@@ -19,14 +19,19 @@ _DRAINED_SECONDS = 1.0
 
 async def refuse(error: ApiError, receive: Receive, send: Send) -> None:
     """Send ``error`` at once, and close the connection without reading more than a little of the body."""
-    body = json.dumps(error.body()).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    encoded = [(name.lower().encode(), value.encode()) for name, value in (headers | error.headers).items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    headers, body = closing_response(error)
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})  # complete by its length
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(_drain(receive), _DRAINED_SECONDS)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def closing_response(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Return the headers, in lower case, and the body of a response that closes the connection."""
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    return [(name.lower().encode(), value.encode()) for name, value in (headers | error.headers).items()], body
 
 
 async def _drain(receive: Receive) -> None:

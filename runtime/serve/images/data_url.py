@@ -22,6 +22,11 @@ def is_data_url(url: str) -> bool:
     return url[:5].lower() == "data:"
 
 
+def base64_length(size: int) -> int:
+    """Return the characters of base64 for ``size`` bytes, padding included."""
+    return 4 * ((size + 2) // 3)
+
+
 def decode_data_url(url: str, max_bytes: int) -> bytes:
     """Return the bytes of a ``data:`` URL. Raises :class:`ImageError`, for too many bytes before it decodes any."""
     head = _HEAD.match(url)
@@ -35,7 +40,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
             Reason.INVALID_URL, f"The data URL has an unsupported media type; expected {', '.join(MEDIA_TYPES)}."
         )
     length = len(url) - head.end()
-    if length > 4 * ((max_bytes + 2) // 3):
+    if length > base64_length(max_bytes):
         raise ImageError(
             Reason.TOO_LARGE, f"The picture has more than {max_bytes} bytes, the limit; scale it down first."
         )
