@@ -1,0 +1,177 @@
+"""Training of the demo model: codes, batches, attention, and a short run that resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fusion_edge.benchmarks.evaluation import asking
+from fusion_edge.benchmarks.evaluation.asking import Questioner
+from fusion_edge.benchmarks.things import pictures, train, training_model
+from fusion_edge.benchmarks.things.codes import BACKGROUNDS, BLOCK, HEAD_SCALE, KINDS, Codes, patch_labels
+from fusion_edge.benchmarks.things.gallery import FIRST_SEED, Gallery
+from fusion_edge.benchmarks.things.initialize import CONFIG, HEAD, INPUT, initial_tensors, write_checkpoint
+from fusion_edge.benchmarks.things.pictures import Scene, Thing
+from fusion_edge.benchmarks.things.training_data import IGNORED, Batches, Conversation, Inputs
+from fusion_edge.benchmarks.things.training_model import TrainingOperations, run, with_small_kernel
+from fusion_edge.export.model.eager import EagerOperations
+from fusion_edge.export.reference.eager_backend import open_checkpoint
+from fusion_edge.runtime.samples import Sample
+
+DOG = Thing("dog", (1, 2), center=(288, 96), radius=50, angle=0, mirrored=False)  # center of the top right crop
+LABEL = len(BACKGROUNDS) + KINDS.index("dog")
+RED = BACKGROUNDS.index("red")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, initial_tensors(seed=0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batches(checkpoint: Path) -> Batches:
+    return Batches(Gallery.render("train", 0, 6), checkpoint)
+
+
+def test_patches_are_labeled_in_their_crop_and_in_the_whole_picture() -> None:
+    labels = patch_labels(Scene((DOG,), "red")).reshape(5, 8, 8)
+    assert labels[1, 4, 4] == LABEL
+    assert (labels[[0, 2, 3]] == RED).all()
+    assert labels[4, 2, 6] == LABEL
+    assert (labels[4, 4:] == RED).all()
+
+
+def test_codes_have_a_value_in_each_block() -> None:
+    codes = Codes.draw(seed=0)
+    for code in (codes.kinds, codes.categories, codes.backgrounds):
+        assert ((code.unflatten(1, (-1, BLOCK)) > 0).sum(-1) == 1).all()
+    assert len(codes.contents.unique(dim=0)) == len(BACKGROUNDS) + len(KINDS)
+
+
+def test_maximum_over_patches_keeps_what_each_shows() -> None:
+    codes = Codes.draw(seed=0)
+    one, other = codes.kinds[3], codes.kinds[40]
+    products = codes.kinds @ torch.maximum(one, other)
+    assert set(products.topk(2).indices.tolist()) == {3, 40}
+
+
+def test_names_start_as_their_codes(checkpoint: Path, batches: Batches) -> None:
+    tensors, codes = initial_tensors(seed=0), Codes.draw(seed=0)
+    codes.start_names(tensors, batches.tokenizer)
+    for text in ("\ndog", "the dog"):
+        token = batches.tokenizer.encode(text, add_special_tokens=False).ids[-1]
+        assert torch.equal(tensors[INPUT][token], codes.kinds[KINDS.index("dog")])
+        assert torch.equal(tensors[HEAD][token], HEAD_SCALE * codes.kinds[KINDS.index("dog")])
+
+
+def test_gallery_does_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusion_edge.benchmarks.things.gallery.PART", 3)
+    one, two = (Gallery.render("held_out", 2, 5, processes) for processes in (1, 2))
+    assert np.array_equal(one.crops, two.crops)
+    assert np.array_equal(one.labels, two.labels)
+    assert one.scenes == two.scenes
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 3), st.integers(0, 4), st.integers(0, 99))
+def test_attention_is_that_of_the_eager_interpreter(batch: int, text: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, width = CONFIG.vision.patches + text, CONFIG.vision.width
+    q, k, v = (torch.randn(batch, rows, width, generator=generator) for _ in range(3))
+    mask = torch.ones(batch, rows, dtype=torch.bool)
+    mask[:, CONFIG.vision.patches + 1 :] = torch.rand(batch, max(text - 1, 0), generator=generator) < 0.5
+    ours, eager = TrainingOperations({}), EagerOperations(CONFIG, lambda name: torch.empty(0))
+    torch.testing.assert_close(ours.attention(q, k, v, 16, mask), eager.attention(q, k, v, 16, mask))
+
+    language = CONFIG.language
+    qkv = torch.randn(batch, 7, 3 * language.hidden_size, generator=generator)
+    torch.testing.assert_close(ours.causal_attention(qkv, 0), eager.causal_attention(qkv, 0))
+
+    q, k, v = (torch.randn(n, 4, *m, width, generator=generator) for n, m in ((2 * batch, ()), *[(batch, (9,))] * 2))
+    repeated = (x.repeat_interleave(2, 0) for x in (k, v))
+    torch.testing.assert_close(ours.context_attention(q, k, v, 16), eager.context_attention(q, *repeated, 16))
+
+
+@pytest.mark.parametrize("guide", [None, "", "Describe the scene."])
+@pytest.mark.parametrize("turns", [1, 3])
+def test_batch_answers_as_its_conversations_one_by_one(batches: Batches, turns: int, guide: str | None) -> None:
+    leaves = with_small_kernel(initial_tensors(seed=1))
+    scenes = batches.gallery.scenes[:2]
+    asked = [_conversation(scene, turns, seed) for scene in scenes for seed in range(2)]
+    inputs = Inputs(4, 1.0, True, guide)
+    together = run(leaves, batches.batch([0, 1], asked, inputs))
+    tokens, loss = 0, 0.0
+    for number, conversation in enumerate(asked):
+        batch = batches.batch([number // 2], [conversation], inputs)
+        count = int((batch.targets != IGNORED).sum())
+        loss += count * run(leaves, batch).answer_loss.item()
+        tokens += count
+    assert together.correct.shape == (4, turns)
+    assert together.answer_loss.item() == pytest.approx(loss / tokens, rel=1e-4)
+
+
+def test_targets_are_the_answers(batches: Batches) -> None:
+    asked = _conversation(batches.gallery.scenes[0], 3, 0)
+    batch = batches.batch([0], [asked], Inputs(4, 1.0, True))
+    targets = batch.targets[0][batch.targets[0] != IGNORED].tolist()
+    text = batches.tokenizer.decode(targets, skip_special_tokens=False)
+    assert [part.strip() for part in text.split("<|end|>")[:-1]] == [question.answer for question in asked]
+
+
+def test_training_computes_the_exported_model(checkpoint: Path, batches: Batches, tmp_path: Path) -> None:
+    """Training rounds the averages of pixels, so its loss differs a little."""
+    _, picture = next(pictures.scenes("train", FIRST_SEED))  # the gallery's first
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    question = pictures.Question("What is it?", "dog", "what")
+    batch = batches.batch([0], [[question]], Inputs(4, 1.0, True))
+    tensors = {name: tensor.bfloat16().float() for name, tensor in initial_tensors(seed=0).items()}
+    loss = run(with_small_kernel(tensors), batch).answer_loss.item()
+    tokens = batch.targets[batch.targets != IGNORED].tolist()
+    with open_checkpoint(checkpoint) as fusion:
+        questioner = Questioner(fusion, asking.settings(fusion, query_length=4))
+        sample = Sample(tmp_path / "picture.png", question.text)
+        probabilities = questioner.force(sample, tokens[:-1], len(tokens))
+    expected = -np.mean([row[token] for row, token in zip(probabilities, tokens, strict=True)])
+    assert loss == pytest.approx(expected, rel=2e-3)
+
+
+def test_patch_loss_is_least_at_the_codes(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, labels = Codes.draw(seed=0), torch.from_numpy(batches.gallery.labels[:2])
+    features = codes.contents[labels] + codes.places
+    shifted = torch.roll(features, 1, dims=2)
+
+    def loss_of(features: torch.Tensor) -> tuple[float, float]:
+        monkeypatch.setattr(training_model, "crop_features", lambda ops, crops: features)
+        loss, right = training_model.patch_loss({}, codes, torch.empty(0), labels)
+        return loss.item(), right.item()
+
+    loss, right = loss_of(features)
+    assert loss < 0.5  # backgrounds resemble each other
+    assert right == 1
+    worse, fewer = loss_of(shifted)
+    assert worse > 4 * loss
+    assert fewer < 1
+
+
+def test_short_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "VALIDATION_PICTURES", 8)
+    options = ["--output", str(tmp_path), "--minutes", "0.02", "--pictures", "16", "--threads", "1"]
+    assert train.main(options) == 0
+    before = (tmp_path / "model-00001-of-00001.safetensors").read_bytes()
+    assert train.main(options) == 0  # nothing is left to do
+    assert (tmp_path / "model-00001-of-00001.safetensors").read_bytes() == before
+    assert train.main([*options, "--seed", "1"]) == 1
+    assert "has a run of 0.02 minutes with seed 0" in capsys.readouterr().err
+
+
+def _conversation(scene: Scene, turns: int, seed: int) -> Conversation:
+    rng = np.random.default_rng(seed)
+    return pictures.ask(scene, rng, 1) if turns == 1 else pictures.conversation(scene, rng, turns)
