@@ -14,8 +14,8 @@ T = TypeVar("T")
 def from_json(kind: type[T], data: object, name: str = "") -> T:
     """Convert parsed JSON to the dataclass ``kind``: the inverse of ``dataclasses.asdict``.
 
-    Annotations may be ``int``, ``float``, ``str``, ``bool``, ``Any``, dataclasses, ``tuple[X, ...]``, ``Mapping[str, X]`` and
-    ``X | None``.
+    Annotations may be ``int``, ``float``, ``str``, ``bool``, ``Any``, dataclasses, ``tuple[X, ...]``,
+    ``Mapping[str, X]`` and ``X | None``.
 
     Raises ``ValueError`` with a part of a sentence such as ``model.vision.width is 'x', not an integer``. ``name``
     prefixes the names of fields.
