@@ -49,8 +49,12 @@ def _dataclass(kind: type[object], data: dict[str, object], name: str) -> object
 
 
 _NAMES = {
-    **{int: "an integer", float: "a float", str: "a string", bool: "a boolean"},
-    **{list: "a list", dict: "an object"},
+    bool: "a boolean",
+    int: "an integer",
+    float: "a float",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
 }
 
 
