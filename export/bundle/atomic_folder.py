@@ -16,6 +16,7 @@ from fusion_edge.export.bundle.durable_files import exchange, flush_folder, writ
 from fusion_edge.export.bundle.folder_content import (
     REPLACED_MANIFEST,
     FolderContent,
+    ForeignPathError,
     delete_paths,
     owned_paths,
     remove_folder,
@@ -41,8 +42,49 @@ def atomic_folder(output: Path, content: FolderContent, check: Callable[[], None
         FusionError: Another process is writing ``output``; it or a hidden folder holds foreign files; or the disk
             is full or fails.
     """
-    folder = hidden_folder(output, "partial")
-    busy = f"Another {content.command} is writing {output}; wait for it or choose another output."
+    with _locked_partial(output, content) as (folder, descriptor):
+        check()
+        yield folder
+        with signals.held():
+            check()
+            if not is_at(descriptor, folder):
+                raise FusionError(_busy(output, content))
+            if folder.parent == output:
+                _move_files(folder, output, content)
+            else:
+                _rename(folder, output, content)
+
+
+@contextmanager
+def locked_output(output: Path, content: FolderContent) -> Iterator[None]:
+    """Let no other process write ``output``, to change a file of it or delete it.
+
+    Raises :class:`FusionError` if another process is writing it, or the disk fails.
+    """
+    with _locked_partial(output, content):
+        yield
+
+
+def delete_output(output: Path, content: FolderContent) -> None:
+    """Delete what the command wrote into a locked ``output``, the manifest first: nothing reads the rest without it.
+
+    Files of others stay, and the folder with them.
+    """
+    owns = content.owned(output / content.manifest)
+    with signals.held():
+        descriptor = os.open(output, FOLDER_FLAGS)
+        try:
+            os.unlink(content.manifest, dir_fd=descriptor)
+            with suppress(ForeignPathError):
+                remove_folder(descriptor, output, owns)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _locked_partial(output: Path, content: FolderContent) -> Iterator[tuple[Path, int]]:
+    """Yield a new partial folder, locked, and its descriptor. It is removed at the end unless it has been renamed."""
+    folder, busy = hidden_folder(output, "partial"), _busy(output, content)
     try:
         if os.path.lexists(folder):
             _recover_partial(folder, output, content, busy)
@@ -51,18 +93,13 @@ def atomic_folder(output: Path, content: FolderContent, check: Callable[[], None
                 descriptor = stack.enter_context(locked_folder(folder, busy, is_new=True))
                 stack.callback(_discard, descriptor, folder, content)
             _recover_replaced(output, content, busy)
-            check()
-            yield folder
-            with signals.held():
-                check()
-                if not is_at(descriptor, folder):
-                    raise FusionError(busy)
-                if folder.parent == output:
-                    _move_files(folder, output, content)
-                else:
-                    _rename(folder, output, content)
+            yield folder, descriptor
     except OSError as error:
         raise FusionError(_message(error, output, content.command)) from None
+
+
+def _busy(output: Path, content: FolderContent) -> str:
+    return f"Another {content.command} is writing {output}; wait for it or choose another output."
 
 
 def _message(error: OSError, output: Path, command: str) -> str:

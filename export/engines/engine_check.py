@@ -16,7 +16,7 @@ from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.onnxruntime.library import opset_24_unsupported_reason
 from fusion_edge.runtime.backends.tensorrt.library import Library
-from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
+from fusion_edge.runtime.backends.tensorrt.memory_estimate import DeviceMemoryError, check_device_memory
 from fusion_edge.runtime.bundle.engine_manifest import (
     EngineCheck,
     EnginePlatform,
@@ -52,6 +52,10 @@ PREFIXES = {VISION_ENCODER: ("vision.",), ALIGNMENT_DECODER: ("alignment.",), LL
 """Starts of the names of a graph's weights. The decoder and the LLM share the interaction layers."""
 
 
+class WrongEnginesError(FusionError):
+    """A stage of the engines differs from the CPU's by more than rounding."""
+
+
 def incomparable_reason(bundle: Bundle) -> str | None:
     """Return why no limit tells right engines of a bundle from wrong ones, as a sentence; None if limits do."""
     if ACTIVATIONS_4_BIT not in bundle.manifest.weights.values():
@@ -83,7 +87,8 @@ def compare_with_cpu(bundle: Bundle, library: Library, folder: Path, engines: En
     The two never lie in memory together. Where the CPU does not run the bundle, or memory does not suffice for either,
     nothing is compared: the engines may be right.
 
-    Raises :class:`FusionError` if the engines do not load, or a stage differs by more than rounding.
+    Raises :class:`WrongEnginesError` if a stage differs by more than rounding, :class:`FusionError` if the engines do
+    not load.
     """
     from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # imports onnxruntime
     from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
@@ -93,17 +98,20 @@ def compare_with_cpu(bundle: Bundle, library: Library, folder: Path, engines: En
         return EngineCheck(f"{not_enough_memory('run the bundle on the CPU', needed)}.", ())
     try:
         check_device_memory(bundle.manifest, engines, cuda)
-    except DeviceError as error:
+    except DeviceMemoryError as error:
         return EngineCheck(str(error), ())
     with Progress("Comparing with the CPU", 2, unit=None) as progress:
         try:
             with closing(OnnxRuntimeBackend(bundle, "cpu")) as reference:
                 expected = StageRunner(bundle, engines.max_context).run(reference)
         except FusionError as error:
-            return EngineCheck(f"The CPU does not run the bundle: {error}", ())
+            return EngineCheck(f"The CPU does not run the bundle: {error}", (), is_final=True)
         progress.advance(1)
-        with closing(TensorRTBackend(bundle, library, cuda, (folder, engines))) as backend:
-            return EngineCheck(None, compare_stages(bundle, engines, backend, expected))
+        try:
+            with closing(TensorRTBackend(bundle, library, cuda, (folder, engines))) as backend:
+                return EngineCheck(None, compare_stages(bundle, engines, backend, expected))
+        except DeviceMemoryError as error:  # another program has taken it meanwhile
+            return EngineCheck(str(error), ())
 
 
 def compare_stages(
@@ -111,7 +119,7 @@ def compare_stages(
 ) -> tuple[StageDifference, ...]:
     """Run the question on loaded engines, and return their differences from the CPU's outputs, in running order.
 
-    Raises :class:`FusionError` with stage and remedy if one differs by more than rounding.
+    Raises :class:`WrongEnginesError` with stage and remedy if one differs by more than rounding.
     """
     runner = StageRunner(bundle, engines.max_context)
     stages = stage_differences(bundle, engines, runner.run(backend, expected), runner.ask_scene(backend), expected)
@@ -199,7 +207,7 @@ def _of_logits(stage: str, limit: float, actual: Floats, expected: Floats) -> St
 
 
 def _check(difference: StageDifference, bundle: Bundle, engines: Engines) -> None:
-    """Raise :class:`FusionError` unless rounding explains a difference. NaN is never explained."""
+    """Raise :class:`WrongEnginesError` unless rounding explains a difference. NaN is never explained."""
     stage, logits = difference.stage, difference.logits
     if not difference.relative_error <= difference.limit:
         found = f"relative error {difference.relative_error:.2g}, at most {difference.limit:.2g} expected"
@@ -210,7 +218,7 @@ def _check(difference: StageDifference, bundle: Bundle, engines: Engines) -> Non
     is_vision = stage in (ENCODE_GLOBAL, ENCODE_LOCAL)
     has_int8 = is_vision and ACTIVATIONS_8_BIT in _formats(bundle, VISION_ENCODER)
     remedy = "export with --vision fp16, or " if has_int8 else ""
-    raise FusionError(
+    raise WrongEnginesError(
         f"The engines for {engines.machine} are wrong in {stage}: they differ from the CPU by more than rounding "
         f"({found}). Run the bundle with --device cpu, or {remedy}build with another version of TensorRT, and report "
         "this. --skip-comparison builds nevertheless."

@@ -7,10 +7,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fusion_edge.export.bundle.atomic_folder import atomic_folder
+from fusion_edge.export.bundle.atomic_folder import atomic_folder, delete_output, locked_output
 from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder
-from fusion_edge.export.engines.engine_check import compare_with_cpu, skipped_reason
+from fusion_edge.export.engines.engine_check import WrongEnginesError, compare_with_cpu, skipped_reason
 from fusion_edge.export.engines.jetsons import check_contiguous_memory, is_small
 from fusion_edge.export.engines.optimization_profiles import engine_limits
 from fusion_edge.runtime.backends.tensorrt.library import Library
@@ -21,7 +21,7 @@ from fusion_edge.runtime.bundle.engine_manifest import (
     EnginePlatform,
     Engines,
 )
-from fusion_edge.runtime.bundle.engines import bundle_digest, engines_folder, open_engines
+from fusion_edge.runtime.bundle.engines import bundle_digest, engines_folder, open_engines, read_engines
 from fusion_edge.runtime.bundle.manifest import producer
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
@@ -111,14 +111,32 @@ def write_engines(
 def compare_existing(bundle: Bundle, library: Library, built: Engines, is_wanted: bool) -> Engines:
     """Compare engines with the CPU that could not be compared when they were built, and return their manifest.
 
-    It is written again if that is possible now. Raises :class:`FusionError` if they differ.
+    It is written again if that is possible now. Raises :class:`FusionError` if another process is building, or if they
+    differ: then they are deleted.
     """
-    if built.check.skipped is None or skipped_reason(bundle, built.machine, is_wanted) is not None:
+    is_done = built.check.skipped is None or built.check.is_final
+    if is_done or skipped_reason(bundle, built.machine, is_wanted) is not None:
         return built
     folder = engines_folder(bundle, built.machine)
-    result = _compared(bundle, library, folder, replace(built, check=EngineCheck(None, ())))
-    write_whole(folder / ENGINES_MANIFEST, result.to_text())
+    with locked_output(folder, ENGINES):
+        _check_unchanged(folder, built)
+        try:
+            result = _compared(bundle, library, folder, replace(built, check=EngineCheck(None, ())))
+        except WrongEnginesError as error:
+            delete_output(folder, ENGINES)
+            raise FusionError(f"{error} The engines are deleted.") from None
+        write_whole(folder / ENGINES_MANIFEST, result.to_text())
     return result
+
+
+def _check_unchanged(folder: Path, built: Engines) -> None:
+    """Raise :class:`FusionError` if another process has replaced the engines since they were read."""
+    try:
+        is_same = read_engines(folder) == built
+    except (OSError, ValueError, RecursionError):
+        is_same = False
+    if not is_same:
+        raise FusionError(f"Another fusion-build has changed {folder} meanwhile; run the command again.")
 
 
 def _compared(bundle: Bundle, library: Library, folder: Path, engines: Engines) -> Engines:

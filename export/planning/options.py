@@ -27,8 +27,8 @@ def _kv_cache(text: str) -> str:
     """argparse type of ``--kv-cache``: says why there is no FP8."""
     if text == "fp8":
         raise argparse.ArgumentTypeError(
-            "TensorRT updates a cache in place in 16 bits only; one in fp8 would be copied in every step, which moves "
-            "at least twice the bytes of float16 (docs/tensorrt.md): leave it out"
+            "TensorRT updates a cache in place in 16 bits only, and attention would write one in fp8 as float16 in "
+            "every step, which moves at least twice the bytes (docs/tensorrt.md): leave it out"
         )
     return text
 

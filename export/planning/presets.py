@@ -23,12 +23,16 @@ class Preset:
     target: Target = TENSORRT
 
 
+RTX = Preset(memory=7_000_000_000)
+"""Desktop GPUs: the smallest have 8 GB."""
 PRESETS = {
     # 8 GB shared by CPU and GPU, 102 GB/s: the KV cache and the image tokens decide memory and time.
     "jetson-orin-nano": Preset(memory=6_500_000_000, bandwidth=102e9, max_context=1536, image_tokens=256),
     "jetson-orin": Preset(memory=28_000_000_000, bandwidth=204.8e9),  # AGX with 32 GB
     "jetson-thor": Preset(memory=110_000_000_000, bandwidth=273e9),
-    "rtx": Preset(memory=7_000_000_000),  # GPUs with 8 GB or more
+    "rtx": RTX,
+    # Blackwell: FP8 and NVFP4 measured less exact than INT8 and INT4, and no smaller (docs/tensorrt.md).
+    "rtx-50": RTX,
 }
 
 

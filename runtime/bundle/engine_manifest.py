@@ -100,6 +100,8 @@ class EngineCheck:
     """Why nothing was compared, as a sentence; None if it was."""
     stages: tuple[StageDifference, ...]
     """In running order; empty if nothing was compared."""
+    is_final: bool = False
+    """Whether later builds do not try again: the CPU does not run the bundle, or not with this context."""
 
 
 @dataclass(frozen=True)

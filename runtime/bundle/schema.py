@@ -14,8 +14,8 @@ T = TypeVar("T")
 def from_json(kind: type[T], data: object, name: str = "") -> T:
     """Convert parsed JSON to the dataclass ``kind``: the inverse of ``dataclasses.asdict``.
 
-    Annotations may be ``int``, ``float``, ``str``, ``Any``, dataclasses, ``tuple[X, ...]``, ``Mapping[str, X]`` and
-    ``X | None``.
+    Annotations may be ``int``, ``float``, ``str``, ``bool``, ``Any``, dataclasses, ``tuple[X, ...]``,
+    ``Mapping[str, X]`` and ``X | None``.
 
     Raises ``ValueError`` with a part of a sentence such as ``model.vision.width is 'x', not an integer``. ``name``
     prefixes the names of fields.
@@ -48,7 +48,14 @@ def _dataclass(kind: type[object], data: dict[str, object], name: str) -> object
     return kind(**{key: _value(hint, data[key], f"{dot}{key}") for key, hint in hints.items()})
 
 
-_NAMES = {int: "an integer", float: "a float", str: "a string", list: "a list", dict: "an object"}
+_NAMES = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a float",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _typed(kind: type[T], data: object, name: str) -> T:

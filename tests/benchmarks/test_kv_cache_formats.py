@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.opset24 import needs_opset_24
 
 from fusion_edge.benchmarks import kv_cache_formats
-from fusion_edge.benchmarks.kv_cache_formats import CAPACITY, DIM, KV_HEADS, Result, measured, table
+from fusion_edge.benchmarks.kv_cache_formats import MODELS, Result, measured, moved_bytes, table
+from fusion_edge.benchmarks.kv_cache_graphs import CAPACITY, FIRST, INT8, WINDOW, Heads, read_by_sums
 
-CACHE = KV_HEADS * CAPACITY * DIM / 1e6
-"""Megabytes of keys in 8 bits."""
+HEADS = MODELS["8B"]
+CACHE = HEADS.row * CAPACITY
+"""Bytes of keys in 8 bits."""
 
 
 @pytest.mark.parametrize(
@@ -19,36 +27,95 @@ CACHE = KV_HEADS * CAPACITY * DIM / 1e6
     [
         ("float16, TensorScatter", 4),
         ("FP8, Concat", 12),
-        ("FP8, cache updated outside of the engine, products of FP8", 2),
+        ("FP8, updated outside, Attention", 10),
+        ("FP8, updated outside, products and sums", 2),
+        (f"FP8, updated outside, products and sums{FIRST}", 2 * WINDOW / CAPACITY),
     ],
 )
-def test_moved_bytes(form: str, caches: int) -> None:
-    """In caches of keys in 8 bits. Scores of the last form are the rest: 1.2 MB."""
+def test_moved_bytes(form: str, caches: float) -> None:
+    """In caches of keys in 8 bits. Scores and attention weights are the rest."""
     pytest.importorskip("tensorrt_rtx")
-    result = measured(form, "12.0")
-    assert result.megabytes is not None
-    assert caches * CACHE <= result.megabytes <= caches * CACHE + 1.3
+    moved = moved_bytes(form, HEADS, "12.0")
+    assert isinstance(moved, int)
+    assert caches * CACHE <= moved <= caches * (CACHE + 0.8e6)
 
 
 @pytest.mark.parametrize("kind", ["FP8", "INT8"])
 def test_no_update_in_place_in_8_bits(kind: str) -> None:
     pytest.importorskip("tensorrt_rtx")
     result = measured(f"{kind}, TensorScatter", "8.9")
-    assert result.megabytes is None
+    assert result.megabytes == {}
     assert result.refusal is not None
     assert "but must have type Float, Half, or BFloat16" in result.refusal
+
+
+@needs_opset_24
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.integers(0, 4), st.integers(1, 3), st.integers(1, 2))
+def test_products_and_sums_are_attention(seed: int, slots: int, prefix: int, positions: int, groups: int) -> None:
+    """Of the tokens in both parts of the cache, with a scale for each token and head, and of the new ones."""
+    generator, heads = np.random.default_rng(seed), Heads(2 * groups, 2, 4)
+    query = generator.normal(0, 1, (1, heads.queries, positions, heads.dim)).astype(np.float16)
+    counts = {"slots": slots, "prefix": prefix, "new": positions}
+    values = {
+        part: {name: generator.normal(0, 1, (2, count, heads.dim)).astype(np.float16) for name, count in counts.items()}
+        for part in ("keys", "values")
+    }
+    total = slots + prefix + positions
+    mask = np.arange(total) <= slots + prefix + np.arange(positions)[:, None]
+    inputs: dict[str, npt.NDArray[Any]] = {"query": query, "mask": mask}
+    for part, ways in values.items():
+        inputs[f"new.{part}"] = ways["new"][None]
+        for way in ("slots", "prefix"):
+            codes, scales = stored(ways[way])
+            inputs |= {f"{way}.{part}": codes, f"{way}.{part}.scales": scales}
+            ways[way] = (codes.reshape(-1, 2, 4) * scales[..., None].astype(np.float32)).transpose(1, 0, 2)
+    keys, past = (np.concatenate([ways[name] for name in counts], 1, dtype=np.float64) for ways in values.values())
+    grouped = query[0].reshape(2, groups, positions, heads.dim).astype(np.float64)
+    scores = np.where(mask, grouped @ keys[:, None].transpose(0, 1, 3, 2), -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = shares / shares.sum(-1, keepdims=True) @ past[:, None]
+    outputs = run(heads, inputs)
+    np.testing.assert_allclose(outputs["result"], expected, atol=2e-2)
+    for part, ways in values.items():
+        codes, scales = stored(ways["new"])
+        np.testing.assert_allclose(outputs[f"new.{part}.scales"], scales, rtol=2e-3)
+        np.testing.assert_allclose(outputs[f"new.{part}.codes"], codes, atol=1)
+
+
+def stored(rows: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Return codes ``[tokens,heads*dim]`` and scales ``[tokens,heads]`` of rows ``[heads,tokens,dim]``."""
+    by_token = rows.transpose(1, 0, 2).astype(np.float32)
+    scales = np.maximum(np.abs(by_token).max(-1) / 127, 1e-4).astype(np.float16)
+    codes = np.rint(by_token / scales[..., None].astype(np.float32)).clip(-127, 127).astype(np.int8)
+    return codes.reshape(len(codes), rows.shape[0] * rows.shape[2]), scales
+
+
+def run(heads: Heads, inputs: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Compute the graph with ONNX Runtime. Outputs have the names of their parts."""
+    import onnxruntime
+
+    model = read_by_sums(heads, INT8)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )  # moves QuantizeLinear wrongly
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    results = session.run(None, inputs)
+    names = [f"new.{part}.{kind}" for part in ("keys", "values") for kind in ("scales", "codes")]
+    return dict(zip([*names, "result"], results, strict=True))
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(kv_cache_formats, "FORMS", {"a": None, "b": None})
-    results = {"a": Result("a", 16.8), "b": Result("b", None, "too small")}
+    results = {"a": Result("a", {"3B": 16.8, "8B": 5.0}), "b": Result("b", {}, "too small")}
     monkeypatch.setattr(kv_cache_formats, "measured", lambda form, capability: results[form])
     assert kv_cache_formats.main(["--device=8.9", "--json", str(tmp_path / "f.json")]) == 0
-    assert "| a | 16.8 MB |\n| b | refused: too small |\n" in capsys.readouterr().out
+    assert "| a | 16.8 MB | 5.0 MB |\n| b | refused: too small |\n" in capsys.readouterr().out
     facts = json.loads((tmp_path / "f.json").read_text())
-    assert (facts["compute_capability"], facts["results"][0]["megabytes"]) == ("8.9", 16.8)
+    assert (facts["compute_capability"], facts["results"][0]["megabytes"]["3B"]) == ("8.9", 16.8)
 
 
 def test_table() -> None:
-    assert table([Result("a", 1.5)]).splitlines()[-1] == "| a | 1.5 MB |"
+    assert table([Result("a", {"3B": 1.5, "8B": 2.5})]).splitlines()[-1] == "| a | 1.5 MB | 2.5 MB |"

@@ -18,6 +18,10 @@ RUNTIME_BYTES = 350_000_000
 """CUDA context and TensorRT's own memory. An assumption, not a measurement."""
 
 
+class DeviceMemoryError(DeviceError):
+    """The device has too little free memory for the engines; other programs may use it."""
+
+
 def activation_bytes(config: FusionConfig, max_context: int) -> int:
     """Estimate the activations of the largest run with fused attention: four crops, or a full prompt."""
     vision, language = config.vision, config.language
@@ -50,7 +54,7 @@ def needed_bytes(config: FusionConfig, engines: Engines, max_context: int) -> in
 
 
 def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> None:
-    """Raise :class:`DeviceError` with the context that would fit if the device has too little free memory."""
+    """Raise :class:`DeviceMemoryError` with the context that would fit if the device has too little free memory."""
     config, context = manifest.model, engines.max_context
     needed = needed_bytes(config, engines, context)
     free, total = cuda.memory()
@@ -62,7 +66,7 @@ def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> Non
         remedy = f"build with fusion-build --max-context {fits}, which fits"
     else:
         remedy = "export with --int4, fewer --image-tokens or a smaller --query-len (no --max-context fits)"
-    raise DeviceError(
+    raise DeviceMemoryError(
         f"The engines need about {needed / 1e9:.2f} GB on the device ({engines.size / 1e9:.2f} GB of weights, "
         f"{cache_bytes(config, context) / 1e9:.2f} GB of KV cache for {context} tokens); {free / 1e9:.2f} of "
         f"{total / 1e9:.2f} GB are free. Close other programs, or {remedy}."

@@ -76,7 +76,7 @@ def test_a_cache_in_fp8_is_refused_with_the_reason(capsys: pytest.CaptureFixture
         parser().parse_args(["checkpoint", "--target=tensorrt", "--kv-cache=fp8"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert "--kv-cache: TensorRT updates a cache in place in 16 bits only; one in fp8 would be copied in" in message
+    assert "--kv-cache: TensorRT updates a cache in place in 16 bits only, and attention would write one in" in message
 
 
 def test_the_runtime_accepts_every_target() -> None:
@@ -119,6 +119,13 @@ def test_every_target_resolves(target: str) -> None:
     assert resolved.image_tokens == TINY.vision.patches == resolved.image_side**2
     assert resolved.memory == (None if preset is None else preset.memory)
     assert resolved.cache == resolved.activations
+
+
+def test_blackwell_is_planned_as_other_desktop_gpus() -> None:
+    """No format of its own measured better: docs/tensorrt.md has the figures."""
+    config = dataclasses.replace(TINY, max_length=4096)
+    older, newer = (resolve_options(ExportOptions(target=target), config) for target in ("rtx", "rtx-50"))
+    assert dataclasses.replace(older, requested=newer.requested) == newer
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import UsageError
 
 Refuse = Callable[..., str]
-PRESETS = ("tensorrt", "jetson-orin-nano", "jetson-orin", "jetson-thor", "rtx")
+PRESETS = ("tensorrt", "jetson-orin-nano", "jetson-orin", "jetson-thor", "rtx", "rtx-50")
 
 
 def wide(**language: int) -> FusionConfig:
