@@ -86,7 +86,8 @@ class TrainingOperations(EagerOperations):
         scores = (per_head(q) @ per_head(k).transpose(2, 3)) * (q.shape[-1] // heads) ** -0.5
         if key_mask.shape[1] > CONFIG.vision.patches:  # only text is padded
             scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
-        return (scores.softmax(-1).to(v.dtype) @ per_head(v)).transpose(1, 2).reshape(q.shape)
+        attended: Tensor = scores.softmax(-1).to(v.dtype) @ per_head(v)
+        return attended.transpose(1, 2).reshape(q.shape)
 
     def context_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         """Attend from all questions of a picture ``[R,q,D]`` to its windows ``[I,q,9,D]``, which are not repeated."""
@@ -95,7 +96,7 @@ class TrainingOperations(EagerOperations):
         queries = q.reshape(images, -1, latents, heads, width // heads).permute(0, 2, 3, 1, 4)
         keys, values = (x.reshape(*x.shape[:3], heads, -1).transpose(2, 3) for x in (k, v))
         scores = (queries @ keys.transpose(3, 4)) * (width // heads) ** -0.5
-        attended = scores.softmax(-1).to(values.dtype) @ values
+        attended: Tensor = scores.softmax(-1).to(values.dtype) @ values
         return attended.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
     def causal_attention(self, qkv: Tensor, layer: int) -> Tensor:
@@ -105,7 +106,8 @@ class TrainingOperations(EagerOperations):
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-        return (weights.to(v.dtype) @ v).transpose(1, 2).reshape(*qkv.shape[:2], -1)
+        attended: Tensor = weights.to(v.dtype) @ v
+        return attended.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 
 @dataclass(frozen=True)
