@@ -52,8 +52,8 @@ def test_patches_are_labeled_in_their_crop_and_in_the_whole_picture() -> None:
 def test_codes_have_a_value_in_each_block() -> None:
     codes = Codes.draw(seed=0)
     for code in (codes.kinds, codes.categories, codes.backgrounds):
-        assert ((code.unflatten(1, (-1, BLOCK)) > 0).sum(-1) == 1).all()
-    assert len(codes.contents.unique(dim=0)) == len(BACKGROUNDS) + len(KINDS)
+        assert ((code.reshape(len(code), -1, BLOCK) > 0).sum(-1) == 1).all()
+    assert len({tuple(row) for row in codes.contents.tolist()}) == len(BACKGROUNDS) + len(KINDS)
 
 
 def test_maximum_over_patches_keeps_what_each_shows() -> None:
@@ -95,9 +95,10 @@ def test_attention_is_that_of_the_eager_interpreter(batch: int, text: int, seed:
     qkv = torch.randn(batch, 7, 3 * language.hidden_size, generator=generator)
     torch.testing.assert_close(ours.causal_attention(qkv, 0), eager.causal_attention(qkv, 0))
 
-    q, k, v = (torch.randn(n, 4, *m, width, generator=generator) for n, m in ((2 * batch, ()), *[(batch, (9,))] * 2))
-    repeated = (x.repeat_interleave(2, 0) for x in (k, v))
-    torch.testing.assert_close(ours.context_attention(q, k, v, 16), eager.context_attention(q, *repeated, 16))
+    q = torch.randn(2 * batch, 4, width, generator=generator)
+    k, v = (torch.randn(batch, 4, 9, width, generator=generator) for _ in range(2))
+    expected = eager.context_attention(q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0), 16)
+    torch.testing.assert_close(ours.context_attention(q, k, v, 16), expected)
 
 
 @pytest.mark.parametrize("guide", [None, "", "Describe the scene."])
