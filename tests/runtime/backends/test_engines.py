@@ -139,8 +139,12 @@ def first_file(manifest: Manifest) -> Manifest:
             "(check has neither stages nor a reason, or",
         ),
         (
-            rewrite(lambda manifest: manifest.update(check={"skipped": None, "stages": [STAGE]})),
+            rewrite(lambda manifest: manifest["check"].update(skipped=None, stages=[STAGE])),
             "(check.stages[0] has figures that are not finite)",
+        ),
+        (
+            rewrite(lambda manifest: manifest["check"].update(is_final=1)),
+            "(check.is_final is 1, not a boolean)",
         ),
         (rewrite(lambda manifest: manifest["machine"].update(version="1.6")), "are for tensorrt_rtx 1.6 and compute"),
         (rewrite(lambda manifest: manifest["machine"].update(compute_capability="8.9")), "capability 8.9, not "),
