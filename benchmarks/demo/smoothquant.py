@@ -76,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINT, help="folder of a demo model (default: the committed one)"
+    )
+    parser.add_argument(
         "--samples", type=Path, required=True, help="folder written by fusion_edge.benchmarks.demo.samples"
     )
     parser.add_argument(
@@ -91,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     samples = read_samples(options.samples, options.calibrating, options.held_out)
     rows: list[tuple[str, ...]] = [("linear", "unsmoothed", *map(str, ALPHAS))]
-    with open_checkpoint(CHECKPOINT) as fusion:
+    with open_checkpoint(options.checkpoint) as fusion:
         backend = fusion.backend
         assert isinstance(backend, EagerBackend)
         seen, others = (linear_inputs(fusion, backend, part) for part in (samples.calibrating, samples.held_out))

@@ -74,8 +74,25 @@ class LogProbabilityFile:
         return np.frombuffer(content, "<f4").reshape(len(rows), self._vocabulary)
 
 
+@dataclass(frozen=True, eq=False)
+class GreedyAnswer:
+    """A greedy answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the end token."""
+    rows: Sequence[Floats]
+    """Log-probabilities ``[V]`` of each token, and of the end token if it was reached."""
+
+
 def generate(fusion: Fusion, question: PreparedQuestion, kept: LogProbabilityFile) -> ReferenceAnswer:
     """Generate an answer greedily, and keep its log-probabilities."""
+    given = decode_greedily(fusion, question)
+    return ReferenceAnswer(given.text, given.token_ids, kept.append(given.rows))
+
+
+def decode_greedily(fusion: Fusion, question: PreparedQuestion) -> GreedyAnswer:
+    """Generate an answer greedily, with its log-probabilities."""
     recorder, control = Recorder(), RunControl()
 
     def run() -> list[int]:
@@ -96,7 +113,7 @@ def generate(fusion: Fusion, question: PreparedQuestion, kept: LogProbabilityFil
     for token in tokens:
         text.push(token)
     text.finish()
-    return ReferenceAnswer(text.text.strip(), tuple(tokens), kept.append(recorder.rows))
+    return GreedyAnswer(text.text.strip(), tuple(tokens), recorder.rows)
 
 
 def force(fusion: Fusion, question: PreparedQuestion, tokens: Sequence[int], count: int) -> Floats:
