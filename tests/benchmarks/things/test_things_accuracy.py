@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion_edge.benchmarks.things.accuracy import __main__ as accuracy
-from fusion_edge.benchmarks.things.accuracy import held_out, tables
+from fusion_edge.benchmarks.things.accuracy import bundles, held_out, tables
 from fusion_edge.benchmarks.things.accuracy.bundles import random_subset
 from fusion_edge.benchmarks.things.accuracy.held_out import Asked, Picture, asked_questions, read_pictures
 from fusion_edge.benchmarks.things.accuracy.measure import Measured
@@ -26,7 +26,6 @@ from fusion_edge.benchmarks.things.accuracy.tables import (
     CHECKPOINT_WITHOUT_ALIGNMENT,
     FLOAT,
     TABLES,
-    Bundle,
     Measurement,
     Row,
     Table,
@@ -35,9 +34,19 @@ from fusion_edge.benchmarks.things.accuracy.work import Work
 from fusion_edge.benchmarks.things.pictures import Question
 from fusion_edge.benchmarks.things.samples import SAMPLES, write_samples
 from fusion_edge.export import cli
+from fusion_edge.export.calibration import bit_budget
+from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
+from fusion_edge.export.planning.options import ExportOptions
+from fusion_edge.export.planning.plan import plan_export
 from fusion_edge.runtime import load
 from fusion_edge.runtime.bundle.manifest import QUANTIZATION
-from fusion_edge.runtime.bundle.quantization_report import QuantizationReport
+from fusion_edge.runtime.bundle.quantization_report import (
+    BitAllocation,
+    LinearReport,
+    QuantizationReport,
+    Sensitivity,
+)
+from fusion_edge.runtime.errors import FusionError
 
 OPTIONS = ("--questions", "10", "--chosen", "7", "--calibrating", "2", "--processes", "1")
 
@@ -88,9 +97,6 @@ def test_random_subset_is_as_large_as_possible(sizes: dict[str, int], total: int
 
 SMALL = {
     "formats": Table((Row("fp32", FLOAT), Row("rounded", Measurement("int4-128-rtn", 4, "none"))), FLOAT),
-    "mixed": Table(
-        (Row("chosen", Measurement("int4-4.5-bits")), Row("random", Measurement("int4-4.5-bits-chance-1"))), FLOAT
-    ),
     "parts": Table((Row("off", Measurement(CHECKPOINT_WITHOUT_ALIGNMENT)),), FLOAT),
     "conversations": Table(
         tuple(Row(part, Measurement("fp32", is_conversation=True), part) for part in ("first question", "follow-up")),
@@ -101,10 +107,7 @@ SMALL = {
 
 @pytest.fixture
 def small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of few rows, whose mixed precision suits the tiny checkpoint."""
-    options = ("--int4", "--group-size", "32", "--vision", "int8-weights")
-    monkeypatch.setitem(BUNDLES, "int4-4.5-bits", Bundle((*options, "--bits", "6"), is_calibrated=True))
-    monkeypatch.setitem(BUNDLES, "int4-4.5-bits-chance-1", Bundle(options, True, "int4-4.5-bits", 1))
+    """Few rows, without calibration."""
     monkeypatch.setattr(accuracy, "TABLES", SMALL)
     monkeypatch.setattr(accuracy, "comparisons", lambda name, results: [])
 
@@ -116,7 +119,7 @@ def test_run_measures_and_resumes(tiny_checkpoint: Path, tmp_path: Path, capsys:
     assert accuracy.main(options) == 0
     first = capsys.readouterr()
     assert "| formats | size |" in first.out
-    assert first.err.splitlines()[-1].startswith("12 of 12, ")
+    assert first.err.splitlines()[-1].startswith("8 of 8, ")
 
     result = json.loads((tmp_path / "result.json").read_text("utf-8"))
     fp32, rounded = result["tables"]["formats"]
@@ -126,15 +129,6 @@ def test_run_measures_and_resumes(tiny_checkpoint: Path, tmp_path: Path, capsys:
     assert result["tables"]["parts"][0]["kl_first_token"] > 1e-6
     assert [row["questions"] for row in result["tables"]["conversations"]] == [1, held_out.TURNS - 1]
 
-    reports = [
-        QuantizationReport.read(tmp_path / "work" / "bundles" / name / QUANTIZATION)
-        for name in ("int4-4.5-bits", "int4-4.5-bits-chance-1")
-    ]
-    chosen, random = ({one.name for one in report.linears if one.format.startswith("int8")} for report in reports)
-    assert chosen != random
-    sizes = [row["size"] for row in result["tables"]["mixed"]]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
-
     work = Work(tmp_path / "work", tiny_checkpoint, 10, 7, 2)
     assert not any(stages([row.measurement for one in SMALL.values() for row in one.rows], work))
     assert accuracy.main(options) == 0
@@ -143,6 +137,37 @@ def test_run_measures_and_resumes(tiny_checkpoint: Path, tmp_path: Path, capsys:
 
     assert accuracy.main([*where, "--questions", "5"]) == 2
     assert "holds results of another checkpoint or other numbers" in capsys.readouterr().err
+
+
+def test_chance_promotes_as_many_weights(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``fusion-export`` gets rules for other linears than those that sensitivity chose, and as many weights."""
+    work = Work(tmp_path, tiny_checkpoint, 5, 5, 2)
+    with Checkpoint(tiny_checkpoint) as checkpoint:
+        linears = bit_budget.candidates(plan_export(checkpoint, ExportOptions()))
+    sizes = {name: rows * columns for name, (rows, columns) in linears.items()}
+    raised = tuple(name for name in linears if name.startswith("llm.layers.0."))
+    report = QuantizationReport(
+        tuple(LinearReport(name, "int8:32", "gptq", 20.0, None, None, 0.0) for name in raised),
+        calibration_samples=2,
+        end_to_end=None,
+        mixed_precision=BitAllocation(6.0, 2, raised, tuple(Sensitivity(name, 0.1, 20.0) for name in linears)),
+    )
+    mixed, chance = (f"int4-{BITS[0]}-bits{suffix}" for suffix in ("", "-chance-1"))
+    work.bundle(mixed).mkdir(parents=True)
+    (work.bundle(mixed) / QUANTIZATION).write_bytes(report.to_bytes())
+    given: list[str] = []
+    monkeypatch.setattr(cli, "main", lambda options: given.extend(options) or 0)
+    bundles.export(chance, work)
+    promoted = {option.removeprefix("--rule=").split("=")[0] for option in given if option.endswith("=int8:32")}
+    assert promoted != set(raised)
+    assert promoted <= linears.keys()
+    assert sum(sizes[name] for name in promoted) == sum(sizes[name] for name in raised)
+
+    monkeypatch.setattr(cli, "main", lambda options: 1)
+    with pytest.raises(FusionError, match=r"chance-1 failed; see its error above"):
+        bundles.export(chance, work)
 
 
 def test_no_text_row_guides_without_a_guide(tiny_bundle: Path) -> None:
