@@ -121,13 +121,6 @@ def test_every_target_resolves(target: str) -> None:
     assert resolved.cache == resolved.activations
 
 
-def test_blackwell_is_planned_as_other_desktop_gpus() -> None:
-    """No format of its own measured better: docs/tensorrt.md has the figures."""
-    config = dataclasses.replace(TINY, max_length=4096)
-    older, newer = (resolve_options(ExportOptions(target=target), config) for target in ("rtx", "rtx-50"))
-    assert dataclasses.replace(older, requested=newer.requested) == newer
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

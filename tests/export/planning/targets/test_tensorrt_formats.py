@@ -26,6 +26,7 @@ from fusion_edge.export.planning.targets.tensorrt import BLOCK_SIZES, TENSORRT
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.quant.formats import WeightFormat
 from fusion_edge.runtime.bundle.config import FusionConfig
+from fusion_edge.runtime.bundle.manifest import MANIFEST
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import UsageError
 
@@ -125,6 +126,14 @@ def test_defaults(checkpoint: Path, tmp_path: Path, target: str) -> None:
     weights = open_bundle(tmp_path / "b").manifest.weights
     assert weights["llm.lm_head"] == "fp16"
     assert {fmt for name, fmt in weights.items() if name.startswith("vision.")} == {"fp16"}
+
+
+def test_blackwell_gets_the_bundle_of_other_desktop_gpus(checkpoint: Path, tmp_path: Path) -> None:
+    """No format of its own measured better: docs/tensorrt.md has the figures."""
+    for target in ("rtx", "rtx-50"):
+        assert cli.main([str(checkpoint), "-o", str(tmp_path / target), f"--target={target}"]) == 0
+    older, newer = ((tmp_path / target / MANIFEST).read_bytes() for target in ("rtx", "rtx-50"))
+    assert older == newer  # it has the checksums of all files
 
 
 def test_lm_head_is_small_where_memory_needs_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
