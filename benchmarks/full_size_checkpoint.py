@@ -302,6 +302,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--layout", required=True, choices=tuple(LAYOUTS), help="released model")
     add("--output", required=True, type=Path, metavar="FOLDER", help="new or empty folder")
     add("--layers", type=positive_integer, metavar="N", help="LLM layers (default: the model's 32)")
+    text = "rows of the embeddings and lm_head; with as many as the tokenizer has tokens, every token has a text"
+    add("--vocab-size", type=positive_integer, metavar="N", help=f"{text} (default: the model's)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--sparse", action="store_true", help="write zeros that occupy no disk space, for dry runs")
     add(
@@ -317,6 +319,8 @@ def _main(arguments: argparse.Namespace) -> int:
     sizes = LAYOUTS[arguments.layout]
     if arguments.layers is not None:
         sizes = sizes.with_layers(arguments.layers)
+    if arguments.vocab_size is not None:
+        sizes = dataclasses.replace(sizes, vocab_size=arguments.vocab_size)
     like = GOLDEN / sizes.like if arguments.like is None else arguments.like
     write_checkpoint(sizes, arguments.output, like, arguments.seed, is_sparse=arguments.sparse)
     return 0

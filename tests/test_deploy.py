@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -63,3 +65,22 @@ def test_images_copy_what_exists_and_run_without_privileges(name: str) -> None:
     assert "g++" not in last.get("RUN", "")
     _, _, probe = last["HEALTHCHECK"].partition("CMD ")
     compile(json.loads(probe)[2], "probe", "exec")
+
+
+def test_the_rehearsal_downloads_as_pip_does_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    file = tmp_path / "pip.conf"
+    file.write_text(
+        "[global]\nindex-url = https://files.example/simple\ntrusted-host =\n    files.example\n    more.example\n"
+        "constraint = /constraints.txt\nretries = 9\n[install]\nretries = 3\n[download]\nretries = 4\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
+    monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "7")
+    monkeypatch.setenv("PIP_CERT", "/authorities.crt")
+    settings = runpy.run_path(str(ROOT / "deploy/rehearse.py"))["pip_settings"]()
+    assert settings.pop("PIP_TRUSTED_HOST").split() == ["files.example", "more.example"]
+    expected = {"PIP_CERT": "/authorities.crt", "PIP_DEFAULT_TIMEOUT": "7", "PIP_RETRIES": "3"}
+    assert expected.items() <= settings.items()
+    assert settings["PIP_INDEX_URL"] == "https://files.example/simple"
+    assert not {"PIP_CONSTRAINT", "PIP_FIND_LINKS"} & settings.keys()

@@ -4,8 +4,8 @@
     python -m fusion_edge.benchmarks.peers.export_llm gguf fusion-3b -o phi-3b-gguf --format Q4_0 --format Q4_K_M
 
 The first writes a Phi-3 folder for onnxruntime-genai's model builder and optimum-intel; its weights are links. The
-second needs the packages gguf and llama-cpp-python (for its quantizer), and temporary disk space for the LLM in
-bfloat16.
+second needs the packages gguf and llama-cpp-python (for its quantizer; not for the format BF16), and temporary disk
+space for the LLM in bfloat16.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.checkpoint.config import read_config
 from fusion_edge.export.checkpoint.input_files import read_json_object
 from fusion_edge.export.checkpoint.safetensors_reader import Checkpoint
+from fusion_edge.export.checkpoint.sentencepiece_model import read_pieces
 from fusion_edge.runtime.bundle.config import LanguageConfig
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.errors import FusionError, UsageError
 
 LLM_TENSOR = re.compile(r"(model\.(embed_tokens|layers\.\d+|norm)|lm_head)\.")
 PHI_3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+PLAIN = "BF16"
 FORMATS = ("Q4_0", "Q4_K_M")
 INDEX = "model.safetensors.index.json"
 CONTENT = FolderContent("write", ("*.json", "*.safetensors", "*.model", "*.gguf"), INDEX)
@@ -70,14 +72,17 @@ def write_gguf(source: Path, output: Path, formats: Sequence[str]) -> None:
     """
     with Checkpoint(source) as checkpoint:
         language = _language(checkpoint)
-        gguf, llama_cpp = _import("gguf", "gguf"), _import("llama_cpp", "llama-cpp-python")
-        file_types = {name: _file_type(llama_cpp, name) for name in formats}
+        gguf = _import("gguf", "gguf")
+        quantized = [name for name in formats if name != PLAIN]
+        llama_cpp = _import("llama_cpp", "llama-cpp-python") if quantized else None
+        file_types = {name: _file_type(llama_cpp, name) for name in quantized}
         with atomic_folder(output, CONTENT) as folder:
-            plain = folder / "BF16.gguf"
+            plain = folder / f"{PLAIN}.gguf"
             write_bfloat16(gguf, checkpoint, language, plain)
             for name, file_type in file_types.items():
                 _quantize(llama_cpp, plain, folder / f"{name}.gguf", file_type)
-            plain.unlink()
+            if PLAIN not in formats:
+                plain.unlink()
 
 
 def _language(checkpoint: Checkpoint) -> LanguageConfig:
@@ -88,11 +93,10 @@ def _language(checkpoint: Checkpoint) -> LanguageConfig:
 
 
 def write_bfloat16(gguf: Any, checkpoint: Checkpoint, language: LanguageConfig, path: Path) -> None:
-    """Write llama.cpp's ``phi3`` without a tokenizer, tensor by tensor: matrices in bfloat16, the rest in float32."""
+    """Write llama.cpp's ``phi3``, tensor by tensor: matrices in bfloat16, the rest in float32."""
     config = read_json_object(checkpoint.folder / "config.json")
     writer: Any = gguf.GGUFWriter(path, "phi3")
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(language.vocab_size)
+    _add_vocabulary(gguf, writer, checkpoint, language.vocab_size)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(language.hidden_size)
     writer.add_feed_forward_length(language.mlp_width)
@@ -131,6 +135,25 @@ def write_bfloat16(gguf: Any, checkpoint: Checkpoint, language: LanguageConfig, 
     writer.close()
 
 
+def _add_vocabulary(gguf: Any, writer: Any, checkpoint: Checkpoint, size: int) -> None:
+    """Add the checkpoint's tokenizer. Ids without a token are unused."""
+    kinds = gguf.TokenType
+    tokens = {i: (f"[{i}]", 0.0, kinds.UNUSED) for i in range(size)}
+    pieces = read_pieces(checkpoint.folder / "tokenizer.model")
+    tokens |= {i: (piece.text, piece.score, kinds(piece.type)) for i, piece in enumerate(pieces)}
+    added = read_json_object(checkpoint.folder / "added_tokens.json")
+    tokens |= {i: (text, 0.0, kinds.CONTROL) for text, i in added.items()}
+    texts, scores, types = zip(*(tokens[i] for i in range(size)), strict=True)
+    writer.add_tokenizer_model("llama")
+    writer.add_vocab_size(size)
+    writer.add_token_list(texts)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(read_json_object(checkpoint.folder / "config.json")["bos_token_id"])
+    writer.add_eos_token_id(added["<|endoftext|>"])
+    writer.add_add_bos_token(False)
+
+
 def _file_type(llama_cpp: Any, name: str) -> int:
     """Return llama.cpp's number of a format."""
     number = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}", None)
@@ -166,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("checkpoint", type=Path, help="FUSION-Phi checkpoint folder")
         command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
         if name == "gguf":
-            text = f"llama.cpp format, repeatable (default: {', '.join(FORMATS)})"
+            text = f"llama.cpp format or {PLAIN}, repeatable (default: {', '.join(FORMATS)})"
             command.add_argument("--format", action="append", help=text)
     return run_command(_main, parser.parse_args(argv))
 

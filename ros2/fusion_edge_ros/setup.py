@@ -15,7 +15,7 @@ setup(
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
-        (f"share/{NAME}/config", ["config/fusion_edge.yaml"]),
+        (f"share/{NAME}/config", ["config/fast_dds.xml", "config/fusion_edge.yaml"]),
         (f"share/{NAME}/launch", ["launch/fusion_edge.launch.py"]),
     ],
     install_requires=["setuptools"],

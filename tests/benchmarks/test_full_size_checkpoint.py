@@ -104,6 +104,14 @@ def test_sparse_checkpoint_occupies_no_disk_space(tmp_path: Path, capsys: pytest
     assert "It fits in 28.00 GB" in capsys.readouterr().out
 
 
+def test_a_vocabulary_of_another_size(tmp_path: Path) -> None:
+    arguments = ["--layout", "3b", "--layers", "1", "--vocab-size", "1208", "--sparse"]
+    assert full_size_checkpoint.main([*arguments, "--output", str(tmp_path)]) == 0
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.tensors["lm_head.weight"].shape == (1208, 3072)
+        assert read_config(checkpoint).language.vocab_size == 1208
+
+
 def test_names_are_those_of_the_golden_checkpoint() -> None:
     vision = VisionConfig(width=48, layers=26, mlp_width=80, patch_size=14)
     sizes = ModelSizes("FUSION-tiny-Phi", "siglip", vision, 64, 8, 4, 4, 128, 1208)

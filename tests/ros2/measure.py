@@ -2,12 +2,14 @@
 
     .ci/ros2 kilted python tests/ros2/measure.py --bundle BUNDLE --json FILE
 
-A camera publishes 1280 x 720 at 30 Hz from this process, which also asks. The bundle is the demo model's.
+A camera publishes 1280 x 720 at 30 Hz from this process, which also asks. The bundle is the demo model's. Frames go
+through Fast DDS as ``FASTDDS_DEFAULT_PROFILES_FILE`` and ``FASTDDS_BUILTIN_TRANSPORTS`` in the environment say.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -15,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import Any
 import rclpy
 from fusion_edge_msgs.action import Ask
 from rclpy.action import ActionClient
-from ros2.node.robot import NODE, Robot, image, node_process
+from ros2.node.robot import NODE, Robot, image, node_process, stop
 
 from fusion_edge.benchmarks.latency.machine.info import machine_info
 from fusion_edge.benchmarks.simulated_cameras import QUESTIONS, SAMPLING, SIZE, Frame, frames
@@ -45,6 +48,16 @@ def summary(seconds: list[float]) -> dict[str, float]:
         "p50_ms": 1000 * statistics.median(ordered),
         "p95_ms": 1000 * ordered[len(ordered) * 95 // 100],
     }
+
+
+@contextmanager
+def active_node(robot: Robot, **parameters: object) -> Iterator[subprocess.Popen[str]]:
+    """Run the node, from when it receives frames, and shut it down, so that no subscription of it is left."""
+    with tempfile.TemporaryDirectory() as folder, node_process(Path(folder), **parameters) as process:
+        robot.until(lambda: robot.diagnosis()["state"] == "active")
+        robot.wait_for_subscriber()
+        yield process
+        assert stop(process) == 0
 
 
 def latencies(robot: Robot, bundle: Path, shown: tuple[Frame, ...], count: int, threads: int) -> dict[str, Any]:
@@ -117,21 +130,26 @@ def main() -> None:
     arguments = parser.parse_args()
     shown = frames(8)
     command = ["python", "tests/ros2/measure.py", *sys.argv[1:]]
-    settings = {"size": SIZE, "rate": RATE, "threads": arguments.threads, "answers": arguments.answers}
+    settings = {
+        "size": SIZE,
+        "rate": RATE,
+        "threads": arguments.threads,
+        "answers": arguments.answers,
+        "fast_dds": {name: value for name, value in os.environ.items() if name.startswith("FASTDDS_")},
+    }
     machine = asdict(machine_info(None))
     figures: dict[str, Any] = {}
     rclpy.init()
     robot = Robot()
     parameters = {"bundle": str(arguments.bundle), "threads": arguments.threads, "autostart": True}
-    with tempfile.TemporaryDirectory() as folder:
-        with node_process(Path(folder), **parameters) as process:
-            figures |= latencies(robot, arguments.bundle, shown, arguments.answers, arguments.threads)
-            figures["camera_unasked"] = camera(robot, process, shown, arguments.seconds)
-        for reliability in ("best_effort", "reliable"):
-            asked = {"question": COLOR, "max_new_tokens": SAMPLING.max_new_tokens, RELIABILITY: reliability}
-            with node_process(Path(folder), **parameters, **asked) as process:
-                robot.wait_for_subscriber()
-                figures[f"camera_asked_{reliability}"] = camera(robot, process, shown, arguments.seconds)
+    with active_node(robot, **parameters):
+        figures |= latencies(robot, arguments.bundle, shown, arguments.answers, arguments.threads)
+    for asked, reliability in itertools.product((False, True), ("best_effort", "reliable")):
+        question = {"question": COLOR, "max_new_tokens": SAMPLING.max_new_tokens} if asked else {}
+        with active_node(robot, **parameters, **question, **{RELIABILITY: reliability}) as process:
+            figure = camera(robot, process, shown, arguments.seconds)
+        name = f"camera_{'asked' if asked else 'unasked'}_{reliability}"
+        figures[name] = figure | {"load_average": os.getloadavg()[0]}
     robot.close()
     rclpy.shutdown()
     whole = {"command": command, "settings": settings, "results": figures, "machine": machine}

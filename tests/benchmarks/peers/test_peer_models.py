@@ -75,6 +75,21 @@ def test_an_unknown_format_is_refused(
     assert "has no format Q3_X" in capsys.readouterr().err
 
 
+def test_a_gguf_file_in_bfloat16_needs_no_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert main(["gguf", str(PHI), "-o", str(tmp_path / "out"), "--format", "BF16"]) == 0
+    fields = gguf.GGUFReader(tmp_path / "out/BF16.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    added = json.loads((PHI / "added_tokens.json").read_text())
+    assert len(tokens) == len(kinds) == json.loads((PHI / "config.json").read_text())["vocab_size"]
+    assert {token: tokens.index(token) for token in added} == added
+    assert {kinds[i] for i in added.values()} == {gguf.TokenType.CONTROL}
+    assert (tokens[0], kinds[0]) == ("<unk>", gguf.TokenType.UNKNOWN)
+    assert kinds[tokens.index("<0x0A>")] == gguf.TokenType.BYTE
+
+
 def test_a_gguf_file_holds_the_weights(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "BF16.gguf"

@@ -30,7 +30,9 @@ def test_300_frames(robot: Robot, fusion: Fusion, demo_bundle: Path, shown: tupl
         seconds = time.monotonic() - start
         robot.until_shown(shown[FRAMES % len(shown)], FRAMES)
         stamps = [answer["stamp"]["sec"] for answer in robot.answers]
-        assert stamps == sorted(set(stamps))
+        shown_once = [stamp for stamp in stamps if stamp < FRAMES]  # the last one may have been shown twice
+        assert shown_once == sorted(set(shown_once))
+        assert stamps == sorted(stamps)
         assert [answer["text"] for answer in robot.answers] == [expected[stamp % len(shown)] for stamp in stamps]
         rest = {(answer["topic"], answer["finish_reason"], answer["frame_id"]) for answer in robot.answers}
         assert rest == {("image", "stop", "front")}
