@@ -58,7 +58,8 @@ class Pictures:
         weights = np.asarray(values, np.float64)
         if weights.shape != self._places.shape:
             raise ValueError(f"values {weights.shape} differ from the questions {self._places.shape}")
-        return np.bincount(self._places, weights)
+        sums: npt.NDArray[np.float64] = np.bincount(self._places, weights).astype(np.float64)
+        return sums
 
 
 def _estimate(value: float, resampled: npt.NDArray[np.float64]) -> Estimate:

@@ -81,8 +81,7 @@ def _main(options: argparse.Namespace) -> int:
         "fusion-serve": partial(fusion_serve, options.bundle)
     }
     for name, setting in LLAMA_SERVER.items():
-        start = partial(llama_server, options.llama_server, options.gguf, options.words, setting)
-        contestants[name] = start
+        contestants[name] = partial(llama_server, options.llama_server, options.gguf, options.words, setting)
     found: dict[str, Figures] = {name: {} for name in contestants}
     machine, loads, version = machine_info(None), [], ""
     for number in range(options.rounds):

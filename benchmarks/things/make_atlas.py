@@ -10,6 +10,7 @@ them. Only this script needs either::
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import sys
@@ -60,7 +61,7 @@ def make_atlas(package: Path) -> Image.Image:
 def _draw(icon: dict[str, Any]) -> Image.Image:
     """Return a drawing, trimmed and centered: ``[96, 96]`` RGBA."""
     try:
-        import resvg_py
+        resvg: Any = importlib.import_module("resvg_py")
     except ImportError as error:
         raise FusionError("Drawing the atlas needs resvg-py: pip install resvg-py.") from error
 
@@ -68,9 +69,10 @@ def _draw(icon: dict[str, Any]) -> Image.Image:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 128 128">'
         f"{icon['body']}</svg>"
     )
-    drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=DRAWN, height=DRAWN))
+    drawn = bytes(resvg.svg_to_bytes(svg_string=svg, width=DRAWN, height=DRAWN))
     large = Image.open(io.BytesIO(drawn)).convert("RGBA")
-    trimmed = large.crop(large.getchannel("A").point(lambda alpha: 255 * (alpha > FAINT)).getbbox())
+    outline = large.getchannel("A").point([255 * (alpha > FAINT) for alpha in range(256)])
+    trimmed = large.crop(outline.getbbox())
     scale = (CELL - 2 * BORDER) / max(trimmed.size)
     width, height = (max(1, round(side * scale)) for side in trimmed.size)
     cell = Image.new("RGBA", (CELL, CELL))

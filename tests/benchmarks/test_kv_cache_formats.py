@@ -97,11 +97,10 @@ def run(heads: Heads, inputs: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDAr
 
     model = read_by_sums(heads, INT8)
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = (
-        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )  # moves QuantizeLinear wrongly
+    # Optimization moves QuantizeLinear wrongly.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results = session.run(None, inputs)
+    results: list[Any] = list(session.run(None, inputs))
     names = [f"new.{part}.{kind}" for part in ("keys", "values") for kind in ("scales", "codes")]
     return dict(zip([*names, "result"], results, strict=True))
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def measure(measurement: Measurement, work: Work) -> None:
             measured = _converse(fusion, measurement, work, conversation_pictures(pictures))
         else:
             measured = _ask(fusion, measurement, work, pictures)
-    measured = Measured(**vars(measured) | {"seconds": round(time.process_time() - started, 1)})
+    measured = replace(measured, seconds=round(time.process_time() - started, 1))
     write_whole(work.measurement(measurement), json.dumps(asdict(measured)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fusion_edge.benchmarks.things.accuracy import bundles, held_out, tables
 from fusion_edge.benchmarks.things.accuracy.bundles import random_subset
 from fusion_edge.benchmarks.things.accuracy.held_out import Asked, Picture, asked_questions, read_pictures
 from fusion_edge.benchmarks.things.accuracy.measure import Measured
-from fusion_edge.benchmarks.things.accuracy.report import PARTS, Results, table
+from fusion_edge.benchmarks.things.accuracy.report import PARTS, Results, comparisons, table
 from fusion_edge.benchmarks.things.accuracy.schedule import Step, run, stages
 from fusion_edge.benchmarks.things.accuracy.tables import (
     BITS,
@@ -158,7 +159,12 @@ def test_chance_promotes_as_many_weights(
     work.bundle(mixed).mkdir(parents=True)
     (work.bundle(mixed) / QUANTIZATION).write_bytes(report.to_bytes())
     given: list[str] = []
-    monkeypatch.setattr(cli, "main", lambda options: given.extend(options) or 0)
+
+    def export_to(options: list[str]) -> int:
+        given.extend(options)
+        return 0
+
+    monkeypatch.setattr(cli, "main", export_to)
     bundles.export(chance, work)
     promoted = {option.removeprefix("--rule=").split("=")[0] for option in given if option.endswith("=int8:32")}
     assert promoted != set(raised)
@@ -209,7 +215,7 @@ def work(tmp_path: Path) -> Work:
     for folder in (work.pictures, work.reference.parent):
         folder.mkdir()
     content = held_out._Content(pictures)
-    (work.pictures / held_out.FILE).write_text(json.dumps(held_out.asdict(content)), "utf-8")
+    (work.pictures / held_out.FILE).write_text(json.dumps(asdict(content)), "utf-8")
     return work
 
 
@@ -264,7 +270,7 @@ def test_comparisons(work: Work) -> None:
             wrong = set() if bits == BITS[0] else set(range(0, 40, 2))
             write(work, Measurement(f"int4-{bits}-bits-chance-{chance}"), wrong)
     results = Results(work)
-    (times, *_), (nothing, spared) = (accuracy.comparisons(name, results) for name in ("formats", "mixed"))
+    (times, *_), (nothing, spared) = (comparisons(name, results) for name in ("formats", "mixed"))
     for ratio in (times.lost_answers, times.changed_answers, times.kl_first_token):
         assert ratio is not None
         assert (ratio.value, *ratio.ci95) == pytest.approx((3, 3, 3))

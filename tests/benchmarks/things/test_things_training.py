@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,15 @@ from fusion_edge.runtime.samples import Sample
 DOG = Thing("dog", (1, 2), center=(288, 96), radius=50, angle=0, mirrored=False)  # center of the top right crop
 LABEL = len(BACKGROUNDS) + KINDS.index("dog")
 RED = BACKGROUNDS.index("red")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of so small a model only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
