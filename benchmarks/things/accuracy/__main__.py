@@ -73,7 +73,9 @@ def _main(options: argparse.Namespace) -> int:
     measurements += [row.measurement for one in tables.values() for row in one.rows]
     run(stages(measurements, work), options.processes)
     results = Results(work)
-    rows = {name: [results.figures(row, one.base) for row in one.rows] for name, one in tables.items()}
+    rows = {
+        name: list(filter(None, (results.figures(row, one.base) for row in one.rows))) for name, one in tables.items()
+    }
     notes = {name: comparisons(name, results) for name in tables}
     if options.json is not None:
         result = {

@@ -88,11 +88,13 @@ class Results:
         pairs = zip(self.measured(measurement).answers, self._asked[measurement.is_conversation], strict=True)
         return np.array([is_exact(answer, one.question.answer) for answer, one in pairs])
 
-    def figures(self, row: Row, base: Measurement) -> Figures:
-        """Return the figures of a row."""
+    def figures(self, row: Row, base: Measurement) -> Figures | None:
+        """Return the figures of a row; None if no question counts."""
         measurement, measured = row.measurement, self.measured(row.measurement)
         asked, right = self._asked[measurement.is_conversation], self.right(row.measurement)
         counts = PARTS[row.part](asked, right)
+        if not counts.any():
+            return None
         base_right, base_answers = self.right(base), self.measured(base).answers
         same = np.array([one == other for one, other in zip(measured.answers, base_answers, strict=True)])
         pictures = self._pictures[measurement.is_conversation]
@@ -129,7 +131,7 @@ class Results:
         return Comparison(text, *(pictures.ratio(cost(one), cost(other)) for cost in self._costs()))
 
     def spared(self, text: str, one: Measurement, others: Sequence[Measurement]) -> Comparison:
-        """Return the share of others' mean loss that a measurement spares."""
+        """Return the share of others' mean loss that a measurement spares. The intervals know no other others."""
         pictures, ratios = self._pictures[False], []
         for cost in self._costs():
             mean = np.mean([cost(other) for other in others], axis=0)

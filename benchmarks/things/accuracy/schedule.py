@@ -17,7 +17,8 @@ from fusion_edge.benchmarks.things.accuracy.tables import BUNDLES, FLOAT, Measur
 from fusion_edge.benchmarks.things.accuracy.work import Work
 from fusion_edge.benchmarks.things.samples import SAMPLES, write_samples
 
-CALIBRATION_EFFORT = 10.0  # questions a sample
+CALIBRATION_EFFORT = 500, 20  # questions that take as long: of any calibration, and of each sample
+EXPORT_EFFORT = 50
 ALONE = 1
 """Number of processes for which steps run in the present one."""
 
@@ -89,7 +90,8 @@ def _data(work: Work) -> Iterator[Step]:
 
 
 def _export(name: str, work: Work) -> Step:
-    effort = CALIBRATION_EFFORT * work.calibrating if BUNDLES[name].is_calibrated else 50
+    least, a_sample = CALIBRATION_EFFORT
+    effort = least + a_sample * work.calibrating if BUNDLES[name].is_calibrated else EXPORT_EFFORT
     return Step(f"bundle {name}", partial(export, name, work), effort)
 
 

@@ -219,10 +219,10 @@ def work(tmp_path: Path) -> Work:
     return work
 
 
-def write(work: Work, measurement: Measurement, wrong: set[int]) -> None:
+def write(work: Work, measurement: Measurement, wrong: set[int], count: int = 40) -> None:
     """Write a measurement with these wrong answers."""
-    answers = tuple("wrong" if number in wrong else ANSWERS[number % 4] for number in range(40))
-    far = tuple(float(number in wrong) for number in range(40))
+    answers = tuple("wrong" if number in wrong else ANSWERS[number % 4] for number in range(count))
+    far = tuple(float(number in wrong) for number in range(count))
     measured = Measured(answers, far, ("dog", "dog"), (0.8, 0.6), 1000, 1.0)
     work.measurement(measurement).write_text(json.dumps(vars(measured)), "utf-8")
 
@@ -232,6 +232,7 @@ def test_figures_of_a_row(work: Work) -> None:
     write(work, FLOAT, {0, 4})
     write(work, other, {4, 5, 6})
     figures = Results(work).figures(Row("int8", other), FLOAT)
+    assert figures is not None
     assert figures.accuracy.value == pytest.approx(37 / 40)
     assert figures.loss.value == pytest.approx(1 / 40)
     assert figures.loss.ci95[0] < 0 < figures.loss.ci95[1]
@@ -244,6 +245,12 @@ def test_figures_of_a_row(work: Work) -> None:
     line = table("formats", [figures], []).splitlines()[-1]
     assert line.startswith("| int8 | 1.00 kB | 92.5% [")
     assert line.endswith("| 2, 1 of 40 | 92.5% | 0.075 nats | 40.0% |")
+
+
+def test_row_without_questions_has_no_figures(work: Work) -> None:
+    conversations = Measurement("fp32", is_conversation=True)
+    write(work, conversations, set(range(20)), count=20)  # every first answer is wrong
+    assert Results(work).figures(Row("fp32", conversations, "follow-up of right answers"), conversations) is None
 
 
 def test_parts_of_a_conversation() -> None:
