@@ -21,11 +21,14 @@ from fusion_edge.runtime.system.interruptible import run_interruptible
 
 
 class Work:
-    """Runs until it is canceled. With ``interrupts`` it sends a signal before and after that."""
+    """Runs until it is canceled. With ``interrupts`` it has :meth:`interrupt` called before and after that."""
 
     def __init__(self, seconds: float = 20, interrupts: bool = False) -> None:
         self.seconds, self.interrupts, self.is_running = seconds, interrupts, False
+        self.signals: list[bool] = []
+        """Whether the work ran, at each signal."""
         self._ends: SimpleQueue[None] = SimpleQueue()  # without a lock that Ctrl-C could leave locked
+        self._handled: SimpleQueue[None] = SimpleQueue()
 
     def run(self) -> str:
         self.is_running = True
@@ -39,7 +42,13 @@ class Work:
     def _interrupt(self) -> None:
         if self.interrupts:
             os.kill(os.getpid(), signal.SIGALRM)
-            time.sleep(0.2)
+            self._handled.get(timeout=20)
+
+    def interrupt(self) -> None:
+        """Handle the signal as Ctrl-C."""
+        self.signals.append(self.is_running)
+        self._handled.put(None)
+        interrupt_main()
 
     def fail(self) -> None:
         raise ZeroDivisionError
@@ -56,16 +65,11 @@ def test_a_result_and_an_error() -> None:
 
 def test_ctrl_c_cancels_and_waits() -> None:
     """Also if it comes again meanwhile."""
-    work, signals = Work(interrupts=True), []
-
-    def interrupt() -> None:
-        signals.append(work.is_running)
-        interrupt_main()
-
-    with on_alarm(interrupt), pytest.raises(KeyboardInterrupt):
+    work = Work(interrupts=True)
+    with on_alarm(work.interrupt), pytest.raises(KeyboardInterrupt):
         run_interruptible(work.run, work.cancel)
     assert not work.is_running
-    assert signals == [True, True]
+    assert work.signals == [True, True]
 
 
 def test_ctrl_c_at_any_moment() -> None:
@@ -117,7 +121,7 @@ def test_nothing_holds_work_that_has_ended() -> None:
         run_interruptible(done.run, done.cancel)
         with pytest.raises(ZeroDivisionError):
             run_interruptible(failed.fail, failed.cancel)
-        with on_alarm(interrupt_main), pytest.raises(KeyboardInterrupt):
+        with on_alarm(interrupted.interrupt), pytest.raises(KeyboardInterrupt):
             run_interruptible(interrupted.run, interrupted.cancel)
         held = [weakref.ref(work) for work in (done, failed, interrupted)]
         del done, failed, interrupted
