@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from fakes.fake_backend import FakeBackend
@@ -23,6 +24,7 @@ from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 SHORT = Sampling(max_new_tokens=6)
 QUESTIONS = ("What is it?", "Where?", "How many shapes are there?", "Why?")
+T = TypeVar("T")
 ENDED = "ended because another question was asked|The model was closed"
 CLOSED = "has been closed; load the bundle again"
 
@@ -85,6 +87,17 @@ def watched_fusion(folder: Path) -> Fusion:
 def backend(fusion: Fusion) -> WatchedBackend:
     assert isinstance(fusion.backend, WatchedBackend)
     return fusion.backend
+
+
+def wait_for_arrival(fusion: Fusion, start: Callable[[], T]) -> T:
+    """Call ``start``, and return its value once a thread that it started has a place in the model's queue."""
+    lock = fusion.queue._lock
+    before = lock._last
+    started, due = start(), time.monotonic() + 20
+    while lock._last is before:
+        assert time.monotonic() < due, "no thread has arrived"
+        time.sleep(0.001)
+    return started
 
 
 class BlockedCall:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fakes.watched_backend import (
     WatchedBackend,
     backend,
     picture,
+    wait_for_arrival,
     watched_fusion,
 )
 
@@ -229,11 +231,10 @@ def test_a_deadline_passes_while_a_question_waits(fusion: Fusion) -> None:
     with ThreadPoolExecutor(4) as pool:
         futures: list[Future[Any]] = [pool.submit(ask, 0)]
         assert blocked.reached.wait(20)
-        late = pool.submit(fusion.answer, picture(), "Why?", sampling=SHORT, deadline=1)
-        time.sleep(0.05)
-        for number in (1, 2):
-            futures.append(pool.submit(ask, number))
-            time.sleep(0.02)
+        late = wait_for_arrival(
+            fusion, lambda: pool.submit(fusion.answer, picture(), "Why?", sampling=SHORT, deadline=1)
+        )
+        futures += [wait_for_arrival(fusion, partial(pool.submit, ask, number)) for number in (1, 2)]
         with pytest.raises(DeadlineExceeded, match="passed before the first stage") as caught:
             late.result(20)
         assert caught.value.stage == WAITING

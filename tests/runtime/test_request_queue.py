@@ -21,6 +21,7 @@ from fakes.watched_backend import (
     in_threads,
     picture,
     unless_ended,
+    wait_for_arrival,
     watched_fusion,
 )
 
@@ -106,9 +107,8 @@ def test_questions_are_answered_in_order_of_arrival(fusion: Fusion) -> None:
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
-        thread.start()
+        wait_for_arrival(fusion, thread.start)
         assert blocked.reached.wait(20)
-        time.sleep(0.02)
     blocked.release()
     for thread in threads:
         thread.join(20)
