@@ -40,8 +40,10 @@ class Codes:
     """``[9, D]``"""
     backgrounds: Tensor
     """``[8, D]``"""
-    places: Tensor
-    """``[P, D]``: similar for neighbors."""
+    rows: Tensor
+    """``[grid, D]`` of the rows of patches: similar for neighbors."""
+    columns: Tensor
+    """``[grid, D]``"""
 
     @classmethod
     def draw(cls, seed: int) -> Codes:
@@ -52,8 +54,12 @@ class Codes:
             for count in (len(KINDS), len(CATEGORIES), len(BACKGROUNDS), PLACE_ANCHORS, PLACE_ANCHORS)
         )
         grid = CONFIG.vision.grid
-        places = _between(rows, grid)[:, None] + _between(columns, grid)
-        return cls(kinds, categories, backgrounds, PLACE_SCALE * places.flatten(0, 1))
+        return cls(kinds, categories, backgrounds, _between(rows, grid), _between(columns, grid))
+
+    @property
+    def places(self) -> Tensor:
+        """Codes ``[P, D]`` of where a patch is."""
+        return PLACE_SCALE * (self.rows[:, None] + self.columns).flatten(0, 1)
 
     @property
     def contents(self) -> Tensor:
@@ -62,12 +68,18 @@ class Codes:
         things = self.kinds + CATEGORY_SCALE * self.categories[belongs] + _thing()
         return torch.cat([CATEGORY_SCALE * self.backgrounds, things])
 
+    def features(self, labels: Tensor) -> Tensor:
+        """Return what a perfect vision tower would compute for crops: bfloat16 ``[...,P,D]`` of labels ``[...,P]``."""
+        table = self.contents[:, None] + self.places
+        return table.to(torch.bfloat16)[labels, torch.arange(labels.shape[-1])]
+
     def start_names(self, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
         """Set the embeddings and the ``lm_head`` rows of names that are one token to their codes, in place."""
         names = dict(zip(KINDS, self.kinds, strict=True))
         names |= {pictures.THINGS[kind].plural: code for kind, code in names.items()}
         names |= dict(zip(CATEGORIES, self.categories, strict=True))
         names |= dict(zip(BACKGROUNDS, self.backgrounds, strict=True))
+        names |= self._place_words()
         for name, code in names.items():
             for token in _tokens(tokenizer, name):
                 tensors[INPUT][token] = code
@@ -75,6 +87,14 @@ class Codes:
         # The last token of a prompt looks for things, in the LLM and in the interaction layers.
         [*_, last] = tokenizer.encode(TEMPLATES[CONFIG.template].answer_start, add_special_tokens=False).ids
         tensors[INPUT][last] = _thing()
+
+    def _place_words(self) -> dict[str, Tensor]:
+        """Return codes ``[D]`` of the words of places, as long as those of kinds. ``middle`` is of rows and columns."""
+        top, middle, bottom = _thirds(self.rows)
+        left, center, right = _thirds(self.columns)
+        words = {"top": top, "bottom": bottom, "left": left, "right": right, "middle": middle + center}
+        length = self.kinds[0].norm()
+        return {word: code * length / code.norm() for word, code in words.items()}
 
 
 def patch_labels(scene: pictures.Scene) -> npt.NDArray[np.int64]:
@@ -119,6 +139,12 @@ def _between(anchors: Tensor, size: int) -> Tensor:
     positions = torch.linspace(0, len(anchors) - 1, size)
     weights = (1 - (positions[:, None] - torch.arange(len(anchors))).abs()).clamp(min=0)
     return weights @ anchors
+
+
+def _thirds(codes: Tensor) -> list[Tensor]:
+    """Return the mean code ``[D]`` of each third of ``[grid, D]``; a code on a border counts for both sides."""
+    place = (torch.arange(len(codes)) + 0.5) * pictures.GRID / len(codes)
+    return [codes[(place - third - 0.5).abs() <= 0.6].mean(0) for third in range(pictures.GRID)]
 
 
 def _tokens(tokenizer: Tokenizer, name: str) -> Iterator[int]:

@@ -6,7 +6,7 @@ No question is ambiguous, and the answers of each kind are balanced.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,17 +41,17 @@ Options = dict[str, str]
 """Questions of one kind about a scene, and their answers."""
 
 
-def ask(scene: Scene, rng: np.random.Generator, count: int, lessons: bool = False) -> list[Question]:
+def ask(scene: Scene, rng: np.random.Generator, count: int, kinds: Collection[str] | None = None) -> list[Question]:
     """Return ``count`` different questions about the scene, with kinds drawn evenly from those that apply.
 
-    ``lessons`` adds the kinds of :data:`LESSONS`.
+    ``kinds`` are keys of :data:`KINDS` and :data:`LESSONS`, by default all of the former.
     """
-    makers = KINDS | LESSONS if lessons else KINDS
+    makers = KINDS if kinds is None else {kind: make for kind, make in (KINDS | LESSONS).items() if kind in kinds}
     choices = {kind: options for kind, make in makers.items() if (options := make(scene))}
-    kinds = list(choices)
+    applying = list(choices)
     asked: dict[str, Question] = {}
     while len(asked) < count:
-        kind = kinds[rng.integers(len(kinds))]
+        kind = applying[rng.integers(len(applying))]
         question = _draw(choices[kind], kind, rng)
         asked[question.text] = question
     return list(asked.values())

@@ -83,7 +83,7 @@ def _corpus() -> list[str]:
     sentences = {TEMPLATES["phi_3"].system.split(">")[1].split("<")[0].strip(), *pictures.GENERIC_GUIDES}
     for _ in range(2000):
         scene = pictures.arrange(rng)
-        asked = [*pictures.ask(scene, rng, 4, lessons=True), *pictures.conversation(scene, rng, 3)]
+        asked = [*pictures.ask(scene, rng, 4, pictures.KINDS | pictures.LESSONS), *pictures.conversation(scene, rng, 3)]
         sentences |= {text for question in asked for text in (question.text, question.answer)}
     words = sorted({word for sentence in sentences for word in re.findall(r"\w+", sentence)})
     attached = [f"({word}" for word in words for _ in range(2000)]

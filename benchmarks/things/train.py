@@ -28,7 +28,6 @@ from fusion_edge.benchmarks.things.tokenizer import write_tokenizer
 from fusion_edge.benchmarks.things.training_data import Batches, Inputs, centered
 from fusion_edge.benchmarks.things.training_model import (
     MAPPING_WEIGHT,
-    gallery_features,
     patch_loss,
     run,
     with_full_kernel,
@@ -158,10 +157,8 @@ def train(training: Training, batches: Batches, validation: Batches, report_minu
         log.info("phase %s from step %d, for %.1f minutes", phase.name, training.step, training.minutes * phase.share)
         before = training.seconds
         started, reported = time.monotonic() - before, before
-        batches.features = None
-        if phase.vision_is_frozen:
-            with torch.autocast("cpu", torch.bfloat16):
-                batches.features = gallery_features(training.leaves, batches.gallery.crops)
+        for one in (batches, validation):
+            one.codes = training.codes if phase.exact_codes else None
         losses: list[tuple[float, float]] = []
         while training.progress < 1:
             losses.append(_step(training, batches, phase))
@@ -190,11 +187,7 @@ def _step(training: Training, batches: Batches, phase: Phase) -> tuple[float, fl
             loss, second = patch_loss(training.leaves, training.codes, centered(crops), labels)
             first = loss
         else:
-            image_tokens = bool(np.random.default_rng([*seed, 1]).random() < phase.image_share)
-            batch = batches.draw(
-                seed, phase.latent_scale, image_tokens, phase.pictures_per_step, phase.questions_per_picture
-            )
-            outcome = run(training.leaves, batch)
+            outcome = run(training.leaves, batches.draw(seed, phase))
             loss = outcome.answer_loss + MAPPING_WEIGHT * outcome.mapping_loss
             first, second = outcome.answer_loss, outcome.mapping_loss
     training.update(loss)
@@ -241,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="checkpoint folder")
-    add("--minutes", type=float, default=100, help="time to train, without rendering (default: %(default)s)")
+    add("--minutes", type=float, default=83, help="time to train, without rendering (default: %(default)s)")
     add("--pictures", type=int, default=16000, help="number of pictures (default: %(default)s)")
     add("--report-minutes", type=float, default=4, help="time between reports (default: %(default)s)")
     add("--threads", type=int, default=2, help="PyTorch threads and rendering processes (default: %(default)s)")

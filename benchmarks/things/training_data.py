@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusion_edge.benchmarks.things import pictures
+from fusion_edge.benchmarks.things.codes import Codes
 from fusion_edge.benchmarks.things.gallery import Gallery
 from fusion_edge.benchmarks.things.initialize import CONFIG
+from fusion_edge.benchmarks.things.phases import Phase
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.prompts.prompt import Prompt, PromptEncoder, PromptLayout, Turn
@@ -46,7 +48,7 @@ class Batch:
     patches: Tensor
     """``[I, 5, P, 432]`` float32 in [-1, 1]."""
     features: Tensor | None
-    """``[I, 4, P, D]``: projected features of the global crops, with a frozen vision tower."""
+    """``[I, 5, P, D]``: exact codes of the crops, in place of the vision tower's features."""
     conversations: list[Conversation]
     instruct: Tensor
     """``[R, T]`` token ids of the guides, padded with 0; T is 0 without a guide."""
@@ -77,37 +79,38 @@ class Batches:
     def __init__(self, gallery: Gallery, checkpoint: Path) -> None:
         """``checkpoint``: folder with the tokenizer."""
         self.gallery = gallery
-        self.features: Tensor | None = None
-        """``[N, 4, P, D]`` of the gallery's global crops; set while the vision tower is frozen."""
+        self.codes: Codes | None = None
+        """Set while batches have exact codes in place of the vision tower's features."""
         self.tokenizer = Tokenizer.from_str(tokenizer_json(checkpoint))
         self._encoder = PromptEncoder(self.tokenizer, TEMPLATES[CONFIG.template])
         self._answer = cache(self._encode_answer)
         self._one_turn = cache(self._encode)
 
-    def draw(
-        self, seed: Sequence[int], latent_scale: float, image_tokens: bool, pictures_per_step: int, questions: int
-    ) -> Batch:
-        """Return a random batch with ``questions`` questions a picture, alone or in conversations of three.
+    def draw(self, seed: Sequence[int], phase: Phase) -> Batch:
+        """Return a random batch of a phase, of questions alone or of conversations of three.
 
-        It has lessons, a random query length and now and then another guide. The same seed gives the same batch.
+        It has a random query length and now and then another guide. The same seed gives the same batch.
         """
         rng = np.random.default_rng(seed)
-        chosen = rng.choice(len(self.gallery.scenes), pictures_per_step, replace=False).tolist()
+        chosen = rng.choice(len(self.gallery.scenes), phase.pictures_per_step, replace=False).tolist()
         drawn = rng.random()
         guide = None
         if drawn < GENERIC + EMPTY:
             guide = str(rng.choice(pictures.GENERIC_GUIDES)) if drawn < GENERIC else ""
         query_length = int(rng.choice(CONFIG.alignment.query_lengths))
-        turns = 3 if rng.random() < 0.3 else 1
+        turns = int(rng.choice(phase.turns))
+        image_tokens = bool(rng.random() < phase.image_share)
+        questions = phase.questions_per_picture
         scenes = [self.gallery.scenes[i] for i in chosen]
         conversations: list[Conversation] = []
+        follows = rng.random() < phase.conversation_share
         for scene in scenes:
-            if turns == 1:
-                asked = pictures.ask(scene, rng, questions, lessons=True)
-                conversations += [[question] for question in asked]
+            if follows:
+                conversations += [pictures.conversation(scene, rng, 3) for _ in range(questions // 3)]
             else:
-                conversations += [pictures.conversation(scene, rng, turns) for _ in range(max(questions // turns, 1))]
-        return self.batch(chosen, conversations, Inputs(query_length, latent_scale, image_tokens, guide))
+                asked = pictures.ask(scene, rng, questions, phase.kinds)
+                conversations += [asked[start : start + turns] for start in range(0, questions, turns)]
+        return self.batch(chosen, conversations, Inputs(query_length, phase.latent_scale, image_tokens, guide))
 
     def batch(self, chosen: Sequence[int], conversations: list[Conversation], inputs: Inputs) -> Batch:
         """Return a batch of the chosen pictures, each with as many of the conversations, in the same order."""
@@ -128,7 +131,7 @@ class Batches:
         rows = list(chosen)
         return Batch(
             patches=centered(torch.from_numpy(self.gallery.crops[rows])),
-            features=None if self.features is None else self.features[rows].float(),
+            features=None if self.codes is None else self.codes.features(torch.from_numpy(self.gallery.labels[rows])),
             conversations=conversations,
             instruct=torch.from_numpy(instruct),
             tokens=torch.from_numpy(tokens),

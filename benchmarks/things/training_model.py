@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from fusion_edge.benchmarks.things.codes import BACKGROUNDS, Codes
 from fusion_edge.benchmarks.things.gallery import KERNEL, REDUCTION
 from fusion_edge.benchmarks.things.initialize import CONFIG, PATCH_KERNEL
-from fusion_edge.benchmarks.things.training_data import IGNORED, Batch, centered
+from fusion_edge.benchmarks.things.training_data import IGNORED, Batch
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.model import architecture
 from fusion_edge.export.model.eager import EagerOperations
@@ -25,7 +23,6 @@ MAPPING_WEIGHT = 0.1
 CODE_WEIGHT = 4.0  # of the squared error of codes, beside the cross-entropy of what a patch shows
 BACKGROUND_WEIGHT = 0.2  # most patches are background
 SHARPNESS = 1 / 8  # factor of the products of features and codes
-FEATURES_AT_ONCE = 50  # pictures
 
 
 def with_small_kernel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,8 +125,11 @@ def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outco
     x = F.embedding(batch.tokens, ops.get("llm.embed_tokens.weight"))
     mapping_loss = x.new_zeros(())
     if batch.inputs.image_tokens:
-        local = embedded_patches(ops, batch.patches[:, GLOBAL_CROPS])
-        image, mapping_loss = _local(ops, batch, local.repeat_interleave(sequences, 0))
+        if batch.features is None:
+            local = embedded_patches(ops, batch.patches[:, GLOBAL_CROPS])
+            image, mapping_loss = _local(ops, batch, local.repeat_interleave(sequences, 0))
+        else:
+            image = batch.features[:, GLOBAL_CROPS].repeat_interleave(sequences, 0)
         start = batch.image_start
         x = torch.cat([x[:, :start], image.to(x.dtype), x[:, start + image.shape[1] :]], 1)
     rows = _flat(batch.latent_rows, x.shape[1])
@@ -191,19 +191,12 @@ def crop_features(ops: TrainingOperations, crops: Tensor) -> Tensor:
     return architecture.project_vision(ops, rows).reshape(*crops.shape[:3], -1)
 
 
-def gallery_features(leaves: Mapping[str, Tensor], crops: npt.NDArray[np.uint8]) -> Tensor:
-    """Return bfloat16 features ``[N,4,P,D]`` of a gallery's crops ``[N,5,P,432]``, for a frozen vision tower."""
-    with torch.no_grad():
-        ops = TrainingOperations(leaves)
-        parts = torch.split(torch.from_numpy(crops[:, :GLOBAL_CROPS]), FEATURES_AT_ONCE)
-        return torch.cat([crop_features(ops, centered(part)).detach().to(torch.bfloat16) for part in parts])
-
-
 def _pooled(ops: TrainingOperations, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return latents ``[I,q,D]`` and their windows ``[I,q,9,D]``, encoded once per picture."""
-    features = batch.features
-    if features is None:
+    if batch.features is None:
         features = crop_features(ops, batch.patches[:, :GLOBAL_CROPS])
+    else:
+        features = batch.features[:, :GLOBAL_CROPS].float()
     cells = alignment_cells(2 * CONFIG.vision.grid, batch.inputs.query_length, CONFIG.alignment.window_size)
     return architecture.pool_image(ops, CONFIG, features.flatten(0, 1), *map(torch.from_numpy, cells))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fusion_edge.benchmarks.things import pictures, train, training_model
 from fusion_edge.benchmarks.things.codes import BACKGROUNDS, BLOCK, HEAD_SCALE, KINDS, Codes, patch_labels
 from fusion_edge.benchmarks.things.gallery import FIRST_SEED, Gallery
 from fusion_edge.benchmarks.things.initialize import CONFIG, HEAD, INPUT, initial_tensors, write_checkpoint
+from fusion_edge.benchmarks.things.phases import PHASES, Phase
 from fusion_edge.benchmarks.things.pictures import Scene, Thing
 from fusion_edge.benchmarks.things.training_data import IGNORED, Batches, Conversation, Inputs
 from fusion_edge.benchmarks.things.training_model import TrainingOperations, run, with_small_kernel
@@ -82,6 +84,19 @@ def test_names_start_as_their_codes(checkpoint: Path, batches: Batches) -> None:
         assert torch.equal(tensors[HEAD][token], HEAD_SCALE * codes.kinds[KINDS.index("dog")])
 
 
+def test_words_of_places_start_near_their_rows_and_columns(checkpoint: Path, batches: Batches) -> None:
+    tensors, codes = initial_tensors(seed=0), Codes.draw(seed=0)
+    codes.start_names(tensors, batches.tokenizer)
+
+    def nearest(word: str, places: torch.Tensor) -> list[int]:
+        token = batches.tokenizer.encode(f"the {word}", add_special_tokens=False).ids[-1]
+        products = (places - places.mean(0)) @ tensors[INPUT][token].float()
+        return sorted(products.topk(2).indices.tolist())
+
+    assert [nearest(word, codes.rows) for word in ("top", "middle", "bottom")] == [[0, 1], [3, 4], [6, 7]]
+    assert [nearest(word, codes.columns) for word in ("left", "middle", "right")] == [[0, 1], [3, 4], [6, 7]]
+
+
 def test_gallery_does_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusion_edge.benchmarks.things.gallery.PART", 3)
     one, two = (Gallery.render("held_out", 2, 5, processes) for processes in (1, 2))
@@ -127,6 +142,45 @@ def test_batch_answers_as_its_conversations_one_by_one(batches: Batches, turns: 
         tokens += count
     assert together.correct.shape == (4, turns)
     assert together.answer_loss.item() == pytest.approx(loss / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("phase", PHASES[1:], ids=lambda phase: phase.name)
+def test_a_draw_fits_its_phase(batches: Batches, phase: Phase) -> None:
+    drawn = [batches.draw([seed], replace(phase, pictures_per_step=2)) for seed in range(40)]
+    lengths = {len(asked) for batch in drawn for asked in batch.conversations}
+    assert lengths == {*phase.turns} | ({3} if phase.conversation_share else set())
+    quizzes = [asked for batch in drawn for asked in batch.conversations if len(asked) in phase.turns]
+    assert {question.kind for asked in quizzes for question in asked} <= phase.kinds
+    assert {sum(map(len, batch.conversations)) for batch in drawn} <= {
+        2 * phase.questions_per_picture,
+        2 * (phase.questions_per_picture // 3) * 3,
+    }
+    assert any(batch.inputs.image_tokens for batch in drawn) == (phase.image_share > 0)
+    assert {(len(batch.patches), batch.inputs.latent_scale) for batch in drawn} == {(2, phase.latent_scale)}
+    assert len({batch.inputs.guide for batch in drawn}) > 2
+
+
+def test_phases_take_all_of_the_time() -> None:
+    assert sum(phase.share for phase in PHASES) == pytest.approx(1, abs=1e-3)
+
+
+def test_exact_codes_replace_the_vision_tower(checkpoint: Path, batches: Batches) -> None:
+    """Pictures no longer matter, labels do."""
+    leaves = with_small_kernel(initial_tensors(seed=1))
+    asked = [[pictures.ask(scene, np.random.default_rng(0), 1)[0]] for scene in batches.gallery.scenes[:2]]
+    coded = Batches(batches.gallery, checkpoint)
+    coded.codes = Codes.draw(seed=0)
+    batch = coded.batch([0, 1], [*asked], Inputs(4, 1.0, True))
+    loss = run(leaves, batch).answer_loss
+    assert run(leaves, replace(batch, patches=torch.zeros_like(batch.patches))).answer_loss == loss
+    assert batch.features is not None
+    assert run(leaves, replace(batch, features=batch.features.flip(0))).answer_loss != loss
+    assert run(leaves, replace(batch, features=None)).answer_loss != loss
+
+
+def test_features_of_a_perfect_tower_are_the_codes(batches: Batches) -> None:
+    codes, labels = Codes.draw(seed=0), torch.from_numpy(batches.gallery.labels[:2, :4])
+    assert torch.equal(codes.features(labels), (codes.contents[labels] + codes.places).bfloat16())
 
 
 def test_targets_are_the_answers(batches: Batches) -> None:
