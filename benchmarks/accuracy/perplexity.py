@@ -36,7 +36,7 @@ class TextModel:
         bundle = open_bundle(folder)
         manifest = bundle.manifest
         self._embeddings = Embeddings(bundle)
-        self._cache = graphs.cache_specs(manifest.model, manifest.cache)
+        self._cache = manifest.cache_specs
         alignment, hidden = manifest.model.alignment, manifest.model.language.hidden_size
         context = np.zeros((alignment.layers, 0, alignment.window_size**2, hidden), np.float32)
         self._activations = manifest.activations

@@ -15,6 +15,7 @@ from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.export.planning.rules import LM_HEAD
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, VISION_HEADS
+from fusion_edge.runtime.bundle.graphs import cache_token_bytes
 from fusion_edge.runtime.bundle.image_memory import image_memory
 from fusion_edge.runtime.formatting import format_bytes
 
@@ -104,7 +105,7 @@ def _weights(plan: ExportPlan) -> int:
 
 
 def _key_value_cache(plan: ExportPlan) -> int:
-    return plan.config.language.cache_values * plan.options.max_context * _item(plan.options.cache)
+    return plan.options.max_context * cache_token_bytes(plan.config, plan.options.target.name, plan.options.cache)
 
 
 def _activations(plan: ExportPlan) -> int:

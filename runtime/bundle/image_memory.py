@@ -33,5 +33,4 @@ def image_memory(manifest: Manifest) -> ImageMemory:
     pixels = (GLOBAL_CROPS + 1) * crop + crop * np.dtype(np.float32).itemsize  # the local crop also as floats
     tokens = min(START_TOKENS + manifest.image_side**2, manifest.max_context)
     tokens = manifest.max_context if manifest.target == "cuda" else tokens
-    token_bytes = config.language.cache_values * np.dtype(manifest.cache).itemsize
-    return ImageMemory(cached_image=values + pixels, scene_prefix=tokens * token_bytes)
+    return ImageMemory(cached_image=values + pixels, scene_prefix=tokens * manifest.cache_token_bytes)
