@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from fusion_edge.export.engines.decompositions import allow_decomposition
+from fusion_edge.benchmarks.row_cache_graph import row_cache_attention
+from fusion_edge.export.engines.decompositions import allow_decomposition, use_attention
 from fusion_edge.export.engines.optimization_profiles import DimensionRanges
 
 CAPACITY, WINDOW, PROMPT = 4096, 1024, 921
@@ -20,6 +21,7 @@ HALF, FP8, INT8 = TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.INT
 NEVER = -65504.0
 """Score of a token that is not attended to."""
 IN_PLACE = "TensorScatter"
+AS_BUILT = "INT8, as --kv-cache int8 builds it"
 FIRST = f", first {WINDOW:,} tokens"
 
 
@@ -300,6 +302,17 @@ def _product(graph: Graph, queries: str, keys: str, name: str) -> str:
     return graph.node("MatMul", [queries, graph.transpose(keys, 0, 1, 3, 2)], name)
 
 
+def as_built(heads: Heads) -> ModelProto:
+    """Return attention of a bundle with an int8 cache, as ``fusion-build`` gives it to TensorRT.
+
+    It differs from :func:`read_by_sums` in prompts, which attend with the operator Attention.
+    """
+    model = row_cache_attention(heads.queries, heads.keys, heads.dim)
+    use_attention(model)
+    allow_decomposition(model)
+    return model
+
+
 # What is compared -------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +328,10 @@ def _prompts() -> DimensionRanges:
 def _steps(window: int) -> DimensionRanges:
     sizes: Mapping[str, int] = {"positions": 1, "slots": window, "prefix": 0, "tokens": window + 1}
     return {name: (size, size, size) for name, size in sizes.items()}
+
+
+def _built(window: int = CAPACITY) -> Form:
+    return Form(as_built, (_prompts(), _steps(window)))
 
 
 def _sums(cache: int, window: int = CAPACITY) -> Form:
@@ -337,6 +354,8 @@ FORMS: dict[str, Form] = {
     f"FP8, updated outside, products and sums{FIRST}": _sums(FP8, WINDOW),
     "INT8, updated outside, products and sums": _sums(INT8),
     f"INT8, updated outside, products and sums{FIRST}": _sums(INT8, WINDOW),
+    AS_BUILT: _built(),
+    f"{AS_BUILT}{FIRST}": _built(WINDOW),
     "float16, updated outside, products and sums": _sums(HALF),
     f"float16, updated outside, products and sums{FIRST}": _sums(HALF, WINDOW),
 }

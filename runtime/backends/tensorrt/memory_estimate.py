@@ -30,6 +30,12 @@ def activation_bytes(config: FusionConfig, max_context: int) -> int:
     return FLOAT16_BYTES * max(tower, max_context * (3 * language.hidden_size + 4 * language.mlp_width))
 
 
+def prompt_cache_bytes(manifest: Manifest, max_context: int) -> int:
+    """Return the bytes of one layer's dequantized keys and values, which a prompt with an int8 cache reads."""
+    language = manifest.model.language
+    return 2 * FLOAT16_BYTES * language.kv_heads * language.head_dim * max_context * manifest.has_row_cache
+
+
 def tensor_bytes(engines: Iterable[Engine]) -> int:
     """Return the bytes of all inputs and outputs at their largest.
 
@@ -48,8 +54,9 @@ def tensor_bytes(engines: Iterable[Engine]) -> int:
 def needed_bytes(manifest: Manifest, engines: Engines, max_context: int) -> int:
     """Estimate the device memory of the engines, or an upper bound for engines rebuilt with a smaller context."""
     tensors = tensor_bytes(engine for parts in engines.engines.values() for engine in parts)
+    activations = activation_bytes(manifest.model, max_context) + prompt_cache_bytes(manifest, max_context)
     saved = manifest.cache_token_bytes * (engines.max_context - max_context)
-    return RUNTIME_BYTES + engines.size + tensors - saved + activation_bytes(manifest.model, max_context)
+    return RUNTIME_BYTES + engines.size + tensors - saved + activations
 
 
 def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> None:
