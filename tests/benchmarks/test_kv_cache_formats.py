@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support.opset24 import needs_opset_24
 
 from fusion_edge.benchmarks import kv_cache_formats
-from fusion_edge.benchmarks.kv_cache_formats import MODELS, Result, measured, moved_bytes, table
-from fusion_edge.benchmarks.kv_cache_graphs import CAPACITY, FIRST, INT8, WINDOW, Heads, read_by_sums
+from fusion_edge.benchmarks.kv_cache_formats import MODELS, Result, layers, measured, moved_bytes, table
+from fusion_edge.benchmarks.kv_cache_graphs import AS_BUILT, CAPACITY, FIRST, INT8, WINDOW, Heads, read_by_sums
 
 HEADS = MODELS["8B"]
 CACHE = HEADS.row * CAPACITY
@@ -30,6 +30,8 @@ CACHE = HEADS.row * CAPACITY
         ("FP8, updated outside, Attention", 10),
         ("FP8, updated outside, products and sums", 2),
         (f"FP8, updated outside, products and sums{FIRST}", 2 * WINDOW / CAPACITY),
+        (AS_BUILT, 2),
+        (f"{AS_BUILT}{FIRST}", 2 * WINDOW / CAPACITY),
     ],
 )
 def test_moved_bytes(form: str, caches: float) -> None:
@@ -38,6 +40,14 @@ def test_moved_bytes(form: str, caches: float) -> None:
     moved = moved_bytes(form, HEADS, "12.0")
     assert isinstance(moved, int)
     assert caches * CACHE <= moved <= caches * (CACHE + 0.8e6)
+
+
+def test_prompts_attend_with_a_fused_kernel() -> None:
+    """With the form that ``--kv-cache int8`` builds; decode steps have no layer of it."""
+    pytest.importorskip("tensorrt_rtx")
+    found = layers(AS_BUILT, HEADS, "8.6")
+    assert isinstance(found, list)
+    assert [any("mha" in name for name in profile) for profile in found] == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["FP8", "INT8"])

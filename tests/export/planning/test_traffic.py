@@ -58,6 +58,33 @@ def test_a_window_is_copied(length: int, tokens: int) -> None:
     assert moved_tokens(length, 4096) == tokens
 
 
+def test_a_window_of_an_int8_cache_is_not_copied() -> None:
+    """So each half of a larger window is one, too."""
+    assert decode_windows(4096, has_row_cache=True) == [512, 1024, 2048, 4096]
+    assert decode_windows(512, has_row_cache=True) == [512]
+    assert [moved_tokens(length, 4096, has_row_cache=True) for length in (1, 512, 513, 4096)] == [512, 512, 1024, 4096]
+
+
+def test_an_int8_cache_has_half_of_the_bytes_and_scales(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scale of two bytes for each token, layer and head of keys and of values: on the bus, and in memory."""
+    command = str(tiny_checkpoint), "--target=tensorrt", "--fp16", "--max-context=256"
+    language = TINY.language
+    saved = language.cache_values - 4 * language.layers * language.kv_heads
+    reports = []
+    for cache in ("float", "int8"):
+        assert cli.main([*command, f"--kv-cache={cache}", "--dry-run", "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    plain, int8 = reports
+    step = "decode step, up to 256 tokens"
+    assert plain["traffic"][step]["fused"] - int8["traffic"][step]["fused"] == 256 * saved
+    assert plain["key_value_cache"] - int8["key_value_cache"] == 256 * saved
+    assert int8["scene_prefix"] / plain["scene_prefix"] == int8["key_value_cache"] / plain["key_value_cache"]
+    prompt = 4 * language.kv_heads * language.head_dim * 256  # keys and values of a layer, dequantized
+    assert int8["activations"] - plain["activations"] == prompt
+
+
 def traffic(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, dict[str, int]]:
     assert cli.main([*command, "--dry-run", "--json"]) == 0
     found: dict[str, dict[str, int]] = json.loads(capsys.readouterr().out)["traffic"]

@@ -19,7 +19,7 @@ from support.backend_contract import HALF, LENGTH, PREFIX, Subject
 from support.opset24 import needs_opset_24
 
 from fusion_edge.export import cli
-from fusion_edge.export.engines import engine_check
+from fusion_edge.export.engines import engine_check, optimization_profiles
 from fusion_edge.export.planning import traffic
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends.base import Floats, KvPrefix
@@ -291,3 +291,18 @@ def test_comparison_with_the_cpu(bundle: Bundle) -> None:
     squared = {stage.stage: (stage.limit / engine_check.GROWTH) ** 2 for stage in check.stages}
     others = (1 + config.alignment.layers + layers) * engine_check.ROUNDINGS * engine_check.HALF_ROUNDING**2
     assert squared["prefill"] == pytest.approx(others + rounded)
+
+
+def test_profiles(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts read no slots, and steps no prefix. Short prompts are those behind a scene's tokens."""
+    monkeypatch.setattr(optimization_profiles, "SHORT_PROMPT", (40, 70))
+    monkeypatch.setattr(traffic, "SMALLEST_WINDOW", 256)
+    manifest = bundle.manifest
+    limits = optimization_profiles.engine_limits(manifest, manifest.max_context)
+    short, whole, *steps = optimization_profiles.optimization_profiles(manifest, limits)[LLM]
+    most = manifest.max_context
+    assert (short["positions"], short["slots"], short["prefix"]) == ((40, 64, 70), (0, 0, 0), (0, 16, most - 1))
+    assert (whole["positions"], whole["slots"], whole["prefix"]) == ((1, 80, most), (0, 0, 0), (0, 0, most - 1))
+    slots = cache_slots(manifest.cache_specs, most)
+    assert [step["slots"] for step in steps] == [(256,) * 3, (slots,) * 3]
+    assert all(step["prefix"] == (0, 0, 0) and step["positions"] == (1, 1, 1) for step in steps)
