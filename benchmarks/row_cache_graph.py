@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 from onnx import ModelProto
 
 from fusion_edge.export.lowering.base import Settings
@@ -31,6 +35,20 @@ def row_cache_attention(heads: int, kv_heads: int, dim: int) -> ModelProto:
     q, k, v = (operations.input(name) for name in "qkv")
     operations.output(operations.row_cache_attention(q, k, v, 0), "result")
     return builder.model("llm.data", "0")
+
+
+def quantized(rows: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Return codes ``[tokens,heads,dim]`` and scales ``[tokens,heads]`` of rows ``[tokens,heads,dim]``, in NumPy."""
+    wide = rows.astype(np.float32)
+    scales = np.maximum(np.abs(wide).max(-1) * np.float32(128 / 127), np.float32(2**-14)).astype(np.float16)
+    parts = wide / scales[..., None].astype(np.float32)
+    return np.rint(parts * 128).clip(-128, 127).astype(np.int8), scales
+
+
+def dequantized(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float64]:
+    """Return the values ``[tokens,heads,dim]`` of codes and scales."""
+    values: npt.NDArray[Any] = codes.astype(np.float64) / 128 * scales[..., None].astype(np.float64)
+    return values
 
 
 def _rows(name: str, heads: int, dim: int) -> TensorSpec:

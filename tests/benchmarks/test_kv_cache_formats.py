@@ -35,11 +35,11 @@ CACHE = HEADS.row * CAPACITY
     ],
 )
 def test_moved_bytes(form: str, caches: float) -> None:
-    """In caches of keys in 8 bits. Scores and attention weights are the rest."""
+    """In caches of keys in 8 bits. Scores, attention weights and scales are the rest."""
     pytest.importorskip("tensorrt_rtx")
     moved = moved_bytes(form, HEADS, "12.0")
     assert isinstance(moved, int)
-    assert caches * CACHE <= moved <= caches * (CACHE + 0.8e6)
+    assert caches * CACHE <= moved <= caches * (CACHE + 0.9e6)
 
 
 def test_prompts_attend_with_a_fused_kernel() -> None:

@@ -25,6 +25,9 @@ KvMemory = Mapping[str, ort.OrtValue]
 class LlmSession:
     """The LLM with its KV cache, which is bound as input and output, so updated in place.
 
+    Graphs with a row cache (:func:`fusion_edge.runtime.bundle.graphs.has_row_cache`) write the rows of a prompt behind
+    those that they read, and the row of a decode step to memory of its own, from which it is copied.
+
     A sequence uses the start of the session's memory, up to its capacity: prefill of an int8 cache copies everything
     after the prompt. A prefix has memory of its own, and sequences behind it use the rest of it, so nothing is copied.
 
@@ -190,7 +193,7 @@ class LlmSession:
             self._graph.bind_output(binding, f"new.{spec.name}", pointer, _shape(spec, count))
 
     def _store_row(self) -> None:
-        """Copy the cache rows of a decode step to their place; nothing if the graph has written them there."""
+        """Copy the row of a decode step to its place in a row cache."""
         memory = self._memory if self._prefix is None else self._prefix.memory
         for spec in self._specs if self._has_row_cache else ():
             size = graphs.row_bytes(spec)

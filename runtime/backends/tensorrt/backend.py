@@ -277,7 +277,7 @@ class TensorRTBackend:
         """
         refusals = []
         for number, window in enumerate(self._windows):
-            dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": window} | self._cache.step_sizes
+            dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": window, **self._cache.step_sizes}
             self._graphs[LLM].set_dimensions(len(self._prompts) + number, dimensions)
             self._write_decode_step(0, 0)
             self._decode_step(number)  # a first run does work that cannot be captured

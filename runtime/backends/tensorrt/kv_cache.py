@@ -28,11 +28,10 @@ class KvCache(Protocol):
     """Address of each input and output of the engines, by name."""
     step_inputs: tuple[str, ...]
     """Inputs of a decode step that place its token: each is its position."""
-
     step_sizes: Mapping[str, int]
     """Sizes of the cache's dimensions in a decode step, but for its slots."""
 
-    def start(self, length: int, slots: DeviceTensor, stream: int) -> Mapping[str, int]:
+    def start(self, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
         """Prepare for a prompt behind ``length`` tokens. Return the addresses that its engines' tensors have then.
 
         ``slots`` is the engines' input of that name.
@@ -64,11 +63,13 @@ class InPlaceCache:
 
     def __init__(self, tensors: Mapping[str, DeviceTensor], max_context: int) -> None:
         """``tensors``: ``[1,heads,capacity,width]``, by name without ``past``."""
-        self.parts = list(tensors.values())
-        self.pointers = {f"{way}.{name}": one.pointer for way in ("past", "present") for name, one in tensors.items()}
+        self.parts: Sequence[DeviceTensor] = list(tensors.values())
+        self.pointers: Mapping[str, int] = {
+            f"{way}.{name}": one.pointer for way in ("past", "present") for name, one in tensors.items()
+        }
         self._max_context = max_context
 
-    def start(self, length: int, slots: DeviceTensor, stream: int) -> Mapping[str, int]:
+    def start(self, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
         return {}
 
     def prompt_sizes(self, start: int, length: int) -> dict[str, int]:
@@ -131,16 +132,17 @@ class RowCache:
         for spec in specs:
             by_type.setdefault(spec.dtype, []).append(spec)
         self._parts = [_part(memory, same, slots) for same in by_type.values()]
-        self.parts = [part.memory for part in self._parts]
-        self.pointers: dict[str, int] = {}
+        self.parts: Sequence[DeviceTensor] = [part.memory for part in self._parts]
+        pointers: dict[str, int] = {}
         for part in self._parts:
             for i, (name, address) in enumerate(zip(part.names, part.addresses(0), strict=True)):
-                self.pointers |= {f"slots.{name}": address, f"prefix.{name}": address}
-                self.pointers[f"new.{name}"] = part.step + i * part.step_pitch
+                pointers |= {f"slots.{name}": address, f"prefix.{name}": address}
+                pointers[f"new.{name}"] = part.step + i * part.step_pitch
+        self.pointers: Mapping[str, int] = pointers
         self._unused = self._behind = 0
         """Unused slots, and tokens in front of them."""
 
-    def start(self, length: int, slots: DeviceTensor, stream: int) -> Mapping[str, int]:
+    def start(self, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
         first = -(-length // self._row_step) * self._row_step
         unused, behind = first - length, length if first > length else 0
         if (unused, behind) != (self._unused, self._behind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,23 @@ def test_attention(dim: int, rows: int, length: int) -> None:
     assert error(case, computed) <= case.tolerance
     with pytest.raises(FusionError, match="elements are wrong"):
         error(case, np.roll(computed, 1, axis=1))  # of another head
+
+
+@needs_opset_24
+@pytest.mark.parametrize(("rows", "before"), [(16, 24), (1, 40)])
+@pytest.mark.parametrize("dim", [96, 128])
+def test_row_cache(rows: int, before: int, dim: int) -> None:
+    case = operators.row_cache(rows, before, heads=2, dim=dim)
+    computed = outputs(case)
+    assert error(case, computed) <= case.tolerance
+    assert case.tolerance < 0.1 * computed.astype(np.float64).std()
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, np.roll(computed, 1, axis=1))  # of another head
+    forgotten = dict(case.inputs)
+    for name in ("slots", "prefix"):
+        forgotten |= {key: np.zeros_like(array) for key, array in case.inputs.items() if key.startswith(f"{name}.")}
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, outputs(dataclasses.replace(case, inputs=forgotten)))
 
 
 def test_attention_decomposed_for_older_versions() -> None:

@@ -20,7 +20,7 @@ from support.checkpoints import TINY, write_checkpoint
 from support.opset24 import needs_opset_24
 from torch import Tensor
 
-from fusion_edge.benchmarks.row_cache_graph import row_cache_attention
+from fusion_edge.benchmarks.row_cache_graph import dequantized, quantized, row_cache_attention
 from fusion_edge.export import cli
 from fusion_edge.export.model.eager import KeyValueCache
 from fusion_edge.export.reference.bundle_weights import BundleWeights
@@ -39,18 +39,6 @@ INT8_CACHE = 0.05
 """Tolerance between an int8 and a float cache, in standard deviations. The largest of 16 values is about twice their
 root mean square, so a code rounds by 2 / 127 / sqrt(12) = 0.005 of it. Keys and values of two layers add up to 0.01,
 and the largest of a thousand logits is four deviations; the rest is float16."""
-
-
-def quantized(rows: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
-    """Return codes ``[tokens,heads,dim]`` and scales ``[tokens,heads]`` of float16 rows ``[tokens,heads,dim]``."""
-    wide = rows.astype(np.float32)
-    scales = np.maximum(np.abs(wide).max(-1) * np.float32(128 / 127), np.float32(2**-14)).astype(np.float16)
-    parts = wide / scales[..., None].astype(np.float32)
-    return np.rint(parts * 128).clip(-128, 127).astype(np.int8), scales
-
-
-def values_of(codes: Array, scales: Array) -> Array:
-    return codes.astype(np.float64) / 128 * scales[..., None].astype(np.float64)
 
 
 @functools.cache
@@ -111,7 +99,7 @@ def test_attention_of_a_step_and_of_a_prompt(
         assert np.array_equal(outputs[f"new.0.{part}"], codes)
         assert np.array_equal(outputs[f"new.0.{part}_scale"], scales)
     keys, values = (
-        np.concatenate([values_of(*past[part])[used], values_of(*stored[part])]).repeat(groups, axis=1)
+        np.concatenate([dequantized(*past[part])[used], dequantized(*stored[part])]).repeat(groups, axis=1)
         for part in PARTS
     )
     scores = np.einsum("lhd,thd->hlt", query.astype(np.float64), keys) / DIM**0.5
@@ -157,7 +145,7 @@ def test_matches_the_eager_interpreter(bundle: Bundle, monkeypatch: pytest.Monke
 
     def rounded(x: Tensor) -> Tensor:
         codes, scales = quantized(x.half().numpy())
-        return torch.from_numpy(values_of(codes, scales).astype(np.float32))
+        return torch.from_numpy(dequantized(codes, scales).astype(np.float32))
 
     monkeypatch.setattr(KeyValueCache, "extend", lambda self, layer, k, v: extend(self, layer, rounded(k), rounded(v)))
     same = eager()
