@@ -82,7 +82,7 @@ def test_row_cache(rows: int, before: int, dim: int) -> None:
     case = operators.row_cache(rows, before, heads=2, dim=dim)
     computed = outputs(case)
     assert error(case, computed) <= case.tolerance
-    assert case.tolerance < 0.1 * computed.astype(np.float64).std()
+    assert case.tolerance < 0.2 * computed.astype(np.float64).std()
     with pytest.raises(FusionError, match="elements are wrong"):
         error(case, np.roll(computed, 1, axis=1))  # of another head
     forgotten = dict(case.inputs)
