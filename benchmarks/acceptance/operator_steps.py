@@ -107,14 +107,17 @@ def attention(workspace: Workspace, dim: int) -> Outcome:
 
 
 def int8_cache(workspace: Workspace, dim: int) -> Outcome:
-    """Check attention to an int8 KV cache that engines only read: a prompt behind a prefix, and a decode step.
+    """Check attention to an int8 KV cache that engines only read: a prompt behind a prefix, and decode steps.
 
-    The decode step has as many tokens as that of :func:`attention`, whose cache is float16.
+    The second one has equal shares of small values.
+
+    Decode steps have as many tokens as that of :func:`attention`, whose cache is float16.
     """
     target = find_target()
     figures: dict[str, Any] = {}
-    for name, rows, before in (("prompt", 256, 256), ("decode", 1, operators.CAPACITY - 1)):
-        case = operators.row_cache(rows, before, dim=dim)
+    step = 1, operators.CAPACITY - 1
+    for name, rows, before in (("prompt", 256, 256), ("decode", *step), ("decode-flat", *step)):
+        case = operators.row_cache(rows, before, dim=dim, is_flat=name == "decode-flat")
         use_attention(case.model)
         case = _supported(target, case)
         allow_decomposition(case.model)

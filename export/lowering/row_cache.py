@@ -60,13 +60,13 @@ class RowCacheOperations(OnnxOperations):
         The scale in float16 is rounded once, and codes are quotients in float32, so every runtime gets the same.
         """
         rows = self._node("Transpose", [self._rows(x)], f"new.{name}", perm=[1, 0, 2])
-        axis, wide = self.builder.constant([2]), TensorProto.FLOAT
-        largest = self._node("Cast", [self._node("ReduceMax", [self._node("Abs", [rows]), axis])], to=wide)
+        axis = self.builder.constant([2])
+        largest = self._wide(self._node("ReduceMax", [self._node("Abs", [rows]), axis]))
         factor = self.builder.constant(1 / (LARGEST_CODE * STEP), "float32")
         least = self.builder.constant(SMALLEST_SCALE, "float32")
         exact = self._node("Max", [self._node("Mul", [largest, factor]), least])
         scale = self._node("Cast", [exact], to=TensorProto.FLOAT16)
-        parts = self._node("Div", [self._node("Cast", [rows], to=wide), self._node("Cast", [scale], to=wide)])
+        parts = self._node("Div", [self._wide(rows), self._wide(scale)])
         quantization = self.builder.constant(STEP, "float32"), self.builder.constant(0, "int8")
         codes = self.builder.node("QuantizeLinear", [parts.name, *quantization], outputs=[f"new.{name}"])
         scales = self.builder.node("Squeeze", [scale.name, axis], outputs=[f"new.{name}_scale"])
@@ -90,29 +90,40 @@ class RowCacheOperations(OnnxOperations):
         counts = [self._node("Shape", ["slots"]), self._node("Shape", ["positions"], start=1, end=2)]
         parts = self.builder.node("Split", [shares.name, self.concat(counts, axis=0).name], outputs=2, axis=-1)
         weighted = [self._weighted(self.input(part), rows) for part, rows in zip(parts, (used[1], own[1]), strict=True)]
-        return self._reshape(weighted[0] + weighted[1], 1, language.heads, 0, 0)
+        total = self._node("Cast", [weighted[0] + weighted[1]], to=TensorProto.FLOAT16)
+        return self._reshape(total, 1, language.heads, 0, 0)
 
     def _scores(self, queries: OnnxValue, keys: tuple[OnnxValue, OnnxValue]) -> OnnxValue:
-        """Multiply ``[kv_heads,groups,S,1,dim]`` with keys -> ``[kv_heads,groups,S,tokens]``."""
-        values, scales = self._broadcast(keys)
+        """Multiply ``[kv_heads,groups,S,1,dim]`` with keys -> ``[kv_heads,groups,S,tokens]``.
+
+        In float16: TensorRT-RTX would write sums in float32. A product that is subnormal adds nothing to a score.
+        """
+        values, scales = self._broadcast(keys, "float16")
         total = self._node("ReduceSum", [queries * values, self.builder.constant([4])], keepdims=0)
         return total * scales
 
     def _weighted(self, shares: OnnxValue, rows: tuple[OnnxValue, OnnxValue]) -> OnnxValue:
-        """Add values ``[kv_heads,groups,S,tokens]`` -> ``[kv_heads,groups,S,dim]``."""
-        values, scales = self._broadcast(rows)
-        weights = self._node("Unsqueeze", [shares * scales, self.builder.constant([4])])
+        """Add values ``[kv_heads,groups,S,tokens]`` -> ``[kv_heads,groups,S,dim]`` float32.
+
+        One of thousands of equal shares of a small value is subnormal in float16.
+        """
+        values, scales = self._broadcast(rows, "float32")
+        weights = self._node("Unsqueeze", [self._wide(shares) * self._wide(scales), self.builder.constant([4])])
         return self._node("ReduceSum", [weights * values, self.builder.constant([3])], keepdims=0)
 
-    def _broadcast(self, rows: tuple[OnnxValue, OnnxValue]) -> tuple[OnnxValue, OnnxValue]:
+    def _broadcast(self, rows: tuple[OnnxValue, OnnxValue], dtype: str) -> tuple[OnnxValue, OnnxValue]:
         """Return codes as parts of the scale ``[kv_heads,1,1,tokens,dim]``, and scales ``[kv_heads,1,1,tokens]``."""
         axes = self.builder.constant([1, 2])
         scales = self._node("Transpose", [rows[1]], perm=[1, 0])
-        return self._node("Unsqueeze", [self._by_head(rows[0]), axes]), self._node("Unsqueeze", [scales, axes])
+        codes = self._by_head(rows[0], dtype)
+        return self._node("Unsqueeze", [codes, axes]), self._node("Unsqueeze", [scales, axes])
 
-    def _by_head(self, codes: OnnxValue) -> OnnxValue:
-        """Return codes ``[tokens,kv_heads,dim]`` as parts of the scale, ``[kv_heads,tokens,dim]`` float16."""
-        parts = self._node("DequantizeLinear", [codes, self.builder.constant(STEP, "float16")])
+    def _wide(self, x: OnnxValue) -> OnnxValue:
+        return self._node("Cast", [x], to=TensorProto.FLOAT)
+
+    def _by_head(self, codes: OnnxValue, dtype: str) -> OnnxValue:
+        """Return codes ``[tokens,kv_heads,dim]`` as parts of the scale, ``[kv_heads,tokens,dim]``."""
+        parts = self._node("DequantizeLinear", [codes, self.builder.constant(STEP, dtype)])
         return self._node("Transpose", [parts], perm=[1, 0, 2])
 
     def _past(self, way: str, layer: int, part: str) -> tuple[OnnxValue, OnnxValue]:
@@ -140,7 +151,7 @@ class RowCacheOperations(OnnxOperations):
         """Return codes and scales of all ``parts``, joined, as ``[1,kv_heads,tokens,dim]`` float16."""
         codes, by_token = (self.concat(same, axis=0) for same in zip(*parts, strict=True))
         scales = self._node("Transpose", [by_token], perm=[1, 0])
-        by_head = self._by_head(codes) * self._node("Unsqueeze", [scales, self.builder.constant([2])])
+        by_head = self._by_head(codes, "float16") * self._node("Unsqueeze", [scales, self.builder.constant([2])])
         return self._node("Unsqueeze", [by_head, self.builder.constant([0])])
 
     def describe_attention(self, attended: OnnxValue) -> None:
