@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fusion_edge.export.planning.traffic import decode_windows
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER, cache_slots, sized
+from fusion_edge.runtime.bundle.image_memory import longest_prefix
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.images.grids import alignment_cells
 
@@ -92,7 +93,7 @@ def _read_by_prompt(manifest: Manifest, limits: EngineLimits, whole: int, before
     """Return the ranges of the KV cache that a prompt reads: with its own tokens ``whole``, or those ``before`` it."""
     if not manifest.has_row_cache:
         return {"slots": (1, whole, limits.max_context)}
-    return {"slots": _only(0), "prefix": (0, before, limits.max_context - 1)}
+    return {"slots": _only(0), "prefix": (0, before, longest_prefix(manifest, limits.max_context))}
 
 
 def _read_by_step(manifest: Manifest, limits: EngineLimits, size: int) -> DimensionRanges:

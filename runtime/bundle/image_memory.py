@@ -23,6 +23,11 @@ class ImageMemory:
     """What a scene with a guide keeps more: the KV cache up to the image tokens."""
 
 
+def longest_prefix(manifest: Manifest, max_context: int) -> int:
+    """Return the most tokens of a scene's prefix, with at least one token behind it in ``max_context``."""
+    return min(START_TOKENS + manifest.image_side**2, max_context - 1)
+
+
 def image_memory(manifest: Manifest) -> ImageMemory:
     """Return the memory of an image and a scene. ``cuda`` reserves a whole context for a scene."""
     config, latents = manifest.model, manifest.query_lengths[0]

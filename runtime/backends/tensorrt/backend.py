@@ -28,7 +28,7 @@ from fusion_edge.runtime.backends.tensorrt.kv_cache import KvCache, RowCache, in
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor, KvPrefixes
 from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
-from fusion_edge.runtime.backends.tensorrt.self_test import check_decode
+from fusion_edge.runtime.backends.tensorrt.self_test import check_decode, check_prefix
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, open_engines
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
@@ -303,16 +303,18 @@ class TensorRTBackend:
         return self._cuda.end_capture(self._stream)
 
     def _check_decode(self, engines: Engines) -> None:
-        """Raise :class:`FusionError` unless decode steps continue prompts, in every profile."""
-        pair = self._image_memory()
+        """Raise :class:`FusionError` unless decode steps continue prompts, in every profile and behind a prefix."""
+        pair, width = self._image_memory(), self._config.language.hidden_size
 
-        def prefill(prompt: Floats, latents: int, capacity: int) -> Floats:
-            image = ImageAlignment(prompt[:latents], *pair)
-            return self.prefill(prompt, image, np.arange(latents)[None], np.array([latents + 1]), capacity)
+        def prefill(prompt: Floats, latents: range, capacity: int, prefix: KvPrefix | None = None) -> Floats:
+            positions = np.array(latents)
+            image = ImageAlignment(prompt[positions], *pair)
+            return self.prefill(prompt, image, positions[None], positions[-1:] + 2, capacity, prefix)
 
-        check_decode(engines, self._config.language.hidden_size, prefill, self._decode)
+        check_decode(engines, width, prefill, self._decode)
+        check_prefix(engines, width, prefill, self.prefill_prefix, self.decode)
         self._free_pairs.append(pair)
-        self._length = self._capacity = 0
+        self._prefix_length = self._length = self._capacity = 0
 
     def _keep_kernels(self) -> None:
         if self._kernels is not None and self._is_loaded:

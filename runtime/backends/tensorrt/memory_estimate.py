@@ -11,6 +11,7 @@ import numpy as np
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, FusionConfig
 from fusion_edge.runtime.bundle.engine_manifest import Engine, Engines
+from fusion_edge.runtime.bundle.image_memory import longest_prefix
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.errors import DeviceError
 
@@ -31,9 +32,14 @@ def activation_bytes(config: FusionConfig, max_context: int) -> int:
 
 
 def prompt_cache_bytes(manifest: Manifest, max_context: int) -> int:
-    """Return the bytes of one layer's dequantized keys and values, which a prompt with an int8 cache reads."""
-    language = manifest.model.language
-    return 2 * FLOAT16_BYTES * language.kv_heads * language.head_dim * max_context * manifest.has_row_cache
+    """Return the bytes of one layer's dequantized keys and values, which a prompt with an int8 cache reads.
+
+    TensorRT reserves memory for the largest prefix and the largest prompt at once.
+    """
+    if not manifest.has_row_cache:
+        return 0
+    language, tokens = manifest.model.language, longest_prefix(manifest, max_context) + max_context
+    return 2 * FLOAT16_BYTES * language.kv_heads * language.head_dim * tokens
 
 
 def tensor_bytes(engines: Iterable[Engine]) -> int:

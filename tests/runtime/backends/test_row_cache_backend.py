@@ -26,7 +26,9 @@ from fusion_edge.runtime.backends.base import Floats, KvPrefix
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.tensorrt import kv_cache
 from fusion_edge.runtime.backends.tensorrt.kv_cache import Part, RowCache
-from fusion_edge.runtime.backends.tensorrt.memory_estimate import tensor_bytes
+from fusion_edge.runtime.backends.tensorrt.memory import DeviceTensor
+from fusion_edge.runtime.backends.tensorrt.memory_estimate import prompt_cache_bytes, tensor_bytes
+from fusion_edge.runtime.backends.tensorrt.self_test import PREFIX_TOKENS
 from fusion_edge.runtime.bundle.engines import all_engines
 from fusion_edge.runtime.bundle.graphs import LLM, cache_row_step, cache_slots
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
@@ -240,6 +242,30 @@ def test_rows_that_are_not_stored_are_detected(bundle: Bundle, window: int, monk
     trt.cuda.check_all_freed()
 
 
+@pytest.mark.parametrize("seen", [3, 59])
+def test_a_forgotten_mark_is_detected(bundle: Bundle, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At load: slots that hold no token of the sequence must have no position in reach. 3B has three, here are 59."""
+    trt = FakeTensorRT(*RTX, FakeCuda())
+    assert build(bundle, trt) == 0
+    start, step = RowCache.start, cache_row_step(bundle.manifest.cache_specs)
+    assert step - PREFIX_TOKENS == 59
+
+    def careless(self: RowCache, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
+        addresses = start(self, length, slots, stream)
+        if length:
+            places = np.arange(slots.shape[0])
+            places[length:step] = kv_cache.UNUSED
+            places[length : length + seen] = 0
+            places[step:] -= step - length
+            slots.upload(places, stream)
+        return addresses
+
+    monkeypatch.setattr(RowCache, "start", careless)
+    with pytest.raises(FusionError, match=r"^Decode and prefill of tensorrt_rtx .* disagree behind a prefix, so"):
+        open_backend(bundle, trt)
+    trt.cuda.check_all_freed()
+
+
 def test_slots_that_hold_no_token_are_hidden(bundle: Bundle, fake: OnFake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without their mark, logits behind a prefix differ."""
     subject = Subject(fake.backend, bundle.manifest, HALF)
@@ -278,6 +304,15 @@ def test_memory(bundle: Bundle, fake: OnFake) -> None:
     fake.backend.close()
 
 
+def test_memory_of_a_prompt(bundle: Bundle) -> None:
+    """Keys and values of a layer in float16, of the longest prefix and of the longest prompt behind it."""
+    manifest = bundle.manifest
+    language = manifest.model.language
+    row = 2 * 2 * language.kv_heads * language.head_dim
+    assert [prompt_cache_bytes(manifest, context) for context in (576, 90)] == [row * (96 + 576), row * (89 + 90)]
+    assert prompt_cache_bytes(dataclasses.replace(manifest, cache="float16"), 576) == 0
+
+
 def test_comparison_with_the_cpu(bundle: Bundle) -> None:
     """Limits of the LLM allow for codes that rounding moves."""
     trt = compared_engines.fake()
@@ -294,15 +329,22 @@ def test_comparison_with_the_cpu(bundle: Bundle) -> None:
 
 
 def test_profiles(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts read no slots, and steps no prefix. Short prompts are those behind a scene's tokens."""
+    """Prompts read no slots, and steps no prefix. Short prompts are those behind a scene's tokens.
+
+    A prefix has up to 80 tokens of text and 16 of an image, and leaves room for a token.
+    """
     monkeypatch.setattr(optimization_profiles, "SHORT_PROMPT", (40, 70))
     monkeypatch.setattr(traffic, "SMALLEST_WINDOW", 256)
     manifest = bundle.manifest
     limits = optimization_profiles.engine_limits(manifest, manifest.max_context)
     short, whole, *steps = optimization_profiles.optimization_profiles(manifest, limits)[LLM]
     most = manifest.max_context
-    assert (short["positions"], short["slots"], short["prefix"]) == ((40, 64, 70), (0, 0, 0), (0, 16, most - 1))
-    assert (whole["positions"], whole["slots"], whole["prefix"]) == ((1, 80, most), (0, 0, 0), (0, 0, most - 1))
+    assert (short["positions"], short["slots"], short["prefix"]) == ((40, 64, 70), (0, 0, 0), (0, 16, 96))
+    assert (whole["positions"], whole["slots"], whole["prefix"]) == ((1, 80, most), (0, 0, 0), (0, 0, 96))
+    _, small, *_ = optimization_profiles.optimization_profiles(
+        manifest, optimization_profiles.engine_limits(manifest, 90)
+    )[LLM]
+    assert (small["positions"][2], small["prefix"][2]) == (90, 89)
     slots = cache_slots(manifest.cache_specs, most)
     assert [step["slots"] for step in steps] == [(256,) * 3, (slots,) * 3]
     assert all(step["prefix"] == (0, 0, 0) and step["positions"] == (1, 1, 1) for step in steps)
