@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.row_cache_graph import dequantized, quantized, row_cache_attention
 from fusion_edge.export import cli
+from fusion_edge.export.engines.decompositions import use_attention
 from fusion_edge.export.model.eager import KeyValueCache
 from fusion_edge.export.reference.bundle_weights import BundleWeights
 from fusion_edge.export.reference.eager_backend import EagerBackend
@@ -42,8 +43,12 @@ and the largest of a thousand logits is four deviations; the rest is float16."""
 
 
 @functools.cache
-def attention_session(heads: int, kv_heads: int) -> ort.InferenceSession:
+def attention_session(heads: int, kv_heads: int, is_built: bool) -> ort.InferenceSession:
+    """Return the graph of a bundle, or what ``fusion-build`` makes of it: ONNX Runtime runs that only for prompts."""
     model = row_cache_attention(heads, kv_heads, DIM)
+    if is_built:
+        use_attention(model)
+    assert any(node.op_type == "Attention" for node in model.graph.node) == is_built
     onnx.checker.check_model(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -65,9 +70,12 @@ def attention_session(heads: int, kv_heads: int) -> ort.InferenceSession:
 def test_attention_of_a_step_and_of_a_prompt(
     seed: int, groups: int, is_step: bool, before: int, unused: int, behind: int, length: int, magnitude: float
 ) -> None:
-    """A step reads slots in front of unused ones and behind them, a prompt reads a prefix. Codes are equal."""
+    """A step reads slots in front of unused ones and behind them, a prompt reads a prefix. Codes are equal.
+
+    A prompt gives the same with the operator Attention in place of the function.
+    """
     generator, kv_heads = np.random.default_rng(seed), 2
-    session = attention_session(groups * kv_heads, kv_heads)
+    session = attention_session(groups * kv_heads, kv_heads, is_built=False)
 
     def rows(count: int, heads: int) -> Array:
         return (magnitude * generator.normal(0, 1, (count, heads, DIM))).astype(np.float16)
@@ -76,7 +84,8 @@ def test_attention_of_a_step_and_of_a_prompt(
     used = (
         np.array([True] * before + [False] * unused + [True] * behind + [False]) if is_step else np.ones(before, bool)
     )
-    query = generator.normal(0, 1, (length, groups * kv_heads, DIM)).astype(np.float16)
+    # Scores have a deviation of about 1, whatever the magnitude of the keys.
+    query = (generator.normal(0, 1, (length, groups * kv_heads, DIM)) / max(magnitude, 1)).astype(np.float16)
     new = {part: rows(length, kv_heads) for part in PARTS}
     past = {part: quantized(rows(len(used), kv_heads)) for part in PARTS}
     for codes, scales in past.values():  # what no run has read
@@ -109,6 +118,11 @@ def test_attention_of_a_step_and_of_a_prompt(
     # A score is rounded relative to the sum of its products' magnitudes, and moves its share by as much.
     tolerance = 2e-3 * (1 + np.abs(scores[np.isfinite(scores)]).max()) * max(magnitude, 1e-6) * 4
     np.testing.assert_allclose(outputs["result"][0], expected, atol=tolerance)
+    assert tolerance <= 0.1 * max(magnitude, 1e-5)
+    if not is_step:
+        built = attention_session(groups * kv_heads, kv_heads, is_built=True)
+        for name, array in zip(names, built.run(None, feed), strict=True):
+            np.testing.assert_allclose(array, outputs[name], atol=tolerance if name == "result" else 0)
 
 
 # The whole LLM ---------------------------------------------------------------------------------------------------
