@@ -27,8 +27,8 @@ def _kv_cache(text: str) -> str:
     """argparse type of ``--kv-cache``: says why there is no FP8."""
     if text == "fp8":
         raise argparse.ArgumentTypeError(
-            "no runtime here has a cache in fp8; int8, for cpu and tensorrt, has codes of the same size and needs no FP8 "
-            "hardware (docs/tensorrt.md): use --kv-cache int8"
+            "no runtime here has a cache in fp8; int8, for cpu and tensorrt, has codes of the same size and needs no "
+            "FP8 hardware (docs/tensorrt.md): use --kv-cache int8"
         )
     return text
 

@@ -77,7 +77,8 @@ def check_device_memory(manifest: Manifest, engines: Engines, cuda: Cuda) -> Non
     if fits is not None:
         remedy = f"build with fusion-build --max-context {fits}, which fits"
     else:
-        remedy = "export with --int4, fewer --image-tokens or a smaller --query-len (no --max-context fits)"
+        cache = "" if manifest.cache == "int8" else "--kv-cache int8, "
+        remedy = f"export with --int4, {cache}fewer --image-tokens or a smaller --query-len (no --max-context fits)"
     raise DeviceMemoryError(
         f"The engines need about {needed / 1e9:.2f} GB on the device ({engines.size / 1e9:.2f} GB of weights, "
         f"{manifest.cache_token_bytes * context / 1e9:.2f} GB of KV cache for {context} tokens); {free / 1e9:.2f} of "

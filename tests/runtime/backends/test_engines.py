@@ -254,6 +254,6 @@ def test_no_context_fits(folder: Path) -> None:
     message = refused(folder, free=1_000_000)
     assert message.startswith("The engines need about 0.35 GB on the device (0.00 GB of weights, 0.00 GB of KV cache ")
     assert message.endswith(
-        "0.00 of 0.00 GB are free. Close other programs, or export with --int4, fewer --image-tokens or a smaller "
-        "--query-len (no --max-context fits)."
+        "0.00 of 0.00 GB are free. Close other programs, or export with --int4, --kv-cache int8, fewer --image-tokens "
+        "or a smaller --query-len (no --max-context fits)."
     )

@@ -23,11 +23,16 @@ from fusion_edge.export.engines import engine_check, optimization_profiles
 from fusion_edge.export.planning import traffic
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends.base import Floats, KvPrefix
+from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.tensorrt import kv_cache
 from fusion_edge.runtime.backends.tensorrt.kv_cache import Part, RowCache
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceTensor
-from fusion_edge.runtime.backends.tensorrt.memory_estimate import prompt_cache_bytes, tensor_bytes
+from fusion_edge.runtime.backends.tensorrt.memory_estimate import (
+    check_device_memory,
+    prompt_cache_bytes,
+    tensor_bytes,
+)
 from fusion_edge.runtime.backends.tensorrt.self_test import PREFIX_TOKENS
 from fusion_edge.runtime.bundle.engines import all_engines
 from fusion_edge.runtime.bundle.graphs import LLM, cache_row_step, cache_slots
@@ -302,6 +307,14 @@ def test_memory(bundle: Bundle, fake: OnFake) -> None:
 
     assert cached("slots.", "prefix.", "new.") == cached("slots.") == allocated
     fake.backend.close()
+
+
+def test_too_little_memory_names_no_int8_cache(bundle: Bundle, fake: OnFake) -> None:
+    """The bundle has one."""
+    fake.backend.close()
+    ((engines, _),) = all_engines(bundle)
+    with pytest.raises(FusionError, match="or export with --int4, fewer --image-tokens or a smaller"):
+        check_device_memory(bundle.manifest, engines, Cuda(FakeCuda(free=1_000_000)))
 
 
 def test_memory_of_a_prompt(bundle: Bundle) -> None:
