@@ -12,6 +12,8 @@ SMALLEST_WINDOW = 512
 """Tokens. It holds 144 latents, a question and an answer; each smaller window would add a profile to every engine."""
 SLICE_TRAFFIC = 3
 """Times that a window of the cache crosses the memory bus: TensorRT-RTX copies it before attention reads it."""
+LARGEST_SLOTS = 3 / 4
+"""Largest part of an int8 cache that is worth a window: a larger one would save little for one more profile."""
 DEQUANTIZED_TRAFFIC = 4
 """Bytes in addition to each INT8 or FP8 weight, if a kernel of its own writes it as float16 and the GEMM reads that."""
 
@@ -30,11 +32,13 @@ def decode_windows(capacity: int, has_row_cache: bool = False) -> list[int]:
     """Return the parts of a KV cache, in tokens, that decode steps may read instead of all; the whole cache is last.
 
     A window is worth its copy (:data:`SLICE_TRAFFIC`) if it is less than a third of the cache. Those of a row cache
-    (:func:`fusion_edge.runtime.bundle.graphs.has_row_cache`) are inputs of fewer tokens, which nothing copies.
+    (:func:`fusion_edge.runtime.bundle.graphs.has_row_cache`) are inputs of fewer tokens, which nothing copies;
+    they have up to :data:`LARGEST_SLOTS` of it.
     """
     windows = [SMALLEST_WINDOW << i for i in range(capacity.bit_length())]
-    traffic = 1 if has_row_cache else SLICE_TRAFFIC
-    return [*(size for size in windows if traffic * size < capacity), capacity]
+    if has_row_cache:
+        return [*(size for size in windows if size <= LARGEST_SLOTS * capacity), capacity]
+    return [*(size for size in windows if SLICE_TRAFFIC * size < capacity), capacity]
 
 
 def moved_tokens(length: int, capacity: int, has_row_cache: bool = False) -> int:
