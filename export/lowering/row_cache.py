@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from onnx import TensorProto
 
 from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
-from fusion_edge.kernels.onnx_functions.masked_attention import masked_attention_function
+from fusion_edge.kernels.onnx_functions.masked_attention import BLOCKED, masked_attention_function
 from fusion_edge.runtime.bundle.graphs import TensorSpec
 
 STEP = 2.0**-7
@@ -27,8 +27,6 @@ STEP = 2.0**-7
 LARGEST_CODE = 127
 SMALLEST_SCALE = 2.0**-14
 """Smallest normal float16: of rows of zeros."""
-NEVER = -65504.0
-"""Score of a slot that is not attended to."""
 
 
 class RowCacheOperations(OnnxOperations):
@@ -81,7 +79,7 @@ class RowCacheOperations(OnnxOperations):
         used, own = [self._past("slots", layer, part) for part in ("key", "value")], new
         first = self._node("Gather", ["positions", self.builder.constant([0])], axis=1)
         is_used = self._node("Less", ["slots", self._rows(first)])
-        never = self.builder.constant(NEVER, "float16")
+        never = self.builder.constant(BLOCKED, "float16")
         scores = [
             self._node("Where", [is_used, self._scores(queries, used[0]), never]),
             self._scores(queries, own[0]),

@@ -24,7 +24,7 @@ from fusion_edge.runtime.backends.base import (
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
 from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
-from fusion_edge.runtime.backends.tensorrt.kv_cache import KvCache, RowCache, in_place_cache
+from fusion_edge.runtime.backends.tensorrt.kv_cache import InPlaceCache, KvCache, RowCache
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor, KvPrefixes
 from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
@@ -80,6 +80,7 @@ class TensorRTBackend:
                 self._graphs[name] = EngineGraph(name, parts, folder, library, self._runtime, messages)
             self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
             self._cache = self._kv_cache(bundle.manifest)
+            self._step_shapes = self._decode_step_shapes()
             self._prefixes = KvPrefixes(self._memory, self._cache.parts)
             self._prepare()
             self._prompts = engines.prompt_lengths
@@ -113,7 +114,7 @@ class TensorRTBackend:
     def _kv_cache(self, manifest: Manifest) -> KvCache:
         """Return the KV cache, in memory of its own or in that of the engines' tensors."""
         if not manifest.has_row_cache:
-            return in_place_cache(self._tensors, self.max_context)
+            return InPlaceCache(self._tensors, self.max_context)
         return RowCache(self._memory, manifest.cache_specs, self._tensors["slots"].shape[0])
 
     def _prepare(self) -> None:
@@ -256,16 +257,16 @@ class TensorRTBackend:
         """Write the inputs of a decode step to pinned memory."""
         values = {"embeddings": embedding} | dict.fromkeys(self._cache.step_inputs, position)
         for name, value in values.items():
-            self._tensors[name].host(self._decode_step_shapes[name])[...] = value
+            self._tensors[name].host(self._step_shapes[name])[...] = value
 
-    @property
-    def _decode_step_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def _decode_step_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a decode step's inputs from the host, by name."""
         shapes = {"embeddings": (1, 1, self._config.language.hidden_size), "positions": (1, 1), "write_index": (1,)}
         return {name: shapes[name] for name in ("embeddings", *self._cache.step_inputs)}
 
     def _decode_step(self, number: int) -> None:
         """Enqueue a decode step with a window of the cache, from pinned memory to pinned memory."""
-        for name, shape in self._decode_step_shapes.items():
+        for name, shape in self._step_shapes.items():
             self._tensors[name].send(shape, self._stream)
         self._graphs[LLM].run(len(self._prompts) + number, self._stream)
         self._tensors["logits"].download((1, self._config.language.vocab_size), self._stream)

@@ -62,10 +62,11 @@ class InPlaceCache:
     step_sizes: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, tensors: Mapping[str, DeviceTensor], max_context: int) -> None:
-        """``tensors``: ``[1,heads,capacity,width]``, by name without ``past``."""
-        self.parts: Sequence[DeviceTensor] = list(tensors.values())
+        """``tensors``: those of the engines, by name; ``past.{name}`` are ``[1,heads,capacity,width]``."""
+        past = {name.removeprefix("past."): one for name, one in tensors.items() if name.startswith("past.")}
+        self.parts: Sequence[DeviceTensor] = list(past.values())
         self.pointers: Mapping[str, int] = {
-            f"{way}.{name}": one.pointer for way in ("past", "present") for name, one in tensors.items()
+            f"{way}.{name}": one.pointer for way in ("past", "present") for name, one in past.items()
         }
         self._max_context = max_context
 
@@ -139,18 +140,16 @@ class RowCache:
                 pointers |= {f"slots.{name}": address, f"prefix.{name}": address}
                 pointers[f"new.{name}"] = part.step + i * part.step_pitch
         self.pointers: Mapping[str, int] = pointers
-        self._unused = self._behind = 0
-        """Unused slots, and tokens in front of them."""
+        self._unused = 0
+        """Slots that the sequence leaves unused behind its prefix."""
 
     def start(self, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
         first = -(-length // self._row_step) * self._row_step
-        unused, behind = first - length, length if first > length else 0
-        if (unused, behind) != (self._unused, self._behind):
-            positions = np.arange(slots.shape[0])
-            positions[first:] -= unused
-            positions[length:first] = UNUSED
-            slots.upload(positions, stream)
-            self._unused, self._behind = unused, behind
+        self._unused = first - length
+        positions = np.arange(slots.shape[0])
+        positions[first:] -= self._unused
+        positions[length:first] = UNUSED
+        slots.upload(positions, stream)
         return {
             f"new.{name}": address
             for part in self._parts
@@ -179,9 +178,3 @@ def _part(memory: DeviceMemory, specs: Sequence[TensorSpec], slots: int) -> Part
     tensor = DeviceTensor(memory, specs[0].dtype, (1, len(specs), slots, width), on_host=False)
     pitch = -(-width * tensor.dtype.itemsize // ADDRESS_ALIGNMENT) * ADDRESS_ALIGNMENT
     return Part([spec.name for spec in specs], tensor, memory.device(len(specs) * pitch), pitch)
-
-
-def in_place_cache(tensors: Mapping[str, DeviceTensor], max_context: int) -> InPlaceCache:
-    """Return the cache of the engines' tensors ``past.{name}``."""
-    own = {name.removeprefix("past."): one for name, one in tensors.items() if name.startswith("past.")}
-    return InPlaceCache(own, max_context)
