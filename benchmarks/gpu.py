@@ -61,7 +61,8 @@ def _main(options: argparse.Namespace) -> int:
     cached_tokens = None
     if device.name.startswith("tensorrt"):
         last = prompt_tokens(bundle.manifest) + options.steps
-        cached_tokens = moved_tokens(min(last, backend.max_context), backend.max_context)
+        most, has_row_cache = backend.max_context, bundle.manifest.has_row_cache
+        cached_tokens = moved_tokens(min(last, most), most, has_row_cache)
     backend.close()
     if options.eager:
         gpu = "cpu" if device.name == "cpu" else "cuda"

@@ -57,6 +57,12 @@ def measured(form: str, capability: str) -> Result:
 
 def moved_bytes(form: str, heads: Heads, capability: str) -> int | str:
     """Return the bytes that the layers of a form's last profile read and write, or why TensorRT-RTX refuses it."""
+    found = layers(form, heads, capability)
+    return found if isinstance(found, str) else sum(map(_bytes, found[-1].values())) - _not_moved(form, heads)
+
+
+def layers(form: str, heads: Heads, capability: str) -> list[dict[str, str]] | str:
+    """Return the layers of each profile of a form, as TensorRT-RTX lists them: its tensors by name, or its refusal."""
     library, profiles = find_library("tensorrt-rtx"), FORMS[form].profiles
     trt, log = library.module, BuildLog(library)
     logger = log.logger()
@@ -77,9 +83,9 @@ def moved_bytes(form: str, heads: Heads, capability: str) -> int | str:
         config.add_optimization_profile(profile)
     if builder.build_serialized_network(network, config) is None:
         return _reason(log.first_error())
-    last = re.compile(rf"_myl{max(len(profiles) - 1, 0)}_\d+$")
-    layers = [tensors for text in log.texts for name, tensors in LAYER.findall(text) if last.search(name)]
-    return sum(map(_bytes, layers)) - _not_moved(form, heads)
+    listed = [one for text in log.texts for one in LAYER.findall(text)]
+    numbers = range(max(len(profiles), 1))
+    return [{name: tensors for name, tensors in listed if re.search(rf"_myl{i}_\d+$", name)} for i in numbers]
 
 
 def _not_moved(form: str, heads: Heads) -> int:

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from fusion_edge.export.engines.decompositions import allow_decomposition
+from fusion_edge.benchmarks.row_cache_graph import row_cache_attention
+from fusion_edge.export.engines.decompositions import allow_decomposition, use_attention
 from fusion_edge.export.engines.optimization_profiles import DimensionRanges
+from fusion_edge.kernels.onnx_functions.masked_attention import BLOCKED
 
 CAPACITY, WINDOW, PROMPT = 4096, 1024, 921
 """Tokens of the cache, of the start of it that a decode step reads, and of a usual prompt."""
 OPSET = 24
 HALF, FP8, INT8 = TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.INT8
-NEVER = -65504.0
-"""Score of a token that is not attended to."""
 IN_PLACE = "TensorScatter"
+AS_BUILT = "INT8, as --kv-cache int8 builds it"
 FIRST = f", first {WINDOW:,} tokens"
 
 
@@ -91,19 +92,19 @@ class Graph:
     def total(self, x: str, axis: int, name: str) -> str:
         return self.node("ReduceSum", [x, self.constant(f"axis.{axis}", [axis])], name, keepdims=0)
 
-    def quantized(self, x: str, scale: float = 0.05) -> str:
-        return self._converted("QuantizeLinear", x, scale, "codes")
+    def quantized(self, x: str) -> str:
+        return self._converted("QuantizeLinear", x, "codes")
 
-    def dequantized(self, x: str, scale: float = 0.05) -> str:
-        return self._converted("DequantizeLinear", x, scale, "values")
+    def dequantized(self, x: str) -> str:
+        return self._converted("DequantizeLinear", x, "values")
 
-    def _converted(self, operator: str, x: str, scale: float, suffix: str) -> str:
+    def _converted(self, operator: str, x: str, suffix: str) -> str:
         if self.cache == HALF:
             return x
-        return self.node(operator, [x, self.constant(f"scale.{scale}", scale, "float16"), "zero"], f"{x}.{suffix}")
+        return self.node(operator, [x, self.constant("scale", 0.05, "float16"), "zero"], f"{x}.{suffix}")
 
     def masked(self, scores: str, mask: str) -> str:
-        return self.node("Where", [mask, scores, self.constant("never", NEVER, "float16")], "masked")
+        return self.node("Where", [mask, scores, self.constant("never", BLOCKED, "float16")], "masked")
 
     def model(self) -> ModelProto:
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.constants)
@@ -216,7 +217,7 @@ def read_by_sums(heads: Heads, cache: int) -> ModelProto:
     The graph returns the codes of the new tokens' rows, ``[positions,heads*dim]``: one copy stores them. It reads the
     cache in two ways, and a profile leaves one of them empty. A decode step reads the first ``slots`` tokens with
     products of elements and sums, which are fused with the dequantization. A prompt reads the first ``prefix`` tokens
-    with matrix products. INT8 has a scale for every token and head, computed here; FP8 has one for all.
+    with matrix products. One scale holds for all tokens and heads.
     """
     graph = Graph(cache)
     query = graph.input("query", HALF, 1, heads.queries, "positions", heads.dim)
@@ -229,10 +230,10 @@ def read_by_sums(heads: Heads, cache: int) -> ModelProto:
         _return_codes(graph, heads, name)
         rows[part] = graph.reshape(name, heads.keys, 1, -1, heads.dim)
     slots, prefix = ({part: _past(graph, heads, way, part) for part in rows} for way in ("slots", "prefix"))
-    products = graph.node("Mul", [graph.with_axis(slots["keys"][0], 2), graph.with_axis(grouped, 3)], "key.products")
+    products = graph.node("Mul", [graph.with_axis(slots["keys"], 2), graph.with_axis(grouped, 3)], "key.products")
     scores = [
-        _scaled(graph, graph.total(products, 4, "slots.scores"), slots["keys"][1]),
-        _scaled(graph, _product(graph, grouped, prefix["keys"][0], "prefix.scores"), prefix["keys"][1]),
+        graph.total(products, 4, "slots.scores"),
+        _product(graph, grouped, prefix["keys"], "prefix.scores"),
         _product(graph, grouped, rows["keys"], "own.scores"),
     ]
     scores = [graph.masked(graph.node("Concat", scores, "joined", axis=-1), mask)]
@@ -242,13 +243,10 @@ def read_by_sums(heads: Heads, cache: int) -> ModelProto:
     parts = ["slots.shares", "prefix.shares", "own.shares"]
     sizes = graph.node("Concat", counts, "sizes", axis=0)
     graph.nodes.append(helper.make_node("Split", [shares, sizes], parts, axis=-1))
-    weights = [_scaled(graph, name, way["values"][1]) for name, way in zip(parts, (slots, prefix), strict=False)]
-    products = graph.node(
-        "Mul", [graph.with_axis(slots["values"][0], 2), graph.with_axis(weights[0], 4)], "value.products"
-    )
+    products = graph.node("Mul", [graph.with_axis(slots["values"], 2), graph.with_axis(parts[0], 4)], "value.products")
     results = [
         graph.total(products, 3, "of.slots"),
-        graph.node("MatMul", [weights[1], prefix["values"][0]], "of.prefix"),
+        graph.node("MatMul", [parts[1], prefix["values"]], "of.prefix"),
         graph.node("MatMul", [parts[2], rows["values"]], "of.own"),
     ]
     graph.node("Add", [graph.node("Add", results[:2], "of.past"), results[2]], "result")
@@ -257,47 +255,32 @@ def read_by_sums(heads: Heads, cache: int) -> ModelProto:
 
 
 def _return_codes(graph: Graph, heads: Heads, new: str) -> None:
-    """Make codes of the new rows an output, by token, and their scales."""
+    """Make codes of the new rows an output, by token."""
     by_token = graph.transpose(graph.reshape(new, heads.keys, -1, heads.dim), 1, 0, 2)
-    if graph.cache == INT8:
-        axis = graph.constant("axis.2", [2])
-        largest = graph.node("ReduceMax", [graph.node("Abs", [by_token], f"{new}.abs"), axis], f"{new}.largest")
-        least = graph.constant("least", 1e-4, "float16")  # a row of zeros
-        scales = graph.node(
-            "Max", [graph.node("Div", [largest, _levels(graph)], f"{new}.exact"), least], f"{new}.scales"
-        )
-        by_token = graph.node("Div", [by_token, scales], f"{new}.scaled")
-        graph.output(graph.reshape(scales, -1, heads.keys), HALF, "positions", heads.keys)
-    codes = graph.quantized(graph.reshape(by_token, -1, heads.row), _scale(graph))
-    graph.output(codes, graph.cache, "positions", heads.row)
+    graph.output(graph.quantized(graph.reshape(by_token, -1, heads.row)), graph.cache, "positions", heads.row)
 
 
-def _levels(graph: Graph) -> str:
-    return graph.constant("levels", 127, "float16")
-
-
-def _scale(graph: Graph) -> float:
-    """Return the scale of all codes. With one for each token and head, those are applied elsewhere."""
-    return 1 if graph.cache == INT8 else 0.05
-
-
-def _past(graph: Graph, heads: Heads, way: str, part: str) -> tuple[str, str | None]:
-    """Return cached keys or values ``[heads,1,tokens,dim]``, and of INT8 their scales ``[heads,1,1,tokens]``."""
+def _past(graph: Graph, heads: Heads, way: str, part: str) -> str:
+    """Return cached keys or values ``[heads,1,tokens,dim]``."""
     codes = graph.input(f"{way}.{part}", graph.cache, way, heads.row)
-    values = graph.reshape(graph.dequantized(codes, _scale(graph)), -1, heads.keys, heads.dim)
-    values = graph.with_axis(graph.transpose(values, 1, 0, 2), 1)
-    if graph.cache != INT8:
-        return values, None
-    scales = graph.transpose(graph.input(f"{way}.{part}.scales", HALF, way, heads.keys), 1, 0)
-    return values, graph.with_axis(graph.with_axis(scales, 1), 1)
-
-
-def _scaled(graph: Graph, x: str, scales: str | None) -> str:
-    return x if scales is None else graph.node("Mul", [x, scales], f"{x}.scaled")
+    values = graph.reshape(graph.dequantized(codes), -1, heads.keys, heads.dim)
+    return graph.with_axis(graph.transpose(values, 1, 0, 2), 1)
 
 
 def _product(graph: Graph, queries: str, keys: str, name: str) -> str:
     return graph.node("MatMul", [queries, graph.transpose(keys, 0, 1, 3, 2)], name)
+
+
+def as_built(heads: Heads) -> ModelProto:
+    """Return attention of a bundle with an int8 cache, as ``fusion-build`` gives it to TensorRT.
+
+    It differs from :func:`read_by_sums` in prompts, which attend with the operator Attention, and has a scale for each
+    token and head.
+    """
+    model = row_cache_attention(heads.queries, heads.keys, heads.dim)
+    use_attention(model)
+    allow_decomposition(model)
+    return model
 
 
 # What is compared -------------------------------------------------------------------------------------------------
@@ -315,6 +298,10 @@ def _prompts() -> DimensionRanges:
 def _steps(window: int) -> DimensionRanges:
     sizes: Mapping[str, int] = {"positions": 1, "slots": window, "prefix": 0, "tokens": window + 1}
     return {name: (size, size, size) for name, size in sizes.items()}
+
+
+def _built(window: int = CAPACITY) -> Form:
+    return Form(as_built, (_prompts(), _steps(window)))
 
 
 def _sums(cache: int, window: int = CAPACITY) -> Form:
@@ -335,8 +322,8 @@ FORMS: dict[str, Form] = {
     "FP8, updated outside, matrix products of float16": Form(partial(read_by_products, quantizes_queries=False)),
     "FP8, updated outside, products and sums": _sums(FP8),
     f"FP8, updated outside, products and sums{FIRST}": _sums(FP8, WINDOW),
-    "INT8, updated outside, products and sums": _sums(INT8),
-    f"INT8, updated outside, products and sums{FIRST}": _sums(INT8, WINDOW),
+    AS_BUILT: _built(),
+    f"{AS_BUILT}{FIRST}": _built(WINDOW),
     "float16, updated outside, products and sums": _sums(HALF),
     f"float16, updated outside, products and sums{FIRST}": _sums(HALF, WINDOW),
 }

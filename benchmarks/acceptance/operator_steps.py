@@ -24,6 +24,7 @@ from fusion_edge.export.engines.decompositions import (
     allow_decomposition,
     decompose_operators,
     unsupported_operators,
+    use_attention,
 )
 from fusion_edge.export.engines.nvfp4 import use_fp4
 from fusion_edge.export.planning.targets.tensorrt import FORMATS_SINCE
@@ -103,6 +104,31 @@ def attention(workspace: Workspace, dim: int) -> Outcome:
         return _built(target, summary, figures)
     times = ", ".join(f"{1e6 * one['seconds']:.0f} us" for one in figures.values())
     return Outcome(f"{summary}; {times}", figures)
+
+
+def int8_cache(workspace: Workspace, dim: int) -> Outcome:
+    """Check attention to an int8 KV cache that engines only read: a prompt behind a prefix, and decode steps.
+
+    The second one has equal shares of small values.
+
+    Decode steps have as many tokens as that of :func:`attention`, whose cache is float16.
+    """
+    target = find_target()
+    figures: dict[str, Any] = {}
+    step = 1, operators.CAPACITY - 1
+    for name, rows, before in (("prompt", 256, 256), ("decode", *step), ("decode-flat", *step)):
+        case = operators.row_cache(rows, before, dim=dim, is_flat=name == "decode-flat")
+        use_attention(case.model)
+        case = _supported(target, case)
+        allow_decomposition(case.model)
+        built = build(target, case)
+        ran = None if target.cuda is None else run(target, built.plan, case, f"int8-cache-{dim} {name}", workspace)
+        figures[name] = _figures(built.layers if ran is None else ran.layers, ran)
+    layers = ", ".join(f"{name} {len(one['layers'])} layers" for name, one in figures.items())
+    if target.cuda is None:
+        return _built(target, layers, figures)
+    times = ", ".join(f"{1e6 * one['seconds']:.0f} us" for one in figures.values())
+    return Outcome(f"{layers}; {times}", figures)
 
 
 def scatter(workspace: Workspace, is_native: bool) -> Outcome:

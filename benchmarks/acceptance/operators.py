@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from fusion_edge.benchmarks.acceptance.alignment import alignment_case
 from fusion_edge.benchmarks.acceptance.comparison import ROUNDING
 from fusion_edge.benchmarks.acceptance.engine import OperatorCase
+from fusion_edge.benchmarks.row_cache_graph import dequantized, quantized, row_cache_attention
 from fusion_edge.export.lowering import nvfp4
 from fusion_edge.export.lowering.tensorrt import OPSET
 from fusion_edge.kernels.operators import DOMAIN
@@ -204,6 +205,46 @@ def attention(dim: int, rows: int, length: int, heads: int = HEADS) -> OperatorC
     largest_score = np.abs(scores, where=np.isfinite(scores), out=np.zeros_like(scores)).max()
     tolerance = ROUNDING * (2 * largest_score + 3) * np.abs(weights @ np.abs(v)).max()
     return OperatorCase(model, inputs | {"mask": mask}, {"y": weights @ v}, float(tolerance))
+
+
+def row_cache(rows: int, before: int, heads: int = HEADS, dim: int = 96, is_flat: bool = False) -> OperatorCase:
+    """Return attention to an int8 KV cache of ``before`` tokens: a decode step for one row, else a prompt.
+
+    The new rows are inputs in float16, and no outputs: only what attention reads of them is compared. With ``is_flat``
+    all tokens get about the same share, of values so small that the products are subnormal in float16.
+    """
+    rng, is_step = np.random.default_rng(0), rows == 1
+    deviations = dict(zip("qkv", (0.01, 1, 0.01) if is_flat else (1, 1, 1), strict=True))
+
+    def random(part: str, count: int) -> npt.NDArray[np.float16]:
+        return (deviations[part] * rng.standard_normal((count, heads, dim), np.float32)).astype(np.float16)
+
+    new = {part: random(part, rows) for part in "qkv"}
+    past = {part: quantized(random(part, before)) for part in "kv"}
+    inputs: dict[str, Array] = {name: array.swapaxes(0, 1)[None].copy() for name, array in new.items()}
+    inputs["positions"] = np.arange(before, before + rows)[None]
+    counts = {"slots": before if is_step else 0, "prefix": 0 if is_step else before}
+    for way, count in counts.items():
+        inputs[way] = np.arange(count)
+        for name, part in (("key", "k"), ("value", "v")):
+            codes, scales = past[part]
+            inputs |= {f"{way}.0.{name}": codes[:count], f"{way}.0.{name}_scale": scales[:count]}
+    model = row_cache_attention(heads, heads, dim)
+    del model.graph.output[1:]
+    k, v = (np.concatenate([dequantized(*past[part]), dequantized(*quantized(new[part]))]) for part in "kv")
+    scores = np.einsum("lhd,thd->hlt", new["q"].astype(np.float64), k) * dim**-0.5
+    scores = np.where(np.arange(before + rows) <= np.arange(before, before + rows)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("hlt,thd->hld", weights, v)[None]
+    # As in attention(); a step's products of elements and their sums may round to float16, too.
+    largest_score = np.abs(scores[np.isfinite(scores)]).max()
+    sums = np.einsum("hlt,thd->hld", weights, np.abs(v)).max()
+    if is_flat:  # roundings of thousands of equal shares are independent, but for that of their sum
+        sums = np.abs(expected).max() + 8 * np.sqrt(np.einsum("hlt,thd->hld", weights**2, v**2)).max()
+    tolerance = ROUNDING * (8 * largest_score + 3) * sums
+    ranges = {name: (size, size, size) for name, size in ({"positions": rows} | counts).items()}
+    return OperatorCase(model, inputs, {"result": expected}, float(tolerance), ranges=ranges)
 
 
 def tensor_scatter(rows: int = 1, at: int = 700, heads: int = HEADS, dim: int = 96) -> OperatorCase:

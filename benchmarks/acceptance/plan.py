@@ -13,6 +13,8 @@ from fusion_edge.kernels.triton.ahead_of_time import KERNELS
 PACKAGE = "fusion_edge.benchmarks.acceptance"
 PARTS = ("environment", "kernels", "operators", "demo", "full-size")
 HEAD_SIZES = (64, 72, 96, 128)
+CACHE_HEAD_SIZES = (96, 128)
+"""Of the LLMs of 3B and 8B."""
 PLUGIN_ROWS = ((0, 144), (1, 1), (2, 144))
 """Questions, and latents of each."""
 
@@ -38,6 +40,7 @@ def _operators() -> Iterator[Step]:
 
     yield from (step(form, "linear", form=form) for form in BITS)
     yield from (step(f"attention-{dim}", "attention", dim=dim) for dim in HEAD_SIZES)
+    yield from (step(f"int8-cache-{dim}", "int8_cache", dim=dim) for dim in CACHE_HEAD_SIZES)
     yield step("tensor-scatter", "scatter", is_native=True)
     yield step("scatter-alias", "scatter", is_native=False)
     for plugin in PLUGINS:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from fusion_edge.benchmarks.latency.result import Case, Peaks, RooflineUse, Utilization
 from fusion_edge.export.checkpoint.tensor_mapping import parameters
 from fusion_edge.export.planning.rules import EMBEDDING
@@ -50,7 +48,7 @@ def weight_bytes(manifest: Manifest) -> int:
 
 def cache_bytes(manifest: Manifest, tokens: int) -> int:
     """Return the bytes of ``tokens`` tokens of the KV cache."""
-    return manifest.model.language.cache_values * np.dtype(manifest.cache).itemsize * tokens
+    return manifest.cache_token_bytes * tokens
 
 
 def prefill_macs(manifest: Manifest, case: Case) -> int:

@@ -13,7 +13,12 @@ from typing import Any
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
-from fusion_edge.export.engines.decompositions import allow_decomposition, decompose_operators, unsupported_operators
+from fusion_edge.export.engines.decompositions import (
+    allow_decomposition,
+    decompose_operators,
+    unsupported_operators,
+    use_attention,
+)
 from fusion_edge.export.engines.float16 import has_int8, without_int8
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
 from fusion_edge.export.engines.linear_pieces import Pieces, cut_linears
@@ -129,6 +134,7 @@ class EngineBuilder:
         """Return the partitions of a graph as TensorRT gets them, and the pieces of its linears."""
         model = onnx.load(self._bundle.path(graph_file(name)), load_external_data=False)
         fix_dimension(model, "capacity", self._limits.max_context)
+        use_attention(model)
         if self.decomposed:
             language = self._bundle.manifest.model.language
             groups = language.heads // language.kv_heads if name == LLM else 1

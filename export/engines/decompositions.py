@@ -14,6 +14,7 @@ import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
+from fusion_edge.kernels.onnx_functions.masked_attention import INPUTS, MASKED_ATTENTION, attention_nodes
 from fusion_edge.kernels.operators import DOMAIN
 
 SINCE = {
@@ -26,7 +27,6 @@ SINCE = {
 OPSET, IR_VERSION = 21, 10  # the first with blocked DequantizeLinear
 DECOMPOSABLE = "TRT_decomposable"
 """Attribute of Attention in TensorRT's ONNX parser."""
-BLOCKED = -65504.0  # lowest float16: softmax makes it exactly 0
 
 
 def unsupported_operators(version: tuple[int, ...]) -> list[str]:
@@ -54,6 +54,16 @@ def decompose_operators(model: ModelProto, names: Sequence[str], groups: int) ->
                 opset.version = OPSET
     if all(opset.domain != DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def use_attention(model: ModelProto) -> None:
+    """Replace the function of masked attention by the operator, for which TensorRT has kernels."""
+    for node in model.graph.node:
+        if node.op_type == MASKED_ATTENTION and node.domain == DOMAIN:
+            node.op_type, node.domain = "Attention", ""
+    kept = [function for function in model.functions if function.name != MASKED_ATTENTION]
+    del model.functions[:]
+    model.functions.extend(kept)
 
 
 def allow_decomposition(model: ModelProto) -> None:
@@ -145,40 +155,8 @@ def _tensor_scatter(attributes: dict[str, Any], groups: int) -> FunctionProto:
 
 def _attention(attributes: dict[str, Any], groups: int) -> FunctionProto:
     """Make ``softmax(q k^T * scale, masked) v``: q ``[B,heads,L,dim]``, k, v ``[B,heads/groups,M,dim]``, mask bool."""
-    node = helper.make_node
-    nodes = [
-        _constant("factor", attributes["scale"], "float32"),
-        _constant("blocked", BLOCKED, "float32"),
-        node("CastLike", ["factor", "q"], ["scale"]),
-        node("CastLike", ["blocked", "q"], ["never"]),
-        node("Mul", ["q", "scale"], ["scaled"]),
-    ]
-    query, keys, values, mask, result = "scaled", "k", "v", "mask", "output"
-    if groups > 1:
-        # Query heads that share keys form a separate axis, over which the keys are broadcast.
-        nodes += [
-            _constant("axis", [2]),
-            _constant("group", [groups]),
-            node("Shape", ["k"], ["batch_and_heads"], start=0, end=2),
-            node("Shape", ["q"], ["rows_and_dim"], start=2, end=4),
-            node("Concat", ["batch_and_heads", "group", "rows_and_dim"], ["grouped_shape"], axis=0),
-            node("Reshape", ["scaled", "grouped_shape"], ["grouped"]),
-            node("Unsqueeze", ["k", "axis"], ["shared_keys"]),
-            node("Unsqueeze", ["v", "axis"], ["shared_values"]),
-            node("Unsqueeze", ["mask", "axis"], ["shared_mask"]),
-        ]
-        query, keys, values, mask, result = "grouped", "shared_keys", "shared_values", "shared_mask", "grouped_output"
-    last_two = [0, 1, 3, 2] if groups == 1 else [0, 1, 2, 4, 3]
-    nodes += [
-        node("Transpose", [keys], ["columns"], perm=last_two),
-        node("MatMul", [query, "columns"], ["scores"]),
-        node("Where", [mask, "scores", "never"], ["seen"]),
-        node("Softmax", ["seen"], ["weights"], axis=-1),
-        node("MatMul", ["weights", values], [result]),
-    ]
-    if groups > 1:
-        nodes += [node("Shape", ["q"], ["shape"]), node("Reshape", [result, "shape"], ["output"])]
-    return _function("Attention", ["q", "k", "v", "mask"], nodes)
+    nodes = [_constant("factor", attributes["scale"], "float32"), *attention_nodes(groups)]
+    return _function("Attention", [*INPUTS], nodes)
 
 
 _FUNCTIONS = {

@@ -39,9 +39,12 @@ HALF_ROUNDING = 2.0**-11
 ROUNDINGS = 24
 """Roundings to float16 of a layer: about 12 operators, and both sides round each."""
 INT8_FLIP, INT8_ROUNDING = 2.0**-8, 2.0**-7
-"""Rounding of activations to 8 bits, relative to their norm: where both sides do it, and where only the CPU does."""
+"""Rounding to 8 bits of activations, and of keys and values, relative to their norm: where both sides do it, and where
+only the CPU does."""
 INT8_ROUNDINGS = 4
 """Quantized inputs of a layer."""
+CACHE_ROUNDINGS = 2
+"""Quantized keys and values of a layer with an int8 KV cache."""
 GROWTH = 4
 """Most growth of an error in later layers, and from mean to largest."""
 CPU_MEMORY = 3
@@ -164,6 +167,8 @@ def _squared_roundings(bundle: Bundle, engines: Engines) -> tuple[float, float, 
         LLM: config.language.layers + config.alignment.layers,
     }
 
+    cache = CACHE_ROUNDINGS * INT8_FLIP**2 * config.language.layers if bundle.manifest.has_row_cache else 0.0
+
     def squared(graph: str) -> float:
         is_replaced = any(engine.file.path in replaced for engine in engines.engines[graph])
         int8 = 0.0
@@ -171,7 +176,7 @@ def _squared_roundings(bundle: Bundle, engines: Engines) -> tuple[float, float, 
             int8 = INT8_ROUNDING if is_replaced else INT8_FLIP
         return layers[graph] * (ROUNDINGS * HALF_ROUNDING**2 + INT8_ROUNDINGS * int8**2)
 
-    return squared(VISION_ENCODER), squared(ALIGNMENT_DECODER), squared(LLM)
+    return squared(VISION_ENCODER), squared(ALIGNMENT_DECODER), squared(LLM) + cache
 
 
 def _formats(bundle: Bundle, graph: str) -> set[str]:

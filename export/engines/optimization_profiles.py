@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from fusion_edge.export.planning.traffic import decode_windows
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, MINIMUM_QUESTION
-from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER, sized
+from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER, cache_slots, sized
+from fusion_edge.runtime.bundle.image_memory import longest_prefix
 from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.images.grids import alignment_cells
 
@@ -77,14 +78,34 @@ def _llm(manifest: Manifest, limits: EngineLimits) -> Iterator[DimensionRanges]:
     shared = {
         "questions": (0, 1, limits.max_questions),  # a prefix has no question, and so no latents
         "latents": (0, latents, most_latents),
-        "slots": (1, whole, limits.max_context),
     }
+    before = whole - short  # tokens of a scene
     fewest, most = SHORT_PROMPT
     if fewest <= short <= most < whole:
-        yield {"positions": (fewest, short, most), **shared}
-    yield {"positions": (1, whole, limits.max_context), **shared}
-    for size in decode_windows(limits.max_context):
-        yield {"positions": (1, 1, 1), "questions": (0, 0, 0), "latents": (0, 0, 0), "slots": (size, size, size)}
+        yield {"positions": (fewest, short, most), **shared, **_read_by_prompt(manifest, limits, whole, before)}
+    yield {"positions": (1, whole, limits.max_context), **shared, **_read_by_prompt(manifest, limits, whole, 0)}
+    nothing = {"questions": _only(0), "latents": _only(0)}
+    for size in decode_windows(limits.max_context, manifest.has_row_cache):
+        yield {"positions": _only(1), **nothing, **_read_by_step(manifest, limits, size)}
+
+
+def _read_by_prompt(manifest: Manifest, limits: EngineLimits, whole: int, before: int) -> DimensionRanges:
+    """Return the ranges of the KV cache that a prompt reads: with its own tokens ``whole``, or those ``before`` it."""
+    if not manifest.has_row_cache:
+        return {"slots": (1, whole, limits.max_context)}
+    return {"slots": _only(0), "prefix": (0, before, longest_prefix(manifest, limits.max_context))}
+
+
+def _read_by_step(manifest: Manifest, limits: EngineLimits, size: int) -> DimensionRanges:
+    """Return the ranges of the KV cache that a decode step reads in a window of ``size`` tokens."""
+    if not manifest.has_row_cache:
+        return {"slots": _only(size)}
+    is_whole = size == limits.max_context
+    return {"slots": _only(cache_slots(manifest.cache_specs, size) if is_whole else size), "prefix": _only(0)}
+
+
+def _only(size: int) -> tuple[int, ...]:
+    return size, size, size
 
 
 def _range(values: Sequence[int]) -> tuple[int, int, int]:

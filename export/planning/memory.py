@@ -14,7 +14,9 @@ from fusion_edge.export.planning.options import ExportOptions
 from fusion_edge.export.planning.plan import ExportPlan, plan_export
 from fusion_edge.export.planning.rules import LM_HEAD
 from fusion_edge.export.planning.targets.tensorrt import TENSORRT
+from fusion_edge.runtime.backends.tensorrt.memory_estimate import prompt_cache_bytes
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, VISION_HEADS
+from fusion_edge.runtime.bundle.graphs import cache_token_bytes
 from fusion_edge.runtime.bundle.image_memory import image_memory
 from fusion_edge.runtime.formatting import format_bytes
 
@@ -104,7 +106,7 @@ def _weights(plan: ExportPlan) -> int:
 
 
 def _key_value_cache(plan: ExportPlan) -> int:
-    return plan.config.language.cache_values * plan.options.max_context * _item(plan.options.cache)
+    return plan.options.max_context * cache_token_bytes(plan.config, plan.options.target.name, plan.options.cache)
 
 
 def _activations(plan: ExportPlan) -> int:
@@ -121,4 +123,5 @@ def _activations(plan: ExportPlan) -> int:
     linears = plan.linears.values() if plan.options.target is TENSORRT else ()
     sizes = [linear.size for linear in linears if linear.format.is_weight_only_8_bit and not linear.is_table]
     dequantized = 2 * max(sizes, default=0)
+    dequantized += prompt_cache_bytes(plan.manifest(()), plan.options.max_context)
     return plan.options.target.activation_bytes(config, plan.options.max_context, elements) + dequantized

@@ -27,8 +27,8 @@ def _kv_cache(text: str) -> str:
     """argparse type of ``--kv-cache``: says why there is no FP8."""
     if text == "fp8":
         raise argparse.ArgumentTypeError(
-            "TensorRT updates a cache in place in 16 bits only, and attention would write one in fp8 as float16 in "
-            "every step, which moves at least twice the bytes (docs/tensorrt.md): leave it out"
+            "no runtime here has a cache in fp8; int8, for cpu and tensorrt, has codes of the same size and needs no "
+            "FP8 hardware (docs/tensorrt.md): use --kv-cache int8"
         )
     return text
 
@@ -113,7 +113,8 @@ class ExportOptions:
     )
     kv_cache: str = option(
         "--kv-cache",
-        "int8: a quarter of the memory and of the reads in decode; needs a recent ONNX Runtime (default: {default})",
+        "int8, for cpu and tensorrt: a quarter or half of the memory and of the reads in decode; cpu needs a recent "
+        "ONNX Runtime (default: {default})",
         group=TARGET,
         default="float",
         type=_kv_cache,

@@ -37,7 +37,7 @@ OPERATORS: Mapping[str, frozenset[str]] = {
         """,
         FUNCTIONS: """
             AddLayerNorm AddRows CachedAttention ContextAttention DequantizeNvfp4 GeluIntegerProduct GeluMatMulNBits
-            IntegerMlp IntegerProduct MatMulNBits PackedAttention PatchAttention QuantizeNvfp4 SwiGlu
+            IntegerMlp IntegerProduct MaskedAttention MatMulNBits PackedAttention PatchAttention QuantizeNvfp4 SwiGlu
         """,
     }.items()
 }

@@ -2,20 +2,27 @@
 
 The exporter writes them, ``bundle.json`` lists them, the backends feed them. Symbolic dimensions: ``crops``,
 ``text`` (tokens), ``latents`` (q), ``questions``, ``positions`` (tokens), ``capacity`` of the KV cache, ``slots`` of it
-that attention reads (TensorRT), ``side`` (sqrt q) and rows of pooling cells.
+that attention reads (TensorRT), ``prefix`` of it that a prompt reads (TensorRT, int8), ``side`` (sqrt q) and rows of
+pooling cells.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS, IMAGE_SIZE, FusionConfig
 
 VISION_ENCODER = "vision_encoder"
 ALIGNMENT_DECODER = "alignment_decoder"
 LLM = "llm"
+
+ADDRESS_ALIGNMENT = 256
+"""Bytes. TensorRT requires it of the addresses of tensors and of scratch memory."""
 
 Dimension = int | str
 
@@ -101,10 +108,19 @@ def _llm(
     config: FusionConfig, target: str, activations: str, cache: str, pairs: tuple[TensorSpec, TensorSpec]
 ) -> GraphSpec:
     language = config.language
-    cached = cache_specs(config, cache)
-    past = [TensorSpec(f"past.{spec.name}", spec.dtype, spec.shape) for spec in cached]
-    present = [TensorSpec(f"present.{spec.name}", spec.dtype, spec.shape) for spec in cached]
-    if target == "tensorrt":
+    cached = cache_specs(config, target, cache)
+    has_rows = has_row_cache(target, cache)
+    read = ("slots", "prefix") if has_rows else ("past",)
+    past = [TensorSpec(f"{way}.{spec.name}", spec.dtype, _tokens(spec, way)) for way in read for spec in cached]
+    written = "new" if has_rows else "present"
+    present = [TensorSpec(f"{written}.{spec.name}", spec.dtype, _tokens(spec, "positions")) for spec in cached]
+    if has_rows:
+        places = [
+            TensorSpec("positions", "int64", (1, "positions")),
+            TensorSpec("slots", "int64", ("slots",)),
+            TensorSpec("prefix", "int64", ("prefix",)),
+        ]
+    elif target == "tensorrt":
         places = [
             TensorSpec("positions", "int64", (1, "positions")),
             TensorSpec("write_index", "int64", (1,)),
@@ -112,7 +128,7 @@ def _llm(
         ]
     else:
         places = [TensorSpec("last_position", "int32", (1,)), TensorSpec("total_length", "int32", ())]
-    if cache == "int8":
+    if cache == "int8" and not has_rows:
         places.append(TensorSpec("is_prefill", "bool", ()))
     inputs = (
         TensorSpec("embeddings", activations, (1, "positions", language.hidden_size)),
@@ -125,17 +141,62 @@ def _llm(
     return GraphSpec(LLM, inputs, (TensorSpec("logits", "float32", (1, language.vocab_size)), *present))
 
 
-def cache_specs(config: FusionConfig, cache: str) -> list[TensorSpec]:
+def _tokens(spec: TensorSpec, name: str) -> tuple[Dimension, ...]:
+    """Return the shape of a tensor of the cache, with ``name`` for the dimension ``tokens``, if it has that."""
+    return tuple(name if size == "tokens" else size for size in spec.shape)
+
+
+def has_row_cache(target: str, cache: str) -> bool:
+    """Return whether graphs only read the KV cache, and return the new tokens' rows, which the backend stores.
+
+    Inputs ``slots.{name}`` and ``prefix.{name}`` are the cache, for decode steps and for prompts; ``new.{name}`` are
+    the rows. ``slots`` and ``prefix`` are the positions of the tokens in the cache. A decode step attends to slots
+    with a smaller position than its own, so a slot that is not in use has a larger one.
+    """
+    return target == "tensorrt" and cache == "int8"
+
+
+def cache_specs(config: FusionConfig, target: str, cache: str) -> list[TensorSpec]:
     """Return the tensors of the KV cache: keys and values layer by layer, and the scales of an int8 cache.
 
-    The input ``past.{name}`` and the output ``present.{name}`` share their memory.
+    The input ``past.{name}`` and the output ``present.{name}`` share their memory, except in a row cache
+    (:func:`has_row_cache`), which has a scale for each token and head.
     """
     language = config.language
-    shape = (1, language.kv_heads, "capacity", language.head_dim)
-    channels = (1, language.kv_heads, 1, language.head_dim)
+    shape: tuple[Dimension, ...] = (1, language.kv_heads, "capacity", language.head_dim)
+    scales: tuple[Dimension, ...] = (1, language.kv_heads, 1, language.head_dim)
+    dtype = "float32"
+    if has_row_cache(target, cache):
+        shape, scales = ("tokens", language.kv_heads, language.head_dim), ("tokens", language.kv_heads)
+        dtype = "float16"
     specs = []
     for layer in range(language.layers):
         specs += [TensorSpec(f"{layer}.{part}", cache, shape) for part in ("key", "value")]
         if cache == "int8":
-            specs += [TensorSpec(f"{layer}.{part}_scale", "float32", channels) for part in ("key", "value")]
+            specs += [TensorSpec(f"{layer}.{part}_scale", dtype, scales) for part in ("key", "value")]
     return specs
+
+
+def cache_row_step(specs: Iterable[TensorSpec]) -> int:
+    """Return the tokens of a row cache after which every tensor has an aligned address; ``specs`` are its tensors.
+
+    TensorRT writes the rows of a prompt at such an address (:data:`ADDRESS_ALIGNMENT`).
+    """
+    return math.lcm(*(ADDRESS_ALIGNMENT // math.gcd(ADDRESS_ALIGNMENT, row_bytes(spec)) for spec in specs))
+
+
+def cache_slots(specs: Iterable[TensorSpec], max_context: int) -> int:
+    """Return the slots of a row cache for ``max_context`` tokens and the unused ones in front of a prompt."""
+    step = cache_row_step(specs)
+    return (-(-max_context // step) + 1) * step
+
+
+def row_bytes(spec: TensorSpec) -> int:
+    """Return the bytes of a token in a tensor of the cache."""
+    return math.prod(size for size in spec.shape if isinstance(size, int)) * np.dtype(spec.dtype).itemsize
+
+
+def cache_token_bytes(config: FusionConfig, target: str, cache: str) -> int:
+    """Return the bytes of a token in the KV cache, with its scales if tokens have their own."""
+    specs = cache_specs(config, target, cache)
+    return sum(row_bytes(spec) for spec in specs if not all(isinstance(size, int) for size in spec.shape))

@@ -23,6 +23,11 @@ class ImageMemory:
     """What a scene with a guide keeps more: the KV cache up to the image tokens."""
 
 
+def longest_prefix(manifest: Manifest, max_context: int) -> int:
+    """Return the most tokens of a scene's prefix, with at least one token behind it in ``max_context``."""
+    return min(START_TOKENS + manifest.image_side**2, max_context - 1)
+
+
 def image_memory(manifest: Manifest) -> ImageMemory:
     """Return the memory of an image and a scene. ``cuda`` reserves a whole context for a scene."""
     config, latents = manifest.model, manifest.query_lengths[0]
@@ -33,5 +38,4 @@ def image_memory(manifest: Manifest) -> ImageMemory:
     pixels = (GLOBAL_CROPS + 1) * crop + crop * np.dtype(np.float32).itemsize  # the local crop also as floats
     tokens = min(START_TOKENS + manifest.image_side**2, manifest.max_context)
     tokens = manifest.max_context if manifest.target == "cuda" else tokens
-    token_bytes = config.language.cache_values * np.dtype(manifest.cache).itemsize
-    return ImageMemory(cached_image=values + pixels, scene_prefix=tokens * token_bytes)
+    return ImageMemory(cached_image=values + pixels, scene_prefix=tokens * manifest.cache_token_bytes)

@@ -14,6 +14,7 @@ from typing import Any
 
 from fusion_edge.runtime.bundle.config import MINIMUM_QUESTION, FusionConfig
 from fusion_edge.runtime.bundle.files import FileEntry
+from fusion_edge.runtime.bundle.graphs import TensorSpec, cache_specs, cache_token_bytes, has_row_cache
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -100,6 +101,21 @@ class Manifest:
     def minimum_context(self) -> int:
         """Tokens of an image, the longest query and a short question."""
         return self.image_side**2 + max(self.query_lengths) + MINIMUM_QUESTION
+
+    @property
+    def has_row_cache(self) -> bool:
+        """Whether the backend stores the rows of new tokens in the KV cache (:func:`has_row_cache`)."""
+        return has_row_cache(self.target, self.cache)
+
+    @property
+    def cache_specs(self) -> list[TensorSpec]:
+        """Tensors of the KV cache."""
+        return cache_specs(self.model, self.target, self.cache)
+
+    @property
+    def cache_token_bytes(self) -> int:
+        """Bytes of a token in the KV cache."""
+        return cache_token_bytes(self.model, self.target, self.cache)
 
     @property
     def size(self) -> int:

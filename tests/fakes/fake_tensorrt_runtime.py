@@ -21,9 +21,14 @@ from fakes.fake_cuda import Misuse
 from onnx import ModelProto, helper
 from support import tensorrt_parser
 
+from fusion_edge.kernels.onnx_functions.masked_attention import MASKED_ATTENTION
+from fusion_edge.kernels.operators import DOMAIN
+
 if TYPE_CHECKING:
     from fakes.fake_tensorrt import FakeTensorRT
 
+ADDRESS_ALIGNMENT = 256
+"""Bytes of which the address of a tensor is a multiple."""
 MAGIC = b"fake engine\n"
 SCRATCH_BYTES = 4096
 Shape = tuple[int, ...]
@@ -175,7 +180,10 @@ def _session(model: ModelProto, folder: Path, has_scopes: bool) -> ort.Inference
     ``has_scopes``: whether the parser separates a function's parameters from tensors of the graph.
     """
     whole = onnx.load(folder / f"{model.graph.name.split('.')[0]}.onnx", load_external_data=False)
+    has_masked_attention = any(function.name == MASKED_ATTENTION for function in whole.functions)
     for node in model.graph.node:
+        if has_masked_attention and node.op_type == "Attention" and not node.domain:
+            node.op_type, node.domain = MASKED_ATTENTION, DOMAIN  # ONNX Runtime's operator needs a query
         kept = [one for one in node.attribute if one.name not in ("plugin_namespace", "aot", "TRT_decomposable")]
         del node.attribute[:]
         node.attribute.extend(kept)
@@ -216,6 +224,8 @@ class IExecutionContext:
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
+        if memory % ADDRESS_ALIGNMENT:
+            raise Misuse(f"{name} lies at {memory:#x}, no multiple of {ADDRESS_ALIGNMENT}.")
         if name not in (*self._engine.inputs, *self._engine.outputs):
             return self._error(f"There is no tensor {name}.")
         self._addresses[name] = memory
@@ -244,7 +254,6 @@ class IExecutionContext:
                 return self._error("This cannot be captured.")
             if not self._has_best_kernels:
                 raise Misuse("Provisional kernels are captured.")
-        self._check_overlaps()
         self._ran_with = dict(self._shapes)
         work = partial(self._compute, dict(self._addresses), dict(self._shapes))
         self._cuda.enqueue(stream_handle, work)
@@ -254,20 +263,28 @@ class IExecutionContext:
         self._engine.logger.log(ILogger.Severity.ERROR, message)
         return False
 
-    def _check_overlaps(self) -> None:
-        """Raise :class:`Misuse` unless exactly the KV cache shares memory of an input and an output."""
+    def _check_overlaps(self, ranges: dict[str, tuple[int, int]], addresses: dict[str, int]) -> None:
+        """Raise :class:`Misuse` unless exactly a KV cache that is updated shares memory of an input and an output."""
+        in_place = self._engine.in_place
+        for name in in_place.keys() & self._engine.outputs.keys():
+            if addresses[name] != addresses[in_place[name]]:
+                raise Misuse(f"{name} does not share the memory of {in_place[name]}.")
         for name in self._engine.outputs:
-            shared = {other for other, at in self._addresses.items() if at == self._addresses[name]} - {name}
-            expected = {self._engine.in_place[name]} if name in self._engine.in_place else set()
-            if shared != expected:
-                raise Misuse(f"{name} shares its memory with {shared}, not with {expected}.")
+            start, size = ranges[name]
+            for other, (at, bytes_there) in ranges.items():
+                is_allowed = other == name or other == in_place.get(name)
+                if size and bytes_there and at < start + size and start < at + bytes_there and not is_allowed:
+                    raise Misuse(f"{name} shares its memory with {other}.")
 
     def _compute(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
         engine = self._engine
         assert self._scratch is not None
         self._cuda.view(*self._scratch)[...] = 0xEE  # overwrites other data that is stored there
         inputs = {name: self._array(addresses[name], engine.inputs[name], shapes[name]) for name in engine.inputs}
-        for name, result in zip(engine.outputs, engine.session.run([*engine.outputs], inputs), strict=True):
+        results: list[npt.NDArray[Any]] = list(engine.session.run([*engine.outputs], inputs))
+        arrays = inputs | dict(zip(engine.outputs, results, strict=True))
+        self._check_overlaps({name: (addresses[name], array.nbytes) for name, array in arrays.items()}, addresses)
+        for name, result in zip(engine.outputs, results, strict=True):
             if name not in engine.in_place or not engine.module.forgets_caches:
                 self._array(addresses[name], engine.outputs[name], result.shape)[...] = result
         engine.module.runs += 1

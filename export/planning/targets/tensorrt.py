@@ -61,6 +61,7 @@ TENSORRT = TensorRTTarget(
     lowering=TensorRTOperations,
     activations="float16",
     accuracy_levels=(0,),
+    kv_caches=("float", "int8"),
     float_kinds=("fp8", "nvfp4"),
     symmetric_activations=True,
     int8_per_channel=True,

@@ -111,6 +111,14 @@ class Graph:
         binding.bind_input(source, *tensor)
         binding.bind_output(result, *tensor)
 
+    def bind_input(self, binding: ort.IOBinding, name: str, pointer: int, shape: tuple[int, ...]) -> None:
+        """Bind an input to memory of its device, which must outlive the binding."""
+        binding.bind_input(name, self._places[name], 0, np.dtype(self.inputs[name].dtype).type, shape, pointer)
+
+    def bind_output(self, binding: ort.IOBinding, name: str, pointer: int, shape: tuple[int, ...]) -> None:
+        """Bind an output to memory of the graph's device, which must outlive the binding."""
+        binding.bind_output(name, self.device, 0, np.dtype(self._outputs[name].dtype).type, shape, pointer)
+
     def run(self, inputs: Mapping[str, Input], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Run the graph and return its outputs by name, in new memory of the given ``shapes``."""
         with translate_errors(self.name, self.device):
@@ -188,8 +196,7 @@ def _reason(error: Exception) -> str:
 def _needed_bytes(bundle: Bundle) -> int:
     """Return the minimum bytes of a load: the files and the KV cache."""
     manifest = bundle.manifest
-    cache = manifest.model.language.cache_values * manifest.max_context * np.dtype(manifest.cache).itemsize
-    return manifest.size + cache
+    return manifest.size + manifest.max_context * manifest.cache_token_bytes
 
 
 def _requested(error: Exception) -> int | None:
@@ -215,7 +222,7 @@ def _session(bundle: Bundle, name: str, device: str, threads: int, spin: bool) -
                 f"{problem}; close other programs, use fewer --threads, or export a smaller bundle."
             ) from error
         remedy = "Upgrade onnxruntime"
-        if bundle.manifest.cache == "int8":
+        if bundle.manifest.cache == "int8" and not bundle.manifest.has_row_cache:
             remedy += ", or export with --kv-cache float: older releases do not support an int8 KV cache"
         raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {_reason(error)} {remedy}.") from error
     if provider not in session.get_providers():

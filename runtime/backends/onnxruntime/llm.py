@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping
 
@@ -24,6 +25,9 @@ KvMemory = Mapping[str, ort.OrtValue]
 class LlmSession:
     """The LLM with its KV cache, which is bound as input and output, so updated in place.
 
+    Graphs with a row cache (:func:`fusion_edge.runtime.bundle.graphs.has_row_cache`) write the rows of a prompt behind
+    those that they read, and the row of a decode step to memory of its own, from which it is copied.
+
     A sequence uses the start of the session's memory, up to its capacity: prefill of an int8 cache copies everything
     after the prompt. A prefix has memory of its own, and sequences behind it use the rest of it, so nothing is copied.
 
@@ -35,12 +39,15 @@ class LlmSession:
         self._graph = graph
         self._context = manifest.max_context
         self._has_long_steps = manifest.size >= LONG_STEP_BYTES
-        self._specs = graphs.cache_specs(manifest.model, manifest.cache)
+        self._specs = manifest.cache_specs
+        self._has_row_cache = manifest.has_row_cache
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
         with translate_errors(graph.name, graph.device):  # a GPU may lack memory
             self._memory = self._new_memory()
             self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._zero_inputs(manifest).items()}
+            self._row = {spec.name: self._zeros(spec, 1) for spec in self._specs} if self._has_row_cache else {}
+            """Cache rows of the last decode step; only of a row cache."""
         self._end()
 
     def _end(self) -> None:
@@ -50,10 +57,11 @@ class LlmSession:
         self._decode_binding: ort.IOBinding | None = None
 
     def _new_memory(self) -> KvMemory:
-        return {spec.name: self._zeros(spec) for spec in self._specs}
+        return {spec.name: self._zeros(spec, self._context) for spec in self._specs}
 
-    def _zeros(self, spec: graphs.TensorSpec) -> ort.OrtValue:
-        return self._graph.tensor(f"past.{spec.name}", np.zeros(math.prod(_shape(spec, self._context)), spec.dtype))
+    def _zeros(self, spec: graphs.TensorSpec, tokens: int) -> ort.OrtValue:
+        name = f"{'slots' if self._has_row_cache else 'past'}.{spec.name}"
+        return self._graph.tensor(name, np.zeros(math.prod(_shape(spec, tokens)), spec.dtype))
 
     def _zero_inputs(self, manifest: Manifest) -> dict[str, npt.NDArray[np.float32]]:
         """Return the inputs of a decode step, all zero: one row and no latents."""
@@ -69,7 +77,8 @@ class LlmSession:
             "total_length": (),
             "positions": (1, 1),  # TensorRT bundles only, as write_index
             "write_index": (1,),
-            "is_prefill": (),  # int8 caches only
+            "prefix": (0,),  # row caches only
+            "is_prefill": (),  # other int8 caches only
         }
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name in self._graph.inputs}
 
@@ -92,7 +101,7 @@ class LlmSession:
         with translate_errors(self._graph.name, self._graph.device):
             if "slots" in self._graph.inputs:  # TensorRT bundles only; attention reads the whole cache
                 self._decode_inputs["slots"] = self._graph.tensor("slots", np.arange(bound))
-            self._decode_binding = self._binding(self._decode_inputs, memory, bound)
+            self._decode_binding = self._step_binding(memory, bound)
         self._run_prompt(inputs, start, length, memory, bound)
         logits: Floats = self._logits[0]
         return logits
@@ -112,12 +121,19 @@ class LlmSession:
         if "positions" in self._graph.inputs:
             first["positions"] = np.arange(start, start + length)[None]
         if "slots" in self._graph.inputs:
-            first["slots"] = np.arange(start + length)
+            first["slots"] = np.arange(0 if self._has_row_cache else start + length)
+        if "prefix" in self._graph.inputs:
+            first["prefix"] = np.arange(start)
         if "is_prefill" in self._graph.inputs and start == 0:  # later tokens take the scales of the first ones
             first["is_prefill"] = np.ones((), np.bool_)
         with translate_errors(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
-            binding = self._binding(self._decode_inputs | tensors, memory, bound)
+            inputs_of_run = self._decode_inputs | tensors
+            if self._has_row_cache:
+                binding = self._row_binding(inputs_of_run, memory, 0, start)
+                self._bind_rows(binding, memory, start, length)
+            else:
+                binding = self._binding(inputs_of_run, memory, bound)
         self._graph.run_bound(binding)
 
     def decode(self, embedding: Floats) -> Floats:
@@ -126,6 +142,7 @@ class LlmSession:
         self._write("embeddings", embedding)
         assert self._decode_binding is not None  # before the first prefill the capacity is 0
         self._graph.run_bound_step(self._decode_binding, self._has_long_steps)
+        self._store_row()
         logits: Floats = self._logits[0]
         return logits
 
@@ -149,6 +166,39 @@ class LlmSession:
 
     def _write(self, name: str, data: npt.ArrayLike) -> None:
         self._graph.write(name, self._decode_inputs[name], data)
+
+    def _step_binding(self, memory: KvMemory, bound: int) -> ort.IOBinding:
+        """Bind decode steps with a cache of ``bound`` tokens."""
+        if not self._has_row_cache:
+            return self._binding(self._decode_inputs, memory, bound)
+        binding = self._row_binding(self._decode_inputs, memory, bound, 0)
+        self._bind_rows(binding, self._row, 0, 1)
+        return binding
+
+    def _row_binding(
+        self, inputs: Mapping[str, ort.OrtValue], memory: KvMemory, slots: int, prefix: int
+    ) -> ort.IOBinding:
+        """Bind the inputs, the logits, and the start of ``memory`` as cache of a decode step, or as prefix."""
+        binding = self._graph.binding(inputs, self._outputs)
+        for spec in self._specs:
+            for way, tokens in (("slots", slots), ("prefix", prefix)):
+                pointer = memory[spec.name].data_ptr()
+                self._graph.bind_input(binding, f"{way}.{spec.name}", pointer, _shape(spec, tokens))
+        return binding
+
+    def _bind_rows(self, binding: ort.IOBinding, memory: KvMemory, start: int, count: int) -> None:
+        """Bind the cache rows of ``count`` new tokens to ``memory``, from row ``start`` on."""
+        for spec in self._specs:
+            pointer = memory[spec.name].data_ptr() + start * graphs.row_bytes(spec)
+            self._graph.bind_output(binding, f"new.{spec.name}", pointer, _shape(spec, count))
+
+    def _store_row(self) -> None:
+        """Copy the row of a decode step to its place in a row cache."""
+        memory = self._memory if self._prefix is None else self._prefix.memory
+        for spec in self._specs if self._has_row_cache else ():
+            size = graphs.row_bytes(spec)
+            target = memory[spec.name].data_ptr() + (self._length - 1) * size
+            ctypes.memmove(target, self._row[spec.name].data_ptr(), size)
 
     def _binding(self, inputs: Mapping[str, ort.OrtValue], memory: KvMemory, bound: int) -> ort.IOBinding:
         """Bind the inputs, the logits, and ``memory`` as a cache of ``bound`` tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import traceback
 import weakref
@@ -25,12 +24,15 @@ from fusion_edge.runtime.backends.base import (
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
 from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
+from fusion_edge.runtime.backends.tensorrt.kv_cache import InPlaceCache, KvCache, RowCache
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor, KvPrefixes
 from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
+from fusion_edge.runtime.backends.tensorrt.self_test import check_decode, check_prefix
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, open_engines
 from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
+from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
 from fusion_edge.runtime.system.jetson import this_jetson
@@ -39,18 +41,13 @@ ONLY_PROFILE = 0
 """Profile of the vision encoder and of the alignment decoder."""
 IMAGE_TENSORS: tuple[str, ...] = ("keys", "values")
 """Outputs of the alignment decoder that stay on the device for the LLM."""
+CACHE_PREFIXES = ("present.", "slots.", "prefix.", "new.")
+"""Starts of names of tensors in the memory of the KV cache, which ``past.`` and :class:`RowCache` have."""
 HOST_TENSORS = {
     *("pixel_values", "text_embeds", "text_mask", "features", "latent_cells", "context_cells", "latents"),
-    *("embeddings", "latent_positions", "question_positions", "positions", "write_index", "slots", "logits"),
+    *("embeddings", "latent_positions", "question_positions", "positions", "write_index", "slots", "prefix", "logits"),
 }
 """Tensors that the host reads or writes."""
-MAX_DIFFERENCE = 0.2
-"""Tolerance between logits of decode and prefill, in standard deviations: ten times that of float16 kernels."""
-CHECKED_STEPS = 8
-"""Decode steps that a load checks, for each window: a cache without so many tokens changes logits beyond tolerance."""
-SLOT_STEP = 64
-"""Attention of a prefill reads a multiple of so many cache slots: fewer different shapes, each of which has kernels."""
-DECODE_INPUTS = ("embeddings", "positions", "write_index")
 
 
 class TensorRTBackend:
@@ -82,12 +79,15 @@ class TensorRTBackend:
             for name, parts in engines.engines.items():
                 self._graphs[name] = EngineGraph(name, parts, folder, library, self._runtime, messages)
             self._tensors = self._allocate([engine for parts in engines.engines.values() for engine in parts])
-            caches = [tensor for name, tensor in self._tensors.items() if name.startswith("past.")]
-            self._prefixes = KvPrefixes(self._memory, caches)
+            self._cache = self._kv_cache(bundle.manifest)
+            self._step_shapes = self._decode_step_shapes()
+            self._prefixes = KvPrefixes(self._memory, self._cache.parts)
             self._prepare()
             self._prompts = engines.prompt_lengths
             self._windows = engines.decode_windows
-            self._tensors["slots"].upload(np.arange(self.max_context), self._stream)
+            for name in ("slots", "prefix"):
+                if (tensor := self._tensors.get(name)) is not None:
+                    tensor.upload(np.arange(tensor.shape[0]), self._stream)
             self._capture_decode_steps()
             self._check_decode(engines)
             self._is_loaded = True
@@ -98,7 +98,7 @@ class TensorRTBackend:
             raise
 
     def _allocate(self, engines: list[Engine]) -> dict[str, DeviceTensor]:
-        """Allocate the largest shape of each tensor, by name. The KV cache has one memory for input and output."""
+        """Allocate the largest shape of each tensor, by name, except those of a row cache."""
         tensors: dict[str, DeviceTensor] = {}
         for engine in engines:
             largest = engine.largest_shapes
@@ -107,11 +107,15 @@ class TensorRTBackend:
                 shape = largest[name]
                 if name in IMAGE_TENSORS:
                     self._image_tensor = tensor["dtype"], shape
-                elif name.startswith("present."):
-                    tensors[name] = tensors[f"past.{name.removeprefix('present.')}"]
-                elif name not in tensors:
+                elif name not in tensors and not name.startswith(CACHE_PREFIXES):
                     tensors[name] = DeviceTensor(self._memory, tensor["dtype"], shape, name in HOST_TENSORS)
         return tensors
+
+    def _kv_cache(self, manifest: Manifest) -> KvCache:
+        """Return the KV cache, in memory of its own or in that of the engines' tensors."""
+        if not manifest.has_row_cache:
+            return InPlaceCache(self._tensors, self.max_context)
+        return RowCache(self._memory, manifest.cache_specs, self._tensors["slots"].shape[0])
 
     def _prepare(self) -> None:
         """Create the contexts. They share their scratch memory, because one runs at a time."""
@@ -119,6 +123,7 @@ class TensorRTBackend:
         scratch = self._memory.device(size)
         self._empty = dict.fromkeys(IMAGE_TENSORS, self._memory.device(0))
         pointers = {name: tensor.pointer for name, tensor in self._tensors.items()} | self._empty
+        pointers |= self._cache.pointers
         for graph in self._graphs.values():
             graph.prepare(scratch, size, pointers, self._stream, self._kernels)
         self._cuda.wait(self._stream)
@@ -196,7 +201,7 @@ class TensorRTBackend:
     def _run_prompt(
         self,
         embeddings: Floats,
-        image: Mapping[str, int],
+        image: dict[str, int],
         latent_positions: Integers,
         question_positions: Integers,
         prefix: KvPrefix | None = None,
@@ -208,14 +213,14 @@ class TensorRTBackend:
             "latent_positions": latent_positions,
             "question_positions": question_positions,
             "positions": np.arange(start, start + len(embeddings))[None],
-            "write_index": np.full(1, start, np.int64),
+            **self._cache.prompt_inputs(start),
         }
         questions, latents = latent_positions.shape
-        slots = min(-(-(start + len(embeddings)) // SLOT_STEP) * SLOT_STEP, self.max_context)
-        dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents, "slots": slots}
+        dimensions = {"positions": len(embeddings), "questions": questions, "latents": latents}
+        dimensions |= self._cache.prompt_sizes(start, len(embeddings))
         profile = self._prompt_profile(len(embeddings))
         self._graphs[LLM].set_dimensions(profile, dimensions)
-        self._graphs[LLM].bind(profile, image)
+        self._graphs[LLM].bind(profile, image | self._cache.start(start, self._tensors["slots"], self._stream))
         self._prefixes.restore(prefix, self._stream)
         self._enqueue(LLM, profile, inputs)
 
@@ -227,7 +232,8 @@ class TensorRTBackend:
     def decode(self, embedding: Floats) -> Floats:
         check_capacity(self._length + 1, self._capacity)
         self._check_interrupted()
-        number = next(number for number, window in enumerate(self._windows) if window > self._length)
+        needed = self._cache.window(self._length)
+        number = next(number for number, window in enumerate(self._windows) if window >= needed)
         return self._decode(embedding, number)
 
     def _decode(self, embedding: Floats, number: int) -> Floats:
@@ -237,6 +243,7 @@ class TensorRTBackend:
             self._decode_step(number)
         else:
             self._cuda.launch(self._decode_graphs[number], self._stream)
+        self._cache.store(self._length, self._stream)
         self._cuda.wait(self._stream)
         self._length += 1
         logits: Floats = self._tensors["logits"].host((1, self._config.language.vocab_size))[0]
@@ -248,17 +255,18 @@ class TensorRTBackend:
 
     def _write_decode_step(self, embedding: npt.ArrayLike, position: int) -> None:
         """Write the inputs of a decode step to pinned memory."""
-        values = dict(zip(DECODE_INPUTS, (embedding, position, position), strict=True))
+        values = {"embeddings": embedding} | dict.fromkeys(self._cache.step_inputs, position)
         for name, value in values.items():
-            self._tensors[name].host(self._decode_step_shapes[name])[...] = value
+            self._tensors[name].host(self._step_shapes[name])[...] = value
 
-    @property
-    def _decode_step_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {"embeddings": (1, 1, self._config.language.hidden_size), "positions": (1, 1), "write_index": (1,)}
+    def _decode_step_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a decode step's inputs from the host, by name."""
+        shapes = {"embeddings": (1, 1, self._config.language.hidden_size), "positions": (1, 1), "write_index": (1,)}
+        return {name: shapes[name] for name in ("embeddings", *self._cache.step_inputs)}
 
     def _decode_step(self, number: int) -> None:
         """Enqueue a decode step with a window of the cache, from pinned memory to pinned memory."""
-        for name, shape in self._decode_step_shapes.items():
+        for name, shape in self._step_shapes.items():
             self._tensors[name].send(shape, self._stream)
         self._graphs[LLM].run(len(self._prompts) + number, self._stream)
         self._tensors["logits"].download((1, self._config.language.vocab_size), self._stream)
@@ -270,7 +278,7 @@ class TensorRTBackend:
         """
         refusals = []
         for number, window in enumerate(self._windows):
-            dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": window}
+            dimensions = {"positions": 1, "questions": 0, "latents": 0, "slots": window, **self._cache.step_sizes}
             self._graphs[LLM].set_dimensions(len(self._prompts) + number, dimensions)
             self._write_decode_step(0, 0)
             self._decode_step(number)  # a first run does work that cannot be captured
@@ -296,35 +304,18 @@ class TensorRTBackend:
         return self._cuda.end_capture(self._stream)
 
     def _check_decode(self, engines: Engines) -> None:
-        """Raise :class:`FusionError` unless decode steps give the logits of a prompt that includes their tokens.
+        """Raise :class:`FusionError` unless decode steps continue prompts, in every profile and behind a prefix."""
+        pair, width = self._image_memory(), self._config.language.hidden_size
 
-        Each window runs some steps for prompts of its own, one a profile for prompts: the last step reads what the
-        others wrote, where the cache holds tokens of the prompt before. The test fails if TensorRT does not update
-        caches in place. It guarantees that for TensorScatter only, which exists since 10.15; with older operators the
-        result of sharing input and output memory is undefined.
-        """
-        usual = engines.engines[LLM][0].profiles[0]["latents"][1]
-        room = self._windows[0] - CHECKED_STEPS  # all steps fit the smallest window
-        latents = min(usual, room - 2)
-        shortest = (self._prompts[0][0], *(most + 1 for _, most in self._prompts[:-1]))
-        lengths = [min(max(latents + 2, length), room) for length in shortest]
-        generator, pair = np.random.default_rng(0), self._image_memory()
-        places, last = np.arange(latents)[None], np.array([latents + 1])
-        for (number, window), length in itertools.product(enumerate(self._windows), lengths):
-            shape = length + CHECKED_STEPS, self._config.language.hidden_size
-            prompt: Floats = generator.normal(0, 1, shape).astype(np.float32)
-            image = ImageAlignment(prompt[:latents], *pair)
-            self.prefill(prompt[:length], image, places, last, len(prompt))
-            decoded = [self._decode(row, number).copy() for row in prompt[length:]][-1]
-            expected = self.prefill(prompt, image, places, last, len(prompt))
-            if not np.abs(decoded - expected).max() <= MAX_DIFFERENCE * expected.std():
-                raise FusionError(
-                    f"Decode and prefill of {engines.machine} disagree for {window} slots of the KV cache, so "
-                    "answers would be wrong; run the bundle with --device cpu or another version of TensorRT, and "
-                    "report this."
-                )
+        def prefill(prompt: Floats, latents: range, capacity: int, prefix: KvPrefix | None = None) -> Floats:
+            positions = np.array(latents)
+            image = ImageAlignment(prompt[positions], *pair)
+            return self.prefill(prompt, image, positions[None], positions[-1:] + 2, capacity, prefix)
+
+        check_decode(engines, width, prefill, self._decode)
+        check_prefix(engines, width, prefill, self.prefill_prefix, self.decode)
         self._free_pairs.append(pair)
-        self._length = self._capacity = 0
+        self._prefix_length = self._length = self._capacity = 0
 
     def _keep_kernels(self) -> None:
         if self._kernels is not None and self._is_loaded:

@@ -13,9 +13,7 @@ import numpy.typing as npt
 
 from fusion_edge.runtime.backends.base import KvPrefix
 from fusion_edge.runtime.backends.cuda import Cuda
-
-ALIGNMENT = 256
-"""Alignment in bytes that TensorRT requires of its scratch memory."""
+from fusion_edge.runtime.bundle.graphs import ADDRESS_ALIGNMENT
 
 
 class DeviceMemory:
@@ -30,9 +28,9 @@ class DeviceMemory:
 
     def device(self, size: int) -> int:
         """Allocate zeroed device memory. TensorRT needs a pointer other than 0 even for an empty tensor."""
-        pointer = self.cuda.allocate(max(size, ALIGNMENT))
+        pointer = self.cuda.allocate(max(size, ADDRESS_ALIGNMENT))
         self._device.append(pointer)
-        self.size += max(size, ALIGNMENT)
+        self.size += max(size, ADDRESS_ALIGNMENT)
         return pointer
 
     def pinned(self, size: int) -> npt.NDArray[np.uint8]:

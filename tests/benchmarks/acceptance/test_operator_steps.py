@@ -129,6 +129,19 @@ def test_attention_has_the_form_of_the_version(
     assert outcome.figures["prompt"]["largest_error"] == 0.001
 
 
+@pytest.mark.parametrize(("version", "operator"), [("10.3.0", "PlainAttention"), ("10.14.0", "Attention")])
+def test_int8_cache(version: str, operator: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts attend with the operator, or its decomposition; steps have one row behind a full cache."""
+    runs = on_gpu(monkeypatch, [1], version=version)
+    outcome = operator_steps.int8_cache(workspace, 96)
+    for case in runs.cases:
+        assert sum(node.op_type == operator for node in case.model.graph.node) == 1
+    assert [case.inputs["q"].shape[2] for case in runs.cases] == [256, 1, 1]
+    assert [len(case.inputs["slots"]) for case in runs.cases[1:]] == [operators.CAPACITY - 1] * 2
+    assert runs.labels == [f"int8-cache-96 {name}" for name in ("prompt", "decode", "decode-flat")]
+    assert outcome.summary == "prompt 1 layers, decode 1 layers, decode-flat 1 layers; 1000 us, 1000 us, 1000 us"
+
+
 def test_scatter(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = on_gpu(monkeypatch, [1])
     summaries = [operator_steps.scatter(workspace, is_native).summary for is_native in (True, False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,36 @@ def test_attention(dim: int, rows: int, length: int) -> None:
     assert error(case, computed) <= case.tolerance
     with pytest.raises(FusionError, match="elements are wrong"):
         error(case, np.roll(computed, 1, axis=1))  # of another head
+
+
+@needs_opset_24
+@pytest.mark.parametrize(("rows", "before"), [(16, 24), (1, 40)])
+@pytest.mark.parametrize("dim", [96, 128])
+def test_row_cache(rows: int, before: int, dim: int) -> None:
+    case = operators.row_cache(rows, before, heads=2, dim=dim)
+    computed = outputs(case)
+    assert error(case, computed) <= case.tolerance
+    assert case.tolerance < 0.2 * computed.astype(np.float64).std()
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, np.roll(computed, 1, axis=1))  # of another head
+    forgotten = dict(case.inputs)
+    for name in ("slots", "prefix"):
+        forgotten |= {key: np.zeros_like(array) for key, array in case.inputs.items() if key.startswith(f"{name}.")}
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, outputs(dataclasses.replace(case, inputs=forgotten)))
+
+
+@needs_opset_24
+def test_row_cache_with_flat_scores() -> None:
+    """Its tolerance finds products in float16, where they are subnormal. ONNX Runtime's are float32 on a CPU."""
+    case = operators.row_cache(1, 4095, heads=4, is_flat=True)
+    computed = outputs(case)
+    assert error(case, computed) <= case.tolerance / 2
+    codes, scales = (case.inputs[f"slots.0.value{suffix}"] for suffix in ("", "_scale"))
+    parts = (codes / 128).astype(np.float16) * (np.float16(1 / 4096) * scales)[..., None]
+    assert parts.dtype == np.float16
+    with pytest.raises(FusionError, match="elements are wrong"):
+        error(case, parts.sum(0, dtype=np.float64)[None, :, None])
 
 
 def test_attention_decomposed_for_older_versions() -> None:

@@ -315,7 +315,6 @@ def test_int4_scales_are_positive(exported: Export) -> None:
         (PHI, "--fp16 --rule llm.*=fp4:32", "TensorRT: it has no GEMMs with a codebook; use --int4,"),
         (PHI, "--fp16 --rule llm.*=int8:32", "cannot be int8:32 for TensorRT: its 8-bit weights have one scale per"),
         (PHI, "--fp16 --rule llm.lm_head=uint8:32", "llm.lm_head cannot be uint8:32 for TensorRT: it supports no zero"),
-        (PHI, "--fp16 --kv-cache int8", "--kv-cache int8"),
         (PHI, "--fp16 --accuracy-level 4", "--accuracy-level is for ONNX Runtime"),
         (
             PHI,

@@ -76,7 +76,8 @@ def test_a_cache_in_fp8_is_refused_with_the_reason(capsys: pytest.CaptureFixture
         parser().parse_args(["checkpoint", "--target=tensorrt", "--kv-cache=fp8"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert "--kv-cache: TensorRT updates a cache in place in 16 bits only, and attention would write one in" in message
+    assert "--kv-cache: no runtime here has a cache in fp8; int8, for cpu and tensorrt, has codes of the" in message
+    assert "use --kv-cache int8" in message
 
 
 def test_the_runtime_accepts_every_target() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,16 @@ def test_windows_cost_less_than_the_whole_cache(capacity: int) -> None:
     assert (capacity <= 1536) == (not windows)
 
 
+@given(st.integers(1, 1 << 20))
+def test_windows_of_an_int8_cache(capacity: int) -> None:
+    """The next window has at most twice the tokens, or 8/3 of them at the end, and at least 4/3."""
+    sizes = decode_windows(capacity, has_row_cache=True)
+    assert sizes[-1] == capacity
+    for smaller, larger in pairwise(sizes):
+        assert 4 * smaller <= 3 * larger
+        assert larger == 2 * smaller or (larger == capacity and 3 * larger < 8 * smaller)
+
+
 @pytest.mark.parametrize(
     ("capacity", "windows"), [(1536, [1536]), (1537, [512, 1537]), (4096, [512, 1024, 4096]), (64, [64])]
 )
@@ -56,6 +66,37 @@ def test_windows(capacity: int, windows: list[int]) -> None:
 )
 def test_a_window_is_copied(length: int, tokens: int) -> None:
     assert moved_tokens(length, 4096) == tokens
+
+
+def test_a_window_of_an_int8_cache_is_not_copied() -> None:
+    """So each half of a larger window is one, too, but for one of nearly the whole context."""
+    assert decode_windows(4096, has_row_cache=True) == [512, 1024, 2048, 4096]
+    assert decode_windows(512, has_row_cache=True) == [512]
+    assert decode_windows(1100, has_row_cache=True) == [512, 1100]
+    assert decode_windows(1365, has_row_cache=True) == [512, 1365]
+    assert decode_windows(1366, has_row_cache=True) == [512, 1024, 1366]
+    assert [moved_tokens(length, 4096, has_row_cache=True) for length in (1, 512, 513, 4096)] == [512, 512, 1024, 4096]
+
+
+def test_an_int8_cache_has_half_of_the_bytes_and_scales(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scale of two bytes for each token, layer and head of keys and of values: on the bus, and in memory."""
+    command = str(tiny_checkpoint), "--target=tensorrt", "--fp16", "--max-context=256"
+    language = TINY.language
+    saved = language.cache_values - 4 * language.layers * language.kv_heads
+    reports = []
+    for cache in ("float", "int8"):
+        assert cli.main([*command, f"--kv-cache={cache}", "--dry-run", "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    plain, int8 = reports
+    step = "decode step, up to 256 tokens"
+    assert plain["traffic"][step]["fused"] - int8["traffic"][step]["fused"] == 256 * saved
+    assert plain["key_value_cache"] - int8["key_value_cache"] == 256 * saved
+    assert int8["scene_prefix"] / plain["scene_prefix"] == int8["key_value_cache"] / plain["key_value_cache"]
+    # Keys and values of a layer, dequantized: of a whole context, and of a prefix of 80 + 16 tokens.
+    prompt = 4 * language.kv_heads * language.head_dim * (256 + 80 + 16)
+    assert int8["activations"] - plain["activations"] == prompt
 
 
 def traffic(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, dict[str, int]]:

@@ -25,6 +25,7 @@ from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 EXACT, INT8_CACHE = 1e-4, 0.1
 """Tolerances of float32 and of int8 caches, which decode reads and prefill does not."""
 
+TENSORRT_INT8_CACHE = "--target tensorrt --kv-cache int8"
 TENSORRT_INT4 = "--int4 --group-size 64 --target tensorrt"
 
 WIDE = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, hidden_size=64, heads=4, kv_heads=4))
@@ -110,10 +111,13 @@ SUBJECTS = {
     "onnxruntime-half": on_device("cpu", "--fp16 --target cuda", HALF),
     "onnxruntime-tensorrt": on_device("cpu", "--fp16 --target tensorrt", HALF),
     "onnxruntime-tensorrt-int4": on_device("cpu", TENSORRT_INT4, HALF),
+    "onnxruntime-tensorrt-int8-cache": on_device("cpu", f"--fp16 {TENSORRT_INT8_CACHE}", HALF),
     "tensorrt-fake": on_fake(RTX, "--fp16 --target tensorrt", "--parts=1"),
     "tensorrt-fake-plugins": on_fake(FULL, "--fp16 --target tensorrt", "--parts=1"),
     "tensorrt-fake-jetpack-6": on_fake(JETPACK_6, "--fp16 --target tensorrt"),
     "tensorrt-fake-int4-parts": on_fake(RTX, TENSORRT_INT4, "--parts=3"),
+    "tensorrt-fake-int8-cache": on_fake(RTX, f"--fp16 {TENSORRT_INT8_CACHE}", "--parts=3"),
+    "tensorrt-fake-jetpack-6-int8-cache": on_fake(JETPACK_6, f"--fp16 {TENSORRT_INT8_CACHE}"),
     "eager": eager,
     "fake": fake,
     "cuda": on_device("cuda", "--int4 --target cuda", HALF),

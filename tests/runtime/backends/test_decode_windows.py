@@ -21,8 +21,9 @@ from fusion_edge.export.planning import traffic
 from fusion_edge.runtime import FusionError
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from fusion_edge.runtime.backends.tensorrt.backend import CHECKED_STEPS, TensorRTBackend
+from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
 from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
+from fusion_edge.runtime.backends.tensorrt.self_test import CHECKED_STEPS
 from fusion_edge.runtime.bundle.graphs import LLM
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 

@@ -226,7 +226,7 @@ def built_engines(folder: Path) -> tuple[Bundle, Any]:
 @needs_opset_24
 def test_just_enough_memory(folder: Path) -> None:
     bundle, engines = built_engines(folder)
-    free = needed_bytes(bundle.manifest.model, engines, engines.max_context)
+    free = needed_bytes(bundle.manifest, engines, engines.max_context)
     check_device_memory(bundle.manifest, engines, Cuda(FakeCuda(free=free)))
     trt = FakeTensorRT(*RTX, FakeCuda(free=free))
     backend = open_backend(bundle, trt)
@@ -239,7 +239,7 @@ def test_just_enough_memory(folder: Path) -> None:
 def test_the_suggested_context_fits(folder: Path, missing: int) -> None:
     """Engines rebuilt with the context of the error start."""
     bundle, engines = built_engines(folder)
-    free = needed_bytes(bundle.manifest.model, engines, engines.max_context) - missing
+    free = needed_bytes(bundle.manifest, engines, engines.max_context) - missing
     with pytest.raises(DeviceError, match=r"or build with fusion-build --max-context \d+, which fits") as refusal:
         check_device_memory(bundle.manifest, engines, Cuda(FakeCuda(free=free)))
     option, positions = str(refusal.value).removesuffix(", which fits.").split()[-2:]
@@ -254,6 +254,6 @@ def test_no_context_fits(folder: Path) -> None:
     message = refused(folder, free=1_000_000)
     assert message.startswith("The engines need about 0.35 GB on the device (0.00 GB of weights, 0.00 GB of KV cache ")
     assert message.endswith(
-        "0.00 of 0.00 GB are free. Close other programs, or export with --int4, fewer --image-tokens or a smaller "
-        "--query-len (no --max-context fits)."
+        "0.00 of 0.00 GB are free. Close other programs, or export with --int4, --kv-cache int8, fewer --image-tokens "
+        "or a smaller --query-len (no --max-context fits)."
     )

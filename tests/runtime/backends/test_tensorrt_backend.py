@@ -307,15 +307,17 @@ def test_an_incomplete_step_is_not_captured(bundle: Bundle, monkeypatch: pytest.
 # Through the commands --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cache", ["float", "int8"])
 def test_a_conversation_through_the_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The demo model's answers are correct, and equal to those of ONNX Runtime. ``--verbose`` names the device.
 
     The engines' context is smaller than the bundle's, and limits the answer.
     """
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
-    assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), "--fp16", "--target", "tensorrt"]) == 0
+    options = ["--fp16", "--target=tensorrt", f"--kv-cache={cache}"]
+    assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), *options]) == 0
     first = list(itertools.islice(examples("held_out", 0, questions_per_picture=5), 2))
     Image.fromarray(first[0].picture).save(tmp_path / "image.png")
     asked = [f"--ask={example.question}" for example in first]

@@ -165,6 +165,7 @@ def test_large_graphs_are_refused(copy: Path) -> None:
         "--nf4 --group-size 32",
         "--int4 --target cuda",
         "--fp16 --target tensorrt",
+        "--fp16 --target tensorrt --kv-cache int8",
         "--int4 --group-size 64 --target tensorrt --rule *=int8:channel",
     ],
 )
