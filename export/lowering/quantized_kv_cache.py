@@ -94,7 +94,7 @@ class QuantizedKvCacheOperations(OnnxOperations):
     def _scores(self, queries: OnnxValue, keys: tuple[OnnxValue, OnnxValue]) -> OnnxValue:
         """Multiply ``[kv_heads,groups,S,1,dim]`` with keys -> ``[kv_heads,groups,S,tokens]``.
 
-        In float16: TensorRT-RTX would write sums in float32. A product that is subnormal adds nothing to a score.
+        In float16: TensorRT-RTX would write sums in float32. Only products near 0 are subnormal here.
         """
         values, scales = self._broadcast(keys, "float16")
         total = self._node("ReduceSum", [queries * values, self.builder.constant([4])], keepdims=0)
