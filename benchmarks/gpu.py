@@ -61,8 +61,8 @@ def _main(options: argparse.Namespace) -> int:
     cached_tokens = None
     if device.name.startswith("tensorrt"):
         last = prompt_tokens(bundle.manifest) + options.steps
-        most, has_row_cache = backend.max_context, bundle.manifest.has_row_cache
-        cached_tokens = moved_tokens(min(last, most), most, has_row_cache)
+        most, has_per_token_scales = backend.max_context, bundle.manifest.has_per_token_scales
+        cached_tokens = moved_tokens(min(last, most), most, has_per_token_scales)
     backend.close()
     if options.eager:
         gpu = "cpu" if device.name == "cpu" else "cuda"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from fusion_edge.benchmarks.row_cache_graph import row_cache_attention
+from fusion_edge.benchmarks.quantized_kv_cache_graph import quantized_cache_attention
 from fusion_edge.export.engines.decompositions import allow_decomposition, use_attention
 from fusion_edge.export.engines.optimization_profiles import DimensionRanges
 from fusion_edge.kernels.onnx_functions.masked_attention import BLOCKED
@@ -277,7 +277,7 @@ def as_built(heads: Heads) -> ModelProto:
     It differs from :func:`read_by_sums` in prompts, which attend with the operator Attention, and has a scale for each
     token and head.
     """
-    model = row_cache_attention(heads.queries, heads.keys, heads.dim)
+    model = quantized_cache_attention(heads.queries, heads.keys, heads.dim)
     use_attention(model)
     allow_decomposition(model)
     return model

@@ -117,7 +117,7 @@ def int8_cache(workspace: Workspace, dim: int) -> Outcome:
     figures: dict[str, Any] = {}
     step = 1, operators.CAPACITY - 1
     for name, rows, before in (("prompt", 256, 256), ("decode", *step), ("decode-flat", *step)):
-        case = operators.row_cache(rows, before, dim=dim, is_flat=name == "decode-flat")
+        case = operators.quantized_kv_cache(rows, before, dim=dim, is_flat=name == "decode-flat")
         use_attention(case.model)
         case = _supported(target, case)
         allow_decomposition(case.model)

@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from fusion_edge.benchmarks.acceptance.alignment import alignment_case
 from fusion_edge.benchmarks.acceptance.comparison import ROUNDING
 from fusion_edge.benchmarks.acceptance.engine import OperatorCase
-from fusion_edge.benchmarks.row_cache_graph import dequantized, quantized, row_cache_attention
+from fusion_edge.benchmarks.quantized_kv_cache_graph import dequantized, quantized, quantized_cache_attention
 from fusion_edge.export.lowering import nvfp4
 from fusion_edge.export.lowering.tensorrt import OPSET
 from fusion_edge.kernels.operators import DOMAIN
@@ -207,7 +207,9 @@ def attention(dim: int, rows: int, length: int, heads: int = HEADS) -> OperatorC
     return OperatorCase(model, inputs | {"mask": mask}, {"y": weights @ v}, float(tolerance))
 
 
-def row_cache(rows: int, before: int, heads: int = HEADS, dim: int = 96, is_flat: bool = False) -> OperatorCase:
+def quantized_kv_cache(
+    rows: int, before: int, heads: int = HEADS, dim: int = 96, is_flat: bool = False
+) -> OperatorCase:
     """Return attention to an int8 KV cache of ``before`` tokens: a decode step for one row, else a prompt.
 
     The new rows are inputs in float16, and no outputs: only what attention reads of them is compared. With ``is_flat``
@@ -229,7 +231,7 @@ def row_cache(rows: int, before: int, heads: int = HEADS, dim: int = 96, is_flat
         for name, part in (("key", "k"), ("value", "v")):
             codes, scales = past[part]
             inputs |= {f"{way}.0.{name}": codes[:count], f"{way}.0.{name}_scale": scales[:count]}
-    model = row_cache_attention(heads, heads, dim)
+    model = quantized_cache_attention(heads, heads, dim)
     del model.graph.output[1:]
     k, v = (np.concatenate([dequantized(*past[part]), dequantized(*quantized(new[part]))]) for part in "kv")
     scores = np.einsum("lhd,thd->hlt", new["q"].astype(np.float64), k) * dim**-0.5

@@ -36,7 +36,7 @@ class TextModel:
         bundle = open_bundle(folder)
         manifest = bundle.manifest
         self._embeddings = Embeddings(bundle)
-        self._cache, self._has_row_cache = manifest.cache_specs, manifest.has_row_cache
+        self._cache, self._has_per_token_scales = manifest.cache_specs, manifest.has_per_token_scales
         alignment, hidden = manifest.model.alignment, manifest.model.language.hidden_size
         context = np.zeros((alignment.layers, 0, alignment.window_size**2, hidden), np.float32)
         self._activations = manifest.activations
@@ -66,11 +66,11 @@ class TextModel:
             "total_length": np.array(length, np.int32),
             "positions": np.arange(length)[None],  # TensorRT bundles only, as the two below
             "write_index": np.zeros(1, np.int64),
-            "slots": np.arange(0 if self._has_row_cache else length),
+            "slots": np.arange(0 if self._has_per_token_scales else length),
             "prefix": np.zeros(0, np.int64),
         }
         for spec in self._cache:
-            past = 0 if self._has_row_cache else length
+            past = 0 if self._has_per_token_scales else length
             zeros = np.zeros([past if isinstance(size, str) else size for size in spec.shape], spec.dtype)
             inputs |= {f"{way}.{spec.name}": zeros for way in ("past", "slots", "prefix")}
         known = {one.name for one in self._session.get_inputs()}

@@ -167,7 +167,7 @@ def _squared_roundings(bundle: Bundle, engines: Engines) -> tuple[float, float, 
         LLM: config.language.layers + config.alignment.layers,
     }
 
-    cache = CACHE_ROUNDINGS * INT8_FLIP**2 * config.language.layers if bundle.manifest.has_row_cache else 0.0
+    cache = CACHE_ROUNDINGS * INT8_FLIP**2 * config.language.layers if bundle.manifest.has_per_token_scales else 0.0
 
     def squared(graph: str) -> float:
         is_replaced = any(engine.file.path in replaced for engine in engines.engines[graph])

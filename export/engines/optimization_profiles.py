@@ -85,20 +85,20 @@ def _llm(manifest: Manifest, limits: EngineLimits) -> Iterator[DimensionRanges]:
         yield {"positions": (fewest, short, most), **shared, **_read_by_prompt(manifest, limits, whole, before)}
     yield {"positions": (1, whole, limits.max_context), **shared, **_read_by_prompt(manifest, limits, whole, 0)}
     nothing = {"questions": _only(0), "latents": _only(0)}
-    for size in decode_windows(limits.max_context, manifest.has_row_cache):
+    for size in decode_windows(limits.max_context, manifest.has_per_token_scales):
         yield {"positions": _only(1), **nothing, **_read_by_step(manifest, limits, size)}
 
 
 def _read_by_prompt(manifest: Manifest, limits: EngineLimits, whole: int, before: int) -> DimensionRanges:
     """Return the ranges of the KV cache that a prompt reads: with its own tokens ``whole``, or those ``before`` it."""
-    if not manifest.has_row_cache:
+    if not manifest.has_per_token_scales:
         return {"slots": (1, whole, limits.max_context)}
     return {"slots": _only(0), "prefix": (0, before, longest_prefix(manifest, limits.max_context))}
 
 
 def _read_by_step(manifest: Manifest, limits: EngineLimits, size: int) -> DimensionRanges:
     """Return the ranges of the KV cache that a decode step reads in a window of ``size`` tokens."""
-    if not manifest.has_row_cache:
+    if not manifest.has_per_token_scales:
         return {"slots": _only(size)}
     is_whole = size == limits.max_context
     return {"slots": _only(cache_slots(manifest.cache_specs, size) if is_whole else size), "prefix": _only(0)}

@@ -17,7 +17,7 @@ from onnx import FunctionProto
 from fusion_edge.export.lowering import nvfp4
 from fusion_edge.export.lowering.base import OnnxValue
 from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.row_cache import RowCacheOperations
+from fusion_edge.export.lowering.quantized_kv_cache import QuantizedKvCacheOperations
 from fusion_edge.kernels.onnx_functions import alignment
 from fusion_edge.kernels.onnx_functions.builder import qualify_names
 from fusion_edge.runtime.bundle.graphs import TensorSpec
@@ -29,7 +29,7 @@ EIGHT_BITS = {"int8": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
 """Types of stored weights, by kind."""
 
 
-class TensorRTOperations(RowCacheOperations):
+class TensorRTOperations(QuantizedKvCacheOperations):
     """Operations (``model/operations.py``) for TensorRT. A Reshape of a value that may be empty infers no size."""
 
     opset = OPSET
@@ -174,7 +174,7 @@ class TensorRTOperations(RowCacheOperations):
         tables = [self._rotary_table("cos", np.cos), self._rotary_table("sin", np.sin)]
         q, k = (self._node("RotaryEmbedding", [x, *tables, "positions"], name) for x in (q, k))
         if self.settings.cache == "int8":
-            joined = self._joined(self.row_cache_attention(q, k, v, layer), language.heads * dim)
+            joined = self._joined(self.quantized_cache_attention(q, k, v, layer), language.heads * dim)
             self.describe_attention(joined)
             return joined
         keys, values = (self._cached(f"{layer}.{part}", new) for part, new in (("key", k), ("value", v)))

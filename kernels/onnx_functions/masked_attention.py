@@ -1,7 +1,7 @@
 """ONNX function of attention with a mask, in operators that every runtime has, also for no queries.
 
-ONNX Runtime refuses the operator Attention without queries, which a graph with a row cache has in a decode step
-(``export/lowering/row_cache.py``). ``fusion-build`` replaces the function by that operator.
+ONNX Runtime refuses the operator Attention without queries, which a graph with an int8 cache has in a decode step
+(``export/lowering/quantized_kv_cache.py``). ``fusion-build`` replaces the function by that operator.
 """
 
 from __future__ import annotations

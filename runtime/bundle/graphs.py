@@ -109,7 +109,7 @@ def _llm(
 ) -> GraphSpec:
     language = config.language
     cached = cache_specs(config, target, cache)
-    has_rows = has_row_cache(target, cache)
+    has_rows = has_per_token_scales(target, cache)
     read = ("slots", "prefix") if has_rows else ("past",)
     past = [TensorSpec(f"{way}.{spec.name}", spec.dtype, _tokens(spec, way)) for way in read for spec in cached]
     written = "new" if has_rows else "present"
@@ -146,9 +146,10 @@ def _tokens(spec: TensorSpec, name: str) -> tuple[Dimension, ...]:
     return tuple(name if size == "tokens" else size for size in spec.shape)
 
 
-def has_row_cache(target: str, cache: str) -> bool:
-    """Return whether graphs only read the KV cache, and return the new tokens' rows, which the backend stores.
+def has_per_token_scales(target: str, cache: str) -> bool:
+    """Return whether the KV cache has a scale for each token and head, so it is read only: the int8 one of TensorRT.
 
+    Graphs return the new tokens' rows, which the backend stores.
     Inputs ``slots.{name}`` and ``prefix.{name}`` are the cache, for decode steps and for prompts; ``new.{name}`` are
     the rows. ``slots`` and ``prefix`` are the positions of the tokens in the cache. A decode step attends to slots
     with a smaller position than its own, so a slot that is not in use has a larger one.
@@ -159,14 +160,14 @@ def has_row_cache(target: str, cache: str) -> bool:
 def cache_specs(config: FusionConfig, target: str, cache: str) -> list[TensorSpec]:
     """Return the tensors of the KV cache: keys and values layer by layer, and the scales of an int8 cache.
 
-    The input ``past.{name}`` and the output ``present.{name}`` share their memory, except in a row cache
-    (:func:`has_row_cache`), which has a scale for each token and head.
+    The input ``past.{name}`` and the output ``present.{name}`` share their memory, except in a cache with
+    per-token scales (:func:`has_per_token_scales`): one for each token and head.
     """
     language = config.language
     shape: tuple[Dimension, ...] = (1, language.kv_heads, "capacity", language.head_dim)
     scales: tuple[Dimension, ...] = (1, language.kv_heads, 1, language.head_dim)
     dtype = "float32"
-    if has_row_cache(target, cache):
+    if has_per_token_scales(target, cache):
         shape, scales = ("tokens", language.kv_heads, language.head_dim), ("tokens", language.kv_heads)
         dtype = "float16"
     specs = []
@@ -177,8 +178,8 @@ def cache_specs(config: FusionConfig, target: str, cache: str) -> list[TensorSpe
     return specs
 
 
-def cache_row_step(specs: Iterable[TensorSpec]) -> int:
-    """Return the tokens of a row cache after which every tensor has an aligned address; ``specs`` are its tensors.
+def token_alignment(specs: Iterable[TensorSpec]) -> int:
+    """Return the tokens after which every tensor of a cache with per-token scales, ``specs``, has an aligned address.
 
     TensorRT writes the rows of a prompt at such an address (:data:`ADDRESS_ALIGNMENT`).
     """
@@ -186,8 +187,8 @@ def cache_row_step(specs: Iterable[TensorSpec]) -> int:
 
 
 def cache_slots(specs: Iterable[TensorSpec], max_context: int) -> int:
-    """Return the slots of a row cache for ``max_context`` tokens and the unused ones in front of a prompt."""
-    step = cache_row_step(specs)
+    """Return the slots of such a cache for ``max_context`` tokens and the unused ones in front of a prompt."""
+    step = token_alignment(specs)
     return (-(-max_context // step) + 1) * step
 
 

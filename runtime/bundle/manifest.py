@@ -14,7 +14,7 @@ from typing import Any
 
 from fusion_edge.runtime.bundle.config import MINIMUM_QUESTION, FusionConfig
 from fusion_edge.runtime.bundle.files import FileEntry
-from fusion_edge.runtime.bundle.graphs import TensorSpec, cache_specs, cache_token_bytes, has_row_cache
+from fusion_edge.runtime.bundle.graphs import TensorSpec, cache_specs, cache_token_bytes, has_per_token_scales
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -103,9 +103,9 @@ class Manifest:
         return self.image_side**2 + max(self.query_lengths) + MINIMUM_QUESTION
 
     @property
-    def has_row_cache(self) -> bool:
-        """Whether the backend stores the rows of new tokens in the KV cache (:func:`has_row_cache`)."""
-        return has_row_cache(self.target, self.cache)
+    def has_per_token_scales(self) -> bool:
+        """Whether the KV cache has a scale for each token and head (:func:`.graphs.has_per_token_scales`)."""
+        return has_per_token_scales(self.target, self.cache)
 
     @property
     def cache_specs(self) -> list[TensorSpec]:

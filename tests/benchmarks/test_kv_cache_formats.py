@@ -90,7 +90,8 @@ def test_products_and_sums_are_attention(seed: int, slots: int, prefix: int, pos
 
 def by_token(rows: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
     """Return rows ``[heads,tokens,dim]`` as ``[tokens,heads*dim]``."""
-    return rows.transpose(1, 0, 2).reshape(rows.shape[1], rows.shape[0] * rows.shape[2])
+    joined: npt.NDArray[np.float16] = rows.transpose(1, 0, 2).reshape(rows.shape[1], rows.shape[0] * rows.shape[2])
+    return joined
 
 
 def run(heads: Heads, inputs: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:

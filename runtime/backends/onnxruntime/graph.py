@@ -222,7 +222,7 @@ def _session(bundle: Bundle, name: str, device: str, threads: int, spin: bool) -
                 f"{problem}; close other programs, use fewer --threads, or export a smaller bundle."
             ) from error
         remedy = "Upgrade onnxruntime"
-        if bundle.manifest.cache == "int8" and not bundle.manifest.has_row_cache:
+        if bundle.manifest.cache == "int8" and not bundle.manifest.has_per_token_scales:
             remedy += ", or export with --kv-cache float: older releases do not support an int8 KV cache"
         raise FusionError(f"ONNX Runtime {ort.__version__} cannot load {path}: {_reason(error)} {remedy}.") from error
     if provider not in session.get_providers():

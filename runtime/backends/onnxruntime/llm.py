@@ -25,8 +25,8 @@ KvMemory = Mapping[str, ort.OrtValue]
 class LlmSession:
     """The LLM with its KV cache, which is bound as input and output, so updated in place.
 
-    Graphs with a row cache (:func:`fusion_edge.runtime.bundle.graphs.has_row_cache`) write the rows of a prompt behind
-    those that they read, and the row of a decode step to memory of its own, from which it is copied.
+    Graphs with per-token scales (:func:`fusion_edge.runtime.bundle.graphs.has_per_token_scales`) write the rows of a
+    prompt behind those that they read, and the row of a decode step to memory of its own, from which it is copied.
 
     A sequence uses the start of the session's memory, up to its capacity: prefill of an int8 cache copies everything
     after the prompt. A prefix has memory of its own, and sequences behind it use the rest of it, so nothing is copied.
@@ -40,14 +40,14 @@ class LlmSession:
         self._context = manifest.max_context
         self._has_long_steps = manifest.size >= LONG_STEP_BYTES
         self._specs = manifest.cache_specs
-        self._has_row_cache = manifest.has_row_cache
+        self._has_per_token_scales = manifest.has_per_token_scales
         self._logits: Floats = np.zeros((1, manifest.model.language.vocab_size), np.float32)
         self._outputs = {"logits": ort.OrtValue.ortvalue_from_numpy(self._logits)}
         with translate_errors(graph.name, graph.device):  # a GPU may lack memory
             self._memory = self._new_memory()
             self._decode_inputs = {name: graph.tensor(name, data) for name, data in self._zero_inputs(manifest).items()}
-            self._row = {spec.name: self._zeros(spec, 1) for spec in self._specs} if self._has_row_cache else {}
-            """Cache rows of the last decode step; only of a row cache."""
+            self._row = {spec.name: self._zeros(spec, 1) for spec in self._specs} if self._has_per_token_scales else {}
+            """Cache rows of the last decode step; only with per-token scales."""
         self._end()
 
     def _end(self) -> None:
@@ -60,7 +60,7 @@ class LlmSession:
         return {spec.name: self._zeros(spec, self._context) for spec in self._specs}
 
     def _zeros(self, spec: graphs.TensorSpec, tokens: int) -> ort.OrtValue:
-        name = f"{'slots' if self._has_row_cache else 'past'}.{spec.name}"
+        name = f"{'slots' if self._has_per_token_scales else 'past'}.{spec.name}"
         return self._graph.tensor(name, np.zeros(math.prod(_shape(spec, tokens)), spec.dtype))
 
     def _zero_inputs(self, manifest: Manifest) -> dict[str, npt.NDArray[np.float32]]:
@@ -77,7 +77,7 @@ class LlmSession:
             "total_length": (),
             "positions": (1, 1),  # TensorRT bundles only, as write_index
             "write_index": (1,),
-            "prefix": (0,),  # row caches only
+            "prefix": (0,),  # with per-token scales only
             "is_prefill": (),  # other int8 caches only
         }
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name in self._graph.inputs}
@@ -121,7 +121,7 @@ class LlmSession:
         if "positions" in self._graph.inputs:
             first["positions"] = np.arange(start, start + length)[None]
         if "slots" in self._graph.inputs:
-            first["slots"] = np.arange(0 if self._has_row_cache else start + length)
+            first["slots"] = np.arange(0 if self._has_per_token_scales else start + length)
         if "prefix" in self._graph.inputs:
             first["prefix"] = np.arange(start)
         if "is_prefill" in self._graph.inputs and start == 0:  # later tokens take the scales of the first ones
@@ -129,7 +129,7 @@ class LlmSession:
         with translate_errors(self._graph.name, self._graph.device):
             tensors = {name: self._graph.tensor(name, data) for name, data in first.items()}
             inputs_of_run = self._decode_inputs | tensors
-            if self._has_row_cache:
+            if self._has_per_token_scales:
                 binding = self._row_binding(inputs_of_run, memory, 0, start)
                 self._bind_rows(binding, memory, start, length)
             else:
@@ -169,7 +169,7 @@ class LlmSession:
 
     def _step_binding(self, memory: KvMemory, bound: int) -> ort.IOBinding:
         """Bind decode steps with a cache of ``bound`` tokens."""
-        if not self._has_row_cache:
+        if not self._has_per_token_scales:
             return self._binding(self._decode_inputs, memory, bound)
         binding = self._row_binding(self._decode_inputs, memory, bound, 0)
         self._bind_rows(binding, self._row, 0, 1)
@@ -193,9 +193,9 @@ class LlmSession:
             self._graph.bind_output(binding, f"new.{spec.name}", pointer, _shape(spec, count))
 
     def _store_row(self) -> None:
-        """Copy the row of a decode step to its place in a row cache."""
+        """Copy the row of a decode step to its place in a cache with per-token scales."""
         memory = self._memory if self._prefix is None else self._prefix.memory
-        for spec in self._specs if self._has_row_cache else ():
+        for spec in self._specs if self._has_per_token_scales else ():
             size = graphs.row_bytes(spec)
             target = memory[spec.name].data_ptr() + (self._length - 1) * size
             ctypes.memmove(target, self._row[spec.name].data_ptr(), size)

@@ -24,7 +24,7 @@ from fusion_edge.runtime.backends.base import (
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.graph import EngineGraph
 from fusion_edge.runtime.backends.tensorrt.kernel_cache import KernelCache
-from fusion_edge.runtime.backends.tensorrt.kv_cache import InPlaceCache, KvCache, RowCache
+from fusion_edge.runtime.backends.tensorrt.kv_cache import InPlaceCache, KvCache, QuantizedKvCache
 from fusion_edge.runtime.backends.tensorrt.library import Library, Messages
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor, KvPrefixes
 from fusion_edge.runtime.backends.tensorrt.memory_estimate import check_device_memory
@@ -42,7 +42,10 @@ ONLY_PROFILE = 0
 IMAGE_TENSORS: tuple[str, ...] = ("keys", "values")
 """Outputs of the alignment decoder that stay on the device for the LLM."""
 CACHE_PREFIXES = ("present.", "slots.", "prefix.", "new.")
-"""Starts of names of tensors in the memory of the KV cache, which ``past.`` and :class:`RowCache` have."""
+"""Starts of names of tensors that get no memory of their own.
+
+``present.`` lies in the memory of ``past.``, the others in that of :class:`QuantizedKvCache`.
+"""
 HOST_TENSORS = {
     *("pixel_values", "text_embeds", "text_mask", "features", "latent_cells", "context_cells", "latents"),
     *("embeddings", "latent_positions", "question_positions", "positions", "write_index", "slots", "prefix", "logits"),
@@ -98,7 +101,7 @@ class TensorRTBackend:
             raise
 
     def _allocate(self, engines: list[Engine]) -> dict[str, DeviceTensor]:
-        """Allocate the largest shape of each tensor, by name, except those of a row cache."""
+        """Allocate the largest shape of each tensor, by name, except those of :class:`QuantizedKvCache`."""
         tensors: dict[str, DeviceTensor] = {}
         for engine in engines:
             largest = engine.largest_shapes
@@ -113,9 +116,9 @@ class TensorRTBackend:
 
     def _kv_cache(self, manifest: Manifest) -> KvCache:
         """Return the KV cache, in memory of its own or in that of the engines' tensors."""
-        if not manifest.has_row_cache:
+        if not manifest.has_per_token_scales:
             return InPlaceCache(self._tensors, self.max_context)
-        return RowCache(self._memory, manifest.cache_specs, self._tensors["slots"].shape[0])
+        return QuantizedKvCache(self._memory, manifest.cache_specs, self._tensors["slots"].shape[0])
 
     def _prepare(self) -> None:
         """Create the contexts. They share their scratch memory, because one runs at a time."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory, DeviceTensor
-from fusion_edge.runtime.bundle.graphs import ADDRESS_ALIGNMENT, TensorSpec, cache_row_step
+from fusion_edge.runtime.bundle.graphs import ADDRESS_ALIGNMENT, TensorSpec, token_alignment
 
 SLOT_STEP = 64
 """Attention of a prefill reads a multiple of so many cache slots: fewer different shapes, each of which has kernels."""
@@ -88,7 +88,7 @@ class InPlaceCache:
 
 @dataclass(frozen=True)
 class Part:
-    """The codes of a row cache, or its scales: a slice for keys and one for values of each layer."""
+    """The int8 values (codes) of a cache, or its scales: a slice for keys and one for values of each layer."""
 
     names: Sequence[str]
     """Of the slices, without ``slots``, ``prefix`` and ``new``."""
@@ -114,11 +114,11 @@ class Part:
         return [self.memory.pointer + i * self.slice_bytes + row * self.row_bytes for i in range(len(self.names))]
 
 
-class RowCache:
+class QuantizedKvCache:
     """An int8 cache that engines read as ``slots.{name}`` or ``prefix.{name}``. They return the new tokens' rows.
 
     A prompt writes its rows right behind those that it reads. TensorRT requires an aligned address, so up to
-    :func:`fusion_edge.runtime.bundle.graphs.cache_row_step` - 1 slots in front of it stay unused. The row of a decode
+    :func:`fusion_edge.runtime.bundle.graphs.token_alignment` - 1 slots in front of it stay unused. The row of a decode
     step is copied to its slot, outside of the CUDA graph, whose addresses are fixed.
     """
 
@@ -128,7 +128,7 @@ class RowCache:
     def __init__(self, memory: DeviceMemory, specs: Sequence[TensorSpec], slots: int) -> None:
         """Allocate ``slots`` tokens of the tensors ``specs`` (:func:`..bundle.graphs.cache_specs`)."""
         self._cuda = memory.cuda
-        self._row_step = cache_row_step(specs)
+        self._token_alignment = token_alignment(specs)
         by_type: dict[str, list[TensorSpec]] = {}
         for spec in specs:
             by_type.setdefault(spec.dtype, []).append(spec)
@@ -144,7 +144,7 @@ class RowCache:
         """Slots that the sequence leaves unused behind its prefix."""
 
     def start(self, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
-        first = -(-length // self._row_step) * self._row_step
+        first = -(-length // self._token_alignment) * self._token_alignment
         self._unused = first - length
         positions = np.arange(slots.shape[0])
         positions[first:] -= self._unused

@@ -36,7 +36,7 @@ def prompt_cache_bytes(manifest: Manifest, max_context: int) -> int:
 
     TensorRT reserves memory for the largest prefix and the largest prompt at once.
     """
-    if not manifest.has_row_cache:
+    if not manifest.has_per_token_scales:
         return 0
     language, tokens = manifest.model.language, longest_prefix(manifest, max_context) + max_context
     return 2 * FLOAT16_BYTES * language.kv_heads * language.head_dim * tokens

@@ -78,8 +78,8 @@ def test_attention(dim: int, rows: int, length: int) -> None:
 @needs_opset_24
 @pytest.mark.parametrize(("rows", "before"), [(16, 24), (1, 40)])
 @pytest.mark.parametrize("dim", [96, 128])
-def test_row_cache(rows: int, before: int, dim: int) -> None:
-    case = operators.row_cache(rows, before, heads=2, dim=dim)
+def test_quantized_kv_cache(rows: int, before: int, dim: int) -> None:
+    case = operators.quantized_kv_cache(rows, before, heads=2, dim=dim)
     computed = outputs(case)
     assert error(case, computed) <= case.tolerance
     assert case.tolerance < 0.2 * computed.astype(np.float64).std()
@@ -93,9 +93,9 @@ def test_row_cache(rows: int, before: int, dim: int) -> None:
 
 
 @needs_opset_24
-def test_row_cache_with_flat_scores() -> None:
+def test_quantized_kv_cache_with_flat_scores() -> None:
     """Its tolerance finds products in float16, where they are subnormal. ONNX Runtime's are float32 on a CPU."""
-    case = operators.row_cache(1, 4095, heads=4, is_flat=True)
+    case = operators.quantized_kv_cache(1, 4095, heads=4, is_flat=True)
     computed = outputs(case)
     assert error(case, computed) <= case.tolerance / 2
     codes, scales = (case.inputs[f"slots.0.value{suffix}"] for suffix in ("", "_scale"))

@@ -47,7 +47,7 @@ def test_windows_cost_less_than_the_whole_cache(capacity: int) -> None:
 @given(st.integers(1, 1 << 20))
 def test_windows_of_an_int8_cache(capacity: int) -> None:
     """The next window has at most twice the tokens, or 8/3 of them at the end, and at least 4/3."""
-    sizes = decode_windows(capacity, has_row_cache=True)
+    sizes = decode_windows(capacity, has_per_token_scales=True)
     assert sizes[-1] == capacity
     for smaller, larger in pairwise(sizes):
         assert 4 * smaller <= 3 * larger
@@ -70,12 +70,17 @@ def test_a_window_is_copied(length: int, tokens: int) -> None:
 
 def test_a_window_of_an_int8_cache_is_not_copied() -> None:
     """So each half of a larger window is one, too, but for one of nearly the whole context."""
-    assert decode_windows(4096, has_row_cache=True) == [512, 1024, 2048, 4096]
-    assert decode_windows(512, has_row_cache=True) == [512]
-    assert decode_windows(1100, has_row_cache=True) == [512, 1100]
-    assert decode_windows(1365, has_row_cache=True) == [512, 1365]
-    assert decode_windows(1366, has_row_cache=True) == [512, 1024, 1366]
-    assert [moved_tokens(length, 4096, has_row_cache=True) for length in (1, 512, 513, 4096)] == [512, 512, 1024, 4096]
+    assert decode_windows(4096, has_per_token_scales=True) == [512, 1024, 2048, 4096]
+    assert decode_windows(512, has_per_token_scales=True) == [512]
+    assert decode_windows(1100, has_per_token_scales=True) == [512, 1100]
+    assert decode_windows(1365, has_per_token_scales=True) == [512, 1365]
+    assert decode_windows(1366, has_per_token_scales=True) == [512, 1024, 1366]
+    assert [moved_tokens(length, 4096, has_per_token_scales=True) for length in (1, 512, 513, 4096)] == [
+        512,
+        512,
+        1024,
+        4096,
+    ]
 
 
 def test_an_int8_cache_has_half_of_the_bytes_and_scales(

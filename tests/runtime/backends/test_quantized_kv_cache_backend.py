@@ -26,7 +26,7 @@ from fusion_edge.runtime.backends.base import Floats, KvPrefix
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.backends.tensorrt import kv_cache
-from fusion_edge.runtime.backends.tensorrt.kv_cache import Part, RowCache
+from fusion_edge.runtime.backends.tensorrt.kv_cache import Part, QuantizedKvCache
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceTensor
 from fusion_edge.runtime.backends.tensorrt.memory_estimate import (
     check_device_memory,
@@ -35,7 +35,7 @@ from fusion_edge.runtime.backends.tensorrt.memory_estimate import (
 )
 from fusion_edge.runtime.backends.tensorrt.self_test import PREFIX_TOKENS
 from fusion_edge.runtime.bundle.engines import all_engines
-from fusion_edge.runtime.bundle.graphs import LLM, cache_row_step, cache_slots
+from fusion_edge.runtime.bundle.graphs import LLM, cache_slots, token_alignment
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 pytestmark = needs_opset_24  # the fake of TensorRT computes with it
@@ -62,9 +62,9 @@ def fake(bundle: Bundle) -> OnFake:
     return open_on_fake(bundle, *RTX, "--parts=2")
 
 
-def cache_of(fake: OnFake) -> RowCache:
+def cache_of(fake: OnFake) -> QuantizedKvCache:
     cache = fake.backend._cache
-    assert isinstance(cache, RowCache)
+    assert isinstance(cache, QuantizedKvCache)
     return cache
 
 
@@ -98,7 +98,7 @@ def test_rows_land_in_their_slots(bundle: Bundle, fake: OnFake, has_prefix: bool
     """Rows of steps are those that a prompt writes; all others stay as they were. Behind a prefix slots stay unused."""
     subject, parts = Subject(fake.backend, bundle.manifest, HALF), cache_of(fake)._parts
     prefix = subject.prefix()[1] if has_prefix else None
-    step = cache_row_step(bundle.manifest.cache_specs)
+    step = token_alignment(bundle.manifest.cache_specs)
     before = PREFIX if has_prefix else 0
     first = -(-before // step) * step
     assert first == (step if has_prefix else 0)
@@ -134,7 +134,7 @@ def test_unused_slots_change_nothing(bundle: Bundle, fake: OnFake, has_prefix: b
     subject, generator = Subject(fake.backend, bundle.manifest, HALF), np.random.default_rng(0)
     prefix = subject.prefix()[1] if has_prefix else None
     before = PREFIX if has_prefix else 0
-    step = cache_row_step(bundle.manifest.cache_specs)
+    step = token_alignment(bundle.manifest.cache_specs)
     first = -(-before // step) * step
 
     def steps(fills: bool) -> list[Floats]:
@@ -174,7 +174,7 @@ def test_steps_cross_windows(bundle: Bundle, has_prefix: bool, monkeypatch: pyte
     for i in range(80):
         actual, expected = (subject.backend.decode(rows[i % LENGTH]).copy() for subject in subjects)
         subjects[0].assert_close(actual, expected)
-    step = cache_row_step(bundle.manifest.cache_specs)
+    step = token_alignment(bundle.manifest.cache_specs)
     start = LENGTH + (-(-PREFIX // step) * step if has_prefix else 0)
     assert Counter(launched) == Counter(
         next(i for i, window in enumerate(WINDOWS) if window >= start + number) for number in range(80)
@@ -233,13 +233,13 @@ def test_rows_that_are_not_stored_are_detected(bundle: Bundle, window: int, monk
     monkeypatch.setattr(traffic, "SMALLEST_WINDOW", 256)
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt) == 0
-    profiles, store = watch_llm_profiles(monkeypatch), RowCache.store
+    profiles, store = watch_llm_profiles(monkeypatch), QuantizedKvCache.store
 
-    def forgetful(self: RowCache, length: int, stream: int) -> None:
+    def forgetful(self: QuantizedKvCache, length: int, stream: int) -> None:
         if profiles[-1] != 1 + window:
             store(self, length, stream)
 
-    monkeypatch.setattr(RowCache, "store", forgetful)
+    monkeypatch.setattr(QuantizedKvCache, "store", forgetful)
     trt.refuses_capture = True  # a captured step would not be watched
     size = (256, 576)[window]
     with pytest.raises(FusionError, match=rf"^Decode and prefill of tensorrt_rtx .* disagree for {size} slots of"):
@@ -252,10 +252,10 @@ def test_a_forgotten_mark_is_detected(bundle: Bundle, seen: int, monkeypatch: py
     """At load: slots that hold no token of the sequence must have no position in reach. 3B has three, here are 59."""
     trt = FakeTensorRT(*RTX, FakeCuda())
     assert build(bundle, trt) == 0
-    start, step = RowCache.start, cache_row_step(bundle.manifest.cache_specs)
+    start, step = QuantizedKvCache.start, token_alignment(bundle.manifest.cache_specs)
     assert step - PREFIX_TOKENS == 59
 
-    def careless(self: RowCache, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
+    def careless(self: QuantizedKvCache, length: int, slots: DeviceTensor, stream: int) -> dict[str, int]:
         addresses = start(self, length, slots, stream)
         if length:
             places = np.arange(slots.shape[0])
@@ -265,7 +265,7 @@ def test_a_forgotten_mark_is_detected(bundle: Bundle, seen: int, monkeypatch: py
             slots.upload(places, stream)
         return addresses
 
-    monkeypatch.setattr(RowCache, "start", careless)
+    monkeypatch.setattr(QuantizedKvCache, "start", careless)
     with pytest.raises(FusionError, match=r"^Decode and prefill of tensorrt_rtx .* disagree behind a prefix, so"):
         open_backend(bundle, trt)
     trt.cuda.check_all_freed()

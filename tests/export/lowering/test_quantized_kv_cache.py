@@ -20,7 +20,7 @@ from support.checkpoints import TINY, write_checkpoint
 from support.opset24 import needs_opset_24
 from torch import Tensor
 
-from fusion_edge.benchmarks.row_cache_graph import dequantized, quantized, row_cache_attention
+from fusion_edge.benchmarks.quantized_kv_cache_graph import dequantized, quantized, quantized_cache_attention
 from fusion_edge.export import cli
 from fusion_edge.export.engines.decompositions import use_attention
 from fusion_edge.export.model.eager import KeyValueCache
@@ -29,7 +29,7 @@ from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from fusion_edge.runtime.bundle.graph_validation import LARGEST_FILE
-from fusion_edge.runtime.bundle.graphs import cache_row_step, cache_slots, cache_specs
+from fusion_edge.runtime.bundle.graphs import cache_slots, cache_specs, token_alignment
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
 Array = npt.NDArray[Any]
@@ -45,7 +45,7 @@ and the largest of a thousand logits is four deviations; the rest is float16."""
 @functools.cache
 def attention_session(heads: int, kv_heads: int, is_built: bool) -> ort.InferenceSession:
     """Return the graph of a bundle, or what ``fusion-build`` makes of it: ONNX Runtime runs that only for prompts."""
-    model = row_cache_attention(heads, kv_heads, DIM)
+    model = quantized_cache_attention(heads, kv_heads, DIM)
     if is_built:
         use_attention(model)
     assert any(node.op_type == "Attention" for node in model.graph.node) == is_built
@@ -206,7 +206,7 @@ def test_slots_of_a_cache(kv_heads: int, dim: int, tokens: int) -> None:
     """Every tensor has an aligned address at each multiple of the step, also of another layer behind all slots."""
     language = dataclasses.replace(TINY.language, kv_heads=kv_heads, head_dim=dim)
     specs = cache_specs(dataclasses.replace(TINY, language=language), "tensorrt", "int8")
-    step, slots = cache_row_step(specs), cache_slots(specs, tokens)
+    step, slots = token_alignment(specs), cache_slots(specs, tokens)
     assert step * kv_heads * 2 % 256 == step * kv_heads * dim % 256 == slots % step == 0
     assert tokens + step - 1 <= slots < tokens + 2 * step
     assert step <= 256

@@ -15,7 +15,7 @@ from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, Lan
 from fusion_edge.runtime.bundle.graphs import LLM, GraphSpec, TensorSpec, cache_specs
 
 
-def row_cache_attention(heads: int, kv_heads: int, dim: int) -> ModelProto:
+def quantized_cache_attention(heads: int, kv_heads: int, dim: int) -> ModelProto:
     """Return the graph: queries, keys and values ``q``, ``k``, ``v`` ``[1,heads,positions,dim]`` -> ``result``.
 
     Its other inputs and outputs are those of the LLM of a bundle with ``--target tensorrt --kv-cache int8``.
@@ -33,7 +33,7 @@ def row_cache_attention(heads: int, kv_heads: int, dim: int) -> ModelProto:
     builder = GraphBuilder(GraphSpec(LLM, tuple(inputs), (_rows("result", heads, dim), *new)), OPSET)
     operations = TensorRTOperations(config, builder, {}, {}, Settings("tensorrt", "float16", 0, "int8", 1))
     q, k, v = (operations.input(name) for name in "qkv")
-    operations.output(operations.row_cache_attention(q, k, v, 0), "result")
+    operations.output(operations.quantized_cache_attention(q, k, v, 0), "result")
     return builder.model("llm.data", "0")
 
 

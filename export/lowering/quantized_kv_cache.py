@@ -22,20 +22,20 @@ from fusion_edge.export.lowering.base import OnnxOperations, OnnxValue
 from fusion_edge.kernels.onnx_functions.masked_attention import BLOCKED, masked_attention_function
 from fusion_edge.runtime.bundle.graphs import TensorSpec
 
-STEP = 2.0**-7
+QUANTIZATION_STEP = 2.0**-7
 """Value of a code's last bit, as a part of the scale. A power of two: codes are exact in float16, and below 1."""
 LARGEST_CODE = 127
 SMALLEST_SCALE = 2.0**-14
 """Smallest normal float16: of rows of zeros."""
 
 
-class RowCacheOperations(OnnxOperations):
+class QuantizedKvCacheOperations(OnnxOperations):
     """Operations with an int8 cache ``[tokens,kv_heads,head_dim]`` and its scales ``[tokens,kv_heads]``, by layer.
 
-    A key or value is ``code * STEP * scale``.
+    A key or value is ``code * QUANTIZATION_STEP * scale``; its code is the int8 that the cache holds.
     """
 
-    def row_cache_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, layer: int) -> OnnxValue:
+    def quantized_cache_attention(self, q: OnnxValue, k: OnnxValue, v: OnnxValue, layer: int) -> OnnxValue:
         """Return attention ``[1,heads,L,dim]`` of ``q [1,heads,L,dim]`` to the cache and to new rows ``k``, ``v``.
 
         The rows ``[1,kv_heads,L,dim]`` become outputs of the graph, quantized.
@@ -60,12 +60,12 @@ class RowCacheOperations(OnnxOperations):
         rows = self._node("Transpose", [self._rows(x)], f"new.{name}", perm=[1, 0, 2])
         axis = self.builder.constant([2])
         largest = self._wide(self._node("ReduceMax", [self._node("Abs", [rows]), axis]))
-        factor = self.builder.constant(1 / (LARGEST_CODE * STEP), "float32")
+        factor = self.builder.constant(1 / (LARGEST_CODE * QUANTIZATION_STEP), "float32")
         least = self.builder.constant(SMALLEST_SCALE, "float32")
         exact = self._node("Max", [self._node("Mul", [largest, factor]), least])
         scale = self._node("Cast", [exact], to=TensorProto.FLOAT16)
         parts = self._node("Div", [self._wide(rows), self._wide(scale)])
-        quantization = self.builder.constant(STEP, "float32"), self.builder.constant(0, "int8")
+        quantization = self.builder.constant(QUANTIZATION_STEP, "float32"), self.builder.constant(0, "int8")
         codes = self.builder.node("QuantizeLinear", [parts.name, *quantization], outputs=[f"new.{name}"])
         scales = self.builder.node("Squeeze", [scale.name, axis], outputs=[f"new.{name}_scale"])
         return self.input(codes[0]), self.input(scales[0])
@@ -94,7 +94,7 @@ class RowCacheOperations(OnnxOperations):
     def _scores(self, queries: OnnxValue, keys: tuple[OnnxValue, OnnxValue]) -> OnnxValue:
         """Multiply ``[kv_heads,groups,S,1,dim]`` with keys -> ``[kv_heads,groups,S,tokens]``.
 
-        In float16: TensorRT-RTX would write sums in float32. A product that is subnormal adds nothing to a score.
+        In float16: TensorRT-RTX would write sums in float32. Only products near 0 are subnormal here.
         """
         values, scales = self._broadcast(keys, "float16")
         total = self._node("ReduceSum", [queries * values, self.builder.constant([4])], keepdims=0)
@@ -121,7 +121,7 @@ class RowCacheOperations(OnnxOperations):
 
     def _by_head(self, codes: OnnxValue, dtype: str) -> OnnxValue:
         """Return codes ``[tokens,kv_heads,dim]`` as parts of the scale, ``[kv_heads,tokens,dim]``."""
-        parts = self._node("DequantizeLinear", [codes, self.builder.constant(STEP, dtype)])
+        parts = self._node("DequantizeLinear", [codes, self.builder.constant(QUANTIZATION_STEP, dtype)])
         return self._node("Transpose", [parts], perm=[1, 0, 2])
 
     def _past(self, way: str, layer: int, part: str) -> tuple[OnnxValue, OnnxValue]:
