@@ -22,7 +22,7 @@ ALIGNMENT_DECODER = "alignment_decoder"
 LLM = "llm"
 
 ADDRESS_ALIGNMENT = 256
-"""Bytes. TensorRT requires it of the addresses of tensors and of scratch memory."""
+"""Bytes. TensorRT requires it of tensors (``IExecutionContext::setTensorAddress``) and of scratch memory."""
 
 Dimension = int | str
 
