@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.demo_model import ANSWER, PICTURE, QUESTION
 from support.paths import DEMO_CHECKPOINT, ROOT
 
 from fusion_edge import __version__
@@ -141,11 +142,11 @@ def test_a_robot_asks_the_demo_model(robot: Path, bundle: Path) -> None:
         robot / "fusion-run",
         bundle,
         "--image",
-        ROOT / "benchmarks/demo/picture.png",
+        PICTURE,
         "--ask",
-        "What color is the circle?",
+        QUESTION,
     )
-    assert (asked.returncode, asked.stdout.strip()) == (0, "blue"), asked.stderr
+    assert (asked.returncode, asked.stdout.strip()) == (0, ANSWER), asked.stderr
 
 
 def test_a_robot_inspects_a_bundle(robot: Path, bundle: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_robot_measures_a_bundle(robot: Path, bundle: Path) -> None:
 
 
 def test_a_robot_evaluates_a_bundle(robot: Path, bundle: Path, tmp_path: Path) -> None:
-    sample = {"image": f"{ROOT}/benchmarks/demo/picture.png", "question": "What color is the circle?", "answer": "blue"}
+    sample = {"image": str(PICTURE), "question": QUESTION, "answer": ANSWER}
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample))
     command_line = (robot / "fusion-eval", bundle, tmp_path, "--min-accuracy", "100", "--html", tmp_path / "page.html")
     evaluated = command(*command_line, "--json")

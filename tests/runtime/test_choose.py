@@ -13,6 +13,7 @@ import pytest
 import torch
 from fakes.fake_backend import FakeBackend
 from fakes.watched_backend import backend, picture, watched_fusion
+from support.demo_model import PICTURE, PLACE_QUESTION, PLACES, PRESENCE_QUESTIONS
 from support.paths import DEMO_CHECKPOINT, GOLDEN
 
 from fusion_edge.export import cli
@@ -26,7 +27,6 @@ from fusion_edge.runtime.stages import DECODE_STEP, PREFILL, WAITING
 QUESTION = "Is the path clear?"
 CHOICES = ("yes", "yellow", "no", "the door is open", "the door is closed", "1", "é", "è")
 """Some share their first tokens: letters, words, a byte of UTF-8."""
-PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 class TeacherForcing(EagerBackend):
@@ -89,14 +89,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusion]:
         yield fusion
 
 
-PICTURE = DEMO_CHECKPOINT.parent / "picture.png"
-
-
 def test_a_choice_has_the_probability_of_the_same_answer(demo: Fusion) -> None:
-    answer = demo.answer(PICTURE, "Where is the circle?")
+    answer = demo.answer(PICTURE, PLACE_QUESTION)
     assert answer.text in PLACES
     assert len(answer.token_ids) > 1
-    chosen = demo.choose(PICTURE, "Where is the circle?", PLACES)
+    chosen = demo.choose(PICTURE, PLACE_QUESTION, PLACES)
     assert chosen.text == answer.text
     assert chosen.logprobs[answer.text] == pytest.approx(math.fsum(answer.logprobs), abs=1e-6)
     assert answer.confidence == pytest.approx(math.exp(chosen.logprobs[answer.text] / len(answer.token_ids)), abs=1e-6)
@@ -105,30 +102,30 @@ def test_a_choice_has_the_probability_of_the_same_answer(demo: Fusion) -> None:
 
 def test_a_score_does_not_depend_on_the_other_choices(demo: Fusion) -> None:
     """Rewinding an int8 cache leaves no trace."""
-    together = demo.choose(PICTURE, "Where is the circle?", (*PLACES, "nothing", "there"))
+    together = demo.choose(PICTURE, PLACE_QUESTION, (*PLACES, "nothing", "there"))
     for place in PLACES:
-        alone = demo.choose(PICTURE, "Where is the circle?", (place, "nothing"))
+        alone = demo.choose(PICTURE, PLACE_QUESTION, (place, "nothing"))
         assert alone.logprobs[place] == pytest.approx(together.logprobs[place], abs=1e-6)
 
 
 def test_a_list_of_questions_equals_single_questions(demo: Fusion) -> None:
-    questions = ["Is there a circle?", "Is there a cross?", "Is the circle red?"]
+    questions = [*PRESENCE_QUESTIONS]
     together = demo.choose(PICTURE, questions, ("yes", "no"))
     for question, chosen in zip(questions, together, strict=True):
         alone = demo.choose(PICTURE, question, ("yes", "no"))
         assert chosen.logprobs == pytest.approx(alone.logprobs, abs=1e-9)
         assert chosen.text == alone.text
         assert chosen.timings_ms.keys() == alone.timings_ms.keys()
-    assert demo.choose(PICTURE, ("Is there a circle?",), ("yes", "no"))[0].text == together[0].text
+    assert demo.choose(PICTURE, PRESENCE_QUESTIONS[:1], ("yes", "no"))[0].text == together[0].text
 
 
 def test_log_probabilities_of_an_answer(demo: Fusion) -> None:
-    answer = demo.answer(PICTURE, "Where is the circle?", sampling=Sampling(logprobs=3))
+    answer = demo.answer(PICTURE, PLACE_QUESTION, sampling=Sampling(logprobs=3))
     assert len(answer.logprobs) == len(answer.top_logprobs) == len(answer.token_ids)
     for token, logprob, top in zip(answer.token_ids, answer.logprobs, answer.top_logprobs, strict=True):
         assert top[token] == logprob == max(top.values())
         assert len(top) == 3
-    plain = demo.answer(PICTURE, "Where is the circle?")
+    plain = demo.answer(PICTURE, PLACE_QUESTION)
     assert plain.logprobs == pytest.approx(answer.logprobs, abs=1e-9)
     assert plain.top_logprobs == ()
     assert 0 < plain.confidence <= 1
@@ -137,7 +134,7 @@ def test_log_probabilities_of_an_answer(demo: Fusion) -> None:
 def test_an_unlikely_token_is_among_the_top_ones(demo: Fusion) -> None:
     """Sampling at a high temperature chooses tokens beyond the likeliest."""
     sampling = Sampling(max_new_tokens=8, temperature=50, seed=1, logprobs=2)
-    answer = demo.answer(PICTURE, "Where is the circle?", sampling=sampling)
+    answer = demo.answer(PICTURE, PLACE_QUESTION, sampling=sampling)
     assert [len(top) for top in answer.top_logprobs] == [3] * 8
     assert [top[token] for token, top in zip(answer.token_ids, answer.top_logprobs, strict=True)] == list(
         answer.logprobs

@@ -6,12 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.paths import DEMO_CHECKPOINT
+from support.demo_model import PICTURE
 from support.terminal import Terminal
 
 from fusion_edge.runtime import Sampling, load
 
-PICTURE = DEMO_CHECKPOINT.with_name("picture.png")
 QUESTIONS = ("What?", "Where?")
 LIMIT = 6
 RUN = """

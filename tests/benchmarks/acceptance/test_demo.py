@@ -14,6 +14,7 @@ import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import FULL, FakeTensorRT
 from fakes.on_fake_tensorrt import installed
+from support.demo_model import ANSWER, PICTURE, QUESTION
 from support.opset24 import needs_opset_24
 
 from fusion_edge.benchmarks import full_size_checkpoint
@@ -55,14 +56,15 @@ def exported(workspace: Workspace) -> Workspace:
 
 
 def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None:
-    assert demo.answer_on_cpu(exported).figures == {"answer": "blue"}
+    assert (demo.QUESTION, demo.ANSWER, demo.picture_of(exported)) == (QUESTION, ANSWER, PICTURE)
+    assert demo.answer_on_cpu(exported).figures == {"answer": ANSWER}
     built = demo.build(exported, plugins=False)
     assert built.figures["engines"] > 0
     launches = {}
     for graphs in (True, False):
         trt.cuda.calls.clear()
         outcome = demo.run(exported, graphs)
-        assert outcome.figures["answer"] == "blue"
+        assert outcome.figures["answer"] == ANSWER
         assert outcome.figures["decode_step"] > 0
         assert [one["stage"] for one in outcome.figures["differences"]][-1] == "prefill in a scene"
         assert all(one["relative_error"] < one["limit"] / 4 for one in outcome.figures["differences"])
@@ -85,13 +87,13 @@ def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None
 def test_a_wrong_answer_of_the_engines(exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     demo.build(exported, plugins=False)
     monkeypatch.setattr(demo, "QUESTION", "What color is the square?")
-    with pytest.raises(FusionError, match=r"^The demo model answers '\w+', expected 'blue'\.$"):
+    with pytest.raises(FusionError, match=rf"^The demo model answers '\w+', expected '{ANSWER}'\.$"):
         demo.run(exported, graphs=True)
 
 
 def test_a_wrong_answer_of_the_cpu(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "QUESTION", "What color is the square?")
-    with pytest.raises(FusionError, match=r"on the CPU, expected 'blue'"):
+    with pytest.raises(FusionError, match=f"on the CPU, expected '{ANSWER}'"):
         demo.answer_on_cpu(exported)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.paths import DEMO_CHECKPOINT
+from support.demo_model import ANSWER, COUNT, COUNT_QUESTION, QUESTION
+from support.paths import DEMO_CHECKPOINT, ROOT
 
 from fusion_edge.benchmarks.demo import ask
 from fusion_edge.benchmarks.demo.terminal_picture import CHUNK, COLUMNS, terminal_picture
@@ -25,24 +26,28 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_questions_behind_one_scene(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask.main([str(bundle), "What color is the circle?", "How many shapes are there?"]) == 0
+    assert ask.main([str(bundle), QUESTION, COUNT_QUESTION]) == 0
     lines = capsys.readouterr().out.splitlines()
     times = r"    {}[\d.]+ ms: {}"
     expected = [
         r".*benchmarks/demo/picture\.png",
         times.format("look ", r"preprocess [\d.]+, vision [\d.]+, alignment [\d.]+, prefill [\d.]+"),
         "",
-        r"> What color is the circle\?",
-        r"blue \(\d+\.\d%\)",
+        "> " + re.escape(QUESTION),
+        rf"{ANSWER} \(\d+\.\d%\)",
         times.format("", r"prefill [\d.]+, decode [\d.]+"),
         "",
-        r"> How many shapes are there\?",
-        r"two \(\d+\.\d%\)",
+        "> " + re.escape(COUNT_QUESTION),
+        rf"{COUNT} \(\d+\.\d%\)",
         times.format("", r"prefill [\d.]+, decode [\d.]+"),
     ]
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
+
+
+def test_the_script_asks_them() -> None:
+    assert f'set -- "{QUESTION}" "{COUNT_QUESTION}"' in (ROOT / "demo").read_text(encoding="utf-8")
 
 
 def test_a_missing_picture_is_one_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from support.demo_model import PICTURE
 from support.paths import DEMO_CHECKPOINT
 
 from fusion_edge.benchmarks.evaluation.reference import check_comparable, vocabulary
@@ -21,7 +22,6 @@ from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.logprobs import divergences, log_softmax
 from fusion_edge.runtime.requests import PreparedQuestion
 
-PICTURE = DEMO_CHECKPOINT.parent / "picture.png"
 LOGITS = arrays(np.float32, st.integers(2, 9), elements=st.floats(-50, 50, width=32))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.demo_model import PICTURE
 from support.paths import ROOT
 
 from fusion_edge.benchmarks.latency import bench, cli, peaks, stages
@@ -127,7 +128,7 @@ def test_each_case_has_its_own_memory(
 def test_own_image_and_question(
     result_of: Callable[..., tuple[BenchResult, Path]], tmp_path: Path, tiny_bundle: Path
 ) -> None:
-    picture = ROOT / "benchmarks" / "demo" / "picture.png"
+    picture = PICTURE
     short, _ = result_of("--image", str(picture), "--ask", "Red?", *SHORT)
     long, _ = result_of("--image", str(picture), "--ask", "Is there anything red to be seen on the left?", *SHORT)
     assert short.cases[0].case.prompt_tokens < long.cases[0].case.prompt_tokens

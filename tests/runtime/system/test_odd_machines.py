@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.demo_model import COUNT, COUNT_QUESTION, PICTURE
 from support.paths import DEMO_CHECKPOINT, ROOT
 
 from fusion_edge.export import cli as export_cli
@@ -22,7 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PICTURE = DEMO_CHECKPOINT.parent / "picture.png"
 RUN = "import sys; from fusion_edge.runtime.cli.entry import run; sys.exit(run())"
 
 
@@ -35,12 +35,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(bundle: Path, *before: str, **more: object) -> subprocess.CompletedProcess[bytes]:
     command = [*before, sys.executable, "-c", RUN, str(bundle), "--image", str(PICTURE), "--threads=1"]
-    command += ["--ask", "How many shapes are there?"]
+    command += ["--ask", COUNT_QUESTION]
     return subprocess.run(command, capture_output=True, timeout=60, check=False, **more)  # type: ignore[call-overload,no-any-return]
 
 
 def answers(done: subprocess.CompletedProcess[bytes]) -> bool:
-    return (done.returncode, done.stdout.strip(), done.stderr) == (0, b"two", b"")
+    return (done.returncode, done.stdout.strip(), done.stderr) == (0, COUNT.encode(), b"")
 
 
 @pytest.mark.parametrize(

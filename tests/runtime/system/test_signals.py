@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import onnxruntime as ort
 import pytest
-from support.paths import DEMO_CHECKPOINT
+from support.demo_model import PICTURE
 from support.uninterruptible_wait import UninterruptibleWait
 
 from fusion_edge.export import cli as export_cli
@@ -27,7 +27,6 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.system import signals
 from fusion_edge.runtime.system.progress import Progress
 
-DEMO_PICTURE = DEMO_CHECKPOINT.with_name("picture.png")
 ENDS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
 ends = pytest.mark.parametrize(("number", "code", "said"), ENDS)
 
@@ -223,7 +222,7 @@ def test_ctrl_c_ends_a_run_of_onnx_runtime(
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", run)
     monkeypatch.setattr(Graph, "interrupt", lambda _, terminate=True: wait.end() if terminate else None)
     threading.Thread(target=send_in_the_middle).start()
-    assert cli_run.main([str(tiny_bundle), "--image", str(DEMO_PICTURE), "--ask", "What is it?"]) == code
+    assert cli_run.main([str(tiny_bundle), "--image", str(PICTURE), "--ask", "What is it?"]) == code
     assert time.monotonic() - sent[0] < 1
     assert capsys.readouterr() == ("", f"{said}\n")
 
