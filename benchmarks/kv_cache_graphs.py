@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from fusion_edge.benchmarks.quantized_kv_cache_graph import quantized_cache_attention
+from fusion_edge.benchmarks.acceptance.quantized_kv_cache_graph import quantized_cache_attention
 from fusion_edge.export.engines.decompositions import allow_decomposition, use_attention
 from fusion_edge.export.engines.optimization_profiles import DimensionRanges
 from fusion_edge.kernels.onnx_functions.masked_attention import BLOCKED

@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from fusion_edge.benchmarks.acceptance.alignment import alignment_case
 from fusion_edge.benchmarks.acceptance.comparison import ROUNDING
 from fusion_edge.benchmarks.acceptance.engine import OperatorCase
-from fusion_edge.benchmarks.quantized_kv_cache_graph import dequantized, quantized, quantized_cache_attention
+from fusion_edge.benchmarks.acceptance.quantized_kv_cache_graph import dequantized, quantized, quantized_cache_attention
 from fusion_edge.export.lowering import nvfp4
 from fusion_edge.export.lowering.tensorrt import OPSET
 from fusion_edge.kernels.operators import DOMAIN

@@ -15,6 +15,7 @@ from support.cpu_kernel_switches import needs_cpu_kernels
 
 from fusion_edge.export.lowering import nvfp4
 from fusion_edge.kernels.onnx_functions import activations, alignment, attention, int8_cache, linear
+from fusion_edge.kernels.onnx_functions.masked_attention import MASKED_ATTENTION
 from fusion_edge.kernels.operators import CPU_OPERATORS, DOMAIN, Operator
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
@@ -91,6 +92,6 @@ def test_graphs_may_hold_every_operator() -> None:
     for operator in CPU_OPERATORS:
         assert operator.name in OPERATORS[operator.domain]
     ours = {one.name for one in CPU_OPERATORS if one.domain == DOMAIN} | {plugin.operator for plugin in PLUGINS}
-    ours |= {nvfp4.DEQUANTIZE, nvfp4.QUANTIZE}  # functions only
+    ours |= {nvfp4.DEQUANTIZE, nvfp4.QUANTIZE, MASKED_ATTENTION}  # functions only
     assert {alignment.CONTEXT_ATTENTION, alignment.ADD_LAYER_NORM, alignment.ADD_ROWS} <= ours
     assert ours == OPERATORS[DOMAIN]

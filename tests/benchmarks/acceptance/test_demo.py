@@ -56,7 +56,7 @@ def exported(workspace: Workspace) -> Workspace:
 
 
 def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None:
-    assert (demo.QUESTION, demo.ANSWER, demo.picture_of(exported)) == (QUESTION, ANSWER, PICTURE)
+    assert (demo.QUESTION, demo.ANSWER, demo.picture_of(exported).resolve()) == (QUESTION, ANSWER, PICTURE)
     assert demo.answer_on_cpu(exported).figures == {"answer": ANSWER}
     built = demo.build(exported, plugins=False)
     assert built.figures["engines"] > 0

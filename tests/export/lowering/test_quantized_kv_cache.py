@@ -20,7 +20,7 @@ from support.checkpoints import TINY, write_checkpoint
 from support.opset24 import needs_opset_24
 from torch import Tensor
 
-from fusion_edge.benchmarks.quantized_kv_cache_graph import dequantized, quantized, quantized_cache_attention
+from fusion_edge.benchmarks.acceptance.quantized_kv_cache_graph import dequantized, quantized, quantized_cache_attention
 from fusion_edge.export import cli
 from fusion_edge.export.engines.decompositions import use_attention
 from fusion_edge.export.model.eager import KeyValueCache
