@@ -100,8 +100,8 @@ def run(heads: Heads, inputs: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[A
 
     content = read_by_sums(heads, HALF).SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    results: list[npt.NDArray[Any]] = list(session.run(None, inputs))
-    return results
+    results: Any = session.run(None, inputs)
+    return list(results)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

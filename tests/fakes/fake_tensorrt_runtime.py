@@ -281,7 +281,7 @@ class IExecutionContext:
         assert self._scratch is not None
         self._cuda.view(*self._scratch)[...] = 0xEE  # overwrites other data that is stored there
         inputs = {name: self._array(addresses[name], engine.inputs[name], shapes[name]) for name in engine.inputs}
-        results: list[npt.NDArray[Any]] = list(engine.session.run([*engine.outputs], inputs))
+        results: Any = engine.session.run([*engine.outputs], inputs)
         arrays = inputs | dict(zip(engine.outputs, results, strict=True))
         self._check_overlaps({name: (addresses[name], array.nbytes) for name, array in arrays.items()}, addresses)
         for name, result in zip(engine.outputs, results, strict=True):

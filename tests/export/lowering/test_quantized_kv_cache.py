@@ -102,7 +102,8 @@ def test_attention_of_a_step_and_of_a_prompt(
         for part, (codes, scales) in past.items():
             feed |= {f"{way}.0.{part}": codes[:count], f"{way}.0.{part}_scale": scales[:count]}
     names = [output.name for output in session.get_outputs()]
-    outputs: dict[str, Array] = dict(zip(names, session.run(None, feed), strict=True))
+    results: Any = session.run(None, feed)
+    outputs: dict[str, Array] = dict(zip(names, results, strict=True))
     stored = {part: quantized(array) for part, array in new.items()}
     for part, (codes, scales) in stored.items():
         assert np.array_equal(outputs[f"new.0.{part}"], codes)
