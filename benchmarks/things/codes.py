@@ -2,7 +2,7 @@
 
 A released model has a SigLIP tower, which was trained with texts: the features of a thing are near those of its name.
 The demo's tower learns sparse random codes of kinds, categories, backgrounds and places, and the LLM's embeddings of
-their names start as the same codes. So reading a feature is copying it, which an LLM learns once for all kinds. Codes
+their names start as questions for the same codes. So reading a feature is copying it, which an LLM learns once. Codes
 are nonnegative and nearly all of their values are 0, so the maximum over several patches still holds all of theirs.
 """
 
@@ -19,13 +19,12 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.things import pictures
 from fusion_edge.benchmarks.things.initialize import CONFIG, HEAD, INPUT
+from fusion_edge.benchmarks.things.subspaces import ASKS_THING, ASKS_WORD, THING, WORD, asked, mark, random_codes
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 
 KINDS, CATEGORIES, BACKGROUNDS = tuple(pictures.THINGS), tuple(pictures.CATEGORIES), pictures.BACKGROUNDS
-BLOCK = 16  # a code has one value that is not 0 in each block of 16, so every attention head sees a part of it
-STRENGTH = 2.0
-CATEGORY_SCALE, PLACE_SCALE, HEAD_SCALE = 0.5, 0.5, 0.125
+CATEGORY_SCALE, PLACE_SCALE, HEAD_SCALE = 0.5, 1.0, 0.125
 PLACE_ANCHORS = 5  # rows, or columns, with a code of their own; the others are between two
 MARGIN = 0.2  # a thing covers a patch whose center is this part of a patch outside of it, too
 
@@ -50,7 +49,7 @@ class Codes:
         """Draw random codes."""
         generator = torch.Generator().manual_seed(seed)
         kinds, categories, backgrounds, rows, columns = (
-            _sparse(count, generator)
+            random_codes(count, generator)
             for count in (len(KINDS), len(CATEGORIES), len(BACKGROUNDS), PLACE_ANCHORS, PLACE_ANCHORS)
         )
         grid = CONFIG.vision.grid
@@ -65,7 +64,7 @@ class Codes:
     def contents(self) -> Tensor:
         """Codes ``[8 + 96, D]`` of what a patch shows: a background, or a thing of a kind and its category."""
         belongs = [CATEGORIES.index(kind.category) for kind in pictures.THINGS.values()]
-        things = self.kinds + CATEGORY_SCALE * self.categories[belongs] + _thing()
+        things = self.kinds + CATEGORY_SCALE * self.categories[belongs] + mark(THING)
         return torch.cat([CATEGORY_SCALE * self.backgrounds, things])
 
     def features(self, labels: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ class Codes:
         return table.to(torch.bfloat16)[labels, torch.arange(labels.shape[-1])]
 
     def start_names(self, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-        """Set the embeddings and the ``lm_head`` rows of names that are one token to their codes, in place."""
+        """Start names that are one token, in place: embeddings ask for their codes, ``lm_head`` rows recognize them."""
         names = dict(zip(KINDS, self.kinds, strict=True))
         names |= {pictures.THINGS[kind].plural: code for kind, code in names.items()}
         names |= dict(zip(CATEGORIES, self.categories, strict=True))
@@ -82,11 +81,11 @@ class Codes:
         names |= self._place_words()
         for name, code in names.items():
             for token in _tokens(tokenizer, name):
-                tensors[INPUT][token] = code
+                tensors[INPUT][token] = asked(code) + mark(WORD)
                 tensors[HEAD][token] = HEAD_SCALE * code
-        # The last token of a prompt looks for things, in the LLM and in the interaction layers.
+        # The last token of a prompt looks for words of the question, and for things.
         [*_, last] = tokenizer.encode(TEMPLATES[CONFIG.template].answer_start, add_special_tokens=False).ids
-        tensors[INPUT][last] = _thing()
+        tensors[INPUT][last] = mark(ASKS_THING) + mark(ASKS_WORD)
 
     def _place_words(self) -> dict[str, Tensor]:
         """Return codes ``[D]`` of the words of places, as long as those of kinds. ``middle`` is of rows and columns."""
@@ -118,20 +117,6 @@ def _map(scene: pictures.Scene, side: int) -> npt.NDArray[np.int64]:
         labels[covered] = len(BACKGROUNDS) + KINDS.index(thing.kind)
         deepest = np.minimum(deepest, depth)
     return labels
-
-
-def _sparse(count: int, generator: torch.Generator) -> Tensor:
-    """Return random codes ``[count, D]``, which leave the last value of each block to :func:`_thing`."""
-    blocks = CONFIG.language.hidden_size // BLOCK
-    chosen = torch.randint(BLOCK - 1, (count, blocks, 1), generator=generator)
-    return torch.zeros(count, blocks, BLOCK).scatter(2, chosen, STRENGTH).flatten(1)
-
-
-def _thing() -> Tensor:
-    """Return the code ``[D]`` of all things, which tells them from the background."""
-    code = torch.zeros(CONFIG.language.hidden_size)
-    code[BLOCK - 1 :: BLOCK] = STRENGTH
-    return code
 
 
 def _between(anchors: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.benchmarks.things import tokenizer
+from fusion_edge.benchmarks.things.subspaces import query_matrix
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 
@@ -22,6 +23,7 @@ SHORT_FACTORS = tuple(1 + 0.01 * i for i in range(HEAD_DIM // 2))
 LONG_FACTORS = tuple(1 + 2.0 * i for i in range(HEAD_DIM // 2))
 END_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
 COPY_NOISE = 0.3
+QUERY_GAIN = 3.0  # sharpens attention: a feature has more values than the one that is asked
 INPUT, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PATCH_KERNEL = f"{VISION_MODEL}embeddings.patch_embedding.weight"
 PATCH_POSITIONS = f"{VISION_MODEL}embeddings.position_embedding.weight"
@@ -63,9 +65,10 @@ def initial_tensors(seed: int) -> dict[str, Tensor]:
 
 
 def _start_as_copies(tensors: dict[str, Tensor]) -> None:
-    """Let values pass through attention and interaction layers from the start, with noise, in place.
+    """Let words look for what they name, and values pass through attention and interaction layers, in place.
 
-    The model learns where to look long before it learns to pass on what it sees through random matrices.
+    Without it, training spends its time on finding out where to look. The first layer gathers what a question asks for
+    at the end of the prompt, later layers look for that.
     """
     hidden = CONFIG.language.hidden_size
     identity = torch.eye(hidden)
@@ -75,13 +78,15 @@ def _start_as_copies(tensors: dict[str, Tensor]) -> None:
         copying = [f"{attention}{part}_proj.1" for part in "qkv"] + [f"{layer}proj_context", f"{attention}o_proj"]
         for name in (*copying, f"{layer}proj_out.linear_1", f"{layer}proj_out.linear_2"):
             tensors[f"{name}.weight"] = COPY_NOISE * tensors[f"{name}.weight"] + identity
+        tensors[f"{attention}q_proj.1.weight"] += query_matrix(asks_words=False) - identity
         tensors[f"{layer}proj_out.linear_2.weight"] *= 0.5
         joined = tensors[f"{layer}proj_in.weight"]
         joined.copy_(COPY_NOISE * joined + torch.cat([identity, identity], 1))
     for i in range(CONFIG.language.layers):
         layer = f"model.layers.{i}.self_attn."
-        for part in tensors[f"{layer}qkv_proj.weight"].chunk(3):
-            part.copy_(COPY_NOISE * part + identity)
+        starts = (QUERY_GAIN * query_matrix(asks_words=i == 0), identity, identity)
+        for part, start in zip(tensors[f"{layer}qkv_proj.weight"].chunk(3), starts, strict=True):
+            part.copy_(COPY_NOISE * part + start)
         output = tensors[f"{layer}o_proj.weight"]
         output.copy_(0.5 * (COPY_NOISE * output + identity))
 
