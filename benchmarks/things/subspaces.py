@@ -48,7 +48,7 @@ def query_matrix(asks_words: bool) -> Tensor:
     head[THING, ASKS_THING] = 1
     if asks_words:
         head[WORD, ASKS_WORD] = 1
-    return torch.block_diag(*[head] * HEADS)
+    return torch.kron(torch.eye(HEADS), head)
 
 
 def asked(codes: Tensor) -> Tensor:
