@@ -11,14 +11,13 @@ from torch import Tensor
 
 from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.benchmarks.things import tokenizer
-from fusion_edge.benchmarks.things.subspaces import query_matrix
+from fusion_edge.benchmarks.things.subspaces import HEAD_DIM, HEADS, query_matrix
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 
 VOCABULARY = tokenizer.PIECES + len(tokenizer.ADDED)
 ROPE_THETA = 10000.0
 ORIGINAL_POSITIONS, POSITIONS = 4096, 131072
-HEAD_DIM = 64
 SHORT_FACTORS = tuple(1 + 0.01 * i for i in range(HEAD_DIM // 2))
 LONG_FACTORS = tuple(1 + 2.0 * i for i in range(HEAD_DIM // 2))
 END_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
@@ -34,8 +33,8 @@ CONFIG = FusionConfig(
     language=LanguageConfig(
         hidden_size=256,
         layers=4,
-        heads=4,
-        kv_heads=4,
+        heads=HEADS,
+        kv_heads=HEADS,
         head_dim=HEAD_DIM,
         mlp_width=512,
         vocab_size=VOCABULARY,

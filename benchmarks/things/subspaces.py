@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 HEADS, HEAD_DIM = 4, 64  # of the LLM
-WIDTH = HEADS * HEAD_DIM
 STRENGTH = 2.0
 FAST = 12  # of the pairs (i, i + 32) of a head
 _SLOW = [i for i in range(HEAD_DIM) if i % (HEAD_DIM // 2) >= FAST]
