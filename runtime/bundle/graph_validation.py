@@ -49,12 +49,23 @@ int4."""
 
 _MODEL = {1: "ir_version", 2: "producer_name", 3: "producer_version", 7: "graph", 8: "opset_import", 25: "functions"}
 _OPSET = {1: "domain", 2: "version"}
-_FUNCTION = {1: "name", 4: "input", 5: "output", 6: "attribute", 7: "node", 9: "opset_import", 10: "domain"}
-_GRAPH = {1: "node", 2: "name", 5: "initializer", 11: "input", 12: "output", 13: "value_info"}
+_FUNCTION = {1: "name", 4: "input", 5: "output", 6: "parameter", 7: "node", 9: "opset_import", 10: "domain"}
+_GRAPH = {1: "node", 2: "name", 5: "initializer", 11: "value_info", 12: "value_info", 13: "value_info"}
 _NODE = {1: "input", 2: "output", 3: "name", 4: "op_type", 5: "attribute", 7: "domain"}
 _ATTRIBUTE = {1: "name", 2: "f", 3: "i", 4: "s", 5: "t", 6: "g", 7: "floats", 8: "ints", 20: "type", 21: "reference"}
 _TENSOR = {1: "dims", 2: "data_type", 8: "name", 9: "raw_data", 13: "external_data", 14: "data_location"}
 _ENTRY = {1: "key", 2: "value"}
+_VALUE_INFO = {1: "name", 2: "type"}
+_TYPE = {1: "tensor_type"}
+_TENSOR_TYPE = {1: "data_type", 2: "shape"}
+_SHAPE = {1: "dimension"}
+_DIMENSION = {1: "length", 2: "symbol"}
+_TEXTS = frozenset(
+    """
+    producer_name producer_version domain name op_type input output parameter reference key value symbol
+    """.split()
+)
+"""Fields of type ``string``, which are UTF-8; ONNX Runtime's Python module raises for others when it returns them."""
 _STORED, _EXTERNAL = 0, 1  # data_location
 
 
@@ -108,6 +119,21 @@ class _Check:
                 self._node(_bytes(value), depth, is_in_function)
             elif name == "initializer":
                 self._tensor(_bytes(value), may_be_external=depth == 0)
+            elif name == "value_info":
+                self._value_info(_bytes(value))
+
+    def _value_info(self, message: bytes) -> None:
+        """Check the names of a tensor and its dimensions."""
+        messages = [message]
+        for kind, known, inner in (
+            ("value_info", _VALUE_INFO, "type"),
+            ("type", _TYPE, "tensor_type"),
+            ("tensor_type", _TENSOR_TYPE, "shape"),
+            ("shape", _SHAPE, "dimension"),
+            ("dimension", _DIMENSION, ""),
+        ):
+            parts = [part for each in messages for part in _parts(each, kind, known)]
+            messages = [_bytes(value) for name, value in parts if name == inner]
 
     def _node(self, message: bytes, depth: int, is_in_function: bool) -> None:
         names = {"domain": "", "op_type": ""}
@@ -166,11 +192,15 @@ class _Check:
 
 
 def _parts(message: bytes, kind: str, known: Mapping[int, str]) -> list[tuple[str, int | bytes]]:
-    """Return names and values of a message's fields. Raise for an unknown field."""
+    """Return names and values of a message's fields. Raise for an unknown field, or a text that is not UTF-8."""
     try:
-        return [(known[number], value) for number, value in fields(message)]
+        found = [(known[number], value) for number, value in fields(message)]
     except KeyError as error:
         raise ValueError(f"it has field {error} in its message {kind}") from None
+    for name, value in found:
+        if name in _TEXTS:
+            _text(value)
+    return found
 
 
 def _single(message: bytes, kind: str, known: Mapping[int, str]) -> dict[str, int | bytes]:
@@ -196,7 +226,10 @@ def _integer(value: int | bytes) -> int:
 
 
 def _text(value: int | bytes) -> str:
-    return _bytes(value).decode("utf-8", "backslashreplace")
+    try:
+        return _bytes(value).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it has a text that is not UTF-8: {_bytes(value)[:40]!r}") from error
 
 
 def _decimal(text: str) -> int:

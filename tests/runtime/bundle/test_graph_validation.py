@@ -149,6 +149,18 @@ def test_files_that_are_not_graphs(copy: Path, content: bytes) -> None:
         open_bundle(copy)
 
 
+@pytest.mark.parametrize(
+    "text", [b"embeddings", b"logits", b"MatMulNBits", b"com.microsoft", b"capacity", b"epsilon", b"llm.data", b"offset"]
+)
+def test_texts_that_are_not_utf8_are_refused(copy: Path, text: bytes) -> None:
+    """Names of tensors, operators, domains, dimensions, attributes and files."""
+    content = (copy / "llm.onnx").read_bytes()
+    assert text in content
+    put(copy, content.replace(text, b"\xff" + text[1:]))
+    with pytest.raises(FusionError, match=r"is not a graph that fusion-export wrote: it has a text that is not UTF-8"):
+        open_bundle(copy)
+
+
 def test_large_graphs_are_refused(copy: Path) -> None:
     put(copy, bytes(LARGEST_FILE + 1))
     with pytest.raises(FusionError, match=f"it has more than {LARGEST_FILE} bytes"):
