@@ -19,57 +19,73 @@ class Phase:
     pictures_per_step: int
     questions_per_picture: int = 0
     """0: the vision tower learns codes, without the LLM."""
-    turns: tuple[int, ...] = (1,)
-    """Questions in a sequence; each batch draws one of these numbers."""
+    packed: tuple[int, ...] = (1,)
+    """Conversations in a sequence; each batch draws one of these numbers."""
     kinds: frozenset[str] = frozenset(KINDS | LESSONS)
     """Of these questions."""
+    aligned: bool = True
+    """Whether interaction layers run."""
     conversation_share: float = 0.0
     """Share of batches with conversations of three questions that follow from each other."""
     latent_scale: float = 1.0
     """Factor of the pooled latents."""
-    image_share: float = 0.0
+    image_share: float = 1.0
     """Share of batches with image tokens."""
     exact_codes: bool = False
     """Whether the LLM reads exact codes in place of the vision tower's features."""
 
 
-NAMING = frozenset({"what", "place", "row", "description", "where"})
-"""Kinds of questions whose answers name things or places."""
+LOOKUPS = frozenset({"what", "place", "where", "presence", "category", "background"})
+"""Kinds of questions whose answers stand in one feature."""
+REASONING = frozenset({"relation", "count", "odd"})
+"""Kinds that need several: one feature tells where to look for the next, or things are compared."""
 
 PHASES = (
-    Phase("vision", share=0.3614, rate=1.5e-3, pictures_per_step=12),
+    Phase("vision", share=0.28, rate=1.5e-3, pictures_per_step=12),
     Phase(
-        "names",
-        share=0.0602,
-        rate=1.2e-3,
-        pictures_per_step=8,
-        questions_per_picture=12,
-        kinds=NAMING,
-        latent_scale=0,
-        exact_codes=True,
-    ),
-    Phase(
-        "reading",
-        share=0.2169,
+        "lookups",
+        share=0.04,
         rate=1e-3,
         pictures_per_step=8,
         questions_per_picture=8,
-        turns=(8,),
-        conversation_share=0.1,
-        image_share=0.5,
+        packed=(8,),
+        kinds=LOOKUPS,
+        latent_scale=0,
+        aligned=False,
+        exact_codes=True,
+    ),
+    Phase(
+        "reasoning",
+        share=0.13,
+        rate=1e-3,
+        pictures_per_step=8,
+        questions_per_picture=8,
+        packed=(8,),
+        latent_scale=0,
+        aligned=False,
+        exact_codes=True,
+    ),
+    Phase(
+        "windows",
+        share=0.13,
+        rate=1e-3,
+        pictures_per_step=8,
+        questions_per_picture=8,
+        packed=(8,),
+        image_share=0.3,
         exact_codes=True,
     ),
     Phase(
         "whole",
-        share=0.3615,
+        share=0.42,
         rate=6e-4,
         pictures_per_step=8,
         questions_per_picture=8,
-        turns=(1, 8, 8, 8),
+        packed=(1, 8, 8, 8),
         conversation_share=0.1,
-        image_share=0.75,
+        image_share=0.5,
     ),
 )
 """The vision tower, which in a released model is a pre-trained SigLIP, learns first. Then the LLM learns to read exact
-codes, which needs no vision tower: several times as many questions a minute. Interaction layers learn only without
-other inputs: a model that has image tokens and latents from the start ignores them."""
+codes, which needs no vision tower: first the questions that one feature answers, because the others teach nothing until
+the LLM finds features, and disturb. Interaction layers learn from batches without image tokens."""

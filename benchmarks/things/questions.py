@@ -156,21 +156,6 @@ def _place_questions(scene: Scene) -> Options:
     return {f"What is {at(place)}?": kinds.get(cell, "nothing") for cell, place in PLACES.items()}
 
 
-def _row_questions(scene: Scene) -> Options:
-    """List each row from left to right, and each column from top to bottom."""
-    lines = {f"{name} row": 0 for name in ("top", "middle", "bottom")}
-    lines |= {f"{name} column": 1 for name in ("left", "middle", "right")}
-    questions = {}
-    for number, (line, axis) in enumerate(lines.items()):
-        kinds = [thing.kind for thing in scene if thing.cell[axis] == number % GRID]
-        questions[f"What is in the {line}?"] = ", ".join(kinds) or "nothing"
-    return questions
-
-
-def _descriptions(scene: Scene) -> Options:
-    return {"Describe the picture.": ", ".join(f"{thing.kind} {thing.place}" for thing in scene)}
-
-
 KINDS: dict[str, Callable[[Scene], Options]] = {
     "what": _what_questions,
     "relation": _relation_questions,
@@ -185,7 +170,5 @@ KINDS: dict[str, Callable[[Scene], Options]] = {
 LESSONS: dict[str, Callable[[Scene], Options]] = {
     "where": _where_questions,
     "place": _place_questions,
-    "row": _row_questions,
-    "description": _descriptions,
 }
 """Additional questions of training."""

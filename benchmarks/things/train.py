@@ -40,7 +40,7 @@ from fusion_edge.runtime.errors import FusionError
 VISION_RATE = 0.3  # learning rate of the vision tower beside the LLM, relative to the rest
 WARM_UP = 0.03  # share of a phase
 DECAY = 0.4  # share of a phase at whose end the learning rate falls
-VALIDATION_SEED, VALIDATION_PICTURES, VALIDATION_QUESTIONS = 1, 128, 8  # of the held-out split
+VALIDATION_SEED, VALIDATION_PICTURES, VALIDATION_QUESTIONS = 1, 128, 4  # of the held-out split
 STATE = "training-state.pt"
 LOG_EVERY = 50  # steps
 
@@ -187,7 +187,7 @@ def _step(training: Training, batches: Batches, phase: Phase) -> tuple[float, fl
             loss, second = patch_loss(training.leaves, training.codes, centered(crops), labels)
             first = loss
         else:
-            outcome = run(training.leaves, batches.draw(seed, phase))
+            outcome = run(training.leaves, batches.draw(seed, phase), phase.aligned)
             loss = outcome.answer_loss + MAPPING_WEIGHT * outcome.mapping_loss
             first, second = outcome.answer_loss, outcome.mapping_loss
     training.update(loss)
@@ -204,7 +204,8 @@ def _report(training: Training, validation: Batches, phase: Phase) -> None:
                 _, right = patch_loss(training.leaves, training.codes, centered(crops[:, part]), labels[:, part])
                 log.info("held out, %s crops: %.1f %% of covered patches right", name, 100 * right.item())
             return
-        for name, align in (("aligned", True), ("interaction layers off", False)):
+        ways = {"interaction layers off": False} | ({"aligned": True} if phase.aligned else {})
+        for name, align in ways.items():
             for query_length in CONFIG.alignment.query_lengths:
                 inputs = Inputs(query_length, phase.latent_scale, phase.image_share > 0)
                 shares = accuracy(training.leaves, validation, inputs, align)
@@ -220,9 +221,9 @@ def accuracy(leaves: Mapping[str, Tensor], batches: Batches, inputs: Inputs, ali
     with torch.no_grad():
         for start in range(0, len(scenes), 8):
             chosen = range(start, min(start + 8, len(scenes)))
-            asked = [[q] for i in chosen for q in pictures.ask(scenes[i], rng, VALIDATION_QUESTIONS)]
-            batch = batches.batch(chosen, [*asked], inputs)
-            for [question], correct in zip(asked, run(leaves, batch, align).correct, strict=True):
+            asked = [q for i in chosen for q in pictures.ask(scenes[i], rng, VALIDATION_QUESTIONS)]
+            batch = batches.batch(chosen, [[[question]] for question in asked], inputs)
+            for question, correct in zip(asked, run(leaves, batch, align).correct, strict=True):
                 exact[question.kind].append(bool(correct))
     everything = [answer for answers in exact.values() for answer in answers]
     kinds = sorted(exact.items())

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fusion_edge.benchmarks.things import pictures
 from fusion_edge.benchmarks.things.codes import Codes
@@ -43,25 +44,32 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Batch:
-    """I pictures with R conversations of the same number of questions; sequence r is about picture r // (R / I)."""
+    """I pictures in R sequences of the same number of questions; sequence r is about picture r // (R / I).
+
+    The conversations of a sequence follow the same image tokens and do not see each other, as if each were alone.
+    """
 
     patches: Tensor
     """``[I, 5, P, 432]`` float32 in [-1, 1]."""
     features: Tensor | None
     """``[I, 5, P, D]``: exact codes of the crops, in place of the vision tower's features."""
-    conversations: list[Conversation]
+    sequences: Sequence[Sequence[Conversation]]
     instruct: Tensor
     """``[R, T]`` token ids of the guides, padded with 0; T is 0 without a guide."""
     tokens: Tensor
     """``[R, L]`` token ids, 0 where image tokens, latents and padding are."""
     targets: Tensor
     """``[R, L]``: the next token of each row of an answer, or :data:`IGNORED`."""
+    positions: Tensor
+    """``[R, L]``: positions of the rows in their conversations."""
+    attended: Tensor
+    """``[R, L, L]`` bool: whether row i attends to row j."""
     inputs: Inputs
     image_start: int
     latent_rows: Tensor
-    """``[R, turns, q]``: rows of the latents, of ``L``."""
+    """``[R, Q, q]``: rows of the latents of each question, of ``L``."""
     question_rows: Tensor
-    """``[R, turns]``: last row of the prompt when each question was asked, of ``L``."""
+    """``[R, Q]``: last row of the prompt when each question was asked, of ``L``."""
 
 
 @dataclass(frozen=True)
@@ -98,57 +106,59 @@ class Batches:
         if drawn < GENERIC + EMPTY:
             guide = str(rng.choice(pictures.GENERIC_GUIDES)) if drawn < GENERIC else ""
         query_length = int(rng.choice(CONFIG.alignment.query_lengths))
-        turns = int(rng.choice(phase.turns))
+        packed = int(rng.choice(phase.packed))
         image_tokens = bool(rng.random() < phase.image_share)
         questions = phase.questions_per_picture
         scenes = [self.gallery.scenes[i] for i in chosen]
-        conversations: list[Conversation] = []
+        sequences: list[Sequence[Conversation]] = []
         follows = rng.random() < phase.conversation_share
         for scene in scenes:
             if follows:
-                conversations += [pictures.conversation(scene, rng, 3) for _ in range(questions // 3)]
+                conversations = [pictures.conversation(scene, rng, 3) for _ in range(questions // 3)]
             else:
-                asked = pictures.ask(scene, rng, questions, phase.kinds)
-                conversations += [asked[start : start + turns] for start in range(0, questions, turns)]
-        return self.batch(chosen, conversations, Inputs(query_length, phase.latent_scale, image_tokens, guide))
+                conversations = [[question] for question in pictures.ask(scene, rng, questions, phase.kinds)]
+            sequences += [conversations[start : start + packed] for start in range(0, len(conversations), packed)]
+        return self.batch(chosen, sequences, Inputs(query_length, phase.latent_scale, image_tokens, guide))
 
-    def batch(self, chosen: Sequence[int], conversations: list[Conversation], inputs: Inputs) -> Batch:
-        """Return a batch of the chosen pictures, each with as many of the conversations, in the same order."""
+    def batch(self, chosen: Sequence[int], sequences: Sequence[Sequence[Conversation]], inputs: Inputs) -> Batch:
+        """Return a batch of the chosen pictures, each with as many of the sequences, in the same order."""
         image_tokens = CONFIG.vision.patches if inputs.image_tokens else 0
-        encoded = [
-            self._one_turn(tuple(asked)) if len(asked) == 1 else self._encode(tuple(asked)) for asked in conversations
+        encoded = [[self._encoded(tuple(asked)) for asked in conversations] for conversations in sequences]
+        packed = [_pack(conversations, image_tokens, inputs.query_length) for conversations in encoded]
+        tokens, positions, parts = (
+            _padded([rows[name] for rows in packed], 0) for name in ("tokens", "positions", "parts")
+        )
+        targets = _padded([rows["targets"] for rows in packed], IGNORED)
+        guides = [
+            np.concatenate([one.prompt.instruct_ids for one in conversations])
+            if inputs.guide is None
+            else self._encoder.encode_start(inputs.guide).instruct_ids
+            for conversations in encoded
         ]
-        layouts = [one.prompt.layout(image_tokens, inputs.query_length) for one in encoded]
-        length = max(layout.length + len(one.answers[-1]) for layout, one in zip(layouts, encoded, strict=True))
-        tokens = np.zeros((len(encoded), length), np.int64)
-        targets = np.full((len(encoded), length), IGNORED, np.int64)
-        for row, (layout, one) in enumerate(zip(layouts, encoded, strict=True)):
-            _fill(tokens[row], targets[row], layout, one)
-        guides = [self._guide(one.prompt, inputs.guide) for one in encoded]
-        instruct = np.zeros((len(encoded), max(map(len, guides))), np.int64)
-        for row, guide in enumerate(guides):
-            instruct[row, : len(guide)] = guide
+        start = encoded[0][0].prompt.layout(image_tokens, inputs.query_length).image_start
         rows = list(chosen)
         return Batch(
             patches=centered(torch.from_numpy(self.gallery.crops[rows])),
             features=None if self.codes is None else self.codes.features(torch.from_numpy(self.gallery.labels[rows])),
-            conversations=conversations,
-            instruct=torch.from_numpy(instruct),
-            tokens=torch.from_numpy(tokens),
-            targets=torch.from_numpy(targets),
+            sequences=sequences,
+            instruct=_padded(guides, 0),
+            tokens=tokens,
+            targets=targets,
+            positions=positions,
+            attended=_attended(parts),
             inputs=inputs,
-            image_start=layouts[0].image_start,
-            latent_rows=torch.from_numpy(np.stack([layout.latent_positions for layout in layouts])),
-            question_rows=torch.from_numpy(np.stack([layout.instruct_positions for layout in layouts])),
+            image_start=start,
+            latent_rows=torch.from_numpy(np.stack([rows["latents"] for rows in packed])),
+            question_rows=torch.from_numpy(np.stack([rows["questions"] for rows in packed])),
         )
+
+    def _encoded(self, asked: tuple[pictures.Question, ...]) -> Encoded:
+        return self._one_turn(asked) if len(asked) == 1 else self._encode(asked)
 
     def _encode(self, asked: tuple[pictures.Question, ...]) -> Encoded:
         *history, last = asked
         turns = [Turn(question.text, question.answer) for question in history]
         return Encoded(self._encoder.encode(turns, last.text), tuple(self._answer(q.answer) for q in asked))
-
-    def _guide(self, prompt: Prompt, guide: str | None) -> npt.NDArray[np.int64]:
-        return prompt.instruct_ids if guide is None else self._encoder.encode_start(guide).instruct_ids
 
     def _encode_answer(self, answer: str) -> tuple[int, ...]:
         """Return the token ids of an answer and its end, as tokenized after the prompt."""
@@ -165,12 +175,53 @@ def centered(crops: Tensor) -> Tensor:
     return crops.float() / 127.5 - 1
 
 
-def _fill(
-    tokens: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], layout: PromptLayout, encoded: Encoded
-) -> None:
-    """Write a sequence's tokens ``[L]`` and the targets of all its answers ``[L]``."""
-    tokens[layout.text_positions] = layout.text_ids
+def _pack(conversations: Sequence[Encoded], image_tokens: int, query_length: int) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the rows of a sequence: those up to the image tokens, then the others of each conversation.
+
+    ``tokens``, ``targets``, ``positions`` and ``parts`` are ``[L]``; a part is 0 for rows of all conversations, and
+    otherwise the number of the conversation, from 1. ``latents`` ``[Q, q]`` and ``questions`` ``[Q]`` are rows.
+    """
+    rows: dict[str, list[npt.NDArray[np.int64]]] = {
+        name: [] for name in ("tokens", "targets", "positions", "parts", "latents", "questions")
+    }
+    length = 0
+    for number, one in enumerate(conversations, 1):
+        layout = one.prompt.layout(image_tokens, query_length)
+        tokens, targets = _alone(layout, one)
+        first = layout.image_end if number > 1 else 0
+        positions = np.arange(first, len(tokens))
+        moved = length - first
+        length += len(positions)
+        for name, values in (
+            ("tokens", tokens[first:]),
+            ("targets", targets[first:]),
+            ("positions", positions),
+            ("parts", np.where(positions < layout.image_end, 0, number)),
+            ("latents", layout.latent_positions + moved),
+            ("questions", layout.instruct_positions + moved),
+        ):
+            rows[name].append(values)
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+
+def _alone(layout: PromptLayout, encoded: Encoded) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return a conversation's tokens ``[L]`` and the targets of all its answers ``[L]``."""
     last = encoded.answers[-1]
-    tokens[layout.length : layout.length + len(last)] = last
+    tokens = np.zeros(layout.length + len(last), np.int64)
+    targets = np.full(len(tokens), IGNORED, np.int64)
+    tokens[layout.text_positions] = layout.text_ids
+    tokens[layout.length :] = last
     for row, answer in zip(layout.instruct_positions, encoded.answers, strict=True):
         targets[row : row + len(answer)] = answer
+    return tokens, targets
+
+
+def _padded(rows: Sequence[npt.NDArray[np.int64]], filler: int) -> Tensor:
+    """Return arrays ``[L]`` of different lengths as one tensor ``[R, L]``."""
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=filler)
+
+
+def _attended(parts: Tensor) -> Tensor:
+    """Return the attention mask ``[R, L, L]`` of parts ``[R, L]``."""
+    of_row, of_key = parts.unsqueeze(2), parts.unsqueeze(1)
+    return ((of_key == 0) | (of_key == of_row)).tril()

@@ -44,12 +44,14 @@ def with_full_kernel(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class TrainingOperations(EagerOperations):
     """Eager operations on checkpoint tensors, for a batch of questions of different lengths."""
 
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+    def __init__(self, leaves: Mapping[str, Tensor], batch: Batch | None = None) -> None:
+        """``batch``: the sequences of the LLM, None to run the vision encoder alone."""
         super().__init__(CONFIG, self._parameter)
         self.leaves = leaves
         self._table = parameters(CONFIG)
         self._ready: dict[str, Tensor] = {}
         self._rows: Tensor | None = None
+        self._batch = batch
 
     def _parameter(self, name: str) -> Tensor:
         """Assemble a parameter from its sources (``export/checkpoint/tensor_mapping.py``), once per step."""
@@ -74,6 +76,11 @@ class TrainingOperations(EagerOperations):
         mean = torch.bmm(self._rows[:, None].to(x.dtype), x)
         return mean.expand(-1, x.shape[1] - rows, -1)
 
+    def positions(self, past: int, length: int) -> Tensor:
+        """Return the positions ``[B,L]`` of the batch."""
+        assert self._batch is not None and (past, length) == (0, self._batch.positions.shape[1])
+        return self._batch.positions
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor) -> Tensor:
         """Compute attention as matrix products: torch's fused backward pass is ten times as slow for heads of 16."""
 
@@ -97,12 +104,11 @@ class TrainingOperations(EagerOperations):
         return attended.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
     def causal_attention(self, qkv: Tensor, layer: int) -> Tensor:
-        """Compute attention as matrix products, as :meth:`attention`."""
+        """Compute attention within conversations as matrix products, as :meth:`attention`."""
+        assert self._batch is not None
         q, k, v = self.heads(qkv, layer)
-        length = q.shape[2]
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
         scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(~self._batch.attended.unsqueeze(1), float("-inf")).softmax(-1)
         attended: Tensor = weights.to(v.dtype) @ v
         return attended.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
@@ -119,9 +125,9 @@ class Outcome:
 
 def run(leaves: Mapping[str, Tensor], batch: Batch, align: bool = True) -> Outcome:
     """Run a forward pass; ``align=False`` disables the interaction layers."""
-    ops = TrainingOperations(leaves)
+    ops = TrainingOperations(leaves, batch)
     latents, windows = _pooled(ops, batch)
-    sequences = len(batch.conversations) // len(batch.patches)  # of a picture
+    sequences = len(batch.tokens) // len(batch.patches)  # of a picture
     x = F.embedding(batch.tokens, ops.get("llm.embed_tokens.weight"))
     mapping_loss = x.new_zeros(())
     if batch.inputs.image_tokens:

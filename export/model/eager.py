@@ -165,14 +165,18 @@ class EagerOperations:
             for part in torch.split(qkv, sizes, dim=-1)
         )
         past = self.cache.layers[layer][0].shape[2] if self.cache and layer in self.cache.layers else 0
-        return [self._rotate(q, past), self._rotate(k, past), v]
+        positions = self.positions(past, q.shape[2]).to(q.device)
+        return [self._rotate(q, positions), self._rotate(k, positions), v]
 
-    def _rotate(self, x: Tensor, start: int) -> Tensor:
-        """Apply rotary embeddings to ``[B,heads,L,dim]`` from position ``start``, rotating halves like Llama."""
+    def positions(self, past: int, length: int) -> Tensor:
+        """Return the positions of ``length`` tokens after ``past`` others: ``[L]``, or ``[B,L]``."""
+        return torch.arange(past, past + length)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Apply rotary embeddings to ``[B,heads,L,dim]``, rotating halves like Llama."""
         language = self.config.language
-        positions = torch.arange(start, start + x.shape[2], dtype=torch.float64, device=x.device)
         frequencies = torch.tensor(language.rotary_inverse_frequencies, dtype=torch.float64, device=x.device)
-        angles = torch.outer(positions, frequencies)
+        angles = (positions.double().unsqueeze(-1) * frequencies).unsqueeze(-3)
         cos = (angles.cos() * language.rotary_scale).to(x)
         sin = (angles.sin() * language.rotary_scale).to(x)
         first, second = x.chunk(2, dim=-1)

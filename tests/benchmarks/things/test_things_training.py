@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -157,42 +158,43 @@ def test_attention_is_that_of_the_eager_interpreter(batch: int, text: int, seed:
     ours, eager = TrainingOperations({}), EagerOperations(CONFIG, lambda name: torch.empty(0))
     torch.testing.assert_close(ours.attention(q, k, v, 16, mask), eager.attention(q, k, v, 16, mask))
 
-    language = CONFIG.language
-    qkv = torch.randn(batch, 7, 3 * language.hidden_size, generator=generator)
-    torch.testing.assert_close(ours.causal_attention(qkv, 0), eager.causal_attention(qkv, 0))
-
     q = torch.randn(2 * batch, 4, width, generator=generator)
     k, v = (torch.randn(batch, 4, 9, width, generator=generator) for _ in range(2))
     expected = eager.context_attention(q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0), 16)
     torch.testing.assert_close(ours.context_attention(q, k, v, 16), expected)
 
 
-@pytest.mark.parametrize("guide", [None, "", "Describe the scene."])
+@pytest.mark.parametrize(("packed", "guide"), [(1, None), (1, ""), (1, "Describe the scene."), (2, "")])
+@pytest.mark.parametrize("image_tokens", [True, False])
 @pytest.mark.parametrize("turns", [1, 3])
-def test_batch_answers_as_its_conversations_one_by_one(batches: Batches, turns: int, guide: str | None) -> None:
+def test_batch_answers_as_its_conversations_one_by_one(
+    batches: Batches, turns: int, image_tokens: bool, packed: int, guide: str | None
+) -> None:
+    """Conversations of a sequence do not see each other."""
     leaves = with_small_kernel(initial_tensors(seed=1))
     scenes = batches.gallery.scenes[:2]
     asked = [_conversation(scene, turns, seed) for scene in scenes for seed in range(2)]
-    inputs = Inputs(4, 1.0, True, guide)
-    together = run(leaves, batches.batch([0, 1], asked, inputs))
+    inputs = Inputs(4, 1.0, image_tokens, guide)
+    sequences = [asked[start : start + packed] for start in range(0, len(asked), packed)]
+    together = run(leaves, batches.batch([0, 1], sequences, inputs))
     tokens, loss = 0, 0.0
     for number, conversation in enumerate(asked):
-        batch = batches.batch([number // 2], [conversation], inputs)
+        batch = batches.batch([number // 2], [[conversation]], inputs)
         count = int((batch.targets != IGNORED).sum())
         loss += count * run(leaves, batch).answer_loss.item()
         tokens += count
-    assert together.correct.shape == (4, turns)
+    assert together.correct.shape == (4 // packed, packed * turns)
     assert together.answer_loss.item() == pytest.approx(loss / tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize("phase", PHASES[1:], ids=lambda phase: phase.name)
 def test_a_draw_fits_its_phase(batches: Batches, phase: Phase) -> None:
     drawn = [batches.draw([seed], replace(phase, pictures_per_step=2)) for seed in range(40)]
-    lengths = {len(asked) for batch in drawn for asked in batch.conversations}
-    assert lengths == {*phase.turns} | ({3} if phase.conversation_share else set())
-    quizzes = [asked for batch in drawn for asked in batch.conversations if len(asked) in phase.turns]
-    assert {question.kind for asked in quizzes for question in asked} <= phase.kinds
-    assert {sum(map(len, batch.conversations)) for batch in drawn} <= {
+    conversations = [one for batch in drawn for sequence in batch.sequences for one in sequence]
+    assert {len(one) for one in conversations} == {1} | ({3} if phase.conversation_share else set())
+    assert {question.kind for one in conversations if len(one) == 1 for question in one} <= phase.kinds
+    assert {len(sequence) for batch in drawn for sequence in batch.sequences if len(sequence[0]) == 1} == {*phase.packed}
+    assert {sum(map(len, itertools.chain(*batch.sequences))) for batch in drawn} <= {
         2 * phase.questions_per_picture,
         2 * (phase.questions_per_picture // 3) * 3,
     }
@@ -208,10 +210,10 @@ def test_phases_take_all_of_the_time() -> None:
 def test_exact_codes_replace_the_vision_tower(checkpoint: Path, batches: Batches) -> None:
     """Pictures no longer matter, labels do."""
     leaves = with_small_kernel(initial_tensors(seed=1))
-    asked = [[pictures.ask(scene, np.random.default_rng(0), 1)[0]] for scene in batches.gallery.scenes[:2]]
+    asked = [[pictures.ask(scene, np.random.default_rng(0), 1)] for scene in batches.gallery.scenes[:2]]
     coded = Batches(batches.gallery, checkpoint)
     coded.codes = Codes.draw(seed=0)
-    batch = coded.batch([0, 1], [*asked], Inputs(4, 1.0, True))
+    batch = coded.batch([0, 1], asked, Inputs(4, 1.0, True))
     loss = run(leaves, batch).answer_loss
     assert run(leaves, replace(batch, patches=torch.zeros_like(batch.patches))).answer_loss == loss
     assert batch.features is not None
@@ -226,7 +228,7 @@ def test_features_of_a_perfect_tower_are_the_codes(batches: Batches) -> None:
 
 def test_targets_are_the_answers(batches: Batches) -> None:
     asked = _conversation(batches.gallery.scenes[0], 3, 0)
-    batch = batches.batch([0], [asked], Inputs(4, 1.0, True))
+    batch = batches.batch([0], [[asked]], Inputs(4, 1.0, True))
     targets = batch.targets[0][batch.targets[0] != IGNORED].tolist()
     text = batches.tokenizer.decode(targets, skip_special_tokens=False)
     assert [part.strip() for part in text.split("<|end|>")[:-1]] == [question.answer for question in asked]
@@ -239,7 +241,7 @@ def test_training_computes_the_exported_model(batches: Batches, tmp_path: Path) 
     _, picture = next(pictures.scenes("train", FIRST_SEED))  # the gallery's first
     Image.fromarray(picture).save(tmp_path / "picture.png")
     question = pictures.Question("What is it?", "dog", "what")
-    batch = replace(batches.batch([0], [[question]], Inputs(4, 1.0, True)), patches=_exact_patches(picture))
+    batch = replace(batches.batch([0], [[[question]]], Inputs(4, 1.0, True)), patches=_exact_patches(picture))
     tensors = {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
     loss = run(with_small_kernel(tensors), batch).answer_loss.item()
     tokens = batch.targets[batch.targets != IGNORED].tolist()
