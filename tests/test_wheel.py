@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -35,29 +34,21 @@ FOLDERS = (
 """Folders that ship."""
 HEAVY = ("torch", "onnx", "transformers", "huggingface_hub", "safetensors", "sentencepiece")
 """Libraries that the runtime must not import; ``import-linter`` checks the same in the source."""
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are built for x86-64")
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are built for x86-64"),
+    pytest.mark.xdist_group("wheel"),  # one process builds and installs it
+]
 
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the source archive, and the wheel that is built from it: built once for all processes."""
-    run = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        run = run.parent
-    with open(run / "dist.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (run / "dist").exists():
-            _build(tmp_path_factory.mktemp("clone") / "fusion-edge", tmp_path_factory.mktemp("dist"), run / "dist")
-    return run / "dist"
-
-
-def _build(copy: Path, folder: Path, built: Path) -> None:
-    """Build what a copy of the files in git gives, in ``folder``, and move it to ``built`` once it is complete."""
+    """Folder with the source archive of a copy of the files in git, and the wheel that is built from it."""
+    copy, folder = tmp_path_factory.mktemp("clone") / "fusion-edge", tmp_path_factory.mktemp("dist")
     untracked = shutil.ignore_patterns(".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "tests", "results")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=untracked)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(copy)]
     subprocess.run(command, check=True, capture_output=True)
-    folder.rename(built)
+    return folder
 
 
 @pytest.fixture(scope="module")
