@@ -78,7 +78,8 @@ class TrainingOperations(EagerOperations):
 
     def positions(self, past: int, length: int) -> Tensor:
         """Return the positions ``[B,L]`` of the batch."""
-        assert self._batch is not None and (past, length) == (0, self._batch.positions.shape[1])
+        assert self._batch is not None
+        assert (past, length) == (0, self._batch.positions.shape[1])
         return self._batch.positions
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, key_mask: Tensor) -> Tensor:

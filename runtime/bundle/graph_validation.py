@@ -60,11 +60,8 @@ _TYPE = {1: "tensor_type"}
 _TENSOR_TYPE = {1: "data_type", 2: "shape"}
 _SHAPE = {1: "dimension"}
 _DIMENSION = {1: "length", 2: "symbol"}
-_TEXTS = frozenset(
-    """
-    producer_name producer_version domain name op_type input output parameter reference key value symbol
-    """.split()
-)
+_NAMES = {"name", "domain", "op_type", "input", "output", "parameter", "reference"}
+_TEXTS = frozenset(_NAMES | {"producer_name", "producer_version", "key", "value", "symbol"})
 """Fields of type ``string``, which are UTF-8; ONNX Runtime's Python module raises for others when it returns them."""
 _STORED, _EXTERNAL = 0, 1  # data_location
 

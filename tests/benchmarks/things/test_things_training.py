@@ -193,7 +193,8 @@ def test_a_draw_fits_its_phase(batches: Batches, phase: Phase) -> None:
     conversations = [one for batch in drawn for sequence in batch.sequences for one in sequence]
     assert {len(one) for one in conversations} == {1} | ({3} if phase.conversation_share else set())
     assert {question.kind for one in conversations if len(one) == 1 for question in one} <= phase.kinds
-    assert {len(sequence) for batch in drawn for sequence in batch.sequences if len(sequence[0]) == 1} == {*phase.packed}
+    sequences = itertools.chain(*(batch.sequences for batch in drawn))
+    assert {len(sequence) for sequence in sequences if len(sequence[0]) == 1} == {*phase.packed}
     assert {sum(map(len, itertools.chain(*batch.sequences))) for batch in drawn} <= {
         2 * phase.questions_per_picture,
         2 * (phase.questions_per_picture // 3) * 3,

@@ -150,7 +150,8 @@ def test_files_that_are_not_graphs(copy: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"embeddings", b"logits", b"MatMulNBits", b"com.microsoft", b"capacity", b"epsilon", b"llm.data", b"offset"]
+    "text",
+    [b"embeddings", b"logits", b"MatMulNBits", b"com.microsoft", b"capacity", b"epsilon", b"llm.data", b"offset"],
 )
 def test_texts_that_are_not_utf8_are_refused(copy: Path, text: bytes) -> None:
     """Names of tensors, operators, domains, dimensions, attributes and files."""
