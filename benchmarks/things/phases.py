@@ -41,10 +41,10 @@ REASONING = frozenset({"relation", "count", "odd"})
 """Kinds that need several: one feature tells where to look for the next, or things are compared."""
 
 PHASES = (
-    Phase("vision", share=0.28, rate=1.5e-3, pictures_per_step=12),
+    Phase("vision", share=0.33, rate=1.5e-3, pictures_per_step=12),
     Phase(
         "lookups",
-        share=0.04,
+        share=0.025,
         rate=1e-3,
         pictures_per_step=8,
         questions_per_picture=8,
@@ -56,7 +56,7 @@ PHASES = (
     ),
     Phase(
         "reasoning",
-        share=0.16,
+        share=0.125,
         rate=1e-3,
         pictures_per_step=8,
         questions_per_picture=8,
@@ -68,7 +68,7 @@ PHASES = (
     ),
     Phase(
         "windows",
-        share=0.10,
+        share=0.07,
         rate=1e-3,
         pictures_per_step=8,
         questions_per_picture=8,
@@ -78,7 +78,7 @@ PHASES = (
     ),
     Phase(
         "whole",
-        share=0.42,
+        share=0.45,
         rate=6e-4,
         pictures_per_step=8,
         questions_per_picture=8,

@@ -235,8 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="checkpoint folder")
-    add("--minutes", type=float, default=83, help="time to train, without rendering (default: %(default)s)")
-    add("--pictures", type=int, default=16000, help="number of pictures (default: %(default)s)")
+    add("--minutes", type=float, default=96, help="time to train, without rendering (default: %(default)s)")
+    add("--pictures", type=int, default=24000, help="number of pictures (default: %(default)s)")
     add("--report-minutes", type=float, default=4, help="time between reports (default: %(default)s)")
     add("--threads", type=int, default=2, help="PyTorch threads and rendering processes (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of weights and pictures (default: %(default)s)")
