@@ -16,10 +16,10 @@ class Phase:
     """Share of the run's time."""
     rate: float
     """Peak learning rate."""
-    pictures_per_step: int
-    questions_per_picture: int = 0
+    pictures_per_step: int = 8
+    questions_per_picture: int = 8
     """0: the vision tower learns codes, without the LLM."""
-    packed: tuple[int, ...] = (1,)
+    packed: tuple[int, ...] = (8,)
     """Conversations in a sequence; each batch draws one of these numbers."""
     kinds: frozenset[str] = frozenset(KINDS | LESSONS)
     """Of these questions."""
@@ -41,14 +41,11 @@ REASONING = frozenset({"relation", "count", "odd"})
 """Kinds that need several: one feature tells where to look for the next, or things are compared."""
 
 PHASES = (
-    Phase("vision", share=0.33, rate=1.5e-3, pictures_per_step=12),
+    Phase("vision", share=0.33, rate=1.5e-3, pictures_per_step=12, questions_per_picture=0),
     Phase(
         "lookups",
         share=0.025,
         rate=1e-3,
-        pictures_per_step=8,
-        questions_per_picture=8,
-        packed=(8,),
         kinds=LOOKUPS,
         latent_scale=0,
         aligned=False,
@@ -58,9 +55,6 @@ PHASES = (
         "reasoning",
         share=0.125,
         rate=1e-3,
-        pictures_per_step=8,
-        questions_per_picture=8,
-        packed=(8,),
         kinds=REASONING | {"place", "where", "presence"},
         latent_scale=0,
         aligned=False,
@@ -70,9 +64,6 @@ PHASES = (
         "windows",
         share=0.07,
         rate=1e-3,
-        pictures_per_step=8,
-        questions_per_picture=8,
-        packed=(8,),
         image_share=0.3,
         exact_codes=True,
     ),
@@ -80,8 +71,6 @@ PHASES = (
         "whole",
         share=0.45,
         rate=6e-4,
-        pictures_per_step=8,
-        questions_per_picture=8,
         packed=(1, 8, 8, 8),
         conversation_share=0.1,
         image_share=0.5,

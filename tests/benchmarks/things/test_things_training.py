@@ -164,6 +164,15 @@ def test_attention_is_that_of_the_eager_interpreter(batch: int, text: int, seed:
     torch.testing.assert_close(ours.context_attention(q, k, v, 16), expected)
 
 
+def test_attention_of_one_conversation_is_causal(batches: Batches) -> None:
+    question = pictures.Question("What is it?", "dog", "what")
+    batch = batches.batch([0], [[[question]]], Inputs(4, 1.0, True))
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, batch.tokens.shape[1], 3 * CONFIG.language.hidden_size, generator=generator)
+    ours, eager = TrainingOperations({}, batch), EagerOperations(CONFIG, lambda name: torch.empty(0))
+    torch.testing.assert_close(ours.causal_attention(qkv, 0), eager.causal_attention(qkv, 0))
+
+
 @pytest.mark.parametrize(("packed", "guide"), [(1, None), (1, ""), (1, "Describe the scene."), (2, "")])
 @pytest.mark.parametrize("image_tokens", [True, False])
 @pytest.mark.parametrize("turns", [1, 3])
