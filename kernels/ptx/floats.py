@@ -42,6 +42,6 @@ def float64_to_bfloat16(values: Values) -> Values:
 def _to_odd(nearest: Values, error: Values) -> Values:
     """Return the neighbor with an odd last bit where ``nearest`` lacks an ``error``; else ``nearest``."""
     bits = nearest.view(np.dtype(f"int{8 * nearest.itemsize}"))
-    step = np.where((error > 0) == (nearest > 0), 1, -1).astype(bits.dtype)
+    step = np.where((error > 0) != np.signbit(nearest), 1, -1).astype(bits.dtype)
     even = np.isfinite(error) & (error != 0) & (bits & 1 == 0)
     return np.where(even, bits + step, bits).view(nearest.dtype)

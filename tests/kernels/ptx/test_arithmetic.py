@@ -179,6 +179,16 @@ def test_a_fused_multiply_add_rounds_once(sign: int) -> None:
     assert set(result.tolist()) == {1 + 2**-3 + (2**-7 if sign > 0 else 0)}
 
 
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_fused_multiply_add_underflows_to_a_zero_of_its_sign(sign: int, kind: str) -> None:
+    dtype = element(kind)
+    tiny, factor, zero = (np.full(THREADS, value, np.float32) for value in (2**-100, sign * 2**-100, sign * 0.0))
+    sources = [one.view(np.uint32) >> 16 if kind == "bf16" else one for one in (tiny, factor, zero)]
+    result = compute(f"fma.rn.{kind}", (kind,) * 3, kind, [source.astype(dtype) for source in sources])
+    assert {str(number) for number in numbers(result, kind).tolist()} == {str(sign * 0.0)}
+
+
 def test_values_that_are_not_finite() -> None:
     special = np.resize(np.array([np.nan, np.inf, -np.inf, 1, 0], np.float32), THREADS)
     one = np.ones(THREADS, np.float32)
