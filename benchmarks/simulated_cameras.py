@@ -18,8 +18,13 @@ from fusion_edge.runtime import Fusion, Sampling
 SIZE = (1280, 720)
 """Width and height of a frame."""
 SAMPLING = Sampling(max_new_tokens=16)
-QUESTIONS = ("How many shapes are there?", "What color is the circle?", "What shape is red?", "Is there a blue square?")
-CHOOSING, CHOICES = "Is there a blue square?", ("yes", "no")
+QUESTIONS = (
+    "How many things are there?",
+    "What color is the background?",
+    "What kind of thing is in the middle?",
+    "Is there a dog?",
+)
+CHOOSING, CHOICES = "Is there a dog?", ("yes", "no")
 
 Frame = npt.NDArray[np.uint8]
 

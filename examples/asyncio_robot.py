@@ -16,11 +16,11 @@ import fusion_edge
 from fusion_edge import Asker, FusionError, Sampling
 
 Frame = npt.NDArray[np.uint8]
-COLORS = {"front": (205, 35, 40), "rear": (45, 75, 205)}
+COLORS = {"front": (205, 35, 40), "rear": (50, 95, 180)}
 
 
 class Camera:
-    """A simulated camera: a circle that moves. Replace :meth:`frame` with your driver."""
+    """A simulated camera: a gray circle that moves, on a color. Replace :meth:`frame` with your driver."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -29,8 +29,8 @@ class Camera:
     def frame(self) -> Frame:
         """Return the newest frame, RGB ``[256, 256, 3]``."""
         center = 60 + int(120 * time.monotonic()) % 136
-        frame = np.full((256, 256, 3), 90, np.uint8)
-        frame[(self._rows - 184) ** 2 + (self._columns - center) ** 2 < 36**2] = COLORS[self.name]
+        frame = np.full((256, 256, 3), COLORS[self.name], np.uint8)
+        frame[(self._rows - 184) ** 2 + (self._columns - center) ** 2 < 36**2] = 128
         return frame
 
 

@@ -46,14 +46,14 @@ def device(source: str) -> int | str:
 
 
 def simulated(rate: float) -> Iterator[Frame]:
-    """Yield frames ``[height, width, 3]`` in BGR, as OpenCV does: a red circle that moves."""
+    """Yield frames ``[height, width, 3]`` in BGR, as OpenCV does: a gray circle that moves, on red."""
     side, radius = 256, 36
     rows, columns = np.mgrid[:side, :side]
     number = 0
     while True:
         center = 60 + (12 * number) % (side - 120)
-        frame = np.full((side, side, 3), 90, np.uint8)
-        frame[(rows - 184) ** 2 + (columns - center) ** 2 < radius**2] = (40, 35, 205)
+        frame = np.full((side, side, 3), (40, 35, 205), np.uint8)
+        frame[(rows - 184) ** 2 + (columns - center) ** 2 < radius**2] = 128
         yield frame
         number += 1
         time.sleep(1 / rate)

@@ -28,12 +28,19 @@ CLIP_RATIOS = torch.linspace(1.0, 0.5, 21).tolist()
 """Shares of a block's largest weight that a scale search lets 6 stand for."""
 
 
+LEAST_TENSOR_SCALE = 2.0**-110
+"""Its product with the least E4M3 number, 2^-9, is a normal float32, so scales of blocks are exact."""
+
+
 def tensor_scale(largest: float) -> float:
-    """Return the least power of two with which blocks represent values up to ``largest``; 1 for 0."""
+    """Return the least power of two with which blocks represent values up to ``largest``; 1 for 0.
+
+    It is at least :data:`LEAST_TENSOR_SCALE`. Weights that need a smaller one become 0.
+    """
     if largest == 0:
         return 1.0
     mantissa, exponent = math.frexp(largest / (float4.LARGEST * float(float8.LARGEST)))
-    return 2.0 ** (exponent - (mantissa == 0.5))
+    return max(2.0 ** (exponent - (mantissa == 0.5)), LEAST_TENSOR_SCALE)
 
 
 def common_scale(scales: npt.NDArray[np.floating]) -> float:

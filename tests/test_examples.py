@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.demo_model import COUNT_QUESTION, PICTURE, QUESTION
+from support.demo_model import BACKGROUND_QUESTION, OTHER_QUESTION, PICTURE, QUESTION
 
 from fusion_edge.export import cli
 
@@ -36,12 +36,12 @@ def test_every_example_is_tested() -> None:
 
 
 def test_ask_picture(demo_bundle: Path) -> None:
-    result = run("ask_picture.py", demo_bundle, PICTURE, QUESTION, COUNT_QUESTION)
+    result = run("ask_picture.py", demo_bundle, PICTURE, QUESTION, OTHER_QUESTION)
     assert len(result.stdout.splitlines()) == 2
 
 
 def test_camera_loop(demo_bundle: Path) -> None:
-    result = run("camera_loop.py", demo_bundle, QUESTION, "--frames", 5, "--rate", 5)
+    result = run("camera_loop.py", demo_bundle, BACKGROUND_QUESTION, "--frames", 5, "--rate", 5)
     *answers, latencies = result.stdout.splitlines()
     assert 1 <= len(answers) <= 5
     assert all(answer.startswith("red (stop, frame ") for answer in answers)
@@ -77,7 +77,7 @@ def test_camera_loop_with_a_camera(
 ) -> None:
     (tmp_path / "cv2.py").write_text(CAMERA, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = run("camera_loop.py", demo_bundle, COUNT_QUESTION, "--camera", source, "--color", "nv12")
+    result = run("camera_loop.py", demo_bundle, OTHER_QUESTION, "--camera", source, "--color", "nv12")
     lines = result.stdout.splitlines()
     assert lines[:2] == [f"opened {opened}", "set 38 1"]
     assert "released" in lines
@@ -85,7 +85,7 @@ def test_camera_loop_with_a_camera(
 
 
 def test_asyncio_robot(demo_bundle: Path) -> None:
-    result = run("asyncio_robot.py", demo_bundle, QUESTION, "--seconds", 3)
+    result = run("asyncio_robot.py", demo_bundle, BACKGROUND_QUESTION, "--seconds", 3)
     *answers, summary = result.stdout.splitlines()
     assert set(answers) == {"front: red (stop)", "rear: blue (stop)"}
     assert summary.startswith("longest delay of a tick: ")

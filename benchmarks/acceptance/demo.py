@@ -32,7 +32,7 @@ from fusion_edge.runtime.stages import DECODE_STEP, PREFILL
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
 from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 
-QUESTION, ANSWER = "What color is the circle?", "blue"
+QUESTION, ANSWER = "What is at the top right?", "elephant"
 NEW_TOKENS = 16
 STEPS = 32
 CPU_OUTPUTS = "cpu-outputs.npz"

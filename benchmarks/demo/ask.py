@@ -1,6 +1,6 @@
 """Ask a bundle of the demo model about a picture: the answers, their probability, and the time of each stage.
 
-    python -m fusion_edge.benchmarks.demo.ask BUNDLE "What color is the circle?" "How many shapes are there?"
+    python -m fusion_edge.benchmarks.demo.ask BUNDLE "What is at the top right?" "Where is the dog?"
 
 The model looks at the picture once, and answers all questions behind that scene.
 """
@@ -37,8 +37,12 @@ class StageTimer:
             self.milliseconds[self._stage] = self.milliseconds.get(self._stage, 0) + 1000 * (now - self._since)
         self._stage, self._since = TIMINGS.get(stage, self._stage), now
 
-    def __str__(self) -> str:
+    def stop(self) -> None:
+        """End the current stage."""
         self("")
+        self._stage = ""
+
+    def __str__(self) -> str:
         stages = {stage: f"{milliseconds:.1f}" for stage, milliseconds in self.milliseconds.items()}
         shown = ", ".join(f"{stage} {value}" for stage, value in stages.items() if value != "0.0")  # others were cached
         return f"{sum(self.milliseconds.values()):.1f} ms: {shown}"
@@ -57,12 +61,14 @@ def _ask(options: argparse.Namespace) -> int:
     with load(options.bundle) as fusion:
         timer = StageTimer()
         scene = fusion.look(options.image, GUIDE, on_stage=timer)
+        timer.stop()
         drawn = terminal_picture(options.image, os.environ) if sys.stdout.isatty() else None
         sys.stdout.write(f"{drawn or ''}{os.path.relpath(options.image)}\n")
         sys.stdout.write(f"    look {timer}\n")
         for question in options.questions:
             timer = StageTimer()
             answer = scene.answer(question, on_stage=timer)
+            timer.stop()
             probability = math.exp(math.fsum(answer.logprobs))
             sys.stdout.write(f"\n> {question}\n{answer.text} ({probability:.1%})\n    {timer}\n")
     return 0

@@ -19,15 +19,22 @@ from fusion_edge.export.reference.eager_backend import EagerBackend
 from fusion_edge.runtime import Fusion
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.cli.model_options import load_options
+from fusion_edge.runtime.errors import UsageError
 from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return cli.run("exact_arithmetic", arguments, _models)
+    return cli.run("python -m fusion_edge.benchmarks.demo.exact_arithmetic", arguments, _models)
 
 
 def _models(options: argparse.Namespace) -> cli.Models:
+    for option in ("reference", "revision"):
+        if getattr(options, option) is not None:
+            raise UsageError(
+                f"--{option} is not for this comparison: the reference is the bundle's own weights. Leave it out."
+            )
+
     def reference() -> Fusion:
         bundle = open_bundle(options.bundle)
         eager = EagerBackend(bundle.manifest.model, BundleWeights(bundle))

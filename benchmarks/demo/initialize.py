@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusion_edge.benchmarks.demo import tokenizer
+from fusion_edge.benchmarks.demo.subspaces import HEAD_DIM, HEADS, query_matrix
 from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL, parameters
 from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
@@ -17,23 +18,25 @@ from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, Lan
 VOCABULARY = tokenizer.PIECES + len(tokenizer.ADDED)
 ROPE_THETA = 10000.0
 ORIGINAL_POSITIONS, POSITIONS = 4096, 131072
-HEAD_DIM = 32
 SHORT_FACTORS = tuple(1 + 0.01 * i for i in range(HEAD_DIM // 2))
 LONG_FACTORS = tuple(1 + 2.0 * i for i in range(HEAD_DIM // 2))
 END_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
+COPY_NOISE = 0.3
+QUERY_GAIN = 3.0  # sharpens attention: a feature has more values than the one that is asked
+INPUT, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PATCH_KERNEL = f"{VISION_MODEL}embeddings.patch_embedding.weight"
 PATCH_POSITIONS = f"{VISION_MODEL}embeddings.position_embedding.weight"
 
 CONFIG = FusionConfig(
     template="phi_3",
-    vision=VisionConfig(width=128, layers=4, mlp_width=256, patch_size=48),
+    vision=VisionConfig(width=256, layers=4, mlp_width=512, patch_size=48),
     language=LanguageConfig(
-        hidden_size=128,
+        hidden_size=256,
         layers=4,
-        heads=4,
-        kv_heads=4,
+        heads=HEADS,
+        kv_heads=HEADS,
         head_dim=HEAD_DIM,
-        mlp_width=256,
+        mlp_width=512,
         vocab_size=VOCABULARY,
         norm_eps=1e-5,
         rotary_inverse_frequencies=tuple(
@@ -56,12 +59,35 @@ def initial_tensors(seed: int) -> dict[str, Tensor]:
     shapes |= dict.fromkeys(UNUSED, (CONFIG.vision.width,))
     tensors = {name: _initial(name, shape, generator) for name, shape in sorted(shapes.items())}
     tensors[PATCH_POSITIONS] = grid_positions(CONFIG.vision.grid, CONFIG.vision.width)
-    # The question starts small in an interaction layer and grows during training.
+    _start_as_copies(tensors)
+    return tensors
+
+
+def _start_as_copies(tensors: dict[str, Tensor]) -> None:
+    """Let words look for what they name, and values pass through attention and interaction layers, in place.
+
+    Without it, training spends its time on finding out where to look. The first layer gathers what a question asks for
+    at the end of the prompt, later layers look for that.
+    """
+    hidden = CONFIG.language.hidden_size
+    identity = torch.eye(hidden)
     for k in range(CONFIG.alignment.layers):
         layer = f"model.vision_sampler_layers.{k}.layers.0."
-        tensors[f"{layer}proj_in.weight"] *= 0.1
-        tensors[f"{layer}cross_attn.o_proj.weight"] *= 6
-    return tensors
+        attention = f"{layer}cross_attn."
+        copying = [f"{attention}{part}_proj.1" for part in "qkv"] + [f"{layer}proj_context", f"{attention}o_proj"]
+        for name in (*copying, f"{layer}proj_out.linear_1", f"{layer}proj_out.linear_2"):
+            tensors[f"{name}.weight"] = COPY_NOISE * tensors[f"{name}.weight"] + identity
+        tensors[f"{attention}q_proj.1.weight"] += query_matrix(asks_words=False) - identity
+        tensors[f"{layer}proj_out.linear_2.weight"] *= 0.5
+        joined = tensors[f"{layer}proj_in.weight"]
+        joined.copy_(COPY_NOISE * joined + torch.cat([identity, identity], 1))
+    for i in range(CONFIG.language.layers):
+        layer = f"model.layers.{i}.self_attn."
+        starts = (QUERY_GAIN * query_matrix(asks_words=i == 0), identity, identity)
+        for part, start in zip(tensors[f"{layer}qkv_proj.weight"].chunk(3), starts, strict=True):
+            part.copy_(COPY_NOISE * part + start)
+        output = tensors[f"{layer}o_proj.weight"]
+        output.copy_(0.5 * (COPY_NOISE * output + identity))
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:

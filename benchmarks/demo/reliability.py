@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fusion_edge.benchmarks.demo.pictures import COLORS, KINDS, NUMBERS, SHAPES, Example, Pixels, examples
+from fusion_edge.benchmarks.demo import CHECKPOINT
+from fusion_edge.benchmarks.demo.pictures import (
+    BACKGROUNDS,
+    CATEGORIES,
+    KINDS,
+    NUMBERS,
+    THINGS,
+    Example,
+    Pixels,
+    examples,
+)
 from fusion_edge.benchmarks.evaluation.calibration_error import expected_calibration_error, reliability
 from fusion_edge.export import cli
 from fusion_edge.runtime import Fusion, Sampling, load
@@ -30,21 +41,38 @@ from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.output_file import write_whole
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 SEED = 0
 QUESTIONS_PER_PICTURE = 5
-QUERY_LENGTH = 4
-MAX_NEW_TOKENS = 32
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "color": tuple(COLORS),
-    "shape": tuple(SHAPES),
+QUERY_LENGTH = 16
+DEGRADED_SIZE = 42  # pixels
+MAX_NEW_TOKENS = 16
+CHOICES = {
     "count": NUMBERS,
-    "position": ("yes", "no"),
     "presence": ("yes", "no"),
+    "category": tuple(CATEGORIES),
+    "background": BACKGROUNDS,
 }
-"""Plausible answers by kind of question."""
+"""All plausible answers, by kind of question. Those to other kinds are things."""
+THING_CHOICES = 8
+"""Choices of things: the right one, others of its category, and as many of other categories."""
 FORMATS = {"fp32": "--fp32", "int4": "--int4"}
 """Options of ``fusion-export`` by name in the result."""
+
+
+def candidates(kind: str, answer: str, number: int) -> tuple[str, ...]:
+    """Return plausible answers to question ``number``, the right one among them, in an order without a meaning."""
+    if kind in CHOICES:
+        return CHOICES[kind]
+    rng = random.Random(number)
+    others = [name for name in THINGS if name != answer]
+    rng.shuffle(others)
+    near = [name for name in others if THINGS[name].category == THINGS[answer].category][: THING_CHOICES // 2 - 1]
+    far = [name for name in others if THINGS[name].category != THINGS[answer].category]
+    chosen = [answer]
+    for name in [*near, *far]:  # choose refuses the start of another choice, such as car beside carrot
+        if len(chosen) < THING_CHOICES and not any(name.startswith(one) or one.startswith(name) for one in chosen):
+            chosen.append(name)
+    return tuple(rng.sample(chosen, len(chosen)))
 
 
 @dataclass(frozen=True)
@@ -65,9 +93,9 @@ class Asked:
 
 
 def degraded(picture: Pixels, number: int) -> Pixels:
-    """Return a dark, blurred and noisy picture ``[256, 256, 3]``, as of a camera at night; the model saw none such."""
+    """Return a dark, blurred and noisy picture ``[384, 384, 3]``, as of a camera at night; the model saw none such."""
     rng = np.random.default_rng([SEED, number])
-    small = Image.fromarray(picture).resize((28, 28), Image.Resampling.BOX)
+    small = Image.fromarray(picture).resize((DEGRADED_SIZE, DEGRADED_SIZE), Image.Resampling.BOX)
     blurred = np.asarray(small.resize((picture.shape[1], picture.shape[0]), Image.Resampling.BICUBIC), np.float32)
     noisy = 0.45 * blurred + rng.normal(0, 10, picture.shape)
     pixels: Pixels = np.clip(noisy, 0, 255).astype(np.uint8)
@@ -77,8 +105,9 @@ def degraded(picture: Pixels, number: int) -> Pixels:
 def ask(fusion: Fusion, asked: Iterable[Example]) -> Iterator[Asked]:
     """Ask every question in both ways."""
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
-    for example in asked:
-        choice = fusion.choose(example.picture, example.question, CHOICES[example.kind], query_length=QUERY_LENGTH)
+    for number, example in enumerate(asked):
+        choices = candidates(example.kind, example.answer, number)
+        choice = fusion.choose(example.picture, example.question, choices, query_length=QUERY_LENGTH)
         answer = fusion.answer(example.picture, example.question, query_length=QUERY_LENGTH, sampling=sampling)
         yield Asked(
             kind=example.kind,
@@ -121,15 +150,15 @@ def held_out(questions: int, pictures: str) -> Iterator[Example]:
         yield Example(picture, example.question, example.answer, example.kind)
 
 
-def measure(questions: int) -> dict[str, Any]:
-    """Export the demo model in each format and ask all questions."""
+def measure(checkpoint: Path, questions: int) -> dict[str, Any]:
+    """Export the checkpoint in each format and ask all questions."""
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for name, option in FORMATS.items():
             bundle = Path(work) / name
-            if cli.main([str(CHECKPOINT), "-o", str(bundle), option]) != 0:
+            if cli.main([str(checkpoint), "-o", str(bundle), option]) != 0:
                 raise FusionError(f"Export of {bundle} failed; see its error above.")
-            with load(bundle) as fusion:
+            with load(bundle, threads=1) as fusion:
                 for pictures in ("clear", "degraded"):
                     asked = list(ask(fusion, held_out(questions, pictures)))
                     rows.append({"format": name, "pictures": pictures, **summary(asked)})
@@ -153,13 +182,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
+    add("--checkpoint", type=Path, default=CHECKPOINT, help="what demo.train wrote (default: the committed one)")
     add("--questions", type=positive_integer, default=1000, help="number of questions (default: %(default)s)")
     add("--json", type=output_file, metavar="FILE", help="also write the result to this JSON file")
     return run_command(_main, parser.parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
-    result = measure(options.questions)
+    result = measure(options.checkpoint, options.questions)
     if options.json:
         write_whole(options.json, json.dumps(result, indent=2) + "\n")
     sys.stdout.write(table(result))

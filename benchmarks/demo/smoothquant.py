@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fusion_edge.benchmarks.demo import CHECKPOINT
 from fusion_edge.export.calibration.activation_cache import Activations
 from fusion_edge.export.calibration.blocks import BlockOperations, blocks, prepare
 from fusion_edge.export.calibration.samples import read_samples
@@ -28,8 +29,6 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.formatting import format_table
 from fusion_edge.runtime.samples import Sample
-
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 class InputRecorder(BlockOperations):

@@ -45,7 +45,7 @@ def _iterm(png: bytes) -> str:
 
 def _half_blocks(picture: Path) -> str:
     with Image.open(picture) as image:
-        rows = COLUMNS * image.height // image.width // 2
+        rows = max(1, COLUMNS * image.height // image.width // 2)
         pixels = np.asarray(image.convert("RGB").resize((COLUMNS, 2 * rows), Image.Resampling.BOX))
     lines = [
         "".join(f"\x1b[38;2;{_color(top)};48;2;{_color(bottom)}m▀" for top, bottom in zip(*pair, strict=True))

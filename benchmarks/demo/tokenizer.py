@@ -17,7 +17,7 @@ from fusion_edge.benchmarks.demo import pictures
 from fusion_edge.benchmarks.json_file import write_json
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 
-PIECES = 504  # with the eight added tokens: 512
+PIECES = 1016  # with the eight added tokens: 1024
 ADDED = (
     "<|endoftext|>",
     "<|assistant|>",
@@ -80,10 +80,11 @@ def _corpus() -> list[str]:
     single pieces there, too.
     """
     rng = np.random.default_rng(0)
-    sentences = {TEMPLATES["phi_3"].system.split(">")[1].split("<")[0].strip()}
-    for _ in range(300):
-        for question in pictures.ask(pictures.arrange(rng), rng, 8, lessons=True):
-            sentences |= {question.text, question.answer}
+    sentences = {TEMPLATES["phi_3"].system.split(">")[1].split("<")[0].strip(), *pictures.GENERIC_GUIDES}
+    for _ in range(2000):
+        scene = pictures.arrange(rng)
+        asked = [*pictures.ask(scene, rng, 4, pictures.KINDS | pictures.LESSONS), *pictures.conversation(scene, rng, 3)]
+        sentences |= {text for question in asked for text in (question.text, question.answer)}
     words = sorted({word for sentence in sentences for word in re.findall(r"\w+", sentence)})
     attached = [f"({word}" for word in words for _ in range(2000)]
     return [*sorted(sentences), *(f" {word}" for word in words for _ in range(500)), *attached]

@@ -7,99 +7,107 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from fusion_edge.benchmarks.demo import pictures
+from fusion_edge.benchmarks.demo.codes import Codes
+from fusion_edge.benchmarks.demo.gallery import Gallery
 from fusion_edge.benchmarks.demo.initialize import CONFIG, initial_tensors, write_checkpoint
-from fusion_edge.benchmarks.demo.pictures import KINDS
-from fusion_edge.benchmarks.demo.pretrain import pretrain
-from fusion_edge.benchmarks.demo.training_data import Batch, Batches, Gallery
+from fusion_edge.benchmarks.demo.phases import PHASES, Phase
+from fusion_edge.benchmarks.demo.tokenizer import write_tokenizer
+from fusion_edge.benchmarks.demo.training_data import Batches, Inputs, centered
 from fusion_edge.benchmarks.demo.training_model import (
     MAPPING_WEIGHT,
-    gallery_features,
+    patch_loss,
     run,
     with_full_kernel,
     with_small_kernel,
 )
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL
+from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
+from fusion_edge.runtime.cli.command import run_command
+from fusion_edge.runtime.cli.options import positive_integer
 from fusion_edge.runtime.errors import FusionError
 
-PICTURES_PER_STEP, QUESTIONS_PER_PICTURE = 8, 8
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Part of the training, with the image inputs of the LLM."""
-
-    name: str
-    end: float
-    """End, as a share of the run's steps."""
-    latent_scale: float
-    """Factor of the pooled latents; at 0 all information comes from their windows."""
-    image_share: float
-    """Share of batches with image tokens."""
-    vision_is_frozen: bool
-    """Whether the gallery's projected features are computed once. Requires batches without image tokens, because the
-    local crop trains the tower."""
-
-
-PHASES = (
-    Phase("windows", end=0.7, latent_scale=0, image_share=0, vision_is_frozen=True),
-    Phase("whole", end=1.0, latent_scale=1, image_share=0.7, vision_is_frozen=False),
-)
-"""Interaction layers learn only without other inputs. Image tokens or latents suffice for every question of this task,
-so a model trained with them from the start ignores its interaction layers (disabling them changed no answer)."""
-VISION_RATE = 0.4  # learning rate of the vision tower, relative to the rest
-WARM_UP = 200  # steps
-DECAY = 0.75  # start of the learning rate decay, as a share of the steps
-VALIDATION_SEED, VALIDATION_PICTURES = 1, 96  # of the held-out split; evaluation uses another seed
+VISION_RATE = 0.3  # learning rate of the vision tower beside the LLM, relative to the rest
+WARM_UP = 0.03  # share of a phase
+DECAY = 0.4  # share of a phase at whose end the learning rate falls
+VALIDATION_SEED, VALIDATION_PICTURES, VALIDATION_QUESTIONS = 1, 128, 4  # of the held-out split
 STATE = "training-state.pt"
+LOG_EVERY = 50  # steps
 
 log = logging.getLogger(__name__)
 
 
 class Training:
-    """Weights, optimizer and step of a run."""
+    """Weights, optimizer and clock of a run."""
 
-    def __init__(self, folder: Path, steps: int, rate: float, seed: int) -> None:
-        self.folder, self.steps, self.seed = folder, steps, seed
-        self.leaves = with_small_kernel(initial_tensors(seed))
+    def __init__(self, folder: Path, minutes: float, picture_count: int, seed: int) -> None:
+        self.folder, self.minutes, self.seed = folder, minutes, seed
+        self.options = {"minutes": minutes, "pictures": picture_count, "seed": seed}
+        tensors = initial_tensors(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(folder)
+        self.codes = Codes.draw(seed)
+        self.codes.start_names(tensors, Tokenizer.from_str(tokenizer_json(folder)))
+        self.leaves = with_small_kernel(tensors)
+        self.phase = 0  # index of PHASES
+        self.step = 0  # of all phases
+        self.seconds = 0.0  # of the phase
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        only_vision = PHASES[self.phase].questions_per_picture == 0
         names = [name for name in self.leaves if name not in UNUSED]
-        self.optimizer = torch.optim.AdamW(
+        if only_vision:
+            names = [name for name in names if name.startswith(VISION_MODEL) or "mm_projector" in name]
+        groups = _groups(names, self.leaves)
+        return torch.optim.AdamW(
             [
-                {"params": [self.leaves[name] for name in group], "lr": rate * scale, "weight_decay": decay}
-                for scale, decay, group in _groups(names, self.leaves)
+                {
+                    "params": [self.leaves[name] for name in group],
+                    "weight_decay": decay,
+                    "scale": VISION_RATE if in_tower and not only_vision else 1.0,
+                }
+                for in_tower, decay, group in groups
+                if group
             ],
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
-        self.step = 0
 
-    def _rate(self, step: int) -> float:
-        """Return the rate of a step: linear warm-up, constant, linear decay to a hundredth."""
-        progress = max(step / self.steps - DECAY, 0) / (1 - DECAY)
-        return min((step + 1) / WARM_UP, 1 - 0.99 * progress)
+    @property
+    def progress(self) -> float:
+        """Part of the phase that is over; 1 or more at its end."""
+        return self.seconds / (60 * self.minutes * PHASES[self.phase].share)
 
-    def update(self, batch: Batch) -> tuple[float, float]:
-        """Run an optimizer step; return the losses of answers and mapping."""
-        outcome = run(self.leaves, batch)
+    def update(self, loss: Tensor) -> None:
+        """Run an optimizer step at the rate of this moment: linear warm-up, constant, linear decay."""
+        rate = PHASES[self.phase].rate * min(self.progress / WARM_UP + 0.01, 1, (1.02 - self.progress) / DECAY)
+        for group in self.optimizer.param_groups:
+            group["lr"] = max(rate, 0.0) * group["scale"]
         self.optimizer.zero_grad()
-        (outcome.answer_loss + MAPPING_WEIGHT * outcome.mapping_loss).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         trained = [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
-        self.schedule.step()
         self.step += 1
-        return outcome.answer_loss.item(), outcome.mapping_loss.item()
+
+    def next_phase(self) -> None:
+        self.phase, self.seconds = self.phase + 1, 0.0
+        if self.phase < len(PHASES):
+            self.optimizer = self._optimizer()
 
     def save(self) -> None:
         """Write the checkpoint, and atomically the state to resume from."""
@@ -107,10 +115,8 @@ class Training:
         state = {
             "leaves": self.leaves,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "step": self.step,
-            "steps": self.steps,
-            "seed": self.seed,
+            "position": (self.phase, self.step, self.seconds),
+            "options": self.options,
         }
         temporary = self.folder / f"{STATE}.part"
         torch.save(state, temporary)
@@ -121,21 +127,22 @@ class Training:
         if not (self.folder / STATE).exists():
             return
         state = torch.load(self.folder / STATE, weights_only=True)
-        if (state["steps"], state["seed"]) != (self.steps, self.seed):
+        if state["options"] != self.options:
+            given = " ".join(f"--{name} {value:g}" for name, value in state["options"].items())
             raise FusionError(
-                f"{self.folder} has a run of {state['steps']} steps with seed {state['seed']}; pass the "
-                "same values to resume it, or another --output."
+                f"{self.folder} has a run with {given}; pass the same values to resume it, or another --output."
             )
         with torch.no_grad():
             for name, leaf in self.leaves.items():
                 leaf.copy_(state["leaves"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step = state["step"]
+        self.phase, self.step, self.seconds = state["position"]
+        if self.phase < len(PHASES):
+            self.optimizer = self._optimizer()
+            self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _groups(names: list[str], leaves: dict[str, Tensor]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield (relative learning rate, weight decay, names): the tower learns slower, only matrices decay."""
+def _groups(names: list[str], leaves: Mapping[str, Tensor]) -> Iterator[tuple[bool, float, list[str]]]:
+    """Yield (of the vision tower, weight decay, names): only matrices decay."""
     for in_tower in (True, False):
         for is_matrix in (True, False):
             group = [
@@ -143,86 +150,140 @@ def _groups(names: list[str], leaves: dict[str, Tensor]) -> Iterator[tuple[float
                 for name in names
                 if name.startswith(VISION_MODEL) == in_tower and (leaves[name].ndim > 1) == is_matrix
             ]
-            yield VISION_RATE if in_tower else 1.0, 0.02 if is_matrix else 0.0, group
+            yield in_tower, 0.02 if is_matrix else 0.0, group
 
 
-def accuracy(leaves: dict[str, Tensor], batches: Batches, phase: Phase, align: bool = True) -> dict[str, float]:
-    """Return the share of exact answers on a gallery at the smallest query length, by kind and ``all``.
-
-    Image inputs are those of a training phase.
-    """
-    exact: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-    rng = np.random.default_rng(0)
-    query_length = CONFIG.alignment.query_lengths[0]
-    with torch.no_grad():
-        for start in range(0, len(batches.gallery.shapes), PICTURES_PER_STEP):
-            chosen = range(start, start + PICTURES_PER_STEP)
-            inputs = phase.latent_scale, phase.image_share > 0
-            batch = batches.batch(chosen, rng, QUESTIONS_PER_PICTURE, query_length, *inputs)
-            for question, correct in zip(batch.questions, run(leaves, batch, align).correct, strict=True):
-                exact[question.kind].append(bool(correct))
-    shares = {kind: sum(answers) / max(len(answers), 1) for kind, answers in exact.items()}
-    everything = [answer for answers in exact.values() for answer in answers]
-    return {"all": sum(everything) / len(everything)} | shares
-
-
-def train(training: Training, pictures: Batches, validation: Batches, report_every: int) -> None:
+def train(training: Training, batches: Batches, validation: Batches, report_minutes: float) -> None:
     """Train to the end, with reports and checkpoints."""
-    started, first, losses = time.monotonic(), training.step, []
-    for phase in PHASES:
-        end = round(phase.end * training.steps)
-        if training.step < end:
-            log.info("phase %s, to step %d", phase.name, end)
-            frozen = phase.vision_is_frozen
-            pictures.features = gallery_features(training.leaves, pictures.gallery.crops) if frozen else None
-        while training.step < end:
-            losses.append(training.update(_draw(training, pictures, phase)))
-            if training.step % 50 == 0:
-                pace = (time.monotonic() - started) / (training.step - first)
-                log.info("step %d: answers %.3f, mapping %.3f, %.2f s a step", training.step, *np.mean(losses, 0), pace)
+    while training.phase < len(PHASES):
+        phase = PHASES[training.phase]
+        log.info("phase %s from step %d, for %.1f minutes", phase.name, training.step, training.minutes * phase.share)
+        before = training.seconds
+        started, reported = time.monotonic() - before, before
+        for one in (batches, validation):
+            one.codes = training.codes if phase.exact_codes else None
+        losses: list[tuple[float, float]] = []
+        while training.progress < 1:
+            losses.append(_step(training, batches, phase))
+            training.seconds = time.monotonic() - started
+            if training.step % LOG_EVERY == 0:
+                first, second = np.mean(losses, 0)
+                names = ("answers", "mapping") if phase.questions_per_picture else ("patches", "right")
+                log.info("step %d, %.0f %%: %s %.3f, %s %.3f", training.step, 100 * training.progress,
+                         names[0], first, names[1], second)  # fmt: skip
                 losses = []
-            if training.step % report_every == 0 or training.step == training.steps:
-                training.save()
-                for name, align in (("aligned", True), ("interaction layers off", False)):
-                    shares = accuracy(training.leaves, validation, phase, align)
-                    log.info("%s: %s", name, ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+            if training.seconds - reported > 60 * report_minutes:
+                reported = training.seconds
+                _report(training, validation, phase)
+        training.next_phase()
+        _report(training, validation, phase)
 
 
-def _draw(training: Training, pictures: Batches, phase: Phase) -> Batch:
-    """Draw the batch of the present step, which depends on seed and step only."""
+def _step(training: Training, batches: Batches, phase: Phase) -> tuple[float, float]:
+    """Run a step on the batch of this step, which depends on seed and step only. Return two figures for the log."""
     seed = [training.seed, training.step]
-    with_image_tokens = np.random.default_rng([*seed, 1]).random() < phase.image_share
-    return pictures.draw(seed, PICTURES_PER_STEP, QUESTIONS_PER_PICTURE, phase.latent_scale, bool(with_image_tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        if phase.questions_per_picture == 0:
+            gallery = batches.gallery
+            chosen = np.random.default_rng(seed).choice(len(gallery.scenes), phase.pictures_per_step, replace=False)
+            crops, labels = torch.from_numpy(gallery.crops[chosen]), torch.from_numpy(gallery.labels[chosen])
+            loss, second = patch_loss(training.leaves, training.codes, centered(crops), labels)
+            first = loss
+        else:
+            outcome = run(training.leaves, batches.draw(seed, phase), phase.aligned)
+            loss = outcome.answer_loss + MAPPING_WEIGHT * outcome.mapping_loss
+            first, second = outcome.answer_loss, outcome.mapping_loss
+    training.update(loss)
+    return first.item(), second.item()
+
+
+def _report(training: Training, validation: Batches, phase: Phase) -> None:
+    """Write the checkpoint and log figures of held-out pictures."""
+    training.save()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if phase.questions_per_picture == 0:
+            crops, labels = (torch.from_numpy(a[:64]) for a in (validation.gallery.crops, validation.gallery.labels))
+            for name, part in (("global", slice(0, 4)), ("local", slice(4, 5))):
+                _, right = patch_loss(training.leaves, training.codes, centered(crops[:, part]), labels[:, part])
+                log.info("held out, %s crops: %.1f %% of covered patches right", name, 100 * right.item())
+            return
+        ways = {"interaction layers off": False} | ({"aligned": True} if phase.aligned else {})
+        for name, align in ways.items():
+            for query_length in CONFIG.alignment.query_lengths:
+                inputs = Inputs(query_length, phase.latent_scale, phase.image_share > 0)
+                shares = accuracy(training.leaves, validation, inputs, align)
+                text = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares.items())
+                log.info("held out, %s, %d latents: %s", name, query_length, text)
+
+
+def accuracy(leaves: Mapping[str, Tensor], batches: Batches, inputs: Inputs, align: bool = True) -> dict[str, float]:
+    """Return the share of exact answers to single questions on a gallery, by kind and ``all``."""
+    exact: dict[str, list[bool]] = defaultdict(list)
+    rng = np.random.default_rng(0)
+    scenes = batches.gallery.scenes
+    with torch.no_grad():
+        for start in range(0, len(scenes), 8):
+            chosen = range(start, min(start + 8, len(scenes)))
+            asked = [q for i in chosen for q in pictures.ask(scenes[i], rng, VALIDATION_QUESTIONS)]
+            batch = batches.batch(chosen, [[[question]] for question in asked], inputs)
+            for question, correct in zip(asked, run(leaves, batch, align).correct, strict=True):
+                exact[question.kind].append(bool(correct))
+    everything = [answer for answers in exact.values() for answer in answers]
+    kinds = sorted(exact.items())
+    return {"all": float(np.mean(everything))} | {kind: float(np.mean(answers)) for kind, answers in kinds}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--steps", type=int, default=10000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--vision-steps", type=int, default=2000, help="pre-training steps (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=8000, help="number of pictures (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--report-every", type=int, default=500, help="steps between reports (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="checkpoint folder")
+    add("--minutes", type=_minutes, default=76, help="time to train, without rendering (default: %(default)s)")
+    add("--pictures", type=_pictures, default=24000, help="number of pictures (default: %(default)s)")
+    add("--report-minutes", type=_minutes, default=4, help="time between reports (default: %(default)s)")
+    add(
+        "--threads",
+        type=positive_integer,
+        default=2,
+        help="PyTorch threads and rendering processes (default: %(default)s)",
+    )
+    add("--seed", type=_seed, default=0, help="seed of weights and pictures (default: %(default)s)")
+    return run_command(_main, parser.parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    try:
-        training = Training(options.output, options.steps, options.learning_rate, options.seed)
-        training.resume()
-        write_checkpoint(options.output, with_full_kernel(training.leaves))
-        log.info("rendering %d pictures", options.pictures)
-        pictures = Batches(Gallery.render("train", options.seed, options.pictures), options.output)
-        if training.step == 0:
-            pretrain(training.leaves, pictures.gallery, options.vision_steps, options.seed)
-        held_out = Gallery.render("held_out", VALIDATION_SEED, VALIDATION_PICTURES)
-        train(training, pictures, Batches(held_out, options.output), options.report_every)
-    except FusionError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    training = Training(options.output, options.minutes, options.pictures, options.seed)
+    training.resume()
+    log.info("rendering %d pictures", options.pictures)
+    gallery = Gallery.render("train", options.seed, options.pictures, options.threads)
+    held_out = Gallery.render("held_out", VALIDATION_SEED, VALIDATION_PICTURES)
+    train(training, Batches(gallery, options.output), Batches(held_out, options.output), options.report_minutes)
     return 0
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of minutes")
+    return minutes
+
+
+def _pictures(text: str) -> int:
+    least = max(phase.pictures_per_step for phase in PHASES)
+    if positive_integer(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than the {least} pictures of a step")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 4294967295")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Pictures and questions as the tensors of one training step."""
+"""Conversations about rendered pictures as the tensors of one training step."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,78 +10,75 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fusion_edge.benchmarks.demo import pictures
+from fusion_edge.benchmarks.demo.codes import Codes
+from fusion_edge.benchmarks.demo.gallery import Gallery
 from fusion_edge.benchmarks.demo.initialize import CONFIG
+from fusion_edge.benchmarks.demo.phases import Phase
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.bundle.templates import TEMPLATES
-from fusion_edge.runtime.images.preprocessing import cut_crops
-from fusion_edge.runtime.prompts.prompt import Prompt, encode_prompt
+from fusion_edge.runtime.prompts.prompt import Prompt, PromptEncoder, PromptLayout, Turn
 
-REDUCTION = 6
-"""Training uses averages of 6 x 6 pixels, so learned patch kernels are constant on such squares."""
-KERNEL = CONFIG.vision.patch_size // REDUCTION  # averages per side of a patch
 IGNORED = -100  # cross_entropy's label without a target
+GENERIC, EMPTY = 0.1, 0.1
+"""Shares of batches whose vision encoder is guided by a generic text, and by none, instead of the questions."""
 
-
-def reduce_crops(picture: pictures.Pixels) -> npt.NDArray[np.uint8]:
-    """Return the five crops (docs/fusion-model.md section 1) as patches of averages: ``[5, patches, 3 * 8 * 8]``."""
-    grid = CONFIG.vision.grid
-    crops = cut_crops(Image.fromarray(picture))
-    reduced: list[npt.NDArray[np.uint8]] = [np.asarray(Image.fromarray(crop).reduce(REDUCTION)) for crop in crops]
-    blocks: npt.NDArray[np.uint8] = np.stack(reduced).reshape(len(reduced), grid, KERNEL, grid, KERNEL, 3)
-    patches: npt.NDArray[np.uint8] = blocks.transpose(0, 1, 3, 5, 2, 4).reshape(len(reduced), grid * grid, -1)
-    return patches
-
-
-def centered(crops: Tensor) -> Tensor:
-    """Convert uint8 to float32 in [-1, 1]."""
-    return crops.float() / 127.5 - 1
+Conversation = Sequence[pictures.Question]
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """Rendered pictures: reduced crops ``[N, 5, patches, 192]`` and their shapes."""
+class Inputs:
+    """What the LLM sees of the pictures."""
 
-    crops: npt.NDArray[np.uint8]
-    shapes: list[list[pictures.Shape]]
-
-    @classmethod
-    def render(cls, split: str, seed: int, count: int) -> Gallery:
-        """Render the first ``count`` pictures of a split and seed."""
-        crops, shapes = [], []
-        for shown, picture in itertools.islice(pictures.scenes(split, seed), count):
-            shapes.append(shown)
-            crops.append(reduce_crops(picture))
-        return cls(np.stack(crops), shapes)
+    query_length: int
+    latent_scale: float
+    """Factor of the pooled latents; at 0 all information comes from their windows."""
+    image_tokens: bool
+    guide: str | None = None
+    """Text that guides the vision encoder; None: the questions."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """I pictures with K questions each; question r of R = I * K is about picture r // K."""
+    """I pictures in R sequences of the same number of questions; sequence r is about picture r // (R / I).
+
+    The conversations of a sequence follow the same image tokens and do not see each other, as if each were alone.
+    """
 
     patches: Tensor
-    """``[I, 5, P, 192]`` float32 in [-1, 1]."""
+    """``[I, 5, P, 432]`` float32 in [-1, 1]."""
     features: Tensor | None
-    """``[I, 4, P, D]``: projected features of the global crops, with a frozen vision tower."""
-    questions: list[pictures.Question]
+    """``[I, 5, P, D]``: exact codes of the crops, in place of the vision tower's features."""
+    sequences: Sequence[Sequence[Conversation]]
     instruct: Tensor
-    """``[R, T]`` token ids of the questions alone, padded with 0."""
+    """``[R, T]`` token ids of the guides, padded with 0; T is 0 without a guide."""
     tokens: Tensor
     """``[R, L]`` token ids, 0 where image tokens, latents and padding are."""
     targets: Tensor
-    """``[R, L]``: the next token of each row, or :data:`IGNORED`."""
-    query_length: int
-    latent_scale: float
-    image_tokens: int
-    """P, or 0 without the local crop."""
+    """``[R, L]``: the next token of each row of an answer, or :data:`IGNORED`."""
+    positions: Tensor
+    """``[R, L]``: positions of the rows in their conversations."""
+    attended: Tensor
+    """``[R, L, L]`` bool: whether row i attends to row j."""
+    inputs: Inputs
     image_start: int
-    latent_start: int
+    latent_rows: Tensor
+    """``[R, Q, q]``: rows of the latents of each question, of ``L``."""
     question_rows: Tensor
-    """``[R]``: last row of each prompt."""
+    """``[R, Q]``: last row of the prompt when each question was asked, of ``L``."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation with the answer to its last question."""
+
+    prompt: Prompt
+    answers: tuple[tuple[int, ...], ...]
+    """Token ids of each answer and its end."""
 
 
 class Batches:
@@ -91,70 +87,141 @@ class Batches:
     def __init__(self, gallery: Gallery, checkpoint: Path) -> None:
         """``checkpoint``: folder with the tokenizer."""
         self.gallery = gallery
-        self.features: Tensor | None = None
-        """``[N, 4, P, D]`` of the gallery's global crops; set while the vision tower is frozen."""
-        self._tokenizer = Tokenizer.from_str(tokenizer_json(checkpoint))
-        self._prompt = cache(self._encode)
+        self.codes: Codes | None = None
+        """Set while batches have exact codes in place of the vision tower's features."""
+        self.tokenizer = Tokenizer.from_str(tokenizer_json(checkpoint))
+        self._encoder = PromptEncoder(self.tokenizer, TEMPLATES[CONFIG.template])
+        self._answer = cache(self._encode_answer)
+        self._one_turn = cache(self._encode)
 
-    def draw(
-        self, seed: Sequence[int], images: int, questions: int, latent_scale: float, with_image_tokens: bool
-    ) -> Batch:
-        """Return a random batch with lessons and a random query length; the same seed gives the same batch."""
+    def draw(self, seed: Sequence[int], phase: Phase) -> Batch:
+        """Return a random batch of a phase, of questions alone or of conversations of three.
+
+        It has a random query length and now and then another guide. The same seed gives the same batch.
+        """
         rng = np.random.default_rng(seed)
-        chosen = rng.choice(len(self.gallery.shapes), images, replace=False).tolist()
+        chosen = rng.choice(len(self.gallery.scenes), phase.pictures_per_step, replace=False).tolist()
+        drawn = rng.random()
+        guide = None
+        if drawn < GENERIC + EMPTY:
+            guide = str(rng.choice(pictures.GENERIC_GUIDES)) if drawn < GENERIC else ""
         query_length = int(rng.choice(CONFIG.alignment.query_lengths))
-        return self.batch(chosen, rng, questions, query_length, latent_scale, with_image_tokens, lessons=True)
+        packed = int(rng.choice(phase.packed))
+        image_tokens = bool(rng.random() < phase.image_share)
+        questions = phase.questions_per_picture
+        scenes = [self.gallery.scenes[i] for i in chosen]
+        sequences: list[Sequence[Conversation]] = []
+        follows = rng.random() < phase.conversation_share
+        for scene in scenes:
+            if follows:
+                conversations = [pictures.conversation(scene, rng, 3) for _ in range(questions // 3)]
+            else:
+                conversations = [[question] for question in pictures.ask(scene, rng, questions, phase.kinds)]
+            sequences += [conversations[start : start + packed] for start in range(0, len(conversations), packed)]
+        return self.batch(chosen, sequences, Inputs(query_length, phase.latent_scale, image_tokens, guide))
 
-    def batch(
-        self,
-        chosen: Sequence[int],
-        rng: np.random.Generator,
-        questions: int,
-        query_length: int,
-        latent_scale: float = 1.0,
-        with_image_tokens: bool = True,
-        lessons: bool = False,
-    ) -> Batch:
-        """Return a batch of the chosen pictures with ``questions`` questions each."""
-        image_tokens = CONFIG.vision.patches if with_image_tokens else 0
-        asked = [q for i in chosen for q in pictures.ask(self.gallery.shapes[i], rng, questions, lessons)]
-        prompts = [self._prompt(question.text) for question in asked]
-        layouts = [prompt.layout(image_tokens, query_length) for prompt in prompts]
-        answers = [self._answer(question) for question in asked]
-        length = max(layout.length + len(ids) for layout, ids in zip(layouts, answers, strict=True))
-        tokens = np.zeros((len(asked), length), np.int64)
-        targets = np.full((len(asked), length), IGNORED, np.int64)
-        for row, (layout, ids) in enumerate(zip(layouts, answers, strict=True)):
-            tokens[row, layout.text_positions] = layout.text_ids
-            tokens[row, layout.length : layout.length + len(ids)] = ids
-            targets[row, layout.length - 1 : layout.length - 1 + len(ids)] = ids
-        instruct = np.zeros((len(asked), max(len(prompt.instruct_ids) for prompt in prompts)), np.int64)
-        for row, prompt in enumerate(prompts):
-            instruct[row, : len(prompt.instruct_ids)] = prompt.instruct_ids
+    def batch(self, chosen: Sequence[int], sequences: Sequence[Sequence[Conversation]], inputs: Inputs) -> Batch:
+        """Return a batch of the chosen pictures, each with as many of the sequences, in the same order."""
+        image_tokens = CONFIG.vision.patches if inputs.image_tokens else 0
+        encoded = [[self._encoded(tuple(asked)) for asked in conversations] for conversations in sequences]
+        packed = [_pack(conversations, image_tokens, inputs.query_length) for conversations in encoded]
+        tokens, positions, parts = (
+            _padded([rows[name] for rows in packed], 0) for name in ("tokens", "positions", "parts")
+        )
+        targets = _padded([rows["targets"] for rows in packed], IGNORED)
+        guides = [
+            np.concatenate([one.prompt.instruct_ids for one in conversations])
+            if inputs.guide is None
+            else self._encoder.encode_start(inputs.guide).instruct_ids
+            for conversations in encoded
+        ]
+        start = encoded[0][0].prompt.layout(image_tokens, inputs.query_length).image_start
+        rows = list(chosen)
         return Batch(
-            patches=centered(torch.from_numpy(self.gallery.crops[list(chosen)])),
-            features=None if self.features is None else self.features[list(chosen)].float(),
-            questions=asked,
-            instruct=torch.from_numpy(instruct),
-            tokens=torch.from_numpy(tokens),
-            targets=torch.from_numpy(targets),
-            query_length=query_length,
-            latent_scale=latent_scale,
-            image_tokens=image_tokens,
-            image_start=layouts[0].image_start,
-            latent_start=int(layouts[0].latent_positions[0, 0]),
-            question_rows=torch.tensor([int(layout.instruct_positions[0]) for layout in layouts]),
+            patches=centered(torch.from_numpy(self.gallery.crops[rows])),
+            features=None if self.codes is None else self.codes.features(torch.from_numpy(self.gallery.labels[rows])),
+            sequences=sequences,
+            instruct=_padded(guides, 0),
+            tokens=tokens,
+            targets=targets,
+            positions=positions,
+            attended=_attended(parts),
+            inputs=inputs,
+            image_start=start,
+            latent_rows=torch.from_numpy(np.stack([rows["latents"] for rows in packed])),
+            question_rows=torch.from_numpy(np.stack([rows["questions"] for rows in packed])),
         )
 
-    def _encode(self, question: str) -> Prompt:
-        return encode_prompt(self._tokenizer, TEMPLATES[CONFIG.template], [], question)
+    def _encoded(self, asked: tuple[pictures.Question, ...]) -> Encoded:
+        return self._one_turn(asked) if len(asked) == 1 else self._encode(asked)
 
-    def _answer(self, question: pictures.Question) -> list[int]:
-        """Return the token ids of the answer and its end, as tokenized after the prompt."""
+    def _encode(self, asked: tuple[pictures.Question, ...]) -> Encoded:
+        *history, last = asked
+        turns = [Turn(question.text, question.answer) for question in history]
+        return Encoded(self._encoder.encode(turns, last.text), tuple(self._answer(q.answer) for q in asked))
+
+    def _encode_answer(self, answer: str) -> tuple[int, ...]:
+        """Return the token ids of an answer and its end, as tokenized after the prompt."""
         template = TEMPLATES[CONFIG.template]
         start, end = template.answer_start, template.answer_end
         before, ids = (
-            self._tokenizer.encode(text, add_special_tokens=False).ids
-            for text in (start, start + question.answer + end)
+            self.tokenizer.encode(text, add_special_tokens=False).ids for text in (start, start + answer + end)
         )
-        return list(ids[len(before) :])
+        return tuple(ids[len(before) :])
+
+
+def centered(crops: Tensor) -> Tensor:
+    """Convert uint8 to float32 in [-1, 1]."""
+    return crops.float() / 127.5 - 1
+
+
+def _pack(conversations: Sequence[Encoded], image_tokens: int, query_length: int) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the rows of a sequence: those up to the image tokens, then the others of each conversation.
+
+    ``tokens``, ``targets``, ``positions`` and ``parts`` are ``[L]``; a part is 0 for rows of all conversations, and
+    otherwise the number of the conversation, from 1. ``latents`` ``[Q, q]`` and ``questions`` ``[Q]`` are rows.
+    """
+    rows: dict[str, list[npt.NDArray[np.int64]]] = {
+        name: [] for name in ("tokens", "targets", "positions", "parts", "latents", "questions")
+    }
+    length = 0
+    for number, one in enumerate(conversations, 1):
+        layout = one.prompt.layout(image_tokens, query_length)
+        tokens, targets = _alone(layout, one)
+        first = layout.image_end if number > 1 else 0
+        positions = np.arange(first, len(tokens))
+        moved = length - first
+        length += len(positions)
+        for name, values in (
+            ("tokens", tokens[first:]),
+            ("targets", targets[first:]),
+            ("positions", positions),
+            ("parts", np.where(positions < layout.image_end, 0, number)),
+            ("latents", layout.latent_positions + moved),
+            ("questions", layout.instruct_positions + moved),
+        ):
+            rows[name].append(values)
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+
+def _alone(layout: PromptLayout, encoded: Encoded) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return a conversation's tokens ``[L]`` and the targets of all its answers ``[L]``."""
+    last = encoded.answers[-1]
+    tokens = np.zeros(layout.length + len(last), np.int64)
+    targets = np.full(len(tokens), IGNORED, np.int64)
+    tokens[layout.text_positions] = layout.text_ids
+    tokens[layout.length :] = last
+    for row, answer in zip(layout.instruct_positions, encoded.answers, strict=True):
+        targets[row : row + len(answer)] = answer
+    return tokens, targets
+
+
+def _padded(rows: Sequence[npt.NDArray[np.int64]], filler: int) -> Tensor:
+    """Return arrays ``[L]`` of different lengths as one tensor ``[R, L]``."""
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=filler)
+
+
+def _attended(parts: Tensor) -> Tensor:
+    """Return the attention mask ``[R, L, L]`` of parts ``[R, L]``."""
+    of_row, of_key = parts.unsqueeze(2), parts.unsqueeze(1)
+    return ((of_key == 0) | (of_key == of_row)).tril()

@@ -42,8 +42,7 @@ def reliability(confidences: npt.ArrayLike, is_right: npt.ArrayLike, bins: int =
         raise ValueError(f"confidences {confidence.shape} and is_right {right.shape} differ; expected [n] and [n]")
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("a confidence is outside 0 to 1")
-    edges = np.arange(bins + 1) / bins
-    numbers = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    edges, numbers = np.arange(bins + 1) / bins, bin_numbers(confidence, bins)
     return tuple(
         Bin(
             low=float(edges[number]),
@@ -54,6 +53,12 @@ def reliability(confidences: npt.ArrayLike, is_right: npt.ArrayLike, bins: int =
         )
         for number in np.unique(numbers)
     )
+
+
+def bin_numbers(confidences: npt.NDArray[np.float64], bins: int = BINS) -> npt.NDArray[np.intp]:
+    """Return the number ``[n]`` of the interval that each confidence ``[n]``, from 0 to 1, is in."""
+    edges = np.arange(bins + 1) / bins
+    return np.clip(np.searchsorted(edges, confidences, side="right") - 1, 0, bins - 1)
 
 
 def expected_calibration_error(confidences: npt.ArrayLike, is_right: npt.ArrayLike, bins: int = BINS) -> float:

@@ -47,15 +47,15 @@ def run(program: str, argv: Sequence[str] | None, models: Callable[[argparse.Nam
     ``models`` returns what opens the models for the parsed options.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(given)
-    arguments.command = shlex.join([program, *given])
+    arguments = parser(program).parse_args(given)
+    arguments.command = f"{program} {shlex.join(given)}"
     return run_command(lambda options: _eval(options, models(options)), arguments)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of ``fusion-eval``."""
+def parser(program: str = "fusion-eval") -> argparse.ArgumentParser:
+    """Return the parser of ``fusion-eval``, or of a program with its options."""
     parser = argparse.ArgumentParser(
-        prog="fusion-eval",
+        prog=program,
         description="Evaluate a bundle on samples with answers: accuracy, calibration error and latency, and agreement "
         "with a reference.",
     )

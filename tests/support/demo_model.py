@@ -3,8 +3,9 @@
 from support.paths import DEMO_CHECKPOINT
 
 PICTURE = DEMO_CHECKPOINT.parent / "picture.png"
-QUESTION, ANSWER = "What color is the circle?", "blue"
-COUNT_QUESTION, COUNT = "How many shapes are there?", "two"
-PLACE_QUESTION, OTHER_PLACE_QUESTION = "Where is the circle?", "Where is the square?"
+QUESTION, ANSWER = "What is at the top right?", "elephant"
+OTHER_QUESTION, OTHER_ANSWER = "Where is the dog?", "middle right"
+BACKGROUND_QUESTION = "What color is the background?"
+PLACE_QUESTION, OTHER_PLACE_QUESTION = "Where is the cat?", "Where is the dog?"
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-PRESENCE_QUESTIONS = ("Is there a circle?", "Is there a cross?", "Is the circle red?")
+PRESENCE_QUESTIONS = ("Is there a cat?", "Is there a violin?", "Is there a bus?")

@@ -86,13 +86,13 @@ def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None
 
 def test_a_wrong_answer_of_the_engines(exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     demo.build(exported, plugins=False)
-    monkeypatch.setattr(demo, "QUESTION", "What color is the square?")
+    monkeypatch.setattr(demo, "QUESTION", "What is at the bottom left?")
     with pytest.raises(FusionError, match=rf"^The demo model answers '\w+', expected '{ANSWER}'\.$"):
         demo.run(exported, graphs=True)
 
 
 def test_a_wrong_answer_of_the_cpu(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "QUESTION", "What color is the square?")
+    monkeypatch.setattr(demo, "QUESTION", "What is at the bottom left?")
     with pytest.raises(FusionError, match=f"on the CPU, expected '{ANSWER}'"):
         demo.answer_on_cpu(exported)
 

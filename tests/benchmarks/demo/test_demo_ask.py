@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.demo_model import ANSWER, COUNT, COUNT_QUESTION, QUESTION
+from support.demo_model import ANSWER, OTHER_ANSWER, OTHER_QUESTION, QUESTION
 from support.paths import DEMO_CHECKPOINT, ROOT
 
 from fusion_edge.benchmarks.demo import ask
@@ -26,7 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_questions_behind_one_scene(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask.main([str(bundle), QUESTION, COUNT_QUESTION]) == 0
+    assert ask.main([str(bundle), QUESTION, OTHER_QUESTION]) == 0
     lines = capsys.readouterr().out.splitlines()
     times = r"    {}[\d.]+ ms: {}"
     expected = [
@@ -37,8 +37,8 @@ def test_questions_behind_one_scene(bundle: Path, capsys: pytest.CaptureFixture[
         rf"{ANSWER} \(\d+\.\d%\)",
         times.format("", r"prefill [\d.]+, decode [\d.]+"),
         "",
-        "> " + re.escape(COUNT_QUESTION),
-        rf"{COUNT} \(\d+\.\d%\)",
+        "> " + re.escape(OTHER_QUESTION),
+        rf"{OTHER_ANSWER} \(\d+\.\d%\)",
         times.format("", r"prefill [\d.]+, decode [\d.]+"),
     ]
     assert len(lines) == len(expected)
@@ -47,7 +47,7 @@ def test_questions_behind_one_scene(bundle: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_script_asks_them() -> None:
-    assert f'set -- "{QUESTION}" "{COUNT_QUESTION}"' in (ROOT / "demo").read_text(encoding="utf-8")
+    assert f'set -- "{QUESTION}" "{OTHER_QUESTION}"' in (ROOT / "demo").read_text(encoding="utf-8")
 
 
 def test_a_missing_picture_is_one_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +94,13 @@ def test_other_terminals_get_two_pixels_in_a_character(tmp_path: Path) -> None:
     shown = np.array([re.findall(r"38;2;(\d+);(\d+);(\d+);48;2;(\d+);(\d+);(\d+)m▀", line) for line in lines], int)
     assert np.array_equal(shown[..., :3], pixels[::2])
     assert np.array_equal(shown[..., 3:], pixels[1::2])
+
+
+def test_a_very_wide_picture_gets_a_line(tmp_path: Path) -> None:
+    Image.new("RGB", (100, 1)).save(tmp_path / "picture.png")
+    drawn = terminal_picture(tmp_path / "picture.png", {"COLORTERM": "truecolor"})
+    assert drawn is not None
+    assert drawn.count("▀") == COLUMNS
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "xterm"}, {"COLORTERM": "truecolor", "NO_COLOR": "1"}])

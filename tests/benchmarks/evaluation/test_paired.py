@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusion_edge.benchmarks.evaluation.calibration_error import expected_calibration_error
 from fusion_edge.benchmarks.evaluation.paired import Pictures
 from fusion_edge.benchmarks.evaluation.scores import wilson
 
@@ -76,6 +77,27 @@ def test_interval_covers_the_truth_in_95_percent_of_experiments() -> None:
 def test_ratio_to_what_may_be_nothing_is_none() -> None:
     difference = np.array([1, -1, 0, 0, 1, -1])
     assert Pictures(np.arange(6)).ratio(np.ones(6), difference) is None
+    seldom = np.array([*np.zeros(196), 1, 1, 1, 1])  # absent from 2 % of resamples
+    assert Pictures(np.arange(200)).ratio(np.ones(200), seldom) is None
+
+
+@pytest.mark.parametrize(("value", "bounds"), [(0.0, (0.0, 1.0)), (1.0, (0.0, 1.0)), (0.0, (-1.0, 1.0))])
+def test_equal_values_leave_a_chance_of_others(value: float, bounds: tuple[float, float]) -> None:
+    """As Clopper and Pearson's interval of no event in 40 pictures."""
+    estimate = Pictures(np.repeat(np.arange(40), 3)).mean(np.full(120, value), bounds)
+    unseen = 1 - 0.025 ** (1 / 40)
+    expected = [value + (unseen if bound != value else 0) * np.sign(bound - value) for bound in bounds]
+    assert estimate.value == value
+    assert estimate.ci95 == pytest.approx(expected)
+
+
+def test_calibration_error_is_that_of_all_questions() -> None:
+    rng = np.random.default_rng(3)
+    confidences = rng.random(1000)
+    right = rng.random(1000) < confidences**2
+    estimate = Pictures(np.arange(1000) // 5).calibration_error(confidences, right)
+    assert estimate.value == pytest.approx(expected_calibration_error(confidences, right))
+    assert estimate.ci95[0] < estimate.value < estimate.ci95[1] < estimate.value + 0.08
 
 
 def test_wrong_number_of_values_is_refused() -> None:

@@ -21,7 +21,7 @@ from ros2.node.action_client import ABORTED, SUCCEEDED, Client
 from ros2.node.robot import image, node_process
 from sensor_msgs.msg import CompressedImage
 
-COLOR, SHAPES = QUESTIONS[1], QUESTIONS[0]
+COLOR, COUNT = QUESTIONS[1], QUESTIONS[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,8 +69,8 @@ def test_a_choice(client: Client, fusion: Fusion, small: tuple[Frame, ...]) -> N
 
 def test_a_schema(client: Client, fusion: Fusion, small: tuple[Frame, ...]) -> None:
     schema = {"enum": ["one", "two", "three", "four"]}
-    status, result = client.result(image=image(small[0], 1), question=SHAPES, schema=json.dumps(schema))
-    assert (status, json.loads(result.json)) == (SUCCEEDED, fusion.json(small[0], SHAPES, schema))
+    status, result = client.result(image=image(small[0], 1), question=COUNT, schema=json.dumps(schema))
+    assert (status, json.loads(result.json)) == (SUCCEEDED, fusion.json(small[0], COUNT, schema))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fusion_edge_msgs.action import Ask
 from ros2.node.action_client import ABORTED, CANCELED, SUCCEEDED, Client
 from ros2.node.robot import image, node_process
 
-COLOR, SHAPES = QUESTIONS[1], QUESTIONS[0]
+COLOR, COUNT = QUESTIONS[1], QUESTIONS[0]
 LONG = json.dumps({"type": "string", "pattern": "^a{300}$"})
 """Schema of an answer that takes some hundred tokens."""
 
@@ -37,7 +37,7 @@ def active(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def test_a_cancel_in_mid_answer(client: Client, small: tuple[Frame, ...]) -> None:
-    handle = client.send(image=image(small[0], 1), question=SHAPES, schema=LONG)
+    handle = client.send(image=image(small[0], 1), question=COUNT, schema=LONG)
     client.robot.until(lambda: client.stages[-1:] == ["decode step"])
     start = time.monotonic()
     response = client.robot.wait(handle.cancel_goal_async())
@@ -54,7 +54,7 @@ def test_a_cancel_in_mid_answer(client: Client, small: tuple[Frame, ...]) -> Non
 
 
 def test_a_cancel_while_it_waits(client: Client, small: tuple[Frame, ...]) -> None:
-    running = client.send(image=image(small[0], 1), question=SHAPES, schema=LONG)
+    running = client.send(image=image(small[0], 1), question=COUNT, schema=LONG)
     waiting = client.send(image=image(small[0], 1), question=COLOR)
     client.robot.wait(waiting.cancel_goal_async())
     assert client.end(waiting)[0] == CANCELED
@@ -63,14 +63,14 @@ def test_a_cancel_while_it_waits(client: Client, small: tuple[Frame, ...]) -> No
 
 def test_a_deadline(client: Client, small: tuple[Frame, ...]) -> None:
     start = time.monotonic()
-    status, result = client.result(image=image(small[0], 1), question=SHAPES, schema=LONG, deadline=0.2)
+    status, result = client.result(image=image(small[0], 1), question=COUNT, schema=LONG, deadline=0.2)
     assert (status, result.finish_reason) == (ABORTED, "deadline")
     assert "deadline" in result.error
     assert time.monotonic() - start < 2
 
 
 def test_a_full_queue(client: Client, small: tuple[Frame, ...]) -> None:
-    goal = Ask.Goal(image=image(small[0], 1), question=SHAPES, schema=LONG)
+    goal = Ask.Goal(image=image(small[0], 1), question=COUNT, schema=LONG)
     running = client.action.send_goal_async(goal, feedback_callback=client.feedback)
     client.robot.until(lambda: client.stages)
     futures = [running, *(client.action.send_goal_async(goal) for _ in range(2))]
@@ -83,7 +83,7 @@ def test_a_full_queue(client: Client, small: tuple[Frame, ...]) -> None:
 
 
 def test_a_deactivated_node(client: Client, small: tuple[Frame, ...]) -> None:
-    handle = client.send(image=image(small[0], 1), question=SHAPES, schema=LONG)
+    handle = client.send(image=image(small[0], 1), question=COUNT, schema=LONG)
     assert client.robot.transit("deactivate")
     status, result = client.end(handle)
     assert (status, result.finish_reason) == (ABORTED, "cancelled")

@@ -17,7 +17,7 @@ from fusion_edge.runtime import Fusion
 pytest.importorskip("rclpy", reason="rclpy is not installed: run .ci/ros2")
 from ros2.node.robot import Robot, node_process
 
-COLOR, SHAPES = QUESTIONS[1], QUESTIONS[0]
+COLOR, COUNT = QUESTIONS[1], QUESTIONS[0]
 LONG = {"type": "string", "pattern": "^a{300}$"}
 """Schema of an answer that takes some hundred tokens."""
 
@@ -35,10 +35,10 @@ def active(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_questions(robot: Robot, fusion: Fusion, small: tuple[Frame, ...]) -> None:
     robot.wait_for_subscriber()
     robot.show_until_seen(small[3], 7)
-    answer = robot.ask(question=SHAPES, topic="image", id="first")
-    assert answer["text"] == fusion.answer(small[3], SHAPES, sampling=SAMPLING).text
+    answer = robot.ask(question=COUNT, topic="image", id="first")
+    assert answer["text"] == fusion.answer(small[3], COUNT, sampling=SAMPLING).text
     assert answer["stamp"] == {"sec": 7, "nanosec": 0}
-    assert (answer["id"], answer["question"], answer["frame_id"]) == ("first", SHAPES, "front")
+    assert (answer["id"], answer["question"], answer["frame_id"]) == ("first", COUNT, "front")
     assert (answer["finish_reason"], answer["error"], answer["json"], answer["probabilities"]) == (
         "stop",
         None,
@@ -55,17 +55,17 @@ def test_questions(robot: Robot, fusion: Fusion, small: tuple[Frame, ...]) -> No
 
     schema = {
         "type": "object",
-        "properties": {"shapes": {"enum": ["one", "two", "three", "four"]}},
-        "required": ["shapes"],
+        "properties": {"things": {"enum": ["one", "two", "three", "four"]}},
+        "required": ["things"],
     }
-    answer = robot.ask(question=SHAPES, topic="image", schema=schema)
-    assert answer["json"] == fusion.json(small[3], SHAPES, schema)
+    answer = robot.ask(question=COUNT, topic="image", schema=schema)
+    assert answer["json"] == fusion.json(small[3], COUNT, schema)
     assert json.loads(answer["text"]) == answer["json"]
 
-    answer = robot.ask(question=SHAPES, topic="image", schema=LONG, max_new_tokens=400, deadline=0.05)
+    answer = robot.ask(question=COUNT, topic="image", schema=LONG, max_new_tokens=400, deadline=0.05)
     assert answer["finish_reason"] == "deadline"
     assert "deadline" in answer["error"]
-    answer = robot.ask(question=SHAPES, topic="image", max_new_tokens=1)
+    answer = robot.ask(question=COUNT, topic="image", max_new_tokens=1)
     assert answer["finish_reason"] in ("length", "stop")
 
 

@@ -14,13 +14,12 @@ from fakes.fake_cuda import Error, FakeCuda
 from fakes.fake_tensorrt import FULL, RTX, FakeTensorRT
 from fakes.fake_tensorrt_runtime import IExecutionContext
 from fakes.on_fake_tensorrt import OnFake, build, installed, open_backend, open_on_fake
-from PIL import Image
 from support.backend_contract import CAPACITY, HALF, Subject
+from support.demo_model import ANSWER, OTHER_QUESTION, PICTURE, QUESTION
 from support.locked_memory import locked_bytes
 from support.opset24 import needs_opset_24
 from support.paths import DEMO_CHECKPOINT
 
-from fusion_edge.benchmarks.demo.pictures import examples
 from fusion_edge.export import cli
 from fusion_edge.runtime import FusionError, load
 from fusion_edge.runtime.backends import devices
@@ -311,16 +310,14 @@ def test_an_incomplete_step_is_not_captured(bundle: Bundle, monkeypatch: pytest.
 def test_a_conversation_through_the_commands(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo model's answers are correct, and equal to those of ONNX Runtime. ``--verbose`` names the device.
+    """The first answer is correct, and all are equal to those of ONNX Runtime. ``--verbose`` names the device.
 
     The engines' context is smaller than the bundle's, and limits the answer.
     """
     monkeypatch.setattr(devices, "_no_nvidia_gpu", lambda: None)
     options = ["--fp16", "--target=tensorrt", f"--kv-cache={cache}"]
     assert cli.main([str(DEMO_CHECKPOINT), "-o", str(tmp_path / "b"), *options]) == 0
-    first = list(itertools.islice(examples("held_out", 0, questions_per_picture=5), 2))
-    Image.fromarray(first[0].picture).save(tmp_path / "image.png")
-    asked = [f"--ask={example.question}" for example in first]
+    asked = [f"--ask={question}" for question in (QUESTION, OTHER_QUESTION)]
     trt = FakeTensorRT(*RTX, FakeCuda())
     bundle = open_bundle(tmp_path / "b")
     assert build(bundle, trt, "--max-context=256") == 0
@@ -329,7 +326,7 @@ def test_a_conversation_through_the_commands(
         answers = {}
         for device in ("auto", "cpu"):
             options = [f"--device={device}", "--query-len=4", "--threads=1", "--json", "--verbose"]
-            assert cli_run.main([str(bundle.folder), "--image", str(tmp_path / "image.png"), *asked, *options]) == 0
+            assert cli_run.main([str(bundle.folder), "--image", str(PICTURE), *asked, *options]) == 0
             printed = capsys.readouterr()
             answers[device] = [(one["text"], one["token_ids"]) for one in json.loads(printed.out)["answers"]]
             assert f"running on {'tensorrt-rtx' if device == 'auto' else device}\n" in printed.err
@@ -338,10 +335,10 @@ def test_a_conversation_through_the_commands(
             table = bundle.path(EMBEDDINGS).stat().st_size
             assert locked_bytes() >= table > 0  # the fake maps weights of its graphs, too
         assert locked_bytes() == 0
-        question = ["--image", str(tmp_path / "image.png"), *asked, "--threads=1"]
+        question = ["--image", str(PICTURE), *asked, "--threads=1"]
         assert cli_run.main([str(bundle.folder), *question, "--spin"]) == 2
         assert "spin is for ONNX Runtime's threads, and TensorRT has none" in capsys.readouterr().err
     assert answers["auto"] == answers["cpu"]
-    assert [text for text, _ in answers["auto"]] == [example.answer for example in first]
+    assert answers["auto"][0][0] == ANSWER
     assert trt.runs > 0
     trt.cuda.check_all_freed()

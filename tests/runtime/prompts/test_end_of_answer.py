@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.demo_model import COUNT, COUNT_QUESTION, PICTURE
+from support.demo_model import OTHER_ANSWER, OTHER_QUESTION, PICTURE
 from support.paths import DEMO_CHECKPOINT, GOLDEN
 
 from fusion_edge.export import cli
@@ -84,8 +84,8 @@ def test_an_answer_ends_at_the_end_of_turn(tmp_path: Path) -> None:
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": 2}', encoding="utf-8")
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "bundle")]) == 0
     with load(tmp_path / "bundle") as fusion:
-        answer = fusion.answer(PICTURE, COUNT_QUESTION)
-    assert (answer.text, answer.finish_reason) == (COUNT, "stop")
+        answer = fusion.answer(PICTURE, OTHER_QUESTION)
+    assert (answer.text, answer.finish_reason) == (OTHER_ANSWER, "stop")
 
 
 def test_the_sliding_window_limits_the_context(checkpoint: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.demo_model import COUNT, COUNT_QUESTION, PICTURE
+from support.demo_model import OTHER_ANSWER, OTHER_QUESTION, PICTURE
 from support.paths import DEMO_CHECKPOINT, ROOT
 
 from fusion_edge.export import cli as export_cli
@@ -35,12 +35,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(bundle: Path, *before: str, **more: object) -> subprocess.CompletedProcess[bytes]:
     command = [*before, sys.executable, "-c", RUN, str(bundle), "--image", str(PICTURE), "--threads=1"]
-    command += ["--ask", COUNT_QUESTION]
+    command += ["--ask", OTHER_QUESTION]
     return subprocess.run(command, capture_output=True, timeout=60, check=False, **more)  # type: ignore[call-overload,no-any-return]
 
 
 def answers(done: subprocess.CompletedProcess[bytes]) -> bool:
-    return (done.returncode, done.stdout.strip(), done.stderr) == (0, COUNT.encode(), b"")
+    return (done.returncode, done.stdout.strip(), done.stderr) == (0, OTHER_ANSWER.encode(), b"")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.demo_model import COUNT, COUNT_QUESTION, PICTURE
+from support.demo_model import OTHER_ANSWER, OTHER_QUESTION, PICTURE
 from support.paths import DEMO_CHECKPOINT
 
 from fusion_edge.export import cli as export_cli
@@ -149,7 +149,7 @@ def test_every_memory_limit_gives_an_answer_or_an_error(
     bundle = tmp_path / "bundle"
     assert export_cli.main([str(DEMO_CHECKPOINT), "-o", str(bundle)]) == 0
     command = f"{sys.executable} -c 'import sys; from fusion_edge.runtime.cli.entry import run; sys.exit(run())'"
-    command += f" {bundle} --image {PICTURE} --ask '{COUNT_QUESTION}' --threads 1"
+    command += f" {bundle} --image {PICTURE} --ask '{OTHER_QUESTION}' --threads 1"
     least = memory_limits.LIBRARY_BYTES + memory_limits.PROCESSOR_BYTES * len(os.sched_getaffinity(0))
     codes = []
     for megabytes in (30, 100, 200, 300, least // 2**20 + 15, least // 2**20 + 60, 2000):
@@ -157,7 +157,7 @@ def test_every_memory_limit_gives_an_answer_or_an_error(
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
         codes.append(done.returncode)
         if done.returncode == 0:
-            assert (done.stdout.strip(), done.stderr) == (COUNT, "")
+            assert (done.stdout.strip(), done.stderr) == (OTHER_ANSWER, "")
         else:
             assert done.returncode == 1
             assert done.stderr.startswith("error: There is not enough memory to ")
