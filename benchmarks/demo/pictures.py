@@ -51,6 +51,7 @@ __all__ = [
     "ask",
     "conversation",
     "examples",
+    "question_seed",
     "render",
     "scenes",
 ]
@@ -72,9 +73,13 @@ def examples(split: str, seed: int, questions_per_picture: int = 1) -> Iterator[
     Raises :class:`UsageError` if ``split`` is not one of :data:`SPLITS`.
     """
     for number, (scene, picture) in enumerate(scenes(split, seed)):
-        rng = np.random.default_rng([SPLITS.index(split), seed, number])
-        for question in ask(scene, rng, questions_per_picture):
+        for question in ask(scene, np.random.default_rng(question_seed(split, seed, number)), questions_per_picture):
             yield Example(picture, question.text, question.answer, question.kind)
+
+
+def question_seed(split: str, seed: int, number: int) -> list[int]:
+    """Return the seed of the questions about picture ``number`` of a split and seed."""
+    return [SPLITS.index(split), seed, number]
 
 
 def scenes(split: str, seed: int) -> Iterator[tuple[Scene, Pixels]]:

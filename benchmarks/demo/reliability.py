@@ -45,7 +45,8 @@ SEED = 0
 QUESTIONS_PER_PICTURE = 5
 QUERY_LENGTH = 16
 DEGRADED_SIZE = 42  # pixels
-MAX_NEW_TOKENS = 16
+SAMPLING = Sampling(max_new_tokens=16)
+"""Every right answer is shorter."""
 CHOICES = {
     "count": NUMBERS,
     "presence": ("yes", "no"),
@@ -104,11 +105,10 @@ def degraded(picture: Pixels, number: int) -> Pixels:
 
 def ask(fusion: Fusion, asked: Iterable[Example]) -> Iterator[Asked]:
     """Ask every question in both ways."""
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
     for number, example in enumerate(asked):
         choices = candidates(example.kind, example.answer, number)
         choice = fusion.choose(example.picture, example.question, choices, query_length=QUERY_LENGTH)
-        answer = fusion.answer(example.picture, example.question, query_length=QUERY_LENGTH, sampling=sampling)
+        answer = fusion.answer(example.picture, example.question, query_length=QUERY_LENGTH, sampling=SAMPLING)
         yield Asked(
             kind=example.kind,
             probability=choice.probabilities[choice.text],

@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 from PIL import Image
@@ -34,17 +35,24 @@ def write_samples(folder: Path, count: int, held_out: bool = False) -> float:
     Returns the share of samples that the most frequent answer of each kind of question answers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    lines, asked = [], []
     split, seed, questions = HELD_OUT if held_out else TRAINING
     for number, example in enumerate(itertools.islice(examples(split, seed, questions), count)):
         name = f"{number // questions:05}.png"
         if number % questions == 0:
             Image.fromarray(example.picture).save(folder / name)
         lines.append(json.dumps({"image": name, "question": example.question, "answer": example.answer}))
-        answers[example.kind][example.answer] += 1
+        asked.append((example.kind, example.answer))
     write_whole(folder / SAMPLES, "".join(f"{line}\n" for line in lines))
-    return sum(max(counts.values()) for counts in answers.values()) / count
+    return most_frequent_share(asked)
+
+
+def most_frequent_share(asked: Collection[tuple[str, str]]) -> float:
+    """Return the share of questions (kind, answer) that the most frequent answer of each kind answers."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for kind, answer in asked:
+        answers[kind][answer] += 1
+    return sum(max(counts.values()) for counts in answers.values()) / len(asked)
 
 
 def main(arguments: list[str] | None = None) -> int:

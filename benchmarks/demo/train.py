@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import sys
 import time
@@ -37,7 +36,7 @@ from fusion_edge.benchmarks.demo.training_model import (
 from fusion_edge.export.checkpoint.tensor_mapping import UNUSED, VISION_MODEL
 from fusion_edge.export.checkpoint.tokenizer import tokenizer_json
 from fusion_edge.runtime.cli.command import run_command
-from fusion_edge.runtime.cli.options import positive_integer
+from fusion_edge.runtime.cli.options import positive_integer, positive_minutes
 from fusion_edge.runtime.errors import FusionError
 
 VISION_RATE = 0.3  # learning rate of the vision tower beside the LLM, relative to the rest
@@ -238,9 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="checkpoint folder")
-    add("--minutes", type=_minutes, default=76, help="time to train, without rendering (default: %(default)s)")
+    add("--minutes", type=positive_minutes, default=76, help="time to train, without rendering (default: %(default)s)")
     add("--pictures", type=_pictures, default=24000, help="number of pictures (default: %(default)s)")
-    add("--report-minutes", type=_minutes, default=4, help="time between reports (default: %(default)s)")
+    add("--report-minutes", type=positive_minutes, default=4, help="time between reports (default: %(default)s)")
     add(
         "--threads",
         type=positive_integer,
@@ -261,16 +260,6 @@ def _main(options: argparse.Namespace) -> int:
     held_out = Gallery.render("held_out", VALIDATION_SEED, VALIDATION_PICTURES)
     train(training, Batches(gallery, options.output), Batches(held_out, options.output), options.report_minutes)
     return 0
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of minutes")
-    return minutes
 
 
 def _pictures(text: str) -> int:

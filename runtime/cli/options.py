@@ -42,13 +42,22 @@ def positive_integer(text: str) -> int:
 
 def positive_seconds(text: str) -> float:
     """Parse a positive number of seconds."""
+    return _positive_time(text, "seconds")
+
+
+def positive_minutes(text: str) -> float:
+    """Parse a positive number of minutes."""
+    return _positive_time(text, "minutes")
+
+
+def _positive_time(text: str, unit: str) -> float:
     try:
-        seconds = float(text)
+        time = float(text)
     except ValueError:
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return seconds
+        time = math.nan
+    if not (math.isfinite(time) and time > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of {unit}")
+    return time
 
 
 def byte_count(text: str) -> int:

@@ -24,13 +24,13 @@ HELD_OUT = 8
 def export(name: str, work: Work) -> None:
     """Export one of :data:`BUNDLES`. One that is complete stays."""
     bundle, folder = BUNDLES[name], work.bundle(name)
+    if folder.exists():
+        return
     options = [str(work.checkpoint), "-o", str(folder), *bundle.options]
     if bundle.is_calibrated:
         options += ["--calibrate", str(work.samples), "--samples", str(work.calibrating), "--held-out", str(HELD_OUT)]
     if bundle.same_size_as is not None:
         options += _random_rules(bundle.same_size_as, bundle.seed, work)
-    if folder.exists():
-        return
     with redirect_stdout(io.StringIO()):
         code = cli.main(options)  # prints a report that the bundle holds, too
     if code != 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fusion_edge.benchmarks.demo.pictures import SPLITS, Question, ask, conversation, scenes
+from fusion_edge.benchmarks.demo.pictures import Question, ask, conversation, question_seed, scenes
 from fusion_edge.benchmarks.demo.samples import HELD_OUT
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.bundle.schema import from_json
@@ -43,7 +43,7 @@ def write_pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for number, (scene, pixels) in enumerate(itertools.islice(scenes(SPLIT, SEED), count)):
-        key = [SPLITS.index(SPLIT), SEED, number]
+        key = question_seed(SPLIT, SEED, number)
         name = f"{number:05}.png"
         Image.fromarray(pixels).save(folder / name, compress_level=1)  # fast
         questions = ask(scene, np.random.default_rng(key), QUESTIONS_PER_PICTURE)

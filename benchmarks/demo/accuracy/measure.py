@@ -15,17 +15,14 @@ from PIL import Image
 from fusion_edge.benchmarks.demo.accuracy.held_out import Picture, read_pictures
 from fusion_edge.benchmarks.demo.accuracy.tables import CHECKPOINT_WITHOUT_ALIGNMENT, FLOAT, GUIDES, Measurement
 from fusion_edge.benchmarks.demo.accuracy.work import Work
-from fusion_edge.benchmarks.demo.reliability import candidates
+from fusion_edge.benchmarks.demo.reliability import SAMPLING, candidates
 from fusion_edge.benchmarks.evaluation.teacher_forcing import Floats, decode_greedily
-from fusion_edge.runtime import Fusion, Sampling, load
+from fusion_edge.runtime import Fusion, load
 from fusion_edge.runtime.backends.onnxruntime import cpu_kernels
 from fusion_edge.runtime.bundle.json_file import read_json
 from fusion_edge.runtime.bundle.schema import from_json
 from fusion_edge.runtime.logprobs import divergences
 from fusion_edge.runtime.system.output_file import write_whole
-
-SAMPLING = Sampling(max_new_tokens=16)
-"""Every right answer is shorter."""
 
 
 @dataclass(frozen=True)

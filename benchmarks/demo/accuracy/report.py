@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +13,7 @@ from fusion_edge.benchmarks.demo.accuracy.held_out import Asked, asked_questions
 from fusion_edge.benchmarks.demo.accuracy.measure import conversation_pictures, read_measured
 from fusion_edge.benchmarks.demo.accuracy.tables import BITS, FLOAT, GROUPS, RANDOM_CHOICES, Measurement, Row
 from fusion_edge.benchmarks.demo.accuracy.work import Work
+from fusion_edge.benchmarks.demo.samples import most_frequent_share
 from fusion_edge.benchmarks.evaluation.paired import Estimate, Pictures
 from fusion_edge.benchmarks.evaluation.report.rows import percent
 from fusion_edge.benchmarks.evaluation.scores import is_exact
@@ -125,10 +125,7 @@ class Results:
 
     def guessed(self) -> float:
         """Return the share of questions that the most frequent answer of each kind answers."""
-        answers: dict[str, Counter[str]] = defaultdict(Counter)
-        for one in self._asked[False]:
-            answers[one.question.kind][one.question.answer] += 1
-        return sum(max(counts.values()) for counts in answers.values()) / len(self._asked[False])
+        return most_frequent_share([(one.question.kind, one.question.answer) for one in self._asked[False]])
 
     def times(self, text: str, one: Measurement, other: Measurement) -> Comparison:
         """Return what one measurement loses over what another loses."""
@@ -194,7 +191,7 @@ def comparisons(name: str, results: Results) -> list[Comparison]:
     if name == "formats":
         return [
             results.times(
-                f"int4:{group}, RTN's loss over GPTQ's",
+                f"int4:{group}, RTN over GPTQ",
                 Measurement(f"int4-{group}-rtn"),
                 Measurement(f"int4-{group}-gptq"),
             )
