@@ -43,9 +43,8 @@ class StageTimer:
         self._stage = ""
 
     def __str__(self) -> str:
-        stages = {stage: f"{milliseconds:.1f}" for stage, milliseconds in self.milliseconds.items()}
-        shown = ", ".join(f"{stage} {value}" for stage, value in stages.items() if value != "0.0")  # others were cached
-        return f"{sum(self.milliseconds.values()):.1f} ms: {shown}"
+        stages = ", ".join(f"{stage} {milliseconds:.1f}" for stage, milliseconds in self.milliseconds.items())
+        return f"{sum(self.milliseconds.values()):.1f} ms: {stages}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -99,10 +99,10 @@ def test_stop_strings(stop: Any) -> None:
 
 def test_a_long_stop_string_is_fast(fusion: Fusion) -> None:
     stream = Detokenizer(fusion.tokenizer, ["a" * 1_000_000, "b" * 1_000_000 + "c"])
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(500):
         stream.push(fusion.tokenizer.encode("a").ids[-1])
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_query_length(fusion: Fusion, tiny_bundle: Path) -> None:

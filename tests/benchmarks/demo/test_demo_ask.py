@@ -35,11 +35,11 @@ def test_questions_behind_one_scene(bundle: Path, capsys: pytest.CaptureFixture[
         "",
         "> " + re.escape(QUESTION),
         rf"{ANSWER} \(\d+\.\d%\)",
-        times.format("", r"prefill [\d.]+, decode [\d.]+"),
+        times.format("", r"alignment [\d.]+, prefill [\d.]+, decode [\d.]+"),
         "",
         "> " + re.escape(OTHER_QUESTION),
         rf"{OTHER_ANSWER} \(\d+\.\d%\)",
-        times.format("", r"prefill [\d.]+, decode [\d.]+"),
+        times.format("", r"alignment [\d.]+, prefill [\d.]+, decode [\d.]+"),
     ]
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected, strict=True):

@@ -144,10 +144,10 @@ def test_bundle_ids_have_embedding_rows(contents: dict[str, str]) -> None:
     ids=lambda content: repr(content[:20]),
 )  # fmt: skip
 def test_invalid_tokenizer_json(content: bytes) -> None:
-    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"."):
         build_tokenizer(parse_tokenizer(content))
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
@@ -250,10 +250,10 @@ def test_bad_tokenizer_in_bundle_with_correct_checksum(
 )  # fmt: skip
 def test_empty_sentencepiece_models(tmp_path: Path, model: bytes) -> None:
     write_phi(tmp_path, model)
-    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(FusionError, match=r"tokenizer\.model"):
         tokenizer_json(tmp_path)
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 

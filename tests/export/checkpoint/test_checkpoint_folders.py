@@ -155,9 +155,9 @@ def test_oversized_header(checkpoint: Path, refuse: Callable[..., str]) -> None:
     with (checkpoint / FIRST).open("wb") as file:
         file.write(struct.pack("<Q", 99_000_000))
         file.truncate(100_000_000)  # sparse
-    started = time.monotonic()
+    started = time.process_time()
     assert "bytes, the limit" in refuse()
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_long_value_is_shortened(checkpoint: Path, refuse: Callable[..., str]) -> None:

@@ -188,10 +188,10 @@ def test_long_texts_are_refused_without_tokenizing(name: str, control_tokens: bo
     history, question = LONG[what]
     encoder = PromptEncoder(tokenizer(name), TEMPLATES["llama_3" if name == "llama" else "phi_3"])
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(FusionError, match=r"^The prompt has (at least )?\d+ tokens \(16 of them image tokens\)"):
         encoder.encode(history, question, control_tokens=control_tokens, budget=ROOM)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 32e6
     tracemalloc.stop()
 
@@ -200,13 +200,13 @@ def test_long_texts_are_refused_without_tokenizing(name: str, control_tokens: bo
 @pytest.mark.parametrize("blanks", [" ", "\n", "\u2003"])
 def test_whitespace_around_an_answer_is_limited(name: str, blanks: str) -> None:
     """Next to a control token, any amount of whitespace may add no tokens."""
-    started = time.perf_counter()
+    started = time.process_time()
     for answer in (blanks * 1_000_000, blanks * 1_000_000 + "b", "b" + blanks * 1_000_000):
         with pytest.raises(
             UsageError, match="An answer in the history has 1000000 leading and trailing whitespace characters"
         ):
             encode(name, [Turn("a?", answer)], "What?")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len(encode(name, [Turn("a?", blanks * 500 + "b" + blanks * 500)], "What?").token_ids)
 
 
