@@ -20,7 +20,7 @@ RESULT = RESULTS / "demo_reliability.json"
 PLOT = ROOT / "docs" / "assets" / "reliability.svg"
 FORMATS = {"fp32": (OTHERS, "s"), "int4": (OURS, "o")}
 """Color and marker by format."""
-PANELS = {"clear": "Pictures as trained", "degraded": "Dark, blurred, noisy pictures"}
+PANELS = {"clear": "Clear pictures", "degraded": "Dark, blurred, noisy pictures"}
 """Title by kind of pictures."""
 LEAST = 10
 """Answers from which a bin is drawn."""

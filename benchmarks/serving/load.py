@@ -37,7 +37,7 @@ from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.system.output_file import write_whole
 
-QUESTION = "What color is it?"
+QUESTION = "What is at the top right?"
 PICTURES = 4
 OVERHEAD_QUESTIONS = 200
 LIMIT_GROWTH = 4 << 20
