@@ -57,7 +57,7 @@ def _main(options: argparse.Namespace) -> int:
         ]  # fmt: skip
         environment = os.environ | {
             "SCHEMATHESIS_HOOKS": "fusion_edge.benchmarks.serving.schemathesis_hooks",
-            "FUSION_MESSAGES": json.dumps(json.loads(body(picture(0)[:32, :32], "What is at the top right?"))["messages"]),
+            "FUSION_MESSAGES": json.dumps(json.loads(body(picture(0)[:32, :32], "Is there a cat?"))["messages"]),
         }
         ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         client = server.client()
