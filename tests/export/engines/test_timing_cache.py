@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,7 +71,13 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
 
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     trt = FakeTensorRT(*FULL, FakeCuda())
-    trt.on_step = lambda: os.kill(os.getpid(), signal.SIGINT) if len(trt.built) == 2 else None
+
+    def interrupt() -> None:
+        if len(trt.built) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # until the main thread has handled it
+
+    trt.on_step = interrupt
     return trt
 
 
