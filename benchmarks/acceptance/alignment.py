@@ -77,9 +77,13 @@ def _wide(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def check(workspace: Workspace, name: str) -> Outcome:
-    """Compare a kernel with numpy, with 0, 1 and many rows; on a GPU also measure its bandwidth."""
+    """Compare a kernel with numpy, with 0, 1 and many rows; on a GPU also measure its bandwidth.
+
+    Without CUDA the kernel is interpreted, and the summary says why.
+    """
     plugin = next(plugin for plugin in PLUGINS if plugin.kernel == name)
-    cuda = find_cuda()
+    found = find_cuda()
+    cuda = found if isinstance(found, Cuda) else None
     architecture = INTERPRETED_ARCHITECTURE if cuda is None else cuda.compute_capability().replace(".", "")
     kernel = kernel_source(workspace, architecture)(name, architecture, WIDTH, "fp16")
     errors = {}
@@ -91,7 +95,7 @@ def check(workspace: Workspace, name: str) -> Outcome:
     figures: dict[str, Any] = {"architecture": architecture, "interpreted": cuda is None, "largest_errors": errors}
     summary = f"sm_{architecture}, largest error {max(errors.values()):.1e}"
     if cuda is None:
-        return Outcome(f"{summary}, interpreted", figures)
+        return Outcome(f"{summary}, interpreted. {found}", figures)
     figures |= bandwidth(cuda, plugin, kernel)
     share = figures["bandwidth"] / figures["copy_bandwidth"]
     return Outcome(f"{summary}, {figures['bandwidth'] / 1e9:.0f} GB/s, {share:.0%} of a copy's", figures)

@@ -6,34 +6,57 @@ import ctypes
 import importlib
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep
+from fusion_edge.benchmarks.latency.machine.nvidia import find_gpu
 from fusion_edge.kernels.triton.kernel_folder import CompiledKernel
 from fusion_edge.runtime.backends.cuda import Cuda, open_cuda
 from fusion_edge.runtime.backends.tensorrt.memory import DeviceMemory
 from fusion_edge.runtime.errors import DeviceError
+from fusion_edge.runtime.system.jetson import this_jetson
 
 REPEATS = 7
 
 
-def find_cuda() -> Cuda | None:
-    """Open CUDA; None without a GPU, its driver or cuda-bindings."""
+@dataclass(frozen=True)
+class NoCuda:
+    """Why nothing can run on a GPU. As text it is a sentence."""
+
+    error: str
+    """Error of CUDA or its bindings, as a sentence."""
+    has_gpu: bool
+    """Whether the machine has a GPU nevertheless."""
+
+    def __str__(self) -> str:
+        return f"{'CUDA cannot use the GPU' if self.has_gpu else 'There is no GPU'}: {self.error}"
+
+
+def has_gpu() -> bool:
+    """Return whether this machine has a GPU, whether or not CUDA's bindings can use it."""
+    return this_jetson() is not None or find_gpu() is not None
+
+
+def find_cuda() -> Cuda | NoCuda:
+    """Open CUDA, or return why that fails: no GPU, no driver, or bindings that are missing or do not fit."""
     try:
-        return open_cuda()
-    except DeviceError:
-        return None
+        cuda = open_cuda()
+        cuda.memory()  # creates a context, which a GPU in use or a driver that does not fit may refuse
+        return cuda
+    except DeviceError as error:
+        return NoCuda(str(error), has_gpu())
 
 
 def expect_cuda() -> Cuda:
-    """Open CUDA. Raise :class:`SkippedStep` without a GPU, its driver or cuda-bindings."""
-    try:
-        return open_cuda()
-    except DeviceError as error:
-        raise SkippedStep(f"There is no GPU to run it: {error}") from None
+    """Open CUDA. Raise :class:`SkippedStep` with the reason if it cannot be used."""
+    cuda = find_cuda()
+    if isinstance(cuda, NoCuda):
+        raise SkippedStep(str(cuda))
+    return cuda
 
 
 def uploaded(memory: DeviceMemory, array: npt.NDArray[Any], stream: int) -> int:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from onnx import ModelProto
 
 from fusion_edge.benchmarks.acceptance.comparison import largest_error
-from fusion_edge.benchmarks.acceptance.device import downloaded, find_cuda, seconds_of, uploaded
+from fusion_edge.benchmarks.acceptance.device import NoCuda, downloaded, find_cuda, seconds_of, uploaded
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.export.engines.builder import compute_capability
 from fusion_edge.export.engines.graph_values import tensor_shape
@@ -39,8 +39,8 @@ class Target:
 
     library: Library
     compute_capability: str
-    cuda: Cuda | None
-    """None: engines are built and not run."""
+    cuda: Cuda | NoCuda
+    """Or why engines are built and not run."""
 
     @property
     def capability(self) -> tuple[int, ...]:
@@ -49,14 +49,18 @@ class Target:
 
 
 def find_target() -> Target:
-    """Return this machine's GPU and TensorRT; without a GPU, TensorRT-RTX. Raises :class:`SkippedStep`."""
+    """Return this machine's GPU and TensorRT; without CUDA, TensorRT-RTX. Raises :class:`SkippedStep`."""
     cuda = find_cuda()
     try:
-        if cuda is None:
-            return Target(find_library("tensorrt-rtx"), WITHOUT_GPU, None)
+        if isinstance(cuda, NoCuda):
+            return Target(find_library("tensorrt-rtx"), WITHOUT_GPU, cuda)
         return Target(library_for(cuda), cuda.compute_capability(), cuda)
     except DeviceError as error:
-        raise SkippedStep(f"There is no {'GPU, and no ' if cuda is None else ''}TensorRT: {error}") from None
+        if isinstance(cuda, Cuda):
+            raise SkippedStep(f"There is no TensorRT: {error}") from None
+        # With a GPU, CUDA is what to repair.
+        alone = "" if cuda.has_gpu else f" Only TensorRT-RTX builds without one: {error}"
+        raise SkippedStep(f"{cuda}{alone}") from None
 
 
 def library_for(cuda: Cuda) -> Library:
@@ -175,7 +179,7 @@ class EngineRun:
 
 def run(target: Target, plan: bytes, case: OperatorCase, label: str, workspace: Workspace) -> EngineRun:
     """Run an engine, compare its outputs, and write its layers to the workspace. Raises :class:`FusionError`."""
-    assert target.cuda is not None
+    assert isinstance(target.cuda, Cuda)
     trt, cuda = target.library.module, target.cuda
     log = Messages(target.library, verbose=True)
     logger = log.logger()

@@ -7,7 +7,9 @@ from typing import Any
 
 from fusion_edge.benchmarks.acceptance import operators
 from fusion_edge.benchmarks.acceptance.alignment import WIDTH, kernel_source
+from fusion_edge.benchmarks.acceptance.device import NoCuda
 from fusion_edge.benchmarks.acceptance.engine import (
+    BuiltEngine,
     EngineRun,
     Layers,
     OperatorCase,
@@ -56,7 +58,7 @@ def linear(workspace: Workspace, form: str) -> Outcome:
         case = operators.quantized_linear(form, rows, operators.INPUTS, operators.OUTPUTS)
         use_fp4(case.model)
         built = build(target, case)
-        ran = None if target.cuda is None else run(target, built.plan, case, label, workspace)
+        ran = _run(target, built, case, label, workspace)
         layers = built.layers if ran is None else ran.layers
         figures[label] = _figures(layers, ran) | {
             "plan_bits_a_weight": 8 * len(built.plan) / weights,
@@ -64,7 +66,7 @@ def linear(workspace: Workspace, form: str) -> Outcome:
         }
     one, many = figures.values()
     fusion = _fusion(one["writes_dequantized_weights"], one["plan_bits_a_weight"] / BITS[form])
-    if target.cuda is None:
+    if isinstance(target.cuda, NoCuda):
         return _built(target, fusion, figures)
     rate, figures["copy_bandwidth"] = weights * BITS[form] / 8 / one["seconds"], copy_bandwidth(target.cuda)
     figures["weight_bytes_a_second"], figures["flops"] = rate, 2 * weights * PROMPT / many["seconds"]
@@ -93,14 +95,14 @@ def attention(workspace: Workspace, dim: int) -> Outcome:
             refusal = str(error)
             allow_decomposition(case.model)  # as fusion-build does at once
             built = build(target, case)
-        ran = None if target.cuda is None else run(target, built.plan, case, f"attention-{dim} {name}", workspace)
+        ran = _run(target, built, case, f"attention-{dim} {name}", workspace)
         figures[name] = _figures(built.layers if ran is None else ran.layers, ran) | {
             "refusal_as_one_layer": refusal,
             "is_decomposed": refusal is not None or "Attention" in _unsupported(target),
         }
     kinds = (f"{name} {'decomposed' if one['is_decomposed'] else 'one layer'}" for name, one in figures.items())
     summary = ", ".join(kinds)
-    if target.cuda is None:
+    if isinstance(target.cuda, NoCuda):
         return _built(target, summary, figures)
     times = ", ".join(f"{1e6 * one['seconds']:.0f} us" for one in figures.values())
     return Outcome(f"{summary}; {times}", figures)
@@ -122,10 +124,10 @@ def int8_cache(workspace: Workspace, dim: int) -> Outcome:
         case = _supported(target, case)
         allow_decomposition(case.model)
         built = build(target, case)
-        ran = None if target.cuda is None else run(target, built.plan, case, f"int8-cache-{dim} {name}", workspace)
+        ran = _run(target, built, case, f"int8-cache-{dim} {name}", workspace)
         figures[name] = _figures(built.layers if ran is None else ran.layers, ran)
     layers = ", ".join(f"{name} {len(one['layers'])} layers" for name, one in figures.items())
-    if target.cuda is None:
+    if isinstance(target.cuda, NoCuda):
         return _built(target, layers, figures)
     times = ", ".join(f"{1e6 * one['seconds']:.0f} us" for one in figures.values())
     return Outcome(f"{layers}; {times}", figures)
@@ -140,7 +142,7 @@ def scatter(workspace: Workspace, is_native: bool) -> Outcome:
     elif "TensorScatter" in _unsupported(target):
         raise SkippedStep(f"TensorRT {target.library.version} has no TensorScatter; step scatter-alias counts there.")
     built = build(target, case)
-    if target.cuda is None:
+    if isinstance(target.cuda, NoCuda):
         return _built(target, f"{len(built.layers)} layers", _figures(built.layers, None))
     ran = run(target, built.plan, case, "tensor-scatter" if is_native else "scatter-alias", workspace)
     cache = case.inputs["past"].nbytes
@@ -154,14 +156,19 @@ def plugin(workspace: Workspace, operator: str, questions: int, latents: int) ->
     trt = target.library.module
     if reason := tensorrt_plugins.unsupported_reason(trt, architecture, workspace.kernels is not None):
         raise SkippedStep(f"{reason}.")
-    if target.cuda is None:
-        raise SkippedStep("There is no GPU to run it.")
+    if isinstance(target.cuda, NoCuda):
+        raise SkippedStep(str(target.cuda))
     module = importlib.import_module(f"{target.library.name}.plugin")
     tensorrt_plugins.register(module, architecture, kernel_source(workspace, architecture))
     one = next(plugin for plugin in PLUGINS if plugin.operator == operator)
     case = operators.plugin(one, questions, latents, WIDTH)
     ran = run(target, build(target, case).plan, case, f"{operator} {questions * latents} rows", workspace)
     return Outcome(f"largest error {ran.largest_error:.1e}, {1e6 * ran.seconds:.1f} us", _figures(ran.layers, ran))
+
+
+def _run(target: Target, built: BuiltEngine, case: OperatorCase, label: str, workspace: Workspace) -> EngineRun | None:
+    """Run an engine and compare its outputs; None without CUDA."""
+    return None if isinstance(target.cuda, NoCuda) else run(target, built.plan, case, label, workspace)
 
 
 def _unsupported(target: Target) -> list[str]:
@@ -182,4 +189,4 @@ def _figures(layers: Layers, ran: EngineRun | None) -> dict[str, Any]:
 
 def _built(target: Target, summary: str, figures: dict[str, Any]) -> Outcome:
     built = f"built with {target.library.name} {target.library.version} for {target.compute_capability}"
-    return Outcome(f"{summary}; {built}, not run: there is no GPU", figures)
+    return Outcome(f"{summary}; {built}, not run. {target.cuda}", figures)

@@ -49,6 +49,8 @@ class Outcome:
     summary: str
     """The end of one line."""
     figures: Figures = field(default_factory=dict)
+    is_failure: bool = False
+    """Whether the step fails nevertheless. Its figures are kept, unlike those of a step that raises."""
 
 
 class SkippedStep(Exception):

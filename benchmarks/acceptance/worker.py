@@ -40,7 +40,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # a defect of the step is its result, too
         traceback.print_exc()
         return {"status": FAIL, "summary": f"{type(error).__name__}: {error}", "figures": {}}
-    return {"status": PASS, "summary": outcome.summary, "figures": outcome.figures}
+    return {"status": FAIL if outcome.is_failure else PASS, "summary": outcome.summary, "figures": outcome.figures}
 
 
 def main(task: Path, result: Path) -> None:

@@ -21,6 +21,7 @@ from fusion_edge.export.engines.decompositions import (
 )
 from fusion_edge.export.engines.float16 import has_int8, without_int8
 from fusion_edge.export.engines.graph_values import fix_dimension, tensor_dtype, tensor_shape
+from fusion_edge.export.engines.jetsons import out_of_memory_remedy
 from fusion_edge.export.engines.linear_pieces import Pieces, cut_linears
 from fusion_edge.export.engines.nvfp4 import use_fp4
 from fusion_edge.export.engines.optimization_profiles import (
@@ -41,6 +42,8 @@ from fusion_edge.runtime.bundle.manifest import MANIFEST, graph_file
 from fusion_edge.runtime.bundle.reader import Bundle
 from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.system.interruptible import interruptible
+from fusion_edge.runtime.system.jetson import this_jetson
+from fusion_edge.runtime.system.output_file import write_whole
 from fusion_edge.runtime.system.progress import Progress
 
 
@@ -99,8 +102,8 @@ class EngineBuilder:
         self._options = options
         self._messages = Messages(library, options.verbose)
         self._logger = self._messages.logger()
-        self.timing_cache = b""
-        """Timing cache of earlier builds; updated by :meth:`build`. TensorRT-RTX has none."""
+        self._timing = b""
+        """Timing cache of all builds so far. TensorRT-RTX has none."""
         self.decomposed = [] if library.is_rtx else unsupported_operators(library.version_numbers)
         """Operators that this TensorRT does not support; they are decomposed."""
         self._uses_plugins = uses_plugins
@@ -115,13 +118,20 @@ class EngineBuilder:
             kernels(name, self._platform.architecture, width, "fp16")
         return kernels
 
-    def build(self, folder: Path) -> dict[str, tuple[Engine, ...]]:
+    def build(self, folder: Path, timing_cache: Path | None = None) -> dict[str, tuple[Engine, ...]]:
         """Build all engines into ``folder``. Return them by graph name, partitions in running order.
+
+        The file ``timing_cache`` is read, and replaced after each engine, so that no later failure loses its times.
 
         Raises :class:`FusionError` with TensorRT's message if it cannot build one.
         """
+        if timing_cache is not None and timing_cache.is_file():
+            self._timing = timing_cache.read_bytes()
         profiles = optimization_profiles(self._bundle.manifest, self._limits)
-        return {name: tuple(self._engines(name, profiles[name], folder)) for name in self._bundle.manifest.graphs}
+        return {
+            name: tuple(self._engines(name, profiles[name], folder, timing_cache))
+            for name in self._bundle.manifest.graphs
+        }
 
     def largest_block(self) -> int:
         """Return the bytes of the largest block for weights that an engine needs.
@@ -144,7 +154,9 @@ class EngineBuilder:
         pieces = Pieces() if max_block is None else cut_linears(model, max_block)
         return partition_graph(model, count, max_block, pieces.matmuls), pieces
 
-    def _engines(self, name: str, profiles: list[DimensionRanges], folder: Path) -> Iterator[Engine]:
+    def _engines(
+        self, name: str, profiles: list[DimensionRanges], folder: Path, timing_cache: Path | None
+    ) -> Iterator[Engine]:
         parts, pieces = self._parts(name)
         for number, part in enumerate(parts, 1):
             label = name if len(parts) == 1 else f"{name} {number}/{len(parts)}"
@@ -153,6 +165,8 @@ class EngineBuilder:
             if self._uses_plugins:
                 tensorrt_plugins.use_plugins(part)
             float16_reason = self._write(part, pieces, profiles, label, file)
+            if timing_cache is not None and self._timing:
+                write_whole(timing_cache, self._timing)
             entry = FileEntry(file.name, file.stat().st_size, digest(file))
             inputs, outputs = _tensors(part.graph.input), _tensors(part.graph.output)
             yield Engine(entry, inputs, outputs, tuple(profiles), float16_reason)
@@ -165,7 +179,7 @@ class EngineBuilder:
         Raises :class:`FusionError`.
         """
         trt, float16_reason = self._library.module, None
-        self._messages.errors.clear()
+        self._messages.clear()
         with Progress(f"Building {label}", 0, unit=None) as progress:
             canceled = Event()
             monitor = _monitor(trt, progress, canceled)
@@ -175,16 +189,16 @@ class EngineBuilder:
                 sys.stderr.write(
                     f"note: {label} failed ({float16_reason}); building it in float16 of the same weights\n"
                 )
-                self._messages.errors.clear()
+                self._messages.clear()
                 model = float16
                 plan = interruptible(lambda: self._plan(model, pieces, profiles, monitor), canceled.set)
         if plan is None:
             is_vision = label.startswith(VISION_ENCODER)
             int8 = " If INT8 is the reason, fusion-export --vision fp16." if is_vision and has_int8(model) else ""
+            remedy = out_of_memory_remedy(self._messages.out_of_memory, this_jetson(), self._options.max_block)
             raise FusionError(
                 f"{self._library.name} {self._library.version} cannot build {label} for compute capability "
-                f"{self._platform.compute_capability}: {self._messages.first_error()}. If memory ran out, build with "
-                f"more --parts, or a smaller --max-block, --max-context or --workspace.{int8}"
+                f"{self._platform.compute_capability}: {self._messages.first_error()}. {remedy}{int8}"
             )
         with file.open("wb") as output:
             output.write(memoryview(plan))
@@ -219,12 +233,13 @@ class EngineBuilder:
             config.add_optimization_profile(profile)
         if self._library.is_rtx:  # has no timing cache
             return builder.build_serialized_network(network, config)
-        cache = config.create_timing_cache(self.timing_cache)
+        cache = config.create_timing_cache(self._timing)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another GPU
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
         plan = builder.build_serialized_network(network, config)
-        self.timing_cache = bytes(memoryview(cache.serialize()))
+        if plan is not None:
+            self._timing = bytes(memoryview(cache.serialize()))
         return plan
 
     def _config(self, builder: Any, monitor: Any) -> Any:

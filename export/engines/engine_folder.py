@@ -62,7 +62,8 @@ def write_engines(
     """Build all engines and write their folder atomically. Return their manifest.
 
     Raises :class:`FusionError` if the disk or a Jetson's contiguous memory is too small, if TensorRT cannot build an
-    engine, if another process is building, or if the engines differ from the CPU: then none is kept.
+    engine, if another process is building, or if the engines differ from the CPU: then none is kept. The timing cache
+    of those that were built is.
     """
     folder = engines_folder(bundle, platform)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +84,7 @@ def write_engines(
             names = ", ".join(builder.decomposed)
             sys.stderr.write(f"{library.name} {library.version} does not support {names}: decomposed, and slower.\n")
         _check_memory(builder, here, options.checks_memory)
-        if timing_cache.is_file():
-            builder.timing_cache = timing_cache.read_bytes()
-        engines = builder.build(partial)
-        if builder.timing_cache:
-            write_whole(timing_cache, builder.timing_cache)
+        engines = builder.build(partial, timing_cache)
         manifest = Engines(
             schema_version=SCHEMA_VERSION,
             producer=producer(),

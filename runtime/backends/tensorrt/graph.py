@@ -37,7 +37,7 @@ class EngineGraph:
         self._contexts: list[list[Any]] = []  # by profile, by partition
 
     def _load(self, runtime: Any, path: Path, engine: Engine) -> Any:
-        self._messages.errors.clear()
+        self._messages.clear()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             loaded = runtime.deserialize_cuda_engine(content)  # without a copy: a Jetson shares its memory with the GPU
         if loaded is None:
@@ -68,7 +68,7 @@ class EngineGraph:
             is_fixed = all(least == largest for least, _, largest in ranges.values())
             contexts = []
             for loaded, engine in zip(self._loaded, self.engines, strict=True):
-                self._messages.errors.clear()
+                self._messages.clear()
                 config = strategy if kernels is None else kernels.configure(loaded, is_fixed)
                 context = loaded.create_execution_context(config)
                 self._check(context is not None, "prepare")  # memory may have run out
@@ -114,7 +114,7 @@ class EngineGraph:
 
     def run(self, profile: int, stream: int, between: Callable[[], None] = lambda: None) -> None:
         """Enqueue every partition, and call ``between`` between two. Raise :class:`FusionError` if TensorRT fails."""
-        self._messages.errors.clear()
+        self._messages.clear()
         for number, context in enumerate(self._contexts[profile]):
             if number:
                 between()

@@ -23,6 +23,7 @@ from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.errors import DeviceError, FusionError
 
 WIDTH = 128
+NO_CUDA = device.NoCuda("the test has none.", has_gpu=False)
 KERNELS = tuple(plugin.kernel for plugin in PLUGINS)
 
 
@@ -62,10 +63,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_kernels_are_interpreted_without_a_gpu(
     name: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alignment, "find_cuda", lambda: None)
+    monkeypatch.setattr(alignment, "find_cuda", lambda: NO_CUDA)
     outcome = alignment.check(workspace, name)
     assert outcome.summary.startswith("sm_87, largest error ")
-    assert outcome.summary.endswith(", interpreted")
+    assert outcome.summary.endswith(f", interpreted. {NO_CUDA}")
     errors = outcome.figures["largest_errors"]
     assert errors.keys() == {"0 rows", "1 rows", "6 rows"}
     assert max(errors.values()) < 0.01
@@ -105,7 +106,7 @@ def test_bytes_moved() -> None:
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.kernel)
 def test_a_wrong_kernel_is_found(plugin: Plugin, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block too few."""
-    monkeypatch.setattr(alignment, "find_cuda", lambda: None)
+    monkeypatch.setattr(alignment, "find_cuda", lambda: NO_CUDA)
     launch = Plugin.launch
 
     def one_less(one: Plugin, *shapes: Sequence[int]) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -135,8 +136,8 @@ def test_the_driver_refuses(gpu: FakeCuda) -> None:
 
 def test_cuda_is_expected(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(device.expect_cuda(), Cuda)
-    assert device.find_cuda() is not None
+    assert isinstance(device.find_cuda(), Cuda)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCuda(gpus=0))
-    assert device.find_cuda() is None
-    with pytest.raises(SkippedStep, match=r"^There is no GPU to run it: CUDA finds no GPU"):
+    assert str(device.find_cuda()) == "There is no GPU: CUDA finds no GPU; check nvidia-smi."
+    with pytest.raises(SkippedStep, match=r"^There is no GPU: CUDA finds no GPU; check nvidia-smi\.$"):
         device.expect_cuda()

@@ -18,6 +18,7 @@ from fakes.on_fake_tensorrt import installed
 from support.opset24 import needs_opset_24
 
 from fusion_edge.benchmarks.acceptance import bundles, engine, operator_steps, operators
+from fusion_edge.benchmarks.acceptance.device import NoCuda
 from fusion_edge.benchmarks.acceptance.engine import Target, build, find_target, logged_layers, run, writes_tensor_of
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.export.engines.decompositions import SINCE, decompose_operators
@@ -26,6 +27,7 @@ from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.errors import FusionError
 
+NO_CUDA = NoCuda("the test has none.", has_gpu=False)
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 DEQUANTIZING = """\
 Layers:
@@ -67,7 +69,7 @@ def test_a_layer_that_writes_the_weights() -> None:
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "find_cuda", lambda: None)
+    monkeypatch.setattr(engine, "find_cuda", lambda: NO_CUDA)
 
 
 @needs_rtx
@@ -79,7 +81,7 @@ def test_rtx_says_what_it_fuses(form: str, fusion: str, workspace: Workspace, wi
     """For compute capability 8.9."""
     outcome = operator_steps.linear(workspace, form)
     assert outcome.summary.startswith(f"{fusion}; built with tensorrt_rtx")
-    assert outcome.summary.endswith("for 8.9, not run: there is no GPU")
+    assert outcome.summary.endswith("for 8.9, not run. There is no GPU: the test has none.")
     figures = outcome.figures[f"{form} 1 rows"]
     is_dequantized = fusion != "fused"
     assert figures["writes_dequantized_weights"] is is_dequantized
@@ -94,7 +96,7 @@ def test_rtx_says_what_it_fuses(form: str, fusion: str, workspace: Workspace, wi
 def test_rtx_builds_the_operators(
     step: Callable[[Workspace], Any], workspace: Workspace, without_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "not run: there is no GPU" in step(workspace).summary
+    assert "not run. There is no GPU: " in step(workspace).summary
 
 
 @needs_rtx
@@ -112,13 +114,16 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(FakeTensorRT(*FULL, FakeCuda("8.7"))):
         target = find_target()
         assert (target.library.name, target.compute_capability, target.capability) == ("tensorrt", "8.7", (8, 7))
-        assert target.cuda is not None
+        assert isinstance(target.cuda, Cuda)
     with installed(FakeTensorRT(*RTX, FakeCuda(gpus=0))):
         target = find_target()
-        assert (target.library.name, target.compute_capability, target.cuda) == ("tensorrt_rtx", "8.9", None)
+        assert (target.library.name, target.compute_capability) == ("tensorrt_rtx", "8.9")
+        assert isinstance(target.cuda, NoCuda)
     with (
         installed(FakeTensorRT(*FULL, FakeCuda(gpus=0))),
-        pytest.raises(SkippedStep, match=r"^There is no GPU, and no TensorRT: tensorrt-rtx is not installed"),
+        pytest.raises(
+            SkippedStep, match=r"^There is no GPU: .*\. Only TensorRT-RTX builds without one: tensorrt-rtx is "
+        ),
     ):
         find_target()
 
@@ -139,7 +144,7 @@ def test_an_orin_with_tensorrt_rtx_alone(workspace: Workspace) -> None:
 def test_plugins_have_aliases_and_profiles() -> None:
     trt = FakeTensorRT(*FULL, FakeCuda("8.7"))
     trt.plugin.registered = {plugin.id: {} for plugin in PLUGINS}
-    target = Target(Library(trt), "8.7", None)
+    target = Target(Library(trt), "8.7", NO_CUDA)
     for case in (operators.plugin(PLUGINS[2], 2, 3, 32), operators.gemm(8)):
         build(target, case)
     with_plugin, plain = trt.built

@@ -257,7 +257,7 @@ def test_tensorrt_fails_to_build(bundle: Path, failure: str, refused: Refuse) ->
         message = refused(cli_build.main, bundle, *ON_FULL, "--max-context=256")
     assert "tensorrt 10.16.0 cannot build vision_encoder for compute capability 8.6: Internal Error:" in message
     remedy = "build with more --parts, or a smaller --max-block, --max-context or --workspace."
-    assert message.endswith(f"If memory ran out, {remedy}\n")
+    assert message.endswith(f"Memory ran out; {remedy}\n")
     assert {path: path.read_bytes() for path in (bundle / ENGINES_FOLDER).rglob("*") if path.is_file()} == before
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.opset24 import needs_opset_24
 
+from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
 from fusion_edge.export.engines import engine_folder
-from fusion_edge.export.engines.jetsons import check_contiguous_memory
+from fusion_edge.export.engines.jetsons import (
+    BLOCKS_OF_A_WEIGHT,
+    LIMITS,
+    check_contiguous_memory,
+    out_of_memory_remedy,
+)
 from fusion_edge.runtime.backends.tensorrt import backend
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, read_engines
@@ -37,7 +45,7 @@ def bundle(tiny_tensorrt_bundle: Path, tmp_path: Path) -> Bundle:
 
 def put_on(monkeypatch: pytest.MonkeyPatch, here: Jetson | None, memory: ContiguousMemory = DEFAULT_CMA) -> None:
     """Let this machine be a Jetson with free ``memory``."""
-    for module in (cli_build, engine_folder, backend):
+    for module in (cli_build, engine_folder, engine_builder, backend):
         monkeypatch.setattr(module, "this_jetson", lambda: here)
     monkeypatch.setattr(engine_folder, "contiguous_memory", lambda: memory)
 
@@ -107,31 +115,88 @@ def test_another_machine_has_no_limits(
     assert (built.max_block, built.workspace, built.timed_on) == (None, None, None)
 
 
+def test_a_warning_between_once_and_twice(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_on(monkeypatch, NANO, ContiguousMemory(1_048_576, 3, 3_000_000, 268_435_456))
+    trt = jetpack_6()
+    assert build(bundle, trt) == 0
+    assert len(trt.built) > 2
+    assert (
+        "warning: The weights of an engine need up to 1.81 MB in one block. A build may take 2 times that, and at most "
+        "3.00 MB are free: it may fail. Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot; build "
+        "before anything else; or give a smaller --max-block.\n"
+    ) in capsys.readouterr().err
+    assert build(bundle, jetpack_6(), "--force", "--skip-memory-check") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("largest", "said"),
+    [
+        (125_000_000, ""),
+        (125_000_001, "250.00 MB are free: it may fail. "),
+        (250_000_000, "(such as 120MB).\n"),
+    ],
+)
+def test_limits_of_the_warning(largest: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_contiguous_memory(largest, DEFAULT_CMA)
+    written = capsys.readouterr().err
+    assert said in written
+    assert bool(said) == bool(written)
+
+
+def test_the_published_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    """A weight of 622 MB with 779 MB free failed; halves of it built with 932 MB free. The default limit does, too."""
+    check_contiguous_memory(622_329_856, ContiguousMemory(0, 0, 779_000_000, 1_006_632_960))
+    assert "it may fail" in capsys.readouterr().err
+    for largest in (622_329_856 // 2, LIMITS["orin-nano"].max_block):
+        assert largest is not None
+        check_contiguous_memory(largest, ContiguousMemory(0, 0, 932_000_000, 1_006_632_960))
+    assert capsys.readouterr().err == ""
+
+
 def test_the_refusal_names_the_remedies() -> None:
-    check_contiguous_memory(250_000_000, DEFAULT_CMA)
     with pytest.raises(FusionError) as refusal:
         check_contiguous_memory(394_000_000, DEFAULT_CMA)
     assert str(refusal.value) == (
         "The weights of an engine need up to 394.00 MB in one block, and at most 250.00 MB are free (900 free blocks "
-        "of 4.2 MB; CMA has 250 of 268 MB free). Add cma=950M to APPEND in /boot/extlinux/extlinux.conf; reboot, and "
-        "build before anything else; or give a smaller --max-block (such as 250MB). --skip-memory-check builds "
+        "of 4.2 MB; CMA has 250 of 268 MB free). Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot; "
+        "build before anything else; or give a smaller --max-block (such as 120MB). --skip-memory-check builds "
         "nevertheless."
     )
 
 
-@given(st.integers(10_000_000, 10**10), st.integers(0, 1 << 22), st.integers(1, 10**10))
+@given(st.integers(20_000_000, 10**10), st.integers(0, 1 << 22), st.integers(1, 10**10))
 def test_the_suggested_block_fits(cma_free: int, block: int, excess: int) -> None:
+    """Without a warning."""
     memory = ContiguousMemory(block, 1, cma_free, cma_free)
     with pytest.raises(FusionError) as refusal:
         check_contiguous_memory(memory.largest + excess, memory)
     suggested = re.search(r"--max-block \(such as (\w+)\)", str(refusal.value))
     assert suggested is not None
-    check_contiguous_memory(byte_count(suggested[1]), memory)
+    with redirect_stderr(StringIO()) as written:
+        check_contiguous_memory(byte_count(suggested[1]), memory)
+    assert written.getvalue() == ""
+    assert BLOCKS_OF_A_WEIGHT * byte_count(suggested[1]) > memory.largest - 20_000_000  # and is not needlessly small
 
 
 def test_no_block_that_fits() -> None:
     with pytest.raises(FusionError, match=r"give a smaller --max-block\. --skip-memory-check"):
         check_contiguous_memory(5_000_000, ContiguousMemory(4_194_304, 1, 0, 0))
+
+
+def test_remedies_after_memory_ran_out() -> None:
+    elsewhere = "build with more --parts, or a smaller --max-block, --max-context or --workspace."
+    assert out_of_memory_remedy(True, None, None) == f"Memory ran out; {elsewhere}"
+    assert out_of_memory_remedy(False, None, None) == f"If memory ran out, {elsewhere}"
+    assert out_of_memory_remedy(True, AGX, None) == (
+        "Memory ran out, perhaps in one block only. Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot; "
+        "or build with --max-block 400MB, more --parts or a smaller --max-context."
+    )
+    uncertain = out_of_memory_remedy(False, NANO, 400_000_000)
+    assert uncertain.startswith("If NvMap has printed errors, memory ran out, perhaps in one block only. Add cma=950M ")
+    assert "; or build with a --max-block below 400.00 MB, more --parts or " in uncertain
 
 
 # Engines of another Jetson -----------------------------------------------------------------------------------------
