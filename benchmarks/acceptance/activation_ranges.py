@@ -38,13 +38,13 @@ SMALLEST_SCALE = 2.0**-14
 """Smallest normal float16: of activations that are all 0."""
 
 
-def export_with_ranges(checkpoint: Path, output: Path, largest: Mapping[str, float], precision: str = "int4") -> None:
-    """Export a checkpoint for TensorRT, its vision encoder in ``w8a8``.
+def export_with_ranges(checkpoint: Path, output: Path, largest: Mapping[str, float]) -> None:
+    """Export a checkpoint for TensorRT in INT4, its vision encoder in ``w8a8``.
 
     ``largest`` are the largest magnitudes of activations by name of their linear. Raises :class:`FusionError`.
     """
     with Checkpoint(checkpoint) as opened:
-        plan = plan_export(opened, ExportOptions(precision, target="tensorrt", vision="int8", is_calibrated=True))
+        plan = plan_export(opened, ExportOptions(target="tensorrt", vision="int8", is_calibrated=True))
         write_bundle(plan, output, False, _WithRanges(CheckpointWeights(opened, plan.parameters), largest))
 
 

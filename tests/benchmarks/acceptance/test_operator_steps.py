@@ -39,7 +39,7 @@ class Runs:
 
     def run(self, target: Target, plan: bytes, case: OperatorCase, label: str, workspace: Workspace) -> EngineRun:
         self.labels.append(label)
-        rows = next(iter(case.inputs.values())).shape[-2]
+        rows = case.inputs["x"].shape[1] if "x" in case.inputs else 1
         return EngineRun(0.001, SECONDS.get(rows, 2e-3), self.layers)
 
 
