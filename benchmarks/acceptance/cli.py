@@ -1,4 +1,4 @@
-"""Check everything that needs a GPU, in about ten minutes (estimated), and write one archive to send back.
+"""Check everything that needs a GPU, in about 15 minutes (estimated), and write one archive to send back.
 
     python -m fusion_edge.acceptance --kernels kernels
 

@@ -1,4 +1,7 @@
-"""The demo bundle, or links to that of ``--bundle``: engines with functions, then plugins, against the CPU's answer."""
+"""The demo bundle, or links to that of ``--bundle``: engines with functions, then plugins, against the CPU's answer.
+
+Other variants of the demo model have an int8 KV cache, or a vision encoder that computes in integers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fusion_edge.benchmarks.acceptance import bundles
+from fusion_edge.benchmarks.acceptance import activation_ranges, bundles
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
 from fusion_edge.benchmarks.latency.backend_stages import measure
 from fusion_edge.benchmarks.latency.stages import make_up_picture
@@ -35,14 +38,23 @@ from fusion_edge.runtime.tokenization.tokenizer import load_tokenizer
 QUESTION, ANSWER = "What is at the top right?", "elephant"
 NEW_TOKENS = 16
 STEPS = 32
-CPU_OUTPUTS = "cpu-outputs.npz"
-NO_CPU_OUTPUTS = "no-cpu-outputs.txt"
-"""File with the reason why nothing is compared with this machine's CPU."""
+DEMO, INT8_CACHE, W8A8 = "demo", "demo-int8-cache", "demo-w8a8"
+"""Variants: the default formats, or an int8 KV cache, or a vision encoder with 8-bit weights and activations."""
 
 
-def bundle_of(workspace: Workspace) -> Path:
+def bundle_of(workspace: Workspace, variant: str = DEMO) -> Path:
     """Return the bundle that :func:`export` makes."""
-    return workspace.scratch / "demo"
+    return workspace.scratch / variant
+
+
+def cpu_outputs_of(workspace: Workspace, variant: str = DEMO) -> Path:
+    """Return the file with the CPU's outputs of every stage."""
+    return workspace.scratch / f"{variant}-cpu-outputs.npz"
+
+
+def no_cpu_outputs_of(workspace: Workspace, variant: str = DEMO) -> Path:
+    """Return the file with the reason why nothing is compared with this machine's CPU."""
+    return workspace.scratch / f"{variant}-no-cpu-outputs.txt"
 
 
 def picture_of(workspace: Workspace) -> Path:
@@ -67,28 +79,52 @@ def export(workspace: Workspace) -> Outcome:
     return Outcome(f"{format_bytes(open_bundle(bundle).manifest.size)} in INT4")
 
 
-def answer_on_cpu(workspace: Workspace) -> Outcome:
+def export_variant(workspace: Workspace, variant: str) -> Outcome:
+    """Export a variant of the demo model. :func:`export` has run."""
+    if workspace.bundle is not None:
+        raise SkippedStep("--bundle replaces the demo model; leave it out to check the variants of the demo model.")
+    checkpoint, bundle = bundles.DEMO / "checkpoint", bundle_of(workspace, variant)
+    if variant == INT8_CACHE:
+        bundles.export(checkpoint, bundle, ("--kv-cache", "int8"))
+        return Outcome(f"{format_bytes(open_bundle(bundle).manifest.size)}, KV cache in int8")
+    if reason := opset_24_unsupported_reason():
+        raise SkippedStep(f"The ranges of the activations are not known: {reason}")
+    largest = activation_ranges.largest_inputs(open_bundle(bundle_of(workspace)), picture_of(workspace), QUESTION)
+    activation_ranges.export_with_ranges(checkpoint, bundle, largest)
+    formats = open_bundle(bundle).manifest.weights
+    count = sum(fmt == "w8a8" for fmt in formats.values())
+    return Outcome(f"{count} linears of the vision encoder in w8a8", {"ranges": largest})
+
+
+def answer_on_cpu(workspace: Workspace, variant: str = DEMO) -> Outcome:
     """Answer on the CPU, and keep the outputs of every stage for the comparisons, or the reason why there are none."""
-    folder = bundle_of(workspace)
+    folder = bundle_of(workspace, variant)
     if reason := opset_24_unsupported_reason() or incomparable_reason(open_bundle(folder)):
-        (workspace.scratch / NO_CPU_OUTPUTS).write_text(reason, encoding="utf-8")
+        no_cpu_outputs_of(workspace, variant).write_text(reason, encoding="utf-8")
         raise SkippedStep(f"There is no comparison with the CPU: {reason}")
     opened = open_bundle(folder)
     backend = OnnxRuntimeBackend(opened, "cpu")
     with Fusion(opened.manifest, backend, load_tokenizer(opened), Embeddings(opened)) as fusion:
         answer = _ask(workspace, fusion)
-        StageRunner(opened, opened.manifest.max_context).run(backend).save(workspace.scratch / CPU_OUTPUTS)
+        StageRunner(opened, opened.manifest.max_context).run(backend).save(cpu_outputs_of(workspace, variant))
     if workspace.bundle is None and answer.text != ANSWER:
         raise FusionError(f"The demo model answers {answer.text!r} on the CPU, expected {ANSWER!r}.")
     return Outcome(f"{answer.text!r}", {"answer": answer.text})
 
 
-def build(workspace: Workspace, plugins: bool) -> Outcome:
-    """Build the engines, with functions or with plugins for the recursive alignment."""
+def build(workspace: Workspace, plugins: bool, variant: str = DEMO) -> Outcome:
+    """Build the engines, with functions or with plugins for the recursive alignment.
+
+    Says which engines have float16 in place of INT8 that TensorRT does not build.
+    """
     gpu = bundles.expect_gpu()
     options = BuildOptions(kernels=workspace.kernels if plugins else None, verbose=True)
-    engines = bundles.build(bundle_of(workspace), gpu, options, plugins=plugins)
-    return Outcome(f"{gpu.platform}: {format_bytes(engines.size)}", {"engines": engines.size})
+    engines = bundles.build(bundle_of(workspace, variant), gpu, options, plugins=plugins, part="demo")
+    replaced = "".join(f"; {name} in float16, for INT8 failed: {why}" for name, why in engines.float16_parts.items())
+    if variant == W8A8 and not replaced:
+        replaced = "; the vision encoder in INT8"
+    figures = {"engines": engines.size, "float16_in_place_of_int8": engines.float16_parts}
+    return Outcome(f"{gpu.platform}: {format_bytes(engines.size)}{replaced}", figures)
 
 
 class _WithoutGraphs(Cuda):
@@ -99,11 +135,11 @@ class _WithoutGraphs(Cuda):
         raise DeviceError("graphs are off")
 
 
-def run(workspace: Workspace, graphs: bool) -> Outcome:
+def run(workspace: Workspace, graphs: bool, variant: str = DEMO) -> Outcome:
     """Answer with the engines, compare with the CPU, and time decode steps, with CUDA graphs or without."""
     gpu = bundles.expect_gpu()
     cuda = gpu.cuda if graphs else _WithoutGraphs(importlib.import_module("cuda.bindings.runtime"))
-    opened = open_bundle(bundle_of(workspace))
+    opened = open_bundle(bundle_of(workspace, variant))
     built = open_engines(opened, gpu.platform)
     backend = TensorRTBackend(opened, gpu.library, cuda, built)
     with Fusion(opened.manifest, backend, load_tokenizer(opened), Embeddings(opened)) as fusion:
@@ -111,7 +147,7 @@ def run(workspace: Workspace, graphs: bool) -> Outcome:
         answer = _ask(workspace, fusion)
         if workspace.bundle is None and answer.text != ANSWER:
             raise FusionError(f"The demo model answers {answer.text!r}, expected {ANSWER!r}.")
-        differences, beside = compared(workspace, opened, built[1], backend)
+        differences, beside = compared(workspace, opened, built[1], backend, variant)
     figures = {"answer": answer.text, "decode_step": step, "differences": differences, "timings_ms": answer.timings_ms}
     return Outcome(f"{answer.text!r}, {beside}, decode step {1e3 * step:.2f} ms", figures)
 
@@ -121,18 +157,18 @@ def _ask(workspace: Workspace, fusion: Fusion) -> Answer:
 
 
 def compared(
-    workspace: Workspace, bundle: Bundle, engines: Engines, backend: TensorRTBackend
+    workspace: Workspace, bundle: Bundle, engines: Engines, backend: TensorRTBackend, variant: str = DEMO
 ) -> tuple[list[dict[str, Any]], str]:
     """Return the differences from the CPU by stage, and words for the largest.
 
     There are none if nothing is compared; the words have the reason. Raises :class:`FusionError` for differences that
     rounding does not explain, or if the step on the CPU has failed.
     """
-    path, reason = workspace.scratch / CPU_OUTPUTS, workspace.scratch / NO_CPU_OUTPUTS
+    path, reason = cpu_outputs_of(workspace, variant), no_cpu_outputs_of(workspace, variant)
     if reason.is_file():
         return [], f"not compared with the CPU ({reason.read_text(encoding='utf-8').rstrip('.')})"
     if not path.is_file():
-        raise FusionError("There are no outputs of the CPU to compare with: step demo-cpu failed.")
+        raise FusionError(f"There are no outputs of the CPU to compare with: step {variant}-cpu failed.")
     stages = compare_stages(bundle, engines, backend, StageOutputs.load(path))
     largest = max(stages, key=lambda stage: stage.relative_error / stage.limit)
     words = f"differs from the CPU by {largest.relative_error:.1e} of at most {largest.limit:.1e} in {largest.stage}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from fusion_edge.benchmarks.acceptance import bundles
 from fusion_edge.benchmarks.acceptance.engine import Target
@@ -12,21 +13,26 @@ from fusion_edge.benchmarks.acceptance.engine import build as build_engine
 from fusion_edge.benchmarks.acceptance.engine import run as run_engine
 from fusion_edge.benchmarks.acceptance.operators import gemm
 from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Workspace
-from fusion_edge.benchmarks.latency.backend_stages import measure, prompt_tokens, step_bytes
+from fusion_edge.benchmarks.latency.backend_stages import decode_step_behind, measure, prompt_tokens, step_bytes
 from fusion_edge.benchmarks.latency.machine.procfs import BackgroundSampler
 from fusion_edge.benchmarks.latency.peaks import copy_bandwidth
 from fusion_edge.benchmarks.latency.result import Case
 from fusion_edge.benchmarks.latency.roofline import encoder_macs, prefill_macs
 from fusion_edge.export.engines.builder import BuildOptions
+from fusion_edge.export.planning.traffic import moved_tokens
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.devices import open_device
 from fusion_edge.runtime.bundle.config import GLOBAL_CROPS
+from fusion_edge.runtime.bundle.engines import open_engines
+from fusion_edge.runtime.bundle.manifest import Manifest
 from fusion_edge.runtime.bundle.reader import open_bundle
+from fusion_edge.runtime.errors import FusionError
 from fusion_edge.runtime.formatting import format_bytes
 
 LAYOUT, LAYERS = "3b", 8
 """As many layers as one of four parts of the LLM has."""
-QUERY_LENGTH, CONTEXT = 144, 1536
+QUERY_LENGTH, CONTEXT = 144, 4096
+"""Decode steps of this context have several windows of the KV cache."""
 STEPS = 32
 GEMM_SIZE = 4096
 SAMPLED_EVERY = 0.05  # seconds
@@ -69,9 +75,10 @@ class _UsedMemory(BackgroundSampler):
 def build(workspace: Workspace) -> Outcome:
     """Build the engines, the LLM as one part, and measure time and memory of the device."""
     gpu = bundles.expect_gpu()
+    options = BuildOptions(parts=1, verbose=True)
     started, before = time.perf_counter(), _used(gpu.cuda)
     with _UsedMemory(gpu.cuda) as memory:
-        engines = bundles.build(bundle_of(workspace), gpu, BuildOptions(parts=1, verbose=True), plugins=False)
+        engines = bundles.build(bundle_of(workspace), gpu, options, plugins=False, part="full-size")
     seconds, most = time.perf_counter() - started, memory.most - before
     figures = {"seconds": seconds, "device_memory": most, "engines": engines.size}
     return Outcome(f"{seconds:.0f} s, {format_bytes(most)} of the device for {format_bytes(engines.size)}", figures)
@@ -99,7 +106,7 @@ def run(workspace: Workspace) -> Outcome:
     prompt = prompt_tokens(manifest)
     case = Case(gpu.device, 0, QUERY_LENGTH, manifest.image_side**2, prompt, STEPS, prompt)
     shares = {
-        "decode_step": step_bytes(manifest, CONTEXT) / bandwidth / times.decode_step,
+        "decode_step": moved_bytes(manifest, prompt + STEPS) / bandwidth / times.decode_step,
         "prefill": 2 * prefill_macs(manifest, case) / throughput / times.prefill,
         "vision": 2 * encoder_macs(manifest, GLOBAL_CROPS) / throughput / times.encode_global,
     }
@@ -115,3 +122,34 @@ def run(workspace: Workspace) -> Outcome:
     }
     parts = (f"{name} {1e3 * took:.1f} ms ({shares[name]:.0%})" for name, took in seconds.items())
     return Outcome(f"load {loaded:.1f} s, {', '.join(parts)} of the roofline", figures)
+
+
+def moved_bytes(manifest: Manifest, length: int) -> int:
+    """Return the bytes that a decode step moves for a sequence of ``length`` tokens.
+
+    A TensorRT without TensorScatter (before 10.15) also copies the whole cache.
+    """
+    return step_bytes(manifest, moved_tokens(length, manifest.max_context, manifest.has_per_token_scales))
+
+
+def windows(workspace: Workspace) -> Outcome:
+    """Time decode steps in every window of the KV cache, each nearly full, against a copy's bandwidth."""
+    gpu = bundles.expect_gpu()
+    opened = open_bundle(bundle_of(workspace))
+    sizes = open_engines(opened, gpu.platform)[1].decode_windows
+    if len(sizes) < 2:
+        raise FusionError(f"The engines have one decode window ({sizes[0]} tokens); expected several.")
+    bandwidth = copy_bandwidth(gpu.cuda)
+    _, backend = open_device(opened, gpu.device)
+    figures: dict[str, Any] = {"copy_bandwidth": bandwidth, "windows": {}}
+    for size in sizes:
+        length = size - 1 - STEPS
+        seconds, moved = decode_step_behind(backend, opened.manifest, length, STEPS), moved_bytes(opened.manifest, size)
+        share = moved / bandwidth / seconds
+        figures["windows"][size] = {"tokens": length, "seconds": seconds, "bytes": moved, "roofline_share": share}
+    backend.close()
+    parts = (
+        f"{size} tokens {1e3 * one['seconds']:.2f} ms for {format_bytes(one['bytes'])} ({one['roofline_share']:.0%})"
+        for size, one in figures["windows"].items()
+    )
+    return Outcome(f"{', '.join(parts)} of a copy's bandwidth", figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fusion_edge.benchmarks.acceptance import operators
+from fusion_edge.benchmarks.acceptance import operators, quantized_linears
 from fusion_edge.benchmarks.acceptance.alignment import WIDTH, kernel_source
 from fusion_edge.benchmarks.acceptance.device import NoCuda
 from fusion_edge.benchmarks.acceptance.engine import (
@@ -35,9 +35,8 @@ from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.runtime.errors import FusionError
 
 PROMPT = 256
-BITS = {"int4-64": 4, "int4-128": 4, "int8": 8, "int8-one-scale": 8, "w8a8": 8, "fp8": 8, "nvfp4": 4}
 MOST_BITS = 1.5
-"""Bits of an engine for a weight over :data:`BITS`, at most, if it stores the quantized ones: with scales and code."""
+"""Bits of an engine for a weight over those of its format, at most, if it stores the quantized ones and scales."""
 
 
 def linear(workspace: Workspace, form: str) -> Outcome:
@@ -45,17 +44,18 @@ def linear(workspace: Workspace, form: str) -> Outcome:
 
     Figures: whether a layer writes the dequantized weights, and the rate at which one row reads the stored ones.
     """
-    target = find_target()
-    since = FORMATS_SINCE.get(form)
+    target, fmt = find_target(), quantized_linears.FORMS[form].format
+    since = FORMATS_SINCE.get(fmt.kind)
     if since is not None and target.capability < tuple(map(int, since.split("."))):
         raise SkippedStep(
-            f"Compute capability {target.compute_capability} has no {form.upper()}; {since} and later have."
+            f"Compute capability {target.compute_capability} has no {fmt.kind.upper()}; {since} and later have."
         )
     figures: dict[str, Any] = {}
-    weights = operators.INPUTS * operators.OUTPUTS
+    inputs, outputs = quantized_linears.INPUTS, quantized_linears.OUTPUTS
+    weights = inputs * outputs
     for rows in (1, PROMPT):
         label = f"{form} {rows} rows"
-        case = operators.quantized_linear(form, rows, operators.INPUTS, operators.OUTPUTS)
+        case = _supported(target, quantized_linears.quantized_linear(form, rows, inputs, outputs))
         use_fp4(case.model)
         built = build(target, case)
         ran = _run(target, built, case, label, workspace)
@@ -65,10 +65,10 @@ def linear(workspace: Workspace, form: str) -> Outcome:
             "writes_dequantized_weights": writes_tensor_of(layers, weights),
         }
     one, many = figures.values()
-    fusion = _fusion(one["writes_dequantized_weights"], one["plan_bits_a_weight"] / BITS[form])
+    fusion = _fusion(one["writes_dequantized_weights"], one["plan_bits_a_weight"] / fmt.bits)
     if isinstance(target.cuda, NoCuda):
         return _built(target, fusion, figures)
-    rate, figures["copy_bandwidth"] = weights * BITS[form] / 8 / one["seconds"], copy_bandwidth(target.cuda)
+    rate, figures["copy_bandwidth"] = weights * fmt.bits / 8 / one["seconds"], copy_bandwidth(target.cuda)
     figures["weight_bytes_a_second"], figures["flops"] = rate, 2 * weights * PROMPT / many["seconds"]
     share = f"one row {rate / figures['copy_bandwidth']:.0%} of a copy's bandwidth"
     return Outcome(f"{fusion}; {share}; {PROMPT} rows {figures['flops'] / 1e12:.1f} TFLOP/s", figures)

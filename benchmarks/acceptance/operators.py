@@ -7,171 +7,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from fusion_edge.benchmarks.acceptance.alignment import alignment_case
 from fusion_edge.benchmarks.acceptance.comparison import ROUNDING
 from fusion_edge.benchmarks.acceptance.engine import OperatorCase
 from fusion_edge.benchmarks.acceptance.quantized_kv_cache_graph import dequantized, quantized, quantized_cache_attention
-from fusion_edge.export.lowering import nvfp4
 from fusion_edge.export.lowering.tensorrt import OPSET
 from fusion_edge.kernels.operators import DOMAIN
 from fusion_edge.kernels.tensorrt_plugins import Plugin, use_plugins
 from fusion_edge.kernels.triton.ahead_of_time import CONTEXT_ROWS
-from fusion_edge.quant import float4, float8
-from fusion_edge.quant.formats import NVFP4_BLOCK
 
-INPUTS, OUTPUTS = 3072, 8192
-"""Of a linear layer of the 3B model."""
 IR_VERSION = 10
 BASIC_OPSET = 21
-"""Has blocked DequantizeLinear and INT4. TensorRT 10.3 reads it."""
+"""TensorRT 10.3 reads it."""
 CAPACITY, HEADS = 1024, 32
-SIGMAS = 6
 
 Array = npt.NDArray[Any]
-
-
-def quantized_linear(form: str, rows: int, inputs: int, outputs: int) -> OperatorCase:
-    """Return ``x [rows,inputs]`` times a quantized weight.
-
-    ``form`` is ``int4-64`` or ``int4-128`` (blocks along the inputs), ``int8`` (one scale an output),
-    ``int8-one-scale`` (one for all, then one an output behind the GEMM), ``w8a8``, ``fp8`` or ``nvfp4`` (activations
-    quantized, too). There x consists of values that quantization keeps.
-    """
-    rng = np.random.default_rng(0)
-    if form == "nvfp4":
-        return _nvfp4(rng, rows, inputs, outputs)
-    if form.startswith("int4"):
-        x = rng.standard_normal((rows, inputs), np.float32).astype(np.float16)
-        nodes, constants, weight = _int4(rng, int(form.removeprefix("int4-")), inputs, outputs)
-        return _linear(x, nodes, constants, weight)
-    codes, scale = rng.integers(-8, 9, (rows, inputs)), 2.0**-4  # both types hold these integers
-    x = (codes * scale).astype(np.float16)
-    nodes, constants, weight = (_fp8 if form == "fp8" else _int8)(rng, inputs, outputs)
-    if form == "int8":
-        return _linear(x, nodes, constants, weight)
-    if form == "int8-one-scale":
-        return _one_scale(rng, x, outputs)
-    kind = TensorProto.FLOAT8E4M3FN if form == "fp8" else TensorProto.INT8
-    zero = helper.make_tensor("zero", kind, (), [0])
-    pair = ["x", "x_scale", "zero"], ["x_codes", "x_scale", "zero"]
-    around = [
-        helper.make_node("QuantizeLinear", pair[0], ["x_codes"]),
-        helper.make_node("DequantizeLinear", pair[1], ["a"]),
-    ]
-    scales = numpy_helper.from_array(np.array(scale, np.float16), "x_scale")
-    return _linear(x, [*around, *nodes], [*constants, zero, scales], weight, "a")
-
-
-def _int4(
-    rng: np.random.Generator, group: int, inputs: int, outputs: int
-) -> tuple[list[NodeProto], list[TensorProto], Array]:
-    codes = rng.integers(-8, 8, (inputs, outputs))
-    scales = rng.uniform(0.5, 1, (inputs // group, outputs)).astype(np.float16) * np.float16(2.0**-6)
-    constants = [
-        helper.make_tensor("codes", TensorProto.INT4, codes.shape, codes.ravel()),
-        numpy_helper.from_array(scales, "scales"),
-    ]
-    node = helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], axis=0, block_size=group)
-    return [node], constants, codes * np.repeat(scales.astype(np.float64), group, axis=0)
-
-
-def _int8(rng: np.random.Generator, inputs: int, outputs: int) -> tuple[list[NodeProto], list[TensorProto], Array]:
-    codes = rng.integers(-127, 128, (outputs, inputs)).astype(np.int8)
-    scales = (rng.uniform(0.5, 1, outputs) * 2.0**-10).astype(np.float16)
-    nodes = [
-        helper.make_node("DequantizeLinear", ["codes", "scales"], ["by_row"], axis=0),
-        helper.make_node("Transpose", ["by_row"], ["w"], perm=[1, 0]),
-    ]
-    constants = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
-    return nodes, constants, (codes * scales.astype(np.float64)[:, None]).T
-
-
-def _one_scale(rng: np.random.Generator, x: Array, outputs: int) -> OperatorCase:
-    codes, scale = rng.integers(-127, 128, (outputs, x.shape[1])).astype(np.int8), np.float16(2.0**-10)
-    channels = rng.uniform(0.5, 1, outputs).astype(np.float16)
-    nodes = [
-        helper.make_node("DequantizeLinear", ["codes", "scale"], ["by_row"]),
-        helper.make_node("Transpose", ["by_row"], ["w"], perm=[1, 0]),
-    ]
-    arrays = {"codes": codes, "scale": np.array(scale), "channels": channels}
-    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
-    weight = (codes * float(scale) * channels.astype(np.float64)[:, None]).T
-    return _linear(x, nodes, constants, weight, channels="channels")
-
-
-def _fp8(rng: np.random.Generator, inputs: int, outputs: int) -> tuple[list[NodeProto], list[TensorProto], Array]:
-    codes, scale = rng.integers(-8, 9, (inputs, outputs)), np.float16(2.0**-7)
-    constants = [
-        helper.make_tensor("codes", TensorProto.FLOAT8E4M3FN, codes.shape, codes.ravel().astype(np.float32)),
-        numpy_helper.from_array(np.array(scale), "scale"),
-    ]
-    return [helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"])], constants, codes * float(scale)
-
-
-def _nvfp4(rng: np.random.Generator, rows: int, inputs: int, outputs: int) -> OperatorCase:
-    """Return the functions of a bundle, which ``use_fp4`` replaces. Each block of x has the largest FP4 value."""
-
-    def factors(count: int, tensor_scale: float) -> Array:
-        """Return scales of blocks, 0.5 to 1.875: E4M3 times ``tensor_scale``."""
-        scales: Array = rng.choice(float8.VALUES[0x30:0x40], (count, inputs // NVFP4_BLOCK)) * np.float32(tensor_scale)
-        return scales
-
-    def scaled(codes: Array, scales: Array) -> Array:
-        return (float4.VALUES[codes].reshape(*scales.shape, -1) * scales[:, :, None]).reshape(len(codes), -1)
-
-    of_x, of_weight = 2.0**-4, 2.0**-10
-    codes = rng.integers(0, 16, (rows, inputs), np.uint8)
-    codes[:, ::NVFP4_BLOCK] = float4.encode(np.array(float4.LARGEST, np.float32))
-    x = scaled(codes, factors(rows, of_x)).astype(np.float16)
-    codes, scales = rng.integers(0, 16, (outputs, inputs), np.uint8), factors(outputs, of_weight)
-    packed, stored = codes[:, ::2] | codes[:, 1::2] << 4, float8.encode((scales / of_weight).astype(np.float32))
-    constants = [
-        helper.make_tensor("codes", TensorProto.UINT4, codes.shape, packed.tobytes(), raw=True),
-        helper.make_tensor("scales", TensorProto.FLOAT8E4M3FN, stored.shape, stored.tobytes(), raw=True),
-        numpy_helper.from_array(np.array(of_x, np.float32), "x_scale"),
-        numpy_helper.from_array(np.array(of_weight, np.float32), "scale"),
-    ]
-    nodes = [
-        helper.make_node(nvfp4.QUANTIZE, ["x", "x_scale"], ["a"], "quantize", domain=DOMAIN),
-        helper.make_node(nvfp4.DEQUANTIZE, ["codes", "scales", "scale"], ["by_row"], "dequantize", domain=DOMAIN),
-        helper.make_node("Transpose", ["by_row"], ["w"], perm=[1, 0]),
-    ]
-    case = _linear(x, nodes, constants, scaled(codes, scales).T.astype(np.float64), "a")
-    case.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    functions = nvfp4.quantize_function(BASIC_OPSET), nvfp4.dequantize_function(BASIC_OPSET)
-    case.model.functions.extend(functions)
-    return case
-
-
-def _linear(
-    x: Array,
-    nodes: Sequence[NodeProto],
-    constants: Sequence[TensorProto],
-    weight: Array,
-    activations: str = "x",
-    channels: str | None = None,
-) -> OperatorCase:
-    """Return the case of ``x @ weight``, whose outputs are multiplied by the constant ``channels``.
-
-    The tolerance covers weights rounded to float16 and, at worst, sums in float16: each rounds by 2^-11 of a partial
-    sum, and tensor cores round once for 16 terms. Errors of random signs add up as a random walk.
-    """
-    outputs = weight.shape[1]
-    gemm = [helper.make_node("MatMul", [activations, "w"], ["y" if channels is None else "product"])]
-    if channels is not None:
-        gemm.append(helper.make_node("Mul", ["product", channels], ["y"]))
-    model = _model(
-        [*nodes, *gemm],
-        {"x": x},
-        {"y": (len(x), outputs)},
-        constants,
-        BASIC_OPSET,
-    )
-    wide = x.astype(np.float64)
-    walk = np.sqrt((wide**2) @ (weight**2)).max() * ROUNDING * np.sqrt(1 + len(weight) / 16)
-    return OperatorCase(model, {"x": x}, {"y": wide @ weight}, SIGMAS * float(walk))
 
 
 def gemm(size: int) -> OperatorCase:

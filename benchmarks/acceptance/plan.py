@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from fusion_edge.benchmarks.acceptance.operator_steps import BITS
+from fusion_edge.benchmarks.acceptance.demo import INT8_CACHE, W8A8
+from fusion_edge.benchmarks.acceptance.quantized_linears import FORMS
 from fusion_edge.benchmarks.acceptance.steps import Step
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.kernels.triton.ahead_of_time import KERNELS
@@ -38,7 +39,7 @@ def _operators() -> Iterator[Step]:
     def step(name: str, function: str, **arguments: Any) -> Step:
         return Step(name, "operators", f"{PACKAGE}.operator_steps:{function}", arguments)
 
-    yield from (step(form, "linear", form=form) for form in BITS)
+    yield from (step(form, "linear", form=form) for form in FORMS)
     yield from (step(f"attention-{dim}", "attention", dim=dim) for dim in HEAD_SIZES)
     yield from (step(f"int8-cache-{dim}", "int8_cache", dim=dim) for dim in CACHE_HEAD_SIZES)
     yield step("tensor-scatter", "scatter", is_native=True)
@@ -61,6 +62,12 @@ def _demo() -> Iterator[Step]:
         yield step(f"demo-{kind}", "run", built, graphs=True)
         yield step(f"demo-{kind}-no-graph", "run", built, graphs=False)
         yield step(f"demo-{kind}-cancel", "cancel", built)
+    for variant in (INT8_CACHE, W8A8):
+        exported, built = f"{variant}-export", f"{variant}-build"
+        yield step(exported, "export_variant", "demo-export", variant=variant)
+        yield step(f"{variant}-cpu", "answer_on_cpu", exported, variant=variant)
+        yield step(built, "build", exported, plugins=False, variant=variant)
+        yield step(variant, "run", built, graphs=True, variant=variant)
 
 
 def _full_size() -> Iterator[Step]:
@@ -70,3 +77,4 @@ def _full_size() -> Iterator[Step]:
     yield step("full-size-export", "export")
     yield step("full-size-build", "build", "full-size-export")
     yield step("full-size-run", "run", "full-size-build")
+    yield step("full-size-windows", "windows", "full-size-build")

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
+from fusion_edge.benchmarks.acceptance.one_layer import one_layer_config
 from fusion_edge.export.lowering.base import Settings
 from fusion_edge.export.lowering.graph_builder import GraphBuilder
 from fusion_edge.export.lowering.tensorrt import OPSET, TensorRTOperations
-from fusion_edge.runtime.bundle.config import AlignmentConfig, FusionConfig, LanguageConfig, VisionConfig
 from fusion_edge.runtime.bundle.graphs import LLM, GraphSpec, TensorSpec, cache_specs
 
 
@@ -20,7 +20,7 @@ def quantized_cache_attention(heads: int, kv_heads: int, dim: int) -> ModelProto
 
     Its other inputs and outputs are those of the LLM of a bundle with ``--target tensorrt --kv-cache int8``.
     """
-    config = _config(heads, kv_heads, dim)
+    config = one_layer_config(heads, kv_heads, dim)
     cache = cache_specs(config, "tensorrt", "int8")
     inputs = [
         *(_rows(name, count, dim) for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))),
@@ -53,22 +53,3 @@ def dequantized(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) ->
 
 def _rows(name: str, heads: int, dim: int) -> TensorSpec:
     return TensorSpec(name, "float16", (1, heads, "positions", dim))
-
-
-def _config(heads: int, kv_heads: int, dim: int) -> FusionConfig:
-    """Return a model of one layer. Only its heads matter."""
-    language = LanguageConfig(
-        hidden_size=heads * dim,
-        layers=1,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        mlp_width=1,
-        vocab_size=1,
-        norm_eps=1e-5,
-        rotary_inverse_frequencies=(1.0,) * (dim // 2),
-        rotary_scale=1.0,
-    )
-    vision = VisionConfig(width=16, layers=1, mlp_width=1, patch_size=14)
-    alignment = AlignmentConfig(layers=1, start=0, stride=1, window_size=3, query_lengths=(4,))
-    return FusionConfig("phi_3", vision, language, alignment, max_length=1, bos_token_id=0, eos_token_ids=(0,))

@@ -83,6 +83,20 @@ def measure(
     )
 
 
+def decode_step_behind(backend: Backend, manifest: Manifest, length: int, steps: int) -> float:
+    """Return the median seconds of ``steps`` decode steps behind a random prompt of ``length`` tokens."""
+    config, rng = manifest.model, np.random.default_rng(0)
+    latents, width = manifest.query_lengths[0], config.language.hidden_size
+    features = rng.normal(0, 0.5, (GLOBAL_CROPS, config.vision.patches, width)).astype(np.float32)
+    tables = alignment_cells(2 * config.vision.grid, latents, config.alignment.window_size)
+    image = backend.align(features, *tables)
+    rows = rng.normal(0, 0.5, (length, width)).astype(np.float32)
+    places = np.arange(length - latents - QUESTION_TOKENS, length - QUESTION_TOKENS)[None]
+    backend.prefill(rows, image, places, np.array([length - 1]), length + 1 + steps)
+    backend.decode(rows[0])
+    return statistics.median(timed(lambda: backend.decode(rows[0])) for _ in range(steps))
+
+
 def prompt_tokens(manifest: Manifest) -> int:
     """Return the tokens of a prompt with a short question: image tokens, latents and text."""
     return manifest.image_side**2 + manifest.query_lengths[0] + 2 * QUESTION_TOKENS

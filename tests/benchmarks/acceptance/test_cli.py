@@ -195,7 +195,16 @@ def test_the_plan() -> None:
         built = f"demo-{kind}-build"
         assert needs[built] == ("demo-export",)
         assert [needs[f"demo-{kind}{run}"] for run in ("", "-no-graph", "-cancel")] == [(built,)] * 3
-    assert [needs[f"full-size-{name}"] for name in ("build", "run")] == [("full-size-export",), ("full-size-build",)]
+    for variant in ("demo-int8-cache", "demo-w8a8"):
+        exported, built = f"{variant}-export", f"{variant}-build"
+        assert [needs[one] for one in (exported, f"{variant}-cpu", built, variant)] == [
+            ("demo-export",),
+            (exported,),
+            (exported,),
+            (built,),
+        ]
+    assert needs["full-size-build"] == ("full-size-export",)
+    assert [needs[f"full-size-{name}"] for name in ("run", "windows")] == [("full-size-build",)] * 2
     assert [step.name for step in plan.steps(["environment"])] == ["environment"]
     assert [part for part in plan.PARTS if not plan.steps([part])] == []
     for number, step in enumerate(every):

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from fakes.fake_cuda import FakeCuda
-from fakes.fake_tensorrt import FULL, FakeTensorRT
+from fakes.fake_tensorrt import FULL, Builder, FakeTensorRT, INetworkDefinition
 from fakes.on_fake_tensorrt import installed
+from onnx import TensorProto
 from support.demo_model import ANSWER, PICTURE, QUESTION
 from support.opset24 import needs_opset_24
 
@@ -23,12 +24,14 @@ from fusion_edge.benchmarks.acceptance.engine import BuiltEngine, EngineRun
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep, Workspace
 from fusion_edge.export.engines import engine_check
 from fusion_edge.export.engines.stage_outputs import StageOutputs
+from fusion_edge.export.planning.traffic import decode_windows
 from fusion_edge.runtime.backends import devices
 from fusion_edge.runtime.backends.onnxruntime import library
 from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
-from fusion_edge.runtime.system.jetson import Jetson
+from fusion_edge.runtime.system.jetson import ContiguousMemory, Jetson
 
+ORIN_NANO = Jetson("NVIDIA Jetson Orin Nano", 7_600_000_000)
 pytestmark = needs_opset_24  # the fake of TensorRT computes with it
 
 
@@ -71,7 +74,7 @@ def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None
         launches[graphs] = trt.cuda.calls.count("cudaGraphLaunch")
     assert launches[True] > demo.STEPS
     assert launches[False] == 0
-    kept = exported.scratch / demo.CPU_OUTPUTS
+    kept = demo.cpu_outputs_of(exported)
     outputs = StageOutputs.load(kept)
     dataclasses.replace(outputs, steps=outputs.steps[::-1]).save(kept)
     with pytest.raises(FusionError, match=" are wrong in decode step: they differ from the CPU by more than rounding "):
@@ -82,6 +85,61 @@ def test_the_demo_model_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None
     figures = demo.cancel(exported).figures
     assert figures.keys() == {"prefill", "decode step"}
     assert all(0 < seconds < 5 for seconds in figures.values())
+
+
+def test_an_int8_kv_cache_on_fakes(exported: Workspace, trt: FakeTensorRT) -> None:
+    assert demo.export_variant(exported, demo.INT8_CACHE).summary.endswith("KV cache in int8")
+    manifest = open_bundle(demo.bundle_of(exported, demo.INT8_CACHE)).manifest
+    assert (manifest.cache, manifest.has_per_token_scales) == ("int8", True)
+    assert demo.answer_on_cpu(exported, demo.INT8_CACHE).figures == {"answer": ANSWER}
+    demo.build(exported, plugins=False, variant=demo.INT8_CACHE)
+    outcome = demo.run(exported, graphs=True, variant=demo.INT8_CACHE)
+    assert outcome.figures["answer"] == ANSWER
+    assert outcome.figures["differences"][-1]["stage"] == "prefill in a scene"
+    demo.cpu_outputs_of(exported, demo.INT8_CACHE).unlink()
+    with pytest.raises(FusionError, match="outputs of the CPU to compare with: step demo-int8-cache-cpu failed"):
+        demo.run(exported, graphs=True, variant=demo.INT8_CACHE)
+
+
+def test_a_vision_encoder_in_8_bits_on_fakes(
+    exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is built as exported, and in float16 by a TensorRT that does not build INT8."""
+    exporting = demo.export_variant(exported, demo.W8A8)
+    weights = open_bundle(demo.bundle_of(exported, demo.W8A8)).manifest.weights
+    quantized = [name for name, fmt in weights.items() if fmt == "w8a8"]
+    assert len(quantized) == sum(name.startswith("vision.") for name in weights) - 2
+    assert exporting.summary == f"{len(quantized)} linears of the vision encoder in w8a8"
+    assert all(exporting.figures["ranges"][name] > 0.1 for name in quantized)
+    assert demo.answer_on_cpu(exported, demo.W8A8).figures == {"answer": ANSWER}
+    built = demo.build(exported, plugins=False, variant=demo.W8A8)
+    assert built.summary.endswith("; the vision encoder in INT8")
+    assert demo.run(exported, graphs=True, variant=demo.W8A8).figures["answer"] == ANSWER
+    whole = Builder.build_serialized_network
+
+    def without_int8(self: Builder, network: INetworkDefinition, config: Any) -> Any:
+        weights = [tensor for tensor in network.model.graph.initializer if tensor.dims]
+        has_int8 = any(tensor.data_type == TensorProto.INT8 for tensor in weights)
+        trt.build_error = "no INT8" if has_int8 else None
+        return whole(self, network, config)
+
+    monkeypatch.setattr(Builder, "build_serialized_network", without_int8)
+    built = demo.build(exported, plugins=False, variant=demo.W8A8)
+    assert built.summary.endswith("; vision_encoder.engine in float16, for INT8 failed: no INT8")
+    assert built.figures["float16_in_place_of_int8"] == {"vision_encoder.engine": "no INT8"}
+    assert demo.run(exported, graphs=True, variant=demo.W8A8).figures["answer"] == ANSWER
+
+
+def test_activations_that_are_not_known(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "opset_24_unsupported_reason", lambda: "ONNX Runtime is not installed.")
+    with pytest.raises(SkippedStep, match=r"^The ranges of the activations are not known: ONNX Runtime is not inst"):
+        demo.export_variant(exported, demo.W8A8)
+
+
+@pytest.mark.parametrize("variant", [demo.INT8_CACHE, demo.W8A8])
+def test_a_given_bundle_has_no_variants(variant: str, workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(SkippedStep, match=r"^--bundle replaces the demo model; leave it out to check the variants"):
+        demo.export_variant(dataclasses.replace(workspace, bundle=tmp_path), variant)
 
 
 def test_a_wrong_answer_of_the_engines(exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +255,30 @@ def test_engines_have_the_limits_of_the_device(
     exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As fusion-build has on an Orin Nano with 8 GB."""
-    monkeypatch.setattr(bundles, "this_jetson", lambda: Jetson("NVIDIA Jetson Orin Nano", 7_600_000_000))
+    monkeypatch.setattr(bundles, "this_jetson", lambda: ORIN_NANO)
+    monkeypatch.setattr(bundles, "contiguous_memory", lambda: ContiguousMemory(1 << 22, 1, 400_000_000, 950_000_000))
     demo.build(exported, plugins=False)
     assert {tuple(config.pools.values()) for config in trt.built} == {(512_000_000,)}
+
+
+def test_a_device_without_a_block_for_the_weights(
+    exported: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is skipped with the remedy, as an Orin Nano with its default CMA skips the full size."""
+    (exported.scratch / "demo").rename(exported.scratch / "full-size")
+    monkeypatch.setattr(bundles, "contiguous_memory", lambda: ContiguousMemory(4096, 1, 20_000, 256_000_000))
+    assert full_size.build(exported).figures["engines"] > 0  # on a machine that is no small Jetson
+    trt.built.clear()
+    monkeypatch.setattr(bundles, "this_jetson", lambda: ORIN_NANO)
+    with pytest.raises(SkippedStep) as skipped:
+        full_size.build(exported)
+    assert trt.built == []
+    reason = str(skipped.value)
+    assert re.match(r"The weights of an engine need .* in one block, and at most .* are free \(1 free blocks ", reason)
+    assert reason.endswith(
+        "Add cma=950M to APPEND in /boot/extlinux/extlinux.conf, reboot, and run this part before anything else: "
+        "add --only full-size --output fusion-acceptance-full-size to the command."
+    )
 
 
 def test_the_full_size_on_fakes(workspace: Workspace, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +290,7 @@ def test_the_full_size_on_fakes(workspace: Workspace, trt: FakeTensorRT, monkeyp
     monkeypatch.setattr(full_size_checkpoint, "LAYOUTS", {"3b": sizes})
     monkeypatch.setattr(full_size, "LAYERS", 2)
     monkeypatch.setattr(full_size, "QUERY_LENGTH", 16)
+    monkeypatch.setattr(full_size, "CONTEXT", 2048)
     full_size.export(workspace)
     assert [path.name for path in workspace.scratch.iterdir()] == ["full-size"]
     built = full_size.build(workspace).figures
@@ -223,3 +303,24 @@ def test_the_full_size_on_fakes(workspace: Workspace, trt: FakeTensorRT, monkeyp
     assert figures["prompt_tokens"] == 64 + 16 + 48
     assert all(seconds > 0 for seconds in figures["seconds"].values())
     assert all(share > 0 for share in figures["roofline_shares"].values())
+    outcome = full_size.windows(workspace)
+    windows = outcome.figures["windows"]
+    assert {size: one["tokens"] for size, one in windows.items()} == {512: 479, 2048: 2015}
+    short, whole = windows.values()
+    token = 2 * 2 * 128 * 2  # keys and values of two layers, float16
+    assert whole["bytes"] - short["bytes"] == (2048 - 3 * 512) * token
+    assert all(one["seconds"] > 0 for one in windows.values())
+    assert re.match(
+        r"512 tokens [\d.]+ ms for .*, 2048 tokens [\d.]+ ms for .* of a copy's bandwidth$", outcome.summary
+    )
+
+
+def test_the_full_size_has_several_windows() -> None:
+    assert decode_windows(full_size.CONTEXT) == [512, 1024, 4096]
+
+
+def test_engines_with_one_window_fail(exported: Workspace, trt: FakeTensorRT) -> None:
+    (exported.scratch / "demo").rename(exported.scratch / "full-size")
+    full_size.build(exported)
+    with pytest.raises(FusionError, match=r"^The engines have one decode window \(512 tokens\); expected several\.$"):
+        full_size.windows(exported)

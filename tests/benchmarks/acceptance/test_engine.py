@@ -163,7 +163,7 @@ def test_plugins_have_aliases_and_profiles() -> None:
 def test_what_a_machine_lacks_is_skipped(workspace: Workspace) -> None:
     with installed(FakeTensorRT("tensorrt", "10.3.0", FakeCuda("8.7"))):
         with pytest.raises(SkippedStep, match=r"^Compute capability 8\.7 has no FP8; 8\.9 and later have\.$"):
-            operator_steps.linear(workspace, "fp8")
+            operator_steps.linear(workspace, "fp8-one-scale")
         with pytest.raises(SkippedStep, match=r"^Compute capability 8\.7 has no NVFP4; 10\.0 and later have\.$"):
             operator_steps.linear(workspace, "nvfp4")
         with pytest.raises(SkippedStep, match=r"^TensorRT 10\.3\.0 has no TensorScatter; step scatter-alias counts"):

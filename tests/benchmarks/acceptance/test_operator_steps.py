@@ -11,7 +11,7 @@ import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import FULL, FakeTensorRT
 
-from fusion_edge.benchmarks.acceptance import operator_steps, operators
+from fusion_edge.benchmarks.acceptance import operator_steps, operators, quantized_linears
 from fusion_edge.benchmarks.acceptance.engine import BuiltEngine, EngineRun, Layers, OperatorCase, Target
 from fusion_edge.benchmarks.acceptance.steps import Workspace
 from fusion_edge.kernels import tensorrt_plugins
@@ -39,7 +39,7 @@ class Runs:
 
     def run(self, target: Target, plan: bytes, case: OperatorCase, label: str, workspace: Workspace) -> EngineRun:
         self.labels.append(label)
-        rows = len(next(iter(case.inputs.values())))
+        rows = case.inputs["x"].shape[1] if "x" in case.inputs else 1
         return EngineRun(0.001, SECONDS.get(rows, 2e-3), self.layers)
 
 
@@ -56,7 +56,7 @@ def on_gpu(
     cuda = FakeCuda(capability)
     target = Target(Library(FakeTensorRT("tensorrt", version, cuda)), capability, Cuda(cuda))
     for name, value in {"INPUTS": 64, "OUTPUTS": 128}.items():
-        monkeypatch.setattr(operators, name, value)
+        monkeypatch.setattr(quantized_linears, name, value)
     replaced: dict[str, Any] = {
         "find_target": lambda: target,
         "build": runs.build,
@@ -68,17 +68,26 @@ def on_gpu(
     return runs
 
 
-@pytest.mark.parametrize("form", ["int4-64", "w8a8", "fp8"])
+@pytest.mark.parametrize("form", ["int4-64", "w8a8", "fp8", "fp8-one-scale"])
 def test_rates_of_a_linear_layer(form: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = on_gpu(monkeypatch, [1, 128])
     weights, many = 64 * 128, operator_steps.PROMPT
-    bits = operator_steps.BITS[form]
+    bits = quantized_linears.FORMS[form].format.bits
     runs.plan_bytes = weights * bits // 8
     outcome = operator_steps.linear(workspace, form)
     assert outcome.figures["weight_bytes_a_second"] == pytest.approx(weights * bits / 8 / 1e-3)
     assert outcome.figures["flops"] == pytest.approx(2 * weights * many / 4e-3)
     assert outcome.summary.startswith("fused; one row 0% of a copy's bandwidth; 256 rows ")
     assert runs.labels == [f"{form} 1 rows", f"{form} {many} rows"]
+
+
+@pytest.mark.parametrize(("version", "opset"), [("10.3.0", 21), ("10.16.0", 24)])
+def test_linears_have_the_opset_of_the_version(
+    version: str, opset: int, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = on_gpu(monkeypatch, [1, 128], version=version)
+    operator_steps.linear(workspace, "int4-64")
+    assert {one.version for case in runs.cases for one in case.model.opset_import if not one.domain} == {opset}
 
 
 def test_dequantized_weights_are_seen(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

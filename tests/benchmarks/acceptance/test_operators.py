@@ -8,60 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 import pytest
+from support.operator_cases import error, outputs
 from support.opset24 import needs_opset_24
 
 from fusion_edge.benchmarks.acceptance import operators
 from fusion_edge.benchmarks.acceptance.comparison import ROUNDING, SUMS, largest_error
-from fusion_edge.benchmarks.acceptance.engine import OperatorCase
 from fusion_edge.export.engines.decompositions import SINCE, decompose_operators
 from fusion_edge.kernels.tensorrt_plugins import PLUGINS
 from fusion_edge.runtime.errors import FusionError
 
-FORMS = ("int4-64", "int4-128", "int8", "int8-one-scale", "w8a8", "fp8", "nvfp4")
-
-
-def outputs(case: OperatorCase, model: onnx.ModelProto | None = None) -> npt.NDArray[Any]:
-    """Return the only output, computed as the graph says: ONNX Runtime's fusions would quantize activations."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    content = (case.model if model is None else model).SerializeToString()
-    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    (array,) = session.run(None, dict(case.inputs))
-    return np.asarray(array)
-
-
-def error(case: OperatorCase, actual: npt.NDArray[Any]) -> float:
-    ((name, expected),) = case.expected.items()
-    return largest_error(name, actual, expected, case.tolerance)
-
 
 def shifted(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
     return np.roll(array, rows, axis=-2)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("form", FORMS)
-def test_quantized_linears(form: str, rows: int) -> None:
-    case = operators.quantized_linear(form, rows, 256, 384)
-    computed = outputs(case)
-    assert error(case, computed) <= case.tolerance
-    assert case.tolerance < 0.1 * computed.astype(np.float64).std()  # a wrong scale or row is found
-    for wrong in (computed * np.float16(1.2), np.roll(computed, 1, axis=-1)):
-        with pytest.raises(FusionError, match=r"^y: \d+ of \d+ elements are wrong"):
-            error(case, wrong)
-
-
-@pytest.mark.parametrize(("form", "node", "block"), [("int4-64", "codes", 64), ("int4-128", "codes", 128)])
-def test_int4_has_blocks_along_the_inputs(form: str, node: str, block: int) -> None:
-    """As the exporter writes them."""
-    model = operators.quantized_linear(form, 1, 256, 384).model
-    (dequantize,) = (one for one in model.graph.node if one.op_type == "DequantizeLinear")
-    attributes = {one.name: onnx.helper.get_attribute_value(one) for one in dequantize.attribute}
-    assert attributes == {"axis": 0, "block_size": block}
-    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    assert shapes == {node: [256, 384], "scales": [256 // block, 384]}
 
 
 @needs_opset_24

@@ -13,18 +13,12 @@ from types import ModuleType
 import numpy as np
 import onnx
 import pytest
-from support.checkpoints import TINY
 
 from fusion_edge.benchmarks.acceptance.engine import BuildLog
-from fusion_edge.export.checkpoint.tensor_mapping import Parameter
+from fusion_edge.benchmarks.acceptance.quantized_linears import linear_graph
 from fusion_edge.export.engines.nvfp4 import use_fp4
-from fusion_edge.export.lowering.base import Settings
-from fusion_edge.export.lowering.graph_builder import GraphBuilder
-from fusion_edge.export.lowering.linear import Linear
-from fusion_edge.export.lowering.tensorrt import OPSET, TensorRTOperations
 from fusion_edge.quant.formats import NVFP4_BLOCK, WeightFormat
 from fusion_edge.runtime.backends.tensorrt.library import find_library
-from fusion_edge.runtime.bundle.graphs import GraphSpec, TensorSpec
 
 OUTPUTS, INPUTS = 4096, 3072
 DATA = "g.data"
@@ -38,16 +32,7 @@ def trt() -> ModuleType:
 
 def linear(name: str, fmt: str, folder: Path) -> onnx.ModelProto:
     """Return a graph of one linear as bundles for TensorRT have it, with its weights in ``folder``."""
-    sizes = (
-        TensorSpec("x", "float16", (1, "positions", INPUTS)),
-        TensorSpec("y", "float16", (1, "positions", OUTPUTS)),
-    )
-    builder = GraphBuilder(GraphSpec("g", sizes[:1], sizes[1:]), OPSET)
-    weight = Parameter(f"{name}.weight", "linear", (OUTPUTS, INPUTS), ())
-    linears = {name: Linear(weight, WeightFormat.parse(fmt))}
-    settings = Settings("tensorrt", "float16", 0, "float16", TINY.max_length)
-    operations = TensorRTOperations(TINY, builder, {weight.name: weight}, linears, settings)
-    operations.output(operations.linear(operations.input("x"), name), "y")
+    builder = linear_graph(name, WeightFormat.parse(fmt), INPUTS, OUTPUTS)
     content = np.random.default_rng(0).integers(0, 100, builder.data_bytes, dtype=np.uint8)
     (folder / DATA).write_bytes(content.tobytes())
     return builder.model(DATA, "0")
