@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fakes.fake_cuda import FakeCuda
 from fakes.fake_tensorrt import JETPACK_6, FakeTensorRT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compared_engines import STAGES, build, changed, engines_of, fake, folders, half
 from support.opset24 import needs_opset_24
@@ -105,7 +105,7 @@ def test_equal_engines(
     assert cli_info.main([str(bundle)]) == 0
     assert f"with {check['reference']}: {STAGES[0]} " in capsys.readouterr().out
     assert build(trt, bundle, "--skip-memory-check") == 0
-    assert capsys.readouterr().out.startswith(f"compared with {check['reference']}  ")
+    assert f"\ncompared with {check['reference']}  " in capsys.readouterr().out
 
 
 def test_the_outputs_are_those_of_this_cpu(bundle: Path, reference: Path) -> None:
@@ -252,6 +252,7 @@ def test_no_file(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert refusal(bundle, path, capsys).startswith(f"error: Cannot access {path}: {reason};")
 
 
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_damaged_files(
     tiny_tensorrt_bundle: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
