@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,16 @@ def test_without_the_gpu_nothing_is_compared(bundle: Path, reference: Path, caps
         assert build(fake(), bundle, "--device=8.9", f"--reference={reference}") == 0
         reason = "This machine's GPU has compute capability 8.6, and the engines are for another."
         assert f"not compared with the CPU: {reason}\n" in capsys.readouterr().out
+
+
+def test_reading_does_not_import_onnxruntime(tiny_tensorrt_bundle: Path, reference: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from fusion_edge.runtime.bundle.reader import open_bundle; "
+        "from fusion_edge.export.engines.cpu_reference import read_reference; "
+        "read_reference(open_bundle(Path(sys.argv[1])), Path(sys.argv[2])); "
+        "sys.exit('onnxruntime' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tiny_tensorrt_bundle), str(reference)], check=True)
 
 
 # Files that do not fit --------------------------------------------------------------------------------------------

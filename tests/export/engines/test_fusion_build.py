@@ -79,6 +79,11 @@ ENGINE_TYPES = {"gemm", "runtime_fusion", "kgen", "copy", "cast", "reshape", "sh
 """Layer types of the engines: matrix products, generated kernels, and what moves data or waits. None is a plugin."""
 
 
+def in_one_process(*case: str) -> Any:
+    """Return the parameters of tests that share their engines: one process of pytest-xdist builds them."""
+    return pytest.param(*case, marks=pytest.mark.xdist_group("engines of " + " ".join(case)))
+
+
 @pytest.fixture(scope="module")
 def trt() -> ModuleType:
     module: ModuleType = pytest.importorskip("tensorrt_rtx")
@@ -135,9 +140,12 @@ def built(trt: ModuleType, listed: Listed, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize(
     ("checkpoint", "precision", "capability"),
     [
-        *itertools.product(["demo"], PRECISIONS, ["8.6", "8.9", "12.0"]),
-        ("phi", "int4", "8.9"),
-        ("llama", "fp16", "12.0"),
+        in_one_process(*case)
+        for case in (
+            *itertools.product(["demo"], PRECISIONS, ["8.6", "8.9", "12.0"]),
+            ("phi", "int4", "8.9"),
+            ("llama", "fp16", "12.0"),
+        )
     ],
 )
 def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: str, capability: str) -> None:
@@ -149,15 +157,16 @@ def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: 
     check_engines(trt, bundle, engines.engines, engines_folder(bundle, engines.machine))
 
 
-@pytest.mark.parametrize("case", LAYERS, ids="-".join)
-def test_layer_types(built: Built, listed: Listed, trt: ModuleType, case: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize(("checkpoint", "precision", "capability"), [in_one_process(*case) for case in LAYERS])
+def test_layer_types(
+    built: Built, listed: Listed, trt: ModuleType, checkpoint: str, precision: str, capability: str
+) -> None:
     """Of the networks as exported, and of the engines as the builder lists them.
 
     Every profile of the LLM has its own kernels: a GEMM's for prompts, a GEMV's for decode steps.
     """
-    checkpoint, precision, capability = case
     folder, engines = built(CHECKPOINTS[checkpoint], precision, capability, "--parts=1")
-    for name, (layers, fused) in LAYERS[case].items():
+    for name, (layers, fused) in LAYERS[checkpoint, precision, capability].items():
         network = parsed(trt, open_bundle(folder), name)
         types = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
         assert tuple(types[one] for one in TYPES) == layers, name
