@@ -63,6 +63,8 @@ class BuildOptions:
     """Whether a small Jetson must have a free block for the weights of every engine."""
     compares: bool = True
     """Whether the engines are compared with the CPU, if this machine can."""
+    reference: Path | None = None
+    """File with the CPU's outputs. None: this machine's CPU computes them."""
     verbose: bool = False
     """Whether TensorRT prints all its messages."""
 

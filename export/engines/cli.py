@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
+from fusion_edge.export.engines.cpu_reference import read_reference, write_reference
 from fusion_edge.export.engines.engine_check import check_text
 from fusion_edge.export.engines.engine_folder import compare_existing, up_to_date_engines, write_engines
 from fusion_edge.export.engines.jetsons import LIMITS, check_device, jetson_limits
@@ -22,7 +23,7 @@ from fusion_edge.runtime.backends.tensorrt.library import LIBRARIES, Library, fi
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder
 from fusion_edge.runtime.bundle.manifest import Manifest
-from fusion_edge.runtime.bundle.reader import open_bundle, verify
+from fusion_edge.runtime.bundle.reader import Bundle, open_bundle, verify
 from fusion_edge.runtime.cli.bundle_argument import add_bundle, given_bundle
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import byte_count, positive_integer
@@ -33,6 +34,19 @@ from fusion_edge.runtime.system.jetson import this_jetson
 from fusion_edge.runtime.system.progress import Progress
 
 CURRENT_DEVICE = "current"
+_OF_BUILDS = {
+    "--library": "library",
+    "--device": "device",
+    "--max-context": "max_context",
+    "--workspace": "workspace",
+    "--parts": "parts",
+    "--max-block": "max_block",
+    "--for": "jetson",
+    "--skip-memory-check": "skip_memory_check",
+    "--kernels": "kernels",
+    "--verbose": "verbose",
+}
+"""Names of the values of options that change how engines are built."""
 OLDEST_DEVICE = (7, 5)
 """Oldest compute capability that TensorRT 10 and TensorRT-RTX build for."""
 
@@ -94,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         "(default: this machine)",
     )
     add("--skip-memory-check", action="store_true", help="build on a Jetson even if its contiguous memory is too small")
-    add("--skip-comparison", action="store_true", help="do not compare the engines with the CPU")
+    _add_comparison(parser)
     add(
         "--kernels",
         type=Path,
@@ -102,10 +116,29 @@ def parser() -> argparse.ArgumentParser:
         help="compiled kernels of the recursive alignment, for TensorRT 10.9 or later, made with "
         "python -m fusion_edge.kernels.triton.ahead_of_time (default: compile them with Triton)",
     )
-    add("--force", action="store_true", help="build even if the engines are up to date")
+    add("--force", action="store_true", help="build even if the engines are up to date, or replace a reference")
     add("--verbose", action="store_true", help="print all messages of TensorRT to standard error")
     add("--json", action="store_true", help="print the engines' manifest as one JSON object")
     return parser
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the comparison with the CPU."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    add(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="compare the engines with the outputs in FILE, for a device that cannot run the bundle on its CPU "
+        "(default: run it on this CPU)",
+    )
+    add(
+        "--write-reference",
+        type=Path,
+        metavar="FILE",
+        help="run the bundle on this CPU, write FILE for --reference, and build nothing; needs no GPU and no TensorRT",
+    )
+    add("--skip-comparison", action="store_true", help="do not compare the engines with the CPU")
 
 
 def _compute_capability(text: str) -> str:
@@ -121,6 +154,10 @@ def _build(arguments: argparse.Namespace) -> int:
             f"{bundle.folder} was exported for {bundle.manifest.target}; expected tensorrt. Run "
             f"fusion-export {bundle.manifest.source} -o FOLDER --target tensorrt and build from that folder."
         )
+    if arguments.write_reference is not None:
+        return _write_reference(bundle, arguments)
+    if arguments.reference is not None:
+        read_reference(bundle, arguments.reference)  # an error before the build, not after it
     max_context = _max_context(bundle.manifest, arguments.max_context)
     library = first_library() if arguments.library is None else find_library(arguments.library)
     platform = _platform(library, arguments.device)
@@ -138,12 +175,27 @@ def _build(arguments: argparse.Namespace) -> int:
             verify(bundle, progress.advance)
         result, state = write_engines(bundle, library, platform, max_context, options, unsupported_reason), "built"
     else:
-        result, state = compare_existing(bundle, library, current, options.compares), "up to date"
+        result = compare_existing(bundle, library, current, options.compares, options.reference)
+        state = "up to date"
     folder = engines_folder(bundle, platform)
     if arguments.json:
         sys.stdout.write(json.dumps({"folder": str(folder), "state": state} | dataclasses.asdict(result)) + "\n")
     else:
         sys.stdout.write(_report(folder, result, state, time.monotonic() - started))
+    return 0
+
+
+def _write_reference(bundle: Bundle, arguments: argparse.Namespace) -> int:
+    for option, name in _OF_BUILDS.items():
+        if getattr(arguments, name) != parser().get_default(name):
+            raise UsageError(f"{option} is about building, and --write-reference builds nothing; leave it out.")
+    path: Path = arguments.write_reference
+    reference = write_reference(bundle, path, arguments.force)
+    size = path.stat().st_size
+    if arguments.json:
+        sys.stdout.write(json.dumps({"reference": str(path), "bytes": size, "made_by": reference.made_by}) + "\n")
+    else:
+        sys.stdout.write(f"{path}: outputs of {reference.made_by}, {format_bytes(size)}\n")
     return 0
 
 
@@ -160,6 +212,7 @@ def _options(arguments: argparse.Namespace, platform: EnginePlatform) -> BuildOp
         kernels=arguments.kernels,
         checks_memory=not arguments.skip_memory_check,
         compares=not arguments.skip_comparison,
+        reference=arguments.reference,
         verbose=arguments.verbose,
     )
 

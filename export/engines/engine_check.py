@@ -6,12 +6,13 @@ Both compute in float16 from the same weights, so only rounding may differ. docs
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from fusion_edge.export.engines.stage_outputs import ReadableBackend, StageOutputs, StageRunner
+from fusion_edge.export.engines.stage_outputs import RUN_STEPS, ReadableBackend, Reference, StageOutputs, StageRunner
 from fusion_edge.runtime.backends.base import Floats
 from fusion_edge.runtime.backends.cuda import open_cuda
 from fusion_edge.runtime.backends.onnxruntime.library import opset_24_unsupported_reason
@@ -49,6 +50,8 @@ GROWTH = 4
 """Most growth of an error in later layers, and from mean to largest."""
 CPU_MEMORY = 3
 """Bytes that the CPU needs for a byte of the bundle: ONNX Runtime copies float16 weights as float32 (measured: 2.8)."""
+CHUNK = 1 << 20
+"""Numbers compared at once. The keys of an image at 3B would need a quarter of a gigabyte in float64."""
 ACTIVATIONS_8_BIT = "w8a8"
 ACTIVATIONS_4_BIT = "nvfp4"
 PREFIXES = {VISION_ENCODER: ("vision.",), ALIGNMENT_DECODER: ("alignment.",), LLM: ("llm.", "alignment.")}
@@ -69,8 +72,21 @@ def incomparable_reason(bundle: Bundle) -> str | None:
     )
 
 
-def skipped_reason(bundle: Bundle, platform: EnginePlatform, is_wanted: bool) -> str | None:
-    """Return why engines for ``platform`` cannot be compared on this machine, as a sentence; None if they can."""
+def no_memory_reason(bundle: Bundle) -> str | None:
+    """Return that memory does not suffice to run a bundle on the CPU, as a sentence; None if it does."""
+    needed = CPU_MEMORY * bundle.manifest.size
+    if needed <= available_memory():
+        return None
+    return f"{not_enough_memory('run the bundle on the CPU', needed)}."
+
+
+def skipped_reason(
+    bundle: Bundle, platform: EnginePlatform, is_wanted: bool, has_reference: bool = False
+) -> str | None:
+    """Return why engines for ``platform`` cannot be compared on this machine, as a sentence; None if they can.
+
+    With a reference, the CPU need not run the bundle.
+    """
     if not is_wanted:
         return "--skip-comparison was given."
     if reason := incomparable_reason(bundle):
@@ -81,51 +97,83 @@ def skipped_reason(bundle: Bundle, platform: EnginePlatform, is_wanted: bool) ->
         return str(error)
     if here != platform.compute_capability:
         return f"This machine's GPU has compute capability {here}, and the engines are for another."
-    return opset_24_unsupported_reason()
+    return None if has_reference else opset_24_unsupported_reason()
 
 
-def compare_with_cpu(bundle: Bundle, library: Library, folder: Path, engines: Engines) -> EngineCheck:
+def run_on_cpu(bundle: Bundle, max_context: int, advance: Callable[[int], None]) -> StageOutputs:
+    """Run the question on ONNX Runtime's CPU provider. ``advance`` receives 1 for loading and for each stage.
+
+    Raises :class:`FusionError` if the CPU does not run the bundle, or not with this context.
+    """
+    from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # imports onnxruntime
+
+    with closing(OnnxRuntimeBackend(bundle, "cpu")) as backend:
+        advance(1)
+        return StageRunner(bundle, max_context, advance).run(backend)
+
+
+def compare_with_cpu(
+    bundle: Bundle, library: Library, folder: Path, engines: Engines, reference: Reference | None = None
+) -> EngineCheck:
     """Run a question on ONNX Runtime's CPU provider, then on the engines in ``folder``, and return the differences.
 
-    The two never lie in memory together. Where the CPU does not run the bundle, or memory does not suffice for either,
-    nothing is compared: the engines may be right.
+    The two never lie in memory together. A reference has the CPU's outputs already. Where the CPU does not run the
+    bundle, or memory does not suffice for either, nothing is compared: the engines may be right.
 
     Raises :class:`WrongEnginesError` if a stage differs by more than rounding, :class:`FusionError` if the engines do
     not load.
     """
-    from fusion_edge.runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # imports onnxruntime
     from fusion_edge.runtime.backends.tensorrt.backend import TensorRTBackend
 
-    needed, cuda = CPU_MEMORY * bundle.manifest.size, open_cuda()
-    if needed > available_memory():
-        return EngineCheck(f"{not_enough_memory('run the bundle on the CPU', needed)}.", ())
+    cuda = open_cuda()
+    if reference is None and (reason := no_memory_reason(bundle)) is not None:
+        return EngineCheck(reason, ())
     try:
         check_device_memory(bundle.manifest, engines, cuda)
     except DeviceMemoryError as error:
         return EngineCheck(str(error), ())
-    with Progress("Comparing with the CPU", 2, unit=None) as progress:
+    runs = 2 if reference is None else 1
+    with Progress("Comparing with the CPU", runs * RUN_STEPS, unit=None) as progress:
         try:
-            with closing(OnnxRuntimeBackend(bundle, "cpu")) as reference:
-                expected = StageRunner(bundle, engines.max_context).run(reference)
+            expected = _expected(bundle, engines, reference, progress.advance)
         except FusionError as error:
-            return EngineCheck(f"The CPU does not run the bundle: {error}", (), is_final=True)
-        progress.advance(1)
+            reason = "The CPU does not run the bundle" if reference is None else "The context is too small"
+            return EngineCheck(f"{reason}: {error}", (), is_final=True)
         try:
             with closing(TensorRTBackend(bundle, library, cuda, (folder, engines))) as backend:
-                return EngineCheck(None, compare_stages(bundle, engines, backend, expected))
+                progress.advance(1)
+                stages = compare_stages(bundle, engines, backend, expected, progress.advance)
+                return EngineCheck(None, stages, reference=None if reference is None else reference.made_by)
         except DeviceMemoryError as error:  # another program has taken it meanwhile
             return EngineCheck(str(error), ())
 
 
+def _expected(
+    bundle: Bundle, engines: Engines, reference: Reference | None, advance: Callable[[int], None]
+) -> StageOutputs:
+    """Return the CPU's outputs. Raise :class:`FusionError` if there are none for the context of the engines."""
+    if reference is None:
+        return run_on_cpu(bundle, engines.max_context, advance)
+    StageRunner(bundle, engines.max_context).check_context()
+    return reference.outputs
+
+
 def compare_stages(
-    bundle: Bundle, engines: Engines, backend: ReadableBackend, expected: StageOutputs
+    bundle: Bundle,
+    engines: Engines,
+    backend: ReadableBackend,
+    expected: StageOutputs,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[StageDifference, ...]:
     """Run the question on loaded engines, and return their differences from the CPU's outputs, in running order.
 
+    ``advance`` receives 1 for each stage and each step that ran.
     Raises :class:`WrongEnginesError` with stage and remedy if one differs by more than rounding.
     """
-    runner = StageRunner(bundle, engines.max_context)
-    stages = stage_differences(bundle, engines, runner.run(backend, expected), runner.ask_scene(backend), expected)
+    runner = StageRunner(bundle, engines.max_context, advance)
+    actual = runner.run(backend, expected)
+    expected = expected.first_steps(len(actual.steps))  # the context of the engines may be smaller
+    stages = stage_differences(bundle, engines, actual, runner.ask_scene(backend), expected)
     for stage in stages:
         _check(stage, bundle, engines)
     return stages
@@ -190,9 +238,12 @@ def _limit(squared_roundings: float) -> float:
 
 def relative_error(actual: Floats, expected: Floats) -> float:
     """Return the norm of the difference relative to that of ``expected``; NaN if an element is not finite."""
+    ours, theirs, squares = actual.reshape(-1), expected.reshape(-1), np.zeros(2)
     with np.errstate(all="ignore"):
-        difference = np.linalg.norm(actual.astype(np.float64) - expected)
-        error = float(difference / np.linalg.norm(expected.astype(np.float64)))
+        for start in range(0, expected.size, CHUNK):
+            wide = theirs[start : start + CHUNK].astype(np.float64)
+            squares += np.sum((ours[start : start + CHUNK] - wide) ** 2), np.sum(wide**2)
+        error = float(np.sqrt(squares[0] / squares[1]))
     return error if math.isfinite(error) else math.nan
 
 
@@ -234,7 +285,8 @@ def check_text(check: EngineCheck) -> str:
     """Return a table of the differences, or one line with the reason why there is none."""
     if check.skipped is not None:
         return printable(f"not compared with the CPU: {check.skipped}") + "\n"
-    rows = [("compared with the CPU", "error", "limit", "KL", "same token")]
+    beside = "the CPU" if check.reference is None else printable(check.reference)
+    rows = [(f"compared with {beside}", "error", "limit", "KL", "same token")]
     for one in check.stages:
         logits = one.logits
         divergence = "" if logits is None else f"{logits.kl_divergence:.1e}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from fusion_edge.export.bundle.atomic_folder import atomic_folder, delete_output, locked_output
 from fusion_edge.export.bundle.folder_content import FolderContent
 from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder
+from fusion_edge.export.engines.cpu_reference import read_reference
 from fusion_edge.export.engines.engine_check import WrongEnginesError, compare_with_cpu, skipped_reason
 from fusion_edge.export.engines.jetsons import check_contiguous_memory, is_small
 from fusion_edge.export.engines.optimization_profiles import engine_limits
@@ -97,32 +98,38 @@ def write_engines(
             timed_on=None if here is None or library.is_rtx else here.model,
             operator=_operator(unsupported_reason),
             engines=engines,
-            check=EngineCheck(skipped_reason(bundle, platform, options.compares), ()),
+            check=EngineCheck(skipped_reason(bundle, platform, options.compares, options.reference is not None), ()),
         )
         del builder  # and its memory
-        manifest = _compared(bundle, library, partial, manifest)
+        manifest = _compared(bundle, library, partial, manifest, options.reference)
         write_whole(partial / ENGINES_MANIFEST, manifest.to_text())
     return manifest
 
 
-def compare_existing(bundle: Bundle, library: Library, built: Engines, is_wanted: bool) -> Engines:
+def compare_existing(
+    bundle: Bundle, library: Library, built: Engines, is_wanted: bool, reference: Path | None = None
+) -> Engines:
     """Compare engines with the CPU that could not be compared when they were built, and return their manifest.
 
-    It is written again if that is possible now. Raises :class:`FusionError` if another process is building, or if they
-    differ: then they are deleted.
+    With a file of reference outputs they are compared anyway: another device may have compared them. The manifest is
+    written again, unless it has an earlier comparison and there is none now. Raises :class:`FusionError` if another
+    process is building, or if they differ: then they are deleted.
     """
-    is_done = built.check.skipped is None or built.check.is_final
-    if is_done or skipped_reason(bundle, built.machine, is_wanted) is not None:
+    if reference is None and (built.check.skipped is None or built.check.is_final):
         return built
+    reason = skipped_reason(bundle, built.machine, is_wanted, reference is not None)
+    if reason is not None:
+        return built if reference is None else replace(built, check=EngineCheck(reason, ()))
     folder = engines_folder(bundle, built.machine)
     with locked_output(folder, ENGINES):
         _check_unchanged(folder, built)
         try:
-            result = _compared(bundle, library, folder, replace(built, check=EngineCheck(None, ())))
+            result = _compared(bundle, library, folder, replace(built, check=EngineCheck(None, ())), reference)
         except WrongEnginesError as error:
             delete_output(folder, ENGINES)
             raise FusionError(f"{error} The engines are deleted.") from None
-        write_whole(folder / ENGINES_MANIFEST, result.to_text())
+        if result.check.skipped is None or built.check.skipped is not None:
+            write_whole(folder / ENGINES_MANIFEST, result.to_text())
     return result
 
 
@@ -136,11 +143,12 @@ def _check_unchanged(folder: Path, built: Engines) -> None:
         raise FusionError(f"Another fusion-build has changed {folder} meanwhile; run the command again.")
 
 
-def _compared(bundle: Bundle, library: Library, folder: Path, engines: Engines) -> Engines:
+def _compared(bundle: Bundle, library: Library, folder: Path, engines: Engines, reference: Path | None) -> Engines:
     """Return the manifest of the engines in ``folder`` with their comparison, unless it says why there is none."""
     if engines.check.skipped is not None:
         return engines
-    return replace(engines, check=compare_with_cpu(bundle, library, folder, engines))
+    expected = None if reference is None else read_reference(bundle, reference)
+    return replace(engines, check=compare_with_cpu(bundle, library, folder, engines, expected))
 
 
 def _check_memory(builder: EngineBuilder, here: Jetson | None, is_checked: bool) -> None:

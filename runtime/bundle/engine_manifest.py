@@ -102,6 +102,8 @@ class EngineCheck:
     """In running order; empty if nothing was compared."""
     is_final: bool = False
     """Whether later builds do not try again: the CPU does not run the bundle, or not with this context."""
+    reference: str | None = None
+    """What computed the outputs of a reference file; None: this machine's CPU, or nothing was compared."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def _compared(check: EngineCheck) -> str:
     """List the relative errors of the stages, and the KL divergences of those with logits, or say why there is none."""
     if check.skipped is not None:
         return f"no: {check.skipped}"
-    return ", ".join(
+    beside = "" if check.reference is None else f"with {check.reference}: "
+    return beside + ", ".join(
         f"{one.stage} {one.relative_error:.1e}" + (f" (KL {one.logits.kl_divergence:.1e})" if one.logits else "")
         for one in check.stages
     )

@@ -9,7 +9,8 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from support.checkpoints import TINY, write_checkpoint
 from support.paths import DEMO_CHECKPOINT, GOLDEN
 
+from fusion_edge.benchmarks.acceptance.engine import BuildLog, Layers
 from fusion_edge.export import cli
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
@@ -32,7 +34,7 @@ from fusion_edge.export.engines.optimization_profiles import (
 from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import Engine, EnginePlatform, Engines
 from fusion_edge.runtime.bundle.engines import engines_folder, read_engines
-from fusion_edge.runtime.bundle.graphs import LLM, VISION_ENCODER
+from fusion_edge.runtime.bundle.graphs import ALIGNMENT_DECODER, LLM, VISION_ENCODER
 from fusion_edge.runtime.bundle.manifest import MANIFEST, Manifest
 from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
 
@@ -43,6 +45,43 @@ CHECKPOINTS = {
 }
 PRECISIONS = {"fp16": "--fp16", "int4": "--int4 --group-size 64 --rule llm.layers.*.mlp.down=int8:channel"}
 Built = Callable[..., tuple[Path, Engines]]
+Listed = dict[tuple[Path, str, str], Layers]
+TYPES = (
+    "ATTENTION_INPUT",
+    "KV_CACHE_UPDATE",
+    "ROTARY_EMBEDDING",
+    "NORMALIZATION",
+    "SOFTMAX",
+    "DEQUANTIZE",
+    "MATRIX_MULTIPLY",
+)
+"""Layer types that show how TensorRT reads a graph."""
+LAYERS = {
+    # checkpoint, precision, compute capability: layers of each type, then kernels of fused attention in a run
+    ("demo", "fp16", "8.9"): {
+        VISION_ENCODER: ((4, 0, 0, 8, 0, 0, 21), 4),
+        ALIGNMENT_DECODER: ((0, 0, 0, 6, 0, 0, 9), 0),
+        LLM: ((4, 8, 8, 6, 3, 0, 39), 4),
+    },
+    ("phi", "int4", "8.9"): {
+        VISION_ENCODER: ((26, 0, 0, 52, 0, 0, 109), 0),
+        ALIGNMENT_DECODER: ((0, 0, 0, 6, 0, 9, 9), 0),
+        LLM: ((8, 16, 16, 6, 3, 58, 59), 8),
+    },
+    ("llama", "fp16", "12.0"): {
+        VISION_ENCODER: ((39, 0, 0, 78, 0, 0, 161), 0),
+        ALIGNMENT_DECODER: ((0, 0, 0, 4, 0, 0, 6), 0),
+        LLM: ((7, 14, 14, 4, 2, 0, 48), 7),
+    },
+}
+"""Every attention, cache update and rotation is a layer of its own. Softmax is that of the interaction layers only."""
+ENGINE_TYPES = {"gemm", "runtime_fusion", "kgen", "copy", "cast", "reshape", "shape_call", "signal", "wait"}
+"""Layer types of the engines: matrix products, generated kernels, and what moves data or waits. None is a plugin."""
+
+
+def in_one_process(*case: str) -> Any:
+    """Return the parameters of tests that share their engines: one process of pytest-xdist builds them."""
+    return pytest.param(*case, marks=pytest.mark.xdist_group("engines of " + " ".join(case)))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +91,31 @@ def trt() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def built(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def listed(trt: ModuleType) -> Iterator[Listed]:
+    """Let builders list the layers of their engines. Yields the lists by bundle, compute capability and graph."""
+    lists: Listed = {}
+    config, plan = engine_builder.EngineBuilder._config, engine_builder.EngineBuilder._plan
+
+    def detailed(self: Any, *arguments: Any) -> Any:
+        result = config(self, *arguments)
+        result.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        return result
+
+    def watched(self: Any, model: onnx.ModelProto, *rest: Any) -> Any:
+        self._messages.texts.clear()
+        result = plan(self, model, *rest)
+        lists[self._bundle.folder, self._platform.compute_capability, model.graph.name] = self._messages.layers()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_builder, "Messages", BuildLog)
+        patch.setattr(engine_builder.EngineBuilder, "_config", detailed)
+        patch.setattr(engine_builder.EngineBuilder, "_plan", watched)
+        yield lists
+
+
+@pytest.fixture(scope="module")
+def built(trt: ModuleType, listed: Listed, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Return ``built(checkpoint, precision, compute capability, *options)``: a bundle and its engines, cached."""
     bundles: dict[tuple[Path, str], Path] = {}
     engines: dict[tuple[Any, ...], Engines] = {}
@@ -77,9 +140,12 @@ def built(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Built:
 @pytest.mark.parametrize(
     ("checkpoint", "precision", "capability"),
     [
-        *itertools.product(["demo"], PRECISIONS, ["8.6", "8.9", "12.0"]),
-        ("phi", "int4", "8.9"),
-        ("llama", "fp16", "12.0"),
+        in_one_process(*case)
+        for case in (
+            *itertools.product(["demo"], PRECISIONS, ["8.6", "8.9", "12.0"]),
+            ("phi", "int4", "8.9"),
+            ("llama", "fp16", "12.0"),
+        )
     ],
 )
 def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: str, capability: str) -> None:
@@ -89,6 +155,29 @@ def test_every_graph(built: Built, trt: ModuleType, checkpoint: str, precision: 
     assert engines.machine.compute_capability == capability
     assert engines.operator == "function"
     check_engines(trt, bundle, engines.engines, engines_folder(bundle, engines.machine))
+
+
+@pytest.mark.parametrize(("checkpoint", "precision", "capability"), [in_one_process(*case) for case in LAYERS])
+def test_layer_types(
+    built: Built, listed: Listed, trt: ModuleType, checkpoint: str, precision: str, capability: str
+) -> None:
+    """Of the networks as exported, and of the engines as the builder lists them.
+
+    Every profile of the LLM has its own kernels: a GEMM's for prompts, a GEMV's for decode steps.
+    """
+    folder, engines = built(CHECKPOINTS[checkpoint], precision, capability, "--parts=1")
+    for name, (layers, fused) in LAYERS[checkpoint, precision, capability].items():
+        network = parsed(trt, open_bundle(folder), name)
+        types = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+        assert tuple(types[one] for one in TYPES) == layers, name
+        assert types["ATTENTION_OUTPUT"] == types["ATTENTION_INPUT"]
+        assert not {one for one in types if "PLUGIN" in one}
+        kernels = listed[folder, capability, name]
+        assert {one["LayerType"] for one in kernels} <= ENGINE_TYPES
+        attention = Counter(one["Name"].split("_myl")[0] for one in kernels if "_mha_" in one["Name"])
+        runs = {"_gemm_mha_v2": len(engines.prompt_lengths), "_gemv_mha_v1": len(engines.decode_windows)}
+        expected = {kind: fused * count for kind, count in runs.items()} if name == LLM else {"_gemm_mha_v2": fused}
+        assert attention == Counter(expected), name
 
 
 @pytest.mark.parametrize(("checkpoint", "precision"), [("phi", "fp16"), ("llama", "int4")])
@@ -108,34 +197,39 @@ def test_graphs_without_vision_tower(trt: ModuleType, tmp_path: Path, checkpoint
 
 def check_engines(trt: ModuleType, bundle: Bundle, engines: Mapping[str, tuple[Engine, ...]], folder: Path) -> None:
     for name, (engine,) in engines.items():
-        assert_describes(engine, network(trt, bundle, name))
+        assert_describes(engine, described(trt, parsed(trt, bundle, name)))
         assert_holds_names(folder / engine.file.path, engine)
         limits = engine_limits(bundle.manifest, bundle.manifest.max_context)
         assert list(engine.profiles) == optimization_profiles(bundle.manifest, limits)[name]
 
 
-def network(trt: ModuleType, bundle: Bundle, name: str) -> Mapping[str, list[dict[str, Any]]]:
-    """Return inputs and outputs as TensorRT's parser sees them, for the whole context. Dynamic sizes are -1."""
+def parsed(trt: ModuleType, bundle: Bundle, name: str) -> Any:
+    """Return a graph as exported (``INetworkDefinition``), for the whole context."""
     model = onnx.load(bundle.folder / f"{name}.onnx", load_external_data=False)
     fix_dimension(model, "capacity", bundle.manifest.max_context)
     logger = trt.Logger(trt.Logger.ERROR)
-    parsed = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert trt.OnnxParser(parsed, logger).parse(model.SerializeToString(), str(bundle.folder / MANIFEST))
+    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse(model.SerializeToString(), str(bundle.folder / MANIFEST))
+    return network
+
+
+def described(trt: ModuleType, network: Any) -> Mapping[str, list[dict[str, Any]]]:
+    """Return inputs and outputs as TensorRT's parser sees them. Dynamic sizes are -1."""
 
     def describe(tensor: Any) -> dict[str, Any]:
         return {"name": tensor.name, "dtype": trt.nptype(tensor.dtype).__name__, "shape": list(tensor.shape)}
 
     return {
-        "inputs": [describe(parsed.get_input(i)) for i in range(parsed.num_inputs)],
-        "outputs": [describe(parsed.get_output(i)) for i in range(parsed.num_outputs)],
+        "inputs": [describe(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [describe(network.get_output(i)) for i in range(network.num_outputs)],
     }
 
 
-def assert_describes(engine: Engine, parsed: Mapping[str, list[dict[str, Any]]]) -> None:
+def assert_describes(engine: Engine, network: Mapping[str, list[dict[str, Any]]]) -> None:
     """Check that the manifest has the network's tensors, and each profile a range for every dynamic input."""
-    for side, described in (("inputs", engine.inputs), ("outputs", engine.outputs)):
-        assert [tensor["name"] for tensor in described] == [tensor["name"] for tensor in parsed[side]]
-        for tensor, parsed_tensor in zip(described, parsed[side], strict=True):
+    for side, tensors in (("inputs", engine.inputs), ("outputs", engine.outputs)):
+        assert [tensor["name"] for tensor in tensors] == [tensor["name"] for tensor in network[side]]
+        for tensor, parsed_tensor in zip(tensors, network[side], strict=True):
             assert tensor["dtype"] == parsed_tensor["dtype"]
             assert [-1 if isinstance(size, str) else size for size in tensor["shape"]] == parsed_tensor["shape"]
     tensors = (*engine.inputs, *engine.outputs)
