@@ -13,6 +13,8 @@ from fusion_edge.runtime.serve.refusal import refuse
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+HELD_BODY = "fusion_edge.held_body"
+"""Key of a request's scope: its :class:`HeldBody`."""
 _BLOCK = 64 << 10
 
 
@@ -23,7 +25,8 @@ class RequestLimits:
     body_bytes: int = 17 << 20
     """Bytes of a body: a picture of 12 MiB in base64, and text."""
     receiving_bytes: int = 34 << 20
-    """Bytes of all bodies in memory: that are being received, or that the application has not parsed yet."""
+    """Bytes of all bodies in memory: that are being received, or that the application has not parsed yet. It may hold
+    one for longer: :class:`HeldBody`."""
     body_seconds: float = 30.0
     """Seconds from a request's head to the end of its body."""
     url_bytes: int = 2048
@@ -66,7 +69,7 @@ class LimitRequests:
             return
         if body is None:
             return
-        replay = _Replay(body, receive, self._hold)
+        scope[HELD_BODY] = replay = HeldBody(body, receive, self._hold)
         del body  # the replay drops it
         try:
             await self._app(scope, replay, send)
@@ -124,21 +127,31 @@ class LimitRequests:
         return ApiError(413, message, code="request_too_large")
 
 
-class _Replay:
-    """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does."""
+class HeldBody:
+    """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does.
+
+    The body counts for :attr:`RequestLimits.receiving_bytes` until the application waits for the client to leave, or,
+    if it has called :meth:`keep`, until it calls :meth:`release`.
+    """
 
     def __init__(self, body: bytes, receive: Receive, hold: Callable[[int], None]) -> None:
         self._body: bytes | None = body
         self._receive = receive
         self._hold, self._size = hold, len(body)
+        self._is_kept = False
         hold(self._size)
 
     async def __call__(self) -> Message:
         if self._body is None:
-            self.release()  # whoever waits for the client to leave has parsed the body
+            if not self._is_kept:
+                self.release()  # whoever waits for the client to leave has parsed the body
             return await self._receive()
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
+
+    def keep(self) -> None:
+        """Count the body until :meth:`release`, because parts of it stay in memory."""
+        self._is_kept = True
 
     def release(self) -> None:
         """Stop counting the body. Doing so again does nothing."""

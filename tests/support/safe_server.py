@@ -29,6 +29,7 @@ from fusion_edge.runtime.serve import logs
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.images import ImageSource
 from fusion_edge.runtime.serve.middleware import middleware
+from fusion_edge.runtime.serve.picture_url import PictureUrl
 from fusion_edge.runtime.serve.protocol import uvicorn_options
 from fusion_edge.runtime.serve.safety import SafetySettings
 
@@ -108,8 +109,8 @@ def application(settings: SafetySettings) -> Starlette:
         return JSONResponse({"bytes": len(await request.body())})
 
     async def image(request: Request) -> Response:
-        loaded = await source.load(json.loads(await request.body())["url"], "url")
-        return JSONResponse({"size": loaded.image.size})
+        loaded = await source.load(PictureUrl(json.loads(await request.body())["url"]), "url")
+        return JSONResponse({"shape": loaded.crops.shape})
 
     async def fail(request: Request) -> Response:
         raise ValueError(f"{request.url} {request.headers} {await request.body()!r}")
