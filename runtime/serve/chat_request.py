@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, Tag
+from pydantic import Field, Tag
 
 from fusion_edge.runtime.choices import MAX_CHOICES
 from fusion_edge.runtime.sampling import MAX_LOGPROBS, Sampling
@@ -51,7 +51,8 @@ class ImagePart(Fields):
 
 
 Text = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], FailFast(), Field(max_length=MAX_PARTS), Tag("<parts>")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS), Tag("<parts>")],
     by_type(text=str, parts=list),
 ]
 Part = Annotated[
@@ -81,7 +82,8 @@ class UserMessage(Fields):
 
     role: Literal["user"]
     content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[Part], FailFast(), Field(max_length=MAX_PARTS), Tag("<parts>")],
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS), Tag("<parts>")],
         by_type(text=str, parts=list),
     ]
     name: Annotated[None, _NO_NAME] = None
@@ -163,7 +165,7 @@ class FusionOptions(Fields):
     """What only FUSION has."""
 
     choices: Annotated[
-        Annotated[list[str], FailFast()] | None,
+        Annotated[list[str], Field(fail_fast=True)] | None,
         Field(min_length=2, max_length=MAX_CHOICES, description="Answer with the likeliest of these texts."),
     ] = None
     guide: Annotated[
@@ -180,7 +182,7 @@ class ChatRequest(Fields):
     """A conversation about one picture, which ends with a question."""
 
     model: Annotated[str, Field(description="Id of the served model.")]
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1000)]
     max_completion_tokens: Annotated[
         int | None, Field(ge=1, description=f"Limit of generated tokens; {Sampling().max_new_tokens} by default.")
     ] = None

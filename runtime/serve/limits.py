@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.refusal import refuse
+from fusion_edge.runtime.system.malloc import return_free_memory
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 HELD_BODY = "fusion_edge.held_body"
 """Key of a request's scope: its :class:`HeldBody`."""
 _BLOCK = 64 << 10
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class LimitRequests:
             await self._app(scope, replay, send)
         finally:
             replay.release()
+            if replay.is_large:
+                await asyncio.to_thread(return_free_memory)
 
     def _hold(self, size: int) -> None:
         """Count the bytes of a body that is complete; negative once it is dropped."""
@@ -139,6 +143,7 @@ class HeldBody:
         self._receive = receive
         self._hold, self._size = hold, len(body)
         self._is_kept = False
+        self.is_large = len(body) > _LARGE
         hold(self._size)
 
     async def __call__(self) -> Message:

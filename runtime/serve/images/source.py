@@ -22,6 +22,7 @@ from fusion_edge.runtime.serve.images.folder import read_file, relative_parts
 from fusion_edge.runtime.serve.images.https import HttpsFetcher
 from fusion_edge.runtime.serve.images.limits import ImageLimits
 from fusion_edge.runtime.serve.picture_url import PictureUrl
+from fusion_edge.runtime.system.malloc import return_free_memory
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
@@ -89,7 +90,7 @@ class ImageSource:
         return " or ".join(allowed) + more
 
     def _decode(self, read: Callable[[], bytes]) -> LoadedImage:
-        encoded = read()
+        encoded, decoded = read(), None
         digest = hashlib.sha256(encoded).hexdigest()
         try:
             decoded = decode(encoded, self._limits.max_pixels)
@@ -97,3 +98,6 @@ class ImageSource:
             return LoadedImage(decoded.crops(), digest)
         except FusionError as error:
             raise ImageError(Reason.INVALID_IMAGE, str(error)) from None
+        finally:
+            decoded = None
+            return_free_memory()
