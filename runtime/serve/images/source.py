@@ -91,6 +91,7 @@ class ImageSource:
 
     def _decode(self, read: Callable[[], bytes]) -> LoadedImage:
         encoded, decoded = read(), None
+        return_free_memory()  # that of the request's body
         digest = hashlib.sha256(encoded).hexdigest()
         try:
             decoded = decode(encoded, self._limits.max_pixels)

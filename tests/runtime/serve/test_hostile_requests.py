@@ -25,6 +25,7 @@ from support.serve_process import serve_process
 
 from fusion_edge.runtime.serve.body import MAX_PUNCTUATION
 from fusion_edge.runtime.serve.chat_request import MAX_PARTS
+from fusion_edge.runtime.serve.pictures import CACHED_CROPS
 
 ALLOWED_GROWTH = 64 << 20
 LONGEST_SILENCE = 1.0
@@ -83,7 +84,7 @@ class ServerProcess:
 def process(tiny_bundle: Path) -> Iterator[ServerProcess]:
     with serve_process(tiny_bundle, "--model-name", "tiny", "--device", "cpu") as (running, url):
         server = ServerProcess(running.pid, int(url.rpartition(":")[2].removesuffix("/v1")), "tiny")
-        for seed in range(3):
+        for seed in range(CACHED_CROPS):
             assert server.ask(json.dumps(chat(seed=seed)).encode()) == (200, None)
         server.usual = server.memory("VmHWM")
         yield server
