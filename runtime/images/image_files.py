@@ -51,7 +51,7 @@ _KINDS = {
 class DecodeLimits:
     """What an image may take to decode."""
 
-    bytes: int = MAX_BYTES
+    bytes: int
     """Memory."""
     pixels: int | None = None
     """Pixels, whatever they take; None for as many as the memory allows."""
@@ -205,7 +205,7 @@ def _quiet_libtiff() -> None:
 
 
 def _open(file: _BoundedFile, name: str, limits: DecodeLimits | None = None) -> ImageFile.ImageFile:
-    limits = limits or DecodeLimits()
+    limits = limits or DecodeLimits(MAX_BYTES)
     try:
         opened = Image.open(file, formats=FORMATS)
         if limits.pixels is not None and opened.width * opened.height > limits.pixels:

@@ -159,10 +159,9 @@ def test_a_large_url_that_is_not_the_pictures(server: HttpServer) -> None:
 
 def test_the_picture_is_dropped_before_the_answer(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[weakref.ref[ChatRequest]] = []
-    parse = chats.parse_body
 
     def watched(data: bytes, kind: type[ChatRequest]) -> ChatRequest:
-        requests.append(weakref.ref(request := parse(data, kind)))
+        requests.append(weakref.ref(request := parse_body(data, kind)))
         return request
 
     monkeypatch.setattr(chats, "parse_body", watched)
