@@ -118,14 +118,14 @@ def check_size(size: tuple[int, int], name: str, limit: int = MAX_BYTES // 4) ->
     width, height = size
     if width < 1 or height < 1:
         raise FusionError(f"{name} is empty ({width} x {height} pixels); pass another image.")
-    if max(width, height) > MAX_SIDE:
-        raise FusionError(
-            f"{name} is too large: {width} x {height} pixels, more than the limit of {MAX_SIDE} a side; crop it first."
-        )
     if width * height > limit:
         raise FusionError(
             f"{name} is too large: {width} x {height} = {width * height} pixels, "
             f"more than the limit of {limit} for this format; scale it down first."
+        )
+    if max(width, height) > MAX_SIDE:
+        raise FusionError(
+            f"{name} is too large: {width} x {height} pixels, more than the limit of {MAX_SIDE} a side; crop it first."
         )
 
 

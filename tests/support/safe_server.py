@@ -32,6 +32,7 @@ from fusion_edge.runtime.serve.middleware import middleware
 from fusion_edge.runtime.serve.picture_url import PictureUrl
 from fusion_edge.runtime.serve.protocol import uvicorn_options
 from fusion_edge.runtime.serve.safety import SafetySettings
+from fusion_edge.runtime.system.malloc import return_large_blocks
 
 
 @dataclass
@@ -146,6 +147,7 @@ def main() -> None:
     """Serve until terminated."""
     settings = pickle.loads(base64.b64decode(sys.argv[1]))
     logs.configure()
+    return_large_blocks()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(listener.getsockname()[1], flush=True)
         config = uvicorn.Config(application(settings), **uvicorn_options(settings.requests))
