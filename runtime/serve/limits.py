@@ -101,7 +101,7 @@ class LimitRequests:
     async def _body(self, receive: Receive) -> bytes | None:
         """Receive the body; return ``None`` if the client leaves before its end."""
         # Not the parts themselves: millions of single bytes need 60 times their size. To grow a large block copies
-        # nothing on Linux, mremap(2), and the whole body is this block.
+        # nothing (:func:`.malloc.return_large_blocks`, mremap(2)), and the whole body is this block.
         whole, size = io.BytesIO(), 0
         try:
             while True:

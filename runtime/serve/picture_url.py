@@ -25,6 +25,11 @@ class PictureUrl:
         """Whether the URL has the scheme ``data``."""
         return bytes(self._content[:5]).lower() == b"data:"
 
+    @property
+    def is_https(self) -> bool:
+        """Whether the URL has the scheme ``https``."""
+        return bytes(self._content[:6]).lower() == b"https:"
+
     def digest(self) -> str:
         """Return the SHA-256 of the URL, in hexadecimal."""
         return hashlib.sha256(self._content).hexdigest()

@@ -21,5 +21,7 @@ class ImageLimits:
     so a format that takes more has a lower limit: WebP, which takes 15 bytes a pixel, a third."""
     fetch_seconds: float = 10.0
     """Seconds to fetch a picture, redirects included."""
+    fetches: int = 2
+    """Pictures fetched at once, each in memory until it is decoded."""
     decodes: int = 1
     """Pictures decoded at once."""

@@ -43,6 +43,7 @@ class ImageSource:
     def __init__(self, limits: ImageLimits, fetcher: HttpsFetcher | None = None) -> None:
         self._limits = limits
         self._fetcher = fetcher or HttpsFetcher(limits)
+        self._fetches = asyncio.Semaphore(limits.fetches)
         # A pool bounds the decodes also when a request is cancelled: its thread runs on, and no other takes its place.
         self._decoders = ThreadPoolExecutor(limits.decodes, thread_name_prefix="image")
 
@@ -58,8 +59,11 @@ class ImageSource:
             ApiError: The URL is not allowed or invalid, or the picture is not readable or too large (status 400).
         """
         try:
-            read = await self._reader(url)
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, read)
+            if url.is_data or not url.is_https or not self._limits.hosts:
+                return await self._decoded(self._reader(url))
+            async with self._fetches:
+                fetched = [await self._fetcher.fetch(url.text())]
+                return await self._decoded(fetched.pop)
         except ImageError as error:
             raise ApiError(400, error.message, param, error.reason.value) from None
 
@@ -67,7 +71,10 @@ class ImageSource:
         """Let the threads end after their picture."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def _reader(self, given: PictureUrl) -> Callable[[], bytes]:
+    async def _decoded(self, read: Callable[[], bytes]) -> LoadedImage:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, read)
+
+    def _reader(self, given: PictureUrl) -> Callable[[], bytes]:
         """Return a function that returns the encoded picture, to be called in a thread."""
         limits = self._limits
         if given.is_data:
@@ -75,9 +82,6 @@ class ImageSource:
         url = given.text()
         scheme = _SCHEME.match(url)
         name = scheme[1].lower() if scheme else "file"
-        if name == "https" and limits.hosts:
-            fetched = [await self._fetcher.fetch(url)]
-            return fetched.pop
         if name == "file" and limits.folder is not None:
             return partial(read_file, limits.folder, relative_parts(url, limits.folder), limits.max_bytes)
         raise ImageError(Reason.NOT_ALLOWED, f"The picture's URL is not {self._expected()}.")

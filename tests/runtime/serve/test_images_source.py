@@ -144,6 +144,29 @@ def test_a_fetched_picture_is_decoded() -> None:
     assert load("HTTPS://images.example.com/a", limits, Fetcher(limits)).crops.shape == CROPS
 
 
+def test_fetches_are_bounded() -> None:
+    limits = ImageLimits(hosts=("images.example.com",), fetches=2)
+    running, most = 0, 0
+
+    class Fetcher(HttpsFetcher):
+        async def fetch(self, url: str) -> bytes:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.01)
+            running -= 1
+            return encoded(SMALL)
+
+    async def main() -> None:
+        images = ImageSource(limits, Fetcher(limits))
+        url = "https://images.example.com/a"
+        await asyncio.gather(*(images.load(PictureUrl(url), PARAM) for _ in range(8)))
+        images.close()
+
+    asyncio.run(main())
+    assert most == 2
+
+
 def test_decodes_are_bounded_also_when_requests_are_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
