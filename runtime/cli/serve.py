@@ -17,6 +17,7 @@ from fusion_edge.runtime.serve import logs
 from fusion_edge.runtime.serve.app import make_app
 from fusion_edge.runtime.serve.server import listen, serve
 from fusion_edge.runtime.serve.settings import ServeSettings
+from fusion_edge.runtime.system.malloc import return_large_blocks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +72,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         folder, name, queue=arguments.queue, cached_images=arguments.cached_images, safety=safety, **options
     )
     logs.configure()
+    return_large_blocks()
     listener = listen(arguments.host, arguments.port)
     with listener:
         host, port = listener.getsockname()[:2]

@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
@@ -22,6 +23,8 @@ MAX_PIXELS = 89_478_485
 """Pillow's threshold of decompression bombs."""
 MAX_BYTES = 128 << 20
 """Limit of a file, and of the memory to decode it."""
+MAX_SIDE = 32_768
+"""Limit of width and height: to resize a side takes 32 bytes of weights a pixel, and up to 3 KiB a row."""
 SLOW_PIXELS = 640 * 480
 """Limit of pixels that Pillow decodes in Python."""
 METADATA_BYTES = 8 << 20
@@ -42,6 +45,20 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What an image may take to decode."""
+
+    bytes: int
+    """Memory."""
+    pixels: int | None = None
+    """Pixels, whatever they take; None for as many as the memory allows."""
+    copy: int = 4
+    """Bytes a pixel to convert or turn the decoded image."""
+
+
 # Pillow logs defects of files, and Python prints them in programs that configure no logging.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -77,13 +94,12 @@ def open_image(path: str) -> Iterator[ImageFile.ImageFile]:
 
 
 @contextmanager
-def open_encoded(data: bytes, name: str, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
-    """Open an encoded image in memory as :func:`open_image` opens a file, with a limit of its own for the pixels.
+def open_encoded(data: bytes, name: str, limits: DecodeLimits) -> Iterator[ImageFile.ImageFile]:
+    """Open an encoded image in memory as :func:`open_image` opens a file, with limits of its own.
 
-    Raises ``FusionError`` for another format, damage, more than ``max_pixels``, and an image that needs more than
-    :data:`MAX_BYTES` to decode.
+    Raises ``FusionError`` for another format, damage, and an image over the limits.
     """
-    with _BoundedFile(io.BytesIO(data), len(data), name) as file, _open(file, name, max_pixels) as opened:
+    with _BoundedFile(io.BytesIO(data), len(data), name) as file, _open(file, name, limits) as opened:
         yield opened
 
 
@@ -98,7 +114,7 @@ def check_decoded(image: Image.Image, name: str) -> None:
 
 
 def check_size(size: tuple[int, int], name: str, limit: int = MAX_BYTES // 4) -> None:
-    """Refuse an empty image and one of more than ``limit`` pixels, before decoding it."""
+    """Refuse an empty image and one of more than ``limit`` pixels or a side over :data:`MAX_SIDE`, before decoding."""
     width, height = size
     if width < 1 or height < 1:
         raise FusionError(f"{name} is empty ({width} x {height} pixels); pass another image.")
@@ -106,6 +122,10 @@ def check_size(size: tuple[int, int], name: str, limit: int = MAX_BYTES // 4) ->
         raise FusionError(
             f"{name} is too large: {width} x {height} = {width * height} pixels, "
             f"more than the limit of {limit} for this format; scale it down first."
+        )
+    if max(width, height) > MAX_SIDE:
+        raise FusionError(
+            f"{name} is too large: {width} x {height} pixels, more than the limit of {MAX_SIDE} a side; crop it first."
         )
 
 
@@ -184,13 +204,14 @@ def _quiet_libtiff() -> None:
             getattr(library, setter)(None)
 
 
-def _open(file: _BoundedFile, name: str, max_pixels: int | None = None) -> ImageFile.ImageFile:
+def _open(file: _BoundedFile, name: str, limits: DecodeLimits | None = None) -> ImageFile.ImageFile:
+    limits = limits or DecodeLimits(MAX_BYTES)
     try:
         opened = Image.open(file, formats=FORMATS)
-        if max_pixels is not None and opened.width * opened.height > max_pixels:
+        if limits.pixels is not None and opened.width * opened.height > limits.pixels:
             size = f"{opened.width} x {opened.height} pixels"
-            raise FusionError(f"{name} has {size}, more than the limit of {max_pixels}; scale it down first.")
-        _check_cost(opened, file, name)
+            raise FusionError(f"{name} has {size}, more than the limit of {limits.pixels}; scale it down first.")
+        _check_cost(opened, file, name, limits)
     except FusionError:
         raise
     except UnidentifiedImageError as error:
@@ -207,18 +228,18 @@ def _open(file: _BoundedFile, name: str, max_pixels: int | None = None) -> Image
     return opened
 
 
-def _check_cost(image: ImageFile.ImageFile, file: _BoundedFile, name: str) -> None:
-    """Refuse an image that needs more than :data:`MAX_BYTES` to decode; reduce a JPEG if that suffices."""
+def _check_cost(image: ImageFile.ImageFile, file: _BoundedFile, name: str, limits: DecodeLimits) -> None:
+    """Refuse an image that needs more memory to decode than its limit; reduce a JPEG if that suffices."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         check_size(image.size, name, MAX_PIXELS)
-        _reduce(image, file, name)
+        _reduce(image, file, name, limits)
     elif _decoders(image) & _SLOW_DECODERS:
         check_size(image.size, name, SLOW_PIXELS)
     else:
         # A format that is compressed as a whole also holds the file, read or mapped.
         whole = image.format == "WEBP" or (image.format == "TIFF" and _decoders(image) != {"raw"})
         held = file.size if whole else 0
-        check_size(image.size, name, int((MAX_BYTES - held) / _bytes_per_pixel(image)))
+        check_size(image.size, name, int((limits.bytes - held) / _bytes_per_pixel(image, limits.copy)))
 
 
 def _decoders(image: ImageFile.ImageFile) -> set[str]:
@@ -226,9 +247,12 @@ def _decoders(image: ImageFile.ImageFile) -> set[str]:
     return {tile[0] for tile in image.tile}
 
 
-def _bytes_per_pixel(image: ImageFile.ImageFile) -> float:
-    """Return the bytes per pixel to decode and convert an image."""
-    copy = 0 if image.mode == "RGB" and "ppm" not in _decoders(image) else 4
+def _bytes_per_pixel(image: ImageFile.ImageFile, copy: int) -> float:
+    """Return the bytes per pixel to decode and convert an image. ``copy`` is as in :class:`DecodeLimits`."""
+    if "ppm" in _decoders(image):
+        copy = 4  # of :func:`.pnm.read_pnm`
+    elif image.mode == "RGB":
+        copy = 0
     if image.format == "WEBP":
         return 4 + max(copy, _WEBP_BUFFERS)
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -242,17 +266,17 @@ def _bytes_per_pixel(image: ImageFile.ImageFile) -> float:
     return 4 + max(copy, 4 * max(strip, tile) / pixels)
 
 
-def _reduce(image: JpegImagePlugin.JpegImageFile, file: _BoundedFile, name: str) -> None:
-    """Choose the largest scale that decodes within :data:`MAX_BYTES`."""
+def _reduce(image: JpegImagePlugin.JpegImageFile, file: _BoundedFile, name: str, limits: DecodeLimits) -> None:
+    """Choose the largest scale that decodes within the limit of memory."""
     pixels = image.width * image.height
     coefficients = pixels * _coefficient_bytes(image, file)
-    copies = 1 if image.mode == "RGB" and orientation(image) == 1 else 2
+    copy = 0 if image.mode == "RGB" and orientation(image) == 1 else limits.copy
     for scale in (1, 2, 4, 8):
         decoded = 4 * pixels / scale**2
-        if max(coefficients + decoded, copies * decoded) <= MAX_BYTES:
+        if max(coefficients + decoded, (4 + copy) / 4 * decoded) <= limits.bytes:
             break
     else:
-        limit = int(MAX_BYTES * pixels / (coefficients + decoded))
+        limit = int(limits.bytes * pixels / (coefficients + decoded))
         check_size(image.size, name, limit)
     if scale > 1:
         image.draft(None, (image.width // scale, image.height // scale))

@@ -17,7 +17,6 @@ from fusion_edge.runtime.images.image_files import (
     check_decoded,
     check_size,
     image_name,
-    open_encoded,
     open_image,
     orientation,
     undecodable,
@@ -35,7 +34,7 @@ CROPS_A_SIDE = 2  # the global crops are a 2 x 2 arrangement
 _COLORS = get_args(Color)
 _ROWS = 64  # per block
 
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -77,26 +76,18 @@ def load_image(image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], c
     return _from_file(path)
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode an encoded image in memory as :func:`load_image` decodes a file.
-
-    Raises ``FusionError`` for bytes that are not an image, damaged, empty, or of more than ``max_pixels``.
-    """
-    name = "The image"
-    with open_encoded(data, name, max_pixels) as opened:
-        return _upright(opened, name)
-
-
 def cut_crops(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Return the crops of an RGB image, uint8 ``[5,384,384,3]``: four global ones row by row, then the local one.
 
+    An image of one channel has crops ``[5,384,384]``, the same as that channel's of an RGB image.
     The aspect ratio is not kept (docs/fusion-model.md section 1).
     """
     side = CROPS_A_SIDE * IMAGE_SIZE
-    crops = np.empty((GLOBAL_CROPS + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     whole = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-    tiles = whole.reshape(CROPS_A_SIDE, IMAGE_SIZE, CROPS_A_SIDE, IMAGE_SIZE, 3).swapaxes(1, 2)
-    crops[:GLOBAL_CROPS] = tiles.reshape(GLOBAL_CROPS, IMAGE_SIZE, IMAGE_SIZE, 3)
+    channels = whole.shape[2:]
+    crops = np.empty((GLOBAL_CROPS + 1, IMAGE_SIZE, IMAGE_SIZE, *channels), np.uint8)
+    tiles = whole.reshape(CROPS_A_SIDE, IMAGE_SIZE, CROPS_A_SIDE, IMAGE_SIZE, *channels).swapaxes(1, 2)
+    crops[:GLOBAL_CROPS] = tiles.reshape(GLOBAL_CROPS, IMAGE_SIZE, IMAGE_SIZE, *channels)
     crops[GLOBAL_CROPS] = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
     return crops
 
@@ -137,7 +128,7 @@ def _from_pillow(image: Image.Image) -> Image.Image:
     name = "The image"
     check_decoded(image, name)
     check_size(image.size, name)
-    _decode(image, name)
+    decode_pixels(image, name)
     # Ignore the EXIF orientation: the caller may have turned the pixels and kept the tag.
     return image.copy() if image.mode == "RGB" else _to_rgb(image, name)
 
@@ -155,16 +146,17 @@ def _upright(opened: ImageFile.ImageFile, name: str) -> Image.Image:
             return read_pnm(opened)
         except ValueError as error:
             raise undecodable(name, error) from error
-    _decode(opened, name)
+    decode_pixels(opened, name)
     rgb = opened if opened.mode == "RGB" else _to_rgb(opened, name)
-    turn = _UPRIGHT.get(orientation(opened))
+    turn = UPRIGHT.get(orientation(opened))
     if turn is None:
         return rgb
     check_size(rgb.size, name, MAX_BYTES // 8)  # transposing makes a copy
     return rgb.transpose(turn)
 
 
-def _decode(image: Image.Image, name: str) -> None:
+def decode_pixels(image: Image.Image, name: str) -> None:
+    """Decode the pixels of an opened image. Raises ``FusionError`` for damaged ones."""
     try:
         image.load()
     except FusionError:
@@ -176,7 +168,7 @@ def _decode(image: Image.Image, name: str) -> None:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or image.mode[0] == "I":
         try:
-            image = _gray(image)
+            image = gray_levels(image)
         except ValueError as error:
             raise FusionError(f"{name} {error}") from None
     elif "transparency" in image.info:  # dropped, because Pillow warns of it
@@ -190,7 +182,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         ) from error
 
 
-def _gray(image: Image.Image) -> Image.Image:
+def gray_levels(image: Image.Image) -> Image.Image:
     """Scale one channel of 16 or 32 bits to 8 bits, block by block to save memory."""
     # Some versions of Pillow read 16-bit PNG and PGM files into 32-bit integers, mode "I".
     sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")

@@ -112,9 +112,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message = (
         f"{what[:200]} does not exist; {remedy}." if error.status_code == 404 else f"{what[:200]}: {error.detail}."
     )
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+    refused = ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    return JSONResponse(refused.body(), refused.status, refused.headers)
 
 
 async def _defect(request: Request, error: Exception) -> Response:
     """Answer for an exception that is a defect of this server. Starlette raises it again, for the log."""
-    return JSONResponse(ApiError(500, "The server failed; see its messages.").body(), 500)
+    return await _api_error(request, ApiError(500, "The server failed; see its messages."))

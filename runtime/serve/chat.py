@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -26,14 +27,16 @@ from fusion_edge.runtime.serve.disconnect import until_disconnect
 from fusion_edge.runtime.serve.engine import Asked, Engine, Model, late, shutting_down
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.event_stream import EventStream
+from fusion_edge.runtime.serve.limits import HELD_BODY, HeldBody
+from fusion_edge.runtime.serve.picture_url import PLACEHOLDER, PictureUrl, besides_too_large, cut_url
 from fusion_edge.runtime.serve.pictures import Pictures
 from fusion_edge.runtime.serve.question import Question, check_fields, prepare
-from fusion_edge.runtime.serve.reply import Reply, Result
+from fusion_edge.runtime.serve.reply import Reply, Result, to_json
 from fusion_edge.runtime.serve.stripped import stripped
 
 DEADLINE_HEADER = "X-Request-Deadline-Ms"
 """Header with the milliseconds of ``fusion.deadline_ms``; the smaller one counts."""
-_LARGE_BODY = 65_536
+_LARGE_BODY = 16_384
 """Bytes of a body above which a thread parses it, so that other clients do not wait."""
 _LOGGER = logging.getLogger("fusion_edge")
 
@@ -51,35 +54,52 @@ class ChatCompletions:
         headers = Headers(scope=scope)
         _check_content_type(headers)
         header_ms = _deadline_header(headers)
-        request = await _read(receive)
+        held: HeldBody | None = scope.get(HELD_BODY)
+        if held is not None:
+            held.keep()
+        request, url = await _read(receive)
         field_ms = request.fusion.deadline_ms if request.fusion is not None else None
         due = arrived + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
-        await until_disconnect(receive, self._respond(request, due, scope, receive, send))
+        work = self._respond(request, url, due, scope, receive, send)
+        del request, url  # they have the picture
+        await until_disconnect(receive, work)
 
-    async def _respond(self, request: ChatRequest, due: float, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(
+        self, request: ChatRequest, url: PictureUrl | None, due: float, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         engine: Engine = scope["app"].state.engine
         if request.model != self._model_name:
             raise unknown_model(request.model, self._model_name)
         check_fields(request)
         model = engine.model()
-        question, asked = await engine.submit(lambda: self._prepare(model, request), due)
-        reply = Reply(request, question, model.logprobs.write)
+        held: HeldBody | None = scope.get(HELD_BODY)
+        question, asked = await engine.submit(partial(self._prepare, model, request, url, held), due)
+        reply, is_stream = Reply(request, question, model.logprobs.write), request.stream
+        del request, url  # an answer may take minutes; they have the picture
         try:
-            if request.stream:
+            if is_stream:
                 await _stream(reply, asked, send)
             else:
-                completion = reply.completion(await _result(asked))
-                content = completion.model_dump_json(exclude_unset=True)
+                result = await _result(asked)
+                content = await reply.written(lambda: reply.completion(result))
                 headers = {"X-Request-Id": reply.id}
                 response = Response(content, media_type="application/json", headers=headers)
                 await response(scope, receive, send)
         finally:
             asked.cancel()  # the client has left; nothing once it has ended
 
-    async def _prepare(self, model: Model, request: ChatRequest) -> Question:
+    async def _prepare(
+        self, model: Model, request: ChatRequest, url: PictureUrl | None, held: HeldBody | None
+    ) -> Question:
         fusion = model.fusion
         dialogue = read_dialogue(request.messages, TEMPLATES[fusion.config.template].system_text)
-        picture = await self._pictures.load(dialogue.image.url, dialogue.image_path)
+        if url is None:
+            url = PictureUrl(dialogue.image.url)
+        elif dialogue.image.url != PLACEHOLDER:
+            raise besides_too_large()
+        picture = await self._pictures.load(url, dialogue.image_path)
+        if held is not None:
+            held.release()
         return await asyncio.to_thread(prepare, fusion, request, dialogue, picture)
 
 
@@ -100,7 +120,7 @@ async def _stream(reply: Reply, asked: Asked, send: Send) -> None:
         result = await _result(asked)
         if not events.has_begun:  # an answer without text
             await events.send(_json(reply.start()))
-        await events.send(_json(reply.end(result)))
+        await events.send(await reply.written(lambda: reply.end(result)))
         if (usage := reply.usage(result)) is not None:
             await events.send(_json(usage))
         await events.send(b"[DONE]")
@@ -135,12 +155,20 @@ async def _result(asked: Asked) -> Result:
     return result
 
 
-async def _read(receive: Receive) -> ChatRequest:
-    """Return the request of a body that :class:`.LimitRequests` has received; nothing keeps the body itself."""
+async def _read(receive: Receive) -> tuple[ChatRequest, PictureUrl | None]:
+    """Return the request of a body that :class:`.LimitRequests` has received, and the URL of a large picture.
+
+    Nothing but that URL keeps the body itself.
+    """
     body: bytes = (await receive())["body"]
     if len(body) > _LARGE_BODY:
-        return await asyncio.to_thread(parse_body, body, ChatRequest)
-    return parse_body(body, ChatRequest)
+        return await asyncio.to_thread(_parse, body)
+    return _parse(body)
+
+
+def _parse(body: bytes) -> tuple[ChatRequest, PictureUrl | None]:
+    rest, url = cut_url(body)
+    return parse_body(rest, ChatRequest), url
 
 
 def _check_content_type(headers: Headers) -> None:
@@ -162,4 +190,4 @@ def _deadline_header(headers: Headers) -> float | None:
 
 
 def _json(chunk: ChatCompletionChunk) -> bytes:
-    return chunk.model_dump_json(exclude_unset=True).encode()
+    return to_json(chunk)

@@ -15,6 +15,8 @@ from fusion_edge.runtime.serve.fields import Fields, Only, by_field, by_type
 
 LONGEST_DEADLINE_MS = 24 * 3600 * 1000
 """A day."""
+MAX_PARTS = 256
+"""Parts of a message."""
 
 _NO_NAME = Only(remedy="the template has no names; leave it out")
 _NO_TOOLS = Only(remedy="FUSION calls no tools; leave it out")
@@ -49,7 +51,9 @@ class ImagePart(Fields):
 
 
 Text = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<parts>")], by_type(text=str, parts=list)
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS), Tag("<parts>")],
+    by_type(text=str, parts=list),
 ]
 Part = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
@@ -78,7 +82,9 @@ class UserMessage(Fields):
 
     role: Literal["user"]
     content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<parts>")], by_type(text=str, parts=list)
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS), Tag("<parts>")],
+        by_type(text=str, parts=list),
     ]
     name: Annotated[None, _NO_NAME] = None
 
@@ -159,7 +165,7 @@ class FusionOptions(Fields):
     """What only FUSION has."""
 
     choices: Annotated[
-        list[str] | None,
+        Annotated[list[str], Field(fail_fast=True)] | None,
         Field(min_length=2, max_length=MAX_CHOICES, description="Answer with the likeliest of these texts."),
     ] = None
     guide: Annotated[
@@ -176,7 +182,7 @@ class ChatRequest(Fields):
     """A conversation about one picture, which ends with a question."""
 
     model: Annotated[str, Field(description="Id of the served model.")]
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1000)]
     max_completion_tokens: Annotated[
         int | None, Field(ge=1, description=f"Limit of generated tokens; {Sampling().max_new_tokens} by default.")
     ] = None
@@ -196,7 +202,7 @@ class ChatRequest(Fields):
     user: Annotated[str | None, Field(description="No effect.")] = None
     safety_identifier: Annotated[str | None, Field(description="No effect.")] = None
     prompt_cache_key: Annotated[str | None, Field(description="No effect.")] = None
-    metadata: Annotated[dict[str, str] | None, Field(description="No effect: nothing is stored.")] = None
+    metadata: Annotated[dict[str, str] | None, Field(max_length=16, description="No effect: nothing is stored.")] = None
     store: Annotated[None, Only(False, remedy="nothing is stored; leave it out")] = None
     service_tier: Annotated[None, Only("auto", "default", remedy="there is one tier; leave it out")] = None
     modalities: Annotated[None, Only(["text"], remedy="FUSION answers with text; leave it out")] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,10 @@ class ApiError(Exception):
     code: str | None = None
     """Short name of the error for programs, such as ``queue_full``."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Further headers of the response, such as ``Retry-After``."""
+    """Headers of the response, such as ``Retry-After``. ``X-Request-Id`` is always one of them."""
+
+    def __post_init__(self) -> None:
+        self.headers = {"X-Request-Id": f"req-{uuid.uuid4().hex}", **self.headers}
 
     def body(self) -> dict[str, Any]:
         """Return the response's JSON object."""

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator
+from pydantic import BaseModel, ConfigDict, Discriminator, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from fusion_edge.runtime.arguments import MAX_CHARACTERS
 from fusion_edge.runtime.errors import printable
+
+MAX_KEYS = 64
+"""Limit of keys of an object: more than any has fields."""
 
 
 class Fields(BaseModel):
     """A JSON object of a request: no unknown field, no conversion of types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, value: Any) -> Any:
+        """Refuse an object of far more keys than there are fields, for which pydantic would write as many errors."""
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise PydanticCustomError("too_long", f"an object has more than {MAX_KEYS} keys")
+        return value
 
 
 class Only:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.refusal import refuse
+from fusion_edge.runtime.system.malloc import return_free_memory
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_BLOCK = 64 << 10
+HELD_BODY = "fusion_edge.held_body"
+"""Key of a request's scope: its :class:`HeldBody`."""
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class RequestLimits:
     body_bytes: int = 17 << 20
     """Bytes of a body: a picture of 12 MiB in base64, and text."""
     receiving_bytes: int = 34 << 20
-    """Bytes of all bodies in memory: that are being received, or that the application has not parsed yet."""
+    """Bytes of all bodies in memory: that are being received, or that the application has not parsed yet. It may hold
+    one for longer: :class:`HeldBody`."""
     body_seconds: float = 30.0
     """Seconds from a request's head to the end of its body."""
     url_bytes: int = 2048
@@ -66,12 +71,14 @@ class LimitRequests:
             return
         if body is None:
             return
-        replay = _Replay(body, receive, self._hold)
+        scope[HELD_BODY] = replay = HeldBody(body, receive, self._hold)
         del body  # the replay drops it
         try:
             await self._app(scope, replay, send)
         finally:
             replay.release()
+            if replay.is_large:
+                await asyncio.to_thread(return_free_memory)
 
     def _hold(self, size: int) -> None:
         """Count the bytes of a body that is complete; negative once it is dropped."""
@@ -93,9 +100,9 @@ class LimitRequests:
 
     async def _body(self, receive: Receive) -> bytes | None:
         """Receive the body; return ``None`` if the client leaves before its end."""
-        # Blocks instead of one array that grows, because that would be copied; not the parts themselves, because
-        # millions of single bytes need 60 times their size.
-        blocks, size = [bytearray()], 0
+        # Not the parts themselves: millions of single bytes need 60 times their size. To grow a large block copies
+        # nothing (:func:`.malloc.return_large_blocks`, mremap(2)), and the whole body is this block.
+        whole, size = io.BytesIO(), 0
         try:
             while True:
                 message = await receive()
@@ -104,41 +111,49 @@ class LimitRequests:
                 part = message.get("body", b"")
                 self._held += len(part)
                 size += len(part)
-                if len(blocks[-1]) < _BLOCK:
-                    blocks[-1] += part
-                else:
-                    blocks.append(bytearray(part))
+                whole.write(part)
                 if size > self._limits.body_bytes:
                     raise self._too_large()
                 if self._held > self._limits.receiving_bytes:
                     retry = "Too many bytes of requests are being received; try again later."
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
                 if not message.get("more_body", False):
-                    return b"".join(blocks)
+                    return whole.getvalue()
         finally:
             self._held -= size
-            blocks.clear()  # an error's traceback would keep them
+            whole.close()  # an error's traceback would keep them
 
     def _too_large(self) -> ApiError:
         message = f"The body has more than {self._limits.body_bytes} bytes, the limit; scale the picture down."
         return ApiError(413, message, code="request_too_large")
 
 
-class _Replay:
-    """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does."""
+class HeldBody:
+    """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does.
+
+    The body counts for :attr:`RequestLimits.receiving_bytes` until the application waits for the client to leave, or,
+    if it has called :meth:`keep`, until it calls :meth:`release`.
+    """
 
     def __init__(self, body: bytes, receive: Receive, hold: Callable[[int], None]) -> None:
         self._body: bytes | None = body
         self._receive = receive
         self._hold, self._size = hold, len(body)
+        self._is_kept = False
+        self.is_large = len(body) > _LARGE
         hold(self._size)
 
     async def __call__(self) -> Message:
         if self._body is None:
-            self.release()  # whoever waits for the client to leave has parsed the body
+            if not self._is_kept:
+                self.release()  # whoever waits for the client to leave has parsed the body
             return await self._receive()
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
+
+    def keep(self) -> None:
+        """Count the body until :meth:`release`, because parts of it stay in memory."""
+        self._is_kept = True
 
     def release(self) -> None:
         """Stop counting the body. Doing so again does nothing."""

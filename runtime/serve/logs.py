@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 
 QUIET_LOGGERS = ("fusion_edge", "uvicorn.error")
@@ -18,13 +19,22 @@ def configure() -> None:
     """Log warnings and errors to standard error.
 
     Records of other loggers than :data:`QUIET_LOGGERS` are reduced to the place in the code; exceptions, to types and
-    places.
+    places, also those that end a thread. Python's warnings are not written: Pillow's quote values of damaged files.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ContentFreeFormatter(_FORMAT))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    threading.excepthook = lambda failed: _log("A thread failed.", failed.exc_value)
+    sys.unraisablehook = lambda failed: _log("An exception was ignored.", failed.exc_value)
+
+
+def _log(message: str, error: BaseException | None) -> None:
+    if error is not None and not isinstance(error, SystemExit):
+        logging.getLogger(QUIET_LOGGERS[0]).error(message, exc_info=error)
 
 
 _FORMAT = "%(levelname)s %(name)s: %(message)s"

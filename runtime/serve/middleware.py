@@ -26,7 +26,7 @@ def middleware(settings: SafetySettings) -> list[Middleware]:
                 allow_origins=settings.origins,
                 allow_methods=("GET", "POST"),
                 allow_headers=("*",),
-                expose_headers=("Retry-After", "X-Request-Id"),
+                expose_headers=("Retry-After", "Retry-After-Ms", "X-Request-Id", "X-Should-Retry"),
             )
         ]
     if settings.keys is not None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.requests import Crops
-from fusion_edge.runtime.serve.images.data_url import is_data_url
 from fusion_edge.runtime.serve.images.source import ImageSource
+from fusion_edge.runtime.serve.picture_url import PictureUrl
 
 CACHED_CROPS = 16
 """Limit of cached crops, 2.2 MB each."""
@@ -26,25 +24,24 @@ class Picture:
 
 
 class Pictures:
-    """Loads pictures and cuts them, in threads, and keeps the crops of the latest ones. For one event loop."""
+    """Loads pictures, in threads, and keeps the crops of the latest ones. For one event loop."""
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
         self._latest: OrderedDict[str, Crops] = OrderedDict()
         """By digest, least recently used first."""
 
-    async def load(self, url: str, param: str) -> Picture:
-        """Return the picture of a URL. Raise :class:`ApiError` about the field ``param``."""
-        is_content = is_data_url(url)
-        if is_content:
-            digest = await asyncio.to_thread(_digest, url)
-            if (found := self._find(digest)) is not None:
-                return found
+    async def load(self, url: PictureUrl, param: str) -> Picture:
+        """Return the picture of a URL, which is taken. Raise :class:`ApiError` about the field ``param``."""
+        digest = await asyncio.to_thread(url.digest) if url.is_data else None
+        if digest is not None and (found := self._find(digest)) is not None:
+            url.take()
+            return found
         loaded = await self._source.load(url, param)
-        digest = digest if is_content else loaded.digest
+        digest = digest or loaded.digest
         found = self._find(digest)
         if found is None:
-            crops = Crops(await asyncio.to_thread(cut_crops, loaded.image))
+            crops = Crops(loaded.crops)
             self._latest[digest] = crops
             if len(self._latest) > CACHED_CROPS:
                 self._latest.popitem(last=False)
@@ -56,7 +53,3 @@ class Pictures:
             return None
         self._latest.move_to_end(digest)
         return Picture(self._latest[digest], digest)
-
-
-def _digest(url: str) -> str:
-    return hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()

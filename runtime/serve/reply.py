@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable
+
+from pydantic import BaseModel
 
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.choices import Choice
@@ -27,6 +30,11 @@ from fusion_edge.runtime.serve.question import Question
 Result = Answer | Choice
 
 
+def to_json(response: BaseModel) -> bytes:
+    """Return a response without the fields that were not set."""
+    return response.model_dump_json(exclude_unset=True).encode()
+
+
 class Reply:
     """The response to one request, whole or in chunks."""
 
@@ -34,9 +42,22 @@ class Reply:
         """``write`` returns the log-probabilities of an answer, with a number of likeliest tokens."""
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._request = request
+        # Not the request, whose picture and texts are not needed any more.
+        self._model = request.model
+        self._sends_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
+        self._top = (request.top_logprobs or 0) if request.logprobs else None
         self._question = question
         self._write = write
+
+    async def written(self, build: Callable[[], BaseModel]) -> bytes:
+        """Return what :meth:`completion` or :meth:`end` builds as JSON.
+
+        Log-probabilities are written in a thread: 512 tokens with 20 each take 0.15 s, and the first ones read the
+        vocabulary.
+        """
+        if self._top is None:
+            return to_json(build())
+        return await asyncio.to_thread(lambda: to_json(build()))
 
     def completion(self, result: Result) -> ChatCompletion:
         """Return the whole answer."""
@@ -51,7 +72,7 @@ class Reply:
             id=self.id,
             object="chat.completion",
             created=self._created,
-            model=self._request.model,
+            model=self._model,
             choices=[choice],
             usage=self._usage(result),
         )
@@ -80,18 +101,16 @@ class Reply:
 
     def usage(self, result: Result) -> ChatCompletionChunk | None:
         """Return the last chunk, with the usage; None if it was not asked for."""
-        options = self._request.stream_options
-        return self._chunk(usage=self._usage(result)) if options is not None and options.include_usage else None
+        return self._chunk(usage=self._usage(result)) if self._sends_usage else None
 
     def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None) -> ChatCompletionChunk:
-        options = self._request.stream_options
         return ChatCompletionChunk(
             id=self.id,
             object="chat.completion.chunk",
             created=self._created,
-            model=self._request.model,
+            model=self._model,
             choices=list(choices),
-            **({"usage": usage} if options is not None and options.include_usage else {}),
+            **({"usage": usage} if self._sends_usage else {}),
         )
 
     def _usage(self, result: Result) -> Usage:
@@ -104,9 +123,7 @@ class Reply:
         )
 
     def _logprobs(self, result: Result) -> Logprobs | None:
-        if not (self._request.logprobs and isinstance(result, Answer)):
-            return None
-        return self._write(result, self._request.top_logprobs or 0)
+        return self._write(result, self._top) if self._top is not None and isinstance(result, Answer) else None
 
 
 def finish_reason(result: Result) -> FinishReason:

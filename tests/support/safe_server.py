@@ -29,8 +29,10 @@ from fusion_edge.runtime.serve import logs
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.images import ImageSource
 from fusion_edge.runtime.serve.middleware import middleware
+from fusion_edge.runtime.serve.picture_url import PictureUrl
 from fusion_edge.runtime.serve.protocol import uvicorn_options
 from fusion_edge.runtime.serve.safety import SafetySettings
+from fusion_edge.runtime.system.malloc import return_large_blocks
 
 
 @dataclass
@@ -108,8 +110,8 @@ def application(settings: SafetySettings) -> Starlette:
         return JSONResponse({"bytes": len(await request.body())})
 
     async def image(request: Request) -> Response:
-        loaded = await source.load(json.loads(await request.body())["url"], "url")
-        return JSONResponse({"size": loaded.image.size})
+        loaded = await source.load(PictureUrl(json.loads(await request.body())["url"]), "url")
+        return JSONResponse({"shape": loaded.crops.shape})
 
     async def fail(request: Request) -> Response:
         raise ValueError(f"{request.url} {request.headers} {await request.body()!r}")
@@ -145,6 +147,7 @@ def main() -> None:
     """Serve until terminated."""
     settings = pickle.loads(base64.b64decode(sys.argv[1]))
     logs.configure()
+    return_large_blocks()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(listener.getsockname()[1], flush=True)
         config = uvicorn.Config(application(settings), **uvicorn_options(settings.requests))

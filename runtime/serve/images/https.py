@@ -8,6 +8,7 @@ another address (DNS rebinding). There are no proxies, cookies, credentials or d
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -41,8 +42,14 @@ async def resolve(host: str) -> list[str]:
 
 async def connect(address: str, host: str) -> Stream:
     """Connect to ``address`` and check that the certificate is of ``host``."""
-    context = ssl.create_default_context()
+    context = await asyncio.to_thread(_tls)
     return await asyncio.open_connection(address, PORT, ssl=context, server_hostname=host)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Return the context of all connections: to read the authorities takes tens of milliseconds."""
+    return ssl.create_default_context()
 
 
 class HttpsFetcher:

@@ -17,8 +17,11 @@ class ImageLimits:
     max_bytes: int = 12 << 20
     """Bytes of an encoded picture."""
     max_pixels: int = 4096 * 3072
-    """Pixels of a picture, checked before it is decompressed. Decoding takes 4 to 12 bytes a pixel."""
+    """Pixels of a picture, checked before it is decompressed. Five times as many bytes bound the memory to decode it,
+    so a format that takes more has a lower limit: WebP, which takes 15 bytes a pixel, a third."""
     fetch_seconds: float = 10.0
     """Seconds to fetch a picture, redirects included."""
-    decodes: int = 2
+    fetches: int = 2
+    """Pictures fetched at once, each in memory until it is decoded."""
+    decodes: int = 1
     """Pictures decoded at once."""

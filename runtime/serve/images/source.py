@@ -1,4 +1,4 @@
-"""From the URL of a request to a decoded picture."""
+"""From the URL of a request to the crops of its picture."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from PIL import Image
+import numpy as np
+import numpy.typing as npt
 
 from fusion_edge.runtime.errors import FusionError
-from fusion_edge.runtime.images.preprocessing import decode_image
+from fusion_edge.runtime.images.encoded import decode
 from fusion_edge.runtime.serve.errors import ApiError
-from fusion_edge.runtime.serve.images.data_url import decode_data_url, is_data_url
+from fusion_edge.runtime.serve.images.data_url import decode_data_url
 from fusion_edge.runtime.serve.images.errors import ImageError, Reason
 from fusion_edge.runtime.serve.images.folder import read_file, relative_parts
 from fusion_edge.runtime.serve.images.https import HttpsFetcher
 from fusion_edge.runtime.serve.images.limits import ImageLimits
+from fusion_edge.runtime.serve.picture_url import PictureUrl
+from fusion_edge.runtime.system.malloc import return_free_memory
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
@@ -28,8 +31,8 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 class LoadedImage:
     """A picture of a request."""
 
-    image: Image.Image
-    """RGB, upright."""
+    crops: npt.NDArray[np.uint8]
+    """``[5,384,384,3]``."""
     digest: str
     """SHA-256 of the encoded bytes, in hexadecimal."""
 
@@ -40,22 +43,27 @@ class ImageSource:
     def __init__(self, limits: ImageLimits, fetcher: HttpsFetcher | None = None) -> None:
         self._limits = limits
         self._fetcher = fetcher or HttpsFetcher(limits)
+        self._fetches = asyncio.Semaphore(limits.fetches)
         # A pool bounds the decodes also when a request is cancelled: its thread runs on, and no other takes its place.
         self._decoders = ThreadPoolExecutor(limits.decodes, thread_name_prefix="image")
 
-    async def load(self, url: str, param: str) -> LoadedImage:
+    async def load(self, url: PictureUrl, param: str) -> LoadedImage:
         """Load a picture.
 
         Args:
-            url: ``data:`` URL; or ``https:`` URL, ``file:`` URL or name in the folder, if the limits allow it.
+            url: ``data:`` URL; or ``https:`` URL, ``file:`` URL or name in the folder, if the limits allow it. It is
+                taken.
             param: The field of the request that has the URL, for errors.
 
         Raises:
             ApiError: The URL is not allowed or invalid, or the picture is not readable or too large (status 400).
         """
         try:
-            read = await self._reader(url)
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, read)
+            if url.is_data or not url.is_https or not self._limits.hosts:
+                return await self._decoded(self._reader(url))
+            async with self._fetches:
+                fetched = [await self._fetcher.fetch(url.text())]
+                return await self._decoded(fetched.pop)
         except ImageError as error:
             raise ApiError(400, error.message, param, error.reason.value) from None
 
@@ -63,16 +71,17 @@ class ImageSource:
         """Let the threads end after their picture."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def _reader(self, url: str) -> Callable[[], bytes]:
+    async def _decoded(self, read: Callable[[], bytes]) -> LoadedImage:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, read)
+
+    def _reader(self, given: PictureUrl) -> Callable[[], bytes]:
         """Return a function that returns the encoded picture, to be called in a thread."""
         limits = self._limits
-        if is_data_url(url):
-            return partial(decode_data_url, url, limits.max_bytes)
+        if given.is_data:
+            return lambda: decode_data_url(given.take(), limits.max_bytes)
+        url = given.text()
         scheme = _SCHEME.match(url)
         name = scheme[1].lower() if scheme else "file"
-        if name == "https" and limits.hosts:
-            fetched = await self._fetcher.fetch(url)
-            return lambda: fetched
         if name == "file" and limits.folder is not None:
             return partial(read_file, limits.folder, relative_parts(url, limits.folder), limits.max_bytes)
         raise ImageError(Reason.NOT_ALLOWED, f"The picture's URL is not {self._expected()}.")
@@ -85,9 +94,15 @@ class ImageSource:
         return " or ".join(allowed) + more
 
     def _decode(self, read: Callable[[], bytes]) -> LoadedImage:
-        encoded = read()
+        encoded, decoded = read(), None
+        return_free_memory()  # that of the request's body
+        digest = hashlib.sha256(encoded).hexdigest()
         try:
-            image = decode_image(encoded, self._limits.max_pixels)
+            decoded = decode(encoded, self._limits.max_pixels)
+            del encoded
+            return LoadedImage(decoded.crops(), digest)
         except FusionError as error:
             raise ImageError(Reason.INVALID_IMAGE, str(error)) from None
-        return LoadedImage(image, hashlib.sha256(encoded).hexdigest())
+        finally:
+            decoded = None
+            return_free_memory()

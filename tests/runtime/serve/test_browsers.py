@@ -89,7 +89,7 @@ def test_a_rebound_name_is_refused(host: str) -> None:
 def test_an_allowed_origin_may_ask() -> None:
     status, headers = ask(OPEN, origin=PAGE, **KEY)
     assert (status, headers["access-control-allow-origin"], headers["vary"]) == (200, PAGE, "Origin")
-    assert headers["access-control-expose-headers"] == "Retry-After, X-Request-Id"
+    assert headers["access-control-expose-headers"] == "Retry-After, Retry-After-Ms, X-Request-Id, X-Should-Retry"
     assert "access-control-allow-credentials" not in headers
     assert ask(OPEN, origin="https://chat.example.evil.example", **KEY)[0] == 403
     assert ask(OPEN, origin="http://chat.example", **KEY)[0] == 403

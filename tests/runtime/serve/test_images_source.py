@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from fusion_edge.runtime.images.encoded import EncodedImage
 from fusion_edge.runtime.images.image_files import FORMATS
-from fusion_edge.runtime.images.preprocessing import load_image
+from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.images import ImageLimits, ImageSource, LoadedImage, source
 from fusion_edge.runtime.serve.images.https import HttpsFetcher
+from fusion_edge.runtime.serve.picture_url import PictureUrl
 
 PARAM = "messages[0].content[1].image_url.url"
 
@@ -39,7 +41,7 @@ def load(url: str, limits: ImageLimits | None = None, fetcher: HttpsFetcher | No
     limits = limits or ImageLimits()
     images = ImageSource(limits, fetcher)
     try:
-        return asyncio.run(images.load(url, PARAM))
+        return asyncio.run(images.load(PictureUrl(url), PARAM))
     finally:
         images.close()
 
@@ -53,6 +55,7 @@ def refused(url: str, limits: ImageLimits | None = None) -> ApiError:
     return error
 
 
+CROPS = (5, 384, 384, 3)
 SMALL = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
 
 
@@ -61,7 +64,7 @@ def test_every_format(kind: str, tmp_path: Path) -> None:
     data = encoded(SMALL, kind)
     (tmp_path / "file").write_bytes(data)
     loaded = load(data_url(data))
-    assert np.array_equal(np.asarray(loaded.image), np.asarray(load_image(tmp_path / "file")))
+    assert np.array_equal(loaded.crops, cut_crops(load_image(tmp_path / "file")))
     assert loaded.digest == hashlib.sha256(data).hexdigest()
 
 
@@ -85,9 +88,7 @@ def odd_pictures() -> dict[str, bytes]:
 def test_odd_pictures_decode_as_files_do(name: str, tmp_path: Path) -> None:
     data = odd_pictures()[name]
     (tmp_path / "file").write_bytes(data)
-    loaded = load(data_url(data)).image
-    assert loaded.mode == "RGB"
-    assert np.array_equal(np.asarray(loaded), np.asarray(load_image(tmp_path / "file")))
+    assert np.array_equal(load(data_url(data)).crops, cut_crops(load_image(tmp_path / "file")))
 
 
 @pytest.mark.parametrize("data", [b"x", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg/>", encoded(SMALL)[:45], bytes(100)])
@@ -97,7 +98,7 @@ def test_what_is_no_picture_is_refused(data: bytes) -> None:
 
 def test_the_limit_of_pixels_is_exact_and_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = ImageLimits(max_pixels=20)
-    assert load(data_url(encoded(SMALL)), limits).image.size == (5, 4)
+    assert load(data_url(encoded(SMALL)), limits).crops.shape == CROPS
     for kind in FORMATS:
         error = refused(data_url(encoded(Image.new("RGB", (21, 1)), kind)), limits)
         assert (error.code, "21 x 1 pixels, more than the limit of 20" in error.message) == ("invalid_image", True)
@@ -125,7 +126,7 @@ def test_only_data_urls_by_default(url: str) -> None:
 def test_a_folder_does_not_open_hosts_and_the_reverse(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(SMALL))
     folder, hosts = ImageLimits(folder=tmp_path), ImageLimits(hosts=("images.example.com",))
-    assert load("a.png", folder).image.size == (5, 4)
+    assert load("a.png", folder).crops.shape == CROPS
     assert load(f"file://{tmp_path}/a.png", folder).digest == load(data_url(encoded(SMALL))).digest
     assert refused("https://images.example.com/a.png", folder).code == "image_url_not_allowed"
     assert refused("a.png", hosts).code == "image_url_not_allowed"
@@ -140,13 +141,36 @@ def test_a_fetched_picture_is_decoded() -> None:
             assert url == "HTTPS://images.example.com/a"
             return encoded(SMALL)
 
-    assert load("HTTPS://images.example.com/a", limits, Fetcher(limits)).image.size == (5, 4)
+    assert load("HTTPS://images.example.com/a", limits, Fetcher(limits)).crops.shape == CROPS
+
+
+def test_fetches_are_bounded() -> None:
+    limits = ImageLimits(hosts=("images.example.com",), fetches=2)
+    running, most = 0, 0
+
+    class Fetcher(HttpsFetcher):
+        async def fetch(self, url: str) -> bytes:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.01)
+            running -= 1
+            return encoded(SMALL)
+
+    async def main() -> None:
+        images = ImageSource(limits, Fetcher(limits))
+        url = "https://images.example.com/a"
+        await asyncio.gather(*(images.load(PictureUrl(url), PARAM) for _ in range(8)))
+        images.close()
+
+    asyncio.run(main())
+    assert most == 2
 
 
 def test_decodes_are_bounded_also_when_requests_are_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
-    def decode(data: bytes, max_pixels: int) -> Image.Image:
+    def decode(data: bytes, max_pixels: int) -> EncodedImage:
         nonlocal running, most
         with lock:
             running += 1
@@ -154,13 +178,13 @@ def test_decodes_are_bounded_also_when_requests_are_cancelled(monkeypatch: pytes
         time.sleep(0.02)
         with lock:
             running -= 1
-        return SMALL
+        return EncodedImage(SMALL, None)
 
-    monkeypatch.setattr(source, "decode_image", decode)
+    monkeypatch.setattr(source, "decode", decode)
 
     async def main(cancel: Callable[[asyncio.Task[LoadedImage]], object]) -> None:
         images = ImageSource(ImageLimits(decodes=2))
-        tasks = [asyncio.create_task(images.load(data_url(b"x"), PARAM)) for _ in range(12)]
+        tasks = [asyncio.create_task(images.load(PictureUrl(data_url(b"x")), PARAM)) for _ in range(12)]
         await asyncio.sleep(0.01)
         for task in tasks[:6]:
             cancel(task)

@@ -16,8 +16,8 @@ from PIL.Image import Image
 from support.http_servers import MODEL, HttpServer, chat, eventually, http_server
 
 from fusion_edge.runtime import Fusion, FusionError
+from fusion_edge.runtime.images import encoded
 from fusion_edge.runtime.images.preprocessing import cut_crops
-from fusion_edge.runtime.serve import pictures
 from fusion_edge.runtime.serve.app import make_app
 from fusion_edge.runtime.serve.settings import ServeSettings
 
@@ -115,7 +115,7 @@ def test_a_drain_ends_a_request_that_is_being_prepared(server: HttpServer, monke
         assert may_load.wait(20)
         return cut_crops(image)
 
-    monkeypatch.setattr(pictures, "cut_crops", slow)
+    monkeypatch.setattr(encoded, "cut_crops", slow)
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(server.ask, chat())
         assert loading.wait(20)

@@ -34,6 +34,7 @@ def flat(server: Server) -> Iterator[Server]:
     """The server, whose peak of memory may not grow by more than the limit."""
     before = server.memory()
     yield server
+    print(f"+{(server.memory() - before) / 1e6:.1f} MB")
     assert server.memory() - before <= ALLOWED_GROWTH
 
 

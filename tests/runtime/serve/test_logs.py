@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
+import struct
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.safe_server import head, running, status
 
+from fusion_edge.runtime.images.encoded import decode
 from fusion_edge.runtime.serve import logs
 from fusion_edge.runtime.serve.api_keys import ApiKeys
 from fusion_edge.runtime.serve.safety import SafetySettings
@@ -21,9 +28,12 @@ SECRET = "s3cr3t-0f-a-r3qu3st"
 @pytest.fixture
 def output(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     """Returns what is logged after ``logs.configure``."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    root, warned = logging.getLogger(), logging.getLogger("py.warnings")
+    handlers, level, hooks = root.handlers[:], root.level, (threading.excepthook, sys.unraisablehook)
     yield lambda: capsys.readouterr().err
+    logging.captureWarnings(False)
+    warned.setLevel(logging.NOTSET)
+    threading.excepthook, sys.unraisablehook = hooks
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -65,6 +75,47 @@ def test_other_libraries_are_logged_by_their_places(output: Callable[[], str]) -
     assert lines[0].startswith(f"ERROR asyncio: message at {__file__}:")
     assert lines[1].startswith(f"WARNING PIL.Image: message at {__file__}:")
     assert not any(SECRET in line or "not logged" in line for line in lines)
+
+
+def damaged_exif() -> bytes:
+    """Return a JPEG with a text in EXIF that is shorter than its tag says: Pillow warns of it."""
+    exif = Image.Exif()
+    exif[0x010E] = SECRET
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG", exif=exif)
+    length = struct.pack(">HHI", 0x010E, 2, len(SECRET) + 1)
+    assert length in file.getvalue()
+    return file.getvalue().replace(length, struct.pack(">HHI", 0x010E, 2, 9999))
+
+
+def test_warnings_are_not_logged(output: Callable[[], str]) -> None:
+    with pytest.warns(UserWarning, match="270"):
+        decode(damaged_exif(), 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)
+        logs.configure()
+        warnings.warn(SECRET, stacklevel=1)
+        decode(damaged_exif(), 1000)
+        logging.captureWarnings(False)
+    assert output() == ""
+
+
+def test_exceptions_of_threads_are_logged_by_their_places(output: Callable[[], str]) -> None:
+    logs.configure()
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+
+    class Fails:
+        def __del__(self) -> None:
+            fail()
+
+    Fails()
+    text = output()
+    assert text.startswith("ERROR fusion_edge: A thread failed.\nValueError\n")
+    assert "ERROR fusion_edge: An exception was ignored.\nValueError\n" in text
+    assert SECRET not in text
 
 
 def test_a_secret_in_every_part_of_a_request_is_logged_nowhere(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from openai import OpenAI, RateLimitError
 from support.http_servers import HttpServer, chat, data_url, eventually
 
 from fusion_edge.runtime.serve.images.source import ImageSource, LoadedImage
+from fusion_edge.runtime.serve.picture_url import PictureUrl
 
 QUEUE = 2  # of the fixture
 
@@ -266,8 +267,8 @@ def test_a_picture_that_was_sent_before_is_not_decoded_again(
     decoded: list[str] = []
     load = ImageSource.load
 
-    async def watched(source: ImageSource, url: str, param: str) -> LoadedImage:
-        decoded.append(url)
+    async def watched(source: ImageSource, url: PictureUrl, param: str) -> LoadedImage:
+        decoded.append(url.text())
         return await load(source, url, param)
 
     monkeypatch.setattr(ImageSource, "load", watched)

@@ -1,0 +1,26 @@
+"""glibc's allocator: memory of large requests goes back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+
+_LARGE = 1 << 20
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_C = ctypes.CDLL(None)
+_TRIM, _MALLOPT = getattr(_C, "malloc_trim", None), getattr(_C, "mallopt", None)
+
+
+def return_large_blocks() -> None:
+    """Let every block of 1 MiB or more go back to the system once it is freed. Does nothing without glibc.
+
+    By default glibc raises this threshold to the largest block that was freed, up to 32 MiB, and then keeps blocks of
+    that size for each thread: a server would hold the memory of its largest requests forever. mallopt(3).
+    """
+    if _MALLOPT is not None:
+        _MALLOPT(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def return_free_memory() -> None:
+    """Give free memory of all threads back to the system, in about a millisecond. Does nothing without glibc."""
+    if _TRIM is not None:
+        _TRIM(0)
