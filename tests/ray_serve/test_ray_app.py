@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("ray", reason="Ray is not installed; .ci/ray installs it")
 
+from ray_serve.client import QUESTION, Answer, Server, chat, picture
+
 from fusion_edge.runtime import load
 from fusion_edge.runtime.serve.ray_app import Arguments, picture_digest
-
-QUESTION, TOKENS = "What is it?", 24
-
-
-@dataclass
-class Answer:
-    """A response."""
-
-    status: int
-    headers: dict[str, str]
-    body: dict[str, Any]
-
-    @property
-    def text(self) -> str:
-        text: str = self.body["choices"][0]["message"]["content"]
-        return text
-
-    @property
-    def replica(self) -> str:
-        return self.headers["x-fusion-replica"]
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8))
-
-
-def chat(seed: int, **options: Any) -> dict[str, Any]:
-    """Return a request about the picture of a seed."""
-    file = io.BytesIO()
-    picture(seed).save(file, "png")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    return {"model": "tiny", "max_tokens": TOKENS, "messages": [{"role": "user", "content": parts}]} | options
-
-
-def ask(port: int, body: dict[str, Any]) -> Answer:
-    connection = HTTPConnection("127.0.0.1", port, timeout=120)
-    try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        return Answer(response.status, dict(response.getheaders()), json.loads(response.read()))
-    finally:
-        connection.close()
 
 
 def replicas() -> list[int]:
@@ -74,20 +28,20 @@ def replicas() -> list[int]:
     return [pid for pid, name in names.items() if name.startswith(b"ray::ServeReplica:default:Replica")]
 
 
-def test_an_answer_is_the_model_s(port: int, tiny_bundle: Path) -> None:
+def test_an_answer_is_the_model_s(server: Server, tiny_bundle: Path) -> None:
     with load(tiny_bundle) as fusion:
         expected = fusion.answer(picture(0), QUESTION).text
-    asked = ask(port, chat(0, max_tokens=512))
+    asked = server.ask(chat(0, max_tokens=512))
     assert (asked.status, asked.text) == (200, expected)
 
 
-def test_an_error_has_openai_s_form(port: int) -> None:
-    asked = ask(port, chat(0, model="other"))
+def test_an_error_has_openai_s_form(server: Server) -> None:
+    asked = server.ask(chat(0, model="other"))
     assert (asked.status, asked.body["error"]["code"]) == (404, "model_not_found")
 
 
-def test_a_body_over_the_limit_is_refused(port: int) -> None:
-    connection = HTTPConnection("127.0.0.1", port, timeout=120)
+def test_a_body_over_the_limit_is_refused(server: Server) -> None:
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=120)
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Length", str(18 << 20))
     connection.endheaders()
@@ -96,35 +50,35 @@ def test_a_body_over_the_limit_is_refused(port: int) -> None:
     connection.close()
 
 
-def test_questions_about_a_picture_reach_the_replica_that_has_it(port: int) -> None:
-    first = {seed: ask(port, chat(seed)).replica for seed in (11, 12, 13)}
+def test_questions_about_a_picture_reach_the_replica_that_has_it(server: Server) -> None:
+    first = {seed: server.ask(chat(seed)).replica for seed in (11, 12, 13)}
     time.sleep(3)  # until the routers know
-    later = [(seed, ask(port, chat(seed)).replica) for seed in (11, 12, 13, 13, 12, 11)]
+    later = [(seed, server.ask(chat(seed)).replica) for seed in (11, 12, 13, 13, 12, 11)]
     assert later == [(seed, first[seed]) for seed, _ in later]
 
 
-def test_a_full_queue_is_an_error_of_its_own(port: int) -> None:
+def test_a_full_queue_is_an_error_of_its_own(server: Server) -> None:
     """Two replicas run one and keep four each, and the router keeps four."""
     with ThreadPoolExecutor(40) as pool:
-        asked = list(pool.map(lambda seed: ask(port, chat(seed, max_tokens=100)), range(100, 140)))
+        asked = list(pool.map(lambda seed: server.ask(chat(seed, max_tokens=100)), range(100, 140)))
     counted = Counter((one.status, one.body.get("error", {}).get("code")) for one in asked)
     assert counted.keys() == {(200, None), (429, "queue_full")}
     assert all("retry-after" in one.headers for one in asked if one.status == 429)
 
 
-def ask_until_there_is_room(port: int, body: dict[str, Any]) -> Answer:
+def ask_until_there_is_room(server: Server, body: dict[str, Any]) -> Answer:
     """Ask again after each refusal by a full queue, as OpenAI's clients do."""
-    while (answer := ask(port, body)).status == 429:
+    while (answer := server.ask(body)).status == 429:
         time.sleep(0.1)
     return answer
 
 
-def test_no_request_is_lost_when_a_replica_is_killed(port: int) -> None:
+def test_no_request_is_lost_when_a_replica_is_killed(server: Server) -> None:
     seeds = [200 + i % 4 for i in range(32)]
-    expected = {seed: ask(port, chat(seed)).text for seed in set(seeds)}
+    expected = {seed: server.ask(chat(seed)).text for seed in set(seeds)}
     victim = replicas()[0]
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask_until_there_is_room, port, chat(seed)) for seed in seeds]
+        asked = [pool.submit(ask_until_there_is_room, server, chat(seed)) for seed in seeds]
         asked[4].result()
         os.kill(victim, signal.SIGKILL)
         answers = [future.result() for future in asked]

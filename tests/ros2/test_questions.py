@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -114,10 +115,12 @@ def test_errors(error: Exception, text: str, reason: str, message: str) -> None:
 
 def test_answers() -> None:
     question = Question("Wärmer?", id="7", topic="image")
-    frame = Frame(np.zeros((1, 1, 3), np.uint8), "rgb", Header())
-    text = answer_json(question, Reply("ja", "stop", probabilities={"ja": 1.0}), frame, 0.25)
+    frame = Frame(np.zeros((1, 1, 3), np.uint8), "rgb", Header(), received=time.monotonic() - 100)
+    text = answer_json(question, Reply("ja", "stop", probabilities={"ja": 1.0}), frame)
     assert "Wärmer" in text
-    assert json.loads(text) == {
+    document = json.loads(text)
+    assert 100 <= document.pop("age") < 200  # since the frame came, not since the question
+    assert document == {
         "id": "7",
         "question": "Wärmer?",
         "topic": "image",
@@ -128,7 +131,7 @@ def test_answers() -> None:
         "probabilities": {"ja": 1.0},
         "finish_reason": "stop",
         "error": None,
-        "age": 0.25,
     }
-    document = json.loads(answer_json(question, Reply("", "failed", "No frame."), None, 0.0))
-    assert (document["stamp"], document["frame_id"], document["error"]) == (None, None, "No frame.")
+    document = json.loads(answer_json(question, Reply("", "failed", "No frame."), None))
+    assert (document["stamp"], document["frame_id"], document["age"]) == (None, None, None)
+    assert document["error"] == "No frame."

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,10 @@ def test_a_standing_question() -> None:
         ({"topics": []}, "topics is []; expected the names of one or more topics, each once."),
         ({"topics": ["image", ""]}, "topics is ['image', '']; expected"),
         ({"topics": ["image", "image"]}, "topics is ['image', 'image']; expected"),
+        (
+            {"topics": ["front", "rear", "left"], "capacity": 2},
+            "capacity is 2; expected at least 3, one for each of the",
+        ),
         ({"schema": "{}"}, "choices and schema are for the parameter question, which is empty; set it, too."),
         ({"question": "What?", "schema": "[]"}, "schema is '[]'; expected a JSON object."),
         ({"question": "What?", "schema": "{}", "choices": ["a", "b"]}, "choices and schema exclude each other"),
@@ -54,3 +61,25 @@ def test_the_table_of_the_docs() -> None:
     text = text[text.index("## Parameters") : text.index("## Interfaces")]
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| `(.*?)` \|", text, re.MULTILINE))
     assert {name: json.loads(default) for name, default in rows.items()} == DEFAULTS
+
+
+def test_as_many_questions_as_topics_may_wait() -> None:
+    assert settings_of({**DEFAULTS, "topics": ["front", "rear"], "capacity": 2}).capacity == 2
+
+
+def test_the_program_runs_in_the_virtual_environment_that_is_active(tmp_path: Path) -> None:
+    """``ros2 run`` and ``ros2 launch`` start the file itself: its first line chooses the Python."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "ros2/fusion_edge_ros", source)
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "install",
+        "--prefix",
+        str(tmp_path / "install"),
+    ]  # as colcon does
+    command += ["--single-version-externally-managed", "--record", str(tmp_path / "record")]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    program = (tmp_path / "install/lib/fusion_edge_ros/fusion_edge_node").read_text(encoding="utf-8")
+    assert program.splitlines()[0] == "#!/usr/bin/env python3"

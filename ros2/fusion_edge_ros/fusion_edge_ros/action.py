@@ -28,7 +28,7 @@ class Asked(Protocol):
         ...
 
     def newest(self, topic: str) -> Frame:
-        """Return the newest frame of a topic. Raise :class:`FusionError` if there is none."""
+        """Return the newest frame of a topic. Raise :class:`FusionError` if there is none, or it is too old."""
         ...
 
     def with_defaults(self, question: Question) -> Question:
@@ -62,10 +62,6 @@ class AskServer:
         """Whether a goal has no result yet."""
         return bool(self._requests)
 
-    def close(self) -> None:
-        """Destroy the server."""
-        self._server.destroy()
-
     def _accept(self, _goal: Any) -> GoalResponse:
         if self._asked.answering is not None:
             return GoalResponse.ACCEPT
@@ -87,7 +83,7 @@ class AskServer:
         self._requests[key] = answering.ask(
             question,
             frame,
-            lambda reply, _: self._schedule(goal_handle, frame, reply),
+            lambda reply: self._schedule(goal_handle, frame, reply),
             priority=1,
             when_stage=feedback.stage,
             when_piece=feedback.piece,

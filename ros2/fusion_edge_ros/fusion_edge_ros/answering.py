@@ -43,7 +43,7 @@ class Answering:
         self,
         question: Question,
         frame: Frame,
-        when_ended: Callable[[Reply, float], object],
+        when_ended: Callable[[Reply], object],
         *,
         key: Hashable = None,
         priority: int = 0,
@@ -55,7 +55,7 @@ class Answering:
         Args:
             question: The question.
             frame: What it is about.
-            when_ended: Called once, with the reply and the seconds since this call.
+            when_ended: Called once, with the reply.
             key: A newer question of an equal key replaces one that waits.
             priority: Higher runs earlier.
             when_stage: Called in the model's thread with each stage as it begins.
@@ -67,7 +67,7 @@ class Answering:
         try:
             request = self._submit(question, frame, key, priority, when_stage)
         except FusionError as error:
-            when_ended(reply_of_error(error), 0.0)
+            when_ended(reply_of_error(error))
             return None
         followed = asyncio.run_coroutine_threadsafe(self._follow(request, question, when_piece, when_ended), self._loop)
         self._followed.add(followed)
@@ -114,7 +114,7 @@ class Answering:
         request: Request[Any],
         question: Question,
         when_piece: Callable[[str], object] | None,
-        when_ended: Callable[[Reply, float], object],
+        when_ended: Callable[[Reply], object],
     ) -> None:
         try:
             if when_piece is not None:
@@ -126,4 +126,4 @@ class Answering:
         except Exception as error:  # a defect: the question must end all the same
             _LOGGER.exception("A question ended by an unexpected exception.")
             reply = reply_of_error(error)
-        when_ended(reply, request.age)
+        when_ended(reply)

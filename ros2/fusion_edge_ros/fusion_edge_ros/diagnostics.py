@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
@@ -31,8 +32,17 @@ class Diagnostics:
         self.frames = self.bad_frames = 0
         self._reported.clear()
 
-    def status(self, name: str, latencies: Latencies | None) -> DiagnosticStatus:
-        """Return the status of the node ``name``; ``latencies`` are those since activate, None if it is not active."""
+    def status(
+        self, name: str, latencies: Latencies | None, ages: Mapping[str, float], max_frame_age: float
+    ) -> DiagnosticStatus:
+        """Return the status of a node.
+
+        Args:
+            name: Its name.
+            latencies: Those since activate; None if it is not active.
+            ages: Seconds since the newest frame, by topic.
+            max_frame_age: Limit of ``ages`` in seconds; 0 for none.
+        """
         values = {"state": self.state, "bundle": self.bundle}
         if self.fusion is not None:
             device = self.fusion.device
@@ -51,6 +61,9 @@ class Diagnostics:
                 if count > self._reported[what]
             ]
             self._reported.update({what: count - self._reported[what] for what, count in counts.items()})
+            late_topics = {topic: age for topic, age in ages.items() if 0 < max_frame_age < age}
+            problems += [f"no frame on {topic} for {age:.1f} s" for topic, age in late_topics.items()]
+            values |= {f"age of {topic} (s)": f"{age:.1f}" for topic, age in ages.items()}
             values |= {"frames": str(self.frames), "dropped frames": str(latencies.superseded)}
             values |= {what: str(count) for what, count in counts.items()}
             values |= {"answered": str(latencies.answered), "cancelled": str(latencies.cancelled)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -71,6 +72,13 @@ class Frame:
     """A view of the message's data, ``[H,W,3]``, ``[H,W,2]`` or ``[H,W]``; a compressed picture is not yet decoded."""
     color: Color
     header: Header
+    received: float = field(default_factory=time.monotonic)
+    """When its message came, by :func:`time.monotonic`."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since its message came."""
+        return time.monotonic() - self.received
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class FusionEdgeNode(LifecycleNode):
         self._fusion: Fusion | None = None
         self._cameras: Cameras | None = None
         self._diagnostics = Diagnostics()
-        self._answers = self.create_lifecycle_publisher(String, "~/answer", 10)
+        # Not a lifecycle publisher, which is silent unless the node is active: who asks must learn that it is not.
+        self._answers = self.create_publisher(String, "~/answer", 10)
         self._statuses = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_subscription(String, "~/question", self._question, 10)
         self.create_service(Trigger, "~/ask_now", self._ask_now)
@@ -82,7 +83,7 @@ class FusionEdgeNode(LifecycleNode):
     def newest(self, topic: str) -> Frame:
         """Return the newest frame of a topic, as :meth:`Cameras.newest` does. Only in an active node."""
         assert self._cameras is not None
-        return self._cameras.newest(topic)
+        return self._cameras.newest(topic, self.settings.max_frame_age)
 
     def with_defaults(self, question: Question) -> Question:
         """Return a question with the node's deadline, unless it has its own."""
@@ -182,7 +183,9 @@ class FusionEdgeNode(LifecycleNode):
             self._diagnostics.bad_frames += 1
             self.get_logger().error(str(error), throttle_duration_sec=QUIET_SECONDS)
             return
-        self._ask(replace(standing, topic=topic), frame, key=topic)
+        question = replace(standing, topic=topic)
+        assert self.answering is not None  # only an active node subscribes
+        self.answering.ask(question, frame, partial(self._publish_standing, question, frame), key=topic)
 
     def _question(self, message: String) -> None:
         """Ask a question of the topic about the newest frame."""
@@ -191,7 +194,7 @@ class FusionEdgeNode(LifecycleNode):
             question = question_of_json(message.data)
             self._ask_newest(question)
         except FusionError as error:
-            self._publish(question, None, reply_of_error(error), 0.0)
+            self._publish(question, None, reply_of_error(error))
 
     def _ask_now(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Ask the standing question about the newest frame of each topic."""
@@ -210,21 +213,23 @@ class FusionEdgeNode(LifecycleNode):
     def _ask_newest(self, question: Question) -> None:
         if self.answering is None:
             raise FusionError("The node is not active; activate it.")
-        self._ask(self.with_defaults(question), self.newest(question.topic), priority=1)
+        question, frame = self.with_defaults(question), self.newest(question.topic)
+        self.answering.ask(question, frame, partial(self._publish, question, frame), priority=1)
 
-    def _ask(self, question: Question, frame: Frame, **options: Any) -> None:
-        assert self.answering is not None
-        self.answering.ask(question, frame, partial(self._publish, question, frame), **options)
+    def _publish(self, question: Question, frame: Frame | None, reply: Reply) -> None:
+        self._answers.publish(String(data=answer_json(question, reply, frame)))
 
-    def _publish(self, question: Question, frame: Frame | None, reply: Reply, age: float) -> None:
-        """Publish an answer. Of a frame that a newer one replaced, there is none."""
-        if reply.finish_reason != "superseded":
-            self._answers.publish(String(data=answer_json(question, reply, frame, age)))
+    def _publish_standing(self, question: Question, frame: Frame, reply: Reply) -> None:
+        """Publish an answer about a frame. Diagnostics count those that are replaced, or refused by a full queue."""
+        if reply.finish_reason not in ("superseded", "refused"):
+            self._publish(question, frame, reply)
 
     def _report(self) -> None:
-        answering = self.answering
+        answering, cameras = self.answering, self._cameras
         latencies = None if answering is None else answering.latencies()
-        message = DiagnosticArray(status=[self._diagnostics.status(self.get_name(), latencies)])
+        ages = {} if cameras is None else cameras.ages()
+        status = self._diagnostics.status(self.get_name(), latencies, ages, self.settings.max_frame_age)
+        message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._statuses.publish(message)
 

@@ -128,14 +128,13 @@ def _fits(name: str, value: object) -> bool:
     return isinstance(value, types.get(name, (str,))) and not isinstance(value, bool)
 
 
-def answer_json(question: Question, reply: Reply, frame: Frame | None, age: float) -> str:
-    """Return the JSON document of an answer.
+def answer_json(question: Question, reply: Reply, frame: Frame | None) -> str:
+    """Return the JSON document of an answer that ends now.
 
     Args:
         question: The question.
         reply: How it ended.
         frame: The frame that it was about; None if there was none.
-        age: Seconds since the frame was submitted.
     """
     stamp = None if frame is None else {"sec": frame.header.stamp.sec, "nanosec": frame.header.stamp.nanosec}
     return json_text(
@@ -150,7 +149,7 @@ def answer_json(question: Question, reply: Reply, frame: Frame | None, age: floa
             "probabilities": reply.probabilities or None,
             "finish_reason": reply.finish_reason,
             "error": reply.error or None,
-            "age": round(age, 6),
+            "age": None if frame is None else round(frame.age, 6),
         }
     )
 

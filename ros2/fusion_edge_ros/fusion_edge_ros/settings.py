@@ -31,9 +31,10 @@ PARAMETERS = (
     Parameter("lock_memory", False, "Read the weights in, and keep them in memory."),
     Parameter("cached_images", 1, "Pictures whose features stay cached.", 64, 1),
     Parameter("query_length", 0, "Number of latents, one of the bundle's; 0 for its first.", 4096),
-    Parameter("max_new_tokens", 512, "Limit of an answer's tokens.", 65536, 1),
+    Parameter("max_new_tokens", 512, "Limit of an answer's tokens, for a question without its own.", 65536, 1),
     Parameter("capacity", 8, "Limit of questions that wait; a further one is refused.", 1024, 1),
     Parameter("topics", ["image"], "Topics of frames: CompressedImage if the name ends with /compressed, else Image."),
+    Parameter("max_frame_age", 2.0, "Seconds until the newest frame is too old to ask about; 0 for never.", 86400.0),
     Parameter("question", "", "Question about each newest frame; empty for none."),
     Parameter("choices", [], "Answers to choose from, for that question; empty for any answer."),
     Parameter("schema", "", "JSON schema of the answer to that question, as text; empty for a text."),
@@ -41,8 +42,8 @@ PARAMETERS = (
     Parameter("action", True, "Whether to serve the action ask, which needs fusion_edge_msgs."),
     Parameter("autostart", False, "Configure and activate at the start."),
 )
-"""question, choices, schema and deadline act from the next question on, action and autostart at the start. The others
-are read by configure and activate."""
+"""max_frame_age, question, choices, schema and deadline act from the next question on, action and autostart at the
+start. The others are read by configure and activate."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Settings:
     max_new_tokens: int
     capacity: int
     topics: tuple[str, ...]
+    max_frame_age: float
     standing: Question | None
     """Question about each newest frame."""
     deadline: float
@@ -76,6 +78,10 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     topics = tuple(values["topics"])
     if not topics or not all(topics) or len(set(topics)) < len(topics):
         raise UsageError(f"topics is {list(topics)}; expected the names of one or more topics, each once.")
+    if values["capacity"] < len(topics):  # the newest frame of each may wait
+        raise UsageError(
+            f"capacity is {values['capacity']}; expected at least {len(topics)}, one for each of the topics."
+        )
     schema = object_of_json("schema", values["schema"]) if values["schema"] else None
     choices = tuple(values["choices"])
     if not values["question"] and (choices or schema is not None):
@@ -93,6 +99,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
         max_new_tokens=values["max_new_tokens"],
         capacity=values["capacity"],
         topics=topics,
+        max_frame_age=values["max_frame_age"],
         standing=standing,
         deadline=values["deadline"],
         action=values["action"],

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,18 @@ TRANSITIONS = {
 }
 RELIABLE = {f"qos_overrides./{topic}.subscription.reliability": "reliable" for topic in ("image", "image/compressed")}
 """Parameters for a machine so busy that sensor data is lost."""
+PATIENT = {"max_frame_age": 60.0}
+"""Parameters for a machine so busy that a test's questions are late."""
 Document = dict[str, Any]
 
 
 @contextmanager
-def node_process(folder: Path, **parameters: object) -> Iterator[subprocess.Popen[str]]:
-    """Run the node with parameters, from a YAML file as users write it."""
+def node_process(
+    folder: Path, qos: Mapping[str, str] = RELIABLE, /, **parameters: object
+) -> Iterator[subprocess.Popen[str]]:
+    """Run the node with parameters, from a YAML file as users write it. Frames are reliable unless ``qos`` is empty."""
     file = folder / "parameters.yaml"
-    document = {NODE: {"ros__parameters": {**RELIABLE, **parameters}}}
+    document = {NODE: {"ros__parameters": {**qos, **PATIENT, **parameters}}}
     file.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "fusion_edge_ros", "--ros-args", "--params-file", str(file)]
     with (folder / "log").open("w") as log:

@@ -35,6 +35,8 @@ def test_transitions(robot: Robot, fusion: Fusion, demo_bundle: Path, small: tup
         assert (diagnosis["device"], diagnosis["bundle"]) == ("cpu", str(demo_bundle))
         assert "frames" not in diagnosis
         assert robot.ask_now() == (False, INACTIVE)
+        answer = robot.ask(question=COLOR, id="7")
+        assert (answer["id"], answer["finish_reason"], answer["error"]) == ("7", "failed", INACTIVE)
         for _ in range(2):
             assert robot.transit("activate")
             robot.wait_for_subscriber()
@@ -44,8 +46,10 @@ def test_transitions(robot: Robot, fusion: Fusion, demo_bundle: Path, small: tup
             assert robot.transit("deactivate")
             robot.until(lambda: robot.subscribers() == 0)
             assert robot.ask_now() == (False, INACTIVE)
+            assert robot.ask(question=COLOR)["error"] == INACTIVE
         assert robot.transit("cleanup")
         assert robot.state() == "unconfigured"
+        assert robot.ask(question=COLOR)["error"] == INACTIVE
         assert "device" not in robot.diagnosis()
         assert robot.transit("configure")
         assert robot.transit("activate")
@@ -86,6 +90,10 @@ def test_a_failed_start(tmp_path: Path) -> None:
         ({"deadline": 1e9}, "deadline out of range"),
         ({"capacity": "many"}, "'capacity'"),
         ({"topics": ["image", "image"]}, "topics is ['image', 'image']; expected the names of one or more topics"),
+        (
+            {"topics": ["front", "rear"], "capacity": 1},
+            "capacity is 1; expected at least 2, one for each of the topics",
+        ),
         ({"choices": ["yes", "no"]}, "choices and schema are for the parameter question, which is empty"),
         ({"question": "What?", "schema": "{"}, "schema is not JSON"),
     ],

@@ -82,6 +82,28 @@ def test_a_full_queue(client: Client, small: tuple[Frame, ...]) -> None:
     assert sorted(reasons) == ["cancelled", "cancelled", "refused"]
 
 
+def test_a_standing_question_that_a_full_queue_refuses(client: Client, small: tuple[Frame, ...]) -> None:
+    """Frames come at the camera's rate; an answer for each that is refused would bury the others."""
+    robot = client.robot
+    robot.wait_for_subscriber()
+    assert robot.set_parameters(question=COLOR) == ""
+    before = int(robot.diagnosis()["refused by the queue"])
+    running = client.send(image=image(small[0], 1), question=COUNT, schema=LONG)
+    robot.until(lambda: client.stages)
+    waiting = client.send(image=image(small[0], 1), question=COUNT, schema=LONG)
+    for number in range(5):
+        robot.show(small[0], number)
+        robot.spin(0.05)
+    assert robot.answers == []
+    answer = robot.ask(question=COLOR)  # whoever asks learns it
+    assert (answer["finish_reason"], answer["text"]) == ("refused", "")
+    assert robot.set_parameters(question="") == ""
+    robot.until(lambda: int(robot.diagnosis()["refused by the queue"]) > before + 1)
+    for handle in (waiting, running):
+        robot.wait(handle.cancel_goal_async())
+        client.end(handle)
+
+
 def test_a_deactivated_node(client: Client, small: tuple[Frame, ...]) -> None:
     handle = client.send(image=image(small[0], 1), question=COUNT, schema=LONG)
     assert client.robot.transit("deactivate")
