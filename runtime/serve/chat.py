@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
-import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -18,6 +16,7 @@ from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError
+from fusion_edge.runtime.serve.arrival import arrival
 from fusion_edge.runtime.serve.body import parse_body
 from fusion_edge.runtime.serve.chat_request import LONGEST_DEADLINE_MS, ChatRequest
 from fusion_edge.runtime.serve.chat_response import ChatCompletionChunk
@@ -30,11 +29,14 @@ from fusion_edge.runtime.serve.pictures import Pictures
 from fusion_edge.runtime.serve.question import Question, check_fields, prepare
 from fusion_edge.runtime.serve.reply import Reply, Result
 from fusion_edge.runtime.serve.stripped import stripped
+from fusion_edge.runtime.serve.workers import Workers
 
 DEADLINE_HEADER = "X-Request-Deadline-Ms"
 """Header with the milliseconds of ``fusion.deadline_ms``; the smaller one counts."""
 _LARGE_BODY = 65_536
 """Bytes of a body above which a thread parses it, so that other clients do not wait."""
+_THREADS = 2
+"""For bodies; and as many for prompts."""
 _LOGGER = logging.getLogger("fusion_edge")
 
 
@@ -42,19 +44,32 @@ class ChatCompletions:
     """The endpoint, an ASGI application."""
 
     def __init__(self, model_name: str, pictures: Pictures) -> None:
+        """The pictures stay the caller's to close."""
         self._model_name = model_name
         self._pictures = pictures
+        self._parsers, self._prompts = Workers(_THREADS, "parse"), Workers(_THREADS, "prompt")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or raise :class:`ApiError` before anything is sent."""
-        arrived = time.monotonic()
         headers = Headers(scope=scope)
         _check_content_type(headers)
         header_ms = _deadline_header(headers)
-        request = await _read(receive)
+        request = await self._read(receive)
         field_ms = request.fusion.deadline_ms if request.fusion is not None else None
-        due = arrived + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
+        due = arrival(scope) + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
         await until_disconnect(receive, self._respond(request, due, scope, receive, send))
+
+    def close(self) -> None:
+        """Let the threads end after their request."""
+        self._parsers.close()
+        self._prompts.close()
+
+    async def _read(self, receive: Receive) -> ChatRequest:
+        """Return the request of a body that :class:`.LimitRequests` has received; nothing keeps the body itself."""
+        body: bytes = (await receive())["body"]
+        if len(body) > _LARGE_BODY:
+            return await self._parsers.run(parse_body, body, ChatRequest)
+        return parse_body(body, ChatRequest)
 
     async def _respond(self, request: ChatRequest, due: float, scope: Scope, receive: Receive, send: Send) -> None:
         engine: Engine = scope["app"].state.engine
@@ -62,7 +77,7 @@ class ChatCompletions:
             raise unknown_model(request.model, self._model_name)
         check_fields(request)
         model = engine.model()
-        question, asked = await engine.submit(lambda: self._prepare(model, request), due)
+        question, asked = await engine.submit(lambda: self._prepare(model, request), due, arrival(scope))
         reply = Reply(request, question, model.logprobs.write)
         try:
             if request.stream:
@@ -80,7 +95,7 @@ class ChatCompletions:
         fusion = model.fusion
         dialogue = read_dialogue(request.messages, TEMPLATES[fusion.config.template].system_text)
         picture = await self._pictures.load(dialogue.image.url, dialogue.image_path)
-        return await asyncio.to_thread(prepare, fusion, request, dialogue, picture)
+        return await self._prompts.run(prepare, fusion, request, dialogue, picture)
 
 
 def unknown_model(given: str, served: str) -> ApiError:
@@ -133,14 +148,6 @@ async def _result(asked: Asked) -> Result:
     if isinstance(result, Answer) and result.finish_reason == "cancelled":
         raise shutting_down()
     return result
-
-
-async def _read(receive: Receive) -> ChatRequest:
-    """Return the request of a body that :class:`.LimitRequests` has received; nothing keeps the body itself."""
-    body: bytes = (await receive())["body"]
-    if len(body) > _LARGE_BODY:
-        return await asyncio.to_thread(parse_body, body, ChatRequest)
-    return parse_body(body, ChatRequest)
 
 
 def _check_content_type(headers: Headers) -> None:

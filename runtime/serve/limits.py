@@ -43,8 +43,9 @@ class RequestLimits:
 class LimitRequests:
     """ASGI middleware that receives the whole body of a request within :class:`RequestLimits`, or refuses it."""
 
-    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
-        self._app, self._limits = app, limits
+    def __init__(self, app: ASGIApp, limits: RequestLimits, when_crowded: Callable[[], object] = lambda: None) -> None:
+        """``when_crowded`` is called for every request that ``receiving_bytes`` refuses."""
+        self._app, self._limits, self._when_crowded = app, limits, when_crowded
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,6 +112,7 @@ class LimitRequests:
                 if size > self._limits.body_bytes:
                     raise self._too_large()
                 if self._held > self._limits.receiving_bytes:
+                    self._when_crowded()
                     retry = "Too many bytes of requests are being received; try again later."
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
                 if not message.get("more_body", False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -11,9 +10,12 @@ from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.requests import Crops
 from fusion_edge.runtime.serve.images.data_url import is_data_url
 from fusion_edge.runtime.serve.images.source import ImageSource
+from fusion_edge.runtime.serve.workers import Workers
 
 CACHED_CROPS = 16
 """Limit of cached crops, 2.2 MB each."""
+
+_THREADS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +28,14 @@ class Picture:
 
 
 class Pictures:
-    """Loads pictures and cuts them, in threads, and keeps the crops of the latest ones. For one event loop."""
+    """Loads pictures and cuts them, in threads, and keeps the crops of the latest ones. For one event loop.
+
+    Close it after the last request.
+    """
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
+        self._workers = Workers(_THREADS, "crops")
         self._latest: OrderedDict[str, Crops] = OrderedDict()
         """By digest, least recently used first."""
 
@@ -37,19 +43,23 @@ class Pictures:
         """Return the picture of a URL. Raise :class:`ApiError` about the field ``param``."""
         is_content = is_data_url(url)
         if is_content:
-            digest = await asyncio.to_thread(_digest, url)
+            digest = await self._workers.run(_digest, url)
             if (found := self._find(digest)) is not None:
                 return found
         loaded = await self._source.load(url, param)
         digest = digest if is_content else loaded.digest
         found = self._find(digest)
         if found is None:
-            crops = Crops(await asyncio.to_thread(cut_crops, loaded.image))
+            crops = Crops(await self._workers.run(cut_crops, loaded.image))
             self._latest[digest] = crops
             if len(self._latest) > CACHED_CROPS:
                 self._latest.popitem(last=False)
             found = Picture(crops, digest)
         return found
+
+    def close(self) -> None:
+        """Let the threads end after their picture. The source stays open."""
+        self._workers.close()
 
     def _find(self, digest: str) -> Picture | None:
         if digest not in self._latest:

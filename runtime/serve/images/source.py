@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +18,7 @@ from fusion_edge.runtime.serve.images.errors import ImageError, Reason
 from fusion_edge.runtime.serve.images.folder import read_file, relative_parts
 from fusion_edge.runtime.serve.images.https import HttpsFetcher
 from fusion_edge.runtime.serve.images.limits import ImageLimits
+from fusion_edge.runtime.serve.workers import Workers
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
@@ -40,8 +39,7 @@ class ImageSource:
     def __init__(self, limits: ImageLimits, fetcher: HttpsFetcher | None = None) -> None:
         self._limits = limits
         self._fetcher = fetcher or HttpsFetcher(limits)
-        # A pool bounds the decodes also when a request is cancelled: its thread runs on, and no other takes its place.
-        self._decoders = ThreadPoolExecutor(limits.decodes, thread_name_prefix="image")
+        self._decoders = Workers(limits.decodes, "image")
 
     async def load(self, url: str, param: str) -> LoadedImage:
         """Load a picture.
@@ -55,13 +53,13 @@ class ImageSource:
         """
         try:
             read = await self._reader(url)
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, read)
+            return await self._decoders.run(self._decode, read)
         except ImageError as error:
             raise ApiError(400, error.message, param, error.reason.value) from None
 
     def close(self) -> None:
         """Let the threads end after their picture."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
 
     async def _reader(self, url: str) -> Callable[[], bytes]:
         """Return a function that returns the encoded picture, to be called in a thread."""
