@@ -224,6 +224,7 @@ class Engine:
         del question  # the request lets go of it
         with suppress(Exception):  # whoever asked gets it, too
             await request
+        await asyncio.sleep(0)  # the answer is sent first
         if request.started is not None:
             self._seconds.append(time.monotonic() - request.started)
         self._live.discard(request)

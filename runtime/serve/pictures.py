@@ -16,6 +16,8 @@ CACHED_CROPS = 16
 """Limit of cached crops, 2.2 MB each."""
 
 _THREADS = 2
+_SMALL_URL = 512 << 10
+"""Characters whose digest takes less than a millisecond."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class Pictures:
         """Return the picture of a URL. Raise :class:`ApiError` about the field ``param``."""
         is_content = is_data_url(url)
         if is_content:
-            digest = await self._workers.run(_digest, url)
+            digest = _digest(url) if len(url) <= _SMALL_URL else await self._workers.run(_digest, url)
             if (found := self._find(digest)) is not None:
                 return found
         loaded = await self._source.load(url, param)
