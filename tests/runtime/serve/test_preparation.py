@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 from fakes.watched_backend import watched_fusion
-from support.http_servers import HttpServer, chat, eventually, http_server
+from support.http_servers import HttpServer, chat, eventually, http_server, user
 
 from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.serve import chat as chats
-from fusion_edge.runtime.serve import pictures
+from fusion_edge.runtime.serve import pictures, question
+from fusion_edge.runtime.serve.chat_request import ChatRequest
+from fusion_edge.runtime.serve.conversation import read_dialogue
 from fusion_edge.runtime.serve.images import source
 from fusion_edge.runtime.serve.limits import RequestLimits
 from fusion_edge.runtime.serve.safety import SafetySettings
@@ -44,6 +46,8 @@ def blocked(patch: pytest.MonkeyPatch, module: Any, name: str) -> Iterator[Calla
         return call(*arguments)
 
     patch.setattr(module, name, wait)
+    patch.setattr(pictures, "_SMALL_URL", 0)  # all work in threads, as that of large requests
+    patch.setattr(chats, "is_short", lambda *_: False)
     try:
         yield lambda: len(begun)
     finally:
@@ -140,6 +144,36 @@ def test_slow_preparations_delay_no_refusal(tiny_bundle: Path, monkeypatch: pyte
             assert server.ask(large).status == 429
             assert time.monotonic() - begin < 1
         assert {reply.result().status for reply in asked} == {200}
+
+
+def test_what_the_loop_parses_at_once() -> None:
+    picture = json.dumps(chat()).encode()
+    assert chats.is_fast(picture + b" " * (300 << 10))
+    assert chats.is_fast(b"[" * (64 << 10))
+    assert not chats.is_fast(picture + b" " * (512 << 10))
+    for mark in (b'"', b",", b"[", b"{", b"\\u0041"):
+        assert not chats.is_fast(mark * 1001 + b" " * (64 << 10))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_short"),
+    [
+        ({}, True),
+        ({"response_format": {"type": "text"}}, True),
+        ({"response_format": {"type": "json_object"}}, False),
+        ({"fusion": {"choices": ["yes", "no"]}}, False),
+        ({"fusion": {"guide": "x" * 900}}, True),
+        ({"fusion": {"guide": "x" * 1000}}, False),
+        ({"question": "x" * 1001}, False),
+        ({"answer": "x" * 1001}, False),
+    ],
+)
+def test_what_the_loop_tokenizes_at_once(fields: dict[str, Any], is_short: bool) -> None:
+    body = chat(fields.pop("question", "What?"))
+    if "answer" in fields:
+        body["messages"] += [{"role": "assistant", "content": fields.pop("answer")}, user("Why?", None)]
+    request = ChatRequest.model_validate(body | fields)
+    assert question.is_short(request, read_dialogue(request.messages, "")) == is_short
 
 
 def test_metrics_count_from_the_arrival(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
