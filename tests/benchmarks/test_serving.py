@@ -93,14 +93,12 @@ assert not passes(504, {}, {"fusion": None}) and not passes(504, None, [])
 assert not passes(503, {"x-request-deadline-ms": "5"}, {}) and not passes(500, {}, {"fusion": {"deadline_ms": 5}})
 
 generated = {"model": "measured", "messages": [{"role": "user", "content": "x"}], "temperature": 1, "top_p": 0.5}
-found = [hooks.map_body(None, generated) for _ in range(40)]
-assert sum(each["messages"] == hooks._MESSAGES for each in found) == 30
-assert {len(each) for each in found} >= {2, 3, 4}
-invalid = {"messages": 3}
-assert all(hooks.map_body(None, invalid) is invalid for _ in range(4))
-headers = [hooks.map_headers(None, {"X-Request-Deadline-Ms": "5", "a": "b"}) for _ in range(4)]
-assert sorted(each["X-Request-Deadline-Ms"] for each in headers) == ["5", "60000", "60000", "60000"]
-assert all(hooks.map_headers(None, {"X-Request-Deadline-Ms": "x"})["X-Request-Deadline-Ms"] == "x" for _ in range(4))
+found = [hooks.answerable(generated, number) for number in range(40)]
+assert all(each["messages"] == hooks._MESSAGES and each["model"] == "measured" for each in found)
+assert {len(each) for each in found} == {2, 3, 4}
+late = {"model": "measured", "messages": [], "fusion": {"deadline_ms": 1}}
+kept = [hooks.answerable(late, number).get("fusion", {}).get("deadline_ms") for number in range(400)]
+assert set(kept) == {None, 1, 60000} and kept.count(1) < kept.count(60000)
 """
 
 
