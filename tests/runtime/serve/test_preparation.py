@@ -147,12 +147,19 @@ def test_slow_preparations_delay_no_refusal(tiny_bundle: Path, monkeypatch: pyte
 
 
 def test_what_the_loop_parses_at_once() -> None:
-    picture = json.dumps(chat()).encode()
-    assert chats.is_fast(picture + b" " * (300 << 10))
+    before, behind = json.dumps(chat()).encode().split(b"base64,")
     assert chats.is_fast(b"[" * (64 << 10))
-    assert not chats.is_fast(picture + b" " * (512 << 10))
-    for mark in (b'"', b",", b"[", b"{", b"\\u0041"):
-        assert not chats.is_fast(mark * 1001 + b" " * (64 << 10))
+    for picture, is_fast in {
+        b"": True,
+        b"A" * (400 << 10): True,
+        b"A" * (512 << 10): False,
+        b"A" * (200 << 10) + b"\\u0041" + b"A" * (200 << 10): False,
+        b'",' * (100 << 10): False,
+    }.items():
+        assert chats.is_fast(before + b"base64," + picture + behind) == is_fast
+        assert not chats.is_fast(b"[" * (64 << 10) + before + b"base64," + picture + behind)
+    assert not chats.is_fast(b"[" * (65 << 10))
+    assert not chats.is_fast(b"base64," + b"[" * (65 << 10))  # no end of the text
 
 
 @pytest.mark.parametrize(
