@@ -19,7 +19,7 @@ import schemathesis
 from fusion_edge.benchmarks.serving.generated_requests import has_deadline
 from fusion_edge.runtime.serve.chat import DEADLINE_HEADER
 
-KEPT = 0.2
+KEPT = 0.1
 """Share of the optional fields that an answerable request keeps: many of them exclude each other."""
 LONG_MS = 60_000
 """A deadline that no answer misses. Most generated ones are some milliseconds."""
