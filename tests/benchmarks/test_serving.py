@@ -93,11 +93,11 @@ assert not passes(504, {}, {"fusion": None}) and not passes(504, None, [])
 assert not passes(503, {"x-request-deadline-ms": "5"}, {}) and not passes(500, {}, {"fusion": {"deadline_ms": 5}})
 
 generated = {"model": "measured", "messages": [{"role": "user", "content": "x"}], "temperature": 1, "top_p": 0.5}
-found = [hooks.answerable(generated, number) for number in range(400)]
+found = [hooks.answerable(generated, number) for number in range(4000)]
 assert all(each["messages"] == hooks._MESSAGES and each["model"] == "measured" for each in found)
 assert {len(each) for each in found} == {2, 3, 4}
 late = {"model": "measured", "messages": [], "fusion": {"deadline_ms": 1}}
-kept = [hooks.answerable(late, number).get("fusion", {}).get("deadline_ms") for number in range(400)]
+kept = [hooks.answerable(late, number).get("fusion", {}).get("deadline_ms") for number in range(4000)]
 assert set(kept) == {None, 1, 60000} and kept.count(1) < kept.count(60000)
 """
 
