@@ -1,4 +1,4 @@
-"""Load on fusion-serve: what clients get, how the server's memory grows, and what the server adds to an answer.
+"""Load on fusion-serve: what clients get, and how the server's memory grows. :mod:`.overhead` has one client.
 
     python -m fusion_edge.benchmarks.serving.load BUNDLE --seconds 60 --json FILE
 
@@ -26,20 +26,18 @@ from fusion_edge.benchmarks.serving.server_process import (
     ServerProcess,
     body,
     milliseconds,
-    percentile,
     picture,
     probing,
     send,
     server_process,
 )
-from fusion_edge.runtime import Fusion, load
+from fusion_edge.runtime import load
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
 from fusion_edge.runtime.system.output_file import write_whole
 
 QUESTION = "What is at the top right?"
 PICTURES = 4
-OVERHEAD_QUESTIONS = 200
 LIMIT_GROWTH = 4 << 20
 """Bytes by which the second half's largest memory may exceed the first half's, while the allocator settles."""
 
@@ -58,17 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     with load(options.bundle, cached_images=PICTURES) as fusion:
         expected = [fusion.answer(picture(seed), QUESTION).text for seed in range(PICTURES)]
-        with server_process(options.bundle, ["--cached-images", str(PICTURES)]) as server:
-            idle = server.memory()
-            overhead = measure_overhead(fusion, server)
-            cancels = measure_cancels(server, options.cancels)
+    with server_process(options.bundle, ["--cached-images", str(PICTURES)]) as server:
+        idle = server.memory()
+        cancels = measure_cancels(server, options.cancels)
     with server_process(options.bundle, ["--queue", "8", "--cached-images", str(PICTURES)]) as server:
         result, is_right = measure_load(server, expected, options.clients, options.seconds)
     text = json.dumps(
         {
+            "command": "python -m fusion_edge.benchmarks.serving.load BUNDLE "
+            f"--clients {options.clients} --seconds {options.seconds} --cancels {options.cancels}",
             "machine": asdict(machine_info(None)),
             "idle_anonymous_bytes": idle,
-            "overhead": overhead,
             "cancels": cancels,
             "load": result,
         },
@@ -78,27 +76,6 @@ def _main(options: argparse.Namespace) -> int:
     if options.json:
         write_whole(options.json, text + "\n")
     return 0 if is_right else 1
-
-
-def measure_overhead(fusion: Fusion, server: ServerProcess) -> dict[str, Any]:
-    """Ask the same question in this process and over HTTP, by turns, about a picture that both have encoded."""
-    client, request, pixels = server.client(), body(picture(0), QUESTION), picture(0)
-    direct, served, stages = [], [], []
-    for _ in range(OVERHEAD_QUESTIONS):
-        start = time.perf_counter()
-        answer = fusion.answer(pixels, QUESTION)
-        direct.append(time.perf_counter() - start)
-        stages.append(sum(answer.timings_ms.values()) - answer.timings_ms["preprocess"])
-        response = client.request("POST", "/v1/chat/completions", request)
-        assert json.loads(response.body)["choices"][0]["message"]["content"] == answer.text
-        served.append(response.seconds)
-    return {
-        "answer_ms": milliseconds(direct),
-        "answer_without_preprocessing_ms": round(statistics.median(stages), 2),
-        "http_ms": milliseconds(served),
-        "overhead_p50_ms": round(1000 * (percentile(served, 50) - percentile(direct, 50)), 2),
-        "overhead_without_preprocessing_p50_ms": round(1000 * percentile(served, 50) - statistics.median(stages), 2),
-    }
 
 
 def measure_cancels(server: ServerProcess, count: int) -> dict[str, Any]:

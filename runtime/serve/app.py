@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -33,9 +34,14 @@ def make_app(settings: ServeSettings) -> Starlette:
     startup on. Every app has its own model, queue and metrics.
     """
     images = ImageSource(settings.safety.images)
-    service = _Service(settings, images)
-    chat = ChatCompletions(settings.model_name, Pictures(images))
-    return Starlette(
+    pictures = Pictures(images)
+    chat = ChatCompletions(settings.model_name, pictures)
+    service = _Service(settings, [images, pictures, chat])
+
+    def count_crowded() -> None:
+        app.state.engine.metrics.refused.labels("too_many_bytes").inc()
+
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", service.models),
@@ -45,18 +51,27 @@ def make_app(settings: ServeSettings) -> Starlette:
             Route("/metrics", service.metrics),
             Route("/openapi.json", service.document),
         ],
-        middleware=middleware(settings.safety),
+        middleware=middleware(settings.safety, count_crowded),
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _defect},
         lifespan=service.lifespan,
     )
+    return app
+
+
+class _Threaded(Protocol):
+    """What has threads of its own."""
+
+    def close(self) -> None:
+        """Let the threads end."""
+        ...
 
 
 class _Service:
     """The endpoints besides chat completions."""
 
-    def __init__(self, settings: ServeSettings, images: ImageSource) -> None:
+    def __init__(self, settings: ServeSettings, threaded: Sequence[_Threaded]) -> None:
         self._settings = settings
-        self._images = images
+        self._threaded = threaded
         self._document = JSONResponse(openapi(settings.model_name, DEADLINE_HEADER))
         self._model = ModelInfo(
             id=settings.model_name, object="model", created=int(time.time()), owned_by="fusion-edge"
@@ -69,7 +84,8 @@ class _Service:
         try:
             yield
         finally:
-            self._images.close()
+            for each in self._threaded:
+                each.close()
             await engine.close()
 
     async def models(self, request: Request) -> Response:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
-import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
@@ -19,6 +17,7 @@ from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.arguments import short_repr
 from fusion_edge.runtime.bundle.templates import TEMPLATES
 from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError
+from fusion_edge.runtime.serve.arrival import arrival
 from fusion_edge.runtime.serve.body import parse_body
 from fusion_edge.runtime.serve.chat_request import LONGEST_DEADLINE_MS, ChatRequest
 from fusion_edge.runtime.serve.chat_response import ChatCompletionChunk
@@ -30,14 +29,19 @@ from fusion_edge.runtime.serve.event_stream import EventStream
 from fusion_edge.runtime.serve.limits import HELD_BODY, HeldBody
 from fusion_edge.runtime.serve.picture_url import PLACEHOLDER, PictureUrl, besides_too_large, cut_url
 from fusion_edge.runtime.serve.pictures import Pictures
-from fusion_edge.runtime.serve.question import Question, check_fields, prepare
+from fusion_edge.runtime.serve.question import Question, check_fields, is_short, prepare
 from fusion_edge.runtime.serve.reply import Reply, Result, to_json
 from fusion_edge.runtime.serve.stripped import stripped
+from fusion_edge.runtime.serve.workers import Workers
 
 DEADLINE_HEADER = "X-Request-Deadline-Ms"
 """Header with the milliseconds of ``fusion.deadline_ms``; the smaller one counts."""
-_LARGE_BODY = 16_384
-"""Bytes of a body above which a thread parses it, so that other clients do not wait."""
+_SMALL_BODY = 16 << 10
+"""Bytes of a body that is parsed at once. A thread parses a larger one, so that other clients do not wait."""
+_FAST_BODY = 512 << 10
+"""Bytes of a body that is parsed at once, too, if a picture in base64 has all but :data:`_SMALL_BODY` of them."""
+_THREADS = 2
+"""For bodies; and as many for prompts."""
 _LOGGER = logging.getLogger("fusion_edge")
 
 
@@ -45,24 +49,40 @@ class ChatCompletions:
     """The endpoint, an ASGI application."""
 
     def __init__(self, model_name: str, pictures: Pictures) -> None:
+        """The pictures stay the caller's to close."""
         self._model_name = model_name
         self._pictures = pictures
+        self._parsers, self._prompts = Workers(_THREADS, "parse"), Workers(_THREADS, "prompt")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or raise :class:`ApiError` before anything is sent."""
-        arrived = time.monotonic()
         headers = Headers(scope=scope)
         _check_content_type(headers)
         header_ms = _deadline_header(headers)
         held: HeldBody | None = scope.get(HELD_BODY)
         if held is not None:
             held.keep()
-        request, url = await _read(receive)
+        request, url = await self._read(receive)
         field_ms = request.fusion.deadline_ms if request.fusion is not None else None
-        due = arrived + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
+        due = arrival(scope) + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
         work = self._respond(request, url, due, scope, receive, send)
         del request, url  # they have the picture
         await until_disconnect(receive, work)
+
+    def close(self) -> None:
+        """Let the threads end after their request."""
+        self._parsers.close()
+        self._prompts.close()
+
+    async def _read(self, receive: Receive) -> tuple[ChatRequest, PictureUrl | None]:
+        """Return the request of a body that :class:`.LimitRequests` has received, and the URL of a large picture.
+
+        Nothing but that URL keeps the body itself.
+        """
+        body: bytes = (await receive())["body"]
+        if is_fast(body):
+            return _parse(body)
+        return await self._parsers.run(_parse, body)
 
     async def _respond(
         self, request: ChatRequest, url: PictureUrl | None, due: float, scope: Scope, receive: Receive, send: Send
@@ -73,9 +93,10 @@ class ChatCompletions:
         check_fields(request)
         model = engine.model()
         held: HeldBody | None = scope.get(HELD_BODY)
-        question, asked = await engine.submit(partial(self._prepare, model, request, url, held), due)
+        prepare_it = partial(self._prepare, model, request, url, held)
+        question, asked = await engine.submit(prepare_it, due, arrival(scope))
         reply, is_stream = Reply(request, question, model.logprobs.write), request.stream
-        del request, url  # an answer may take minutes; they have the picture
+        del prepare_it, request, url  # an answer may take minutes; they have the picture
         try:
             if is_stream:
                 await _stream(reply, asked, send)
@@ -93,14 +114,37 @@ class ChatCompletions:
     ) -> Question:
         fusion = model.fusion
         dialogue = read_dialogue(request.messages, TEMPLATES[fusion.config.template].system_text)
-        if url is None:
-            url = PictureUrl(dialogue.image.url)
-        elif dialogue.image.url != PLACEHOLDER:
-            raise besides_too_large()
-        picture = await self._pictures.load(url, dialogue.image_path)
         if held is not None:
-            held.release()
-        return await asyncio.to_thread(prepare, fusion, request, dialogue, picture)
+            held.own()
+        try:
+            if url is None:
+                url = PictureUrl(dialogue.image.url)
+            elif dialogue.image.url != PLACEHOLDER:
+                raise besides_too_large()
+            picture = await self._pictures.load(url, dialogue.image_path)
+        finally:
+            if held is not None:
+                held.release()
+        if is_short(request, dialogue):
+            return prepare(fusion, request, dialogue, picture)
+        return await self._prompts.run(prepare, fusion, request, dialogue, picture)
+
+
+def is_fast(body: bytes) -> bool:
+    """Return whether a body is parsed within a millisecond or so, so that an event loop may do it.
+
+    One long string without escapes costs little, many values cost much.
+    """
+    if not _SMALL_BODY < len(body) <= _FAST_BODY:
+        return len(body) <= _SMALL_BODY
+    start = max(0, body.find(b"base64,"))
+    end = body.find(b'"', start)
+    return len(body) - (end - start) <= _SMALL_BODY and body.find(b"\\", start, end) < 0
+
+
+def _parse(body: bytes) -> tuple[ChatRequest, PictureUrl | None]:
+    rest, url = cut_url(body)
+    return parse_body(rest, ChatRequest), url
 
 
 def unknown_model(given: str, served: str) -> ApiError:
@@ -153,22 +197,6 @@ async def _result(asked: Asked) -> Result:
     if isinstance(result, Answer) and result.finish_reason == "cancelled":
         raise shutting_down()
     return result
-
-
-async def _read(receive: Receive) -> tuple[ChatRequest, PictureUrl | None]:
-    """Return the request of a body that :class:`.LimitRequests` has received, and the URL of a large picture.
-
-    Nothing but that URL keeps the body itself.
-    """
-    body: bytes = (await receive())["body"]
-    if len(body) > _LARGE_BODY:
-        return await asyncio.to_thread(_parse, body)
-    return _parse(body)
-
-
-def _parse(body: bytes) -> tuple[ChatRequest, PictureUrl | None]:
-    rest, url = cut_url(body)
-    return parse_body(rest, ChatRequest), url
 
 
 def _check_content_type(headers: Headers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import statistics
 import threading
@@ -25,9 +26,12 @@ from fusion_edge.runtime.serve.settings import ServeSettings
 from fusion_edge.runtime.serve.token_logprobs import LogprobWriter
 
 Asked = Request[Answer | Choice]
+_Queued = asyncio.Future[tuple[Question, Asked]]
+"""A request once it waits for the worker; or why it does not get so far."""
 
 _RECENT = 32  # runs whose median predicts the next one
 _LOADING_SECONDS = 1
+_LOGGER = logging.getLogger("fusion_edge")
 
 
 class Model:
@@ -49,7 +53,8 @@ class Engine:
     """One model and its queue, for one event loop.
 
     A request takes a place of the queue before its picture is decoded, so a burst of refused requests costs no memory.
-    The place comes back, once, when the worker has ended the request.
+    A task of its own has the place, prepares the request, queues it and waits for its end, also once the client has
+    left: a thread that decodes a picture cannot be interrupted. The place comes back, once, when that task ends.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -58,13 +63,14 @@ class Engine:
         self.metrics.read(self.running, self.waiting, self.image_cache)
         self._model: Model | None = None
         self._error: BaseException | None = None
-        self._is_draining = self._is_ending = self._is_closed = False
+        self._is_draining = self._is_closed = False
         self._taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._lock = threading.Lock()
         self._live: set[Asked] = set()
-        self._watches: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], _Queued] = {}
+        """The task of every place."""
         self._seconds = deque[float](maxlen=_RECENT)
         self.loaded: asyncio.Future[Fusion] = asyncio.get_running_loop().create_future()
         """The model, once it is loaded, or the error of the load."""
@@ -94,48 +100,53 @@ class Engine:
             raise ApiError(503, "The model is being loaded; try again.", code="loading", headers=headers)
         return self._model
 
-    async def submit(self, prepare: Callable[[], Awaitable[Question]], due: float) -> tuple[Question, Asked]:
+    async def submit(
+        self, prepare: Callable[[], Awaitable[Question]], due: float, arrived: float
+    ) -> tuple[Question, Asked]:
         """Take a place of the queue, prepare a question and queue it.
 
         Args:
-            prepare: Returns the question; called only if there is a place.
+            prepare: Returns the question; called only if there is a place. Cancelled once the client has left, the
+                deadline has passed or a drain ends; the place comes back when it has ended.
             due: When the request ends, in seconds of ``time.monotonic``; infinite without a deadline.
+            arrived: When the request arrived, in the same seconds.
 
         Raises:
             ApiError: The queue is full (429), the model does not answer (503), or the deadline has passed (504).
         """
         model = self.model()
+        if due <= time.monotonic():
+            raise self._late("before the request had arrived")
         if self._taken > self._settings.queue:  # one more runs
             raise self._full()
         self._taken += 1
         self._idle.clear()
+        queued: _Queued = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._attend(model, prepare, queued, due, arrived))
+        self._tasks[task] = queued
+        task.add_done_callback(self._give_back)
         try:
-            question = await prepare()
-            if self._is_ending:
-                raise shutting_down()
-            if (seconds := due - time.monotonic()) <= 0:
-                self.metrics.late.inc()
-                raise late("before the question was queued")
-            deadline = None if math.isinf(seconds) else seconds
-            request = model.asker.submit_run(partial(model.runner.run, question), deadline)
-        except QueueFull:
-            self._give_back()
-            raise self._full() from None
-        except BaseException:
-            self._give_back()
+            await asyncio.wait([queued], timeout=None if math.isinf(due) else max(0.0, due - time.monotonic()))
+            if not queued.done():
+                raise self._late("while the request was prepared")
+            return queued.result()
+        except asyncio.CancelledError:
+            if not queued.done():
+                self.metrics.cancelled.inc()
+            elif queued.exception() is None:
+                queued.result()[1].cancel()
             raise
-        self._live.add(request)
-        watch = asyncio.create_task(self._watch(request))
-        self._watches.add(watch)
-        watch.add_done_callback(self._watches.discard)
-        return question, request
+        finally:
+            if not queued.done():
+                queued.cancel()
+                task.cancel()
 
     def running(self) -> int:
         """Number of questions that the worker runs."""
         return sum(request.started is not None and request.outcome is None for request in tuple(self._live))
 
     def waiting(self) -> int:
-        """Number of requests that wait for the worker, or whose picture is being decoded."""
+        """Number of requests that wait for the worker or are being prepared, also for a client that has left."""
         return max(0, self._taken - self.running())
 
     def image_cache(self) -> tuple[int, int]:
@@ -150,7 +161,11 @@ class Engine:
         self._is_draining = True
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
-        self._is_ending = True  # for requests that are being prepared
+        for task, queued in tuple(self._tasks.items()):
+            if not queued.done():
+                self.metrics.cancelled.inc()
+                queued.set_exception(shutting_down())
+                task.cancel()
         for request in tuple(self._live):
             request.cancel()
         await self._idle.wait()
@@ -188,20 +203,49 @@ class Engine:
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(outcome)
 
-    async def _watch(self, request: Asked) -> None:
-        """Wait for the end of a request, also if its client has left; then record it, and give its place back."""
+    async def _attend(
+        self, model: Model, prepare: Callable[[], Awaitable[Question]], queued: _Queued, due: float, arrived: float
+    ) -> None:
+        """Prepare a request and queue it. Wait for its end, also if its client has left; then record it."""
+        begun = time.monotonic()
+        try:
+            question = await prepare()
+            del prepare  # it has the request
+            if queued.done() or (seconds := due - time.monotonic()) <= 0:
+                return  # the deadline has passed, or is about to end the wait of :meth:`submit`
+            prepared_in = time.monotonic() - begun
+            deadline = None if math.isinf(seconds) else seconds
+            request = model.asker.submit_run(partial(model.runner.run, question), deadline)
+        except Exception as error:
+            if not queued.done():
+                queued.set_exception(self._full() if isinstance(error, QueueFull) else error)
+            return
+        self._live.add(request)
+        queued.set_result((question, request))
+        del question  # the request lets go of it
         with suppress(Exception):  # whoever asked gets it, too
             await request
+        await asyncio.sleep(0)  # the answer is sent first
         if request.started is not None:
             self._seconds.append(time.monotonic() - request.started)
         self._live.discard(request)
-        self._give_back()
-        self.metrics.observe(request)
+        self.metrics.observe(request, arrived, prepared_in)
 
-    def _give_back(self) -> None:
+    def _give_back(self, task: asyncio.Task[None]) -> None:
+        """Give back the place of a task that has ended."""
+        queued = self._tasks.pop(task)
+        if queued.done() and not queued.cancelled():
+            queued.exception()  # seen, also if the client has left meanwhile
+        if not task.cancelled() and (defect := task.exception()) is not None:
+            _LOGGER.error("A request was not recorded.", exc_info=defect)
         self._taken -= 1
         if not self._taken:
             self._idle.set()
+
+    def _late(self, place: str) -> ApiError:
+        """Count a request whose deadline passed before it was queued, and return its error."""
+        self.metrics.late.inc()
+        return late(place)
 
     def _full(self) -> ApiError:
         """Return the error of a full queue. Its ``Retry-After`` is when the requests that wait will have run."""

@@ -48,8 +48,9 @@ class RequestLimits:
 class LimitRequests:
     """ASGI middleware that receives the whole body of a request within :class:`RequestLimits`, or refuses it."""
 
-    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
-        self._app, self._limits = app, limits
+    def __init__(self, app: ASGIApp, limits: RequestLimits, when_crowded: Callable[[], object] = lambda: None) -> None:
+        """``when_crowded`` is called for every request that ``receiving_bytes`` refuses."""
+        self._app, self._limits, self._when_crowded = app, limits, when_crowded
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +77,8 @@ class LimitRequests:
         try:
             await self._app(scope, replay, send)
         finally:
-            replay.release()
+            if not replay.is_owned:
+                replay.release()
             if replay.is_large:
                 await asyncio.to_thread(return_free_memory)
 
@@ -115,6 +117,7 @@ class LimitRequests:
                 if size > self._limits.body_bytes:
                     raise self._too_large()
                 if self._held > self._limits.receiving_bytes:
+                    self._when_crowded()
                     retry = "Too many bytes of requests are being received; try again later."
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
                 if not message.get("more_body", False):
@@ -140,6 +143,8 @@ class HeldBody:
         self._receive = receive
         self._hold, self._size = hold, len(body)
         self._is_kept = False
+        self.is_owned = False
+        """Whether :meth:`own` was called."""
         self.is_large = len(body) > _LARGE
         hold(self._size)
 
@@ -154,6 +159,10 @@ class HeldBody:
     def keep(self) -> None:
         """Count the body until :meth:`release`, because parts of it stay in memory."""
         self._is_kept = True
+
+    def own(self) -> None:
+        """Count the body until :meth:`release`, also beyond the end of the request: a thread may have it for longer."""
+        self.is_owned = True
 
     def release(self) -> None:
         """Stop counting the body. Doing so again does nothing."""

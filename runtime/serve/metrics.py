@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,6 +18,9 @@ Reading = Callable[[], int]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 """Buckets: from the demo model on a desktop to long answers of a 3B model on a small processor."""
 
+REFUSALS = ("queue_full", "loading", "draining", "too_many_bytes")
+"""Why a request was not queued."""
+
 
 class Metrics:
     """The metrics of one server, in a registry of its own."""
@@ -30,20 +34,20 @@ class Metrics:
         def count(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"fusion_{name}", text, labels, registry=self._registry)
 
-        self._first = seconds("time_to_first_token", "From the queueing of a request to its first text.")
+        self._first = seconds("time_to_first_token", "From the arrival of a request to its first text.")
         self._per_token = seconds("time_per_output_token", "Decode time of a token after the first one.")
-        self._total = seconds("e2e_request_latency", "From the queueing of a request to its end.")
-        self._waited = seconds("request_queue_time", "From the queueing of a request to the start of its run.")
-        self._stages = seconds("stage", "Time of a run in a stage of the model.", "stage")
+        self._total = seconds("e2e_request_latency", "From the arrival of a request to its end.")
+        self._waited = seconds("request_queue_time", "From the arrival of a request to the start of its run.")
+        self._stages = seconds("stage", "Time of a request in a stage, its preparation included.", "stage")
         self._prompt = count("prompt_tokens", "Tokens of prompts: text, image tokens and latents.")
         self._generated = count("generation_tokens", "Generated tokens.")
         self._answered = count("request_success", "Requests that were answered.", "finished_reason")
-        self._cancelled = count("request_cancelled", "Requests whose client left, or that a shutdown ended.")
+        self.cancelled = count("request_cancelled", "Requests whose client left, or that a shutdown ended.")
         self.late = count("request_late", "Requests that their deadline ended.")
         self._failed = count("request_failed", "Requests that the model could not answer.")
         self.refused = count("request_refused", "Requests that were not queued.", "reason")
-        """Requests that were not queued, by reason: ``queue_full``, ``loading``, ``draining``."""
-        for reason in ("queue_full", "loading", "draining"):  # a counter that is absent is not 0
+        """Requests that were not queued, by one of :data:`REFUSALS`."""
+        for reason in REFUSALS:  # a counter that is absent is not 0
             self.refused.labels(reason)
         for reason in ("stop", "length"):
             self._answered.labels(reason)
@@ -52,8 +56,14 @@ class Metrics:
         """Read these values whenever the metrics are read. ``images`` are the image cache's hits and misses."""
         self._registry.register(_Readings(running, waiting, images))
 
-    def observe(self, request: Request[Answer | Choice]) -> None:
-        """Record a request that has ended."""
+    def observe(self, request: Request[Answer | Choice], arrived: float, prepared_in: float) -> None:
+        """Record a request that was queued and has ended.
+
+        Args:
+            request: The request.
+            arrived: When it arrived, in seconds of ``time.monotonic``.
+            prepared_in: Seconds from its place in the queue to the question that the model takes.
+        """
         reached: Answer | Choice | None = None
         try:
             reached = request.result()
@@ -61,7 +71,7 @@ class Metrics:
             reached = stopped.partial
         except Exception:  # counted as a failure
             pass
-        self._observe_times(request, reached)
+        self._observe_times(request, reached, arrived, prepared_in)
         if isinstance(reached, Answer | Choice):
             self._prompt.inc(reached.prompt_tokens)
         if isinstance(reached, Answer):
@@ -70,22 +80,25 @@ class Metrics:
             reason = reached.finish_reason if isinstance(reached, Answer) else "stop"
             self._answered.labels(reason).inc()
         elif request.outcome == "cancelled":
-            self._cancelled.inc()
+            self.cancelled.inc()
         elif request.outcome == "late":
             self.late.inc()
         else:
             self._failed.inc()
 
-    def _observe_times(self, request: Request[Answer | Choice], reached: Answer | Choice | None) -> None:
-        self._total.observe(request.age)
+    def _observe_times(
+        self, request: Request[Answer | Choice], reached: Answer | Choice | None, arrived: float, prepared_in: float
+    ) -> None:
+        self._total.observe(time.monotonic() - arrived)
         if request.started is not None:
-            self._waited.observe(request.started - request.submitted)
+            self._waited.observe(request.started - arrived)
         if request.first_piece is not None:
-            self._first.observe(request.first_piece - request.submitted)
+            self._first.observe(request.first_piece - arrived)
         if reached is None or request.started is None:
             return
         for stage, milliseconds in reached.timings_ms.items():
-            self._stages.labels(stage).observe(milliseconds / 1000)
+            before = prepared_in if stage == "preprocess" else 0.0
+            self._stages.labels(stage).observe(before + milliseconds / 1000)
         if isinstance(reached, Answer) and reached.tokens_per_second:
             self._per_token.observe(1 / reached.tokens_per_second)
 

@@ -20,6 +20,10 @@ class PictureUrl:
     def __init__(self, content: str | bytes | memoryview) -> None:
         self._content: bytes | memoryview = content.encode("utf-8", "replace") if isinstance(content, str) else content
 
+    def __len__(self) -> int:
+        """Return the bytes of the URL; 0 once it is taken."""
+        return len(self._content)
+
     @property
     def is_data(self) -> bool:
         """Whether the URL has the scheme ``data``."""

@@ -19,6 +19,8 @@ from fusion_edge.runtime.serve.limits import RequestLimits
 from fusion_edge.runtime.serve.refusal import closing_response
 
 _HEAD_BYTES = 64 << 10  # of a head that h11 waits for
+_EARLY_BYTES = 64 << 10
+"""Bytes behind a request that are kept until its response ends. More are dropped, and the connection is closed then."""
 
 
 def uvicorn_options(limits: RequestLimits) -> dict[str, Any]:
@@ -44,6 +46,8 @@ class BoundedProtocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self._head_timer, self._write_timer = _Timer(self.loop), _Timer(self.loop)
         self._head_bytes = 0
+        self._drops = False
+        """Whether further bytes are dropped."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start to wait for a head, or close one connection too many."""
@@ -61,6 +65,11 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, and watch the time of the head that it waits for."""
+        if self._drops:
+            return
+        if self.conn.their_state is h11.MUST_CLOSE:  # a request with Connection: close is complete
+            self._drops = True
+            return
         self._head_bytes += len(data)
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
@@ -68,6 +77,19 @@ class BoundedProtocol(H11Protocol):
             self._head_bytes = 0
         else:  # also the first bytes of a further request
             self._head_timer.start(self.limits.head_seconds, self._head_is_late)
+
+    def handle_events(self) -> None:
+        """Parse what has been received. Read on behind a complete request, where uvicorn stops.
+
+        Only who reads sees that the client leaves.
+        """
+        super().handle_events()
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY) or self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if len(self.conn.trailing_data[0]) > _EARLY_BYTES:
+            self._drops = True
+            self.cycle.keep_alive = False
 
     def pause_writing(self) -> None:
         """Start to wait for a client that does not read."""

@@ -137,5 +137,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         notify("STOPPING=1")
-        await self._engine.drain(self._drain_seconds)
-        self.should_exit = True
+        try:
+            await self._engine.drain(self._drain_seconds)
+        finally:
+            self.should_exit = True

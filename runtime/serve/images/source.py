@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +20,7 @@ from fusion_edge.runtime.serve.images.folder import read_file, relative_parts
 from fusion_edge.runtime.serve.images.https import HttpsFetcher
 from fusion_edge.runtime.serve.images.limits import ImageLimits
 from fusion_edge.runtime.serve.picture_url import PictureUrl
+from fusion_edge.runtime.serve.workers import Workers
 from fusion_edge.runtime.system.malloc import return_free_memory
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
@@ -44,8 +43,7 @@ class ImageSource:
         self._limits = limits
         self._fetcher = fetcher or HttpsFetcher(limits)
         self._fetches = asyncio.Semaphore(limits.fetches)
-        # A pool bounds the decodes also when a request is cancelled: its thread runs on, and no other takes its place.
-        self._decoders = ThreadPoolExecutor(limits.decodes, thread_name_prefix="image")
+        self._decoders = Workers(limits.decodes, "image")
 
     async def load(self, url: PictureUrl, param: str) -> LoadedImage:
         """Load a picture.
@@ -60,16 +58,16 @@ class ImageSource:
         """
         try:
             if url.is_data or not url.is_https or not self._limits.hosts:
-                return await self._decoded(self._reader(url))
+                return await self._decoders.run(self._decode, self._reader(url))
             async with self._fetches:
                 fetched = [await self._fetcher.fetch(url.text())]
-                return await self._decoded(fetched.pop)
+                return await self._decoders.run(self._decode, fetched.pop)
         except ImageError as error:
             raise ApiError(400, error.message, param, error.reason.value) from None
 
     def close(self) -> None:
         """Let the threads end after their picture."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
 
     async def _decoded(self, read: Callable[[], bytes]) -> LoadedImage:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, read)
