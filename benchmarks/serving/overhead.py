@@ -37,7 +37,8 @@ from fusion_edge.benchmarks.serving.server_process import (
 from fusion_edge.runtime import Answer, Fusion, load
 from fusion_edge.runtime.cli.command import run_command
 from fusion_edge.runtime.cli.options import output_file, positive_integer
-from fusion_edge.runtime.images.preprocessing import cut_crops, decode_image
+from fusion_edge.runtime.images.encoded import decode
+from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.requests import Crops
 from fusion_edge.runtime.system.output_file import write_whole
 
@@ -166,7 +167,7 @@ def decoding_seconds(count: int) -> list[float]:
     taken = []
     for _ in range(count):
         start = time.perf_counter()
-        image = decode_image(base64.b64decode(url.partition(",")[2], validate=True), 1 << 24)
+        image = decode(base64.b64decode(url.partition(",")[2], validate=True), 1 << 24).image
         taken.append(time.perf_counter() - start)
     assert np.array_equal(np.asarray(image), picture(KNOWN))
     return taken

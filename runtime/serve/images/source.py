@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Callable
@@ -68,9 +69,6 @@ class ImageSource:
     def close(self) -> None:
         """Let the threads end after their picture."""
         self._decoders.close()
-
-    async def _decoded(self, read: Callable[[], bytes]) -> LoadedImage:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, read)
 
     def _reader(self, given: PictureUrl) -> Callable[[], bytes]:
         """Return a function that returns the encoded picture, to be called in a thread."""

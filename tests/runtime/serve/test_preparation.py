@@ -16,6 +16,7 @@ import pytest
 from fakes.watched_backend import watched_fusion
 from support.http_servers import HttpServer, chat, eventually, http_server, user
 
+from fusion_edge.runtime.images import encoded
 from fusion_edge.runtime.images.preprocessing import cut_crops
 from fusion_edge.runtime.serve import chat as chats
 from fusion_edge.runtime.serve import pictures, question
@@ -23,16 +24,18 @@ from fusion_edge.runtime.serve.chat_request import ChatRequest
 from fusion_edge.runtime.serve.conversation import read_dialogue
 from fusion_edge.runtime.serve.images import source
 from fusion_edge.runtime.serve.limits import RequestLimits
+from fusion_edge.runtime.serve.picture_url import PictureUrl
 from fusion_edge.runtime.serve.safety import SafetySettings
 
 QUEUE = 2  # of the fixture
 WAITS: dict[str, tuple[Any, str]] = {
-    "decoding": (source, "decode_image"),
-    "cutting": (pictures, "cut_crops"),
-    "the digest": (pictures, "_digest"),
+    "decoding": (source, "decode"),
+    "cutting": (encoded, "cut_crops"),
+    "the digest": (PictureUrl, "digest"),
     "tokenizing": (chats, "prepare"),
 }
-"""Module and function of each kind of work."""
+"""Module or class, and function of each kind of work."""
+THREADS = {"decoding": 1, "cutting": 1, "the digest": 2, "tokenizing": 2}
 
 
 @contextmanager
@@ -107,24 +110,24 @@ def test_a_deadline_while_the_body_arrives(server: HttpServer) -> None:
 def test_a_client_that_leaves_keeps_its_place_until_its_thread_ends(
     server: HttpServer, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
+    threads = THREADS[work]
     with blocked(monkeypatch, *WAITS[work]) as begun:
         leaving = []
-        for seed in range(2):  # one for each thread
+        for seed in range(QUEUE + 1):
             leaving.append(server.send(chat("What?", seed)))
-            eventually(lambda seed=seed: begun() == seed + 1)  # type: ignore[misc]
-        leaving.append(server.send(chat("What?", 2)))
+            eventually(lambda seed=seed: begun() == min(seed + 1, threads))  # type: ignore[misc]
         eventually(lambda: server.engine._taken == QUEUE + 1)
         assert server.ask(chat()).error["code"] == "queue_full"
         for connection in leaving:
             connection.close()
         eventually(lambda: server.metric("request_cancelled_total") == 3)
-        eventually(lambda: server.engine._taken == 2, 2)  # the third one had no thread
-        assert begun() == 2
+        eventually(lambda: server.engine._taken == threads, 2)  # the others had no thread
+        assert begun() == threads
         for _ in range(20):  # those who leave again and again pass no limit
             with server.send(chat("What?", 3)):
                 time.sleep(0.005)
-        eventually(lambda: server.engine._taken == 2, 2)
-        assert begun() == 2
+        eventually(lambda: server.engine._taken == threads, 2)
+        assert begun() == threads
     eventually(lambda: idle(server))
     assert server.metric("prompt_tokens_total") == 0  # none was asked
     assert server.ask(chat()).status == 200
@@ -148,7 +151,7 @@ def test_slow_preparations_delay_no_refusal(tiny_bundle: Path, monkeypatch: pyte
 
 def test_what_the_loop_parses_at_once() -> None:
     before, behind = json.dumps(chat()).encode().split(b"base64,")
-    assert chats.is_fast(b"[" * (64 << 10))
+    assert chats.is_fast(b"[" * (16 << 10))
     for picture, is_fast in {
         b"": True,
         b"A" * (400 << 10): True,
@@ -188,7 +191,7 @@ def test_metrics_count_from_the_arrival(server: HttpServer, monkeypatch: pytest.
         time.sleep(0.4)
         return cut_crops(image)
 
-    monkeypatch.setattr(pictures, "cut_crops", slow)
+    monkeypatch.setattr(encoded, "cut_crops", slow)
     assert server.ask(chat()).status == 200
     eventually(lambda: idle(server))
     first, total, waited = (
