@@ -13,17 +13,15 @@ from fusion_edge.benchmarks.acceptance.device import expect_cuda
 from fusion_edge.benchmarks.acceptance.engine import library_for
 from fusion_edge.benchmarks.acceptance.steps import SkippedStep
 from fusion_edge.export import cli
-from fusion_edge.export.engines.builder import BuildOptions, EngineBuilder, plugins_unsupported_reason
+from fusion_edge.export.engines.builder import BuildOptions, plugins_unsupported_reason
 from fusion_edge.export.engines.engine_folder import write_engines
-from fusion_edge.export.engines.jetsons import is_small, jetson_limits
-from fusion_edge.export.engines.optimization_profiles import engine_limits
+from fusion_edge.export.engines.jetsons import ContiguousMemoryError, enlarge_cma, jetson_limits
 from fusion_edge.runtime.backends.cuda import Cuda
 from fusion_edge.runtime.backends.tensorrt.library import Library
 from fusion_edge.runtime.bundle.engine_manifest import EnginePlatform, Engines
 from fusion_edge.runtime.bundle.manifest import MANIFEST
-from fusion_edge.runtime.bundle.reader import Bundle, open_bundle
+from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.errors import DeviceError, FusionError
-from fusion_edge.runtime.formatting import format_bytes
 from fusion_edge.runtime.system.jetson import contiguous_memory, this_jetson
 
 DEMO = Path(fusion_edge.benchmarks.__path__[0]) / "demo"
@@ -96,22 +94,11 @@ def build(bundle: Path, gpu: Gpu, options: BuildOptions, *, plugins: bool, part:
     reason = plugins_unsupported_reason(gpu.library, gpu.platform, options)
     if plugins and reason is not None:
         raise SkippedStep(f"{reason}.")
-    _expect_contiguous_memory(opened, gpu, options, part)
     context = opened.manifest.max_context
-    return write_engines(opened, gpu.library, gpu.platform, context, options, None if plugins else FUNCTIONS)
-
-
-def _expect_contiguous_memory(bundle: Bundle, gpu: Gpu, options: BuildOptions, part: str) -> None:
-    """Raise :class:`SkippedStep` with the remedy if a small Jetson has no free block for the weights of an engine."""
-    if not is_small(this_jetson()):
-        return
-    limits = engine_limits(bundle.manifest, bundle.manifest.max_context)
-    builder = EngineBuilder(bundle, gpu.library, gpu.platform, limits, options, uses_plugins=False)
-    needed, memory = builder.largest_block(), contiguous_memory()
-    if needed > memory.largest:
+    try:
+        return write_engines(opened, gpu.library, gpu.platform, context, options, None if plugins else FUNCTIONS)
+    except ContiguousMemoryError as error:
         raise SkippedStep(
-            f"The weights of an engine need {format_bytes(needed)} in one block, and at most "
-            f"{format_bytes(memory.largest)} are free ({memory}). Add cma=950M to APPEND in "
-            f"/boot/extlinux/extlinux.conf, reboot, and run this part before anything else: add --only {part} "
-            f"--output fusion-acceptance-{part} to the command."
-        )
+            f"{error.facts} {enlarge_cma(contiguous_memory())}After a reboot, run this part before anything else: add "
+            f"--only {part} --output fusion-acceptance-{part} to the command."
+        ) from None

@@ -37,7 +37,7 @@ def _kernels() -> Iterator[Step]:
 
 def _operators() -> Iterator[Step]:
     def step(name: str, function: str, **arguments: Any) -> Step:
-        return Step(name, "operators", f"{PACKAGE}.operator_steps:{function}", arguments)
+        return Step(name, "operators", f"{PACKAGE}.operator_steps:{function}", arguments, limit=600)
 
     yield from (step(form, "linear", form=form) for form in FORMS)
     yield from (step(f"attention-{dim}", "attention", dim=dim) for dim in HEAD_SIZES)
@@ -52,7 +52,8 @@ def _operators() -> Iterator[Step]:
 
 def _demo() -> Iterator[Step]:
     def step(name: str, function: str, *needs: str, **arguments: Any) -> Step:
-        return Step(name, "demo", f"{PACKAGE}.demo:{function}", arguments, needs, limit=900)
+        limit = 7200 if function == "build" else 900  # --bundle may be a whole model
+        return Step(name, "demo", f"{PACKAGE}.demo:{function}", arguments, needs, limit)
 
     yield step("demo-export", "export")
     yield step("demo-cpu", "answer_on_cpu", "demo-export")

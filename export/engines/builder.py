@@ -240,7 +240,7 @@ class EngineBuilder:
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
         plan = builder.build_serialized_network(network, config)
-        if plan is not None:
+        if plan is not None:  # a build that failed may leave the cache in any state
             self._timing = bytes(memoryview(cache.serialize()))
         return plan
 

@@ -83,8 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "--workspace",
         type=byte_count,
         metavar="SIZE",
-        help="scratch memory for kernels, e.g. 512MB (default: 512MB for a Jetson with 8 GB, otherwise TensorRT's); "
-        "where contiguous memory ran out on a Jetson, it did not help (published): enlarge CMA and set --max-block",
+        help="scratch memory for kernels, e.g. 512MB (default: 512MB for a Jetson with 8 GB, otherwise TensorRT's)",
     )
     add(
         "--parts",

@@ -65,5 +65,6 @@ def read_reference(bundle: Bundle, path: Path) -> Reference:
     if texts[BUNDLE] != bundle_digest(bundle):
         raise FusionError(f"{path} has the outputs of another bundle than {bundle.folder}; {remedy}")
     if texts[QUESTION] != question_digest():
-        raise FusionError(f"{path} has the outputs of another question, from another version; {remedy}")
+        versions = "write it again with this machine's versions of fusion-edge, NumPy and Pillow"
+        raise FusionError(f"{path} has the outputs of another question, which other versions make; {versions}.")
     return Reference(outputs, texts[MADE_BY])

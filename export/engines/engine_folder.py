@@ -64,7 +64,7 @@ def write_engines(
 
     Raises :class:`FusionError` if the disk or a Jetson's contiguous memory is too small, if TensorRT cannot build an
     engine, if another process is building, or if the engines differ from the CPU: then none is kept. The timing cache
-    of those that were built is.
+    keeps the times of those that were built.
     """
     folder = engines_folder(bundle, platform)
     folder.parent.mkdir(parents=True, exist_ok=True)

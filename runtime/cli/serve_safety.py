@@ -61,7 +61,7 @@ def add_safety_options(parser: argparse.ArgumentParser) -> None:
         type=positive_integer,
         default=images.max_pixels,
         metavar="N",
-        help=f"pixels of a picture, and a fifth of the bytes to decode it (default: {images.max_pixels})",
+        help=f"pixels of a picture; decoding takes up to five bytes for each (default: {images.max_pixels})",
     )
 
 

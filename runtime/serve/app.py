@@ -117,6 +117,7 @@ def _response(content: BaseModel, status: int = 200) -> Response:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    error.__traceback__ = None  # its frames have the request, and tasks that keep the error: a cycle
     return JSONResponse(error.body(), error.status, error.headers)
 
 

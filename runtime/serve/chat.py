@@ -41,7 +41,7 @@ _SMALL_BODY = 16 << 10
 _FAST_BODY = 512 << 10
 """Bytes of a body that is parsed at once, too, if a picture in base64 has all but :data:`_SMALL_BODY` of them."""
 _THREADS = 2
-"""For bodies; and as many for prompts."""
+"""For bodies; and as many for prompts, and for log-probabilities."""
 _LOGGER = logging.getLogger("fusion_edge")
 
 
@@ -53,15 +53,13 @@ class ChatCompletions:
         self._model_name = model_name
         self._pictures = pictures
         self._parsers, self._prompts = Workers(_THREADS, "parse"), Workers(_THREADS, "prompt")
+        self._writers = Workers(_THREADS, "logprobs")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or raise :class:`ApiError` before anything is sent."""
         headers = Headers(scope=scope)
         _check_content_type(headers)
         header_ms = _deadline_header(headers)
-        held: HeldBody | None = scope.get(HELD_BODY)
-        if held is not None:
-            held.keep()
         request, url = await self._read(receive)
         field_ms = request.fusion.deadline_ms if request.fusion is not None else None
         due = arrival(scope) + min(math.inf if ms is None else ms / 1000 for ms in (header_ms, field_ms))
@@ -73,6 +71,7 @@ class ChatCompletions:
         """Let the threads end after their request."""
         self._parsers.close()
         self._prompts.close()
+        self._writers.close()
 
     async def _read(self, receive: Receive) -> tuple[ChatRequest, PictureUrl | None]:
         """Return the request of a body that :class:`.LimitRequests` has received, and the URL of a large picture.
@@ -92,30 +91,26 @@ class ChatCompletions:
             raise unknown_model(request.model, self._model_name)
         check_fields(request)
         model = engine.model()
-        held: HeldBody | None = scope.get(HELD_BODY)
-        prepare_it = partial(self._prepare, model, request, url, held)
+        prepare_it = partial(self._prepare, model, request, url, scope[HELD_BODY])
         question, asked = await engine.submit(prepare_it, due, arrival(scope))
         reply, is_stream = Reply(request, question, model.logprobs.write), request.stream
         del prepare_it, request, url  # an answer may take minutes; they have the picture
         try:
             if is_stream:
-                await _stream(reply, asked, send)
+                await _stream(reply, asked, send, self._writers)
             else:
                 result = await _result(asked)
-                content = await reply.written(lambda: reply.completion(result))
+                content = await reply.written(lambda: reply.completion(result), self._writers)
                 headers = {"X-Request-Id": reply.id}
                 response = Response(content, media_type="application/json", headers=headers)
                 await response(scope, receive, send)
         finally:
             asked.cancel()  # the client has left; nothing once it has ended
 
-    async def _prepare(
-        self, model: Model, request: ChatRequest, url: PictureUrl | None, held: HeldBody | None
-    ) -> Question:
+    async def _prepare(self, model: Model, request: ChatRequest, url: PictureUrl | None, held: HeldBody) -> Question:
         fusion = model.fusion
         dialogue = read_dialogue(request.messages, TEMPLATES[fusion.config.template].system_text)
-        if held is not None:
-            held.own()
+        held.own()
         try:
             if url is None:
                 url = PictureUrl(dialogue.image.url)
@@ -123,8 +118,7 @@ class ChatCompletions:
                 raise besides_too_large()
             picture = await self._pictures.load(url, dialogue.image_path)
         finally:
-            if held is not None:
-                held.release()
+            held.release()
         if is_short(request, dialogue):
             return prepare(fusion, request, dialogue, picture)
         return await self._prompts.run(prepare, fusion, request, dialogue, picture)
@@ -153,7 +147,7 @@ def unknown_model(given: str, served: str) -> ApiError:
     return ApiError(404, message, "model", "model_not_found")
 
 
-async def _stream(reply: Reply, asked: Asked, send: Send) -> None:
+async def _stream(reply: Reply, asked: Asked, send: Send, writers: Workers) -> None:
     """Send an answer as it is generated. An error before its first piece is raised; a later one is an event."""
     events = EventStream(send, {"X-Request-Id": reply.id, "X-Accel-Buffering": "no"})
     try:
@@ -164,7 +158,7 @@ async def _stream(reply: Reply, asked: Asked, send: Send) -> None:
         result = await _result(asked)
         if not events.has_begun:  # an answer without text
             await events.send(_json(reply.start()))
-        await events.send(await reply.written(lambda: reply.end(result)))
+        await events.send(await reply.written(lambda: reply.end(result), writers))
         if (usage := reply.usage(result)) is not None:
             await events.send(_json(usage))
         await events.send(b"[DONE]")

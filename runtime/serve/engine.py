@@ -18,7 +18,7 @@ from fusion_edge.runtime.choices import Choice
 from fusion_edge.runtime.fusion import Fusion
 from fusion_edge.runtime.loading import load
 from fusion_edge.runtime.loop.asker import Asker
-from fusion_edge.runtime.loop.request import QueueFull, Request
+from fusion_edge.runtime.loop.request import Request
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.metrics import Metrics
 from fusion_edge.runtime.serve.question import Question, Runner
@@ -39,7 +39,7 @@ class Model:
 
     def __init__(self, fusion: Fusion, settings: ServeSettings) -> None:
         self.fusion = fusion
-        self.asker = Asker(fusion, capacity=settings.queue, when_full="refuse")
+        self.asker = Asker(fusion, capacity=settings.queue + 1, when_full="refuse")
         self.runner = Runner(fusion, settings.cached_images)
         self.logprobs = LogprobWriter(fusion)
 
@@ -218,7 +218,7 @@ class Engine:
             request = model.asker.submit_run(partial(model.runner.run, question), deadline)
         except Exception as error:
             if not queued.done():
-                queued.set_exception(self._full() if isinstance(error, QueueFull) else error)
+                queued.set_exception(error)
             return
         self._live.add(request)
         queued.set_result((question, request))

@@ -27,8 +27,7 @@ class RequestLimits:
     body_bytes: int = 17 << 20
     """Bytes of a body: a picture of 12 MiB in base64, and text."""
     receiving_bytes: int = 34 << 20
-    """Bytes of all bodies in memory: that are being received, or that the application has not parsed yet. It may hold
-    one for longer: :class:`HeldBody`."""
+    """Bytes of all bodies in memory: that are being received, or that :class:`HeldBody` counts."""
     body_seconds: float = 30.0
     """Seconds from a request's head to the end of its body."""
     url_bytes: int = 2048
@@ -72,14 +71,14 @@ class LimitRequests:
             return
         if body is None:
             return
-        scope[HELD_BODY] = replay = HeldBody(body, receive, self._hold)
-        del body  # the replay drops it
+        scope[HELD_BODY] = held = HeldBody(body, receive, self._hold)
+        del body  # what holds it drops it
         try:
-            await self._app(scope, replay, send)
+            await self._app(scope, held, send)
         finally:
-            if not replay.is_owned:
-                replay.release()
-            if replay.is_large:
+            if not held.is_owned:
+                held.release()
+            if held.is_large:
                 await asyncio.to_thread(return_free_memory)
 
     def _hold(self, size: int) -> None:
@@ -118,7 +117,9 @@ class LimitRequests:
                     raise self._too_large()
                 if self._held > self._limits.receiving_bytes:
                     self._when_crowded()
-                    retry = "Too many bytes of requests are being received; try again later."
+                    retry = (
+                        "Too many bytes of requests arrive, or wait until their picture is decoded; try again later."
+                    )
                     raise ApiError(429, retry, code="too_many_bytes", headers={"Retry-After": "1"})
                 if not message.get("more_body", False):
                     return whole.getvalue()
@@ -134,15 +135,14 @@ class LimitRequests:
 class HeldBody:
     """ASGI's ``receive`` for a body that is complete: the body, which is not kept, then what the client does.
 
-    The body counts for :attr:`RequestLimits.receiving_bytes` until the application waits for the client to leave, or,
-    if it has called :meth:`keep`, until it calls :meth:`release`.
+    The body counts for :attr:`RequestLimits.receiving_bytes` until :meth:`release`, at the latest until the end of the
+    request, unless something owns it.
     """
 
     def __init__(self, body: bytes, receive: Receive, hold: Callable[[int], None]) -> None:
         self._body: bytes | None = body
         self._receive = receive
         self._hold, self._size = hold, len(body)
-        self._is_kept = False
         self.is_owned = False
         """Whether :meth:`own` was called."""
         self.is_large = len(body) > _LARGE
@@ -150,21 +150,16 @@ class HeldBody:
 
     async def __call__(self) -> Message:
         if self._body is None:
-            if not self._is_kept:
-                self.release()  # whoever waits for the client to leave has parsed the body
             return await self._receive()
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
-
-    def keep(self) -> None:
-        """Count the body until :meth:`release`, because parts of it stay in memory."""
-        self._is_kept = True
 
     def own(self) -> None:
         """Count the body until :meth:`release`, also beyond the end of the request: a thread may have it for longer."""
         self.is_owned = True
 
     def release(self) -> None:
-        """Stop counting the body. Doing so again does nothing."""
+        """Drop the body, also if nothing has received it, and stop counting it. Doing so again does nothing."""
+        self._body = None
         self._hold(-self._size)
         self._size = 0

@@ -64,12 +64,14 @@ def cut_url(body: bytes) -> tuple[bytes, PictureUrl | None]:
     if not is_url or body[begin : begin + 5].lower() != b"data:" or len(body) - (end - begin) > _BESIDES_BYTES:
         raise besides_too_large()
     url: bytes | memoryview = memoryview(body)[begin:end]
-    if body.find(b"\\", begin, end) >= 0:  # some encoders escape slashes
-        url = body[begin:end].replace(b"\\/", b"/")
+    if body.find(b"\\", begin, end) >= 0:  # some encoders escape base64's signs
+        url = body[begin:end].replace(b"\\/", b"/").replace(b"\\u002B", b"+").replace(b"\\u002b", b"+")
     return b"%b%b%b" % (body[:begin], PLACEHOLDER.encode(), body[end:]), PictureUrl(url)
 
 
 def besides_too_large() -> ApiError:
     """Return the error of a large body that is not a picture for the most part."""
-    message = f"The body has more than {_BESIDES_BYTES} bytes besides the picture's data URL; send a shorter text."
+    message = (
+        f"The body has more than {_BESIDES_BYTES} bytes besides a picture's data URL; send one picture, and less text."
+    )
     return ApiError(413, message, code="request_too_large")

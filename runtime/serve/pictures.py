@@ -35,7 +35,7 @@ class Pictures:
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
-        self._workers = Workers(_THREADS, "crops")
+        self._workers = Workers(_THREADS, "digest")
         self._latest: OrderedDict[str, Crops] = OrderedDict()
         """By digest, least recently used first."""
 
@@ -59,7 +59,7 @@ class Pictures:
         return found
 
     def close(self) -> None:
-        """Let the threads end after their picture. The source stays open."""
+        """Let the threads end after their digest. The source stays open."""
         self._workers.close()
 
     def _find(self, digest: str) -> Picture | None:

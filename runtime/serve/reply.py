@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from fusion_edge.runtime.serve.chat_response import (
     Usage,
 )
 from fusion_edge.runtime.serve.question import Question
+from fusion_edge.runtime.serve.workers import Workers
 
 Result = Answer | Choice
 
@@ -49,15 +49,15 @@ class Reply:
         self._question = question
         self._write = write
 
-    async def written(self, build: Callable[[], BaseModel]) -> bytes:
+    async def written(self, build: Callable[[], BaseModel], workers: Workers) -> bytes:
         """Return what :meth:`completion` or :meth:`end` builds as JSON.
 
-        Log-probabilities are written in a thread: 512 tokens with 20 each take 0.15 s, and the first ones read the
+        Log-probabilities are written by the workers: 512 tokens with 20 each take 0.15 s, and the first ones read the
         vocabulary.
         """
         if self._top is None:
             return to_json(build())
-        return await asyncio.to_thread(lambda: to_json(build()))
+        return await workers.run(lambda: to_json(build()))
 
     def completion(self, result: Result) -> ChatCompletion:
         """Return the whole answer."""

@@ -39,6 +39,8 @@ class Workers:
                 with suppress(asyncio.CancelledError):  # again
                     await asyncio.wait([job])
             raise
+        finally:
+            del job  # an error's traceback would keep it, and all that the work had
 
     def close(self) -> None:
         """Let the threads end after their work."""

@@ -23,7 +23,7 @@ from fusion_edge.runtime.bundle.reader import open_bundle
 from fusion_edge.runtime.tokenization.embeddings import Embeddings
 
 SHORT = Sampling(max_new_tokens=6)
-QUESTIONS = ("What is it?", "Where?", "How many things are there?", "Why?")
+QUESTIONS = ("What is it?", "Where?", "Which one?", "Why?")
 T = TypeVar("T")
 ENDED = "ended because another question was asked|The model was closed"
 CLOSED = "has been closed; load the bundle again"

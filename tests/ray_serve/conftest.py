@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ def server(tiny_bundle: Path) -> Iterator[Server]:
 
     from fusion_edge.runtime.serve.ray_app import Arguments, app
 
+    terminate = signal.getsignal(signal.SIGTERM)
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
@@ -35,6 +37,7 @@ def server(tiny_bundle: Path) -> Iterator[Server]:
     yield Server(port)
     serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
+    signal.signal(signal.SIGTERM, terminate)  # Ray replaces it, and other tests of this process send the signal
 
 
 @pytest.fixture(scope="session")

@@ -197,17 +197,19 @@ class FusionEdgeNode(LifecycleNode):
             self._publish(question, None, reply_of_error(error))
 
     def _ask_now(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        """Ask the standing question about the newest frame of each topic."""
-        settings = self.settings
-        try:
-            if settings.standing is None:
-                raise UsageError("The parameter question is empty; set it to the question.")
-            for topic in settings.topics:
-                self._ask_newest(replace(settings.standing, topic=topic))
-        except FusionError as error:
-            response.success, response.message = False, str(error)
+        """Ask the standing question about the newest frame of each topic. Fails if no topic can be asked about."""
+        settings, errors = self.settings, list[str]()
+        if settings.standing is None:
+            response.success, response.message = False, "The parameter question is empty; set it to the question."
             return response
-        response.success, response.message = True, f"The answer will come on {self._answers.topic_name}."
+        for topic in settings.topics:
+            try:
+                self._ask_newest(replace(settings.standing, topic=topic))
+            except FusionError as error:
+                errors.append(str(error))
+        response.success = len(errors) < len(settings.topics)
+        come = [f"The answer will come on {self._answers.topic_name}."] if response.success else []
+        response.message = " ".join([*come, *dict.fromkeys(errors)])
         return response
 
     def _ask_newest(self, question: Question) -> None:

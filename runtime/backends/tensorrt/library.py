@@ -18,13 +18,12 @@ INSTALL = {
     "tensorrt-rtx": "pip install '.[tensorrt-rtx]' in a clone of fusion-edge (x86-64 only)",
 }
 FAILED_ALLOCATION = re.compile(
-    r"out ?of ?memory|could not be allocated|bad_alloc|CUDA error 2\b|\d-byte allocation|NvMapMemAlloc", re.IGNORECASE
+    r"out ?of ?memory|could not be allocated|bad_alloc|CUDA error 2\b|NvMapMemAlloc", re.IGNORECASE
 )
-"""Messages about an allocation that failed. On a Jetson, ``CUDA error 2 for 622329856-byte allocation.`` is an error of
-TensorRT's logger; ``Requested amount of GPU memory (... bytes) could not be allocated.`` is often only a warning. The
+"""Errors about an allocation that failed, such as ``CUDA error 2 for 622329856-byte allocation.`` on a Jetson. The
 driver's allocator, NvMap, mostly prints past the logger, to standard error."""
-NO_IMPLEMENTATION = re.compile("could not find any implementation", re.IGNORECASE)
-"""The error that ends a build whose kernels all failed: after a failed allocation, because of it."""
+SKIPPED_KERNEL = re.compile("skipping tactic", re.IGNORECASE)
+"""Errors about a kernel that does not run. TensorRT goes on with the next one."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,6 @@ class Messages:
     library: Library
     verbose: bool = False
     errors: list[str] = field(default_factory=list)
-    _allocation_failed: bool = False
-    """Whether any message so far, a warning included, is about an allocation that failed."""
-    _nothing_fits: bool = False
-    """Whether no kernel is left after such a message."""
 
     def logger(self) -> Any:
         """Return an ``ILogger`` that adds to these messages."""
@@ -102,23 +97,19 @@ class Messages:
 
     def add(self, message: str, is_error: bool) -> None:
         """Add a message of the logger."""
-        text = " ".join(message.split())
-        self._allocation_failed |= FAILED_ALLOCATION.search(text) is not None
         if is_error:
-            self.errors.append(text)
-            self._nothing_fits |= self._allocation_failed and NO_IMPLEMENTATION.search(text) is not None
+            self.errors.append(" ".join(message.split()))
         if self.verbose:
             sys.stderr.write(f"{message}\n")
 
     def clear(self) -> None:
         """Forget all messages, before a call whose errors count alone."""
         self.errors.clear()
-        self._allocation_failed = self._nothing_fits = False
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether an error says that memory ran out, or is the consequence of an allocation that failed."""
-        return self._nothing_fits or any(FAILED_ALLOCATION.search(error) for error in self.errors)
+        """Whether an error says that memory ran out."""
+        return any(FAILED_ALLOCATION.search(error) and not SKIPPED_KERNEL.search(error) for error in self.errors)
 
     def first_error(self) -> str:
         """Return the first error, shortened, as the end of a sentence."""

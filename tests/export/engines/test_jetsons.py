@@ -18,7 +18,7 @@ from support.opset24 import needs_opset_24
 
 from fusion_edge.export.engines import builder as engine_builder
 from fusion_edge.export.engines import cli as cli_build
-from fusion_edge.export.engines import engine_folder
+from fusion_edge.export.engines import engine_folder, jetsons
 from fusion_edge.export.engines.jetsons import (
     BLOCKS_OF_A_WEIGHT,
     LIMITS,
@@ -124,7 +124,7 @@ def test_a_warning_between_once_and_twice(
     assert len(trt.built) > 2
     assert (
         "warning: The weights of an engine need up to 1.81 MB in one block. A build may take 2 times that, and at most "
-        "3.00 MB are free: it may fail. Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot; build "
+        "3.00 MB are free: it may fail. Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot. Build "
         "before anything else; or give a smaller --max-block.\n"
     ) in capsys.readouterr().err
     assert build(bundle, jetpack_6(), "--force", "--skip-memory-check") == 0
@@ -161,10 +161,13 @@ def test_the_refusal_names_the_remedies() -> None:
         check_contiguous_memory(394_000_000, DEFAULT_CMA)
     assert str(refusal.value) == (
         "The weights of an engine need up to 394.00 MB in one block, and at most 250.00 MB are free (900 free blocks "
-        "of 4.2 MB; CMA has 250 of 268 MB free). Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot; "
-        "build before anything else; or give a smaller --max-block (such as 120MB). --skip-memory-check builds "
+        "of 4.2 MB; CMA has 250 of 268 MB free). Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot. "
+        "Build before anything else; or give a smaller --max-block (such as 120MB). --skip-memory-check builds "
         "nevertheless."
     )
+    with pytest.raises(FusionError) as refusal:
+        check_contiguous_memory(394_000_000, ContiguousMemory(0, 0, 300_000_000, 1_006_632_960))
+    assert "cma=" not in str(refusal.value)  # it has been enlarged
 
 
 @given(st.integers(20_000_000, 10**10), st.integers(0, 1 << 22), st.integers(1, 10**10))
@@ -186,17 +189,19 @@ def test_no_block_that_fits() -> None:
         check_contiguous_memory(5_000_000, ContiguousMemory(4_194_304, 1, 0, 0))
 
 
-def test_remedies_after_memory_ran_out() -> None:
+def test_remedies_after_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jetsons, "contiguous_memory", lambda: DEFAULT_CMA)
     elsewhere = "build with more --parts, or a smaller --max-block, --max-context or --workspace."
     assert out_of_memory_remedy(True, None, None) == f"Memory ran out; {elsewhere}"
     assert out_of_memory_remedy(False, None, None) == f"If memory ran out, {elsewhere}"
-    assert out_of_memory_remedy(True, AGX, None) == (
-        "Memory ran out, perhaps in one block only. Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot; "
-        "or build with --max-block 400MB, more --parts or a smaller --max-context."
+    assert out_of_memory_remedy(True, AGX, None) == f"Memory ran out; {elsewhere}"
+    assert out_of_memory_remedy(True, NANO, None) == (
+        "Memory ran out, perhaps in one block only. Add cma=950M to APPEND in /boot/extlinux/extlinux.conf and reboot. "
+        "Build with --max-block 400MB, more --parts or a smaller --max-context."
     )
     uncertain = out_of_memory_remedy(False, NANO, 400_000_000)
     assert uncertain.startswith("If NvMap has printed errors, memory ran out, perhaps in one block only. Add cma=950M ")
-    assert "; or build with a --max-block below 400.00 MB, more --parts or " in uncertain
+    assert ". Build with a --max-block below 400.00 MB, more --parts or " in uncertain
 
 
 # Engines of another Jetson -----------------------------------------------------------------------------------------

@@ -185,20 +185,22 @@ def test_the_picture_is_dropped_before_the_answer(server: HttpServer, monkeypatc
     asked.close()
 
 
-def test_a_kept_body_counts_until_it_is_released() -> None:
+def test_a_body_counts_until_it_is_released() -> None:
     held: list[int] = []
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
     async def main() -> None:
-        replay = HeldBody(bytes(100), receive, held.append)
-        replay.keep()
-        await replay()
-        await replay()
+        body = HeldBody(bytes(100), receive, held.append)
+        await body()
+        assert (await body())["type"] == "http.disconnect"
         assert sum(held) == 100
-        replay.release()
+        body.release()
         assert sum(held) == 0
+        unread = HeldBody(bytes(100), receive, held.append)
+        unread.release()
+        assert (await unread())["type"] == "http.disconnect"  # it is dropped
 
     asyncio.run(main())
 
