@@ -83,4 +83,4 @@ def test_documented_requests_are_valid_in_both(document: Any) -> None:
 def test_generated_requests(shared_server: HttpServer) -> None:
     statuses = check_cases(shared_server.url.removesuffix("/v1"), examples=10)
     assert statuses.total() > 30
-    assert not [status for status in statuses if status >= 500]
+    assert {status for status in statuses if status >= 500} <= {504}  # of requests with a deadline
