@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ctypes
 
-_LARGE = 1 << 20
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE, _KEPT = 2 << 20, 64 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _C = ctypes.CDLL(None)
 _TRIM, _MALLOPT = getattr(_C, "malloc_trim", None), getattr(_C, "mallopt", None)
 
 
 def return_large_blocks() -> None:
-    """Let every block of 1 MiB or more go back to the system once it is freed. Does nothing without glibc.
+    """Let every block of 2 MiB or more go back to the system once it is freed. Does nothing without glibc.
 
     By default glibc raises this threshold to the largest block that was freed, up to 32 MiB, and then keeps blocks of
-    that size for each thread: a server would hold the memory of its largest requests forever. mallopt(3).
+    that size for each thread: a server would hold the memory of its largest requests forever. Setting it fixes the limit
+    of free memory that smaller blocks may keep, too: low, so it is set as well. mallopt(3).
     """
     if _MALLOPT is not None:
         _MALLOPT(_M_MMAP_THRESHOLD, _LARGE)
+        _MALLOPT(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def return_free_memory() -> None:
