@@ -14,8 +14,8 @@ def return_large_blocks() -> None:
     """Let every block of 2 MiB or more go back to the system once it is freed. Does nothing without glibc.
 
     By default glibc raises this threshold to the largest block that was freed, up to 32 MiB, and then keeps blocks of
-    that size for each thread: a server would hold the memory of its largest requests forever. Setting it fixes the limit
-    of free memory that smaller blocks may keep, too: low, so it is set as well. mallopt(3).
+    that size for each thread: a server would hold the memory of its largest requests forever. A fixed threshold also
+    fixes how much free memory smaller blocks may keep, so that is set to 64 MiB. mallopt(3).
     """
     if _MALLOPT is not None:
         _MALLOPT(_M_MMAP_THRESHOLD, _LARGE)
