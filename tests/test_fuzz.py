@@ -17,6 +17,9 @@ from fuzz.planted import FAULTS, RIGHT
 CHECKOUT = Path(__file__).parents[1]
 
 
+pytestmark = pytest.mark.xdist_group("fuzz")  # one process runs the campaign
+
+
 def fuzz(*options: object) -> subprocess.CompletedProcess[str]:
     """``python -m tests.fuzz`` in a process of its own: it forks, which a process with threads should not."""
     command = [sys.executable, "-m", "tests.fuzz", *map(str, options)]

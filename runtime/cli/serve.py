@@ -71,10 +71,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     settings = ServeSettings(
         folder, name, queue=arguments.queue, cached_images=arguments.cached_images, safety=safety, **options
     )
-    logs.configure()
-    return_large_blocks()
     listener = listen(arguments.host, arguments.port)
     with listener:
+        logs.configure()
+        return_large_blocks()
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         _say(f"loading {source}")

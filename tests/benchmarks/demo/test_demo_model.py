@@ -28,6 +28,9 @@ QUESTIONS = 200
 PICTURE_SEED = 2590
 
 
+pytestmark = pytest.mark.xdist_group("demo model")  # one process answers the questions in float32
+
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     """Held-out questions."""

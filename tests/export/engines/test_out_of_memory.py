@@ -65,7 +65,7 @@ def test_memory_ran_out(
     first = CUDA_ERROR[1].rstrip(".")
     assert f"cannot build vision_encoder for compute capability 8.6: {first}. Memory ran out" in said
     assert ("Add cma=950M to APPEND" in said) == (here is NANO)
-    assert ("build with --max-block 400MB" in said) == (here is NANO)
+    assert ("Build with --max-block 400MB" in said) == (here is NANO)
 
 
 @pytest.mark.parametrize("before", [(), (REQUESTED,)])
