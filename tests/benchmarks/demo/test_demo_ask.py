@@ -50,6 +50,12 @@ def test_the_script_asks_them() -> None:
     assert f'set -- "{QUESTION}" "{OTHER_QUESTION}"' in (ROOT / "demo").read_text(encoding="utf-8")
 
 
+def test_the_answers_on_aarch64_are_of_this_model() -> None:
+    for name in ("run", "output.txt"):
+        assert QUESTION in (ROOT / "tests/aarch64" / name).read_text(encoding="utf-8"), "run tests/aarch64/run again"
+    assert (ROOT / "tests/aarch64/output.txt").read_text(encoding="utf-8").splitlines().count(ANSWER) == 2
+
+
 def test_a_missing_picture_is_one_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask.main([str(bundle), "What?", "--image", str(tmp_path / "none.png")]) == 1
     output = capsys.readouterr()
