@@ -41,9 +41,9 @@ def write_reference(bundle: Bundle, path: Path, replaces: bool) -> Reference:
     with Progress("Running on the CPU", RUN_STEPS, unit=None) as progress:
         outputs = run_on_cpu(bundle, bundle.manifest.max_context, progress.advance)
     made_by = f"ONNX Runtime {find_onnxruntime().__version__} on {platform.machine()}"
-    texts = {BUNDLE: bundle_digest(bundle), QUESTION: question_digest(), MADE_BY: made_by}
-    content = io.BytesIO()
-    np.savez(content, **outputs.arrays() | texts)
+    arrays, content = outputs.arrays(), io.BytesIO()
+    arrays.update({BUNDLE: bundle_digest(bundle), QUESTION: question_digest(), MADE_BY: made_by})
+    np.savez(content, **arrays)
     write_whole(path, content.getvalue())
     return Reference(outputs, made_by)
 

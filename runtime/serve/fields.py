@@ -21,10 +21,10 @@ class Fields(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_names(cls, value: Any) -> Any:
+    def _check_number_of_keys(cls, value: Any) -> Any:
         """Refuse an object of far more keys than there are fields, for which pydantic would write as many errors."""
         if isinstance(value, dict) and len(value) > MAX_KEYS:
-            raise PydanticCustomError("too_long", f"an object has more than {MAX_KEYS} keys")
+            raise PydanticCustomError("too_long", "an object has more than {limit} keys", {"limit": MAX_KEYS})
         return value
 
 
