@@ -16,7 +16,7 @@ from fusion_edge.benchmarks.acceptance.steps import Outcome, SkippedStep, Worksp
 from fusion_edge.benchmarks.latency.backend_stages import measure
 from fusion_edge.benchmarks.latency.stages import make_up_picture
 from fusion_edge.export.engines.builder import BuildOptions
-from fusion_edge.export.engines.engine_check import compare_stages, incomparable_reason, no_memory_reason
+from fusion_edge.export.engines.engine_check import compare_stages, no_cpu_outputs_reason
 from fusion_edge.export.engines.stage_outputs import StageOutputs, StageRunner
 from fusion_edge.runtime.answer import Answer
 from fusion_edge.runtime.backends.cuda import Cuda
@@ -98,11 +98,10 @@ def export_variant(workspace: Workspace, variant: str) -> Outcome:
 
 def answer_on_cpu(workspace: Workspace, variant: str = DEMO) -> Outcome:
     """Answer on the CPU, and keep the outputs of every stage for the comparisons, or the reason why there are none."""
-    folder = bundle_of(workspace, variant)
-    if reason := opset_24_unsupported_reason() or _incomparable_reason(open_bundle(folder)):
+    opened = open_bundle(bundle_of(workspace, variant))
+    if reason := no_cpu_outputs_reason(opened):
         no_cpu_outputs_of(workspace, variant).write_text(reason, encoding="utf-8")
         raise SkippedStep(f"There is no comparison with the CPU: {reason}")
-    opened = open_bundle(folder)
     backend = OnnxRuntimeBackend(opened, "cpu")
     with Fusion(opened.manifest, backend, load_tokenizer(opened), Embeddings(opened)) as fusion:
         answer = _ask(workspace, fusion)
@@ -110,11 +109,6 @@ def answer_on_cpu(workspace: Workspace, variant: str = DEMO) -> Outcome:
     if workspace.bundle is None and answer.text != ANSWER:
         raise FusionError(f"The demo model answers {answer.text!r} on the CPU, expected {ANSWER!r}.")
     return Outcome(f"{answer.text!r}", {"answer": answer.text})
-
-
-def _incomparable_reason(bundle: Bundle) -> str | None:
-    """Return why this machine's CPU does not run a bundle, as a sentence; None if it does."""
-    return incomparable_reason(bundle) or no_memory_reason(bundle)
 
 
 def build(workspace: Workspace, plugins: bool, variant: str = DEMO) -> Outcome:

@@ -185,8 +185,9 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _write_reference(bundle: Bundle, arguments: argparse.Namespace) -> int:
+    defaults = parser()
     for option, name in _OF_BUILDS.items():
-        if getattr(arguments, name) != parser().get_default(name):
+        if getattr(arguments, name) != defaults.get_default(name):
             raise UsageError(f"{option} is about building, and --write-reference builds nothing; leave it out.")
     path: Path = arguments.write_reference
     reference = write_reference(bundle, path, arguments.force)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion_edge.export.engines.engine_check import incomparable_reason, no_memory_reason, run_on_cpu
+from fusion_edge.export.engines.engine_check import no_cpu_outputs_reason, run_on_cpu
 from fusion_edge.export.engines.stage_outputs import RUN_STEPS, Reference, StageOutputs, question_digest
-from fusion_edge.runtime.backends.onnxruntime.library import find_onnxruntime, opset_24_unsupported_reason
+from fusion_edge.runtime.backends.onnxruntime.library import find_onnxruntime
 from fusion_edge.runtime.bundle.engines import bundle_digest
 from fusion_edge.runtime.bundle.reader import Bundle, verify
 from fusion_edge.runtime.errors import FusionError
@@ -33,8 +33,7 @@ def write_reference(bundle: Bundle, path: Path, replaces: bool) -> Reference:
     check_output_file(path)
     if path.exists() and not replaces:
         raise FusionError(f"{path} exists; choose another file or pass --force to replace it.")
-    reason = incomparable_reason(bundle) or opset_24_unsupported_reason() or no_memory_reason(bundle)
-    if reason is not None:
+    if (reason := no_cpu_outputs_reason(bundle)) is not None:
         raise FusionError(f"A reference cannot be written: {reason}")
     with Progress("Verifying", bundle.manifest.size) as progress:
         verify(bundle, progress.advance)

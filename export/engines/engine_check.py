@@ -80,6 +80,11 @@ def no_memory_reason(bundle: Bundle) -> str | None:
     return f"{not_enough_memory('run the bundle on the CPU', needed)}."
 
 
+def no_cpu_outputs_reason(bundle: Bundle) -> str | None:
+    """Return why this CPU makes no outputs of a bundle to compare with, as a sentence; None if it does."""
+    return opset_24_unsupported_reason() or incomparable_reason(bundle) or no_memory_reason(bundle)
+
+
 def skipped_reason(
     bundle: Bundle, platform: EnginePlatform, is_wanted: bool, has_reference: bool = False
 ) -> str | None:

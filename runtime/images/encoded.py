@@ -37,7 +37,7 @@ _SIDEWAYS = {
 
 
 @dataclass(frozen=True)
-class EncodedImage:
+class DecodedImage:
     """A decoded image that is not converted to RGB or turned upright yet, because that copies it."""
 
     image: Image.Image
@@ -64,7 +64,7 @@ class EncodedImage:
         return crops
 
 
-def decode(data: bytes, max_pixels: int) -> EncodedImage:
+def decode(data: bytes, max_pixels: int) -> DecodedImage:
     """Decode an image in memory, in at most :data:`BYTES_PER_PIXEL` times ``max_pixels`` or 16 MiB.
 
     A JPEG file that needs more is decoded at a half, a quarter or an eighth of its size. Raises ``FusionError`` for
@@ -74,11 +74,11 @@ def decode(data: bytes, max_pixels: int) -> EncodedImage:
     with open_encoded(data, _NAME, limits) as opened:
         if is_pnm_of_other_range(opened):
             try:
-                return EncodedImage(read_pnm(opened), None)
+                return DecodedImage(read_pnm(opened), None)
             except ValueError as error:
                 raise undecodable(_NAME, error) from error
         decode_pixels(opened, _NAME)
-        return EncodedImage(opened, UPRIGHT.get(orientation(opened)))
+        return DecodedImage(opened, UPRIGHT.get(orientation(opened)))
 
 
 def _channel(image: Image.Image, channel: int, turn: Image.Transpose | None) -> Image.Image:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -36,7 +35,7 @@ def make_app(settings: ServeSettings) -> Starlette:
     images = ImageSource(settings.safety.images)
     pictures = Pictures(images)
     chat = ChatCompletions(settings.model_name, pictures)
-    service = _Service(settings, [images, pictures, chat])
+    service = _Service(settings, [images.close, pictures.close, chat.close])
 
     def count_crowded() -> None:
         app.state.engine.metrics.refused.labels("too_many_bytes").inc()
@@ -58,20 +57,13 @@ def make_app(settings: ServeSettings) -> Starlette:
     return app
 
 
-class _Threaded(Protocol):
-    """What has threads of its own."""
-
-    def close(self) -> None:
-        """Let the threads end."""
-        ...
-
-
 class _Service:
     """The endpoints besides chat completions."""
 
-    def __init__(self, settings: ServeSettings, threaded: Sequence[_Threaded]) -> None:
+    def __init__(self, settings: ServeSettings, close: Sequence[Callable[[], None]]) -> None:
+        """``close`` is called at the end, one by one: each lets the threads of a part end."""
         self._settings = settings
-        self._threaded = threaded
+        self._close = close
         self._document = JSONResponse(openapi(settings.model_name, DEADLINE_HEADER))
         self._model = ModelInfo(
             id=settings.model_name, object="model", created=int(time.time()), owned_by="fusion-edge"
@@ -84,8 +76,8 @@ class _Service:
         try:
             yield
         finally:
-            for each in self._threaded:
-                each.close()
+            for close in self._close:
+                close()
             await engine.close()
 
     async def models(self, request: Request) -> Response:

@@ -20,7 +20,6 @@ from fusion_edge.runtime.errors import Cancelled, DeadlineExceeded, FusionError
 from fusion_edge.runtime.serve.arrival import arrival
 from fusion_edge.runtime.serve.body import parse_body
 from fusion_edge.runtime.serve.chat_request import LONGEST_DEADLINE_MS, ChatRequest
-from fusion_edge.runtime.serve.chat_response import ChatCompletionChunk
 from fusion_edge.runtime.serve.conversation import read_dialogue
 from fusion_edge.runtime.serve.disconnect import until_disconnect
 from fusion_edge.runtime.serve.engine import Asked, Engine, Model, late, shutting_down
@@ -153,14 +152,14 @@ async def _stream(reply: Reply, asked: Asked, send: Send, writers: Workers) -> N
     try:
         async for piece in stripped(_pieces(asked)):
             if not events.has_begun:
-                await events.send(_json(reply.start()))
-            await events.send(_json(reply.piece(piece)))
+                await events.send(to_json(reply.start()))
+            await events.send(to_json(reply.piece(piece)))
         result = await _result(asked)
         if not events.has_begun:  # an answer without text
-            await events.send(_json(reply.start()))
+            await events.send(to_json(reply.start()))
         await events.send(await reply.written(lambda: reply.end(result), writers))
         if (usage := reply.usage(result)) is not None:
-            await events.send(_json(usage))
+            await events.send(to_json(usage))
         await events.send(b"[DONE]")
     except Exception as error:
         if not events.has_begun:
@@ -209,7 +208,3 @@ def _deadline_header(headers: Headers) -> float | None:
         expected = f"expected an integer from 1 to {LONGEST_DEADLINE_MS}"
         raise ApiError(400, f"{DEADLINE_HEADER} is {short_repr(text)}; {expected}.", DEADLINE_HEADER, "invalid_value")
     return float(text)
-
-
-def _json(chunk: ChatCompletionChunk) -> bytes:
-    return to_json(chunk)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from fusion_edge.runtime.serve.errors import ApiError
 from fusion_edge.runtime.serve.refusal import refuse
-from fusion_edge.runtime.system.malloc import return_free_memory
+from fusion_edge.runtime.system.malloc import TRIMMED_BYTES, return_free_memory
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HELD_BODY = "fusion_edge.held_body"
 """Key of a request's scope: its :class:`HeldBody`."""
-_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class HeldBody:
         self._hold, self._size = hold, len(body)
         self.is_owned = False
         """Whether :meth:`own` was called."""
-        self.is_large = len(body) > _LARGE
+        self.is_large = len(body) > TRIMMED_BYTES
         hold(self._size)
 
     async def __call__(self) -> Message:

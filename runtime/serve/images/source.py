@@ -22,10 +22,8 @@ from fusion_edge.runtime.serve.images.https import HttpsFetcher
 from fusion_edge.runtime.serve.images.limits import ImageLimits
 from fusion_edge.runtime.serve.picture_url import PictureUrl
 from fusion_edge.runtime.serve.workers import Workers
-from fusion_edge.runtime.system.malloc import return_free_memory
+from fusion_edge.runtime.system.malloc import TRIMMED_BYTES, return_free_memory
 
-_LARGE_BYTES, _LARGE_PIXELS = 1 << 20, 1 << 20
-"""Of pictures whose memory is given back to the system, which takes a millisecond."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
 
@@ -93,13 +91,13 @@ class ImageSource:
 
     def _decode(self, read: Callable[[], bytes]) -> LoadedImage:
         encoded, decoded = read(), None
-        if is_large := len(encoded) > _LARGE_BYTES:
+        if is_large := len(encoded) > TRIMMED_BYTES:
             return_free_memory()  # that of the request's body
         digest = hashlib.sha256(encoded).hexdigest()
         try:
             decoded = decode(encoded, self._limits.max_pixels)
             del encoded
-            is_large |= decoded.image.width * decoded.image.height > _LARGE_PIXELS
+            is_large |= decoded.image.width * decoded.image.height > TRIMMED_BYTES
             return LoadedImage(decoded.crops(), digest)
         except FusionError as error:
             raise ImageError(Reason.INVALID_IMAGE, str(error)) from None

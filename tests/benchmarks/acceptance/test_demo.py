@@ -163,7 +163,7 @@ def test_a_wrong_answer_of_the_cpu(exported: Workspace, monkeypatch: pytest.Monk
     ],
 )
 def test_a_machine_whose_cpu_does_not_run_the_bundle(
-    version: str | None, reason: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    version: str | None, reason: str, exported: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is not compared says why."""
 
@@ -174,10 +174,10 @@ def test_a_machine_whose_cpu_does_not_run_the_bundle(
 
     monkeypatch.setattr(library, "find_onnxruntime", found)
     with pytest.raises(SkippedStep, match=f"^There is no comparison with the CPU: {re.escape(reason)}$"):
-        demo.answer_on_cpu(workspace)
+        demo.answer_on_cpu(exported)
     words = f"not compared with the CPU ({reason.rstrip('.')})"
     nothing: Any = None  # is not looked at
-    assert demo.compared(workspace, nothing, nothing, nothing) == ([], words)
+    assert demo.compared(exported, nothing, nothing, nothing) == ([], words)
 
 
 def test_engines_that_no_limit_judges(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -324,11 +324,11 @@ def test_a_reference_that_cannot_be_written(
         message = refused(cli_build.main, *command)
     assert message.startswith("error: A reference cannot be written: There is not enough memory to run the bundle on ")
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_reference, "opset_24_unsupported_reason", lambda: "ONNX Runtime 1.23.2 has no opset 24.")
+        patch.setattr(engine_check, "opset_24_unsupported_reason", lambda: "ONNX Runtime 1.23.2 has no opset 24.")
         message = refused(cli_build.main, *command)
     assert message == "error: A reference cannot be written: ONNX Runtime 1.23.2 has no opset 24.\n"
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_reference, "incomparable_reason", lambda _: "Activations in nvfp4 have 4 bits.")
+        patch.setattr(engine_check, "incomparable_reason", lambda _: "Activations in nvfp4 have 4 bits.")
         message = refused(cli_build.main, *command)
     assert message == "error: A reference cannot be written: Activations in nvfp4 have 4 bits.\n"
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import io
 import pickle
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from support.concurrency import Concurrency
 
-from fusion_edge.runtime.images.encoded import EncodedImage
+from fusion_edge.runtime.images.encoded import DecodedImage
 from fusion_edge.runtime.images.image_files import FORMATS
 from fusion_edge.runtime.images.preprocessing import cut_crops, load_image
 from fusion_edge.runtime.serve.errors import ApiError
@@ -146,15 +146,12 @@ def test_a_fetched_picture_is_decoded() -> None:
 
 def test_fetches_are_bounded() -> None:
     limits = ImageLimits(hosts=("images.example.com",), fetches=2)
-    running, most = 0, 0
+    fetches = Concurrency()
 
     class Fetcher(HttpsFetcher):
         async def fetch(self, url: str) -> bytes:
-            nonlocal running, most
-            running += 1
-            most = max(most, running)
-            await asyncio.sleep(0.01)
-            running -= 1
+            with fetches:
+                await asyncio.sleep(0.01)
             return encoded(SMALL)
 
     async def main() -> None:
@@ -164,21 +161,16 @@ def test_fetches_are_bounded() -> None:
         images.close()
 
     asyncio.run(main())
-    assert most == 2
+    assert fetches.most == 2
 
 
 def test_decodes_are_bounded_also_when_requests_are_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    running, most, lock = 0, 0, threading.Lock()
+    threads = Concurrency()
 
-    def decode(data: bytes, max_pixels: int) -> EncodedImage:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(0.02)
-        with lock:
-            running -= 1
-        return EncodedImage(SMALL, None)
+    def decode(data: bytes, max_pixels: int) -> DecodedImage:
+        with threads:
+            time.sleep(0.02)
+        return DecodedImage(SMALL, None)
 
     monkeypatch.setattr(source, "decode", decode)
 
@@ -192,9 +184,9 @@ def test_decodes_are_bounded_also_when_requests_are_cancelled(monkeypatch: pytes
         images.close()
 
     asyncio.run(main(lambda task: None))
-    assert most == 2
+    assert threads.most == 2
     asyncio.run(main(lambda task: task.cancel()))
-    assert most == 2
+    assert threads.most == 2
 
 
 def test_limits_can_be_pickled(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 import weakref
 
 import pytest
+from support.concurrency import Concurrency
 
 from fusion_edge.runtime.serve.workers import Workers
 
@@ -83,17 +84,11 @@ def test_work_that_waits_is_dropped_at_once() -> None:
 
 
 def test_every_thread_comes_back() -> None:
-    running = most = 0
-    lock, moments = threading.Lock(), random.Random(0)
+    threads, moments = Concurrency(), random.Random(0)
 
     def work() -> None:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(0.001)
-        with lock:
-            running -= 1
+        with threads:
+            time.sleep(0.001)
 
     async def main() -> None:
         workers = Workers(2, "test")
@@ -103,8 +98,8 @@ def test_every_thread_comes_back() -> None:
             for task in moments.sample(tasks, 5):
                 task.cancel()
             await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-            assert running == 0
-        assert most == 2
+            assert threads.running == 0
+        assert threads.most == 2
         workers.close()
 
     asyncio.run(main())
